@@ -1,0 +1,207 @@
+"""Schedules are values; the family is nested, complete and small; the knapsack is really optimal."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iiet.schedule import (
+    IterationSchedule,
+    num_kept,
+    schedule_at_threshold,
+    schedule_family,
+    spread_over_cost,
+    suffix_maxima,
+    within_budget,
+    within_cost,
+)
+from iiet.schedule_knapsack import knapsack
+
+# Few distinct values, so that ties are common; negative ones occur with the loss metric.
+influences = st.lists(
+    st.lists(
+        st.one_of(st.integers(-3, 6).map(float), st.floats(-1, 1)),
+        max_size=4,
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (3, (3, 3, 3, 3)),
+        ("3", (3, 3, 3, 3)),
+        ("2,2,1,1", (2, 2, 1, 1)),
+        (" (2, 2, 1, 1) ", (2, 2, 1, 1)),
+        ("[2,2,1,1]", (2, 2, 1, 1)),
+        ("3*4", (3, 3, 3, 3)),
+        ("0,2*2,1", (0, 2, 2, 1)),
+        ([2, 2, 1, 1], (2, 2, 1, 1)),
+        (IterationSchedule((2, 2, 1, 1)), (2, 2, 1, 1)),
+    ],
+)
+def test_parse_reads_every_way_of_writing(text, expected):
+    assert IterationSchedule.parse(text, num_layers=4).corrections == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,2", "3*3", "1.5", "-1", "1,,2,2", [1, 2, 3, -1], 2.5])
+def test_parse_refuses_and_names_what_it_got(text):
+    with pytest.raises(ValueError, match="schedule|layer"):
+        IterationSchedule.parse(text, num_layers=4)
+
+
+@pytest.mark.parametrize("corrections", [(), (1, -1), (1, 2.0), (True,), [1, 2], "12"])
+def test_malformed_schedules_cannot_exist(corrections):
+    with pytest.raises(ValueError, match="got"):
+        IterationSchedule(corrections)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_text_and_schedule_are_the_same_thing(corrections):
+    schedule = IterationSchedule(tuple(corrections))
+    assert IterationSchedule.parse(str(schedule), num_layers=len(schedule)) == schedule
+    assert schedule.num_evaluations == sum(1 + r for r in corrections)
+    assert list(schedule) == corrections
+    assert schedule.is_within(IterationSchedule.uniform(len(corrections), max(corrections)))
+    assert hash(schedule) == hash(IterationSchedule(tuple(corrections)))
+
+
+def test_is_within_is_a_partial_order():
+    small, large = IterationSchedule((1, 0)), IterationSchedule((0, 1))
+    assert not small.is_within(large)
+    assert not large.is_within(small)
+    assert IterationSchedule.none(2).is_within(small)
+    with pytest.raises(ValueError, match="different numbers of layers"):
+        small.is_within(IterationSchedule((1, 1, 1)))
+
+
+@given(influences)
+def test_the_family_runs_from_full_to_none_nested_and_small(influence):
+    family = schedule_family(influence)
+    assert family[0].schedule.corrections == tuple(len(row) for row in influence)
+    assert family[-1].schedule.num_corrections == 0
+    assert len(family) <= sum(len(row) for row in influence) + 1
+    assert family[0].threshold_above == -math.inf
+    assert family[-1].threshold_up_to == math.inf
+    for dearer, cheaper in itertools.pairwise(family):
+        assert cheaper.schedule.is_within(dearer.schedule)
+        assert cheaper.schedule != dearer.schedule
+        assert dearer.threshold_up_to == cheaper.threshold_above
+
+
+@given(influences, st.floats(-4, 7))
+def test_any_threshold_gives_the_member_whose_interval_holds_it(influence, threshold):
+    # The definition again, without suffix maxima: keep up to the last influence that is large enough.
+    by_hand = tuple(
+        max((i + 1 for i, value in enumerate(row) if value >= threshold), default=0)
+        for row in influence
+    )
+    assert schedule_at_threshold(influence, threshold).corrections == by_hand
+    holders = [
+        member
+        for member in schedule_family(influence)
+        if member.threshold_above < threshold <= member.threshold_up_to
+    ]
+    assert [member.schedule.corrections for member in holders] == [by_hand]
+
+
+@given(influences)
+def test_ends_of_intervals_belong_where_they_are_said_to(influence):
+    for member in schedule_family(influence):
+        assert schedule_at_threshold(influence, member.threshold_up_to) == member.schedule
+        above = math.nextafter(member.threshold_above, math.inf)
+        assert schedule_at_threshold(influence, above) == member.schedule
+
+
+def test_equal_influences_fall_together():
+    family = schedule_family([[0.5, 0.1], [0.5, 0.1]])
+    assert [member.schedule.corrections for member in family] == [(2, 2), (1, 1), (0, 0)]
+
+
+def test_a_small_correction_before_a_large_one_is_kept():
+    assert suffix_maxima([0.1, 0.9, 0.2]) == (0.9, 0.9, 0.2)
+    assert num_kept([0.1, 0.9, 0.2], 0.5) == 2
+
+
+def test_nan_ends_a_row_and_is_refused_inside():
+    nan = math.nan
+    assert schedule_family([[0.2, nan], [nan, nan]])[0].schedule.corrections == (1, 0)
+    with pytest.raises(ValueError, match="layer 1, correction 1 is nan"):
+        schedule_family([[nan, 0.2]])
+    with pytest.raises(ValueError, match="no layers"):
+        schedule_family([])
+    with pytest.raises(ValueError, match="NaN"):
+        schedule_at_threshold([[0.1]], nan)
+
+
+@given(influences, st.integers(2, 8))
+def test_spread_keeps_both_ends_and_repeats_nothing(influence, num_points):
+    family = schedule_family(influence)
+    chosen = spread_over_cost(family, num_points)
+    assert len(chosen) == min(num_points, len(family))
+    assert chosen[0] == family[0]
+    assert chosen[-1] == family[-1]
+    evaluations = [member.schedule.num_evaluations for member in chosen]
+    assert evaluations == sorted(set(evaluations), reverse=True)
+
+
+def test_spread_is_even_where_the_family_allows():
+    family = schedule_family([[1.0 / (i + 1) for i in range(12)]])
+    chosen = spread_over_cost(family, 4)
+    assert [member.schedule.num_corrections for member in chosen] == [12, 8, 4, 0]
+    squared = spread_over_cost(family, 3, cost=lambda schedule: schedule.num_corrections**2)
+    assert [member.schedule.num_corrections for member in squared] == [12, 8, 0]
+    with pytest.raises(ValueError, match="at least 2"):
+        spread_over_cost(family, 1)
+
+
+@given(influences, st.integers(0, 25))
+def test_within_budget_takes_the_dearest_that_fits(influence, max_evaluations):
+    family = schedule_family(influence)
+    fitting = [m for m in family if m.schedule.num_evaluations <= max_evaluations]
+    if fitting:
+        best = max(fitting, key=lambda member: member.schedule.num_evaluations)
+        assert within_budget(family, max_evaluations) == best
+    else:
+        with pytest.raises(ValueError, match="cheapest"):
+            within_budget(family, max_evaluations)
+
+
+def test_budgets_in_any_unit():
+    family = schedule_family([[0.3, 0.1], [0.2]])
+    member = within_cost(family, 250.0, cost=lambda schedule: 100.0 * schedule.num_corrections)
+    assert member.schedule.corrections == (1, 1)
+
+
+@settings(max_examples=60)
+@given(influences, st.integers(0, 25))
+def test_knapsack_equals_trying_every_schedule(score, max_evaluations):
+    allowed = [
+        counts
+        for counts in itertools.product(*(range(len(row) + 1) for row in score))
+        if sum(counts) + len(score) <= max_evaluations
+    ]
+    if not allowed:
+        with pytest.raises(ValueError, match="predictions"):
+            knapsack(score, max_evaluations=max_evaluations)
+        return
+
+    def worth(counts):
+        kept = [v for row, count in zip(score, counts, strict=True) for v in row[:count]]
+        return math.fsum(kept)
+
+    best = knapsack(score, max_evaluations=max_evaluations)
+    assert best.corrections in allowed
+    assert worth(best) == pytest.approx(max(map(worth, allowed)), abs=1e-12)
+
+
+def test_knapsack_crosses_a_valley_and_leaves_the_useless():
+    # Layer 1 pays only at its third correction; layer 2 pays little at once.
+    score = [[0.0, 0.0, 1.0], [0.4, -0.1]]
+    assert knapsack(score, max_evaluations=3).corrections == (0, 1)
+    assert knapsack(score, max_evaluations=5).corrections == (3, 0)
+    assert knapsack(score, max_evaluations=99).corrections == (3, 1)
