@@ -1,0 +1,46 @@
+# One target for each thing a person does; `make help` lists them. Needs Python 3.10 to 3.13 and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick lint format bench ui clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## Install, then run the whole job on embedded text (CPU, about ten minutes)
+	$(BIN)/iiet-orch quickstart
+
+test: $(INSTALLED) ## Install, then run the whole test suite
+	$(BIN)/python -m pytest
+
+test-quick: $(INSTALLED) ## Run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## Measure the ratios that the documentation claims
+	$(BIN)/python -m benchmarks
+
+ui: $(INSTALLED) ## Browse the runs in MLflow
+	$(BIN)/iiet-orch ui
+
+clean: ## Remove the environment and caches; the workspace stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamp is made anew when the dependencies change, so that repeated runs start at once.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,117 @@
+"""Where things live: one folder that holds tokens, runs, trials, sweeps, the MLflow store and the logs.
+
+Stages never invent paths; they ask here. Files that others read are written to a temporary name and renamed,
+so that a reader finds the old content or the new one and nothing between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UserError
+
+ENVIRONMENT_NAME = "IIET_WORKSPACE"
+DEFAULT_NAME = "iiet-workspace"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder and the names in it. All paths are absolute."""
+
+    root: Path
+
+    @property
+    def tokens(self) -> Path:
+        """Prepared data, one folder for each fingerprint."""
+        return self.root / "tokens"
+
+    @property
+    def runs(self) -> Path:
+        """Pretraining and distillation runs, one folder for each name."""
+        return self.root / "runs"
+
+    @property
+    def trials(self) -> Path:
+        """Finished and unfinished trials, one folder for each content key."""
+        return self.root / "trials"
+
+    @property
+    def sweeps(self) -> Path:
+        """Sweeps: plan, front and report, one folder for each name."""
+        return self.root / "sweeps"
+
+    @property
+    def evaluations(self) -> Path:
+        """Cached evaluation results, one file for each content key."""
+        return self.root / "evaluations"
+
+    @property
+    def artifacts(self) -> Path:
+        """MLflow's artifacts."""
+        return self.root / "artifacts"
+
+    @property
+    def logs(self) -> Path:
+        """Log files of the libraries."""
+        return self.root / "logs"
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's store: `MLFLOW_TRACKING_URI`, or a sqlite file in the workspace."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+
+def open_workspace(path: Path | None = None) -> Workspace:
+    """Return the workspace, made if it is missing.
+
+    Args:
+        path: The folder; `IIET_WORKSPACE`, or `./iiet-workspace`, when unset.
+
+    Raises:
+        UserError: If the folder cannot be made or written.
+    """
+    root = (path or Path(os.environ.get(ENVIRONMENT_NAME) or DEFAULT_NAME)).expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the workspace {root} ({error.strerror}); choose another with --workspace"
+        ) from None
+    return Workspace(root)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole: temporary name, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as a whole file; see `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; None if the file is missing.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the command again") from None
