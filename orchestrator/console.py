@@ -1,7 +1,8 @@
-"""What the user sees while a stage runs: one progress bar on a terminal, plain lines elsewhere, one line when done.
+"""What the user sees while a stage runs: one progress bar on a terminal, plain lines elsewhere, one
+line when done.
 
-Stages talk to a `Progress` and know nothing of terminals. On a terminal Rich draws the bar; in a pipe or a log
-file a plain line appears at most every few seconds, so that logs stay readable.
+Stages talk to a `Progress` and know nothing of terminals. On a terminal Rich draws the bar; in a
+pipe or a log file a plain line appears at most every few seconds, so that logs stay readable.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 PLAIN_SECONDS_BETWEEN_LINES = 10.0

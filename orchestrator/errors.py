@@ -1,10 +1,10 @@
 """The one error type that stands for a user's mistake.
 
-Everything that a user can put right (a misspelt setting, a missing file, too few GPUs) is raised as a
-`UserError` with a sentence that names what was received, what is allowed and what to do next. The
-command line prints that sentence and exits with code 2; nothing else is caught there, so that a defect
-of ours keeps its traceback in the log. `Interrupted` stands for a stop that the user asked for: the state
-is saved, the same command goes on, the exit code is 130.
+Everything that a user can put right (a misspelt setting, a missing file, too few GPUs) is raised as
+a `UserError` with a sentence that names what was received, what is allowed and what to do next. The
+command line prints that sentence and exits with code 2; nothing else is caught there, so that a
+defect of ours keeps its traceback in the log. `Interrupted` stands for a stop that the user asked
+for: the state is saved, the same command goes on, the exit code is 130.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """An append-only record of a run, one JSON object a line: the truth about what happened.
 
-Training writes here and nowhere else, so that no server can stop it; progress bars and MLflow read from here
-(`tracking.py` mirrors a journal into a run, from any position, as often as needed). A line is written in one
-call and flushed, and a last line that a crash cut off is skipped by the reader.
+Training writes here and nowhere else, so that no server can stop it; progress bars and MLflow read
+from here (`tracking.py` mirrors a journal into a run, from any position, as often as needed). A
+line is written in one call and flushed, and a last line that a crash cut off is skipped by the
+reader.
 
 Records: `{"kind": "metrics", "time": ms, "step": n, "values": {name: number}}` and
 `{"kind": "event", "time": ms, "name": ..., ...}`.
@@ -47,7 +48,8 @@ class Journal:
         self._file.flush()
 
     def _end_cut_line(self) -> None:
-        # A crash can leave half a line; the newline makes it one bad line instead of spoiling the next.
+        # A crash can leave half a line; the newline makes it one bad line instead of spoiling the
+        # next.
         size = self._file.seek(0, 2)
         if size:
             self._file.seek(size - 1)

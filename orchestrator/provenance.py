@@ -1,7 +1,8 @@
 """What produced a result: content hashes, versions and the machine.
 
-A key is the hash of all that determines a result and of nothing else, so that equal work has an equal key on
-any machine and finished work is found again. Wall-clock time, paths and worker counts stay out of it.
+A key is the hash of all that determines a result and of nothing else, so that equal work has an
+equal key on any machine and finished work is found again. Wall-clock time, paths and worker counts
+stay out of it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """Every setting of the program, in one frozen tree.
 
-One road leads here: defaults, then a YAML file, then `--set a.b=c`. Unknown keys are errors with the nearest
-known name, all problems are reported at once, and validation never edits a value. Pydantic does the checking;
-this module turns its findings into one sentence each. The resolved tree is saved beside every run, and the
-sections that determine a result are hashed into its key.
+One road leads here: defaults, then a YAML file, then `--set a.b=c`. Unknown keys are errors with
+the nearest known name, all problems are reported at once, and validation never edits a value.
+Pydantic does the checking; this module turns its findings into one sentence each. The resolved tree
+is saved beside every run, and the sections that determine a result are hashed into its key.
 """
 
 from __future__ import annotations
 
 import difflib
 import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,8 @@ class DataSettings(Section):
     """What is read, how it is tokenized, and what is held out."""
 
     source: Literal["python", "files", "hub"] = "python"
-    """`python`: the English that every Python carries; `files`: `files` below; `hub`: a `datasets` name."""
+    """`python`: the English that every Python carries; `files`: `files` below; `hub`: a `datasets`
+    name."""
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files."""
     hub_name: str = ""
@@ -58,9 +58,10 @@ class ModelSettings(Section):
     preset: str = "tiny"
     """Name of a preset: tiny, 55m, 340m, 740m, 1.3b."""
     method: str = "iiet"
-    """How a layer advances the hidden state: iiet, vanilla, pcformer, or another registered method."""
+    """How a layer advances the hidden state: iiet, vanilla, pcformer, or another known method."""
     corrections: int | str | tuple[int, ...] = 3
-    """Corrections per layer (the iteration schedule): `3`, or one number a layer, `2,2,1,1,1,1`; iiet only."""
+    """Corrections per layer (the iteration schedule): `3`, or one number a layer, `2,2,1,1,1,1`;
+    iiet only."""
     dim: int | None = Field(default=None, gt=0)
     """Width of the hidden state; the preset's when unset, like all that follow."""
     num_layers: int | None = Field(default=None, gt=0)
@@ -85,7 +86,8 @@ class TrainingSettings(Section):
     num_tokens_per_step: int = Field(default=2048, gt=0)
     """Tokens of the global batch; the same whatever the number of workers."""
     num_sequences_per_pass: int | None = Field(default=None, gt=0)
-    """Most sequences in one forward pass of one worker (gradient accumulation); all at once when unset."""
+    """Most sequences in one forward pass of one worker (gradient accumulation); all at once when
+    unset."""
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(default=50, ge=0)
@@ -105,7 +107,8 @@ class TrainingSettings(Section):
     clip_norm: float = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient."""
     iterate_from_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Two-stage training: no corrections (r = 0) before this share of the steps, the full schedule after."""
+    """Two-stage training: no corrections (r = 0) before this share of the steps, the full schedule
+    after."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass: fp32, or bf16 autocast with fp32 weights."""
     activation_checkpointing: bool = False
@@ -130,7 +133,7 @@ class DistillationSettings(Section):
     """How a pruned student learns from its teacher (IIAD)."""
 
     control: Literal["distill", "cross_entropy", "pruned", "scratch"] = "distill"
-    """`distill`, or a control: cross-entropy only, pruned without training, or trained from scratch."""
+    """`distill`, or a control: cross-entropy only, pruned as it is, or trained from scratch."""
     kl_weight: float = Field(default=1.0, ge=0.0)
     """Weight of KL(teacher || student) beside the cross-entropy."""
     temperature: float = Field(default=1.0, gt=0.0)
@@ -147,7 +150,8 @@ class InfluenceSettings(Section):
     """How the influence of each correction is measured."""
 
     metric: Literal["cosine", "relative", "loss"] = "cosine"
-    """`cosine`, `relative` (both from consecutive evaluations) or `loss` (rise of the validation loss)."""
+    """`cosine`, `relative` (both from consecutive evaluations) or `loss` (rise of the validation
+    loss)."""
     num_tokens: int = Field(default=32768, gt=0)
     """Validation tokens of the calibration set."""
 
@@ -156,7 +160,8 @@ class EvaluationSettings(Section):
     """What accuracy means."""
 
     suite: str = "heldout"
-    """`heldout` (tasks made from the held-out documents), or lm-eval task names with commas between them."""
+    """`heldout` (tasks made from the held-out documents), or lm-eval task names with commas between
+    them."""
     num_items: int = Field(default=800, gt=0)
     """Items of each held-out task; 800 keep one standard error under 1.8 points."""
     batch_size: int = Field(default=32, gt=0)
@@ -265,7 +270,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}")
+        raise UserError(
+            f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}"
+        )
     return tree
 
 
@@ -289,7 +296,9 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     name, separator, text = assignment.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not separator or not all(keys):
-        raise UserError(f"--set takes section.key=value, such as training.num_steps=500; got {assignment!r}")
+        raise UserError(
+            f"--set takes section.key=value, such as training.num_steps=500; got {assignment!r}"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -312,9 +321,14 @@ def _describe(problem: Any) -> str:
     known = list(section.model_fields) if section else []
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+            if near
+            else f"known: {', '.join(known)}"
+        )
         return f"{'.'.join(location)} is no setting; {hint}"
-    # A union or a tuple adds parts of its own behind the field's name; the user knows only the field.
+    # A union or a tuple adds parts of its own behind the field's name; the user knows only the
+    # field.
     while len(location) > 1 and location[-1] not in known:
         location.pop()
         section = _section_at(location[:-1])
@@ -328,9 +342,13 @@ def _section_at(location: list[str]) -> type[Section] | None:
     for name in location:
         field = section.model_fields.get(name)
         kind = field.annotation if field else None
-        if not (isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, Section)):
+        if not (
+            isinstance(kind, type)
+            and not isinstance(kind, types.GenericAlias)
+            and issubclass(kind, Section)
+        ):
             return None
-        section = typing.cast("type[Section]", kind)
+        section = kind
     return section
 
 

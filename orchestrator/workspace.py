@@ -1,7 +1,8 @@
-"""Where things live: one folder that holds tokens, runs, trials, sweeps, the MLflow store and the logs.
+"""Where things live: one folder that holds tokens, runs, trials, sweeps, the MLflow store and the
+logs.
 
-Stages never invent paths; they ask here. Files that others read are written to a temporary name and renamed,
-so that a reader finds the old content or the new one and nothing between.
+Stages never invent paths; they ask here. Files that others read are written to a temporary name and
+renamed, so that a reader finds the old content or the new one and nothing between.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def open_workspace(path: Path | None = None) -> Workspace:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"cannot write to the workspace {root} ({error.strerror}); choose another with --workspace"
+            f"cannot write to the workspace {root} ({error.strerror}); "
+            "choose another with --workspace"
         ) from None
     return Workspace(root)
 
@@ -114,4 +116,6 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run the command again") from None
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run the command again"
+        ) from None
