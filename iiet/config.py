@@ -1,0 +1,213 @@
+"""What a decoder is: method, sizes and iteration schedule, as one frozen value that checks itself.
+
+A config holds everything that shapes the weights or the forward pass, and nothing about training. It is what a
+checkpoint folder stores beside its weights, so it converts to plain JSON and back, refuses keys it does not know, and
+reports all its problems in one error. Validation never edits: what was written is what runs.
+
+The presets are the sizes of the published configurations, and two of this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
+
+__all__ = ["PRESETS", "ModelConfig", "preset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that determines a decoder's parameters and its forward pass.
+
+    Raises:
+        ValueError: one error for all problems, each with the value that was received and what is allowed.
+    """
+
+    method: str = "iiet"
+    """How a layer advances the hidden state; a key of `iiet.methods.METHODS`."""
+    vocab_size: int
+    """Number of distinct tokens."""
+    dim: int
+    """Width of the hidden state."""
+    num_layers: int
+    """Number of layers L, each with its own field."""
+    num_heads: int
+    """Query heads per attention; the width of a head is `dim / num_heads`."""
+    num_kv_heads: int
+    """Key and value heads; each serves `num_heads / num_kv_heads` query heads."""
+    ffn_dim: int
+    """Inner width of the feed-forward network."""
+    context_length: int
+    """Longest sequence in tokens, prompt and continuation together; longer ones are refused."""
+    schedule: IterationSchedule | None = None
+    """Corrections per layer. Required for methods that make corrections; None (or all zeros) for the others."""
+    tie_embeddings: bool = True
+    """Whether the output head is the embedding matrix."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding's wavelengths, in tokens."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square inside each RMSNorm."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance inside each LayerNorm of the method."""
+    initializer_std: float = 0.02
+    """Standard deviation of freshly made linear and embedding weights."""
+
+    def __post_init__(self) -> None:
+        problems = [*_size_problems(self), *_schedule_problems(self)]
+        if problems:
+            raise ValueError("invalid model config: " + "; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def corrections(self) -> IterationSchedule:
+        """The iteration schedule, all zeros where a method makes no corrections."""
+        return self.schedule or IterationSchedule.none(self.num_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; the schedule becomes a list of integers or None."""
+        values = asdict(self)
+        values["schedule"] = list(self.schedule) if self.schedule else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Build a config from plain values; the inverse of `to_dict`.
+
+        Args:
+            values: field names to values; the schedule in any form that `IterationSchedule.parse` reads.
+
+        Raises:
+            ValueError: unknown or missing keys, or invalid values, all named at once.
+        """
+        known = {field.name for field in fields(cls)}
+        optional = {"method", "schedule", *_FIELDS_WITH_DEFAULT}
+        problems = [f"unknown key {key!r}" for key in values if key not in known]
+        problems += [f"missing key {key!r}" for key in sorted(known - optional - set(values))]
+        if problems:
+            raise ValueError(
+                f"invalid model config: {'; '.join(problems)}; known keys: {', '.join(sorted(known))}"
+            )
+        given = dict(values)
+        if given.get("schedule") is not None:
+            given["schedule"] = IterationSchedule.parse(
+                given["schedule"], num_layers=given["num_layers"]
+            )
+        return cls(**given)
+
+
+_FIELDS_WITH_DEFAULT = frozenset(
+    ["tie_embeddings", "rope_theta", "rms_norm_eps", "layer_norm_eps", "initializer_std"]
+)
+
+_SIZES = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "context_length")
+_REALS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "initializer_std")
+
+
+def _size_problems(config: ModelConfig) -> list[str]:
+    problems: list[str] = []
+    for name in _SIZES:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            problems.append(f"{name} must be a positive integer, got {value!r}")
+    for name in _REALS:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            problems.append(f"{name} must be a positive number, got {value!r}")
+    if type(config.tie_embeddings) is not bool:
+        problems.append(f"tie_embeddings must be true or false, got {config.tie_embeddings!r}")
+    if problems:
+        return problems
+    if config.dim % (2 * config.num_heads):
+        problems.append(
+            f"dim must be a multiple of twice num_heads ({2 * config.num_heads}, for the rotary halves), "
+            f"got {config.dim}"
+        )
+    if config.num_heads % config.num_kv_heads:
+        problems.append(
+            f"num_kv_heads must divide num_heads ({config.num_heads}), got {config.num_kv_heads}"
+        )
+    return problems
+
+
+def _schedule_problems(config: ModelConfig) -> list[str]:
+    schedule = config.schedule
+    if not isinstance(config.method, str) or config.method not in METHODS:
+        return [f"method must be one of {', '.join(METHODS)}, got {config.method!r}"]
+    if schedule is not None and not isinstance(schedule, IterationSchedule):
+        return [f"schedule must be an IterationSchedule or None, got {schedule!r}"]
+    problems: list[str] = []
+    if METHODS[config.method].has_corrections:
+        if schedule is None:
+            problems.append(
+                f"schedule is required for method {config.method!r}; IterationSchedule.uniform(num_layers, 3) is usual"
+            )
+    elif schedule is not None and schedule.num_corrections:
+        problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
+    if schedule is not None and schedule.num_layers != config.num_layers:
+        problems.append(
+            f"schedule has {schedule.num_layers} entries ({schedule}), num_layers is {config.num_layers!r}"
+        )
+    return problems
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # This project's toy: trains on one CPU core in minutes.
+    "tiny": dict(
+        vocab_size=2048, dim=128, num_layers=6, num_heads=4, ffn_dim=352, context_length=128
+    ),
+    # The published configurations.
+    "55m": dict(
+        vocab_size=32000, dim=512, num_layers=12, num_heads=4, ffn_dim=1408, context_length=2048
+    ),
+    "340m": dict(
+        vocab_size=32000, dim=1024, num_layers=24, num_heads=8, ffn_dim=2816, context_length=2048
+    ),
+    # This project's own size between the published ones; no published configuration is at hand for it.
+    "740m": dict(
+        vocab_size=32000, dim=1536, num_layers=24, num_heads=12, ffn_dim=4096, context_length=2048
+    ),
+    "1.3b": dict(
+        vocab_size=32000,
+        dim=2048,
+        num_layers=24,
+        num_heads=16,
+        ffn_dim=5432,
+        context_length=2048,
+        tie_embeddings=False,
+    ),
+}
+"""Sizes by name: tiny and 740m are this project's, 55m, 340m and 1.3b the published ones."""
+
+_USUAL_CORRECTIONS = 3
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """Build the config of a named size, with any field replaced.
+
+    Where not overridden, there are as many key/value heads as query heads, and a method that makes corrections makes
+    three in each layer (the paper's number).
+
+    Args:
+        name: a key of `PRESETS`.
+        overrides: fields of `ModelConfig`; the schedule in any form that `IterationSchedule.parse` reads.
+
+    Raises:
+        ValueError: unknown preset, or fields that do not fit together.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    values: dict[str, Any] = {"method": "iiet", **PRESETS[name], **overrides}
+    values.setdefault("num_kv_heads", values["num_heads"])
+    method = METHODS.get(values["method"])
+    if "schedule" not in values and method is not None and method.has_corrections:
+        values["schedule"] = _USUAL_CORRECTIONS
+    return ModelConfig.from_dict(values)

@@ -1,0 +1,290 @@
+"""The decoder: embed, advance L times, norm, logits. The same for every method.
+
+    s_0 = embedding(input_ids);  h_l = method.advance(F_l, ...) for l = 1..L;  logits = head(RMSNorm(h_L))
+
+The iteration schedule is a property of a call, not of the weights: the same decoder runs without corrections in the
+first stage of training and with them in the second, and a teacher and its students differ in nothing else. Therefore a
+decoder always has all parameters of its method, and an unused norm costs nothing but its bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from iiet.attention import AttentionContext
+from iiet.cache import DecodingCache, evaluation_slots
+from iiet.config import ModelConfig
+from iiet.field import Field
+from iiet.methods import METHODS, Advance
+from iiet.rope import Rope
+from iiet.schedule import IterationSchedule
+
+__all__ = ["Decoder"]
+
+Observer = Callable[[int, int, Tensor, Tensor], None]
+"""Called after each evaluation with the layer, its evaluation's number k, input and output."""
+
+
+class Decoder(nn.Module):
+    """A causal language model whose layers are advanced by the config's method.
+
+    Args:
+        config: sizes, method and iteration schedule.
+
+    Raises:
+        ValueError: from `forward`, when the input is longer than the context or a schedule cannot be served.
+    """
+
+    activation_checkpointing: bool = False
+    """Whether training keeps only what passes between layers, and recomputes each layer in the backward pass."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.fields = nn.ModuleList(
+            Field(
+                config.dim,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                ffn_dim=config.ffn_dim,
+                rms_norm_eps=config.rms_norm_eps,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.method = METHODS[config.method](config.num_layers, config.dim, config.layer_norm_eps)
+        self.norm = nn.RMSNorm(config.dim, eps=config.rms_norm_eps)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.dim, config.vocab_size, bias=False)
+        )
+        self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_std)
+
+    @property
+    def schedule(self) -> IterationSchedule:
+        """The iteration schedule that a call without `schedule=` follows; all zeros where there are no corrections."""
+        return self.config.corrections
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def with_schedule(self, schedule: IterationSchedule) -> Decoder:
+        """Return a decoder with another schedule and the very same parameters.
+
+        Args:
+            schedule: what the new decoder follows by default.
+
+        Raises:
+            ValueError: the schedule does not fit the method or the number of layers.
+        """
+        config = dataclasses.replace(self.config, schedule=schedule)
+        twin = Decoder.__new__(Decoder)
+        twin.__dict__.update(self.__dict__, _modules=dict(self._modules), config=config)
+        return twin
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        schedule: IterationSchedule | None = None,
+        cache: DecodingCache | None = None,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        schedule: IterationSchedule | None = None,
+        cache: DecodingCache | None = None,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+        return_hidden: bool,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]: ...
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        schedule: IterationSchedule | None = None,
+        cache: DecodingCache | None = None,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+        return_hidden: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the logits of each token's successor.
+
+        Args:
+            input_ids: (batch, time) integers; with a cache, the tokens after those that it holds.
+            schedule: corrections of this call instead of the config's.
+            cache: keys and values of earlier tokens, extended by this call.
+            attention_mask: (batch, cached + time), false for padding. Positions count the true ones.
+            last_only: whether to compute the last token's logits only, (batch, 1, vocab).
+            return_hidden: whether to return the hidden states `h_1..h_L` too.
+
+        Returns:
+            Logits, (batch, time, vocab), or a pair of them and L hidden states, each (batch, time, dim).
+
+        Raises:
+            ValueError: more tokens than the context, or a schedule that the weights cannot serve.
+        """
+        hiddens: list[Tensor] = []
+        for hidden in self._advances(
+            input_ids, schedule=schedule, cache=cache, attention_mask=attention_mask
+        ):
+            last = hidden
+            if return_hidden:
+                hiddens.append(hidden)
+        logits = self.logits(last[:, -1:] if last_only else last)
+        return (logits, tuple(hiddens)) if return_hidden else logits
+
+    def evaluations(
+        self,
+        input_ids: Tensor,
+        *,
+        inputs: bool = False,
+        schedule: IterationSchedule | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[tuple[int, int], Tensor]:
+        """Return what each evaluation of each field gave.
+
+        Nothing is detached: call under `torch.no_grad()` for measuring.
+
+        Args:
+            input_ids: (batch, time) integers.
+            inputs: whether to return where each field was evaluated instead.
+            schedule: corrections of this call instead of the config's.
+            attention_mask: (batch, time), false for padding.
+
+        Returns:
+            By (layer, k), both from 0, the output (or input) of the layer's k-th evaluation, (batch, time, dim); k = 0 is
+            the prediction.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        record: dict[tuple[int, int], Tensor] = {}
+
+        def observe(layer: int, k: int, x: Tensor, y: Tensor) -> None:
+            record[layer, k] = x if inputs else y
+
+        for _ in self._advances(
+            input_ids, schedule=schedule, attention_mask=attention_mask, observe=observe
+        ):
+            pass
+        return record
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(hidden), weight)
+
+    def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
+        """Count the evaluations of each layer under a schedule, the decoder's own when None.
+
+        Raises:
+            ValueError: the schedule does not fit the method or the number of layers.
+        """
+        if schedule is None:
+            schedule = self.schedule
+        elif schedule != self.schedule:
+            dataclasses.replace(self.config, schedule=schedule)  # Checks that it can be served.
+        return tuple(
+            self.method.evaluations_per_layer(schedule, layer)
+            for layer in range(self.config.num_layers)
+        )
+
+    def _advances(
+        self,
+        input_ids: Tensor,
+        *,
+        schedule: IterationSchedule | None,
+        attention_mask: Tensor | None,
+        cache: DecodingCache | None = None,
+        observe: Observer | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield `h_1, ..., h_L`; the one loop over layers."""
+        slots = evaluation_slots(self.evaluations_per_layer(schedule))
+        schedule = schedule or self.schedule
+        hidden = self.embedding(input_ids)
+        context = self._context(input_ids, hidden.dtype, cache, attention_mask)
+        estimates: list[Tensor] = [hidden] if self.method.has_mix else []
+        recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
+
+        def advance(layer: int, hidden: Tensor, *estimates: Tensor) -> Advance:
+            field, numbers = self.fields[layer], iter(range(len(slots[layer])))
+
+            def evaluate(x: Tensor) -> Tensor:
+                k = next(numbers)
+                y: Tensor = field(x, context, slots[layer][k])
+                if observe is not None:
+                    observe(layer, k, x, y)
+                return y
+
+            return self.method.advance(layer, evaluate, hidden, estimates, schedule[layer])
+
+        for layer in range(self.config.num_layers):
+            if recompute and observe is None:
+                hidden, estimate = checkpoint(
+                    advance, layer, hidden, *estimates, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, estimate = advance(layer, hidden, *estimates)
+            if estimate is not None:
+                estimates.append(estimate)
+            yield hidden
+
+    def _context(
+        self,
+        input_ids: Tensor,
+        dtype: torch.dtype,
+        cache: DecodingCache | None,
+        attention_mask: Tensor | None,
+    ) -> AttentionContext:
+        """Work out positions and mask of a pass: what is the same for all its evaluations."""
+        time, device = input_ids.size(1), input_ids.device
+        past = 0 if cache is None else int(cache.get_seq_length())
+        total = past + time
+        if total > self.config.context_length:
+            raise ValueError(
+                f"{total} tokens do not fit a context_length of {self.config.context_length}; shorten the input, "
+                "or train with a longer context (positions beyond it were never seen)"
+            )
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        positions: Tensor | slice = slice(past, total)
+        mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            real = attention_mask.bool()
+            positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
+            # Padding looks at itself, so that no row of the softmax is empty.
+            mask = _causal(past, total, device)
+            mask = (mask & real[:, None, None, :]) | _diagonal(past, total, device)
+        elif past and time > 1:
+            mask = _causal(past, total, device)
+        return AttentionContext(self.rope.at(positions, device, dtype), mask, total, cache)
+
+
+def _causal(past: int, total: int, device: torch.device) -> Tensor:
+    """Return which of `total` tokens each of the last `total - past` may see, (1, 1, time, total)."""
+    shape = total - past, total
+    return torch.ones(shape, dtype=torch.bool, device=device).tril(past)[None, None]
+
+
+def _diagonal(past: int, total: int, device: torch.device) -> Tensor:
+    """Return each token's own place, (1, 1, time, total)."""
+    return torch.eye(total, dtype=torch.bool, device=device)[past:][None, None]

@@ -1,0 +1,20 @@
+"""The methods by name: one file each, one line here. The shared test suite runs over this registry."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from iiet.methods.base import Advance, Evaluate, Method
+from iiet.methods.explicit_euler import ExplicitEuler
+from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.methods.predictor_corrector import PredictorCorrectorRK2, PredictorCorrectorRK4
+
+__all__ = ["METHODS", "Advance", "Evaluate", "Method"]
+
+METHODS: Final[dict[str, type[Method]]] = {
+    "vanilla": ExplicitEuler,
+    "iiet": ImplicitEuler,
+    "pcformer": PredictorCorrectorRK2,
+    "pcformer_rk4": PredictorCorrectorRK4,
+}
+"""Registry keys are the papers' names; class and file names carry the mathematics."""

@@ -1,0 +1,44 @@
+"""The explicit Euler method: one evaluation per layer. This is the plain Llama decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from iiet.methods.base import Advance, Evaluate, Method
+from iiet.schedule import IterationSchedule
+
+__all__ = ["ExplicitEuler"]
+
+
+class ExplicitEuler(Method):
+    """Advance by one evaluation.
+
+        h_l = F_l(h_{l-1})
+
+    Cost: 1 evaluation per layer; no parameters.
+    Source: Touvron et al. 2023 (Llama); as Euler's method, Weinan 2017.
+    Not to be confused with: implicit Euler without corrections, which costs the same but has the learned mix.
+    """
+
+    @classmethod
+    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
+        """Return 1, whatever the schedule."""
+        return 1
+
+    @classmethod
+    def num_parameters(cls, num_layers: int, dim: int) -> int:
+        """Return 0."""
+        return 0
+
+    def advance(
+        self,
+        layer: int,
+        field: Evaluate,
+        hidden: Tensor,
+        estimates: Sequence[Tensor],
+        num_corrections: int,
+    ) -> Advance:
+        """Evaluate the field once."""
+        return Advance(field(hidden), None)
