@@ -1,4 +1,4 @@
-"""Schedules are values; the family is nested, complete and small; the knapsack is really optimal."""
+"""Schedules are values, the family is nested and complete, the knapsack is really optimal."""
 
 import itertools
 import math
@@ -50,7 +50,7 @@ def test_parse_reads_every_way_of_writing(text, expected):
 
 @pytest.mark.parametrize("text", ["", "a", "1,2", "3*3", "1.5", "-1", "1,,2,2", [1, 2, 3, -1], 2.5])
 def test_parse_refuses_and_names_what_it_got(text):
-    with pytest.raises(ValueError, match="schedule|layer"):
+    with pytest.raises(ValueError, match=r"schedule|layer"):
         IterationSchedule.parse(text, num_layers=4)
 
 
@@ -95,7 +95,7 @@ def test_the_family_runs_from_full_to_none_nested_and_small(influence):
 
 @given(influences, st.floats(-4, 7))
 def test_any_threshold_gives_the_member_whose_interval_holds_it(influence, threshold):
-    # The definition again, without suffix maxima: keep up to the last influence that is large enough.
+    # The definition again, without suffix maxima: keep up to the last one that is large enough.
     by_hand = tuple(
         max((i + 1 for i, value in enumerate(row) if value >= threshold), default=0)
         for row in influence

@@ -1,0 +1,216 @@
+"""The losses, each what its name says: next-token cross-entropy, divergences, hidden-state error.
+
+In: logits `(batch, time, vocab)` or hidden states `(batch, time, dim)`. Out: a scalar, a mean per
+token. The divergences are true ones: exactly zero with a zero gradient where teacher and student
+agree, and never negative. A cross-entropy against soft targets, often called "KL", is neither.
+
+With a large vocabulary the logits are the largest tensor of a training step. A divergence written
+in plain operations saves several more of that size for its backward; here the gradient, which has a
+closed form, is computed chunk by chunk in the forward and is the only thing kept.
+Source: Hinton et al. 2015 (temperature and its square); this project (gradients below).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["DivergenceKind", "hidden_state_error", "kl_divergence", "next_token_loss"]
+
+DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
+
+# Elements of one chunk of tokens x vocabulary: large enough to keep the cores busy, small beside
+# the logits of a training step.
+CHUNK_ELEMENTS = 1 << 21
+IGNORED = -100
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Compute the mean of `-log p(token t+1 | tokens <= t)`, in float32 or better.
+
+    Args:
+        logits: (batch, time, vocab); those of the last position have no target and do not count.
+        input_ids: (batch, time) of integers.
+        mask: (batch, time) of bool, the tokens that count as targets; all of them when not given.
+
+    Returns:
+        A scalar; 0 when no token counts.
+    """
+    # Shifting the targets instead of the logits avoids a copy of the logits.
+    targets = torch.full_like(input_ids, IGNORED)
+    targets[:, :-1] = input_ids[:, 1:]
+    if mask is not None:
+        targets[:, :-1].masked_fill_(~mask[:, 1:].bool(), IGNORED)
+    total = F.cross_entropy(
+        _at_least_float32(logits).flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def kl_divergence(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    kind: DivergenceKind = "forward",
+) -> Tensor:
+    """Compute the mean divergence per token between next-token distributions, times T^2.
+
+    With `p = softmax(teacher / T)`, `q = softmax(student / T)` and `m = (p + q) / 2`: `forward` is
+    `KL(p || q) = sum p log(p / q)`, `reverse` is `KL(q || p)`, `jensen_shannon` is
+    `(KL(p || m) + KL(q || m)) / 2`. T^2 keeps the gradient's size when the temperature rises.
+
+    Args:
+        teacher_logits: (batch, time, vocab); never receives a gradient.
+        student_logits: (batch, time, vocab).
+        temperature: above 0; larger ones weigh the unlikely tokens more.
+        mask: (batch, time) of bool, the positions whose distributions count; all when not given.
+        kind: which divergence.
+
+    Returns:
+        A scalar of at least 0; 0 when no position counts.
+
+    Raises:
+        ValueError: shapes that differ, a temperature that is not above 0, or an unknown kind.
+    """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher and student differ in shape: {tuple(teacher_logits.shape)} and "
+            f"{tuple(student_logits.shape)}; they need the same tokens and vocabulary"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if kind not in get_args(DivergenceKind):
+        raise ValueError(f"divergence must be one of {get_args(DivergenceKind)}, got {kind!r}")
+    counts = torch.ones(student_logits.shape[:-1], device=student_logits.device)
+    if mask is not None:
+        counts = counts * mask
+    keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    divergence: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
+        student_logits, teacher_logits.detach(), counts, temperature, kind, keep_gradient
+    )
+    return divergence
+
+
+def hidden_state_error(
+    teacher_hidden: Sequence[Tensor], student_hidden: Sequence[Tensor]
+) -> Tensor:
+    """Compute the mean over layers of `|h_student - h_teacher|^2 / |h_teacher|^2`.
+
+    Relative, because hidden states grow with depth and the last layers would decide alone.
+
+    Args:
+        teacher_hidden: one (batch, time, dim) per layer; never receives a gradient.
+        student_hidden: the same shapes.
+
+    Returns:
+        A scalar of at least 0, exactly 0 with a zero gradient at equality.
+
+    Raises:
+        ValueError: the two have different numbers of layers, or none.
+    """
+    if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
+        raise ValueError(
+            f"got hidden states of {len(teacher_hidden)} teacher and {len(student_hidden)} student "
+            "layers; they must be the same number, at least 1"
+        )
+    errors = []
+    for theirs, ours in zip(teacher_hidden, student_hidden, strict=True):
+        target = _at_least_float32(theirs.detach())
+        size = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
+        errors.append((_at_least_float32(ours) - target).square().sum() / size)
+    return torch.stack(errors).mean()
+
+
+class _MeanDivergence(torch.autograd.Function):
+    """The masked mean of a divergence over tokens; keeps its gradient, of the student's size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        counts: Tensor,
+        temperature: float,
+        kind: DivergenceKind,
+        keep_gradient: bool,
+    ) -> Tensor:
+        vocab = student.shape[-1]
+        theirs, ours = teacher.reshape(-1, vocab), student.reshape(-1, vocab)
+        counted = counts.flatten() > 0
+        values = ours.new_zeros(len(ours), dtype=torch.promote_types(ours.dtype, torch.float32))
+        num_counted = counted.sum().clamp(min=1).to(values)
+        gradient = torch.zeros_like(ours) if keep_gradient else None
+        chunk = max(1, CHUNK_ELEMENTS // vocab)
+        for start in range(0, len(ours), chunk):
+            part = slice(start, start + chunk)
+            log_p = torch.log_softmax(_at_least_float32(theirs[part]) / temperature, dim=-1)
+            log_q = torch.log_softmax(_at_least_float32(ours[part]) / temperature, dim=-1)
+            value, slope = _DIVERGENCES[kind](log_p, log_q)
+            # Rounding can take a tiny divergence below zero. Masked positions may hold NaN, which
+            # a product would spread.
+            values[part] = value.clamp(min=0).masked_fill(~counted[part], 0)
+            if gradient is not None:
+                # `slope` is with respect to logits / T: one T of T^2 remains.
+                slope *= temperature / num_counted
+                gradient[part] = slope.masked_fill_(~counted[part, None], 0)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view_as(student))
+        return values.sum() * (temperature**2 / num_counted)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None, None, None
+
+
+def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q); its slope is q - p."""
+    p = log_p.exp()
+    return _expected(p, log_p - log_q), log_q.exp() - p
+
+
+def _reverse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p); its slope is q (log(q/p) - KL)."""
+    q, surprise = log_q.exp(), log_q - log_p
+    value = _expected(q, surprise)
+    return value, _product(q, surprise - value.unsqueeze(-1))
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(p || m) + KL(q || m)) / 2; its slope is q (log(q/m) - KL(q || m)) / 2."""
+    p, q = log_p.exp(), log_q.exp()
+    difference = log_q - log_p
+    # log((1 + e^-|d|) / 2) is exactly 0 at d = 0, which log(m) from rounded p and q is not.
+    half = torch.log1p(torch.expm1(-difference.abs()) / 2)
+    surprise = difference.clamp(max=0) - half
+    student_value = _expected(q, surprise)
+    teacher_value = _expected(p, (-difference).clamp(max=0) - half)
+    slope = _product(q, surprise - student_value.unsqueeze(-1)) / 2
+    return (teacher_value + student_value) / 2, slope
+
+
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}
+
+
+def _product(probability: Tensor, value: Tensor) -> Tensor:
+    """`probability * value`, and 0 where the probability is 0, whatever infinity stands there."""
+    return torch.where(probability > 0, probability * value, 0)
+
+
+def _expected(probability: Tensor, value: Tensor) -> Tensor:
+    """Sum `probability * value` over the last axis."""
+    return _product(probability, value).sum(dim=-1)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

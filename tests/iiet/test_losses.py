@@ -1,0 +1,216 @@
+"""Losses are what their names say: zero and flat at equality, never negative, equal to the formula.
+
+Expected values come from sums written out over the vocabulary in float64, gradients from finite
+differences, and the cross-entropy also from the stored reference cases.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iiet import losses
+from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
+
+KINDS = ("forward", "reverse", "jensen_shannon")
+
+
+def random_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def divergence_of(p, q, kind):
+    """The textbook sums over plain lists of probabilities."""
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
+
+    if kind == "forward":
+        return kl(p, q)
+    if kind == "reverse":
+        return kl(q, p)
+    middle = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+    return (kl(p, middle) + kl(q, middle)) / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_zero_and_flat_at_equality(kind, temperature, dtype):
+    teacher = random_logits(3, 5, 17, dtype=dtype, scale=6.0)
+    student = teacher.clone().requires_grad_()
+    loss = kl_divergence(teacher, student, temperature=temperature, kind=kind)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert student.grad.abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_equals_the_sums_written_out(kind, temperature):
+    teacher, student = random_logits(2, 3, 5), random_logits(2, 3, 5, seed=1)
+    p = (teacher / temperature).softmax(-1).flatten(0, 1).tolist()
+    q = (student / temperature).softmax(-1).flatten(0, 1).tolist()
+    per_token = [divergence_of(a, b, kind) for a, b in zip(p, q, strict=True)]
+    expected = temperature**2 * sum(per_token) / len(per_token)
+    loss = kl_divergence(teacher, student, temperature=temperature, kind=kind)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_equals_finite_differences(kind, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 8)
+    teacher = random_logits(2, 3, 5)
+    student = random_logits(2, 3, 5, seed=1).requires_grad_()
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    assert torch.autograd.gradcheck(
+        lambda x: kl_divergence(teacher, x, temperature=1.7, mask=mask, kind=kind), student
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(0, 10_000), st.floats(1e-5, 30), st.floats(0.2, 5))
+def test_never_negative_however_close(kind, seed, scale, temperature):
+    teacher = random_logits(1, 4, 33, seed=seed, dtype=torch.float32)
+    student = teacher + random_logits(1, 4, 33, seed=seed + 1, scale=scale, dtype=torch.float32)
+    loss = kl_divergence(teacher, student, temperature=temperature, kind=kind).item()
+    assert loss >= 0
+    if kind == "jensen_shannon":
+        assert loss <= temperature**2 * math.log(2) * (1 + 1e-5)
+
+
+def test_forward_and_reverse_are_each_others_mirror_and_jensen_shannon_its_own():
+    teacher, student = random_logits(2, 3, 5), random_logits(2, 3, 5, seed=1)
+    forward = kl_divergence(teacher, student, kind="forward")
+    assert kl_divergence(student, teacher, kind="reverse").item() == pytest.approx(forward.item())
+    assert kl_divergence(student, teacher, kind="forward").item() != pytest.approx(forward.item())
+    there = kl_divergence(teacher, student, kind="jensen_shannon").item()
+    back = kl_divergence(student, teacher, kind="jensen_shannon").item()
+    assert there == pytest.approx(back, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_change_nothing(kind, monkeypatch):
+    teacher, student = random_logits(3, 7, 11), random_logits(3, 7, 11, seed=1)
+    results = []
+    for elements in (1, 40, 1 << 20):
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
+        leaf = student.clone().requires_grad_()
+        loss = kl_divergence(teacher, leaf, kind=kind)
+        (3 * loss).backward()
+        results.append((loss.item(), leaf.grad))
+    for value, gradient in results[1:]:
+        assert value == pytest.approx(results[0][0], rel=1e-13)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_positions_do_not_exist(kind):
+    teacher, student = random_logits(2, 4, 6), random_logits(2, 4, 6, seed=1)
+    mask = torch.tensor([[True, False, True, True], [False, False, False, True]])
+    dirty = student.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
+    loss = kl_divergence(teacher, dirty, mask=mask, kind=kind)
+    alone = kl_divergence(teacher[mask].unsqueeze(0), student[mask].unsqueeze(0), kind=kind)
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-13)
+    loss.backward()
+    assert dirty.grad[~mask].abs().max() == 0
+    assert dirty.grad[mask].abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_counts_gives_zero(kind):
+    student = random_logits(2, 4, 6).requires_grad_()
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    loss = kl_divergence(random_logits(2, 4, 6, seed=1), student, mask=mask, kind=kind)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_that_neither_model_can_say_do_no_harm(kind):
+    teacher, student = random_logits(1, 2, 6), random_logits(1, 2, 6, seed=1)
+    impossible = torch.tensor([False] * 5 + [True])
+    leaf = student.masked_fill(impossible, -math.inf).requires_grad_()
+    loss = kl_divergence(teacher.masked_fill(impossible, -math.inf), leaf, kind=kind)
+    loss.backward()
+    smaller = kl_divergence(teacher[..., :5], student[..., :5], kind=kind)
+    assert loss.item() == pytest.approx(smaller.item(), rel=1e-12)
+    assert leaf.grad.isfinite().all()
+
+
+def test_jensen_shannon_stays_finite_where_one_model_is_certain():
+    teacher = torch.tensor([[[0.0, -math.inf]]])
+    student = torch.tensor([[[-math.inf, 0.0]]])
+    loss = kl_divergence(teacher, student, kind="jensen_shannon")
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_the_teacher_is_never_trained_and_no_gradient_is_kept_without_need():
+    teacher, student = random_logits(1, 2, 5).requires_grad_(), random_logits(1, 2, 5, seed=1)
+    assert not kl_divergence(teacher, student).requires_grad
+    with torch.no_grad():
+        assert not kl_divergence(teacher, student.requires_grad_()).requires_grad
+    kl_divergence(teacher, student).backward()
+    assert teacher.grad is None
+
+
+def test_wrong_use_is_named():
+    teacher, student = random_logits(1, 2, 5), random_logits(1, 2, 6)
+    with pytest.raises(ValueError, match="shape"):
+        kl_divergence(teacher, student)
+    with pytest.raises(ValueError, match="temperature"):
+        kl_divergence(teacher, teacher, temperature=0.0)
+    with pytest.raises(ValueError, match="backward"):
+        kl_divergence(teacher, teacher, kind="backward")
+    with pytest.raises(ValueError, match="1 teacher and 0 student"):
+        hidden_state_error([teacher], [])
+
+
+def test_cross_entropy_equals_the_definition():
+    logits, tokens = random_logits(2, 5, 7), torch.tensor([[0, 3, 6, 1, 1], [2, 2, 5, 0, 4]])
+    probability = logits.softmax(-1)
+    terms = [
+        -math.log(probability[b, t, tokens[b, t + 1]].item()) for b in range(2) for t in range(4)
+    ]
+    assert next_token_loss(logits, tokens).item() == pytest.approx(sum(terms) / 8, rel=1e-12)
+    mask = torch.tensor([[True, True, False, True, False], [True, False, False, False, True]])
+    counted = [terms[0], terms[2], terms[7]]
+    masked = next_token_loss(logits, tokens, mask=mask)
+    assert masked.item() == pytest.approx(sum(counted) / 3, rel=1e-12)
+
+
+def test_cross_entropy_of_ignorance_is_the_log_of_the_vocabulary():
+    loss = next_token_loss(torch.zeros(2, 9, 50, dtype=torch.bfloat16), torch.ones(2, 9).long())
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(math.log(50), rel=1e-6)
+
+
+def test_cross_entropy_of_nothing_is_zero():
+    logits, tokens = random_logits(2, 5, 7).requires_grad_(), torch.zeros(2, 5, dtype=torch.long)
+    loss = next_token_loss(logits, tokens, mask=torch.zeros(2, 5, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.abs().max() == 0
+    assert next_token_loss(logits[:, :1], tokens[:, :1]).item() == 0
+
+
+def test_the_last_position_gets_no_gradient():
+    logits = random_logits(2, 5, 7).requires_grad_()
+    next_token_loss(logits, torch.zeros(2, 5, dtype=torch.long)).backward()
+    assert logits.grad[:, -1].abs().max() == 0
+    assert logits.grad[:, :-1].abs().min() > 0
+
+
+def test_hidden_state_error_is_relative_and_flat_at_equality():
+    teacher = [random_logits(2, 3, 4, seed=seed, scale=10.0**seed) for seed in range(3)]
+    ours = [h.clone().requires_grad_() for h in teacher]
+    error = hidden_state_error(teacher, ours)
+    error.backward()
+    assert error.item() == 0
+    assert all(h.grad.abs().max() == 0 for h in ours)
+    # 10% off in every layer, whatever its size, is an error of 0.01.
+    assert hidden_state_error(teacher, [1.1 * h for h in teacher]).item() == pytest.approx(0.01)
