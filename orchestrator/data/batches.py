@@ -1,0 +1,180 @@
+"""Which tokens belong to which step: index arithmetic alone, no reader, no state.
+
+The training tokens are cut into windows of one context. An epoch visits each window once in an order of its own, and its
+cut begins at an offset of its own, so that no token always starts a window. The order is a keyed permutation that computes
+any element by itself (a Feistel network over the next power of four, with values outside walked past), so that step
+one million costs as little as step one and nothing is stored. A step's global batch is the same set of windows in the
+same order whatever the number of workers; each takes its slice. A position is therefore just the number of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.errors import UserError
+
+FEISTEL_ROUNDS = 6
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The windows of every step.
+
+    Args:
+        num_tokens: Length of the flat token array.
+        context_length: Tokens of one sequence.
+        seed: Another seed gives another order.
+
+    Raises:
+        UserError: If there are fewer tokens than one sequence.
+    """
+
+    num_tokens: int
+    context_length: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_one_context(self.num_tokens, self.context_length, "training")
+
+    @property
+    def num_windows(self) -> int:
+        """Sequences of one epoch."""
+        return max(1, (self.num_tokens - self.context_length + 1) // self.context_length)
+
+    def starts(
+        self, step: int, *, global_batch: int, rank: int = 0, world_size: int = 1
+    ) -> np.ndarray:
+        """Return the first token of each sequence of one worker in one step, int64, (global_batch / world_size,).
+
+        Args:
+            step: Counts from 0.
+            global_batch: Sequences of all workers together.
+            rank: This worker, from 0.
+            world_size: All workers.
+
+        Raises:
+            UserError: If the workers cannot share the batch evenly.
+        """
+        if global_batch % world_size or global_batch < 1:
+            raise UserError(
+                f"a step has {global_batch} sequences, which {world_size} workers cannot share evenly; change "
+                "training.num_tokens_per_step or cluster.num_workers"
+            )
+        share = global_batch // world_size
+        first = step * global_batch + rank * share
+        positions = np.arange(first, first + share, dtype=np.int64)
+        starts = np.empty_like(positions)
+        epochs = positions // self.num_windows
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            key = _mix(self.seed * 0x9E3779B97F4A7C15 + int(epoch) + 1)
+            windows = permute(positions[chosen] % self.num_windows, self.num_windows, key)
+            starts[chosen] = windows * self.context_length + self._offset(key)
+        return starts
+
+    def sequences(
+        self,
+        step: int,
+        tokens: np.ndarray,
+        *,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Tensor:
+        """Return one worker's sequences of one step, int64, (global_batch / world_size, context_length).
+
+        Args:
+            tokens: The flat array that the plan was made for.
+
+        See `starts` for the others.
+        """
+        assert len(tokens) == self.num_tokens
+        starts = self.starts(step, global_batch=global_batch, rank=rank, world_size=world_size)
+        return gather(tokens, starts, self.context_length)
+
+    def _offset(self, key: int) -> int:
+        slack = self.num_tokens - self.num_windows * self.context_length
+        return _mix(key) % (min(slack, self.context_length - 1) + 1)
+
+
+def validation_batches(
+    tokens: np.ndarray, *, context_length: int, num_tokens: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Yield the same sequences each time, spread evenly over the tokens, int64, (<= batch_size, context_length).
+
+    Args:
+        tokens: Flat validation tokens.
+        context_length: Tokens of one sequence.
+        num_tokens: Tokens wanted in all, rounded down to whole sequences; all there are if fewer.
+        batch_size: Sequences of one batch.
+
+    Raises:
+        UserError: If there are fewer tokens than one sequence.
+    """
+    check_one_context(len(tokens), context_length, "validation")
+    available = len(tokens) // context_length
+    wanted = min(max(1, num_tokens // context_length), available)
+    starts = np.arange(wanted, dtype=np.int64) * available // wanted * context_length
+    for first in range(0, wanted, batch_size):
+        yield gather(tokens, starts[first : first + batch_size], context_length)
+
+
+def check_one_context(num_tokens: int, context_length: int, name: str) -> None:
+    """Refuse a text that does not fill one sequence.
+
+    Raises:
+        UserError: If `num_tokens` is under `context_length`.
+    """
+    if num_tokens < context_length:
+        raise UserError(
+            f"the {name} text has {num_tokens} tokens, fewer than one sequence of {context_length}; "
+            "give more text or set a smaller model.context_length"
+        )
+
+
+def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+    """Copy the sequences that begin at `starts` out of the flat array, int64, (len(starts), length)."""
+    rows = starts[:, None] + np.arange(length, dtype=np.int64)
+    return torch.from_numpy(tokens[rows].astype(np.int64))
+
+
+def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Return the images of `values` under the permutation of range(size) that `key` chooses.
+
+    Args:
+        values: int64, each in [0, size).
+        size: At least 1.
+        key: Any integer; each gives a permutation of its own.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    keys = [np.uint64(_mix(key + round_)) for round_ in range(1, FEISTEL_ROUNDS + 1)]
+    images = values.astype(np.uint64)
+    outside = np.ones(images.shape, dtype=bool)
+    while outside.any():
+        left, right = images[outside] >> np.uint64(half), images[outside] & low
+        for round_key in keys:
+            left, right = right, left ^ (_mix_array(right ^ round_key) & low)
+        images[outside] = left << np.uint64(half) | right
+        outside = images >= np.uint64(size)
+    return images.astype(np.int64)
+
+
+def _mix(value: int) -> int:
+    # splitmix64's finalizer: every bit of the input changes about half of the output's.
+    value &= _MASK
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
+    return value ^ value >> 31
+
+
+def _mix_array(values: np.ndarray) -> np.ndarray:
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)

@@ -1,0 +1,302 @@
+"""Where documents come from: the embedded text, the user's files, or a data set on the hub.
+
+Every source becomes a stream of documents, so that a corpus larger than memory passes through. A record of a
+`.jsonl` or `.parquet` file or of a data set is a document. A `.txt` file holds documents between
+`<|endoftext|>` marks if it has any; otherwise, a file whose blank-line blocks are mostly a short title line and text
+holds one document a block; otherwise the file is one document. Documents of book length are cut at paragraph
+ends into passages, so that even a single book divides into training and validation. Equal documents count once. The
+split is by hash of the text: a document's side never depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from orchestrator.console import Progress
+from orchestrator.data.embedded import EMBEDDED_VERSION, embedded_documents, embedded_state
+from orchestrator.errors import UserError
+from orchestrator.settings import DataSettings
+
+DOCUMENT_MARK = "<|endoftext|>"
+LONG_DOCUMENT_CHARACTERS = 8000
+PASSAGE_CHARACTERS = 4000
+TITLE_CHARACTERS = 100
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+HUB_HOST = "huggingface.co"
+HUB_PROBE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All documents in memory; for corpora that fit."""
+
+    documents: tuple[Document, ...]
+
+    def split(self, fraction: float) -> tuple[list[Document], list[Document]]:
+        """Return training and validation documents; see `is_validation`."""
+        train = [d for d in self.documents if not is_validation(d.text, fraction)]
+        validation = [d for d in self.documents if is_validation(d.text, fraction)]
+        return train, validation
+
+
+def read_corpus(settings: DataSettings, progress: Progress | None = None) -> Corpus:
+    """Read the whole corpus into memory.
+
+    Raises:
+        UserError: See `read_documents`.
+    """
+    return Corpus(tuple(read_documents(settings, progress)))
+
+
+def read_documents(settings: DataSettings, progress: Progress | None = None) -> Iterator[Document]:
+    """Yield the documents of the source, equal ones once, at most `max_documents`.
+
+    Raises:
+        UserError: If a file is missing, unreadable or of another kind, `text_field` is wrong, or the hub cannot
+            be reached.
+    """
+    progress = progress or Progress()
+    seen: set[bytes] = set()
+    for document in _read_source(settings, progress):
+        text = document.text.strip()
+        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).digest()
+        if text and digest not in seen:
+            seen.add(digest)
+            yield Document(text, document.source)
+            if settings.max_documents is not None and len(seen) >= settings.max_documents:
+                return
+
+
+def is_validation(text: str, fraction: float) -> bool:
+    """Tell whether a document is held out: a hash of its text, read as a number in [0, 1), lies under `fraction`."""
+    digest = hashlib.blake2b(
+        text.encode("utf-8", "replace"), digest_size=8, person=b"split"
+    ).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def source_state(settings: DataSettings) -> Any:
+    """Return a JSON-able value that changes when the source's content does, without reading the content.
+
+    Raises:
+        UserError: If the files do not exist, or the settings name no source.
+    """
+    if settings.source == "python":
+        return ["python", EMBEDDED_VERSION, embedded_state()]
+    if settings.source == "hub":
+        _check_hub_settings(settings)
+        return ["hub", settings.hub_name, settings.hub_config]
+    stats = [(str(path), path.stat()) for path in find_files(settings)]
+    return ["files", [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+
+def find_files(settings: DataSettings) -> list[Path]:
+    """Return the absolute paths that `data.files` names, sorted, each once.
+
+    Raises:
+        UserError: If a pattern matches nothing or a file's kind is not supported.
+    """
+    if not settings.files:
+        raise UserError(
+            "data.source is `files`, but data.files is empty; name text files, such as "
+            "--set 'data.files=[books/*.txt]'"
+        )
+    found: set[Path] = set()
+    for pattern in settings.files:
+        matches = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        files = [path.resolve() for path in matches if path.is_file()]
+        if not files:
+            raise UserError(f"data.files: no file matches {pattern!r} (looked from {Path.cwd()})")
+        found.update(files)
+    for path in sorted(found):
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"data.files: cannot read {path}; the kinds are {', '.join(SUFFIXES)}")
+    return sorted(found)
+
+
+def _read_source(settings: DataSettings, progress: Progress) -> Iterator[Document]:
+    if settings.source == "python":
+        for text, source in embedded_documents(progress):
+            yield Document(text, source)
+    elif settings.source == "hub":
+        yield from _read_hub(settings, progress)
+    else:
+        files = find_files(settings)
+        progress.start("corpus", len(files))
+        for done, path in enumerate(files):
+            for text in _read_file(path, settings.text_field):
+                for passage in cut_long(text):
+                    yield Document(passage, path.name)
+            progress.advance(done + 1, path.name)
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        if path.name.endswith(".txt"):
+            yield from split_text_file(path.read_text(encoding="utf-8-sig"))
+        elif path.name.endswith(".parquet"):
+            yield from _read_parquet(path, text_field)
+        else:
+            yield from _read_json_lines(path, text_field)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def split_text_file(text: str) -> list[str]:
+    """Return the documents of a text file; the rule stands at the top of this module."""
+    text = text.replace("\r\n", "\n")
+    if DOCUMENT_MARK in text:
+        return text.split(DOCUMENT_MARK)
+    blocks = [block.strip().split("\n") for block in text.split("\n\n") if block.strip()]
+    titled = [block for block in blocks if len(block) > 1 and len(block[0]) <= TITLE_CHARACTERS]
+    # Hard-wrapped paragraphs have first lines as long as the others; titles are short.
+    if len(blocks) > 2 and len(titled) >= 0.9 * len(blocks):
+        first = median(len(block[0]) for block in titled)
+        longest = median(max(map(len, block[1:])) for block in titled)
+        if first < 0.6 * longest:
+            return ["\n".join(block) for block in blocks]
+    return [text]
+
+
+def cut_long(text: str) -> Iterator[str]:
+    """Yield a document as it is, or in passages that end with a paragraph if it is of book length."""
+    if len(text) <= LONG_DOCUMENT_CHARACTERS:
+        yield text
+        return
+    separator = "\n\n" if "\n\n" in text else "\n"
+    passage: list[str] = []
+    size = 0
+    for paragraph in text.split(separator):
+        passage.append(paragraph)
+        size += len(paragraph) + len(separator)
+        if size >= PASSAGE_CHARACTERS:
+            yield separator.join(passage)
+            passage, size = [], 0
+    if passage:
+        yield separator.join(passage)
+
+
+def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise UserError(
+                    f"{path}, line {number} is not JSON; each line holds one object"
+                ) from None
+            yield _text_of(record, text_field, f"{path}, line {number}")
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if text_field not in file.schema_arrow.names:
+            raise UserError(_no_field(text_field, file.schema_arrow.names, str(path)))
+        for batch in file.iter_batches(columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                yield _text_of({text_field: text or ""}, text_field, str(path))
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _text_of(record: Any, text_field: str, place: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{place} holds a {type(record).__name__}, not an object with a field {text_field!r}"
+        )
+    if text_field not in record:
+        raise UserError(_no_field(text_field, list(record), place))
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{place}: the field {text_field!r} holds a {type(text).__name__}, not text"
+        )
+    return text
+
+
+def _no_field(text_field: str, names: list[str], place: str) -> str:
+    return (
+        f"{place} has no field {text_field!r} but {', '.join(map(repr, names)) or 'none at all'}; "
+        "name the one with the text by --set data.text_field=NAME"
+    )
+
+
+def _check_hub_settings(settings: DataSettings) -> None:
+    if not settings.hub_name:
+        raise UserError(
+            "data.source is `hub`, but data.hub_name is empty; name a data set, such as "
+            "--set data.hub_name=cerebras/SlimPajama-627B"
+        )
+
+
+def _read_hub(settings: DataSettings, progress: Progress) -> Iterator[Document]:
+    _check_hub_settings(settings)
+    check_hub(f"the data set {settings.hub_name}")
+    import datasets
+
+    progress.start("corpus", settings.max_documents)
+    try:
+        stream = datasets.load_dataset(
+            settings.hub_name, settings.hub_config, split="train", streaming=True
+        )
+        for number, record in enumerate(stream):
+            place = f"{settings.hub_name}, record {number}"
+            for passage in cut_long(_text_of(record, settings.text_field, place)):
+                yield Document(passage, settings.hub_name)
+            progress.advance(number + 1, settings.hub_name)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises dozens of kinds
+        raise UserError(
+            f"cannot read the data set {settings.hub_name} from the hub: {' '.join(str(error).split())}"
+        ) from None
+
+
+def check_hub(wanted: str) -> None:
+    """Ask whether the hub can be reached, instead of half a minute of retries when it cannot.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    advice = f"{wanted} needs the hub; use data.source=files with files of this machine, or python"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise UserError(f"{advice}: HF_HUB_OFFLINE is set")
+    if (
+        os.environ.get("HF_ENDPOINT")
+        or os.environ.get("HTTPS_PROXY")
+        or os.environ.get("https_proxy")
+    ):
+        return  # reached another way than by name; the client reports its own failure
+    try:
+        socket.create_connection((HUB_HOST, 443), timeout=HUB_PROBE_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"{advice}: {HUB_HOST} cannot be reached ({error})") from None

@@ -1,0 +1,90 @@
+"""Text to tokens: a byte-level BPE trained on the corpus, or one that exists.
+
+Byte-level means that any text has tokens and no token stands for "unknown". Training takes the most frequent pairs
+of the training text alone (never of the held-out documents) and gives the same file for the same text. The end-of-text
+token closes every document; in a trained tokenizer it has id 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from orchestrator.data.corpus import check_hub
+from orchestrator.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+HUB_PREFIX = "hub:"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE.
+
+    Args:
+        texts: The training documents.
+        vocab_size: Entries wanted; a short text may give fewer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """Load a `tokenizer.json` (or the folder that holds one), or `hub:NAME`.
+
+    Raises:
+        UserError: If it is missing or damaged, or the hub cannot be reached.
+    """
+    text = str(name)
+    if text.startswith(HUB_PREFIX):
+        repository = text[len(HUB_PREFIX) :]
+        check_hub(f"the tokenizer {repository}")
+        try:
+            return Tokenizer.from_pretrained(repository)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"cannot load the tokenizer {text}: {error}") from None
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"there is no tokenizer at {path}; data.tokenizer takes `train`, the path of a tokenizer.json, or hub:NAME"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(
+            f"{path} is not a tokenizer.json of the tokenizers library: {error}"
+        ) from None
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Return the id of the token that ends a document.
+
+    Raises:
+        UserError: If the tokenizer has none of the known ones.
+    """
+    for token in KNOWN_ENDS:
+        token_id = tokenizer.token_to_id(token)
+        if token_id is not None:
+            return int(token_id)
+    raise UserError(
+        f"the tokenizer has no end-of-text token; one of {', '.join(KNOWN_ENDS)} is needed"
+    )
+
+
+def num_token_ids(tokenizer: Tokenizer) -> int:
+    """Return the number of ids, gaps included: the rows that an embedding needs."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -1,0 +1,88 @@
+"""Stage `prepare`: from the source to token shards, once.
+
+Finished work is found by the source's key: the settings and a state of the source that needs no reading of its content
+(names, sizes and times of files; the Python's own files). The key leads through a small file to the folder, whose name
+is the fingerprint of the content. A stop at any point leaves only a temporary folder, which the next call removes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+
+from orchestrator.console import Progress
+from orchestrator.data.corpus import read_documents, source_state
+from orchestrator.data.tokenizer import HUB_PREFIX
+from orchestrator.data.tokens import is_complete, open_tokens, write_tokens
+from orchestrator.provenance import content_key
+from orchestrator.settings import DataSettings
+from orchestrator.workspace import Workspace, read_json, write_json
+
+
+def prepare(settings: DataSettings, workspace: Workspace, progress: Progress | None = None) -> Path:
+    """Return the folder of tokens for these settings, made if it is missing.
+
+    Args:
+        settings: Source, split and tokenizer.
+        workspace: Where the tokens live.
+        progress: Told what is going on.
+
+    Raises:
+        UserError: If the source is missing, empty or unreadable.
+    """
+    progress = progress or Progress()
+    pointer = workspace.tokens / "sources" / f"{source_key(settings)}.json"
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(pointer.with_suffix(".lock")):
+        found = read_json(pointer)
+        if found is not None and is_complete(workspace.tokens / found["fingerprint"]):
+            folder = workspace.tokens / found["fingerprint"]
+            progress.start("corpus")
+            progress.finish(f"{describe(folder)}, found again")
+            return folder
+        _remove_leftovers(workspace.tokens)
+        folder = write_tokens(
+            workspace.tokens, read_documents(settings, progress), settings, progress
+        )
+        write_json(
+            pointer, {"fingerprint": folder.name, "settings": settings.model_dump(mode="json")}
+        )
+        progress.finish(describe(folder))
+    return folder
+
+
+def source_key(settings: DataSettings) -> str:
+    """Return the key of settings and source; it changes when the source's content does.
+
+    Raises:
+        UserError: If the source's files do not exist.
+    """
+    tokenizer_state = None
+    path = Path(settings.tokenizer).expanduser()
+    if (
+        settings.tokenizer != "train"
+        and not settings.tokenizer.startswith(HUB_PREFIX)
+        and path.is_file()
+    ):
+        tokenizer_state = [path.stat().st_size, path.stat().st_mtime_ns]
+    return content_key(settings.model_dump(mode="json"), source_state(settings), tokenizer_state)
+
+
+def describe(folder: Path) -> str:
+    """Return one line about a folder of tokens, such as for the end of a stage."""
+    manifest = open_tokens(folder).manifest
+    train, validation = manifest["train"], manifest["validation"]
+    return (
+        f"{train['documents'] + validation['documents']:,} documents, {train['tokens']:,} tokens to train on, "
+        f"{validation['tokens']:,} held out, vocabulary {manifest['vocab_size']:,}"
+    )
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for folder in parent.glob(".writing-*.tmp"):
+        process = folder.name.removeprefix(".writing-").removesuffix(".tmp")
+        if process != str(os.getpid()) and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
