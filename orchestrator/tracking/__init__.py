@@ -1,0 +1,17 @@
+"""The only door to MLflow: runs found again by their key, written to in batches, never in
+training's way.
+
+Losses go to a journal on disk first (`orchestrator.journal`); `TrackedRun.mirror` copies what is
+new into MLflow, from an offset that is stored in the run itself, so that a lost store is simply
+filled again. When a server does not answer, the caller is told once, the operation goes to the
+outbox and the work goes on; `Tracking.replay` delivers it later. `store.py` alone imports MLflow.
+
+Own client calls instead of MLflow's fluent API or Ray's callback: those raise into training, block
+for minutes on a dead server, and make a second run of every trial that is resumed.
+"""
+
+from orchestrator.tracking.identity import RunIdentity
+from orchestrator.tracking.links import ChartView, Links
+from orchestrator.tracking.tracker import TrackedRun, Tracking, open_tracking
+
+__all__ = ["ChartView", "Links", "RunIdentity", "TrackedRun", "Tracking", "open_tracking"]

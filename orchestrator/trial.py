@@ -1,0 +1,133 @@
+"""What a trial leaves behind: one value that tables, fronts, reports and MLflow all read.
+
+A trial is one iteration schedule distilled and measured once; the full model (`teacher`) and models
+trained from scratch for comparison (`reference`: vanilla, r = 0) have the same form, so that a
+front can hold all three. Numbers lie in three flat mappings whose names are those of the tracked
+metrics: `cost["evaluations"]` is the metric `cost/evaluations`. A name that a trial lacks stays
+out; readers ask with `value`, which answers None.
+
+Usual names. cost: evaluations, relative_evaluations, flops_per_token, relative_flops,
+kv_bytes_per_token, weight_bytes_per_token, num_parameters, decode_ms_per_token, decode_ms_spread.
+quality: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr, validation_loss, and
+`TASK/METRIC` for each task. train: steps, tokens, flops, seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from orchestrator.errors import UserError
+
+Role = Literal["trial", "teacher", "reference"]
+ROLES = ("trial", "teacher", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One model, what it costs and how good it is.
+
+    Raises:
+        ValueError: If the role is none of the three.
+    """
+
+    key: str
+    """Content key of all that determines the result."""
+    role: Role
+    """`trial`, `teacher` (the full model) or `reference` (trained from scratch for comparison)."""
+    method: str
+    """Registry key of the method: iiet, vanilla, pcformer."""
+    schedule: tuple[int, ...] | None = None
+    """Corrections per layer; None where the method has none."""
+    label: str = ""
+    """What tables and pictures call it, such as `threshold 0.004` or `vanilla`."""
+    threshold_above: float | None = None
+    """Thresholds above this, and up to `threshold_up_to`, give this schedule."""
+    threshold_up_to: float | None = None
+    """Largest threshold that gives this schedule; infinity when no correction is left to drop."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """Inference cost, lower is better."""
+    quality: dict[str, float] = field(default_factory=dict)
+    """Accuracy and losses, with standard errors as `NAME_stderr`."""
+    train: dict[str, float] = field(default_factory=dict)
+    """What making it took: steps, tokens, FLOPs, seconds."""
+    checkpoint: str | None = None
+    """Folder of its weights."""
+    parent: str | None = None
+    """Key of the model it was distilled from."""
+    run_id: str | None = None
+    """MLflow run that holds it."""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
+
+    def value(self, name: str) -> float | None:
+        """Return a number by its tracked name (`cost/evaluations`); None if not measured."""
+        group, _, key = name.partition("/")
+        values: Mapping[str, float] = {
+            "cost": self.cost,
+            "quality": self.quality,
+            "train": self.train,
+        }.get(group, {})
+        number = values.get(key)
+        return None if number is None or number != number else float(number)
+
+    @property
+    def schedule_text(self) -> str:
+        """The iteration schedule as it is typed: `2,2,1,1`; empty where there is none."""
+        return ",".join(str(r) for r in self.schedule or ())
+
+    @property
+    def name(self) -> str:
+        """What to call it where there is room for one name: the label, else method and schedule."""
+        return self.label or " ".join(part for part in (self.method, self.schedule_text) if part)
+
+    def metrics(self) -> dict[str, float]:
+        """Return every number under its tracked name: `cost/*`, `quality/*`, `train/*`."""
+        groups = {"cost": self.cost, "quality": self.quality, "train": self.train}
+        return {
+            f"{group}/{name}": float(number)
+            for group, values in groups.items()
+            for name, number in values.items()
+            if number is not None
+        }
+
+    def params(self) -> dict[str, str]:
+        """Return the tracked parameters: method, schedule, one `r_NN` a layer, threshold."""
+        params = {"method": self.method, "role": self.role, "label": self.name}
+        if self.schedule is not None:
+            params["schedule"] = self.schedule_text
+            params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(self.schedule, start=1)}
+        if self.threshold_up_to is not None:
+            params["threshold"] = f"{self.threshold_up_to:.6g}"
+        if self.threshold_above is not None:
+            params["threshold_above"] = f"{self.threshold_above:.6g}"
+        if self.checkpoint:
+            params["checkpoint"] = self.checkpoint
+        return params
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; `from_dict` is its inverse."""
+        return asdict(self) | {"schedule": None if self.schedule is None else list(self.schedule)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:
+        """Rebuild a result.
+
+        Raises:
+            UserError: If a name is unknown or missing, as in a file of another version or a damaged
+                one.
+        """
+        known = {item.name for item in fields(cls)}
+        required = {"key", "role", "method"}
+        problems = [f"unknown: {name}" for name in values if name not in known]
+        problems += [f"missing: {name}" for name in sorted(required - set(values))]
+        if problems:
+            raise UserError(
+                f"no readable trial result ({'; '.join(problems)}); delete it and run the sweep "
+                "again"
+            )
+        schedule = values.get("schedule")
+        return cls(**{**values, "schedule": None if schedule is None else tuple(schedule)})

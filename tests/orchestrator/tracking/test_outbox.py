@@ -1,0 +1,38 @@
+"""The outbox keeps every operation once, in order, through crashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.tracking.outbox import Outbox, Record
+
+
+def records(*numbers: int) -> list[Record]:
+    return [{"operation": "metrics", "number": n} for n in numbers]
+
+
+def test_drain_stops_at_the_first_that_is_not_taken(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    for record in records(1, 2, 3):
+        outbox.add(record)
+    assert outbox.drain(lambda record: record["number"] < 2) == 1
+    assert outbox.records() == records(2, 3)
+    assert outbox.drain(lambda record: True) == 2
+    assert outbox.records() == []
+
+
+def test_an_equal_operation_waits_once_and_last(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    for record in records(1, 2, 1):
+        outbox.add(record)
+    assert outbox.records() == records(2, 1)
+
+
+def test_a_line_cut_off_by_a_crash_is_skipped(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.add(records(1)[0])
+    with outbox.path.open("a") as file:
+        file.write('{"operation": "met')
+    assert Outbox(tmp_path).records() == records(1)
+    outbox.add(records(2)[0])
+    assert outbox.records() == records(1, 2)

@@ -1,0 +1,204 @@
+"""Runs are made once, filled from journals as often as wanted, and survive a store that is away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestrator.errors import UserError
+from orchestrator.journal import Journal
+from orchestrator.tracking import TrackedRun, Tracking, open_tracking
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import Workspace, open_workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    # One store for all tests of the module: making a database takes seconds.
+    return open_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture
+def tracking(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracking]:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return open_tracking(workspace, warn=pytest.fail)
+
+
+def stored(tracking: Tracking, run: TrackedRun) -> Run:
+    assert run.run_id is not None
+    return tracking.store.connect().get_run(run.run_id)
+
+
+def client(tracking: Tracking) -> MlflowClient:
+    return tracking.store.connect()
+
+
+def test_a_key_has_one_run_and_nested_runs_one_for_each_parent(tracking: Tracking) -> None:
+    sweep = tracking.run("one-run", name="sweep", kind="sweep")
+    other = tracking.run("another", name="sweep", kind="sweep")
+    trial = tracking.run("t", name="trial", kind="trial", parent=sweep)
+    again = tracking.run("t", name="trial", kind="trial", parent=sweep.identity)
+    elsewhere = tracking.run("t", name="trial", kind="trial", parent=other.run_id)
+    assert tracking.run("one-run", name="renamed", kind="sweep").run_id == sweep.run_id
+    assert again.run_id == trial.run_id
+    assert elsewhere.run_id != trial.run_id
+    assert stored(tracking, trial).data.tags["mlflow.parentRunId"] == sweep.run_id
+    assert stored(tracking, trial).data.tags["iiet.kind"] == "trial"
+
+
+def test_mirror_copies_each_record_once(tracking: Tracking, tmp_path: Path) -> None:
+    run = tracking.run("mirror", name="m", kind="pretrain")
+    journal = Journal(tmp_path)
+    journal.metrics(10, {"train/loss": 5.0, "train/acc,none": 0.5})
+    journal.event("checkpoint", step=10)
+    run.mirror(tmp_path)
+    run.mirror(tmp_path)
+    journal.metrics(20, {"train/loss": 4.0})
+    run.mirror(tmp_path)
+    journal.close()
+    assert run.run_id is not None
+    history = client(tracking).get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 5.0), (20, 4.0)]
+    assert stored(tracking, run).data.metrics["train/acc_none"] == 0.5
+
+
+def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
+    sweep = tracking.run("nesting", name="sweep", kind="sweep")
+    result = TrialResult(
+        key="trial-key",
+        role="trial",
+        method="iiet",
+        schedule=(1, 0),
+        threshold_up_to=0.25,
+        cost={"evaluations": 3},
+        quality={"accuracy": 0.5},
+    )
+    for _ in range(2):
+        run = tracking.trial(result, parent=sweep, sweep="nesting")
+    found = stored(tracking, run)
+    assert found.data.params["r_01"] == "1"
+    assert found.data.params["schedule"] == "1,0"
+    assert found.data.params["threshold"] == "0.25"
+    assert found.data.metrics == {"cost/evaluations": 3.0, "quality/accuracy": 0.5}
+    assert found.data.tags["iiet.sweep"] == "nesting"
+    assert found.info.status == "FINISHED"
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_stays(tracking: Tracking) -> None:
+    run = tracking.run("states", name="s", kind="pretrain")
+    run.finish("KILLED")
+    assert stored(tracking, tracking.run("states", name="s", kind="pretrain")).info.status == (
+        "RUNNING"
+    )
+    run.finish()
+    ended = stored(tracking, run).info.end_time
+    again = tracking.run("states", name="s", kind="pretrain")
+    again.finish()
+    assert stored(tracking, again).info.status == "FINISHED"
+    assert stored(tracking, again).info.end_time == ended
+
+
+def test_a_parameter_keeps_its_first_value(tracking: Tracking) -> None:
+    run = tracking.run("params", name="p", kind="pretrain", params={"seed": 1})
+    run.log_params({"seed": 2, **{f"setting.{n}": n for n in range(150)}})
+    params = stored(tracking, run).data.params
+    assert params["seed"] == "1"
+    assert params["setting.149"] == "149"
+
+
+def test_a_table_written_again_is_replaced(
+    tracking: Tracking, workspace: Workspace, tmp_path: Path
+) -> None:
+    run = tracking.run("table", name="t", kind="sweep")
+    run.log_table([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}], "front/table.json")
+    run.log_table([{"a": 3, "b": "z"}], "front/table.json")
+    assert run.run_id is not None
+    path = client(tracking).download_artifacts(run.run_id, "front/table.json", str(tmp_path))
+    assert json.loads(Path(path).read_text()) == {"columns": ["a", "b"], "data": [[3, "z"]]}
+    tables = json.loads(stored(tracking, run).data.tags["mlflow.loggedArtifacts"])
+    assert tables == [{"path": "front/table.json", "type": "table"}]
+    # Artifacts lie in the workspace, not in ./mlruns of the current directory.
+    assert list(workspace.artifacts.rglob("table.json"))
+
+
+def test_artifacts_and_note(tracking: Tracking, tmp_path: Path) -> None:
+    run = tracking.run("artifacts", name="a", kind="sweep")
+    (tmp_path / "front.csv").write_text("a,b\n")
+    run.log_artifact(tmp_path / "front.csv", "front")
+    run.note("**hello**")
+    assert run.run_id is not None
+    paths = [file.path for file in client(tracking).list_artifacts(run.run_id, "front")]
+    assert paths == ["front/front.csv"]
+    assert stored(tracking, run).data.tags["mlflow.note.content"] == "**hello**"
+
+
+def test_what_the_store_refuses_is_told_and_not_kept(workspace: Workspace, tmp_path: Path) -> None:
+    told: list[str] = []
+    tracking = open_tracking(workspace, warn=told.append)
+    run = tracking.run("refused", name="r", kind="sweep")
+    run.log_artifact(tmp_path / "missing.png")
+    assert len(told) == 1
+    assert "missing.png" in told[0]
+    assert tracking.outbox.records() == []
+    run.log_metrics({"still": 1.0})
+    assert stored(tracking, run).data.metrics == {"still": 1.0}
+
+
+def test_a_dead_server_costs_one_warning_and_replay_delivers(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    told: list[str] = []
+    tracking = open_tracking(workspace, warn=told.append)
+    sweep = tracking.run("dead", name="sweep", kind="sweep", params={"seed": 3})
+    trial = tracking.run("dead-trial", name="trial", kind="trial", parent=sweep)
+    with_journal = Journal(tmp_path)
+    with_journal.metrics(1, {"train/loss": 2.0})
+    with_journal.close()
+    trial.mirror(tmp_path)
+    trial.mirror(tmp_path)
+    trial.finish()
+    assert trial.run_id is None
+    assert len(told) == 1
+    assert "iiet-orch sync" in told[0]
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    back = open_tracking(workspace, warn=pytest.fail)
+    assert back.replay() == 4
+    assert back.outbox.records() == []
+    found = stored(back, back.run("dead-trial", name="trial", kind="trial", parent=sweep.identity))
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics == {"train/loss": 2.0}
+    parent = client(back).get_run(found.data.tags["mlflow.parentRunId"])
+    assert parent.data.params == {"seed": "3"}
+
+
+def test_a_store_that_cannot_be_opened_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = open_workspace(tmp_path)
+    (tmp_path / "mlflow.db").write_text("this is no database, but it is long enough to look at\n")
+    with pytest.raises(UserError, match=r"mlflow\.db.*not a database.*move the file away"):
+        open_tracking(workspace)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    with pytest.raises(UserError, match="sqlite:///FILE"):
+        open_tracking(workspace)
+
+
+def test_pending_operations_are_plain_json(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracking = open_tracking(workspace, warn=lambda text: None)
+    tracking.run("plain", name="p", kind="sweep").log_metrics({"hypervolume": 0.5})
+    lines = [json.loads(line) for line in tracking.outbox.path.read_text().splitlines()]
+    assert [line["operation"] for line in lines] == ["describe", "metrics"]
+    tracking.outbox.path.unlink()
