@@ -1,0 +1,160 @@
+"""The IIAD objective: a student under a cheaper iteration schedule learns from its full teacher.
+
+In: student, teacher and a batch of tokens. Out: the loss and its parts, for any training loop. The
+student starts as the same weights under fewer corrections; the teacher keeps a copy of its own, so
+that the optimizer, which works in place, cannot move both. Pruning without distillation is this
+objective never applied; training without a teacher is `kl_weight=0`, which runs no teacher at all.
+
+Cost per step: the student's forward and backward, and the teacher's forward.
+Source: IIAD (IIET paper), weight, temperature and the window of steps from the authors' code;
+reverse and Jensen-Shannon divergence and the hidden-state term: this project.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from iiet.losses import DivergenceKind, hidden_state_error, kl_divergence, next_token_loss
+
+__all__ = ["DistillationConfig", "distillation_loss", "frozen_teacher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How much of what the student learns from its teacher.
+
+    Raises:
+        ValueError: naming every field that is out of range.
+    """
+
+    kl_weight: float = 1.0
+    """Weight of the divergence from the teacher beside the cross-entropy; 0 turns it off."""
+    temperature: float = 1.0
+    """Softens both distributions of the divergence; above 0."""
+    divergence: DivergenceKind = "forward"
+    """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
+    hidden_weight: float = 0.0
+    """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
+    start_step: int = 0
+    """First step with a teacher; plain cross-entropy before."""
+    end_step: int | None = None
+    """First step without a teacher again; None: never."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 0, got {getattr(self, name)}"
+            for name in ("kl_weight", "hidden_weight", "start_step")
+            if not getattr(self, name) >= 0
+        ]
+        if not self.temperature > 0:
+            problems.append(f"temperature must be above 0, got {self.temperature}")
+        if self.divergence not in get_args(DivergenceKind):
+            problems.append(
+                f"divergence must be one of {get_args(DivergenceKind)}, got {self.divergence!r}"
+            )
+        if self.end_step is not None and self.end_step < self.start_step:
+            problems.append(
+                f"end_step must not lie before start_step={self.start_step}, got {self.end_step}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def uses_teacher(self, step: int) -> bool:
+        """Tell whether the teacher has a say at this step (counted from 0)."""
+        inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
+        return inside and (self.kl_weight > 0 or self.hidden_weight > 0)
+
+
+Model = Callable[..., Any]
+"""`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
+A decoder, one wrapped for several workers, or anything that looks up a teacher's stored logits."""
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def frozen_teacher(decoder: ModuleT) -> ModuleT:
+    """Copy a model for teaching: own storage, eval mode, no gradients.
+
+    `Decoder.with_schedule` shares its parameters; a student made so would drag its teacher along.
+    """
+    return copy.deepcopy(decoder).requires_grad_(False).eval()
+
+
+def distillation_loss(
+    student: Model,
+    teacher: Model | None,
+    input_ids: Tensor,
+    *,
+    config: DistillationConfig,
+    step: int = 0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute `cross_entropy + kl_weight * KL(teacher || student) + hidden_weight * error`.
+
+    Args:
+        student: the model in training; called once.
+        teacher: the model under the full schedule; run without gradients, and only at steps where
+            it has a say. May be None if it never has one.
+        input_ids: (batch, time) of integers.
+        config: weights, temperature, divergence and window.
+        step: the training step, counted from 0, for the window.
+
+    Returns:
+        The loss, a scalar, and its unweighted parts `cross_entropy`, `kl` and `hidden` (those that
+        count at this step), detached scalars on the model's device.
+
+    Raises:
+        ValueError: the teacher has a say and is None.
+    """
+    if not config.uses_teacher(step):
+        loss = next_token_loss(student(input_ids), input_ids)
+        return loss, {"cross_entropy": loss.detach()}
+    if teacher is None:
+        raise ValueError(
+            f"step {step} needs a teacher, got None; set kl_weight and hidden_weight 0"
+        )
+    with_hidden = config.hidden_weight > 0
+    teacher_logits, teacher_hidden = _run_teacher(teacher, input_ids, with_hidden)
+    logits, hidden = _run(student, input_ids, with_hidden)
+
+    parts: dict[str, Tensor] = {}
+    loss = logits.new_zeros((), dtype=torch.float32)
+    if config.kl_weight > 0:
+        parts["kl"] = kl_divergence(
+            teacher_logits,
+            logits,
+            temperature=config.temperature,
+            kind=config.divergence,
+        )
+        loss = loss + config.kl_weight * parts["kl"]
+    # With a large vocabulary these logits weigh more than the model: free them before the
+    # cross-entropy stores a tensor of the same size.
+    del teacher_logits
+    if with_hidden:
+        parts["hidden"] = hidden_state_error(teacher_hidden, hidden)
+        loss = loss + config.hidden_weight * parts["hidden"]
+    parts["cross_entropy"] = next_token_loss(logits, input_ids)
+    loss = loss + parts["cross_entropy"]
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if not with_hidden:
+        return model(input_ids), ()
+    logits, hidden = model(input_ids, return_hidden=True)
+    return logits, tuple(hidden)
+
+
+def _run_teacher(
+    teacher: Model, input_ids: Tensor, with_hidden: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if isinstance(teacher, nn.Module) and teacher.training:
+        teacher.eval()
+    with torch.no_grad():
+        return _run(teacher, input_ids, with_hidden)

@@ -1,0 +1,169 @@
+"""The objective is the sum it says, its teacher never moves, and it does teach."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
+from iiet.schedule import IterationSchedule
+
+TOKENS = torch.randint(0, 32, (4, 12), generator=torch.Generator().manual_seed(3))
+
+
+def full_decoder():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=32,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        ffn_dim=24,
+        context_length=16,
+        schedule=IterationSchedule((2, 2)),
+        initializer_std=0.2,
+    )
+    return Decoder(config)
+
+
+def teacher_and_student():
+    teacher = frozen_teacher(full_decoder())
+    return teacher, full_decoder().with_schedule(IterationSchedule((1, 0)))
+
+
+class Forbidden(torch.nn.Module):
+    """A teacher that must not be asked."""
+
+    def forward(self, input_ids, **options):
+        raise AssertionError("the teacher was run")
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_the_loss_is_the_weighted_sum_of_its_parts(divergence):
+    teacher, student = teacher_and_student()
+    config = DistillationConfig(
+        kl_weight=0.7, temperature=2.0, divergence=divergence, hidden_weight=0.3
+    )
+    loss, parts = distillation_loss(student, teacher, TOKENS, config=config)
+    theirs, their_hidden = teacher(TOKENS, return_hidden=True)
+    ours, our_hidden = student(TOKENS, return_hidden=True)
+    expected = {
+        "cross_entropy": next_token_loss(ours, TOKENS),
+        "kl": kl_divergence(theirs, ours, temperature=2.0, kind=divergence),
+        "hidden": hidden_state_error(their_hidden, our_hidden),
+    }
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(
+        {name: part.item() for name, part in expected.items()}
+    )
+    total = expected["cross_entropy"] + 0.7 * expected["kl"] + 0.3 * expected["hidden"]
+    assert loss.item() == pytest.approx(total.item())
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_a_student_equal_to_its_teacher_has_only_cross_entropy_and_its_gradient():
+    teacher = frozen_teacher(full_decoder())
+    gradients = []
+    for config in (
+        DistillationConfig(kl_weight=5.0, hidden_weight=5.0),
+        DistillationConfig(kl_weight=0.0),
+    ):
+        student = full_decoder()
+        loss, parts = distillation_loss(student, teacher, TOKENS, config=config)
+        loss.backward()
+        assert loss.item() == pytest.approx(parts["cross_entropy"].item())
+        gradients.append([parameter.grad for parameter in student.parameters()])
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_without_weight_or_outside_its_window_no_teacher_runs():
+    student = full_decoder()
+    plain = next_token_loss(student(TOKENS), TOKENS).item()
+    window = DistillationConfig(start_step=3, end_step=5)
+    for config, step in [(DistillationConfig(kl_weight=0.0), 0), (window, 2), (window, 5)]:
+        loss, parts = distillation_loss(student, Forbidden(), TOKENS, config=config, step=step)
+        assert loss.item() == plain
+        assert list(parts) == ["cross_entropy"]
+        distillation_loss(student, None, TOKENS, config=config, step=step)
+    assert [step for step in range(8) if window.uses_teacher(step)] == [3, 4]
+    for step in (3, 4):
+        with pytest.raises(AssertionError, match="was run"):
+            distillation_loss(student, Forbidden(), TOKENS, config=window, step=step)
+        with pytest.raises(ValueError, match="teacher"):
+            distillation_loss(student, None, TOKENS, config=window, step=step)
+
+
+def test_the_teacher_shares_nothing_that_the_optimizer_touches():
+    decoder = full_decoder()
+    teacher = frozen_teacher(decoder)
+    student = decoder.with_schedule(IterationSchedule((0, 0)))
+    before = copy.deepcopy(teacher.state_dict())
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
+    loss, _ = distillation_loss(student, teacher, TOKENS, config=DistillationConfig())
+    loss.backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    ours = {parameter.data_ptr() for parameter in student.parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in teacher.parameters()}
+
+
+def test_the_teacher_is_asked_in_eval_mode_and_the_student_once():
+    calls = []
+
+    class Listening(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids):
+            calls.append((self.training, torch.is_grad_enabled()))
+            return self.inner(input_ids)
+
+    teacher, student = (Listening(model).train() for model in teacher_and_student())
+    distillation_loss(student, teacher, TOKENS, config=DistillationConfig())
+    assert sorted(calls) == [(False, False), (True, True)]
+
+
+def test_distillation_pulls_the_student_to_its_teacher():
+    teacher, student = teacher_and_student()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    divergences = []
+    for step in range(30):
+        loss, parts = distillation_loss(
+            student, teacher, TOKENS, config=DistillationConfig(kl_weight=20.0), step=step
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        divergences.append(parts["kl"].item())
+    assert divergences[-1] < 0.3 * divergences[0]
+
+
+def test_low_precision_and_double_work():
+    teacher, student = teacher_and_student()
+    config = DistillationConfig(hidden_weight=1.0)
+    exact, _ = distillation_loss(
+        copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), TOKENS, config=config
+    )
+    assert exact.dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, _ = distillation_loss(student, teacher, TOKENS, config=config)
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=0.02)
+    rough.backward()
+
+
+def test_every_problem_of_a_config_is_reported_at_once():
+    with pytest.raises(ValueError, match=r"kl_weight.*start_step.*temperature.*divergence"):
+        DistillationConfig(kl_weight=-1.0, temperature=0.0, divergence="sideways", start_step=-3)
+    with pytest.raises(ValueError, match="end_step"):
+        DistillationConfig(start_step=5, end_step=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DistillationConfig().kl_weight = 2.0
