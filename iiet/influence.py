@@ -1,0 +1,263 @@
+"""Influence: how much each correction of each layer matters, measured on a calibration set.
+
+In: a decoder and batches of tokens. Out: one number per layer and correction, with its standard
+error over batches. Two metrics compare consecutive evaluations of a layer and cost one forward per
+batch; the third removes one correction at a time and costs one forward per correction, but measures
+what one really wants to know.
+
+An accumulator keeps one row set per batch, a few hundred numbers, and sums them with `math.fsum`,
+whose result does not depend on the order. So any number of workers, merged in any order, give the
+same table to the last bit. Source: definitions of DESIGN's section 3; this project.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from iiet.decoder import Decoder
+from iiet.losses import next_token_loss
+from iiet.schedule import IterationSchedule, suffix_maxima
+
+__all__ = ["InfluenceAccumulator", "InfluenceMetric", "InfluenceTable", "influence_table"]
+
+InfluenceMetric = Literal["cosine", "relative", "loss"]
+
+Rows = tuple[tuple[float, ...], ...]
+"""One row per layer, one number per correction; rows differ in length as the layers do."""
+
+
+@dataclass(frozen=True)
+class InfluenceTable:
+    """The influence of each correction, and how sure it is."""
+
+    metric: InfluenceMetric
+    """What was measured."""
+    values: Rows
+    """Influence per layer and correction; larger matters more. `loss` may be negative."""
+    errors: Rows
+    """Standard error of each value over batches; NaN when there was one batch only."""
+    num_tokens: int
+    """Tokens that the means run over (for `loss`, those that were predicted)."""
+
+    @property
+    def schedule(self) -> IterationSchedule:
+        """The iteration schedule under which this was measured."""
+        return IterationSchedule(tuple(len(row) for row in self.values))
+
+    def rows(self) -> Rows:
+        """Return the values, as `iiet.schedule` takes them."""
+        return self.values
+
+    def suffix_maxima(self) -> Rows:
+        """Return `M[l, i] = max_{k>=i} I[l, k]`, on which thresholds act."""
+        return tuple(suffix_maxima(row) for row in self.values)
+
+    def padded(self) -> Rows:
+        """Return the values as a rectangle, with NaN for corrections that do not exist."""
+        width = self.schedule.max_corrections
+        return tuple((*row, *[math.nan] * (width - len(row))) for row in self.values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; an unknown error becomes None."""
+        errors = [[None if math.isnan(e) else e for e in row] for row in self.errors]
+        return {
+            "metric": self.metric,
+            "values": [list(row) for row in self.values],
+            "errors": errors,
+            "num_tokens": self.num_tokens,
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> InfluenceTable:
+        """Build a table from plain values; the inverse of `to_dict`."""
+        errors = [[math.nan if e is None else float(e) for e in row] for row in table["errors"]]
+        return cls(
+            metric=_checked_metric(table["metric"]),
+            values=tuple(tuple(float(value) for value in row) for row in table["values"]),
+            errors=tuple(map(tuple, errors)),
+            num_tokens=int(table["num_tokens"]),
+        )
+
+
+@dataclass(frozen=True)
+class _BatchMeans:
+    """What one batch contributes."""
+
+    num_tokens: int
+    rows: Rows
+
+
+@dataclass
+class InfluenceAccumulator:
+    """Influence of the batches seen so far; those of several workers can be merged.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+
+    metric: InfluenceMetric
+    """What to measure."""
+    batches: list[_BatchMeans] = field(default_factory=list)
+    """One entry per batch."""
+
+    def __post_init__(self) -> None:
+        _checked_metric(self.metric)
+
+    @torch.no_grad()
+    def add(self, decoder: Decoder, input_ids: Tensor) -> None:
+        """Measure one batch.
+
+        Args:
+            decoder: measured under its own iteration schedule.
+            input_ids: (batch, time) of integers, without padding.
+
+        Raises:
+            ValueError: the batch is empty, or has nothing to predict with the metric `loss`.
+        """
+        num_tokens = (input_ids[:, 1:] if self.metric == "loss" else input_ids).numel()
+        if num_tokens == 0:
+            raise ValueError(f"a batch of shape {tuple(input_ids.shape)} holds nothing to measure")
+        if self.metric == "loss":
+            rows = _rises_of_loss(decoder, input_ids)
+        else:
+            rows = _comparisons(decoder, input_ids, _COMPARISONS[self.metric])
+        self.batches.append(_BatchMeans(num_tokens, rows))
+
+    def merge(self, other: InfluenceAccumulator) -> None:
+        """Take over what another worker measured with the same decoder and metric.
+
+        Raises:
+            ValueError: the metrics or the schedules differ.
+        """
+        if other.metric != self.metric:
+            raise ValueError(f"cannot merge influence {other.metric!r} into {self.metric!r}")
+        shapes = {tuple(map(len, batch.rows)) for batch in (*self.batches, *other.batches)}
+        if len(shapes) > 1:
+            raise ValueError(f"cannot merge influence under different schedules: {sorted(shapes)}")
+        self.batches.extend(other.batches)
+
+    def table(self) -> InfluenceTable:
+        """Compute the means over tokens, and their standard errors over batches.
+
+        Raises:
+            ValueError: no batch was added.
+        """
+        if not self.batches:
+            raise ValueError("no batch was measured; the influence needs at least one")
+        counts = [batch.num_tokens for batch in self.batches]
+        values: list[tuple[float, ...]] = []
+        errors: list[tuple[float, ...]] = []
+        for layer in range(len(self.batches[0].rows)):
+            cells = zip(*(batch.rows[layer] for batch in self.batches), strict=True)
+            pairs = [_mean_and_error(means, counts) for means in cells]
+            values.append(tuple(mean for mean, _ in pairs))
+            errors.append(tuple(error for _, error in pairs))
+        return InfluenceTable(self.metric, tuple(values), tuple(errors), sum(counts))
+
+
+def influence_table(
+    decoder: Decoder,
+    batches: Iterable[Tensor],
+    *,
+    metric: InfluenceMetric = "cosine",
+    progress: Callable[[int], None] | None = None,
+) -> InfluenceTable:
+    """Measure the influence of every correction of a decoder.
+
+    With `y(i)` the output of a layer's evaluation i (0 is the prediction), as means over tokens:
+
+        cosine     1 - cos(y(i-1), y(i))
+        relative   |y(i) - y(i-1)| / |y(i)|
+        loss       rise of the loss when the layer stops after i-1 corrections, all else full
+
+    Args:
+        decoder: measured under its own iteration schedule, in the precision of the surrounding
+            autocast; the comparisons themselves are made in float64.
+        batches: the calibration set, (batch, time) of integers each.
+        metric: which of the three.
+        progress: called after each batch with the number of batches done.
+
+    Returns:
+        The table, with one row per layer; rows are empty where a method makes no corrections.
+
+    Raises:
+        ValueError: an unknown metric, or no batches.
+    """
+    accumulator = InfluenceAccumulator(metric)
+    for done, input_ids in enumerate(batches, start=1):
+        accumulator.add(decoder, input_ids.to(decoder.device))
+        if progress is not None:
+            progress(done)
+    return accumulator.table()
+
+
+def _comparisons(
+    decoder: Decoder, input_ids: Tensor, compare: Callable[[Tensor, Tensor], Tensor]
+) -> Rows:
+    """Compare consecutive evaluations of each layer, averaged over the batch's tokens."""
+    outputs = decoder.evaluations(input_ids)
+    rows: list[tuple[float, ...]] = []
+    for layer, num_corrections in enumerate(decoder.schedule):
+        row: list[float] = []
+        for i in range(1, num_corrections + 1):
+            # In float64: of a cosine near one, float32 leaves few digits of the difference.
+            before, after = outputs[layer, i - 1].double(), outputs[layer, i].double()
+            row.append(compare(before, after).mean().item())
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
+    return 1 - torch.cosine_similarity(before, after, dim=-1)
+
+
+def _relative_change(before: Tensor, after: Tensor) -> Tensor:
+    change: Tensor = (after - before).square().sum(-1) / after.square().sum(-1)
+    return change.sqrt()
+
+
+_COMPARISONS = {"cosine": _cosine_distance, "relative": _relative_change}
+
+
+def _rises_of_loss(decoder: Decoder, input_ids: Tensor) -> Rows:
+    """Measure the loss with each layer stopped before each of its corrections, against full."""
+
+    def loss(corrections: Sequence[int]) -> float:
+        schedule = IterationSchedule(tuple(corrections))
+        logits = decoder(input_ids, schedule=schedule)
+        # In float64, because rises are small beside the loss; by sequence, to spare memory.
+        losses = [
+            next_token_loss(logits[b : b + 1].double(), input_ids[b : b + 1]).item()
+            for b in range(len(input_ids))
+        ]
+        return math.fsum(losses) / len(losses)
+
+    full = decoder.schedule.corrections
+    full_loss = loss(full)
+    return tuple(
+        tuple(loss([*full[:layer], i, *full[layer + 1 :]]) - full_loss for i in range(count))
+        for layer, count in enumerate(full)
+    )
+
+
+def _mean_and_error(means: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Weigh batch means by their tokens; the error is that of a weighted mean over batches."""
+    total = sum(counts)
+    mean = math.fsum(m * n for m, n in zip(means, counts, strict=True)) / total
+    if len(means) == 1:
+        return mean, math.nan
+    squares = math.fsum((n * (m - mean)) ** 2 for m, n in zip(means, counts, strict=True))
+    return mean, math.sqrt(squares * len(means) / (len(means) - 1)) / total
+
+
+def _checked_metric(metric: Any) -> InfluenceMetric:
+    if metric not in get_args(InfluenceMetric):
+        raise ValueError(f"metric must be one of {get_args(InfluenceMetric)}, got {metric!r}")
+    checked: InfluenceMetric = metric
+    return checked

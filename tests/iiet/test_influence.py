@@ -1,0 +1,210 @@
+"""Influence equals its formula, does not depend on how batches are spread, and has honest errors.
+
+The evaluations come from the published code (stored), the formula is written out over numpy.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.influence import InfluenceAccumulator, InfluenceTable, influence_table
+from iiet.losses import next_token_loss
+from iiet.published import decoder_from_published
+from iiet.schedule import IterationSchedule, schedule_family
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+def reference(name):
+    """Return a stored case's config, tensors and decoder."""
+    config = json.loads((FIXTURES / f"{name}.json").read_text())
+    tensors = load_file(FIXTURES / f"{name}.safetensors")
+    weights = {
+        key.removeprefix("weight."): value
+        for key, value in tensors.items()
+        if key.startswith("weight.")
+    }
+    return config, tensors, decoder_from_published(config, weights)
+
+
+def by_hand(config, tensors, metric):
+    """The definitions, from the stored outputs of the published code."""
+    rows = []
+    for layer, count in enumerate(config["corrections"]):
+        y = [
+            tensors[f"eval.layer{layer}.{k}.out"].double().numpy().reshape(-1, 32)
+            for k in range(count + 1)
+        ]
+        row = []
+        for before, after in itertools.pairwise(y):
+            lengths = np.sqrt((before**2).sum(1)), np.sqrt((after**2).sum(1))
+            if metric == "cosine":
+                row.append(np.mean(1 - (before * after).sum(1) / (lengths[0] * lengths[1])))
+            else:
+                row.append(np.mean(np.sqrt(((after - before) ** 2).sum(1)) / lengths[1]))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["iiet_r3", "iiet_schedule_201"])
+@pytest.mark.parametrize("metric", ["cosine", "relative"])
+def test_equals_the_definition_on_the_published_evaluations(name, metric):
+    config, tensors, decoder = reference(name)
+    table = influence_table(decoder, [tensors["input_ids"]], metric=metric)
+    expected = by_hand(config, tensors, metric)
+    assert table.schedule.corrections == tuple(config["corrections"])
+    assert table.num_tokens == tensors["input_ids"].numel()
+    for row, expected_row in zip(table.values, expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=2e-5)
+    assert min(value for row in table.values for value in row) > 0
+
+
+def test_loss_influence_is_the_rise_of_the_published_loss():
+    _, tensors, decoder = reference("iiet_schedule_201")
+    table = influence_table(decoder, [tensors["input_ids"]], metric="loss")
+    full = tensors["loss"].item()
+
+    def stopped(*corrections):
+        logits = decoder(tensors["input_ids"], schedule=IterationSchedule(corrections))
+        return next_token_loss(logits, tensors["input_ids"]).item()
+
+    expected = (
+        (stopped(0, 0, 1) - full, stopped(1, 0, 1) - full),
+        (),
+        (stopped(2, 0, 0) - full,),
+    )
+    for row, expected_row in zip(table.values, expected, strict=True):
+        assert row == pytest.approx(expected_row, abs=3e-6)
+    assert max(abs(value) for row in table.values for value in row) > 1e-4
+    assert table.num_tokens == tensors["input_ids"][:, 1:].numel()
+
+
+def small_decoder(schedule=(2, 0, 1)):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=32,
+        dim=16,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=2,
+        ffn_dim=24,
+        context_length=16,
+        schedule=IterationSchedule(schedule),
+        initializer_std=0.2,
+    )
+    return Decoder(config)
+
+
+def random_batches(count, rows=2, time=8):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 32, (rows, time), generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
+def test_any_number_of_workers_gives_the_same_table_bit_by_bit(metric):
+    decoder, batches = small_decoder(), random_batches(6)
+    alone = influence_table(decoder, batches, metric=metric)
+    workers = [InfluenceAccumulator(metric) for _ in range(3)]
+    for number, batch in enumerate(batches):
+        workers[(number * 2) % 3].add(decoder, batch)
+    total = InfluenceAccumulator(metric)
+    for worker in reversed(workers):
+        total.merge(worker)
+    assert total.table() == alone
+
+
+@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
+def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
+    decoder = small_decoder().double()
+    tokens = torch.cat(random_batches(4))
+    whole = influence_table(decoder, [tokens], metric=metric)
+    parts = influence_table(decoder, [tokens[:1], tokens[1:6], tokens[6:]], metric=metric)
+    assert parts.num_tokens == whole.num_tokens
+    for row, expected in zip(parts.values, whole.values, strict=True):
+        assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def test_errors_are_the_standard_errors_over_batches():
+    decoder, batches = small_decoder(), random_batches(5)
+    table = influence_table(decoder, batches)
+    each = [influence_table(decoder, [batch]).values for batch in batches]
+    for layer, row in enumerate(table.errors):
+        for i, error in enumerate(row):
+            means = np.array([values[layer][i] for values in each])
+            assert error == pytest.approx(means.std(ddof=1) / np.sqrt(5), rel=1e-9)
+    assert all(
+        math.isnan(error) for row in influence_table(decoder, batches[:1]).errors for error in row
+    )
+
+
+def test_a_layer_that_changes_nothing_has_no_influence():
+    decoder = small_decoder()
+    with torch.no_grad():
+        for parameter in decoder.fields[0].parameters():
+            parameter.zero_()  # F(x) = x, so corrections move as the mix and norms say, and
+        decoder.method.mix.inner[1] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # x = s_0 = h_0.
+    row = influence_table(decoder, random_batches(2)).values[0]
+    assert row == pytest.approx((0.0, 0.0), abs=1e-12)
+
+
+def test_measuring_leaves_the_decoder_alone():
+    decoder = small_decoder()
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    done = []
+    influence_table(decoder, random_batches(3), progress=done.append)
+    assert done == [1, 2, 3]
+    assert all(torch.equal(before[name], value) for name, value in decoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+def test_ragged_rows_pad_with_nan_and_lead_to_a_family():
+    table = influence_table(small_decoder(), random_batches(2))
+    assert [len(row) for row in table.rows()] == [2, 0, 1]
+    padded = np.array(table.padded())
+    assert padded.shape == (3, 2)
+    assert np.isnan(padded).tolist() == [[False, False], [True, True], [False, True]]
+    assert schedule_family(table) == schedule_family(padded.tolist())
+    assert schedule_family(table)[0].schedule == table.schedule
+    assert table.suffix_maxima()[0][0] == max(table.values[0])
+
+
+def test_a_method_without_corrections_has_empty_rows():
+    config = dataclasses.replace(small_decoder().config, method="vanilla", schedule=None)
+    table = influence_table(Decoder(config), random_batches(2))
+    assert table.values == ((), (), ())
+    assert len(schedule_family(table)) == 1
+
+
+def test_table_survives_json():
+    for count in (1, 3):
+        table = influence_table(small_decoder(), random_batches(count), metric="relative")
+        text = json.dumps(table.to_dict(), allow_nan=False)
+        again = InfluenceTable.from_dict(json.loads(text))
+        assert again.to_dict() == table.to_dict()
+        assert again.values == table.values
+
+
+def test_wrong_use_is_named():
+    decoder = small_decoder()
+    with pytest.raises(ValueError, match="euclid"):
+        influence_table(decoder, random_batches(1), metric="euclid")
+    with pytest.raises(ValueError, match="at least one"):
+        influence_table(decoder, [])
+    with pytest.raises(ValueError, match="nothing to measure"):
+        influence_table(decoder, [torch.zeros(2, 1, dtype=torch.long)], metric="loss")
+    with pytest.raises(ValueError, match="'loss' into 'cosine'"):
+        InfluenceAccumulator("cosine").merge(InfluenceAccumulator("loss"))
+    one, other = InfluenceAccumulator("cosine"), InfluenceAccumulator("cosine")
+    one.add(decoder, random_batches(1)[0])
+    other.add(small_decoder((1, 1, 1)), random_batches(1)[0])
+    with pytest.raises(ValueError, match="different schedules"):
+        one.merge(other)
