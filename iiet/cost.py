@@ -1,0 +1,184 @@
+"""What a model costs, exactly, from its config and iteration schedule; nothing is built or run.
+
+In: sizes and a schedule. Out: evaluations, floating-point operations, bytes and parameters. A field
+evaluation is the unit; everything else follows from shapes. So a sweep can order its schedules by
+cost before the first training step, and only their quality has to be measured.
+
+Counted: matrix products of m x k by k x n at 2 m k n (projections, feed-forward, head), attention's
+scores and weighted values over the tokens that a token really sees, and the mix's weighted sums.
+Not counted: norms, activations, softmax, rotary angles, residual and Runge-Kutta sums, together
+under a hundredth of the rest at any useful width. A backward pass is taken as two forward passes.
+Source: shapes of `iiet.decoder`; this project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from iiet.cache import KvStrategy
+from iiet.config import ModelConfig
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
+
+__all__ = ["InferenceCost", "inference_cost", "num_parameters", "training_flops_per_token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceCost:
+    """The cost of one schedule at one context length."""
+
+    evaluations_per_token: int
+    """Field evaluations, over all layers."""
+    forward_flops_per_token: float
+    """Mean over a context read at once, with logits for every token (scoring, training forward)."""
+    prefill_flops_per_token: float
+    """The same with logits for the last token only, as generation reads its prompt."""
+    decode_flops_per_token: float
+    """One token decoded with a cache, when it sees the whole context (itself included)."""
+    kv_bytes_per_token: int
+    """Keys and values that decoding stores for each token."""
+    weight_bytes_per_token: int
+    """Weights read to decode one token when no cache keeps any: a field once per evaluation."""
+    num_parameters: int
+    """All parameters, the method's own included; the same for all schedules."""
+
+
+def inference_cost(
+    config: ModelConfig,
+    schedule: IterationSchedule | None = None,
+    *,
+    context_length: int | None = None,
+    bytes_per_value: int = 4,
+    kv_strategy: KvStrategy = "exact",
+) -> InferenceCost:
+    """Count the cost of a model under a schedule.
+
+    Args:
+        config: sizes and method.
+        schedule: the config's own when not given.
+        context_length: tokens read (prefill) or seen (decode); the config's when not given.
+        bytes_per_value: of weights, keys and values: 4 for float32, 2 for bfloat16.
+        kv_strategy: `exact`, a slot per evaluation, or `last`, a slot per layer.
+
+    Raises:
+        ValueError: a schedule that the method cannot serve, a context that is not within the
+            config's, or an unknown strategy.
+    """
+    config, context_length = _checked(config, schedule, context_length)
+    if kv_strategy not in ("exact", "last"):
+        raise ValueError(f"KV strategy must be 'exact' or 'last', got {kv_strategy!r}")
+    evaluations = sum(_evaluations_per_layer(config))
+    head = 2 * config.dim * config.vocab_size
+    body = _body_flops(config, mean_tokens_seen=(context_length + 1) / 2)
+    kv_values_per_slot = 2 * config.num_kv_heads * config.head_dim
+    return InferenceCost(
+        evaluations_per_token=evaluations,
+        forward_flops_per_token=body + head,
+        prefill_flops_per_token=body + head / context_length,
+        decode_flops_per_token=_body_flops(config, mean_tokens_seen=context_length) + head,
+        kv_bytes_per_token=bytes_per_value
+        * kv_values_per_slot
+        * (evaluations if kv_strategy == "exact" else config.num_layers),
+        weight_bytes_per_token=bytes_per_value
+        * (evaluations * _field_parameters(config) + _head_values(config)),
+        num_parameters=num_parameters(config),
+    )
+
+
+def training_flops_per_token(
+    config: ModelConfig,
+    schedule: IterationSchedule | None = None,
+    *,
+    context_length: int | None = None,
+) -> float:
+    """Count forward and backward (twice the forward) of a training step, per token.
+
+    Args:
+        config: sizes and method.
+        schedule: the config's own when not given.
+        context_length: tokens per sequence; the config's when not given.
+
+    Raises:
+        ValueError: as `inference_cost`.
+    """
+    cost = inference_cost(config, schedule, context_length=context_length)
+    return 3 * cost.forward_flops_per_token
+
+
+def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
+    """Count the parameters.
+
+    Args:
+        config: sizes and method; the schedule has no say.
+        include_mix: whether to count what the method has beside the fields (mix, norms, stages);
+            published sizes leave it out (and the norms' weights, under a thousandth).
+    """
+    embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    fields = config.num_layers * _field_parameters(config)
+    own = METHODS[config.method].num_parameters(config.num_layers, config.dim)
+    return embeddings + fields + config.dim + (own if include_mix else 0)
+
+
+def _checked(
+    config: ModelConfig, schedule: IterationSchedule | None, context_length: int | None
+) -> tuple[ModelConfig, int]:
+    """Put the schedule into the config, whose own checks then apply, and settle the context."""
+    if schedule is not None:
+        config = dataclasses.replace(config, schedule=schedule)
+    if context_length is None:
+        context_length = config.context_length
+    if not 1 <= context_length <= config.context_length:
+        raise ValueError(
+            f"context_length must be between 1 and the model's {config.context_length} tokens, "
+            f"got {context_length}"
+        )
+    return config, context_length
+
+
+def _evaluations_per_layer(config: ModelConfig) -> tuple[int, ...]:
+    method = METHODS[config.method]
+    return tuple(
+        method.evaluations_per_layer(config.corrections, layer)
+        for layer in range(config.num_layers)
+    )
+
+
+def _projection_values(config: ModelConfig) -> int:
+    """Entries of a field's matrices: query, key, value, output, gate, up, down."""
+    kv_dim = config.num_kv_heads * config.head_dim
+    return config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
+
+
+def _field_parameters(config: ModelConfig) -> int:
+    """Matrices and both RMSNorms of one layer."""
+    return _projection_values(config) + 2 * config.dim
+
+
+def _head_values(config: ModelConfig) -> int:
+    """What a decoded token reads outside the fields: head, final norm, its own embedding."""
+    return config.vocab_size * config.dim + 2 * config.dim
+
+
+def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
+    """Count fields and mix for one token; all but the head."""
+    attention = 4 * config.dim * mean_tokens_seen
+    evaluation = 2 * _projection_values(config) + attention
+    return sum(_evaluations_per_layer(config)) * evaluation + _mix_flops(config)
+
+
+def _mix_flops(config: ModelConfig) -> int:
+    """Count the weighted sums over estimates for one token, two operations per term and channel.
+
+    Layer l reads l earlier estimates: once for the hidden state, together with its own, and once
+    before its first correction; each correction then adds its own estimate.
+    """
+    method = METHODS[config.method]
+    if not method.has_mix:
+        return 0
+    # A method without a schedule that has a mix corrects once.
+    corrections = config.corrections if method.has_corrections else (1,) * config.num_layers
+    terms = 0
+    for layer, count in enumerate(corrections, start=1):
+        terms += (layer + count if count else 0) + layer + 1
+    return 2 * config.dim * terms

@@ -1,0 +1,177 @@
+"""Costs equal hand counts, what PyTorch counts while running, and what a built model weighs."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from iiet import history
+from iiet.cache import KeyValueCache
+from iiet.config import ModelConfig, preset
+from iiet.cost import inference_cost, num_parameters, training_flops_per_token
+from iiet.decoder import Decoder
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
+
+SMALL = ModelConfig(
+    method="vanilla",
+    vocab_size=50,
+    dim=8,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    ffn_dim=12,
+    context_length=16,
+)
+# Per token and evaluation of SMALL, counted by hand: q 8x8, k and v 8x4 each, o 8x8, three of 8x12.
+PROJECTIONS = 2 * (64 + 32 + 32 + 64 + 3 * 96)
+HEAD = 2 * 8 * 50
+
+
+def small(method, schedule=(2, 0, 1)):
+    corrects = METHODS[method].has_corrections
+    return dataclasses.replace(
+        SMALL, method=method, schedule=IterationSchedule(schedule) if corrects else None
+    )
+
+
+def mix_flops_by_hand(config):
+    """Count the multiply-adds that the mix really makes for one token."""
+    terms = []
+    weighted_sum, add_scaled = history.weighted_sum, history.add_scaled
+
+    def counted_sum(weights, estimates):
+        terms.append(len(estimates))
+        return weighted_sum(weights, estimates)
+
+    def counted_add(base, estimate, weight):
+        terms.append(1)
+        return add_scaled(base, estimate, weight)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(history, "weighted_sum", counted_sum)
+        patch.setattr(history, "add_scaled", counted_add)
+        Decoder(config)(torch.zeros(1, 1, dtype=torch.long))
+    return 2 * config.dim * sum(terms)
+
+
+def counted_flops(run):
+    """What PyTorch counts; on a CPU it sees attention with this backend only, as full products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def test_vanilla_by_hand():
+    cost = inference_cost(SMALL, context_length=10)
+    assert cost.evaluations_per_token == 3
+    # A token sees 1 to 10 tokens, 5.5 on average: scores and values, 2 x 8 each.
+    body = 3 * (PROJECTIONS + 4 * 8 * 5.5)
+    assert cost.forward_flops_per_token == body + HEAD
+    assert cost.prefill_flops_per_token == body + HEAD / 10
+    assert cost.decode_flops_per_token == 3 * (PROJECTIONS + 4 * 8 * 10) + HEAD
+    assert cost.kv_bytes_per_token == 3 * 2 * 4 * 4
+    field = 64 + 32 + 32 + 64 + 3 * 96 + 16
+    assert cost.weight_bytes_per_token == 4 * (3 * field + 400 + 8 + 8)
+    assert cost.num_parameters == 3 * field + 400 + 8
+    assert training_flops_per_token(SMALL, context_length=10) == 3 * (body + HEAD)
+
+
+def test_iiet_by_hand():
+    config = small("iiet", (2, 0, 1))
+    cost = inference_cost(config, context_length=10)
+    assert cost.evaluations_per_token == 6
+    # Terms per layer: earlier estimates before the first correction, corrections, hidden state.
+    mix = 2 * 8 * ((1 + 2 + 2) + (0 + 0 + 3) + (3 + 1 + 4))
+    assert cost.decode_flops_per_token == 6 * (PROJECTIONS + 4 * 8 * 10) + HEAD + mix
+    assert cost.kv_bytes_per_token == 6 * 2 * 4 * 4
+    last = inference_cost(config, bytes_per_value=2, kv_strategy="last")
+    assert last.kv_bytes_per_token == 3 * 2 * 4 * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_equals_what_pytorch_counts(method):
+    config, time = small(method), 7
+    decoder = Decoder(config)
+    counted = counted_flops(lambda: decoder(torch.zeros(2, time, dtype=torch.long)))
+    cost = inference_cost(config, context_length=time)
+    # PyTorch counts each token's attention over all 7 tokens, causal attention needs 4 on average.
+    unseen = cost.evaluations_per_token * 4 * 8 * (time - (time + 1) / 2)
+    expected = cost.forward_flops_per_token + unseen - mix_flops_by_hand(config)
+    assert counted == 2 * time * expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_decoding_a_token_equals_what_pytorch_counts(method):
+    config, context = small(method), 9
+    decoder = Decoder(config)
+    cache = KeyValueCache(config, batch_size=1, max_tokens=context)
+    with torch.no_grad():
+        decoder(torch.zeros(1, context - 1, dtype=torch.long), cache=cache)
+    counted = counted_flops(lambda: decoder(torch.zeros(1, 1, dtype=torch.long), cache=cache))
+    cost = inference_cost(config, context_length=context)
+    assert counted == cost.decode_flops_per_token - mix_flops_by_hand(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", ["exact", "last"])
+def test_kv_bytes_equal_the_allocated_cache(method, strategy):
+    for schedule in [(0, 0, 0), (2, 0, 1), (3, 3, 3)]:
+        config = small(method, schedule)
+        cache = KeyValueCache(config, batch_size=2, max_tokens=5, strategy=strategy)
+        cost = inference_cost(config, kv_strategy=strategy)
+        assert cache.num_bytes == 2 * 5 * cost.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_equal_those_of_a_built_model(method, tied):
+    config = dataclasses.replace(small(method), tie_embeddings=tied)
+    built = sum(parameter.numel() for parameter in Decoder(config).parameters())
+    assert num_parameters(config) == built
+    own = sum(parameter.numel() for parameter in Decoder(config).method.parameters())
+    assert num_parameters(config, include_mix=False) == built - own
+
+
+@pytest.mark.parametrize(("name", "millions"), [("55m", 54.9), ("340m", 341.0), ("1.3b", 1334.7)])
+def test_presets_have_the_published_sizes(name, millions):
+    config = preset(name)
+    counted = num_parameters(config, include_mix=False)
+    # The published figures count matrices only, to the digit; norms are 0.03% at most.
+    norms = (2 * config.num_layers + 1) * config.dim
+    assert round((counted - norms) / 1e6, 1) == millions
+    assert counted / 1e6 == pytest.approx(millions, rel=6e-4)
+
+
+def test_cost_rises_with_every_correction_and_the_budgets_agree():
+    config = small("iiet", (3, 3, 3))
+    schedules = [IterationSchedule(s) for s in [(0, 0, 0), (1, 0, 0), (1, 0, 1), (2, 1, 1)]]
+    costs = [inference_cost(config, schedule) for schedule in schedules]
+    for cheaper, dearer in itertools.pairwise(costs):
+        assert cheaper.forward_flops_per_token < dearer.forward_flops_per_token
+        assert cheaper.kv_bytes_per_token < dearer.kv_bytes_per_token
+        assert cheaper.weight_bytes_per_token < dearer.weight_bytes_per_token
+        assert cheaper.num_parameters == dearer.num_parameters
+    for cost, schedule in zip(costs, schedules, strict=True):
+        assert cost == inference_cost(dataclasses.replace(config, schedule=schedule))
+
+
+def test_no_corrections_cost_what_vanilla_costs_but_for_the_mix():
+    vanilla, iiet = inference_cost(SMALL), inference_cost(small("iiet", (0, 0, 0)))
+    difference = iiet.decode_flops_per_token - vanilla.decode_flops_per_token
+    assert difference == mix_flops_by_hand(small("iiet", (0, 0, 0)))
+    assert iiet.kv_bytes_per_token == vanilla.kv_bytes_per_token
+
+
+def test_wrong_use_is_named():
+    with pytest.raises(ValueError, match="context_length must be between 1 and the model's 16"):
+        inference_cost(SMALL, context_length=17)
+    with pytest.raises(ValueError, match="shared"):
+        inference_cost(SMALL, kv_strategy="shared")
+    with pytest.raises(ValueError, match="schedule"):
+        inference_cost(SMALL, IterationSchedule((1, 1, 1)))
+    with pytest.raises(ValueError, match="schedule"):
+        inference_cost(small("iiet"), IterationSchedule((1, 1)))
