@@ -1,0 +1,238 @@
+"""Checkpoints that are whole or absent, and that say so themselves.
+
+A checkpoint is a folder `step_00000100/` with `config.json`, `model.safetensors`, `tokenizer.json`,
+`training_state.pt` and `provenance.json`. It is written under another name, flushed to disk and
+renamed, so a crash leaves either nothing or all of it. `provenance.json` holds the SHA-256 of every
+other file; whatever else can damage a file afterwards (a full disk, a copy that stopped) is found
+on reading, named, and the checkpoint before is used. Nothing is unpickled: weights are safetensors,
+and the training state loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator.errors import UserError
+from orchestrator.provenance import KEY_LENGTH
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+TRAINING_STATE = "training_state.pt"
+PROVENANCE = "provenance.json"
+
+_NAME = re.compile(r"step_(\d{8,})")
+_HASHED = (CONFIG, WEIGHTS, TOKENIZER, TRAINING_STATE)
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    *,
+    decoder: Decoder,
+    training_state: Mapping[str, Any],
+    tokenizer_path: Path,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint as a whole.
+
+    Args:
+        run_folder: Where the checkpoint's folder goes.
+        step: Optimizer steps done.
+        decoder: Config and weights.
+        training_state: Tensors, numbers, texts and containers of them; nothing that needs pickling
+        of classes.
+        tokenizer_path: File that is copied beside the weights.
+        provenance: JSON-able; the weights' key and all checksums are added.
+
+    Returns:
+        The checkpoint's folder. One that exists already is replaced.
+    """
+    folder = run_folder / checkpoint_name(step)
+    temporary = run_folder / f"{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _write(temporary / CONFIG, decoder.config.to_dict())
+    weights = {name: tensor.detach().contiguous() for name, tensor in decoder.state_dict().items()}
+    save_file(weights, temporary / WEIGHTS)
+    shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
+    torch.save(dict(training_state), temporary / TRAINING_STATE)
+    checksums = {name: _sha256(temporary / name) for name in _HASHED}
+    key = checksums[WEIGHTS][:KEY_LENGTH]
+    _write(
+        temporary / PROVENANCE,
+        {**provenance, "step": step, "weights": key, "checksums": checksums},
+    )
+    for path in [*temporary.iterdir(), temporary]:
+        _flush_to_disk(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    _flush_to_disk(run_folder)
+    return folder
+
+
+def load_decoder(
+    folder: Path, *, device: str | torch.device = "cpu", check: bool = True
+) -> Decoder:
+    """Load a checkpoint's decoder, in evaluation mode.
+
+    Args:
+        folder: The checkpoint's folder.
+        device: Where the weights go.
+        check: Compare checksums first; for checkpoints that were not checked a moment ago.
+
+    Raises:
+        UserError: If the folder is no checkpoint or is damaged.
+    """
+    if check:
+        check_checkpoint(folder)
+    try:
+        decoder = Decoder(ModelConfig.from_dict(json.loads((folder / CONFIG).read_text())))
+        decoder.load_state_dict(load_file(folder / WEIGHTS))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} does not fit this version of the program: {error}") from None
+    return decoder.to(device).eval()
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """Load what the optimizer and the loop need to go on; checked by `check_checkpoint` before."""
+    state: dict[str, Any] = torch.load(
+        folder / TRAINING_STATE, weights_only=True, map_location="cpu"
+    )
+    return state
+
+
+def load_provenance(folder: Path) -> dict[str, Any]:
+    """Return what produced a checkpoint.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        if not isinstance(provenance, dict):
+            raise ValueError("no mapping")
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no checkpoint: it has no {PROVENANCE}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {error}") from None
+    return provenance
+
+
+def weights_key(folder: Path) -> str:
+    """Return the short hash of a checkpoint's weights, as recorded when it was written.
+
+    Raises:
+        UserError: If the folder is no checkpoint or its record is damaged.
+    """
+    return str(load_provenance(folder).get("weights", ""))
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Compare every file with its checksum.
+
+    Raises:
+        UserError: If the folder is no checkpoint, or a file is missing or differs from what was
+        written.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint folder {folder}")
+    checksums = load_provenance(folder).get("checksums", {})
+    for name in _HASHED:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"the checkpoint {folder} is damaged: {name} is missing")
+        if _sha256(path) != checksums.get(name):
+            raise UserError(f"the checkpoint {folder} is damaged: {name} is not what was written")
+
+
+def find_checkpoints(run_folder: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first, unchecked."""
+    if not run_folder.is_dir():
+        return []
+    names = {path: _NAME.fullmatch(path.name) for path in run_folder.iterdir()}
+    found = [(int(match[1]), path) for path, match in names.items() if match]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(run_folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None.
+
+    Args:
+        run_folder: The run's folder.
+        warn: Called with one sentence for each damaged checkpoint that is passed over.
+    """
+    for folder in reversed(find_checkpoints(run_folder)):
+        try:
+            check_checkpoint(folder)
+        except UserError as error:
+            if warn:
+                warn(f"{error}; using the one before")
+        else:
+            return folder
+    return None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a user means by a path: itself, or a run's newest whole one.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = path.expanduser().resolve()
+    if (path / PROVENANCE).is_file() or _NAME.fullmatch(path.name):
+        check_checkpoint(path)
+        return path
+    damage: list[str] = []
+    newest = newest_checkpoint(path, damage.append)
+    if newest is None:
+        found = f" ({damage[0]})" if damage else ""
+        raise UserError(f"{path} holds no whole checkpoint{found}; `iiet-orch pretrain` makes one")
+    return newest
+
+
+def prune_checkpoints(run_folder: Path, num_kept: int) -> None:
+    """Delete all but the newest checkpoints, and what a crash left half-written."""
+    for folder in find_checkpoints(run_folder)[:-num_kept]:
+        # Renamed first: a deletion that is cut off must not leave what looks like a checkpoint.
+        doomed = folder.rename(folder.with_name(f"{folder.name}.tmp"))
+        shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in run_folder.glob("step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

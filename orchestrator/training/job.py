@@ -1,0 +1,252 @@
+"""A training job as a plain value: where, which model, which recipe, which objective.
+
+It pickles and turns into JSON, so the same job runs in this process, in a Ray Train worker or in a
+Ray Tune trial. Its key is the hash of all that determines the result; paths, worker counts and how
+often a run is watched or saved stay out of it. `orchestrator.training.run` runs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from iiet.config import ModelConfig
+from iiet.distillation import DistillationConfig
+from orchestrator.data.batches import BatchPlan, check_one_context
+from orchestrator.data.tokens import open_tokens
+from orchestrator.errors import UserError
+from orchestrator.provenance import content_key
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
+from orchestrator.workspace import read_json, write_json
+
+STOP_NAME = "stop"
+DONE_NAME = "done.json"
+JOB_NAME = "job.json"
+
+_FREE_IN_RECIPE = frozenset(
+    [
+        "num_sequences_per_pass",
+        "activation_checkpointing",
+        "validate_every_steps",
+        "num_validation_tokens",
+        "checkpoint_every_steps",
+        "num_checkpoints_kept",
+    ]
+)
+"""Parts of a recipe that change how a run is watched, saved or fitted into memory only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """Everything that one training run needs to know."""
+
+    run_folder: str
+    """Journal, checkpoints and result go here; must be visible to every worker."""
+    tokens_folder: str
+    """Prepared tokens."""
+    model: dict[str, Any]
+    """`ModelConfig.to_dict()`, with the iteration schedule to train."""
+    recipe: TrainingSettings
+    """Steps, batch, rates, and when to look and save."""
+    objective: Literal["pretrain", "distill", "cross_entropy"] = "pretrain"
+    """`pretrain` from fresh weights, `distill` from a teacher, `cross_entropy` without it."""
+    teacher_folder: str | None = None
+    """Checkpoint of the frozen teacher; for `distill`."""
+    initial_folder: str | None = None
+    """Checkpoint whose weights the run starts from; fresh weights when unset."""
+    distillation: DistillationConfig | None = None
+    """Weights and kind of the distillation loss; its defaults when unset."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """JSON-able remarks that go into every checkpoint; not part of the key."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run_folder)
+
+    def config(self) -> ModelConfig:
+        """Return the model's configuration.
+
+        Raises:
+            UserError: If it is not valid.
+        """
+        try:
+            return ModelConfig.from_dict(self.model)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; `from_dict` is its inverse."""
+        return {
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+            "recipe": self.recipe.model_dump(mode="json"),
+            "distillation": asdict(self.distillation) if self.distillation else None,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingJob:
+        """Rebuild a job from `to_dict`."""
+        distillation = values.get("distillation")
+        return cls(
+            **{name: values[name] for name in _PLAIN_FIELDS},
+            recipe=TrainingSettings.model_validate(values["recipe"]),
+            distillation=DistillationConfig(**distillation) if distillation else None,
+        )
+
+
+_PLAIN_FIELDS = (
+    "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
+    "provenance",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOutcome:
+    """What a run has come to."""
+
+    checkpoint: str | None
+    """Folder of the newest checkpoint; None if it was stopped before the first."""
+    step: int
+    """Optimizer steps done."""
+    finished: bool
+    """False when stopped on request; the same job goes on from there."""
+    validation_loss: float = math.nan
+    """Latest validation loss; not a number before the first."""
+    train_seconds: float = 0.0
+    """Time spent in steps, over all interruptions."""
+    num_tokens: int = 0
+    """Tokens trained on."""
+    training_flops: float = 0.0
+    """Training FLOPs, the teacher's forward passes included."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping of the fields."""
+        return asdict(self)
+
+
+def job_key(job: TrainingJob) -> str:
+    """Return the hash of all that determines a job's result.
+
+    Raises:
+        UserError: If the tokens, the teacher or the initial weights are missing or damaged.
+    """
+    return content_key(_essence(job))
+
+
+def _essence(job: TrainingJob) -> dict[str, Any]:
+    recipe = job.recipe.model_dump(mode="json")
+    distills = job.objective == "distill"
+    loss = asdict(job.distillation or DistillationConfig()) if distills else None
+    return {
+        "model": job.config().to_dict(),
+        "recipe": {name: value for name, value in recipe.items() if name not in _FREE_IN_RECIPE},
+        "tokens": open_tokens(job.tokens_folder).fingerprint,
+        "teacher": weights_key(Path(job.teacher_folder))
+        if job.teacher_folder and distills
+        else None,
+        "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
+        "distillation": loss,
+    }
+
+
+def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
+    """Find in a moment, before anything is started, what would make a job fail.
+
+    Raises:
+        UserError: If tokens or checkpoints are missing, sizes do not go together, or the batch
+        cannot be shared.
+    """
+    config = job.config()
+    store = open_tokens(job.tokens_folder)
+    if store.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokens use {store.vocab_size} entries, the model has a vocab_size of "
+            f"{config.vocab_size}"
+        )
+    plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
+    check_one_context(len(store.validation), config.context_length, "validation")
+    global_batch = sequences_per_step(job.recipe, config)
+    plan.starts(0, global_batch=global_batch, world_size=num_workers)
+    if job.objective == "distill" and not job.teacher_folder:
+        raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
+    for folder in (job.teacher_folder, job.initial_folder):
+        if folder:
+            check_checkpoint(Path(folder))
+
+
+def sequences_per_step(recipe: TrainingSettings, config: ModelConfig) -> int:
+    """Return the sequences of the global batch.
+
+    Raises:
+        UserError: If the tokens of a step are no whole number of sequences.
+    """
+    sequences, rest = divmod(recipe.num_tokens_per_step, config.context_length)
+    if rest or not sequences:
+        raise UserError(
+            f"training.num_tokens_per_step must be a multiple of the context length "
+            f"{config.context_length}; got {recipe.num_tokens_per_step}"
+        )
+    return sequences
+
+
+def claim_folder(job: TrainingJob) -> None:
+    """Write the job into its folder, so that a run of other settings cannot go on in it by mistake.
+
+    Raises:
+        UserError: If the folder holds a run of another key, naming what differs.
+    """
+    essence = _essence(job)
+    key = content_key(essence)
+    path = job.folder / JOB_NAME
+    earlier = read_json(path)
+    if earlier is None:
+        write_json(path, {"key": key, "essence": essence, "job": job.to_dict()})
+    elif earlier.get("key") != key:
+        raise UserError(
+            f"{job.folder} holds a run of other settings "
+            f"({_difference(earlier.get('essence'), essence)}); "
+            "choose another name, or delete the folder"
+        )
+
+
+def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+        parts = [
+            _difference(earlier.get(name), now.get(name), f"{prefix}{name}.") for name in names
+        ]
+        return ", ".join(parts)
+    return f"{prefix.removesuffix('.')} was {earlier!r}, is {now!r}"
+
+
+def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:
+    """Return the outcome of a finished job whose last checkpoint is whole; None otherwise."""
+    done = read_json(job.folder / DONE_NAME)
+    if not done:
+        return None
+    folder = job.folder / checkpoint_name(done["step"])  # The workspace may have been moved.
+    try:
+        check_checkpoint(folder)
+    except UserError:
+        return None
+    return TrainingOutcome(**{**done, "checkpoint": str(folder)})
+
+
+def ask_to_stop(run_folder: Path) -> None:
+    """Ask a job to save its state and return after its current step, whatever process it is in."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / STOP_NAME).touch()
+
+
+def forget_stop(run_folder: Path) -> None:
+    """Withdraw the request; what starts or continues a job does so first."""
+    (run_folder / STOP_NAME).unlink(missing_ok=True)
+
+
+def stop_asked(run_folder: Path) -> bool:
+    """Return whether a stop was asked for."""
+    return (run_folder / STOP_NAME).exists()

@@ -1,0 +1,38 @@
+"""The learning rate as a pure function of the step, so that a resumed run needs no state for it.
+
+A linear warm-up, then one of three shapes: cosine to the final rate; stable, then linear to the
+final rate ("wsd", warm-up-stable-decay, which lets a run be extended before its decay); or
+constant.
+"""
+
+from __future__ import annotations
+
+import math
+
+from orchestrator.settings import TrainingSettings
+
+
+def learning_rate_at(step: int, recipe: TrainingSettings) -> float:
+    """Return the learning rate of one optimizer step.
+
+    Args:
+        step: Steps done before this one, from 0 to `recipe.num_steps - 1`.
+        recipe: Peak, warm-up and shape.
+    """
+    peak = recipe.learning_rate
+    if step < recipe.warmup_steps:
+        return peak * (step + 1) / recipe.warmup_steps
+    return peak * (1.0 - (1.0 - recipe.final_learning_rate_fraction) * _descent(step, recipe))
+
+
+def _descent(step: int, recipe: TrainingSettings) -> float:
+    # How far down from the peak (0) to the final rate (1) this step is.
+    if recipe.decay == "constant":
+        return 0.0
+    first = recipe.warmup_steps
+    if recipe.decay == "wsd":
+        first = max(first, round(recipe.num_steps * (1.0 - recipe.decay_fraction)))
+    if step < first:
+        return 0.0
+    progress = (step - first) / max(1, recipe.num_steps - 1 - first)
+    return progress if recipe.decay == "wsd" else 0.5 * (1.0 - math.cos(math.pi * progress))

@@ -1,0 +1,50 @@
+"""AdamW with weight decay where it belongs: on the matrices of linear layers and on nothing else.
+
+Norms, embeddings and the learned mix are not decayed: the mix starts as a running mean whose rows
+sum to one, and pulling it towards zero would pull the hidden state with it. A head that is tied to
+the embedding counts as the embedding. Linear layers are found by module type, not by name or number
+of dimensions, because the mix is a matrix too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from orchestrator.settings import TrainingSettings
+
+
+def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
+    """Return AdamW over all parameters, in two groups: decayed and not; fused on CUDA.
+
+    Args:
+        model: The bare decoder (not wrapped for parallel training), already on its device.
+        recipe: Learning rate, betas and weight decay.
+    """
+    decayed = _linear_weights(model)
+    parameters = list(model.parameters())
+    groups = [
+        {
+            "params": [p for p in parameters if id(p) in decayed],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        fused=all(p.is_cuda for p in parameters),
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of the next step in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _linear_weights(model: nn.Module) -> set[int]:
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return linear - embeddings

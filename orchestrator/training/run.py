@@ -1,0 +1,368 @@
+"""Runs a training job from whatever is on disk to its end.
+
+`run_job` is idempotent. A finished job returns at once; an unfinished one goes on from its newest
+whole checkpoint, and the result is the same as if nothing had happened. Only the first worker
+touches files, and what it finds there is told to the others. A lock keeps two processes out of one
+folder: the workers of a driver that was killed outlive it by seconds, and a second start by mistake
+must not mix two runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost, training_flops_per_token
+from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig
+from iiet.losses import next_token_loss
+from iiet.schedule import IterationSchedule
+from orchestrator.data.batches import BatchPlan, validation_batches
+from orchestrator.data.tokens import TokenStore, open_tokens
+from orchestrator.errors import UserError
+from orchestrator.journal import Journal
+from orchestrator.provenance import environment
+from orchestrator.training.checkpoint import (
+    load_decoder,
+    load_training_state,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    weights_key,
+)
+from orchestrator.training.job import (
+    DONE_NAME,
+    TrainingJob,
+    TrainingOutcome,
+    check_job,
+    claim_folder,
+    finished_outcome,
+    sequences_per_step,
+    stop_asked,
+)
+from orchestrator.training.loop import Diverged, Hooks, Position, Trainee, train
+from orchestrator.training.objective import (
+    Objective,
+    ScheduleAt,
+    distillation_objective,
+    pretraining_objective,
+    two_stage,
+)
+from orchestrator.training.optimizer import make_optimizer
+from orchestrator.training.parallel import (
+    World,
+    autocast,
+    decided_by_first,
+    mean_over_workers,
+    replicate,
+)
+from orchestrator.workspace import write_json
+
+LOCK_NAME = "lock"
+LOCK_SECONDS = 20.0
+"""How long a job waits for another process in its folder."""
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+def run_job(
+    job: TrainingJob,
+    *,
+    world: World | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    report: Report | None = None,
+) -> TrainingOutcome:
+    """Train a job to its end, or until a stop is asked for. Call it on every worker.
+
+    Args:
+        job: What to train.
+        world: This worker's place; a single worker on the CPU when unset.
+        should_stop: Asked before each step, beside the job's stop file.
+        report: Told the step and its numbers on the first worker, beside the journal.
+
+    Raises:
+        UserError: If the job cannot run as described, or its folder is in use or holds another job.
+        Diverged: If the loss is no number any more; says at which step, and the last good
+        checkpoint.
+    """
+    world = world or World()
+    with _locked(job.folder, world):
+        outcome = decided_by_first(lambda: _open_folder(job, world), world)
+        if outcome:
+            return outcome
+        run = _Run(job, world, report)
+        try:
+            return run.to_the_end(should_stop or (lambda: False))
+        finally:
+            run.close()
+
+
+def _open_folder(job: TrainingJob, world: World) -> TrainingOutcome | None:
+    check_job(job, num_workers=world.size)
+    claim_folder(job)
+    return finished_outcome(job)
+
+
+class _Run:
+    """One run in progress: the loop's hooks, and what they need."""
+
+    def __init__(self, job: TrainingJob, world: World, report: Report | None) -> None:
+        self.job, self.world = job, world
+        self.config = job.config()
+        self.store = open_tokens(job.tokens_folder)
+        self.journal = Journal(job.folder) if world.is_first else None
+        self._report = report
+        self.schedule_at = two_stage(self.config.corrections, job.recipe)
+        self.plan = BatchPlan(len(self.store.train), self.config.context_length, job.recipe.seed)
+        self.global_batch = sequences_per_step(job.recipe, self.config)
+        self.teacher = _load_teacher(job, world)
+        self.decoder = _first_weights(job, self.config).to(world.device)
+        self.decoder.activation_checkpointing = job.recipe.activation_checkpointing
+        self.optimizer = make_optimizer(self.decoder, job.recipe)
+        self.position = Position()
+        self.checkpoint: Path | None = None
+        self._saved_step = 0
+        self._flops = _flops_counter(job, self.config, self.schedule_at, self.teacher)
+
+    def close(self) -> None:
+        """Close the journal."""
+        if self.journal:
+            self.journal.close()
+
+    def to_the_end(self, should_stop: Callable[[], bool]) -> TrainingOutcome:
+        """Resume, train, and write down what came out."""
+        self._resume()
+        folder = self.job.folder
+        hooks = Hooks(
+            batch=self.batch,
+            flops_per_token=self._flops,
+            validate=self.validate,
+            report=self.report,
+            save=self.save,
+            should_stop=lambda: self.world.is_first and (stop_asked(folder) or should_stop()),
+        )
+        trainee = Trainee(
+            model=replicate(
+                self.decoder, self.world, has_idle_parameters=self.decoder.method.has_mix
+            ),
+            optimizer=self.optimizer,
+            objective=_objective(self.job, self.schedule_at, self.teacher),
+            recipe=self.job.recipe,
+            world=self.world,
+        )
+        try:
+            finished = train(trainee, self.position, hooks)
+        except Diverged as error:
+            raise self._with_last_checkpoint(error) from None
+        outcome = self.outcome(finished)
+        if self.journal:
+            if finished:
+                write_json(folder / DONE_NAME, outcome.to_dict())
+            self.journal.event("finished" if finished else "stopped", step=outcome.step)
+        return outcome
+
+    def batch(self, step: int) -> Tensor:
+        """Return this worker's sequences of a step."""
+        sequences = self.plan.sequences(
+            step,
+            self.store.train,
+            global_batch=self.global_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        return sequences.to(self.world.device)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> float:
+        """Return the validation loss under the schedule in training; the workers share the work."""
+        recipe, world = self.job.recipe, self.world
+        batches = validation_batches(
+            self.store.validation,
+            context_length=self.config.context_length,
+            num_tokens=recipe.num_validation_tokens,
+            batch_size=recipe.num_sequences_per_pass or self.global_batch // world.size,
+        )
+        schedule = self.schedule_at(step - 1)
+        total = count = 0.0
+        self.decoder.eval()
+        for number, sequences in enumerate(batches):
+            if number % world.size == world.rank:
+                sequences = sequences.to(world.device)
+                with autocast(recipe.precision, world):
+                    loss = next_token_loss(self.decoder(sequences, schedule=schedule), sequences)
+                total += loss.item() * len(sequences)
+                count += len(sequences)
+        self.decoder.train()
+        sums = mean_over_workers({"total": total, "count": count}, world)
+        return sums["total"] / sums["count"]
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write numbers into the journal."""
+        if self.journal:
+            self.journal.metrics(step, numbers)
+            if self._report:
+                self._report(step, numbers)
+
+    def save(self, position: Position) -> None:
+        """Write a checkpoint, unless this step has one or nothing is trained yet."""
+        if not self.journal or position.step in (0, self._saved_step):
+            return
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "position": asdict(position),
+            "random": _random_state(self.world),
+        }
+        self.checkpoint = save_checkpoint(
+            self.job.folder,
+            position.step,
+            decoder=self.decoder,
+            training_state=state,
+            tokenizer_path=self.store.tokenizer_path,
+            provenance=_provenance(self.job, self.store),
+        )
+        self._saved_step = position.step
+        prune_checkpoints(self.job.folder, self.job.recipe.num_checkpoints_kept)
+        self.journal.event("checkpoint", step=position.step, path=str(self.checkpoint))
+
+    def outcome(self, finished: bool) -> TrainingOutcome:
+        """Return what the run has come to."""
+        return TrainingOutcome(
+            checkpoint=str(self.checkpoint) if self.checkpoint else None,
+            step=self.position.step,
+            finished=finished,
+            validation_loss=self.position.validation_loss,
+            train_seconds=self.position.seconds,
+            num_tokens=self.position.num_tokens,
+            training_flops=self.position.flops,
+        )
+
+    def _resume(self) -> None:
+        self.checkpoint = decided_by_first(self._newest_checkpoint, self.world)
+        if self.checkpoint is None:
+            self._event("started", num_steps=self.job.recipe.num_steps)
+            return
+        state = load_training_state(self.checkpoint)
+        self.decoder.load_state_dict(load_decoder(self.checkpoint, check=False).state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.position = Position(**state["position"])
+        self._saved_step = self.position.step
+        _set_random_state(state["random"], self.world)
+        self._event("resumed", step=self.position.step, path=str(self.checkpoint))
+
+    def _newest_checkpoint(self) -> Path | None:
+        return newest_checkpoint(
+            self.job.folder, lambda sentence: self._event("damaged", text=sentence)
+        )
+
+    def _event(self, name: str, **details: Any) -> None:
+        if self.journal:
+            self.journal.event(name, **details)
+
+    def _with_last_checkpoint(self, error: Diverged) -> Diverged:
+        self._event("diverged", step=self.position.step, text=str(error))
+        last = (
+            f"the last good checkpoint is {self.checkpoint}"
+            if self.checkpoint
+            else ("there is no checkpoint before it")
+        )
+        return Diverged(
+            f"{error}; {last}; lower training.learning_rate or lengthen training.warmup_steps"
+        )
+
+
+def _first_weights(job: TrainingJob, config: ModelConfig) -> Decoder:
+    torch.manual_seed(job.recipe.seed)
+    if job.initial_folder is None:
+        return Decoder(config)
+    decoder = load_decoder(Path(job.initial_folder), check=False)
+    if replace(decoder.config, schedule=config.schedule) != config:
+        raise UserError(
+            f"the weights in {job.initial_folder} are another model's than the one to train; "
+            "only the iteration schedule may differ"
+        )
+    return decoder.with_schedule(config.corrections)
+
+
+def _load_teacher(job: TrainingJob, world: World) -> Decoder | None:
+    if job.objective != "distill" or job.teacher_folder is None:
+        return None
+    teacher = load_decoder(Path(job.teacher_folder), device=world.device, check=False)
+    return teacher.requires_grad_(False)
+
+
+def _objective(job: TrainingJob, schedule_at: ScheduleAt, teacher: Decoder | None) -> Objective:
+    if teacher is None:
+        return pretraining_objective(schedule_at)
+    return distillation_objective(teacher, job.distillation or DistillationConfig())
+
+
+def _flops_counter(
+    job: TrainingJob, config: ModelConfig, schedule_at: ScheduleAt, teacher: Decoder | None
+) -> Callable[[int], float]:
+    distillation = job.distillation or DistillationConfig()
+
+    @lru_cache
+    def training(schedule: IterationSchedule) -> float:
+        return float(training_flops_per_token(config, schedule))
+
+    forward = inference_cost(teacher.config).forward_flops_per_token if teacher else 0.0
+    return lambda step: (
+        training(schedule_at(step))
+        + (forward if teacher and distillation.uses_teacher(step) else 0.0)
+    )
+
+
+def _provenance(job: TrainingJob, store: TokenStore) -> dict[str, Any]:
+    return {
+        "tokens": store.fingerprint,
+        "objective": job.objective,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "distillation": asdict(job.distillation) if job.distillation else None,
+        "teacher": weights_key(Path(job.teacher_folder)) if job.teacher_folder else None,
+        "environment": environment(),
+        **job.provenance,
+    }
+
+
+def _random_state(world: World) -> dict[str, Tensor]:
+    # Nothing draws random numbers after the weights are made; kept so that dropout could come.
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.startswith("cuda"):
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor], world: World) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and world.device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["cuda"], world.device)
+
+
+@contextmanager
+def _locked(folder: Path, world: World) -> Iterator[None]:
+    lock = FileLock(folder / LOCK_NAME)
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(
+                f"another process trains in {folder}; wait for it, stop it, or choose another name"
+            ) from None
+
+    decided_by_first(acquire, world)
+    try:
+        yield
+    finally:
+        if world.is_first:
+            lock.release()
