@@ -1,8 +1,9 @@
 """The command line: thin commands that read settings, call stages and print one table.
 
-Nothing heavy is imported at the top, so that `--help` is instant. Each command runs inside `_session`, which opens the
-workspace, sends the libraries' noise to a log, draws progress, and turns the four ways a command can end into exit
-codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted with the state saved.
+Nothing heavy is imported at the top, so that `--help` is instant. Each command runs inside
+`_session`, which opens the workspace, sends the libraries' noise to a log, draws progress, and
+turns the four ways a command can end into exit codes: 0 done, 1 failed, 2 the user's mistake, 130
+interrupted with the state saved.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Pretrain, sweep and distill iterative Transformers, and show accuracy against inference cost.",
+    help="Pretrain, sweep and distill iterative Transformers; show accuracy against their cost.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -36,7 +37,7 @@ WorkspaceOption = Annotated[
     typer.Option(
         "--workspace",
         "-w",
-        help="Folder for all that is made [env: IIET_WORKSPACE; ./iiet-workspace].",
+        help="Folder for all that is made; IIET_WORKSPACE, else ./iiet-workspace.",
     ),
 ]
 ConfigOption = Annotated[
@@ -45,20 +46,16 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="One setting, as training.num_steps=500."
-    ),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting, as training.num_steps=500."),
 ]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Let the libraries' own output through.")
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Data-parallel workers [cluster.num_workers]."),
+    typer.Option("--workers", min=1, help="Data-parallel workers."),
 ]
-GpusOption = Annotated[
-    int | None, typer.Option("--gpus", min=0, help="GPUs, one worker each [cluster.num_gpus].")
-]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=0, help="GPUs, one worker each.")]
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(help="Checkpoint or run folder; the workspace's newest IIET when left out."),

@@ -35,7 +35,7 @@ class Journal:
         self._write({"kind": "metrics", "step": step, "values": dict(values)})
 
     def event(self, name: str, **details: Any) -> None:
-        """Record that something happened, such as `resumed`, `checkpoint`, `stopped`, `finished`."""
+        """Record that something happened: `resumed`, `checkpoint`, `stopped`, `finished`."""
         self._write({"kind": "event", "name": name, **details})
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """Keeps the libraries' noise out of the terminal: it goes to a log file in the workspace.
 
-Ray's raylet, gloo and others write to file descriptor 2 from C++ and from child processes, so the descriptor
-itself is pointed at the log while a command runs; `sys.stderr` objects made before would not catch them.
-What the program itself has to say to the user goes through the descriptor that was saved.
+Ray's raylet, gloo and others write to file descriptor 2 from C++ and from child processes, so the
+descriptor itself is pointed at the log while a command runs; `sys.stderr` objects made before would
+not catch them. What the program itself has to say to the user goes through the descriptor that was
+saved.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What a sweep will do, decided before it does anything: which trials, what each costs, what is done already.
+"""What a sweep will do, decided before it does anything: which trials, what each costs, what is
+done already.
 
-A trial is a schedule (or a method) trained by one job and measured by one suite. Thresholds are only labels: all that
-lead to the same schedule are one trial. Each trial has a key, the hash of all that determines its result, and a
-folder named by the hash of all that determines its weights; so a second sweep, another range of thresholds or a restart
-finds what is finished, and other tasks can be put to the same weights without training again.
+A trial is a schedule (or a method) trained by one job and measured by one suite. Thresholds are
+only labels: all that lead to the same schedule are one trial. Each trial has a key, the hash of all
+that determines its result, and a folder named by the hash of all that determines its weights; so a
+second sweep, another range of thresholds or a restart finds what is finished, and other tasks can
+be put to the same weights without training again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import (
     FamilyMember,
-    IterationSchedule,
     schedule_at_threshold,
     schedule_family,
     spread_over_cost,
@@ -73,8 +74,8 @@ class PlannedTrial:
     def result(self) -> TrialResult | None:
         """Return the finished result; None while there is none.
 
-        The label and the thresholds are this sweep's: another sweep may have measured the same trial under
-        other names.
+        The label and the thresholds are this sweep's: another sweep may have measured the same
+        trial under other names.
         """
         found = read_json(self.result_path)
         if not found:
@@ -117,7 +118,7 @@ class SweepPlan:
 
 
 def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
-    """Return the cost of a model in all units that follow from shapes, relative ones to `full`'s."""
+    """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
     cost, most = inference_cost(config), inference_cost(full)
     return {
         "evaluations": cost.evaluations_per_token,
@@ -134,8 +135,8 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
 def choose_members(influence: InfluenceTable, settings: Settings) -> tuple[FamilyMember, ...]:
     """Return the schedules of a threshold sweep, from full to none, each once.
 
-    With `sweep.thresholds`, those that the thresholds lead to; else `sweep.num_schedules` of the family, spread
-    evenly over cost.
+    With `sweep.thresholds`, those that the thresholds lead to; else `sweep.num_schedules` of the
+    family, spread evenly over cost.
     """
     family = schedule_family(influence)
     if not settings.sweep.thresholds:
@@ -154,7 +155,7 @@ def threshold_plan(
     references: Sequence[tuple[str, Path]] = (),
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan a threshold sweep: the teacher, each chosen schedule distilled from it, and the references.
+    """Plan a threshold sweep: the teacher, its students under the chosen schedules, references.
 
     Args:
         settings: Sections `sweep` and `distillation` count.
@@ -180,18 +181,15 @@ def threshold_plan(
 
 def iterations_plan(
     jobs: Sequence[tuple[str, TrainingJob]],
-    workspace: Workspace,
     *,
     suite: dict[str, Any],
     name: str | None = None,
 ) -> SweepPlan:
     """Plan a sweep that pretrains several methods or iteration counts from scratch, each a job.
 
-    Args:
-        jobs: Label and job; the job's folder is where a pretraining run of the same settings would go.
-        workspace: Where evaluation results live.
-        suite: What is measured.
-        name: Name of the sweep; made from its key when unset.
+    Args: jobs: Label and job; the job's folder is where a pretraining run of the same settings
+    would go. workspace: Where evaluation results live. suite: What is measured. name: Name of
+    the sweep; made from its key when unset.
     """
     trials = []
     for label, job in jobs:
@@ -265,10 +263,7 @@ def _student(
     job = student_job(
         settings.distillation, teacher=teacher, config=config, tokens_folder=suite["tokens_folder"]
     )
-    if job:
-        weights = job_key(job)
-    else:
-        weights = content_key("pruned", weights_key(teacher), config.to_dict())
+    weights = job_key(job) if job else content_key("pruned", weights_key(teacher), config.to_dict())
     folder = str(workspace.trials / weights)
     control = settings.distillation.control
     note = "" if control == "distill" else f" ({control.replace('_', ' ')})"
@@ -360,16 +355,3 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
         )
     return folder
-
-
-__all__ = [
-    "IterationSchedule",
-    "PlannedTrial",
-    "SweepPlan",
-    "choose_members",
-    "exact_cost",
-    "iterations_plan",
-    "student_job",
-    "threshold_plan",
-    "tokens_of",
-]

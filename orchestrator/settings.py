@@ -21,7 +21,7 @@ from orchestrator.errors import UserError
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict about names, documented by the sentence under each field."""
+    """Base of all sections: frozen, strict about names, a sentence under each field."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -45,7 +45,7 @@ class DataSettings(Section):
     max_documents: int | None = Field(default=None, gt=0)
     """Read at most this many documents; no limit when unset."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share of the documents held out for validation and the held-out tasks, chosen by content hash."""
+    """Share of the documents held out for validation and tasks, chosen by content hash."""
     tokenizer: str = "train"
     """`train` a byte-level BPE, or the path of a `tokenizer.json`, or `hub:NAME`."""
     vocab_size: int = Field(default=2048, ge=258)

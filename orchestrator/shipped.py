@@ -1,4 +1,5 @@
-"""The sweeps that come with the program: YAML files, found by name wherever the program is installed.
+"""The sweeps that come with the program: YAML files, found by name wherever the program is
+installed.
 
 In a checkout they stand at the top, where people look; a wheel carries them inside the package.
 """

@@ -1,4 +1,8 @@
-"""From the `model` section of the settings to the core's `ModelConfig`: a preset and what differs from it."""
+"""From the `model` section of the settings to the core's `ModelConfig`.
+
+A section names a preset and what differs from it; the vocabulary comes from the prepared tokens.
+Mistakes in names and sizes turn into one sentence here, before anything is started.
+"""
 
 from __future__ import annotations
 
