@@ -103,12 +103,24 @@ def load_decoder(
     """
     if check:
         check_checkpoint(folder)
+    decoder = Decoder(load_config(folder))
     try:
-        decoder = Decoder(ModelConfig.from_dict(json.loads((folder / CONFIG).read_text())))
         decoder.load_state_dict(load_file(folder / WEIGHTS))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this version of the program: {error}") from None
     return decoder.to(device).eval()
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read a checkpoint's model configuration, without its weights.
+
+    Raises:
+        UserError: If the file is missing, or not one of this version of the program.
+    """
+    try:
+        return ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the model's configuration in {folder}: {error}") from None
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,12 @@ from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
+from orchestrator.training.checkpoint import (
+    check_checkpoint,
+    checkpoint_name,
+    load_config,
+    weights_key,
+)
 from orchestrator.workspace import read_json, write_json
 
 STOP_NAME = "stop"
@@ -176,6 +181,13 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     for folder in (job.teacher_folder, job.initial_folder):
         if folder:
             check_checkpoint(Path(folder))
+    if job.initial_folder:
+        initial = load_config(Path(job.initial_folder))
+        if replace(initial, schedule=config.schedule) != config:
+            raise UserError(
+                f"the weights in {job.initial_folder} are another model's than the one to train; "
+                "only the iteration schedule may differ"
+            )
 
 
 def sequences_per_step(recipe: TrainingSettings, config: ModelConfig) -> int:

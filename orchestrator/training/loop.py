@@ -147,7 +147,7 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
 
 def _accumulate_gradients(trainee: Trainee, input_ids: Tensor, step: int) -> dict[str, float]:
     # In as many passes as memory asks for; the gradients are those of one pass up to rounding.
-    passes = input_ids.split(trainee.recipe.num_sequences_per_pass or len(input_ids))
+    passes = torch.split(input_ids, trainee.recipe.num_sequences_per_pass or len(input_ids))
     totals: dict[str, float] = {}
     for number, sequences in enumerate(passes, start=1):
         share = len(sequences) / len(input_ids)
@@ -155,7 +155,7 @@ def _accumulate_gradients(trainee: Trainee, input_ids: Tensor, step: int) -> dic
         with nullcontext() if is_last else without_averaging(trainee.model):
             with autocast(trainee.recipe.precision, trainee.world):
                 loss, parts = trainee.objective(trainee.model, sequences, step)
-            (loss * share).backward()
+            torch.autograd.backward(loss * share)
         for name, value in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0.0) + share * value.item()
     return totals

@@ -101,10 +101,10 @@ def decided_by_first(decide: Callable[[], T], world: World) -> T:
     if world.is_first:
         try:
             box = [(decide(), None)]
-        except Exception as error:
+        except Exception as error:  # Raised below, on every worker.
             box = [(None, error)]
     dist.broadcast_object_list(box, src=0)
-    result, error = box[0]
-    if error is not None:
-        raise error
+    result, problem = box[0]
+    if problem is not None:
+        raise problem
     return cast("T", result)

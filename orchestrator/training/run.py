@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -284,11 +284,6 @@ def _first_weights(job: TrainingJob, config: ModelConfig) -> Decoder:
     if job.initial_folder is None:
         return Decoder(config)
     decoder = load_decoder(Path(job.initial_folder), check=False)
-    if replace(decoder.config, schedule=config.schedule) != config:
-        raise UserError(
-            f"the weights in {job.initial_folder} are another model's than the one to train; "
-            "only the iteration schedule may differ"
-        )
     return decoder.with_schedule(config.corrections)
 
 

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator.errors import UserError
+from orchestrator.training.checkpoint import (
+    check_checkpoint,
+    find_checkpoints,
+    load_decoder,
+    load_provenance,
+    load_training_state,
+    newest_checkpoint,
+    prune_checkpoints,
+    resolve_checkpoint,
+    save_checkpoint,
+    weights_key,
+)
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "training_state.pt")
+
+
+@pytest.fixture
+def decoder(tiny_model: dict[str, Any]) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(ModelConfig.from_dict(tiny_model))
+
+
+@pytest.fixture
+def run(tmp_path: Path, decoder: Decoder) -> Path:
+    for step in (5, 10, 100):
+        save(tmp_path, step, decoder)
+    return tmp_path
+
+
+def save(folder: Path, step: int, decoder: Decoder) -> Path:
+    tokenizer = folder / "tokenizer-source.json"
+    tokenizer.write_text("{}")
+    return save_checkpoint(
+        folder,
+        step,
+        decoder=decoder,
+        training_state={"step": step, "moments": torch.ones(2)},
+        tokenizer_path=tokenizer,
+        provenance={"tokens": "abc"},
+    )
+
+
+def test_comes_back_as_it_was(run: Path, decoder: Decoder) -> None:
+    folder = find_checkpoints(run)[-1]
+    loaded = load_decoder(folder)
+    assert loaded.config == decoder.config
+    assert not loaded.training
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert load_training_state(folder)["step"] == 100
+    assert load_provenance(folder)["tokens"] == "abc"
+
+
+def test_found_oldest_first_by_number(run: Path) -> None:
+    (run / "step_x").mkdir()
+    assert [p.name for p in find_checkpoints(run)] == [
+        "step_00000005", "step_00000010", "step_00000100",
+    ]  # fmt: skip
+
+
+def test_equal_weights_have_an_equal_key(run: Path, decoder: Decoder) -> None:
+    first, second, _ = find_checkpoints(run)
+    assert weights_key(first) == weights_key(second)
+    with torch.no_grad():
+        decoder.norm.weight[0] += 1
+    assert weights_key(save(run, 11, decoder)) != weights_key(first)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [(name, harm) for name in FILES for harm in ("missing", "cut", "flipped")]
+    + [("provenance.json", "missing"), ("provenance.json", "cut")],
+)
+def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(
+    run: Path, name: str, harm: str
+) -> None:
+    newest = find_checkpoints(run)[-1]
+    damage(newest / name, harm)
+    said: list[str] = []
+    found = newest_checkpoint(run, said.append)
+    assert found == find_checkpoints(run)[-2]
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    assert name in said[0]
+    with pytest.raises(UserError, match=name):
+        check_checkpoint(newest)
+    with pytest.raises(UserError, match=name):
+        load_decoder(newest)
+
+
+def damage(path: Path, harm: str) -> None:
+    data = bytearray(path.read_bytes())
+    if harm == "missing":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def test_no_whole_checkpoint_is_none(run: Path) -> None:
+    for folder in find_checkpoints(run):
+        (folder / "model.safetensors").unlink()
+    assert newest_checkpoint(run) is None
+    assert newest_checkpoint(run / "nowhere") is None
+
+
+def test_a_crash_while_writing_leaves_the_old_state(
+    run: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="no space"):
+        save(run, 200, decoder)
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    assert newest.name == "step_00000100"
+    prune_checkpoints(run, 2)
+    assert not list(run.glob("*.tmp"))
+
+
+def test_prune_keeps_the_newest(run: Path) -> None:
+    prune_checkpoints(run, 2)
+    assert [p.name for p in find_checkpoints(run)] == ["step_00000010", "step_00000100"]
+    prune_checkpoints(run, 5)
+    assert len(find_checkpoints(run)) == 2
+
+
+def test_a_path_may_be_a_run_or_a_checkpoint(run: Path) -> None:
+    newest = find_checkpoints(run)[-1]
+    assert resolve_checkpoint(run) == newest
+    assert resolve_checkpoint(find_checkpoints(run)[0]) == find_checkpoints(run)[0]
+
+
+@pytest.mark.parametrize("name", ["missing", "step_00000007", "empty"])
+def test_what_is_no_checkpoint_is_said_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name):
+        resolve_checkpoint(tmp_path / name)
+
+
+def test_weights_of_another_shape_are_refused(run: Path) -> None:
+    folder = find_checkpoints(run)[-1]
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"dim": 16', '"dim": 32'))
+    with pytest.raises(UserError, match="does not fit"):
+        load_decoder(folder, check=False)

@@ -1,0 +1,359 @@
+"""Runs in this process: the same losses whatever interrupts them, and honest ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig
+from orchestrator.errors import UserError
+from orchestrator.journal import read_journal
+from orchestrator.settings import TrainingSettings
+from orchestrator.training import run as run_module
+from orchestrator.training.checkpoint import find_checkpoints, load_decoder, weights_key
+from orchestrator.training.job import (
+    TrainingJob,
+    ask_to_stop,
+    check_job,
+    finished_outcome,
+    forget_stop,
+    job_key,
+)
+from orchestrator.training.loop import Diverged
+from orchestrator.training.run import run_job
+
+RECIPE: dict[str, Any] = {
+    "num_steps": 12,
+    "num_tokens_per_step": 64,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "validate_every_steps": 5,
+    "num_validation_tokens": 128,
+    "checkpoint_every_steps": 4,
+    "iterate_from_fraction": 0.5,
+}
+
+MakeJob = Callable[..., TrainingJob]
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> MakeJob:
+    def make(
+        name: str = "run", *, recipe: dict[str, Any] | None = None, **more: Any
+    ) -> TrainingJob:
+        return TrainingJob(
+            **{
+                "run_folder": str(tmp_path / name),
+                "tokens_folder": str(tiny_tokens),
+                "model": tiny_model,
+                "recipe": TrainingSettings(**{**RECIPE, **(recipe or {})}),
+                **more,
+            }
+        )
+
+    return make
+
+
+def losses(job: TrainingJob) -> dict[int, float]:
+    records, _ = read_journal(job.folder)
+    return {
+        r["step"]: r["values"]["train/loss"] for r in records if "train/loss" in r.get("values", {})
+    }
+
+
+def events(job: TrainingJob) -> list[str]:
+    return [r["name"] for r in read_journal(job.folder)[0] if r["kind"] == "event"]
+
+
+def stop_at(step: int) -> Callable[[], bool]:
+    asked = iter(range(10**6))
+    return lambda: next(asked) == step
+
+
+def test_learns_and_reports(make_job: MakeJob) -> None:
+    job = make_job(recipe={"num_steps": 60, "iterate_from_fraction": 0.0})
+    outcome = run_job(job)
+    curve = losses(job)
+    assert outcome.finished
+    assert (outcome.step, outcome.num_tokens) == (60, 60 * 64)
+    assert outcome.training_flops > 0
+    assert list(curve) == list(range(1, 61))
+    assert sum(list(curve.values())[-5:]) < sum(list(curve.values())[:5]) - 1.0
+    assert outcome.checkpoint is not None
+    records, _ = read_journal(job.folder)
+    validation = [
+        r["values"]["validation/loss"] for r in records if "validation/loss" in r.get("values", {})
+    ]
+    assert validation[-1] == outcome.validation_loss
+    assert events(job)[0] == "started"
+    assert events(job)[-1] == "finished"
+
+
+def test_a_finished_job_returns_at_once(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = run_job(make_job())
+    monkeypatch.setattr(run_module, "train", None)
+    assert run_job(make_job()) == outcome
+    assert finished_outcome(make_job()) == outcome
+
+
+def test_two_runs_are_bitwise_equal(make_job: MakeJob) -> None:
+    first, second = run_job(make_job("a")), run_job(make_job("b"))
+    assert losses(make_job("a")) == losses(make_job("b"))
+    assert weights_key(Path(first.checkpoint or "")) == weights_key(Path(second.checkpoint or ""))
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 6, 11])
+def test_stopped_and_resumed_is_bitwise_the_same(make_job: MakeJob, step: int) -> None:
+    whole = run_job(make_job("whole"))
+    stopped = run_job(make_job("cut"), should_stop=stop_at(step))
+    assert (stopped.step, stopped.finished) == (step, False)
+    torch.manual_seed(step)  # Whatever else the process does in between.
+    outcome = run_job(make_job("cut"))
+    assert losses(make_job("cut")) == losses(make_job("whole"))
+    assert outcome.validation_loss == whole.validation_loss
+    assert (outcome.num_tokens, outcome.training_flops) == (whole.num_tokens, whole.training_flops)
+    for name in ("model.safetensors", "config.json"):
+        written = (Path(outcome.checkpoint or "") / name).read_bytes()
+        assert written == (Path(whole.checkpoint or "") / name).read_bytes()
+
+
+def test_a_crash_goes_on_from_the_checkpoint_before(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(make_job("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module._Run, "batch", crash_at(7, run_module._Run.batch))
+        with pytest.raises(RuntimeError, match="crash"):
+            run_job(make_job("cut"))
+    assert find_checkpoints(make_job("cut").folder)[-1].name == "step_00000004"
+    run_job(make_job("cut"))
+    assert losses(make_job("cut")) == losses(make_job("whole"))
+    assert "resumed" in events(make_job("cut"))
+
+
+def crash_at(step: int, batch: Callable[..., Any]) -> Callable[..., Any]:
+    def crashing(self: Any, now: int) -> Any:
+        if now == step:
+            raise RuntimeError("crash")
+        return batch(self, now)
+
+    return crashing
+
+
+def test_a_damaged_checkpoint_is_reported_and_passed_over(make_job: MakeJob) -> None:
+    whole = run_job(make_job("whole"))
+    job = make_job("cut")
+    run_job(job, should_stop=stop_at(9))
+    newest = find_checkpoints(job.folder)[-1]
+    assert newest.name == "step_00000009"
+    (newest / "model.safetensors").write_bytes(b"cut off")
+    outcome = run_job(job)
+    assert "damaged" in events(job)
+    assert losses(job) == losses(make_job("whole"))
+    assert outcome.validation_loss == whole.validation_loss
+
+
+def test_a_damaged_last_checkpoint_is_made_again(make_job: MakeJob) -> None:
+    outcome = run_job(make_job())
+    weights = Path(outcome.checkpoint or "") / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(b"")
+    assert run_job(make_job()).finished
+    assert weights.read_bytes() == before
+
+
+def test_the_stop_file_is_honoured_and_withdrawn(make_job: MakeJob) -> None:
+    job = make_job()
+    ask_to_stop(job.folder)
+    assert run_job(job).step == 0
+    forget_stop(job.folder)
+    assert run_job(job).finished
+
+
+def test_keeps_only_the_newest_checkpoints(make_job: MakeJob) -> None:
+    job = make_job(recipe={"num_checkpoints_kept": 1})
+    run_job(job)
+    assert [p.name for p in find_checkpoints(job.folder)] == ["step_00000012"]
+
+
+def test_accumulated_passes_give_the_same_losses(make_job: MakeJob) -> None:
+    run_job(make_job("one"))
+    run_job(make_job("many", recipe={"num_sequences_per_pass": 3}))
+    assert list(losses(make_job("many")).values()) == pytest.approx(
+        list(losses(make_job("one")).values()), abs=1e-5
+    )
+
+
+def test_activation_checkpointing_gives_the_same_losses(make_job: MakeJob) -> None:
+    run_job(make_job("one"))
+    run_job(make_job("lean", recipe={"activation_checkpointing": True}))
+    assert list(losses(make_job("lean")).values()) == pytest.approx(
+        list(losses(make_job("one")).values()), abs=1e-5
+    )
+
+
+def test_bf16_is_close(make_job: MakeJob) -> None:
+    run_job(make_job("one"))
+    run_job(make_job("bf16", recipe={"precision": "bf16"}))
+    assert list(losses(make_job("bf16")).values()) == pytest.approx(
+        list(losses(make_job("one")).values()), abs=0.1
+    )
+
+
+def test_first_stage_makes_no_corrections(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    forward = Decoder.forward
+
+    def watched(self: Decoder, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            used.append(kwargs["schedule"].num_corrections)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    run_job(make_job())
+    assert used == [0] * 6 + [3] * 6
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_divergence_names_step_and_last_good_checkpoint(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    job = make_job()
+    objective = run_module._objective
+
+    def spoiled(*arguments: Any) -> Any:
+        inner = objective(*arguments)
+
+        def spoil(model: Any, input_ids: Any, step: int) -> Any:
+            loss, parts = inner(model, input_ids, step)
+            return (loss * math.nan if step == 6 else loss), parts
+
+        return spoil
+
+    monkeypatch.setattr(run_module, "_objective", spoiled)
+    with pytest.raises(Diverged) as caught:
+        run_job(job)
+    assert "step 7" in str(caught.value)
+    assert str(job.folder / "step_00000004") in str(caught.value)
+    assert "training.learning_rate" in str(caught.value)
+    assert [p.name for p in find_checkpoints(job.folder)] == ["step_00000004"]
+    assert events(job)[-1] == "diverged"
+
+
+def test_distillation_starts_from_the_weights_and_leaves_the_teacher_alone(
+    make_job: MakeJob, tiny_model: dict[str, Any]
+) -> None:
+    teacher = Path(run_job(make_job("teacher")).checkpoint or "")
+    before = weights_key(teacher), (teacher / "model.safetensors").read_bytes()
+    student = {**tiny_model, "schedule": [0, 1]}
+    job = make_job(
+        "student",
+        model=student,
+        objective="distill",
+        teacher_folder=str(teacher),
+        initial_folder=str(teacher),
+        distillation=DistillationConfig(),
+        recipe={"learning_rate": 1e-9, "iterate_from_fraction": 0.0},
+    )
+    outcome = run_job(job)
+    decoder = load_decoder(Path(outcome.checkpoint or ""))
+    assert decoder.schedule.corrections == (0, 1)
+    for name, tensor in load_decoder(teacher).state_dict().items():
+        assert torch.allclose(decoder.state_dict()[name], tensor, atol=1e-6), name
+    assert (weights_key(teacher), (teacher / "model.safetensors").read_bytes()) == before
+    first = read_journal(job.folder)[0][1]["values"]
+    assert first["train/kl"] > 0
+    assert first["train/loss"] == pytest.approx(
+        first["train/cross_entropy"] + first["train/kl"], rel=1e-5
+    )
+
+
+def test_distillation_pays_for_its_teacher(make_job: MakeJob, tiny_model: dict[str, Any]) -> None:
+    teacher = run_job(make_job("teacher")).checkpoint
+    more = {"initial_folder": teacher, "recipe": {"num_steps": 2, "iterate_from_fraction": 0.0}}
+    plain = run_job(make_job("plain", objective="cross_entropy", **more))
+    taught = run_job(make_job("taught", objective="distill", teacher_folder=teacher, **more))
+    assert taught.training_flops == pytest.approx(plain.training_flops * 4 / 3)
+
+
+def test_the_key_knows_what_matters(make_job: MakeJob, tiny_model: dict[str, Any]) -> None:
+    key = job_key(make_job())
+    assert job_key(make_job("elsewhere", provenance={"note": "x"})) == key
+    assert job_key(make_job(recipe={"checkpoint_every_steps": 1})) == key
+    assert job_key(make_job(recipe={"learning_rate": 2e-2})) != key
+    assert job_key(make_job(recipe={"seed": 1})) != key
+    assert job_key(make_job(model={**tiny_model, "schedule": [0, 0]})) != key
+    teacher = run_job(make_job()).checkpoint
+    taught = make_job("s", objective="distill", teacher_folder=teacher, initial_folder=teacher)
+    assert job_key(taught) != key
+
+
+def test_survives_json(make_job: MakeJob) -> None:
+    job = make_job(distillation=DistillationConfig(kl_weight=0.5), provenance={"a": [1]})
+    assert TrainingJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+
+
+def test_a_folder_of_another_job_is_refused(make_job: MakeJob) -> None:
+    run_job(make_job())
+    with pytest.raises(UserError, match=r"recipe.learning_rate was 0.01, is 0.5"):
+        run_job(make_job(recipe={"learning_rate": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"recipe": {"num_tokens_per_step": 65}}, "multiple of the context length 16; got 65"),
+        ({"tokens_folder": "/nowhere"}, "/nowhere"),
+        ({"objective": "distill"}, "needs a teacher"),
+        ({"objective": "distill", "teacher_folder": "/nowhere"}, "no checkpoint folder /nowhere"),
+        ({"initial_folder": "/nowhere"}, "no checkpoint folder /nowhere"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    make_job: MakeJob, changes: dict[str, Any], sentence: str
+) -> None:
+    job = make_job(**changes)
+    with pytest.raises(UserError, match=sentence):
+        run_job(job)
+    assert not find_checkpoints(job.folder)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [({"vocab_size": 10}, "vocab_size of 10"), ({"num_heads": 3}, "dim must be a multiple")],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    make_job: MakeJob, tiny_model: dict[str, Any], sizes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check_job(make_job(model={**tiny_model, **sizes}))
+
+
+def test_workers_that_cannot_share_the_batch_are_refused(make_job: MakeJob) -> None:
+    check_job(make_job(), num_workers=4)
+    with pytest.raises(UserError, match="3 workers"):
+        check_job(make_job(), num_workers=3)
+
+
+def test_weights_of_another_model_are_refused(
+    make_job: MakeJob, tiny_model: dict[str, Any]
+) -> None:
+    teacher = run_job(make_job()).checkpoint
+    job = make_job("s", initial_folder=teacher, model={**tiny_model, "ffn_dim": 64})
+    with pytest.raises(UserError, match="another model"):
+        run_job(job)
+
+
+def test_a_folder_in_use_is_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
+    with pytest.raises(UserError, match="another process trains in"):
+        run_job(make_job(), report=lambda *_: run_job(make_job()) and None)
