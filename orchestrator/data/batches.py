@@ -1,10 +1,12 @@
 """Which tokens belong to which step: index arithmetic alone, no reader, no state.
 
-The training tokens are cut into windows of one context. An epoch visits each window once in an order of its own, and its
-cut begins at an offset of its own, so that no token always starts a window. The order is a keyed permutation that computes
-any element by itself (a Feistel network over the next power of four, with values outside walked past), so that step
-one million costs as little as step one and nothing is stored. A step's global batch is the same set of windows in the
-same order whatever the number of workers; each takes its slice. A position is therefore just the number of the step.
+The training tokens are cut into windows of one context. An epoch visits each window once in an
+order of its own, and its cut begins at an offset of its own, so that no token always starts a
+window. The order is a keyed permutation that computes any element by itself (a Feistel network over
+the next power of four, with values outside walked past), so that step one million costs as little
+as step one and nothing is stored. A step's global batch is the same set of windows in the same
+order whatever the number of workers; each takes its slice. A position is therefore just the number
+of the step.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class BatchPlan:
     def starts(
         self, step: int, *, global_batch: int, rank: int = 0, world_size: int = 1
     ) -> np.ndarray:
-        """Return the first token of each sequence of one worker in one step, int64, (global_batch / world_size,).
+        """Return the first token of each sequence of one worker in one step, int64, (global_batch /
+        world_size,).
 
         Args:
             step: Counts from 0.
@@ -63,8 +66,8 @@ class BatchPlan:
         """
         if global_batch % world_size or global_batch < 1:
             raise UserError(
-                f"a step has {global_batch} sequences, which {world_size} workers cannot share evenly; change "
-                "training.num_tokens_per_step or cluster.num_workers"
+                f"a step has {global_batch} sequences, which {world_size} workers cannot share "
+                "evenly; change training.num_tokens_per_step or cluster.num_workers"
             )
         share = global_batch // world_size
         first = step * global_batch + rank * share
@@ -87,7 +90,8 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
     ) -> Tensor:
-        """Return one worker's sequences of one step, int64, (global_batch / world_size, context_length).
+        """Return one worker's sequences of one step, int64, (global_batch / world_size,
+        context_length).
 
         Args:
             tokens: The flat array that the plan was made for.
@@ -106,7 +110,8 @@ class BatchPlan:
 def validation_batches(
     tokens: np.ndarray, *, context_length: int, num_tokens: int, batch_size: int
 ) -> Iterator[Tensor]:
-    """Yield the same sequences each time, spread evenly over the tokens, int64, (<= batch_size, context_length).
+    """Yield the same sequences each time, spread evenly over the tokens, int64, (<= batch_size,
+    context_length).
 
     Args:
         tokens: Flat validation tokens.
@@ -133,13 +138,13 @@ def check_one_context(num_tokens: int, context_length: int, name: str) -> None:
     """
     if num_tokens < context_length:
         raise UserError(
-            f"the {name} text has {num_tokens} tokens, fewer than one sequence of {context_length}; "
-            "give more text or set a smaller model.context_length"
+            f"the {name} text has {num_tokens} tokens, fewer than one sequence of "
+            f"{context_length}; give more text or set a smaller model.context_length"
         )
 
 
 def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
-    """Copy the sequences that begin at `starts` out of the flat array, int64, (len(starts), length)."""
+    """Copy the sequences that begin at `starts`, int64, (len(starts), length)."""
     rows = starts[:, None] + np.arange(length, dtype=np.int64)
     return torch.from_numpy(tokens[rows].astype(np.int64))
 

@@ -1,16 +1,16 @@
 """Where documents come from: the embedded text, the user's files, or a data set on the hub.
 
-Every source becomes a stream of documents, so that a corpus larger than memory passes through. A record of a
-`.jsonl` or `.parquet` file or of a data set is a document. A `.txt` file holds documents between
-`<|endoftext|>` marks if it has any; otherwise, a file whose blank-line blocks are mostly a short title line and text
-holds one document a block; otherwise the file is one document. Documents of book length are cut at paragraph
-ends into passages, so that even a single book divides into training and validation. Equal documents count once. The
-split is by hash of the text: a document's side never depends on its neighbours.
+Every source becomes a stream of documents, so that a corpus larger than memory passes through. A
+record of a `.jsonl` or `.parquet` file or of a data set is a document. A `.txt` file holds
+documents between `<|endoftext|>` marks if it has any; otherwise, a file whose blank-line blocks are
+mostly a short title line and text holds one document a block; otherwise the file is one document.
+Documents of book length are cut at paragraph ends into passages, so that even a single book divides
+into training and validation. Equal documents count once. The split is by hash of the text: a
+document's side never depends on its neighbours.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import json
@@ -70,8 +70,8 @@ def read_documents(settings: DataSettings, progress: Progress | None = None) -> 
     """Yield the documents of the source, equal ones once, at most `max_documents`.
 
     Raises:
-        UserError: If a file is missing, unreadable or of another kind, `text_field` is wrong, or the hub cannot
-            be reached.
+        UserError: If a file is missing, unreadable or of another kind, `text_field` is wrong, or
+            the hub cannot be reached.
     """
     progress = progress or Progress()
     seen: set[bytes] = set()
@@ -86,15 +86,15 @@ def read_documents(settings: DataSettings, progress: Progress | None = None) -> 
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Tell whether a document is held out: a hash of its text, read as a number in [0, 1), lies under `fraction`."""
-    digest = hashlib.blake2b(
-        text.encode("utf-8", "replace"), digest_size=8, person=b"split"
-    ).digest()
+    """Tell whether a document is held out: its hash as a number in [0, 1) lies under `fraction`."""
+    data = text.encode("utf-8", "replace")
+    digest = hashlib.blake2b(data, digest_size=8, person=b"split").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def source_state(settings: DataSettings) -> Any:
-    """Return a JSON-able value that changes when the source's content does, without reading the content.
+    """Return a JSON-able value that changes when the source's content does, without reading the
+    content.
 
     Raises:
         UserError: If the files do not exist, or the settings name no source.
@@ -121,8 +121,11 @@ def find_files(settings: DataSettings) -> list[Path]:
         )
     found: set[Path] = set()
     for pattern in settings.files:
-        matches = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        files = [path.resolve() for path in matches if path.is_file()]
+        path = Path.cwd() / Path(pattern).expanduser()
+        root = Path(path.anchor)
+        # A name that exists is meant as it is, even with brackets in it.
+        matches = [path] if path.is_file() else root.glob(str(path.relative_to(root)))
+        files = [match.resolve() for match in matches if match.is_file()]
         if not files:
             raise UserError(f"data.files: no file matches {pattern!r} (looked from {Path.cwd()})")
         found.update(files)
@@ -181,7 +184,8 @@ def split_text_file(text: str) -> list[str]:
 
 
 def cut_long(text: str) -> Iterator[str]:
-    """Yield a document as it is, or in passages that end with a paragraph if it is of book length."""
+    """Yield a document as it is, or in passages that end with a paragraph if it is of book
+    length."""
     if len(text) <= LONG_DOCUMENT_CHARACTERS:
         yield text
         return
@@ -276,9 +280,8 @@ def _read_hub(settings: DataSettings, progress: Progress) -> Iterator[Document]:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises dozens of kinds
-        raise UserError(
-            f"cannot read the data set {settings.hub_name} from the hub: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the data set {settings.hub_name}: {reason}") from None
 
 
 def check_hub(wanted: str) -> None:

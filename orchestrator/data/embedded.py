@@ -1,14 +1,17 @@
-"""The English that every Python carries: help topics, docstrings and the longer comments of the standard library.
+"""The English that every Python carries: help topics, docstrings and the longer comments of the
+standard library.
 
-No network and no file of ours: the text comes from the interpreter that runs the program. Sources are parsed with
-`ast`, never imported, so that no module's side effects run. Each file gives documents of one to a few thousand characters
-in reading order: a class with its methods, a module with its functions. Between Python versions the text differs a little; the
-fingerprint of the tokens says which one a model has seen. About 10 seconds on one core.
+No network and no file of ours: the text comes from the interpreter that runs the program. Sources
+are parsed with `ast`, never imported, so that no module's side effects run. Each file gives
+documents of one to a few thousand characters in reading order: a class with its methods, a module
+with its functions. Between Python versions the text differs a little; the fingerprint of the tokens
+says which one a model has seen. About 10 seconds on one core.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sysconfig
 import warnings
@@ -18,7 +21,7 @@ from pathlib import Path
 from orchestrator.console import Progress
 from orchestrator.data.prose import Novelty, paragraphs
 
-EMBEDDED_VERSION = 1
+EMBEDDED_VERSION = 2
 """Raised by hand when the text taken from the same Python changes."""
 
 DOCUMENT_CHARACTERS = 1500
@@ -26,8 +29,8 @@ BREAK_CHARACTERS = 600
 MIN_DOCUMENT_CHARACTERS = 200
 MIN_COMMENT_LINES = 2
 LEFT_OUT = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3",
-     "__phello__", "turtledemo"}
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
+     "lib2to3", "__phello__", "turtledemo"}
 )  # fmt: skip
 
 _COMMENT = re.compile(r"^\s*#+(?: (.*)|)$")
@@ -36,10 +39,11 @@ _TOPIC_HEADING = re.compile(r"^(\S.*)\n([*=\-~^])\2{3,}$", re.MULTILINE)
 
 def embedded_files() -> list[Path]:
     """Return the standard library's source files in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(
-        path for path in root.rglob("*.py") if LEFT_OUT.isdisjoint(path.relative_to(root).parts)
-    )
+    found = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = [name for name in folders if name not in LEFT_OUT and name != "__pycache__"]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def embedded_state() -> list[list[str | int]]:
@@ -83,7 +87,8 @@ def _topic_units() -> Iterator[tuple[str, str]]:
 
 
 def _source_units(source: str) -> Iterator[str]:
-    """Yield docstrings and comment blocks in their order; an empty text where a document may end."""
+    """Yield docstrings and comment blocks in their order; an empty text where a document may
+    end."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old escapes in other people's strings
@@ -116,7 +121,7 @@ def _comments(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _documents(units: Iterator[tuple[str, str]], novelty: Novelty) -> Iterator[tuple[str, str]]:
-    """Put units together into documents; one ends at a break or a new source, once it is long enough."""
+    """Put units together into documents; a long one ends at a break, any at a new source."""
     kept: list[str] = []
     size = 0
     previous = ""

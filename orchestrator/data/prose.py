@@ -1,10 +1,11 @@
 """From documentation in plain text to paragraphs of English.
 
-In goes a docstring, a help topic or a block comment: hard-wrapped lines, bullets, underlined headings, doctests
-and markup. Out come paragraphs as a person would read them aloud: each on one line, markup removed, code and
-signatures left out. A paragraph counts as prose by what it is made of (plain words, words of grammar, a
-sentence's end), which needs no word list and no model. Paragraphs that say again what was said are dropped by
-`Novelty`, because the same text in training and validation would make the held-out tasks worthless.
+In goes a docstring, a help topic or a block comment: hard-wrapped lines, bullets, underlined
+headings, doctests and markup. Out come paragraphs as a person would read them aloud: each on one
+line, markup removed, code and signatures left out. A paragraph counts as prose by what it is made
+of (plain words, words of grammar, a sentence's end), which needs no word list and no model.
+Paragraphs that say again what was said are dropped by `Novelty`, because the same text in training
+and validation would make the held-out tasks worthless.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ MIN_LETTER_SHARE = 0.86
 WORDS_PER_GRAMMAR_WORD = 11
 SHINGLE_WORDS = 6
 MAX_KNOWN_SHARE = 0.4
+WRAP_SLACK = 12
 
-GRAMMAR_WORDS = frozenset(
-    "a an the this that these those it its he she they them we you your our i me his her their is are was were be "
-    "been being am will would can could may might must shall should do does did has have had not no nor and or but "
-    "if then else when while until because as so than of in on at by to from for with without into onto over under "
-    "after before between through about there here which who whose whom what where why how all any both each few "
-    "more most other some such only own same too very just also".split()
-)
+_WORDS = """
+a an the this that these those it its he she they them we you your our i me his her
+their is are was were be been being am will would can could may might must shall should
+do does did has have had not no nor and or but if then else when while until because as
+so than of in on at by to from for with without into onto over under after before
+between through about there here which who whose whom what where why how all any both
+each few more most other some such only own same too very just also
+"""
+GRAMMAR_WORDS = frozenset(_WORDS.split())
 
 _RULER = re.compile(r"^\s*([=\-~^*#+_.\"'`])\1{2,}\s*$")
 _BULLET = re.compile(r"^(\s*)(?:[*+•-]|o|\(?\d{1,2}[.)]|\(?[a-z]\))\s+(?=\S)")
 _CODE_START = re.compile(
-    r"^\s*(?:>>>|\.\.\.\s|\.\. |\$ |% |@\w|#!|def |class \w+[(:]|import |from \w+ import |[:@]\w+[^:]*:)"
+    r"^\s*(?:>>>|\.\.\.\s|\.\. |\$ |% |@\w|#!|def |class \w+[(:]|import "
+    r"|from \w+ import |[:@]\w+[^:]*:)"
 )
 _SENTENCE_END = re.compile(r"[.!?][)\"'\]]*$")
+_LEGAL = re.compile(r"copyright|warrant|redistribut|rights reserved|licen[cs]e", re.IGNORECASE)
 _PLAIN_WORD = re.compile(
     r"[(\"'\[]*[A-Za-z][a-z]*(?:[-'/][A-Za-z]?[a-z]+)*[)\"'\]]*[.,;:!?]*[)\"'\]]*"
 )
@@ -71,13 +77,11 @@ def paragraphs(text: str) -> list[str]:
     kept: list[_Chunk] = []
     for chunk in _chunks(inspect.cleandoc(text).expandtabs()):
         plain = strip_markup(chunk.text)
-        if plain.endswith(":"):
-            # It leads on to a list (kept) or to code (left out); which of them, the next chunk tells.
-            kept.append(_Chunk(plain, chunk.is_item))
-        elif is_prose(plain):
-            kept.append(_Chunk(plain, chunk.is_item))
-        elif kept and not chunk.is_item:
-            kept.append(_Chunk(""))
+        # What ends in a colon leads on to a list (kept) or to code (left out).
+        is_kept = is_prose(plain.rstrip(":") + "." * plain.endswith(":"))
+        if plain[:1].islower() and (kept or plain.split()[0] in GRAMMAR_WORDS):
+            is_kept = False  # the rest of a sentence that code has interrupted
+        kept.append(_Chunk(plain if is_kept else "", chunk.is_item))
     return _settle_leads(kept)
 
 
@@ -89,12 +93,13 @@ def strip_markup(text: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Tell whether a paragraph reads as English sentences rather than code, a table or a signature."""
+    """Tell whether a paragraph reads as English sentences, not as code, table or signature."""
     words = text.split()
     if (
         len(words) < MIN_WORDS
         or not _SENTENCE_END.search(text)
-        or not text[0].isalnum() | (text[0] in "\"'(")
+        or not (text[0].isalnum() or text[0] in "\"'(")
+        or _LEGAL.search(text)
     ):
         return False
     plain = sum(1 for word in words if _PLAIN_WORD.fullmatch(word))
@@ -109,53 +114,43 @@ def is_prose(text: str) -> bool:
 
 def _chunks(text: str) -> list[_Chunk]:
     chunks: list[_Chunk] = []
-    lines: list[str] = []
-    is_item = False
-
-    def close() -> None:
-        nonlocal is_item
-        if lines:
-            chunks.append(_Chunk(" ".join(line.strip() for line in lines), is_item))
-        lines.clear()
-        is_item = False
-
-    indent = 0
-    for line in text.splitlines():
-        if not line.strip() or _RULER.match(line):
-            close()
-            continue
-        start = len(line) - len(line.lstrip())
-        bullet = _BULLET.match(line)
-        if (
-            bullet
-            or _CODE_START.match(line)
-            or (lines and start != indent and len(lines) > is_item)
-        ):
-            close()
-        if bullet:
-            is_item = True
-            line = line[bullet.end() :]
-            start = bullet.end()
-        if not lines or len(lines) == 1:
-            indent = start  # of the second line too: a hanging indent is no new paragraph
-        lines.append(line)
-    close()
+    for block in re.split(r"\n\s*\n", text):
+        lines = [line for line in block.splitlines() if line.strip() and not _RULER.match(line)]
+        width = max(map(len, lines), default=0)
+        chunk: list[str] = []
+        is_item, indent, previous = False, 0, ""
+        for line in lines:
+            start = len(line) - len(line.lstrip())
+            bullet = _BULLET.match(line)
+            moved = start != indent and len(chunk) > 1  # the second line may hang under the first
+            is_new = bullet or moved or _CODE_START.match(line) or _is_cut(previous, line, width)
+            if chunk and is_new:
+                chunks.append(_Chunk(" ".join(chunk), is_item))
+                chunk, is_item = [], False
+            is_item = is_item or bullet is not None
+            chunk.append(line[bullet.end() :].strip() if bullet else line.strip())
+            if len(chunk) <= 2:
+                indent = start
+            previous = line
+        if chunk:
+            chunks.append(_Chunk(" ".join(chunk), is_item))
     return chunks
 
 
+def _is_cut(line: str, following: str, width: int) -> bool:
+    """Tell whether a line ends early: the next one's first word, a capital, had room on it."""
+    word = following.split()[0]
+    return word[0].isupper() and len(line) + len(word) + WRAP_SLACK < width
+
+
 def _settle_leads(chunks: list[_Chunk]) -> list[str]:
-    # A sentence that ends in a colon stays only before the list that it announces.
+    """Return the texts; a last sentence with a colon stays only before the list it announces."""
     texts: list[str] = []
     for position, chunk in enumerate(chunks):
+        follower = chunks[position + 1] if position + 1 < len(chunks) else _Chunk("")
         text = chunk.text
-        if text.endswith(":"):
-            follower = chunks[position + 1] if position + 1 < len(chunks) else None
-            announces = follower is not None and follower.is_item and follower.text[-1:] != ":"
-            if not announces or not is_prose(text[:-1] + "."):
-                cut = max(text.rfind(". "), text.rfind("? "), text.rfind("! "))
-                text = text[: cut + 1]
-                if not text or not is_prose(text):
-                    continue
+        if text.endswith(":") and not (follower.is_item and follower.text):
+            text = text[: max(map(text.rfind, (". ", "? ", "! "))) + 1]
         if text:
             texts.append(text)
     return texts
@@ -164,8 +159,8 @@ def _settle_leads(chunks: list[_Chunk]) -> list[str]:
 class Novelty:
     """Remembers what was read, and tells what is new.
 
-    A paragraph is known when too many of its runs of six words were seen before, wherever that was. Each run is
-    kept as an 8-byte hash.
+    A paragraph is known when too many of its runs of six words were seen before, wherever that was.
+    Each run is kept as an 8-byte hash.
     """
 
     def __init__(self) -> None:

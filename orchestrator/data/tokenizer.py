@@ -1,8 +1,8 @@
 """Text to tokens: a byte-level BPE trained on the corpus, or one that exists.
 
-Byte-level means that any text has tokens and no token stands for "unknown". Training takes the most frequent pairs
-of the training text alone (never of the held-out documents) and gives the same file for the same text. The end-of-text
-token closes every document; in a trained tokenizer it has id 0.
+Byte-level means that any text has tokens and no token stands for "unknown". Training takes the most
+frequent pairs of the training text alone (never of the held-out documents) and gives the same file
+for the same text. The end-of-text token closes every document; in a trained tokenizer it has id 0.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         path = path / "tokenizer.json"
     if not path.is_file():
         raise UserError(
-            f"there is no tokenizer at {path}; data.tokenizer takes `train`, the path of a tokenizer.json, or hub:NAME"
+            f"there is no tokenizer at {path}; data.tokenizer takes `train`, the path of a "
+            "tokenizer.json, or hub:NAME"
         )
     try:
         return Tokenizer.from_file(str(path))

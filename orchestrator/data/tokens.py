@@ -1,9 +1,11 @@
-"""Token shards: documents in, two flat files of integers out, and a manifest that says what they are.
+"""Token shards: documents in, two flat files of integers out, and a manifest that says what they
+are.
 
-The stream of documents is tokenized as it comes and never held as a whole. Everything is written into a temporary
-folder beside the final one and renamed at the end, so that a folder under its final name is complete. The fingerprint is a
-hash of every document, its side of the split and the tokenizer; it names the data in every later key. Opening checks the
-files' sizes always, and their hashes on demand, because hashing a large corpus takes minutes.
+The stream of documents is tokenized as it comes and never held as a whole. Everything is written
+into a temporary folder beside the final one and renamed at the end, so that a folder under its
+final name is complete. The fingerprint is a hash of every document, its side of the split and the
+tokenizer; it names the data in every later key. Opening checks the files' sizes always, and their
+hashes on demand, because hashing a large corpus takes minutes.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from orchestrator.workspace import read_json, write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+TEMPORARY_PREFIX = ".writing-"
 TOKENIZER_CHARACTERS = 50_000_000
 """A tokenizer is trained on this much text at most; its pairs change little after that."""
 DOCUMENTS_PER_BATCH = 256
@@ -95,6 +98,7 @@ def write_tokens(
     parent: Path,
     documents: Iterable[Document],
     settings: DataSettings,
+    *,
     progress: Progress | None = None,
 ) -> Path:
     """Tokenize documents into `parent`/<fingerprint>.
@@ -112,7 +116,7 @@ def write_tokens(
         UserError: If there is no text, or too little to hold some out.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".writing-{os.getpid()}.tmp"
+    temporary = parent / f"{TEMPORARY_PREFIX}{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -177,7 +181,8 @@ def _write_folder(
 def _choose_tokenizer(
     settings: DataSettings, documents: Iterator[Document], progress: Progress
 ) -> tuple[Tokenizer, Iterator[Document]]:
-    """Return the tokenizer, and the documents with those that its training has used up put back in front."""
+    """Return the tokenizer, and the documents with those that its training has used up put back in
+    front."""
     if settings.tokenizer != "train":
         return load_tokenizer(settings.tokenizer), documents
     read: list[Document] = []
@@ -208,8 +213,8 @@ def _check_counts(train: dict[str, int], validation: dict[str, int], fraction: f
         if counts["documents"] == 0:
             raise UserError(
                 f"the corpus has {num_documents} document{'s' * (num_documents != 1)} "
-                f"({train['tokens'] + validation['tokens']} tokens) and none of them falls to {name} with "
-                f"data.validation_fraction={fraction}; give more text"
+                f"({train['tokens'] + validation['tokens']} tokens) and none of them falls to "
+                f"{name} with data.validation_fraction={fraction}; give more text"
             )
 
 

@@ -1,13 +1,13 @@
 """Stage `prepare`: from the source to token shards, once.
 
-Finished work is found by the source's key: the settings and a state of the source that needs no reading of its content
-(names, sizes and times of files; the Python's own files). The key leads through a small file to the folder, whose name
-is the fingerprint of the content. A stop at any point leaves only a temporary folder, which the next call removes.
+Finished work is found by the source's key: the settings and a state of the source that needs no
+reading of its content (names, sizes and times of files; the Python's own files). The key leads
+through a small file to the folder, whose name is the fingerprint of the content. A stop at any
+point leaves only a temporary folder, which the next call removes.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from filelock import FileLock
 from orchestrator.console import Progress
 from orchestrator.data.corpus import read_documents, source_state
 from orchestrator.data.tokenizer import HUB_PREFIX
-from orchestrator.data.tokens import is_complete, open_tokens, write_tokens
+from orchestrator.data.tokens import TEMPORARY_PREFIX, is_complete, open_tokens, write_tokens
 from orchestrator.provenance import content_key
 from orchestrator.settings import DataSettings
 from orchestrator.workspace import Workspace, read_json, write_json
@@ -35,23 +35,31 @@ def prepare(settings: DataSettings, workspace: Workspace, progress: Progress | N
     """
     progress = progress or Progress()
     pointer = workspace.tokens / "sources" / f"{source_key(settings)}.json"
-    pointer.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(pointer.with_suffix(".lock")):
-        found = read_json(pointer)
-        if found is not None and is_complete(workspace.tokens / found["fingerprint"]):
-            folder = workspace.tokens / found["fingerprint"]
-            progress.start("corpus")
-            progress.finish(f"{describe(folder)}, found again")
-            return folder
-        _remove_leftovers(workspace.tokens)
-        folder = write_tokens(
-            workspace.tokens, read_documents(settings, progress), settings, progress
-        )
-        write_json(
-            pointer, {"fingerprint": folder.name, "settings": settings.model_dump(mode="json")}
-        )
-        progress.finish(describe(folder))
+    folder = _found(pointer, workspace.tokens)
+    if folder is None:
+        workspace.tokens.mkdir(parents=True, exist_ok=True)
+        # One at a time: whoever holds the lock knows that temporary folders are leftovers.
+        with FileLock(workspace.tokens / ".lock"):
+            folder = _found(pointer, workspace.tokens)
+            if folder is None:
+                for leftover in workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                documents = read_documents(settings, progress)
+                folder = write_tokens(workspace.tokens, documents, settings, progress=progress)
+                write_json(pointer, {"fingerprint": folder.name})
+                progress.finish(describe(folder))
+                return folder
+    progress.start("corpus")
+    progress.finish(f"{describe(folder)}, found again")
     return folder
+
+
+def _found(pointer: Path, parent: Path) -> Path | None:
+    found: dict[str, str] | None = read_json(pointer)
+    if found is None:
+        return None
+    folder = parent / found["fingerprint"]
+    return folder if is_complete(folder) else None
 
 
 def source_key(settings: DataSettings) -> str:
@@ -76,13 +84,6 @@ def describe(folder: Path) -> str:
     manifest = open_tokens(folder).manifest
     train, validation = manifest["train"], manifest["validation"]
     return (
-        f"{train['documents'] + validation['documents']:,} documents, {train['tokens']:,} tokens to train on, "
-        f"{validation['tokens']:,} held out, vocabulary {manifest['vocab_size']:,}"
+        f"{train['documents'] + validation['documents']:,} documents, {train['tokens']:,} tokens "
+        f"to train on, {validation['tokens']:,} held out, vocabulary {manifest['vocab_size']:,}"
     )
-
-
-def _remove_leftovers(parent: Path) -> None:
-    for folder in parent.glob(".writing-*.tmp"):
-        process = folder.name.removeprefix(".writing-").removesuffix(".tmp")
-        if process != str(os.getpid()) and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
