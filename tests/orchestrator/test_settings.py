@@ -1,0 +1,109 @@
+"""Settings: one road, all problems at once, the nearest known name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.errors import UserError
+from orchestrator.settings import Settings, flatten, read_settings, resolve_settings, to_yaml
+
+
+def test_later_sources_win() -> None:
+    settings = resolve_settings({"training": {"num_steps": 7, "seed": 3}}, ["training.num_steps=9"])
+    assert (settings.training.num_steps, settings.training.seed) == (9, 3)
+    assert settings.training.learning_rate == Settings().training.learning_rate
+
+
+def test_a_misspelt_name_is_an_error_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"did you mean training\.learning_rate\?"):
+        resolve_settings({}, ["training.learning_rat=1e-3"])
+    with pytest.raises(UserError, match=r"did you mean training\?"):
+        resolve_settings({"trainin": {}})
+
+
+def test_all_problems_are_reported_at_once_with_what_was_received() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_settings(
+            {"training": {"num_steps": 0, "decay": "slow"}, "data": {"vocab_size": "many"}}
+        )
+    text = str(caught.value)
+    assert "3 problems" in text
+    for part in (
+        "training.num_steps",
+        "got 0",
+        "training.decay",
+        "'slow'",
+        "data.vocab_size",
+        "'many'",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    ["training", "=3", "training.=3", "training.num_steps.x=3", "a=[", "model.dim=1.5"],
+)
+def test_a_bad_assignment_is_named(assignment: str) -> None:
+    with pytest.raises(UserError, match=r"--set|no setting|model\.dim|num_steps"):
+        resolve_settings({}, [assignment])
+
+
+def test_numbers_in_exponent_form_are_numbers() -> None:
+    assert resolve_settings({}, ["training.learning_rate=3e-4"]).training.learning_rate == 3e-4
+
+
+def test_a_schedule_may_be_a_number_a_text_or_a_list() -> None:
+    for text, value in (("3", 3), ("'2,2,1'", "2,2,1"), ("[2,2,1]", (2, 2, 1))):
+        assert resolve_settings({}, [f"model.corrections={text}"]).model.corrections == value
+    with pytest.raises(UserError, match=r"model\.corrections"):
+        resolve_settings({}, ["model.corrections={a: 1}"])
+
+
+def test_settings_are_frozen_and_survive_yaml(tmp_path: Path) -> None:
+    settings = resolve_settings(
+        {}, ["sweep.thresholds=[0.1, 0.01]", "model.corrections=[1,2,3,1,1,1]"]
+    )
+    with pytest.raises(ValidationError):
+        settings.training.num_steps = 3  # type: ignore[misc]
+    (tmp_path / "s.yaml").write_text(to_yaml(settings))
+    assert read_settings(tmp_path / "s.yaml") == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "must hold names")]
+)
+def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_settings(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_settings(tmp_path / "missing.yaml")
+
+
+def test_flatten_names_every_leaf() -> None:
+    flat = flatten(Settings())
+    assert flat["distillation.training.learning_rate"] == str(
+        Settings().distillation.training.learning_rate
+    )
+    assert len(flat) == sum(1 for _ in _leaves(yaml.safe_load(to_yaml(Settings()))))
+
+
+def _leaves(tree: object) -> list[object]:
+    if isinstance(tree, dict):
+        return [leaf for value in tree.values() for leaf in _leaves(value)]
+    return [tree]
+
+
+def test_every_setting_says_what_it_is() -> None:
+    def walk(section: type) -> None:
+        for name, field in section.model_fields.items():  # type: ignore[attr-defined]
+            assert field.description, f"{section.__name__}.{name} has no sentence"
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                walk(field.annotation)
+
+    walk(Settings)

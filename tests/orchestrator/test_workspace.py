@@ -1,0 +1,66 @@
+"""The workspace: whole files or none, and a clear word when nothing can be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.provenance import content_key, file_key
+from orchestrator.workspace import open_workspace, read_json, write_json
+
+
+def test_the_environment_names_the_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "here"))
+    assert open_workspace().root == tmp_path / "here"
+    assert open_workspace(tmp_path / "there").root == tmp_path / "there"
+
+
+def test_the_store_is_in_the_workspace_unless_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    space = open_workspace(tmp_path)
+    assert space.tracking_uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert space.tracking_uri == "http://127.0.0.1:1"
+
+
+def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(UserError, match="--workspace"):
+        open_workspace(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_workspace_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match="cannot write"):
+        open_workspace(tmp_path)
+
+
+def test_json_is_whole_or_named_as_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    assert read_json(path) is None
+    write_json(path, {"x": 1})
+    assert read_json(path) == {"x": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+    path.write_text('{"x":')
+    with pytest.raises(UserError, match="damaged"):
+        read_json(path)
+
+
+def test_keys_depend_on_content_and_on_nothing_else(tmp_path: Path) -> None:
+    assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": [1, 2], "a": 1})
+    assert content_key({"a": 1}) != content_key({"a": 2})
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"x" * 3_000_000)
+    two.write_bytes(b"x" * 3_000_000)
+    assert file_key(one) == file_key(two)
+    two.write_bytes(b"x" * 2_999_999 + b"y")
+    assert file_key(one) != file_key(two)

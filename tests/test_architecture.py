@@ -1,0 +1,130 @@
+"""Holds the design: what may import what, read from the sources themselves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("iiet", "orchestrator")
+
+DOORS = {
+    "ray": ("orchestrator.cluster", "orchestrator.worker"),
+    "mlflow": ("orchestrator.tracking", "orchestrator.ui"),
+    "lm_eval": ("orchestrator.analysis.harness", "orchestrator.analysis.heldout"),
+    "typer": ("orchestrator.cli", "orchestrator.commands"),
+    "datasets": ("orchestrator.data", "orchestrator.analysis.heldout"),
+    "matplotlib": ("orchestrator.analysis",),
+    "moocore": ("orchestrator.analysis.pareto",),
+}
+"""Library -> the only rooms that import it."""
+
+LAYERS = (
+    "iiet",
+    "orchestrator.errors",
+    "orchestrator.journal orchestrator.console orchestrator.logs orchestrator.shipped",
+    "orchestrator.settings orchestrator.workspace orchestrator.provenance orchestrator.trial",
+    "orchestrator.data",
+    "orchestrator.training",
+    "orchestrator.tracking",
+    "orchestrator.cluster",
+    "orchestrator.worker",
+    "orchestrator.plan",
+    "orchestrator.analysis",
+    "orchestrator.trial_run",
+    "orchestrator.stages",
+    "orchestrator.ui orchestrator.quickstart",
+    "orchestrator.commands orchestrator.cli",
+)
+"""Rooms from the bottom up: a module imports from its own layer or from those before it."""
+
+
+def _modules() -> dict[str, Path]:
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return dict(zip([n.removesuffix(".__init__") for n in names], files, strict=True))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _layer(module: str) -> int:
+    for number, rooms in enumerate(LAYERS):
+        if any(module == room or module.startswith(f"{room}.") for room in rooms.split()):
+            return number
+    raise AssertionError(f"{module} has no place in LAYERS; decide in which room it lives")
+
+
+MODULES = _modules()
+
+
+def test_the_core_imports_torch_and_the_standard_library_only() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "iiet"}
+    for name, path in MODULES.items():
+        if name.startswith("iiet"):
+            extra = (
+                {"transformers", "safetensors", "huggingface_hub"}
+                if name.endswith("huggingface")
+                else set()
+            )
+            foreign = {i.split(".")[0] for i in _imports(path)} - allowed - extra
+            assert not foreign, f"{name} imports {foreign}"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_each_outside_library_has_one_door(library: str) -> None:
+    users = {
+        n for n, path in MODULES.items() if any(i.split(".")[0] == library for i in _imports(path))
+    }
+    assert users, f"nothing imports {library}: is it still needed?"
+    strangers = {
+        n for n in users if not any(n == d or n.startswith(f"{d}.") for d in DOORS[library])
+    }
+    assert not strangers, f"{library} is imported by {strangers}; its door is {DOORS[library]}"
+
+
+def test_imports_point_down_the_layers() -> None:
+    for name, path in MODULES.items():
+        if name == "orchestrator":
+            continue
+        for imported in _imports(path):
+            if imported in MODULES and imported not in PACKAGES:
+                assert _layer(imported) <= _layer(name), f"{name} imports {imported}, above it"
+
+
+def test_stages_meet_through_files_only() -> None:
+    for name, path in MODULES.items():
+        if name.startswith("orchestrator.stages."):
+            others = [
+                i for i in _imports(path) if i.startswith("orchestrator.stages") and i != name
+            ]
+            assert not others, f"{name} imports {others}"
+
+
+def test_every_module_tells_its_story() -> None:
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, orchestrator.cli as cli\n"
+        "assert cli.run(['--help']) == 0\n"
+        "assert cli.run(['pretrain', '--help']) == 0\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'lm_eval', 'transformers', 'datasets', 'matplotlib', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
