@@ -1,0 +1,313 @@
+"""The adapter to transformers: config, language model, tokenizer. All mathematics is `Decoder`'s.
+
+In: a decoder, or a folder that `iiet.export` wrote. Out: a model that `generate`, `Trainer` and
+lm-eval take. The adapter wraps the decoder itself, without a copy, so training and importing the
+core never pay for transformers. Its caches serve a decoder unchanged; they only need more slots
+than there are layers, one per field evaluation, and those are appended on first use.
+
+This file is also copied into exported folders, where nothing of this package is installed.
+Source: transformers 5.24; slots as in `iiet.cache`.
+"""
+
+# No `from __future__ import annotations`: as strings they would turn the config's type checks off.
+
+import copy
+from os import PathLike
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.methods import METHODS, Method
+from iiet.schedule import IterationSchedule
+
+__all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
+
+
+@strict
+class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """A `ModelConfig` under the names that transformers uses.
+
+    Its values are checked when a model is built, all at once: transformers does not check what
+    `from_pretrained(folder, corrections=[...])` overrides.
+    """
+
+    model_type = "iiet"
+    # So that config.json states every value, whatever the defaults of the version that reads it.
+    has_no_defaults_at_init = True
+
+    method: str = "iiet"
+    """How a layer advances the hidden state."""
+    corrections: list[int] | None = None
+    """The iteration schedule: corrections per layer; None for methods that make none."""
+    vocab_size: int = 32000
+    """Number of distinct tokens."""
+    hidden_size: int = 512
+    """Width of the hidden state."""
+    num_hidden_layers: int = 12
+    """Number of layers; caches get a slot per field evaluation nevertheless."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_key_value_heads: int = 4
+    """Key and value heads."""
+    intermediate_size: int = 1408
+    """Inner width of the feed-forward network."""
+    max_position_embeddings: int = 2048
+    """Longest sequence, in tokens."""
+    tie_word_embeddings: bool = True
+    """Whether the output head is the embedding matrix."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding's wavelengths, in tokens."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square inside each RMSNorm."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance inside each LayerNorm of the method."""
+    initializer_range: float = 0.02
+    """Standard deviation of freshly made weights."""
+    use_cache: bool = True
+    """Whether generation keeps keys and values."""
+    bos_token_id: int | None = None
+    """Token that opens a document, if any."""
+    eos_token_id: int | None = None
+    """Token that closes a document and stops generation."""
+    pad_token_id: int | None = None
+    """Token that fills up a batch."""
+
+    @classmethod
+    def from_model_config(
+        cls, config: ModelConfig, *, end_of_text_id: int | None = None
+    ) -> "IIETConfig":
+        """Translate a core config.
+
+        Args:
+            config: what the decoder was built from.
+            end_of_text_id: the token that ends a document; it stops generation, and pads.
+        """
+        return cls(
+            method=config.method,
+            corrections=None if config.schedule is None else list(config.schedule),
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            intermediate_size=config.ffn_dim,
+            max_position_embeddings=config.context_length,
+            tie_word_embeddings=config.tie_embeddings,
+            rope_theta=config.rope_theta,
+            rms_norm_eps=config.rms_norm_eps,
+            layer_norm_eps=config.layer_norm_eps,
+            initializer_range=config.initializer_std,
+            eos_token_id=end_of_text_id,
+            pad_token_id=end_of_text_id,
+        )
+
+    def to_model_config(self) -> ModelConfig:
+        """Translate back.
+
+        Raises:
+            ValueError: everything that is wrong with the values.
+        """
+        schedule = None if self.corrections is None else IterationSchedule(tuple(self.corrections))
+        return ModelConfig(
+            method=self.method,
+            schedule=schedule,
+            vocab_size=self.vocab_size,
+            dim=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            ffn_dim=self.intermediate_size,
+            context_length=self.max_position_embeddings,
+            tie_embeddings=self.tie_word_embeddings,
+            rope_theta=self.rope_theta,
+            rms_norm_eps=self.rms_norm_eps,
+            layer_norm_eps=self.layer_norm_eps,
+            initializer_std=self.initializer_range,
+        )
+
+
+class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """A decoder as a causal language model of transformers.
+
+    Raises:
+        ValueError: the config's values do not fit together.
+    """
+
+    config_class = IIETConfig
+    config: IIETConfig
+    base_model_prefix = "decoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # Layers read each other's estimates, so a decoder stays on one device.
+    _no_split_modules = ["Decoder"]  # noqa: RUF012
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__(config)
+        self.decoder = Decoder(config.to_model_config())
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_decoder(
+        cls, decoder: Decoder, *, end_of_text_id: int | None = None
+    ) -> "IIETForCausalLM":
+        """Wrap a decoder, which stays the very same object.
+
+        Args:
+            decoder: in whatever mode, precision and place it is.
+            end_of_text_id: the token that ends a document.
+        """
+        config = IIETConfig.from_model_config(decoder.config, end_of_text_id=end_of_text_id)
+        with torch.device("meta"):  # The decoder built here is thrown away; it shall cost nothing.
+            model = cls(config)
+        model.decoder = decoder
+        model.train(decoder.training)
+        return model
+
+    def to_decoder(self) -> Decoder:
+        """Return the decoder itself."""
+        return self.decoder
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits and, given labels, the loss.
+
+        Args:
+            input_ids: (batch, time) of integers; with a cache, the tokens after those it holds.
+            attention_mask: (batch, cached + time), 0 for padding; positions follow from it.
+            cache: keys and values of earlier tokens, a cache of transformers.
+            labels: (batch, time), -100 where there is nothing to learn; shifted here.
+            use_cache: whether to make a cache where none is given. Only on request, unlike
+                elsewhere: scoring would pay for a slot per evaluation and throw them away.
+            logits_to_keep: how many tokens at the end to compute logits for; 0 for all.
+            output_hidden_states: whether to return the embeddings and the hidden state after each
+                layer, each (batch, time, dim).
+        """
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            _add_slots(cache, sum(self.decoder.evaluations_per_layer()))
+        logits = self.decoder(
+            input_ids,
+            cache=cache,
+            attention_mask=attention_mask,
+            last_only=logits_to_keep == 1,
+            return_hidden=bool(output_hidden_states),
+        )
+        hidden = None
+        if output_hidden_states:
+            logits, hidden = logits
+            hidden = (self.decoder.embedding(input_ids), *hidden)
+        logits = logits[:, -logits_to_keep:]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache, hidden_states=hidden)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+        return self.decoder.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding, and with it a tied head."""
+        assert isinstance(value, nn.Embedding), value
+        self.decoder.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the head; None where it is the embedding."""
+        return self.decoder.head
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What `activation_checkpointing_enable` sets; layers are then recomputed in training."""
+        return self.decoder.activation_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.decoder.activation_checkpointing = enabled
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """Leave the padding mask as it is; the decoder makes positions and full mask from it."""
+        return attention_mask
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        if isinstance(module, Method):
+            # Mixing matrices and coefficients are parameters of no module that transformers knows.
+            dim, eps = self.config.hidden_size, self.config.layer_norm_eps
+            fresh = METHODS[self.config.method](module.num_layers, dim, eps)
+            for parameter, value in zip(module.parameters(), fresh.parameters(), strict=True):
+                init.copy_(parameter, value)
+
+
+def fast_tokenizer(
+    tokenizer_file: str | PathLike[str], *, end_of_text: str, context_length: int
+) -> PreTrainedTokenizerFast:
+    """Wrap a `tokenizer.json` as transformers and lm-eval want it.
+
+    Args:
+        tokenizer_file: written by the tokenizers library.
+        end_of_text: the token that ends a document; it also pads, and opens an empty context.
+        context_length: longest input of the model, in tokens.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(tokenizer_file),
+        model_max_length=context_length,
+        padding_side="left",
+    )
+    # Looked up first: setting it as a special token would add it, beyond the model's embeddings.
+    if end_of_text not in tokenizer.get_vocab():
+        raise ValueError(f"the tokenizer {tokenizer_file} has no token {end_of_text!r}")
+    tokenizer.eos_token = end_of_text
+    tokenizer.pad_token = end_of_text
+    return tokenizer
+
+
+def _add_slots(cache: Cache, num_slots: int) -> None:
+    """Give a cache, made for one slot per layer, one per evaluation.
+
+    Raises:
+        ValueError: it already holds tokens of a forward under another schedule.
+    """
+    if cache.get_seq_length() > 0 and len(cache.layers) != num_slots:
+        raise ValueError(
+            f"the cache was filled with {len(cache.layers)} evaluations per token, the model makes "
+            f"{num_slots}; continue under the iteration schedule that filled it"
+        )
+    if cache.layer_class_to_replicate is None:  # Others grow by themselves.
+        missing = range(num_slots - len(cache.layers))
+        cache.layers += [copy.deepcopy(cache.layers[0]) for _ in missing]
+
+
+if __name__ == "iiet.huggingface":  # Not in an exported copy, which transformers registers.
+    AutoConfig.register(IIETConfig.model_type, IIETConfig)
+    AutoModelForCausalLM.register(IIETConfig, IIETForCausalLM)

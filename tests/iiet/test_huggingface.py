@@ -1,0 +1,281 @@
+"""The adapter adds and loses nothing: same logits, same tokens with every cache, same scores.
+
+Generation is compared with the same model generating without any cache, which knows no slots.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+)
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.huggingface import IIETConfig, IIETForCausalLM, fast_tokenizer
+from iiet.losses import next_token_loss
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
+
+END = "<|endoftext|>"
+WORDS = [
+    END,
+    *[
+        "the",
+        "cat",
+        "dog",
+        "sat",
+        "ran",
+        "on",
+        "under",
+        "a",
+        "mat",
+        "tree",
+        "and",
+        "then",
+        "saw",
+        "it",
+    ],
+]
+
+
+def make_decoder(method="iiet", schedule=(2, 0, 3), tied=True, seed=0):
+    corrects = METHODS[method].has_corrections
+    config = ModelConfig(
+        method=method,
+        vocab_size=len(WORDS),
+        dim=16,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=24,
+        context_length=48,
+        schedule=IterationSchedule(schedule) if corrects else None,
+        tie_embeddings=tied,
+        rope_theta=500.0,
+        initializer_std=0.4,
+    )
+    torch.manual_seed(seed)
+    decoder = Decoder(config).eval()
+    with torch.no_grad():  # Off its starting values, so that nothing passes by coincidence.
+        for parameter in decoder.method.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return decoder
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(1, len(WORDS), shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_wrapping_copies_nothing_and_costs_no_memory():
+    decoder = make_decoder()
+    model = IIETForCausalLM.from_decoder(decoder)
+    assert model.to_decoder() is decoder
+    assert {id(p) for p in model.parameters()} == {id(p) for p in decoder.parameters()}
+    assert not model.training
+    assert IIETForCausalLM.from_decoder(decoder.train()).training
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_config_and_weights_survive_a_folder(method, tied, tmp_path):
+    decoder = make_decoder(method, tied=tied)
+    model = IIETForCausalLM.from_decoder(decoder, end_of_text_id=0)
+    assert model.config.to_model_config() == decoder.config
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, IIETForCausalLM)
+    assert again.to_decoder().config == decoder.config
+    assert again.config.eos_token_id == 0
+    ids = tokens(2, 9)
+    assert torch.equal(again(ids).logits, decoder(ids))
+
+
+def test_another_schedule_on_loading_is_the_same_weights(tmp_path):
+    decoder = make_decoder()
+    IIETForCausalLM.from_decoder(decoder).save_pretrained(tmp_path)
+    cheaper = IIETForCausalLM.from_pretrained(tmp_path, corrections=[1, 0, 0])
+    ids = tokens(2, 9)
+    expected = decoder(ids, schedule=IterationSchedule((1, 0, 0)))
+    assert torch.equal(cheaper(ids).logits, expected)
+    with pytest.raises(ValueError, match="schedule has 1 entries"):
+        IIETForCausalLM.from_pretrained(tmp_path, corrections=[1])
+    with pytest.raises(ValueError, match="-1"):
+        IIETForCausalLM.from_pretrained(tmp_path, corrections=[1, 0, -1])
+
+
+def test_a_model_made_from_a_config_starts_like_a_decoder():
+    config = IIETConfig.from_model_config(make_decoder().config)
+    model = AutoModelForCausalLM.from_config(config)
+    fresh = Decoder(config.to_model_config())
+    mine, theirs = model.decoder.method.state_dict(), fresh.method.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    weights = model.decoder.embedding.weight
+    assert weights.std().item() == pytest.approx(config.initializer_range, rel=0.2)
+    assert AutoConfig.for_model("iiet", vocab_size=7).vocab_size == 7
+
+
+def test_loss_logits_and_hidden_states_are_the_decoders():
+    decoder, ids = make_decoder(), tokens(2, 9)
+    model = IIETForCausalLM.from_decoder(decoder)
+    output = model(ids, labels=ids, output_hidden_states=True)
+    logits, hidden = decoder(ids, return_hidden=True)
+    assert torch.equal(output.logits, logits)
+    assert output.loss.item() == pytest.approx(next_token_loss(logits, ids).item(), rel=1e-6)
+    assert len(output.hidden_states) == 4
+    assert torch.equal(output.hidden_states[-1], hidden[-1])
+    assert output.cache is None
+    for keep in (1, 3):
+        torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, logits[:, -keep:])
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+MODES = {
+    "greedy": {},
+    "sample": {"do_sample": True, "temperature": 0.8, "top_k": 9},
+    "beam": {"num_beams": 3},
+    "penalty": {"repetition_penalty": 1.3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+def generated(model, ids, mask, **options):
+    torch.manual_seed(7)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_cached_generation_equals_uncached_with_left_padding(method, cache):
+    model = IIETForCausalLM.from_decoder(make_decoder(method).double())
+    ids, mask = tokens(3, 8), torch.ones(3, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    mask[2, :7] = 0
+    ids = ids * mask
+    plain = generated(model, ids, mask, use_cache=False)
+    assert torch.equal(generated(model, ids, mask, cache_implementation=cache), plain)
+    alone = generated(model, ids[1:2, 3:], mask[1:2, 3:])
+    assert torch.equal(alone[0, 5:], plain[1, 8:])
+    assert len({tuple(row.tolist()) for row in plain[:, 8:]}) > 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_generation_equals_uncached(mode):
+    model = IIETForCausalLM.from_decoder(make_decoder().double())
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    plain = generated(model, ids, mask, use_cache=False, **MODES[mode])
+    assert torch.equal(generated(model, ids, mask, **MODES[mode]), plain)
+    assert torch.equal(generated(model, ids, mask, prefill_chunk_size=2, **MODES[mode]), plain)
+
+
+@pytest.mark.parametrize("kind", ["of config", "empty", "static"])
+def test_any_split_into_calls_equals_the_full_forward(kind):
+    decoder, ids = make_decoder().double(), tokens(2, 11)
+    model = IIETForCausalLM.from_decoder(decoder)
+    cache = {
+        "of config": lambda: DynamicCache(config=model.config),
+        "empty": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=16),
+    }[kind]()
+    parts = [
+        model(part, cache=cache, use_cache=True).logits
+        for part in ids.split([4, 1, 3, 1, 2], dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), decoder(ids), rtol=1e-11, atol=1e-11)
+    assert len(cache.layers) == 3 + 2 + 0 + 3
+
+
+def test_a_cache_of_another_schedule_is_refused():
+    decoder = make_decoder()
+    cheap = IIETForCausalLM.from_decoder(decoder.with_schedule(IterationSchedule((1, 0, 0))))
+    cache = cheap(tokens(1, 4), use_cache=True).cache
+    with pytest.raises(ValueError, match="filled with 4 evaluations per token, the model makes 8"):
+        IIETForCausalLM.from_decoder(decoder)(tokens(1, 1), cache=cache)
+
+
+def test_activation_checkpointing_reaches_the_decoder_and_keeps_gradients():
+    ids, gradients = tokens(2, 9), []
+    for enabled in (False, True):
+        model = IIETForCausalLM.from_decoder(make_decoder().train())
+        if enabled:
+            model.activation_checkpointing_enable()
+        assert model.decoder.activation_checkpointing is enabled
+        assert model.is_activation_checkpointing is enabled
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_bfloat16_loads_and_generates(tmp_path):
+    IIETForCausalLM.from_decoder(make_decoder()).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert generated(model, tokens(1, 4), torch.ones(1, 4)).shape == (1, 16)
+
+
+def test_tokenizer_knows_its_end_and_refuses_a_wrong_one(tokenizer_file):
+    tokenizer = fast_tokenizer(tokenizer_file, end_of_text=END, context_length=48)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+    assert tokenizer("the cat").input_ids == [1, 2]
+    assert len(tokenizer) == len(WORDS)
+    with pytest.raises(ValueError, match="no token '</s>'"):
+        fast_tokenizer(tokenizer_file, end_of_text="</s>", context_length=48)
+
+
+def test_lm_eval_scores_a_model_object_as_by_hand(tokenizer_file):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    decoder = make_decoder()
+    tokenizer = fast_tokenizer(tokenizer_file, end_of_text=END, context_length=48)
+    model = IIETForCausalLM.from_decoder(decoder, end_of_text_id=0)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, logits_cache=False)
+    assert lm.max_length == 48
+    pairs = [("the cat", " sat on the mat"), ("a", " dog ran"), ("it saw a dog and", " then")]
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
+        for i, pair in enumerate(pairs)
+    ]
+    scored = lm.loglikelihood(requests, disable_tqdm=True)
+    for (context, continuation), (score, greedy) in zip(pairs, scored, strict=True):
+        start = len(tokenizer(context).input_ids)
+        ids = tokenizer(context + continuation, return_tensors="pt").input_ids
+        log_p = decoder(ids).log_softmax(-1)[0, start - 1 : -1]
+        chosen = log_p.gather(1, ids[0, start:, None])
+        assert score == pytest.approx(chosen.sum().item(), rel=1e-5)
+        assert greedy == torch.equal(log_p.argmax(-1), ids[0, start:])
+    request = Instance(
+        request_type="loglikelihood_rolling", doc={}, arguments=("the cat sat",), idx=0
+    )
+    (rolling,) = lm.loglikelihood_rolling([request], disable_tqdm=True)
+    ids = torch.tensor([[0, *tokenizer("the cat sat").input_ids]])
+    assert rolling == pytest.approx(-3 * next_token_loss(decoder(ids), ids).item(), rel=1e-5)
+    assert math.isfinite(rolling)
+
+
+def test_the_config_checks_its_types():
+    with pytest.raises(Exception, match="vocab_size"):
+        IIETConfig(vocab_size="many")
+    with pytest.raises(ValueError, match="method must be one of"):
+        IIETConfig(method="magic", corrections=[0] * 12).to_model_config()
+    config = IIETConfig.from_model_config(make_decoder("vanilla").config)
+    assert config.corrections is None
+    assert dataclasses.is_dataclass(config)
