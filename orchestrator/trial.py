@@ -14,6 +14,7 @@ quality: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr, validat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -43,9 +44,10 @@ class TrialResult:
     label: str = ""
     """What tables and pictures call it, such as `threshold 0.004` or `vanilla`."""
     threshold_above: float | None = None
-    """Thresholds above this, and up to `threshold_up_to`, give this schedule."""
+    """Thresholds above this, and up to `threshold_up_to`, give this schedule; None or -infinity:
+    all that are low enough."""
     threshold_up_to: float | None = None
-    """Largest threshold that gives this schedule; infinity when no correction is left to drop."""
+    """Largest threshold that gives this schedule; None or infinity: all that are high enough."""
     cost: dict[str, float] = field(default_factory=dict)
     """Inference cost, lower is better."""
     quality: dict[str, float] = field(default_factory=dict)
@@ -84,6 +86,14 @@ class TrialResult:
         """What to call it where there is room for one name: the label, else method and schedule."""
         return self.label or " ".join(part for part in (self.method, self.schedule_text) if part)
 
+    @property
+    def threshold_text(self) -> str:
+        """The thresholds that give this schedule, as `0.003-0.004`, `<=0.0003` or `>0.03`."""
+        above, up_to = _finite(self.threshold_above), _finite(self.threshold_up_to)
+        if above is None:
+            return "" if up_to is None else f"<={up_to:.2g}"
+        return f">{above:.2g}" if up_to is None else f"{above:.2g}-{up_to:.2g}"
+
     def metrics(self) -> dict[str, float]:
         """Return every number under its tracked name: `cost/*`, `quality/*`, `train/*`."""
         groups = {"cost": self.cost, "quality": self.quality, "train": self.train}
@@ -100,17 +110,21 @@ class TrialResult:
         if self.schedule is not None:
             params["schedule"] = self.schedule_text
             params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(self.schedule, start=1)}
-        if self.threshold_up_to is not None:
-            params["threshold"] = f"{self.threshold_up_to:.6g}"
-        if self.threshold_above is not None:
-            params["threshold_above"] = f"{self.threshold_above:.6g}"
+        if self.threshold_text:
+            up_to = _finite(self.threshold_up_to)
+            params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"
+            params["threshold_range"] = self.threshold_text
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
         return params
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able mapping; `from_dict` is its inverse."""
-        return asdict(self) | {"schedule": None if self.schedule is None else list(self.schedule)}
+        """Return a mapping that strict JSON can hold; `from_dict` is its inverse."""
+        return asdict(self) | {
+            "schedule": None if self.schedule is None else list(self.schedule),
+            "threshold_above": _finite(self.threshold_above),
+            "threshold_up_to": _finite(self.threshold_up_to),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:
@@ -131,3 +145,7 @@ class TrialResult:
             )
         schedule = values.get("schedule")
         return cls(**{**values, "schedule": None if schedule is None else tuple(schedule)})
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

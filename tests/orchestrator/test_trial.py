@@ -48,6 +48,27 @@ def test_metrics_and_params_carry_every_number_and_each_layer() -> None:
     assert params["threshold"] == "0.004"
 
 
+@pytest.mark.parametrize(
+    ("above", "up_to", "text", "threshold"),
+    [
+        (0.003, 0.004, "0.003-0.004", "0.004"),
+        (-math.inf, 0.0003, "<=0.0003", "0.0003"),
+        (None, 0.0003, "<=0.0003", "0.0003"),
+        (0.0266, math.inf, ">0.027", "inf"),
+        (None, None, "", None),
+    ],
+)
+def test_an_open_end_of_the_thresholds_survives_strict_json(
+    above: float | None, up_to: float | None, text: str, threshold: str | None
+) -> None:
+    trial = TrialResult(
+        key="k", role="trial", method="iiet", threshold_above=above, threshold_up_to=up_to
+    )
+    again = TrialResult.from_dict(json.loads(json.dumps(trial.to_dict(), allow_nan=False)))
+    assert again.threshold_text == trial.threshold_text == text
+    assert again.params().get("threshold") == threshold
+
+
 def test_value_answers_none_for_what_was_not_measured() -> None:
     trial = TrialResult(key="k", role="reference", method="vanilla", quality={"accuracy": math.nan})
     assert trial.value("quality/accuracy") is None

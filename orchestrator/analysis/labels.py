@@ -1,0 +1,146 @@
+"""Labels beside points, where they cover neither a point, nor a line, nor each other.
+
+Greedy: each label in turn tries places around its point, from near to far, and takes the first that
+is free and inside the panel. One that finds none may lie across an error bar if it is important,
+and is left out otherwise, since tables name every trial. Good enough for some dozens of points,
+without another dependency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes as Panel
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
+
+# Offsets from the point in typographic points, and the alignment that goes with each.
+_PLACES = [
+    (7, 4, "left", "bottom"),
+    (-7, 4, "right", "bottom"),
+    (7, -4, "left", "top"),
+    (-7, -4, "right", "top"),
+    (8, 0, "left", "center"),
+    (-8, 0, "right", "center"),
+    (0, 9, "center", "bottom"),
+    (0, -9, "center", "top"),
+    (7, 14, "left", "bottom"),
+    (-7, 14, "right", "bottom"),
+    (7, -14, "left", "top"),
+    (-7, -14, "right", "top"),
+    (7, 25, "left", "bottom"),
+    (-7, 25, "right", "bottom"),
+    (7, -25, "left", "top"),
+    (-7, -25, "right", "top"),
+]
+_POINT_RADIUS, _LINE_RADIUS = 5.0, 1.5
+
+
+@dataclass(frozen=True)
+class _Label:
+    x: float
+    y: float
+    text: str
+    color: str
+    important: bool
+
+
+_Line = tuple[tuple[float, float], tuple[float, float]]
+
+
+class LabelPlacer:
+    """Collects what is in the way and what is to be named, then places the names."""
+
+    def __init__(self, panel: Panel) -> None:
+        """Place labels in this panel."""
+        self._panel = panel
+        self._labels: list[_Label] = []
+        self._points: list[tuple[float, float]] = []
+        self._lines: list[_Line] = []
+        self._error_bars: list[_Line] = []
+
+    def avoid_point(self, x: float, y: float, error: float = 0.0) -> None:
+        """Keep labels off a point and, if there is room, off its error bar."""
+        self._points.append((x, y))
+        self._error_bars.append(((x, y - error), (x, y + error)))
+
+    def avoid_steps(self, xs: Sequence[float], ys: Sequence[float]) -> None:
+        """Keep labels off a step line that is flat behind each point."""
+        for i in range(len(xs) - 1):
+            self._lines.append(((xs[i], ys[i]), (xs[i + 1], ys[i])))
+            self._lines.append(((xs[i + 1], ys[i]), (xs[i + 1], ys[i + 1])))
+
+    def add(
+        self, x: float, y: float, text: str, *, color: str = "black", important: bool = False
+    ) -> None:
+        """Ask for a label at a point; earlier ones choose first, important ones are bold."""
+        self._labels.append(_Label(x, y, text, color, important))
+
+    def place(self) -> int:
+        """Place the labels; call it when the panel's limits and size are final.
+
+        Returns:
+            How many found a place.
+        """
+        inside = self._panel.get_window_extent()
+        taken, error_bars = self._obstacles(), self._boxes_of(self._error_bars)
+        num_placed = 0
+        for label in self._labels:
+            box = self._place_one(label, inside, [*taken, *error_bars])
+            if box is None and label.important:
+                box = self._place_one(label, inside, taken)
+            if box is not None:
+                taken.append(box)
+                num_placed += 1
+        return num_placed
+
+    def _place_one(self, label: _Label, inside: Bbox, taken: Sequence[Bbox]) -> Bbox | None:
+        for dx, dy, horizontal, vertical in _PLACES:
+            text = self._panel.annotate(
+                label.text,
+                (label.x, label.y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=7.5,
+                fontweight="bold" if label.important else "normal",
+                color=label.color,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+                zorder=7,
+            )
+            box = text.get_window_extent()
+            within = inside.x0 <= box.x0 and box.x1 <= inside.x1
+            within = within and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if within and not any(box.overlaps(other) for other in taken):
+                return box
+            text.remove()
+        return None
+
+    def _obstacles(self) -> list[Bbox]:
+        boxes = []
+        for point in self._points:
+            (x, y) = self._panel.transData.transform(point)
+            radius = _POINT_RADIUS * self._pixels_per_point
+            boxes.append(Bbox([[x - radius, y - radius], [x + radius, y + radius]]))
+        legend = self._panel.get_legend()
+        if legend is not None:
+            boxes.append(legend.get_window_extent())
+        return boxes + self._boxes_of(self._lines)
+
+    def _boxes_of(self, lines: Sequence[_Line]) -> list[Bbox]:
+        # All lines here are level or upright, so a box around the ends covers them exactly.
+        radius = _LINE_RADIUS * self._pixels_per_point
+        boxes = []
+        for ends in lines:
+            (x0, y0), (x1, y1) = self._panel.transData.transform(ends)
+            low = (min(x0, x1) - radius, min(y0, y1) - radius)
+            boxes.append(Bbox([low, (max(x0, x1) + radius, max(y0, y1) + radius)]))
+        return boxes
+
+    @property
+    def _pixels_per_point(self) -> float:
+        figure = self._panel.get_figure(root=True)
+        assert figure is not None, "a panel that labels are placed in stands in a figure"
+        return figure.dpi / 72

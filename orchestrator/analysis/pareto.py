@@ -1,0 +1,228 @@
+"""The front: which models no other one beats on cost and quality together, and which to take.
+
+In: trial results and the names of two of their numbers. Out: every result placed, told on the front
+or off it, with its picks: best, cheapest, the knee, the cheapest that keeps a share of the full
+model's quality. The teacher counts as a candidate (it is the model with every correction);
+references trained from scratch are placed but do not push trials off the front, so that the front
+answers "which schedule", and `beaten_by` answers "and was it worth it".
+
+The hypervolume is a share of a stated box: from the full model's cost down to no cost, and from the
+reference quality (0 for an accuracy, the worst measured for a loss) to the full model's quality.
+For an accuracy that is the share of it that the front keeps, averaged over all cost budgets.
+Non-domination and hypervolume are moocore's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import moocore
+import numpy as np
+
+from orchestrator.trial import TrialResult
+
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Two numbers of a trial result: what it costs and how good it is."""
+
+    cost: str = "cost/evaluations"
+    """Tracked name of the cost; lower is better."""
+    quality: str = "quality/accuracy"
+    """Tracked name of the quality."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the quality is better: not so for losses, told by their names."""
+        return not self.quality.endswith(LOWER_IS_BETTER)
+
+    @property
+    def error(self) -> str:
+        """Tracked name of the quality's standard error."""
+        return f"{self.quality}_stderr"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A result with its place."""
+
+    result: TrialResult
+    cost: float
+    quality: float
+    error: float | None
+    """Standard error of the quality; None if it was not measured."""
+    on_front: bool
+    """Whether no other candidate is as good in both and better in one."""
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether the result competes for the front; references do not."""
+        return self.result.role != "reference"
+
+
+@dataclass(frozen=True)
+class Box:
+    """What the hypervolume is a share of."""
+
+    cost: float
+    """The reference cost: the full model's."""
+    quality: float
+    """The reference quality."""
+    full_quality: float
+    """The full model's quality, opposite the reference."""
+
+
+@dataclass(frozen=True)
+class Front:
+    """Results placed on two axes, cheapest first."""
+
+    axes: Axes
+    placed: tuple[Placed, ...]
+    """Every result that has both numbers."""
+    unplaced: tuple[TrialResult, ...] = ()
+    """Results that lack one of them."""
+
+    @property
+    def members(self) -> tuple[Placed, ...]:
+        """Those on the front, cheapest first; of equal ones, all."""
+        return tuple(point for point in self.placed if point.on_front)
+
+    @property
+    def full(self) -> Placed | None:
+        """The model to compare with: the teacher, else the costliest candidate."""
+        candidates = [point for point in self.placed if point.is_candidate]
+        teachers = [point for point in candidates if point.result.role == "teacher"]
+        return max(teachers or candidates, key=lambda point: point.cost, default=None)
+
+    @property
+    def best(self) -> Placed | None:
+        """The member of highest quality; of equal ones the cheapest."""
+        return max(self.members, key=lambda p: (self.goodness(p), -p.cost), default=None)
+
+    @property
+    def cheapest(self) -> Placed | None:
+        """The member of lowest cost; of equal ones the best."""
+        return min(self.members, key=lambda p: (p.cost, -self.goodness(p)), default=None)
+
+    @property
+    def knee(self) -> Placed | None:
+        """The member farthest above the chord from cheapest to best, both axes scaled to one.
+
+        Returns:
+            None if no member lies above the chord.
+        """
+        cheapest, best = self.cheapest, self.best
+        if cheapest is None or best is None or cheapest.cost == best.cost:
+            return None
+        width = best.cost - cheapest.cost
+        height = self.goodness(best) - self.goodness(cheapest)
+        if height <= 0:
+            return None
+
+        def above_chord(point: Placed) -> float:
+            gain = (self.goodness(point) - self.goodness(cheapest)) / height
+            return (gain - (point.cost - cheapest.cost) / width) / math.sqrt(2)
+
+        knee = max(self.members, key=above_chord)
+        return knee if above_chord(knee) > 1e-12 else None
+
+    def goodness(self, point: Placed) -> float:
+        """Return the quality so that more is better."""
+        return point.quality if self.axes.higher_is_better else -point.quality
+
+    def share(self, point: Placed) -> float | None:
+        """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
+
+        For a loss it is the full model's loss over this one's.
+        """
+        full = self.full
+        if full is None:
+            return None
+        part, whole = (point.quality, full.quality)
+        if not self.axes.higher_is_better:
+            part, whole = whole, part
+        return part / whole if whole else None
+
+    def cheapest_keeping(self, share: float) -> Placed | None:
+        """Return the cheapest member that keeps this share of the full model's quality, if any."""
+        kept = [point for point in self.members if (self.share(point) or 0.0) >= share]
+        return min(kept, key=lambda point: point.cost, default=None)
+
+    def beaten_by(self, reference: Placed) -> tuple[Placed, ...]:
+        """Return the members that a reference beats: no better, no cheaper, and worse in one."""
+        return tuple(
+            point
+            for point in self.members
+            if reference.cost <= point.cost
+            and self.goodness(reference) >= self.goodness(point)
+            and (reference.cost, reference.quality) != (point.cost, point.quality)
+        )
+
+    @property
+    def box(self) -> Box | None:
+        """The box that the hypervolume is a share of."""
+        full = self.full
+        if full is None:
+            return None
+        worst = 0.0
+        if not self.axes.higher_is_better:
+            worst = max(point.quality for point in self.placed)
+        return Box(full.cost, worst, full.quality)
+
+    @property
+    def hypervolume(self) -> float | None:
+        """The share of the box that the front dominates; over 1 where it beats the full model.
+
+        Returns:
+            None if the box is empty.
+        """
+        box = self.box
+        if box is None or box.cost <= 0 or box.full_quality == box.quality:
+            return None
+        sign = -1.0 if self.axes.higher_is_better else 1.0
+        points = np.array([[point.cost, sign * point.quality] for point in self.members])
+        area = float(moocore.hypervolume(points, ref=[box.cost, sign * box.quality]))
+        return area / (box.cost * abs(box.full_quality - box.quality))
+
+
+def find_front(results: Sequence[TrialResult], axes: Axes | None = None) -> Front:
+    """Place results on two axes and find those that no other candidate beats.
+
+    Args:
+        results: Trials, teacher and references, in any order.
+        axes: Which two numbers; evaluations and accuracy when unset.
+    """
+    axes = axes or Axes()
+    found: list[tuple[TrialResult, float, float]] = []
+    unplaced = []
+    for result in results:
+        cost, quality = result.value(axes.cost), result.value(axes.quality)
+        if cost is None or quality is None:
+            unplaced.append(result)
+        else:
+            found.append((result, cost, quality))
+    on_front = _not_dominated(found, axes)
+    placed = [
+        Placed(result, cost, quality, result.value(axes.error), member)
+        for (result, cost, quality), member in zip(found, on_front, strict=True)
+    ]
+    sign = 1.0 if axes.higher_is_better else -1.0
+    placed.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
+    return Front(axes, tuple(placed), tuple(unplaced))
+
+
+def _not_dominated(found: Sequence[tuple[TrialResult, float, float]], axes: Axes) -> list[bool]:
+    candidates = [i for i, (result, _, _) in enumerate(found) if result.role != "reference"]
+    member = [False] * len(found)
+    if candidates:
+        points = np.array([found[i][1:] for i in candidates], dtype=float)
+        kept = moocore.is_nondominated(
+            points, maximise=[False, axes.higher_is_better], keep_weakly=True
+        )
+        for i, keep in zip(candidates, kept, strict=True):
+            member[i] = bool(keep)
+    return member
