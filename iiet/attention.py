@@ -10,12 +10,15 @@ Source: the Llama block; grouped key/value heads as in Ainslie et al. 2023.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from iiet.cache import DecodingCache
-from iiet.rope import RopeTables, rotate
+from iiet.rope import RopeTables, rotate_
 
 __all__ = ["Attention", "AttentionContext"]
 
@@ -55,11 +58,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, slot: int) -> Tensor:
         """Attend within `x` and to the tokens in the cache's `slot`."""
         batch, time, dim = x.shape
-        heads = self.qkv(x).view(batch, time, -1, self.head_dim)
-        turned, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 2)
-        turned = rotate(turned, context.rope)
-        queries, keys = turned.split([self.num_heads, self.num_kv_heads], 2)
-        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
+        queries, keys, values = self._heads(x, context.rope)
         if context.cache is not None:
             keys, values = context.cache.update(keys, values, slot)
             if keys.size(2) != context.total:  # A cache of fixed size returns its empty end too.
@@ -73,3 +72,56 @@ class Attention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.out(mixed.transpose(1, 2).reshape(batch, time, dim))
+
+    def _heads(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
+        heads: tuple[Tensor, Tensor, Tensor] = _ProjectHeads.apply(
+            x, self.qkv.weight, rope.cos, rope.sin, self.num_heads, self.num_kv_heads
+        )
+        return heads
+
+
+def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """View (batch, time, all heads, head_dim) as queries, keys and values, each (batch, heads, time, head_dim)."""
+    parts = qkv.transpose(1, 2).split([num_heads, num_kv_heads, num_kv_heads], 1)
+    return parts[0], parts[1], parts[2]
+
+
+class _ProjectHeads(torch.autograd.Function):
+    """Project to queries, keys and values and rotate the first two, all in one buffer in both directions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.num_heads, ctx.num_kv_heads = num_heads, num_kv_heads
+        qkv = F.linear(x, weight).view(*x.shape[:2], -1, cos.size(-1))
+        rotate_(qkv[:, :, : num_heads + num_kv_heads], cos, sin)
+        return _split(qkv, num_heads, num_kv_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, query_grad: Tensor, key_grad: Tensor, value_grad: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        x, weight, cos, sin = ctx.saved_tensors
+        num_turned = ctx.num_heads + ctx.num_kv_heads
+        grad = query_grad.new_empty(*x.shape[:2], num_turned + ctx.num_kv_heads, cos.size(-1))
+        for target, given in zip(
+            _split(grad, ctx.num_heads, ctx.num_kv_heads),
+            (query_grad, key_grad, value_grad),
+            strict=True,
+        ):
+            target.copy_(given)
+        rotate_(grad[:, :, :num_turned], cos, -sin)
+        grad = grad.flatten(2)
+        x_grad = grad @ weight.to(grad.dtype)
+        weight_grad = grad.flatten(0, 1).t() @ x.flatten(0, 1).to(grad.dtype)
+        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None, None, None, None

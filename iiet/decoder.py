@@ -23,6 +23,7 @@ from iiet.cache import DecodingCache, evaluation_slots
 from iiet.config import ModelConfig
 from iiet.field import Field
 from iiet.methods import METHODS, Advance
+from iiet.norm import RMSNorm
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
 
@@ -60,7 +61,7 @@ class Decoder(nn.Module):
             for _ in range(config.num_layers)
         )
         self.method = METHODS[config.method](config.num_layers, config.dim, config.layer_norm_eps)
-        self.norm = nn.RMSNorm(config.dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.rms_norm_eps)
         self.head = (
             None
             if config.tie_embeddings

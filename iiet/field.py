@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iiet.attention import Attention, AttentionContext
 from iiet.feed_forward import FeedForward
+from iiet.norm import RMSNorm
 
 __all__ = ["Field"]
 
@@ -32,9 +33,9 @@ class Field(nn.Module):
         self, dim: int, *, num_heads: int, num_kv_heads: int, ffn_dim: int, rms_norm_eps: float
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=rms_norm_eps)
+        self.attention_norm = RMSNorm(dim, eps=rms_norm_eps)
         self.attention = Attention(dim, num_heads, num_kv_heads)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=rms_norm_eps)
+        self.feed_forward_norm = RMSNorm(dim, eps=rms_norm_eps)
         self.feed_forward = FeedForward(dim, ffn_dim)
 
     def forward(self, x: Tensor, context: AttentionContext, slot: int) -> Tensor:

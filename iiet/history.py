@@ -3,22 +3,23 @@
 Each layer leaves an estimate `s_l`; `s_0` are the embeddings. Two lower-triangular matrices weigh them: A for where a
 layer evaluates its field, C for the hidden state that it hands on. Both start as the running mean.
 
-While layer l iterates, the sums over k < l do not change, so both are made once per layer (`prefixes`), and each
+While layer l iterates, the sums over k < l do not change, so both are made once per layer (`weighted_sums`), and each
 correction adds one scaled tensor (`add_scaled`). Their backward passes keep references to the estimates, which live
 anyway, where stacking them would keep a copy of all of them per correction: memory grows with L instead of L^2 r.
 
-Source: equations of DESIGN (section 3); the formulation is this project's.
+Source: the PCformer and IIET papers; the formulation is this project's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-__all__ = ["Mix", "add_scaled", "running_mean", "weighted_sum"]
+__all__ = ["Mix", "add_scaled", "running_mean", "weighted_sums"]
 
 
 def running_mean(size: int) -> Tensor:
@@ -26,22 +27,85 @@ def running_mean(size: int) -> Tensor:
     return torch.ones(size, size).tril() / torch.arange(1, size + 1).unsqueeze(1)
 
 
-def weighted_sum(weights: Tensor, estimates: Sequence[Tensor]) -> Tensor:
-    """Compute `sum_k weights[k] * estimates[k]`.
+def weighted_sums(weights: Tensor, estimates: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Compute `sum_k weights[row, k] * estimates[k]` for each row.
 
     Args:
-        weights: (count,).
+        weights: (rows, count).
         estimates: `count` tensors of one shape.
     """
-    result = estimates[0] * weights[0]
-    for weight, estimate in zip(weights[1:], estimates[1:], strict=True):
-        result = torch.addcmul(result, estimate, weight)
-    return result
+    sums: tuple[Tensor, ...] = _WeightedSums.apply(weights, *estimates)
+    return sums
 
 
 def add_scaled(base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
     """Compute `base + weight * estimate` for one scalar weight."""
-    return torch.addcmul(base, estimate, weight)
+    result: Tensor = _AddScaled.apply(base, estimate, weight)
+    return result
+
+
+class _WeightedSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *estimates: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weights, *estimates)
+        return tuple(_weighted_sum(_scalars(row), estimates) for row in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        weights, *estimates = ctx.saved_tensors
+        columns = [_scalars(column) for column in weights.t()]
+        estimate_grads = [_weighted_sum(column, grads) for column in columns]
+        weight_grads = [_inner(grad, estimate) for grad in grads for estimate in estimates]
+        return torch.stack(weight_grads).view_as(weights).to(weights.dtype), *estimate_grads
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(estimate, weight)
+        return _add(base, estimate, _scalar(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        estimate, weight = ctx.saved_tensors
+        return grad, grad * _scalar(weight), _inner(grad, estimate).to(weight.dtype)
+
+
+Scalar = float | Tensor
+"""A plain number on the CPU, where kernels take one at no cost; elsewhere a tensor, so that nothing waits for the device."""
+
+
+def _scalar(weight: Tensor) -> Scalar:
+    return weight.item() if weight.device.type == "cpu" else weight
+
+
+def _scalars(weights: Tensor) -> list[Scalar]:
+    return list(weights.tolist() if weights.device.type == "cpu" else weights.unbind())
+
+
+def _add(base: Tensor, estimate: Tensor, weight: Scalar) -> Tensor:
+    if isinstance(weight, Tensor):
+        return torch.addcmul(base, estimate, weight.to(estimate.dtype))
+    return torch.add(base, estimate, alpha=weight)
+
+
+def _weighted_sum(weights: Sequence[Scalar], tensors: Sequence[Tensor]) -> Tensor:
+    result = tensors[0] * weights[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        if isinstance(weight, Tensor):
+            result.addcmul_(tensor, weight.to(tensor.dtype))
+        else:
+            result.add_(tensor, alpha=weight)
+    return result
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of two tensors, summed in at least float32."""
+    if a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
+        return torch.dot(a.reshape(-1), b.reshape(-1))
+    return (a * b).sum(dtype=torch.float32)
 
 
 class Mix(nn.Module):
@@ -67,44 +131,45 @@ class Mix(nn.Module):
         """Count both matrices and both norms of each layer."""
         return 2 * (num_layers + 1) ** 2 + 4 * num_layers * dim
 
-    def of_layer(self, layer: int, estimates: Sequence[Tensor]) -> LayerMix:
-        """Make the view of one layer.
+    def of_layer(self, layer: int, estimates: Sequence[Tensor], *, evaluates: bool) -> LayerMix:
+        """Sum up the earlier estimates for one layer.
 
         Args:
             layer: the layer, the first being 0.
             estimates: `s_0` to that of the layer before, each (batch, time, dim).
+            evaluates: whether the layer asks for evaluation points; without, only the hidden state is made.
         """
-        assert len(estimates) == layer + 1, (len(estimates), layer)
-        return LayerMix(self.inner[layer + 1], self.outer[layer + 1], tuple(estimates))
+        count = layer + 1
+        assert len(estimates) == count, (len(estimates), layer)
+        if not evaluates:
+            outer = self.outer[count]
+            (hidden_prefix,) = weighted_sums(outer[None, :count], estimates)
+            return LayerMix(None, None, hidden_prefix, outer[count])
+        rows = torch.stack([self.inner[count], self.outer[count]])
+        point_prefix, hidden_prefix = weighted_sums(rows[:, :count], estimates)
+        return LayerMix(point_prefix, rows[0, count], hidden_prefix, rows[1, count])
 
 
-class LayerMix:
-    """The mix as one layer sees it: fixed sums over earlier estimates, to which its own is added.
+class LayerMix(NamedTuple):
+    """The mix as one layer sees it: sums over earlier estimates, to which its own is added."""
 
-    Args:
-        inner: the layer's row of A.
-        outer: the layer's row of C.
-        estimates: those of the layers before.
-    """
-
-    def __init__(self, inner: Tensor, outer: Tensor, estimates: tuple[Tensor, ...]) -> None:
-        self._inner = inner
-        self._outer = outer
-        self._estimates = estimates
-        self._prefix: Tensor | None = None
+    point_prefix: Tensor | None
+    """`sum_{k<l} A[l,k] s_k`, (batch, time, dim)."""
+    point_weight: Tensor | None
+    """`A[l,l]`, a scalar."""
+    hidden_prefix: Tensor
+    """`sum_{k<l} C[l,k] s_k`, (batch, time, dim)."""
+    hidden_weight: Tensor
+    """`C[l,l]`, a scalar."""
 
     def evaluation_point(self, estimate: Tensor) -> Tensor:
-        """Compute `sum_{k<l} A[l,k] s_k + A[l,l] estimate`; the sum is made on the first call."""
-        count = len(self._estimates)
-        if self._prefix is None:
-            self._prefix = weighted_sum(self._inner[:count], self._estimates)
-        return add_scaled(self._prefix, estimate, self._inner[count])
+        """Compute `sum_{k<l} A[l,k] s_k + A[l,l] estimate`."""
+        assert self.point_prefix is not None and self.point_weight is not None
+        return add_scaled(self.point_prefix, estimate, self.point_weight)
 
     def hidden(self, estimate: Tensor) -> Tensor:
         """Compute `sum_{k<l} C[l,k] s_k + C[l,l] estimate`."""
-        count = len(self._estimates)
-        prefix = weighted_sum(self._outer[:count], self._estimates)
-        return add_scaled(prefix, estimate, self._outer[count])
+        return add_scaled(self.hidden_prefix, estimate, self.hidden_weight)
 
 
 def _layer_norms(num_layers: int, dim: int, eps: float) -> nn.ModuleList:

@@ -9,12 +9,12 @@ Source: Su et al. 2021, RoFormer, section 3.2.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rope", "RopeTables"]
+__all__ = ["Rope", "RopeTables", "rotate_"]
 
 
 class RopeTables(NamedTuple):
@@ -66,7 +66,10 @@ class Rope:
         return RopeTables(cos[positions], sin[positions])
 
 
-def rotate(heads: Tensor, tables: RopeTables) -> Tensor:
-    """Turn the channel pairs of `heads`, (batch, time, heads, head_dim), by their positions' angles."""
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs of `heads`, (batch, time, heads, head_dim), in place, and return it.
+
+    The inverse is the rotation with `-sin`.
+    """
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
-    return torch.addcmul(heads * tables.cos, swapped, tables.sin)
+    return heads.mul_(cos).addcmul_(swapped, sin)

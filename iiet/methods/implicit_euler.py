@@ -23,7 +23,7 @@ class ImplicitEuler(Method):
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
 
     Cost: `1 + r_l` evaluations per layer.
-    Source: the IIET paper; equations of section 3 of the design.
+    Source: the IIET paper, checked against its published code.
     Not to be confused with: looping a block (`h = F(F(h))`), which hands each evaluation the one before it alone;
     here each correction starts from the earlier layers' estimates again.
     """
@@ -54,7 +54,7 @@ class ImplicitEuler(Method):
         num_corrections: int,
     ) -> Advance:
         """Predict, correct, mix."""
-        mix = self.mix.of_layer(layer, estimates)
+        mix = self.mix.of_layer(layer, estimates, evaluates=num_corrections > 0)
         correction_norm = self.mix.correction_norms[layer]
 
         def correct(estimate: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class PredictorCorrectorRK2(Method):
         h_l = sum_{k<=l} C[l,k] s_k
 
     Cost: 3 evaluations per layer.
-    Source: Li et al. 2024 (PCformer); equations of section 3 of the design.
+    Source: Li et al. 2024 (PCformer), checked against its published code.
     Not to be confused with: IIET with two corrections, the same cost, whose prediction is one plain evaluation.
     """
 
@@ -55,8 +55,8 @@ class PredictorCorrectorRK2(Method):
         num_corrections: int,
     ) -> Advance:
         """Predict, correct once, mix."""
-        mix = self.mix.of_layer(layer, estimates)
         prediction = self.mix.prediction_norms[layer](self.predictor(field, hidden))
+        mix = self.mix.of_layer(layer, estimates, evaluates=True)
         estimate = self.mix.correction_norms[layer](field(mix.evaluation_point(prediction)))
         return Advance(mix.hidden(estimate), estimate)
 
@@ -65,7 +65,7 @@ class PredictorCorrectorRK4(PredictorCorrectorRK2):
     """Predict with a Runge-Kutta step of order 4, correct once.
 
     Cost: 5 evaluations per layer.
-    Source: Li et al. 2024 (PCformer); equations of section 3 of the design.
+    Source: Li et al. 2024 (PCformer).
     Not to be confused with: `ode_rk4`, which has fixed coefficients and neither corrector nor mix.
     """
 
