@@ -1,0 +1,111 @@
+"""What the machine has, and whether a job fits: an answer in a moment, before anything is started.
+
+Ray would wait for ever for GPUs that do not exist. Nothing here imports Ray, and PyTorch only when
+GPUs are asked for, so that a wrong number on the command line costs no start-up time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import UserError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Processors that jobs may use."""
+
+    cpus: int
+    """CPUs, at least one."""
+    gpus: int
+    """GPUs that PyTorch can use."""
+    place: str = "this machine"
+    """Where they are, for messages."""
+
+
+def local_resources(*, count_gpus: bool = True) -> Resources:
+    """Return what this process may use of this machine.
+
+    Args:
+        count_gpus: Look for GPUs, which imports PyTorch; otherwise there are none.
+    """
+    return Resources(cpus=_available_cpus(), gpus=_visible_gpus() if count_gpus else 0)
+
+
+def check_resources(num_workers: int, num_gpus: int, resources: Resources | None = None) -> int:
+    """Check that a training job's workers find their places.
+
+    Args: num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs. num_gpus: GPUs of
+            the job, one for each worker; 0 trains on CPUs. resources: What there is; this machine's
+            when unset. With `RAY_ADDRESS` set, only a cluster that has been asked can say, so
+            nothing is checked without it.
+
+    Returns:
+        The number of workers.
+
+    Raises:
+        UserError: If there are too few CPUs or GPUs, saying what there is and what to type instead.
+    """
+    if num_gpus and num_workers not in (1, num_gpus):
+        raise UserError(
+            f"{num_workers} workers on {num_gpus} GPUs were asked for, but each worker has one; "
+            f"leave out --workers, or type --workers {num_gpus}"
+        )
+    num_workers = num_gpus or num_workers
+    if resources is None:
+        if os.environ.get("RAY_ADDRESS"):
+            return num_workers
+        resources = local_resources(count_gpus=num_gpus > 0)
+    if num_gpus > resources.gpus:
+        raise UserError(_too_few_gpus(num_gpus, resources))
+    if num_workers > resources.cpus:
+        raise UserError(
+            f"{num_workers} workers were asked for, but {resources.place} has {_cpus(resources)}, "
+            f"and each worker needs one; type --workers {resources.cpus}"
+        )
+    return num_workers
+
+
+def _too_few_gpus(num_gpus: int, resources: Resources) -> str:
+    wanted = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
+    cluster = f"set RAY_ADDRESS to a Ray cluster that has {wanted}"
+    if resources.gpus:
+        return (
+            f"--gpus {num_gpus}: {resources.place} has {resources.gpus} of them; "
+            f"type --gpus {resources.gpus}, or {cluster}"
+        )
+    return (
+        f"--gpus {num_gpus}: {resources.place} has no GPU that PyTorch{_build()} can use; "
+        f"leave out --gpus to train on its {_cpus(resources)}, or {cluster}"
+    )
+
+
+def _build() -> str:
+    import torch
+
+    cpu_only = torch.version.cuda is None and getattr(torch.version, "hip", None) is None
+    return f" {torch.__version__} (a build without GPU support)" if cpu_only else ""
+
+
+def _cpus(resources: Resources) -> str:
+    return f"{resources.cpus} CPU{'s' * (resources.cpus > 1)}"
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _available_cpus() -> int:
+    # The affinity of this process and the quota of its container, whichever is smaller.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cpus, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cpus

@@ -1,0 +1,248 @@
+"""Trials side by side under Ray Tune, each directly in a Tune function.
+
+A Ray Train job inside each trial would cost five times the start-up and three times the memory.
+Tune keeps no state that is read again: a trial goes on from its own folder, so Tune's experiment
+snapshots, which miss what happened in their last seconds, are deleted. A trial that fails is tried
+again a set number of times; then it is reported with its reason, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.cluster import GRACE_SECONDS, ray_cluster, run_interruptibly
+from orchestrator.resources import Resources, check_resources
+from orchestrator.training.job import ask_to_stop, forget_stop, stop_asked
+from orchestrator.training.parallel import World
+from orchestrator.worker import RAY_FOLDER, Watch, answer_of, failure_reason
+
+# isort: split
+# Behind our own modules, because `orchestrator.cluster` sets the environment that Ray reads.
+import ray.tune
+
+tune: Any = ray.tune  # its callbacks are called with names, of which ours take what they need
+
+ANSWER = "answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialLimits:
+    """How many trials run side by side, on what, and how often one may fail."""
+
+    at_once: int | None = None
+    """Trials side by side; as many as there are CPUs, or GPUs with `gpus_per_trial`, when unset."""
+    gpus_per_trial: int = 0
+    """0 runs trials on CPUs, which they share evenly."""
+    max_failures: int = 2
+    """How often a failed trial is tried again."""
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What a trial is told beside its parameters."""
+
+    world: World
+    """One worker, on the device that it was given; for `run_job`."""
+    should_stop: Callable[[], bool]
+    """Whether to save and return soon."""
+
+
+@dataclass(frozen=True)
+class TrialReport:
+    """How one trial ended."""
+
+    number: int
+    """Its place in the list of trials."""
+    parameters: dict[str, Any]
+    """What it was given."""
+    result: dict[str, Any] | None = None
+    """What it returned; None if it failed."""
+    error: str | None = None
+    """Why it failed, after all its retries."""
+
+
+TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
+
+
+def run_trials(
+    function: TrialFunction,
+    trials: Sequence[dict[str, Any]],
+    stop_folder: Path,
+    *,
+    limits: TrialLimits | None = None,
+    on_result: Callable[[TrialReport], None] | None = None,
+    watch: Watch | None = None,
+) -> list[TrialReport]:
+    """Run trials side by side under Ray Tune. A failed one does not end the others.
+
+    Args: function: Importable function from parameters and context to a JSON-able result. It may be
+        called again for the same trial after a crash, and then goes on from what it finds on disk.
+        trials: Parameters of each trial. stop_folder: Shared folder for the file that asks running
+        trials to stop. limits: How many at once, on what, and how often one may fail. on_result:
+        Called in this thread for each trial that ended, as soon as it did. watch: Called a few
+        times a second, to show progress.
+
+    Returns:
+        One report a trial, in their order.
+
+    Raises:
+        UserError: If there is no room for one trial.
+        Interrupted: After Ctrl-C or SIGTERM.
+    """
+    limits = limits or TrialLimits()
+    if not trials:
+        return []
+    forget_stop(stop_folder)
+    reports: dict[int, TrialReport] = {}
+    with ray_cluster() as cluster:
+        at_once, cpus = _room(limits, cluster.resources, len(trials))
+        follower = _Follower(trials, stop_folder)
+
+        def deliver() -> None:
+            for report in follower.ended():
+                reports[report.number] = report
+                if on_result:
+                    on_result(report)
+            if watch:
+                watch()
+
+        run_interruptibly(
+            lambda: _tune(function, follower, limits, at_once=at_once, cpus=cpus),
+            ask_to_stop=lambda: ask_to_stop(stop_folder),
+            watch=deliver,
+        )
+        deliver()
+    return [
+        reports.get(number, TrialReport(number, parameters, error="it was not run"))
+        for number, parameters in enumerate(trials)
+    ]
+
+
+def _room(limits: TrialLimits, resources: Resources, num_trials: int) -> tuple[int, int]:
+    gpus = limits.gpus_per_trial
+    check_resources(max(1, gpus), gpus, resources)
+    most = resources.gpus // gpus if gpus else resources.cpus
+    at_once = min(limits.at_once or most, most, num_trials)
+    return at_once, max(1, resources.cpus // at_once)
+
+
+def _tune(
+    function: TrialFunction, follower: _Follower, limits: TrialLimits, *, at_once: int, cpus: int
+) -> None:
+    storage = follower.stop_folder / RAY_FOLDER
+    shutil.rmtree(storage, ignore_errors=True)
+    trainable = tune.with_parameters(
+        _tune_trial,
+        function=function,
+        trials=list(follower.trials),
+        stop_folder=follower.stop_folder,
+        device="cuda" if limits.gpus_per_trial else "cpu",
+        num_threads=cpus,
+    )
+    tune.Tuner(
+        tune.with_resources(trainable, {"CPU": cpus, "GPU": limits.gpus_per_trial}),
+        param_space={"number": tune.grid_search(list(range(len(follower.trials))))},
+        # The same processes serve one trial after another: 1 s a trial instead of 2 to 3.
+        tune_config=tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(storage),
+            failure_config=tune.FailureConfig(max_failures=limits.max_failures),
+            callbacks=[follower],
+            stop=follower,
+            verbose=0,
+        ),
+    ).fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def _tune_trial(
+    config: dict[str, Any],
+    *,
+    function: TrialFunction,
+    trials: Sequence[dict[str, Any]],
+    stop_folder: Path,
+    device: str,
+    num_threads: int,
+) -> None:
+    torch.set_num_threads(num_threads)
+    context = TrialContext(World(device=device), lambda: stop_asked(stop_folder))
+    if not context.should_stop():
+        answer = answer_of(lambda: function(trials[config["number"]], context))
+        tune.report({ANSWER: json.dumps(answer)})
+
+
+class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
+    """Hears from Tune which trials run and how they end, and ends the experiment after a stop.
+
+    Tune would start the waiting trials while the running ones save their state, and it pickles what
+    it is given; so this object waits for those that ran when the stop was asked for, and pickles as
+    nothing.
+    """
+
+    def __init__(self, trials: Sequence[dict[str, Any]], stop_folder: Path) -> None:
+        self.trials, self.stop_folder = trials, stop_folder
+        self._reports: queue.SimpleQueue[TrialReport] = queue.SimpleQueue()
+        self._running: set[int] = set()
+        self._to_wait_for: set[int] | None = None
+        self._give_up_at = math.inf
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.Callback, ()
+
+    def ended(self) -> Iterator[TrialReport]:
+        """Yield the reports of trials that ended since the last call."""
+        while not self._reports.empty():
+            yield self._reports.get()
+
+    def __call__(self, *_: Any, **__: Any) -> bool:
+        """Never stop a trial from outside: it stops by itself, with its state saved."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tell Tune to end once the trials that ran at the stop have returned, or took too long."""
+        if self._to_wait_for is None:
+            if not stop_asked(self.stop_folder):
+                return False
+            self._to_wait_for = set(self._running)
+            self._give_up_at = time.monotonic() + GRACE_SECONDS
+        return not self._to_wait_for or time.monotonic() > self._give_up_at
+
+    def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Note that a trial runs."""
+        self._running.add(trial.config["number"])
+
+    def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Report a trial's answer; one that stopped without an answer is not reported."""
+        number = self._ended(trial)
+        answer = json.loads((trial.last_result or {}).get(ANSWER, "{}"))
+        if answer:
+            self._report(number, result=answer.get("result"), error=answer.get("text"))
+
+    def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Report why a trial failed for the last time."""
+        number = self._ended(trial)
+        reason = failure_reason(trial.get_error() or RuntimeError("no message"))
+        self._report(number, error=reason)
+
+    def _report(
+        self, number: int, result: dict[str, Any] | None = None, error: str | None = None
+    ) -> None:
+        self._reports.put(TrialReport(number, dict(self.trials[number]), result, error))
+
+    def _ended(self, trial: Any) -> int:
+        number: int = trial.config["number"]
+        self._running.discard(number)
+        if self._to_wait_for is not None:
+            self._to_wait_for.discard(number)
+        return number

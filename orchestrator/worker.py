@@ -1,0 +1,210 @@
+"""Training jobs under Ray Train, which starts a job's workers anew when one dies.
+
+Ray keeps no state that is read again: a job goes on from its own folder, so Ray's records of
+checkpoints, which a crash can damage, are deleted. A mistake of the user's or a diverged loss comes
+back as an answer instead of an exception, because starting the workers again would not help.
+`trial_runner.py` runs sweeps.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.cluster import ray_cluster, run_interruptibly
+from orchestrator.errors import Interrupted, StageFailed, UserError
+from orchestrator.resources import Resources, check_resources
+from orchestrator.training.job import (
+    TrainingJob,
+    TrainingOutcome,
+    ask_to_stop,
+    check_job,
+    finished_outcome,
+    forget_stop,
+    stop_asked,
+)
+from orchestrator.training.loop import Diverged
+from orchestrator.training.parallel import World
+from orchestrator.training.run import run_job
+
+# isort: split
+# Behind our own modules, because `orchestrator.cluster` sets the environment that Ray reads.
+import ray.exceptions
+import ray.train.torch
+
+ray_train: Any = ray.train  # what type checkers see there is the API before version 2
+
+RAY_FOLDER = "ray"
+CONTROLLER_FAILURES = 3  # unlimited by default: a job that finds no place would wait for ever
+FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Diverged": Diverged}
+
+Watch = Callable[[], None]
+
+
+def run_train_jobs(
+    jobs: Sequence[TrainingJob],
+    *,
+    num_workers: int = 1,
+    num_gpus: int = 0,
+    max_failures: int = 2,
+    watch: Watch | None = None,
+) -> list[TrainingOutcome]:
+    """Run jobs under Ray Train, side by side as far as there is room; finished ones take no time.
+
+    Args:
+        jobs: What to train, each in a folder of its own.
+        num_workers: Data-parallel workers of each job.
+        num_gpus: GPUs of each job, one for each worker; 0 trains on CPUs.
+        max_failures: How often a job whose worker died starts again from its newest checkpoint.
+        watch: Called a few times a second, to show progress.
+
+    Returns:
+        The outcome of each job, in their order.
+
+    Raises: UserError: If a job cannot run as described; nothing is started then. Diverged: If a
+        loss is no number any more. StageFailed: If a job failed more often than it may. The others
+        have ended before any error is raised. Interrupted: After Ctrl-C or SIGTERM.
+    """
+    num_workers = check_resources(num_workers, num_gpus)
+    for job in jobs:
+        check_job(job, num_workers=num_workers)
+    waiting = [job for job in jobs if finished_outcome(job) is None]
+    if waiting:
+        for job in waiting:
+            forget_stop(job.folder)
+        with ray_cluster() as cluster:
+            check_resources(num_workers, num_gpus, cluster.resources)
+            plan = _plan(
+                cluster.resources,
+                num_workers,
+                use_gpu=num_gpus > 0,
+                num_jobs=len(waiting),
+                max_failures=max_failures,
+            )
+            run_interruptibly(
+                lambda: _fit_all(waiting, plan),
+                ask_to_stop=lambda: _ask_all_to_stop(waiting),
+                watch=watch,
+            )
+    outcomes = [finished_outcome(job) for job in jobs]
+    if not all(outcomes):
+        raise Interrupted("stopped on request; the same command goes on from the saved state")
+    return [outcome for outcome in outcomes if outcome]
+
+
+def run_train_job(
+    job: TrainingJob,
+    *,
+    num_workers: int = 1,
+    num_gpus: int = 0,
+    max_failures: int = 2,
+    watch: Watch | None = None,
+) -> TrainingOutcome:
+    """Run one job under Ray Train; see `run_train_jobs`."""
+    outcomes = run_train_jobs(
+        [job], num_workers=num_workers, num_gpus=num_gpus, max_failures=max_failures, watch=watch
+    )
+    return outcomes[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    at_once: int
+    scaling: Any
+    failures: Any
+    num_threads: int
+
+
+def _plan(
+    resources: Resources, num_workers: int, *, use_gpu: bool, num_jobs: int, max_failures: int
+) -> _Plan:
+    """Share the CPUs evenly among the workers that run at the same time."""
+    places = resources.gpus if use_gpu else resources.cpus
+    at_once = max(1, min(num_jobs, places // num_workers))
+    cpus = max(1, resources.cpus // (at_once * num_workers))
+    scaling = ray_train.ScalingConfig(
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus},
+    )
+    failures = ray_train.FailureConfig(
+        max_failures=max_failures, controller_failure_limit=CONTROLLER_FAILURES
+    )
+    return _Plan(at_once=at_once, scaling=scaling, failures=failures, num_threads=cpus)
+
+
+def _fit_all(jobs: Sequence[TrainingJob], plan: _Plan) -> None:
+    with ThreadPoolExecutor(plan.at_once) as pool:
+        futures = [pool.submit(_fit, job, plan) for job in jobs]
+    for future in futures:
+        future.result()
+
+
+def _fit(job: TrainingJob, plan: _Plan) -> None:
+    if stop_asked(job.folder):
+        return
+    storage = job.folder / RAY_FOLDER
+    shutil.rmtree(storage, ignore_errors=True)
+    backend = "nccl" if plan.scaling.use_gpu else "gloo"
+    trainer = ray_train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job.to_dict(), "num_threads": plan.num_threads},
+        scaling_config=plan.scaling,
+        torch_config=ray.train.torch.TorchConfig(backend=backend),
+        run_config=ray_train.RunConfig(
+            name="train",
+            storage_path=str(storage),
+            failure_config=plan.failures,
+            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        answer = trainer.fit().return_value
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        raise StageFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if "error" in answer:
+        raise FINAL_ERRORS[answer["error"]](answer["text"])
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(config["num_threads"])
+    context = ray.train.get_context()
+    world = World(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=str(ray.train.torch.get_device()),
+    )
+    job = TrainingJob.from_dict(config["job"])
+    return answer_of(lambda: run_job(job, world=world).to_dict())
+
+
+def answer_of(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return `{"result": ...}`; or `{"error": kind, "text": ...}` if trying again cannot help."""
+    try:
+        return {"result": work()}
+    except tuple(FINAL_ERRORS.values()) as error:
+        name = next(name for name, kind in FINAL_ERRORS.items() if isinstance(error, kind))
+        return {"error": name, "text": str(error)}
+
+
+def _ask_all_to_stop(jobs: Sequence[TrainingJob]) -> None:
+    for job in jobs:
+        ask_to_stop(job.folder)
+
+
+def failure_reason(error: BaseException) -> str:
+    """Say in one line what went wrong in a worker."""
+    if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
+        error = next(iter(error.worker_failures.values()))
+    if isinstance(error, ray.train.ControllerError):
+        error = error.controller_failure
+    cause = getattr(error, "cause", None) or error
+    first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
+    return f"{type(cause).__name__}: {first}"
