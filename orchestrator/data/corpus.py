@@ -14,8 +14,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 from orchestrator.console import Progress
 from orchestrator.data.embedded import EMBEDDED_VERSION, embedded_documents, embedded_state
+from orchestrator.data.hub import hub_problem
 from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings
 
@@ -32,8 +31,6 @@ LONG_DOCUMENT_CHARACTERS = 8000
 PASSAGE_CHARACTERS = 4000
 TITLE_CHARACTERS = 100
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-HUB_HOST = "huggingface.co"
-HUB_PROBE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -264,7 +261,7 @@ def _check_hub_settings(settings: DataSettings) -> None:
 
 def _read_hub(settings: DataSettings, progress: Progress) -> Iterator[Document]:
     _check_hub_settings(settings)
-    check_hub(f"the data set {settings.hub_name}")
+    require_hub(f"the data set {settings.hub_name}")
     import datasets
 
     progress.start("corpus", settings.max_documents)
@@ -284,22 +281,15 @@ def _read_hub(settings: DataSettings, progress: Progress) -> Iterator[Document]:
         raise UserError(f"cannot read the data set {settings.hub_name}: {reason}") from None
 
 
-def check_hub(wanted: str) -> None:
-    """Ask whether the hub can be reached, instead of half a minute of retries when it cannot.
+def require_hub(wanted: str) -> None:
+    """Refuse at once what needs the hub when it cannot be reached.
 
     Raises:
         UserError: If it cannot.
     """
-    advice = f"{wanted} needs the hub; use data.source=files with files of this machine, or python"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise UserError(f"{advice}: HF_HUB_OFFLINE is set")
-    if (
-        os.environ.get("HF_ENDPOINT")
-        or os.environ.get("HTTPS_PROXY")
-        or os.environ.get("https_proxy")
-    ):
-        return  # reached another way than by name; the client reports its own failure
-    try:
-        socket.create_connection((HUB_HOST, 443), timeout=HUB_PROBE_SECONDS).close()
-    except OSError as error:
-        raise UserError(f"{advice}: {HUB_HOST} cannot be reached ({error})") from None
+    problem = hub_problem()
+    if problem:
+        raise UserError(
+            f"{wanted} needs the hub: {problem}; use data.source=files with files of this machine, "
+            "or data.source=python"
+        )

@@ -102,14 +102,19 @@ def is_prose(text: str) -> bool:
         or _LEGAL.search(text)
     ):
         return False
-    plain = sum(1 for word in words if _PLAIN_WORD.fullmatch(word))
     letters = sum(1 for character in text if character.isalpha() or character in " ,.'-")
     grammar = sum(1 for word in words if word.lower().strip(".,;:!?()\"'") in GRAMMAR_WORDS)
     return (
-        plain >= MIN_PLAIN_SHARE * len(words)
+        plain_share(text) >= MIN_PLAIN_SHARE
         and letters >= MIN_LETTER_SHARE * len(text)
         and grammar * WORDS_PER_GRAMMAR_WORD >= len(words)
     )
+
+
+def plain_share(text: str) -> float:
+    """Return the share of plain words, punctuation allowed; names of code and numbers are none."""
+    words = text.split()
+    return sum(1 for word in words if _PLAIN_WORD.fullmatch(word)) / max(1, len(words))
 
 
 def _chunks(text: str) -> list[_Chunk]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from orchestrator.data.corpus import check_hub
+from orchestrator.data.corpus import require_hub
 from orchestrator.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,7 +50,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     text = str(name)
     if text.startswith(HUB_PREFIX):
         repository = text[len(HUB_PREFIX) :]
-        check_hub(f"the tokenizer {repository}")
+        require_hub(f"the tokenizer {repository}")
         try:
             return Tokenizer.from_pretrained(repository)
         except Exception as error:  # tokenizers raises plain Exception
