@@ -6,8 +6,8 @@ cost before the first training step, and only their quality has to be measured.
 
 Counted: matrix products of m x k by k x n at 2 m k n (projections, feed-forward, head), attention's
 scores and weighted values over the tokens that a token really sees, and the mix's weighted sums.
-Not counted: norms, activations, softmax, rotary angles, residual and Runge-Kutta sums, together
-under a hundredth of the rest at any useful width. A backward pass is taken as two forward passes.
+Not counted: norms, activations, softmax, rotary angles, residual and Runge-Kutta sums and gates,
+together about a hundredth of the rest. A backward pass is taken as two forward passes.
 Source: shapes of `iiet.decoder`; this project.
 """
 

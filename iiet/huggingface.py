@@ -34,7 +34,6 @@ from transformers.utils.generic import can_return_tuple
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.methods import METHODS, Method
 from iiet.schedule import IterationSchedule
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
@@ -258,12 +257,14 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        if isinstance(module, Method):
-            # Mixing matrices and coefficients are parameters of no module that transformers knows.
-            dim, eps = self.config.hidden_size, self.config.layer_norm_eps
-            fresh = METHODS[self.config.method](module.num_layers, dim, eps)
-            for parameter, value in zip(module.parameters(), fresh.parameters(), strict=True):
-                init.copy_(parameter, value)
+        # Mixing matrices and coefficients belong to modules that transformers knows nothing about.
+        method = self.decoder.method
+        for name, part in method.named_modules():
+            if part is module and not isinstance(module, nn.Linear | nn.LayerNorm):
+                config = self.decoder.config
+                fresh = type(method)(config.num_layers, config.dim, config.layer_norm_eps)
+                for own, value in fresh.get_submodule(name).named_parameters(recurse=False):
+                    init.copy_(module.get_parameter(own), value)
 
 
 def fast_tokenizer(

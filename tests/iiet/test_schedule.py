@@ -205,3 +205,7 @@ def test_knapsack_crosses_a_valley_and_leaves_the_useless():
     assert knapsack(score, max_evaluations=3).corrections == (0, 1)
     assert knapsack(score, max_evaluations=5).corrections == (3, 0)
     assert knapsack(score, max_evaluations=99).corrections == (3, 1)
+
+
+def test_knapsack_spends_nothing_on_what_is_worth_nothing():
+    assert knapsack([[0.3, 0.0], [0.0]], max_evaluations=9).corrections == (1, 0)
