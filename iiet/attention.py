@@ -1,8 +1,8 @@
 """Causal self-attention with rotary positions, for training, prefill and cached decoding alike.
 
-Queries, keys and values come from one matrix product. What an evaluation needs beyond its input (angles, mask, cache)
-is the same for all layers and corrections of a forward pass, so it is made once and passed along as one value,
-`AttentionContext`.
+Queries, keys and values come from one matrix product. What an evaluation needs beyond its input
+(angles, mask, cache) is the same for all layers and corrections of a forward pass, so it is made
+once and passed along as one value, `AttentionContext`.
 
 Source: the Llama block; grouped key/value heads as in Ainslie et al. 2023.
 """
@@ -30,7 +30,9 @@ class AttentionContext:
     rope: RopeTables
     """Angles of the tokens of this pass."""
     mask: Tensor | None
-    """(batch or 1, 1, time, total) bool, true where a query may look; None means causal without padding."""
+    """(batch or 1, 1, time, total) bool, true where a query may look; None means causal without
+    padding.
+    """
     total: int
     """Tokens that queries may see: the cached ones and those of this pass."""
     cache: DecodingCache | None
@@ -61,7 +63,8 @@ class Attention(nn.Module):
         queries, keys, values = self._heads(x, context.rope)
         if context.cache is not None:
             keys, values = context.cache.update(keys, values, slot)
-            if keys.size(2) != context.total:  # A cache of fixed size returns its empty end too.
+            if keys.size(2) != context.total:
+                # A cache of fixed size returns its empty end too.
                 keys, values = keys[:, :, : context.total], values[:, :, : context.total]
         mixed = F.scaled_dot_product_attention(
             queries,
@@ -71,24 +74,42 @@ class Attention(nn.Module):
             is_causal=context.mask is None and time > 1,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, time, dim))
+        return F.linear(mixed.transpose(1, 2).reshape(batch, time, dim), self.out.weight)
 
     def _heads(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
-        heads: tuple[Tensor, Tensor, Tensor] = _ProjectHeads.apply(
-            x, self.qkv.weight, rope.cos, rope.sin, self.num_heads, self.num_kv_heads
+        shape = self.num_heads, self.num_kv_heads
+        if not torch.is_grad_enabled():
+            return _project(x, self.qkv.weight, rope.cos, rope.sin, *shape)
+        heads: tuple[Tensor, Tensor, Tensor] = _ProjectHeads.apply(  # type: ignore[no-untyped-call]
+            x, self.qkv.weight, rope.cos, rope.sin, *shape
         )
         return heads
 
 
+def _project(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project to queries, keys and values and rotate the first two, all in one buffer."""
+    qkv = F.linear(x, weight).view(x.size(0), x.size(1), -1, cos.size(-1))
+    rotate_(qkv.narrow(2, 0, num_heads + num_kv_heads), cos, sin)
+    return _split(qkv, num_heads, num_kv_heads)
+
+
 def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """View (batch, time, all heads, head_dim) as queries, keys and values, each (batch, heads, time, head_dim)."""
-    parts = qkv.transpose(1, 2).split([num_heads, num_kv_heads, num_kv_heads], 1)
-    return parts[0], parts[1], parts[2]
+    """View (batch, time, all heads, head_dim) as queries, keys and values, each (batch, heads,
+    time, head_dim).
+    """
+    heads = qkv.transpose(1, 2)
+    return (
+        heads.narrow(1, 0, num_heads),
+        heads.narrow(1, num_heads, num_kv_heads),
+        heads.narrow(1, num_heads + num_kv_heads, num_kv_heads),
+    )
 
 
 class _ProjectHeads(torch.autograd.Function):
-    """Project to queries, keys and values and rotate the first two, all in one buffer in both directions."""
+    """`_project`, with a backward pass that writes its three gradients into one buffer too."""
 
     @staticmethod
     def forward(
@@ -102,9 +123,7 @@ class _ProjectHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.num_heads, ctx.num_kv_heads = num_heads, num_kv_heads
-        qkv = F.linear(x, weight).view(*x.shape[:2], -1, cos.size(-1))
-        rotate_(qkv[:, :, : num_heads + num_kv_heads], cos, sin)
-        return _split(qkv, num_heads, num_kv_heads)
+        return _project(x, weight, cos, sin, num_heads, num_kv_heads)
 
     @staticmethod
     @once_differentiable

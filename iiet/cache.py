@@ -1,16 +1,19 @@
-"""Keys and values per evaluation slot, preallocated, so that decoding a token copies nothing of the past.
+"""Keys and values per evaluation slot, preallocated, so that decoding a token copies nothing of the
+past.
 
-Correction i of a new token must attend to what correction i of earlier tokens attended from; then cached decoding equals
-the full forward. So each evaluation has its own slot: the prediction of layer l is slot l, corrections follow from slot
-L on, layer by layer. With that numbering the first L slots are those of a plain decoder.
+Correction i of a new token must attend to what correction i of earlier tokens attended from; then
+cached decoding equals the full forward. So each evaluation has its own slot: the prediction of
+layer l is slot l, corrections follow from slot L on, layer by layer. With that numbering the first
+L slots are those of a plain decoder.
 
-The strategy `last` keeps one slot per layer, in which each evaluation overwrites the one before: a quarter of the memory
-at three corrections, and no longer exact. It is what the published decoding aimed at.
+The strategy `last` keeps one slot per layer, in which each evaluation overwrites the one before: a
+quarter of the memory at three corrections, and no longer exact. It is what the published decoding
+aimed at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -38,7 +41,8 @@ class DecodingCache(Protocol):
         ...
 
 
-def evaluation_slots(evaluations_per_layer: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+@lru_cache(maxsize=64)
+def evaluation_slots(evaluations_per_layer: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Number the evaluations: per layer, the slot of each.
 
     Args:
@@ -81,7 +85,10 @@ class KeyValueCache:
             raise ValueError(f"KV strategy must be 'exact' or 'last', got {strategy!r}")
         method = METHODS[config.method]
         slots = evaluation_slots(
-            [method.evaluations_per_layer(config.corrections, n) for n in range(config.num_layers)]
+            tuple(
+                method.evaluations_per_layer(config.corrections, layer)
+                for layer in range(config.num_layers)
+            )
         )
         num_slots = sum(map(len, slots))
         self.max_tokens = max_tokens
@@ -114,15 +121,17 @@ class KeyValueCache:
         """
         if slot >= len(self._lengths):
             raise ValueError(
-                f"the cache has {len(self._lengths)} slots, an evaluation asked for slot {slot}; decode with the schedule "
-                "that the cache was made for"
+                f"the cache has {len(self._lengths)} slots, an evaluation asked for slot {slot}; "
+                "decode with the schedule that the cache was made for"
             )
         start = self._lengths[slot]
         end = start + keys.size(2)
         if end > self.max_tokens:
-            raise ValueError(f"the cache has room for max_tokens={self.max_tokens}, got {end} tokens")
+            raise ValueError(
+                f"the cache has room for max_tokens={self.max_tokens}, got {end} tokens"
+            )
         all_keys, all_values = self._keys[slot], self._values[slot]
-        all_keys[:, :, start:end] = keys
-        all_values[:, :, start:end] = values
+        all_keys.narrow(2, start, keys.size(2)).copy_(keys)
+        all_values.narrow(2, start, keys.size(2)).copy_(values)
         self._lengths[slot] = end
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)

@@ -1,8 +1,9 @@
 """What a decoder is: method, sizes and iteration schedule, as one frozen value that checks itself.
 
-A config holds everything that shapes the weights or the forward pass, and nothing about training. It is what a
-checkpoint folder stores beside its weights, so it converts to plain JSON and back, refuses keys it does not know, and
-reports all its problems in one error. Validation never edits: what was written is what runs.
+A config holds everything that shapes the weights or the forward pass, and nothing about training.
+It is what a checkpoint folder stores beside its weights, so it converts to plain JSON and back,
+refuses keys it does not know, and reports all its problems in one error. Validation never edits:
+what was written is what runs.
 
 The presets are the sizes of the published configurations, and two of this project's own.
 """
@@ -25,7 +26,7 @@ class ModelConfig:
     """Everything that determines a decoder's parameters and its forward pass.
 
     Raises:
-        ValueError: one error for all problems, each with the value that was received and what is allowed.
+        ValueError: one error for all problems, each with the value received and what is allowed.
     """
 
     method: str = "iiet"
@@ -45,7 +46,7 @@ class ModelConfig:
     context_length: int
     """Longest sequence in tokens, prompt and continuation together; longer ones are refused."""
     schedule: IterationSchedule | None = None
-    """Corrections per layer. Required for methods that make corrections; None (or all zeros) for the others."""
+    """Corrections per layer. Required where the method makes corrections, else None or zeros."""
     tie_embeddings: bool = True
     """Whether the output head is the embedding matrix."""
     rope_theta: float = 10000.0
@@ -83,7 +84,8 @@ class ModelConfig:
         """Build a config from plain values; the inverse of `to_dict`.
 
         Args:
-            values: field names to values; the schedule in any form that `IterationSchedule.parse` reads.
+            values: field names to values; the schedule in any form that `IterationSchedule.parse`
+                reads.
 
         Raises:
             ValueError: unknown or missing keys, or invalid values, all named at once.
@@ -94,7 +96,8 @@ class ModelConfig:
         problems += [f"missing key {key!r}" for key in sorted(known - optional - set(values))]
         if problems:
             raise ValueError(
-                f"invalid model config: {'; '.join(problems)}; known keys: {', '.join(sorted(known))}"
+                f"invalid model config: {'; '.join(problems)}; "
+                f"known keys: {', '.join(sorted(known))}"
             )
         given = dict(values)
         if given.get("schedule") is not None:
@@ -108,7 +111,16 @@ _FIELDS_WITH_DEFAULT = frozenset(
     ["tie_embeddings", "rope_theta", "rms_norm_eps", "layer_norm_eps", "initializer_std"]
 )
 
-_SIZES = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "context_length")
+_SIZES = (
+    "vocab_size",
+    "dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "ffn_dim",
+    "context_length",
+)
+_SWITCHES = ("tie_embeddings",)
 _REALS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "initializer_std")
 
 
@@ -122,14 +134,16 @@ def _size_problems(config: ModelConfig) -> list[str]:
         value = getattr(config, name)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             problems.append(f"{name} must be a positive number, got {value!r}")
-    if type(config.tie_embeddings) is not bool:
-        problems.append(f"tie_embeddings must be true or false, got {config.tie_embeddings!r}")
+    for name in _SWITCHES:
+        value = getattr(config, name)
+        if type(value) is not bool:
+            problems.append(f"{name} must be true or false, got {value!r}")
     if problems:
         return problems
     if config.dim % (2 * config.num_heads):
         problems.append(
-            f"dim must be a multiple of twice num_heads ({2 * config.num_heads}, for the rotary halves), "
-            f"got {config.dim}"
+            f"dim must be a multiple of twice num_heads ({2 * config.num_heads}, for the rotary "
+            f"halves), got {config.dim}"
         )
     if config.num_heads % config.num_kv_heads:
         problems.append(
@@ -139,51 +153,44 @@ def _size_problems(config: ModelConfig) -> list[str]:
 
 
 def _schedule_problems(config: ModelConfig) -> list[str]:
-    schedule = config.schedule
-    if not isinstance(config.method, str) or config.method not in METHODS:
+    schedule: object = config.schedule
+    if config.method not in METHODS:
         return [f"method must be one of {', '.join(METHODS)}, got {config.method!r}"]
-    if schedule is not None and not isinstance(schedule, IterationSchedule):
+    if not isinstance(schedule, IterationSchedule | None):
         return [f"schedule must be an IterationSchedule or None, got {schedule!r}"]
     problems: list[str] = []
     if METHODS[config.method].has_corrections:
         if schedule is None:
             problems.append(
-                f"schedule is required for method {config.method!r}; IterationSchedule.uniform(num_layers, 3) is usual"
+                f"schedule is required for method {config.method!r}; "
+                "IterationSchedule.uniform(num_layers, 3) is usual"
             )
     elif schedule is not None and schedule.num_corrections:
         problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
     if schedule is not None and schedule.num_layers != config.num_layers:
         problems.append(
-            f"schedule has {schedule.num_layers} entries ({schedule}), num_layers is {config.num_layers!r}"
+            f"schedule has {schedule.num_layers} entries ({schedule}), "
+            f"num_layers is {config.num_layers!r}"
         )
     return problems
 
 
+def _preset_sizes(
+    num_layers: int, dim: int, ffn_dim: int, num_heads: int, **others: Any
+) -> Mapping[str, Any]:
+    sizes = {"num_layers": num_layers, "dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads}
+    return {"vocab_size": 32000, "context_length": 2048, **sizes, **others}
+
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # This project's toy: trains on one CPU core in minutes.
-    "tiny": dict(
-        vocab_size=2048, dim=128, num_layers=6, num_heads=4, ffn_dim=352, context_length=128
-    ),
+    "tiny": _preset_sizes(6, 128, 352, 4, vocab_size=2048, context_length=128),
     # The published configurations.
-    "55m": dict(
-        vocab_size=32000, dim=512, num_layers=12, num_heads=4, ffn_dim=1408, context_length=2048
-    ),
-    "340m": dict(
-        vocab_size=32000, dim=1024, num_layers=24, num_heads=8, ffn_dim=2816, context_length=2048
-    ),
-    # This project's own size between the published ones; no published configuration is at hand for it.
-    "740m": dict(
-        vocab_size=32000, dim=1536, num_layers=24, num_heads=12, ffn_dim=4096, context_length=2048
-    ),
-    "1.3b": dict(
-        vocab_size=32000,
-        dim=2048,
-        num_layers=24,
-        num_heads=16,
-        ffn_dim=5432,
-        context_length=2048,
-        tie_embeddings=False,
-    ),
+    "55m": _preset_sizes(12, 512, 1408, 4),
+    "340m": _preset_sizes(24, 1024, 2816, 8),
+    # This project's own size between them; no published configuration was at hand.
+    "740m": _preset_sizes(24, 1536, 4096, 12),
+    "1.3b": _preset_sizes(24, 2048, 5432, 16, tie_embeddings=False),
 }
 """Sizes by name: tiny and 740m are this project's, 55m, 340m and 1.3b the published ones."""
 
@@ -193,12 +200,13 @@ _USUAL_CORRECTIONS = 3
 def preset(name: str, **overrides: Any) -> ModelConfig:
     """Build the config of a named size, with any field replaced.
 
-    Where not overridden, there are as many key/value heads as query heads, and a method that makes corrections makes
-    three in each layer (the paper's number).
+    Where not overridden, there are as many key/value heads as query heads, and a method that makes
+    corrections makes three in each layer (the paper's number).
 
     Args:
         name: a key of `PRESETS`.
-        overrides: fields of `ModelConfig`; the schedule in any form that `IterationSchedule.parse` reads.
+        overrides: fields of `ModelConfig`; the schedule in any form that
+            `IterationSchedule.parse` reads.
 
     Raises:
         ValueError: unknown preset, or fields that do not fit together.

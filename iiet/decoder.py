@@ -1,10 +1,13 @@
 """The decoder: embed, advance L times, norm, logits. The same for every method.
 
-    s_0 = embedding(input_ids);  h_l = method.advance(F_l, ...) for l = 1..L;  logits = head(RMSNorm(h_L))
+    s_0    = embedding(input_ids)
+    h_l    = method.advance(F_l, ...)        for l = 1..L
+    logits = head(RMSNorm(h_L))
 
-The iteration schedule is a property of a call, not of the weights: the same decoder runs without corrections in the
-first stage of training and with them in the second, and a teacher and its students differ in nothing else. Therefore a
-decoder always has all parameters of its method, and an unused norm costs nothing but its bytes.
+The iteration schedule is a property of a call, not of the weights: the same decoder runs without
+corrections in the first stage of training and with them in the second, and a teacher and its
+students differ in nothing else. Therefore a decoder always has all parameters of its method, and an
+unused norm costs nothing but its bytes.
 """
 
 from __future__ import annotations
@@ -40,11 +43,14 @@ class Decoder(nn.Module):
         config: sizes, method and iteration schedule.
 
     Raises:
-        ValueError: from `forward`, when the input is longer than the context or a schedule cannot be served.
+        ValueError: from `forward`, when the input is longer than the context or a schedule cannot
+        be served.
     """
 
     activation_checkpointing: bool = False
-    """Whether training keeps only what passes between layers, and recomputes each layer in the backward pass."""
+    """Whether training keeps only what passes between layers, and recomputes each layer in the
+    backward pass.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,18 +69,20 @@ class Decoder(nn.Module):
         self.method = METHODS[config.method](config.num_layers, config.dim, config.layer_norm_eps)
         self.norm = RMSNorm(config.dim, eps=config.rms_norm_eps)
         self.head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.dim, config.vocab_size, bias=False)
+            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
         self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=config.initializer_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def schedule(self) -> IterationSchedule:
-        """The iteration schedule that a call without `schedule=` follows; all zeros where there are no corrections."""
+        """The iteration schedule that a call without `schedule=` follows; all zeros where there are
+        no corrections.
+        """
         return self.config.corrections
 
     @property
@@ -133,12 +141,14 @@ class Decoder(nn.Module):
             input_ids: (batch, time) integers; with a cache, the tokens after those that it holds.
             schedule: corrections of this call instead of the config's.
             cache: keys and values of earlier tokens, extended by this call.
-            attention_mask: (batch, cached + time), false for padding. Positions count the true ones.
+            attention_mask: (batch, cached + time), false for padding. Positions count the true
+                ones.
             last_only: whether to compute the last token's logits only, (batch, 1, vocab).
             return_hidden: whether to return the hidden states `h_1..h_L` too.
 
         Returns:
-            Logits, (batch, time, vocab), or a pair of them and L hidden states, each (batch, time, dim).
+            Logits, (batch, time, vocab), or a pair of them and L hidden states, each (batch, time,
+            dim).
 
         Raises:
             ValueError: more tokens than the context, or a schedule that the weights cannot serve.
@@ -172,8 +182,8 @@ class Decoder(nn.Module):
             attention_mask: (batch, time), false for padding.
 
         Returns:
-            By (layer, k), both from 0, the output (or input) of the layer's k-th evaluation, (batch, time, dim); k = 0 is
-            the prediction.
+            By (layer, k), both from 0, the output (or input) of the layer's k-th evaluation,
+            (batch, time, dim); k = 0 is the prediction.
 
         Raises:
             ValueError: as `forward`.
@@ -241,7 +251,12 @@ class Decoder(nn.Module):
         for layer in range(self.config.num_layers):
             if recompute and observe is None:
                 hidden, estimate = checkpoint(
-                    advance, layer, hidden, *estimates, use_reentrant=False, preserve_rng_state=False
+                    advance,
+                    layer,
+                    hidden,
+                    *estimates,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
                 hidden, estimate = advance(layer, hidden, *estimates)
@@ -262,8 +277,8 @@ class Decoder(nn.Module):
         total = past + time
         if total > self.config.context_length:
             raise ValueError(
-                f"{total} tokens do not fit a context_length of {self.config.context_length}; shorten the input, "
-                "or train with a longer context (positions beyond it were never seen)"
+                f"{total} tokens do not fit a context_length of {self.config.context_length}; "
+                "shorten the input, or train with a longer context: later positions were never seen"
             )
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -272,20 +287,25 @@ class Decoder(nn.Module):
         if attention_mask is not None and not bool(attention_mask.all()):
             real = attention_mask.bool()
             positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
-            # Padding looks at itself, so that no row of the softmax is empty.
-            mask = _causal(past, total, device)
-            mask = (mask & real[:, None, None, :]) | _diagonal(past, total, device)
+            mask = _causal(past, total, device, real)
         elif past and time > 1:
             mask = _causal(past, total, device)
         return AttentionContext(self.rope.at(positions, device, dtype), mask, total, cache)
 
 
-def _causal(past: int, total: int, device: torch.device) -> Tensor:
-    """Return which of `total` tokens each of the last `total - past` may see, (1, 1, time, total)."""
-    shape = total - past, total
-    return torch.ones(shape, dtype=torch.bool, device=device).tril(past)[None, None]
+def _causal(past: int, total: int, device: torch.device, real: Tensor | None = None) -> Tensor:
+    """Return which of `total` tokens each of the last `total - past` may see, (batch or 1, 1, time,
+    total).
 
-
-def _diagonal(past: int, total: int, device: torch.device) -> Tensor:
-    """Return each token's own place, (1, 1, time, total)."""
-    return torch.eye(total, dtype=torch.bool, device=device)[past:][None, None]
+    Args:
+        past: tokens before those that look.
+        total: tokens altogether.
+        device: where the mask is needed.
+        real: (batch, total), false for padding, which sees itself alone: a softmax needs at least
+            one.
+    """
+    keys = torch.arange(total, device=device)
+    queries = keys[past:, None]
+    if real is None:
+        return (keys <= queries)[None, None]
+    return ((keys < queries) & real[:, None, None, :]) | (keys == queries)

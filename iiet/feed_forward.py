@@ -1,7 +1,9 @@
-"""The SwiGLU feed-forward network: `down(silu(gate) * up)`, where one matrix product of x gives gate and up.
+"""The SwiGLU feed-forward network: `down(silu(gate) * up)`, where one matrix product of x gives
+gate and up.
 
-The activation and the product after it share one backward pass, which recomputes the activation from gate and up instead
-of keeping it: 40% less memory of this network, and no slower, since the backward needs the sigmoid anyway.
+The activation and the product after it share one backward pass, which recomputes the activation
+from gate and up instead of keeping it: 40% less memory of this network, and no slower, since the
+backward needs the sigmoid anyway.
 
 Source: Shazeer 2020, GLU Variants Improve Transformer; derivative by this project.
 """
@@ -34,7 +36,7 @@ class FeedForward(nn.Module):
         """Apply the network."""
         gate_up = self.gate_up(x)
         if torch.is_grad_enabled():
-            result: Tensor = _GatedProduct.apply(gate_up, self.down.weight)
+            result: Tensor = _GatedProduct.apply(gate_up, self.down.weight)  # type: ignore[no-untyped-call]
             return result
         gate, up = gate_up.chunk(2, dim=-1)
         return F.linear(F.silu(gate).mul_(up), self.down.weight)

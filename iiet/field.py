@@ -3,8 +3,9 @@
     u    = x + attention(norm1(x))
     F(x) = u + feed_forward(norm2(u))
 
-Both residual connections are inside, so the plain decoder is `h_l = F_l(h_{l-1})`, and every other method is a way to
-evaluate the same F more often. One run of a field is an *evaluation*, the unit of cost.
+Both residual connections are inside, so the plain decoder is `h_l = F_l(h_{l-1})`, and every other
+method is a way to evaluate the same F more often. One run of a field is an *evaluation*, the unit
+of cost.
 """
 
 from __future__ import annotations
@@ -46,5 +47,6 @@ class Field(nn.Module):
             context: what all evaluations of this forward pass share.
             slot: the cache slot of this evaluation; without a cache it means nothing.
         """
-        u = x + self.attention(self.attention_norm(x), context, slot)
-        return u + self.feed_forward(self.feed_forward_norm(u))
+        u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
+        y: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
+        return y

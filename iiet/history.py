@@ -1,11 +1,13 @@
 """The learned multistep mix: how a layer reads what all earlier layers left behind.
 
-Each layer leaves an estimate `s_l`; `s_0` are the embeddings. Two lower-triangular matrices weigh them: A for where a
-layer evaluates its field, C for the hidden state that it hands on. Both start as the running mean.
+Each layer leaves an estimate `s_l`; `s_0` are the embeddings. Two lower-triangular matrices weigh
+them: A for where a layer evaluates its field, C for the hidden state that it hands on. Both start
+as the running mean.
 
-While layer l iterates, the sums over k < l do not change, so both are made once per layer (`weighted_sums`), and each
-correction adds one scaled tensor (`add_scaled`). Their backward passes keep references to the estimates, which live
-anyway, where stacking them would keep a copy of all of them per correction: memory grows with L instead of L^2 r.
+While layer l iterates, the sums over k < l do not change, so both are made once per layer
+(`weighted_sums`), and each correction adds one scaled tensor (`add_scaled`). Their backward passes
+keep references to the estimates, which live anyway, where stacking them would keep a copy of all of
+them per correction: memory grows with L instead of L^2 r.
 
 Source: the PCformer and IIET papers; the formulation is this project's.
 """
@@ -23,7 +25,9 @@ __all__ = ["Mix", "add_scaled", "running_mean", "weighted_sums"]
 
 
 def running_mean(size: int) -> Tensor:
-    """Return the starting matrix, (size, size): row l has `1 / (l + 1)` in columns 0 to l, so each row sums to one."""
+    """Return the starting matrix, (size, size): row l has `1 / (l + 1)` in columns 0 to l, so each
+    row sums to one.
+    """
     return torch.ones(size, size).tril() / torch.arange(1, size + 1).unsqueeze(1)
 
 
@@ -34,14 +38,30 @@ def weighted_sums(weights: Tensor, estimates: Sequence[Tensor]) -> tuple[Tensor,
         weights: (rows, count).
         estimates: `count` tensors of one shape.
     """
-    sums: tuple[Tensor, ...] = _WeightedSums.apply(weights, *estimates)
+    if not torch.is_grad_enabled():
+        return _sums_without_gradient(weights, estimates)
+    sums: tuple[Tensor, ...] = _WeightedSums.apply(weights, *estimates)  # type: ignore[no-untyped-call]
     return sums
 
 
 def add_scaled(base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
     """Compute `base + weight * estimate` for one scalar weight."""
-    result: Tensor = _AddScaled.apply(base, estimate, weight)
+    if not torch.is_grad_enabled():
+        return torch.addcmul(base, estimate, weight.to(estimate.dtype))
+    result: Tensor = _AddScaled.apply(base, estimate, weight)  # type: ignore[no-untyped-call]
     return result
+
+
+_FEW_VALUES = 1 << 16
+"""Up to so many values altogether, stacking the estimates is faster than adding them one by one."""
+
+
+def _sums_without_gradient(weights: Tensor, estimates: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    first = estimates[0]
+    if len(estimates) * first.numel() > _FEW_VALUES:
+        return tuple(_weighted_sum(_scalars(row), estimates) for row in weights)
+    stacked = torch.stack(tuple(estimates)).view(len(estimates), -1)
+    return (weights.to(stacked.dtype) @ stacked).view(-1, *first.shape).unbind()
 
 
 class _WeightedSums(torch.autograd.Function):
@@ -74,7 +94,9 @@ class _AddScaled(torch.autograd.Function):
 
 
 Scalar = float | Tensor
-"""A plain number on the CPU, where kernels take one at no cost; elsewhere a tensor, so that nothing waits for the device."""
+"""A plain number on the CPU, where kernels take one at no cost; elsewhere a tensor, so that nothing
+waits for the device.
+"""
 
 
 def _scalar(weight: Tensor) -> Scalar:
@@ -137,7 +159,8 @@ class Mix(nn.Module):
         Args:
             layer: the layer, the first being 0.
             estimates: `s_0` to that of the layer before, each (batch, time, dim).
-            evaluates: whether the layer asks for evaluation points; without, only the hidden state is made.
+            evaluates: whether the layer asks for evaluation points; without, only the hidden state
+                is made.
         """
         count = layer + 1
         assert len(estimates) == count, (len(estimates), layer)
@@ -164,7 +187,8 @@ class LayerMix(NamedTuple):
 
     def evaluation_point(self, estimate: Tensor) -> Tensor:
         """Compute `sum_{k<l} A[l,k] s_k + A[l,l] estimate`."""
-        assert self.point_prefix is not None and self.point_weight is not None
+        assert self.point_prefix is not None, "the layer said that it makes no corrections"
+        assert self.point_weight is not None
         return add_scaled(self.point_prefix, estimate, self.point_weight)
 
     def hidden(self, estimate: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""RMSNorm with a backward pass written out: `x * rstd(x) * weight`, with `rstd = 1 / sqrt(mean(x^2) + eps)`.
+"""RMSNorm with a backward pass written out: `x * rstd(x) * weight`, with `rstd = 1 / sqrt(mean(x^2)
++ eps)`.
 
-The CPU has no fused kernel for it, and composed from operations it costs a dozen passes over the hidden state and keeps
-several intermediate tensors. Here six passes suffice, and only the input and one number per token are kept.
+The CPU has no fused kernel for it, and composed from operations it costs a dozen passes over the
+hidden state and keeps several intermediate tensors. Here six passes suffice, and only the input and
+one number per token are kept.
 
 Source: Zhang and Sennrich 2019; derivative by this project.
 """
@@ -21,19 +23,27 @@ class RMSNorm(nn.RMSNorm):
     """Scale each token to a root mean square of one, then by a learned weight per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., dim)."""
+        """Normalize (..., dim)."""
         assert self.eps is not None
-        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype:
-            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        if x.device.type != "cpu" or x.dtype != self.weight.dtype or x.itemsize < 4:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return normed
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        scaled: Tensor = x * _rstd(x, self.eps)
+        return scaled.mul_(self.weight)
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    """Return one over the root mean square of each token, (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rstd = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        rstd = _rstd(x, eps)
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight)
 

@@ -1,8 +1,9 @@
 """Weights in the published naming to a decoder and back.
 
-The published modelling code follows Hugging Face's Llama names and adds those of the mix, so a plain Llama checkpoint
-is the case without them. Two things differ here: queries, keys and values are one matrix, gate and up another. The
-tables below are the whole translation, in both directions; nothing is renamed anywhere else.
+The published modelling code follows Hugging Face's Llama names and adds those of the mix, so a
+plain Llama checkpoint is the case without them. Two things differ here: queries, keys and values
+are one matrix, gate and up another. The tables below are the whole translation, in both directions;
+nothing is renamed anywhere else.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ _DEFAULT_CONTEXT_LENGTH = 2048
 
 def _names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Map each parameter of a decoder to its published name, or to those whose rows it joins."""
-    names = {ours: (theirs,) for ours, theirs in _BASE.items()}
+    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _BASE.items()}
     if not config.tie_embeddings:
         names |= {ours: (theirs,) for ours, theirs in _HEAD.items()}
     for layer in range(config.num_layers):
         here, there = f"fields.{layer}.", f"model.layers.{layer}."
         names |= {here + ours: (there + theirs,) for ours, theirs in _FIELD.items()}
-        names |= {here + ours: tuple(there + part for part in parts) for ours, parts in _FUSED.items()}
+        names |= {
+            here + ours: tuple(there + part for part in parts) for ours, parts in _FUSED.items()
+        }
     return names | _method_names(config)
 
 
@@ -91,16 +94,20 @@ def _first(config: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
     return default
 
 
-def config_from_published(config: Mapping[str, Any], weight_names: Mapping[str, Any]) -> ModelConfig:
+def config_from_published(
+    config: Mapping[str, Any], weight_names: Mapping[str, Any]
+) -> ModelConfig:
     """Read a published configuration, or one of a plain Llama.
 
     Args:
-        config: `num_layers` or `num_hidden_layers`, `num_heads` or `num_attention_heads`, and so on. Keys that say nothing
-            about the model are ignored. Without `kind`, the names of the weights tell the method.
+        config: `num_layers` or `num_hidden_layers`, `num_heads` or `num_attention_heads`, and so
+            on. Keys that say nothing about the model are ignored. Without `kind`, the names of the
+            weights tell the method.
         weight_names: anything keyed by the published names.
 
     Raises:
-        ValueError: a key is missing, or asks for what the decoder does not do (rope scaling, biases).
+        ValueError: a key is missing, or asks for what the decoder does not do (rope scaling,
+        biases).
     """
     kind = _first(config, "kind", default=_kind_by_names(weight_names))
     num_layers = _first(config, "num_layers", "num_hidden_layers")
@@ -168,7 +175,9 @@ def _refuse_unsupported(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
     """Raise for settings that would load without an error and compute something else."""
     problems: list[str] = []
     for key in ("rope_scaling", "rope_parameters"):
-        kind = (config.get(key) or {}).get("rope_type", (config.get(key) or {}).get("type", "default"))
+        kind = (config.get(key) or {}).get(
+            "rope_type", (config.get(key) or {}).get("type", "default")
+        )
         if kind != "default":
             problems.append(f"{key} of type {kind!r}")
     problems += [f"{key}=true" for key in ("attention_bias", "mlp_bias") if config.get(key)]
@@ -189,19 +198,23 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
         weights: by published name; copied, their dtype and device kept.
 
     Raises:
-        ValueError: the config cannot be read, or weights are missing, left over, of the wrong shape, or not finite; all
+        ValueError: the config cannot be read, or weights are missing, left over, of the wrong
+        shape, or not finite; all
             named at once.
     """
     model_config = config_from_published(config, weights)
     with torch.device("meta"):
         decoder = Decoder(model_config)
     weights = {
-        name: tensor for name, tensor in weights.items() if not re.search(r"rotary_emb\.inv_freq$", name)
+        name: tensor
+        for name, tensor in weights.items()
+        if not re.search(r"rotary_emb\.inv_freq$", name)
     }
     names = _names(model_config)
     _check_weights(decoder, names, weights)
     state = {
-        ours: torch.cat([weights[name].detach() for name in theirs]) for ours, theirs in names.items()
+        ours: torch.cat([weights[name].detach() for name in theirs])
+        for ours, theirs in names.items()
     }
     decoder.load_state_dict(state, assign=True)
     return decoder
@@ -238,7 +251,8 @@ def _split_shapes(
     for ours, parameter in decoder.state_dict().items():
         rows = _rows(decoder.config, ours, parameter.size(0))
         shapes += [
-            (name, (count, *parameter.shape[1:])) for name, count in zip(names[ours], rows, strict=True)
+            (name, (count, *parameter.shape[1:]))
+            for name, count in zip(names[ours], rows, strict=True)
         ]
     return shapes
 
@@ -257,13 +271,14 @@ def _to_published(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
     names = _names(config)
     published: dict[str, Tensor] = {}
     for ours, tensor in tensors.items():
-        parts = tensor.detach().split(_rows(config, ours, tensor.size(0)))
+        parts = torch.split(tensor.detach(), _rows(config, ours, tensor.size(0)))
         published |= {name: part.clone() for name, part in zip(names[ours], parts, strict=True)}
     return published
 
 
 def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
-    """Return copies of a decoder's weights under their published names; a tied head is not stored twice.
+    """Return copies of a decoder's weights under their published names; a tied head is not stored
+    twice.
 
     Raises:
         ValueError: the method has no published naming.
@@ -272,7 +287,8 @@ def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def published_gradients(decoder: Decoder) -> dict[str, Tensor]:
-    """Return copies of the gradients under the weights' published names; parameters without one are left out.
+    """Return copies of the gradients under the weights' published names; parameters without one are
+    left out.
 
     Raises:
         ValueError: the method has no published naming.

@@ -1,8 +1,10 @@
-"""Rotary position embedding: each pair of a head's channels turns by an angle that grows with the token's position.
+"""Rotary position embedding: each pair of a head's channels turns by an angle that grows with the
+token's position.
 
-Channels j and j + head_dim/2 form a pair ("halves", the Llama layout, not neighbours). The angles depend on nothing but
-position, so cosines and sines are made once per device and dtype and looked up afterwards; they are no part of the
-state dict. Rotating works in place on queries and keys, which saves a copy of both per evaluation.
+Channels j and j + head_dim/2 form a pair ("halves", the Llama layout, not neighbours). The angles
+depend on nothing but position, so cosines and sines are made once per device and dtype and looked
+up afterwards; they are no part of the state dict. Rotating works in place on queries and keys,
+which saves a copy of both per evaluation.
 
 Source: Su et al. 2021, RoFormer, section 3.2.
 """
@@ -58,10 +60,10 @@ class Rope:
             )
         return self._tables[key]
 
-    def at(
-        self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype
-    ) -> RopeTables:
-        """Look up positions: a slice for the same in all rows, or a (batch, time) tensor of integers."""
+    def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
+        """Look up positions: a slice for the same in all rows, or a (batch, time) tensor of
+        integers.
+        """
         cos, sin = self.tables(device, dtype)
         return RopeTables(cos[positions], sin[positions])
 

@@ -1,8 +1,8 @@
-"""Fixed-point iteration, written once: a callable and a guess go in, the value and all iterates come out.
+"""Fixed-point iteration, written once: a callable and a guess in, the value and all iterates out.
 
-The implicit step `e = g(e)` is solved by applying g a fixed number of times. There is no stopping rule: the number of
-applications is the cost, and cost is planned before anything runs. Whoever wants to know how an iteration converged
-reads the record instead of writing the loop again.
+The implicit step `e = g(e)` is solved by applying g a fixed number of times. There is no stopping
+rule: the number of applications is the cost, and cost is planned before anything runs. Whoever
+wants to know how an iteration converged reads the record instead of writing the loop again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Iteration(NamedTuple):
     value: Tensor
     """The last iterate."""
     iterates: tuple[Tensor, ...]
-    """The guess and the result of each correction, in order: one more than there were corrections."""
+    """The guess and the result of each correction: one more than there were corrections."""
 
 
 def iterate(step: Callable[[Tensor], Tensor], guess: Tensor, num_corrections: int) -> Iteration:

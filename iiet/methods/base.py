@@ -1,9 +1,12 @@
 """What a method is: the rule by which a layer advances the hidden state with its field.
 
-A method owns whatever it learns beside the fields (norms, mixes, coefficients), for all layers together. State is
-passed, never kept: a layer gets the hidden state and the estimates of the layers before it, and returns the next hidden
-state and its own estimate. The class says what a layer costs, so that cost follows from a config alone.
+A method owns whatever it learns beside the fields (norms, mixes, coefficients), for all layers
+together. State is passed, never kept: a layer gets the hidden state and the estimates of the layers
+before it, and returns the next hidden state and its own estimate. The class says what a layer
+costs, so that cost follows from a config alone.
 """
+
+# ruff: noqa: ARG002 - all methods share their signatures
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from iiet.schedule import IterationSchedule
 __all__ = ["Advance", "Evaluate", "Method"]
 
 Evaluate = Callable[[Tensor], Tensor]
-"""The field of one layer, (batch, time, dim) to (batch, time, dim); every call is one evaluation."""
+"""The field of one layer, (batch, time, dim) to (batch, time, dim); every call is one evaluation.
+"""
 
 
 class Advance(NamedTuple):
@@ -27,7 +31,9 @@ class Advance(NamedTuple):
     hidden: Tensor
     """The hidden state `h_l`, (batch, time, dim)."""
     estimate: Tensor | None
-    """The estimate `s_l` for later layers; None where the method has no mix, so that nothing is kept alive."""
+    """The estimate `s_l` for later layers; None where the method has no mix, so that nothing is
+    kept alive.
+    """
 
 
 class Method(nn.Module, ABC):
@@ -42,7 +48,9 @@ class Method(nn.Module, ABC):
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule says how often a layer corrects its prediction."""
     has_mix: ClassVar[bool] = False
-    """Whether layers read earlier estimates through the learned mix (and have its two LayerNorms each)."""
+    """Whether layers read earlier estimates through the learned mix (and have its two LayerNorms
+    each).
+    """
     num_stage_norms: ClassVar[int] = 0
     """LayerNorms of Runge-Kutta stages, shared by all layers."""
 
@@ -75,6 +83,7 @@ class Method(nn.Module, ABC):
             layer: the layer, the first being 0.
             field: the layer's field.
             hidden: what the layer before left, (batch, time, dim).
-            estimates: `s_0` (the embeddings) to that of the layer before; empty where the method has no mix.
+            estimates: `s_0` (the embeddings) to that of the layer before; empty where the method
+                has no mix.
             num_corrections: how many corrections this layer makes; 0 where the method makes none.
         """

@@ -1,5 +1,7 @@
 """The explicit Euler method: one evaluation per layer. This is the plain Llama decoder."""
 
+# ruff: noqa: ARG002, ARG003 - all methods share their signatures
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ class ExplicitEuler(Method):
 
     Cost: 1 evaluation per layer; no parameters.
     Source: Touvron et al. 2023 (Llama); as Euler's method, Weinan 2017.
-    Not to be confused with: implicit Euler without corrections, which costs the same but has the learned mix.
+    Not to be confused with: implicit Euler without corrections, which costs the same but has the
+    learned mix.
     """
 
     @classmethod

@@ -24,8 +24,8 @@ class ImplicitEuler(Method):
 
     Cost: `1 + r_l` evaluations per layer.
     Source: the IIET paper, checked against its published code.
-    Not to be confused with: looping a block (`h = F(F(h))`), which hands each evaluation the one before it alone;
-    here each correction starts from the earlier layers' estimates again.
+    Not to be confused with: looping a block (`h = F(F(h))`), which hands each evaluation the one
+    before it alone; here each correction starts from the earlier layers' estimates again.
     """
 
     has_corrections: ClassVar[bool] = True

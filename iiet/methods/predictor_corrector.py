@@ -1,4 +1,8 @@
-"""Predictor and corrector: a Runge-Kutta prediction, corrected once through the mix. This is PCformer."""
+"""Predictor and corrector: a Runge-Kutta prediction, corrected once through the mix. This is
+PCformer.
+"""
+
+# ruff: noqa: ARG002, ARG003 - all methods share their signatures
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ class PredictorCorrectorRK2(Method):
 
     Cost: 3 evaluations per layer.
     Source: Li et al. 2024 (PCformer), checked against its published code.
-    Not to be confused with: IIET with two corrections, the same cost, whose prediction is one plain evaluation.
+    Not to be confused with: IIET with two corrections, the same cost, whose prediction is one plain
+    evaluation.
     """
 
     has_mix: ClassVar[bool] = True

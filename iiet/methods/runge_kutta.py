@@ -1,16 +1,19 @@
-"""Explicit Runge-Kutta stages with learned step coefficients: the predictors of PCformer.
+"""Explicit Runge-Kutta stages, and the predictor of PCformer that is made of them.
 
-    RK2   k1 = R_1(F(h)); k2 = R_2(F(h + k1))
-          p  = h + a(1-a) k1 + a k2
-    RK4   k1 = R_1(F(h)); k2 = R_2(F(h + k1/2)); k3 = R_3(F(h + k2/2)); k4 = R_4(F(h + k3))
-          p  = h + a(1-a)^3 k1 + a(1-a)^2 k2 + a(1-a) k3 + a k4
+A method of order 2 or 4 evaluates as many stages, each at the start or some way along the stage
+before:
 
-The coefficients are those of an exponential moving average with one learned a; later stages weigh most. The norms R_j
-and a are shared by all layers.
+    RK2   k1 = K(h); k2 = K(h + k1)
+    RK4   k1 = K(h); k2 = K(h + k1/2); k3 = K(h + k2/2); k4 = K(h + k3)
+
+What a stage is made of (K) and how the stages are weighed differs between methods. PCformer's
+predictor normalizes each evaluation and weighs with the coefficients of an exponential moving
+average.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -18,27 +21,48 @@ from torch import Tensor, nn
 
 from iiet.methods.base import Evaluate
 
-__all__ = ["STAGE_STEPS", "MovingAverageRungeKutta"]
+__all__ = ["MovingAverageRungeKutta", "runge_kutta_stages"]
 
-STAGE_STEPS: Final = {2: (0.0, 1.0), 4: (0.0, 0.5, 0.5, 1.0)}
-"""By order: how far along the stage before each stage is evaluated. The first stage is evaluated at h itself."""
+_STEPS: Final = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
+"""By order: how far along the stage before the second and each later stage is made."""
 
 _INITIAL_ALPHA = 0.5
+
+
+def runge_kutta_stages(
+    stage: Callable[[int, Tensor], Tensor], start: Tensor, order: int
+) -> list[Tensor]:
+    """Make the stages `k_1, ..., k_order`.
+
+    Args:
+        stage: makes a stage from its number, the first being 0, and the point where it is
+            evaluated.
+        start: h, where the first stage is evaluated, (batch, time, dim).
+        order: 2 or 4.
+    """
+    stages = [stage(0, start)]
+    for number, step in enumerate(_STEPS[order], start=1):
+        stages.append(stage(number, torch.add(start, stages[-1], alpha=step)))
+    return stages
 
 
 class MovingAverageRungeKutta(nn.Module):
     """Predict a layer's output from `order` evaluations.
 
+        k_j = R_j(F(...));   p = h + sum_j a (1-a)^(order-j) k_j
+
+    Later stages weigh most. The norms R_j and the learned a are shared by all layers.
+
     Args:
-        order: 2 or 4, which is also the number of stages.
+        order: 2 or 4.
         dim: width of the hidden state.
         layer_norm_eps: epsilon of the stage norms.
     """
 
     def __init__(self, order: int, dim: int, layer_norm_eps: float) -> None:
         super().__init__()
-        self.steps = STAGE_STEPS[order]
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=layer_norm_eps) for _ in self.steps)
+        self.order = order
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=layer_norm_eps) for _ in range(order))
         self.alpha = nn.Parameter(torch.tensor([_INITIAL_ALPHA]))
 
     @staticmethod
@@ -47,17 +71,19 @@ class MovingAverageRungeKutta(nn.Module):
         return order * 2 * dim + 1
 
     def coefficients(self) -> Tensor:
-        """Return the weights of the stages, (order,): `a (1-a)^(order-j)` for stage j = 1..order."""
-        powers = torch.arange(len(self.steps) - 1, -1, -1, device=self.alpha.device)
+        """Return the weights of the stages, (order,): `a (1-a)^(order-j)` for j = 1..order."""
+        powers = torch.arange(self.order - 1, -1, -1, device=self.alpha.device)
         return self.alpha * (1 - self.alpha) ** powers
 
     def forward(self, field: Evaluate, hidden: Tensor) -> Tensor:
         """Return the prediction `p`, (batch, time, dim)."""
+
+        def stage(number: int, point: Tensor) -> Tensor:
+            normed: Tensor = self.norms[number](field(point))
+            return normed
+
         prediction = hidden
-        stage = hidden
-        coefficients = self.coefficients()
-        for step, norm, coefficient in zip(self.steps, self.norms, coefficients, strict=True):
-            point = hidden if step == 0.0 else torch.add(hidden, stage, alpha=step)
-            stage = norm(field(point))
-            prediction = torch.addcmul(prediction, stage, coefficient)
+        stages = runge_kutta_stages(stage, hidden, self.order)
+        for coefficient, value in zip(self.coefficients(), stages, strict=True):
+            prediction = torch.addcmul(prediction, value, coefficient)
         return prediction

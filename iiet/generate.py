@@ -1,0 +1,215 @@
+"""Text generation: prefill once, then one token per step through the cache.
+
+Greedy at temperature 0; otherwise sampling at a temperature, within the k likeliest tokens or the
+smallest set of tokens that holds probability p, from a generator of its own, so that the seed alone
+decides. Prompts of different lengths are padded on the left. A row that has met a stop token goes
+on as padding, and generation ends when all rows have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from iiet.cache import KeyValueCache, KvStrategy
+from iiet.decoder import Decoder
+
+__all__ = ["generate", "stream"]
+
+
+def generate(
+    decoder: Decoder,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_tokens: Collection[int] = (),
+    attention_mask: Tensor | None = None,
+    kv_strategy: KvStrategy = "exact",
+) -> Tensor:
+    """Continue prompts.
+
+    Args:
+        decoder: the model; its own schedule is followed.
+        input_ids: prompts, (batch, time), padded on the left where they differ in length.
+        max_new_tokens: at most so many tokens are added.
+        temperature: 0 takes the likeliest token; larger values sample, flatter the larger.
+        top_k: sample among so many likeliest tokens.
+        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
+        seed: of the sampling; a fresh one when None.
+        stop_tokens: tokens that end a row; they are part of the result, and what follows repeats
+            them.
+        attention_mask: (batch, time), false for padding.
+        kv_strategy: `exact`, or `last` for one slot per layer.
+
+    Returns:
+        Prompts and continuations, (batch, time + new), new at most `max_new_tokens`.
+
+    Raises:
+        ValueError: a setting out of range, or more tokens than the context holds.
+    """
+    tokens = stream(
+        decoder,
+        input_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=stop_tokens,
+        attention_mask=attention_mask,
+        kv_strategy=kv_strategy,
+    )
+    return torch.cat([input_ids, *(step.unsqueeze(1) for step in tokens)], dim=1)
+
+
+def stream(
+    decoder: Decoder,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_tokens: Collection[int] = (),
+    attention_mask: Tensor | None = None,
+    kv_strategy: KvStrategy = "exact",
+) -> Iterator[Tensor]:
+    """Yield the continuation of `generate` one step at a time, each (batch,).
+
+    Args:
+        decoder, input_ids and the others: as for `generate`.
+
+    Raises:
+        ValueError: as `generate`, at the call and not at the first step.
+    """
+    _check(decoder, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
+    generator = torch.Generator(device=input_ids.device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    cache = KeyValueCache(
+        decoder.config,
+        batch_size=input_ids.size(0),
+        max_tokens=input_ids.size(1) + max_new_tokens,
+        device=decoder.device,
+        dtype=_cache_dtype(decoder),
+        strategy=kv_strategy,
+    )
+    stops = torch.tensor(sorted(stop_tokens), dtype=input_ids.dtype, device=input_ids.device)
+
+    def choose(logits: Tensor) -> Tensor:
+        return sample(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    def steps() -> Iterator[Tensor]:
+        mask, current = attention_mask, input_ids
+        ended: Tensor | None = None
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():
+                logits = decoder(current, cache=cache, attention_mask=mask, last_only=True)[:, -1]
+                following = choose(logits)
+                if len(stops):
+                    if ended is not None:
+                        following = torch.where(ended, current[:, -1], following)
+                    ended = torch.isin(following, stops)
+                if mask is not None:
+                    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            # A clone made outside of inference mode is an ordinary tensor.
+            yield following.clone()
+            if ended is not None and bool(ended.all()):
+                return
+            current = following.unsqueeze(1)
+
+    return steps()
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Choose a token per row of logits.
+
+    Args:
+        logits: (batch, vocab).
+        temperature: 0 for the likeliest token.
+        top_k: keep so many likeliest tokens.
+        top_p: keep the smallest set of likeliest tokens whose probabilities sum to at least this.
+        generator: source of randomness.
+
+    Returns:
+        Tokens, (batch,).
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    values, tokens = (logits.float() / temperature), None
+    if top_k is not None and top_k < logits.size(-1):
+        values, tokens = values.topk(top_k, dim=-1)
+    elif top_p is not None and top_p < 1.0:
+        values, tokens = values.sort(dim=-1, descending=True)
+    probabilities = values.softmax(-1)
+    if top_p is not None and top_p < 1.0:
+        # A token stays if those before it do not reach p yet; the first always stays.
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
+
+
+def _cache_dtype(decoder: Decoder) -> torch.dtype:
+    """Return the dtype in which keys and values are computed."""
+    kind = decoder.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return decoder.embedding.weight.dtype
+
+
+def _check(
+    decoder: Decoder,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    attention_mask: Tensor | None,
+) -> None:
+    problems: list[str] = []
+    if input_ids.dim() != 2 or not input_ids.numel():
+        problems.append(
+            f"input_ids must be (batch, time) and not empty, got {tuple(input_ids.shape)}"
+        )
+    elif input_ids.size(1) + max_new_tokens > decoder.config.context_length:
+        problems.append(
+            f"a prompt of {input_ids.size(1)} tokens and max_new_tokens={max_new_tokens} do not "
+            f"fit the context_length of {decoder.config.context_length}"
+        )
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0.0 <= temperature < float("inf"):
+        problems.append(f"temperature must be 0 or larger, got {temperature}")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        problems.append(f"top_p must be in (0, 1], got {top_p}")
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            problems.append(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        elif not bool(attention_mask[:, -1].all()):
+            problems.append(
+                "prompts must be padded on the left, the mask's last column is not all true"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
