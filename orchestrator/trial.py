@@ -88,11 +88,11 @@ class TrialResult:
 
     @property
     def threshold_text(self) -> str:
-        """The thresholds that give this schedule, as `0.003-0.004`, `<=0.0003` or `>0.03`."""
+        """The thresholds that give this schedule, as `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
         above, up_to = _finite(self.threshold_above), _finite(self.threshold_up_to)
         if above is None:
             return "" if up_to is None else f"<={up_to:.2g}"
-        return f">{above:.2g}" if up_to is None else f"{above:.2g}-{up_to:.2g}"
+        return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
 
     def metrics(self) -> dict[str, float]:
         """Return every number under its tracked name: `cost/*`, `quality/*`, `train/*`."""

@@ -11,7 +11,15 @@ for minutes on a dead server, and make a second run of every trial that is resum
 """
 
 from orchestrator.tracking.identity import RunIdentity
-from orchestrator.tracking.links import ChartView, Links
+from orchestrator.tracking.links import ChartView, Links, as_query
 from orchestrator.tracking.tracker import TrackedRun, Tracking, open_tracking
 
-__all__ = ["ChartView", "Links", "RunIdentity", "TrackedRun", "Tracking", "open_tracking"]
+__all__ = [
+    "ChartView",
+    "Links",
+    "RunIdentity",
+    "TrackedRun",
+    "Tracking",
+    "as_query",
+    "open_tracking",
+]

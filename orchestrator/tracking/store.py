@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.journal import read_journal
 from orchestrator.tracking.identity import RunIdentity
+from orchestrator.tracking.links import as_query
 from orchestrator.workspace import Workspace
 
 # MLflow reads these while it is imported or at its first request; a value that is already set wins.
@@ -90,7 +91,7 @@ class Store:
         wanted = {KEY_TAG: identity.key, KIND_TAG: identity.kind}
         if identity.parent:
             wanted[PARENT_TAG] = self.run_id(identity.parent)
-        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
+        query = as_query(wanted)
         with self._lock:
             for found in client.search_runs([str(self.experiment_id)], query, max_results=1):
                 return str(found.info.run_id)

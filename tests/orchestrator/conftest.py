@@ -70,6 +70,7 @@ def sample_results(sample_influence: Influence) -> list[TrialResult]:
             "trial",
             family[index].schedule,
             accuracy,
+            label=str(family[index].schedule),
             threshold_above=family[index].threshold_above,
             threshold_up_to=family[index].threshold_up_to,
         )

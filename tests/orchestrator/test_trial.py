@@ -51,7 +51,7 @@ def test_metrics_and_params_carry_every_number_and_each_layer() -> None:
 @pytest.mark.parametrize(
     ("above", "up_to", "text", "threshold"),
     [
-        (0.003, 0.004, "0.003-0.004", "0.004"),
+        (0.003, 0.004, "0.003 to 0.004", "0.004"),
         (-math.inf, 0.0003, "<=0.0003", "0.0003"),
         (None, 0.0003, "<=0.0003", "0.0003"),
         (0.0266, math.inf, ">0.027", "inf"),

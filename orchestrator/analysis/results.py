@@ -1,0 +1,112 @@
+"""The results of a sweep as one value, kept in `sweeps/NAME/results.json`.
+
+A sweep stores it when trials finish; reports are made from it alone, so that `report` works long
+after, without Ray, MLflow's answer or the trials' folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from iiet.influence import InfluenceTable
+from orchestrator.errors import UserError
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import Workspace, read_json, write_json
+
+RESULTS_NAME = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResults:
+    """What a sweep found."""
+
+    name: str
+    """Name of the sweep's folder, and of its run in MLflow."""
+    key: str
+    """Content key of the sweep's plan; finds its run again."""
+    results: tuple[TrialResult, ...]
+    """Teacher, trials and references, as far as they are finished."""
+    influence: InfluenceTable | None = None
+    """The teacher's influence table, if the sweep had one."""
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Title of a list -> names and values: settings, provenance, what was reused or stopped."""
+
+    def with_results(self, results: tuple[TrialResult, ...]) -> SweepResults:
+        """Return the same sweep with other results."""
+        return replace(self, results=results)
+
+    def folder(self, workspace: Workspace) -> Path:
+        """Return the sweep's folder."""
+        return workspace.sweeps / self.name
+
+    def store(self, workspace: Workspace) -> Path:
+        """Write the results as a whole file, and return its path."""
+        path = self.folder(workspace) / RESULTS_NAME
+        write_json(path, self.to_dict())
+        return path
+
+    def journal_of(self, result: TrialResult) -> Path | None:
+        """Return the folder with the journal of a result's own training; None if it has none.
+
+        A model that was only measured, such as a pruned teacher, shares its checkpoint with another
+        result, and the training was not its own.
+        """
+        if result.checkpoint is None:
+            return None
+        same = [other for other in self.results if other.checkpoint == result.checkpoint]
+        owner = next((other for other in same if other.role != "trial"), same[0])
+        return Path(result.checkpoint).parent if owner.key == result.key else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping."""
+        return {
+            "name": self.name,
+            "key": self.key,
+            "results": [result.to_dict() for result in self.results],
+            "influence": self.influence.to_dict() if self.influence is not None else None,
+            "facts": {title: dict(values) for title, values in self.facts.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SweepResults:
+        """Rebuild stored results.
+
+        Raises:
+            KeyError: If a part is missing.
+        """
+        influence = values["influence"]
+        return cls(
+            name=values["name"],
+            key=values["key"],
+            results=tuple(TrialResult.from_dict(result) for result in values["results"]),
+            influence=None if influence is None else InfluenceTable.from_dict(influence),
+            facts=values["facts"],
+        )
+
+
+def load_results(workspace: Workspace, name: str) -> SweepResults:
+    """Read the stored results of a sweep.
+
+    Raises:
+        UserError: If there is no such sweep, it has no result yet, or its file is damaged.
+    """
+    path = workspace.sweeps / name / RESULTS_NAME
+    stored = read_json(path)
+    if stored is None:
+        raise UserError(_missing(workspace, name))
+    try:
+        found = SweepResults.from_dict(stored)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged; delete it and run the sweep again") from None
+    return found
+
+
+def _missing(workspace: Workspace, name: str) -> str:
+    if (workspace.sweeps / name).is_dir():
+        return f"the sweep {name} has no result yet; run it again, it goes on where it stopped"
+    known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_NAME}"))
+    offer = f"there are: {', '.join(known)}" if known else "run `iiet-orch sweep-threshold` first"
+    return f"no sweep is called {name!r} in {workspace.root}; {offer}"

@@ -1,0 +1,204 @@
+"""The report of a sweep: its front as files beside the plan, and the same in MLflow.
+
+In: the results of a sweep, given or as they were stored. Out: `results.json` and the files of
+`analysis.report` in the sweep's folder; in MLflow a parent run with the front as picture, page,
+table and numbers, a note that shows picture and table on the run's first page, each result as a
+nested run, and a saved chart view of cost against quality. Written again it replaces all of that
+and makes no second run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.analysis.findings import front_metrics
+from orchestrator.analysis.page import Curve
+from orchestrator.analysis.pareto import Axes, Front, find_front
+from orchestrator.analysis.report import SweepReport, write_files
+from orchestrator.analysis.results import SweepResults, load_results
+from orchestrator.analysis.tables import full_rows, markdown_table
+from orchestrator.journal import read_journal
+from orchestrator.tracking import ChartView, TrackedRun, Tracking, as_query
+from orchestrator.workspace import Workspace
+
+ARTIFACT_FOLDER = "front"
+MAX_NOTE_CHARACTERS = 7500
+MAX_PARALLEL_LAYERS = 24
+VALIDATION_METRIC = "validation/loss"
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """Where a report lies."""
+
+    report: SweepReport
+    """What it tells; its front is what the terminal's table shows."""
+    folder: Path
+    """The sweep's folder."""
+    files: tuple[Path, ...]
+    """Every file written."""
+    run_id: str | None
+    """The sweep's run in MLflow; None without tracking, or while the store does not answer."""
+    view: str | None
+    """Key of the saved chart view."""
+
+    @property
+    def page(self) -> Path | None:
+        """The HTML file; None if nothing could be placed."""
+        return next((path for path in self.files if path.suffix == ".html"), None)
+
+
+def write_report(
+    workspace: Workspace,
+    sweep: SweepResults | str,
+    *,
+    axes: Axes | None = None,
+    tracking: Tracking | None = None,
+) -> WrittenReport:
+    """Write the report of a sweep, and track it.
+
+    Args:
+        workspace: Holds the sweep.
+        sweep: Its results, or its name, for those that are stored.
+        axes: Which cost against which quality; evaluations against accuracy when unset.
+        tracking: Where to track it; nowhere when unset.
+
+    Raises:
+        UserError: If there is no such sweep, or it has no result yet.
+    """
+    if isinstance(sweep, str):
+        sweep = load_results(workspace, sweep)
+    sweep.store(workspace)
+    run = None
+    if tracking is not None:
+        run = tracking.run(sweep.key, name=sweep.name, kind="sweep")
+        sweep = track_results(tracking, run, sweep)
+        sweep.store(workspace)
+    front = find_front(sweep.results, axes)
+    report = SweepReport(
+        name=sweep.name,
+        front=front,
+        influence=sweep.influence,
+        curves=curves_of(sweep, front),
+        facts=sweep.facts,
+    )
+    files = write_files(report, sweep.folder(workspace))
+    view = None
+    if tracking is not None and run is not None:
+        view = track_front(tracking, run, report, files)
+    run_id = run.run_id if run is not None else None
+    return WrittenReport(report, sweep.folder(workspace), tuple(files), run_id, view)
+
+
+def track_results(tracking: Tracking, run: TrackedRun, sweep: SweepResults) -> SweepResults:
+    """Track every result as a run nested in the sweep's.
+
+    Returns:
+        The same results, each with the id of its run.
+    """
+    tracked = []
+    for result in sweep.results:
+        nested = tracking.trial(
+            result, parent=run, sweep=sweep.name, journal_folder=sweep.journal_of(result)
+        )
+        tracked.append(replace(result, run_id=nested.run_id))
+    return sweep.with_results(tuple(tracked))
+
+
+def track_front(
+    tracking: Tracking, run: TrackedRun, report: SweepReport, files: Sequence[Path]
+) -> str:
+    """Put a report into the sweep's run: numbers, files, table, note, chart view.
+
+    Returns:
+        Key of the chart view.
+    """
+    run.log_metrics(front_metrics(report.front))
+    for path in files:
+        run.log_artifact(path, ARTIFACT_FOLDER)
+    run.log_table(full_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
+    run.note(note_of(report, run.run_id))
+    view = front_view(report)
+    tracking.save_view(view)
+    run.set_tags({"iiet.chart_view": view.key})
+    run.finish()
+    return view.key
+
+
+def note_of(report: SweepReport, run_id: str | None) -> str:
+    """Return the note of a sweep's run: picture, findings and table, as MLflow shows Markdown.
+
+    A table too long for a tag is left to the table among the artifacts.
+    """
+    parts = []
+    if run_id is not None and report.front.placed:
+        picture = f"/get-artifact?path={ARTIFACT_FOLDER}/front.png&run_uuid={run_id}"
+        parts.append(f"![front]({picture})")
+    parts.append("\n".join(f"- {sentence}" for sentence in report.sentences))
+    table = markdown_table(report.front)
+    head = "\n\n".join(parts)
+    if len(head) + len(table) <= MAX_NOTE_CHARACTERS:
+        return f"{head}\n\n{table}"
+    return f"{head[:MAX_NOTE_CHARACTERS]}\n\nAll models: {ARTIFACT_FOLDER}/table.json"
+
+
+def front_view(report: SweepReport) -> ChartView:
+    """Return the chart view of a sweep: cost against quality, corrections, curves, columns."""
+    front = report.front
+    num_layers = max((len(p.result.schedule or ()) for p in front.placed), default=0)
+    layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
+    measured = {name for point in front.placed for name in point.result.metrics()}
+    wanted = [
+        front.axes.cost,
+        front.axes.quality,
+        front.axes.error,
+        "quality/bits_per_byte",
+        "cost/relative_flops",
+        "cost/decode_ms_per_token",
+        "cost/kv_bytes_per_token",
+    ]
+    metrics = [name for name in dict.fromkeys(wanted) if name in measured]
+    scatters = [(front.axes.cost, front.axes.quality)]
+    for pair in (
+        ("cost/decode_ms_per_token", front.axes.quality),
+        (front.axes.cost, "quality/bits_per_byte"),
+    ):
+        if set(pair) <= measured and pair not in scatters:
+            scatters.append(pair)
+    return ChartView(
+        key=view_key(report.name),
+        name=f"Front of {report.name}",
+        run_filter=as_query({"iiet.sweep": report.name}),
+        order_by=front.axes.cost,
+        columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
+        scatters=scatters,
+        parallel_params=layers,
+        parallel_metrics=[front.axes.cost, front.axes.quality],
+        curves=[VALIDATION_METRIC, "train/loss"] if report.curves else [],
+    )
+
+
+def view_key(name: str) -> str:
+    """Return the key of a sweep's chart view: its name in letters, digits and dashes."""
+    return "front-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
+
+
+def curves_of(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]]:
+    """Return the validation losses of the trials while they were trained, cheapest trial first."""
+    series = []
+    for point in front.placed:
+        folder = sweep.journal_of(point.result)
+        if point.result.role != "trial" or folder is None:
+            continue
+        records, _ = read_journal(folder)
+        # A run that was interrupted repeats some steps; the last record of a step counts.
+        points = {
+            record["step"]: float(record["values"][VALIDATION_METRIC])
+            for record in records
+            if record.get("kind") == "metrics" and VALIDATION_METRIC in record["values"]
+        }
+        if len(points) > 1:
+            series.append((point.result.name, sorted(points.items())))
+    return {"Validation loss while training": series} if series else {}
