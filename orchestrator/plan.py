@@ -132,6 +132,13 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
     }
 
 
+def full_config(plan: SweepPlan) -> ModelConfig:
+    """Return the costliest model of a plan that is no reference: what relative costs relate to."""
+    configs = [trial.config() for trial in plan.trials if trial.role != "reference"]
+    configs = configs or [trial.config() for trial in plan.trials]
+    return max(configs, key=lambda config: inference_cost(config).evaluations_per_token)
+
+
 def choose_members(influence: InfluenceTable, settings: Settings) -> tuple[FamilyMember, ...]:
     """Return the schedules of a threshold sweep, from full to none, each once.
 

@@ -173,6 +173,8 @@ class EvaluationSettings(Section):
 class SweepSettings(Section):
     """Which trials a sweep runs."""
 
+    kind: Literal["threshold", "iterations"] = "threshold"
+    """`threshold`: students of one teacher; `iterations`: models trained from scratch."""
     num_schedules: int = Field(default=8, ge=2)
     """Schedules of a threshold sweep, spread evenly over cost, full and none included."""
     thresholds: tuple[float, ...] = ()
@@ -181,6 +183,8 @@ class SweepSettings(Section):
     """Corrections per layer that `sweep-iterations` pretrains an IIET with."""
     methods: tuple[str, ...] = ("vanilla", "iiet")
     """Methods that `sweep-iterations` pretrains."""
+    learning_rates: dict[str, float] = {}
+    """Peak learning rate of a method where it differs from `training.learning_rate`, by name."""
     trials_at_once: int | None = Field(default=None, gt=0)
     """Trials that run side by side; as many as there are CPUs (or GPUs) when unset."""
     max_failures_per_trial: int = Field(default=2, ge=0)

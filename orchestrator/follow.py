@@ -1,0 +1,79 @@
+"""Follows running jobs by what they write, for the progress bar and for MLflow.
+
+Training writes journals and nothing else. The process that started it reads them a few times a
+second; so the terminal and the tracking server see everything, and neither can slow training or
+stop it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.console import Progress
+from orchestrator.journal import read_journal
+from orchestrator.tracking import TrackedRun, Tracking
+from orchestrator.training.job import TrainingJob, job_key
+
+SECONDS_BETWEEN_COPIES = 5.0
+
+
+class JournalFollower:
+    """Reads what running jobs write, for the progress bar and for MLflow."""
+
+    def __init__(
+        self, jobs: Mapping[str, TrainingJob], tracking: Tracking, progress: Progress
+    ) -> None:
+        """Name the jobs to follow, by label."""
+        self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
+        self._offsets = dict.fromkeys(jobs, 0)
+        self._steps = dict.fromkeys(jobs, 0)
+        self._losses: dict[str, float] = {}
+        self._runs: dict[str, TrackedRun] = {}
+        self._copied_at = time.monotonic()
+
+    def open_runs(
+        self, kind: str, params: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, TrackedRun]:
+        """Find or make the tracked run of each job; `kind` and its parameters describe it."""
+        for label, job in self._jobs.items():
+            self._runs[label] = self._tracking.run(
+                job_key(job),
+                name=job.folder.name,
+                kind=kind,
+                params=params[label],
+                tags={"iiet.method": str(job.model["method"])},
+            )
+        return self._runs
+
+    def look(self) -> None:
+        """Read what is new; called a few times a second."""
+        for label, job in self._jobs.items():
+            records, self._offsets[label] = read_journal(job.folder, self._offsets[label])
+            for record in records:
+                if record["kind"] == "metrics":
+                    self._steps[label] = record["step"]
+                    self._losses[label] = record["values"].get(
+                        "train/loss", self._losses.get(label, math.nan)
+                    )
+        texts = [
+            f"{label} {loss:.2f}"
+            for label, loss in self._losses.items()
+            if self._steps[label] < self._jobs[label].recipe.num_steps
+        ]
+        self._progress.advance(sum(self._steps.values()), "loss " + ", ".join(texts))
+        if time.monotonic() - self._copied_at > SECONDS_BETWEEN_COPIES:
+            self._copy()
+
+    def close(self, status: str) -> None:
+        """Copy the rest into MLflow and end the runs."""
+        self._copy()
+        for run in self._runs.values():
+            run.finish(status)
+
+    def _copy(self) -> None:
+        for label, run in self._runs.items():
+            run.mirror(self._jobs[label].folder)
+        self._copied_at = time.monotonic()

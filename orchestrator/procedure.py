@@ -1,0 +1,388 @@
+"""The procedures that are more than one stage: the whole job, and the sweeps from checkpoint to
+front.
+
+Stages do not know each other; here they are put in their order, and what one leaves on disk is
+handed to the next. Everything can be repeated: each stage finds what is finished, so a procedure
+that was interrupted goes on when it is called again, and one that was finished only shows its
+front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from iiet.config import ModelConfig
+from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
+from orchestrator.analysis.heldout import build_heldout
+from orchestrator.analysis.results import SweepResults
+from orchestrator.analysis.tables import terminal_table
+from orchestrator.cluster import ray_cluster
+from orchestrator.console import Progress
+from orchestrator.data.tokens import open_tokens
+from orchestrator.errors import StageFailed, UserError
+from orchestrator.plan import SweepPlan, iterations_plan, threshold_plan, tokens_of
+from orchestrator.provenance import environment
+from orchestrator.settings import EvaluationSettings, ModelSettings, Settings, flatten
+from orchestrator.stages.evaluate import evaluate
+from orchestrator.stages.influence import measure_influence
+from orchestrator.stages.prepare import prepare
+from orchestrator.stages.pretrain import plan_pretraining, pretrain
+from orchestrator.stages.report import WrittenReport, write_report
+from orchestrator.stages.sweep import SweepOutcome, sweep
+from orchestrator.tracking import Tracking
+from orchestrator.training.checkpoint import (
+    load_provenance,
+    newest_checkpoint,
+    resolve_checkpoint,
+)
+from orchestrator.training.job import finished_outcome
+from orchestrator.views import evaluation_table, plan_price, plan_table
+from orchestrator.workspace import Workspace, read_json
+
+VANILLA = "vanilla"
+NO_CORRECTIONS = "r = 0"
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What every procedure works with."""
+
+    workspace: Workspace
+    """Where everything lives."""
+    tracking: Tracking
+    """Where runs are shown."""
+    progress: Progress
+    """Told what is going on."""
+    console: Console
+    """Where tables are printed."""
+
+
+def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
+    """Do the whole job: tokens, teacher and references, influence, threshold sweep, front.
+
+    Args:
+        settings: Section `model` is the teacher's; vanilla and r = 0 share its shape and recipe.
+        desk: Workspace, tracking and terminal.
+    """
+    tokens = prepare(settings.data, desk.workspace, desk.progress)
+    reference_models = {
+        VANILLA: _with_model(settings, method="vanilla"),
+        NO_CORRECTIONS: _with_model(settings, corrections=0),
+    }
+    with ray_cluster():
+        every = {"teacher": settings, **reference_models}
+        checkpoints = pretrain(
+            every, desk.workspace, tokens, tracking=desk.tracking, progress=desk.progress
+        )
+        references = [(label, checkpoints[label]) for label in reference_models]
+        return sweep_thresholds(settings, desk, checkpoints["teacher"], references=references)
+
+
+def sweep_thresholds(
+    settings: Settings,
+    desk: Desk,
+    teacher: Path,
+    *,
+    references: Iterable[tuple[str, Path]] | None = None,
+    name: str | None = None,
+) -> SweepOutcome:
+    """Measure a teacher's influence, distill the schedules that thresholds lead to, show the front.
+
+    Args:
+        settings: Sections `influence`, `sweep`, `distillation` and `evaluation` count.
+        desk: Workspace, tracking and terminal.
+        teacher: Checkpoint of the full model.
+        references: Label and checkpoint of models to show beside it; those of the workspace that
+            were trained on the same tokens in the same shape when unset.
+        name: Name of the sweep; made from its content when unset.
+    """
+    influence = _influence(settings, desk, teacher)
+    plan = plan_thresholds(settings, desk, teacher, references=references, name=name)
+    return _run_and_show(plan, settings, desk, influence)
+
+
+def plan_thresholds(
+    settings: Settings,
+    desk: Desk,
+    teacher: Path,
+    *,
+    references: Iterable[tuple[str, Path]] | None = None,
+    name: str | None = None,
+) -> SweepPlan:
+    """Plan a threshold sweep, which takes the influence and the tasks but no training."""
+    tokens = tokens_of(teacher, desk.workspace)
+    influence = _influence(settings, desk, teacher)
+    if references is None:
+        references = find_references(desk.workspace, teacher)
+    return threshold_plan(
+        settings,
+        desk.workspace,
+        teacher=teacher,
+        influence=influence,
+        suite=plan_suite(settings.evaluation, tokens, _config_of(teacher), desk.progress),
+        references=list(references),
+        name=name,
+    )
+
+
+def sweep_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepOutcome:
+    """Pretrain several methods and iteration counts on the same tokens, and show them on one front.
+
+    Args:
+        settings: Section `sweep` names methods and counts, `training` is the recipe of all.
+        desk: Workspace, tracking and terminal.
+        name: Name of the sweep; made from its content when unset.
+    """
+    return _run_and_show(plan_iterations(settings, desk, name=name), settings, desk)
+
+
+def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepPlan:
+    """Plan a sweep over methods and iteration counts."""
+    tokens = prepare(settings.data, desk.workspace, desk.progress)
+    variants: dict[str, Settings] = {}
+    for method in settings.sweep.methods:
+        if method != "iiet":
+            variants[method] = _with_model(settings, method=method)
+            continue
+        for count in settings.sweep.iterations:
+            variants[f"r = {count}"] = _with_model(settings, corrections=count)
+    jobs = [
+        (label, plan_pretraining(variant, desk.workspace, tokens))
+        for label, variant in variants.items()
+    ]
+    suite = plan_suite(settings.evaluation, tokens, jobs[0][1].config(), desk.progress)
+    return iterations_plan(jobs, suite=suite, name=name)
+
+
+def plan_suite(
+    settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
+) -> dict[str, Any]:
+    """Return what is measured as a plain value: the held-out tasks, made if need be, or tasks by
+    name.
+    """
+    suite: dict[str, Any] = {
+        "tokens": open_tokens(tokens).fingerprint,
+        "tokens_folder": str(tokens),
+        "tasks": [],
+        "suite": "",
+        "suite_folder": "",
+        "include_folder": settings.include_path or "",
+        "batch_size": settings.batch_size,
+        "limit": None,
+    }
+    if settings.suite == "heldout":
+        built = build_heldout(
+            tokens,
+            num_items=settings.num_items,
+            context_length=config.context_length,
+            progress=progress,
+        )
+        for note in built.notes:
+            progress.note(note)
+        return {**suite, "suite": built.folder.name, "suite_folder": str(built.folder)}
+    tasks = [name.strip() for name in settings.suite.split(",") if name.strip()]
+    return {**suite, "tasks": tasks, "limit": settings.num_items}
+
+
+def resolve_teacher(workspace: Workspace, path: Path | None) -> Path:
+    """Return the checkpoint that the user means: by its path, or the workspace's newest IIET."""
+    return resolve_checkpoint(path) if path else find_teacher(workspace)
+
+
+def find_teacher(workspace: Workspace) -> Path:
+    """Return the newest checkpoint of an IIET with corrections.
+
+    Raises:
+        UserError: If the workspace has none; says how to make one.
+    """
+    runs = sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+    for run in runs:
+        checkpoint = newest_checkpoint(run)
+        if checkpoint and _config_of(checkpoint).corrections.num_corrections:
+            return checkpoint
+    raise UserError(
+        f"{workspace.root} has no IIET checkpoint; `iiet-orch pretrain` makes one, "
+        "`iiet-orch quickstart` does the whole job, and a path as argument takes another"
+    )
+
+
+def find_references(workspace: Workspace, teacher: Path) -> list[tuple[str, Path]]:
+    """Return the workspace's models without corrections that can stand beside a teacher: same
+    tokens, shape, recipe.
+    """
+    found: dict[str, Path] = {}
+    wanted = _comparable(teacher)
+    for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
+        checkpoint = newest_checkpoint(run) if (run / "done.json").is_file() else None
+        if checkpoint and checkpoint != teacher and _comparable(checkpoint) == wanted:
+            config = _config_of(checkpoint)
+            if not config.corrections.num_corrections:
+                found[NO_CORRECTIONS if config.method == "iiet" else config.method] = checkpoint
+    return list(found.items())
+
+
+def _comparable(checkpoint: Path) -> dict[str, Any]:
+    shape = _config_of(checkpoint).to_dict()
+    provenance = load_provenance(checkpoint)
+    # Each method may have its own best learning rate, and only corrections have two stages.
+    free = {"iterate_from_fraction": None, "learning_rate": None}
+    recipe = {**provenance.get("recipe", {}), **free}
+    kept = {name: value for name, value in shape.items() if name not in ("method", "schedule")}
+    return {**kept, "tokens": provenance.get("tokens"), "recipe": recipe}
+
+
+def _influence(settings: Settings, desk: Desk, teacher: Path) -> InfluenceTable:
+    return measure_influence(
+        teacher,
+        settings.influence,
+        tokens_of(teacher, desk.workspace),
+        tracking=desk.tracking,
+        progress=desk.progress,
+    )
+
+
+def _runs(workspace: Workspace) -> list[Path]:
+    return [path for path in workspace.runs.glob("*") if path.is_dir()]
+
+
+def _config_of(checkpoint: Path) -> ModelConfig:
+    return ModelConfig.from_dict(read_json(checkpoint / "config.json") or {})
+
+
+def _with_model(settings: Settings, **changes: Any) -> Settings:
+    """Return the settings of another method or count, at that method's own learning rate."""
+    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
+    rate = settings.sweep.learning_rates.get(model.method, settings.training.learning_rate)
+    training = settings.training.model_copy(update={"learning_rate": rate})
+    return settings.model_copy(update={"model": model, "training": training})
+
+
+def _run_and_show(
+    plan: SweepPlan, settings: Settings, desk: Desk, influence: InfluenceTable | None = None
+) -> SweepOutcome:
+    outcome = sweep(plan, settings, desk.workspace, tracking=desk.tracking, progress=desk.progress)
+    found = SweepResults(
+        name=plan.name,
+        key=plan.key,
+        results=outcome.results,
+        influence=influence,
+        facts={"Settings": flatten(settings), "Provenance": _provenance(plan)},
+    )
+    written = write_report(desk.workspace, found, tracking=desk.tracking)
+    show_report(written, desk)
+    if outcome.failures:
+        failed = ", ".join(outcome.failures)
+        raise StageFailed(
+            f"{len(outcome.failures)} trials failed ({failed}); the same command tries them again"
+        )
+    return outcome
+
+
+def _provenance(plan: SweepPlan) -> dict[str, Any]:
+    return {
+        "sweep": plan.key,
+        "kind": plan.kind,
+        "teacher": plan.teacher or "none",
+        "tokens": plan.tokens_folder,
+        "schedules asked for": plan.num_requested,
+        "trials": len(plan.trials),
+        **environment(),
+    }
+
+
+def show_report(written: WrittenReport, desk: Desk) -> None:
+    """Print a front's table, what it says, and where to look next."""
+    console = desk.console
+    table = terminal_table(written.report.front, width=console.width, title=written.report.title)
+    console.print()
+    console.print(table)
+    for sentence in written.report.sentences:
+        console.print(f"  {sentence}", markup=False)
+    console.print()
+    if written.page:
+        console.print(f"report: {written.page}", soft_wrap=True, markup=False)
+    console.print("MLflow: iiet-orch ui", soft_wrap=True, markup=False)
+
+
+def show_plan(plan: SweepPlan, desk: Desk) -> None:
+    """Print what a sweep would do: its trials, what is finished already, and what the rest costs."""
+    desk.console.print(plan_table(plan))
+    for line in plan_price(plan):
+        desk.console.print(f"  {line}", markup=False)
+
+
+def evaluate_and_show(
+    settings: Settings, desk: Desk, path: Path | None, schedule: str | None
+) -> None:
+    """Evaluate a checkpoint and print its metrics with their standard errors."""
+    checkpoint = resolve_teacher(desk.workspace, path)
+    evaluation = evaluate(
+        checkpoint,
+        settings.evaluation,
+        desk.workspace,
+        schedule=_parse_schedule(schedule, checkpoint) if schedule else None,
+        tracking=desk.tracking,
+        progress=desk.progress,
+    )
+    desk.console.print(evaluation_table(evaluation))
+
+
+def _parse_schedule(text: str, checkpoint: Path) -> IterationSchedule:
+    try:
+        return IterationSchedule.parse(text, num_layers=_config_of(checkpoint).num_layers)
+    except ValueError as error:
+        raise UserError(f"--schedule: {error}") from None
+
+
+def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
+    """Run the sweep that a settings file describes, pretraining its teacher first where it needs one."""
+    if settings.sweep.kind == "iterations":
+        if dry_run:
+            show_plan(plan_iterations(settings, desk), desk)
+        else:
+            sweep_iterations(settings, desk)
+    elif dry_run:
+        teacher = _finished_teacher(settings, desk)
+        show_plan(plan_thresholds(settings, desk, teacher), desk)
+    else:
+        quickstart(settings, desk)
+
+
+def _finished_teacher(settings: Settings, desk: Desk) -> Path:
+    tokens = prepare(settings.data, desk.workspace, desk.progress)
+    job = plan_pretraining(settings, desk.workspace, tokens)
+    outcome = finished_outcome(job)
+    if outcome is None or outcome.checkpoint is None:
+        raise UserError(
+            "the plan of a threshold sweep follows from its teacher's influence, and the teacher is "
+            f"not trained yet ({job.run_folder}); `iiet-orch pretrain` with the same settings trains it"
+        )
+    return Path(outcome.checkpoint)
+
+
+def report_and_show(desk: Desk, name: str | None) -> None:
+    """Write a sweep's report again and show it.
+
+    Args:
+        desk: Workspace, tracking and terminal.
+        name: The sweep; the newest when unset.
+
+    Raises:
+        UserError: If there is no such sweep, or none at all.
+    """
+    if name is None:
+        folders = sorted(
+            desk.workspace.sweeps.glob("*/results.json"), key=lambda p: p.stat().st_mtime
+        )
+        if not folders:
+            raise UserError(
+                f"{desk.workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
+            )
+        name = folders[-1].parent.name
+    show_report(write_report(desk.workspace, name, tracking=desk.tracking), desk)

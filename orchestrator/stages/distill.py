@@ -1,0 +1,89 @@
+"""Stage `distill`: one student, the teacher's weights under a cheaper schedule, trained with the
+IIAD loss.
+
+A student lies where a sweep would put it, so a sweep that comes to the same schedule finds it
+trained. The controls (cross-entropy only, from scratch) run in the same way with the same recipe;
+the control without training needs no stage: `evaluate --schedule` measures it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from iiet.config import ModelConfig
+from iiet.schedule import IterationSchedule
+from orchestrator.console import Progress
+from orchestrator.errors import Interrupted, UserError
+from orchestrator.follow import JournalFollower
+from orchestrator.plan import student_job
+from orchestrator.settings import Settings, flatten
+from orchestrator.tracking import Tracking
+from orchestrator.training.job import job_key
+from orchestrator.worker import run_train_job
+from orchestrator.workspace import Workspace, read_json
+
+
+def distill(
+    settings: Settings,
+    workspace: Workspace,
+    teacher: Path,
+    schedule: str,
+    tokens: Path,
+    *,
+    tracking: Tracking,
+    progress: Progress | None = None,
+) -> Path:
+    """Train a student and return its checkpoint; a finished one is found again.
+
+    Args:
+        settings: Sections `distillation` and `cluster` count.
+        workspace: Where the student lives.
+        teacher: Checkpoint of the full model.
+        schedule: The student's corrections, as typed: `1`, or one number a layer.
+        tokens: Folder of prepared tokens.
+        tracking: Where the run is shown.
+        progress: Told what is going on.
+
+    Raises:
+        UserError: If the schedule does not fit the teacher, or the control trains nothing.
+        Interrupted: After Ctrl-C, with the state saved.
+        StageFailed: If the run failed or diverged.
+    """
+    progress = progress or Progress()
+    full = ModelConfig.from_dict(read_json(teacher / "config.json"))
+    try:
+        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
+        config = replace(full, schedule=wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not wanted.is_within(full.corrections):
+        raise UserError(
+            f"the schedule {wanted} asks for more corrections than the teacher makes ({full.corrections})"
+        )
+    job = student_job(
+        settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
+    )
+    if job is None:
+        raise UserError(
+            "distillation.control=pruned trains nothing; `iiet-orch evaluate --schedule` measures it"
+        )
+    job = replace(job, run_folder=str(workspace.trials / job_key(job)))
+    label = str(wanted)
+    follower = JournalFollower({label: job}, tracking, progress)
+    follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
+    progress.start("distill", job.recipe.num_steps)
+    try:
+        outcome = run_train_job(
+            job,
+            num_workers=settings.cluster.num_workers,
+            num_gpus=settings.cluster.num_gpus,
+            max_failures=settings.cluster.max_failures,
+            watch=follower.look,
+        )
+    except BaseException as error:
+        follower.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        raise
+    follower.close("FINISHED")
+    progress.finish(f"schedule {wanted}, validation loss {outcome.validation_loss:.3f}")
+    return Path(str(outcome.checkpoint))

@@ -1,0 +1,120 @@
+"""Stage `pretrain`: one model or several from fresh weights, through Ray Train.
+
+A run's folder is named after what it is and the hash of all that determines its result, so the same
+settings find the same run: finished, it returns at once; interrupted, it goes on. Several models of
+one shape share the machine side by side. The workers write only journals; this process follows them
+for the progress bar and copies them into MLflow, so that a tracking server can neither slow
+training nor stop it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.console import Progress
+from orchestrator.data.tokens import open_tokens
+from orchestrator.errors import Interrupted
+from orchestrator.follow import JournalFollower
+from orchestrator.settings import Settings, flatten, to_yaml
+from orchestrator.tracking import Tracking
+from orchestrator.training.job import TrainingJob, finished_outcome, job_key
+from orchestrator.training.shape import model_config
+from orchestrator.worker import run_train_jobs
+from orchestrator.workspace import Workspace, write_text
+
+KEY_CHARACTERS = 8
+
+
+def plan_pretraining(
+    settings: Settings, workspace: Workspace, tokens: Path, name: str | None = None
+) -> TrainingJob:
+    """Return the job that pretrains the model of these settings.
+
+    Args:
+        settings: Sections `model` and `training` count.
+        workspace: Where the run lives.
+        tokens: Folder of prepared tokens.
+        name: Name of the run's folder; made from method, schedule and content when unset.
+
+    Raises:
+        UserError: If the model's sizes do not go together.
+    """
+    config = model_config(settings.model, vocab_size=open_tokens(tokens).vocab_size)
+    job = TrainingJob(
+        run_folder="",
+        tokens_folder=str(tokens),
+        model=config.to_dict(),
+        recipe=settings.training,
+    )
+    if name is None:
+        counts = sorted(set(config.corrections))
+        schedule = f"-r{counts[0]}" if len(counts) == 1 else "-ragged"
+        middle = schedule if config.schedule is not None and config.method == "iiet" else ""
+        name = f"{config.method}{middle}-{job_key(job)[:KEY_CHARACTERS]}"
+    return replace(job, run_folder=str(workspace.runs / name))
+
+
+def pretrain(
+    variants: Mapping[str, Settings],
+    workspace: Workspace,
+    tokens: Path,
+    *,
+    tracking: Tracking,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Path]:
+    """Train every model that is not finished, and return their checkpoints.
+
+    Args:
+        variants: Label to settings; section `cluster` of the first says on what they run.
+        workspace: Where the runs live.
+        tokens: Folder of prepared tokens.
+        tracking: Where the runs are shown.
+        name: Name of the run, for a single model.
+        progress: Told what is going on.
+
+    Returns:
+        Label to the folder of the last checkpoint.
+
+    Raises:
+        UserError: If something does not go together; nothing is started then.
+        Interrupted: After Ctrl-C, with the state saved.
+        StageFailed: If a run failed or diverged.
+    """
+    progress = progress or Progress()
+    jobs = {
+        label: plan_pretraining(settings, workspace, tokens, name)
+        for label, settings in variants.items()
+    }
+    cluster = next(iter(variants.values())).cluster
+    was_finished = all(finished_outcome(job) for job in jobs.values())
+    for label, job in jobs.items():
+        write_text(job.folder / "settings.yaml", to_yaml(variants[label]))
+    follower = JournalFollower(jobs, tracking, progress)
+    runs = follower.open_runs("pretrain", {label: flatten(s) for label, s in variants.items()})
+    progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
+    try:
+        outcomes = run_train_jobs(
+            list(jobs.values()),
+            num_workers=cluster.num_workers,
+            num_gpus=cluster.num_gpus,
+            max_failures=cluster.max_failures,
+            watch=follower.look,
+        )
+    except BaseException as error:
+        follower.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        raise
+    follower.close("FINISHED")
+    losses = []
+    checkpoints = {}
+    for (label, run), outcome in zip(runs.items(), outcomes, strict=True):
+        run.set_tags({"iiet.checkpoint": str(outcome.checkpoint)})
+        if not math.isnan(outcome.validation_loss):
+            losses.append(f"{label} {outcome.validation_loss:.3f}")
+        checkpoints[label] = Path(str(outcome.checkpoint))
+    found = ", found again" if was_finished else ""
+    progress.finish(f"validation loss {', '.join(losses)}{found}")
+    return checkpoints

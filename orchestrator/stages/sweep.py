@@ -1,0 +1,227 @@
+"""Stage `sweep`: the trials of a plan side by side under Ray Tune, each once, then their time on a
+quiet machine.
+
+Out come files in the sweep's folder that the report reads: `plan.json` (what was asked),
+`results.json` (what came out, failures with their reasons) and `influence.json`. Finished trials
+are found by their keys and not run again, so the same command after any interruption goes on.
+Milliseconds are measured last, in this process, all models taking turns, because trials that run
+side by side disturb each other's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from iiet.decoder import Decoder
+from orchestrator.analysis.benchmark import decode_milliseconds
+from orchestrator.console import Progress
+from orchestrator.errors import Interrupted, StageFailed
+from orchestrator.journal import read_journal
+from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
+from orchestrator.provenance import content_key, environment
+from orchestrator.settings import Settings, flatten, to_yaml
+from orchestrator.tracking import TrackedRun, Tracking
+from orchestrator.trial import TrialResult
+from orchestrator.trial_run import run_trial
+from orchestrator.trial_runner import TrialContext, TrialLimits, TrialReport, run_trials
+from orchestrator.workspace import Workspace, read_json, write_json, write_text
+
+PLAN_NAME = "plan.json"
+TIMES_NAME = "times.json"
+PROMPT_TOKENS = 32
+NEW_TOKENS = 64
+REPETITIONS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOutcome:
+    """What a sweep has come to."""
+
+    folder: Path
+    """The sweep's folder."""
+    results: tuple[TrialResult, ...]
+    """Finished trials, the teacher and the references among them, in the plan's order."""
+    failures: dict[str, str]
+    """Label -> reason of trials that failed for good."""
+    num_reused: int
+    """Trials that were finished before this call."""
+
+
+def sweep(
+    plan: SweepPlan,
+    settings: Settings,
+    workspace: Workspace,
+    *,
+    tracking: Tracking,
+    progress: Progress | None = None,
+) -> SweepOutcome:
+    """Run what is not finished of a plan, measure the time per token, and write down the results.
+
+    Args:
+        plan: The trials.
+        settings: Section `sweep` says how many run at once and how often one may fail.
+        workspace: Where trials and the sweep live.
+        tracking: Where the runs are shown.
+        progress: Told what is going on.
+
+    Raises:
+        Interrupted: After Ctrl-C; finished trials stay finished.
+        StageFailed: If no trial at all could be finished.
+    """
+    progress = progress or Progress()
+    folder = workspace.sweeps / plan.name
+    write_json(folder / PLAN_NAME, plan.to_dict())
+    write_text(folder / "settings.yaml", to_yaml(settings))
+    with _tracked_sweep(plan, settings, tracking) as run:
+        waiting = [trial for trial in plan.trials if trial.result() is None]
+        failures = _run_waiting(waiting, plan, settings, folder, progress)
+        found = [(trial, result) for trial in plan.trials if (result := trial.result())]
+        if not found:
+            reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
+            raise StageFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
+        results = _with_costs(found, plan, folder, progress)
+        for trial, result in zip([trial for trial, _ in found], results, strict=True):
+            journal = Path(trial.folder) if trial.job else None
+            tracking.trial(result, parent=run, sweep=plan.name, journal_folder=journal)
+    return SweepOutcome(
+        folder=folder,
+        results=tuple(results),
+        failures=failures,
+        num_reused=len(plan.trials) - len(waiting),
+    )
+
+
+@contextmanager
+def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
+    """Keep the sweep's run in step with how the block ends."""
+    params = {
+        "kind": plan.kind,
+        "teacher": plan.teacher or "",
+        "num_trials": len(plan.trials),
+        **flatten(settings),
+    }
+    run = tracking.run(
+        plan.key, name=plan.name, kind="sweep", params=params, tags={"iiet.sweep": plan.name}
+    )
+    try:
+        yield run
+    except BaseException as error:
+        run.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
+        raise
+    run.finish()
+
+
+def _run_waiting(
+    waiting: Sequence[PlannedTrial],
+    plan: SweepPlan,
+    settings: Settings,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, str]:
+    """Run trials and return the reasons of those that failed."""
+    num_all = len(plan.trials)
+    progress.start("sweep", num_all)
+    num_done = num_all - len(waiting)
+    failures: dict[str, str] = {}
+    if waiting:
+        done_now = 0
+
+        def on_result(report: TrialReport) -> None:
+            nonlocal done_now
+            done_now += 1
+            label = report.parameters["label"]
+            if report.error:
+                failures[label] = report.error
+                progress.note(f"trial {label} failed: {report.error}")
+
+        def watch() -> None:
+            shares = [_share_done(trial) for trial in waiting]
+            running = [t.label for t, share in zip(waiting, shares, strict=True) if 0 < share < 1]
+            progress.advance(num_done + sum(shares), " ".join(running[:3]))
+
+        run_trials(
+            trial_function,
+            # The costly ones first, so that none runs alone at the end.
+            sorted((t.to_dict() for t in waiting), key=_expected_work, reverse=True),
+            folder,
+            limits=TrialLimits(
+                at_once=settings.sweep.trials_at_once,
+                max_failures=settings.sweep.max_failures_per_trial,
+            ),
+            on_result=on_result,
+            watch=watch,
+        )
+    failed = f", {len(failures)} failed" if failures else ""
+    reused = f", {num_done} of them found finished" if num_done else ""
+    progress.finish(f"{num_all} trials{reused}{failed}")
+    return failures
+
+
+def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+    """Run one trial in a Ray worker; what Tune is given."""
+    result = run_trial(parameters, should_stop=context.should_stop)
+    return result.to_dict() if result else {}
+
+
+def _expected_work(spec: dict[str, Any]) -> float:
+    trial = PlannedTrial(**spec)
+    evaluations = exact_cost(trial.config(), trial.config())["evaluations"]
+    return evaluations * (3.0 if trial.job else 1.0)
+
+
+def _share_done(trial: PlannedTrial) -> float:
+    """Tell how far a trial is, from its files: training counts nine tenths, measuring the rest."""
+    if trial.result_path.exists():
+        return 1.0
+    if not trial.job:
+        return 0.0
+    records, _ = read_journal(Path(trial.folder))
+    steps = [record["step"] for record in records if record["kind"] == "metrics"]
+    return 0.9 * steps[-1] / trial.job["recipe"]["num_steps"] if steps else 0.0
+
+
+def _with_costs(
+    found: Sequence[tuple[PlannedTrial, TrialResult]],
+    plan: SweepPlan,
+    folder: Path,
+    progress: Progress,
+) -> list[TrialResult]:
+    """Add what each model costs: exact counts, and measured milliseconds."""
+    full = full_config(plan)
+    times = _decode_times([trial for trial, _ in found], folder, progress)
+    return [
+        replace(result, cost={**exact_cost(trial.config(), full), **times[trial.key]})
+        for trial, result in found
+    ]
+
+
+def _decode_times(
+    trials: Sequence[PlannedTrial], folder: Path, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Measure decoding once a sweep and machine; the values of the weights have no say in it."""
+    shapes = {trial.key: content_key(trial.model) for trial in trials}
+    state = content_key(sorted(set(shapes.values())), environment(), NEW_TOKENS)
+    known = read_json(folder / TIMES_NAME) or {}
+    if known.get("state") != state:
+        decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
+        progress.start("time per token", None)
+        timings = decode_milliseconds(
+            decoders,
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=NEW_TOKENS,
+            batch_size=1,
+            repetitions=REPETITIONS,
+        )
+        milliseconds = {
+            shape: {"decode_ms_per_token": t.median, "decode_ms_spread": t.spread}
+            for shape, t in timings.items()
+        }
+        known = {"state": state, "milliseconds": milliseconds}
+        write_json(folder / TIMES_NAME, known)
+        slowest = max(t.median for t in timings.values())
+        progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
+    return {trial.key: known["milliseconds"][shapes[trial.key]] for trial in trials}

@@ -1,0 +1,166 @@
+"""Runs one planned trial in this process, from whatever is on disk: train, measure, write the
+result.
+
+This is what a Ray Tune trial calls, and what a debugger can call without Ray. It is idempotent: a
+finished trial returns its result, a trained one is only measured, an interrupted one goes on from
+its checkpoint. Cost in milliseconds is not measured here, because trials that run side by side
+would disturb each other's clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iiet.decoder import Decoder
+from iiet.losses import next_token_loss
+from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.harness import evaluate_decoder
+from orchestrator.data.batches import validation_batches
+from orchestrator.data.tokens import open_tokens
+from orchestrator.plan import PlannedTrial
+from orchestrator.training.checkpoint import load_decoder, load_provenance
+from orchestrator.training.job import TrainingJob, TrainingOutcome
+from orchestrator.training.run import run_job
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import read_json, write_json
+
+NUM_VALIDATION_TOKENS = 65_536
+"""Tokens of the validation loss that stands in the tables."""
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+def run_trial(
+    spec: Mapping[str, Any],
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    report: Report | None = None,
+) -> TrialResult | None:
+    """Run a trial to its result.
+
+    Args:
+        spec: `PlannedTrial.to_dict()`.
+        should_stop: Asked before each training step.
+        report: Told the training step and its numbers.
+
+    Returns:
+        The result, also written to the trial's folder; None when it was stopped before the end.
+    """
+    trial = PlannedTrial(**spec)
+    finished = trial.result()
+    if finished:
+        return finished
+    outcome = None
+    checkpoint = trial.checkpoint
+    if trial.job:
+        outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=should_stop, report=report)
+        if not outcome.finished or (should_stop and should_stop()):
+            return None
+        checkpoint = outcome.checkpoint
+    assert checkpoint is not None
+    decoder = load_decoder(Path(checkpoint)).with_schedule(trial.config().corrections)
+    result = TrialResult(
+        key=trial.key,
+        role=trial.role,
+        method=trial.config().method,
+        schedule=_schedule(trial),
+        label=trial.label,
+        threshold_above=trial.threshold_above,
+        threshold_up_to=trial.threshold_up_to,
+        quality=measure_quality(
+            decoder, trial.suite, Path(trial.folder) / f"items-{trial.key}.json"
+        ),
+        train=_training_numbers(outcome) if outcome else _numbers_of_run(Path(checkpoint)),
+        checkpoint=checkpoint,
+        parent=trial.parent,
+    )
+    write_json(trial.result_path, result.to_dict())
+    return result
+
+
+def measure_quality(
+    decoder: Decoder, suite: Mapping[str, Any], items_path: Path
+) -> dict[str, float]:
+    """Measure a decoder's accuracy and losses.
+
+    Args:
+        decoder: The model under the schedule that is measured.
+        suite: Tokens, tasks and batch size, as planned.
+        items_path: Where the values of single items go, for paired comparisons.
+
+        Returns: `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`
+        where known.
+    """
+    store = open_tokens(suite["tokens_folder"])
+    evaluation = evaluate_decoder(
+        decoder,
+        store.tokenizer_path,
+        suite_folder=Path(suite["suite_folder"]) if suite["suite_folder"] else None,
+        tasks=suite["tasks"],
+        include_path=Path(suite["include_folder"]) if suite["include_folder"] else None,
+        batch_size=suite["batch_size"],
+        limit=suite["limit"],
+    )
+    write_json(items_path, evaluation.to_dict())
+    return {
+        **quality_numbers(evaluation),
+        "validation_loss": validation_loss(decoder, store.folder),
+    }
+
+
+def quality_numbers(evaluation: EvaluationResult) -> dict[str, float]:
+    """Return an evaluation's averages and every task's metrics as one flat mapping; unknown ones
+    stay out."""
+    numbers = {
+        "accuracy": evaluation.accuracy,
+        "accuracy_stderr": evaluation.accuracy_stderr,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "bits_per_byte_stderr": evaluation.bits_per_byte_stderr,
+    }
+    for task, metrics in evaluation.tasks.items():
+        numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
+    return {name: value for name, value in numbers.items() if value == value}
+
+
+@torch.no_grad()
+def validation_loss(decoder: Decoder, tokens_folder: Path) -> float:
+    """Return the mean next-token loss over held-out tokens, in nats, under the own schedule."""
+    store = open_tokens(tokens_folder)
+    total = count = 0.0
+    for batch in validation_batches(
+        store.validation,
+        context_length=decoder.config.context_length,
+        num_tokens=NUM_VALIDATION_TOKENS,
+        batch_size=16,
+    ):
+        total += float(next_token_loss(decoder(batch), batch)) * len(batch)
+        count += len(batch)
+    return total / count
+
+
+def _schedule(trial: PlannedTrial) -> tuple[int, ...] | None:
+    schedule = trial.config().schedule
+    return tuple(schedule) if schedule is not None and trial.config().method == "iiet" else None
+
+
+def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
+    return {
+        "steps": outcome.step,
+        "tokens": outcome.num_tokens,
+        "flops": outcome.training_flops,
+        "seconds": outcome.train_seconds,
+    }
+
+
+def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
+    """Return what a checkpoint's own run took, if its record still lies beside it."""
+    done = read_json(checkpoint.parent / "done.json")
+    if not done:
+        return {"steps": float(load_provenance(checkpoint).get("step", 0))}
+    known = {field.name for field in dataclasses.fields(TrainingOutcome)}
+    return _training_numbers(TrainingOutcome(**{k: v for k, v in done.items() if k in known}))
