@@ -311,7 +311,7 @@ def show_report(written: WrittenReport, desk: Desk) -> None:
 
 
 def show_plan(plan: SweepPlan, desk: Desk) -> None:
-    """Print what a sweep would do: its trials, what is finished already, and what the rest costs."""
+    """Print what a sweep would do: its trials, what is finished, what the rest costs."""
     desk.console.print(plan_table(plan))
     for line in plan_price(plan):
         desk.console.print(f"  {line}", markup=False)
@@ -341,7 +341,7 @@ def _parse_schedule(text: str, checkpoint: Path) -> IterationSchedule:
 
 
 def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
-    """Run the sweep that a settings file describes, pretraining its teacher first where it needs one."""
+    """Run the sweep that a settings file describes, its teacher's pretraining included."""
     if settings.sweep.kind == "iterations":
         if dry_run:
             show_plan(plan_iterations(settings, desk), desk)
@@ -360,8 +360,8 @@ def _finished_teacher(settings: Settings, desk: Desk) -> Path:
     outcome = finished_outcome(job)
     if outcome is None or outcome.checkpoint is None:
         raise UserError(
-            "the plan of a threshold sweep follows from its teacher's influence, and the teacher is "
-            f"not trained yet ({job.run_folder}); `iiet-orch pretrain` with the same settings trains it"
+            "the plan of a threshold sweep follows from its teacher's influence, and the teacher "
+            f"is not trained yet ({job.run_folder}); `iiet-orch pretrain` trains it"
         )
     return Path(outcome.checkpoint)
 

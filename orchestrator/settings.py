@@ -242,6 +242,8 @@ def resolve_settings(
     merged = _deep_copy(tree or {})
     for assignment in assignments:
         _assign(merged, assignment)
+    # Over the defaults of this very tree: the two recipes have one type and different defaults.
+    merged = _merge(Settings().model_dump(), merged)
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
@@ -317,6 +319,15 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
 
 def _deep_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        lower = merged.get(name)
+        both = isinstance(lower, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merge(lower, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def _describe(problem: Any) -> str:

@@ -61,8 +61,8 @@ def plan_price(plan: SweepPlan) -> list[str]:
     return [
         f"{plan.num_requested} asked for, {num_trials} distinct trials",
         f"{len(plan.trials) - len(waiting)} of {len(plan.trials)} are finished and are reused",
-        f"the rest trains on {tokens:,.0f} tokens: {flops:.3g} FLOPs, about {hours:.2g} core hours at "
-        f"{ASSUMED_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s",
+        f"the rest trains on {tokens:,.0f} tokens: {flops:.3g} FLOPs, "
+        f"about {hours:.2g} core hours at {ASSUMED_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s",
     ]
 
 

@@ -18,6 +18,13 @@ def test_later_sources_win() -> None:
     assert settings.training.learning_rate == Settings().training.learning_rate
 
 
+def test_one_setting_of_a_recipe_leaves_its_other_defaults() -> None:
+    settings = resolve_settings({}, ["distillation.training.seed=3"])
+    usual = Settings().distillation.training
+    assert settings.distillation.training == usual.model_copy(update={"seed": 3})
+    assert usual.num_steps != Settings().training.num_steps
+
+
 def test_a_misspelt_name_is_an_error_with_the_nearest_one() -> None:
     with pytest.raises(UserError, match=r"did you mean training\.learning_rate\?"):
         resolve_settings({}, ["training.learning_rat=1e-3"])

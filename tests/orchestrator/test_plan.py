@@ -1,0 +1,218 @@
+"""Plans: thresholds are labels, schedules are trials, keys say what is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iiet.config import ModelConfig
+from iiet.influence import InfluenceTable
+from orchestrator.errors import UserError
+from orchestrator.plan import exact_cost, iterations_plan, student_job, threshold_plan, tokens_of
+from orchestrator.settings import DistillationSettings, Settings, resolve_settings
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import Workspace, open_workspace, write_json
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path:
+    model = ModelConfig.from_dict(
+        {
+            "vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+            "ffn_dim": 32, "context_length": 16, "schedule": [2, 1],
+        }
+    ).to_dict()  # fmt: skip
+    recipe = resolve_settings({}, ["training.num_steps=2", "training.num_tokens_per_step=64"])
+    outcome = run_job(
+        TrainingJob(
+            run_folder=str(tmp_path_factory.mktemp("runs") / "teacher"),
+            tokens_folder=str(tiny_tokens),
+            model=model,
+            recipe=recipe.training,
+        )
+    )
+    return Path(str(outcome.checkpoint))
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path)
+
+
+TABLE = InfluenceTable(
+    metric="cosine",
+    values=((0.5, 0.1), (0.3,)),
+    errors=((0.0, 0.0), (0.0,)),
+    num_tokens=64,
+)
+
+
+def _plan(settings: Settings, space: Workspace, teacher: Path, suite: dict[str, Any], **more: Any):
+    return threshold_plan(settings, space, teacher=teacher, influence=TABLE, suite=suite, **more)
+
+
+@pytest.fixture
+def suite(tiny_tokens: Path) -> dict[str, Any]:
+    return {"suite": "heldout-x", "suite_folder": "/a", "tokens_folder": str(tiny_tokens)}
+
+
+def test_a_plan_runs_from_all_corrections_to_none(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    plan = _plan(Settings(), space, teacher, suite)
+    assert [t.role for t in plan.trials] == ["teacher", *["trial"] * 4]
+    schedules = [t.model["schedule"] for t in plan.trials if t.role == "trial"]
+    assert schedules == [[2, 1], [1, 1], [1, 0], [0, 0]]
+    assert len({t.key for t in plan.trials}) == 5
+
+
+def test_thresholds_that_lead_to_one_schedule_are_one_trial(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    asked = resolve_settings({}, ["sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]"])
+    plan = _plan(asked, space, teacher, suite)
+    trials = [t for t in plan.trials if t.role == "trial"]
+    assert [t.model["schedule"] for t in trials] == [[1, 1], [1, 0]]
+    assert plan.num_requested == 5
+    for trial, low, high in zip(trials, (0.1, 0.3), (0.3, 0.5), strict=True):
+        assert (trial.threshold_above, trial.threshold_up_to) == (low, high)
+
+
+def test_a_trial_of_another_sweep_has_the_same_key_and_folder(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    few = _plan(resolve_settings({}, ["sweep.num_schedules=2"]), space, teacher, suite)
+    many = _plan(Settings(), space, teacher, suite)
+    assert {t.key for t in few.trials} < {t.key for t in many.trials}
+    assert few.key != many.key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "distillation.kl_weight=0.5",
+        "distillation.training.num_steps=7",
+        "distillation.training.seed=1",
+    ],
+)
+def test_what_changes_the_weights_changes_the_folder(
+    change: str, space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    usual = _plan(Settings(), space, teacher, suite)
+    other = _plan(resolve_settings({}, [change]), space, teacher, suite)
+    pairs = [(a, b) for a, b in zip(usual.trials, other.trials, strict=True) if a.role == "trial"]
+    assert all(a.folder != b.folder and a.key != b.key for a, b in pairs)
+    assert usual.trials[0].key == other.trials[0].key, "the teacher is measured as it is"
+
+
+def test_other_tasks_are_put_to_the_same_weights(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    usual = _plan(Settings(), space, teacher, suite)
+    other = _plan(Settings(), space, teacher, {**suite, "suite": "heldout-y"})
+    moved = _plan(Settings(), space, teacher, {**suite, "suite_folder": "/b"})
+    for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
+        assert a.folder == b.folder == c.folder
+        assert a.key != b.key
+        assert a.key == c.key, "where files stand does not matter"
+
+
+def test_how_often_a_run_looks_and_saves_changes_no_key(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    usual = _plan(Settings(), space, teacher, suite)
+    other = _plan(
+        resolve_settings({}, ["distillation.training.checkpoint_every_steps=3"]),
+        space,
+        teacher,
+        suite,
+    )
+    assert [t.key for t in usual.trials] == [t.key for t in other.trials]
+
+
+def test_a_finished_result_is_found_under_the_names_of_this_sweep(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    trial = _plan(Settings(), space, teacher, suite).trials[1]
+    assert trial.result() is None
+    stored = TrialResult(key=trial.key, role="reference", method="iiet", label="another name")
+    write_json(trial.result_path, stored.to_dict())
+    found = trial.result()
+    assert found is not None
+    assert (found.role, found.label) == ("trial", trial.label)
+
+
+def test_controls_differ_in_what_they_train(teacher: Path) -> None:
+    config = ModelConfig.from_dict({**_config(teacher), "schedule": [1, 0]})
+    jobs = {
+        control: student_job(
+            DistillationSettings(control=control), teacher=teacher, config=config, tokens_folder="t"
+        )
+        for control in ("distill", "cross_entropy", "pruned", "scratch")
+    }
+    assert jobs["pruned"] is None
+    kinds = {
+        name: (j.objective, bool(j.teacher_folder), bool(j.initial_folder))
+        for name, j in jobs.items()
+        if j
+    }
+    assert kinds == {
+        "distill": ("distill", True, True),
+        "cross_entropy": ("cross_entropy", False, True),
+        "scratch": ("pretrain", False, False),
+    }
+
+
+def test_relative_costs_relate_to_the_full_model(teacher: Path) -> None:
+    full = ModelConfig.from_dict(_config(teacher))
+    none = ModelConfig.from_dict({**_config(teacher), "schedule": [0, 0]})
+    cost = exact_cost(none, full)
+    assert (cost["evaluations"], cost["relative_evaluations"]) == (2, 2 / 5)
+    assert exact_cost(full, full)["relative_flops"] == 1.0
+
+
+def test_an_iterations_plan_has_each_model_once(
+    teacher: Path, tiny_tokens: Path, suite: dict[str, Any]
+) -> None:
+    def job(method: str, schedule: list[int] | None) -> TrainingJob:
+        model = {**_config(teacher), "method": method, "schedule": schedule}
+        recipe = Settings().training
+        return TrainingJob(
+            run_folder=f"/runs/{method}", tokens_folder=str(tiny_tokens), model=model, recipe=recipe
+        )
+
+    jobs = [
+        ("vanilla", job("vanilla", None)),
+        ("r = 1", job("iiet", [1, 1])),
+        ("again", job("iiet", [1, 1])),
+    ]
+    plan = iterations_plan(jobs, suite=suite)
+    assert [t.role for t in plan.trials] == ["reference", "trial"]
+    assert plan.num_requested == 3
+
+
+def test_tokens_that_are_missing_are_named(teacher: Path, space: Workspace) -> None:
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        tokens_of(teacher, space)
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    import json
+
+    values: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    return values
+
+
+def test_planned_trials_survive_json(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    import json
+
+    trial = _plan(Settings(), space, teacher, suite).trials[1]
+    again = type(trial)(**json.loads(json.dumps(trial.to_dict())))
+    assert dataclasses.asdict(again) == dataclasses.asdict(trial)
