@@ -13,14 +13,15 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.analysis.heldout_items import ItemBuilder, word_pairs
+from orchestrator.analysis.heldout_items import ItemBuilder
+from orchestrator.analysis.text_counts import TokenCounts, WordCounts
 from orchestrator.console import Progress
-from orchestrator.data.corpus import Document
+from orchestrator.data.corpus import Document, hash_share
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.tokens import TokenStore, open_tokens
 from orchestrator.errors import UserError
@@ -35,9 +36,10 @@ ACCURACY_TASKS = ("lastword", "continuation")
 TASKS = (*ACCURACY_TASKS, "bits_per_byte")
 SUITE_NAME = "suite.json"
 
-MAX_ITEM_TOKENS = 96
+MAX_ITEM_TOKENS = 64
 """Longest passage with its ending: the length of two or three sentences, whatever the context."""
 MAX_ROLLING_BYTES = 200_000
+MAX_SOURCE_BYTES = 2_000_000
 KNOWN_TEXT_TOKENS = 2_000_000
 LARGEST_STANDARD_ERROR = 0.02
 
@@ -137,28 +139,29 @@ def build_heldout(
 
 
 def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
-    lines = store.validation_documents.read_text(encoding="utf-8").splitlines()
-    documents = [Document(**json.loads(line)) for line in lines]
+    documents = _sample(store, MAX_SOURCE_BYTES)
     tokenizer = load_tokenizer(store.tokenizer_path)
-    builder = ItemBuilder(documents, lambda text: len(tokenizer.encode(text).ids), max_tokens)
-    known_text = tokenizer.decode(store.train[:KNOWN_TEXT_TOKENS].tolist())
+    known = store.train[:KNOWN_TEXT_TOKENS]
+    builder = ItemBuilder(
+        documents,
+        words=WordCounts(tokenizer.decode(known.tolist())),
+        tokens=TokenCounts(known, store.vocab_size),
+        encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
+        max_tokens=max_tokens,
+    )
     return {
-        "lastword": [asdict(i) for i in builder.last_words(word_pairs(known_text), num_items)],
+        "lastword": [asdict(i) for i in builder.last_words(num_items)],
         "continuation": [asdict(i) for i in builder.continuations(num_items)],
-        "bits_per_byte": [asdict(d) for d in _rolling_documents(documents)],
+        "bits_per_byte": [asdict(d) for d in _sample(store, MAX_ROLLING_BYTES)],
     }
 
 
-def _rolling_documents(documents: Sequence[Document]) -> list[Document]:
-    # The split is by hash, so the first ones are as good a sample as any.
-    chosen: list[Document] = []
-    size = 0
-    for document in documents:
-        chosen.append(document)
-        size += len(document.text.encode("utf-8", "replace"))
-        if size >= MAX_ROLLING_BYTES:
-            break
-    return chosen
+def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
+    """Return about so much of the held-out text, chosen by hash, in its order."""
+    share = min(1.0, num_bytes / store.num_validation_bytes)
+    with store.validation_documents.open(encoding="utf-8") as lines:
+        documents = (Document(**json.loads(line)) for line in lines)
+        return [document for document in documents if hash_share(document.text, "test") < share]
 
 
 def _notes(items: Mapping[str, list[dict[str, Any]]]) -> list[str]:

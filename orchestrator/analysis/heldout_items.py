@@ -1,12 +1,13 @@
 """From held-out documents to test items: pure text work, the same items for the same documents.
 
-`lastword` (as LAMBADA): a passage that stops before its last word. The word is a content word,
-and the text gives a reason to expect it: it stands in the passage already, or the training text
-has it after the same word. `continuation` (as HellaSwag): a passage that stops within a sentence,
-and four endings. Each ending is the right answer of one item and a wrong answer of three others
-of other documents, chosen among those next to it in length and with the same kind of first word,
-so that nothing in an ending itself tells whether it is right: a model that ignores the passage
-gets one in four. Passages are slices of the documents, unchanged, and begin with a sentence.
+`lastword` (as LAMBADA): a passage that stops before a word, which is to be found. It is a word that
+a reader of the training text could expect there, so that small models find some and large models
+miss some. `continuation` (as HellaSwag): a passage that stops within a sentence, and four endings.
+Each ending is the right answer of one item and a wrong answer of three others, from other
+documents, alike in length and in how likely it is on its own. So nothing in an ending tells whether
+it is right, a model that ignores the passage gets one in four, and it is the passage that decides,
+not how rare the words of an ending are. Passages are slices of the documents, unchanged, and begin
+with a sentence.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 from typing import TypeVar
 
+from orchestrator.analysis.sentences import (
+    MIN_PLAIN_SHARE,
+    Sentence,
+    cut_position,
+    find_sentences,
+    is_plain,
+)
+from orchestrator.analysis.text_counts import TokenCounts, WordCounts, words_of
 from orchestrator.data.corpus import Document
 from orchestrator.data.prose import GRAMMAR_WORDS, plain_share
 
@@ -26,20 +35,21 @@ Item = TypeVar("Item")
 
 NUM_CHOICES = 4
 MIN_CONTEXT_WORDS = 8
-MIN_SENTENCE_WORDS = 7
-MIN_ENDING_WORDS = 4
-MAX_ENDING_WORDS = 12
-MIN_PLAIN_SHARE = 0.85
+
+MIN_HEAD_WORDS = 3
+MIN_EXPECTATION = 0.15
+MIN_GRAMMAR_WORD_EXPECTATION = 0.25
+FALLBACK_EXPECTATION = 0.05
+MAX_LAST_WORD_TOKENS = 2
+LAST_WORDS_PER_SENTENCE = 2
 MAX_SAME_WORD_SHARE = 0.02
-BLOCK_ITEMS = 12
+NEVER_ASKED = frozenset(["a", "an", "the"])
+
+ENDINGS_OF_LIKE_LENGTH = 128
+RING_SIZE = 8
 MAX_COMMON_WORDS = 0.5
 
-_SENTENCE = re.compile(r"\S.*?[.!?][\"')\]]*(?=\s+[\"'(\[]*[A-Z0-9]|\s*$)", re.DOTALL)
-_ABBREVIATION = re.compile(
-    r"(?:\b(?:e\.g|i\.e|eg|ie|etc|vs|cf|al|Mr|Mrs|Ms|Dr|St|No|pp?)|\b[A-Z])\.$"
-)
-_LAST_WORD = re.compile(r"(?<= )([a-z]{3,})(?=[.,;:!?](?: |$))")
-_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+_ASKED_WORD = re.compile(r"(?<= )([a-z]{2,})(?=[.,;:!?]?(?: |$))")
 
 
 @dataclass(frozen=True)
@@ -62,20 +72,14 @@ class ContinuationItem:
 
 
 @dataclass(frozen=True)
-class _Sentence:
-    document: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class _Cut:
     """A passage and how it goes on."""
 
     document: int
     context: str
     ending: str
-    kind: str
+    likelihood: float
+    """Of the ending on its own, in nats."""
 
 
 class ItemBuilder:
@@ -83,182 +87,144 @@ class ItemBuilder:
 
     Args:
         documents: The held-out documents.
-        count_tokens: Number of tokens of a text.
+        words: Counts of the words of the training text.
+        tokens: Counts of its tokens.
+        encode: Gives the tokens of a text.
         max_tokens: Longest passage with its ending, in tokens.
     """
 
     def __init__(
-        self, documents: Sequence[Document], count_tokens: Callable[[str], int], max_tokens: int
+        self,
+        documents: Sequence[Document],
+        *,
+        words: WordCounts,
+        tokens: TokenCounts,
+        encode: Callable[[str], list[int]],
+        max_tokens: int,
     ) -> None:
         self.documents = documents
-        self._count_tokens = count_tokens
+        self._words = words
+        self._tokens = tokens
+        self._encode = encode
+        self._num_tokens = lru_cache(maxsize=1 << 16)(lambda text: len(encode(text)))
         self._max_tokens = max_tokens
-        self._sentences = [list(_sentences(i, d.text)) for i, d in enumerate(documents)]
+        self._sentences = [list(find_sentences(document.text)) for document in documents]
+        self._sizes = [
+            [self._num_tokens(document.text[s.start : s.end]) + 1 for s in sentences]
+            for document, sentences in zip(documents, self._sentences, strict=True)
+        ]
 
-    def last_words(
-        self, known_pairs: Collection[tuple[str, str]], limit: int
-    ) -> list[LastWordItem]:
-        """Return at most `limit` items, spread over the documents by hash.
-
-        Args:
-            known_pairs: Pairs of neighbouring words of the training text, in lower case.
-            limit: Most items.
-        """
-        items: dict[str, LastWordItem] = {}
-        for sentence, text in self._good_sentences():
-            source = self.documents[sentence.document].source
-            # One item a sentence: at its end, or at the last comma before which a word will do.
-            for match in reversed(list(_LAST_WORD.finditer(text))):
-                word = match[1]
-                context = self._passage(sentence, text[: match.start() - 1], f" {word}")
-                if context is not None and _is_expected(word, context, known_pairs):
-                    end = " ".join([*_words(context)[-3:], word])
-                    items.setdefault(end, LastWordItem(context, word, source))
-                    break
-        in_order = _in_hash_order(items.values(), lambda item: item.context + item.word)
-        return _limit_words(in_order, limit)
+    def last_words(self, limit: int) -> list[LastWordItem]:
+        """Return at most `limit` items; less expected words stand in where the expected are few."""
+        expected: list[LastWordItem] = []
+        others: list[LastWordItem] = []
+        for document, index, text in self._plain_sentences():
+            found = list(self._last_words(document, index, text))
+            found = _in_hash_order(found, lambda pair: pair[0].context)
+            chosen = [item for item, is_expected in found if is_expected]
+            expected += chosen[:LAST_WORDS_PER_SENTENCE]
+            others += [item for item, _ in found if not chosen][:1]
+        return _spread_over_words([*_distinct(expected), *_distinct(others)], limit)
 
     def continuations(self, limit: int) -> list[ContinuationItem]:
         """Return at most `limit` items, spread over the documents by hash."""
         found: dict[str, _Cut] = {}
-        for sentence, text in self._good_sentences():
-            position = _cut_position(text)
+        for document, index, text in self._plain_sentences():
+            position = cut_position(text)
             if position is None:
                 continue
             ending = text[position + 1 :]
-            context = self._passage(sentence, text[:position], f" {ending}")
+            context = self._passage(document, index, text[:position], f" {ending}")
             if context is not None:
-                kind = text[position + 1 :].split(" ", 1)[0].lower()
-                found.setdefault(ending.lower(), _Cut(sentence.document, context, ending, kind))
+                likelihood = self._tokens.log_likelihood(self._encode(f" {ending}"))
+                found.setdefault(ending.lower(), _Cut(document, context, ending, likelihood))
         cuts = _in_hash_order(found.values(), lambda cut: cut.context + cut.ending)[:limit]
-        return self._with_choices(cuts)
-
-    def _good_sentences(self) -> Iterator[tuple[_Sentence, str]]:
-        for sentences in self._sentences:
-            for sentence in sentences:
-                text = self.documents[sentence.document].text[sentence.start : sentence.end]
-                if _is_good(text):
-                    yield sentence, text
-
-    def _passage(self, sentence: _Sentence, head: str, ending: str) -> str | None:
-        """Return `head` and the sentences before it that fit; None if none does or it is short."""
-        text = self.documents[sentence.document].text
-        if self._count_tokens(head + ending) > self._max_tokens:
-            return None
-        start = sentence.start
-        for earlier in reversed(self._sentences[sentence.document]):
-            if earlier.start >= sentence.start:
-                continue
-            wider = text[earlier.start : sentence.start] + head
-            if self._count_tokens(wider + ending) > self._max_tokens:
-                break
-            start = earlier.start
-        context = text[start : sentence.start] + head
-        is_long = len(context.split()) >= MIN_CONTEXT_WORDS
-        return context if is_long and plain_share(context) >= MIN_PLAIN_SHARE else None
-
-    def _with_choices(self, cuts: list[_Cut]) -> list[ContinuationItem]:
-        items: list[ContinuationItem] = []
-        for block in _blocks(sorted(cuts, key=lambda cut: (len(cut.ending), cut.ending))):
-            for position, cut in enumerate(block):
-                others = [block[(position + i) % len(block)] for i in range(1, NUM_CHOICES)]
-                endings = [cut.ending, *(other.ending for other in others)]
-                order = sorted(range(NUM_CHOICES), key=lambda i: _hash(cut.context + endings[i]))
-                items.append(
-                    ContinuationItem(
-                        cut.context,
-                        tuple(endings[i] for i in order),
-                        order.index(0),
-                        self.documents[cut.document].source,
-                    )
-                )
+        items = [item for ring in _rings(cuts) for item in self._items_of(ring)]
         return _in_hash_order(items, lambda item: item.context)
 
+    def _plain_sentences(self) -> Iterator[tuple[int, int, str]]:
+        """Yield document, index of the sentence in it, and text."""
+        for document, sentences in enumerate(self._sentences):
+            for index, sentence in enumerate(sentences):
+                text = self.documents[document].text[sentence.start : sentence.end]
+                if is_plain(text):
+                    yield document, index, text
 
-def word_pairs(text: str) -> set[tuple[str, str]]:
-    """Return the pairs of neighbouring words of a text that occur at least twice, in lower case."""
-    words = _words(text)
-    counts = Counter(pairwise(words))
-    return {pair for pair, count in counts.items() if count > 1}
+    def _last_words(
+        self, document: int, index: int, text: str
+    ) -> Iterator[tuple[LastWordItem, bool]]:
+        """Yield the items of a sentence, each with whether its word is to be expected."""
+        for match in _ASKED_WORD.finditer(text):
+            word, head = match[1], text[: match.start() - 1]
+            before = words_of(head)
+            if len(before) < MIN_HEAD_WORDS or word in NEVER_ASKED:
+                continue
+            is_known = self._words.expectation(before, word) > 0
+            if not is_known or self._num_tokens(f" {word}") > MAX_LAST_WORD_TOKENS:
+                continue
+            context = self._passage(document, index, head, f" {word}")
+            if context is None:
+                continue
+            expectation = self._words.expectation(words_of(context), word)
+            is_grammar = word in GRAMMAR_WORDS
+            enough = MIN_GRAMMAR_WORD_EXPECTATION if is_grammar else MIN_EXPECTATION
+            if expectation >= enough or (expectation >= FALLBACK_EXPECTATION and not is_grammar):
+                item = LastWordItem(context, word, self.documents[document].source)
+                yield item, expectation >= enough
+
+    def _passage(self, document: int, index: int, head: str, ending: str) -> str | None:
+        """Return `head` after as many sentences as fit before it; None if that does not do."""
+        sentences: list[Sentence] = self._sentences[document]
+        size = self._num_tokens(head + ending)
+        first = index
+        while first > 0 and size + self._sizes[document][first - 1] <= self._max_tokens:
+            first -= 1
+            size += self._sizes[document][first]
+        text = self.documents[document].text
+        context = text[sentences[first].start : sentences[index].start] + head
+        fits = self._num_tokens(context + ending) <= self._max_tokens
+        is_long = len(context.split()) >= MIN_CONTEXT_WORDS
+        return context if fits and is_long and plain_share(context) >= MIN_PLAIN_SHARE else None
+
+    def _items_of(self, ring: list[_Cut]) -> Iterator[ContinuationItem]:
+        for position, cut in enumerate(ring):
+            others = [ring[(position + i) % len(ring)] for i in range(1, NUM_CHOICES)]
+            endings = [cut.ending, *(other.ending for other in others)]
+            # Another hash than the one that chose the cuts, or right answers would come first.
+            order = sorted(range(NUM_CHOICES), key=lambda i: _hash(endings[i] + cut.context))
+            yield ContinuationItem(
+                context=cut.context,
+                endings=tuple(endings[i] for i in order),
+                label=order.index(0),
+                source=self.documents[cut.document].source,
+            )
 
 
-def _words(text: str) -> list[str]:
-    return [word.lower() for word in _WORD.findall(text)]
-
-
-def _is_expected(word: str, context: str, known_pairs: Collection[tuple[str, str]]) -> bool:
-    before = _words(context)
-    return word not in GRAMMAR_WORDS and (word in before or (before[-1], word) in known_pairs)
-
-
-def _sentences(document: int, text: str) -> Iterator[_Sentence]:
-    """Yield the sentences of a document, none across a blank line."""
-    for block in re.finditer(r"\S(?:.(?!\n\s*\n))*.?", text, re.DOTALL):
-        start = None
-        for match in _SENTENCE.finditer(block[0]):
-            if start is None:
-                start = match.start()
-            if not _ABBREVIATION.search(match[0]):
-                yield _Sentence(document, block.start() + start, block.start() + match.end())
-                start = None
-
-
-def _is_good(text: str) -> bool:
-    """Tell whether a sentence is plain prose that stands by itself."""
-    return (
-        len(text.split()) >= MIN_SENTENCE_WORDS
-        and text[0].isupper()
-        and text[-1] in ".!?"
-        and "\n" not in text
-        and plain_share(text) >= MIN_PLAIN_SHARE
-        and text.count('"') % 2 == 0
-        and text.count("(") == text.count(")")
-    )
-
-
-def _cut_position(text: str) -> int | None:
-    """Return the space nearest the middle behind which a phrase of a few words begins."""
-    spaces = [match.start() for match in re.finditer(" ", text)]
-    fitting = spaces[-MAX_ENDING_WORDS : 1 - MIN_ENDING_WORDS]
-    positions = [position for position in fitting if _begins_phrase(text, position)]
-    return min(positions, key=lambda position: abs(2 * position - len(text)), default=None)
-
-
-def _begins_phrase(text: str, position: int) -> bool:
-    head, word = text[:position], text[position + 1 :].split(" ", 1)[0]
-    is_inside = head.count('"') % 2 == 1 or head.count("(") > head.count(")")
-    return word in GRAMMAR_WORDS and not is_inside
-
-
-def _blocks(cuts: list[_Cut]) -> Iterator[list[_Cut]]:
-    """Yield rings of endings of like length; the three behind one are its wrong answers."""
+def _rings(cuts: list[_Cut]) -> Iterator[list[_Cut]]:
+    """Yield rings of endings alike in length and likelihood; the next three are wrong answers."""
+    by_length = sorted(cuts, key=lambda cut: (len(cut.ending), cut.ending))
     waiting: list[_Cut] = []
-    for cut in cuts:
-        waiting.append(cut)
-        if len(waiting) >= BLOCK_ITEMS:
-            ring = _ring(waiting)
-            if ring:
-                yield ring
-                waiting = [cut for cut in waiting if cut not in ring]
-    if len(waiting) >= NUM_CHOICES:
-        ring = _ring(waiting)
-        if ring:
+    for first in range(0, len(by_length), ENDINGS_OF_LIKE_LENGTH):
+        waiting += by_length[first : first + ENDINGS_OF_LIKE_LENGTH]
+        waiting.sort(key=lambda cut: (cut.likelihood, cut.ending))
+        while ring := _ring(waiting):
             yield ring
+            waiting = [cut for cut in waiting if cut not in ring]
 
 
 def _ring(cuts: list[_Cut]) -> list[_Cut]:
-    """Return a long order in which any four neighbours, around the end too, may share an item."""
+    """Return an order in which any four neighbours, around the end too, may share an item."""
     ring: list[_Cut] = []
     left = list(cuts)
-    while left:
+    while left and len(ring) < RING_SIZE:
         chosen = next((cut for cut in left if _fits(cut, ring[1 - NUM_CHOICES :])), None)
         if chosen is None:
             break
         ring.append(chosen)
         left.remove(chosen)
     while len(ring) >= NUM_CHOICES:
-        tail = [*ring[1 - NUM_CHOICES :], *ring[: NUM_CHOICES - 1]]
-        if all(_fits(tail[i], tail[i + 1 : i + NUM_CHOICES]) for i in range(NUM_CHOICES - 1)):
+        around = [*ring[1 - NUM_CHOICES :], *ring[: NUM_CHOICES - 1]]
+        if all(_fits(around[i], around[i + 1 : i + NUM_CHOICES]) for i in range(NUM_CHOICES - 1)):
             return ring
         ring.pop()
     return []
@@ -267,6 +233,7 @@ def _ring(cuts: list[_Cut]) -> list[_Cut]:
 def _fits(cut: _Cut, others: Sequence[_Cut]) -> bool:
     return all(
         cut.document != other.document
+        and cut.ending.split()[0] != other.ending.split()[0]
         and _common_words(cut.ending, other.ending) <= MAX_COMMON_WORDS
         for other in others
     )
@@ -277,7 +244,13 @@ def _common_words(first: str, second: str) -> float:
     return len(a & b) / min(len(a), len(b))
 
 
-def _limit_words(items: list[LastWordItem], limit: int) -> list[LastWordItem]:
+def _distinct(items: list[LastWordItem]) -> list[LastWordItem]:
+    distinct = {" ".join([*words_of(item.context)[-4:], item.word]): item for item in items}
+    return _in_hash_order(distinct.values(), lambda item: item.context + item.word)
+
+
+def _spread_over_words(items: list[LastWordItem], limit: int) -> list[LastWordItem]:
+    """Return the first `limit` items, of which few ask for the same word."""
     most = max(1, int(MAX_SAME_WORD_SHARE * limit))
     counts: Counter[str] = Counter()
     kept: list[LastWordItem] = []

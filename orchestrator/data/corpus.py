@@ -83,10 +83,15 @@ def read_documents(settings: DataSettings, progress: Progress | None = None) -> 
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Tell whether a document is held out: its hash as a number in [0, 1) lies under `fraction`."""
+    """Tell whether a document is held out."""
+    return hash_share(text, "split") < fraction
+
+
+def hash_share(text: str, purpose: str) -> float:
+    """Return a hash of a text as a number in [0, 1), another one for each purpose."""
     data = text.encode("utf-8", "replace")
-    digest = hashlib.blake2b(data, digest_size=8, person=b"split").digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def source_state(settings: DataSettings) -> Any:

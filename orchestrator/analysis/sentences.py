@@ -1,0 +1,71 @@
+"""Sentences of a document as spans, which of them are plain prose, and where one may be cut.
+
+Spans, not copies: an item is a slice of its document, so that a model meets the text as it was in
+training. A sentence never reaches over a blank line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from orchestrator.data.prose import GRAMMAR_WORDS, plain_share
+
+MIN_SENTENCE_WORDS = 7
+MIN_ENDING_WORDS = 3
+MAX_ENDING_WORDS = 6
+MIN_PLAIN_SHARE = 0.85
+
+_BLOCK = re.compile(r"\S(?:.(?!\n\s*\n))*.?", re.DOTALL)
+_SENTENCE = re.compile(r"\S.*?[.!?][\"')\]]*(?=\s+[\"'(\[]*[A-Z0-9]|\s*$)", re.DOTALL)
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:e\.g|i\.e|eg|ie|etc|vs|cf|al|Mr|Mrs|Ms|Dr|St|No|pp?)|\b[A-Z])\.$"
+)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Where a sentence stands in its document."""
+
+    start: int
+    end: int
+
+
+def find_sentences(text: str) -> Iterator[Sentence]:
+    """Yield the sentences of a document in their order."""
+    for block in _BLOCK.finditer(text):
+        start = None
+        for match in _SENTENCE.finditer(block[0]):
+            if start is None:
+                start = match.start()
+            if not _ABBREVIATION.search(match[0]):
+                yield Sentence(block.start() + start, block.start() + match.end())
+                start = None
+
+
+def is_plain(text: str) -> bool:
+    """Tell whether a sentence is plain prose that stands by itself."""
+    return (
+        len(text.split()) >= MIN_SENTENCE_WORDS
+        and text[0].isupper()
+        and text[-1] in ".!?"
+        and "\n" not in text
+        and plain_share(text) >= MIN_PLAIN_SHARE
+        and text.count('"') % 2 == 0
+        and text.count("(") == text.count(")")
+    )
+
+
+def cut_position(text: str) -> int | None:
+    """Return the space nearest the middle behind which a phrase of a few words begins."""
+    spaces = [match.start() for match in re.finditer(" ", text)]
+    fitting = spaces[-MAX_ENDING_WORDS : 1 - MIN_ENDING_WORDS]
+    positions = [position for position in fitting if _begins_phrase(text, position)]
+    return min(positions, key=lambda position: abs(2 * position - len(text)), default=None)
+
+
+def _begins_phrase(text: str, position: int) -> bool:
+    head, word = text[:position], text[position + 1 :].split(" ", 1)[0]
+    is_inside = head.count('"') % 2 == 1 or head.count("(") > head.count(")")
+    return word in GRAMMAR_WORDS and not is_inside

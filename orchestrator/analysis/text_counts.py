@@ -1,0 +1,81 @@
+"""What a text makes likely, by counting: the yardstick by which test items are chosen.
+
+Two language models of the simplest kind, made from the training text. Counts of words tell which
+words a reader of that text could expect at the end of a passage; counts of tokens tell which
+endings are equally likely on their own, as a model sees them. Neither takes part in a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+PAIR_SHARE = 0.7
+"""Weight of pairs against single tokens in the likelihood of a phrase."""
+PRESENT_WORD_BONUS = 0.1
+"""What a word gains that stands in the passage already and was seen after its last word."""
+
+_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation and numbers."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+class WordCounts:
+    """Words, pairs and triples of words of a text.
+
+    Args:
+        text: The training text, or a large part of it.
+    """
+
+    def __init__(self, text: str) -> None:
+        words = words_of(text)
+        self._singles = Counter(words)
+        self._pairs = Counter(pairwise(words))
+        self._triples = Counter(zip(words, words[1:], words[2:], strict=False))
+
+    def expectation(self, before: Sequence[str], word: str) -> float:
+        """Return how much a word is to be expected after others, from 0 to about 1.
+
+        Args:
+            before: The words of the passage, lower case; at least two.
+            word: The next word, lower case.
+        """
+        first, second = before[-2:]
+        num_pairs = self._pairs[second, word]
+        pair_share = num_pairs / (self._singles[second] + 2)
+        triple_share = self._triples[first, second, word] / (self._pairs[first, second] + 1)
+        bonus = PRESENT_WORD_BONUS if num_pairs and word in before else 0.0
+        return (pair_share + triple_share) / 2 + bonus
+
+
+class TokenCounts:
+    """Tokens and pairs of tokens of a text.
+
+    Args:
+        tokens: Flat tokens of the training text, or a large part of them.
+        vocab_size: One more than the largest token.
+    """
+
+    def __init__(self, tokens: np.ndarray, vocab_size: int) -> None:
+        wide = tokens.astype(np.int64)
+        self._vocab_size = vocab_size
+        self._singles = np.bincount(wide, minlength=vocab_size) + 0.5
+        self._pairs = Counter((wide[:-1] * vocab_size + wide[1:]).tolist())
+        self._total = float(self._singles.sum())
+
+    def log_likelihood(self, tokens: Sequence[int]) -> float:
+        """Return the log-likelihood of a phrase on its own, in nats; at least one token."""
+        total = math.log(self._singles[tokens[0]] / self._total)
+        for before, token in pairwise(tokens):
+            pair = self._pairs[before * self._vocab_size + token] / self._singles[before]
+            single = self._singles[token] / self._total
+            total += math.log(PAIR_SHARE * pair + (1 - PAIR_SHARE) * single)
+        return total
