@@ -1,4 +1,4 @@
-"""Scores equal a direct computation, token by token, whatever is shared, cut, split or batched."""
+"""Scores equal a direct computation, whatever is shared, cut, split or batched."""
 
 from __future__ import annotations
 
@@ -45,16 +45,15 @@ def decoder() -> Decoder:
 
 @torch.no_grad()
 def directly(decoder: Decoder, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One forward pass for each token, given as much of what stands before as its part allows."""
+    """One plain forward pass for each part that fits, behind as much of what precedes as fits."""
     total, greedy = 0.0, True
-    for j, token in enumerate(continuation):
-        part_start = j // CONTEXT * CONTEXT
-        part = continuation[part_start : part_start + CONTEXT]
-        before = (context + continuation[:part_start])[-(CONTEXT + 1 - len(part)) :]
-        inputs = torch.tensor([before + continuation[part_start:j]])
-        log_probabilities = decoder(inputs)[0, -1].log_softmax(-1)
-        total += float(log_probabilities[token])
-        greedy &= int(log_probabilities.argmax()) == token
+    for start in range(0, len(continuation), CONTEXT):
+        part = continuation[start : start + CONTEXT]
+        before = (context + continuation[:start])[-(CONTEXT + 1 - len(part)) :]
+        logits = decoder(torch.tensor([(before + part)[:-1]]))[0, -len(part) :]
+        for log_probabilities, token in zip(logits.log_softmax(-1), part, strict=True):
+            total += float(log_probabilities[token])
+            greedy &= int(log_probabilities.argmax()) == token
     return total, greedy
 
 

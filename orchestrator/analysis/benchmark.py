@@ -1,0 +1,161 @@
+"""Time per decoded token, measured so that models can be compared.
+
+In go decoders by name; out comes for each the median over repetitions and their spread. All models
+take turns within a repetition, so that a machine that slows down or is disturbed for a while does
+so to all of them; every model is warmed up first; the generation is the cached one that users
+run, greedy, over the same random prompts. What is timed is one step of all rows together: the time
+of `new_tokens` steps behind a prefill, which is timed apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iiet.decoder import Decoder
+from iiet.generate import stream
+from orchestrator.errors import UserError
+
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long a model takes, in milliseconds."""
+
+    median: float
+    """Median over repetitions of the time per decoding step: one new token in every row."""
+    spread: float
+    """Half the distance between the quartiles of those times."""
+    first_token: float
+    """Median time of the prefill, up to the first new token."""
+    repetitions: tuple[float, ...]
+    """Time per step of each repetition, in order, for paired comparisons."""
+    batch_size: int
+    """Rows decoded together."""
+    num_threads: int
+    """Threads of PyTorch while it was measured."""
+    device: str
+    """Where it was measured."""
+
+
+def decode_milliseconds(
+    decoders: Mapping[str, Decoder],
+    *,
+    prompt_tokens: int = 32,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    repetitions: int = 7,
+    on_done: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Measure decoding of several models side by side.
+
+    Args:
+        decoders: Name to model; each follows its own schedule.
+        prompt_tokens: Tokens of each prompt, read in one pass.
+        new_tokens: Tokens decoded one by one; at least 2, the first is part of the prefill.
+        batch_size: Rows decoded together.
+        repetitions: How often each model is measured, in turns.
+        on_done: Called with the measurements done and the measurements in all.
+
+    Raises:
+        UserError: If a setting is out of range, or prompt and new tokens do not fit a model.
+    """
+    _check(decoders, prompt_tokens, new_tokens, batch_size, repetitions)
+    prompts = {name: _prompt(d, batch_size, prompt_tokens) for name, d in decoders.items()}
+    for name, decoder in decoders.items():
+        _time_steps(decoder, prompts[name], min(WARM_UP_TOKENS, new_tokens))
+    steps: dict[str, list[float]] = {name: [] for name in decoders}
+    firsts: dict[str, list[float]] = {name: [] for name in decoders}
+    names = list(decoders)
+    done = 0
+    for repetition in range(repetitions):
+        # Each repetition begins with another model, so that none always follows the slowest.
+        shift = repetition % len(names)
+        for name in names[shift:] + names[:shift]:
+            first, per_step = _time_steps(decoders[name], prompts[name], new_tokens)
+            firsts[name].append(first)
+            steps[name].append(per_step)
+            done += 1
+            if on_done:
+                on_done(done, repetitions * len(names))
+    return {
+        name: Timing(
+            median=statistics.median(steps[name]),
+            spread=_half_quartile_distance(steps[name]),
+            first_token=statistics.median(firsts[name]),
+            repetitions=tuple(steps[name]),
+            batch_size=batch_size,
+            num_threads=torch.get_num_threads(),
+            device=str(decoder.device),
+        )
+        for name, decoder in decoders.items()
+    }
+
+
+def _check(
+    decoders: Mapping[str, Decoder],
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_size: int,
+    repetitions: int,
+) -> None:
+    smallest = {
+        "prompt_tokens": (prompt_tokens, 1),
+        "new_tokens": (new_tokens, 2),
+        "batch_size": (batch_size, 1),
+        "repetitions": (repetitions, 1),
+    }
+    problems = [f"{k} must be at least {n}, got {v}" for k, (v, n) in smallest.items() if v < n]
+    if not decoders:
+        problems.append("there is no model to measure")
+    for name, decoder in decoders.items():
+        if prompt_tokens + new_tokens > decoder.config.context_length:
+            problems.append(
+                f"{name} reads {decoder.config.context_length} tokens, not the "
+                f"{prompt_tokens} + {new_tokens} of prompt and new tokens"
+            )
+    if problems:
+        raise UserError("benchmark: " + "; ".join(problems))
+
+
+def _prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, prompt_tokens)
+    prompt = torch.randint(decoder.config.vocab_size, shape, generator=generator)
+    return prompt.to(decoder.device)
+
+
+def _time_steps(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Return milliseconds to the first token, and per step after it."""
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        started = _now(decoder.device)
+        steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+        next(steps)
+        first = _now(decoder.device)
+        for _ in steps:
+            pass
+        ended = _now(decoder.device)
+    finally:
+        decoder.train(was_training)
+    return 1e3 * (first - started), 1e3 * (ended - first) / (new_tokens - 1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _half_quartile_distance(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
