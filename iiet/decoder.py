@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +24,7 @@ from iiet.attention import AttentionContext
 from iiet.cache import DecodingCache, evaluation_slots
 from iiet.config import ModelConfig
 from iiet.field import Field
+from iiet.linear import linear
 from iiet.methods import METHODS, Advance
 from iiet.norm import RMSNorm
 from iiet.rope import Rope
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(hidden), weight)
+        return linear(self.norm(hidden), weight)
 
     def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from iiet.linear import linear
 
 __all__ = ["FeedForward"]
 
@@ -34,25 +37,28 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
-        gate_up = self.gate_up(x)
-        if torch.is_grad_enabled():
-            result: Tensor = _GatedProduct.apply(gate_up, self.down.weight)  # type: ignore[no-untyped-call]
-            return result
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), self.down.weight)
+        gate_up = linear(x, self.gate_up.weight)
+        if not torch.is_grad_enabled():
+            return _gated_product(gate_up, self.down.weight)
+        result: Tensor = _GatedProduct.apply(gate_up, self.down.weight)  # type: ignore[no-untyped-call]
+        return result
+
+
+def _gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return linear(F.silu(gate).mul_(up), down)
 
 
 class _GatedProduct(torch.autograd.Function):
-    """`(silu(gate) * up) @ down.T`, keeping gate and up alone."""
+    """`_gated_product`, keeping gate and up alone."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, down: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, down)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), down)
+        return _gated_product(gate_up, down)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, down = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)

@@ -10,11 +10,13 @@ Source: Zhang and Sennrich 2019; derivative by this project.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["RMSNorm"]
 
@@ -30,14 +32,21 @@ class RMSNorm(nn.RMSNorm):
         if torch.is_grad_enabled():
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return normed
-        scaled: Tensor = x * _rstd(x, self.eps)
-        return scaled.mul_(self.weight)
+        scaled: Tensor = (x * _rstd(x, self.eps)).mul_(self.weight)
+        return scaled
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """Return one over the root mean square of each token, (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return torch.addcmul(_constant(eps, x.dtype), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
+
+
+@lru_cache(maxsize=16)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a number as a tensor: made anew from a Python float, it costs as much as a kernel."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * rstd).mul_(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         dim = x.size(-1)
