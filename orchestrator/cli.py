@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -90,8 +89,10 @@ def _session(workspace: Path | None, command: str, *, verbose: bool) -> Iterator
         try:
             with terminal_progress(console) as progress:
                 yield Session(space, progress, console)
-        except (UserError, Interrupted, typer.Exit, click.ClickException, KeyboardInterrupt):
+        except (UserError, Interrupted, typer.Exit):
             raise
+        except KeyboardInterrupt:
+            raise Interrupted from None
         except StageFailed as error:
             where = f"\nThe log is {log.path}" if log.path else ""
             raise StageFailed(f"{error}{where}") from error
@@ -117,17 +118,16 @@ def run(arguments: list[str]) -> int:
         The exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
     """
     try:
-        result = app(arguments, prog_name="iiet-orch", standalone_mode=False)
+        app(arguments, prog_name="iiet-orch")
+    except SystemExit as end:  # Typer's own way to end, after it has shown what was wrong
+        return end.code if isinstance(end.code, int) else 0
     except (UserError, StageFailed) as error:
         _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
-    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+    except Interrupted as error:
         _complain(str(error) or "interrupted; the same command goes on from the last saved state")
         return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    return result if isinstance(result, int) else 0
+    return 0
 
 
 def _complain(text: str) -> None:
@@ -466,3 +466,7 @@ def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = False) -> N
     """Tell MLflow what it missed while it did not answer."""
     with _desk(workspace, "sync", verbose=verbose) as desk:
         desk.console.print(f"{desk.tracking.replay()} records delivered")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("iiet", "orchestrator")
 
 DOORS = {
-    "ray": ("orchestrator.cluster", "orchestrator.worker"),
+    "ray": ("orchestrator.cluster", "orchestrator.worker", "orchestrator.trial_runner"),
     "mlflow": ("orchestrator.tracking", "orchestrator.ui"),
     "lm_eval": ("orchestrator.analysis.harness", "orchestrator.analysis.heldout"),
-    "typer": ("orchestrator.cli", "orchestrator.commands"),
+    "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.analysis.heldout"),
     "matplotlib": ("orchestrator.analysis",),
     "moocore": ("orchestrator.analysis.pareto",),
@@ -28,18 +28,19 @@ LAYERS = (
     "iiet",
     "orchestrator.errors",
     "orchestrator.journal orchestrator.console orchestrator.logs orchestrator.shipped",
-    "orchestrator.settings orchestrator.workspace orchestrator.provenance orchestrator.trial",
+    "orchestrator.settings orchestrator.workspace orchestrator.provenance orchestrator.resources",
+    "orchestrator.trial",
     "orchestrator.data",
     "orchestrator.training",
     "orchestrator.tracking",
-    "orchestrator.cluster",
+    "orchestrator.follow orchestrator.cluster orchestrator.plan",
     "orchestrator.worker",
-    "orchestrator.plan",
+    "orchestrator.trial_runner",
     "orchestrator.analysis",
-    "orchestrator.trial_run",
+    "orchestrator.trial_run orchestrator.views",
     "orchestrator.stages",
-    "orchestrator.ui orchestrator.quickstart",
-    "orchestrator.commands orchestrator.cli",
+    "orchestrator.ui orchestrator.procedure",
+    "orchestrator.cli",
 )
 """Rooms from the bottom up: a module imports from its own layer or from those before it."""
 

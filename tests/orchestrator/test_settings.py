@@ -101,7 +101,7 @@ def test_flatten_names_every_leaf() -> None:
 
 
 def _leaves(tree: object) -> list[object]:
-    if isinstance(tree, dict):
+    if isinstance(tree, dict) and tree:
         return [leaf for value in tree.values() for leaf in _leaves(value)]
     return [tree]
 

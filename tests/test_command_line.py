@@ -1,0 +1,93 @@
+"""Bad input: one clear sentence, exit code 2, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator import cli
+
+
+def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = cli.run(list(arguments))
+    captured = capfd.readouterr()
+    printed = " ".join((captured.out + captured.err).split())
+    assert "Traceback" not in printed
+    return code, printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrain", "--set", "training.num_step=3"], "did you mean training.num_steps?"),
+        (["pretrain", "--set", "training.num_steps=many"], "got 'many'"),
+        (["pretrain", "--set", "training.num_steps=-1"], "greater than 0"),
+        (["pretrain", "--config", "toi"], "did you mean toy?"),
+        (["pretrain", "--gpus", "8"], "GPU"),
+        (["pretrain", "--workers", "0"], "--workers"),
+        (["pretrain", "--gpu", "8"], "--gpus"),
+        (["prepare", "no-such-file.txt"], "no-such-file.txt"),
+        (["sweep-threshold"], "iiet-orch pretrain"),
+        (["sweep-threshold", "missing-folder"], "missing-folder"),
+        (["sweep-threshold", "--thresholds", "a,b"], "--thresholds"),
+        (["evaluate"], "iiet-orch pretrain"),
+        (["report"], "iiet-orch sweep-threshold"),
+        (["report", "nothing"], "nothing"),
+        (["sweep", "nothing"], "shipped"),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_a_mistake_costs_one_sentence_and_code_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
+    code, printed = _run(capfd, *arguments)
+    assert code == 2, printed
+    assert words in printed
+    left = [
+        path for path in (tmp_path / "space").glob("*/*") if path.parent.name in ("runs", "sweeps")
+    ]
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "empty"), ("   \n\n ", "empty"), ("Too short to be a corpus.\n", "text")],
+)
+def test_a_text_that_is_no_corpus_is_refused(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
+    (tmp_path / "text.txt").write_text(text)
+    code, printed = _run(capfd, "prepare", str(tmp_path / "text.txt"))
+    assert code == 2, printed
+    assert words in printed
+    assert not list((tmp_path / "space" / "tokens").glob("*/manifest.json"))
+
+
+def test_a_workspace_that_is_a_file_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path / "file"))
+    assert (code, "--workspace" in printed) == (2, True)
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def break_down(*_: object) -> None:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr("orchestrator.stages.prepare.prepare", break_down)
+    code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
+    assert code == 1
+    assert "the disk is on fire" in printed
+    [log] = (tmp_path / "logs").glob("*.log")
+    assert "Traceback" in log.read_text()
+    os.fstat(2)  # standard error is back in its place

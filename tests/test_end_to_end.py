@@ -1,0 +1,227 @@
+"""The program as a user meets it: whole commands in processes of their own, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.shipped import shipped_sweeps
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "data.max_documents=250", "data.vocab_size=400",
+    "model.dim=32", "model.num_layers=3", "model.num_heads=2", "model.num_kv_heads=2",
+    "model.ffn_dim=64", "model.context_length=64",
+    "training.num_steps=12", "training.num_tokens_per_step=256", "training.validate_every_steps=6",
+    "training.num_validation_tokens=512", "training.checkpoint_every_steps=6",
+    "distillation.training.num_steps=3", "distillation.training.num_tokens_per_step=256",
+    "distillation.training.num_validation_tokens=512",
+    "influence.num_tokens=512", "evaluation.num_items=20", "sweep.num_schedules=3",
+]  # fmt: skip
+"""Settings that keep every part of a sweep and make each last a moment."""
+
+
+def command(*arguments: str, workspace: Path) -> list[str]:
+    """Return the command line of the program under test."""
+    call = [sys.executable, "-m", "orchestrator.cli"]
+    return [*call, *arguments, "--workspace", str(workspace)]
+
+
+def small(*more: str) -> list[str]:
+    """Return `--set` options for the small size."""
+    return [part for setting in [*SMALL, *more] for part in ("--set", setting)]
+
+
+def run(*arguments: str, workspace: Path, code: int = 0) -> str:
+    """Run a command to its end and return what it printed."""
+    done = subprocess.run(
+        command(*arguments, workspace=workspace), capture_output=True, text=True, timeout=400
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed + _newest_log(workspace)
+    return printed
+
+
+def _newest_log(workspace: Path) -> str:
+    logs = sorted((workspace / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+    return f"\n--- {logs[-1].name}\n{logs[-1].read_text()[-4000:]}" if logs else ""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A workspace in which the whole job is done, and what the command printed."""
+    workspace = tmp_path_factory.mktemp("whole-job")
+    return workspace, run("quickstart", *small(), workspace=workspace)
+
+
+def test_the_whole_job_ends_with_a_front(finished: tuple[Path, str]) -> None:
+    workspace, printed = finished
+    for word in ("vanilla", "r = 0", "teacher", "iiet-orch ui", "front.html"):
+        assert word in printed
+    folder = next((workspace / "sweeps").iterdir())
+    names = {path.name for path in folder.iterdir()}
+    assert {"plan.json", "results.json", "settings.yaml"} <= names
+    assert {f"front.{kind}" for kind in ("png", "svg", "json", "csv", "md", "html")} <= names
+    results = json.loads((folder / "results.json").read_text())["results"]
+    roles = [result["role"] for result in results]
+    assert roles == ["teacher", "trial", "trial", "trial", "reference", "reference"]
+    for result in results:
+        assert {"accuracy", "accuracy_stderr", "bits_per_byte"} <= set(result["quality"])
+        assert {"evaluations", "flops_per_token", "kv_bytes_per_token"} <= set(result["cost"])
+        assert result["cost"]["decode_ms_per_token"] > 0
+    evaluations = [r["cost"]["evaluations"] for r in results if r["role"] == "trial"]
+    assert evaluations[0] == 9
+    assert evaluations[-1] == 3
+
+
+def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    script = (
+        "import sys; from mlflow import MlflowClient\n"
+        "client = MlflowClient(f'sqlite:///{sys.argv[1]}/mlflow.db')\n"
+        "ids = [e.experiment_id for e in client.search_experiments()]\n"
+        "runs = client.search_runs(ids, max_results=100)\n"
+        "kinds = [run.data.tags.get('iiet.kind') for run in runs]\n"
+        "[sweep] = [run for run in runs if run.data.tags.get('iiet.kind') == 'sweep']\n"
+        "parent = 'mlflow.parentRunId'\n"
+        "children = [r for r in runs if r.data.tags.get(parent) == sweep.info.run_id]\n"
+        "trial = next(r for r in children if r.data.tags['iiet.kind'] == 'trial')\n"
+        "losses = client.get_metric_history(trial.info.run_id, 'train/loss')\n"
+        "files = [f.path for f in client.list_artifacts(sweep.info.run_id, 'front')]\n"
+        "import json; print(json.dumps({'kinds': kinds, 'children': len(children),\n"
+        "  'note': sweep.data.tags['mlflow.note.content'], 'files': files, 'losses': len(losses),\n"
+        "  'status': sorted({r.info.status for r in runs}), 'params': trial.data.params,\n"
+        "  'metrics': sorted(trial.data.metrics)}))\n"
+    )
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(workspace)],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["kinds"].count("trial") == 3
+    assert found["kinds"].count("pretrain") == 3
+    assert found["kinds"].count("influence") == 1
+    assert found["children"] == 6
+    assert found["status"] == ["FINISHED"]
+    assert found["losses"] == 3
+    assert "front.png" in found["note"]
+    assert {f"front/front.{kind}" for kind in ("png", "html", "json", "csv")} <= set(found["files"])
+    assert {"schedule", "r_01", "threshold"} <= set(found["params"])
+    assert {"quality/accuracy", "cost/flops_per_token", "train/loss"} <= set(found["metrics"])
+
+
+def test_a_second_call_reuses_everything(finished: tuple[Path, str]) -> None:
+    workspace, first = finished
+    before = _checkpoints(workspace)
+    second = run("quickstart", *small(), workspace=workspace)
+    assert "found again" in second
+    assert _checkpoints(workspace) == before, "nothing was trained again"
+    assert _table(second) == _table(first)
+
+
+def test_another_range_of_thresholds_reuses_what_is_the_same(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    options = small("sweep.num_schedules=2")
+    plan = run("sweep-threshold", "--dry-run", *options, workspace=workspace)
+    assert "6 of 6 are finished" not in plan
+    assert "5 of 5 are finished" in plan
+
+
+def test_stages_stand_alone(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    assert "correction 2" in run("influence", "--metric", "relative", *small(), workspace=workspace)
+    assert "lastword" in run("evaluate", "--schedule", "1", *small(), workspace=workspace)
+    assert "front.html" in run("report", workspace=workspace)
+    assert "checkpoint:" in run("distill", "1,0,1", *small(), workspace=workspace)
+
+
+def _checkpoints(workspace: Path) -> dict[str, float]:
+    return {
+        str(path.relative_to(workspace)): path.stat().st_mtime
+        for path in workspace.rglob("model.safetensors")
+    }
+
+
+def _table(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if "teacher" in line and "KiB" in line]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    options = small("training.num_steps=4000", "training.checkpoint_every_steps=1000000")
+    process = subprocess.Popen(
+        command("pretrain", *options, workspace=tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    _wait_for(lambda: any(_journal_steps(tmp_path)), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive, f"left behind: {alive}"
+    saved = sorted(path.name for path in tmp_path.glob("runs/*/step_*"))
+    assert len(saved) == 1
+    step = int(saved[0].removeprefix("step_"))
+    assert 0 < step < 4000
+    again = subprocess.Popen(
+        command("pretrain", *options, workspace=tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    _wait_for(lambda: max(_journal_steps(tmp_path)) > step + 100, again)
+    again.send_signal(signal.SIGINT)
+    printed, _ = again.communicate(timeout=60)
+    assert again.returncode == 130, printed
+    steps = _journal_steps(tmp_path)
+    assert min(steps[len([s for s in steps if s <= step]) :]) > step, "it went on, not over"
+
+
+def _journal_steps(workspace: Path) -> list[int]:
+    lines = [
+        l for path in workspace.glob("runs/*/journal.jsonl") for l in path.read_text().splitlines()
+    ]
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [r["step"] for r in records if r["kind"] == "metrics"]
+
+
+def _wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 150.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < give_up, "it did not come that far in time"
+        time.sleep(0.1)
+
+
+def test_sweep_iterations_compares_methods(tmp_path: Path) -> None:
+    options = small("sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]")
+    printed = run("sweep-iterations", *options, workspace=tmp_path)
+    for label in ("vanilla", "pcformer", "r = 0", "r = 1"):
+        assert label in printed
+
+
+def test_every_shipped_sweep_can_be_planned(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    assert len(shipped_sweeps()) == 5
+    local = [
+        "data.source=python",
+        "data.tokenizer=train",
+        "model.preset=tiny",
+        "cluster.num_gpus=0",
+    ]
+    local += ["cluster.num_workers=1", "evaluation.suite=heldout", "training.precision=fp32"]
+    for name in ("iterations", "methods"):
+        printed = run("sweep", name, "--dry-run", *small(*local), workspace=workspace)
+        assert "vanilla" in printed
+    for name in ("paper-55m", "paper-340m"):
+        settings = small(*local, "model.corrections=3")
+        printed = run("sweep", name, "--dry-run", *settings, workspace=workspace, code=2)
+        assert "iiet-orch pretrain" in printed
