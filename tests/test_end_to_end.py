@@ -1,4 +1,4 @@
-"""The program as a user meets it: whole commands in processes of their own, at the smallest size."""
+"""The program as a user meets it: whole commands in processes of their own, at a tiny size."""
 
 from __future__ import annotations
 
@@ -186,9 +186,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
 
 
 def _journal_steps(workspace: Path) -> list[int]:
-    lines = [
-        l for path in workspace.glob("runs/*/journal.jsonl") for l in path.read_text().splitlines()
-    ]
+    journals = [path.read_text() for path in workspace.glob("runs/*/journal.jsonl")]
+    lines = [line for journal in journals for line in journal.splitlines()]
     records = [json.loads(line) for line in lines if line.endswith("}")]
     return [r["step"] for r in records if r["kind"] == "metrics"]
 

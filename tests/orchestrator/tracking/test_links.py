@@ -20,6 +20,7 @@ def a_view(**changes: object) -> ChartView:
         "parallel_params": ("r_01", "r_02"),
         "parallel_metrics": ("quality/accuracy",),
         "curves": ("train/loss",),
+        "folded_groups": ("cost", "quality"),
     }
     return ChartView(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -33,7 +34,7 @@ def test_links_land_on_the_training_pages() -> None:
     assert "/runs/abc?" in links.run
     assert links.chart_view is not None
     assert links.chart_view.endswith("&compareRunsMode=CHART&viewStateShareKey=front-toy")
-    assert Links.of("http://x", None, run_id="abc") == Links(None, None, None)
+    assert Links.of("http://x", None, run_id="abc") == Links(None, None, None, None)
 
 
 def test_a_view_holds_filter_axes_and_every_layer() -> None:
@@ -42,6 +43,9 @@ def test_a_view_holds_filter_axes_and_every_layer() -> None:
     assert tag["name"] == "Front of toy"
     assert state["searchFilter"] == "tags.`iiet.sweep` = 'toy'"
     kinds = [chart["type"] for chart in state["compareRunCharts"]]
+    # Ours come first: else MLflow sorts its own between them.
+    assert state["isAccordionReordered"]
+    assert [s["display"] for s in state["compareRunSections"]] == [True, False, False]
     assert kinds == ["SCATTER", "PARALLEL", "LINE"]
     scatter, parallel, _ = state["compareRunCharts"]
     assert scatter["xaxis"]["key"] == "cost/evaluations"

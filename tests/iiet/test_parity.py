@@ -1,0 +1,100 @@
+"""The decoder equals the published code: logits, loss, gradients, and each evaluation's ends.
+
+`tests/fixtures` holds what the published code gave on small random weights, in float32.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from iiet import Decoder, decoder_from_published, next_token_loss, published_from_decoder
+from iiet.published import published_gradients
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+CASES = sorted(path.stem for path in FIXTURES.glob("*.json"))
+
+
+def load(name):
+    config = json.loads((FIXTURES / f"{name}.json").read_text())
+    tensors = load_file(FIXTURES / f"{name}.safetensors")
+    return config, tensors, decoder_from_published(config, within(tensors, "weight."))
+
+
+def within(tensors, prefix):
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+
+
+def largest_difference(left, right):
+    assert set(left) == set(right)
+    return max(float((left[key] - right[key]).abs().max()) for key in left)
+
+
+def test_all_reference_cases_are_here():
+    assert CASES == ["iiet_r3", "iiet_schedule_201", "pcformer_rk2", "vanilla"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_loss_and_gradients(name, checkpointing):
+    _, tensors, decoder = load(name)
+    decoder.activation_checkpointing = checkpointing
+    logits = decoder(tensors["input_ids"])
+    loss = next_token_loss(logits, tensors["input_ids"])
+    loss.backward()
+    torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=2e-5)
+    torch.testing.assert_close(loss, tensors["loss"][0], rtol=0, atol=2e-6)
+    assert largest_difference(published_gradients(decoder), within(tensors, "grad.")) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inference_gives_the_same_logits(name):
+    _, tensors, decoder = load(name)
+    with torch.inference_mode():
+        logits = decoder(tensors["input_ids"])
+        last = decoder(tensors["input_ids"], last_only=True)
+    torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=2e-5)
+    torch.testing.assert_close(last, tensors["logits"][:, -1:], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_every_evaluation(name):
+    config, tensors, decoder = load(name)
+    for ends, inputs in (("out", False), ("in", True)):
+        evaluations = decoder.evaluations(tensors["input_ids"], inputs=inputs)
+        named = {f"layer{layer}.{k}.{ends}": value for (layer, k), value in evaluations.items()}
+        expected = within(tensors, "eval.")
+        expected = {key: value for key, value in expected.items() if key.endswith(f".{ends}")}
+        assert largest_difference(named, expected) < 2e-5
+    counts = {int(layer): count for layer, count in config["evaluations"].items()}
+    assert dict(enumerate(decoder.evaluations_per_layer())) == counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_come_back_bitwise(name):
+    config, tensors, decoder = load(name)
+    published = published_from_decoder(decoder)
+    assert set(published) == set(within(tensors, "weight."))
+    assert all(torch.equal(published[key], tensors[f"weight.{key}"]) for key in published)
+    again = decoder_from_published(config, published)
+    assert isinstance(again, Decoder)
+    assert again.config == decoder.config
+
+
+@torch.no_grad()
+def test_the_schedule_of_a_call_is_that_of_the_reference():
+    """The weights of one schedule under another: r = 3 cut to (2, 0, 1) is neither reference."""
+    _, tensors, decoder = load("iiet_r3")
+    _, other, _ = load("iiet_schedule_201")
+    cut = decoder.with_schedule(load("iiet_schedule_201")[2].schedule)
+    evaluations = cut.evaluations(tensors["input_ids"])
+    expected = {(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)}
+    assert set(evaluations) == expected
+    same = tensors["eval.layer0.2.out"]
+    torch.testing.assert_close(evaluations[0, 2], same, rtol=0, atol=2e-5)
+    assert not torch.allclose(evaluations[2, 1], other["eval.layer2.1.out"], atol=1e-2)

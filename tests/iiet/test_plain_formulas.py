@@ -1,0 +1,174 @@
+"""The decoder equals the formulas, written out plainly over the published names in float64.
+
+No fused products, no prefix sums, no cache, no shared code: complex numbers turn the heads, a loop
+over query heads picks the key/value head. It covers what the stored references do not: Runge-Kutta
+of order 4, the ODE Transformer's blocks, grouped heads, untied heads, other rotary bases.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, softmax
+
+from iiet import (
+    METHODS,
+    Decoder,
+    ModelConfig,
+    decoder_from_published,
+    next_token_loss,
+    published_from_decoder,
+)
+from iiet.published import published_gradients
+
+PUBLISHED = ["vanilla", "iiet", "pcformer", "pcformer_rk4"]
+
+
+def small_config(method, **overrides):
+    from iiet import IterationSchedule
+
+    sizes = {"vocab_size": 23, "dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+    sizes |= {"ffn_dim": 20, "context_length": 16, "tie_embeddings": False, "rope_theta": 500.0}
+    schedule = IterationSchedule((2, 0, 3)) if METHODS[method].has_corrections else None
+    return ModelConfig(**{"method": method, "schedule": schedule, **sizes, **overrides})
+
+
+def random_decoder(config, seed=0):
+    """A float64 decoder far from its starting point, so that no coefficient is a trivial one."""
+    torch.manual_seed(seed)
+    decoder = Decoder(config).double()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return decoder
+
+
+class PlainModel:
+    def __init__(self, config, weights):
+        self.config = config
+        self.w = weights
+
+    def rms(self, x, name):
+        mean_square = (x * x).mean(-1, keepdim=True)
+        return x / torch.sqrt(mean_square + self.config.rms_norm_eps) * self.w[name]
+
+    def ln(self, x, name):
+        weight, bias = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+        return layer_norm(x, (x.size(-1),), weight, bias, self.config.layer_norm_eps)
+
+    def turn(self, x):
+        """(time, head_dim): channel j and j + half as one complex number."""
+        half = x.size(-1) // 2
+        speeds = self.config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(len(x), dtype=torch.float64)[:, None] * speeds
+        z = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([z.real, z.imag], -1)
+
+    def attention(self, x, name):
+        """(time, dim), one sequence."""
+        config, width = self.config, self.config.head_dim
+        q, k, v = (x @ self.w[f"{name}.{part}_proj.weight"].T for part in "qkv")
+        future = torch.ones(len(x), len(x)).triu(1).bool()
+        mixed = []
+        for head in range(config.num_heads):
+            group = head // (config.num_heads // config.num_kv_heads)
+            query = self.turn(q[:, head * width : (head + 1) * width])
+            key = self.turn(k[:, group * width : (group + 1) * width])
+            scores = (query @ key.T / math.sqrt(width)).masked_fill(future, -math.inf)
+            mixed.append(softmax(scores, -1) @ v[:, group * width : (group + 1) * width])
+        return torch.cat(mixed, -1) @ self.w[f"{name}.o_proj.weight"].T
+
+    def field(self, layer):
+        base = f"model.layers.{layer}"
+
+        def evaluate(x):
+            normed = self.rms(x, f"{base}.input_layernorm.weight")
+            u = x + torch.stack([self.attention(row, f"{base}.self_attn") for row in normed])
+            n = self.rms(u, f"{base}.post_attention_layernorm.weight")
+            gate = n @ self.w[f"{base}.mlp.gate_proj.weight"].T
+            up = n @ self.w[f"{base}.mlp.up_proj.weight"].T
+            return u + (gate * torch.sigmoid(gate) * up) @ self.w[f"{base}.mlp.down_proj.weight"].T
+
+        return evaluate
+
+    def predictor(self, field, h):
+        a = self.w["model.alpha"]
+        if self.config.method == "pcformer":
+            k1 = self.ln(field(h), "model.RK_norm.0")
+            k2 = self.ln(field(h + k1), "model.RK_norm.1")
+            return h + a * (1 - a) * k1 + a * k2
+        k1 = self.ln(field(h), "model.RK_norm.0")
+        k2 = self.ln(field(h + k1 / 2), "model.RK_norm.1")
+        k3 = self.ln(field(h + k2 / 2), "model.RK_norm.2")
+        k4 = self.ln(field(h + k3), "model.RK_norm.3")
+        return h + a * (1 - a) ** 3 * k1 + a * (1 - a) ** 2 * k2 + a * (1 - a) * k3 + a * k4
+
+    def multistep(self, layer, field, h, s):
+        a, c = self.w["model.history.weight"], self.w["model.history.weight_c"]
+        row = layer + 1
+        if self.config.method == "iiet":
+            guess, count = field(h), self.config.schedule[layer]
+        else:
+            guess, count = self.predictor(field, h), 1
+        e = self.ln(guess, f"model.history.rouge_predictions_norm.{layer}")
+        for _ in range(count):
+            x = sum(a[row, k] * s[k] for k in range(row)) + a[row, row] * e
+            e = self.ln(field(x), f"model.history.layer_norms.{layer}")
+        s.append(e)
+        return sum(c[row, k] * s[k] for k in range(row + 1))
+
+    def __call__(self, input_ids):
+        h = self.w["model.embed_tokens.weight"][input_ids]
+        s = [h]
+        for layer in range(self.config.num_layers):
+            field = self.field(layer)
+            h = field(h) if self.config.method == "vanilla" else self.multistep(layer, field, h, s)
+        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+        return self.rms(h, "model.norm.weight") @ head.T
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_logits_and_gradients_equal_the_formulas(method, tied):
+    config = small_config(method, tie_embeddings=tied)
+    decoder = random_decoder(config)
+    weights = {
+        name: value.requires_grad_() for name, value in published_from_decoder(decoder).items()
+    }
+    input_ids = torch.randint(config.vocab_size, (2, 9))
+    plain = PlainModel(config, weights)(input_ids)
+    logits = decoder(input_ids)
+    torch.testing.assert_close(logits, plain, rtol=1e-10, atol=1e-10)
+    next_token_loss(plain, input_ids).backward()
+    next_token_loss(logits, input_ids).backward()
+    gradients = published_gradients(decoder)
+    for name, weight in weights.items():
+        if weight.grad is None:
+            assert name not in gradients
+        else:
+            torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", [2, 4])
+def test_reads_a_predictor_of_either_order(order):
+    config = small_config({2: "pcformer", 4: "pcformer_rk4"}[order])
+    decoder = random_decoder(config)
+    published = {
+        "kind": "pcformer",
+        "predictor_order": order,
+        "num_layers": 3,
+        "hidden_size": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 20,
+        "vocab_size": 23,
+        "rope_theta": 500.0,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "layer_norm_eps": 1e-5,
+        "corrections": None,
+    }
+    again = decoder_from_published(published, published_from_decoder(decoder))
+    assert again.config.method == config.method
+    input_ids = torch.randint(23, (1, 8))
+    assert torch.equal(again(input_ids), decoder(input_ids))
