@@ -1,4 +1,4 @@
-"""lm-eval through our model class: log-likelihoods as computed directly, and no surprises around it.
+"""lm-eval through our model class: log-likelihoods as computed directly, no surprises around it.
 
 The last tests run official items (LAMBADA, PIQA, ...) where a folder of them lies beside the
 repository.
@@ -152,7 +152,7 @@ def rolling_directly(decoder: Decoder, tokenizer: Any, text: str) -> float:
     total, done = 0.0, 0
     while done < len(ids):
         end = min(done + longest, len(ids))
-        sequence = ([end_of_text_id(tokenizer)] + ids)[max(0, end - longest) : end + 1]
+        sequence = [end_of_text_id(tokenizer), *ids][max(0, end - longest) : end + 1]
         total += directly(decoder, sequence, end - done)
         done = end
     return total
@@ -284,7 +284,7 @@ def test_unknown_names_are_skipped_with_the_nearest_one(tasks: Path, no_network:
         "lastwrod": "there is no such task; did you mean lastword?",
         "winograndee": "there is no such task; did you mean winogrande?",
     }
-    with pytest.raises(UserError, match="hellaswagg: .*did you mean hellaswag"):
+    with pytest.raises(UserError, match=r"hellaswagg: .*did you mean hellaswag"):
         load_suite(["hellaswagg"])
 
 
@@ -306,7 +306,7 @@ def test_hub_tasks_are_skipped_at_once_without_network(
         ["piqa", "blimp"], "it needs the hub, and huggingface.co cannot be reached"
     )
     assert asked == [1]
-    with pytest.raises(StageFailed, match="lambada_openai, piqa, .*winogrande: it needs the hub"):
+    with pytest.raises(StageFailed, match=r"lambada_openai, piqa, .*winogrande: it needs the hub"):
         load_suite(["paper"])
 
 
@@ -413,8 +413,7 @@ def _with_few_items(path: Path, folder: Path) -> Path:
     files = config["dataset_kwargs"]["data_files"]
     for split, name in files.items():
         source = ROOT / name
-        opened = gzip.open(source, "rt") if source.suffix == ".gz" else source.open()
-        with opened as lines:
+        with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as lines:
             rows = [next(lines) for _ in range(6)]
         target = folder / f"{split}.jsonl"
         target.write_text("".join(rows))

@@ -1,0 +1,199 @@
+"""Tasks by name: found, loaded and fingerprinted; what cannot be loaded is named with the reason.
+
+Names are looked up in the user's folders first, then among lm-eval's own. Whether the hub can be
+reached is asked once, and only if a task reads from it; everything else is loaded offline, so that
+nothing waits for a network that a local task does not need.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import lm_eval.tasks
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from orchestrator.analysis.harness.index import index_names, nearest_name
+from orchestrator.analysis.harness.quiet import quiet
+from orchestrator.data.hub import hub_problem, offline
+from orchestrator.errors import StageFailed, UserError
+from orchestrator.provenance import content_key
+
+FEWSHOT_SEED = 1234
+"""lm-eval's own default, so that prompts are the usual ones."""
+
+SUITES = {
+    "paper": (
+        "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
+    ),
+}  # fmt: skip
+"""Names that stand for several tasks; each counts in the average as if it had been named."""
+
+LOCAL_FORMATS = ("json", "csv", "text", "parquet", "arrow")
+"""What `dataset_path` says where a task reads files of this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Tasks, loaded and ready to run, and what could not be loaded."""
+
+    tasks: dict[str, Task]
+    """By name, in the order asked for."""
+    groups: dict[str, tuple[str, ...]]
+    """What was asked for by the name of a group or tag, and its tasks."""
+    skipped: dict[str, str]
+    """Name to reason."""
+
+    def only(self, names: Collection[str]) -> Suite:
+        """Return the suite with these of its tasks alone."""
+        return replace(self, tasks={k: task for k, task in self.tasks.items() if k in names})
+
+    def num_items(self, name: str, limit: int | None = None) -> int:
+        """Return how many items of a task a run with this limit scores."""
+        available = len(self.tasks[name].eval_docs)
+        return available if limit is None else min(available, limit)
+
+    def fingerprint(self, name: str) -> str:
+        """Return a hash of all that determines items and metrics, wherever the files stand."""
+        task = self.tasks[name]
+        config = {k: v for k, v in task.dump_config().items() if not k.startswith("dataset_")}
+        notes = config.get("metadata") or {}
+        config["metadata"] = {k: v for k, v in notes.items() if k != "config_source"}
+        documents = [*task.eval_docs]
+        if config.get("num_fewshot"):
+            documents += task.fewshot_docs() or []
+        text = json.dumps([config, documents], default=str, sort_keys=True)
+        # A function without source prints as its address.
+        return content_key(
+            re.sub(r" at 0x[0-9a-f]+", "", text), str(task.VERSION), metadata.version("lm_eval")
+        )
+
+
+def load_suite(
+    names: Sequence[str] = (),
+    *,
+    folders: Sequence[Path] = (),
+    num_fewshot: int | None = None,
+) -> Suite:
+    """Load tasks by name.
+
+    Args:
+        names: Tasks, groups, tags, or a key of `SUITES`; all tasks in `folders` when empty.
+        folders: Folders of task files, which come before lm-eval's own.
+        num_fewshot: Solved examples before each item, where a task does not fix it at 0; as the
+            task says when unset.
+
+    Returns:
+        The suite; it has at least one task.
+
+    Raises:
+        UserError: If no such tasks exist.
+        StageFailed: If they exist and none can be loaded.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder} to find lm-eval task files in")
+    manager = TaskManager(include_path=list(folders), include_defaults=False)
+    wanted = [part for name in names for part in SUITES.get(name, (name,))]
+    wanted = list(dict.fromkeys(wanted)) or list(manager.all_subtasks)
+    if not wanted:
+        places = ", ".join(map(str, folders))
+        raise UserError(
+            f"there are no lm-eval task files in {places}" if folders else "no task was named"
+        )
+    manager, skipped = _find(manager, wanted, folders)
+    known = [name for name in wanted if name not in skipped]
+    if not known:
+        raise UserError(f"nothing to evaluate: {_as_text(skipped)}")
+    tasks, groups, failed = _load_tasks(manager, known)
+    skipped |= failed
+    if not tasks:
+        raise StageFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
+    for task in tasks.values():
+        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return Suite(tasks=tasks, groups=groups, skipped=skipped)
+
+
+def _find(
+    manager: TaskManager, names: Sequence[str], folders: Sequence[Path]
+) -> tuple[TaskManager, dict[str, str]]:
+    """Widen the manager by the folders of lm-eval that have the names; say which have none."""
+    if all(name in manager.task_index for name in names):
+        return manager, {}
+    builtin = index_names(Path(lm_eval.tasks.__file__).parent)
+    having: set[str] = set().union(*(builtin.get(name, set()) for name in names))
+    with quiet():
+        manager = TaskManager(include_path=[*sorted(having), *folders], include_defaults=False)
+    unknown: dict[str, str] = {}
+    for name in names:
+        if name not in manager.task_index:
+            near = nearest_name(name, [*manager.task_index, *builtin])
+            hint = f"; did you mean {near}?" if near else ""
+            unknown[name] = f"there is no such task{hint}"
+    return manager, unknown
+
+
+def _load_tasks(
+    manager: TaskManager, names: Sequence[str]
+) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str]]:
+    """Load one name after the other, and keep the reason where it fails."""
+    tasks: dict[str, Task] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    failed: dict[str, str] = {}
+    needing_hub = {name for name in names if _reads_hub(manager, name)}
+    problem = hub_problem() if needing_hub else None
+    for name in names:
+        online = name in needing_hub and problem is None
+        try:
+            with quiet(), nullcontext() if online else offline():
+                loaded = manager.load([name])["tasks"]
+        except (
+            Exception
+        ) as error:  # tasks run code of their own, and data sets raise dozens of kinds
+            lines = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+            needs_hub = name in needing_hub and problem is not None
+            failed[name] = f"it needs the hub, and {problem}" if needs_hub else reason
+            continue
+        unfit = [why for task in loaded.values() if (why := _why_unfit(task))]
+        if unfit:
+            failed[name] = unfit[0]
+            continue
+        tasks |= loaded
+        if list(loaded) != [name]:
+            groups[name] = tuple(loaded)
+    return tasks, groups, failed
+
+
+def _reads_hub(manager: TaskManager, name: str) -> bool:
+    """Tell whether a task takes its data from the hub; for groups and tags assume so."""
+    config = manager.task_index[name].cfg
+    if config is None or "dataset_path" not in config:
+        return config is None or not {"custom_dataset", "class"} & set(config)
+    path = str(config["dataset_path"])
+    return "custom_dataset" not in config and path not in LOCAL_FORMATS and not Path(path).exists()
+
+
+def _why_unfit(task: Task) -> str | None:
+    if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice"):
+        return f"it needs {task.OUTPUT_TYPE}; only tasks scored by log-likelihoods are supported"
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        return "it runs code that a model wrote, or needs more than text"
+    return None
+
+
+def _as_text(skipped: dict[str, str]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
