@@ -10,11 +10,14 @@ with bounded patience. Only this module and `worker.py` import ray.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import math
 import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -48,10 +51,15 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 OBJECT_STORE_BYTES = 128 * 2**20  # data does not travel through Ray; its own minimum is 75 MB
-LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64 of at most 107
-GRACE_SECONDS = 4.5
-SHUTDOWN_SECONDS = 3.0
+LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 107 at most
 POLL_SECONDS = 0.2
+# After Ctrl-C everything together must take less than ten seconds.
+START_PATIENCE_SECONDS = 4.0
+GRACE_SECONDS = 4.0
+SHUTDOWN_PATIENCE_SECONDS = 3.0
+SHUTDOWN_SECONDS = 60.0  # when nobody is waiting
+EXIT_CODE_INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 T = TypeVar("T")
 
@@ -97,27 +105,25 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[Cluster]:
     if _running is not None:
         yield _running
         return
-    scratch = _short_folder()
-    before = {process.pid for process in psutil.Process().children()}
-    with _handling((signal.SIGTERM,), _interrupt):
-        try:
-            _running = Cluster(_start(scratch, num_cpus), scratch)
-            if (
-                _in_main_thread()
-            ):  # Ray has put a handler of its own there, which exits on the spot.
-                signal.signal(signal.SIGTERM, _interrupt)
+    cluster = _RayThread(_short_folder(), num_cpus)
+    patience = SHUTDOWN_SECONDS
+    try:
+        with _handling((signal.SIGTERM,), _raise_interrupt):
+            _running = cluster.started()
             yield _running
-        finally:
-            _running = None
-            with _handling((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN):
-                _stop(before)
-                shutil.rmtree(scratch, ignore_errors=True)
+    except (KeyboardInterrupt, Interrupted):
+        patience = SHUTDOWN_PATIENCE_SECONDS
+        raise
+    finally:
+        _running = None
+        with _handling(_SIGNALS, signal.SIG_IGN):
+            cluster.end(patience)
 
 
 def run_interruptibly(
     work: Callable[[], T],
     *,
-    ask_to_stop: Callable[[], None],
+    ask_to_stop: Callable[[], bool],
     watch: Callable[[], None] | None = None,
     grace_seconds: float = GRACE_SECONDS,
 ) -> T:
@@ -125,7 +131,8 @@ def run_interruptibly(
 
     Args:
         work: The job; it returns soon after it was asked to stop.
-        ask_to_stop: Called once, at the first signal.
+        ask_to_stop: Called once, at the first signal; returns whether there is something to save,
+            which is worth waiting for.
         watch: Called a few times a second in the calling thread, to show progress.
         grace_seconds: How long the job may take to stop; a second signal ends the wait.
 
@@ -137,13 +144,12 @@ def run_interruptibly(
     """
     future: Future[T] = Future()
     signals: list[int] = []
-    with _handling((signal.SIGINT, signal.SIGTERM), lambda number, _: signals.append(number)):
+    with _handling(_SIGNALS, lambda number, _: signals.append(number)):
         threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
-        give_up_at = float("inf")
+        give_up_at = math.inf
         while not future.done() and len(signals) < 2 and time.monotonic() < give_up_at:
-            if signals and give_up_at == float("inf"):
-                ask_to_stop()
-                give_up_at = time.monotonic() + grace_seconds
+            if signals and give_up_at == math.inf:
+                give_up_at = time.monotonic() + (grace_seconds if ask_to_stop() else 0.0)
             wait((future,), timeout=POLL_SECONDS)
             if watch:
                 watch()
@@ -160,6 +166,71 @@ def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
+class _RayThread:
+    """Ray's life, from start to end, in one thread of its own.
+
+    The kernel ends Ray's processes with the thread that started them, so the thread stays. The main
+    thread stays free for signals: one that interrupts `ray.init` half-way leaves a state that
+    crashes the interpreter.
+    """
+
+    def __init__(self, scratch: Path, num_cpus: int | None) -> None:
+        self.scratch, self.num_cpus = scratch, num_cpus
+        self._earlier = {process.pid for process in psutil.Process().children()}
+        self._resources: Future[Resources] = Future()
+        self._to_end = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+
+    def started(self) -> Cluster:
+        """Start Ray and wait until it runs.
+
+        Raises:
+            KeyboardInterrupt: After a signal, once Ray runs and can be ended, or patience is over.
+        """
+        signals: list[int] = []
+        with _handling(_SIGNALS, lambda number, _: signals.append(number)):
+            self._thread.start()
+            give_up_at = math.inf
+            while not self._resources.done() and time.monotonic() < give_up_at:
+                wait((self._resources,), timeout=POLL_SECONDS)
+                if signals:
+                    give_up_at = min(give_up_at, time.monotonic() + START_PATIENCE_SECONDS)
+        if signals:
+            raise KeyboardInterrupt
+        return Cluster(self._resources.result(), self.scratch)
+
+    def end(self, patience: float) -> None:
+        """End Ray, by force what does not end by itself within `patience` seconds."""
+        family = self._family()
+        self._to_end.set()
+        if self._resources.done():
+            self._thread.join(patience)
+        if self._thread.is_alive() and patience < SHUTDOWN_SECONDS:
+            # A native thread that is still busy would crash the interpreter's own end.
+            atexit.register(_leave, family, self.scratch)
+            return
+        _, alive = psutil.wait_procs(family, timeout=0.5)
+        _kill(alive)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _live(self) -> None:
+        try:
+            self._resources.set_result(_start(self.scratch, self.num_cpus))
+        except BaseException as error:
+            self._resources.set_exception(error)
+        self._to_end.wait()
+        ray.shutdown()
+
+    def _family(self) -> list[psutil.Process]:
+        """Return Ray's processes, not children of another kind or from before the start."""
+        roots = [
+            child
+            for child in psutil.Process().children()
+            if child.pid not in self._earlier and _is_ray(child)
+        ]
+        return [process for root in roots for process in (root, *_children(root))]
+
+
 def _start(scratch: Path, num_cpus: int | None) -> Resources:
     address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
@@ -173,6 +244,8 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(scratch),
         }
+    # It would say that SIGTERM has no handler of Ray's in this thread; there is one of ours.
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except Exception as error:
@@ -184,20 +257,18 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
     return resources
 
 
-def _stop(before: set[int]) -> None:
-    """End Ray, by force where it does not end by itself; earlier children are not ours."""
-    family: list[psutil.Process] = []
-    for child in psutil.Process().children():
-        if child.pid not in before and _is_ray(child):
-            family += [child, *_children(child)]
-    stopping = threading.Thread(target=ray.shutdown, daemon=True)
-    stopping.start()
-    stopping.join(SHUTDOWN_SECONDS)
-    _, alive = psutil.wait_procs(family, timeout=0.5)
-    for process in alive:
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=0.5)
+
+
+def _leave(family: list[psutil.Process], scratch: Path) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _kill(family)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(EXIT_CODE_INTERRUPTED)
 
 
 def _is_ray(process: psutil.Process) -> bool:
@@ -226,7 +297,7 @@ def _short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"iiet-{os.getpid()}-", dir=parent))
 
 
-def _interrupt(*_: Any) -> None:
+def _raise_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 

@@ -118,7 +118,7 @@ def run_trials(
 
         run_interruptibly(
             lambda: _tune(function, follower, limits, at_once=at_once, cpus=cpus),
-            ask_to_stop=lambda: ask_to_stop(stop_folder),
+            ask_to_stop=follower.ask_to_stop,
             watch=deliver,
         )
         deliver()
@@ -199,6 +199,11 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()
+
+    def ask_to_stop(self) -> bool:
+        """Ask running trials to save and return; True if there are any."""
+        ask_to_stop(self.stop_folder)
+        return bool(self._running)
 
     def ended(self) -> Iterator[TrialReport]:
         """Yield the reports of trials that ended since the last call."""

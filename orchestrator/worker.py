@@ -18,6 +18,7 @@ import torch
 
 from orchestrator.cluster import ray_cluster, run_interruptibly
 from orchestrator.errors import Interrupted, StageFailed, UserError
+from orchestrator.journal import JOURNAL_NAME
 from orchestrator.resources import Resources, check_resources
 from orchestrator.training.job import (
     TrainingJob,
@@ -77,6 +78,7 @@ def run_train_jobs(
     if waiting:
         for job in waiting:
             forget_stop(job.folder)
+        before = [_journal_bytes(job) for job in waiting]
         with ray_cluster() as cluster:
             check_resources(num_workers, num_gpus, cluster.resources)
             plan = _plan(
@@ -88,7 +90,7 @@ def run_train_jobs(
             )
             run_interruptibly(
                 lambda: _fit_all(waiting, plan),
-                ask_to_stop=lambda: _ask_all_to_stop(waiting),
+                ask_to_stop=lambda: _ask_all_to_stop(waiting, before),
                 watch=watch,
             )
     outcomes = [finished_outcome(job) for job in jobs]
@@ -194,9 +196,16 @@ def answer_of(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": name, "text": str(error)}
 
 
-def _ask_all_to_stop(jobs: Sequence[TrainingJob]) -> None:
+def _ask_all_to_stop(jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:
     for job in jobs:
         ask_to_stop(job.folder)
+    # A job that has written nothing since it was started has nothing to save.
+    return any(_journal_bytes(job) > size for job, size in zip(jobs, before, strict=True))
+
+
+def _journal_bytes(job: TrainingJob) -> int:
+    path = job.folder / JOURNAL_NAME
+    return path.stat().st_size if path.exists() else 0
 
 
 def failure_reason(error: BaseException) -> str:
