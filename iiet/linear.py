@@ -34,4 +34,4 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if rows > _MAX_ROWS // 2 and weight.size(0) < weight.size(1):
         return F.linear(x, weight)
     product = torch.mm(weight, x.reshape(rows, -1).t())
-    return product.t().reshape(*x.shape[:-1], -1)
+    return product.t().contiguous().view(*x.shape[:-1], -1)
