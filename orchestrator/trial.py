@@ -119,12 +119,27 @@ class TrialResult:
         return params
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a mapping that strict JSON can hold; `from_dict` is its inverse."""
-        return asdict(self) | {
-            "schedule": None if self.schedule is None else list(self.schedule),
-            "threshold_above": _finite(self.threshold_above),
-            "threshold_up_to": _finite(self.threshold_up_to),
+        """Return a mapping that strict JSON can hold, without numbers that are none.
+
+        `from_dict` is its inverse.
+        """
+        numbers = {
+            group: {n: v for n, v in values.items() if _finite(v) is not None}
+            for group, values in (
+                ("cost", self.cost),
+                ("quality", self.quality),
+                ("train", self.train),
+            )
         }
+        return (
+            asdict(self)
+            | numbers
+            | {
+                "schedule": None if self.schedule is None else list(self.schedule),
+                "threshold_above": _finite(self.threshold_above),
+                "threshold_up_to": _finite(self.threshold_up_to),
+            }
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:

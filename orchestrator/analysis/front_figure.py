@@ -9,7 +9,6 @@ numbers can lie over each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes as Panel
@@ -33,7 +32,7 @@ from orchestrator.analysis.style import (
 )
 
 LONGEST_LABELED_SCHEDULE = 12
-REFERENCE_MARKERS = "Ds^v"
+REFERENCE_MARKERS = "Ds^vP<"
 
 
 def draw_front(
@@ -121,9 +120,12 @@ def _draw_points(panel: Panel, front: Front, color: str, *, is_first: bool) -> N
     ]
     defaults: dict[str, Any] = {"mec": color, "ecolor": color, "zorder": 4}
     references = [point for point in front.placed if not point.is_candidate]
-    for point, marker in zip(references, cycle(REFERENCE_MARKERS), strict=False):
-        style = {"marker": marker, "markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY}
-        groups.append((point.result.name, [point], style))
+    hollow = {"markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY}
+    if len(references) <= len(REFERENCE_MARKERS):
+        for point, marker in zip(references, REFERENCE_MARKERS, strict=False):
+            groups.append((point.result.name, [point], {**hollow, "marker": marker}))
+    else:
+        groups.append(("reference", references, {**hollow, "marker": REFERENCE_MARKERS[0]}))
     for name, points, style in groups:
         errors = [_scale(front) * (point.error or 0.0) for point in points]
         if points:

@@ -34,6 +34,7 @@ _PLACES = [
     (7, -25, "left", "top"),
     (-7, -25, "right", "top"),
 ]
+_SHIFTS = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
 _POINT_RADIUS, _LINE_RADIUS = 5.0, 1.5
 
 
@@ -96,26 +97,31 @@ class LabelPlacer:
         return num_placed
 
     def _place_one(self, label: _Label, inside: Bbox, taken: Sequence[Bbox]) -> Bbox | None:
+        text = self._panel.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="left",
+            va="bottom",
+            fontsize=7.5,
+            fontweight="bold" if label.important else "normal",
+            color=label.color,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+            zorder=7,
+        )
+        # Measuring a text is slow, so it is measured once and moved as a box.
+        at_point = text.get_window_extent()
         for dx, dy, horizontal, vertical in _PLACES:
-            text = self._panel.annotate(
-                label.text,
-                (label.x, label.y),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=7.5,
-                fontweight="bold" if label.important else "normal",
-                color=label.color,
-                path_effects=[withStroke(linewidth=2, foreground="white")],
-                zorder=7,
-            )
-            box = text.get_window_extent()
+            right = dx * self._pixels_per_point - _SHIFTS[horizontal] * at_point.width
+            up = dy * self._pixels_per_point - _SHIFTS[vertical] * at_point.height
+            box = at_point.translated(right, up)
             within = inside.x0 <= box.x0 and box.x1 <= inside.x1
             within = within and inside.y0 <= box.y0 and box.y1 <= inside.y1
             if within and not any(box.overlaps(other) for other in taken):
+                text.set_position((right / self._pixels_per_point, up / self._pixels_per_point))
                 return box
-            text.remove()
+        text.remove()
         return None
 
     def _obstacles(self) -> list[Bbox]:

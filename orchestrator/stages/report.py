@@ -20,7 +20,7 @@ from orchestrator.analysis.report import SweepReport, write_files
 from orchestrator.analysis.results import SweepResults, load_results
 from orchestrator.analysis.tables import full_rows, markdown_table
 from orchestrator.journal import read_journal
-from orchestrator.tracking import ChartView, TrackedRun, Tracking, as_query
+from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, as_query
 from orchestrator.workspace import Workspace
 
 ARTIFACT_FOLDER = "front"
@@ -122,26 +122,32 @@ def track_front(
     run.note(note_of(report, run.run_id))
     view = front_view(report)
     tracking.save_view(view)
-    run.set_tags({"iiet.chart_view": view.key})
+    run.set_tags({VIEW_TAG: view.key})
     run.finish()
     return view.key
 
 
 def note_of(report: SweepReport, run_id: str | None) -> str:
-    """Return the note of a sweep's run: picture, findings and table, as MLflow shows Markdown.
+    """Return the note of a sweep's run: findings, picture and table, as MLflow shows Markdown.
 
     A table too long for a tag is left to the table among the artifacts.
     """
-    parts = []
+    # The page shows the first lines only until it is asked for more: the findings come first.
+    parts = ["\n".join(f"- {sentence}" for sentence in report.sentences)]
     if run_id is not None and report.front.placed:
-        picture = f"/get-artifact?path={ARTIFACT_FOLDER}/front.png&run_uuid={run_id}"
-        parts.append(f"![front]({picture})")
-    parts.append("\n".join(f"- {sentence}" for sentence in report.sentences))
+        parts.append(_picture("front", run_id))
     table = markdown_table(report.front)
-    head = "\n\n".join(parts)
-    if len(head) + len(table) <= MAX_NOTE_CHARACTERS:
-        return f"{head}\n\n{table}"
-    return f"{head[:MAX_NOTE_CHARACTERS]}\n\nAll models: {ARTIFACT_FOLDER}/table.json"
+    if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
+        table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
+    parts.append(table)
+    if run_id is not None and report.influence is not None:
+        parts.append(_picture("influence", run_id))
+    return "\n\n".join(parts)
+
+
+def _picture(name: str, run_id: str) -> str:
+    # An SVG fits the page's width; a PNG of the same picture is cut off, for it has more pixels.
+    return f"![{name}](/get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={run_id})"
 
 
 def front_view(report: SweepReport) -> ChartView:
@@ -167,6 +173,7 @@ def front_view(report: SweepReport) -> ChartView:
     ):
         if set(pair) <= measured and pair not in scatters:
             scatters.append(pair)
+    curves = [VALIDATION_METRIC, "train/loss"] if report.curves else []
     return ChartView(
         key=view_key(report.name),
         name=f"Front of {report.name}",
@@ -176,7 +183,8 @@ def front_view(report: SweepReport) -> ChartView:
         scatters=scatters,
         parallel_params=layers,
         parallel_metrics=[front.axes.cost, front.axes.quality],
-        curves=[VALIDATION_METRIC, "train/loss"] if report.curves else [],
+        curves=curves,
+        folded_groups=sorted({name.rpartition("/")[0] for name in [*measured, *curves]}),
     )
 
 

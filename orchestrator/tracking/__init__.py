@@ -12,13 +12,21 @@ for minutes on a dead server, and make a second run of every trial that is resum
 
 from orchestrator.tracking.identity import RunIdentity
 from orchestrator.tracking.links import ChartView, Links, as_query
-from orchestrator.tracking.tracker import TrackedRun, Tracking, open_tracking
+from orchestrator.tracking.tracker import (
+    VIEW_TAG,
+    TrackedRun,
+    TrackedSweep,
+    Tracking,
+    open_tracking,
+)
 
 __all__ = [
+    "VIEW_TAG",
     "ChartView",
     "Links",
     "RunIdentity",
     "TrackedRun",
+    "TrackedSweep",
     "Tracking",
     "as_query",
     "open_tracking",

@@ -19,6 +19,7 @@ from typing import Any
 
 VIEW_TAG_PREFIX = "mlflow.sharedViewState."
 MAX_VIEW_CHARACTERS = 20_000
+CARD_HEIGHT_PIXELS = 420
 TRAINING_PAGES = "workflowType=machine_learning"
 
 
@@ -32,6 +33,8 @@ class Links:
     """One run: note, metrics, artifacts."""
     chart_view: str | None
     """A saved chart view."""
+    table_view: str | None
+    """The same runs as a flat table with their metrics as columns."""
 
     @classmethod
     def of(
@@ -44,13 +47,14 @@ class Links:
     ) -> Links:
         """Build the links for a server's address."""
         if experiment_id is None:
-            return cls(None, None, None)
+            return cls(None, None, None, None)
         experiment = f"{base_url.rstrip('/')}/#/experiments/{experiment_id}"
         runs = f"{experiment}/runs?{TRAINING_PAGES}"
         return cls(
             training_view=runs,
             run=f"{experiment}/runs/{run_id}?{TRAINING_PAGES}" if run_id else None,
             chart_view=f"{runs}&compareRunsMode=CHART&viewStateShareKey={view}" if view else None,
+            table_view=f"{runs}&compareRunsMode=TABLE&viewStateShareKey={view}" if view else None,
         )
 
 
@@ -76,6 +80,8 @@ class ChartView:
     """Metrics of the parallel coordinates."""
     curves: Sequence[str] = ()
     """Metrics over steps, one chart each."""
+    folded_groups: Sequence[str] = ()
+    """Groups of metrics (what stands before the last `/`) whose own charts stay folded."""
 
     def tag_value(self) -> str:
         """Return the value of the experiment's tag.
@@ -116,16 +122,9 @@ class ChartView:
             "runsHidden": [],
             "runsHiddenMode": "SHOWALL",
             "runsVisibilityMap": {},
-            "compareRunSections": [
-                {
-                    "uuid": section,
-                    "name": self.name,
-                    "display": True,
-                    "isReordered": False,
-                    "deleted": False,
-                    "isGenerated": False,
-                }
-            ],
+            "compareRunSections": self._sections(),
+            # Else MLflow sorts its own sections between ours by name.
+            "isAccordionReordered": True,
             "compareRunCharts": [
                 {
                     "uuid": _stable_id(self.key, chart["displayName"]),
@@ -144,6 +143,21 @@ class ChartView:
             "autoRefreshEnabled": True,
             "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0},
         }
+
+    def _sections(self) -> list[dict[str, Any]]:
+        ours = {"name": self.name, "display": True, "isGenerated": False, "columns": 2}
+        ours["cardHeight"] = CARD_HEIGHT_PIXELS
+        # MLflow makes a section for each group of metrics; naming it here keeps it folded.
+        groups = [{"name": g, "display": False, "isGenerated": True} for g in self.folded_groups]
+        return [
+            {
+                "uuid": _stable_id(self.key, "section" if number == 0 else str(section["name"])),
+                "isReordered": False,
+                "deleted": False,
+                **section,
+            }
+            for number, section in enumerate([ours, *groups])
+        ]
 
     def _charts(self) -> list[dict[str, Any]]:
         charts: list[dict[str, Any]] = [

@@ -35,7 +35,7 @@ for _name, _value in QUIET_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 from mlflow import MlflowClient  # noqa: E402 - the environment comes first
-from mlflow.entities import Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 EXPERIMENT_NAME = "iiet-orch"
@@ -102,6 +102,17 @@ class Store:
     def perform(self, operation: str, run_id: str, arguments: Mapping[str, Any]) -> None:
         """Do one of `OPERATIONS` to a run."""
         OPERATIONS[operation](self.connect(), run_id, **arguments)
+
+    def newest(self, kind: str, limit: int) -> list[Run]:
+        """Return the newest runs of a kind, newest first."""
+        client = self.connect()
+        found = client.search_runs(
+            [str(self.experiment_id)],
+            as_query({KIND_TAG: kind}),
+            max_results=limit,
+            order_by=["attributes.start_time DESC"],
+        )
+        return list(found)
 
     def tag_experiment(self, name: str, value: str) -> None:
         """Set a tag of the experiment."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,23 @@ from orchestrator.trial import TrialResult
 from orchestrator.workspace import Workspace
 
 NOTE_TAG = "mlflow.note.content"
+VIEW_TAG = "iiet.chart_view"
 FIRST_PAUSE_SECONDS = 30.0
 LONGEST_PAUSE_SECONDS = 600.0
 
 Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrackedSweep:
+    """A sweep's run, as far as links need it."""
+
+    name: str
+    """The sweep's name."""
+    run_id: str
+    """Id of its run."""
+    view: str | None
+    """Key of its chart view; None before its first report."""
 
 
 class Tracking:
@@ -114,6 +128,18 @@ class Tracking:
     def links(self, base_url: str, *, run_id: str | None = None, view: str | None = None) -> Links:
         """Return links into MLflow's pages; those whose target is not known are None."""
         return Links.of(base_url, self.experiment_id, run_id=run_id, view=view)
+
+    def sweeps(self, limit: int) -> list[TrackedSweep]:
+        """Return the newest sweeps that the store holds; none while it does not answer."""
+        try:
+            runs = self.store.newest("sweep", limit)
+        except FAILURES as error:
+            self.pause(error)
+            return []
+        return [
+            TrackedSweep(run.info.run_name or "", run.info.run_id, run.data.tags.get(VIEW_TAG))
+            for run in runs
+        ]
 
     def replay(self) -> int:
         """Deliver what waits in the outbox.

@@ -1,0 +1,50 @@
+"""The sentences say what the numbers carry, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.analysis.findings import findings, front_metrics
+from orchestrator.analysis.pareto import find_front
+from orchestrator.trial import TrialResult
+
+
+def with_accuracy(result: TrialResult, accuracy: float) -> TrialResult:
+    return replace(result, quality={**result.quality, "accuracy": accuracy})
+
+
+def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
+    sample_results: list[TrialResult],
+) -> None:
+    first = findings(find_front(sample_results))[0]
+    assert first.startswith("Cheapest that keeps 99%: 0,1,1,1,1,1")
+    assert "99.4% of the full model's, at 46% of its evaluations (11 of 24)" in first
+
+
+def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialResult]) -> None:
+    def about_vanilla(accuracy: float) -> str:
+        results = [
+            with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
+        ]
+        return next(s for s in findings(find_front(results)) if s.startswith("vanilla"))
+
+    assert "is worse than 0,1,1,1,1,1 by 2.6 points ± 1.7" in about_vanilla(0.4176)
+    assert "differ by less than these items can tell" in about_vanilla(0.44)
+    assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
+    # It costs as little as the cheapest, so it beats every member that is not better.
+    assert "it beats 0,0,0,0,0,0, 0,1,0,0,0,1" in about_vanilla(0.44)
+
+
+def test_nothing_kept_is_said(sample_results: list[TrialResult]) -> None:
+    results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
+    assert findings(find_front(results))[0].startswith("No cheaper model keeps 99%")
+    assert findings(find_front([])) == ["No trial has been measured on both axes yet."]
+
+
+def test_metrics_of_the_front_are_finite_numbers(sample_results: list[TrialResult]) -> None:
+    metrics = front_metrics(find_front(sample_results))
+    assert metrics["front/size"] == 6
+    assert metrics["front/knee_cost"] == 11
+    assert 0.7 < metrics["front/hypervolume"] < 0.8
+    assert metrics["front/reference_cost"] == 24
+    assert metrics["front/keeping_99_share_of_full"] > 0.99

@@ -1,0 +1,152 @@
+"""A report writes its files, fills MLflow once however often it is written, and reads back
+alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from iiet.influence import InfluenceTable
+from orchestrator.analysis.results import RESULTS_NAME, SweepResults, load_results
+from orchestrator.errors import UserError
+from orchestrator.journal import Journal
+from orchestrator.stages.report import note_of, view_key, write_report
+from orchestrator.tracking import open_tracking
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import Workspace, open_workspace
+
+FILES = {"front.png", "front.svg", "front.html", "front.md", "front.csv", "front.json"}
+FILES |= {"influence.png", "influence.svg"}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return open_workspace(tmp_path / "ws")
+
+
+@pytest.fixture
+def sweep(
+    workspace: Workspace,
+    sample_results: list[TrialResult],
+    sample_influence: tuple[tuple[float, ...], ...],
+) -> SweepResults:
+    placed = []
+    for result in sample_results:
+        folder = workspace.trials / result.key
+        journal = Journal(folder)
+        for step in (10, 20, 20):  # a resumed run repeats a step
+            journal.metrics(step, {"train/loss": 5.0 - step / 20, "validation/loss": 4.9})
+        journal.close()
+        placed.append(replace(result, checkpoint=str(folder / "step_00000020")))
+    errors = tuple(tuple(0.0 for _ in row) for row in sample_influence)
+    table = InfluenceTable(metric="cosine", values=sample_influence, errors=errors, num_tokens=4096)
+    return SweepResults(
+        name="toy",
+        key="0123456789abcdef",
+        results=tuple(placed),
+        influence=table,
+        facts={"Settings": {"distillation.kl_weight": 1.0}},
+    )
+
+
+def test_files_are_written_and_read_back_without_the_trials(
+    workspace: Workspace, sweep: SweepResults
+) -> None:
+    written = write_report(workspace, sweep)
+    assert {path.name for path in written.files} == FILES
+    assert all(path.stat().st_size > 100 for path in written.files)
+    assert written.page is not None
+    assert "distillation.kl_weight" in written.page.read_text(encoding="utf-8")
+    assert load_results(workspace, "toy").to_dict() == sweep.to_dict()
+    before = {path.name: path.read_bytes() for path in written.files}
+    again = write_report(workspace, "toy")
+    assert {path.name: path.read_bytes() for path in again.files} == before
+
+
+@pytest.mark.slow
+def test_mlflow_holds_the_sweep_once(workspace: Workspace, sweep: SweepResults) -> None:
+    tracking = open_tracking(workspace, warn=pytest.fail)
+    first = write_report(workspace, sweep, tracking=tracking)
+    second = write_report(workspace, "toy", tracking=tracking)
+    assert first.run_id == second.run_id
+    assert first.run_id is not None
+    client = MlflowClient(tracking_uri=workspace.tracking_uri)
+    experiment = str(tracking.experiment_id)
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{first.run_id}'")
+    assert len(nested) == 12
+    assert sorted({run.data.tags["iiet.kind"] for run in nested}) == [
+        "reference",
+        "teacher",
+        "trial",
+    ]
+    knee = next(run for run in nested if run.data.params.get("schedule") == "0,1,1,1,1,1")
+    assert knee.data.params["r_02"] == "1"
+    assert knee.data.metrics["cost/evaluations"] == 11
+    assert knee.data.metrics["quality/accuracy"] == pytest.approx(0.4437)
+    losses = client.get_metric_history(knee.info.run_id, "train/loss")
+    assert sorted({point.step for point in losses}) == [10, 20]
+
+    parent = client.get_run(first.run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["front/hypervolume"] == pytest.approx(0.7388, abs=1e-4)
+    note = parent.data.tags["mlflow.note.content"]
+    assert f"front/front.svg&run_uuid={first.run_id}" in note
+    assert "**0,1,1,1,1,1**" in note
+    assert note.startswith("- Cheapest that keeps 99%")
+    artifacts = {file.path for file in client.list_artifacts(first.run_id, "front")}
+    assert artifacts == {f"front/{name}" for name in {*FILES, "table.json"}}
+
+    view = client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{view_key('toy')}"]
+    state = json.loads(json.loads(view)["state"])
+    parallel = next(c for c in state["compareRunCharts"] if c["type"] == "PARALLEL")
+    assert parallel["selectedParams"] == [f"r_{layer:02d}" for layer in range(1, 7)]
+    stored = load_results(workspace, "toy")
+    assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
+
+
+def test_a_long_table_leaves_the_note_to_the_artifacts(
+    workspace: Workspace, sweep: SweepResults
+) -> None:
+    many = [replace(result, key=f"{result.key}{n}") for n in range(12) for result in sweep.results]
+    written = write_report(workspace, sweep.with_results(tuple(many)))
+    note = note_of(written.report, "run")
+    assert len(note) <= 8000
+    assert "front/table.json" in note
+
+
+def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: SweepResults) -> None:
+    teacher, trial = sweep.results[:2]
+    pruned = replace(trial, checkpoint=teacher.checkpoint)
+    sweep = sweep.with_results((teacher, pruned))
+    assert sweep.journal_of(teacher) is not None
+    assert sweep.journal_of(pruned) is None
+
+
+def test_a_sweep_without_placed_results_still_reports(
+    workspace: Workspace, sweep: SweepResults
+) -> None:
+    bare = tuple(replace(result, quality={}) for result in sweep.results)
+    written = write_report(workspace, sweep.with_results(bare))
+    assert written.page is None
+    assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
+
+
+def test_missing_and_damaged_sweeps_are_clear_errors(
+    workspace: Workspace, sweep: SweepResults
+) -> None:
+    with pytest.raises(UserError, match=r"no sweep is called 'tyo'.*sweep-threshold"):
+        write_report(workspace, "tyo")
+    write_report(workspace, sweep)
+    with pytest.raises(UserError, match="there are: toy"):
+        write_report(workspace, "tyo")
+    (workspace.sweeps / "begun").mkdir()
+    with pytest.raises(UserError, match="begun has no result yet"):
+        write_report(workspace, "begun")
+    (workspace.sweeps / "toy" / RESULTS_NAME).write_text('{"name": "toy"}')
+    with pytest.raises(UserError, match="damaged"):
+        write_report(workspace, "toy")
