@@ -1,0 +1,220 @@
+"""An evaluation is run once for each task and model, and found again by its content alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.schedule import IterationSchedule
+from orchestrator.analysis.evaluation import TaskResult
+from orchestrator.console import Progress
+from orchestrator.data.tokens import open_tokens
+from orchestrator.errors import UserError
+from orchestrator.settings import EvaluationSettings
+from orchestrator.stages import evaluate as stage
+from orchestrator.stages.evaluate import evaluate
+from orchestrator.tracking import open_tracking
+from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.workspace import Workspace, open_workspace
+
+TASK = """\
+task: {name}
+custom_dataset: !function {name}_items.read
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+ITEMS = """\
+import datasets
+
+
+def read(**settings):
+    rows = [{{"context": c, "endings": ["bag", "fog"], "label": 0}} for c in {words}]
+    return {{"test": datasets.Dataset.from_list(rows)}}
+"""
+
+
+def write_task(folder: Path, name: str, words: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name))
+    (folder / f"{name}_items.py").write_text(ITEMS.format(words=words))
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
+    torch.manual_seed(0)
+    return save_checkpoint(
+        tmp_path / "run",
+        1,
+        decoder=Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3})),
+        training_state={},
+        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+        provenance={"tokens": tiny_tokens.name},
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> EvaluationSettings:
+    write_task(tmp_path / "tasks", "first", ["a b", "c d", "e f"])
+    write_task(tmp_path / "tasks", "second", ["g h", "i j"])
+    return EvaluationSettings(suite="first, second", include_path=str(tmp_path / "tasks"))
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tasks that were run, in order."""
+    names: list[str] = []
+    real = stage.run_suite
+
+    def recorded(suite: Any, *arguments: Any, **options: Any) -> dict[str, TaskResult]:
+        names.extend(suite.tasks)
+        return real(suite, *arguments, **options)
+
+    monkeypatch.setattr(stage, "run_suite", recorded)
+    return names
+
+
+class Lines(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.summary = ""
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def finish(self, summary: str) -> None:
+        self.summary = summary
+
+
+def test_each_task_is_run_once(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
+) -> None:
+    only_first = settings.model_copy(update={"suite": "first"})
+    evaluate(checkpoint, only_first, workspace)
+    fresh = evaluate(checkpoint, settings, workspace)
+    lines = Lines()
+    again = evaluate(checkpoint, settings, workspace, progress=lines)
+    assert runs == ["first", "second"]
+    assert again == fresh
+    assert "5 items, found again" in lines.summary
+    assert again.results["first"].values["acc"]
+    assert len(list(workspace.evaluations.glob("*.json"))) == 2
+
+
+def test_a_change_of_model_or_items_is_another_evaluation(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
+) -> None:
+    settings = settings.model_copy(update={"suite": "first"})
+    full = evaluate(checkpoint, settings, workspace)
+    none = evaluate(checkpoint, settings, workspace, schedule=IterationSchedule.none(2))
+    same = evaluate(checkpoint, settings, workspace, schedule=IterationSchedule((2, 1)))
+    assert runs == ["first"] * 2
+    assert full == same
+    assert full.results["first"].log_likelihoods != none.results["first"].log_likelihoods
+    evaluate(checkpoint, settings.model_copy(update={"num_items": 2}), workspace)
+    write_task(Path(settings.include_path or ""), "first", ["a b", "c d", "e k"])
+    evaluate(checkpoint, settings, workspace)
+    assert runs == ["first"] * 4
+
+
+def test_a_damaged_result_is_measured_again(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
+) -> None:
+    first = evaluate(checkpoint, settings, workspace)
+    for path in workspace.evaluations.glob("*.json"):
+        name = json.loads(path.read_text())["name"]
+        path.write_text("{" if name == "first" else '{"name": "second"}')
+    assert evaluate(checkpoint, settings, workspace) == first
+    assert runs == ["first", "second"] * 2
+
+
+def test_an_interrupted_evaluation_keeps_the_tasks_that_were_done(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop_after_first(path: Path, value: Any) -> None:
+        write(path, value)
+        raise KeyboardInterrupt
+
+    write = stage.write_json
+    monkeypatch.setattr(stage, "write_json", stop_after_first)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, settings, workspace)
+    monkeypatch.setattr(stage, "write_json", write)
+    evaluate(checkpoint, settings, workspace)
+    assert runs == ["first", "second", "second"]
+
+
+def test_what_is_skipped_is_said(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    lines = Lines()
+    both = settings.model_copy(update={"suite": "first,secnd"})
+    found = evaluate(checkpoint, both, workspace, progress=lines)
+    assert list(found.results) == ["first"]
+    assert lines.notes == ["skipped secnd: there is no such task; did you mean second?"]
+
+
+@pytest.mark.slow
+def test_the_evaluation_is_a_run_with_its_quality(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    import mlflow
+
+    tracking = open_tracking(workspace)
+    for _ in range(2):
+        found = evaluate(checkpoint, settings, workspace, tracking=tracking)
+    runs = mlflow.MlflowClient(workspace.tracking_uri).search_runs([tracking.experiment_id])
+    assert len(runs) == 1
+    assert runs[0].data.tags["iiet.kind"] == "evaluation"
+    assert runs[0].data.metrics["quality/accuracy"] == pytest.approx(found.accuracy)
+    assert runs[0].data.params["schedule"] == "2,1"
+
+
+def test_held_out_tasks_need_the_tokens_of_the_checkpoint(
+    checkpoint: Path, workspace: Workspace
+) -> None:
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        evaluate(checkpoint, EvaluationSettings(), workspace)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "complaint"),
+    [(IterationSchedule((1, 1, 1)), "num_layers"), (IterationSchedule((1,)), "num_layers")],
+)
+def test_a_schedule_that_does_not_fit_is_refused(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    schedule: IterationSchedule,
+    complaint: str,
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        evaluate(checkpoint, settings, workspace, schedule=schedule)
+
+
+def test_no_checkpoint_is_the_users_mistake(
+    tmp_path: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    with pytest.raises(UserError, match="is no checkpoint"):
+        evaluate(tmp_path, settings, workspace)
