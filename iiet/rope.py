@@ -48,17 +48,22 @@ class Rope:
         """Return the tables of all positions, each (num_positions, 1, head_dim)."""
         key = (device, dtype)
         if key not in self._tables:
-            # Angles in float32 as published; bfloat16 would merge positions beyond 256.
-            exact = torch.float64 if dtype == torch.float64 else torch.float32
-            channels = torch.arange(0, self.head_dim, 2, dtype=exact) / self.head_dim
-            positions = torch.arange(self.num_positions, dtype=exact)
-            angles = torch.outer(positions, 1.0 / self.theta**channels)
-            cos, sin = angles.cos(), angles.sin()
-            self._tables[key] = RopeTables(
-                torch.cat([cos, cos], -1).unsqueeze(1).to(device, dtype),
-                torch.cat([-sin, sin], -1).unsqueeze(1).to(device, dtype),
-            )
+            # Tables first asked for in inference mode must serve training later.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._tables[key] = self._make_tables(device, dtype)
         return self._tables[key]
+
+    def _make_tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
+        # Angles in float32 as published; bfloat16 would merge positions beyond 256.
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        channels = torch.arange(0, self.head_dim, 2, dtype=exact, device="cpu") / self.head_dim
+        positions = torch.arange(self.num_positions, dtype=exact, device="cpu")
+        angles = torch.outer(positions, 1.0 / self.theta**channels)
+        cos, sin = angles.cos(), angles.sin()
+        return RopeTables(
+            torch.cat([cos, cos], -1).unsqueeze(1).to(device, dtype),
+            torch.cat([-sin, sin], -1).unsqueeze(1).to(device, dtype),
+        )
 
     def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
         """Look up positions: a slice for the same in all rows, or a (batch, time) tensor of

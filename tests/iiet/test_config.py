@@ -1,0 +1,104 @@
+"""Configs: presets of the published sizes, plain values and back, all problems in one error."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from iiet import METHODS, PRESETS, Decoder, IterationSchedule, ModelConfig, preset
+
+
+def parameters_of(config):
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    return {name: parameter.numel() for name, parameter in decoder.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "millions"), [("55m", 54.9), ("340m", 341.0), ("1.3b", 1334.7)])
+def test_published_parameter_counts(name, millions):
+    """The published counts are those of the matrices; the norms' weights add 0.02% at most."""
+    counts = parameters_of(preset(name, method="vanilla"))
+    matrices = sum(count for name, count in counts.items() if "norm" not in name)
+    assert int(matrices / 1e5) / 10 == millions
+    assert sum(counts.values()) == pytest.approx(1e6 * millions, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_with_every_method(name, method):
+    config = preset(name, method=method)
+    assert config.method == method
+    corrects = METHODS[method].has_corrections
+    assert config.corrections == IterationSchedule.uniform(config.num_layers, 3 if corrects else 0)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_740m_is_near_its_name():
+    assert sum(parameters_of(preset("740m", method="vanilla")).values()) == pytest.approx(
+        740e6, rel=0.02
+    )
+
+
+def test_overrides():
+    config = preset("tiny", num_layers=2, num_heads=8, schedule="2,0", rope_theta=5e5)
+    assert config.schedule == IterationSchedule((2, 0))
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (8, 16, 5e5)
+    assert preset("tiny", num_layers=4).schedule == IterationSchedule((3, 3, 3, 3))
+    with pytest.raises(ValueError, match="unknown preset '7b'; there are tiny, 55m"):
+        preset("7b")
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ValueError, match="invalid model config") as caught:
+        preset("tiny", num_heads=3, num_kv_heads=2, schedule=[1, 1], num_layers=2, method="iiet")
+    for part in ("dim must be a multiple of twice num_heads (6", "num_kv_heads must divide"):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match="invalid model config") as caught:
+        preset("tiny", vocab_size=0, dim="128", rope_theta=float("nan"), tie_embeddings=1)
+    for part in (
+        "vocab_size must be a positive integer, got 0",
+        "dim must be a positive integer, got '128'",
+        "rope_theta must be a positive number, got nan",
+        "tie_embeddings must be true or false, got 1",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "euler"}, "method must be one of vanilla, iiet.* got 'euler'"),
+        ({"schedule": None}, "schedule is required for method 'iiet'"),
+        ({"method": "vanilla"}, "method 'vanilla' makes no corrections, got schedule 3,3"),
+        ({"num_layers": 5}, "schedule has 6 entries .* num_layers is 5"),
+        ({"schedule": (3, 3)}, "schedule must be an IterationSchedule"),
+        ({"num_layers": True}, "num_layers must be a positive integer, got True"),
+    ],
+)
+def test_what_does_not_fit_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(preset("tiny"), **changes)
+
+
+def test_unknown_and_missing_keys():
+    values = preset("tiny").to_dict()
+    del values["dim"]
+    with pytest.raises(ValueError, match="unknown key 'hidden'; missing key 'dim'; known keys"):
+        ModelConfig.from_dict({**values, "hidden": 3})
+
+
+def test_weights_start_as_said():
+    torch.manual_seed(0)
+    decoder = Decoder(preset("tiny", method="ode_rk2_gated", tie_embeddings=False))
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 2 and parameter.numel() > 10_000:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert abs(parameter.mean().item()) < 1e-3, name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+    assert "head.weight" in dict(decoder.named_parameters())
+
+
+def test_a_tied_head_is_stored_once():
+    assert "head.weight" not in Decoder(preset("tiny")).state_dict()

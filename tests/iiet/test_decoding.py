@@ -1,0 +1,176 @@
+"""Cached decoding and generation: equal to the full forward, and honest about what does not fit."""
+
+import pytest
+import torch
+
+from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, stream
+from iiet.cache import evaluation_slots
+from iiet.generate import sample
+
+VOCAB = 31
+
+
+def decoder_of(schedule="2,0,1", **overrides):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": VOCAB}
+    method = {"schedule": schedule} if schedule else {"method": "vanilla"}
+    decoder = Decoder(preset("tiny", **sizes, **method, **overrides)).double()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return decoder
+
+
+def prompt(batch=2, time=5):
+    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(3))
+
+
+def cache_of(decoder, **settings):
+    settings = {"batch_size": 2, "max_tokens": 12, "dtype": torch.float64, **settings}
+    return KeyValueCache(decoder.config, **settings)
+
+
+def test_slots_start_like_a_plain_decoder():
+    assert evaluation_slots((3, 1, 2)) == ((0, 3, 4), (1,), (2, 5))
+
+
+def test_a_cache_holds_a_slot_per_evaluation_and_copies_nothing():
+    decoder = decoder_of()
+    cache = cache_of(decoder)
+    assert cache.num_bytes == 6 * 2 * 2 * 12 * 16 * 8
+    assert cache_of(decoder, strategy="last").num_bytes == cache.num_bytes // 2
+    new = torch.ones(2, 2, 1, 8, dtype=torch.float64)
+    keys, values = cache.update(new, 2 * new, 5)
+    again, _ = cache.update(new, 2 * new, 5)
+    assert again.shape == (2, 2, 2, 8)
+    assert again.data_ptr() == keys.data_ptr()
+    assert values.data_ptr() != keys.data_ptr()
+
+
+@torch.no_grad()
+def test_the_last_strategy_is_exact_without_corrections_and_not_with_them():
+    """One slot per layer: the first step attends to other keys than the full forward does."""
+    tokens = prompt(2, 12)
+
+    def distance(decoder):
+        cache = cache_of(decoder, strategy="last")
+        prefill = decoder(tokens[:, :8], cache=cache)
+        full = decoder(tokens)
+        torch.testing.assert_close(prefill, full[:, :8], rtol=0, atol=1e-11)
+        steps = [decoder(tokens[:, time : time + 1], cache=cache) for time in range(8, 12)]
+        return float((torch.cat(steps, 1) - full[:, 8:]).abs().max() / full.std())
+
+    assert distance(decoder_of(None)) < 1e-11
+    assert distance(decoder_of("0,0,0")) < 1e-11
+    assert distance(decoder_of("2,0,1")) > 0.01
+
+
+@torch.no_grad()
+def test_a_cache_of_another_schedule_or_without_room():
+    decoder = decoder_of()
+    with pytest.raises(ValueError, match="the cache has 6 slots, an evaluation asked for slot 6"):
+        decoder(prompt(), schedule=IterationSchedule((3, 3, 3)), cache=cache_of(decoder))
+    with pytest.raises(ValueError, match="room for max_tokens=4, got 5"):
+        decoder(prompt(), cache=cache_of(decoder, max_tokens=4))
+    with pytest.raises(ValueError, match="'exact' or 'last', got 'first'"):
+        cache_of(decoder, strategy="first")
+
+
+@pytest.mark.parametrize("schedule", [None, "2,0,1"])
+def test_greedy_equals_the_full_forward_token_by_token(schedule):
+    decoder = decoder_of(schedule)
+    tokens = generate(decoder, prompt(), max_new_tokens=9)
+    assert tokens.shape == (2, 14)
+    assert torch.equal(tokens[:, :5], prompt())
+    for time in range(5, 14):
+        assert torch.equal(decoder(tokens[:, :time])[:, -1].argmax(-1), tokens[:, time])
+
+
+def test_left_padded_rows_continue_as_they_do_alone():
+    decoder = decoder_of()
+    long, short = prompt(1, 7), prompt(1, 4)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), short], 1)
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4]).bool()
+    together = generate(decoder, torch.cat([long, padded]), max_new_tokens=6, attention_mask=mask)
+    assert torch.equal(together[0], generate(decoder, long, max_new_tokens=6)[0])
+    assert torch.equal(together[1, 3:], generate(decoder, short, max_new_tokens=6)[0])
+
+
+def test_stream_yields_what_generate_returns():
+    decoder = decoder_of()
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
+    steps = list(stream(decoder, prompt(), **settings))
+    assert [step.shape for step in steps] == [(2,)] * 6
+    assert torch.equal(torch.stack(steps, 1), generate(decoder, prompt(), **settings)[:, 5:])
+
+
+def test_the_seed_alone_decides():
+    decoder = decoder_of()
+    settings = {"max_new_tokens": 12, "temperature": 1.5}
+    first = generate(decoder, prompt(), seed=1, **settings)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(generate(decoder, prompt(), seed=1, **settings), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(generate(decoder, prompt(), seed=2, **settings), first)
+
+
+def test_stop_tokens_end_rows_and_then_the_batch():
+    decoder = decoder_of()
+    free = generate(decoder, prompt(), max_new_tokens=10)
+    stop = [int(free[0, 6]), int(free[1, 8])]
+    ends = [next(time for time in range(5, 15) if int(free[row, time]) in stop) for row in range(2)]
+    ended = generate(decoder, prompt(), max_new_tokens=10, stop_tokens=stop)
+    assert ended.size(1) == max(ends) + 1
+    for row, end in enumerate(ends):
+        assert torch.equal(ended[row, : end + 1], free[row, : end + 1])
+        assert (ended[row, end:] == free[row, end]).all()
+
+
+def shares(logits, **settings):
+    """How often each token is chosen in many draws."""
+    generator = torch.Generator().manual_seed(0)
+    rows = logits.expand(20_000, -1)
+    chosen = sample(rows, settings.pop("temperature", 1.0), generator=generator, **settings)
+    return torch.bincount(chosen, minlength=logits.numel()) / len(rows)
+
+
+def test_sampling_follows_the_probabilities():
+    probabilities = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    logits = probabilities.log()
+    torch.testing.assert_close(shares(logits), probabilities, rtol=0, atol=0.02)
+    sharp = probabilities**2 / (probabilities**2).sum()
+    torch.testing.assert_close(shares(logits, temperature=0.5), sharp, rtol=0, atol=0.02)
+    two = torch.tensor([0, 2, 0, 1]) / 3
+    for settings in ({"top_k": 2}, {"top_p": 0.75}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}):
+        torch.testing.assert_close(shares(logits, **settings), two, rtol=0, atol=0.02)
+    only = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    for settings in ({"top_k": 1}, {"top_p": 0.3}, {"top_p": 0.5}, {"temperature": 0.0}):
+        assert torch.equal(shares(logits, **settings), only)
+    torch.testing.assert_close(shares(logits, top_k=9, top_p=1.0), probabilities, rtol=0, atol=0.02)
+
+
+def test_all_problems_at_once_and_at_the_call():
+    decoder = decoder_of()
+    mask = torch.ones(2, 5).bool()
+    mask[:, -1] = False
+    with pytest.raises(ValueError, match="max_new_tokens=500 do not fit") as caught:
+        stream(
+            decoder,
+            prompt(),
+            max_new_tokens=500,
+            temperature=-1.0,
+            top_k=0,
+            top_p=1.5,
+            attention_mask=mask,
+        )
+    for name in ("temperature", "top_k", "top_p", "padded on the left"):
+        assert name in str(caught.value)
+    with pytest.raises(ValueError, match="not empty"):
+        generate(decoder, prompt()[:, :0], max_new_tokens=1)
+
+
+def test_generated_tokens_can_be_trained_on():
+    decoder = decoder_of()
+    tokens = generate(decoder, prompt(), max_new_tokens=3)
+    decoder(tokens).sum().backward()

@@ -1,0 +1,134 @@
+"""Reading what others wrote: plain Llama folders, untied and grouped heads, and broken weights."""
+
+import pytest
+import torch
+
+from iiet import Decoder, decoder_from_published, preset, published_from_decoder
+from iiet.published import config_from_published
+
+CONFIG = {
+    "kind": "vanilla",
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 20,
+    "rms_norm_eps": 1e-6,
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "corrections": None,
+    "predictor_order": None,
+    "evaluations": {"0": 1, "1": 1},
+}
+
+
+def weights_of(config):
+    shapes = published_from_decoder(Decoder(config_from_published(config, {})))
+    return {name: torch.randn_like(value) for name, value in shapes.items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_plain_llama_of_transformers(tied):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 777.0},
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-5,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(config).double().eval()
+    decoder = decoder_from_published(config.to_dict(), llama.state_dict())
+    assert decoder.config.rope_theta == 777.0
+    assert decoder.config.context_length == 64
+    assert decoder.config.tie_embeddings == tied
+    tokens = torch.randint(50, (2, 20))
+    with torch.no_grad():
+        expected = llama(tokens).logits
+        torch.testing.assert_close(decoder(tokens), expected, rtol=0, atol=1e-5)
+    back = published_from_decoder(decoder)
+    assert all(torch.equal(back[name], llama.state_dict()[name]) for name in back)
+
+
+def test_weights_are_copied():
+    weights = weights_of(CONFIG)
+    decoder = decoder_from_published(CONFIG, weights)
+    before = decoder(torch.tensor([[1, 2]]))
+    for weight in weights.values():
+        weight.zero_()
+    assert torch.equal(decoder(torch.tensor([[1, 2]])), before)
+    published_from_decoder(decoder)["model.norm.weight"].zero_()
+    assert torch.equal(decoder(torch.tensor([[1, 2]])), before)
+
+
+def test_the_names_tell_the_kind_where_the_config_does_not():
+    plain = {key: value for key, value in CONFIG.items() if key != "kind"}
+    assert config_from_published(plain, {}).method == "vanilla"
+    mix = {"model.history.weight": None}
+    assert config_from_published({**plain, "corrections": 2}, mix).schedule.corrections == (2, 2)
+    assert config_from_published(plain, {**mix, "model.alpha": None}).method == "pcformer"
+
+
+def test_every_broken_weight_is_named_at_once():
+    weights = weights_of(CONFIG)
+    weights["model.layers.0.mlp.up_proj.weight"][3, 2] = float("nan")
+    weights["model.norm.weight"][:2] = float("inf")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    weights["model.extra"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        decoder_from_published(CONFIG, weights)
+    for part in (
+        "missing model.layers.1.self_attn.k_proj.weight",
+        "unexpected model.extra",
+        "model.layers.0.mlp.up_proj.weight has 1 values that are NaN or infinite",
+        "model.norm.weight has 2 values",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_weight_of_another_shape():
+    """Parts of a fused matrix are checked one by one: their sum may be right by chance."""
+    weights = weights_of(CONFIG)
+    name = "model.layers.0.self_attn.{}_proj.weight"
+    weights[name.format("q")], weights[name.format("k")] = torch.zeros(20, 16), torch.zeros(12, 16)
+    with pytest.raises(ValueError, match=r"q_proj.weight has shape \(20, 16\), expected \(16, 16"):
+        decoder_from_published(CONFIG, weights)
+
+
+def test_stray_names_that_say_nothing():
+    weights = weights_of(CONFIG)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    decoder_from_published(CONFIG, weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling of type 'yarn'"),
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"head_dim": 8}, "head_dim 8"),
+        ({"kind": "mamba"}, "kind must be vanilla, iiet or pcformer, got 'mamba'"),
+        ({"kind": "pcformer", "predictor_order": 3}, "predictor_order must be 2 or 4, got 3"),
+        ({"kind": "iiet"}, "does not say corrections"),
+        ({"hidden_size": None}, "does not say dim"),
+    ],
+)
+def test_what_the_decoder_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_published({**CONFIG, **changes}, {})
+
+
+def test_a_method_without_published_naming():
+    decoder = Decoder(preset("tiny", method="ode_rk2", dim=16, ffn_dim=16, vocab_size=8))
+    with pytest.raises(ValueError, match="no published naming for method 'ode_rk2'"):
+        published_from_decoder(decoder)
