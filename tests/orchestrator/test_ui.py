@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.tracking import VIEW_TAG, open_tracking
-from orchestrator.ui import check_port, serve
+from orchestrator.ui import LOG_NAME, check_port, serve
 from orchestrator.workspace import Workspace, open_workspace
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -82,12 +83,17 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: 
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_start_names_its_log(
+def test_a_server_that_ends_names_its_last_line_and_its_log(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.ui.HOST", "256.0.0.1")
-    monkeypatch.setattr("orchestrator.ui.check_port", lambda port: None)
-    with pytest.raises(StageFailed, match=r"MLflow's server ended.*mlflow-server\.log"):
+    def start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]:
+        workspace.logs.mkdir(exist_ok=True)
+        with (workspace.logs / LOG_NAME).open("wb") as log:
+            command = [sys.executable, "-c", "print('no such host'); raise SystemExit(3)"]
+            return subprocess.Popen(command, stdout=log, start_new_session=True)
+
+    monkeypatch.setattr("orchestrator.ui._start", start)
+    with pytest.raises(StageFailed, match=r"ended \(3\); its last line: no such host; see .*log"):
         serve(workspace, port=free_port(), say=lambda line: None)
 
 
