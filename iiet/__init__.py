@@ -7,24 +7,51 @@ whoever wants it.
 
 from iiet.cache import KeyValueCache
 from iiet.config import PRESETS, ModelConfig, preset
+from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig, distillation_loss
 from iiet.generate import generate, stream
-from iiet.losses import next_token_loss
+from iiet.influence import InfluenceTable, influence_table
+from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
 from iiet.methods import METHODS
 from iiet.published import decoder_from_published, published_from_decoder
-from iiet.schedule import IterationSchedule
+from iiet.schedule import (
+    FamilyMember,
+    IterationSchedule,
+    schedule_at_threshold,
+    schedule_family,
+    spread_over_cost,
+    within_budget,
+)
+from iiet.schedule_knapsack import knapsack
 
 __all__ = [
     "METHODS",
     "PRESETS",
     "Decoder",
+    "DistillationConfig",
+    "FamilyMember",
+    "InferenceCost",
+    "InfluenceTable",
     "IterationSchedule",
     "KeyValueCache",
     "ModelConfig",
     "decoder_from_published",
+    "distillation_loss",
     "generate",
+    "hidden_state_error",
+    "inference_cost",
+    "influence_table",
+    "kl_divergence",
+    "knapsack",
     "next_token_loss",
+    "num_parameters",
     "preset",
     "published_from_decoder",
+    "schedule_at_threshold",
+    "schedule_family",
+    "spread_over_cost",
     "stream",
+    "training_flops_per_token",
+    "within_budget",
 ]
