@@ -72,7 +72,7 @@ class PlainProgress(Progress):
         if now - self._printed < PLAIN_SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        of_total = f"{done:g}/{self._total:g}" if self._total else f"{done:g}"
+        of_total = f"{done:.4g}/{self._total:.6g}" if self._total else f"{done:.4g}"
         self._print(f"  {self._title}: {of_total} {text}".rstrip())
 
     def note(self, text: str) -> None:
