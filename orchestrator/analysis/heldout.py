@@ -39,7 +39,8 @@ SUITE_NAME = "suite.json"
 MAX_ITEM_TOKENS = 64
 """Longest passage with its ending: the length of two or three sentences, whatever the context."""
 MAX_ROLLING_BYTES = 200_000
-MAX_SOURCE_BYTES = 2_000_000
+SOURCE_BYTES_PER_ITEM = 400
+"""Held-out text that is searched for an item; about a quarter of the sentences give one."""
 KNOWN_TEXT_TOKENS = 2_000_000
 LARGEST_STANDARD_ERROR = 0.02
 
@@ -139,7 +140,7 @@ def build_heldout(
 
 
 def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
-    documents = _sample(store, MAX_SOURCE_BYTES)
+    documents = _sample(store, SOURCE_BYTES_PER_ITEM * num_items)
     tokenizer = load_tokenizer(store.tokenizer_path)
     known = store.train[:KNOWN_TEXT_TOKENS]
     builder = ItemBuilder(

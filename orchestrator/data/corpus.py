@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,9 @@ def read_documents(settings: DataSettings, progress: Progress | None = None) -> 
     progress = progress or Progress()
     seen: set[bytes] = set()
     for document in _read_source(settings, progress):
-        text = document.text.strip()
-        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).digest()
+        data = document.text.strip().encode("utf-8", "replace")
+        text = data.decode("utf-8")  # half surrogates, which JSON can hold, are no text
+        digest = hashlib.blake2b(data, digest_size=12).digest()
         if text and digest not in seen:
             seen.add(digest)
             yield Document(text, document.source)
@@ -165,7 +167,7 @@ def _read_file(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it first"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 

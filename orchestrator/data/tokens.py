@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from orchestrator.console import Progress
-from orchestrator.data.corpus import Document, is_validation
+from orchestrator.data.corpus import Document, hash_share, is_validation
 from orchestrator.data.tokenizer import (
     end_of_text_id,
     load_tokenizer,
@@ -42,6 +43,8 @@ TEMPORARY_PREFIX = ".writing-"
 TOKENIZER_CHARACTERS = 50_000_000
 """A tokenizer is trained on this much text at most; its pairs change little after that."""
 DOCUMENTS_PER_BATCH = 256
+FEW_DOCUMENTS = 100
+"""Of fewer documents than this, at least one is held out whatever its hash."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,24 @@ class TokenStore:
 class _Split:
     """One side of the split while it is written: its file, its counts."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path = path
-        self.dtype = dtype
+    def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
-        self._file: BinaryIO = path.open("wb")
+        self._file = file
+        self._dtype = dtype
         self._digest = hashlib.sha256()
 
     def add(self, text: str, ids: list[int], end: int) -> None:
-        data = np.asarray([*ids, end], dtype=self.dtype).tobytes()
+        data = np.asarray([*ids, end], dtype=self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
         self.counts["documents"] += 1
         self.counts["tokens"] += len(ids) + 1
-        self.counts["bytes"] += len(text.encode("utf-8", "replace"))
+        self.counts["bytes"] += len(text.encode("utf-8"))
 
-    def close(self) -> str:
+    def finish(self) -> str:
+        """Flush to disk and return the hash of the file."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         return self._digest.hexdigest()
 
 
@@ -133,28 +135,29 @@ def write_tokens(
 def _write_folder(
     folder: Path, documents: Iterable[Document], settings: DataSettings, progress: Progress
 ) -> str:
-    fraction = settings.validation_fraction
-    tokenizer, stream = _choose_tokenizer(settings, iter(documents), progress)
+    fraction, stream = _effective_fraction(iter(documents), settings.validation_fraction)
+    tokenizer, stream = _choose_tokenizer(settings, stream, fraction, progress)
     tokenizer_path = folder / "tokenizer.json"
     tokenizer.save(str(tokenizer_path))
     end, vocab_size = end_of_text_id(tokenizer), num_token_ids(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    train, validation = (_Split(folder / f"{name}.bin", dtype) for name in ("train", "validation"))
     digest = hashlib.sha256()
-    with (folder / "validation.jsonl").open("w", encoding="utf-8") as held_out:
+    with (
+        (folder / "train.bin").open("wb") as train_file,
+        (folder / "validation.bin").open("wb") as validation_file,
+        (folder / "validation.jsonl").open("w", encoding="utf-8") as held_out,
+    ):
+        train, validation = _Split(train_file, dtype), _Split(validation_file, dtype)
         for batch in _batches(stream):
             encoded = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
             for document, encoding in zip(batch, encoded, strict=True):
                 is_held_out = is_validation(document.text, fraction)
                 (validation if is_held_out else train).add(document.text, encoding.ids, end)
-                digest.update(
-                    b"%d" % is_held_out + document.text.encode("utf-8", "replace") + b"\0"
-                )
+                digest.update(b"%d%b\0" % (is_held_out, document.text.encode("utf-8")))
                 if is_held_out:
-                    held_out.write(
-                        json.dumps({"text": document.text, "source": document.source}) + "\n"
-                    )
-    checksums = {"train.bin": train.close(), "validation.bin": validation.close()}
+                    row = {"text": document.text, "source": document.source}
+                    held_out.write(json.dumps(row) + "\n")
+        checksums = {"train.bin": train.finish(), "validation.bin": validation.finish()}
     for name in ("tokenizer.json", "validation.jsonl"):
         checksums[name] = _sha256(folder / name)
     _check_counts(train.counts, validation.counts, fraction)
@@ -178,8 +181,19 @@ def _write_folder(
     return fingerprint
 
 
+def _effective_fraction(
+    documents: Iterator[Document], fraction: float
+) -> tuple[float, Iterator[Document]]:
+    """Return the share of validation, raised where a handful of documents would leave it empty."""
+    head = list(islice(documents, FEW_DOCUMENTS))
+    if 1 < len(head) < FEW_DOCUMENTS:
+        smallest = min(hash_share(document.text, "split") for document in head)
+        fraction = max(fraction, math.nextafter(smallest, 1.0))
+    return fraction, chain(head, documents)
+
+
 def _choose_tokenizer(
-    settings: DataSettings, documents: Iterator[Document], progress: Progress
+    settings: DataSettings, documents: Iterator[Document], fraction: float, progress: Progress
 ) -> tuple[Tokenizer, Iterator[Document]]:
     """Return the tokenizer, and the documents with those that its training has used up put back in
     front."""
@@ -194,7 +208,7 @@ def _choose_tokenizer(
             break
     _check_not_empty(read)
     progress.advance(0, "training the tokenizer")
-    texts = (d.text for d in read if not is_validation(d.text, settings.validation_fraction))
+    texts = (d.text for d in read if not is_validation(d.text, fraction))
     return train_tokenizer(texts, settings.vocab_size), chain(read, documents)
 
 
@@ -209,12 +223,16 @@ def _check_counts(train: dict[str, int], validation: dict[str, int], fraction: f
     num_documents = train["documents"] + validation["documents"]
     if num_documents == 0:
         _check_not_empty([])
+    if num_documents == 1:
+        raise UserError(
+            f"the corpus is a single document of {train['tokens'] + validation['tokens']} tokens, "
+            "too little to train on one part and to hold out another; give more text"
+        )
     for name, counts in (("training", train), ("validation", validation)):
         if counts["documents"] == 0:
             raise UserError(
-                f"the corpus has {num_documents} document{'s' * (num_documents != 1)} "
-                f"({train['tokens'] + validation['tokens']} tokens) and none of them falls to "
-                f"{name} with data.validation_fraction={fraction}; give more text"
+                f"none of the {num_documents} documents falls to {name} with "
+                f"data.validation_fraction={fraction:g}; choose another fraction or give more text"
             )
 
 

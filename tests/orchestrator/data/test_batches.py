@@ -1,0 +1,95 @@
+"""Index arithmetic: each window once an epoch, the same batch for any number of workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.data.batches import BatchPlan, permute, validation_batches
+from orchestrator.errors import UserError
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**70))
+def test_permute_is_a_permutation(size: int, key: int) -> None:
+    images = permute(np.arange(size), size, key)
+    assert sorted(images.tolist()) == list(range(size))
+
+
+def test_permute_depends_on_the_key_and_mixes() -> None:
+    first, second = (permute(np.arange(1000), 1000, key) for key in (1, 2))
+    assert (first == second).mean() < 0.02
+    assert abs(np.corrcoef(np.arange(1000), first)[0, 1]) < 0.15
+    # Huge sizes cost no more: nothing is stored.
+    assert permute(np.array([7]), 10**15, 3)[0] < 10**15
+
+
+@settings(deadline=None)
+@given(st.integers(10, 500), st.integers(2, 10), st.integers(0, 5), st.integers(1, 6))
+def test_an_epoch_visits_each_window_once(tokens: int, context: int, seed: int, batch: int) -> None:
+    plan = BatchPlan(tokens, context, seed)
+    starts = np.concatenate(
+        [plan.starts(step, global_batch=batch) for step in range(3 * plan.num_windows)]
+    )
+    for epoch in range(3):
+        first = epoch * plan.num_windows
+        visited = np.sort(starts[first : first + plan.num_windows])
+        assert (np.diff(visited) == context).all()
+        assert visited[0] >= 0
+        assert visited[-1] + context <= tokens
+
+
+def test_epochs_differ_in_order_and_cut() -> None:
+    plan = BatchPlan(10_000, 64)
+    epochs = [plan.starts(step, global_batch=plan.num_windows) for step in range(6)]
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert len({int(epoch[0]) % 64 for epoch in epochs}) > 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_workers_share_the_same_batch(world_size: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
+    plan = BatchPlan(len(tokens), 32, seed=4)
+    whole = plan.sequences(17, tokens, global_batch=12)
+    parts = [
+        plan.sequences(17, tokens, global_batch=12, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    assert whole.shape == (12, 32)
+    assert whole.dtype == torch.int64
+
+
+def test_sequences_are_slices_of_the_tokens() -> None:
+    tokens = np.arange(2000, dtype=np.uint16)
+    rows = BatchPlan(2000, 16).sequences(3, tokens, global_batch=5)
+    assert (rows == rows[:, :1] + torch.arange(16)).all()
+
+
+def test_seeds_differ() -> None:
+    first, second = (BatchPlan(9999, 16, seed).starts(0, global_batch=50) for seed in (0, 1))
+    assert (first != second).mean() > 0.9
+
+
+def test_validation_is_fixed_and_spread_over_the_text() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    batches = list(validation_batches(tokens, context_length=10, num_tokens=100, batch_size=4))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert torch.cat(batches)[:, 0].tolist() == list(range(0, 1000, 100))
+    every = list(validation_batches(tokens, context_length=10, num_tokens=10**9, batch_size=64))
+    assert torch.equal(torch.cat(every).flatten(), torch.arange(1000))
+
+
+def test_too_little_text_or_uneven_workers() -> None:
+    with pytest.raises(
+        UserError, match="training text has 15 tokens, fewer than one sequence of 16"
+    ):
+        BatchPlan(15, 16)
+    assert BatchPlan(16, 16).starts(5, global_batch=2).tolist() == [0, 0]
+    with pytest.raises(UserError, match="validation text has 3 tokens"):
+        list(validation_batches(np.zeros(3), context_length=4, num_tokens=8, batch_size=1))
+    with pytest.raises(UserError, match="5 sequences, which 2 workers cannot share evenly"):
+        BatchPlan(100, 4).starts(0, global_batch=5, world_size=2)

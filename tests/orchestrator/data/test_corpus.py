@@ -1,0 +1,175 @@
+"""Documents from files and the hub, and one clear sentence for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from orchestrator.data import corpus
+from orchestrator.data.corpus import (
+    cut_long,
+    find_files,
+    is_validation,
+    read_corpus,
+    source_state,
+    split_text_file,
+)
+from orchestrator.errors import UserError
+from orchestrator.settings import DataSettings
+
+SHARED_TEXT = Path(__file__).resolve().parents[4] / "shared" / "data" / "text"
+
+
+def files(*names: Path | str, **more: Any) -> DataSettings:
+    return DataSettings(source="files", files=tuple(map(str, names)), **more)
+
+
+def texts(settings: DataSettings) -> list[str]:
+    return [document.text for document in read_corpus(settings).documents]
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    rows = [{"body": f"Document {i} has its own words."} for i in range(3)]
+    expected = [row["body"] for row in rows]
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(expected))
+    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(lines)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"):
+        assert texts(files(tmp_path / name, text_field="body")) == expected, name
+    # All together they are the same three texts again, each of which counts once.
+    assert texts(files(tmp_path / "a.*", text_field="body")) == expected
+    assert texts(files(tmp_path / "a.*", text_field="body", max_documents=2)) == expected[:2]
+
+
+def test_blocks_with_titles_are_documents_and_a_book_is_not() -> None:
+    titled = "\n\n".join(f"Title {i}\n{'A long line of text about it. ' * 4}" for i in range(5))
+    assert len(split_text_file(titled)) == 5
+    wrapped = "\n\n".join("This line is as long\nas all of the others\nin it" for _ in range(5))
+    assert split_text_file(wrapped) == [wrapped]
+    plain = "\n\n".join("One paragraph on one line." for _ in range(5))
+    assert split_text_file(plain) == [plain]
+
+
+def test_a_book_is_cut_at_the_ends_of_paragraphs() -> None:
+    book = "\n\n".join(f"{i}: " + "word " * 200 for i in range(40))
+    passages = list(cut_long(book))
+    assert "\n\n".join(passages) == book
+    assert len(passages) > 5
+    assert all(len(p) < 2 * corpus.PASSAGE_CHARACTERS for p in passages)
+    assert list(cut_long("short")) == ["short"]
+
+
+def test_the_side_of_a_document_depends_on_its_text_alone() -> None:
+    many = [f"text number {i}" for i in range(4000)]
+    held_out = [text for text in many if is_validation(text, 0.1)]
+    assert 300 < len(held_out) < 500
+    assert set(held_out) < {text for text in many if is_validation(text, 0.2)}
+
+
+def test_half_characters_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "bad \\ud800 half"}')
+    assert texts(files(tmp_path / "a.jsonl")) == ["bad ? half"]
+
+
+def test_names_with_brackets_are_names(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("Text.")
+    assert find_files(files(tmp_path / "a[1].txt")) == [tmp_path / "a[1].txt"]
+
+
+def test_the_state_changes_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("One text.")
+    before = source_state(files(path))
+    path.write_text("Another text.")
+    assert source_state(files(path)) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"tex', "text", "line 2 is not JSON"),
+        ("a.jsonl", b'{"body": "x"}', "text", "no field 'text' but 'body'"),
+        ("a.jsonl", b'{"text": 5}', "text", "holds a int, not text"),
+        ("a.jsonl", b'["x"]', "text", "holds a list"),
+        ("a.jsonl.gz", b"not gzip", "text", "cannot read"),
+        ("a.parquet", b"not parquet", "text", "not a readable Parquet file"),
+        ("a.txt", b"\xff\xfe\x00", "text", "not UTF-8"),
+        ("a.csv", b"a,b", "text", "the kinds are .txt"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, field: str, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_corpus(files(tmp_path / name, text_field=field))
+
+
+def test_a_wrong_field_of_parquet_names_those_there_are(tmp_path: Path) -> None:
+    table = pyarrow.table({"body": ["x"], "id": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="'body', 'id'"):
+        read_corpus(files(tmp_path / "a.parquet"))
+
+
+def test_settings_that_name_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file matches"):
+        read_corpus(files(tmp_path / "*.txt"))
+    with pytest.raises(UserError, match=r"data\.files is empty"):
+        read_corpus(files())
+    with pytest.raises(UserError, match=r"data\.hub_name is empty"):
+        read_corpus(DataSettings(source="hub"))
+
+
+def test_the_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"some/name needs the hub.*data\.source=files"):
+        read_corpus(DataSettings(source="hub", hub_name="some/name"))
+
+
+def test_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    read = []
+
+    def stream(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert (name, config, split, streaming) == ("some/name", None, "train", True)
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"text {number}"}
+
+    monkeypatch.setattr(corpus, "hub_problem", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    settings = DataSettings(source="hub", hub_name="some/name", max_documents=5)
+    assert texts(settings) == [f"text {i}" for i in range(5)]
+    assert len(read) == 5
+
+
+def test_what_the_hub_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*arguments: Any, **more: Any) -> Any:
+        raise RuntimeError("no such\ndata set")
+
+    monkeypatch.setattr(corpus, "hub_problem", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match="cannot read the data set some/name: no such data set"):
+        read_corpus(DataSettings(source="hub", hub_name="some/name"))
+
+
+@pytest.mark.skipif(not SHARED_TEXT.is_dir(), reason="no sample texts beside the repository")
+def test_real_books_and_articles() -> None:
+    documents = read_corpus(files(SHARED_TEXT / "*.txt")).documents
+    by_source = dict.fromkeys(("wikipedia_vital.txt", "tom_sawyer.txt"), 0)
+    for document in documents:
+        if document.source in by_source:
+            by_source[document.source] += 1
+    assert by_source["wikipedia_vital.txt"] > 9000
+    assert 50 < by_source["tom_sawyer.txt"] < 200

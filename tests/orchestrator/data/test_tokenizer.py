@@ -1,0 +1,60 @@
+"""Byte-level BPE: any text has tokens, the same text gives the same tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.data.tokenizer import (
+    END_OF_TEXT,
+    end_of_text_id,
+    load_tokenizer,
+    num_token_ids,
+    train_tokenizer,
+)
+from orchestrator.errors import UserError
+
+TEXTS = ["The cat sat on the mat, and the dog sat on the cat.", "A dog and a cat are not one."] * 9
+
+
+def test_any_text_survives_the_round_trip() -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    for text in ("The cat", " leading space", "naïve — 猫\n\n\ttab", "\x00\x7f"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_training_is_deterministic() -> None:
+    first, second = (train_tokenizer(iter(TEXTS), 290).to_str() for _ in range(2))
+    assert first == second
+
+
+def test_end_of_text_is_token_zero_and_the_vocabulary_is_bounded() -> None:
+    tokenizer = train_tokenizer(TEXTS, 270)
+    assert end_of_text_id(tokenizer) == 0 == tokenizer.token_to_id(END_OF_TEXT)
+    assert num_token_ids(tokenizer) == 270
+
+
+def test_a_tokenizer_is_loaded_from_its_file_or_folder(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 290)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert load_tokenizer(path).to_str() == tokenizer.to_str()
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="there is no tokenizer at"):
+        load_tokenizer(tmp_path / "missing.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "bad.json")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="the tokenizer gpt2 needs the hub"):
+        load_tokenizer("hub:gpt2")
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(UserError, match="no end-of-text token"):
+        end_of_text_id(Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
