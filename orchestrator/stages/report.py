@@ -177,7 +177,8 @@ def front_view(report: SweepReport) -> ChartView:
     return ChartView(
         key=view_key(report.name),
         name=f"Front of {report.name}",
-        run_filter=as_query({"iiet.sweep": report.name}),
+        # The sweep's own run has no cost; in the charts it would be an empty row.
+        run_filter=as_query({"iiet.sweep": report.name}) + " and tags.`iiet.kind` != 'sweep'",
         order_by=front.axes.cost,
         columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
         scatters=scatters,

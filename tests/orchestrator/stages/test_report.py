@@ -71,6 +71,7 @@ def test_files_are_written_and_read_back_without_the_trials(
 @pytest.mark.slow
 def test_mlflow_holds_the_sweep_once(workspace: Workspace, sweep: SweepResults) -> None:
     tracking = open_tracking(workspace, warn=pytest.fail)
+    tracking.run(sweep.key, name="toy", kind="sweep", tags={"iiet.sweep": "toy"})
     first = write_report(workspace, sweep, tracking=tracking)
     second = write_report(workspace, "toy", tracking=tracking)
     assert first.run_id == second.run_id
@@ -103,6 +104,7 @@ def test_mlflow_holds_the_sweep_once(workspace: Workspace, sweep: SweepResults) 
 
     view = client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{view_key('toy')}"]
     state = json.loads(json.loads(view)["state"])
+    assert len(client.search_runs([experiment], state["searchFilter"])) == 12
     parallel = next(c for c in state["compareRunCharts"] if c["type"] == "PARALLEL")
     assert parallel["selectedParams"] == [f"r_{layer:02d}" for layer in range(1, 7)]
     stored = load_results(workspace, "toy")
