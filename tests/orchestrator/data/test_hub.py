@@ -1,0 +1,58 @@
+"""Whether the hub is there is asked briefly, and offline means offline for libraries in use too."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from orchestrator.data.hub import hub_problem, offline
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_probe_asks_the_endpoint_and_gives_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, float]] = []
+
+    def unreachable(address: Any, timeout: float) -> socket.socket:
+        asked.append((address, timeout))
+        raise OSError("no route")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    assert hub_problem() == "huggingface.co cannot be reached (no route)"
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080")
+    assert hub_problem() == "mirror.example cannot be reached (no route)"
+    assert [address for address, _ in asked] == [("huggingface.co", 443), ("mirror.example", 8080)]
+    assert all(timeout <= 2 for _, timeout in asked)
+
+
+def test_a_proxy_is_left_to_the_client_and_the_flag_is_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    assert hub_problem() is None
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_problem() == "HF_HUB_OFFLINE is set"
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_offline_reaches_libraries_that_are_imported_and_is_undone(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants, is_offline_mode
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", before == "1")
+    if before is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", before)
+    with offline():
+        assert is_offline_mode()
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert is_offline_mode() == (before == "1")
+    assert os.environ.get("HF_HUB_OFFLINE") == before
