@@ -23,7 +23,7 @@ from typing import Any
 
 from orchestrator.console import Progress
 from orchestrator.data.embedded import EMBEDDED_VERSION, embedded_documents, embedded_state
-from orchestrator.data.hub import hub_problem
+from orchestrator.data.hub import require_hub
 from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings
 
@@ -286,17 +286,3 @@ def _read_hub(settings: DataSettings, progress: Progress) -> Iterator[Document]:
     except Exception as error:  # the hub's client raises dozens of kinds
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the data set {settings.hub_name}: {reason}") from None
-
-
-def require_hub(wanted: str) -> None:
-    """Refuse at once what needs the hub when it cannot be reached.
-
-    Raises:
-        UserError: If it cannot.
-    """
-    problem = hub_problem()
-    if problem:
-        raise UserError(
-            f"{wanted} needs the hub: {problem}; use data.source=files with files of this machine, "
-            "or data.source=python"
-        )

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+from orchestrator.errors import UserError
+
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 1.5
 
@@ -38,6 +40,20 @@ def hub_problem() -> str | None:
     except OSError as error:
         return f"{host} cannot be reached ({error})"
     return None
+
+
+def require_hub(wanted: str) -> None:
+    """Refuse at once what needs the hub when it cannot be reached.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    problem = hub_problem()
+    if problem:
+        raise UserError(
+            f"{wanted} needs the hub: {problem}; use data.source=files with files of this machine, "
+            "or data.source=python"
+        )
 
 
 @contextmanager

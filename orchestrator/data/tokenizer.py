@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from orchestrator.data.corpus import require_hub
+from orchestrator.data.hub import require_hub
 from orchestrator.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"

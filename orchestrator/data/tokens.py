@@ -33,7 +33,7 @@ from orchestrator.data.tokenizer import (
     train_tokenizer,
 )
 from orchestrator.errors import UserError
-from orchestrator.provenance import KEY_LENGTH, content_key
+from orchestrator.provenance import content_key
 from orchestrator.settings import DataSettings
 from orchestrator.workspace import read_json, write_json
 
@@ -148,7 +148,7 @@ def _write_folder(
         (folder / "validation.jsonl").open("w", encoding="utf-8") as held_out,
     ):
         train, validation = _Split(train_file, dtype), _Split(validation_file, dtype)
-        for batch in _batches(stream):
+        while batch := list(islice(stream, DOCUMENTS_PER_BATCH)):
             encoded = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
             for document, encoding in zip(batch, encoded, strict=True):
                 is_held_out = is_validation(document.text, fraction)
@@ -162,7 +162,6 @@ def _write_folder(
         checksums[name] = _sha256(folder / name)
     _check_counts(train.counts, validation.counts, fraction)
     fingerprint = content_key(digest.hexdigest(), checksums["tokenizer.json"])
-    assert len(fingerprint) == KEY_LENGTH
     write_json(
         folder / MANIFEST_NAME,
         {
@@ -234,17 +233,6 @@ def _check_counts(train: dict[str, int], validation: dict[str, int], fraction: f
                 f"none of the {num_documents} documents falls to {name} with "
                 f"data.validation_fraction={fraction:g}; choose another fraction or give more text"
             )
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == DOCUMENTS_PER_BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def is_complete(folder: Path) -> bool:

@@ -145,7 +145,7 @@ def test_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
             read.append(number)
             yield {"text": f"text {number}"}
 
-    monkeypatch.setattr(corpus, "hub_problem", lambda: None)
+    monkeypatch.setattr(corpus, "require_hub", lambda wanted: None)
     monkeypatch.setattr(datasets, "load_dataset", stream)
     settings = DataSettings(source="hub", hub_name="some/name", max_documents=5)
     assert texts(settings) == [f"text {i}" for i in range(5)]
@@ -158,7 +158,7 @@ def test_what_the_hub_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*arguments: Any, **more: Any) -> Any:
         raise RuntimeError("no such\ndata set")
 
-    monkeypatch.setattr(corpus, "hub_problem", lambda: None)
+    monkeypatch.setattr(corpus, "require_hub", lambda wanted: None)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match="cannot read the data set some/name: no such data set"):
         read_corpus(DataSettings(source="hub", hub_name="some/name"))
