@@ -18,7 +18,6 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
-from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.harness import evaluate_decoder
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.tokens import open_tokens
@@ -108,23 +107,9 @@ def measure_quality(
     )
     write_json(items_path, evaluation.to_dict())
     return {
-        **quality_numbers(evaluation),
+        **evaluation.quality(),
         "validation_loss": validation_loss(decoder, store.folder),
     }
-
-
-def quality_numbers(evaluation: EvaluationResult) -> dict[str, float]:
-    """Return an evaluation's averages and every task's metrics as one flat mapping; unknown ones
-    stay out."""
-    numbers = {
-        "accuracy": evaluation.accuracy,
-        "accuracy_stderr": evaluation.accuracy_stderr,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "bits_per_byte_stderr": evaluation.bits_per_byte_stderr,
-    }
-    for task, metrics in evaluation.tasks.items():
-        numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
-    return {name: value for name, value in numbers.items() if value == value}
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ SUITE_NAME = "suite.json"
 
 MAX_ITEM_TOKENS = 64
 """Longest passage with its ending: the length of two or three sentences, whatever the context."""
-MAX_ROLLING_BYTES = 200_000
+MAX_ROLLING_BYTES = 80_000
 SOURCE_BYTES_PER_ITEM = 400
 """Held-out text that is searched for an item; about a quarter of the sentences give one."""
 KNOWN_TEXT_TOKENS = 2_000_000

@@ -59,14 +59,16 @@ def distill(
         raise UserError(str(error)) from None
     if not wanted.is_within(full.corrections):
         raise UserError(
-            f"the schedule {wanted} asks for more corrections than the teacher makes ({full.corrections})"
+            f"the schedule {wanted} asks for more corrections than the teacher makes, "
+            f"{full.corrections}"
         )
     job = student_job(
         settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
     )
     if job is None:
         raise UserError(
-            "distillation.control=pruned trains nothing; `iiet-orch evaluate --schedule` measures it"
+            "distillation.control=pruned trains nothing; "
+            "`iiet-orch evaluate --schedule` measures it"
         )
     job = replace(job, run_folder=str(workspace.trials / job_key(job)))
     label = str(wanted)

@@ -1,9 +1,7 @@
-"""Stage `sweep`: the trials of a plan side by side under Ray Tune, each once, then their time on a
-quiet machine.
+"""Stage `sweep`: the trials of a plan under Ray Tune, each once, then their time per token.
 
-Out come files in the sweep's folder that the report reads: `plan.json` (what was asked),
-`results.json` (what came out, failures with their reasons) and `influence.json`. Finished trials
-are found by their keys and not run again, so the same command after any interruption goes on.
+Out come the results, for the report; the sweep's folder holds its plan and settings. Finished
+trials are found by their keys and not run again, so the same command after any interruption goes on.
 Milliseconds are measured last, in this process, all models taking turns, because trials that run
 side by side disturb each other's clock.
 """
@@ -15,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds
@@ -32,8 +32,8 @@ from orchestrator.workspace import Workspace, read_json, write_json, write_text
 
 PLAN_NAME = "plan.json"
 TIMES_NAME = "times.json"
-PROMPT_TOKENS = 32
-NEW_TOKENS = 64
+PROMPT_TOKENS = 16
+NEW_TOKENS = 32
 REPETITIONS = 5
 
 
@@ -208,14 +208,16 @@ def _decode_times(
     known = read_json(folder / TIMES_NAME) or {}
     if known.get("state") != state:
         decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
-        progress.start("time per token", None)
-        timings = decode_milliseconds(
-            decoders,
-            prompt_tokens=PROMPT_TOKENS,
-            new_tokens=NEW_TOKENS,
-            batch_size=1,
-            repetitions=REPETITIONS,
-        )
+        progress.start("time per token", len(decoders) * REPETITIONS)
+        with _one_thread():
+            timings = decode_milliseconds(
+                decoders,
+                prompt_tokens=PROMPT_TOKENS,
+                new_tokens=NEW_TOKENS,
+                batch_size=1,
+                repetitions=REPETITIONS,
+                on_done=lambda done, _: progress.advance(done),
+            )
         milliseconds = {
             shape: {"decode_ms_per_token": t.median, "decode_ms_spread": t.spread}
             for shape, t in timings.items()
@@ -225,3 +227,14 @@ def _decode_times(
         slowest = max(t.median for t in timings.values())
         progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
     return {trial.key: known["milliseconds"][shapes[trial.key]] for trial in trials}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # One row at a time is too little work to share: more threads only wait for each other.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
