@@ -103,21 +103,28 @@ def sweep_thresholds(
         name: Name of the sweep; made from its content when unset.
     """
     influence = _influence(settings, desk, teacher)
-    plan = plan_thresholds(settings, desk, teacher, references=references, name=name)
+    plan = _plan_thresholds(settings, desk, teacher, influence, references, name)
     return _run_and_show(plan, settings, desk, influence)
 
 
 def plan_thresholds(
+    settings: Settings, desk: Desk, teacher: Path, *, name: str | None = None
+) -> SweepPlan:
+    """Plan a threshold sweep, which takes the influence and the tasks but no training."""
+    return _plan_thresholds(
+        settings, desk, teacher, _influence(settings, desk, teacher), None, name
+    )
+
+
+def _plan_thresholds(
     settings: Settings,
     desk: Desk,
     teacher: Path,
-    *,
-    references: Iterable[tuple[str, Path]] | None = None,
-    name: str | None = None,
+    influence: InfluenceTable,
+    references: Iterable[tuple[str, Path]] | None,
+    name: str | None,
 ) -> SweepPlan:
-    """Plan a threshold sweep, which takes the influence and the tasks but no training."""
     tokens = tokens_of(teacher, desk.workspace)
-    influence = _influence(settings, desk, teacher)
     if references is None:
         references = find_references(desk.workspace, teacher)
     return threshold_plan(

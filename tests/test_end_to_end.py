@@ -114,7 +114,7 @@ def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> No
     assert found["children"] == 6
     assert found["status"] == ["FINISHED"]
     assert found["losses"] == 3
-    assert "front.png" in found["note"]
+    assert "front/front." in found["note"]
     assert {f"front/front.{kind}" for kind in ("png", "html", "json", "csv")} <= set(found["files"])
     assert {"schedule", "r_01", "threshold"} <= set(found["params"])
     assert {"quality/accuracy", "cost/flops_per_token", "train/loss"} <= set(found["metrics"])

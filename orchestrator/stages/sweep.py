@@ -1,9 +1,9 @@
 """Stage `sweep`: the trials of a plan under Ray Tune, each once, then their time per token.
 
-Out come the results, for the report; the sweep's folder holds its plan and settings. Finished
-trials are found by their keys and not run again, so the same command after any interruption goes on.
-Milliseconds are measured last, in this process, all models taking turns, because trials that run
-side by side disturb each other's clock.
+Out come the results; the sweep's folder holds its plan and settings. Finished trials are found by
+their keys and not run again, so the same command after any interruption goes on. Milliseconds are
+measured last, in this process, all models taking turns, because trials that run side by side
+disturb each other's clock.
 """
 
 from __future__ import annotations
