@@ -2,10 +2,8 @@
 
 `ray_cluster` starts Ray for a block of code, or joins the cluster that `RAY_ADDRESS` names. A local
 one listens on loopback only, with a token of its own, in a short temporary folder (a socket's path
-has little room). At the end, whatever ends it, every process that came with it is gone.
-`run_interruptibly` runs a Ray job in a thread while the main thread watches it: neither Ray Train
-nor Ray Tune lets a training loop save its state on Ctrl-C, so the request goes through a stop flag,
-with bounded patience. Only this module and `worker.py` import ray.
+has little room). At the end, whatever ends it, every process that came with it is gone. Besides
+this module only `worker.py` (training jobs) and `trial_runner.py` (sweeps) import ray.
 """
 
 from __future__ import annotations
@@ -21,16 +19,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
 from orchestrator.errors import Interrupted, StageFailed
+from orchestrator.interruption import POLL_SECONDS, SIGNALS, handling, raise_interrupt
 from orchestrator.resources import Resources, local_resources
 
 # Ray reads these when it is imported; what the user has set stays.
@@ -52,16 +51,11 @@ _LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 OBJECT_STORE_BYTES = 128 * 2**20  # data does not travel through Ray; its own minimum is 75 MB
 LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 107 at most
-POLL_SECONDS = 0.2
 # After Ctrl-C everything together must take less than ten seconds.
 START_PATIENCE_SECONDS = 4.0
-GRACE_SECONDS = 4.0
 SHUTDOWN_PATIENCE_SECONDS = 3.0
 SHUTDOWN_SECONDS = 60.0  # when nobody is waiting
 EXIT_CODE_INTERRUPTED = 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-T = TypeVar("T")
 
 
 def _prepare_environment() -> None:
@@ -108,7 +102,7 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[Cluster]:
     cluster = _RayThread(_short_folder(), num_cpus)
     patience = SHUTDOWN_SECONDS
     try:
-        with _handling((signal.SIGTERM,), _raise_interrupt):
+        with handling((signal.SIGTERM,), raise_interrupt):
             _running = cluster.started()
             yield _running
     except (KeyboardInterrupt, Interrupted):
@@ -116,54 +110,8 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[Cluster]:
         raise
     finally:
         _running = None
-        with _handling(_SIGNALS, signal.SIG_IGN):
+        with handling(SIGNALS, signal.SIG_IGN):
             cluster.end(patience)
-
-
-def run_interruptibly(
-    work: Callable[[], T],
-    *,
-    ask_to_stop: Callable[[], bool],
-    watch: Callable[[], None] | None = None,
-    grace_seconds: float = GRACE_SECONDS,
-) -> T:
-    """Run a Ray job in a thread, so that Ctrl-C and SIGTERM reach it as a request to save and stop.
-
-    Args:
-        work: The job; it returns soon after it was asked to stop.
-        ask_to_stop: Called once, at the first signal; returns whether there is something to save,
-            which is worth waiting for.
-        watch: Called a few times a second in the calling thread, to show progress.
-        grace_seconds: How long the job may take to stop; a second signal ends the wait.
-
-    Returns:
-        What the job returns.
-
-    Raises:
-        Interrupted: After a signal. What still runs ends with the cluster.
-    """
-    future: Future[T] = Future()
-    signals: list[int] = []
-    with _handling(_SIGNALS, lambda number, _: signals.append(number)):
-        threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
-        give_up_at = math.inf
-        while not future.done() and len(signals) < 2 and time.monotonic() < give_up_at:
-            if signals and give_up_at == math.inf:
-                give_up_at = time.monotonic() + (grace_seconds if ask_to_stop() else 0.0)
-            wait((future,), timeout=POLL_SECONDS)
-            if watch:
-                watch()
-    if signals:
-        saved = "the state is saved" if future.done() else "the last checkpoint is saved"
-        raise Interrupted(f"interrupted; {saved}, and the same command goes on from there")
-    return future.result()
-
-
-def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)
 
 
 class _RayThread:
@@ -188,7 +136,7 @@ class _RayThread:
             KeyboardInterrupt: After a signal, once Ray runs and can be ended, or patience is over.
         """
         signals: list[int] = []
-        with _handling(_SIGNALS, lambda number, _: signals.append(number)):
+        with handling(SIGNALS, lambda number, _: signals.append(number)):
             self._thread.start()
             give_up_at = math.inf
             while not self._resources.done() and time.monotonic() < give_up_at:
@@ -244,6 +192,7 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(scratch),
         }
+    _keep_off_standard_output()
     # It would say that SIGTERM has no handler of Ray's in this thread; there is one of ours.
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     try:
@@ -255,6 +204,21 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
         cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
         resources = Resources(cpus, gpus, f"the cluster at {address}")
     return resources
+
+
+def _keep_off_standard_output() -> None:
+    """Send what Ray's daemons say, such as that a worker died, to the log instead of the terminal.
+
+    Ray offers no setting for it; without this function of Ray's, its messages would go where they
+    went.
+    """
+    internals: Any = ray._private.worker
+    if hasattr(internals, "print_to_stdstream"):
+        internals.print_to_stdstream = _log_message
+
+
+def _log_message(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    logging.getLogger("ray").warning("(%s) %s", data.get("pid"), "\n".join(data.get("lines", [])))
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:
@@ -295,25 +259,3 @@ def _short_folder() -> Path:
         if number.isdigit() and not psutil.pid_exists(int(number)):
             shutil.rmtree(folder, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"iiet-{os.getpid()}-", dir=parent))
-
-
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _handling(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
-    # Only the main thread may set handlers; elsewhere signals are somebody else's business.
-    if not _in_main_thread():
-        yield
-        return
-    earlier = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, function in earlier.items():
-            signal.signal(number, function)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.cluster import GRACE_SECONDS, ray_cluster, run_interruptibly
+from orchestrator.cluster import ray_cluster
+from orchestrator.interruption import GRACE_SECONDS, run_interruptibly
 from orchestrator.resources import Resources, check_resources
 from orchestrator.training.job import ask_to_stop, forget_stop, stop_asked
 from orchestrator.training.parallel import World
@@ -237,7 +238,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
         """Report why a trial failed for the last time."""
         number = self._ended(trial)
-        reason = failure_reason(trial.get_error() or RuntimeError("no message"))
+        reason = failure_reason(trial.get_pickled_error() or RuntimeError(trial.get_error()))
         self._report(number, error=reason)
 
     def _report(

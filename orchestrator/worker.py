@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from orchestrator.cluster import ray_cluster, run_interruptibly
+from orchestrator.cluster import ray_cluster
 from orchestrator.errors import Interrupted, StageFailed, UserError
+from orchestrator.interruption import run_interruptibly
 from orchestrator.journal import JOURNAL_NAME
 from orchestrator.resources import Resources, check_resources
 from orchestrator.training.job import (

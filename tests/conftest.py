@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Ray warn about its own calls of its own deprecated settings."""
+    config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:ray\.")
+
+
 @pytest.fixture(scope="session")
 def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of prepared tokens: a few thousand of them, made of English-looking sentences."""

@@ -27,7 +27,8 @@ DOORS = {
 LAYERS = (
     "iiet",
     "orchestrator.errors",
-    "orchestrator.journal orchestrator.console orchestrator.logs orchestrator.shipped",
+    "orchestrator.journal orchestrator.console orchestrator.logs orchestrator.shipped"
+    " orchestrator.interruption",
     "orchestrator.settings orchestrator.workspace orchestrator.provenance orchestrator.resources",
     "orchestrator.trial",
     "orchestrator.data",

@@ -9,10 +9,10 @@ must not mix two runs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from iiet.config import ModelConfig
-from iiet.cost import inference_cost, training_flops_per_token
-from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig
 from iiet.losses import next_token_loss
-from iiet.schedule import IterationSchedule
 from orchestrator.data.batches import BatchPlan, validation_batches
-from orchestrator.data.tokens import TokenStore, open_tokens
+from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
-from orchestrator.provenance import environment
 from orchestrator.training.checkpoint import (
     load_decoder,
     load_training_state,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    weights_key,
 )
 from orchestrator.training.job import (
     DONE_NAME,
@@ -51,10 +44,6 @@ from orchestrator.training.job import (
 )
 from orchestrator.training.loop import Diverged, Hooks, Position, Trainee, train
 from orchestrator.training.objective import (
-    Objective,
-    ScheduleAt,
-    distillation_objective,
-    pretraining_objective,
     two_stage,
 )
 from orchestrator.training.optimizer import make_optimizer
@@ -64,6 +53,15 @@ from orchestrator.training.parallel import (
     decided_by_first,
     mean_over_workers,
     replicate,
+)
+from orchestrator.training.parts import (
+    first_weights,
+    flops_counter,
+    load_teacher,
+    objective_of,
+    provenance_of,
+    random_state,
+    set_random_state,
 )
 from orchestrator.workspace import write_json
 
@@ -95,8 +93,10 @@ def run_job(
         checkpoint.
     """
     world = world or World()
+    num_workers = world.size
+    decided_by_first(lambda: check_job(job, num_workers=num_workers), world)
     with _locked(job.folder, world):
-        outcome = decided_by_first(lambda: _open_folder(job, world), world)
+        outcome = decided_by_first(lambda: _open_folder(job), world)
         if outcome:
             return outcome
         run = _Run(job, world, report)
@@ -106,8 +106,7 @@ def run_job(
             run.close()
 
 
-def _open_folder(job: TrainingJob, world: World) -> TrainingOutcome | None:
-    check_job(job, num_workers=world.size)
+def _open_folder(job: TrainingJob) -> TrainingOutcome | None:
     claim_folder(job)
     return finished_outcome(job)
 
@@ -124,14 +123,14 @@ class _Run:
         self.schedule_at = two_stage(self.config.corrections, job.recipe)
         self.plan = BatchPlan(len(self.store.train), self.config.context_length, job.recipe.seed)
         self.global_batch = sequences_per_step(job.recipe, self.config)
-        self.teacher = _load_teacher(job, world)
-        self.decoder = _first_weights(job, self.config).to(world.device)
+        self.teacher = load_teacher(job, world)
+        self.decoder = first_weights(job, self.config).to(world.device)
         self.decoder.activation_checkpointing = job.recipe.activation_checkpointing
         self.optimizer = make_optimizer(self.decoder, job.recipe)
         self.position = Position()
         self.checkpoint: Path | None = None
         self._saved_step = 0
-        self._flops = _flops_counter(job, self.config, self.schedule_at, self.teacher)
+        self._flops = flops_counter(job, self.config, self.schedule_at, self.teacher)
 
     def close(self) -> None:
         """Close the journal."""
@@ -155,7 +154,7 @@ class _Run:
                 self.decoder, self.world, has_idle_parameters=self.decoder.method.has_mix
             ),
             optimizer=self.optimizer,
-            objective=_objective(self.job, self.schedule_at, self.teacher),
+            objective=objective_of(self.job, self.schedule_at, self.teacher),
             recipe=self.job.recipe,
             world=self.world,
         )
@@ -219,7 +218,7 @@ class _Run:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "position": asdict(position),
-            "random": _random_state(self.world),
+            "random": random_state(self.world),
         }
         self.checkpoint = save_checkpoint(
             self.job.folder,
@@ -227,7 +226,7 @@ class _Run:
             decoder=self.decoder,
             training_state=state,
             tokenizer_path=self.store.tokenizer_path,
-            provenance=_provenance(self.job, self.store),
+            provenance=provenance_of(self.job, self.store),
         )
         self._saved_step = position.step
         prune_checkpoints(self.job.folder, self.job.recipe.num_checkpoints_kept)
@@ -248,15 +247,23 @@ class _Run:
     def _resume(self) -> None:
         self.checkpoint = decided_by_first(self._newest_checkpoint, self.world)
         if self.checkpoint is None:
-            self._event("started", num_steps=self.job.recipe.num_steps)
+            self._event("started", **self._place())
             return
         state = load_training_state(self.checkpoint)
         self.decoder.load_state_dict(load_decoder(self.checkpoint, check=False).state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
         self._saved_step = self.position.step
-        _set_random_state(state["random"], self.world)
-        self._event("resumed", step=self.position.step, path=str(self.checkpoint))
+        set_random_state(state["random"], self.world)
+        self._event("resumed", step=self.position.step, path=str(self.checkpoint), **self._place())
+
+    def _place(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.world.size,
+            "device": self.world.device,
+            "num_threads": torch.get_num_threads(),
+            "pid": os.getpid(),
+        }
 
     def _newest_checkpoint(self) -> Path | None:
         return newest_checkpoint(
@@ -269,77 +276,10 @@ class _Run:
 
     def _with_last_checkpoint(self, error: Diverged) -> Diverged:
         self._event("diverged", step=self.position.step, text=str(error))
-        last = (
-            f"the last good checkpoint is {self.checkpoint}"
-            if self.checkpoint
-            else ("there is no checkpoint before it")
-        )
+        last = f"the last good checkpoint is {self.checkpoint or 'none'}"
         return Diverged(
             f"{error}; {last}; lower training.learning_rate or lengthen training.warmup_steps"
         )
-
-
-def _first_weights(job: TrainingJob, config: ModelConfig) -> Decoder:
-    torch.manual_seed(job.recipe.seed)
-    if job.initial_folder is None:
-        return Decoder(config)
-    decoder = load_decoder(Path(job.initial_folder), check=False)
-    return decoder.with_schedule(config.corrections)
-
-
-def _load_teacher(job: TrainingJob, world: World) -> Decoder | None:
-    if job.objective != "distill" or job.teacher_folder is None:
-        return None
-    teacher = load_decoder(Path(job.teacher_folder), device=world.device, check=False)
-    return teacher.requires_grad_(False)
-
-
-def _objective(job: TrainingJob, schedule_at: ScheduleAt, teacher: Decoder | None) -> Objective:
-    if teacher is None:
-        return pretraining_objective(schedule_at)
-    return distillation_objective(teacher, job.distillation or DistillationConfig())
-
-
-def _flops_counter(
-    job: TrainingJob, config: ModelConfig, schedule_at: ScheduleAt, teacher: Decoder | None
-) -> Callable[[int], float]:
-    distillation = job.distillation or DistillationConfig()
-
-    @lru_cache
-    def training(schedule: IterationSchedule) -> float:
-        return float(training_flops_per_token(config, schedule))
-
-    forward = inference_cost(teacher.config).forward_flops_per_token if teacher else 0.0
-    return lambda step: (
-        training(schedule_at(step))
-        + (forward if teacher and distillation.uses_teacher(step) else 0.0)
-    )
-
-
-def _provenance(job: TrainingJob, store: TokenStore) -> dict[str, Any]:
-    return {
-        "tokens": store.fingerprint,
-        "objective": job.objective,
-        "recipe": job.recipe.model_dump(mode="json"),
-        "distillation": asdict(job.distillation) if job.distillation else None,
-        "teacher": weights_key(Path(job.teacher_folder)) if job.teacher_folder else None,
-        "environment": environment(),
-        **job.provenance,
-    }
-
-
-def _random_state(world: World) -> dict[str, Tensor]:
-    # Nothing draws random numbers after the weights are made; kept so that dropout could come.
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.startswith("cuda"):
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor], world: World) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and world.device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
 @contextmanager

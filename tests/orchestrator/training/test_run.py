@@ -228,7 +228,7 @@ def test_divergence_names_step_and_last_good_checkpoint(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     job = make_job()
-    objective = run_module._objective
+    objective = run_module.objective_of
 
     def spoiled(*arguments: Any) -> Any:
         inner = objective(*arguments)
@@ -239,7 +239,7 @@ def test_divergence_names_step_and_last_good_checkpoint(
 
         return spoil
 
-    monkeypatch.setattr(run_module, "_objective", spoiled)
+    monkeypatch.setattr(run_module, "objective_of", spoiled)
     with pytest.raises(Diverged) as caught:
         run_job(job)
     assert "step 7" in str(caught.value)
@@ -324,7 +324,7 @@ def test_mistakes_are_found_before_anything_is_written(
     job = make_job(**changes)
     with pytest.raises(UserError, match=sentence):
         run_job(job)
-    assert not find_checkpoints(job.folder)
+    assert not job.folder.exists()
 
 
 @pytest.mark.parametrize(

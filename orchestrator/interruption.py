@@ -1,0 +1,96 @@
+"""Ctrl-C and SIGTERM as a request: save the state, then stop, with bounded patience.
+
+Neither Ray Train nor Ray Tune lets a training loop save its state when the process that started it
+gets a signal. So a job runs in a thread, the main thread watches it and keeps the signals to
+itself, and the request reaches the job as a stop flag. Everything together, Ray's end included,
+takes less than ten seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from orchestrator.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SECONDS = 4.0
+"""How long a job may take to save its state."""
+POLL_SECONDS = 0.2
+
+T = TypeVar("T")
+
+
+def run_interruptibly(
+    work: Callable[[], T],
+    *,
+    ask_to_stop: Callable[[], bool],
+    watch: Callable[[], None] | None = None,
+    grace_seconds: float = GRACE_SECONDS,
+) -> T:
+    """Run a Ray job in a thread, so that Ctrl-C and SIGTERM reach it as a request to save and stop.
+
+    Args:
+        work: The job; it returns soon after it was asked to stop.
+        ask_to_stop: Called once, at the first signal; returns whether there is something to save,
+            which is worth waiting for.
+        watch: Called a few times a second in the calling thread, to show progress.
+        grace_seconds: How long the job may take to stop; a second signal ends the wait.
+
+    Returns:
+        What the job returns.
+
+    Raises:
+        Interrupted: After a signal. What still runs ends with the cluster.
+    """
+    future: Future[T] = Future()
+    signals: list[int] = []
+    with handling(SIGNALS, lambda number, _: signals.append(number)):
+        threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
+        give_up_at = math.inf
+        while not future.done() and len(signals) < 2 and time.monotonic() < give_up_at:
+            if signals and give_up_at == math.inf:
+                give_up_at = time.monotonic() + (grace_seconds if ask_to_stop() else 0.0)
+            wait((future,), timeout=POLL_SECONDS)
+            if watch:
+                watch()
+    if signals:
+        saved = "the state is saved" if future.done() else "the last checkpoint is saved"
+        raise Interrupted(f"interrupted; {saved}, and the same command goes on from there")
+    return future.result()
+
+
+def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def raise_interrupt(*_: Any) -> None:
+    """Do as Python does on Ctrl-C; a handler."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def handling(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+    """Handle signals so until the block ends; in the main thread only, as Python wants it."""
+    if not _in_main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, function in earlier.items():
+            signal.signal(number, function)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,185 @@
+"""Whatever ends a Ray job, it can go on, and no process is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from orchestrator.journal import read_journal
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import find_checkpoints, weights_key
+from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.run import run_job
+
+DRIVER = """
+import json, pathlib, sys
+from orchestrator.training.job import TrainingJob
+from orchestrator.worker import run_train_job
+job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+try:
+    run_train_job(job, num_workers=int(sys.argv[2]))
+except (Interrupted, KeyboardInterrupt):
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> TrainingJob:
+    return TrainingJob(
+        run_folder=str(tmp_path / "run"),
+        tokens_folder=str(tiny_tokens),
+        model=tiny_model,
+        recipe=TrainingSettings(
+            num_steps=400,
+            num_tokens_per_step=64,
+            validate_every_steps=400,
+            num_validation_tokens=64,
+            checkpoint_every_steps=20,
+        ),
+    )
+
+
+def losses(job: TrainingJob) -> dict[int, float]:
+    return {
+        record["step"]: record["values"]["train/loss"]
+        for record in read_journal(job.folder)[0]
+        if "train/loss" in record.get("values", {})
+    }
+
+
+@pytest.fixture
+def family() -> Iterator[list[psutil.Process]]:
+    """Processes that a test's driver started; what it leaves behind by design is ended here."""
+    processes: list[psutil.Process] = []
+    yield processes
+    for process in processes:
+        if process.is_running():
+            process.kill()
+
+
+def start_driver(job: TrainingJob, num_workers: int = 1) -> subprocess.Popen[str]:
+    path = job.folder.with_suffix(".json")
+    path.write_text(json.dumps(job.to_dict()))
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(path), str(num_workers)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert driver.poll() is None, driver.communicate()[1]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "num_workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)]
+)
+def test_an_interrupted_driver_leaves_a_run_that_goes_on(
+    job: TrainingJob, family: list[psutil.Process], number: int, num_workers: int
+) -> None:
+    driver = start_driver(job, num_workers)
+    wait_until(lambda: find_checkpoints(job.folder), driver)
+    family += psutil.Process(driver.pid).children(recursive=True)
+    # To the whole group, as a terminal does; only the driver when nobody can catch it.
+    if number == signal.SIGKILL:
+        driver.kill()
+    else:
+        os.killpg(driver.pid, number)
+    _, errors = driver.communicate(timeout=120)
+
+    if number != signal.SIGKILL:
+        assert driver.returncode == 130, errors
+        assert not [process for process in family if is_alive(process)]
+        last = read_journal(job.folder)[0][-1]
+        assert last["name"] == "stopped"
+        assert find_checkpoints(job.folder)[-1].name == f"step_{last['step']:08d}"
+    assert not (job.folder / DONE_NAME).exists()
+
+    again = start_driver(job, num_workers)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    if num_workers == 1:
+        whole = run_whole(job)
+        assert losses(job) == losses(whole)
+        assert weights(job) == weights(whole)
+
+
+def run_whole(job: TrainingJob) -> TrainingJob:
+    """Run the same job here, uninterrupted, with as many threads as its worker had."""
+    folder = job.folder.parent / "whole"
+    whole = TrainingJob.from_dict(job.to_dict() | {"run_folder": str(folder)})
+    before = torch.get_num_threads()
+    torch.set_num_threads(read_journal(job.folder)[0][0]["num_threads"])
+    try:
+        run_job(whole)
+    finally:
+        torch.set_num_threads(before)
+    return whole
+
+
+def weights(job: TrainingJob) -> str:
+    return weights_key(find_checkpoints(job.folder)[-1])
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.slow
+def test_ray_listens_on_loopback_only(ray_session: None) -> None:
+    me = psutil.Process()
+    addresses = set()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            connections = process.net_connections(kind="inet")
+        except psutil.NoSuchProcess:
+            continue
+        addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_a_second_cluster_is_the_first(ray_session: None) -> None:
+    from orchestrator.cluster import ray_cluster
+
+    with ray_cluster() as outer, ray_cluster() as inner:
+        assert inner is outer
+    with ray_cluster() as still:
+        assert still is outer
+
+
+@pytest.mark.slow
+def test_an_unreachable_cluster_is_a_clear_failure() -> None:
+    code = (
+        "from orchestrator.cluster import ray_cluster\n"
+        "from orchestrator.errors import StageFailed\n"
+        "try:\n    ray_cluster().__enter__()\n"
+        "except StageFailed as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "127.0.0.1:1" in done.stdout, done.stderr
