@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from orchestrator import cli
-from orchestrator.settings import read_settings
+from orchestrator.settings import Settings, read_settings
 from orchestrator.shipped import shipped_sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +69,10 @@ def test_shipped_sweeps_are_named_and_valid() -> None:
     for name, path in sweeps.items():
         assert name in README
         read_settings(path)
+
+
+def test_the_toy_sweep_spells_out_the_defaults() -> None:
+    assert read_settings(shipped_sweeps()["toy"]) == Settings()
 
 
 def test_a_shipped_sweep_is_described_in_its_first_line() -> None:
