@@ -3,8 +3,8 @@
 One road leads here: defaults, then a YAML file, then `--set a.b=c`. Unknown keys are errors with
 the nearest known name, all problems are reported at once, and validation never edits a value.
 Pydantic does the checking; this module turns its findings into one sentence each. The resolved tree
-is saved beside every run, and the sections that determine a result are hashed into its key. The defaults are those of the shipped sweep
-`toy`: they make a model in minutes on a CPU.
+is saved beside every run, and the sections that determine a result are hashed into its key. The
+defaults are those of the shipped sweep `toy`: they make a model in minutes on a CPU.
 """
 
 from __future__ import annotations
