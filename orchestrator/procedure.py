@@ -314,7 +314,9 @@ def show_report(written: WrittenReport, desk: Desk) -> None:
     console.print()
     if written.page:
         console.print(f"report: {written.page}", soft_wrap=True, markup=False)
-    console.print("MLflow: iiet-orch ui", soft_wrap=True, markup=False)
+    console.print(
+        f"MLflow: iiet-orch ui --workspace {desk.workspace.root}", soft_wrap=True, markup=False
+    )
 
 
 def show_plan(plan: SweepPlan, desk: Desk) -> None:
