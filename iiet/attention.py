@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from iiet.cache import DecodingCache
-from iiet.linear import linear
 from iiet.rope import RopeTables, rotate_
 
 __all__ = ["Attention", "AttentionContext"]
@@ -38,6 +37,8 @@ class AttentionContext:
     """Tokens that queries may see: the cached ones and those of this pass."""
     cache: DecodingCache | None
     """Where keys and values of earlier tokens lie; None when all tokens are in this pass."""
+    is_token_step: bool = False
+    """Whether `iiet.decoding_step` serves this pass."""
 
 
 class Attention(nn.Module):
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             is_causal=context.mask is None and time > 1,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return linear(mixed.transpose(1, 2).reshape(batch, time, dim), self.out.weight)
+        return F.linear(mixed.transpose(1, 2).reshape(batch, time, dim), self.out.weight)
 
     def _heads(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
@@ -92,7 +93,7 @@ def _project(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project to queries, keys and values and rotate the first two, all in one buffer."""
-    qkv = linear(x, weight).view(x.size(0), x.size(1), -1, cos.size(-1))
+    qkv = F.linear(x, weight).view(x.size(0), x.size(1), -1, cos.size(-1))
     rotate_(qkv.narrow(2, 0, num_heads + num_kv_heads), cos, sin)
     return _split(qkv, num_heads, num_kv_heads)
 

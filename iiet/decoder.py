@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iiet.attention import AttentionContext
 from iiet.cache import DecodingCache, evaluation_slots
 from iiet.config import ModelConfig
+from iiet.decoding_step import is_token_step
 from iiet.field import Field
-from iiet.linear import linear
+from iiet.linear import few_rows_product
 from iiet.methods import METHODS, Advance
 from iiet.norm import RMSNorm
 from iiet.rope import Rope
@@ -202,7 +204,10 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return linear(self.norm(hidden), weight)
+        normed = self.norm(hidden)
+        if is_token_step(normed, cached=True):
+            return few_rows_product(normed, weight, len(normed)).view(len(normed), 1, -1)
+        return F.linear(normed, weight)
 
     def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.
@@ -232,7 +237,7 @@ class Decoder(nn.Module):
         slots = evaluation_slots(self.evaluations_per_layer(schedule))
         schedule = schedule or self.schedule
         hidden = self.embedding(input_ids)
-        context = self._context(input_ids, hidden.dtype, cache, attention_mask)
+        context = self._context(input_ids, hidden, cache, attention_mask)
         estimates: list[Tensor] = [hidden] if self.method.has_mix else []
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
 
@@ -267,12 +272,12 @@ class Decoder(nn.Module):
     def _context(
         self,
         input_ids: Tensor,
-        dtype: torch.dtype,
+        hidden: Tensor,
         cache: DecodingCache | None,
         attention_mask: Tensor | None,
     ) -> AttentionContext:
         """Work out positions and mask of a pass: what is the same for all its evaluations."""
-        time, device = input_ids.size(1), input_ids.device
+        time, device, dtype = input_ids.size(1), input_ids.device, hidden.dtype
         past = 0 if cache is None else int(cache.get_seq_length())
         total = past + time
         if total > self.config.context_length:
@@ -290,7 +295,9 @@ class Decoder(nn.Module):
             mask = _causal(past, total, device, real)
         elif past and time > 1:
             mask = _causal(past, total, device)
-        return AttentionContext(self.rope.at(positions, device, dtype), mask, total, cache)
+        rope = self.rope.at(positions, device, dtype)
+        is_step = is_token_step(hidden, cached=cache is not None)
+        return AttentionContext(rope, mask, total, cache, is_step)
 
 
 def _causal(past: int, total: int, device: torch.device, real: Tensor | None = None) -> Tensor:

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from iiet.linear import linear
-
 __all__ = ["FeedForward"]
 
 
@@ -37,7 +35,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
-        gate_up = linear(x, self.gate_up.weight)
+        gate_up = F.linear(x, self.gate_up.weight)
         if not torch.is_grad_enabled():
             return _gated_product(gate_up, self.down.weight)
         result: Tensor = _GatedProduct.apply(gate_up, self.down.weight)  # type: ignore[no-untyped-call]
@@ -46,7 +44,7 @@ class FeedForward(nn.Module):
 
 def _gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return linear(F.silu(gate).mul_(up), down)
+    return F.linear(F.silu(gate).mul_(up), down)
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from iiet.attention import Attention, AttentionContext
+from iiet.decoding_step import evaluate_token
 from iiet.feed_forward import FeedForward
 from iiet.norm import RMSNorm
 
@@ -34,6 +35,7 @@ class Field(nn.Module):
         self, dim: int, *, num_heads: int, num_kv_heads: int, ffn_dim: int, rms_norm_eps: float
     ) -> None:
         super().__init__()
+        self.norm_eps = rms_norm_eps
         self.attention_norm = RMSNorm(dim, eps=rms_norm_eps)
         self.attention = Attention(dim, num_heads, num_kv_heads)
         self.feed_forward_norm = RMSNorm(dim, eps=rms_norm_eps)
@@ -47,6 +49,8 @@ class Field(nn.Module):
             context: what all evaluations of this forward pass share.
             slot: the cache slot of this evaluation; without a cache it means nothing.
         """
+        if context.is_token_step:
+            return evaluate_token(self, x, context, slot)
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
         y: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
         return y

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["RMSNorm"]
+__all__ = ["RMSNorm", "normalize"]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -27,13 +27,17 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., dim)."""
         assert self.eps is not None
-        if x.device.type != "cpu" or x.dtype != self.weight.dtype or x.itemsize < 4:
+        if not x.is_cpu or x.dtype != self.weight.dtype or x.itemsize < 4:
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         if torch.is_grad_enabled():
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return normed
-        scaled: Tensor = (x * _rstd(x, self.eps)).mul_(self.weight)
-        return scaled
+        return normalize(x, self.weight, self.eps)
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute `x * rstd(x) * weight` for float32 or float64 on a CPU, without gradients."""
+    return (x * _rstd(x, eps)).mul_(weight)
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:

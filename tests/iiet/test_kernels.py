@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from iiet.attention import Attention, AttentionContext
 from iiet.feed_forward import FeedForward
-from iiet.linear import linear
+from iiet.linear import few_rows_product
 from iiet.norm import RMSNorm
 from iiet.rope import Rope, rotate_
 
@@ -61,14 +61,15 @@ def test_attention_gradients(num_kv_heads):
     assert gradcheck(attention, x, context=(context(3), 0))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3)])
 @torch.no_grad()
-def test_linear_in_all_its_ways(rows, shape):
+def test_product_of_few_rows_in_all_its_ways(rows, shape):
     weight = torch.randn(*shape, dtype=torch.float64)
-    for x in (torch.randn(rows, 1, shape[1]), torch.randn(rows, 4, shape[1])[:, -1:]):
-        torch.testing.assert_close(linear(x.double(), weight), x.double() @ weight.T)
-        assert linear(x.double(), weight).is_contiguous()
+    x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
+    product = few_rows_product(x, weight, rows)
+    torch.testing.assert_close(product.view(rows, 1, -1), x @ weight.T)
+    assert product.is_contiguous()
 
 
 def test_rotation_keeps_lengths_and_depends_on_distances_alone():
