@@ -1,15 +1,14 @@
 """Causal self-attention with rotary positions, for training, prefill and cached decoding alike.
 
-Queries, keys and values come from one matrix product. What an evaluation needs beyond its input
-(angles, mask, cache) is the same for all layers and corrections of a forward pass, so it is made
-once and passed along as one value, `AttentionContext`.
+Queries, keys and values come from one matrix product. They are rotated in the buffer that it
+wrote, and their gradients meet in one buffer too, so that an evaluation keeps no second copy of
+them.
 
 Source: the Llama block; grouped key/value heads as in Ainslie et al. 2023.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,28 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from iiet.cache import DecodingCache
+from iiet.context import AttentionContext
 from iiet.rope import RopeTables, rotate_
 
-__all__ = ["Attention", "AttentionContext"]
-
-
-@dataclass(frozen=True)
-class AttentionContext:
-    """What all evaluations of one forward pass share."""
-
-    rope: RopeTables
-    """Angles of the tokens of this pass."""
-    mask: Tensor | None
-    """(batch or 1, 1, time, total) bool, true where a query may look; None means causal without
-    padding.
-    """
-    total: int
-    """Tokens that queries may see: the cached ones and those of this pass."""
-    cache: DecodingCache | None
-    """Where keys and values of earlier tokens lie; None when all tokens are in this pass."""
-    is_token_step: bool = False
-    """Whether `iiet.decoding_step` serves this pass."""
+__all__ = ["Attention"]
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from iiet.methods import METHODS
@@ -91,25 +91,19 @@ class ModelConfig:
             ValueError: unknown or missing keys, or invalid values, all named at once.
         """
         known = {field.name for field in fields(cls)}
-        optional = {"method", "schedule", *_FIELDS_WITH_DEFAULT}
+        required = {field.name for field in fields(cls) if field.default is MISSING}
         problems = [f"unknown key {key!r}" for key in values if key not in known]
-        problems += [f"missing key {key!r}" for key in sorted(known - optional - set(values))]
+        problems += [f"missing key {key!r}" for key in sorted(required - set(values))]
         if problems:
             raise ValueError(
                 f"invalid model config: {'; '.join(problems)}; "
                 f"known keys: {', '.join(sorted(known))}"
             )
-        given = dict(values)
-        if given.get("schedule") is not None:
-            given["schedule"] = IterationSchedule.parse(
-                given["schedule"], num_layers=given["num_layers"]
-            )
+        given, num_layers = dict(values), values["num_layers"]
+        if given.get("schedule") is not None and type(num_layers) is int and num_layers > 0:
+            given["schedule"] = IterationSchedule.parse(given["schedule"], num_layers=num_layers)
         return cls(**given)
 
-
-_FIELDS_WITH_DEFAULT = frozenset(
-    ["tie_embeddings", "rope_theta", "rms_norm_eps", "layer_norm_eps", "initializer_std"]
-)
 
 _SIZES = (
     "vocab_size",

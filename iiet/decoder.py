@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iiet.attention import AttentionContext
 from iiet.cache import DecodingCache, evaluation_slots
 from iiet.config import ModelConfig
+from iiet.context import make_context
 from iiet.decoding_step import is_token_step
 from iiet.field import Field
 from iiet.linear import few_rows_product
@@ -106,27 +105,6 @@ class Decoder(nn.Module):
         twin.__dict__.update(self.__dict__, _modules=dict(self._modules), config=config)
         return twin
 
-    @overload
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        schedule: IterationSchedule | None = None,
-        cache: DecodingCache | None = None,
-        attention_mask: Tensor | None = None,
-        last_only: bool = False,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        schedule: IterationSchedule | None = None,
-        cache: DecodingCache | None = None,
-        attention_mask: Tensor | None = None,
-        last_only: bool = False,
-        return_hidden: bool,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]: ...
     def forward(
         self,
         input_ids: Tensor,
@@ -237,7 +215,7 @@ class Decoder(nn.Module):
         slots = evaluation_slots(self.evaluations_per_layer(schedule))
         schedule = schedule or self.schedule
         hidden = self.embedding(input_ids)
-        context = self._context(input_ids, hidden, cache, attention_mask)
+        context = make_context(hidden, self.rope, cache=cache, attention_mask=attention_mask)
         estimates: list[Tensor] = [hidden] if self.method.has_mix else []
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
 
@@ -268,51 +246,3 @@ class Decoder(nn.Module):
             if estimate is not None:
                 estimates.append(estimate)
             yield hidden
-
-    def _context(
-        self,
-        input_ids: Tensor,
-        hidden: Tensor,
-        cache: DecodingCache | None,
-        attention_mask: Tensor | None,
-    ) -> AttentionContext:
-        """Work out positions and mask of a pass: what is the same for all its evaluations."""
-        time, device, dtype = input_ids.size(1), input_ids.device, hidden.dtype
-        past = 0 if cache is None else int(cache.get_seq_length())
-        total = past + time
-        if total > self.config.context_length:
-            raise ValueError(
-                f"{total} tokens do not fit a context_length of {self.config.context_length}; "
-                "shorten the input, or train with a longer context: later positions were never seen"
-            )
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        positions: Tensor | slice = slice(past, total)
-        mask = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            real = attention_mask.bool()
-            positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
-            mask = _causal(past, total, device, real)
-        elif past and time > 1:
-            mask = _causal(past, total, device)
-        rope = self.rope.at(positions, device, dtype)
-        is_step = is_token_step(hidden, cached=cache is not None)
-        return AttentionContext(rope, mask, total, cache, is_step)
-
-
-def _causal(past: int, total: int, device: torch.device, real: Tensor | None = None) -> Tensor:
-    """Return which of `total` tokens each of the last `total - past` may see, (batch or 1, 1, time,
-    total).
-
-    Args:
-        past: tokens before those that look.
-        total: tokens altogether.
-        device: where the mask is needed.
-        real: (batch, total), false for padding, which sees itself alone: a softmax needs at least
-            one.
-    """
-    keys = torch.arange(total, device=device)
-    queries = keys[past:, None]
-    if real is None:
-        return (keys <= queries)[None, None]
-    return ((keys < queries) & real[:, None, None, :]) | (keys == queries)

@@ -19,7 +19,7 @@ from iiet.norm import normalize
 from iiet.rope import rotate_
 
 if TYPE_CHECKING:
-    from iiet.attention import AttentionContext
+    from iiet.context import AttentionContext
     from iiet.field import Field
 
 __all__ = ["evaluate_token", "is_token_step"]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from iiet.attention import Attention, AttentionContext
+from iiet.attention import Attention
+from iiet.context import AttentionContext
 from iiet.decoding_step import evaluate_token
 from iiet.feed_forward import FeedForward
 from iiet.norm import RMSNorm

@@ -39,7 +39,7 @@ def weighted_sums(weights: Tensor, estimates: Sequence[Tensor]) -> tuple[Tensor,
         estimates: `count` tensors of one shape.
     """
     if not torch.is_grad_enabled():
-        return _sums_without_gradient(weights, estimates)
+        return tuple(_weighted_sum(_scalars(row), estimates) for row in weights)
     sums: tuple[Tensor, ...] = _WeightedSums.apply(weights, *estimates)  # type: ignore[no-untyped-call]
     return sums
 
@@ -50,18 +50,6 @@ def add_scaled(base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
         return torch.addcmul(base, estimate, weight.to(estimate.dtype))
     result: Tensor = _AddScaled.apply(base, estimate, weight)  # type: ignore[no-untyped-call]
     return result
-
-
-_FEW_VALUES = 1 << 16
-"""Up to so many values altogether, stacking the estimates is faster than adding them one by one."""
-
-
-def _sums_without_gradient(weights: Tensor, estimates: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    first = estimates[0]
-    if len(estimates) * first.numel() > _FEW_VALUES:
-        return tuple(_weighted_sum(_scalars(row), estimates) for row in weights)
-    stacked = torch.stack(tuple(estimates)).view(len(estimates), -1)
-    return (weights.to(stacked.dtype) @ stacked).view(-1, *first.shape).unbind()
 
 
 class _WeightedSums(torch.autograd.Function):
@@ -153,7 +141,9 @@ class Mix(nn.Module):
         """Count both matrices and both norms of each layer."""
         return 2 * (num_layers + 1) ** 2 + 4 * num_layers * dim
 
-    def of_layer(self, layer: int, estimates: Sequence[Tensor], *, evaluates: bool) -> LayerMix:
+    def of_layer(
+        self, layer: int, estimates: Sequence[Tensor], *, evaluates: bool
+    ) -> LayerMix | FewTokensMix:
         """Sum up the earlier estimates for one layer.
 
         Args:
@@ -164,11 +154,13 @@ class Mix(nn.Module):
         """
         count = layer + 1
         assert len(estimates) == count, (len(estimates), layer)
+        outer = self.outer[count]
+        if FewTokensMix.serves(estimates, outer):
+            return FewTokensMix(tuple(estimates), self.inner[count], outer)
         if not evaluates:
-            outer = self.outer[count]
             (hidden_prefix,) = weighted_sums(outer[None, :count], estimates)
             return LayerMix(None, None, hidden_prefix, outer[count])
-        rows = torch.stack([self.inner[count], self.outer[count]])
+        rows = torch.stack([self.inner[count], outer])
         point_prefix, hidden_prefix = weighted_sums(rows[:, :count], estimates)
         return LayerMix(point_prefix, rows[0, count], hidden_prefix, rows[1, count])
 
@@ -194,6 +186,53 @@ class LayerMix(NamedTuple):
     def hidden(self, estimate: Tensor) -> Tensor:
         """Compute `sum_{k<l} C[l,k] s_k + C[l,l] estimate`."""
         return add_scaled(self.hidden_prefix, estimate, self.hidden_weight)
+
+
+class FewTokensMix:
+    """`LayerMix` for a decoding step: stacking a few small estimates costs one operation.
+
+    Args:
+        estimates: those of the layers before, each (batch, time, dim).
+        inner: the layer's row of A.
+        outer: the layer's row of C.
+    """
+
+    def __init__(self, estimates: tuple[Tensor, ...], inner: Tensor, outer: Tensor) -> None:
+        self._estimates = estimates
+        self._inner = inner
+        self._outer = outer
+        self._point_prefix: Tensor | None = None
+
+    @staticmethod
+    def serves(estimates: Sequence[Tensor], weights: Tensor) -> bool:
+        """Tell whether stacking is the faster way; it keeps no gradient."""
+        first = estimates[0]
+        return (
+            not torch.is_grad_enabled()
+            and first.numel() <= _FEW_VALUES
+            and first.dtype == weights.dtype
+        )
+
+    def evaluation_point(self, estimate: Tensor) -> Tensor:
+        """Compute `sum_{k<l} A[l,k] s_k + A[l,l] estimate`."""
+        count = len(self._estimates)
+        if self._point_prefix is None:
+            self._point_prefix = _sum_of_stacked(self._inner[:count], self._estimates)
+        return torch.addcmul(self._point_prefix, estimate, self._inner[count])
+
+    def hidden(self, estimate: Tensor) -> Tensor:
+        """Compute `sum_{k<l} C[l,k] s_k + C[l,l] estimate`."""
+        estimates = (*self._estimates, estimate)
+        return _sum_of_stacked(self._outer[: len(estimates)], estimates)
+
+
+_FEW_VALUES = 1 << 13
+"""Up to so many values each, stacking the estimates is faster than adding them one by one."""
+
+
+def _sum_of_stacked(weights: Tensor, estimates: tuple[Tensor, ...]) -> Tensor:
+    stacked = torch.stack(estimates).view(len(estimates), -1)
+    return torch.mv(stacked.t(), weights).view_as(estimates[0])
 
 
 def _layer_norms(num_layers: int, dim: int, eps: float) -> nn.ModuleList:

@@ -74,6 +74,7 @@ def test_all_problems_at_once():
         ({"num_layers": 5}, "schedule has 6 entries .* num_layers is 5"),
         ({"schedule": (3, 3)}, "schedule must be an IterationSchedule"),
         ({"num_layers": True}, "num_layers must be a positive integer, got True"),
+        ({"num_layers": "6"}, "num_layers must be a positive integer, got '6'"),
     ],
 )
 def test_what_does_not_fit_together(changes, message):
@@ -86,6 +87,14 @@ def test_unknown_and_missing_keys():
     del values["dim"]
     with pytest.raises(ValueError, match="unknown key 'hidden'; missing key 'dim'; known keys"):
         ModelConfig.from_dict({**values, "hidden": 3})
+
+
+def test_plain_values_with_a_schedule_that_cannot_be_read():
+    values = preset("tiny").to_dict()
+    with pytest.raises(ValueError, match="num_layers must be a positive integer, got 'six'"):
+        ModelConfig.from_dict({**values, "num_layers": "six"})
+    with pytest.raises(ValueError, match="is for 2 layers, the model has 6"):
+        ModelConfig.from_dict({**values, "schedule": "1,1"})
 
 
 def test_weights_start_as_said():

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iiet.attention import Attention, AttentionContext
+from iiet.attention import Attention
+from iiet.context import AttentionContext
 from iiet.feed_forward import FeedForward
 from iiet.linear import few_rows_product
 from iiet.norm import RMSNorm
