@@ -24,6 +24,7 @@ from orchestrator.training.run import run_job
 
 DRIVER = """
 import json, pathlib, sys
+from orchestrator.errors import Interrupted
 from orchestrator.training.job import TrainingJob
 from orchestrator.worker import run_train_job
 job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
