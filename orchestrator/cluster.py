@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.errors import Interrupted, StageFailed
+from orchestrator.errors import Interrupted, StageFailed, UserError
 from orchestrator.interruption import POLL_SECONDS, SIGNALS, handling, raise_interrupt
 from orchestrator.resources import Resources, local_resources
 
@@ -54,6 +55,7 @@ LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 1
 # After Ctrl-C everything together must take less than ten seconds.
 START_PATIENCE_SECONDS = 4.0
 SHUTDOWN_PATIENCE_SECONDS = 3.0
+CONNECT_SECONDS = 5.0
 SHUTDOWN_SECONDS = 60.0  # when nobody is waiting
 EXIT_CODE_INTERRUPTED = 130
 
@@ -93,7 +95,8 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[Cluster]:
         num_cpus: CPUs of a local cluster; all that this process may use when unset.
 
     Raises:
-        StageFailed: If Ray does not start, or does not answer at `RAY_ADDRESS`.
+        UserError: If nothing answers at `RAY_ADDRESS`.
+        StageFailed: If Ray does not start.
     """
     global _running
     if _running is not None:
@@ -192,6 +195,8 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(scratch),
         }
+    else:
+        _check_reachable(address)
     _keep_off_standard_output()
     # It would say that SIGTERM has no handler of Ray's in this thread; there is one of ours.
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
@@ -204,6 +209,20 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
         cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
         resources = Resources(cpus, gpus, f"the cluster at {address}")
     return resources
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse a dead address at once; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto`: Ray looks for a cluster on this machine.
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}); "
+            "start it, correct the address, or unset RAY_ADDRESS to use this machine"
+        ) from None
 
 
 def _keep_off_standard_output() -> None:
