@@ -33,6 +33,7 @@ class JournalFollower:
         self._losses: dict[str, float] = {}
         self._runs: dict[str, TrackedRun] = {}
         self._copied_at = time.monotonic()
+        self._begun_ms = time.time() * 1000
 
     def open_runs(
         self, kind: str, params: Mapping[str, Mapping[str, Any]]
@@ -58,6 +59,8 @@ class JournalFollower:
                     self._losses[label] = record["values"].get(
                         "train/loss", self._losses.get(label, math.nan)
                     )
+                elif record["name"] == "damaged" and record["time"] >= self._begun_ms:
+                    self._progress.note(record["text"])
         texts = [
             f"{label} {loss:.2f}"
             for label, loss in self._losses.items()

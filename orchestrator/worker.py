@@ -72,9 +72,7 @@ def run_train_jobs(
         loss is no number any more. StageFailed: If a job failed more often than it may. The others
         have ended before any error is raised. Interrupted: After Ctrl-C or SIGTERM.
     """
-    num_workers = check_resources(num_workers, num_gpus)
-    for job in jobs:
-        check_job(job, num_workers=num_workers)
+    num_workers = check_train_jobs(jobs, num_workers=num_workers, num_gpus=num_gpus)
     waiting = [job for job in jobs if finished_outcome(job) is None]
     if waiting:
         for job in waiting:
@@ -98,6 +96,23 @@ def run_train_jobs(
     if not all(outcomes):
         raise Interrupted("stopped on request; the same command goes on from the saved state")
     return [outcome for outcome in outcomes if outcome]
+
+
+def check_train_jobs(
+    jobs: Sequence[TrainingJob], *, num_workers: int = 1, num_gpus: int = 0
+) -> int:
+    """Find in a moment, before anything is written or started, what would make jobs fail.
+
+    Returns:
+        The number of workers of each job.
+
+    Raises:
+        UserError: If there are too few CPUs or GPUs, or a job cannot run as described.
+    """
+    num_workers = check_resources(num_workers, num_gpus)
+    for job in jobs:
+        check_job(job, num_workers=num_workers)
+    return num_workers
 
 
 def run_train_job(
@@ -179,11 +194,10 @@ def _fit(job: TrainingJob, plan: _Plan) -> None:
 def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["num_threads"])
     context = ray.train.get_context()
-    world = World(
-        rank=context.get_world_rank(),
-        size=context.get_world_size(),
-        device=str(ray.train.torch.get_device()),
-    )
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=str(device))
     job = TrainingJob.from_dict(config["job"])
     return answer_of(lambda: run_job(job, world=world).to_dict())
 

@@ -20,7 +20,7 @@ from orchestrator.plan import student_job
 from orchestrator.settings import Settings, flatten
 from orchestrator.tracking import Tracking
 from orchestrator.training.job import job_key
-from orchestrator.worker import run_train_job
+from orchestrator.worker import check_train_jobs, run_train_job
 from orchestrator.workspace import Workspace, read_json
 
 
@@ -71,6 +71,9 @@ def distill(
             "`iiet-orch evaluate --schedule` measures it"
         )
     job = replace(job, run_folder=str(workspace.trials / job_key(job)))
+    check_train_jobs(
+        [job], num_workers=settings.cluster.num_workers, num_gpus=settings.cluster.num_gpus
+    )
     label = str(wanted)
     follower = JournalFollower({label: job}, tracking, progress)
     follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
@@ -84,7 +87,8 @@ def distill(
             watch=follower.look,
         )
     except BaseException as error:
-        follower.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
+        follower.close("KILLED" if is_stop else "FAILED")
         raise
     follower.close("FINISHED")
     progress.finish(f"schedule {wanted}, validation loss {outcome.validation_loss:.3f}")

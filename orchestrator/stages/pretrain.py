@@ -22,7 +22,7 @@ from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import Tracking
 from orchestrator.training.job import TrainingJob, finished_outcome, job_key
 from orchestrator.training.shape import model_config
-from orchestrator.worker import run_train_jobs
+from orchestrator.worker import check_train_jobs, run_train_jobs
 from orchestrator.workspace import Workspace, write_text
 
 KEY_CHARACTERS = 8
@@ -90,6 +90,9 @@ def pretrain(
         for label, settings in variants.items()
     }
     cluster = next(iter(variants.values())).cluster
+    check_train_jobs(
+        list(jobs.values()), num_workers=cluster.num_workers, num_gpus=cluster.num_gpus
+    )
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
         write_text(job.folder / "settings.yaml", to_yaml(variants[label]))
@@ -105,7 +108,8 @@ def pretrain(
             watch=follower.look,
         )
     except BaseException as error:
-        follower.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
+        follower.close("KILLED" if is_stop else "FAILED")
         raise
     follower.close("FINISHED")
     losses = []

@@ -188,6 +188,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
                 f"the weights in {job.initial_folder} are another model's than the one to train; "
                 "only the iteration schedule may differ"
             )
+    _check_claim(job)
 
 
 def sequences_per_step(recipe: TrainingSettings, config: ModelConfig) -> int:
@@ -209,15 +210,19 @@ def claim_folder(job: TrainingJob) -> None:
     """Write the job into its folder, so that a run of other settings cannot go on in it by mistake.
 
     Raises:
-        UserError: If the folder holds a run of another key, naming what differs.
+        UserError: As `check_job`.
     """
-    essence = _essence(job)
-    key = content_key(essence)
+    _check_claim(job)
     path = job.folder / JOB_NAME
-    earlier = read_json(path)
-    if earlier is None:
-        write_json(path, {"key": key, "essence": essence, "job": job.to_dict()})
-    elif earlier.get("key") != key:
+    if not path.exists():
+        essence = _essence(job)
+        write_json(path, {"key": content_key(essence), "essence": essence, "job": job.to_dict()})
+
+
+def _check_claim(job: TrainingJob) -> None:
+    earlier = read_json(job.folder / JOB_NAME)
+    essence = _essence(job)
+    if earlier is not None and earlier.get("key") != content_key(essence):
         raise UserError(
             f"{job.folder} holds a run of other settings "
             f"({_difference(earlier.get('essence'), essence)}); "
