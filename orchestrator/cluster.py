@@ -45,6 +45,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 Tune prints nothing
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files that nobody reads, left open after a stop
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 # On Linux too, this is what keeps every socket on loopback.
@@ -53,7 +54,7 @@ _LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 OBJECT_STORE_BYTES = 128 * 2**20  # data does not travel through Ray; its own minimum is 75 MB
 LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 107 at most
 # After Ctrl-C everything together must take less than ten seconds.
-START_PATIENCE_SECONDS = 4.0
+START_PATIENCE_SECONDS = 2.0
 SHUTDOWN_PATIENCE_SECONDS = 3.0
 CONNECT_SECONDS = 5.0
 SHUTDOWN_SECONDS = 60.0  # when nobody is waiting

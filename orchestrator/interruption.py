@@ -61,8 +61,11 @@ def run_interruptibly(
             if watch:
                 watch()
     if signals:
-        saved = "the state is saved" if future.done() else "the last checkpoint is saved"
-        raise Interrupted(f"interrupted; {saved}, and the same command goes on from there")
+        if future.done():
+            raise Interrupted(
+                "interrupted; the state is saved, the same command goes on from there"
+            )
+        raise Interrupted("interrupted; the same command goes on from the last saved state")
     return future.result()
 
 

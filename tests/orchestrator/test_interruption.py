@@ -53,7 +53,7 @@ def test_a_signal_asks_once_and_waits_for_the_state(number: int) -> None:
 
 def test_a_second_signal_ends_the_wait() -> None:
     never = threading.Event()
-    with pytest.raises(Interrupted, match="last checkpoint"):
+    with pytest.raises(Interrupted, match="last saved state"):
         run_interruptibly(never.wait, ask_to_stop=lambda: True, watch=press, grace_seconds=3600.0)
     never.set()
 
