@@ -89,7 +89,7 @@ def _session(workspace: Path | None, command: str, *, verbose: bool) -> Iterator
         try:
             with terminal_progress(console) as progress:
                 yield Session(space, progress, console)
-        except (UserError, Interrupted, typer.Exit):
+        except (UserError, Interrupted):
             raise
         except KeyboardInterrupt:
             raise Interrupted from None
@@ -267,12 +267,11 @@ def influence(
     """Measure how much each correction of each layer matters."""
     settings = _settings(config, set_, influence__metric=metric)
     with _desk(workspace, "influence", verbose=verbose) as desk:
-        from orchestrator import procedure
-        from orchestrator.plan import tokens_of
+        from orchestrator.catalog import resolve_teacher, tokens_of
         from orchestrator.stages.influence import measure_influence
         from orchestrator.views import influence_view
 
-        teacher = procedure.resolve_teacher(desk.workspace, checkpoint)
+        teacher = resolve_teacher(desk.workspace, checkpoint)
         table = measure_influence(
             teacher,
             settings.influence,
@@ -300,11 +299,10 @@ def distill(
     """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
     settings = _settings(config, set_, distillation__control=control)
     with _desk(workspace, "distill", verbose=verbose) as desk:
-        from orchestrator import procedure
-        from orchestrator.plan import tokens_of
+        from orchestrator.catalog import resolve_teacher, tokens_of
         from orchestrator.stages.distill import distill as stage
 
-        teacher = procedure.resolve_teacher(desk.workspace, checkpoint)
+        teacher = resolve_teacher(desk.workspace, checkpoint)
         tokens = tokens_of(teacher, desk.workspace)
         student = stage(
             settings,
@@ -375,8 +373,9 @@ def sweep_threshold(
     )
     with _desk(workspace, "sweep-threshold", verbose=verbose) as desk:
         from orchestrator import procedure
+        from orchestrator.catalog import resolve_teacher
 
-        teacher = procedure.resolve_teacher(desk.workspace, checkpoint)
+        teacher = resolve_teacher(desk.workspace, checkpoint)
         if dry_run:
             plan = procedure.plan_thresholds(settings, desk, teacher, name=name)
             procedure.show_plan(plan, desk)

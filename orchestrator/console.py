@@ -48,6 +48,9 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Leave the terminal in order, whatever happened."""
 
 
@@ -96,7 +99,7 @@ class BarProgress(Progress):
         self._started = 0.0
 
     def start(self, title: str, total: float | None = None) -> None:
-        self._stop()
+        self.close()
         self._title, self._started = title, time.monotonic()
         self._bar = RichProgress(
             SpinnerColumn(),
@@ -121,19 +124,11 @@ class BarProgress(Progress):
 
     def finish(self, summary: str) -> None:
         seconds = time.monotonic() - self._started
-        self._stop()
+        self.close()
         self.console.print(f"[green]✓[/] [bold]{self._title}[/]", end=" ", highlight=False)
         self.console.print(f"{summary} ({seconds:.0f} s)", markup=False, highlight=False)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def close(self) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None

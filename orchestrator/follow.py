@@ -10,26 +10,47 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from orchestrator.console import Progress
 from orchestrator.journal import read_journal
-from orchestrator.tracking import TrackedRun, Tracking
+from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob, job_key
 
 SECONDS_BETWEEN_COPIES = 5.0
 
 
+class JournalTail:
+    """The end of one folder's journal: each call reads only what is new."""
+
+    def __init__(self, folder: Path) -> None:
+        """Name the folder; its journal may still be missing."""
+        self.step = 0
+        """The last step that was recorded."""
+        self._folder, self._offset = folder, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records since the last call."""
+        records, self._offset = read_journal(self._folder, self._offset)
+        for record in records:
+            self.step = record.get("step", self.step) if record["kind"] == "metrics" else self.step
+        return records
+
+
 class JournalFollower:
-    """Reads what running jobs write, for the progress bar and for MLflow."""
+    """Reads what running jobs write, for the progress bar and for MLflow.
+
+    As a context manager it ends the tracked runs with the status that fits how the block ended.
+    """
 
     def __init__(
         self, jobs: Mapping[str, TrainingJob], tracking: Tracking, progress: Progress
     ) -> None:
         """Name the jobs to follow, by label."""
         self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
-        self._offsets = dict.fromkeys(jobs, 0)
-        self._steps = dict.fromkeys(jobs, 0)
+        self._tails = {label: JournalTail(job.folder) for label, job in jobs.items()}
         self._losses: dict[str, float] = {}
         self._runs: dict[str, TrackedRun] = {}
         self._copied_at = time.monotonic()
@@ -51,30 +72,37 @@ class JournalFollower:
 
     def look(self) -> None:
         """Read what is new; called a few times a second."""
-        for label, job in self._jobs.items():
-            records, self._offsets[label] = read_journal(job.folder, self._offsets[label])
-            for record in records:
+        for label, tail in self._tails.items():
+            for record in tail.read():
                 if record["kind"] == "metrics":
-                    self._steps[label] = record["step"]
                     self._losses[label] = record["values"].get(
                         "train/loss", self._losses.get(label, math.nan)
                     )
                 elif record["name"] == "damaged" and record["time"] >= self._begun_ms:
                     self._progress.note(record["text"])
+        num_done = sum(tail.step for tail in self._tails.values())
         texts = [
             f"{label} {loss:.2f}"
             for label, loss in self._losses.items()
-            if self._steps[label] < self._jobs[label].recipe.num_steps
+            if self._tails[label].step < self._jobs[label].recipe.num_steps
         ]
-        self._progress.advance(sum(self._steps.values()), "loss " + ", ".join(texts))
+        self._progress.advance(num_done, "loss " + ", ".join(texts))
         if time.monotonic() - self._copied_at > SECONDS_BETWEEN_COPIES:
             self._copy()
 
-    def close(self, status: str) -> None:
+    def __enter__(self) -> JournalFollower:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Copy the rest into MLflow and end the runs."""
         self._copy()
         for run in self._runs.values():
-            run.finish(status)
+            run.finish(status_after(error))
 
     def _copy(self) -> None:
         for label, run in self._runs.items():

@@ -26,10 +26,9 @@ from iiet.schedule import (
     schedule_family,
     spread_over_cost,
 )
-from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import DistillationSettings, Settings
-from orchestrator.training.checkpoint import load_provenance, weights_key
+from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.trial import Role, TrialResult
 from orchestrator.workspace import Workspace, read_json
@@ -173,13 +172,13 @@ def threshold_plan(
         references: Label and checkpoint of models to show beside the sweep.
         name: Name of the sweep; made from its key when unset.
     """
-    full = _checkpoint_config(teacher)
+    full = load_config(teacher)
     trials = [_measured_as_it_is("teacher", "teacher", teacher, full, suite, workspace)]
     for member in choose_members(influence, settings):
         config = replace(full, schedule=member.schedule)
         trials.append(_student(settings, workspace, teacher, config, member, suite))
     trials += [
-        _measured_as_it_is("reference", label, folder, _checkpoint_config(folder), suite, workspace)
+        _measured_as_it_is("reference", label, folder, load_config(folder), suite, workspace)
         for label, folder in references
     ]
     num_requested = len(settings.sweep.thresholds) or settings.sweep.num_schedules
@@ -194,9 +193,10 @@ def iterations_plan(
 ) -> SweepPlan:
     """Plan a sweep that pretrains several methods or iteration counts from scratch, each a job.
 
-    Args: jobs: Label and job; the job's folder is where a pretraining run of the same settings
-    would go. workspace: Where evaluation results live. suite: What is measured. name: Name of
-    the sweep; made from its key when unset.
+    Args:
+        jobs: Label and job; its folder is where a pretraining run of the same settings would go.
+        suite: What is measured.
+        name: Name of the sweep; made from its key when unset.
     """
     trials = []
     for label, job in jobs:
@@ -336,29 +336,3 @@ def _suite_key(suite: dict[str, Any]) -> str:
     return content_key(
         {name: value for name, value in suite.items() if not name.endswith("_folder")}
     )
-
-
-def _checkpoint_config(folder: Path) -> ModelConfig:
-    values = read_json(folder / "config.json")
-    if not values:
-        raise UserError(f"{folder} is no checkpoint: it has no config.json")
-    try:
-        return ModelConfig.from_dict(values)
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json: {error}") from None
-
-
-def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
-    """Return the folder of the tokens that a checkpoint was trained on.
-
-    Raises:
-        UserError: If they are not in this workspace.
-    """
-    fingerprint = load_provenance(checkpoint).get("tokens", "")
-    folder = workspace.tokens / str(fingerprint)
-    if not fingerprint or not folder.is_dir():
-        raise UserError(
-            f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
-            f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
-        )
-    return folder

@@ -22,11 +22,18 @@ from iiet.schedule import IterationSchedule
 from orchestrator.analysis.heldout import build_heldout
 from orchestrator.analysis.results import SweepResults
 from orchestrator.analysis.tables import terminal_table
+from orchestrator.catalog import (
+    NO_CORRECTIONS,
+    find_references,
+    newest_sweep,
+    resolve_teacher,
+    tokens_of,
+)
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed, UserError
-from orchestrator.plan import SweepPlan, iterations_plan, threshold_plan, tokens_of
+from orchestrator.plan import SweepPlan, iterations_plan, threshold_plan
 from orchestrator.provenance import environment
 from orchestrator.settings import EvaluationSettings, ModelSettings, Settings, flatten
 from orchestrator.stages.evaluate import evaluate
@@ -36,17 +43,12 @@ from orchestrator.stages.pretrain import plan_pretraining, pretrain
 from orchestrator.stages.report import WrittenReport, write_report
 from orchestrator.stages.sweep import SweepOutcome, sweep
 from orchestrator.tracking import Tracking
-from orchestrator.training.checkpoint import (
-    load_provenance,
-    newest_checkpoint,
-    resolve_checkpoint,
-)
+from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
 from orchestrator.views import evaluation_table, plan_price, plan_table
-from orchestrator.workspace import Workspace, read_json
+from orchestrator.workspace import Workspace
 
 VANILLA = "vanilla"
-NO_CORRECTIONS = "r = 0"
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _plan_thresholds(
         desk.workspace,
         teacher=teacher,
         influence=influence,
-        suite=plan_suite(settings.evaluation, tokens, _config_of(teacher), desk.progress),
+        suite=plan_suite(settings.evaluation, tokens, load_config(teacher), desk.progress),
         references=list(references),
         name=name,
     )
@@ -197,53 +199,6 @@ def plan_suite(
     return {**suite, "tasks": tasks, "limit": settings.num_items}
 
 
-def resolve_teacher(workspace: Workspace, path: Path | None) -> Path:
-    """Return the checkpoint that the user means: by its path, or the workspace's newest IIET."""
-    return resolve_checkpoint(path) if path else find_teacher(workspace)
-
-
-def find_teacher(workspace: Workspace) -> Path:
-    """Return the newest checkpoint of an IIET with corrections.
-
-    Raises:
-        UserError: If the workspace has none; says how to make one.
-    """
-    runs = sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
-    for run in runs:
-        checkpoint = newest_checkpoint(run)
-        if checkpoint and _config_of(checkpoint).corrections.num_corrections:
-            return checkpoint
-    raise UserError(
-        f"{workspace.root} has no IIET checkpoint; `iiet-orch pretrain` makes one, "
-        "`iiet-orch quickstart` does the whole job, and a path as argument takes another"
-    )
-
-
-def find_references(workspace: Workspace, teacher: Path) -> list[tuple[str, Path]]:
-    """Return the workspace's models without corrections that can stand beside a teacher: same
-    tokens, shape, recipe.
-    """
-    found: dict[str, Path] = {}
-    wanted = _comparable(teacher)
-    for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
-        checkpoint = newest_checkpoint(run) if (run / "done.json").is_file() else None
-        if checkpoint and checkpoint != teacher and _comparable(checkpoint) == wanted:
-            config = _config_of(checkpoint)
-            if not config.corrections.num_corrections:
-                found[NO_CORRECTIONS if config.method == "iiet" else config.method] = checkpoint
-    return list(found.items())
-
-
-def _comparable(checkpoint: Path) -> dict[str, Any]:
-    shape = _config_of(checkpoint).to_dict()
-    provenance = load_provenance(checkpoint)
-    # Each method may have its own best learning rate, and only corrections have two stages.
-    free = {"iterate_from_fraction": None, "learning_rate": None}
-    recipe = {**provenance.get("recipe", {}), **free}
-    kept = {name: value for name, value in shape.items() if name not in ("method", "schedule")}
-    return {**kept, "tokens": provenance.get("tokens"), "recipe": recipe}
-
-
 def _influence(settings: Settings, desk: Desk, teacher: Path) -> InfluenceTable:
     return measure_influence(
         teacher,
@@ -252,14 +207,6 @@ def _influence(settings: Settings, desk: Desk, teacher: Path) -> InfluenceTable:
         tracking=desk.tracking,
         progress=desk.progress,
     )
-
-
-def _runs(workspace: Workspace) -> list[Path]:
-    return [path for path in workspace.runs.glob("*") if path.is_dir()]
-
-
-def _config_of(checkpoint: Path) -> ModelConfig:
-    return ModelConfig.from_dict(read_json(checkpoint / "config.json") or {})
 
 
 def _with_model(settings: Settings, **changes: Any) -> Settings:
@@ -344,7 +291,7 @@ def evaluate_and_show(
 
 def _parse_schedule(text: str, checkpoint: Path) -> IterationSchedule:
     try:
-        return IterationSchedule.parse(text, num_layers=_config_of(checkpoint).num_layers)
+        return IterationSchedule.parse(text, num_layers=load_config(checkpoint).num_layers)
     except ValueError as error:
         raise UserError(f"--schedule: {error}") from None
 
@@ -385,13 +332,7 @@ def report_and_show(desk: Desk, name: str | None) -> None:
     Raises:
         UserError: If there is no such sweep, or none at all.
     """
-    if name is None:
-        folders = sorted(
-            desk.workspace.sweeps.glob("*/results.json"), key=lambda p: p.stat().st_mtime
-        )
-        if not folders:
-            raise UserError(
-                f"{desk.workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
-            )
-        name = folders[-1].parent.name
-    show_report(write_report(desk.workspace, name, tracking=desk.tracking), desk)
+    show_report(
+        write_report(desk.workspace, name or newest_sweep(desk.workspace), tracking=desk.tracking),
+        desk,
+    )

@@ -27,13 +27,18 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def file_key(path: Path) -> str:
-    """Return a short hash of a file's bytes."""
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:KEY_LENGTH]
+    return digest.hexdigest()
+
+
+def file_key(path: Path) -> str:
+    """Return a short hash of a file's bytes."""
+    return file_digest(path)[:KEY_LENGTH]
 
 
 def text_key(texts: Iterable[str]) -> str:

@@ -38,10 +38,11 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
 def check_resources(num_workers: int, num_gpus: int, resources: Resources | None = None) -> int:
     """Check that a training job's workers find their places.
 
-    Args: num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs. num_gpus: GPUs of
-            the job, one for each worker; 0 trains on CPUs. resources: What there is; this machine's
-            when unset. With `RAY_ADDRESS` set, only a cluster that has been asked can say, so
-            nothing is checked without it.
+    Args:
+        num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
+        num_gpus: GPUs of the job, one for each worker; 0 trains on CPUs.
+        resources: What there is; this machine's when unset. With `RAY_ADDRESS` set, only a cluster
+            that has been asked can say, so nothing is checked without it.
 
     Returns:
         The number of workers.

@@ -92,8 +92,8 @@ def measure_quality(
         suite: Tokens, tasks and batch size, as planned.
         items_path: Where the values of single items go, for paired comparisons.
 
-        Returns: `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`
-        where known.
+    Returns:
+        `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where known.
     """
     store = open_tokens(suite["tokens_folder"])
     evaluation = evaluate_decoder(

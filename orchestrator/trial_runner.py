@@ -86,12 +86,14 @@ def run_trials(
 ) -> list[TrialReport]:
     """Run trials side by side under Ray Tune. A failed one does not end the others.
 
-    Args: function: Importable function from parameters and context to a JSON-able result. It may be
-        called again for the same trial after a crash, and then goes on from what it finds on disk.
-        trials: Parameters of each trial. stop_folder: Shared folder for the file that asks running
-        trials to stop. limits: How many at once, on what, and how often one may fail. on_result:
-        Called in this thread for each trial that ended, as soon as it did. watch: Called a few
-        times a second, to show progress.
+    Args:
+        function: Importable function from parameters and context to a JSON-able result. It may be
+            called again for the same trial after a crash, and then goes on from what is on disk.
+        trials: Parameters of each trial.
+        stop_folder: Shared folder for the file that asks running trials to stop.
+        limits: How many at once, on what, and how often one may fail.
+        on_result: Called in this thread for each trial that ended, as soon as it did.
+        watch: Called a few times a second, to show progress.
 
     Returns:
         One report a trial, in their order.

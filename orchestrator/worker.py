@@ -68,9 +68,11 @@ def run_train_jobs(
     Returns:
         The outcome of each job, in their order.
 
-    Raises: UserError: If a job cannot run as described; nothing is started then. Diverged: If a
-        loss is no number any more. StageFailed: If a job failed more often than it may. The others
-        have ended before any error is raised. Interrupted: After Ctrl-C or SIGTERM.
+    Raises:
+        UserError: If a job cannot run as described; nothing is started then.
+        Diverged: If a loss is no number any more.
+        StageFailed: If a job failed more often than it may. The others have ended before.
+        Interrupted: After Ctrl-C or SIGTERM.
     """
     num_workers = check_train_jobs(jobs, num_workers=num_workers, num_gpus=num_gpus)
     waiting = [job for job in jobs if finished_outcome(job) is None]

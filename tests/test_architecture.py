@@ -34,7 +34,7 @@ LAYERS = (
     "orchestrator.data",
     "orchestrator.training",
     "orchestrator.tracking",
-    "orchestrator.follow orchestrator.cluster orchestrator.plan",
+    "orchestrator.follow orchestrator.cluster orchestrator.plan orchestrator.catalog",
     "orchestrator.worker",
     "orchestrator.trial_runner",
     "orchestrator.analysis",

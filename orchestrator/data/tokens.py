@@ -33,7 +33,7 @@ from orchestrator.data.tokenizer import (
     train_tokenizer,
 )
 from orchestrator.errors import UserError
-from orchestrator.provenance import content_key
+from orchestrator.provenance import content_key, file_digest
 from orchestrator.settings import DataSettings
 from orchestrator.workspace import read_json, write_json
 
@@ -159,7 +159,7 @@ def _write_folder(
                     held_out.write(json.dumps(row) + "\n")
         checksums = {"train.bin": train.finish(), "validation.bin": validation.finish()}
     for name in ("tokenizer.json", "validation.jsonl"):
-        checksums[name] = _sha256(folder / name)
+        checksums[name] = file_digest(folder / name)
     _check_counts(train.counts, validation.counts, fraction)
     fingerprint = content_key(digest.hexdigest(), checksums["tokenizer.json"])
     write_json(
@@ -284,14 +284,6 @@ def _problem(folder: Path, manifest: dict[str, Any], *, verify: bool) -> str | N
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
-        if verify and _sha256(path) != manifest["sha256"][name]:
+        if verify and file_digest(path) != manifest["sha256"][name]:
             return f"{path} is damaged: its content has changed"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

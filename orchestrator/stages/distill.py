@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.console import Progress
-from orchestrator.errors import Interrupted, UserError
+from orchestrator.errors import UserError
 from orchestrator.follow import JournalFollower
 from orchestrator.plan import student_job
 from orchestrator.settings import Settings, flatten
 from orchestrator.tracking import Tracking
+from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key
 from orchestrator.worker import check_train_jobs, run_train_job
-from orchestrator.workspace import Workspace, read_json
+from orchestrator.workspace import Workspace
 
 
 def distill(
@@ -51,7 +51,7 @@ def distill(
         StageFailed: If the run failed or diverged.
     """
     progress = progress or Progress()
-    full = ModelConfig.from_dict(read_json(teacher / "config.json"))
+    full = load_config(teacher)
     try:
         wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
         config = replace(full, schedule=wanted)
@@ -78,7 +78,7 @@ def distill(
     follower = JournalFollower({label: job}, tracking, progress)
     follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
     progress.start("distill", job.recipe.num_steps)
-    try:
+    with follower:
         outcome = run_train_job(
             job,
             num_workers=settings.cluster.num_workers,
@@ -86,10 +86,5 @@ def distill(
             max_failures=settings.cluster.max_failures,
             watch=follower.look,
         )
-    except BaseException as error:
-        is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
-        follower.close("KILLED" if is_stop else "FAILED")
-        raise
-    follower.close("FINISHED")
     progress.finish(f"schedule {wanted}, validation loss {outcome.validation_loss:.3f}")
     return Path(str(outcome.checkpoint))

@@ -20,13 +20,13 @@ from iiet.schedule import IterationSchedule
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
 from orchestrator.analysis.harness import Suite, load_suite, run_suite
 from orchestrator.analysis.heldout import TASKS, build_heldout
+from orchestrator.catalog import tokens_of
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
-from orchestrator.plan import tokens_of
 from orchestrator.provenance import content_key, file_key
 from orchestrator.settings import EvaluationSettings
 from orchestrator.tracking import Tracking
-from orchestrator.training.checkpoint import CONFIG, TOKENIZER, load_decoder, weights_key
+from orchestrator.training.checkpoint import TOKENIZER, load_config, load_decoder, weights_key
 from orchestrator.workspace import Workspace, read_json, write_json
 
 HELDOUT = "heldout"
@@ -99,11 +99,8 @@ def evaluate(
 
 
 def _config(checkpoint: Path, schedule: IterationSchedule | None) -> ModelConfig:
-    values = read_json(checkpoint / CONFIG)
-    if not values:
-        raise UserError(f"{checkpoint} is no checkpoint: it has no {CONFIG}")
+    config = load_config(checkpoint)
     try:
-        config = ModelConfig.from_dict(values)
         return dataclasses.replace(config, schedule=schedule) if schedule else config
     except ValueError as error:
         raise UserError(f"{checkpoint}: {error}") from None

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
-from orchestrator.errors import Interrupted
 from orchestrator.follow import JournalFollower
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import Tracking
@@ -99,7 +98,7 @@ def pretrain(
     follower = JournalFollower(jobs, tracking, progress)
     runs = follower.open_runs("pretrain", {label: flatten(s) for label, s in variants.items()})
     progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
-    try:
+    with follower:
         outcomes = run_train_jobs(
             list(jobs.values()),
             num_workers=cluster.num_workers,
@@ -107,11 +106,6 @@ def pretrain(
             max_failures=cluster.max_failures,
             watch=follower.look,
         )
-    except BaseException as error:
-        is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
-        follower.close("KILLED" if is_stop else "FAILED")
-        raise
-    follower.close("FINISHED")
     losses = []
     checkpoints = {}
     for (label, run), outcome in zip(runs.items(), outcomes, strict=True):

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
+from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds
 from orchestrator.console import Progress
-from orchestrator.errors import Interrupted, StageFailed
-from orchestrator.journal import read_journal
+from orchestrator.errors import StageFailed
+from orchestrator.follow import JournalTail
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
-from orchestrator.tracking import TrackedRun, Tracking
+from orchestrator.tracking import Tracking, status_after
 from orchestrator.trial import TrialResult
 from orchestrator.trial_run import run_trial
 from orchestrator.trial_runner import TrialContext, TrialLimits, TrialReport, run_trials
@@ -76,7 +77,7 @@ def sweep(
     folder = workspace.sweeps / plan.name
     write_json(folder / PLAN_NAME, plan.to_dict())
     write_text(folder / "settings.yaml", to_yaml(settings))
-    with _tracked_sweep(plan, settings, tracking) as run:
+    with _tracked_sweep(plan, settings, tracking):
         waiting = [trial for trial in plan.trials if trial.result() is None]
         failures = _run_waiting(waiting, plan, settings, folder, progress)
         found = [(trial, result) for trial in plan.trials if (result := trial.result())]
@@ -84,9 +85,6 @@ def sweep(
             reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
             raise StageFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
         results = _with_costs(found, plan, folder, progress)
-        for trial, result in zip([trial for trial, _ in found], results, strict=True):
-            journal = Path(trial.folder) if trial.job else None
-            tracking.trial(result, parent=run, sweep=plan.name, journal_folder=journal)
     return SweepOutcome(
         folder=folder,
         results=tuple(results),
@@ -96,8 +94,8 @@ def sweep(
 
 
 @contextmanager
-def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
-    """Keep the sweep's run in step with how the block ends."""
+def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[None]:
+    """Keep the sweep's run in step with how the block ends; the report nests the trials in it."""
     params = {
         "kind": plan.kind,
         "teacher": plan.teacher or "",
@@ -108,9 +106,9 @@ def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> I
         plan.key, name=plan.name, kind="sweep", params=params, tags={"iiet.sweep": plan.name}
     )
     try:
-        yield run
+        yield
     except BaseException as error:
-        run.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
+        run.finish(status_after(error))
         raise
     run.finish()
 
@@ -128,25 +126,23 @@ def _run_waiting(
     num_done = num_all - len(waiting)
     failures: dict[str, str] = {}
     if waiting:
-        done_now = 0
+        tails = {trial.key: JournalTail(Path(trial.folder)) for trial in waiting}
 
         def on_result(report: TrialReport) -> None:
-            nonlocal done_now
-            done_now += 1
             label = report.parameters["label"]
             if report.error:
                 failures[label] = report.error
                 progress.note(f"trial {label} failed: {report.error}")
 
         def watch() -> None:
-            shares = [_share_done(trial) for trial in waiting]
+            shares = [_share_done(trial, tails[trial.key]) for trial in waiting]
             running = [t.label for t, share in zip(waiting, shares, strict=True) if 0 < share < 1]
             progress.advance(num_done + sum(shares), " ".join(running[:3]))
 
         run_trials(
             trial_function,
             # The costly ones first, so that none runs alone at the end.
-            sorted((t.to_dict() for t in waiting), key=_expected_work, reverse=True),
+            [t.to_dict() for t in sorted(waiting, key=_expected_work, reverse=True)],
             folder,
             limits=TrialLimits(
                 at_once=settings.sweep.trials_at_once,
@@ -167,21 +163,19 @@ def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[st
     return result.to_dict() if result else {}
 
 
-def _expected_work(spec: dict[str, Any]) -> float:
-    trial = PlannedTrial(**spec)
-    evaluations = exact_cost(trial.config(), trial.config())["evaluations"]
+def _expected_work(trial: PlannedTrial) -> float:
+    evaluations = inference_cost(trial.config()).evaluations_per_token
     return evaluations * (3.0 if trial.job else 1.0)
 
 
-def _share_done(trial: PlannedTrial) -> float:
+def _share_done(trial: PlannedTrial, tail: JournalTail) -> float:
     """Tell how far a trial is, from its files: training counts nine tenths, measuring the rest."""
     if trial.result_path.exists():
         return 1.0
     if not trial.job:
         return 0.0
-    records, _ = read_journal(Path(trial.folder))
-    steps = [record["step"] for record in records if record["kind"] == "metrics"]
-    return 0.9 * steps[-1] / trial.job["recipe"]["num_steps"] if steps else 0.0
+    tail.read()
+    return 0.9 * tail.step / int(trial.job["recipe"]["num_steps"])
 
 
 def _with_costs(

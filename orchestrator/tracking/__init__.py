@@ -18,6 +18,7 @@ from orchestrator.tracking.tracker import (
     TrackedSweep,
     Tracking,
     open_tracking,
+    status_after,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "Tracking",
     "as_query",
     "open_tracking",
+    "status_after",
 ]

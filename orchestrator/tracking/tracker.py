@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import Interrupted, UserError
 from orchestrator.tracking.identity import RunIdentity
 from orchestrator.tracking.links import VIEW_TAG_PREFIX, ChartView, Links
 from orchestrator.tracking.outbox import Outbox, Record
@@ -263,6 +263,13 @@ class TrackedRun:
     def _write(self, operation: str, **arguments: Any) -> None:
         run = self.identity.to_dict()
         self._tracking.write({"operation": operation, "run": run, "arguments": arguments})
+
+
+def status_after(error: BaseException | None) -> str:
+    """Return the status of a run whose work ended so: KILLED by the user, FAILED, or FINISHED."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
 
 
 def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking:

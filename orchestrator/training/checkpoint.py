@@ -10,7 +10,6 @@ and the training state loads with `weights_only=True`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.errors import UserError
-from orchestrator.provenance import KEY_LENGTH
+from orchestrator.provenance import KEY_LENGTH, file_digest
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -74,7 +73,7 @@ def save_checkpoint(
     save_file(weights, temporary / WEIGHTS)
     shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
     torch.save(dict(training_state), temporary / TRAINING_STATE)
-    checksums = {name: _sha256(temporary / name) for name in _HASHED}
+    checksums = {name: file_digest(temporary / name) for name in _HASHED}
     key = checksums[WEIGHTS][:KEY_LENGTH]
     _write(
         temporary / PROVENANCE,
@@ -119,6 +118,8 @@ def load_config(folder: Path) -> ModelConfig:
     """
     try:
         return ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the model's configuration in {folder}: {error}") from None
 
@@ -171,7 +172,7 @@ def check_checkpoint(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise UserError(f"the checkpoint {folder} is damaged: {name} is missing")
-        if _sha256(path) != checksums.get(name):
+        if file_digest(path) != checksums.get(name):
             raise UserError(f"the checkpoint {folder} is damaged: {name} is not what was written")
 
 
@@ -232,14 +233,6 @@ def prune_checkpoints(run_folder: Path, num_kept: int) -> None:
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
+from orchestrator.catalog import tokens_of
 from orchestrator.errors import UserError
-from orchestrator.plan import exact_cost, iterations_plan, student_job, threshold_plan, tokens_of
+from orchestrator.plan import exact_cost, iterations_plan, student_job, threshold_plan
 from orchestrator.settings import DistillationSettings, Settings, resolve_settings
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job

@@ -1,0 +1,105 @@
+"""What a workspace holds: the teacher that a command means, models to show beside it, their tokens,
+sweeps.
+
+Commands that get no path look here. Everything is read from the folders themselves, so a workspace
+that was copied or half deleted says what it still has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UserError
+from orchestrator.training.checkpoint import (
+    load_config,
+    load_provenance,
+    newest_checkpoint,
+    resolve_checkpoint,
+)
+from orchestrator.training.job import DONE_NAME
+from orchestrator.workspace import Workspace
+
+NO_CORRECTIONS = "r = 0"
+"""Label of an IIET that was trained without corrections."""
+
+
+def resolve_teacher(workspace: Workspace, path: Path | None) -> Path:
+    """Return the checkpoint that the user means: by its path, or the workspace's newest IIET."""
+    return resolve_checkpoint(path) if path else find_teacher(workspace)
+
+
+def find_teacher(workspace: Workspace) -> Path:
+    """Return the newest checkpoint of an IIET with corrections.
+
+    Raises:
+        UserError: If the workspace has none; says how to make one.
+    """
+    runs = sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+    for run in runs:
+        checkpoint = newest_checkpoint(run)
+        if checkpoint and load_config(checkpoint).corrections.num_corrections:
+            return checkpoint
+    raise UserError(
+        f"{workspace.root} has no IIET checkpoint; `iiet-orch pretrain` makes one, "
+        "`iiet-orch quickstart` does the whole job, and a path as argument takes another"
+    )
+
+
+def find_references(workspace: Workspace, teacher: Path) -> list[tuple[str, Path]]:
+    """Return the workspace's models without corrections that can stand beside a teacher: same
+    tokens, shape, recipe.
+    """
+    found: dict[str, Path] = {}
+    wanted = _comparable(teacher)
+    for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
+        checkpoint = newest_checkpoint(run) if (run / DONE_NAME).is_file() else None
+        if checkpoint and checkpoint != teacher and _comparable(checkpoint) == wanted:
+            config = load_config(checkpoint)
+            if not config.corrections.num_corrections:
+                found[NO_CORRECTIONS if config.method == "iiet" else config.method] = checkpoint
+    return list(found.items())
+
+
+def _comparable(checkpoint: Path) -> dict[str, Any]:
+    shape = load_config(checkpoint).to_dict()
+    provenance = load_provenance(checkpoint)
+    # Each method may have its own best learning rate, and only corrections have two stages.
+    free = {"iterate_from_fraction": None, "learning_rate": None}
+    recipe = {**provenance.get("recipe", {}), **free}
+    kept = {name: value for name, value in shape.items() if name not in ("method", "schedule")}
+    return {**kept, "tokens": provenance.get("tokens"), "recipe": recipe}
+
+
+def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
+    """Return the folder of the tokens that a checkpoint was trained on.
+
+    Raises:
+        UserError: If they are not in this workspace.
+    """
+    fingerprint = load_provenance(checkpoint).get("tokens", "")
+    folder = workspace.tokens / str(fingerprint)
+    if not fingerprint or not folder.is_dir():
+        raise UserError(
+            f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
+            f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
+        )
+    return folder
+
+
+def newest_sweep(workspace: Workspace) -> str:
+    """Return the name of the newest sweep that has results.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = sorted(workspace.sweeps.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(
+            f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
+        )
+    return found[-1].parent.name
+
+
+def _runs(workspace: Workspace) -> list[Path]:
+    return [path for path in workspace.runs.glob("*") if path.is_dir()]
