@@ -1,0 +1,52 @@
+"""The application that commands register with, and how a command ends.
+
+Four ways to end become exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted with the
+state saved.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from orchestrator.errors import Interrupted, StageFailed, UserError
+
+app = typer.Typer(
+    name="iiet-orch",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Pretrain, sweep and distill iterative Transformers; show accuracy against their cost.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
+    """
+    try:
+        app(arguments, prog_name="iiet-orch")
+    except SystemExit as end:  # Typer's own way to end, after it has shown what was wrong
+        return end.code if isinstance(end.code, int) else 0
+    except (UserError, StageFailed) as error:
+        _complain(str(error))
+        return 2 if isinstance(error, UserError) else 1
+    except Interrupted as error:
+        _complain(str(error) or "interrupted; the same command goes on from the last saved state")
+        return 130
+    return 0
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"iiet-orch: {text}", markup=False, soft_wrap=True)

@@ -1,0 +1,87 @@
+"""The options that several commands share, and how they become settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.errors import UserError
+
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        "-w",
+        help="Folder for all that is made; IIET_WORKSPACE, else ./iiet-workspace.",
+    ),
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", "-c", help="Settings: a YAML file, or the name of a shipped sweep."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting, as training.num_steps=500."),
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Let the libraries' own output through.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Data-parallel workers."),
+]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=0, help="GPUs, one worker each.")]
+CheckpointArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Checkpoint or run folder; the workspace's newest IIET when left out."),
+]
+TrialsAtOnceOption = Annotated[
+    int | None, typer.Option(min=1, help="Trials side by side; as many as CPUs if left out.")
+]
+NameOption = Annotated[str | None, typer.Option(help="Name of the sweep; made up if left out.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its price.")]
+
+
+def read_options(config: str | None, assignments: list[str] | None, **shortcuts: Any) -> Any:
+    """Read the settings: file, then --set, then the command's own options.
+
+    Args:
+        config: A YAML file, or the name of a shipped sweep; defaults when unset.
+        assignments: `KEY=VALUE` texts.
+        **shortcuts: `section__key` to the option's value; None means that it was not given.
+
+    Raises:
+        UserError: Everything that is wrong with them.
+    """
+    from orchestrator.settings import read_settings
+    from orchestrator.shipped import find_settings_file
+
+    path = find_settings_file(config) if config else None
+    named = [
+        f"{name.replace('__', '.')}={_as_yaml(value)}"
+        for name, value in shortcuts.items()
+        if value is not None
+    ]
+    return read_settings(path, [*(assignments or []), *named])
+
+
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """Read numbers with commas between them; None stays None.
+
+    Raises:
+        UserError: If they are no numbers; names the option.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} takes numbers with commas between them; got {text!r}") from None
+
+
+def _as_yaml(value: Any) -> str:
+    # JSON is YAML: texts that look like numbers or lists keep their type.
+    return json.dumps(value)

@@ -1,0 +1,48 @@
+"""Commands that show what was found."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.app import app
+from orchestrator.cli.options import (
+    VerboseOption,
+    WorkspaceOption,
+)
+from orchestrator.cli.session import open_desk
+
+
+@app.command("report", rich_help_panel="Results")
+def show_report(
+    sweep: Annotated[
+        str | None, typer.Argument(help="Name of a sweep; the newest when left out.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write and show a sweep's front again: table, pictures, one HTML page."""
+    with open_desk(workspace, "report", verbose=verbose) as desk:
+        from orchestrator import procedure
+
+        procedure.report_and_show(desk, sweep)
+
+
+@app.command(rich_help_panel="Results")
+def ui(
+    workspace: WorkspaceOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open MLflow on 127.0.0.1 and print links that land on the runs and fronts."""
+    from orchestrator.ui import serve
+    from orchestrator.workspace import open_workspace
+
+    serve(open_workspace(workspace), port=port)
+
+
+@app.command(rich_help_panel="Results")
+def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = False) -> None:
+    """Tell MLflow what it missed while it did not answer."""
+    with open_desk(workspace, "sync", verbose=verbose) as desk:
+        desk.console.print(f"{desk.tracking.replay()} records delivered")

@@ -1,0 +1,68 @@
+"""What a command works with: opened before it, closed after it, whatever happens in between.
+
+A session opens the workspace, sends the libraries' noise to a log and draws progress; an unforeseen
+error becomes one sentence and a traceback in that log. A desk is a session with MLflow's store.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.errors import Interrupted, StageFailed, UserError
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command works with."""
+
+    workspace: Any
+    progress: Any
+    console: Console
+
+
+@contextmanager
+def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Session]:
+    """Open the workspace, send noise to its log, and say on failure where the log lies."""
+    from orchestrator.console import terminal_progress
+    from orchestrator.logs import command_log
+    from orchestrator.workspace import open_workspace
+
+    space = open_workspace(workspace)
+    console = Console(highlight=False)
+    with command_log(space.logs, command, verbose=verbose) as log:
+        try:
+            with terminal_progress(console) as progress:
+                yield Session(space, progress, console)
+        except (UserError, Interrupted):
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted from None
+        except StageFailed as error:
+            where = f"\nThe log is {log.path}" if log.path else ""
+            raise StageFailed(f"{error}{where}") from error
+        except Exception as error:
+            if log.path is None:
+                raise
+            with log.path.open("a", encoding="utf-8") as file:
+                traceback.print_exception(error, file=file)
+            raise StageFailed(
+                f"{type(error).__name__}: {error}\nThe traceback is in {log.path}"
+            ) from error
+
+
+@contextmanager
+def open_desk(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Any]:
+    """Open a session with MLflow's store, for commands that are more than one stage."""
+    with open_session(workspace, command, verbose=verbose) as session:
+        from orchestrator.procedure import Desk
+        from orchestrator.tracking import open_tracking
+
+        tracking = open_tracking(session.workspace, warn=session.progress.note)
+        yield Desk(session.workspace, tracking, session.progress, session.console)

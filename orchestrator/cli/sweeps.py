@@ -1,0 +1,109 @@
+"""Commands that run sweeps, or print what they would do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.app import app
+from orchestrator.cli.options import (
+    CheckpointArgument,
+    ConfigOption,
+    DryRunOption,
+    NameOption,
+    SetOption,
+    TrialsAtOnceOption,
+    VerboseOption,
+    WorkspaceOption,
+    numbers,
+    read_options,
+)
+from orchestrator.cli.session import open_desk
+
+
+@app.command("sweep-threshold", rich_help_panel="Sweeps")
+def sweep_threshold(
+    checkpoint: CheckpointArgument = None,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+    schedules: Annotated[
+        int | None, typer.Option(min=2, help="How many schedules, spread evenly over cost.")
+    ] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Thresholds instead, with commas: 0.001,0.01.")
+    ] = None,
+    trials_at_once: TrialsAtOnceOption = None,
+    name: NameOption = None,
+    dry_run: DryRunOption = False,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prune by influence, distill and evaluate each schedule, and show the front."""
+    settings = read_options(
+        config,
+        set_,
+        sweep__num_schedules=schedules,
+        sweep__thresholds=numbers(thresholds, "--thresholds"),
+        sweep__trials_at_once=trials_at_once,
+    )
+    with open_desk(workspace, "sweep-threshold", verbose=verbose) as desk:
+        from orchestrator import procedure
+        from orchestrator.catalog import resolve_teacher
+
+        teacher = resolve_teacher(desk.workspace, checkpoint)
+        if dry_run:
+            plan = procedure.plan_thresholds(settings, desk, teacher, name=name)
+            procedure.show_plan(plan, desk)
+        else:
+            procedure.sweep_thresholds(settings, desk, teacher, name=name)
+
+
+@app.command("sweep-iterations", rich_help_panel="Sweeps")
+def sweep_iterations(
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+    iterations: Annotated[
+        str | None, typer.Option(help="Corrections per layer of each IIET: 0,1,2,3.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each.")] = None,
+    trials_at_once: TrialsAtOnceOption = None,
+    name: NameOption = None,
+    dry_run: DryRunOption = False,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Pretrain methods and iteration counts on the same tokens, and show them on one front."""
+    counts = numbers(iterations, "--iterations")
+    settings = read_options(
+        config,
+        set_,
+        sweep__iterations=[int(c) for c in counts] if counts else None,
+        sweep__methods=methods.split(",") if methods else None,
+        sweep__trials_at_once=trials_at_once,
+        training__num_steps=steps,
+    )
+    with open_desk(workspace, "sweep-iterations", verbose=verbose) as desk:
+        from orchestrator import procedure
+
+        if dry_run:
+            procedure.show_plan(procedure.plan_iterations(settings, desk, name=name), desk)
+        else:
+            procedure.sweep_iterations(settings, desk, name=name)
+
+
+@app.command("sweep", rich_help_panel="Sweeps")
+def run_sweep_file(
+    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped sweep.")],
+    workspace: WorkspaceOption = None,
+    dry_run: DryRunOption = False,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run a whole sweep from its file, pretraining included."""
+    settings = read_options(file, set_)
+    with open_desk(workspace, "sweep", verbose=verbose) as desk:
+        from orchestrator import procedure
+
+        procedure.run_file(settings, desk, dry_run=dry_run)
