@@ -18,6 +18,7 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
+from iiet.weights import non_finite
 
 __all__ = [
     "config_from_published",
@@ -110,6 +111,11 @@ def config_from_published(
         biases).
     """
     kind = _first(config, "kind", default=_kind_by_names(weight_names))
+    model_type = _first(config, "model_type", default="llama")
+    if kind == "vanilla" and "kind" not in config and model_type != "llama":
+        raise ValueError(
+            f"of plain transformers only Llama can be read; model_type is {model_type!r}"
+        )
     num_layers = _first(config, "num_layers", "num_hidden_layers")
     num_heads = _first(config, "num_heads", "num_attention_heads")
     sizes = {
@@ -181,6 +187,8 @@ def _refuse_unsupported(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
         if kind != "default":
             problems.append(f"{key} of type {kind!r}")
     problems += [f"{key}=true" for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if config.get("sliding_window") is not None:
+        problems.append(f"sliding_window {config['sliding_window']}")
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {config['hidden_act']!r}")
     head_dim = config.get("head_dim")
@@ -228,11 +236,7 @@ def _check_weights(
     ignored = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
     problems = [f"missing {name}" for name in sorted(wanted - set(weights))]
     problems += [f"unexpected {name}" for name in sorted(set(weights) - wanted - ignored)]
-    problems += [
-        f"{name} has {int((~tensor.isfinite()).sum())} values that are NaN or infinite"
-        for name, tensor in weights.items()
-        if not bool(tensor.isfinite().all())
-    ]
+    problems += non_finite(weights)
     if not problems:
         shapes = dict(_split_shapes(decoder, names))
         problems = [

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.provenance import file_key
 from orchestrator.training.checkpoint import (
     load_config,
     load_provenance,
     newest_checkpoint,
     resolve_checkpoint,
+    tokenizer_file,
 )
 from orchestrator.training.job import DONE_NAME
 from orchestrator.workspace import Workspace
@@ -72,12 +74,16 @@ def _comparable(checkpoint: Path) -> dict[str, Any]:
 
 
 def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
-    """Return the folder of the tokens that a checkpoint was trained on.
+    """Return the folder of the tokens that a checkpoint was trained on; for an imported one, the
+    newest that were made with its tokenizer.
 
     Raises:
         UserError: If they are not in this workspace.
     """
-    fingerprint = load_provenance(checkpoint).get("tokens", "")
+    provenance = load_provenance(checkpoint)
+    if "imported" in provenance:
+        return _tokens_by_tokenizer(tokenizer_file(checkpoint), workspace)
+    fingerprint = provenance.get("tokens", "")
     folder = workspace.tokens / str(fingerprint)
     if not fingerprint or not folder.is_dir():
         raise UserError(
@@ -85,6 +91,17 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
         )
     return folder
+
+
+def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
+    wanted = file_key(tokenizer)
+    files = [f for f in workspace.tokens.glob("*/tokenizer.json") if file_key(f) == wanted]
+    if not files:
+        raise UserError(
+            f"{workspace.root} has no tokens of this model's tokenizer; "
+            f"`iiet-orch prepare --set data.tokenizer={tokenizer}` makes them"
+        )
+    return max(files, key=lambda file: file.stat().st_mtime).parent
 
 
 def newest_sweep(workspace: Workspace) -> str:

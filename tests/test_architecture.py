@@ -34,7 +34,8 @@ LAYERS = (
     "orchestrator.data",
     "orchestrator.training",
     "orchestrator.tracking",
-    "orchestrator.follow orchestrator.cluster orchestrator.plan orchestrator.catalog",
+    "orchestrator.follow orchestrator.cluster orchestrator.plan orchestrator.catalog"
+    " orchestrator.foreign",
     "orchestrator.worker",
     "orchestrator.trial_runner",
     "orchestrator.analysis",

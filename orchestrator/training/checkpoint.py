@@ -1,11 +1,12 @@
 """Checkpoints that are whole or absent, and that say so themselves.
 
 A checkpoint is a folder `step_00000100/` with `config.json`, `model.safetensors`, `tokenizer.json`,
-`training_state.pt` and `provenance.json`. It is written under another name, flushed to disk and
-renamed, so a crash leaves either nothing or all of it. `provenance.json` holds the SHA-256 of every
-other file; whatever else can damage a file afterwards (a full disk, a copy that stopped) is found
-on reading, named, and the checkpoint before is used. Nothing is unpickled: weights are safetensors,
-and the training state loads with `weights_only=True`.
+`training_state.pt` and `provenance.json`; only an imported one may lack the tokenizer. It is
+written under another name, flushed to disk and renamed, so a crash leaves either nothing or all of
+it. `provenance.json` holds the SHA-256 of every other file; whatever else can damage a file
+afterwards (a full disk, a copy that stopped) is found on reading, named, and the checkpoint before
+is used. Nothing is unpickled: weights are safetensors, and the training state loads with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.weights import non_finite
 from orchestrator.errors import UserError
 from orchestrator.provenance import KEY_LENGTH, file_digest
 
@@ -33,7 +35,7 @@ TRAINING_STATE = "training_state.pt"
 PROVENANCE = "provenance.json"
 
 _NAME = re.compile(r"step_(\d{8,})")
-_HASHED = (CONFIG, WEIGHTS, TOKENIZER, TRAINING_STATE)
+_NEEDED = (CONFIG, WEIGHTS, TRAINING_STATE)
 
 
 def checkpoint_name(step: int) -> str:
@@ -47,7 +49,7 @@ def save_checkpoint(
     *,
     decoder: Decoder,
     training_state: Mapping[str, Any],
-    tokenizer_path: Path,
+    tokenizer_path: Path | None,
     provenance: Mapping[str, Any],
 ) -> Path:
     """Write a checkpoint as a whole.
@@ -58,7 +60,7 @@ def save_checkpoint(
         decoder: Config and weights.
         training_state: Tensors, numbers, texts and containers of them; nothing that needs pickling
         of classes.
-        tokenizer_path: File that is copied beside the weights.
+        tokenizer_path: File that is copied beside the weights; None where there is none to copy.
         provenance: JSON-able; the weights' key and all checksums are added.
 
     Returns:
@@ -71,9 +73,10 @@ def save_checkpoint(
     _write(temporary / CONFIG, decoder.config.to_dict())
     weights = {name: tensor.detach().contiguous() for name, tensor in decoder.state_dict().items()}
     save_file(weights, temporary / WEIGHTS)
-    shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
+    if tokenizer_path is not None:
+        shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
     torch.save(dict(training_state), temporary / TRAINING_STATE)
-    checksums = {name: file_digest(temporary / name) for name in _HASHED}
+    checksums = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
     key = checksums[WEIGHTS][:KEY_LENGTH]
     _write(
         temporary / PROVENANCE,
@@ -98,13 +101,17 @@ def load_decoder(
         check: Compare checksums first; for checkpoints that were not checked a moment ago.
 
     Raises:
-        UserError: If the folder is no checkpoint or is damaged.
+        UserError: If the folder is no checkpoint, is damaged, or has weights that are no numbers.
     """
     if check:
         check_checkpoint(folder)
     decoder = Decoder(load_config(folder))
+    weights = load_file(folder / WEIGHTS)
+    problems = non_finite(weights)
+    if problems:
+        raise UserError(f"the weights of {folder} cannot be used: {'; '.join(problems)}")
     try:
-        decoder.load_state_dict(load_file(folder / WEIGHTS))
+        decoder.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this version of the program: {error}") from None
     return decoder.to(device).eval()
@@ -168,12 +175,27 @@ def check_checkpoint(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
     checksums = load_provenance(folder).get("checksums", {})
-    for name in _HASHED:
+    for name in {**dict.fromkeys(_NEEDED), **checksums}:
         path = folder / name
         if not path.is_file():
             raise UserError(f"the checkpoint {folder} is damaged: {name} is missing")
         if file_digest(path) != checksums.get(name):
             raise UserError(f"the checkpoint {folder} is damaged: {name} is not what was written")
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return a checkpoint's `tokenizer.json`.
+
+    Raises:
+        UserError: If it was imported without one.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {TOKENIZER}, and text needs one; "
+            "`iiet-orch import FOLDER --tokenizer FILE` imports a model with its tokenizer"
+        )
+    return path
 
 
 def find_checkpoints(run_folder: Path) -> list[Path]:

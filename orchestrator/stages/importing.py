@@ -1,0 +1,101 @@
+"""Stage `import`: a model folder from elsewhere becomes a checkpoint of the workspace.
+
+From then on it is a checkpoint like any other: to evaluate, to generate from, to measure, to
+distill. It has no optimizer state to go on from and no tokens that it was trained on; commands that
+need tokens take those of the workspace that were made with its tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from iiet.cost import num_parameters
+from orchestrator.console import Progress
+from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, num_token_ids
+from orchestrator.errors import UserError
+from orchestrator.foreign import foreign_key, read_foreign
+from orchestrator.provenance import content_key, environment, file_key
+from orchestrator.training.checkpoint import load_provenance, newest_checkpoint, save_checkpoint
+from orchestrator.workspace import Workspace
+
+
+def import_model(
+    folder: Path,
+    workspace: Workspace,
+    *,
+    tokenizer: Path | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the checkpoint that a model folder was made into.
+
+    Args:
+        folder: In the published naming, a plain Llama folder, or one that `export` wrote.
+        workspace: Where the checkpoint goes.
+        tokenizer: A `tokenizer.json` where the folder has none, or not the right one.
+        name: Name of the run; the folder's when unset.
+        progress: Told what is going on, and warned of a missing tokenizer.
+
+    Raises:
+        UserError: If the folder cannot be read, the tokenizer does not fit the model, or another
+            model has the name.
+    """
+    progress = progress or Progress()
+    folder = folder.expanduser().resolve()
+    progress.start("import")
+    model = read_foreign(folder)
+    file = tokenizer.expanduser().resolve() if tokenizer else model.tokenizer_file
+    if file is None:
+        progress.note(
+            f"{folder} has no tokenizer.json: the model can be used with token ids only; "
+            "import it with --tokenizer FILE to generate and evaluate"
+        )
+    else:
+        _check_tokenizer(file, model.decoder.config.vocab_size)
+    run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", folder.name))
+    source = content_key(foreign_key(folder), file_key(file) if file else None)
+    checkpoint = _imported_before(run_folder, source)
+    if checkpoint is None:
+        checkpoint = save_checkpoint(
+            run_folder,
+            0,
+            decoder=model.decoder,
+            training_state={},
+            tokenizer_path=file,
+            provenance={
+                "objective": "import",
+                "imported": {"from": folder.name, "read as": model.origin, "source": source},
+                "environment": environment(),
+            },
+        )
+    config = model.decoder.config
+    count = num_parameters(config)
+    progress.finish(f"{model.origin}: {config.method}, {count / 1e6:.3g} million parameters")
+    return checkpoint
+
+
+def _imported_before(run_folder: Path, source: str) -> Path | None:
+    """Return the checkpoint of the same import.
+
+    Raises:
+        UserError: If the name belongs to another model.
+    """
+    if not run_folder.exists():
+        return None
+    checkpoint = newest_checkpoint(run_folder)
+    imported = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}
+    if imported.get("source") != source:
+        raise UserError(
+            f"the workspace has another run named {run_folder.name}; choose one with --name"
+        )
+    return checkpoint
+
+
+def _check_tokenizer(file: Path, vocab_size: int) -> None:
+    found = load_tokenizer(file)
+    end_of_text_id(found)
+    if num_token_ids(found) > vocab_size:
+        raise UserError(
+            f"the tokenizer {file} has {num_token_ids(found)} entries, the model only {vocab_size}"
+        )
