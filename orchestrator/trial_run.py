@@ -19,6 +19,7 @@ import torch
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
 from orchestrator.analysis.harness import evaluate_decoder
+from orchestrator.analysis.results import items_name
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.tokens import open_tokens
 from orchestrator.plan import PlannedTrial
@@ -71,9 +72,7 @@ def run_trial(
         label=trial.label,
         threshold_above=trial.threshold_above,
         threshold_up_to=trial.threshold_up_to,
-        quality=measure_quality(
-            decoder, trial.suite, Path(trial.folder) / f"items-{trial.key}.json"
-        ),
+        quality=measure_quality(decoder, trial.suite, Path(trial.folder) / items_name(trial.key)),
         train=_training_numbers(outcome) if outcome else _numbers_of_run(Path(checkpoint)),
         checkpoint=checkpoint,
         parent=trial.parent,

@@ -10,20 +10,26 @@ The hypervolume is a share of a stated box: from the full model's cost down to n
 reference quality (0 for an accuracy, the worst measured for a loss) to the full model's quality.
 For an accuracy that is the share of it that the front keeps, averaged over all cost budgets.
 Non-domination and hypervolume are moocore's.
+
+How sure a place is stands beside it, where models answered the same items: `Confidence` is filled
+in by `analysis.confidence`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import moocore
 import numpy as np
 
+from orchestrator.analysis.bootstrap import Interval
 from orchestrator.trial import TrialResult
 
 LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
+KEPT_SHARE = 0.99
+"""The share of the full model's quality that is worth calling kept."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,48 @@ class Axes:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """One quality of a model over the items that all models answered."""
+
+    own: Interval
+    """The quality itself."""
+    against: Mapping[str, Interval]
+    """Name of the full model or of a reference -> this model's quality minus that one's."""
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How sure a model's place is, when its items are drawn again."""
+
+    overall: Compared | None
+    """On the front's quality; None if that has no values by item."""
+    tasks: Mapping[str, Compared]
+    """On each task."""
+    share: Interval | None
+    """Share of the full model's quality that is kept."""
+    keeps: float | None
+    """In which share of the draws at least `KEPT_SHARE` is kept."""
+    on_front: float | None
+    """In which share of the draws the model is on the front; None for references."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What confidences rest on."""
+
+    full: str
+    """Name of the model that shares relate to."""
+    metrics: Mapping[str, str]
+    """Task -> the metric that is compared."""
+    num_items: int
+    """Items that all models answered."""
+    num_left_out: int
+    """Items that only some of them answered."""
+    num_resamples: int
+    """Draws."""
+
+
+@dataclass(frozen=True)
 class Placed:
     """A result with its place."""
 
@@ -57,6 +105,8 @@ class Placed:
     """Standard error of the quality; None if it was not measured."""
     on_front: bool
     """Whether no other candidate is as good in both and better in one."""
+    confidence: Confidence | None = None
+    """How sure that is; None where no values of single items are at hand."""
 
     @property
     def is_candidate(self) -> bool:
@@ -85,6 +135,10 @@ class Front:
     """Every result that has both numbers."""
     unplaced: tuple[TrialResult, ...] = ()
     """Results that lack one of them."""
+    series: Mapping[str, str] = field(default_factory=dict)
+    """Key of a result -> the sweep it is from, where several share the front."""
+    basis: Basis | None = None
+    """What the confidences rest on; None if there are none."""
 
     @property
     def members(self) -> tuple[Placed, ...]:
@@ -129,6 +183,15 @@ class Front:
 
         knee = max(self.members, key=above_chord)
         return knee if above_chord(knee) > 1e-12 else None
+
+    @property
+    def parts(self) -> dict[str, Front]:
+        """The front of each sweep by itself, by its name; empty where there is only one."""
+        results = [*(point.result for point in self.placed), *self.unplaced]
+        return {
+            name: find_front([r for r in results if self.series[r.key] == name], self.axes)
+            for name in dict.fromkeys(self.series.values())
+        }
 
     def goodness(self, point: Placed) -> float:
         """Return the quality so that more is better."""
@@ -189,12 +252,18 @@ class Front:
         return area / (box.cost * abs(box.full_quality - box.quality))
 
 
-def find_front(results: Sequence[TrialResult], axes: Axes | None = None) -> Front:
+def find_front(
+    results: Sequence[TrialResult],
+    axes: Axes | None = None,
+    *,
+    series: Mapping[str, str] | None = None,
+) -> Front:
     """Place results on two axes and find those that no other candidate beats.
 
     Args:
         results: Trials, teacher and references, in any order.
         axes: Which two numbers; evaluations and accuracy when unset.
+        series: Key of a result -> the sweep it is from, where several share the front.
     """
     axes = axes or Axes()
     found: list[tuple[TrialResult, float, float]] = []
@@ -212,7 +281,7 @@ def find_front(results: Sequence[TrialResult], axes: Axes | None = None) -> Fron
     ]
     sign = 1.0 if axes.higher_is_better else -1.0
     placed.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
-    return Front(axes, tuple(placed), tuple(unplaced))
+    return Front(axes, tuple(placed), tuple(unplaced), series or {})
 
 
 def _not_dominated(found: Sequence[tuple[TrialResult, float, float]], axes: Axes) -> list[bool]:

@@ -1,17 +1,19 @@
 """The results of a sweep as one value, kept in `sweeps/NAME/results.json`.
 
-A sweep stores it when trials finish; reports are made from it alone, so that `report` works long
-after, without Ray, MLflow's answer or the trials' folders.
+A sweep stores it when trials finish; reports are made from it, so that `report` works long after,
+without Ray or MLflow's answer. The values of single items lie in the trials' folders, in a file
+that a result's key finds; where they are gone, a report has no paired errors, and all else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from iiet.influence import InfluenceTable
+from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.errors import UserError
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import Workspace, read_json, write_json
@@ -102,6 +104,27 @@ def load_results(workspace: Workspace, name: str) -> SweepResults:
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; delete it and run the sweep again") from None
     return found
+
+
+def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str, EvaluationResult]:
+    """Read the values of single items, by the key of the result; a missing file is left out."""
+    folders = (workspace.trials, workspace.runs)
+    paths = {path.name: path for folder in folders for path in folder.glob("*/items-*.json")}
+    found = {}
+    for result in results:
+        path = paths.get(items_name(result.key))
+        try:
+            stored = read_json(path) if path else None
+            if stored is not None:
+                found[result.key] = EvaluationResult.from_dict(stored)
+        except UserError:
+            continue  # damaged: the numbers that a report needs are in the results
+    return found
+
+
+def items_name(key: str) -> str:
+    """Return the name of the file with a result's values of single items."""
+    return f"items-{key}.json"
 
 
 def _missing(workspace: Workspace, name: str) -> str:
