@@ -10,17 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
 from orchestrator.errors import UserError
 from orchestrator.provenance import file_key
 from orchestrator.training.checkpoint import (
+    find_checkpoints,
     load_config,
     load_provenance,
     newest_checkpoint,
     resolve_checkpoint,
     tokenizer_file,
+    weights_key,
 )
 from orchestrator.training.job import DONE_NAME
-from orchestrator.workspace import Workspace
+from orchestrator.workspace import Workspace, read_json
 
 NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
@@ -91,6 +95,39 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
         )
     return folder
+
+
+def find_by_weights(workspace: Workspace, key: str) -> Path | None:
+    """Return the checkpoint of the workspace's runs with these weights; None if it is not there."""
+    for run in _runs(workspace):
+        for checkpoint in find_checkpoints(run):
+            if key and weights_key(checkpoint) == key:
+                return checkpoint
+    return None
+
+
+def stored_influence(checkpoint: Path) -> InfluenceTable | None:
+    """Return the influence table that lies beside a checkpoint; None if there is none to read."""
+    for path in sorted(checkpoint.glob("influence-*.json")):
+        try:
+            return InfluenceTable.from_dict(read_json(path))
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def parse_schedule(text: str | None, checkpoint: Path) -> IterationSchedule | None:
+    """Read the schedule that a user typed for a checkpoint; None stays None.
+
+    Raises:
+        UserError: If it is none for a model of so many layers.
+    """
+    if text is None:
+        return None
+    try:
+        return IterationSchedule.parse(text, num_layers=load_config(checkpoint).num_layers)
+    except ValueError as error:
+        raise UserError(f"--schedule: {error}") from None
 
 
 def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:

@@ -51,6 +51,11 @@ class Workspace:
         return self.root / "evaluations"
 
     @property
+    def exports(self) -> Path:
+        """Models as others load them, one folder for each name."""
+        return self.root / "exports"
+
+    @property
     def artifacts(self) -> Path:
         """MLflow's artifacts."""
         return self.root / "artifacts"

@@ -42,6 +42,7 @@ LAYERS = (
     "orchestrator.trial_run orchestrator.views",
     "orchestrator.stages",
     "orchestrator.ui orchestrator.procedure",
+    "orchestrator.handover",
     "orchestrator.cli",
 )
 """Rooms from the bottom up: a module imports from its own layer or from those before it."""

@@ -38,6 +38,10 @@ CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(help="Checkpoint or run folder; the workspace's newest IIET when left out."),
 ]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option("--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0."),
+]
 TrialsAtOnceOption = Annotated[
     int | None, typer.Option(min=1, help="Trials side by side; as many as CPUs if left out.")
 ]

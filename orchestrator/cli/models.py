@@ -1,0 +1,145 @@
+"""Commands that use a model, bring one in, or hand one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from orchestrator.cli.app import app
+from orchestrator.cli.options import (
+    CheckpointArgument,
+    ConfigOption,
+    ScheduleOption,
+    SetOption,
+    VerboseOption,
+    WorkspaceOption,
+    read_options,
+)
+from orchestrator.cli.session import open_desk, open_session
+from orchestrator.errors import UserError
+
+
+@app.command(rich_help_panel="Models")
+def generate(
+    checkpoint: CheckpointArgument = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Text to continue; several are one batch."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among so many tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the tokens that hold this probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling; fresh when left out.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A token that ends the text, beside the end of text.")
+    ] = None,
+    kv: Annotated[
+        Literal["exact", "last"],
+        typer.Option(help="Cache: `exact`, a slot per evaluation, or `last`, one per layer."),
+    ] = "exact",
+    schedule: ScheduleOption = None,
+    workspace: WorkspaceOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Continue a text; it is printed as it comes."""
+    prompts = prompt if prompt is not None else [_piped_prompt()]
+    with open_session(workspace, "generate", verbose=verbose) as session:
+        from orchestrator.catalog import parse_schedule, resolve_teacher
+        from orchestrator.stages.generate import Sampling, Writer
+
+        model = resolve_teacher(session.workspace, checkpoint)
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop or ()),
+            kv_strategy=kv,
+        )
+        writer = Writer(model, parse_schedule(schedule, model))
+        if len(prompts) == 1:
+            pieces = writer.stream(prompts[0], sampling)
+            typer.echo(prompts[0], nl=False)
+            for piece in pieces:
+                typer.echo(piece, nl=False)
+            typer.echo()
+        else:
+            continued = writer.continue_all(prompts, sampling)
+            for text, written in zip(prompts, continued, strict=True):
+                typer.echo(f"{text}{written}\n")
+
+
+def _piped_prompt() -> str:
+    """Read the prompt that was piped in.
+
+    Raises:
+        UserError: If nothing was.
+    """
+    import sys
+
+    text = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+    if not text:
+        raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
+    return text
+
+
+@app.command("import", rich_help_panel="Models")
+def import_folder(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with config.json and safetensors, published or Llama.")
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json, where the folder has none.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; the folder's when left out.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a checkpoint of a model folder: published IIET or PCformer, Llama, or exported."""
+    with open_session(workspace, "import", verbose=verbose) as session:
+        from orchestrator.stages.importing import import_model
+
+        checkpoint = import_model(
+            folder,
+            session.workspace,
+            tokenizer=tokenizer,
+            name=name,
+            progress=session.progress,
+        )
+        session.console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="Models")
+def export(
+    checkpoint: CheckpointArgument = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Folder; under the workspace when left out.")
+    ] = None,
+    schedule: ScheduleOption = None,
+    measure: Annotated[
+        bool, typer.Option(help="Evaluate the model for its card, if it is not yet.")
+    ] = True,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a folder that transformers and lm-eval load without this package."""
+    settings: Any = read_options(config, set_)
+    with open_desk(workspace, "export", verbose=verbose) as desk:
+        from orchestrator import handover
+
+        folder = handover.export_model(
+            settings, desk, checkpoint, to=to, schedule=schedule, measure=measure
+        )
+        desk.console.print(f"exported: {folder}", soft_wrap=True)

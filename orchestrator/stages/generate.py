@@ -1,0 +1,139 @@
+"""Stage `generate`: text from a checkpoint, as it comes.
+
+One prompt is streamed piece by piece, whole characters only: a byte-level token may end in the
+middle of one. Several prompts run as one batch, padded on the left, and come back whole, because
+their pieces would interleave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from iiet.cache import KvStrategy
+from iiet.decoder import Decoder
+from iiet.generate import generate, stream
+from iiet.schedule import IterationSchedule
+from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
+from orchestrator.errors import UserError
+from orchestrator.training.checkpoint import load_decoder, tokenizer_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen, and when to stop."""
+
+    max_new_tokens: int = 128
+    """At most so many are added."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample among so many likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability."""
+    seed: int | None = None
+    """Of the sampling; a fresh one when unset."""
+    stop: tuple[str, ...] = ()
+    """Tokens, as texts, that end a row beside the end of text."""
+    kv_strategy: KvStrategy = "exact"
+    """A cache slot per evaluation, or one per layer."""
+
+
+class Writer:
+    """A checkpoint that writes.
+
+    Args:
+        checkpoint: The model with its tokenizer.
+        schedule: Another iteration schedule than the checkpoint's.
+
+    Raises:
+        UserError: If the checkpoint is damaged, has no tokenizer, or cannot serve the schedule.
+    """
+
+    def __init__(self, checkpoint: Path, schedule: IterationSchedule | None = None) -> None:
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file(checkpoint))
+        self.end_of_text = end_of_text_id(self.tokenizer)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.decoder: Decoder = load_decoder(checkpoint, device=device)
+        if schedule is not None:
+            try:
+                self.decoder = self.decoder.with_schedule(schedule)
+            except ValueError as error:
+                raise UserError(f"{checkpoint}: {error}") from None
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the continuation of a prompt in pieces of whole characters.
+
+        Raises:
+            UserError: At the call: a setting is out of range, or prompt and new tokens do not fit
+                the context.
+        """
+        ids = torch.tensor([self._encode(prompt)], device=self.decoder.device)
+        stops = self._stop_tokens(sampling)
+        try:
+            steps = stream(self.decoder, ids, stop_tokens=stops, **_options(sampling))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return self._pieces((int(step) for step in steps), stops)
+
+    def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """Return the continuation of each prompt, all decoded as one batch.
+
+        Raises:
+            UserError: As `stream`.
+        """
+        encoded = [self._encode(prompt) for prompt in prompts]
+        length = max(map(len, encoded))
+        rows = [[self.end_of_text] * (length - len(row)) + row for row in encoded]
+        mask = [[False] * (length - len(row)) + [True] * len(row) for row in encoded]
+        stops, device = self._stop_tokens(sampling), self.decoder.device
+        try:
+            written = generate(
+                self.decoder,
+                torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                stop_tokens=stops,
+                **_options(sampling),
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return ["".join(self._pieces(row, stops)) for row in written[:, length:].tolist()]
+
+    def _pieces(self, tokens: Iterable[int], stops: Collection[int]) -> Iterator[str]:
+        decoding = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            if token in stops:
+                return
+            piece = decoding.step(self.tokenizer, token)
+            if piece:
+                yield piece
+
+    def _encode(self, prompt: str) -> list[int]:
+        """Encode as the beginning of a document: behind an end-of-text token, as in training,
+        unless the tokenizer puts a token of its own there."""
+        ids = self.tokenizer.encode(prompt).ids
+        plain = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        return ids if ids[:1] != plain[:1] else [self.end_of_text, *plain]
+
+    def _stop_tokens(self, sampling: Sampling) -> set[int]:
+        stops = {self.end_of_text}
+        for text in sampling.stop:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            if len(ids) != 1:
+                raise UserError(
+                    f"--stop takes texts that are one token; {text!r} is {len(ids)} of them"
+                )
+            stops.add(ids[0])
+        return stops
+
+
+def _options(sampling: Sampling) -> dict[str, Any]:
+    values = asdict(sampling)
+    del values["stop"]
+    return values
