@@ -9,7 +9,7 @@ front.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from iiet.schedule import IterationSchedule
-from orchestrator.analysis.heldout import build_heldout
+from orchestrator.analysis.requested import requested_tasks
 from orchestrator.analysis.results import SweepResults
+from orchestrator.analysis.subject import Subject, open_subject
 from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import (
     NO_CORRECTIONS,
@@ -45,7 +45,7 @@ from orchestrator.stages.sweep import SweepOutcome, sweep
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
-from orchestrator.views import evaluation_table, plan_price, plan_table
+from orchestrator.views import evaluation_table, plan_price, plan_table, tasks_with_other_items
 from orchestrator.workspace import Workspace
 
 VANILLA = "vanilla"
@@ -175,28 +175,22 @@ def plan_suite(
     """Return what is measured as a plain value: the held-out tasks, made if need be, or tasks by
     name.
     """
+    asked = requested_tasks(
+        settings, lambda: tokens, context_length=config.context_length, progress=progress
+    )
     suite: dict[str, Any] = {
         "tokens": open_tokens(tokens).fingerprint,
         "tokens_folder": str(tokens),
-        "tasks": [],
-        "suite": "",
-        "suite_folder": "",
+        "tasks": [] if asked.heldout else list(asked.names),
+        "suite": asked.heldout.name if asked.heldout else "",
+        "suite_folder": str(asked.heldout or ""),
         "include_folder": settings.include_path or "",
         "batch_size": settings.batch_size,
-        "limit": None,
+        "limit": settings.limit,
     }
-    if settings.suite == "heldout":
-        built = build_heldout(
-            tokens,
-            num_items=settings.num_items,
-            context_length=config.context_length,
-            progress=progress,
-        )
-        for note in built.notes:
-            progress.note(note)
-        return {**suite, "suite": built.folder.name, "suite_folder": str(built.folder)}
-    tasks = [name.strip() for name in settings.suite.split(",") if name.strip()]
-    return {**suite, "tasks": tasks, "limit": settings.num_items}
+    # Left out where unset, so that trials that were measured before the setting existed are found.
+    few = {} if settings.num_fewshot is None else {"num_fewshot": settings.num_fewshot}
+    return suite | few
 
 
 def _influence(settings: Settings, desk: Desk, teacher: Path) -> InfluenceTable:
@@ -274,26 +268,59 @@ def show_plan(plan: SweepPlan, desk: Desk) -> None:
 
 
 def evaluate_and_show(
-    settings: Settings, desk: Desk, path: Path | None, schedule: str | None
+    settings: Settings,
+    desk: Desk,
+    paths: Sequence[Path] | None = None,
+    schedules: Sequence[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Evaluate a checkpoint and print its metrics with their standard errors."""
-    checkpoint = resolve_teacher(desk.workspace, path)
-    evaluation = evaluate(
-        checkpoint,
-        settings.evaluation,
-        desk.workspace,
-        schedule=_parse_schedule(schedule, checkpoint) if schedule else None,
-        tracking=desk.tracking,
-        progress=desk.progress,
-    )
-    desk.console.print(evaluation_table(evaluation))
+    """Evaluate models and print their metrics side by side, with standard errors.
+
+    Args:
+        settings: Section `evaluation` counts.
+        desk: Workspace, tracking and terminal.
+        paths: Checkpoints, runs or model folders; the workspace's newest IIET when empty.
+        schedules: Iteration schedules that each is measured under; its own when empty.
+        trust_remote_code: Whether code that lies in a model folder may run.
+    """
+    # All are opened first: a mistake in the last shall not cost the time of the others.
+    subjects = open_subjects(desk.workspace, paths, schedules)
+    evaluations = [
+        evaluate(
+            subject,
+            settings.evaluation,
+            desk.workspace,
+            trust_remote_code=trust_remote_code,
+            tracking=desk.tracking,
+            progress=desk.progress,
+        )
+        for subject in subjects
+    ]
+    names = [subject.name for subject in subjects]
+    desk.console.print(evaluation_table(dict(zip(names, evaluations, strict=True))))
+    if different := tasks_with_other_items(evaluations):
+        desk.progress.note(
+            f"not comparable: {', '.join(different)} had other items for some of the models, "
+            "which were trained on different tokens"
+        )
 
 
-def _parse_schedule(text: str, checkpoint: Path) -> IterationSchedule:
-    try:
-        return IterationSchedule.parse(text, num_layers=load_config(checkpoint).num_layers)
-    except ValueError as error:
-        raise UserError(f"--schedule: {error}") from None
+def open_subjects(
+    workspace: Workspace, paths: Sequence[Path] | None, schedules: Sequence[str] | None
+) -> list[Subject]:
+    """Return the models that a user names, each under each of the schedules.
+
+    Raises:
+        UserError: If one is missing or damaged, or a schedule does not fit it.
+    """
+    wanted: Sequence[str | None] = schedules or [None]
+    subjects = [
+        open_subject(path, schedule)
+        for path in paths or [resolve_teacher(workspace, None)]
+        for schedule in wanted
+    ]
+    return list({(s.path, s.name): s for s in subjects}.values())
 
 
 def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:

@@ -167,10 +167,14 @@ class EvaluationSettings(Section):
     """What accuracy means."""
 
     suite: str = "heldout"
-    """`heldout` (tasks made from the held-out documents), or lm-eval task names with commas between
-    them."""
+    """`heldout` (tasks made from the held-out documents), `paper` (the seven tasks of the papers),
+    or lm-eval task names with commas between them."""
     num_items: int = Field(default=700, gt=0)
-    """Items of each held-out task; 700 keep one standard error under 1.9 points."""
+    """Items that each held-out task is made with; 700 keep one standard error under 1.9 points."""
+    limit: int | None = Field(default=None, gt=0)
+    """Items of each task that are scored, from its first on; all when unset."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples before each item, where a task does not fix it at 0; as it says if unset."""
     batch_size: int = Field(default=32, gt=0)
     """Sequences in one forward pass of the evaluation."""
     include_path: str | None = None

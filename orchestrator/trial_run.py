@@ -98,9 +98,9 @@ def measure_quality(
     evaluation = evaluate_decoder(
         decoder,
         store.tokenizer_path,
-        suite_folder=Path(suite["suite_folder"]) if suite["suite_folder"] else None,
         tasks=suite["tasks"],
-        include_path=Path(suite["include_folder"]) if suite["include_folder"] else None,
+        folders=[Path(suite[name]) for name in ("include_folder", "suite_folder") if suite[name]],
+        num_fewshot=suite.get("num_fewshot"),
         batch_size=suite["batch_size"],
         limit=suite["limit"],
     )

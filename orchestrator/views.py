@@ -4,12 +4,14 @@ influence tables.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich import box
 from rich.table import Table
 
 from iiet.cost import training_flops_per_token
 from iiet.influence import InfluenceTable
-from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.evaluation import STDERR, EvaluationResult
 from orchestrator.plan import SweepPlan, exact_cost, full_config
 from orchestrator.training.job import TrainingJob
 
@@ -66,26 +68,53 @@ def plan_price(plan: SweepPlan) -> list[str]:
     ]
 
 
-def evaluation_table(evaluation: EvaluationResult) -> Table:
-    """Return every task's metrics with their standard errors."""
+def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
+    """Return every task's metrics with their standard errors, one column a model.
+
+    Args:
+        evaluations: Name of the model to what was measured; the tasks may differ.
+    """
     table = Table(box=box.SIMPLE_HEAD)
-    for title in ("task", "metric"):
-        table.add_column(title)
-    for title in ("value", "± error", "items"):
-        table.add_column(title, justify="right")
-    for name, result in evaluation.results.items():
-        for metric, value in result.metrics.items():
-            if metric.endswith("_stderr"):
-                continue
-            error = result.metrics.get(f"{metric}_stderr")
-            table.add_row(
-                name,
-                metric,
-                f"{value:.4f}",
-                "" if error is None else f"{error:.4f}",
-                f"{result.num_items:,}",
-            )
+    table.add_column("task")
+    table.add_column("metric")
+    for name in evaluations if len(evaluations) > 1 else ["value ± error"]:
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("items", justify="right")
+    models = list(evaluations.values())
+    tasks = dict.fromkeys(name for model in models for name in model.results)
+    for task in tasks:
+        results = [model.results.get(task) for model in models]
+        known = [result for result in results if result]
+        for metric in dict.fromkeys(name for result in known for name in result.metrics):
+            if not metric.endswith(STDERR):
+                cells = [
+                    _metric_cell(result.metrics if result else {}, metric) for result in results
+                ]
+                # The one that the average counts.
+                mark = " *" if metric == known[0].accuracy_metric else ""
+                table.add_row(task, metric + mark, *cells, f"{known[0].num_items:,}")
+    averages = [model.quality() for model in models]
+    if any("accuracy" in average for average in averages):
+        table.add_section()
+        cells = [_metric_cell(average, "accuracy") for average in averages]
+        table.add_row("average", "accuracy *", *cells, f"{models[0].num_items:,}")
     return table
+
+
+def _metric_cell(metrics: Mapping[str, float], name: str) -> str:
+    if name not in metrics:
+        return ""
+    error = metrics.get(name + STDERR)
+    return f"{metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def tasks_with_other_items(evaluations: Sequence[EvaluationResult]) -> list[str]:
+    """Return the tasks whose items are not the same in all evaluations that have them."""
+    items: dict[str, set[tuple[str, ...]]] = {}
+    for evaluation in evaluations:
+        for name, result in evaluation.results.items():
+            items.setdefault(name, set()).add(tuple(result.items))
+    return [name for name, kinds in items.items() if len(kinds) > 1]
 
 
 def influence_view(influence: InfluenceTable) -> Table:

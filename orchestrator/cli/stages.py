@@ -166,18 +166,35 @@ def distill(
 
 @app.command(rich_help_panel="Stages")
 def evaluate(
-    checkpoint: CheckpointArgument = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Checkpoints, runs or Hugging Face folders, shown side by side; the workspace's "
+            "newest IIET when left out."
+        ),
+    ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     suite: Annotated[
-        str | None, typer.Option(help="heldout, or names of lm-eval tasks with commas.")
+        str | None, typer.Option(help="heldout, paper, or names of lm-eval tasks with commas.")
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with lm-eval task files of your own.")
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option("--schedule", "-r", help="Another iteration schedule.")
+        list[str] | None,
+        typer.Option("--schedule", "-r", help="Another iteration schedule; may be repeated."),
     ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Solved examples before each item.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items of each task, from its first on; all by default.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in one pass.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies in a model folder.")
+    ] = False,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -187,8 +204,13 @@ def evaluate(
         set_,
         evaluation__suite=suite,
         evaluation__include_path=str(include_path) if include_path else None,
+        evaluation__num_fewshot=num_fewshot,
+        evaluation__limit=limit,
+        evaluation__batch_size=batch_size,
     )
     with open_desk(workspace, "evaluate", verbose=verbose) as desk:
         from orchestrator import procedure
 
-        procedure.evaluate_and_show(settings, desk, checkpoint, schedule)
+        procedure.evaluate_and_show(
+            settings, desk, checkpoints, schedule, trust_remote_code=trust_remote_code
+        )

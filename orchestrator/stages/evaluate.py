@@ -1,87 +1,77 @@
-"""Stage `evaluate`: accuracy and bits per byte of a checkpoint, each task measured once.
+"""Stage `evaluate`: accuracy and bits per byte of a model, each task measured once.
 
-In go a checkpoint and what to measure (`heldout`, or names of lm-eval tasks), out comes an
-evaluation. The result of each task lies in the workspace under the hash of all that determines it:
-weights, configuration with its schedule, tokenizer, the task's items and metrics. So another task
-costs only that task, and the same command again costs nothing. The files hold one value per item,
-which paired comparisons of two models need.
+In go a checkpoint, or a model folder of transformers, and what to measure (`heldout`, `paper`, or
+names of lm-eval tasks); out comes an evaluation. The result of each task lies in the workspace
+under the hash of all that determines it: weights, configuration with its schedule, tokenizer, the
+task's items and metrics. So another task costs only that task, and the same command again costs
+nothing. The files hold one value per item, which paired comparisons of two models need.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
-from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
-from orchestrator.analysis.harness import Suite, load_suite, run_suite
-from orchestrator.analysis.heldout import TASKS, build_heldout
+from orchestrator.analysis.harness import FolderVocabulary, Suite, load_suite, run_model, run_suite
+from orchestrator.analysis.requested import newest_tokens, requested_tasks
+from orchestrator.analysis.subject import Subject, open_subject
 from orchestrator.catalog import tokens_of
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
-from orchestrator.provenance import content_key, file_key
+from orchestrator.provenance import content_key
 from orchestrator.settings import EvaluationSettings
 from orchestrator.tracking import Tracking
-from orchestrator.training.checkpoint import TOKENIZER, load_config, load_decoder, weights_key
+from orchestrator.training.checkpoint import TOKENIZER
 from orchestrator.workspace import Workspace, read_json, write_json
-
-HELDOUT = "heldout"
 
 
 def evaluate(
-    checkpoint: Path,
+    checkpoint: Path | Subject,
     settings: EvaluationSettings,
     workspace: Workspace,
     *,
     schedule: IterationSchedule | None = None,
-    num_fewshot: int | None = None,
+    trust_remote_code: bool = False,
     tracking: Tracking | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Return an evaluation of a checkpoint; only tasks without a stored result are run.
+    """Return an evaluation of a model; only tasks without a stored result are run.
 
     Args:
-        checkpoint: The model.
-        settings: The suite, and at most how many items of each task.
+        checkpoint: The model: a checkpoint, a run, or a model folder of transformers.
+        settings: The suite, how many items of each task, few-shot examples, batch size.
         workspace: Where results are stored, and the tokens that held-out tasks are made from.
-        schedule: Another iteration schedule than the checkpoint's.
-        num_fewshot: Solved examples before each item, where a task does not fix it at 0; as the
-            task says when unset.
+        schedule: Another iteration schedule than the model's, where `checkpoint` is a path.
+        trust_remote_code: Whether code that lies in a model folder may run.
         tracking: Where the evaluation is shown as a run of its own.
         progress: Told how many items are done.
 
     Raises:
-        UserError: If the checkpoint is damaged, the schedule does not fit it, its tokens are not
-            in the workspace, or no such tasks exist.
+        UserError: If the model is damaged, the schedule does not fit it, its tokens are not in the
+            workspace, or no such tasks exist.
         StageFailed: If the tasks exist and none can be loaded.
     """
     progress = progress or Progress()
-    config = _config(checkpoint, schedule)
-    suite, limit = _suite(checkpoint, settings, workspace, config, num_fewshot, progress)
-    for name, reason in suite.skipped.items():
-        progress.note(f"skipped {name}: {reason}")
-    model = [weights_key(checkpoint), config.to_dict(), file_key(checkpoint / TOKENIZER)]
+    if isinstance(checkpoint, Path):
+        checkpoint = open_subject(checkpoint, schedule)
+    subject = checkpoint
+    suite = _load(subject, settings, workspace, progress)
     keys = {
-        name: content_key("evaluation", model, suite.fingerprint(name), limit)
+        name: content_key("evaluation", list(subject.key), suite.fingerprint(name), settings.limit)
         for name in suite.tasks
     }
     paths = {name: workspace.evaluations / f"{key}.json" for name, key in keys.items()}
     results = {n: found for n, path in paths.items() if (found := _stored(path)) is not None}
     missing = [name for name in suite.tasks if name not in results]
     if missing:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        decoder = load_decoder(checkpoint, device=device).with_schedule(config.corrections)
-        results |= run_suite(
+        results |= _run(
             suite.only(missing),
-            decoder,
-            checkpoint / TOKENIZER,
-            batch_size=settings.batch_size,
-            limit=limit,
-            progress=progress,
+            subject,
+            settings,
+            progress,
+            trust_remote_code=trust_remote_code,
             # Stored one by one: what is measured survives an interruption.
             on_result=lambda result: write_json(paths[result.name], result.to_dict()),
         )
@@ -94,41 +84,58 @@ def evaluate(
     )
     progress.finish(_summary(evaluation) + ("" if missing else ", found again"))
     if tracking:
-        _track(tracking, keys, evaluation, config, checkpoint)
+        _track(tracking, keys, evaluation, subject)
     return evaluation
 
 
-def _config(checkpoint: Path, schedule: IterationSchedule | None) -> ModelConfig:
-    config = load_config(checkpoint)
-    try:
-        return dataclasses.replace(config, schedule=schedule) if schedule else config
-    except ValueError as error:
-        raise UserError(f"{checkpoint}: {error}") from None
+def _load(
+    subject: Subject, settings: EvaluationSettings, workspace: Workspace, progress: Progress
+) -> Suite:
+    """Load the tasks, and say which are skipped."""
+
+    def tokens() -> Path:
+        if not subject.is_foreign:
+            return tokens_of(subject.path, workspace)
+        folder = newest_tokens(workspace)
+        progress.note(f"held-out tasks for {subject.name} are made from the tokens {folder.name}")
+        return folder
+
+    asked = requested_tasks(
+        settings, tokens, context_length=subject.context_length, progress=progress
+    )
+    suite = load_suite(asked.names, folders=asked.folders, num_fewshot=settings.num_fewshot)
+    for name, reason in suite.skipped.items():
+        progress.note(f"skipped {name}: {reason}")
+    return suite
 
 
-def _suite(
-    checkpoint: Path,
+def _run(
+    suite: Suite,
+    subject: Subject,
     settings: EvaluationSettings,
-    workspace: Workspace,
-    config: ModelConfig,
-    num_fewshot: int | None,
     progress: Progress,
-) -> tuple[Suite, int | None]:
-    """Return the tasks, and at most how many items of each; held-out tasks have their own size."""
-    if settings.suite == HELDOUT:
-        built = build_heldout(
-            tokens_of(checkpoint, workspace),
-            num_items=settings.num_items,
-            context_length=config.context_length,
-            progress=progress,
+    *,
+    trust_remote_code: bool,
+    on_result: Callable[[TaskResult], None],
+) -> dict[str, TaskResult]:
+    if subject.config is None:
+        # Imported here: transformers takes seconds, and our own models do without it.
+        from orchestrator.analysis.harness.transformers_model import transformers_model
+
+        model = transformers_model(
+            subject.path, batch_size=settings.batch_size, trust_remote_code=trust_remote_code
         )
-        for note in built.notes:
-            progress.note(note)
-        names = [name for name in TASKS if name in built.tasks]
-        return load_suite(names, folders=[built.folder]), None
-    names = [name.strip() for name in settings.suite.split(",") if name.strip()]
-    folders = [Path(settings.include_path)] if settings.include_path else []
-    return load_suite(names, folders=folders, num_fewshot=num_fewshot), settings.num_items
+        return run_model(suite, model, limit=settings.limit, progress=progress, on_result=on_result)
+    path = subject.path
+    return run_suite(
+        suite,
+        subject.decoder(),
+        FolderVocabulary(path) if subject.is_foreign else path / TOKENIZER,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        progress=progress,
+        on_result=on_result,
+    )
 
 
 def _stored(path: Path) -> TaskResult | None:
@@ -140,20 +147,17 @@ def _stored(path: Path) -> TaskResult | None:
 
 
 def _track(
-    tracking: Tracking,
-    keys: Mapping[str, str],
-    evaluation: EvaluationResult,
-    config: ModelConfig,
-    checkpoint: Path,
+    tracking: Tracking, keys: Mapping[str, str], evaluation: EvaluationResult, subject: Subject
 ) -> None:
+    schedule = {"schedule": subject.config.corrections} if subject.config else {}
     run = tracking.run(
         content_key("evaluation", dict(keys)),
         name=f"evaluate {', '.join(keys)}"[:80],
         kind="evaluation",
         params={
-            "method": config.method,
-            "schedule": config.corrections,
-            "checkpoint": checkpoint,
+            "method": subject.architecture,
+            **schedule,
+            "checkpoint": subject.path,
             "num_items": evaluation.num_items,
         },
     )

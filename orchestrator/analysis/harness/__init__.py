@@ -3,13 +3,22 @@
 In go a decoder, its tokenizer and the names of tasks (or a folder of task files); out come metrics
 with standard errors and the per-item values behind them. lm-eval makes the prompts and computes the
 metrics; the log-likelihoods come from `orchestrator.analysis.scoring`, through a small model class
-of lm-eval's own kind.
+of lm-eval's own kind. Models that are no decoder run through lm-eval's class for transformers.
 
 Three habits of lm-eval are kept out: its scan of all task files (8 seconds), its retries without
 network (23 seconds a task), its noise. What cannot be run is named, with the reason, and skipped.
 """
 
-from orchestrator.analysis.harness.run import evaluate_decoder, run_suite
+from orchestrator.analysis.harness.run import evaluate_decoder, run_model, run_suite
 from orchestrator.analysis.harness.suite import Suite, load_suite
+from orchestrator.analysis.harness.vocabulary import FolderVocabulary, Vocabulary
 
-__all__ = ["Suite", "evaluate_decoder", "load_suite", "run_suite"]
+__all__ = [
+    "FolderVocabulary",
+    "Suite",
+    "Vocabulary",
+    "evaluate_decoder",
+    "load_suite",
+    "run_model",
+    "run_suite",
+]

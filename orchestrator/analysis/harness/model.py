@@ -9,7 +9,6 @@ default, returns wrong scores for some inputs.)
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from lm_eval import utils
@@ -17,39 +16,37 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from iiet.decoder import Decoder
+from orchestrator.analysis.harness.vocabulary import Vocabulary
 from orchestrator.analysis.scoring import Score, score_continuations
 from orchestrator.console import Progress
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 
 
 class ScoredDecoder(TemplateLM):  # type: ignore[misc]
     """A decoder as lm-eval sees a model: text in, log-likelihoods out."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer_path: Path, batch_size: int, progress: Progress
+        self, decoder: Decoder, vocabulary: Vocabulary, batch_size: int, progress: Progress
     ) -> None:
         super().__init__()
-        self.tokenizer = load_tokenizer(tokenizer_path)
         self.num_cut = 0
         # The choices of a question follow each other and ask for their context again each.
-        self._ids = lru_cache(maxsize=8)(self._encode)
+        self._ids = lru_cache(maxsize=8)(vocabulary.encode)
         self._decoder = decoder
-        self._end_of_text = end_of_text_id(self.tokenizer)
+        self._prefix_id = vocabulary.prefix_id
         self._batch_size = batch_size
         self._progress = progress
         self._num_items = self._num_items_done = 0
 
     @property
     def eot_token_id(self) -> int:
-        """The token that stands before a document, as in training."""
-        return self._end_of_text
+        """The token that stands before a text without context."""
+        return self._prefix_id
 
-    def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
-        """Encode as the training data were: no special tokens."""
-        return list(self._ids(string))
-
-    def _encode(self, string: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(string, add_special_tokens=False).ids)
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Encode as the model's vocabulary wants it."""
+        return list(self._ids(string, add_special_tokens=add_special_tokens is not False))
 
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
         """Score (context, continuation) texts."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import evaluator, utils
+from lm_eval.api.model import LM
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.api.task import Task
 
@@ -17,26 +18,29 @@ from orchestrator.analysis.evaluation import STDERR, EvaluationResult, TaskResul
 from orchestrator.analysis.harness.model import ScoredDecoder
 from orchestrator.analysis.harness.quiet import quiet
 from orchestrator.analysis.harness.suite import Suite, load_suite
+from orchestrator.analysis.harness.vocabulary import TrainedVocabulary, Vocabulary
 from orchestrator.console import Progress
 from orchestrator.data.hub import offline
+
+OnResult = Callable[[TaskResult], None]
 
 
 def run_suite(
     suite: Suite,
     decoder: Decoder,
-    tokenizer_path: Path,
+    tokenizer: Path | Vocabulary,
     *,
     batch_size: int = 32,
     limit: int | None = None,
     progress: Progress | None = None,
-    on_result: Callable[[TaskResult], None] | None = None,
+    on_result: OnResult | None = None,
 ) -> dict[str, TaskResult]:
     """Run the tasks of a suite on a decoder, one after the other.
 
     Args:
         suite: The loaded tasks.
         decoder: The model; its own schedule is followed.
-        tokenizer_path: The `tokenizer.json` that it was trained with.
+        tokenizer: The `tokenizer.json` that it was trained with, or a vocabulary.
         batch_size: Sequences of full length in one forward pass.
         limit: Items of each task, from its first on; all when unset.
         progress: Told how many items are done; the caller ends the stage.
@@ -46,17 +50,9 @@ def run_suite(
         UserError: If the tokenizer is missing or damaged.
     """
     progress = progress or Progress()
-    model = ScoredDecoder(decoder, tokenizer_path, batch_size, progress)
-    progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
-    results: dict[str, TaskResult] = {}
-    for name, task in suite.tasks.items():
-        with quiet(), offline(), _templates_compiled_once():
-            output = evaluator.evaluate(
-                lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0
-            )
-        results[name] = _task_result(task, name, output)
-        if on_result:
-            on_result(results[name])
+    vocabulary = TrainedVocabulary(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    model = ScoredDecoder(decoder, vocabulary, batch_size, progress)
+    results = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
     if model.num_cut:
         progress.note(
             f"{model.num_cut} prompts lost their beginning: they are longer than the "
@@ -65,38 +61,65 @@ def run_suite(
     return results
 
 
+def run_model(
+    suite: Suite,
+    model: LM,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    on_result: OnResult | None = None,
+) -> dict[str, TaskResult]:
+    """Run the tasks of a suite on any model of lm-eval, one after the other.
+
+    Args:
+        suite: The loaded tasks.
+        model: A decoder as lm-eval sees it, or a model of lm-eval's own.
+        limit: Items of each task, from its first on; all when unset.
+        progress: Told how many items are done; the caller ends the stage.
+        on_result: Called with each task's result when it is there.
+    """
+    progress = progress or Progress()
+    progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
+    results: dict[str, TaskResult] = {}
+    for name, task in suite.tasks.items():
+        with quiet(), offline(), _templates_compiled_once():
+            output = evaluator.evaluate(
+                lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0
+            )
+        results[name] = _task_result(task, name, output)
+        progress.advance(sum(result.num_items for result in results.values()))
+        if on_result:
+            on_result(results[name])
+    return results
+
+
 def evaluate_decoder(
     decoder: Decoder,
     tokenizer_path: Path,
     *,
-    suite_folder: Path | None = None,
     tasks: Sequence[str] = (),
-    include_path: Path | None = None,
+    folders: Sequence[Path] = (),
+    num_fewshot: int | None = None,
     batch_size: int = 32,
     limit: int | None = None,
-    progress: Progress | None = None,
 ) -> EvaluationResult:
     """Load tasks and run them.
 
     Args:
         decoder: The model; its own schedule is followed.
         tokenizer_path: The `tokenizer.json` that it was trained with.
-        suite_folder: A folder of task files, all of which are run unless `tasks` names some.
-        tasks: Names of tasks, groups or tags.
-        include_path: Another folder in which names are looked up before lm-eval's own.
+        tasks: Names of tasks, groups or tags; all tasks in `folders` when empty.
+        folders: Folders of task files, which come before lm-eval's own.
+        num_fewshot: Solved examples before each item, where a task does not fix it at 0.
         batch_size: Sequences of full length in one forward pass.
         limit: Items of each task; all when unset.
-        progress: Told how many items are done.
 
     Raises:
         UserError: If no such tasks exist, or the tokenizer is missing or damaged.
         StageFailed: If the tasks exist and none can be loaded.
     """
-    folders = [folder for folder in (include_path, suite_folder) if folder]
-    suite = load_suite(tasks, folders=folders)
-    results = run_suite(
-        suite, decoder, tokenizer_path, batch_size=batch_size, limit=limit, progress=progress
-    )
+    suite = load_suite(tasks, folders=folders, num_fewshot=num_fewshot)
+    results = run_suite(suite, decoder, tokenizer_path, batch_size=batch_size, limit=limit)
     return EvaluationResult(results=results, groups=suite.groups, skipped=suite.skipped)
 
 

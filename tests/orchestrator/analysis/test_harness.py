@@ -161,7 +161,7 @@ def rolling_directly(decoder: Decoder, tokenizer: Any, text: str) -> float:
 def test_each_item_scores_as_computed_directly(
     decoder: Decoder, tokenizer_path: Path, tasks: Path, no_network: None
 ) -> None:
-    found = evaluate_decoder(decoder, tokenizer_path, suite_folder=tasks)
+    found = evaluate_decoder(decoder, tokenizer_path, folders=[tasks])
     tokenizer = load_tokenizer(tokenizer_path)
     expected = {
         "lastword": [
@@ -193,7 +193,7 @@ def test_errors_agree_with_those_of_lm_eval(
 ) -> None:
     from lm_eval.api.metrics import mean_stderr
 
-    result = evaluate_decoder(decoder, tokenizer_path, suite_folder=tasks).results["choices"]
+    result = evaluate_decoder(decoder, tokenizer_path, folders=[tasks]).results["choices"]
     for metric in ("acc", "acc_norm"):
         error = mean_stderr(result.values[metric])
         assert result.metrics[f"{metric}_stderr"] == pytest.approx(error)
@@ -237,7 +237,7 @@ def test_the_suite_is_quiet_and_says_how_far_it_is(
 def test_names_limits_and_groups(decoder: Decoder, tokenizer_path: Path, tasks: Path) -> None:
     (tasks / "both.yaml").write_text("group: both\ntask: [lastword, choices]\n")
     found = evaluate_decoder(
-        decoder, tokenizer_path, tasks=["both", "rolling"], include_path=tasks, limit=2
+        decoder, tokenizer_path, tasks=["both", "rolling"], folders=[tasks], limit=2
     )
     assert found.groups == {"both": ("lastword", "choices")}
     assert {name: result.num_items for name, result in found.results.items()} == {

@@ -128,7 +128,7 @@ def test_a_change_of_model_or_items_is_another_evaluation(
     assert runs == ["first"] * 2
     assert full == same
     assert full.results["first"].log_likelihoods != none.results["first"].log_likelihoods
-    evaluate(checkpoint, settings.model_copy(update={"num_items": 2}), workspace)
+    evaluate(checkpoint, settings.model_copy(update={"limit": 2}), workspace)
     write_task(Path(settings.include_path or ""), "first", ["a b", "c d", "e k"])
     evaluate(checkpoint, settings, workspace)
     assert runs == ["first"] * 4
@@ -216,5 +216,5 @@ def test_a_schedule_that_does_not_fit_is_refused(
 def test_no_checkpoint_is_the_users_mistake(
     tmp_path: Path, settings: EvaluationSettings, workspace: Workspace
 ) -> None:
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
         evaluate(tmp_path, settings, workspace)

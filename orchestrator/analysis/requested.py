@@ -1,0 +1,82 @@
+"""What an evaluation's settings ask for, as task names and folders that lm-eval can load.
+
+Single evaluations and whole sweeps both come through here, so `heldout` means the same items in
+both: those made from the documents that were kept out of a model's training. Any other suite is a
+list of names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.analysis.heldout import TASKS, build_heldout
+from orchestrator.console import Progress
+from orchestrator.data.tokens import MANIFEST_NAME
+from orchestrator.errors import UserError
+from orchestrator.settings import EvaluationSettings
+from orchestrator.workspace import Workspace
+
+HELDOUT = "heldout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestedTasks:
+    """Names, and where they are looked up."""
+
+    names: tuple[str, ...]
+    """Tasks, groups, tags or named suites."""
+    folders: tuple[Path, ...]
+    """Folders of task files, which come before lm-eval's own."""
+    heldout: Path | None = None
+    """The folder of the held-out tasks, where those were asked for."""
+
+
+def newest_tokens(workspace: Workspace) -> Path:
+    """Return the workspace's newest tokens, for models that were not trained on any of them.
+
+    Raises:
+        UserError: If it has none.
+    """
+    manifests = list(workspace.tokens.glob(f"*/{MANIFEST_NAME}"))
+    if not manifests:
+        raise UserError(
+            f"held-out tasks are made from prepared text, and {workspace.root} has none; "
+            "`iiet-orch prepare` makes it, or --suite takes tasks of lm-eval"
+        )
+    return max(manifests, key=lambda path: path.stat().st_mtime).parent
+
+
+def requested_tasks(
+    settings: EvaluationSettings,
+    tokens: Callable[[], Path],
+    *,
+    context_length: int,
+    progress: Progress,
+) -> RequestedTasks:
+    """Return what is to be measured; held-out tasks are made if they are missing.
+
+    Args:
+        settings: The suite, its size, and the user's own folder.
+        tokens: Gives the folder of prepared tokens; asked for held-out tasks alone.
+        context_length: Tokens that the model reads; every held-out item fits.
+        progress: Told what is going on, and what a reader of the results should know.
+
+    Raises:
+        UserError: If held-out tasks are wanted, and there are no tokens or they give none.
+    """
+    if settings.suite == HELDOUT:
+        built = build_heldout(
+            tokens(),
+            num_items=settings.num_items,
+            context_length=context_length,
+            progress=progress,
+        )
+        for note in built.notes:
+            progress.note(note)
+        names = tuple(name for name in TASKS if name in built.tasks)
+        return RequestedTasks(names=names, folders=(built.folder,), heldout=built.folder)
+    names = tuple(name.strip() for name in settings.suite.split(",") if name.strip())
+    folders = (Path(settings.include_path).expanduser(),) if settings.include_path else ()
+    return RequestedTasks(names=names, folders=folders)
