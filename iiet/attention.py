@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from iiet.attend import attend
 from iiet.context import AttentionContext
 from iiet.rope import RopeTables, rotate_
 
@@ -49,13 +50,12 @@ class Attention(nn.Module):
             if keys.size(2) != context.total:
                 # A cache of fixed size returns its empty end too.
                 keys, values = keys[:, :, : context.total], values[:, :, : context.total]
-        mixed = F.scaled_dot_product_attention(
+        mixed = attend(
             queries,
             keys,
             values,
-            attn_mask=context.mask,
+            mask=context.mask,
             is_causal=context.mask is None and time > 1,
-            enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return F.linear(mixed.transpose(1, 2).reshape(batch, time, dim), self.out.weight)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iiet.attend import attend
 from iiet.linear import MAX_ROWS, few_rows_product
 from iiet.norm import normalize
 from iiet.rope import rotate_
@@ -65,13 +66,7 @@ def evaluate_token(field: Field, x: Tensor, context: AttentionContext, slot: int
     )
     if keys.size(2) != context.total:
         keys, values = keys[:, :, : context.total], values[:, :, : context.total]
-    mixed = F.scaled_dot_product_attention(
-        heads.narrow(1, 0, num_heads),
-        keys,
-        values,
-        attn_mask=context.mask,
-        enable_gqa=num_kv_heads != num_heads,
-    )
+    mixed = attend(heads.narrow(1, 0, num_heads), keys, values, mask=context.mask)
     u = x + few_rows_product(mixed, attention.out.weight, batch).view_as(x)
     normed = normalize(u, field.feed_forward_norm.weight, field.norm_eps)
     gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
