@@ -20,13 +20,12 @@ from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.requested import requested_tasks
 from orchestrator.analysis.results import SweepResults
-from orchestrator.analysis.subject import Subject, open_subject
+from orchestrator.analysis.subject import open_subjects
 from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import (
     NO_CORRECTIONS,
     find_references,
     newest_sweep,
-    resolve_teacher,
     tokens_of,
 )
 from orchestrator.cluster import ray_cluster
@@ -304,23 +303,6 @@ def evaluate_and_show(
             f"not comparable: {', '.join(different)} had other items for some of the models, "
             "which were trained on different tokens"
         )
-
-
-def open_subjects(
-    workspace: Workspace, paths: Sequence[Path] | None, schedules: Sequence[str] | None
-) -> list[Subject]:
-    """Return the models that a user names, each under each of the schedules.
-
-    Raises:
-        UserError: If one is missing or damaged, or a schedule does not fit it.
-    """
-    wanted: Sequence[str | None] = schedules or [None]
-    subjects = [
-        open_subject(path, schedule)
-        for path in paths or [resolve_teacher(workspace, None)]
-        for schedule in wanted
-    ]
-    return list({(s.path, s.name): s for s in subjects}.values())
 
 
 def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:

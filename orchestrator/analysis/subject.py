@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
+from orchestrator.catalog import resolve_teacher
 from orchestrator.errors import UserError
 from orchestrator.foreign import EXPORTED_TYPE, read_foreign
 from orchestrator.provenance import content_key, file_key
@@ -34,6 +35,7 @@ from orchestrator.training.checkpoint import (
     tokenizer_file,
     weights_key,
 )
+from orchestrator.workspace import Workspace
 
 _FOREIGN_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
 """Each tells that a config.json is not one of our checkpoints'."""
@@ -108,6 +110,28 @@ def open_subject(path: Path, schedule: str | IterationSchedule | None = None) ->
     )
 
 
+def open_subjects(
+    workspace: Workspace, paths: Sequence[Path] | None, schedules: Sequence[str] | None
+) -> list[Subject]:
+    """Return the models that a user names, each under each of the schedules, none twice.
+
+    Args:
+        workspace: Its newest IIET is meant where no path is given.
+        paths: Checkpoints, runs or model folders.
+        schedules: Iteration schedules; each model's own when empty.
+
+    Raises:
+        UserError: If one is missing or damaged, or a schedule does not fit it.
+    """
+    wanted: Sequence[str | None] = schedules or [None]
+    subjects = [
+        open_subject(path, schedule)
+        for path in paths or [resolve_teacher(workspace, None)]
+        for schedule in wanted
+    ]
+    return list({(subject.path, subject.name): subject for subject in subjects}.values())
+
+
 def _config_values(folder: Path) -> Mapping[str, Any]:
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -152,15 +176,16 @@ def _decoder_config(path: Path, values: Mapping[str, Any]) -> ModelConfig | None
         raise UserError(
             f"{path} has a {CONFIG} of transformers but no weights beside it (*.safetensors)"
         )
+    is_exported = values.get("model_type") == EXPORTED_TYPE and "corrections" in values
+    is_known = values.get("model_type") == "llama" or any(k in values for k in _PUBLISHED_KEYS)
+    if not has_safetensors or not (is_exported or is_known):
+        return None
+    names = [name for file in path.glob("*.safetensors") for name in _weight_names(file)]
     try:
-        if values.get("model_type") == EXPORTED_TYPE and "corrections" in values:
+        if is_exported:
             from iiet.huggingface import IIETConfig
 
             return IIETConfig.from_pretrained(path).to_model_config()
-        is_known = values.get("model_type") == "llama" or any(k in values for k in _PUBLISHED_KEYS)
-        if not is_known or not has_safetensors:
-            return None
-        names = [name for file in path.glob("*.safetensors") for name in _weight_names(file)]
         return config_from_published(values, dict.fromkeys(names))
     except (ValueError, TypeError):
         return None  # scaled rotary angles, biases and the like: transformers knows them
