@@ -1,0 +1,96 @@
+"""`python -m benchmarks [NAME ...] [--quick] [--threads N] [--json FILE]`, from the repository's
+root.
+
+Runs the named benchmarks, all of them without a name, and prints one table for each; `--json`
+stores the same numbers. One thread unless told otherwise: ratios on one core disturb each other
+least. A goal that is missed is said in the table, and is no failure: exit 0. A mistake on the
+command line: exit 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import decoding, mix, schedules
+from benchmarks.machine import describe, machine_facts
+from benchmarks.report import Report
+
+BENCHMARKS: dict[str, Callable[..., Report]] = {
+    "mix": mix.measure,
+    "decoding": decoding.measure,
+    "schedules": schedules.measure,
+}
+"""By name what `python -m benchmarks` runs, in this order."""
+
+_PIPE_COLUMNS = 140
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run benchmarks, print their tables, store their numbers.
+
+    Args:
+        arguments: the command line's, without the program's name.
+
+    Returns:
+        The exit code.
+    """
+    options = _parse(arguments)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        _run(options.names or list(BENCHMARKS), options.quick, options.json)
+    finally:
+        torch.set_num_threads(threads_before)
+    return 0
+
+
+def _run(names: Sequence[str], quick: bool, json_file: Path | None) -> None:
+    # A pipe or a file has no width of its own; tables would be cut to 80 columns.
+    out = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
+    facts = machine_facts()
+    out.print(describe(facts), markup=False)
+    if quick:
+        out.print("--quick: tiny sizes that show that all works; the numbers mean nothing")
+    found: dict[str, Report] = {}
+    for name in names:
+        found[name] = BENCHMARKS[name](quick=quick, say=_say)
+        out.print()
+        out.print(found[name].table())
+    if json_file is not None:
+        reports = {name: report.to_dict() for name, report in found.items()}
+        content = {"machine": facts, "quick": quick, "benchmarks": reports}
+        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; all by default"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds, no goals")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store all numbers there")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}; make it")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""One training step of an IIET with its mix written in several ways, all else the same.
+
+`lean` is the project's. `stacked` is what one writes at first: stack all estimates, multiply by the
+row; autograd then keeps one stack per evaluation. It is the fastest of the straightforward forms
+(an einsum takes the same, a product and a sum take longer). `checkpointed` is lean with each
+layer recomputed in the backward pass. `unmixed` computes something else on purpose: the same
+evaluations and norms without any mix, so that what is missing from its time is the mix's whole
+share.
+"""
+
+# ruff: noqa: ARG001 - replacements keep the signature of what they replace
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from iiet import Decoder, next_token_loss, preset
+from iiet.history import Mix
+
+__all__ = ["VARIANTS", "StepSize", "Variant", "build", "largest_difference", "step", "written_as"]
+
+Variant = Literal["lean", "stacked", "checkpointed", "unmixed"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """The size of a training step, heads of 64 or a single one."""
+
+    num_layers: int
+    dim: int = 256
+    batch_size: int = 2
+    num_tokens: int = 256
+    """Per row of the batch."""
+    vocab_size: int = 2048
+    num_corrections: int = 3
+    """Of each layer."""
+
+
+def build(size: StepSize) -> tuple[Decoder, Tensor]:
+    """Return a decoder, the rows of its mix unlike each other, and a batch of random tokens."""
+    torch.manual_seed(0)
+    config = preset(
+        "tiny",
+        dim=size.dim,
+        num_layers=size.num_layers,
+        num_heads=max(1, size.dim // 64),
+        ffn_dim=size.dim * 11 // 4,
+        vocab_size=size.vocab_size,
+        context_length=size.num_tokens,
+        schedule=size.num_corrections,
+    )
+    decoder = Decoder(config)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if "mix.inner" in name or "mix.outer" in name:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    return decoder, torch.randint(size.vocab_size, (size.batch_size, size.num_tokens))
+
+
+def step(decoder: Decoder, input_ids: Tensor) -> float:
+    """Run forward and backward, then zero the gradients in place; return the loss."""
+    loss = next_token_loss(decoder(input_ids), input_ids)
+    loss.backward()  # type: ignore[no-untyped-call]
+    decoder.zero_grad(set_to_none=False)
+    return loss.item()
+
+
+@contextmanager
+def written_as(variant: Variant, decoder: Decoder) -> Iterator[None]:
+    """Make a decoder's steps follow one variant while the context lasts."""
+    decoder.activation_checkpointing = variant == "checkpointed"
+    replacement = {"stacked": _stacked_of_layer, "unmixed": _unmixed_of_layer}.get(variant)
+    try:
+        if replacement is None:
+            yield
+        else:
+            with mock.patch.object(Mix, "of_layer", replacement):
+                yield
+    finally:
+        decoder.activation_checkpointing = False
+
+
+def largest_difference(size: StepSize, variant: Variant) -> float:
+    """Compare loss and gradients with lean's, in float64 and on few tokens.
+
+    Returns:
+        The largest difference of a parameter's gradient, in units of that gradient's largest entry,
+        or of the loss, relative.
+    """
+    decoder, input_ids = build(size)
+    decoder.double()
+    few = input_ids[:1, :16]
+    wanted, found = (_loss_and_gradients(decoder, few, v) for v in ("lean", variant))
+    return max(
+        ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
+        for a, b in zip(wanted, found, strict=True)
+    )
+
+
+def _loss_and_gradients(decoder: Decoder, input_ids: Tensor, variant: Any) -> list[Tensor]:
+    decoder.zero_grad()
+    with written_as(variant, decoder):
+        loss = next_token_loss(decoder(input_ids), input_ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad for parameter in decoder.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+class _StackedMix:
+    """`LayerMix` as a stack of all estimates for each evaluation point."""
+
+    def __init__(self, inner: Tensor, outer: Tensor, estimates: Sequence[Tensor]) -> None:
+        self._inner, self._outer, self._estimates = inner, outer, tuple(estimates)
+
+    def evaluation_point(self, estimate: Tensor) -> Tensor:
+        return self._sum(self._inner, estimate)
+
+    def hidden(self, estimate: Tensor) -> Tensor:
+        return self._sum(self._outer, estimate)
+
+    def _sum(self, weights: Tensor, estimate: Tensor) -> Tensor:
+        stacked = torch.stack([*self._estimates, estimate])
+        mixed: Tensor = torch.tensordot(weights, stacked, dims=1)
+        return mixed
+
+
+class _Unmixed:
+    """`LayerMix` without the mix: a layer evaluates at its own estimate, and hands it on."""
+
+    def evaluation_point(self, estimate: Tensor) -> Tensor:
+        return estimate
+
+    def hidden(self, estimate: Tensor) -> Tensor:
+        return estimate
+
+
+def _stacked_of_layer(
+    mix: Mix, layer: int, estimates: Sequence[Tensor], *, evaluates: bool
+) -> _StackedMix:
+    end = layer + 2
+    return _StackedMix(mix.inner[layer + 1, :end], mix.outer[layer + 1, :end], estimates)
+
+
+def _unmixed_of_layer(
+    mix: Mix, layer: int, estimates: Sequence[Tensor], *, evaluates: bool
+) -> _Unmixed:
+    return _Unmixed()

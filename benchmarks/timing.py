@@ -1,0 +1,96 @@
+"""Timing side by side: tasks take turns, and ratios are formed within a turn.
+
+A machine that slows down for a while does so to all tasks of a repetition, so the ratio of two
+tasks within it hardly moves where their times do. Hence `paired_ratio`: the median over repetitions
+of such ratios, not the ratio of two medians. Each repetition begins with another task, so that none
+always follows the slowest. Spreads are quartiles: a mean would be an outlier's. The clock is an
+argument, for the tests.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+Clock = Callable[[], float]
+"""Returns seconds from some fixed moment on."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarize one value or more."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def take_turns(
+    tasks: Mapping[str, Callable[[], T]], *, repetitions: int, warm_ups: int = 1
+) -> dict[str, list[T]]:
+    """Run all tasks in turns.
+
+    Args:
+        tasks: by name what to run; it returns what it measured.
+        repetitions: how often each is measured.
+        warm_ups: how often each runs before, its result thrown away.
+
+    Returns:
+        By name the result of each repetition, in order, so that equal positions are pairs.
+    """
+    names = list(tasks)
+    for _ in range(warm_ups):
+        for name in names:
+            tasks[name]()
+    results: dict[str, list[T]] = {name: [] for name in names}
+    for repetition in range(repetitions):
+        shift = repetition % len(names)
+        for name in names[shift:] + names[:shift]:
+            results[name].append(tasks[name]())
+    return results
+
+
+def stopwatch(task: Callable[[], object], clock: Clock = time.perf_counter) -> Callable[[], float]:
+    """Return a task that runs another and returns its seconds."""
+
+    def timed() -> float:
+        started = clock()
+        task()
+        return clock() - started
+
+    return timed
+
+
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """Summarize the ratios of values measured in the same repetition."""
+    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line through measured points, `y = start + slope * x`, by least squares."""
+
+    start: float
+    slope: float
+    largest_relative_residual: float
+    """The largest `|line - y| / y` over the points."""
+
+    @classmethod
+    def through(cls, xs: Sequence[float], ys: Sequence[float]) -> Line:
+        """Fit positive values at two different places or more."""
+        slope, start = statistics.linear_regression(xs, ys)
+        residuals = [abs(start + slope * x - y) / y for x, y in zip(xs, ys, strict=True)]
+        return cls(start, slope, max(residuals))
