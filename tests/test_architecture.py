@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("iiet", "orchestrator")
+PACKAGES = ("iiet", "orchestrator", "benchmarks")
 
 DOORS = {
     "ray": ("orchestrator.cluster", "orchestrator.worker", "orchestrator.trial_runner"),
@@ -44,6 +44,7 @@ LAYERS = (
     "orchestrator.ui orchestrator.procedure",
     "orchestrator.handover",
     "orchestrator.cli",
+    "benchmarks",
 )
 """Rooms from the bottom up: a module imports from its own layer or from those before it."""
 
@@ -120,6 +121,12 @@ def test_every_module_tells_its_story() -> None:
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"
+
+
+def test_the_core_loads_without_the_libraries_around_it() -> None:
+    code = "import sys, iiet; print(*{'ray', 'mlflow', 'typer', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -238,6 +238,10 @@ def resolve_checkpoint(path: Path) -> Path:
     damage: list[str] = []
     newest = newest_checkpoint(path, damage.append)
     if newest is None:
+        if not damage and (path / CONFIG).is_file():
+            raise UserError(
+                f"{path} is a model folder and no checkpoint; `iiet-orch import` makes one of it"
+            )
         found = f" ({damage[0]})" if damage else ""
         raise UserError(f"{path} holds no whole checkpoint{found}; `iiet-orch pretrain` makes one")
     return newest
