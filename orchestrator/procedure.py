@@ -18,6 +18,8 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
+from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.report import WrittenReport
 from orchestrator.analysis.requested import requested_tasks
 from orchestrator.analysis.results import SweepResults
 from orchestrator.analysis.subject import open_subjects
@@ -32,14 +34,15 @@ from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed, UserError
-from orchestrator.plan import SweepPlan, iterations_plan, threshold_plan
+from orchestrator.plan import PlannedTrial, SweepPlan, iterations_plan, threshold_plan
 from orchestrator.provenance import environment
 from orchestrator.settings import EvaluationSettings, ModelSettings, Settings, flatten
 from orchestrator.stages.evaluate import evaluate
 from orchestrator.stages.influence import measure_influence
+from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining, pretrain
-from orchestrator.stages.report import WrittenReport, write_report
+from orchestrator.stages.report import write_report
 from orchestrator.stages.sweep import SweepOutcome, sweep
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config
@@ -219,7 +222,11 @@ def _run_and_show(
         key=plan.key,
         results=outcome.results,
         influence=influence,
-        facts={"Settings": flatten(settings), "Provenance": _provenance(plan)},
+        facts={
+            "Trials": _states(plan, outcome),
+            "Settings": flatten(settings),
+            "Provenance": _provenance(plan),
+        },
     )
     written = write_report(desk.workspace, found, tracking=desk.tracking)
     show_report(written, desk)
@@ -229,6 +236,22 @@ def _run_and_show(
             f"{len(outcome.failures)} trials failed ({failed}); the same command tries them again"
         )
     return outcome
+
+
+def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:
+    """Say of each trial whether this call made it, found it finished, or could not."""
+    found = {result.key for result in outcome.results}
+
+    def state(trial: PlannedTrial) -> str:
+        if trial.label in outcome.failures:
+            return f"failed: {outcome.failures[trial.label]}"
+        if trial.key not in found:
+            return "not finished"
+        if trial.key in outcome.reused:
+            return "reused: it was finished before"
+        return "trained and measured" if trial.job else "measured"
+
+    return {trial.label: state(trial) for trial in plan.trials}
 
 
 def _provenance(plan: SweepPlan) -> dict[str, Any]:
@@ -331,17 +354,20 @@ def _finished_teacher(settings: Settings, desk: Desk) -> Path:
     return Path(outcome.checkpoint)
 
 
-def report_and_show(desk: Desk, name: str | None) -> None:
-    """Write a sweep's report again and show it.
+def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) -> None:
+    """Write the report of one sweep, or of several on one front, again and show it.
 
     Args:
         desk: Workspace, tracking and terminal.
-        name: The sweep; the newest when unset.
+        names: The sweeps; the newest one when empty.
+        axes: Which cost against which quality; evaluations against accuracy when unset.
 
     Raises:
         UserError: If there is no such sweep, or none at all.
     """
-    show_report(
-        write_report(desk.workspace, name or newest_sweep(desk.workspace), tracking=desk.tracking),
-        desk,
-    )
+    names = list(dict.fromkeys(names)) or [newest_sweep(desk.workspace)]
+    if len(names) > 1:
+        show_report(write_overlay(desk.workspace, names, axes=axes), desk)
+    else:
+        written = write_report(desk.workspace, names[0], axes=axes, tracking=desk.tracking)
+        show_report(written, desk)

@@ -8,8 +8,9 @@ out; readers ask with `value`, which answers None.
 
 Usual names. cost: evaluations, relative_evaluations, flops_per_token, relative_flops,
 kv_bytes_per_token, weight_bytes_per_token, num_parameters, decode_ms_per_token, decode_ms_spread.
-quality: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr, validation_loss, and
-`TASK/METRIC` for each task. train: steps, tokens, flops, seconds.
+quality: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr, validation_loss, perplexity
+(of a token: exp of that loss), and `TASK/METRIC` for each task. train: steps, tokens, flops,
+seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from orchestrator.errors import UserError
 
 Role = Literal["trial", "teacher", "reference"]
 ROLES = ("trial", "teacher", "reference")
+LARGEST_EXPONENT = 700.0
+"""Above it `exp` leaves the numbers of a float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +71,7 @@ class TrialResult:
     def value(self, name: str) -> float | None:
         """Return a number by its tracked name (`cost/evaluations`); None if not measured."""
         group, _, key = name.partition("/")
-        values: Mapping[str, float] = {
-            "cost": self.cost,
-            "quality": self.quality,
-            "train": self.train,
-        }.get(group, {})
-        number = values.get(key)
+        number = self._groups().get(group, {}).get(key)
         return None if number is None or number != number else float(number)
 
     @property
@@ -96,10 +94,9 @@ class TrialResult:
 
     def metrics(self) -> dict[str, float]:
         """Return every number under its tracked name: `cost/*`, `quality/*`, `train/*`."""
-        groups = {"cost": self.cost, "quality": self.quality, "train": self.train}
         return {
             f"{group}/{name}": float(number)
-            for group, values in groups.items()
+            for group, values in self._groups().items()
             for name, number in values.items()
             if number is not None
         }
@@ -117,6 +114,13 @@ class TrialResult:
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
         return params
+
+    def _groups(self) -> dict[str, Mapping[str, float]]:
+        """Return the numbers by group, with the perplexity, which is the loss in other words."""
+        quality, loss = self.quality, _finite(self.quality.get("validation_loss"))
+        if loss is not None and loss < LARGEST_EXPONENT:
+            quality = {"perplexity": math.exp(loss), **quality}
+        return {"cost": self.cost, "quality": quality, "train": self.train}
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping that strict JSON can hold, without numbers that are none.

@@ -46,6 +46,11 @@ class Workspace:
         return self.root / "sweeps"
 
     @property
+    def overlays(self) -> Path:
+        """Reports of several sweeps on one front, one folder for each set of sweeps."""
+        return self.root / "overlays"
+
+    @property
     def evaluations(self) -> Path:
         """Cached evaluation results, one file for each content key."""
         return self.root / "evaluations"

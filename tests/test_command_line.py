@@ -35,8 +35,18 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["evaluate"], "iiet-orch pretrain"),
         (["report"], "iiet-orch sweep-threshold"),
         (["report", "nothing"], "nothing"),
+        (["report", "nothing", "other"], "nothing"),
+        (["report", "--cost", "time"], "--cost is one of evaluations, flops, ms, kv; got 'time'"),
+        (["report", "--quality", "f1"], "accuracy, bits, perplexity, loss; got 'f1'"),
         (["sweep", "nothing"], "shipped"),
         (["no-such-command"], "no-such-command"),
+        (["generate", "--prompt", "x"], "iiet-orch pretrain"),
+        (["generate", "--temperature", "-1"], "--temperature"),
+        (["generate", "--kv", "none"], "--kv"),
+        (["import", "missing-folder"], "is no model folder"),
+        (["import"], "folder"),
+        (["export"], "iiet-orch pretrain"),
+        (["export", "missing-folder"], "missing-folder"),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_code_2(

@@ -30,6 +30,12 @@ from orchestrator.analysis.pareto import (
     Placed,
 )
 
+CONFIDENCES = (
+    f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}",
+    "paired/confidence_on_front",
+)
+"""Tracked names of the two confidences."""
+
 
 def with_confidence(
     front: Front,
@@ -87,14 +93,19 @@ def confidence_metrics(point: Placed) -> dict[str, float]:
     for prefix, compared in [("", sure.overall), *((f"{n}/", c) for n, c in sure.tasks.items())]:
         if compared is not None:
             for rival, difference in compared.against.items():
-                numbers |= _bounds(f"paired/{prefix}vs_{_as_metric(rival)}", difference)
+                numbers |= _bounds(difference_metric(rival, prefix), difference)
     if sure.share is not None:
         numbers |= _bounds("paired/share_of_full", sure.share)
     if sure.keeps is not None:
-        numbers[f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}"] = sure.keeps
+        numbers[CONFIDENCES[0]] = sure.keeps
     if sure.on_front is not None:
-        numbers["paired/confidence_on_front"] = sure.on_front
+        numbers[CONFIDENCES[1]] = sure.on_front
     return numbers
+
+
+def difference_metric(rival: str, prefix: str = "") -> str:
+    """Return the tracked name of the difference to a rival; MLflow takes no spaces or signs."""
+    return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', rival).strip('_')}"
 
 
 class _Sureness:
@@ -154,7 +165,3 @@ class _Sureness:
 
 def _bounds(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def _as_metric(name: str) -> str:
-    return re.sub(r"[^0-9A-Za-z]+", "_", name).strip("_")

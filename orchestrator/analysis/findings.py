@@ -1,9 +1,9 @@
 """What a front says, in sentences: what to take, what it costs, and whether it beats the baselines.
 
-The sentences claim no more than the numbers carry: a difference smaller than the standard error of
-the difference is called one that this many items cannot tell. The errors are those of separate
-measurements; over the same items the true error of a difference is smaller, so the sentences err
-on the careful side.
+The sentences claim no more than the numbers carry. Where models answered the same items, each claim
+has its confidence, and a difference whose interval holds zero is called one that these items cannot
+tell. Where values of single items are missing, differences have the errors of separate
+measurements, which are larger: the sentences err on the careful side.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from orchestrator.analysis.pareto import Front, Placed
+from orchestrator.analysis.bootstrap import LEVEL
+from orchestrator.analysis.confidence import rival_name
+from orchestrator.analysis.pareto import KEPT_SHARE, Front, Placed
 from orchestrator.analysis.style import is_accuracy, title_of
-from orchestrator.analysis.tables import model_name, quality_text
+from orchestrator.analysis.texts import confidence_text, full_name, quality_text
 
 COST_NOUNS = {
     "cost/evaluations": "evaluations",
@@ -23,26 +25,19 @@ COST_NOUNS = {
     "cost/kv_bytes_per_token": "key/value cache",
     "cost/decode_ms_per_token": "decoding time",
 }
-KEPT_SHARE = 0.99
-"""The share of the full model's quality that `cheapest that keeps` asks for."""
+SURE = 0.95
+"""The confidence from which on a model is called a safe choice."""
 
 
-def findings(front: Front, *, kept_share: float = KEPT_SHARE) -> list[str]:
-    """Return what the front says, the most useful sentence first.
-
-    Args:
-        front: Placed results.
-        kept_share: Share of the full model's quality that is worth calling kept.
-    """
+def findings(front: Front) -> list[str]:
+    """Return what the front says, the most useful sentence first."""
     full = front.full
     if full is None:
         return ["No trial has been measured on both axes yet."]
-    sentences = []
-    kept = front.cheapest_keeping(kept_share)
-    if kept is not None and kept is not full:
-        sentences.append(f"Cheapest that keeps {kept_share:.0%}: {_describe(front, kept)}.")
-    else:
-        sentences.append(f"No cheaper model keeps {kept_share:.0%} of the full model's quality.")
+    kept = front.cheapest_keeping(KEPT_SHARE)
+    if kept is full:
+        kept = None
+    sentences = _about_keeping(front, kept)
     if front.knee is not None and front.knee is not kept:
         sentences.append(f"Knee: {_describe(front, front.knee)}.")
     if front.best is not None and front.best not in (kept, front.knee, full):
@@ -51,7 +46,7 @@ def findings(front: Front, *, kept_share: float = KEPT_SHARE) -> list[str]:
     if front.unplaced:
         names = ", ".join(result.name for result in front.unplaced)
         sentences.append(f"Not on the picture, for lack of a measurement: {names}.")
-    return sentences
+    return [*sentences, *_about_basis(front)]
 
 
 def picks(front: Front) -> dict[str, Placed]:
@@ -77,39 +72,117 @@ def front_metrics(front: Front) -> dict[str, float]:
         values[f"front/{name}_cost"] = point.cost
         values[f"front/{name}_quality"] = point.quality
         values[f"front/{name}_share_of_full"] = front.share(point)
+        if point.confidence is not None:
+            values[f"front/{name}_confidence_on_front"] = point.confidence.on_front
+            values[f"front/{name}_confidence_keeps_99"] = point.confidence.keeps
     return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def _about_keeping(front: Front, kept: Placed | None) -> list[str]:
+    """Say which cheaper model keeps the quality, how surely, and which one does so surely."""
+    likely = {
+        point.result.key: point.confidence.keeps
+        for point in front.placed
+        if point.is_candidate and point.confidence and point.confidence.keeps is not None
+    }
+    full = front.full
+    assert full is not None, "only a front with a model has sentences"
+    cheaper = [p for p in front.placed if p.result.key in likely and p.cost < full.cost]
+    if kept is not None:
+        sentences = [f"Cheapest that keeps {KEPT_SHARE:.0%}: {_describe(front, kept)}."]
+    else:
+        sentences = [f"No cheaper model keeps {KEPT_SHARE:.0%} of the full model's quality."]
+        likeliest = max(cheaper, key=lambda point: likely[point.result.key], default=None)
+        if likeliest is not None:
+            sentences.append(f"Likeliest to keep it: {_describe(front, likeliest)}.")
+    if likely and not (kept is not None and likely.get(kept.result.key, 0.0) >= SURE):
+        safe = [point for point in cheaper if likely[point.result.key] >= SURE]
+        if safe:
+            choice = min(safe, key=lambda point: point.cost)
+            sentences.append(f"Cheapest that surely keeps it: {_describe(front, choice)}.")
+        elif kept is not None:
+            sentences.append(
+                f"No cheaper model keeps {KEPT_SHARE:.0%} with a confidence of {SURE} or more."
+            )
+    return sentences
+
+
+def _about_basis(front: Front) -> list[str]:
+    basis = front.basis
+    if basis is None or not any(p.confidence and p.confidence.overall for p in front.placed):
+        return []
+    left_out = f"; {basis.num_left_out:,} that only some answered are left out"
+    return [
+        f"A confidence is the share of {basis.num_resamples:,} draws, with replacement, of the "
+        f"{basis.num_items:,} items that all models answered in which the claim holds"
+        f"{left_out if basis.num_left_out else ''}. It does not cover other trainings."
+    ]
 
 
 def _describe(front: Front, point: Placed) -> str:
     full = front.full
     share = front.share(point)
-    text = f"{model_name(point)} with {_quality(front, point)}"
-    if full is None or share is None or not full.cost:
-        return text
-    part = f"{point.cost:.4g} of {full.cost:.4g}"
-    noun = COST_NOUNS.get(front.axes.cost, title_of(front.axes.cost))
-    return (
-        f"{text}, {share:.1%} of the full model's, at {point.cost / full.cost:.0%} of its {noun} "
-        f"({part})"
-    )
+    text = f"{full_name(front, point)} with {_quality(front, point)}"
+    if full is not None and share is not None and full.cost:
+        part = f"{point.cost:.4g} of {full.cost:.4g}"
+        noun = COST_NOUNS.get(front.axes.cost, title_of(front.axes.cost))
+        text += (
+            f", {share:.1%} of the full model's, at {point.cost / full.cost:.0%} of its {noun} "
+            f"({part})"
+        )
+    return text + _how_sure(front, point)
+
+
+def _how_sure(front: Front, point: Placed) -> str:
+    sure = point.confidence
+    if sure is None or point is front.full:
+        return ""
+    claims = []
+    if sure.keeps is not None:
+        claims.append(f"keeps {KEPT_SHARE:.0%} with confidence {confidence_text(sure.keeps)}")
+    if sure.on_front is not None:
+        claims.append(f"is on the front with confidence {confidence_text(sure.on_front)}")
+    return f"; it {' and '.join(claims)}" if claims else ""
 
 
 def _against(front: Front, reference: Placed, choice: Placed) -> str:
-    better = front.goodness(choice) - front.goodness(reference)
-    error = math.hypot(choice.error or 0.0, reference.error or 0.0)
-    name, rival = reference.result.name, model_name(choice)
-    scale, unit = (100, " points") if is_accuracy(front.axes.quality) else (1, "")
-    size = f"{abs(scale * better):.2g}{unit}"
-    size += f" ± {scale * error:.2g}" if error else ""
-    if abs(better) <= error:
+    better, size, is_told = _difference(front, reference, choice)
+    rival = full_name(front, choice)
+    if not is_told:
         said = f"and {rival} differ by less than these items can tell ({size})"
     elif better > 0:
         said = f"is worse than {rival} by {size}"
     else:
         said = f"is better than {rival} by {size}"
     beaten = front.beaten_by(reference)
-    also = f"; it beats {_names(beaten)} on the front" if beaten else ""
-    return f"{name} ({_quality(front, reference)}) {said}{also}."
+    also = f"; it beats {_names(front, beaten)} on the front" if beaten else ""
+    return f"{full_name(front, reference)} ({_quality(front, reference)}) {said}{also}."
+
+
+def _difference(front: Front, reference: Placed, choice: Placed) -> tuple[float, str, bool]:
+    """Return how much better the choice is, that as text with its error, and whether it is told
+    apart from nothing.
+    """
+    scale, unit = (100, " points") if is_accuracy(front.axes.quality) else (1, "")
+    sign = 1 if front.axes.higher_is_better else -1
+    sure = choice.confidence
+    paired = (
+        sure.overall.against.get(rival_name(front, reference)) if sure and sure.overall else None
+    )
+    if paired is not None:
+        bounds = sorted(sign * scale * bound for bound in (paired.low, paired.high))
+        better = sign * paired.value
+        if better < 0:
+            bounds = [-bound for bound in reversed(bounds)]
+        digits = 1 if unit else 3
+        value = f"{abs(scale * better):.{digits}f}{unit}"
+        limits = f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} in {LEVEL:.0%} of the draws"
+        return better, f"{value}, {limits}", paired.excludes_zero
+    better = front.goodness(choice) - front.goodness(reference)
+    error = math.hypot(choice.error or 0.0, reference.error or 0.0)
+    size = f"{abs(scale * better):.2g}{unit}"
+    size += f" ± {scale * error:.2g}" if error else ""
+    return better, size, abs(better) > error
 
 
 def _quality(front: Front, point: Placed) -> str:
@@ -118,5 +191,5 @@ def _quality(front: Front, point: Placed) -> str:
     return f"{name} {quality_text(front, point)}{percent}"
 
 
-def _names(points: Sequence[Placed]) -> str:
-    return ", ".join(model_name(point) for point in points)
+def _names(front: Front, points: Sequence[Placed]) -> str:
+    return ", ".join(full_name(front, point) for point in points)

@@ -2,13 +2,15 @@
 
 The line is a staircase, because it says what a budget buys: the best model that costs no more.
 Dominated trials stay in the picture, faint; the teacher and the references have shapes of their
-own; the axes on the far sides read as shares of the full model. Several fronts on the same two
-numbers can lie over each other.
+own; the axes on the far sides read as shares of the full model. Bars are one standard error.
+
+Several sweeps share a picture by color and shape: the front of each is faint, the front of all is
+drawn over them, and only what is on that one is filled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes as Panel
@@ -30,53 +32,58 @@ from orchestrator.analysis.style import (
     is_accuracy,
     title_of,
 )
+from orchestrator.analysis.texts import full_name
 
 LONGEST_LABELED_SCHEDULE = 12
 REFERENCE_MARKERS = "Ds^vP<"
+SERIES_MARKERS = "oshpd8"
+INK = "#1c1c1c"
 
 
-def draw_front(
-    fronts: Front | Sequence[Front],
-    *,
-    title: str = "",
-    names: Sequence[str] = (),
-    mark_paper: bool = False,
-) -> Figure:
-    """Draw one front, or several over each other.
+def draw_front(front: Front, *, title: str = "", mark_paper: bool = False) -> Figure:
+    """Draw a front, or that of several sweeps with each one's own.
 
     Args:
-        fronts: What to draw; all on the same two numbers.
+        front: What to draw.
         title: Stands above the picture.
-        names: One for each front, for the legend; needed for several.
-        mark_paper: Mark the paper's headline, scaled to the first front's full model; only where
-            the quality is an accuracy.
+        mark_paper: Mark the paper's headline, scaled to the full model; only where the quality is
+            an accuracy.
 
     Raises:
-        ValueError: If there is nothing to draw, or the fronts have different axes.
+        ValueError: If there is nothing to draw.
     """
-    fronts = [fronts] if isinstance(fronts, Front) else list(fronts)
-    if not any(front.placed for front in fronts):
+    if not front.placed:
         raise ValueError("a front needs at least one result with a cost and a quality")
-    if len({front.axes for front in fronts}) > 1:
-        raise ValueError("fronts over each other need the same axes")
-    names = list(names) or ["front"] * len(fronts)
     figure = Figure(figsize=(7.0, 4.6), layout="constrained", dpi=DOTS_PER_INCH)
     panel = figure.add_subplot()
     labels = LabelPlacer(panel)
-    for front, name, color in zip(fronts, names, SERIES, strict=False):
-        _draw_steps(panel, labels, front, color, name)
-        _draw_points(panel, front, color, is_first=front is fronts[0])
-    if mark_paper and is_accuracy(fronts[0].axes.quality):
-        _draw_paper_mark(panel, fronts[0])
-    _dress(panel, fronts[0])
+    if front.series:
+        _draw_series(panel, labels, front)
+    else:
+        _draw_steps(panel, labels, front, {"color": SERIES[0], "lw": 1.6, "label": "front"})
+        _draw_trials(panel, front, front.placed, color=SERIES[0])
+    _draw_others(panel, front)
+    if mark_paper and is_accuracy(front.axes.quality):
+        _draw_paper_mark(panel, front)
+    _dress(panel, front)
     if title:
         panel.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=12)
-    for front in fronts:
-        _ask_for_labels(labels, front)
+    _ask_for_labels(labels, front)
     # The layout has to be final before labels can look for room.
     figure.draw_without_rendering()
     labels.place()
     return figure
+
+
+def _draw_series(panel: Panel, labels: LabelPlacer, front: Front) -> None:
+    _draw_steps(panel, labels, front, {"color": INK, "lw": 1.8, "label": "front of all"})
+    for number, (name, part) in enumerate(front.parts.items()):
+        color = SERIES[number % len(SERIES)]
+        marker = SERIES_MARKERS[number % len(SERIES_MARKERS)]
+        own = [point for point in front.placed if front.series[point.result.key] == name]
+        _draw_steps(panel, labels, part, {"color": color, "lw": 1.2, "alpha": 0.45})
+        _draw_trials(panel, front, own, color=color, marker=marker, is_named=False)
+        panel.plot([], [], color=color, marker=marker, lw=1.2, label=name)
 
 
 def _scale(front: Front) -> float:
@@ -87,7 +94,7 @@ def _is_trial(point: Placed) -> bool:
     return point.result.role == "trial"
 
 
-def _draw_steps(panel: Panel, labels: LabelPlacer, front: Front, color: str, name: str) -> None:
+def _draw_steps(panel: Panel, labels: LabelPlacer, front: Front, look: Mapping[str, Any]) -> None:
     members = front.members
     if not members:
         return
@@ -96,50 +103,60 @@ def _draw_steps(panel: Panel, labels: LabelPlacer, front: Front, color: str, nam
     # Flat behind the last member: spending more buys nothing more.
     costs.append(max(point.cost for point in front.placed))
     heights.append(heights[-1])
-    panel.step(costs, heights, where="post", color=color, lw=1.6, zorder=2, label=name)
+    panel.step(costs, heights, where="post", zorder=2, **look)
     labels.avoid_steps(costs, heights)
 
 
-def _draw_points(panel: Panel, front: Front, color: str, *, is_first: bool) -> None:
-    groups: list[tuple[str, list[Placed], dict[str, Any]]] = [
-        (
-            "teacher",
-            [p for p in front.placed if p.result.role == "teacher"],
-            {"marker": "*", "markersize": 14, "mfc": ORANGE, "mec": "black", "zorder": 5},
-        ),
-        (
-            "trial on the front",
-            [p for p in front.placed if _is_trial(p) and p.on_front],
-            {"marker": "o", "markersize": 6.5, "mfc": color, "zorder": 4},
-        ),
-        (
-            "dominated trial",
-            [p for p in front.placed if _is_trial(p) and not p.on_front],
-            {"marker": "o", "markersize": 5.5, "mfc": "white", "alpha": 0.4, "zorder": 3},
-        ),
-    ]
-    defaults: dict[str, Any] = {"mec": color, "ecolor": color, "zorder": 4}
+def _draw_trials(
+    panel: Panel,
+    front: Front,
+    points: Sequence[Placed],
+    *,
+    color: str,
+    marker: str = "o",
+    is_named: bool = True,
+) -> None:
+    trials = [point for point in points if _is_trial(point)]
+    look = {"marker": marker, "mec": color, "ecolor": color}
+    on_front = {**look, "markersize": 6.5, "mfc": color, "zorder": 4}
+    dominated = {**look, "markersize": 5.5, "mfc": "white", "alpha": 0.4, "zorder": 3}
+    names = ("trial on the front", "dominated trial") if is_named else ("", "")
+    _draw_bars(panel, front, [p for p in trials if p.on_front], names[0], on_front)
+    _draw_bars(panel, front, [p for p in trials if not p.on_front], names[1], dominated)
+
+
+def _draw_others(panel: Panel, front: Front) -> None:
+    """Draw the full models and the references, which have shapes of their own."""
+    teachers = [point for point in front.placed if point.result.role == "teacher"]
+    star = {"marker": "*", "markersize": 14, "mfc": ORANGE, "mec": "black", "zorder": 5}
+    _draw_bars(panel, front, teachers, "teacher", {**star, "ecolor": ORANGE})
     references = [point for point in front.placed if not point.is_candidate]
-    hollow = {"markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY}
-    if len(references) <= len(REFERENCE_MARKERS):
-        for point, marker in zip(references, REFERENCE_MARKERS, strict=False):
-            groups.append((point.result.name, [point], {**hollow, "marker": marker}))
-    else:
-        groups.append(("reference", references, {**hollow, "marker": REFERENCE_MARKERS[0]}))
-    for name, points, style in groups:
-        errors = [_scale(front) * (point.error or 0.0) for point in points]
-        if points:
-            panel.errorbar(
-                [point.cost for point in points],
-                [_scale(front) * point.quality for point in points],
-                yerr=errors if any(errors) else None,
-                label=name if is_first else None,
-                linestyle="none",
-                **defaults | style,
-                mew=1.2,
-                elinewidth=0.7,
-                capsize=2,
-            )
+    hollow = {"markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY, "zorder": 4}
+    if len(references) > len(REFERENCE_MARKERS):
+        look = {**hollow, "marker": REFERENCE_MARKERS[0]}
+        _draw_bars(panel, front, references, "reference", look)
+        return
+    for point, marker in zip(references, REFERENCE_MARKERS, strict=False):
+        _draw_bars(panel, front, [point], full_name(front, point), {**hollow, "marker": marker})
+
+
+def _draw_bars(
+    panel: Panel, front: Front, points: Sequence[Placed], name: str, look: Mapping[str, Any]
+) -> None:
+    """Draw points with their standard errors, where there are any."""
+    errors = [_scale(front) * (point.error or 0.0) for point in points]
+    if points:
+        panel.errorbar(
+            [point.cost for point in points],
+            [_scale(front) * point.quality for point in points],
+            yerr=errors if any(errors) else None,
+            label=name or None,
+            linestyle="none",
+            **look,
+            mew=1.2,
+            elinewidth=0.7,
+            capsize=2,
+        )
 
 
 def _draw_paper_mark(panel: Panel, front: Front) -> None:

@@ -14,17 +14,24 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from orchestrator.analysis.pareto import Axes, Front, Placed
-from orchestrator.analysis.style import is_accuracy, title_of
-from orchestrator.analysis.tables import columns_for, full_rows
+from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.confidence import CONFIDENCES, difference_metric
+from orchestrator.analysis.page_tables import influence_section, rows_table, tasks_section
+from orchestrator.analysis.pareto import Front
+from orchestrator.analysis.rows import full_rows
+from orchestrator.analysis.style import (
+    PAPER_COST_SHARE,
+    PAPER_MARK,
+    PAPER_QUALITY_SHARE,
+    is_accuracy,
+    title_of,
+)
+from orchestrator.analysis.texts import hypervolume_text
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
 
-# Light to dark, one for each number of corrections; more than four share the last.
-STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")
-HEAT_LOW, HEAT_HIGH = (247, 251, 255), (8, 65, 124)
-
+SCRIPTS = ("plot.js", "front.js", "report.js")
 SHARES = ("cost/relative_flops", "cost/relative_evaluations", "share_of_full")
 HOVER = (
     "cost/evaluations",
@@ -43,6 +50,7 @@ def report_page(
     *,
     title: str,
     sentences: Sequence[str] = (),
+    mark_paper: bool = False,
     influence: tuple[str, Sequence[Sequence[float]]] | None = None,
     curves: Mapping[str, Sequence[Curve]] | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
@@ -54,6 +62,7 @@ def report_page(
         front: Placed results.
         title: Heading, usually the sweep's name.
         sentences: What the front says.
+        mark_paper: Mark the paper's headline where the quality is an accuracy.
         influence: Name of the measure and its rows, one a layer.
         curves: Title of a chart -> its curves.
         facts: Title of a list -> names and values: settings, provenance, what was reused.
@@ -64,15 +73,17 @@ def report_page(
         f'<p class="lead">{escape(_subtitle(front))}</p>',
         _list_of(sentences),
         _front_section(picture),
-        f"<h2>All models, cheapest first</h2>{_rows_table(front)}",
+        f"<h2>All models, cheapest first</h2>{rows_table(front)}",
+        tasks_section(front),
     ]
     if influence is not None:
-        parts.append(_influence_section(*influence))
+        parts.append(influence_section(*influence))
     for name in curves or {}:
         parts.append(f"<h2>{escape(name)}</h2>")
         parts.append(f'<div class="plot" data-curves="{escape(name)}"></div>')
     parts += [_facts_section(name, values) for name, values in (facts or {}).items()]
-    return _document(title, "\n".join(parts), _data(front, curves or {}))
+    data = {**_data(front, curves or {}), "paper": _paper_mark() if mark_paper else None}
+    return _document(title, "\n".join(parts), data)
 
 
 def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
@@ -92,7 +103,7 @@ def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
 {body}
 <script id="data" type="application/json">{text}</script>
 <script>
-{(web / "report.js").read_text(encoding="utf-8")}</script>
+{"".join((web / name).read_text(encoding="utf-8") for name in SCRIPTS)}</script>
 </body>
 </html>
 """
@@ -101,6 +112,7 @@ def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
 def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
     rows = full_rows(front)
     names = [name for row in rows for name, value in row.items() if isinstance(value, float)]
+    against_full = _against_full(front)
     numbers = [name for name in dict.fromkeys(names) if "/" in name]
     costs = [n for n in numbers if n.startswith("cost/") and not n.endswith(("_spread", "_stderr"))]
     qualities = [n for n in numbers if n.startswith("quality/") and not n.endswith("_stderr")]
@@ -111,9 +123,12 @@ def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]
         "qualities": qualities,
         "higher": [name for name in qualities if Axes(quality=name).higher_is_better],
         "percent": [n for n in numbers if is_accuracy(n.removesuffix("_stderr"))] + list(SHARES),
+        "points": against_full if is_accuracy(front.axes.quality) else [],
         "titles": {name: title_of(name) for name in numbers}
-        | {"share_of_full": f"{title_of(front.axes.quality)}, share of full"},
-        "hover": list(HOVER),
+        | {"share_of_full": f"{title_of(front.axes.quality)}, share of full"}
+        | {name: f"Difference to {front.basis.full}" for name in against_full if front.basis},
+        "hover": [*HOVER, *against_full, *CONFIDENCES],
+        "series": list(dict.fromkeys(front.series.values())),
         "curves": {
             title: [
                 {"name": name, "points": [[s, v] for s, v in points if math.isfinite(v)]}
@@ -124,10 +139,21 @@ def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]
     }
 
 
+def _against_full(front: Front) -> list[str]:
+    """Return the tracked name of the paired difference to the full model, if there is one."""
+    if front.basis is None:
+        return []
+    return [difference_metric(front.basis.full)]
+
+
+def _paper_mark() -> dict[str, Any]:
+    return {"cost": PAPER_COST_SHARE, "quality": PAPER_QUALITY_SHARE, "name": PAPER_MARK}
+
+
 def _subtitle(front: Front) -> str:
-    members, volume = len(front.members), front.hypervolume
-    text = f"{len(front.placed)} models, {members} on the front"
-    return text if volume is None else f"{text}; hypervolume {volume:.3f} of the full model's box"
+    volume = hypervolume_text(front)
+    text = f"{len(front.placed)} models, {len(front.members)} on the front"
+    return f"{text}; {volume}." if volume else f"{text}."
 
 
 def _list_of(sentences: Sequence[str]) -> str:
@@ -143,89 +169,10 @@ def _front_section(picture: str | None) -> str:
 <label>Cost <select id="cost"></select></label>
 </div>
 <div class="plot" id="front"></div>
+<div class="key" id="series"></div>
 <p class="lead">Star: the full model. Filled: on the front. Hollow, faint: dominated. Diamond:
 trained from scratch for comparison. Bars: one standard error. The line is what a budget buys.</p>
 {fallback}"""
-
-
-def _rows_table(front: Front) -> str:
-    columns = columns_for(front)
-    heads = [_head(column.title, is_text=column.justify == "left") for column in columns]
-    heads.insert(1, _head("corrections", is_text=True))
-    body = []
-    for point in front.placed:
-        cells = []
-        for number, column in enumerate(columns):
-            text = column.cell(front, point)
-            kind = ' class="text"' if column.justify == "left" else ""
-            cells.append(f'<td{kind} data-value="{escape(_sortable(text))}">{escape(text)}</td>')
-            if number == 0:
-                cells.append(f'<td class="text">{schedule_strip(point.result.schedule)}</td>')
-        key = escape(point.result.key)
-        body.append(f'<tr class="{_kind(point)}" data-key="{key}">{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll"><table class="rows"><thead><tr>{"".join(heads)}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _head(title: str, *, is_text: bool) -> str:
-    kind = ' class="text"' if is_text else ""
-    return f"<th{kind}><button>{escape(title)}</button></th>"
-
-
-def _sortable(text: str) -> str:
-    """Return the number that a cell starts with, in its smallest unit, or the text."""
-    parts = text.removeprefix(">").rstrip("%").split()
-    units = {"kB": 1024, "MB": 1024**2}
-    try:
-        return str(float(parts[0]) * (units.get(parts[1], 1) if len(parts) > 1 else 1))
-    except (ValueError, IndexError):
-        return text
-
-
-def schedule_strip(schedule: Sequence[int] | None) -> str:
-    """Return an iteration schedule as a strip of cells, one a layer, darker for more
-    corrections."""
-    if schedule is None:
-        return ""
-    cells = []
-    for layer, r in enumerate(schedule, start=1):
-        color = STRIP_COLORS[min(r, len(STRIP_COLORS) - 1)]
-        ink = "#fff" if r >= 2 else "#333"
-        cells.append(
-            f'<i style="background:{color};color:{ink}" title="layer {layer}: {r}">{r}</i>'
-        )
-    kind = "strip long" if len(schedule) > 12 else "strip"
-    return f'<span class="{kind}">{"".join(cells)}</span>'
-
-
-def _influence_section(metric: str, rows: Sequence[Sequence[float]]) -> str:
-    width = max((len(row) for row in rows), default=0)
-    positive = [math.log10(v) for row in rows for v in row if v > 0]
-    low, high = min(positive, default=0.0), max(positive, default=0.0)
-    heads = "".join(f"<th>{i}</th>" for i in range(1, width + 1))
-    body = "".join(
-        f"<tr><th>{layer}</th>{''.join(_heat_cell(v, low, high) for v in row)}</tr>"
-        for layer, row in enumerate(rows, start=1)
-    )
-    return (
-        f"<h2>Influence of each correction ({escape(metric)})</h2>"
-        '<p class="lead">How much each correction matters; darker is more, on a logarithmic scale. '
-        "A threshold drops corrections from a layer's last one backwards.</p>"
-        '<div class="scroll"><table class="heat">'
-        f"<tr><th>layer</th>{heads}</tr>{body}</table></div>"
-    )
-
-
-def _heat_cell(value: float, low: float, high: float) -> str:
-    if math.isnan(value):
-        return "<td></td>"
-    share = (math.log10(value) - low) / (high - low) if value > 0 and high > low else 0.0
-    mixed = [round(a + (b - a) * share) for a, b in zip(HEAT_LOW, HEAT_HIGH, strict=True)]
-    ink = "#fff" if share > 0.5 else "#222"
-    color = f"rgb({mixed[0]} {mixed[1]} {mixed[2]})"
-    return f'<td style="background:{color};color:{ink}">{value:.2g}</td>'
 
 
 def _facts_section(title: str, values: Mapping[str, Any]) -> str:
@@ -237,11 +184,3 @@ def _facts_section(title: str, values: Mapping[str, Any]) -> str:
         f"<details><summary>{escape(title)}</summary>"
         f'<div class="scroll"><table class="facts">{rows}</table></div></details>'
     )
-
-
-def _kind(point: Placed) -> str:
-    if not point.is_candidate:
-        return "reference"
-    if point.on_front:
-        return "member"
-    return "full" if point.result.role == "teacher" else "dominated"

@@ -19,37 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import moocore
 import numpy as np
 
+from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.bootstrap import Interval
 from orchestrator.trial import TrialResult
 
-LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
 KEPT_SHARE = 0.99
 """The share of the full model's quality that is worth calling kept."""
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Two numbers of a trial result: what it costs and how good it is."""
-
-    cost: str = "cost/evaluations"
-    """Tracked name of the cost; lower is better."""
-    quality: str = "quality/accuracy"
-    """Tracked name of the quality."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether more of the quality is better: not so for losses, told by their names."""
-        return not self.quality.endswith(LOWER_IS_BETTER)
-
-    @property
-    def error(self) -> str:
-        """Tracked name of the quality's standard error."""
-        return f"{self.quality}_stderr"
 
 
 @dataclass(frozen=True)
@@ -192,6 +172,11 @@ class Front:
             name: find_front([r for r in results if self.series[r.key] == name], self.axes)
             for name in dict.fromkeys(self.series.values())
         }
+
+    def with_results(self, results: Mapping[str, TrialResult]) -> Front:
+        """Return the same front with other values of its results, by key."""
+        placed = tuple(replace(p, result=results[p.result.key]) for p in self.placed)
+        return replace(self, placed=placed, unplaced=tuple(results[r.key] for r in self.unplaced))
 
     def goodness(self, point: Placed) -> float:
         """Return the quality so that more is better."""

@@ -20,8 +20,11 @@ from orchestrator.analysis.front_figure import draw_front
 from orchestrator.analysis.influence_figure import draw_influence
 from orchestrator.analysis.page import Curve, report_page
 from orchestrator.analysis.pareto import Front
+from orchestrator.analysis.rows import csv_text, json_text
 from orchestrator.analysis.style import save_figure
-from orchestrator.analysis.tables import csv_text, json_text, markdown_table, model_name
+from orchestrator.analysis.tables import markdown_table
+from orchestrator.analysis.task_tables import ABOUT_TASKS, markdown_of_table, task_tables
+from orchestrator.analysis.texts import hypervolume_text, model_name
 from orchestrator.workspace import write_text
 
 
@@ -39,18 +42,41 @@ class SweepReport:
     """Title of a chart -> its curves over steps."""
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Title of a list -> names and values: settings, provenance, what was reused."""
+    notes: Sequence[str] = ()
+    """What has to be known before the front is read, such as different tasks."""
     mark_paper: bool = True
     """Whether the picture marks the paper's headline."""
 
     @property
     def sentences(self) -> list[str]:
-        """What the front says."""
-        return findings(self.front)
+        """What the front says, after what has to be known."""
+        return [*self.notes, *findings(self.front)]
 
     @property
     def title(self) -> str:
         """Heading of picture and page."""
-        return f"Sweep {self.name}"
+        return f"Sweeps {self.name}" if self.front.series else f"Sweep {self.name}"
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """Where a report lies."""
+
+    report: SweepReport
+    """What it tells; its front is what the terminal's table shows."""
+    folder: Path
+    """Where its files are."""
+    files: tuple[Path, ...]
+    """Every file written."""
+    run_id: str | None = None
+    """The sweep's run in MLflow; None without tracking, or while the store does not answer."""
+    view: str | None = None
+    """Key of the saved chart view."""
+
+    @property
+    def page(self) -> Path | None:
+        """The HTML file; None if nothing could be placed."""
+        return next((path for path in self.files if path.suffix == ".html"), None)
 
 
 def write_files(report: SweepReport, folder: Path) -> list[Path]:
@@ -101,6 +127,7 @@ def page_of(report: SweepReport, picture: str | None = None) -> str:
         report.front,
         title=report.title,
         sentences=report.sentences,
+        mark_paper=report.mark_paper,
         influence=None if table is None else (table.metric, table.rows()),
         curves=report.curves,
         facts=report.facts,
@@ -109,10 +136,17 @@ def page_of(report: SweepReport, picture: str | None = None) -> str:
 
 
 def markdown_of(report: SweepReport) -> str:
-    """Return the report as Markdown: findings, table, influence, facts."""
+    """Return the report as Markdown: findings, table, tasks, influence, facts."""
     parts = [f"# {report.title}", _bullets(report.sentences)]
     if report.front.placed:
-        parts += ["![front](front.png)", markdown_table(report.front)]
+        volume = hypervolume_text(report.front)
+        parts += ["![front](front.png)", volume and f"Of the front: {volume}."]
+        parts.append(markdown_table(report.front))
+    tables = task_tables(report.front)
+    if tables:
+        parts.append(f"## Task by task\n\n{ABOUT_TASKS}")
+    for table in tables:
+        parts += [f"### {table.title}", markdown_of_table(table)]
     if report.influence is not None:
         parts += [
             f"## Influence of each correction ({report.influence.metric})",
@@ -141,16 +175,3 @@ def _bullets(lines: Sequence[str]) -> str:
 def _write(path: Path, text: str) -> Path:
     write_text(path, text)
     return path
-
-
-__all__ = [
-    "SweepReport",
-    "draw_front",
-    "draw_influence",
-    "influence_markdown",
-    "influence_picture",
-    "markdown_of",
-    "page_of",
-    "save_figure",
-    "write_files",
-]

@@ -35,7 +35,9 @@ TITLES = {
     "quality/accuracy": "Accuracy",
     "quality/bits_per_byte": "Bits per byte",
     "quality/validation_loss": "Validation loss, nats per token",
-    "quality/perplexity": "Perplexity",
+    "quality/perplexity": "Perplexity of a token",
+    "paired/confidence_keeps_99": "Confidence: keeps 99%",
+    "paired/confidence_on_front": "Confidence: on the front",
 }
 
 PAPER_COST_SHARE, PAPER_QUALITY_SHARE = 0.45, 0.994

@@ -1,35 +1,28 @@
-"""The front as rows: for the terminal, for Markdown, for CSV, JSON and MLflow's table.
+"""The front as rows for people: in the terminal, in Markdown, in the page.
 
-One list of columns serves all. People read rounded numbers with their errors, cheapest first;
-machines get every number in full under its tracked name. The terminal's table drops columns from
-the least telling on until it fits, and shortens long schedules by counting repetitions
-(`3*4,1*20`), which is also how they are typed.
+One list of columns serves all: rounded numbers with their errors, cheapest first. The terminal's
+table drops columns from the least telling on until it fits, and shortens long schedules by counting
+repetitions (`3*4,1*20`), which is also how they are typed. Machines read `analysis.rows`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rich import box
 from rich.cells import cell_len
 from rich.table import Table
 
-from orchestrator.analysis.pareto import Front, Placed
+from orchestrator.analysis.pareto import KEPT_SHARE, Front, Placed
 from orchestrator.analysis.style import is_accuracy, title_of
-
-LONGEST_PLAIN_SCHEDULE = 16
-SHOWN_COSTS = (
-    "cost/evaluations",
-    "cost/relative_flops",
-    "cost/kv_bytes_per_token",
-    "cost/decode_ms_per_token",
+from orchestrator.analysis.texts import (
+    confidence_text,
+    difference_text,
+    model_name,
+    quality_text,
+    verdict,
 )
 
 
@@ -52,20 +45,19 @@ def columns_for(front: Front) -> list[Column]:
     columns = [
         Column("schedule", lambda _, p: model_name(p), justify="left"),
         Column("threshold", lambda _, p: _threshold(p), 6),
-        Column("evals", lambda _, p: _number(p, "cost/evaluations", "g")),
-        Column("FLOPs", lambda _, p: _percent(p.result.value("cost/relative_flops"), 0), 4),
-        Column("KV/token", lambda _, p: _bytes(p.result.value("cost/kv_bytes_per_token")), 7),
-        Column("ms/token", lambda _, p: _number(p, "cost/decode_ms_per_token", ".2f"), 3),
+        *_cost_columns(front.axes.cost),
         Column(_short_title(quality), lambda f, p: quality_text(f, p)),
         Column("bits/byte", lambda _, p: _number(p, "quality/bits_per_byte", ".3f"), 5),
         Column("of full", lambda f, p: _percent(f.share(p), 1), 2),
+        Column(f"vs {front.basis.full if front.basis else 'full'}", _difference, 8),
+        Column(f"P({KEPT_SHARE:.0%})", _keeps, 9),
+        Column("P(front)", _on_front, 10),
         Column("front", lambda f, p: verdict(f, p), justify="left"),
     ]
+    if front.series:
+        columns.insert(1, Column("sweep", lambda f, p: f.series[p.result.key], justify="left"))
     if quality == "quality/bits_per_byte":
         columns = [column for column in columns if column.priority != 5]
-    cost = front.axes.cost
-    if cost not in SHOWN_COSTS:
-        columns.insert(2, Column(_short_title(cost), lambda _, p: _number(p, cost, ".4g")))
     return [c for c in columns if not c.priority or any(c.cell(front, p) for p in front.placed)]
 
 
@@ -106,102 +98,24 @@ def markdown_table(front: Front) -> str:
     return "\n".join(lines) + "\n"
 
 
-def full_rows(front: Front) -> list[dict[str, Any]]:
-    """Return every number of every result, one mapping a row, all with the same names.
-
-    Placed results come first, cheapest first; those without a place follow. Missing numbers are
-    None, so that the rows are strict JSON.
-    """
-    results = [(p.result, p) for p in front.placed] + [(r, None) for r in front.unplaced]
-    metrics = sorted({name for result, _ in results for name in result.metrics()})
-    rows = []
-    for result, point in results:
-        row: dict[str, Any] = {
-            "name": result.name,
-            "role": result.role,
-            "method": result.method,
-            "schedule": result.schedule_text,
-            "threshold": result.threshold_text,
-            "on_front": bool(point and point.on_front),
-            "verdict": verdict(front, point) if point else "not measured",
-            "share_of_full": _rounded(front.share(point)) if point else None,
-        }
-        row |= {name: _rounded(result.value(name)) for name in metrics}
-        row |= {"key": result.key, "checkpoint": result.checkpoint, "run_id": result.run_id}
-        rows.append(row)
-    return rows
-
-
-def csv_text(front: Front) -> str:
-    """Return `full_rows` as CSV with a header."""
-    rows = full_rows(front)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def json_text(front: Front) -> str:
-    """Return axes, picks, hypervolume with its box, and every result, as strict JSON."""
-    picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
-    area = front.box
-    return json.dumps(
-        {
-            "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
-            "hypervolume": front.hypervolume,
-            "hypervolume_box": area
-            and {"cost": area.cost, "quality": [area.quality, area.full_quality]},
-            "picks": {name: point and point.result.key for name, point in picks.items()},
-            "front": [point.result.key for point in front.members],
-            "results": [
-                {**row, **{"details": result.to_dict()}}
-                for row, result in zip(
-                    full_rows(front),
-                    [*(p.result for p in front.placed), *front.unplaced],
-                    strict=True,
-                )
-            ],
-        },
-        indent=2,
-        allow_nan=False,
-    )
-
-
-def model_name(point: Placed) -> str:
-    """Return what a row is called: a label of its own, or the schedule."""
-    result = point.result
-    is_named = result.label and result.label != result.schedule_text
-    return result.label if is_named else short_schedule(result.schedule) or result.name
-
-
-def short_schedule(schedule: Sequence[int] | None) -> str:
-    """Return a schedule as it is typed; a long one with repetitions counted: `3*4,1*20`."""
-    plain = ",".join(str(r) for r in schedule or ())
-    if len(plain) <= LONGEST_PLAIN_SCHEDULE:
-        return plain
-    runs = [(r, len(list(same))) for r, same in groupby(schedule or ())]
-    return ",".join(f"{r}*{count}" if count > 1 else str(r) for r, count in runs)
-
-
-def quality_text(front: Front, point: Placed) -> str:
-    """Return a quality with its standard error, an accuracy in percent: `44.4 ± 1.2`."""
-    percent = is_accuracy(front.axes.quality)
-    scale, digits = (100.0, 1) if percent else (1.0, 3)
-    text = f"{scale * point.quality:.{digits}f}"
-    return text if not point.error else f"{text} ± {scale * point.error:.{digits}f}"
-
-
-def verdict(front: Front, point: Placed) -> str:
-    """Return what the front says about a model: a pick, on the front, dominated, or its role."""
-    if not point.is_candidate:
-        beaten = len(front.beaten_by(point))
-        return f"beats {beaten} ●" if beaten else ""
-    if not point.on_front:
-        return ""
-    picks = [("knee", front.knee), ("best", front.best), ("cheapest", front.cheapest)]
-    names = [name for name, pick in picks if pick is point]
-    return " ".join(["●", *names])
+def _cost_columns(axis: str) -> list[Column]:
+    """Return the costs that are always of interest, and the one that the front lies on."""
+    columns = {
+        "cost/evaluations": Column("evals", lambda _, p: _number(p, "cost/evaluations", "g")),
+        "cost/relative_flops": Column(
+            "FLOPs", lambda _, p: _percent(p.result.value("cost/relative_flops"), 0), 4
+        ),
+        "cost/kv_bytes_per_token": Column(
+            "KV/token", lambda _, p: _bytes(p.result.value("cost/kv_bytes_per_token")), 7
+        ),
+        "cost/decode_ms_per_token": Column(
+            "ms/token", lambda _, p: _number(p, "cost/decode_ms_per_token", ".2f"), 3
+        ),
+    }
+    if axis in columns:
+        columns[axis] = replace(columns[axis], priority=0)
+        return list(columns.values())
+    return [Column(_short_title(axis), lambda _, p: _number(p, axis, ".4g")), *columns.values()]
 
 
 def _short_title(name: str) -> str:
@@ -213,6 +127,25 @@ def _short_title(name: str) -> str:
 def _number(point: Placed, name: str, form: str) -> str:
     value = point.result.value(name)
     return "" if value is None else f"{value:{form}}"
+
+
+def _difference(front: Front, point: Placed) -> str:
+    """Return the paired difference to the full model; empty for that one itself."""
+    sure = point.confidence
+    if sure is None or sure.overall is None or front.basis is None:
+        return ""
+    found = sure.overall.against.get(front.basis.full)
+    return difference_text(found, is_percent=is_accuracy(front.axes.quality)) if found else ""
+
+
+def _on_front(_: Front, point: Placed) -> str:
+    return "" if point.confidence is None else confidence_text(point.confidence.on_front)
+
+
+def _keeps(front: Front, point: Placed) -> str:
+    # The full model keeps all of itself, which says nothing.
+    sure = point.confidence
+    return "" if sure is None or point is front.full else confidence_text(sure.keeps)
 
 
 def _threshold(point: Placed) -> str:
@@ -233,11 +166,6 @@ def _bytes(count: float | None) -> str:
             break
         count /= 1024
     return f"{count:.3g} {unit}"
-
-
-def _rounded(value: float | None) -> float | None:
-    # Twelve digits keep every measured number and drop the noise of binary fractions.
-    return None if value is None or not math.isfinite(value) else float(f"{value:.12g}")
 
 
 def _style(point: Placed) -> str:

@@ -16,17 +16,28 @@ from orchestrator.cli.session import open_desk
 
 @app.command("report", rich_help_panel="Results")
 def show_report(
-    sweep: Annotated[
-        str | None, typer.Argument(help="Name of a sweep; the newest when left out.")
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SWEEP]...",
+            help="Names of sweeps; the newest when left out, several on one front.",
+        ),
+    ] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="Cost on the front: evaluations, flops, ms, kv.")
+    ] = None,
+    quality: Annotated[
+        str | None, typer.Option(help="Quality on it: accuracy, bits, perplexity, loss.")
     ] = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Write and show a sweep's front again: table, pictures, one HTML page."""
+    """Write and show the front of a sweep, or of several: table, pictures, one HTML page."""
     with open_desk(workspace, "report", verbose=verbose) as desk:
         from orchestrator import procedure
+        from orchestrator.analysis.axes import named_axes
 
-        procedure.report_and_show(desk, sweep)
+        procedure.report_and_show(desk, sweeps or [], named_axes(cost, quality))
 
 
 @app.command(rich_help_panel="Results")

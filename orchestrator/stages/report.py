@@ -3,51 +3,32 @@
 In: the results of a sweep, given or as they were stored. Out: `results.json` and the files of
 `analysis.report` in the sweep's folder; in MLflow a parent run with the front as picture, page,
 table and numbers, a note that shows picture and table on the run's first page, each result as a
-nested run, and a saved chart view of cost against quality. Written again it replaces all of that
-and makes no second run.
+nested run with its paired errors, and a saved chart view of cost against quality. Written again it
+replaces all of that and makes no second run. A front on other axes gets a folder of its own, here
+and there, and leaves the sweep's run as it is otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.confidence import confidence_metrics, with_confidence
+from orchestrator.analysis.curves import VALIDATION_METRIC, curves_of
 from orchestrator.analysis.findings import front_metrics
-from orchestrator.analysis.page import Curve
-from orchestrator.analysis.pareto import Axes, Front, find_front
-from orchestrator.analysis.report import SweepReport, write_files
-from orchestrator.analysis.results import SweepResults, load_results
-from orchestrator.analysis.tables import full_rows, markdown_table
-from orchestrator.journal import read_journal
+from orchestrator.analysis.pareto import Front, find_front
+from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
+from orchestrator.analysis.results import SweepResults, load_items, load_results
+from orchestrator.analysis.rows import full_rows
+from orchestrator.analysis.tables import markdown_table
 from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, as_query
 from orchestrator.workspace import Workspace
 
 ARTIFACT_FOLDER = "front"
 MAX_NOTE_CHARACTERS = 7500
 MAX_PARALLEL_LAYERS = 24
-VALIDATION_METRIC = "validation/loss"
-
-
-@dataclass(frozen=True)
-class WrittenReport:
-    """Where a report lies."""
-
-    report: SweepReport
-    """What it tells; its front is what the terminal's table shows."""
-    folder: Path
-    """The sweep's folder."""
-    files: tuple[Path, ...]
-    """Every file written."""
-    run_id: str | None
-    """The sweep's run in MLflow; None without tracking, or while the store does not answer."""
-    view: str | None
-    """Key of the saved chart view."""
-
-    @property
-    def page(self) -> Path | None:
-        """The HTML file; None if nothing could be placed."""
-        return next((path for path in self.files if path.suffix == ".html"), None)
 
 
 def write_report(
@@ -68,15 +49,17 @@ def write_report(
     Raises:
         UserError: If there is no such sweep, or it has no result yet.
     """
+    axes = axes or Axes()
     if isinstance(sweep, str):
         sweep = load_results(workspace, sweep)
     sweep.store(workspace)
+    front = _front_of(workspace, sweep, axes)
     run = None
     if tracking is not None:
         run = tracking.run(sweep.key, name=sweep.name, kind="sweep")
-        sweep = track_results(tracking, run, sweep)
-        sweep.store(workspace)
-    front = find_front(sweep.results, axes)
+        if not axes.slug:
+            sweep, front = track_results(tracking, run, sweep, front)
+            sweep.store(workspace)
     report = SweepReport(
         name=sweep.name,
         front=front,
@@ -84,27 +67,44 @@ def write_report(
         curves=curves_of(sweep, front),
         facts=sweep.facts,
     )
-    files = write_files(report, sweep.folder(workspace))
+    folder = sweep.folder(workspace) / axes.slug
+    files = write_files(report, folder)
     view = None
     if tracking is not None and run is not None:
-        view = track_front(tracking, run, report, files)
+        if axes.slug:
+            for path in files:
+                run.log_artifact(path, f"{ARTIFACT_FOLDER}/{axes.slug}")
+            run.finish()
+        else:
+            view = track_front(tracking, run, report, files)
     run_id = run.run_id if run is not None else None
-    return WrittenReport(report, sweep.folder(workspace), tuple(files), run_id, view)
+    return WrittenReport(report, folder, tuple(files), run_id, view)
 
 
-def track_results(tracking: Tracking, run: TrackedRun, sweep: SweepResults) -> SweepResults:
-    """Track every result as a run nested in the sweep's.
+def _front_of(workspace: Workspace, sweep: SweepResults, axes: Axes) -> Front:
+    front = find_front(sweep.results, axes)
+    return with_confidence(front, load_items(workspace, sweep.results))
+
+
+def track_results(
+    tracking: Tracking, run: TrackedRun, sweep: SweepResults, front: Front
+) -> tuple[SweepResults, Front]:
+    """Track every result as a run nested in the sweep's, with its paired errors.
 
     Returns:
-        The same results, each with the id of its run.
+        The same results and front, each result with the id of its run.
     """
-    tracked = []
+    paired = {point.result.key: confidence_metrics(point) for point in front.placed}
+    tracked = {}
     for result in sweep.results:
         nested = tracking.trial(
             result, parent=run, sweep=sweep.name, journal_folder=sweep.journal_of(result)
         )
-        tracked.append(replace(result, run_id=nested.run_id))
-    return sweep.with_results(tuple(tracked))
+        if paired.get(result.key):
+            nested.log_metrics(paired[result.key])
+        tracked[result.key] = replace(result, run_id=nested.run_id)
+    sweep = sweep.with_results(tuple(tracked[result.key] for result in sweep.results))
+    return sweep, front.with_results(tracked)
 
 
 def track_front(
@@ -192,22 +192,3 @@ def front_view(report: SweepReport) -> ChartView:
 def view_key(name: str) -> str:
     """Return the key of a sweep's chart view: its name in letters, digits and dashes."""
     return "front-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
-
-
-def curves_of(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]]:
-    """Return the validation losses of the trials while they were trained, cheapest trial first."""
-    series = []
-    for point in front.placed:
-        folder = sweep.journal_of(point.result)
-        if point.result.role != "trial" or folder is None:
-            continue
-        records, _ = read_journal(folder)
-        # A run that was interrupted repeats some steps; the last record of a step counts.
-        points = {
-            record["step"]: float(record["values"][VALIDATION_METRIC])
-            for record in records
-            if record.get("kind") == "metrics" and VALIDATION_METRIC in record["values"]
-        }
-        if len(points) > 1:
-            series.append((point.result.name, sorted(points.items())))
-    return {"Validation loss while training": series} if series else {}

@@ -48,8 +48,8 @@ class SweepOutcome:
     """Finished trials, the teacher and the references among them, in the plan's order."""
     failures: dict[str, str]
     """Label -> reason of trials that failed for good."""
-    num_reused: int
-    """Trials that were finished before this call."""
+    reused: frozenset[str]
+    """Keys of the trials that were finished before this call."""
 
 
 def sweep(
@@ -89,7 +89,7 @@ def sweep(
         folder=folder,
         results=tuple(results),
         failures=failures,
-        num_reused=len(plan.trials) - len(waiting),
+        reused=frozenset(t.key for t in plan.trials) - {t.key for t in waiting},
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from iiet.schedule import IterationSchedule, schedule_family
+from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
 from orchestrator.trial import TrialResult
 
 Influence = tuple[tuple[float, ...], ...]
@@ -83,3 +85,26 @@ def sample_results(sample_influence: Influence) -> list[TrialResult]:
         made_up("vanilla000000000", "reference", None, 0.4176, label="vanilla"),
         made_up("rzero00000000000", "reference", none, 0.4205, label="r = 0 from scratch"),
     ]
+
+
+@pytest.fixture
+def sample_evaluations(sample_results: list[TrialResult]) -> dict[str, EvaluationResult]:
+    """What the models answered: 1,000 items of each of two tasks, that all find alike hard."""
+    hardness = np.random.default_rng(0).permutation(1000) / 1000
+    found = {}
+    for result in sample_results:
+        tasks = {}
+        for name in ("lastword", "continuation"):
+            right = (hardness < result.quality[f"{name}/acc"]).astype(float)
+            tasks[name] = TaskResult(
+                name=name,
+                version="1",
+                num_items=1000,
+                num_fewshot=0,
+                metrics={"acc": float(right.mean())},
+                items=[f"{name}-{number}" for number in range(1000)],
+                values={"acc": right.tolist()},
+                log_likelihoods=[],
+            )
+        found[result.key] = EvaluationResult(results=tasks)
+    return found

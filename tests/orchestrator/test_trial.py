@@ -85,3 +85,12 @@ def test_from_dict_names_what_is_unknown_or_missing() -> None:
 def test_a_misspelt_role_is_named() -> None:
     with pytest.raises(ValueError, match=r"trial, teacher, reference, got 'student'"):
         TrialResult(key="k", role="student", method="iiet")  # type: ignore[arg-type]
+
+
+def test_perplexity_is_the_loss_in_other_words() -> None:
+    trial = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 2.0})
+    assert trial.value("quality/perplexity") == pytest.approx(math.exp(2.0))
+    assert trial.metrics()["quality/perplexity"] == pytest.approx(math.exp(2.0))
+    assert "perplexity" not in trial.to_dict()["quality"]
+    endless = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
+    assert endless.value("quality/perplexity") is None

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.confidence import confidence_metrics, with_confidence
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult, standard_error
 from orchestrator.analysis.paired import draw_again, match_items
-from orchestrator.analysis.pareto import Axes, Front, Placed, find_front
+from orchestrator.analysis.pareto import Front, Placed, find_front
 from orchestrator.trial import Role, TrialResult
 
 NUM_ITEMS = 400

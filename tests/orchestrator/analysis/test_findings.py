@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from orchestrator.analysis.confidence import with_confidence
+from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.findings import findings, front_metrics
 from orchestrator.analysis.pareto import find_front
 from orchestrator.trial import TrialResult
@@ -33,6 +35,38 @@ def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialRes
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
     # It costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0, 0,1,0,0,0,1" in about_vanilla(0.44)
+
+
+def test_claims_have_their_confidence(
+    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=1000)
+    said = findings(front)
+    kept = front.cheapest_keeping(0.99)
+    assert kept is not None
+    assert kept.confidence is not None
+    assert 0.8 < (kept.confidence.keeps or 0) < 0.95
+    assert f"it keeps 99% with confidence {kept.confidence.keeps:.2f}" in said[0]
+    # The likely one is not sure; a dearer one with hardly a wrong answer more is.
+    assert said[1].startswith("Cheapest that surely keeps it: ")
+    assert "with confidence >0.99" in said[1]
+    vanilla = next(s for s in said if s.startswith("vanilla"))
+    # Over the same items: separate errors make it 1.7.
+    assert "is worse than 0,1,1,1,1,1 by 2.6 points, 2.0 to 3.3 in 95% of the draws" in vanilla
+    assert "1,000 draws, with replacement, of the 2,000 items" in said[-1]
+    assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == kept.confidence.keeps
+
+
+def test_what_these_items_cannot_tell_is_said(
+    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    kept, vanilla = (
+        next(r for r in sample_results if r.label == label) for label in ("0,1,1,1,1,1", "vanilla")
+    )
+    evaluations = {**sample_evaluations, vanilla.key: sample_evaluations[kept.key]}
+    front = with_confidence(find_front(sample_results), evaluations, num_resamples=200)
+    said = next(s for s in findings(front) if s.startswith("vanilla"))
+    assert "differ by less than these items can tell (0.0 points, 0.0 to 0.0 in" in said
 
 
 def test_nothing_kept_is_said(sample_results: list[TrialResult]) -> None:

@@ -8,10 +8,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.analysis.page import report_page, schedule_strip
+from orchestrator.analysis.confidence import with_confidence
+from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.page import report_page
+from orchestrator.analysis.page_tables import schedule_strip
 from orchestrator.analysis.pareto import Front, find_front
 from orchestrator.trial import TrialResult
 
@@ -23,7 +27,7 @@ def front(sample_results: list[TrialResult]) -> Front:
     return find_front(sample_results)
 
 
-def data_in(page: str) -> dict[str, object]:
+def data_in(page: str) -> dict[str, Any]:
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert found is not None
     return dict(json.loads(found[1]))
@@ -50,6 +54,22 @@ def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult
     assert "<script>alert" not in page
     assert page.count("</script>") == 2
     assert bad in json.dumps(data_in(page)["curves"])
+
+
+def test_tasks_and_sweeps_are_told_apart(
+    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    series = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, series=series)
+    page = report_page(with_confidence(front, sample_evaluations, num_resamples=100), title="toy")
+    assert page.count("<details") == 3
+    assert page.count("<tr class=") == 4 * len(front.placed)
+    assert "a &amp; b" in page
+    data = data_in(page)
+    assert set(data["series"]) == {"a & b", "second"}
+    # The difference to the full model is found by its name, the sweep's name in it.
+    assert {"paired/vs_teacher_second", "paired/confidence_on_front"} <= set(data["hover"])
+    assert all(name in data["rows"][0] for name in data["hover"] if name.startswith("paired/"))
 
 
 def test_a_strip_has_a_cell_for_each_layer() -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.analysis.pareto import Axes, Front, find_front
+from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.pareto import Front, find_front
 from orchestrator.trial import Role, TrialResult
 
 

@@ -9,9 +9,10 @@ import pytest
 from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 
+from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.front_figure import draw_front
 from orchestrator.analysis.influence_figure import draw_influence
-from orchestrator.analysis.pareto import Axes, find_front
+from orchestrator.analysis.pareto import find_front
 from orchestrator.analysis.style import PAPER_MARK, save_figure
 from orchestrator.trial import TrialResult
 
@@ -58,12 +59,33 @@ def test_a_loss_is_drawn_with_better_above(sample_results: list[TrialResult]) ->
     assert PAPER_MARK not in names_in(panel)
 
 
-def test_several_fronts_need_the_same_axes(sample_results: list[TrialResult]) -> None:
+def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[TrialResult]) -> None:
+    half = [result for result in sample_results if result.role == "trial"][::2]
+    series = {r.key: "first" if r in half else "second" for r in sample_results}
+    front = find_front(sample_results, series=series)
+    panel = draw_front(front).axes[0]
+    assert {"front of all", "first", "second", "teacher"} <= set(names_in(panel))
+    steps = [line for line in panel.lines if line.get_drawstyle() == "steps-post"]
+    assert [line.get_alpha() for line in steps] == [None, 0.45, 0.45]
+    assert list(steps[0].get_xdata())[:-1] == [point.cost for point in front.members]
+    drawn = [list(line.get_xdata())[:-1] for line in steps[1:]]
+    for name in ("first", "second"):
+        assert [point.cost for point in front.parts[name].members] in drawn
+    markers = {line.get_marker() for line in panel.lines if line.get_linestyle() == "None"}
+    assert {"o", "s", "*"} <= markers
+
+
+def test_errors_are_drawn_and_nothing_is_no_picture(sample_results: list[TrialResult]) -> None:
     front = find_front(sample_results)
-    panel = draw_front([front, front], names=["first", "second"]).axes[0]
-    assert {"first", "second"} <= set(names_in(panel))
-    with pytest.raises(ValueError, match="same axes"):
-        draw_front([front, find_front(sample_results, Axes(cost="cost/relative_flops"))])
+    panel = draw_front(front).axes[0]
+    ends = sorted(
+        float(end)
+        for bars in panel.collections
+        for segment in bars.get_segments()  # type: ignore[attr-defined]
+        for end in segment[:, 1]
+    )
+    expected = [100 * (p.quality + sign * (p.error or 0)) for p in front.placed for sign in (-1, 1)]
+    assert ends == pytest.approx(sorted(expected))
     with pytest.raises(ValueError, match="at least one result"):
         draw_front(find_front([]))
 

@@ -10,15 +10,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from orchestrator.analysis.pareto import Axes, Front, find_front
-from orchestrator.analysis.tables import (
-    csv_text,
-    full_rows,
-    json_text,
-    markdown_table,
-    short_schedule,
-    terminal_table,
-)
+from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.confidence import with_confidence
+from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.pareto import Front, find_front
+from orchestrator.analysis.rows import csv_text, full_rows, json_text
+from orchestrator.analysis.tables import markdown_table, terminal_table
+from orchestrator.analysis.task_tables import markdown_of_table, task_tables
+from orchestrator.analysis.texts import confidence_text, short_schedule
 from orchestrator.trial import TrialResult
 
 
@@ -114,3 +113,70 @@ def test_an_empty_front_has_tables_too() -> None:
     assert csv_text(front).strip() == ""
     assert json.loads(json_text(front))["front"] == []
     assert printed(front, 80)
+
+
+@pytest.fixture
+def sure_front(front: Front, sample_evaluations: dict[str, EvaluationResult]) -> Front:
+    return with_confidence(front, sample_evaluations, num_resamples=500)
+
+
+def test_confidence_has_columns_that_go_first(sure_front: Front) -> None:
+    head, _, *rows = printed(sure_front, 160)
+    assert "vs teacher  P(99%)  P(front)  front" in head
+    knee = next(line for line in rows if "knee" in line)
+    assert "-0.3 (-0.5 to -0.1)" in knee
+    teacher = next(line for line in rows if line.startswith(" teacher") or "teacher" in line)
+    assert " to " not in teacher
+    assert "P(front)" not in printed(sure_front, 145)[0]
+    assert "vs teacher" not in printed(sure_front, 110)[0]
+    assert "vs teacher" in markdown_table(sure_front)
+
+
+def test_certainty_is_never_claimed() -> None:
+    assert [confidence_text(p) for p in (None, 0.0, 0.62, 1.0)] == ["", "<0.01", "0.62", ">0.99"]
+
+
+def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front) -> None:
+    tables = task_tables(sure_front)
+    assert [table.title for table in tables] == [
+        "Accuracy",
+        "lastword (acc)",
+        "continuation (acc)",
+    ]
+    for table in tables:
+        assert table.heads[3:] == ("vs teacher", "vs vanilla", "vs r = 0 from scratch")
+        assert len(table.rows) == 12
+    lines = markdown_of_table(tables[1]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    knee = next(line for line in lines if "0,1,1,1,1,1" in line)
+    assert knee.split(" | ")[1] == "32.4"
+    assert knee.split(" | ")[3].startswith("-0.3 (-0.7 to ")
+    assert task_tables(find_front([])) == []
+
+
+def test_machines_get_the_paired_numbers(sure_front: Front) -> None:
+    values = json.loads(json_text(sure_front))
+    row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
+    assert row["paired/vs_teacher"] == pytest.approx(-0.003)
+    assert row["paired/vs_teacher_low"] < row["paired/vs_teacher"] < row["paired/vs_teacher_high"]
+    assert 0 < row["paired/confidence_keeps_99"] < 1
+    assert values["confidence_basis"]["num_items"] == 2000
+    header = csv_text(sure_front).splitlines()[0]
+    assert "paired/lastword/vs_r_0_from_scratch_high" in header
+
+
+def test_several_sweeps_have_a_column_and_full_names(sample_results: list[TrialResult]) -> None:
+    series = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, series=series)
+    head, _, *rows = printed(front, 120)
+    assert head.split()[:2] == ["schedule", "sweep"]
+    assert all(("first" in row) != ("second" in row) for row in rows)
+    assert {row["sweep"] for row in full_rows(front)} == {"first", "second"}
+
+
+def test_the_cost_that_the_front_lies_on_is_never_dropped(
+    sample_results: list[TrialResult],
+) -> None:
+    for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):
+        front = find_front(sample_results, Axes(cost=f"cost/{cost}"))
+        assert title in printed(front, 60)[0]

@@ -11,13 +11,15 @@ import pytest
 from mlflow import MlflowClient
 
 from iiet.influence import InfluenceTable
-from orchestrator.analysis.results import RESULTS_NAME, SweepResults, load_results
+from orchestrator.analysis.axes import named_axes
+from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.results import RESULTS_NAME, SweepResults, items_name, load_results
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
 from orchestrator.stages.report import note_of, view_key, write_report
 from orchestrator.tracking import open_tracking
 from orchestrator.trial import TrialResult
-from orchestrator.workspace import Workspace, open_workspace
+from orchestrator.workspace import Workspace, open_workspace, write_json
 
 FILES = {"front.png", "front.svg", "front.html", "front.md", "front.csv", "front.json"}
 FILES |= {"influence.png", "influence.svg"}
@@ -68,8 +70,40 @@ def test_files_are_written_and_read_back_without_the_trials(
     assert {path.name: path.read_bytes() for path in again.files} == before
 
 
+def test_another_pair_of_numbers_gets_a_folder_of_its_own(
+    workspace: Workspace, sweep: SweepResults
+) -> None:
+    usual = write_report(workspace, sweep)
+    other = write_report(workspace, "toy", axes=named_axes("ms", "perplexity"))
+    assert other.folder == usual.folder / "perplexity-ms"
+    assert {path.name for path in other.files} == FILES
+    assert other.report.front.axes.quality == "quality/perplexity"
+    assert (usual.folder / "front.json").is_file()
+
+
+def test_paired_errors_come_from_the_items_beside_the_trials(
+    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    for key, evaluation in sample_evaluations.items():
+        write_json(workspace.trials / "any" / items_name(key), evaluation.to_dict())
+    written = write_report(workspace, sweep)
+    assert written.report.front.basis is not None
+    assert written.report.front.basis.num_items == 2000
+    text = (written.folder / "front.md").read_text("utf-8")
+    assert "### lastword (acc)" in text
+    # A damaged file costs its model's confidence, and the report stands.
+    (workspace.trials / "any" / items_name(sweep.results[1].key)).write_text("{")
+    again = write_report(workspace, sweep)
+    lacking = [p for p in again.report.front.placed if p.confidence is None]
+    assert [p.result.key for p in lacking] == [sweep.results[1].key]
+
+
 @pytest.mark.slow
-def test_mlflow_holds_the_sweep_once(workspace: Workspace, sweep: SweepResults) -> None:
+def test_mlflow_holds_the_sweep_once(
+    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    for key, evaluation in sample_evaluations.items():
+        write_json(workspace.trials / "any" / items_name(key), evaluation.to_dict())
     tracking = open_tracking(workspace, warn=pytest.fail)
     tracking.run(sweep.key, name="toy", kind="sweep", tags={"iiet.sweep": "toy"})
     first = write_report(workspace, sweep, tracking=tracking)
@@ -89,6 +123,8 @@ def test_mlflow_holds_the_sweep_once(workspace: Workspace, sweep: SweepResults) 
     assert knee.data.params["r_02"] == "1"
     assert knee.data.metrics["cost/evaluations"] == 11
     assert knee.data.metrics["quality/accuracy"] == pytest.approx(0.4437)
+    assert knee.data.metrics["paired/vs_teacher"] == pytest.approx(-0.003)
+    assert 0 < knee.data.metrics["paired/confidence_keeps_99"] < 1
     losses = client.get_metric_history(knee.info.run_id, "train/loss")
     assert sorted({point.step for point in losses}) == [10, 20]
 

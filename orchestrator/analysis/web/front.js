@@ -1,0 +1,172 @@
+// The front on any two numbers: points by role and sweep, what a budget buys, numbers on hovering.
+
+const INK = "#1c1c1c";
+const colorOf = (row) => data.series.length
+  ? COLORS[data.series.indexOf(row.sweep) % COLORS.length] : COLORS[0];
+
+function star(x, y, radius) {
+  const corners = [...Array(10).keys()].map((i) => {
+    const r = i % 2 ? radius * 0.42 : radius, angle = Math.PI * (i / 5 - 0.5);
+    return `${x + r * Math.cos(angle)},${y + r * Math.sin(angle)}`;
+  });
+  return node("polygon", { points: corners.join(" ") });
+}
+
+// A circle, a square, a diamond, a triangle: sweeps differ by more than color.
+function trialShape(series, x, y, r) {
+  const kind = Math.max(series, 0) % 4;
+  if (kind === 0) return node("circle", { cx: x, cy: y, r });
+  const corners = [
+    [[-r, -r], [r, -r], [r, r], [-r, r]],
+    [[0, -1.3 * r], [1.3 * r, 0], [0, 1.3 * r], [-1.3 * r, 0]],
+    [[0, -1.2 * r], [1.1 * r, r], [-1.1 * r, r]],
+  ][kind - 1];
+  return node("polygon", { points: corners.map(([dx, dy]) => `${x + dx},${y + dy}`).join(" ") });
+}
+
+function mark(row, member, x, y) {
+  let shape;
+  if (row.role === "teacher") {
+    shape = star(x, y, 12);
+    shape.setAttribute("fill", "#e69f00");
+    shape.setAttribute("stroke", "#1c1c1c");
+  } else if (row.role === "reference") {
+    const turn = `rotate(45 ${x} ${y})`;
+    shape = node("rect", { x: x - 6, y: y - 6, width: 12, height: 12, transform: turn });
+    shape.setAttribute("fill", "#fff");
+    shape.setAttribute("stroke", "#1c1c1c");
+  } else {
+    const color = colorOf(row);
+    shape = trialShape(data.series.indexOf(row.sweep), x, y, member ? 7 : 5.5);
+    shape.setAttribute("fill", member ? color : "#fff");
+    shape.setAttribute("stroke", color);
+    if (!member) shape.setAttribute("opacity", 0.5);
+  }
+  shape.setAttribute("stroke-width", 1.6);
+  shape.classList.add("mark");
+  return shape;
+}
+
+function frontOf(rows, cost, quality, sign) {
+  const candidates = rows.filter((row) => row.role !== "reference");
+  const beats = (a, b) => a[cost] <= b[cost] && sign * a[quality] >= sign * b[quality]
+    && (a[cost] < b[cost] || sign * a[quality] > sign * b[quality]);
+  return candidates.filter((row) => !candidates.some((other) => beats(other, row)))
+    .sort((a, b) => a[cost] - b[cost]);
+}
+
+function fullModel(rows, cost) {
+  const candidates = rows.filter((row) => row.role !== "reference");
+  const teachers = candidates.filter((row) => row.role === "teacher");
+  return (teachers.length ? teachers : candidates).reduce(
+    (most, row) => (most && most[cost] >= row[cost] ? most : row), null);
+}
+
+function activate(key) {
+  for (const element of document.querySelectorAll("[data-key]"))
+    element.classList.toggle("active", element.dataset.key === key);
+}
+
+function hoverable(group, row, tip, holder, x, y) {
+  const show = () => {
+    activate(row.key);
+    const numbers = data.hover.filter((name) => row[name] !== null && row[name] !== undefined);
+    tip.replaceChildren();
+    const title = document.createElement("b");
+    title.textContent = [row.name, row.sweep, row.threshold && `threshold ${row.threshold}`]
+      .filter(Boolean).join(", ");
+    const table = document.createElement("table");
+    for (const name of numbers) {
+      const error = row[name + "_stderr"];
+      const line = table.insertRow();
+      line.insertCell().textContent = data.titles[name] || name;
+      const low = row[name + "_low"], high = row[name + "_high"];
+      line.insertCell().textContent = shown(name, row[name])
+        + (error ? " ± " + shown(name, error) : "")
+        + (typeof low === "number" ? ` (${shown(name, low)} to ${shown(name, high)})` : "");
+    }
+    tip.append(title, table);
+    tip.hidden = false;
+    const scale = holder.clientWidth / WIDTH;
+    const left = Math.min(x * scale + 14, holder.clientWidth - tip.offsetWidth - 4);
+    const above = y * scale - tip.offsetHeight - 12;
+    tip.style.left = Math.max(left, 0) + "px";
+    tip.style.top = (above > 0 ? above : y * scale + 16) + "px";
+  };
+  const hide = () => { tip.hidden = true; activate(null); };
+  for (const event of ["mouseenter", "focus", "click"]) group.addEventListener(event, show);
+  for (const event of ["mouseleave", "blur"]) group.addEventListener(event, hide);
+}
+
+function drawSteps(plot, members, cost, quality, end, look) {
+  const [first, ...others] = members.map((row) => [plot.x(row[cost]), plot.y(row[quality])]);
+  if (!first) return;
+  const steps = others.map(([x, y]) => `H${x}V${y}`).join("");
+  plot.svg.append(node("path", { d: `M${first}${steps}H${end}`, fill: "none", ...look }));
+}
+
+// The paper's headline; it may lie outside of what was measured, and is left out there.
+function drawPaper(plot, cost, quality) {
+  const x = plot.x(cost), y = plot.y(quality);
+  const inside = cost > plot.x0 && cost < plot.x1 && quality > plot.y0 && quality < plot.y1;
+  if (!inside) return;
+  plot.svg.append(node("path", { d: `M${x - 6},${y - 6}l12,12m0,-12l-12,12`, stroke: "#d55e00",
+    "stroke-width": 2.6, class: "paper" }, node("title", {}, data.paper.name)));
+  plot.text(x + 10, y + 4, data.paper.name, { class: "soft" });
+}
+
+function drawFront(holder, cost, quality) {
+  const rows = data.rows.filter((row) => typeof row[cost] === "number"
+    && typeof row[quality] === "number");
+  holder.replaceChildren();
+  if (!rows.length) { holder.textContent = "No result has both numbers."; return; }
+  const higher = data.higher.includes(quality), sign = higher ? 1 : -1;
+  const error = (row) => row[quality + "_stderr"] || 0;
+  const plot = new Plot(rows.map((row) => row[cost]),
+    rows.flatMap((row) => [row[quality] - error(row), row[quality] + error(row)]),
+    { flip: !higher });
+  plot.dress(data.titles[cost] || cost, data.titles[quality] || quality,
+    (value) => shown(quality, value));
+  const full = fullModel(rows, cost);
+  if (full && full[cost] && full[quality]) plot.shares(full[cost], full[quality]);
+  const front = frontOf(rows, cost, quality, sign);
+  const end = plot.x(Math.max(...rows.map((row) => row[cost])));
+  for (const name of data.series) {
+    const own = rows.filter((row) => row.sweep === name);
+    if (own.length) drawSteps(plot, frontOf(own, cost, quality, sign), cost, quality, end,
+      { stroke: colorOf(own[0]), "stroke-width": 1.6, opacity: 0.45 });
+  }
+  drawSteps(plot, front, cost, quality, end,
+    { stroke: data.series.length ? INK : COLORS[0], "stroke-width": 2 });
+  if (data.paper && full && data.percent.includes(quality) && quality === data.axes.quality)
+    drawPaper(plot, full[cost] * data.paper.cost, full[quality] * data.paper.quality);
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  tip.hidden = true;
+  for (const row of rows) {
+    const x = plot.x(row[cost]), y = plot.y(row[quality]);
+    const group = node("g", { class: "point", tabindex: 0, "data-key": row.key });
+    const member = front.includes(row);
+    if (error(row)) group.append(node("line", { x1: x, x2: x,
+      y1: plot.y(row[quality] - error(row)), y2: plot.y(row[quality] + error(row)),
+      stroke: row.role === "reference" ? "#757575" : colorOf(row),
+      opacity: member || row.role === "teacher" ? 0.8 : 0.35 }));
+    group.append(node("circle", { cx: x, cy: y, r: 15, fill: "transparent" }));
+    group.append(mark(row, member, x, y));
+    hoverable(group, row, tip, holder, x, y);
+    plot.svg.append(group);
+  }
+  holder.append(plot.svg, tip);
+}
+
+// Which color and shape is which sweep; nothing where there is only one.
+function drawSeriesKey(holder) {
+  data.series.forEach((name, number) => {
+    const shape = trialShape(number, 8, 8, 5);
+    shape.setAttribute("fill", COLORS[number % COLORS.length]);
+    const entry = document.createElement("span");
+    entry.append(node("svg", { viewBox: "0 0 16 16" }, shape), name);
+    holder.append(entry);
+  });
+}
+

@@ -1,0 +1,88 @@
+// The data of the page, and a plot with axes, ticks and shares of the full model, as SVG.
+// Without scripts the page still has its picture and tables.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+const WIDTH = 940, HEIGHT = 500, LEFT = 74, RIGHT = 64, TOP = 46, BOTTOM = 56;
+
+function node(name, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes || {})) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+// Round steps of 1, 2 or 5 times a power of ten, about `count` of them.
+function ticks(low, high, count) {
+  if (!(high > low)) return [low];
+  const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  const found = [];
+  for (let i = Math.ceil(low / step); i * step <= high + 1e-9 * step; i++) found.push(i * step);
+  return found;
+}
+
+function short(value) {
+  if (value === null || value === undefined) return "";
+  const size = Math.abs(value);
+  if (size && (size >= 1e5 || size < 1e-3)) return value.toExponential(2).replace("e+", "e");
+  return String(Number(value.toPrecision(4)));
+}
+
+function shown(name, value) {
+  if (value === null || value === undefined) return "";
+  if (data.points.includes(name)) return (100 * value).toFixed(1);
+  return data.percent.includes(name) ? (100 * value).toFixed(1) + "%" : short(value);
+}
+
+class Plot {
+  constructor(xs, ys, { flip = false } = {}) {
+    const span = (values, room) => {
+      const low = Math.min(...values), high = Math.max(...values);
+      const pad = (high - low || Math.abs(high) || 1) * room;
+      return [low - pad, high + pad];
+    };
+    [this.x0, this.x1] = span(xs, 0.06);
+    [this.y0, this.y1] = span(ys, 0.08);
+    this.flip = flip;
+    this.svg = node("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
+  }
+  x(value) { return LEFT + (WIDTH - LEFT - RIGHT) * (value - this.x0) / (this.x1 - this.x0); }
+  y(value) {
+    const share = (value - this.y0) / (this.y1 - this.y0);
+    return TOP + (HEIGHT - TOP - BOTTOM) * (this.flip ? share : 1 - share);
+  }
+  text(x, y, content, attributes = {}) {
+    this.svg.append(node("text", { x, y, ...attributes }, content));
+  }
+  dress(xTitle, yTitle, yText = short) {
+    const right = WIDTH - RIGHT, bottom = HEIGHT - BOTTOM;
+    for (const tick of ticks(this.x0, this.x1, 8)) {
+      const x = this.x(tick);
+      this.svg.append(node("line", { x1: x, x2: x, y1: TOP, y2: bottom, class: "grid" }));
+      this.text(x, bottom + 18, short(tick), { "text-anchor": "middle" });
+    }
+    for (const tick of ticks(this.y0, this.y1, 7)) {
+      const y = this.y(tick);
+      this.svg.append(node("line", { x1: LEFT, x2: right, y1: y, y2: y, class: "grid" }));
+      this.text(LEFT - 8, y + 4, yText(tick), { "text-anchor": "end" });
+    }
+    this.text((LEFT + right) / 2, HEIGHT - 14, xTitle, { "text-anchor": "middle" });
+    const middle = (TOP + bottom) / 2;
+    const turn = `rotate(-90 18 ${middle})`;
+    const turned = { "text-anchor": "middle", class: "ytitle", transform: turn };
+    this.text(18, middle, yTitle, turned);
+  }
+  shares(cost, quality) {
+    const right = WIDTH - RIGHT;
+    for (const tick of ticks(100 * this.x0 / cost, 100 * this.x1 / cost, 8))
+      this.text(this.x(tick * cost / 100), TOP - 8, short(tick) + "%",
+        { "text-anchor": "middle", class: "soft" });
+    for (const tick of ticks(100 * this.y0 / quality, 100 * this.y1 / quality, 7))
+      this.text(right + 8, this.y(tick * quality / 100) + 4, short(tick) + "%", { class: "soft" });
+    this.text((LEFT + right) / 2, 16, "share of the full model's, also on the right",
+      { "text-anchor": "middle", class: "soft" });
+  }
+}
+
