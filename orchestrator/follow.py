@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.console import Progress
+from orchestrator.data.tokens import open_tokens
 from orchestrator.journal import read_journal
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob, job_key
@@ -68,6 +69,8 @@ class JournalFollower:
                 params=params[label],
                 tags={"iiet.method": str(job.model["method"])},
             )
+            tokens = open_tokens(job.tokens_folder)
+            self._runs[label].log_dataset("tokens", tokens.fingerprint, tokens.profile)
         return self._runs
 
     def look(self) -> None:

@@ -71,6 +71,18 @@ class TokenStore:
         """JSON lines of the held-out documents: `text`, `source`."""
         return self.folder / "validation.jsonl"
 
+    @property
+    def profile(self) -> dict[str, Any]:
+        """Where the text is from and how much it is, as plain values for people to read."""
+        settings = self.manifest["settings"]
+        sizes = {
+            f"{side}_{unit}": self.manifest[side][unit]
+            for side in ("train", "validation")
+            for unit in ("documents", "tokens", "bytes")
+        }
+        origin = {name: settings[name] for name in ("source", "hub_name") if settings.get(name)}
+        return {**origin, **sizes, "vocab_size": self.vocab_size}
+
 
 class _Split:
     """One side of the split while it is written: its file, its counts."""

@@ -20,6 +20,7 @@ from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds
 from orchestrator.console import Progress
+from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
 from orchestrator.follow import JournalTail
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
@@ -105,6 +106,8 @@ def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> I
     run = tracking.run(
         plan.key, name=plan.name, kind="sweep", params=params, tags={"iiet.sweep": plan.name}
     )
+    tokens = open_tokens(plan.tokens_folder)
+    run.log_dataset("tokens", tokens.fingerprint, tokens.profile)
     try:
         yield
     except BaseException as error:

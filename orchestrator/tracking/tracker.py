@@ -8,6 +8,7 @@ each attempt at a dead server blocks for seconds.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -255,6 +256,28 @@ class TrackedRun:
         columns = list(rows[0]) if rows else []
         data = [[row.get(column) for column in columns] for row in rows]
         self._write("table", columns=columns, data=data, name=name)
+
+    def log_dataset(self, name: str, digest: str, profile: Mapping[str, Any]) -> None:
+        """Name the data that the run read.
+
+        Args:
+            name: Shown by the user interface.
+            digest: Hash of the content.
+            profile: Sizes and the like.
+        """
+        self._write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
+
+    def register(self, model: str, folder: Path, *, key: str, alias: str, note: str = "") -> None:
+        """Store a model folder with the run, as a version of a registered model.
+
+        Args:
+            model: Name of the registered model, made if it is missing.
+            folder: What `export` wrote.
+            key: Content key of the model; the same key in the same run is the same version.
+            alias: Points at this version from now on.
+            note: The version's description.
+        """
+        self._write("register", model=model, key=key, folder=str(folder), alias=alias, note=note)
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED; one that has ended so keeps its end time."""

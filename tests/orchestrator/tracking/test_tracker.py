@@ -202,3 +202,28 @@ def test_pending_operations_are_plain_json(
     lines = [json.loads(line) for line in tracking.outbox.path.read_text().splitlines()]
     assert [line["operation"] for line in lines] == ["describe", "metrics"]
     tracking.outbox.path.unlink()
+
+
+def test_data_are_named_once_with_their_digest(tracking: Tracking) -> None:
+    run = tracking.run("data", name="d", kind="pretrain")
+    for _ in range(2):
+        run.log_dataset("tokens", "0123456789abcdef", {"train_tokens": 7})
+    (found,) = stored(tracking, run).inputs.dataset_inputs
+    assert found.dataset.digest == "0123456789abcdef"
+    assert json.loads(found.dataset.profile) == {"train_tokens": 7}
+
+
+def test_a_model_has_one_version_for_each_key_and_aliases_move(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    run = tracking.run("models", name="m", kind="sweep")
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    run.register("front", tmp_path / "small", key="s", alias="knee")
+    run.register("front", tmp_path / "large", key="l", alias="best", note="the full model")
+    run.register("front", tmp_path / "small", key="s", alias="best")
+    assert len(client(tracking).search_model_versions("name = 'front'")) == 2
+    best = client(tracking).get_model_version_by_alias("front", "best")
+    assert best.version == client(tracking).get_model_version_by_alias("front", "knee").version
+    assert Path(best.source.removeprefix("file://"), "config.json").read_text() == "small"

@@ -1,0 +1,33 @@
+"""The only file that imports MLflow: what it offers to the rest, after its noise was turned off."""
+
+from __future__ import annotations
+
+import os
+
+# MLflow reads these while it is imported or at its first request; a value that is already set wins.
+QUIET_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+for _name, _value in QUIET_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow import MlflowClient  # noqa: E402 - the environment comes first
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+__all__ = [
+    "Dataset",
+    "DatasetInput",
+    "Metric",
+    "MlflowClient",
+    "MlflowException",
+    "Param",
+    "QUIET_ENVIRONMENT",
+    "Run",
+    "RunTag",
+]
