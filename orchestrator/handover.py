@@ -1,4 +1,5 @@
-"""From a checkpoint to a model that others load: measured, described, exported.
+"""From a checkpoint or a front to a model that others load: chosen, measured, described, exported,
+registered.
 
 The card's numbers are those of the very weights and schedule that are exported: stored results are
 found again, missing ones are measured first. What cannot be measured here (an imported model
@@ -7,13 +8,21 @@ without tokens, for example) is said, and the export goes on.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iiet.config import ModelConfig
+from iiet.schedule import IterationSchedule
+from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.card import ModelCard
+from orchestrator.analysis.choice import Rule, choose
 from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.findings import describe
+from orchestrator.analysis.pareto import Placed
+from orchestrator.analysis.results import load_items, load_results
 from orchestrator.catalog import (
     find_by_weights,
+    newest_sweep,
     parse_schedule,
     resolve_teacher,
     stored_influence,
@@ -23,11 +32,13 @@ from orchestrator.procedure import Desk
 from orchestrator.settings import Settings
 from orchestrator.stages.evaluate import evaluate
 from orchestrator.stages.export import check_target, export
+from orchestrator.stages.report import front_of
 from orchestrator.training.checkpoint import (
     TOKENIZER,
     load_config,
     load_decoder,
     load_provenance,
+    resolve_checkpoint,
     weights_key,
 )
 
@@ -75,14 +86,82 @@ def export_model(
             )
         except (UserError, StageFailed) as error:
             desk.progress.note(f"the card is without quality: {error}")
-    tokenizer = checkpoint / TOKENIZER
     return export(
         decoder,
         folder,
-        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+        tokenizer_file=_tokenizer(checkpoint),
         card=card_of(desk, checkpoint, decoder.config, evaluation),
         progress=desk.progress,
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was picked from a sweep."""
+
+    point: Placed
+    """The model with its place."""
+    sentence: str
+    """What it is, how good, at what cost, how surely."""
+    folder: Path | None
+    """Where it was exported to; None if it was not."""
+    version: str | None
+    """Its address in MLflow's registry, as `models:/SWEEP@knee`; None if it was not exported."""
+
+
+def pick_model(
+    desk: Desk,
+    name: str | None,
+    rule: Rule,
+    *,
+    axes: Axes | None = None,
+    to: Path | None = None,
+    hand_over: bool = True,
+) -> Choice:
+    """Choose a model from a sweep's front; export and register it.
+
+    Args:
+        desk: Workspace, tracking and terminal.
+        name: The sweep; the newest when unset.
+        rule: How to choose.
+        axes: Cost and quality of the front; evaluations and accuracy when unset.
+        to: Where to export it; under the workspace when unset.
+        hand_over: Whether to export and register it.
+
+    Raises:
+        UserError: If there is no such sweep, no model meets the rule, or the model's weights are
+            gone.
+    """
+    sweep = load_results(desk.workspace, name or newest_sweep(desk.workspace))
+    front = front_of(desk.workspace, sweep, axes or Axes(), kept_share=rule.share)
+    point = choose(front, rule)
+    sentence = describe(front, point, kept_share=rule.share)
+    if not hand_over:
+        return Choice(point, sentence, None, None)
+    result = point.result
+    checkpoint = resolve_checkpoint(Path(result.checkpoint or ""))
+    decoder = load_decoder(checkpoint)
+    if result.schedule is not None:
+        decoder = decoder.with_schedule(IterationSchedule(result.schedule))
+    items = load_items(desk.workspace, [result])
+    folder = to.expanduser().resolve() if to else desk.workspace.exports / sweep.name / rule.alias
+    card = card_of(desk, checkpoint, decoder.config, items.get(result.key))
+    export(
+        decoder,
+        folder,
+        tokenizer_file=_tokenizer(checkpoint),
+        card=replace(card, chosen=f"`{rule.alias}` of the sweep `{sweep.name}`: {sentence}."),
+        progress=desk.progress,
+    )
+    run = desk.tracking.run(sweep.key, name=sweep.name, kind="sweep")
+    run.register(sweep.name, folder, key=result.key, alias=rule.alias, note=sentence)
+    run.finish()
+    return Choice(point, sentence, folder, f"models:/{sweep.name}@{rule.alias}")
+
+
+def _tokenizer(checkpoint: Path) -> Path | None:
+    file = checkpoint / TOKENIZER
+    return file if file.is_file() else None
 
 
 def card_of(

@@ -34,6 +34,8 @@ class ModelCard:
     """Its quality; None if it was not measured."""
     influence: InfluenceTable | None = None
     """The table that the schedule was chosen by: its own, or its teacher's."""
+    chosen: str = ""
+    """How it was chosen among others, as a sentence; empty if it was not."""
     full: ModelConfig | None = None
     """The full model's configuration, for the share of its cost; None if this is it."""
 
@@ -43,6 +45,7 @@ class ModelCard:
             _front_matter(self.config),
             f"# {self.name}",
             self._summary(),
+            self.chosen and f"Chosen as {self.chosen}",
             "## Use",
             _USE,
             "## Iteration schedule",
@@ -152,7 +155,8 @@ def _provenance(values: Mapping[str, Any]) -> Iterable[str]:
             yield f"{name}: `{value}`"
     for part in ("imported", "recipe", "distillation", "environment"):
         if values.get(part):
-            pairs = ", ".join(f"{name} {value}" for name, value in values[part].items())
+            known = {name: value for name, value in values[part].items() if value is not None}
+            pairs = ", ".join(f"{name} {value}" for name, value in known.items())
             yield f"{part}: {pairs}"
 
 

@@ -29,6 +29,7 @@ from orchestrator.analysis.pareto import (
     Front,
     Placed,
 )
+from orchestrator.analysis.texts import full_name
 
 CONFIDENCES = (
     f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}",
@@ -41,6 +42,7 @@ def with_confidence(
     front: Front,
     evaluations: Mapping[str, EvaluationResult],
     *,
+    kept_share: float = KEPT_SHARE,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Front:
@@ -49,6 +51,7 @@ def with_confidence(
     Args:
         front: Placed results.
         evaluations: Key of a result to what it was measured by; those that lack stay without.
+        kept_share: The share of the full model's quality that `keeps` asks for.
         num_resamples: Draws of the items.
         seed: The same seed gives the same draws.
 
@@ -60,9 +63,10 @@ def with_confidence(
     full = front.full
     if matched is None or full is None or len(points) < 2:
         return front
-    sure = _Sureness(front, points, draw_again(matched, num_resamples=num_resamples, seed=seed))
+    draws = draw_again(matched, num_resamples=num_resamples, seed=seed)
+    sure = _Sureness(front, points, draws, kept_share)
     basis = Basis(
-        full=rival_name(front, full),
+        full=full_name(front, full),
         metrics=matched.metrics,
         num_items=matched.num_items,
         num_left_out=matched.num_left_out,
@@ -71,13 +75,6 @@ def with_confidence(
     found = {point.result.key: sure.of(number) for number, point in enumerate(points)}
     placed = (replace(p, confidence=found.get(p.result.key)) for p in front.placed)
     return replace(front, placed=tuple(placed), basis=basis)
-
-
-def rival_name(front: Front, point: Placed) -> str:
-    """Return what differences to a model are called: its label, with the sweep if there are
-    several."""
-    series = front.series.get(point.result.key)
-    return f"{point.result.name} ({series})" if series else point.result.name
 
 
 def confidence_metrics(point: Placed) -> dict[str, float]:
@@ -111,7 +108,10 @@ def difference_metric(rival: str, prefix: str = "") -> str:
 class _Sureness:
     """Reads confidences off the draws; models go by their number among the points."""
 
-    def __init__(self, front: Front, points: Sequence[Placed], draws: Draws) -> None:
+    def __init__(
+        self, front: Front, points: Sequence[Placed], draws: Draws, kept_share: float
+    ) -> None:
+        self._kept_share = kept_share
         self._higher = front.axes.higher_is_better
         self._tasks = draws.tasks
         self._quality = draws.quality(front.axes.quality)
@@ -120,7 +120,7 @@ class _Sureness:
         rivals = [n for n, p in enumerate(points) if n == self._full or not p.is_candidate]
         # The full model first: it is what everything is compared with.
         rivals.sort(key=lambda n: n != self._full)
-        self._rivals = {rival_name(front, points[n]): n for n in rivals}
+        self._rivals = {full_name(front, points[n]): n for n in rivals}
         self._on_front = self._front_shares(front, points)
 
     def of(self, number: int) -> Confidence:
@@ -149,7 +149,7 @@ class _Sureness:
         if ratio is None:
             return None, None
         share, drawn = ratio
-        return share, float((drawn >= KEPT_SHARE).mean())
+        return share, float((drawn >= self._kept_share).mean())
 
     def _front_shares(self, front: Front, points: Sequence[Placed]) -> dict[int, float]:
         """Return the candidates' shares by number; none if a candidate could not be drawn."""

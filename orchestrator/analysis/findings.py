@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 from orchestrator.analysis.bootstrap import LEVEL
-from orchestrator.analysis.confidence import rival_name
 from orchestrator.analysis.pareto import KEPT_SHARE, Front, Placed
 from orchestrator.analysis.style import is_accuracy, title_of
 from orchestrator.analysis.texts import confidence_text, full_name, quality_text
@@ -39,9 +38,9 @@ def findings(front: Front) -> list[str]:
         kept = None
     sentences = _about_keeping(front, kept)
     if front.knee is not None and front.knee is not kept:
-        sentences.append(f"Knee: {_describe(front, front.knee)}.")
+        sentences.append(f"Knee: {describe(front, front.knee)}.")
     if front.best is not None and front.best not in (kept, front.knee, full):
-        sentences.append(f"Best: {_describe(front, front.best)}.")
+        sentences.append(f"Best: {describe(front, front.best)}.")
     sentences += [_against(front, p, kept or full) for p in front.placed if not p.is_candidate]
     if front.unplaced:
         names = ", ".join(result.name for result in front.unplaced)
@@ -89,17 +88,17 @@ def _about_keeping(front: Front, kept: Placed | None) -> list[str]:
     assert full is not None, "only a front with a model has sentences"
     cheaper = [p for p in front.placed if p.result.key in likely and p.cost < full.cost]
     if kept is not None:
-        sentences = [f"Cheapest that keeps {KEPT_SHARE:.0%}: {_describe(front, kept)}."]
+        sentences = [f"Cheapest that keeps {KEPT_SHARE:.0%}: {describe(front, kept)}."]
     else:
         sentences = [f"No cheaper model keeps {KEPT_SHARE:.0%} of the full model's quality."]
         likeliest = max(cheaper, key=lambda point: likely[point.result.key], default=None)
         if likeliest is not None:
-            sentences.append(f"Likeliest to keep it: {_describe(front, likeliest)}.")
+            sentences.append(f"Likeliest to keep it: {describe(front, likeliest)}.")
     if likely and not (kept is not None and likely.get(kept.result.key, 0.0) >= SURE):
         safe = [point for point in cheaper if likely[point.result.key] >= SURE]
         if safe:
             choice = min(safe, key=lambda point: point.cost)
-            sentences.append(f"Cheapest that surely keeps it: {_describe(front, choice)}.")
+            sentences.append(f"Cheapest that surely keeps it: {describe(front, choice)}.")
         elif kept is not None:
             sentences.append(
                 f"No cheaper model keeps {KEPT_SHARE:.0%} with a confidence of {SURE} or more."
@@ -119,7 +118,14 @@ def _about_basis(front: Front) -> list[str]:
     ]
 
 
-def _describe(front: Front, point: Placed) -> str:
+def describe(front: Front, point: Placed, *, kept_share: float = KEPT_SHARE) -> str:
+    """Return one clause on a model: what it is, how good, at what cost, how surely.
+
+    Args:
+        front: Where it stands.
+        point: The model.
+        kept_share: The share that the confidences of the front relate to.
+    """
     full = front.full
     share = front.share(point)
     text = f"{full_name(front, point)} with {_quality(front, point)}"
@@ -130,16 +136,18 @@ def _describe(front: Front, point: Placed) -> str:
             f", {share:.1%} of the full model's, at {point.cost / full.cost:.0%} of its {noun} "
             f"({part})"
         )
-    return text + _how_sure(front, point)
+    return text + _how_sure(front, point, kept_share)
 
 
-def _how_sure(front: Front, point: Placed) -> str:
+def _how_sure(front: Front, point: Placed, kept_share: float) -> str:
     sure = point.confidence
     if sure is None or point is front.full:
         return ""
     claims = []
     if sure.keeps is not None:
-        claims.append(f"keeps {KEPT_SHARE:.0%} with confidence {confidence_text(sure.keeps)}")
+        claims.append(
+            f"keeps {100 * kept_share:.4g}% with confidence {confidence_text(sure.keeps)}"
+        )
     if sure.on_front is not None:
         claims.append(f"is on the front with confidence {confidence_text(sure.on_front)}")
     return f"; it {' and '.join(claims)}" if claims else ""
@@ -167,7 +175,7 @@ def _difference(front: Front, reference: Placed, choice: Placed) -> tuple[float,
     sign = 1 if front.axes.higher_is_better else -1
     sure = choice.confidence
     paired = (
-        sure.overall.against.get(rival_name(front, reference)) if sure and sure.overall else None
+        sure.overall.against.get(full_name(front, reference)) if sure and sure.overall else None
     )
     if paired is not None:
         bounds = sorted(sign * scale * bound for bound in (paired.low, paired.high))

@@ -143,3 +143,69 @@ def export(
             settings, desk, checkpoint, to=to, schedule=schedule, measure=measure
         )
         desk.console.print(f"exported: {folder}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="Models")
+def pick(
+    sweep: Annotated[
+        str | None, typer.Argument(help="Name of a sweep; the newest when left out.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Cheapest that keeps this share of the quality, as 0.99.")
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(help="With --keep: how sure that must be, as 0.9.")
+    ] = 0.0,
+    budget: Annotated[
+        float | None, typer.Option(help="Best that costs no more, in the unit of --cost.")
+    ] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="Farthest above the ends' line.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Of highest quality.")] = False,
+    cheapest: Annotated[bool, typer.Option("--cheapest", help="Of lowest cost.")] = False,
+    cost: Annotated[str | None, typer.Option(help="evaluations, flops, ms, kv.")] = None,
+    quality: Annotated[str | None, typer.Option(help="accuracy, bits, perplexity, loss.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Folder; under the workspace when left out.")
+    ] = None,
+    only_name: Annotated[
+        bool, typer.Option("--only-name", help="Name it; export and register nothing.")
+    ] = False,
+    workspace: WorkspaceOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Choose a model from a sweep's front; export it and register it in MLflow."""
+    from orchestrator.analysis.axes import named_axes
+
+    rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
+    axes = named_axes(cost, quality)
+    with open_desk(workspace, "pick", verbose=verbose) as desk:
+        from orchestrator.handover import pick_model
+
+        choice = pick_model(desk, sweep, rule, axes=axes, to=to, hand_over=not only_name)
+        print_line = desk.console.print
+        print_line(f"{rule.alias}: {choice.sentence}", soft_wrap=True, markup=False)
+        if choice.folder is None:
+            print_line(f"checkpoint: {choice.point.result.checkpoint}", soft_wrap=True)
+        else:
+            print_line(f"exported: {choice.folder}", soft_wrap=True, markup=False)
+            print_line(f"registered: {choice.version}", soft_wrap=True, markup=False)
+
+
+def _rule(keep: float | None, confidence: float, budget: float | None, **flags: bool) -> Any:
+    """Return the one rule that was asked for; the cheapest that keeps 99% when none was.
+
+    Raises:
+        UserError: If several were.
+    """
+    from orchestrator.analysis.choice import Rule
+
+    asked = [name for name, is_set in flags.items() if is_set]
+    asked += [name for name, value in (("keep", keep), ("budget", budget)) if value is not None]
+    if len(asked) > 1:
+        raise UserError(f"pick takes one rule; got {' and '.join(f'--{name}' for name in asked)}")
+    name: Any = asked[0] if asked else "keep"
+    if confidence and name != "keep":
+        raise UserError("--confidence goes with --keep only")
+    numbers = {"share": keep, "budget": budget}
+    given = {key: value for key, value in numbers.items() if value is not None}
+    return Rule(name=name, confidence=confidence, **given)

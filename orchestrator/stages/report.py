@@ -18,7 +18,7 @@ from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.confidence import confidence_metrics, with_confidence
 from orchestrator.analysis.curves import VALIDATION_METRIC, curves_of
 from orchestrator.analysis.findings import front_metrics
-from orchestrator.analysis.pareto import Front, find_front
+from orchestrator.analysis.pareto import KEPT_SHARE, Front, find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
 from orchestrator.analysis.results import SweepResults, load_items, load_results
 from orchestrator.analysis.rows import full_rows
@@ -53,7 +53,7 @@ def write_report(
     if isinstance(sweep, str):
         sweep = load_results(workspace, sweep)
     sweep.store(workspace)
-    front = _front_of(workspace, sweep, axes)
+    front = front_of(workspace, sweep, axes)
     run = None
     if tracking is not None:
         run = tracking.run(sweep.key, name=sweep.name, kind="sweep")
@@ -81,9 +81,13 @@ def write_report(
     return WrittenReport(report, folder, tuple(files), run_id, view)
 
 
-def _front_of(workspace: Workspace, sweep: SweepResults, axes: Axes) -> Front:
+def front_of(
+    workspace: Workspace, sweep: SweepResults, axes: Axes, *, kept_share: float = KEPT_SHARE
+) -> Front:
+    """Place a sweep's results, and say how sure each place is where single items are stored."""
     front = find_front(sweep.results, axes)
-    return with_confidence(front, load_items(workspace, sweep.results))
+    items = load_items(workspace, sweep.results)
+    return with_confidence(front, items, kept_share=kept_share)
 
 
 def track_results(

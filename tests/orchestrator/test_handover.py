@@ -1,0 +1,138 @@
+"""From a front to a folder that transformers load, and to a version in MLflow's registry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.huggingface import IIETForCausalLM
+from iiet.schedule import IterationSchedule
+from orchestrator.analysis.choice import Rule
+from orchestrator.analysis.results import SweepResults
+from orchestrator.console import Progress
+from orchestrator.data.tokens import open_tokens
+from orchestrator.errors import UserError
+from orchestrator.handover import export_model, pick_model
+from orchestrator.procedure import Desk
+from orchestrator.settings import read_settings
+from orchestrator.tracking import open_tracking
+from orchestrator.training.checkpoint import load_decoder, save_checkpoint
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import open_workspace
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    # One store for all tests of the module: making a database takes seconds.
+    workspace = open_workspace(tmp_path_factory.mktemp("workspace"))
+    tracking = open_tracking(workspace, warn=pytest.fail)
+    return Desk(workspace, tracking, Progress(), Console(quiet=True))
+
+
+def checkpoint_of(desk: Desk, name: str, model: dict[str, Any], tokens: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    return save_checkpoint(
+        desk.workspace.runs / name,
+        1,
+        decoder=Decoder(ModelConfig.from_dict(model)),
+        training_state={},
+        tokenizer_path=open_tokens(tokens).tokenizer_path,
+        provenance={"tokens": tokens.name},
+    )
+
+
+@pytest.fixture
+def sweep(desk: Desk, tiny_model: dict[str, Any], tiny_tokens: Path) -> SweepResults:
+    teacher = checkpoint_of(desk, "teacher", tiny_model, tiny_tokens, 0)
+    student = checkpoint_of(desk, "student", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1)
+    full = TrialResult(
+        key="full",
+        role="teacher",
+        method="iiet",
+        schedule=(2, 1),
+        label="teacher",
+        cost={"evaluations": 5},
+        quality={"accuracy": 0.5},
+        checkpoint=str(teacher),
+    )
+    found = SweepResults(
+        name="two-models",
+        key="sweep-key",
+        results=(
+            full,
+            replace(full, key="cheap", role="trial", label="1,0", schedule=(1, 0),
+                    cost={"evaluations": 3}, quality={"accuracy": 0.498}, checkpoint=str(student)),
+            replace(full, key="pruned", role="trial", label="0,0", schedule=(0, 0),
+                    cost={"evaluations": 2}, quality={"accuracy": 0.3}),
+        ),
+    )  # fmt: skip
+    found.store(desk.workspace)
+    return found
+
+
+def version_of(desk: Desk, name: str, alias: str) -> Any:
+    return desk.tracking.store.connect().get_model_version_by_alias(name, alias)
+
+
+def test_the_pick_is_exported_and_registered(desk: Desk, sweep: SweepResults) -> None:
+    choice = pick_model(desk, None, Rule(name="keep"))
+    assert choice.point.result.key == "cheap"
+    assert "99.6% of the full model's, at 60% of its evaluations (3 of 5)" in choice.sentence
+    version = version_of(desk, "two-models", "keep-99")
+    assert choice.version == "models:/two-models@keep-99"
+    assert version.description == choice.sentence
+    assert choice.folder is not None
+    card = (choice.folder / "README.md").read_text()
+    assert f"Chosen as `keep-99` of the sweep `two-models`: {choice.sentence}." in card
+    registered = IIETForCausalLM.from_pretrained(version.source.removeprefix("file://"))
+    student = load_decoder(Path(str(choice.point.result.checkpoint)))
+    tokens = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(registered(tokens).logits, student(tokens))
+
+
+def test_a_pruned_model_is_the_teacher_under_its_schedule(
+    desk: Desk, sweep: SweepResults, tmp_path: Path
+) -> None:
+    choice = pick_model(desk, "two-models", Rule(name="cheapest"), to=tmp_path / "cheapest")
+    assert choice.folder == tmp_path / "cheapest"
+    model = IIETForCausalLM.from_pretrained(choice.folder)
+    assert model.to_decoder().schedule == IterationSchedule((0, 0))
+
+
+def test_picking_again_makes_no_second_version(desk: Desk, sweep: SweepResults) -> None:
+    for _ in range(2):
+        pick_model(desk, "two-models", Rule(name="best"))
+    pick_model(desk, "two-models", Rule(name="keep", share=1.0))
+    client = desk.tracking.store.connect()
+    keys = [v.tags["iiet.key"] for v in client.search_model_versions("name = 'two-models'")]
+    assert keys.count("full") == 1
+    assert version_of(desk, "two-models", "best").version == (
+        version_of(desk, "two-models", "keep-100").version
+    )
+
+
+def test_only_the_name_leaves_nothing_behind(desk: Desk, sweep: SweepResults) -> None:
+    choice = pick_model(desk, "two-models", Rule(name="budget", budget=2), hand_over=False)
+    assert choice.point.result.key == "pruned"
+    assert choice.folder is None
+    assert not (desk.workspace.exports / "two-models" / "budget-2").exists()
+
+
+def test_an_export_without_its_tokens_says_so_and_goes_on(
+    desk: Desk, sweep: SweepResults, tmp_path: Path
+) -> None:
+    path = Path(str(sweep.results[0].checkpoint))
+    folder = export_model(read_settings(None, []), desk, path, to=tmp_path / "out", schedule="1,1")
+    card = (folder / "README.md").read_text()
+    assert "Not measured." in card
+    assert "Corrections per layer: `1,1`" in card
+    with pytest.raises(UserError, match="--schedule"):
+        export_model(read_settings(None, []), desk, path, schedule="1,1,1")
