@@ -22,7 +22,7 @@ from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.report import WrittenReport
 from orchestrator.analysis.requested import requested_tasks
 from orchestrator.analysis.results import SweepResults
-from orchestrator.analysis.subject import open_subjects
+from orchestrator.analysis.subject import open_subjects, short_names
 from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import (
     NO_CORRECTIONS,
@@ -319,8 +319,8 @@ def evaluate_and_show(
         )
         for subject in subjects
     ]
-    names = [subject.name for subject in subjects]
-    desk.console.print(evaluation_table(dict(zip(names, evaluations, strict=True))))
+    named = dict(zip(short_names(subjects), evaluations, strict=True))
+    desk.console.print(evaluation_table(named))
     if different := tasks_with_other_items(evaluations):
         desk.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "

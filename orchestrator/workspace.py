@@ -56,6 +56,11 @@ class Workspace:
         return self.root / "evaluations"
 
     @property
+    def benchmarks(self) -> Path:
+        """Measured costs, one file for each set of models and conditions."""
+        return self.root / "benchmarks"
+
+    @property
     def exports(self) -> Path:
         """Models as others load them, one folder for each name."""
         return self.root / "exports"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,12 @@ class Timing:
     """Half the distance between the quartiles of those times."""
     first_token: float
     """Median time of the prefill, up to the first new token."""
+    first_token_spread: float
+    """Half the distance between the quartiles of those times."""
     repetitions: tuple[float, ...]
     """Time per step of each repetition, in order, for paired comparisons."""
+    first_token_repetitions: tuple[float, ...]
+    """Time to the first token of each repetition, likewise."""
     batch_size: int
     """Rows decoded together."""
     num_threads: int
@@ -67,7 +72,7 @@ def decode_milliseconds(
         UserError: If a setting is out of range, or prompt and new tokens do not fit a model.
     """
     _check(decoders, prompt_tokens, new_tokens, batch_size, repetitions)
-    prompts = {name: _prompt(d, batch_size, prompt_tokens) for name, d in decoders.items()}
+    prompts = {name: random_prompt(d, batch_size, prompt_tokens) for name, d in decoders.items()}
     for name, decoder in decoders.items():
         _time_steps(decoder, prompts[name], min(WARM_UP_TOKENS, new_tokens))
     steps: dict[str, list[float]] = {name: [] for name in decoders}
@@ -87,15 +92,36 @@ def decode_milliseconds(
     return {
         name: Timing(
             median=statistics.median(steps[name]),
-            spread=_half_quartile_distance(steps[name]),
+            spread=half_quartile_distance(steps[name]),
             first_token=statistics.median(firsts[name]),
+            first_token_spread=half_quartile_distance(firsts[name]),
             repetitions=tuple(steps[name]),
+            first_token_repetitions=tuple(firsts[name]),
             batch_size=batch_size,
             num_threads=torch.get_num_threads(),
             device=str(decoder.device),
         )
         for name, decoder in decoders.items()
     }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads until the block ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
+    """Return the same random tokens each time, (batch_size, prompt_tokens), where the model is."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, prompt_tokens)
+    prompt = torch.randint(decoder.config.vocab_size, shape, generator=generator)
+    return prompt.to(decoder.device)
 
 
 def _check(
@@ -124,13 +150,6 @@ def _check(
         raise UserError("benchmark: " + "; ".join(problems))
 
 
-def _prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, prompt_tokens)
-    prompt = torch.randint(decoder.config.vocab_size, shape, generator=generator)
-    return prompt.to(decoder.device)
-
-
 def _time_steps(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Return milliseconds to the first token, and per step after it."""
     was_training = decoder.training
@@ -154,7 +173,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _half_quartile_distance(values: list[float]) -> float:
+def half_quartile_distance(values: Sequence[float]) -> float:
+    """Return half the distance between the quartiles; 0 for fewer than two values."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

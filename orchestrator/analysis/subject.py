@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -213,4 +214,22 @@ def _with_schedule(
 
 
 def _named(name: str, config: ModelConfig | None, schedule: str | IterationSchedule | None) -> str:
-    return name if schedule is None or config is None else f"{name} r={config.corrections}"
+    if schedule is None or config is None:
+        return name
+    return f"{name} r={short_schedule(config.corrections)}"
+
+
+def short_schedule(schedule: IterationSchedule) -> str:
+    """Write a schedule as short as people may type it: `3`, or `2*4,0*20`, or in full."""
+    runs = [(count, len(list(same))) for count, same in groupby(schedule)]
+    if len(runs) == 1:
+        return str(runs[0][0])
+    parts = [str(count) if times == 1 else f"{count}*{times}" for count, times in runs]
+    return min(str(schedule), ",".join(parts), key=len)
+
+
+def short_names(subjects: Sequence[Subject]) -> list[str]:
+    """Return what tells the models apart: schedules where all have the same weights, else names."""
+    if len(subjects) > 1 and len({subject.path for subject in subjects}) == 1:
+        return [f"r={short_schedule(s.config.corrections)}" for s in subjects if s.config]
+    return [subject.name for subject in subjects]

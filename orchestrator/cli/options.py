@@ -86,6 +86,25 @@ def numbers(text: str | None, option: str) -> list[float] | None:
         raise UserError(f"{option} takes numbers with commas between them; got {text!r}") from None
 
 
+def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Read numbers of at least 1 with commas between them; None stays None.
+
+    Raises:
+        UserError: If they are none; names the option.
+    """
+    if text is None:
+        return None
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise UserError(
+            f"{option} takes whole numbers of at least 1 with commas between them; got {text!r}"
+        )
+    return tuple(dict.fromkeys(found))
+
+
 def _as_yaml(value: Any) -> str:
     # JSON is YAML: texts that look like numbers or lists keep their type.
     return json.dumps(value)

@@ -17,6 +17,7 @@ from orchestrator.cli.options import (
     WorkersOption,
     WorkspaceOption,
     read_options,
+    whole_numbers,
 )
 from orchestrator.cli.session import open_desk, open_session
 
@@ -214,3 +215,64 @@ def evaluate(
         procedure.evaluate_and_show(
             settings, desk, checkpoints, schedule, trust_remote_code=trust_remote_code
         )
+
+
+@app.command(rich_help_panel="Stages")
+def benchmark(
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Checkpoints, runs or model folders; the workspace's newest IIET when left out."
+        ),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schedule",
+            "-r",
+            help="Iteration schedule; may be repeated. One IIET without it: from full to none.",
+        ),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Rows decoded together, with commas.")] = "1,8",
+    contexts: Annotated[
+        str | None, typer.Option(help="Tokens of the prompt: 32 and half the context if left out.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded behind it.")] = 32,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each, in turns.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch on a CPU.")] = 1,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure latency, throughput and memory, and hold them against the cost model."""
+    batches = whole_numbers(batch_sizes, "--batch-sizes")
+    prompts = whole_numbers(contexts, "--contexts")
+    with open_desk(workspace, "benchmark", verbose=verbose) as desk:
+        from orchestrator.analysis import cost_tables
+        from orchestrator.analysis.measured_cost import Conditions
+        from orchestrator.analysis.subject import open_subjects
+        from orchestrator.stages.benchmark import benchmark as stage
+        from orchestrator.stages.benchmark import family_of, usual_contexts
+
+        subjects = open_subjects(desk.workspace, checkpoints, schedule)
+        if len(subjects) == 1 and not schedule:
+            subjects = family_of(subjects[0])
+        conditions = Conditions(
+            batch_sizes=batches or (),
+            contexts=prompts or usual_contexts(subjects, new_tokens),
+            new_tokens=new_tokens,
+            repetitions=repetitions,
+            num_threads=threads,
+        )
+        found = stage(
+            subjects,
+            desk.workspace,
+            conditions,
+            tracking=desk.tracking,
+            progress=desk.progress,
+        )
+        console = desk.console
+        for table in cost_tables.all_tables(found.costs):
+            console.print(table)
+        how = cost_tables.conditions_line(conditions, device=found.device, dtype=found.dtype)
+        for line in [*cost_tables.sentences(found.costs), how, f"written to {found.path}"]:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
