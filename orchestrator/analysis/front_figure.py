@@ -27,7 +27,6 @@ from orchestrator.analysis.style import (
     PAPER_COST_SHARE,
     PAPER_MARK,
     PAPER_QUALITY_SHARE,
-    RED,
     SERIES,
     is_accuracy,
     title_of,
@@ -170,7 +169,7 @@ def _draw_paper_mark(panel: Panel, front: Front) -> None:
             marker="x",
             markersize=9,
             mew=2,
-            color=RED,
+            color=INK,
             zorder=3.5,
         )
 

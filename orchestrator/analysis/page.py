@@ -72,9 +72,9 @@ def report_page(
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(_subtitle(front))}</p>',
         _list_of(sentences),
-        _front_section(picture),
-        f"<h2>All models, cheapest first</h2>{rows_table(front)}",
-        tasks_section(front),
+        _front_section(picture, mark_paper=mark_paper),
+        '<section class="wide"><h2>All models, cheapest first</h2>',
+        f"{rows_table(front)}{tasks_section(front)}</section>",
     ]
     if influence is not None:
         parts.append(influence_section(*influence))
@@ -161,7 +161,10 @@ def _list_of(sentences: Sequence[str]) -> str:
     return f'<ul class="findings">{items}</ul>' if items else ""
 
 
-def _front_section(picture: str | None) -> str:
+def _front_section(picture: str | None, *, mark_paper: bool) -> str:
+    less, kept = 1 - PAPER_COST_SHARE, PAPER_QUALITY_SHARE
+    headline = f"{less:.0%} less cost at {kept:.1%} of the accuracy"
+    paper = f" Cross: the paper's headline, {headline}, on this full model." if mark_paper else ""
     fallback = f"<noscript>{picture[picture.find('<svg') :]}</noscript>" if picture else ""
     return f"""<h2>The front</h2>
 <div class="controls" id="controls" hidden>
@@ -171,7 +174,8 @@ def _front_section(picture: str | None) -> str:
 <div class="plot" id="front"></div>
 <div class="key" id="series"></div>
 <p class="lead">Star: the full model. Filled: on the front. Hollow, faint: dominated. Diamond:
-trained from scratch for comparison. Bars: one standard error. The line is what a budget buys.</p>
+trained from scratch for comparison. Bars: one standard error. The line is what a budget
+buys.{paper}</p>
 {fallback}"""
 
 
@@ -182,5 +186,5 @@ def _facts_section(title: str, values: Mapping[str, Any]) -> str:
     )
     return (
         f"<details><summary>{escape(title)}</summary>"
-        f'<div class="scroll"><table class="facts">{rows}</table></div></details>'
+        f'<div class="scroll columns"><table class="facts">{rows}</table></div></details>'
     )

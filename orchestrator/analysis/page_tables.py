@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 
 from orchestrator.analysis.pareto import Front, Placed
-from orchestrator.analysis.tables import columns_for
+from orchestrator.analysis.tables import Column, columns_for
 from orchestrator.analysis.task_tables import ABOUT_TASKS, task_tables
 
 # Light to dark, one for each number of corrections; more than four share the last.
@@ -20,15 +20,15 @@ HEAT_LOW, HEAT_HIGH = (247, 251, 255), (8, 65, 124)
 def rows_table(front: Front) -> str:
     """Return the table of all models, each schedule also as a strip."""
     columns = columns_for(front)
-    heads = [_head(column.title, is_text=column.justify == "left") for column in columns]
-    heads.insert(1, _head("corrections", is_text=True))
+    heads = [_head(column.title, _classes(column)) for column in columns]
+    heads.insert(1, _head("corrections", "text"))
     body = []
     for point in front.placed:
         cells = []
         for number, column in enumerate(columns):
             text = column.cell(front, point)
-            kind = ' class="text"' if column.justify == "left" else ""
-            cells.append(f'<td{kind} data-value="{escape(_sortable(text))}">{escape(text)}</td>')
+            value = escape(_sortable(text))
+            cells.append(f'<td class="{_classes(column)}" data-value="{value}">{escape(text)}</td>')
             if number == 0:
                 cells.append(f'<td class="text">{schedule_strip(point.result.schedule)}</td>')
         key = escape(point.result.key)
@@ -46,7 +46,7 @@ def tasks_section(front: Front) -> str:
         return ""
     parts = [f'<h2>Task by task</h2><p class="lead">{escape(ABOUT_TASKS)}</p>']
     for number, table in enumerate(tables):
-        heads = "".join(_head(head, is_text=not i) for i, head in enumerate(table.heads))
+        heads = "".join(_head(head, "" if i else "text") for i, head in enumerate(table.heads))
         body = "".join(_task_row(point, cells) for point, cells in table.rows)
         parts.append(
             f"<details{'' if number else ' open'}><summary>{escape(table.title)}</summary>"
@@ -63,9 +63,13 @@ def _task_row(point: Placed, cells: Sequence[str]) -> str:
     return f'<tr class="{_kind(point)}" data-key="{escape(point.result.key)}">{"".join(texts)}</tr>'
 
 
-def _head(title: str, *, is_text: bool) -> str:
-    kind = ' class="text"' if is_text else ""
-    return f"<th{kind}><button>{escape(title)}</button></th>"
+def _head(title: str, classes: str) -> str:
+    return f'<th class="{classes}"><button>{escape(title)}</button></th>'
+
+
+def _classes(column: Column) -> str:
+    """Return how a column is set, and whether a phone leaves it out."""
+    return " ".join(["text"] * (column.justify == "left") + ["minor"] * (2 < column.priority < 8))
 
 
 def _sortable(text: str) -> str:

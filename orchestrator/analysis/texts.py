@@ -20,9 +20,10 @@ def model_name(point: Placed) -> str:
 
 
 def full_name(front: Front, point: Placed) -> str:
-    """Return a model's name, with its sweep where several share the front."""
-    series = front.series.get(point.result.key)
-    return f"{model_name(point)} ({series})" if series else model_name(point)
+    """Return a model's name, with its sweep where another one on the front has the same name."""
+    name = model_name(point)
+    is_shared = front.series and sum(model_name(other) == name for other in front.placed) > 1
+    return f"{name} ({front.series[point.result.key]})" if is_shared else name
 
 
 def short_schedule(schedule: Sequence[int] | None) -> str:
@@ -41,14 +42,14 @@ def quality_text(front: Front, point: Placed) -> str:
 
 def with_error(value: float, error: float | None, *, is_percent: bool) -> str:
     """Return a number with its standard error, a share in percent without the sign."""
-    scale, digits = (100.0, 1) if is_percent else (1.0, 3)
+    scale, digits = _form(value, is_percent=is_percent)
     text = f"{scale * value:.{digits}f}"
     return text if not error else f"{text} ± {scale * error:.{digits}f}"
 
 
 def difference_text(interval: Interval, *, is_percent: bool) -> str:
     """Return a difference with its interval: `-0.9 (-2.1 to +0.3)`, shares in points."""
-    scale, digits = (100.0, 1) if is_percent else (1.0, 3)
+    scale, digits = _form(interval.value, is_percent=is_percent)
     value, low, high = (
         _signed(scale * number, digits) for number in (interval.value, interval.low, interval.high)
     )
@@ -57,7 +58,7 @@ def difference_text(interval: Interval, *, is_percent: bool) -> str:
 
 def range_text(interval: Interval, *, is_percent: bool) -> str:
     """Return the range of an interval alone: `31.2 to 36.1`."""
-    scale, digits = (100.0, 1) if is_percent else (1.0, 3)
+    scale, digits = _form(interval.value, is_percent=is_percent)
     return f"{scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f}"
 
 
@@ -100,6 +101,13 @@ def hypervolume_text(front: Front) -> str:
         f"hypervolume {volume:.3f}, as a share of the box from 0 to {area.cost:.4g} ({cost}) "
         f"and from {quality} {low} to the full model's {high}"
     )
+
+
+def _form(value: float, *, is_percent: bool) -> tuple[float, int]:
+    """Return the factor and the digits that a number is shown with."""
+    if is_percent:
+        return 100.0, 1
+    return 1.0, 3 if abs(value) < 10 else 1
 
 
 def _signed(number: float, digits: int) -> str:

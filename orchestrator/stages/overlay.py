@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.axes import COSTS, Axes
 from orchestrator.analysis.confidence import with_confidence
 from orchestrator.analysis.curves import curves_of
 from orchestrator.analysis.pareto import find_front
@@ -57,7 +57,7 @@ def write_overlay(
         front=front,
         curves=curves,
         facts=_facts(sweeps),
-        notes=_notes(workspace, sweeps),
+        notes=_notes(workspace, sweeps, axes),
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     return WrittenReport(report, folder, tuple(write_files(report, folder)))
@@ -83,9 +83,19 @@ def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
     return facts
 
 
-def _notes(workspace: Workspace, sweeps: Sequence[SweepResults]) -> list[str]:
+def _notes(workspace: Workspace, sweeps: Sequence[SweepResults], axes: Axes) -> list[str]:
+    """Say what keeps the sweeps from being compared."""
+    notes = _about_tasks({sweep.name: _suite(workspace, sweep) for sweep in sweeps})
+    if axes.cost == COSTS["ms"] and len(sweeps) > 1:
+        notes.append(
+            "Milliseconds were measured sweep by sweep: what else the machine did at that time, or "
+            "another machine, is part of the difference between sweeps."
+        )
+    return notes
+
+
+def _about_tasks(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Say whether the sweeps were measured on the same tasks and texts."""
-    suites = {sweep.name: _suite(workspace, sweep) for sweep in sweeps}
     if len({content_key(suite) for suite in suites.values()}) == 1:
         return []
     names = dict.fromkeys(name for suite in suites.values() for name in suite)

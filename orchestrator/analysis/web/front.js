@@ -110,9 +110,9 @@ function drawPaper(plot, cost, quality) {
   const x = plot.x(cost), y = plot.y(quality);
   const inside = cost > plot.x0 && cost < plot.x1 && quality > plot.y0 && quality < plot.y1;
   if (!inside) return;
-  plot.svg.append(node("path", { d: `M${x - 6},${y - 6}l12,12m0,-12l-12,12`, stroke: "#d55e00",
+  plot.svg.append(node("path", { d: `M${x - 6},${y - 6}l12,12m0,-12l-12,12`, stroke: INK,
     "stroke-width": 2.6, class: "paper" }, node("title", {}, data.paper.name)));
-  plot.text(x + 10, y + 4, data.paper.name, { class: "soft" });
+  if (!phone.matches) plot.text(x + 10, y + 4, data.paper.name, { class: "soft" });
 }
 
 function drawFront(holder, cost, quality) {
@@ -143,7 +143,8 @@ function drawFront(holder, cost, quality) {
   const tip = document.createElement("div");
   tip.className = "tip";
   tip.hidden = true;
-  for (const row of rows) {
+  // Trials first: full models and references lie above them.
+  for (const row of [...rows].sort((a, b) => (a.role !== "trial") - (b.role !== "trial"))) {
     const x = plot.x(row[cost]), y = plot.y(row[quality]);
     const group = node("g", { class: "point", tabindex: 0, "data-key": row.key });
     const member = front.includes(row);
@@ -154,6 +155,8 @@ function drawFront(holder, cost, quality) {
     group.append(node("circle", { cx: x, cy: y, r: 15, fill: "transparent" }));
     group.append(mark(row, member, x, y));
     hoverable(group, row, tip, holder, x, y);
+    if (row.role !== "trial") plot.text(x > WIDTH - RIGHT - 80 ? x - 14 : x + 12, y - 8, row.name,
+      { class: "soft", "text-anchor": x > WIDTH - RIGHT - 80 ? "end" : "start" });
     plot.svg.append(group);
   }
   holder.append(plot.svg, tip);

@@ -4,7 +4,14 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
-const WIDTH = 940, HEIGHT = 500, LEFT = 74, RIGHT = 64, TOP = 46, BOTTOM = 56;
+const TOP = 46, BOTTOM = 56;
+let WIDTH, HEIGHT, LEFT, RIGHT, TICKS;
+
+// A phone gets a picture of its own size: a scaled one could not be read.
+const phone = matchMedia("(max-width: 640px)");
+function fit() {
+  [WIDTH, HEIGHT, LEFT, RIGHT, TICKS] = phone.matches ? [400, 360, 46, 46, 5] : [940, 500, 74, 64, 8];
+}
 
 function node(name, attributes, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -58,7 +65,7 @@ class Plot {
   }
   dress(xTitle, yTitle, yText = short) {
     const right = WIDTH - RIGHT, bottom = HEIGHT - BOTTOM;
-    for (const tick of ticks(this.x0, this.x1, 8)) {
+    for (const tick of ticks(this.x0, this.x1, TICKS)) {
       const x = this.x(tick);
       this.svg.append(node("line", { x1: x, x2: x, y1: TOP, y2: bottom, class: "grid" }));
       this.text(x, bottom + 18, short(tick), { "text-anchor": "middle" });
@@ -70,19 +77,23 @@ class Plot {
     }
     this.text((LEFT + right) / 2, HEIGHT - 14, xTitle, { "text-anchor": "middle" });
     const middle = (TOP + bottom) / 2;
+    if (phone.matches) {
+      this.text(2, 16, yTitle, {});
+      return;
+    }
     const turn = `rotate(-90 18 ${middle})`;
-    const turned = { "text-anchor": "middle", class: "ytitle", transform: turn };
-    this.text(18, middle, yTitle, turned);
+    this.text(18, middle, yTitle, { "text-anchor": "middle", transform: turn });
   }
   shares(cost, quality) {
     const right = WIDTH - RIGHT;
-    for (const tick of ticks(100 * this.x0 / cost, 100 * this.x1 / cost, 8))
+    for (const tick of ticks(100 * this.x0 / cost, 100 * this.x1 / cost, TICKS))
       this.text(this.x(tick * cost / 100), TOP - 8, short(tick) + "%",
         { "text-anchor": "middle", class: "soft" });
     for (const tick of ticks(100 * this.y0 / quality, 100 * this.y1 / quality, 7))
       this.text(right + 8, this.y(tick * quality / 100) + 4, short(tick) + "%", { class: "soft" });
-    this.text((LEFT + right) / 2, 16, "share of the full model's, also on the right",
-      { "text-anchor": "middle", class: "soft" });
+    const said = phone.matches ? "% of the full model's" : "share of the full model's, also on the right";
+    this.text(phone.matches ? WIDTH - 4 : (LEFT + right) / 2, 16, said,
+      { "text-anchor": phone.matches ? "end" : "middle", class: "soft" });
   }
 }
 

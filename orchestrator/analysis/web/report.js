@@ -18,6 +18,7 @@ function setUpFront() {
   quality.addEventListener("change", draw);
   document.getElementById("controls").hidden = false;
   draw();
+  return draw;
 }
 
 function drawCurves(holder) {
@@ -70,8 +71,11 @@ addEventListener("beforeprint", () => {
   for (const folded of document.querySelectorAll("details")) folded.open = true;
 });
 
-setUpFront();
+fit();
+const redrawFront = setUpFront();
+const drawAllCurves = () => document.querySelectorAll("[data-curves]").forEach(drawCurves);
 drawSeriesKey(document.getElementById("series"));
-document.querySelectorAll("[data-curves]").forEach(drawCurves);
+drawAllCurves();
+phone.addEventListener("change", () => { fit(); redrawFront(); drawAllCurves(); });
 document.querySelectorAll("table.rows").forEach(setUpTable);
 document.documentElement.dataset.ready = "yes";

@@ -67,14 +67,33 @@ def test_tasks_and_sweeps_are_told_apart(
     assert "a &amp; b" in page
     data = data_in(page)
     assert set(data["series"]) == {"a & b", "second"}
-    # The difference to the full model is found by its name, the sweep's name in it.
-    assert {"paired/vs_teacher_second", "paired/confidence_on_front"} <= set(data["hover"])
+    assert {"paired/vs_teacher", "paired/confidence_on_front"} <= set(data["hover"])
     assert all(name in data["rows"][0] for name in data["hover"] if name.startswith("paired/"))
 
 
 def test_a_strip_has_a_cell_for_each_layer() -> None:
     assert re.findall(r">(\d)</i>", schedule_strip((2, 0, 1))) == ["2", "0", "1"]
     assert schedule_strip(None) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_tells_sweeps_apart_and_marks_the_paper(
+    sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    series = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, series=series)
+    path = tmp_path / "front.html"
+    path.write_text(report_page(front, title="toy", mark_paper=True), encoding="utf-8")
+    dom = read_in_browser(path.as_uri(), tmp_path / "profile")
+    assert 'data-ready="yes"' in dom
+    paths = re.findall(r'<path d="M[^"]*H[^"]*" fill="none"([^>]*)>', dom)
+    assert len(paths) == 3  # the front of each sweep, and that of all
+    assert sum('opacity="0.45"' in look for look in paths) == 2
+    assert dom.count('class="paper"') == 1
+    assert re.search(r'id="series">.*first.*second', dom) or re.search(
+        r'id="series">.*second.*first', dom
+    )
 
 
 @pytest.mark.slow

@@ -73,3 +73,14 @@ def test_different_tasks_are_said(workspace: Workspace) -> None:
 def test_an_unknown_sweep_is_a_clear_error(workspace: Workspace) -> None:
     with pytest.raises(UserError, match=r"'third'.*first, second"):
         write_overlay(workspace, ["first", "third"])
+
+
+def test_milliseconds_of_different_sweeps_come_with_a_warning(workspace: Workspace) -> None:
+    [note] = write_overlay(workspace, ["first", "second"], axes=named_axes("ms")).report.notes
+    assert "measured sweep by sweep" in note
+
+
+def test_only_names_that_two_sweeps_share_carry_the_sweep(workspace: Workspace) -> None:
+    said = " ".join(write_overlay(workspace, ["first", "second"]).report.sentences)
+    assert "vanilla (accuracy" in said
+    assert "0,1,1,1,0,1 (second)" in said
