@@ -47,6 +47,10 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["import"], "folder"),
         (["export"], "iiet-orch pretrain"),
         (["export", "missing-folder"], "missing-folder"),
+        (["pick"], "iiet-orch sweep-threshold"),
+        (["pick", "--knee", "--best"], "--knee and --best"),
+        (["pick", "--keep", "99"], "--keep"),
+        (["pick", "--knee", "--confidence", "0.5"], "--confidence goes with --keep"),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_code_2(
