@@ -3,7 +3,8 @@
 Claims: against a stack of all estimates, the lean mix needs less memory, which a stack lets grow
 with the square of the depth, and less time; with checkpointing, little is left; and the mix's
 whole share of a step is small. Memory is measured in a fresh process for each number, time in one
-process in turns. The stack has to give the same loss and the same gradients first.
+process in turns, the share within a step. The stack has to give the same loss and the same
+gradients first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.mix_memory import peak_bytes
+from benchmarks.mix_share import mix_share
 from benchmarks.mix_variants import (
     VARIANTS,
     StepSize,
@@ -98,16 +100,17 @@ def _time_rows(size: StepSize, repetitions: int) -> list[Row]:
         )
         for variant, limit in (("lean", 0.97), ("checkpointed", None))
     ]
-    missing = [a - b for a, b in zip(seconds["lean"], seconds["unmixed"], strict=True)]
-    rows.append(
-        Row(
-            what=f"the mix's share of a step, {size.num_layers} layers",
-            quantities=(_milliseconds("lean", seconds), _milliseconds("unmixed", seconds)),
-            ratio=paired_ratio(missing, seconds["lean"]),
-            goal=_goal(size, 0.05),
-        )
+    return [*rows, _share_row(size, [mix_share(decoder, input_ids) for _ in range(repetitions)])]
+
+
+def _share_row(size: StepSize, shares: list[float]) -> Row:
+    percent = Spread.of([100 * share for share in shares])
+    return Row(
+        what=f"the mix's share of a step, {size.num_layers} layers",
+        quantities=(Quantity("lean", percent, "%"),),
+        ratio=Spread.of(shares),
+        goal=_goal(size, 0.05),
     )
-    return rows
 
 
 def _goal(size: StepSize, limit: float | None) -> Goal | None:

@@ -1,14 +1,10 @@
 """One training step of an IIET with its mix written in several ways, all else the same.
 
 `lean` is the project's. `stacked` is what one writes at first: stack all estimates, multiply by the
-row; autograd then keeps one stack per evaluation. It is the fastest of the straightforward forms
-(an einsum takes the same, a product and a sum take longer). `checkpointed` is lean with each
-layer recomputed in the backward pass. `unmixed` computes something else on purpose: the same
-evaluations and norms without any mix, so that what is missing from its time is the mix's whole
-share.
+row; autograd then keeps one stack per evaluation. It is the leanest of the straightforward forms
+(an einsum needs the same memory, a product and a sum need more). `checkpointed` is lean with each
+layer recomputed in the backward pass.
 """
-
-# ruff: noqa: ARG001 - replacements keep the signature of what they replace
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from iiet.history import Mix
 
 __all__ = ["VARIANTS", "StepSize", "Variant", "build", "largest_difference", "step", "written_as"]
 
-Variant = Literal["lean", "stacked", "checkpointed", "unmixed"]
+Variant = Literal["lean", "stacked", "checkpointed"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
@@ -77,13 +73,12 @@ def step(decoder: Decoder, input_ids: Tensor) -> float:
 def written_as(variant: Variant, decoder: Decoder) -> Iterator[None]:
     """Make a decoder's steps follow one variant while the context lasts."""
     decoder.activation_checkpointing = variant == "checkpointed"
-    replacement = {"stacked": _stacked_of_layer, "unmixed": _unmixed_of_layer}.get(variant)
     try:
-        if replacement is None:
-            yield
-        else:
-            with mock.patch.object(Mix, "of_layer", replacement):
+        if variant == "stacked":
+            with mock.patch.object(Mix, "of_layer", _stacked_of_layer):
                 yield
+        else:
+            yield
     finally:
         decoder.activation_checkpointing = False
 
@@ -133,24 +128,12 @@ class _StackedMix:
         return mixed
 
 
-class _Unmixed:
-    """`LayerMix` without the mix: a layer evaluates at its own estimate, and hands it on."""
-
-    def evaluation_point(self, estimate: Tensor) -> Tensor:
-        return estimate
-
-    def hidden(self, estimate: Tensor) -> Tensor:
-        return estimate
-
-
 def _stacked_of_layer(
-    mix: Mix, layer: int, estimates: Sequence[Tensor], *, evaluates: bool
+    mix: Mix,
+    layer: int,
+    estimates: Sequence[Tensor],
+    *,
+    evaluates: bool,  # noqa: ARG001
 ) -> _StackedMix:
     end = layer + 2
     return _StackedMix(mix.inner[layer + 1, :end], mix.outer[layer + 1, :end], estimates)
-
-
-def _unmixed_of_layer(
-    mix: Mix, layer: int, estimates: Sequence[Tensor], *, evaluates: bool
-) -> _Unmixed:
-    return _Unmixed()
