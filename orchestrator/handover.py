@@ -27,8 +27,8 @@ from orchestrator.catalog import (
     resolve_teacher,
     stored_influence,
 )
+from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed, UserError
-from orchestrator.procedure import Desk
 from orchestrator.settings import Settings
 from orchestrator.stages.evaluate import evaluate
 from orchestrator.stages.export import check_target, export

@@ -10,61 +10,39 @@ front.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from orchestrator.analysis.axes import Axes
-from orchestrator.analysis.report import WrittenReport
 from orchestrator.analysis.requested import requested_tasks
 from orchestrator.analysis.results import SweepResults
 from orchestrator.analysis.subject import open_subjects, short_names
-from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import (
     NO_CORRECTIONS,
     find_references,
-    newest_sweep,
     tokens_of,
 )
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
+from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import PlannedTrial, SweepPlan, iterations_plan, threshold_plan
 from orchestrator.provenance import environment
 from orchestrator.settings import EvaluationSettings, ModelSettings, Settings, flatten
+from orchestrator.showing import show_plan, show_report
 from orchestrator.stages.evaluate import evaluate
 from orchestrator.stages.influence import measure_influence
-from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining, pretrain
 from orchestrator.stages.report import write_report
 from orchestrator.stages.sweep import SweepOutcome, sweep
-from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
-from orchestrator.views import evaluation_table, plan_price, plan_table, tasks_with_other_items
-from orchestrator.workspace import Workspace
+from orchestrator.views import evaluation_table, tasks_with_other_items
 
 VANILLA = "vanilla"
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What every procedure works with."""
-
-    workspace: Workspace
-    """Where everything lives."""
-    tracking: Tracking
-    """Where runs are shown."""
-    progress: Progress
-    """Told what is going on."""
-    console: Console
-    """Where tables are printed."""
 
 
 def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
@@ -266,29 +244,6 @@ def _provenance(plan: SweepPlan) -> dict[str, Any]:
     }
 
 
-def show_report(written: WrittenReport, desk: Desk) -> None:
-    """Print a front's table, what it says, and where to look next."""
-    console = desk.console
-    table = terminal_table(written.report.front, width=console.width, title=written.report.title)
-    console.print()
-    console.print(table)
-    for sentence in written.report.sentences:
-        console.print(f"  {sentence}", markup=False)
-    console.print()
-    if written.page:
-        console.print(f"report: {written.page}", soft_wrap=True, markup=False)
-    console.print(
-        f"MLflow: iiet-orch ui --workspace {desk.workspace.root}", soft_wrap=True, markup=False
-    )
-
-
-def show_plan(plan: SweepPlan, desk: Desk) -> None:
-    """Print what a sweep would do: its trials, what is finished, what the rest costs."""
-    desk.console.print(plan_table(plan))
-    for line in plan_price(plan):
-        desk.console.print(f"  {line}", markup=False)
-
-
 def evaluate_and_show(
     settings: Settings,
     desk: Desk,
@@ -352,22 +307,3 @@ def _finished_teacher(settings: Settings, desk: Desk) -> Path:
             f"is not trained yet ({job.run_folder}); `iiet-orch pretrain` trains it"
         )
     return Path(outcome.checkpoint)
-
-
-def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) -> None:
-    """Write the report of one sweep, or of several on one front, again and show it.
-
-    Args:
-        desk: Workspace, tracking and terminal.
-        names: The sweeps; the newest one when empty.
-        axes: Which cost against which quality; evaluations against accuracy when unset.
-
-    Raises:
-        UserError: If there is no such sweep, or none at all.
-    """
-    names = list(dict.fromkeys(names)) or [newest_sweep(desk.workspace)]
-    if len(names) > 1:
-        show_report(write_overlay(desk.workspace, names, axes=axes), desk)
-    else:
-        written = write_report(desk.workspace, names[0], axes=axes, tracking=desk.tracking)
-        show_report(written, desk)

@@ -41,7 +41,7 @@ LAYERS = (
     "orchestrator.analysis",
     "orchestrator.trial_run orchestrator.views",
     "orchestrator.stages",
-    "orchestrator.ui orchestrator.procedure",
+    "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure",
     "orchestrator.handover",
     "orchestrator.cli",
     "benchmarks",

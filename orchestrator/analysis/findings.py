@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from orchestrator.analysis.bootstrap import LEVEL
 from orchestrator.analysis.pareto import KEPT_SHARE, Front, Placed
 from orchestrator.analysis.style import is_accuracy, title_of
-from orchestrator.analysis.texts import confidence_text, full_name, quality_text
+from orchestrator.analysis.texts import confidence_text, cost_text, full_name, quality_text
 
 COST_NOUNS = {
     "cost/evaluations": "evaluations",
@@ -130,7 +130,7 @@ def describe(front: Front, point: Placed, *, kept_share: float = KEPT_SHARE) -> 
     share = front.share(point)
     text = f"{full_name(front, point)} with {_quality(front, point)}"
     if full is not None and share is not None and full.cost:
-        part = f"{point.cost:.4g} of {full.cost:.4g}"
+        part = f"{cost_text(point.cost)} of {cost_text(full.cost)}"
         noun = COST_NOUNS.get(front.axes.cost, title_of(front.axes.cost))
         text += (
             f", {share:.1%} of the full model's, at {point.cost / full.cost:.0%} of its {noun} "

@@ -124,6 +124,7 @@ def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]
         "higher": [name for name in qualities if Axes(quality=name).higher_is_better],
         "percent": [n for n in numbers if is_accuracy(n.removesuffix("_stderr"))] + list(SHARES),
         "points": against_full if is_accuracy(front.axes.quality) else [],
+        "confidences": list(CONFIDENCES),
         "titles": {name: title_of(name) for name in numbers}
         | {"share_of_full": f"{title_of(front.axes.quality)}, share of full"}
         | {name: f"Difference to {front.basis.full}" for name in against_full if front.basis},

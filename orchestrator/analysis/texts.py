@@ -62,6 +62,11 @@ def range_text(interval: Interval, *, is_percent: bool) -> str:
     return f"{scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f}"
 
 
+def cost_text(cost: float) -> str:
+    """Return a cost with four digits, or in full where it is a number of thousands."""
+    return f"{cost:,.0f}" if 1000 <= cost < 1e7 else f"{cost:.4g}"
+
+
 def confidence_text(share: float | None) -> str:
     """Return a share of the draws with two digits; no number of draws makes a thing certain."""
     if share is None:
@@ -98,7 +103,7 @@ def hypervolume_text(front: Front) -> str:
     cost = title_of(front.axes.cost)
     cost = cost if cost[:2].isupper() else cost[0].lower() + cost[1:]
     return (
-        f"hypervolume {volume:.3f}, as a share of the box from 0 to {area.cost:.4g} ({cost}) "
+        f"hypervolume {volume:.3f}, as a share of the box from 0 to {cost_text(area.cost)} ({cost}) "
         f"and from {quality} {low} to the full model's {high}"
     )
 

@@ -19,7 +19,7 @@ def show_report(
     sweeps: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SWEEP]...",
+            metavar="SWEEP",
             help="Names of sweeps; the newest when left out, several on one front.",
         ),
     ] = None,
@@ -34,10 +34,10 @@ def show_report(
 ) -> None:
     """Write and show the front of a sweep, or of several: table, pictures, one HTML page."""
     with open_desk(workspace, "report", verbose=verbose) as desk:
-        from orchestrator import procedure
         from orchestrator.analysis.axes import named_axes
+        from orchestrator.showing import report_and_show
 
-        procedure.report_and_show(desk, sweeps or [], named_axes(cost, quality))
+        report_and_show(desk, sweeps or [], named_axes(cost, quality))
 
 
 @app.command(rich_help_panel="Results")

@@ -61,7 +61,7 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
 def open_desk(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Any]:
     """Open a session with MLflow's store, for commands that are more than one stage."""
     with open_session(workspace, command, verbose=verbose) as session:
-        from orchestrator.procedure import Desk
+        from orchestrator.desk import Desk
         from orchestrator.tracking import open_tracking
 
         tracking = open_tracking(session.workspace, warn=session.progress.note)

@@ -50,11 +50,12 @@ def sweep_threshold(
     with open_desk(workspace, "sweep-threshold", verbose=verbose) as desk:
         from orchestrator import procedure
         from orchestrator.catalog import resolve_teacher
+        from orchestrator.showing import show_plan
 
         teacher = resolve_teacher(desk.workspace, checkpoint)
         if dry_run:
             plan = procedure.plan_thresholds(settings, desk, teacher, name=name)
-            procedure.show_plan(plan, desk)
+            show_plan(plan, desk)
         else:
             procedure.sweep_thresholds(settings, desk, teacher, name=name)
 
@@ -86,9 +87,10 @@ def sweep_iterations(
     )
     with open_desk(workspace, "sweep-iterations", verbose=verbose) as desk:
         from orchestrator import procedure
+        from orchestrator.showing import show_plan
 
         if dry_run:
-            procedure.show_plan(procedure.plan_iterations(settings, desk, name=name), desk)
+            show_plan(procedure.plan_iterations(settings, desk, name=name), desk)
         else:
             procedure.sweep_iterations(settings, desk, name=name)
 

@@ -18,9 +18,9 @@ from orchestrator.analysis.choice import Rule
 from orchestrator.analysis.results import SweepResults
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
+from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.handover import export_model, pick_model
-from orchestrator.procedure import Desk
 from orchestrator.settings import read_settings
 from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint

@@ -88,7 +88,7 @@ function hoverable(group, row, tip, holder, x, y) {
     tip.append(title, table);
     tip.hidden = false;
     const scale = holder.clientWidth / WIDTH;
-    const left = Math.min(x * scale + 14, holder.clientWidth - tip.offsetWidth - 4);
+    const left = Math.min(x * scale + 14, holder.clientWidth - tip.offsetWidth);
     const above = y * scale - tip.offsetHeight - 12;
     tip.style.left = Math.max(left, 0) + "px";
     tip.style.top = (above > 0 ? above : y * scale + 16) + "px";

@@ -34,11 +34,14 @@ function short(value) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
   if (size && (size >= 1e5 || size < 1e-3)) return value.toExponential(2).replace("e+", "e");
-  return String(Number(value.toPrecision(4)));
+  return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(4)));
 }
 
 function shown(name, value) {
   if (value === null || value === undefined) return "";
+  // No number of draws makes a thing certain.
+  if (data.confidences.includes(name))
+    return value > 0.99 ? ">0.99" : value < 0.01 ? "<0.01" : value.toFixed(2);
   if (data.points.includes(name)) return (100 * value).toFixed(1);
   return data.percent.includes(name) ? (100 * value).toFixed(1) + "%" : short(value);
 }

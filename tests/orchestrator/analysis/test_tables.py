@@ -17,7 +17,7 @@ from orchestrator.analysis.pareto import Front, find_front
 from orchestrator.analysis.rows import csv_text, full_rows, json_text
 from orchestrator.analysis.tables import markdown_table, terminal_table
 from orchestrator.analysis.task_tables import markdown_of_table, task_tables
-from orchestrator.analysis.texts import confidence_text, short_schedule
+from orchestrator.analysis.texts import confidence_text, cost_text, short_schedule
 from orchestrator.trial import TrialResult
 
 
@@ -134,6 +134,16 @@ def test_confidence_has_columns_that_go_first(sure_front: Front) -> None:
 
 def test_certainty_is_never_claimed() -> None:
     assert [confidence_text(p) for p in (None, 0.0, 0.62, 1.0)] == ["", "<0.01", "0.62", ">0.99"]
+
+
+def test_costs_read_as_people_write_them() -> None:
+    assert [cost_text(cost) for cost in (11.0, 6.2745, 16384.0, 8.94e6, 2.5e9)] == [
+        "11",
+        "6.274",
+        "16,384",
+        "8,940,000",
+        "2.5e+09",
+    ]
 
 
 def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front) -> None:

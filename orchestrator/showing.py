@@ -1,0 +1,57 @@
+"""What a procedure prints at its end: a front with what it says, or a plan with its price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.report import WrittenReport
+from orchestrator.analysis.tables import terminal_table
+from orchestrator.catalog import newest_sweep
+from orchestrator.desk import Desk
+from orchestrator.plan import SweepPlan
+from orchestrator.stages.overlay import write_overlay
+from orchestrator.stages.report import write_report
+from orchestrator.views import plan_price, plan_table
+
+
+def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) -> None:
+    """Write the report of one sweep, or of several on one front, again and show it.
+
+    Args:
+        desk: Workspace, tracking and terminal.
+        names: The sweeps; the newest one when empty.
+        axes: Which cost against which quality; evaluations against accuracy when unset.
+
+    Raises:
+        UserError: If there is no such sweep, or none at all.
+    """
+    names = list(dict.fromkeys(names)) or [newest_sweep(desk.workspace)]
+    if len(names) > 1:
+        show_report(write_overlay(desk.workspace, names, axes=axes), desk)
+    else:
+        written = write_report(desk.workspace, names[0], axes=axes, tracking=desk.tracking)
+        show_report(written, desk)
+
+
+def show_report(written: WrittenReport, desk: Desk) -> None:
+    """Print a front's table, what it says, and where to look next."""
+    console = desk.console
+    table = terminal_table(written.report.front, width=console.width, title=written.report.title)
+    console.print()
+    console.print(table)
+    for sentence in written.report.sentences:
+        console.print(f"  {sentence}", markup=False)
+    console.print()
+    if written.page:
+        console.print(f"report: {written.page}", soft_wrap=True, markup=False)
+    console.print(
+        f"MLflow: iiet-orch ui --workspace {desk.workspace.root}", soft_wrap=True, markup=False
+    )
+
+
+def show_plan(plan: SweepPlan, desk: Desk) -> None:
+    """Print what a sweep would do: its trials, what is finished, what the rest costs."""
+    desk.console.print(plan_table(plan))
+    for line in plan_price(plan):
+        desk.console.print(f"  {line}", markup=False)
