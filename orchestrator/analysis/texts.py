@@ -103,8 +103,8 @@ def hypervolume_text(front: Front) -> str:
     cost = title_of(front.axes.cost)
     cost = cost if cost[:2].isupper() else cost[0].lower() + cost[1:]
     return (
-        f"hypervolume {volume:.3f}, as a share of the box from 0 to {cost_text(area.cost)} ({cost}) "
-        f"and from {quality} {low} to the full model's {high}"
+        f"hypervolume {volume:.3f}, as a share of the box from 0 to {cost_text(area.cost)} "
+        f"({cost}) and from {quality} {low} to the full model's {high}"
     )
 
 
