@@ -74,9 +74,9 @@ def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
     Args:
         evaluations: Name of the model to what was measured; the tasks may differ.
     """
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("task")
-    table.add_column("metric")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
     for name in evaluations if len(evaluations) > 1 else ["value ± error"]:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("items", justify="right")
@@ -105,7 +105,14 @@ def _metric_cell(metrics: Mapping[str, float], name: str) -> str:
     if name not in metrics:
         return ""
     error = metrics.get(name + STDERR)
-    return f"{metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    # Held together, so that narrow terminals fold the names and not the numbers.
+    return _number(metrics[name]) + ("" if error is None else f"\u00a0±\u00a0{_number(error)}")
+
+
+def _number(value: float) -> str:
+    if abs(value) < 10:
+        return f"{value:.4f}"
+    return f"{value:.1f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def tasks_with_other_items(evaluations: Sequence[EvaluationResult]) -> list[str]:

@@ -140,12 +140,13 @@ def _check(
     problems = [f"{k} must be at least {n}, got {v}" for k, (v, n) in smallest.items() if v < n]
     if not decoders:
         problems.append("there is no model to measure")
-    for name, decoder in decoders.items():
-        if prompt_tokens + new_tokens > decoder.config.context_length:
-            problems.append(
-                f"{name} reads {decoder.config.context_length} tokens, not the "
-                f"{prompt_tokens} + {new_tokens} of prompt and new tokens"
-            )
+    longest = min((d.config.context_length for d in decoders.values()), default=0)
+    if decoders and prompt_tokens + new_tokens > longest:
+        short = next(n for n, d in decoders.items() if d.config.context_length == longest)
+        problems.append(
+            f"{short} reads {longest} tokens, not the {prompt_tokens} + {new_tokens} of prompt and "
+            "new tokens"
+        )
     if problems:
         raise UserError("benchmark: " + "; ".join(problems))
 

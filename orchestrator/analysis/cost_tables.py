@@ -124,9 +124,13 @@ def _condition(cost: MeasuredCost) -> str:
 
 
 def _with_ends(costs: Sequence[MeasuredCost]) -> list[tuple[MeasuredCost, bool]]:
-    """Pair each with whether it is the last of its condition."""
+    """Pair each with whether it is the last of several under its condition."""
+    has_several = len({cost.model for cost in costs}) > 1
     following = [*map(_condition, costs[1:]), None]
-    return [(cost, _condition(cost) != after) for cost, after in zip(costs, following, strict=True)]
+    return [
+        (cost, has_several and _condition(cost) != after)
+        for cost, after in zip(costs, following, strict=True)
+    ]
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -94,6 +94,8 @@ def open_subject(path: Path, schedule: str | IterationSchedule | None = None) ->
         UserError: If there is no model, it is damaged, or the schedule does not fit.
     """
     path = path.expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
     values = _config_values(path)
     if any(key in values for key in _FOREIGN_KEYS):
         return _foreign(path, values, schedule)
