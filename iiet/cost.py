@@ -39,7 +39,8 @@ class InferenceCost:
     kv_bytes_per_token: int
     """Keys and values that decoding stores for each token."""
     weight_bytes_per_token: int
-    """Weights read to decode one token when no cache keeps any: a field once per evaluation."""
+    """Weights read to decode one token when no cache keeps any: a field once per evaluation. The
+    method's own (norms, mix, gates) are left out, under a thousandth at the published sizes."""
     num_parameters: int
     """All parameters, the method's own included; the same for all schedules."""
 

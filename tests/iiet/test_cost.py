@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from iiet.cache import KeyValueCache
@@ -87,6 +89,89 @@ def test_iiet_by_hand():
     assert cost.kv_bytes_per_token == 6 * 2 * 4 * 4
     last = inference_cost(config, bytes_per_value=2, kv_strategy="last")
     assert last.kv_bytes_per_token == 3 * 2 * 4 * 2
+
+
+# Counted by hand for SMALL under (2, 0, 1), at 10 tokens. An evaluation: 960 operations for its
+# matrices, 320 for a token that sees 10, 176 for the mean one of a prompt, which sees 5.5; the head
+# 800, of which a prompt's token has a tenth. A field has 496 values, a token reads 416 beside them.
+# Columns: evaluations, decode FLOPs, prefill FLOPs, KV bytes, weight bytes, parameters.
+BY_HAND = {
+    "vanilla": (3, 3 * 1280 + 800, 3 * 1136 + 80, 96, 7616, 1896),
+    "iiet": (6, 6 * 1280 + 800 + 256, 6 * 1136 + 80 + 256, 192, 13568, 1896 + 32 + 96),
+    "pcformer": (9, 9 * 1280 + 800 + 288, 9 * 1136 + 80 + 288, 288, 19520, 1896 + 32 + 96 + 33),
+    "pcformer_rk4": (
+        15, 15 * 1280 + 800 + 288, 15 * 1136 + 80 + 288, 480, 31424, 1896 + 32 + 96 + 65,
+    ),
+    "ode_rk2": (6, 6 * 1280 + 800, 6 * 1136 + 80, 192, 13568, 1896),
+    "ode_rk4": (12, 12 * 1280 + 800, 12 * 1136 + 80, 384, 25472, 1896),
+    "ode_rk2_gated": (6, 6 * 1280 + 800, 6 * 1136 + 80, 192, 13568, 1896 + 51),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_by_hand(method):
+    cost = inference_cost(small(method), context_length=10)
+    assert (
+        cost.evaluations_per_token,
+        cost.decode_flops_per_token,
+        cost.prefill_flops_per_token,
+        cost.kv_bytes_per_token,
+        cost.weight_bytes_per_token,
+        cost.num_parameters,
+    ) == BY_HAND[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_reading_a_prompt_equals_what_pytorch_counts(method, tied):
+    config, time = dataclasses.replace(small(method), tie_embeddings=tied), 7
+    decoder = Decoder(config)
+    cache = KeyValueCache(config, batch_size=2, max_tokens=time)
+    prompt = torch.zeros(2, time, dtype=torch.long)
+    counted = counted_flops(lambda: decoder(prompt, cache=cache, last_only=True))
+    cost = inference_cost(config, context_length=time)
+    unseen = cost.evaluations_per_token * 4 * 8 * (time - (time + 1) / 2)
+    expected = cost.prefill_flops_per_token + unseen - sums_by_hand(method)
+    # The head runs for one token, in PyTorch's count and, spread over the prompt, in this one.
+    assert counted == pytest.approx(2 * time * expected, rel=1e-12)
+
+
+class ReadWeights(TorchDispatchMode):
+    """Adds up the bytes of the parameters that operations take, views of them included."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.owners = {p.untyped_storage().data_ptr() for p in parameters}
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view:
+            return result
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and self.owns(tensor):
+                # Looking up one token reads one row.
+                reads_row = "embedding" in str(function) or "index_select" in str(function)
+                self.num_bytes += result.nbytes if reads_row else tensor.nbytes
+        return result
+
+    def owns(self, tensor):
+        return tensor.untyped_storage().data_ptr() in self.owners
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_bytes_equal_what_a_decoding_step_reads(method, tied):
+    config = dataclasses.replace(small(method), tie_embeddings=tied)
+    decoder = Decoder(config).eval()
+    cache = KeyValueCache(config, batch_size=1, max_tokens=4)
+    # The method's own few values (norms, mix, gates) are left out of the count.
+    parameters = [p for n, p in decoder.named_parameters() if not n.startswith("method.")]
+    with torch.no_grad():
+        decoder(torch.zeros(1, 3, dtype=torch.long), cache=cache)
+        with ReadWeights(parameters) as read:
+            decoder(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+    assert read.num_bytes == inference_cost(config).weight_bytes_per_token
 
 
 @pytest.mark.parametrize("method", METHODS)
