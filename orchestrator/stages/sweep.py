@@ -14,11 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from orchestrator.analysis.benchmark import decode_milliseconds
+from orchestrator.analysis.benchmark import decode_milliseconds, threads
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
@@ -206,7 +204,8 @@ def _decode_times(
     if known.get("state") != state:
         decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
         progress.start("time per token", len(decoders) * REPETITIONS)
-        with _one_thread():
+        # One row at a time is too little work to share: more threads only wait for each other.
+        with threads(1):
             timings = decode_milliseconds(
                 decoders,
                 prompt_tokens=PROMPT_TOKENS,
@@ -224,14 +223,3 @@ def _decode_times(
         slowest = max(t.median for t in timings.values())
         progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
     return {trial.key: known["milliseconds"][shapes[trial.key]] for trial in trials}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # One row at a time is too little work to share: more threads only wait for each other.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)

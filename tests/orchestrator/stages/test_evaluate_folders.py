@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ doc_to_choice: endings
 doc_to_target: label
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """,
+    "splits": """\
+output_type: loglikelihood
+doc_to_text: "{{parts[0]}}"
+doc_to_target: "{{parts[1]}}"
+target_delimiter: ""
+metric_list: [{metric: acc}]
+""",
     "opening": """\
 output_type: loglikelihood
 doc_to_text: ""
@@ -57,8 +65,10 @@ def read(**settings):
     words = ["bag", "fog", "hen", "pig", "cab", "deed"]
     rows = [
         {"context": f"a {w} and the {w} had", "endings": [f"{w} gone", "end", "fed a dog"],
-         "label": 0}
+         "label": 0, "parts": parts}
         for w in words
+        # One text, cut in two places: a cache of logits by text alone confuses them.
+        for parts in ([f"a {w} and", " the bag had"], [f"a {w}", " and the bag had"])
     ]
     return {"test": datasets.Dataset.from_list(rows)}
 """
@@ -252,6 +262,15 @@ def with_code(folder: Path) -> None:
     (folder / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
 
 
+def with_code_that_runs(folder: Path) -> None:
+    with_code(folder)
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+
+
 def with_missing_weights(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -293,3 +312,27 @@ def test_a_llama_has_no_schedule_and_its_key_follows_its_files(folder: Path) -> 
     assert open_subject(moved).key == before
     (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
     assert open_subject(moved).key != before
+
+
+def test_trusted_code_of_a_folder_runs(
+    folder: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from transformers import dynamic_module_utils
+
+    modules = tmp_path / "modules"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr("sys.path", [*sys.path, str(modules)])
+    plain = evaluate(folder, settings, workspace)
+    with_code_that_runs(folder)
+    subject = open_subject(folder)
+    assert (subject.architecture, subject.config) == ("own", None)
+    own = evaluate(folder, settings, workspace, trust_remote_code=True)
+    for name, result in plain.results.items():
+        for one, other in zip(
+            result.log_likelihoods, own.results[name].log_likelihoods, strict=True
+        ):
+            assert one == pytest.approx(other, abs=2e-3)
