@@ -63,7 +63,7 @@ def share_table(costs: Sequence[MeasuredCost], part: str) -> Table:
         part: Which time: a key of `MeasuredCost.shares`.
     """
     table = _table(f"Share of the full model's time, {part}, in percent")
-    for title in ("measured", f"by {PREDICTION}", "off", f"by {SIMPLEST}", "off"):
+    for title in ("measured", f"by {PREDICTION}", "off", "by evals", "off"):
         table.add_column(title, justify="right", min_width=max(map(len, title.split())))
     for cost, ends in _with_ends(costs):
         share = cost.shares[part]
