@@ -33,9 +33,11 @@ def attend(
         (batch, heads, time, head_dim).
     """
     group = queries.size(1) // keys.size(1)
-    if group > 1 and not _SHARES_HEADS:
-        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    shared = {"enable_gqa": True} if group > 1 and _SHARES_HEADS else {}
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=is_causal, **shared
-    )
+    if group == 1:
+        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal)
+    if _SHARES_HEADS:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=is_causal, enable_gqa=True
+        )
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal)

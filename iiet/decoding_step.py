@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iiet.attend import attend
-from iiet.linear import MAX_ROWS, few_rows_product
+from iiet.linear import MAX_ROWS, add_few_rows_product, few_rows_product
 from iiet.norm import normalize
 from iiet.rope import rotate_
 
@@ -58,17 +58,14 @@ def evaluate_token(field: Field, x: Tensor, context: AttentionContext, slot: int
     # With one token, heads before time is the same memory as time before heads.
     heads = qkv.view(batch, -1, 1, attention.head_dim)
     rotate_(heads.narrow(1, 0, num_heads + num_kv_heads), context.rope.cos, context.rope.sin)
+    queries, keys, values = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
     assert context.cache is not None
-    keys, values = context.cache.update(
-        heads.narrow(1, num_heads, num_kv_heads),
-        heads.narrow(1, num_heads + num_kv_heads, num_kv_heads),
-        slot,
-    )
+    keys, values = context.cache.update(keys, values, slot)
     if keys.size(2) != context.total:
         keys, values = keys[:, :, : context.total], values[:, :, : context.total]
-    mixed = attend(heads.narrow(1, 0, num_heads), keys, values, mask=context.mask)
-    u = x + few_rows_product(mixed, attention.out.weight, batch).view_as(x)
+    mixed = attend(queries, keys, values, mask=context.mask)
+    u = add_few_rows_product(x, mixed, attention.out.weight, batch)
     normed = normalize(u, field.feed_forward_norm.weight, field.norm_eps)
     gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
     inner = F.silu(gate).mul_(up)
-    return u + few_rows_product(inner, network.down.weight, batch).view_as(x)
+    return add_few_rows_product(u, inner, network.down.weight, batch)

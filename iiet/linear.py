@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MAX_ROWS", "few_rows_product"]
+__all__ = ["MAX_ROWS", "add_few_rows_product", "few_rows_product"]
 
 MAX_ROWS: Final = 8
 """Up to so many rows this is worth while; above, `F.linear` is as fast."""
@@ -37,3 +37,20 @@ def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
     if rows > MAX_ROWS // 2 and weight.size(0) < weight.size(1):
         return F.linear(x, weight)
     return torch.mm(weight, x.t()).t().contiguous()
+
+
+def add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Compute `base + x @ weight.T`, in one operation for one row.
+
+    Args:
+        base: (rows, 1, out).
+        x: as for `few_rows_product`.
+        weight: (out, in).
+        rows: at most `MAX_ROWS`.
+
+    Returns:
+        (rows, 1, out).
+    """
+    if rows == 1:
+        return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
+    return base + few_rows_product(x, weight, rows).view_as(base)
