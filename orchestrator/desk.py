@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from rich.console import Console
 
 from orchestrator.console import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace import Workspace
 
 
@@ -17,9 +18,18 @@ class Desk:
 
     workspace: Workspace
     """Where everything lives."""
-    tracking: Tracking
-    """Where runs are shown."""
     progress: Progress
     """Told what is going on."""
     console: Console
     """Where tables are printed."""
+
+    @cached_property
+    def tracking(self) -> Tracking:
+        """Where runs are shown; opened at first use, so that a mistake is answered before a
+        database is made, which takes seconds.
+
+        Raises:
+            UserError: From its first use: MLflow does not know the store's address, or a local
+                store is damaged.
+        """
+        return open_tracking(self.workspace, warn=self.progress.note)

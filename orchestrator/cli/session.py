@@ -59,10 +59,8 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
 
 @contextmanager
 def open_desk(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Any]:
-    """Open a session with MLflow's store, for commands that are more than one stage."""
+    """Open a session with MLflow's store, for commands that track what they do."""
     with open_session(workspace, command, verbose=verbose) as session:
         from orchestrator.desk import Desk
-        from orchestrator.tracking import open_tracking
 
-        tracking = open_tracking(session.workspace, warn=session.progress.note)
-        yield Desk(session.workspace, tracking, session.progress, session.console)
+        yield Desk(session.workspace, session.progress, session.console)

@@ -22,7 +22,6 @@ from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.handover import export_model, pick_model
 from orchestrator.settings import read_settings
-from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import open_workspace
@@ -32,8 +31,7 @@ from orchestrator.workspace import open_workspace
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     # One store for all tests of the module: making a database takes seconds.
     workspace = open_workspace(tmp_path_factory.mktemp("workspace"))
-    tracking = open_tracking(workspace, warn=pytest.fail)
-    return Desk(workspace, tracking, Progress(), Console(quiet=True))
+    return Desk(workspace, Progress(), Console(quiet=True))
 
 
 def checkpoint_of(desk: Desk, name: str, model: dict[str, Any], tokens: Path, seed: int) -> Path:
