@@ -7,7 +7,7 @@ objective never applied; training without a teacher is `kl_weight=0`, which runs
 
 Cost per step: the student's forward and backward, and the teacher's forward.
 Source: IIAD (IIET paper), weight, temperature and the window of steps from the authors' code;
-reverse and Jensen-Shannon divergence and the hidden-state term: this project.
+reverse and Jensen-Shannon divergence, the coarse one and the hidden-state term: this project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from iiet.losses import DivergenceKind, hidden_state_error, kl_divergence, next_token_loss
+from iiet.coarsening import CoarseDistribution, coarsen
+from iiet.losses import (
+    DivergenceKind,
+    coarse_kl_divergence,
+    hidden_state_error,
+    kl_divergence,
+    next_token_loss,
+)
 
 __all__ = ["DistillationConfig", "distillation_loss", "frozen_teacher"]
 
@@ -39,6 +46,9 @@ class DistillationConfig:
     """Softens both distributions of the divergence; above 0."""
     divergence: DivergenceKind = "forward"
     """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
+    top_k: int | None = None
+    """Compare the teacher's likeliest tokens, this many, and all others as one bucket; None: each
+    token. Forward divergence only."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
@@ -58,6 +68,11 @@ class DistillationConfig:
             problems.append(
                 f"divergence must be one of {get_args(DivergenceKind)}, got {self.divergence!r}"
             )
+        if self.top_k is not None and (self.top_k < 1 or self.divergence != "forward"):
+            problems.append(
+                "top_k must be at least 1 and goes with divergence 'forward', "
+                f"got {self.top_k} and {self.divergence!r}"
+            )
         if self.end_step is not None and self.end_step < self.start_step:
             problems.append(
                 f"end_step must not lie before start_step={self.start_step}, got {self.end_step}"
@@ -73,7 +88,8 @@ class DistillationConfig:
 
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
-A decoder, one wrapped for several workers, or anything that looks up a teacher's stored logits."""
+A decoder, one wrapped for several workers, or anything that looks up what a teacher once said:
+logits, or their `CoarseDistribution`."""
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -94,6 +110,7 @@ def distillation_loss(
     *,
     config: DistillationConfig,
     step: int = 0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute `cross_entropy + kl_weight * KL(teacher || student) + hidden_weight * error`.
 
@@ -104,47 +121,67 @@ def distillation_loss(
         input_ids: (batch, time) of integers.
         config: weights, temperature, divergence and window.
         step: the training step, counted from 0, for the window.
+        mask: (batch, time) of bool, false for padding: the tokens that count as targets of the
+            cross-entropy and as positions of the other terms; all when not given.
 
     Returns:
-        The loss, a scalar, and its unweighted parts `cross_entropy`, `kl` and `hidden` (those that
-        count at this step), detached scalars on the model's device.
+        The loss, a scalar, 0 when no token counts, and its unweighted parts `cross_entropy`, `kl`
+        and `hidden` (those that count at this step), detached scalars on the model's device.
 
     Raises:
-        ValueError: the teacher has a say and is None.
+        ValueError: the teacher has a say and is None, or its answers are coarser than the config
+            asks for.
     """
     if not config.uses_teacher(step):
-        loss = next_token_loss(student(input_ids), input_ids)
+        loss = next_token_loss(student(input_ids), input_ids, mask=mask)
         return loss, {"cross_entropy": loss.detach()}
     if teacher is None:
         raise ValueError(
             f"step {step} needs a teacher, got None; set kl_weight and hidden_weight 0"
         )
     with_hidden = config.hidden_weight > 0
-    teacher_logits, teacher_hidden = _run_teacher(teacher, input_ids, with_hidden)
+    answer, teacher_hidden = _run_teacher(teacher, input_ids, with_hidden)
     logits, hidden = _run(student, input_ids, with_hidden)
 
     parts: dict[str, Tensor] = {}
     loss = logits.new_zeros((), dtype=torch.float32)
     if config.kl_weight > 0:
-        parts["kl"] = kl_divergence(
-            teacher_logits,
-            logits,
-            temperature=config.temperature,
-            kind=config.divergence,
-        )
+        parts["kl"] = _divergence(answer, logits, config, mask)
         loss = loss + config.kl_weight * parts["kl"]
     # With a large vocabulary these logits weigh more than the model: free them before the
     # cross-entropy stores a tensor of the same size.
-    del teacher_logits
+    del answer
     if with_hidden:
-        parts["hidden"] = hidden_state_error(teacher_hidden, hidden)
+        parts["hidden"] = hidden_state_error(teacher_hidden, hidden, mask=mask)
         loss = loss + config.hidden_weight * parts["hidden"]
-    parts["cross_entropy"] = next_token_loss(logits, input_ids)
+    parts["cross_entropy"] = next_token_loss(logits, input_ids, mask=mask)
     loss = loss + parts["cross_entropy"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _divergence(
+    answer: Tensor | CoarseDistribution,
+    logits: Tensor,
+    config: DistillationConfig,
+    mask: Tensor | None,
+) -> Tensor:
+    if isinstance(answer, Tensor):
+        if config.top_k is None:
+            return kl_divergence(
+                answer, logits, temperature=config.temperature, kind=config.divergence, mask=mask
+            )
+        answer = coarsen(answer, config.top_k, temperature=config.temperature)
+    num_wanted = min(config.top_k or logits.shape[-1], logits.shape[-1])
+    num_found = answer.ids.shape[-1]
+    if (num_found, answer.temperature) != (num_wanted, config.temperature):
+        raise ValueError(
+            f"the teacher's answers hold {num_found} tokens at temperature {answer.temperature}, "
+            f"the loss wants {num_wanted} at {config.temperature}; they must be made for this loss"
+        )
+    return coarse_kl_divergence(answer, logits, mask=mask)
+
+
+def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Any, tuple[Tensor, ...]]:
     if not with_hidden:
         return model(input_ids), ()
     logits, hidden = model(input_ids, return_hidden=True)
@@ -153,7 +190,7 @@ def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Tensor, tu
 
 def _run_teacher(
     teacher: Model, input_ids: Tensor, with_hidden: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Any, tuple[Tensor, ...]]:
     if isinstance(teacher, nn.Module) and teacher.training:
         teacher.eval()
     with torch.no_grad():

@@ -12,14 +12,22 @@ Source: Hinton et al. 2015 (temperature and its square); this project (gradients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["DivergenceKind", "hidden_state_error", "kl_divergence", "next_token_loss"]
+from iiet.coarsening import CoarseDistribution, log_buckets
+
+__all__ = [
+    "DivergenceKind",
+    "coarse_kl_divergence",
+    "hidden_state_error",
+    "kl_divergence",
+    "next_token_loss",
+]
 
 DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
@@ -27,6 +35,10 @@ DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 # the logits of a training step.
 CHUNK_ELEMENTS = 1 << 21
 IGNORED = -100
+
+Compare = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""(rows, the student's logits / T of these rows) -> divergence of each row, its slope (its gradient
+with respect to logits / T)."""
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -90,18 +102,58 @@ def kl_divergence(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if kind not in get_args(DivergenceKind):
         raise ValueError(f"divergence must be one of {get_args(DivergenceKind)}, got {kind!r}")
-    counts = torch.ones(student_logits.shape[:-1], device=student_logits.device)
-    if mask is not None:
-        counts = counts * mask
-    keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    divergence: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits, teacher_logits.detach(), counts, temperature, kind, keep_gradient
-    )
-    return divergence
+    theirs = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+
+    def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(_at_least_float32(theirs[rows]) / temperature, dim=-1)
+        return _DIVERGENCES[kind](log_p, torch.log_softmax(scaled, dim=-1))
+
+    return _mean_divergence(student_logits, compare, temperature, mask)
+
+
+def coarse_kl_divergence(
+    teacher: CoarseDistribution, student_logits: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """Compute the mean KL(teacher || student) per token over the teacher's buckets, times T^2.
+
+    The student's tokens fall into the same k + 1 buckets, at the teacher's temperature T. Not above
+    the forward `kl_divergence` of the full distributions, and equal to it with a bucket for each
+    token.
+
+    Args:
+        teacher: k likeliest tokens and their tail.
+        student_logits: (batch, time, vocab).
+        mask: (batch, time) of bool, the positions whose distributions count; all when not given.
+
+    Returns:
+        A scalar of at least 0; 0 when no position counts.
+
+    Raises:
+        ValueError: teacher and student hold different numbers of tokens, or the teacher more
+        buckets than the vocabulary.
+    """
+    num_top = teacher.ids.shape[-1]
+    if teacher.ids.shape[:-1] != student_logits.shape[:-1] or num_top > student_logits.shape[-1]:
+        raise ValueError(
+            f"the teacher has {num_top} likeliest tokens at {tuple(teacher.ids.shape[:-1])} "
+            f"positions, the student logits of shape {tuple(student_logits.shape)}; "
+            "they need the same tokens and vocabulary"
+        )
+    ids = teacher.ids.long().reshape(-1, num_top)
+    log_p = torch.cat([teacher.log_probs, teacher.log_tail.unsqueeze(-1)], dim=-1).detach()
+    log_p = log_p.reshape(-1, num_top + 1)
+
+    def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward_over_buckets(ids[rows], log_p[rows].to(scaled.dtype), scaled)
+
+    return _mean_divergence(student_logits, compare, teacher.temperature, mask)
 
 
 def hidden_state_error(
-    teacher_hidden: Sequence[Tensor], student_hidden: Sequence[Tensor]
+    teacher_hidden: Sequence[Tensor],
+    student_hidden: Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean over layers of `|h_student - h_teacher|^2 / |h_teacher|^2`.
 
@@ -110,9 +162,10 @@ def hidden_state_error(
     Args:
         teacher_hidden: one (batch, time, dim) per layer; never receives a gradient.
         student_hidden: the same shapes.
+        mask: (batch, time) of bool, the positions that count; all when not given.
 
     Returns:
-        A scalar of at least 0, exactly 0 with a zero gradient at equality.
+        A scalar of at least 0, exactly 0 with a zero gradient at equality or when none counts.
 
     Raises:
         ValueError: the two have different numbers of layers, or none.
@@ -125,9 +178,27 @@ def hidden_state_error(
     errors = []
     for theirs, ours in zip(teacher_hidden, student_hidden, strict=True):
         target = _at_least_float32(theirs.detach())
+        difference = _at_least_float32(ours) - target
+        if mask is not None:
+            ignored = ~mask.bool().unsqueeze(-1)
+            target = target.masked_fill(ignored, 0)
+            difference = difference.masked_fill(ignored, 0)
         size = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
-        errors.append((_at_least_float32(ours) - target).square().sum() / size)
+        errors.append(difference.square().sum() / size)
     return torch.stack(errors).mean()
+
+
+def _mean_divergence(
+    student_logits: Tensor, compare: Compare, temperature: float, mask: Tensor | None
+) -> Tensor:
+    counts = torch.ones(student_logits.shape[:-1], device=student_logits.device)
+    if mask is not None:
+        counts = counts * mask
+    keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    divergence: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
+        student_logits, compare, counts, temperature, keep_gradient
+    )
+    return divergence
 
 
 class _MeanDivergence(torch.autograd.Function):
@@ -137,14 +208,13 @@ class _MeanDivergence(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        compare: Compare,
         counts: Tensor,
         temperature: float,
-        kind: DivergenceKind,
         keep_gradient: bool,
     ) -> Tensor:
         vocab = student.shape[-1]
-        theirs, ours = teacher.reshape(-1, vocab), student.reshape(-1, vocab)
+        ours = student.reshape(-1, vocab)
         counted = counts.flatten() > 0
         values = ours.new_zeros(len(ours), dtype=torch.promote_types(ours.dtype, torch.float32))
         num_counted = counted.sum().clamp(min=1).to(values)
@@ -152,9 +222,7 @@ class _MeanDivergence(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // vocab)
         for start in range(0, len(ours), chunk):
             part = slice(start, start + chunk)
-            log_p = torch.log_softmax(_at_least_float32(theirs[part]) / temperature, dim=-1)
-            log_q = torch.log_softmax(_at_least_float32(ours[part]) / temperature, dim=-1)
-            value, slope = _DIVERGENCES[kind](log_p, log_q)
+            value, slope = compare(part, _at_least_float32(ours[part]) / temperature)
             # Rounding can take a tiny divergence below zero. Masked positions may hold NaN, which
             # a product would spread.
             values[part] = value.clamp(min=0).masked_fill(~counted[part], 0)
@@ -170,7 +238,7 @@ class _MeanDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None, None, None
+        return gradient * upstream.to(gradient.dtype), None, None, None, None
 
 
 def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,6 +268,18 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}
+
+
+def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) over buckets; its slope is q_v - p_v in a bucket of one token, and in the tail
+    q_v (1 - p_tail / q_tail): the tail's own token by token, moved as one."""
+    log_q = log_buckets(scaled, ids)
+    p = log_p.exp()
+    # expm1 is exactly 0 at equality, which a difference of rounded exponentials need not be.
+    tail = -torch.expm1(log_p[:, -1:] - log_q[:, -1:])
+    slope = _product(torch.softmax(scaled, dim=-1), tail)
+    slope.scatter_(-1, ids, (log_q.exp() - p)[:, :-1])
+    return _expected(p, log_p - log_q), slope
 
 
 def _product(probability: Tensor, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from iiet.coarsening import coarsen
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
@@ -146,6 +147,59 @@ def test_distillation_pulls_the_student_to_its_teacher():
     assert divergences[-1] < 0.3 * divergences[0]
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_padding_changes_nothing(top_k):
+    teacher, student = teacher_and_student()
+    config = DistillationConfig(hidden_weight=0.5, top_k=top_k)
+    padded = torch.cat([TOKENS, torch.zeros(len(TOKENS), 4, dtype=torch.long)], dim=1)
+    mask = torch.arange(padded.shape[1]).expand_as(padded) < TOKENS.shape[1]
+    results = []
+    for tokens, counted in ((TOKENS, None), (TOKENS, torch.ones_like(TOKENS) > 0), (padded, mask)):
+        student.zero_grad()
+        loss, _ = distillation_loss(student, teacher, tokens, config=config, mask=counted)
+        loss.backward()
+        results.append(
+            [loss, *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
+        )
+    plain, all_counted, with_padding = results
+    torch.testing.assert_close(all_counted, plain, rtol=0, atol=0)
+    torch.testing.assert_close(with_padding, plain)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
+def test_without_a_token_that_counts_the_loss_is_zero_and_flat(kl_weight):
+    teacher, student = teacher_and_student()
+    loss, parts = distillation_loss(
+        student,
+        teacher,
+        TOKENS,
+        config=DistillationConfig(kl_weight=kl_weight, hidden_weight=kl_weight),
+        mask=torch.zeros_like(TOKENS) > 0,
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert all(part.item() == 0 for part in parts.values())
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.abs().max() == 0 for gradient in gradients)
+
+
+def test_coarse_answers_teach_the_same_whoever_makes_them():
+    teacher, student = teacher_and_student()
+    config = DistillationConfig(top_k=4, temperature=2.0)
+    live, _ = distillation_loss(student, teacher, TOKENS, config=config)
+    stored = coarsen(teacher(TOKENS), 4, temperature=2.0)
+    looked_up, _ = distillation_loss(student, lambda _: stored, TOKENS, config=config)
+    assert looked_up.item() == live.item()
+    for other in (
+        DistillationConfig(top_k=5, temperature=2.0),
+        DistillationConfig(top_k=4),
+        DistillationConfig(temperature=2.0),
+    ):
+        with pytest.raises(ValueError, match="made for this loss"):
+            distillation_loss(student, lambda _: stored, TOKENS, config=other)
+
+
 def test_low_precision_and_double_work():
     teacher, student = teacher_and_student()
     config = DistillationConfig(hidden_weight=1.0)
@@ -163,6 +217,9 @@ def test_low_precision_and_double_work():
 def test_every_problem_of_a_config_is_reported_at_once():
     with pytest.raises(ValueError, match=r"kl_weight.*start_step.*temperature.*divergence"):
         DistillationConfig(kl_weight=-1.0, temperature=0.0, divergence="sideways", start_step=-3)
+    for wrong in ({"top_k": 0}, {"top_k": 3, "divergence": "reverse"}):
+        with pytest.raises(ValueError, match="top_k"):
+            DistillationConfig(**wrong)
     with pytest.raises(ValueError, match="end_step"):
         DistillationConfig(start_step=5, end_step=4)
     with pytest.raises(dataclasses.FrozenInstanceError):

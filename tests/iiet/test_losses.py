@@ -214,3 +214,17 @@ def test_hidden_state_error_is_relative_and_flat_at_equality():
     assert all(h.grad.abs().max() == 0 for h in ours)
     # 10% off in every layer, whatever its size, is an error of 0.01.
     assert hidden_state_error(teacher, [1.1 * h for h in teacher]).item() == pytest.approx(0.01)
+
+
+def test_hidden_state_error_leaves_masked_positions_out():
+    teacher, ours = random_logits(2, 3, 4), random_logits(2, 3, 4, seed=1)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    expected = hidden_state_error([teacher[mask]], [ours[mask]]).item()
+    ours[~mask] = math.nan
+    ours.requires_grad_()
+    error = hidden_state_error([teacher], [ours], mask=mask)
+    error.backward()
+    assert error.item() == pytest.approx(expected, rel=1e-12)
+    assert ours.grad[~mask].abs().max() == 0
+    nothing = hidden_state_error([teacher], [ours], mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert nothing.item() == 0

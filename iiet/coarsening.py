@@ -1,0 +1,79 @@
+"""A next-token distribution told by its k likeliest tokens and one bucket that holds all others.
+
+In: logits `(batch, time, vocab)`. Out: k + 1 log-probabilities per token, a few hundred bytes where
+the logits have many thousand. The tail keeps its mass, so what remains is a distribution, and a
+divergence between two of them is a true one; without the bucket, a student that guesses the k
+tokens right and is wrong elsewhere would look perfect or even better than that. By the data
+processing inequality it is never above the divergence of the full distributions, and grows to it
+with k.
+
+The tail's mass is a log-sum-exp over what the bucket holds, never one minus the rest, which has no
+digits left where the tail is small. Cost: one copy of the logits in float32. Source: this project.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CoarseDistribution", "coarsen", "log_buckets"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CoarseDistribution:
+    """The k likeliest tokens of each position, and the rest as one."""
+
+    ids: Tensor
+    """(batch, time, k) of integers: the tokens that have a bucket of their own."""
+    log_probs: Tensor
+    """(batch, time, k): their log-probabilities at `temperature`."""
+    log_tail: Tensor
+    """(batch, time): log of the mass of all others; minus infinity where there are none."""
+    temperature: float
+    """What the logits were divided by before any of this."""
+
+
+@torch.no_grad()
+def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDistribution:
+    """Reduce `softmax(logits / T)` to its `top_k` likeliest tokens and a tail.
+
+    Args:
+        logits: (batch, time, vocab).
+        top_k: at least 1; all tokens, and an empty tail, if the vocabulary is no larger.
+        temperature: above 0.
+
+    Raises:
+        ValueError: `top_k` or the temperature is out of range.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    ids = scaled.topk(min(top_k, logits.shape[-1]), dim=-1).indices
+    buckets = log_buckets(scaled, ids)
+    return CoarseDistribution(
+        ids=ids,
+        log_probs=buckets[..., :-1],
+        log_tail=buckets[..., -1],
+        temperature=temperature,
+    )
+
+
+def log_buckets(scaled: Tensor, ids: Tensor) -> Tensor:
+    """Compute the log-mass of each bucket under `softmax(scaled)`.
+
+    Args:
+        scaled: (..., vocab), logits over temperature.
+        ids: (..., k), distinct tokens.
+
+    Returns:
+        (..., k + 1), the tail's last. Equal inputs give equal bits, on which a loss of exactly 0
+        rests.
+    """
+    total = scaled.logsumexp(-1, keepdim=True)
+    tail = scaled.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([scaled.gather(-1, ids), tail], dim=-1) - total
