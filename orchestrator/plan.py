@@ -26,6 +26,7 @@ from iiet.schedule import (
     schedule_family,
     spread_over_cost,
 )
+from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import DistillationSettings, Settings
 from orchestrator.training.checkpoint import load_config, weights_key
@@ -234,6 +235,9 @@ def student_job(
         config: The student: the teacher's configuration under its own schedule.
         tokens_folder: Prepared tokens.
         run_folder: Where it is trained.
+
+    Raises:
+        UserError: If the parts of the loss do not go together.
     """
     if distillation.control == "pruned":
         return None
@@ -247,16 +251,24 @@ def student_job(
         objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
-        distillation=DistillationConfig(
+        distillation=_loss(distillation) if is_distilled else None,
+        provenance={"teacher": weights_key(teacher)},
+    )
+
+
+def _loss(distillation: DistillationSettings) -> DistillationConfig:
+    try:
+        return DistillationConfig(
             kl_weight=distillation.kl_weight,
             temperature=distillation.temperature,
             divergence=distillation.divergence,
+            top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
             hidden_weight=distillation.hidden_weight,
         )
-        if is_distilled
-        else None,
-        provenance={"teacher": weights_key(teacher)},
-    )
+    except ValueError as error:
+        raise UserError(
+            f"distillation: {error}; set teacher_cache to auto, or divergence to forward"
+        ) from None
 
 
 def _student(

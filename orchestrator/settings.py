@@ -149,6 +149,12 @@ class DistillationSettings(Section):
     """Which divergence: KL(teacher || student), its reverse, or Jensen-Shannon."""
     hidden_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the error of the layers' hidden states; 0 leaves it out."""
+    teacher_cache: Literal["auto", "live", "exact", "top_k"] = "auto"
+    """Where a sweep's students find what their teacher says: `live` runs it in each, `exact` stores
+    its logits once for all (the same losses), `top_k` its likeliest tokens and the others as one
+    (another loss); `auto` is exact where that pays and the disk can spare it, else live."""
+    cache_top_k: int = Field(default=64, gt=0)
+    """Likeliest tokens of `teacher_cache: top_k`."""
     training: TrainingSettings = Field(default_factory=_distillation_training)
     """The recipe of the distillation."""
 

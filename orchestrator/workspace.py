@@ -41,6 +41,11 @@ class Workspace:
         return self.root / "trials"
 
     @property
+    def teachers(self) -> Path:
+        """What teachers say about the tokens of a distillation, one folder for each content key."""
+        return self.root / "teachers"
+
+    @property
     def sweeps(self) -> Path:
         """Sweeps: plan, front and report, one folder for each name."""
         return self.root / "sweeps"

@@ -65,6 +65,8 @@ class TrainingJob:
     """Checkpoint whose weights the run starts from; fresh weights when unset."""
     distillation: DistillationConfig | None = None
     """Weights and kind of the distillation loss; its defaults when unset."""
+    teacher_cache: str | None = None
+    """Folder with what the teacher says, if it was stored; not part of the key."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """JSON-able remarks that go into every checkpoint; not part of the key."""
 
@@ -97,7 +99,7 @@ class TrainingJob:
         """Rebuild a job from `to_dict`."""
         distillation = values.get("distillation")
         return cls(
-            **{name: values[name] for name in _PLAIN_FIELDS},
+            **{name: values[name] for name in _PLAIN_FIELDS if name in values},
             recipe=TrainingSettings.model_validate(values["recipe"]),
             distillation=DistillationConfig(**distillation) if distillation else None,
         )
@@ -105,7 +107,7 @@ class TrainingJob:
 
 _PLAIN_FIELDS = (
     "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
-    "provenance",
+    "teacher_cache", "provenance",
 )  # fmt: skip
 
 
@@ -126,7 +128,7 @@ class TrainingOutcome:
     num_tokens: int = 0
     """Tokens trained on."""
     training_flops: float = 0.0
-    """Training FLOPs, the teacher's forward passes included."""
+    """Training FLOPs, the teacher's forward passes included where it ran."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able mapping of the fields."""
@@ -146,6 +148,8 @@ def _essence(job: TrainingJob) -> dict[str, Any]:
     recipe = job.recipe.model_dump(mode="json")
     distills = job.objective == "distill"
     loss = asdict(job.distillation or DistillationConfig()) if distills else None
+    if loss and loss["top_k"] is None:
+        del loss["top_k"]  # Keys of the time before there was a choice stay as they are.
     return {
         "model": job.config().to_dict(),
         "recipe": {name: value for name, value in recipe.items() if name not in _FREE_IN_RECIPE},

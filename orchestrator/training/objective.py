@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, distillation_loss
+from iiet.distillation import DistillationConfig, Model, distillation_loss
 from iiet.losses import next_token_loss
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
@@ -43,8 +42,8 @@ def pretraining_objective(schedule_at: ScheduleAt) -> Objective:
     return objective
 
 
-def distillation_objective(teacher: Decoder, config: DistillationConfig) -> Objective:
-    """Return the IIAD loss against a frozen teacher."""
+def distillation_objective(teacher: Model, config: DistillationConfig) -> Objective:
+    """Return the IIAD loss against a frozen teacher, or what it once said."""
 
     def objective(
         model: nn.Module, input_ids: Tensor, step: int

@@ -14,7 +14,7 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost, training_flops_per_token
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig
+from iiet.distillation import DistillationConfig, Model
 from iiet.schedule import IterationSchedule
 from orchestrator.data.tokens import TokenStore
 from orchestrator.provenance import environment
@@ -27,6 +27,8 @@ from orchestrator.training.objective import (
     pretraining_objective,
 )
 from orchestrator.training.parallel import World
+from orchestrator.training.teacher_cache import CachedTeacher, open_cache
+from orchestrator.training.teacher_choice import cache_plan
 
 
 def first_weights(job: TrainingJob, config: ModelConfig) -> Decoder:
@@ -38,15 +40,21 @@ def first_weights(job: TrainingJob, config: ModelConfig) -> Decoder:
     return decoder.with_schedule(config.corrections)
 
 
-def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
-    """Return the frozen teacher on this worker's device; None if the job has none."""
+def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
+    """Return the frozen teacher on this worker's device; None if the job has none.
+
+    Where its answers are stored and whole, they stand for it; what is damaged is not used.
+    """
     if job.objective != "distill" or job.teacher_folder is None:
         return None
+    plan = cache_plan(job) if job.teacher_cache else None
+    if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
+        return cached
     teacher = load_decoder(Path(job.teacher_folder), device=world.device, check=False)
     return teacher.requires_grad_(False)
 
 
-def objective_of(job: TrainingJob, schedule_at: ScheduleAt, teacher: Decoder | None) -> Objective:
+def objective_of(job: TrainingJob, schedule_at: ScheduleAt, teacher: Model | None) -> Objective:
     """Return the loss that the job minimizes."""
     if teacher is None:
         return pretraining_objective(schedule_at)
@@ -54,19 +62,22 @@ def objective_of(job: TrainingJob, schedule_at: ScheduleAt, teacher: Decoder | N
 
 
 def flops_counter(
-    job: TrainingJob, config: ModelConfig, schedule_at: ScheduleAt, teacher: Decoder | None
+    job: TrainingJob, config: ModelConfig, schedule_at: ScheduleAt, teacher: Model | None
 ) -> Callable[[int], float]:
-    """Return step -> training FLOPs of one token, the teacher's forward pass included."""
+    """Return step -> training FLOPs of one token, a teacher's forward pass included if it runs."""
     distillation = job.distillation or DistillationConfig()
 
     @lru_cache
     def training(schedule: IterationSchedule) -> float:
         return float(training_flops_per_token(config, schedule))
 
-    forward = inference_cost(teacher.config).forward_flops_per_token if teacher else 0.0
+    forward = (
+        inference_cost(teacher.config).forward_flops_per_token
+        if isinstance(teacher, Decoder)
+        else 0.0
+    )
     return lambda step: (
-        training(schedule_at(step))
-        + (forward if teacher and distillation.uses_teacher(step) else 0.0)
+        training(schedule_at(step)) + (forward if distillation.uses_teacher(step) else 0.0)
     )
 
 

@@ -63,6 +63,7 @@ from orchestrator.training.parts import (
     random_state,
     set_random_state,
 )
+from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.workspace import write_json
 
 LOCK_NAME = "lock"
@@ -262,6 +263,7 @@ class _Run:
             "num_workers": self.world.size,
             "device": self.world.device,
             "num_threads": torch.get_num_threads(),
+            "reads_teacher": isinstance(self.teacher, CachedTeacher),
             "pid": os.getpid(),
         }
 

@@ -1,0 +1,220 @@
+"""Whether the students of one teacher ask it themselves or read what it said, and why.
+
+All students of a sweep see the same sequences in the same order, so their teacher says the same to
+each of them. Stored once, that costs disk instead of one forward pass a student and step; it pays
+from two students on, while the disk can spare it. Exact answers give each student the same losses
+to the last bit (on the same machine with the same number of threads); coarse ones are another loss
+and so another trial, chosen by name only. Hidden states are not stored: who learns from them needs
+the teacher itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from iiet.coarsening import coarsen
+from iiet.distillation import DistillationConfig
+from orchestrator.console import Progress
+from orchestrator.data.batches import BatchPlan
+from orchestrator.data.tokens import open_tokens
+from orchestrator.errors import StageFailed, UserError
+from orchestrator.settings import DistillationSettings
+from orchestrator.training.checkpoint import load_config, load_decoder, weights_key
+from orchestrator.training.job import TrainingJob, sequences_per_step
+from orchestrator.training.parallel import World, autocast
+from orchestrator.training.teacher_cache import Answer, Answers, CachePlan, damage, write_cache
+
+LARGEST_BYTES = 2 << 30
+"""`auto` stores no more than this."""
+LARGEST_SHARE_OF_DISK = 0.1
+"""`auto` takes no more than this share of the free disk."""
+FEWEST_STUDENTS = 2
+"""`auto` stores nothing for fewer."""
+
+
+def cache_plan(job: TrainingJob) -> CachePlan | None:
+    """Return what a cache for a job would hold; None if its teacher has nothing that can be stored.
+
+    Raises:
+        UserError: If tokens or teacher are missing, or the batch is no whole number of sequences.
+    """
+    loss = job.distillation or DistillationConfig()
+    num_steps = len(_teaching_steps(job))
+    if job.objective != "distill" or not job.teacher_folder or loss.hidden_weight or not num_steps:
+        return None
+    config, recipe = job.config(), job.recipe
+    teacher = load_config(Path(job.teacher_folder))
+    return CachePlan(
+        origin={
+            "teacher": weights_key(Path(job.teacher_folder)),
+            "model": teacher.to_dict(),
+            "tokens": open_tokens(job.tokens_folder).fingerprint,
+            "seed": recipe.seed,
+            "first_step": _teaching_steps(job)[0],
+            # The last bits of a row can depend on how many rows are computed together.
+            "sequences_per_pass": recipe.num_sequences_per_pass,
+        },
+        num_steps=num_steps,
+        num_sequences=sequences_per_step(recipe, config),
+        context_length=config.context_length,
+        vocab_size=teacher.vocab_size,
+        precision=recipe.precision,
+        top_k=loss.top_k,
+        temperature=loss.temperature if loss.top_k else 1.0,
+    )
+
+
+def teacher_answers(job: TrainingJob, *, device: str = "cpu") -> Answers:
+    """Return what the teacher of a job says, computed as the job itself would, step by step.
+
+    Args:
+        job: One that distills.
+        device: Where the teacher runs.
+    """
+    assert job.teacher_folder
+    teacher = load_decoder(Path(job.teacher_folder), device=device).requires_grad_(False)
+    store, config = open_tokens(job.tokens_folder), job.config()
+    plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
+    global_batch = sequences_per_step(job.recipe, config)
+    loss, steps = job.distillation or DistillationConfig(), _teaching_steps(job)
+    world = World(device=device)
+
+    @torch.no_grad()
+    def answers(number: int) -> tuple[torch.Tensor, Answer]:
+        sequences = plan.sequences(steps[number], store.train, global_batch=global_batch)
+        passes = torch.split(sequences, job.recipe.num_sequences_per_pass or len(sequences))
+        with autocast(job.recipe.precision, world):
+            logits = torch.cat([teacher(part.to(device)) for part in passes])
+            if loss.top_k is None:
+                return sequences, logits
+            return sequences, coarsen(logits, loss.top_k, temperature=loss.temperature)
+
+    return answers
+
+
+def share_teacher(
+    jobs: Sequence[TrainingJob],
+    settings: DistillationSettings,
+    parent: Path,
+    *,
+    progress: Progress | None = None,
+) -> list[TrainingJob]:
+    """Store what the teacher of several jobs says, if that pays, and have the jobs read it.
+
+    Args:
+        jobs: Those that will run; ones without a teacher come back as they are.
+        settings: `teacher_cache` says whether to store.
+        parent: Folder of all caches.
+        progress: Told what was chosen and why, and how far the storing is.
+
+    Returns:
+        The jobs in their order; `teacher_cache` is set in those that read.
+
+    Raises:
+        UserError: If the settings ask for a cache that is impossible.
+        StageFailed: If the disk filled up meanwhile.
+    """
+    progress = progress or Progress()
+    found: dict[str, Path] = {}
+    plans = [cache_plan(job) for job in jobs]
+    if settings.hidden_weight and any(job.objective == "distill" for job in jobs):
+        _refuse_hidden(settings, progress)
+    for plan in {p.key: p for p in plans if p}.values():
+        students = [job for job, p in zip(jobs, plans, strict=True) if p and p.key == plan.key]
+        is_stored, why = _choice(settings.teacher_cache, plan, len(students), parent)
+        if why:
+            progress.note(why)
+        if is_stored:
+            found[plan.key] = _stored(plan, students[0], parent, progress)
+    return [
+        replace(job, teacher_cache=str(found[plan.key])) if plan and plan.key in found else job
+        for job, plan in zip(jobs, plans, strict=True)
+    ]
+
+
+def _refuse_hidden(settings: DistillationSettings, progress: Progress) -> None:
+    why = "distillation.hidden_weight needs its hidden states, which are not stored"
+    if settings.teacher_cache in ("exact", "top_k"):
+        raise UserError(
+            f"distillation.teacher_cache={settings.teacher_cache} cannot be: {why}; "
+            "set it to live, or hidden_weight to 0"
+        )
+    if settings.teacher_cache == "auto":
+        progress.note(f"the teacher runs in each trial: {why}")
+
+
+def _choice(mode: str, plan: CachePlan, num_students: int, parent: Path) -> tuple[bool, str]:
+    """Return whether to store, and the sentence for the user."""
+    if mode == "live":
+        return False, ""
+    size, free = plan.num_bytes, _free_bytes(parent)
+    is_there = damage(parent / plan.key, plan, read=False) is None
+    if mode != "auto" and not is_there and size > free:
+        raise UserError(
+            f"distillation.teacher_cache={mode} needs {_readable(size)}, and {parent} has "
+            f"{_readable(free)} free; set it to live, or shorten distillation.training"
+        )
+    limit = min(LARGEST_BYTES, int(LARGEST_SHARE_OF_DISK * free))
+    asked = "" if mode == "auto" else f", as distillation.teacher_cache={mode} asks"
+    if is_there or mode != "auto":
+        state = "are there already" if is_there else "are stored once"
+        return True, f"the teacher's answers {state} ({_readable(size)}){asked}"
+    if num_students < FEWEST_STUDENTS:
+        return False, f"the teacher runs in each trial: {num_students} waits for it"
+    if size > limit:
+        return False, (
+            f"the teacher runs in each trial: its answers would take {_readable(size)}, "
+            f"more than {_readable(limit)} (the smaller of {_readable(LARGEST_BYTES)} and "
+            f"{LARGEST_SHARE_OF_DISK:.0%} of the free disk)"
+        )
+    return (
+        True,
+        f"the teacher's answers are stored once ({_readable(size)}) for {num_students} trials",
+    )
+
+
+def _stored(plan: CachePlan, job: TrainingJob, parent: Path, progress: Progress) -> Path:
+    progress.start("teacher", plan.num_steps)
+    try:
+        folder = write_cache(plan, parent, _when_asked(job), progress=progress)
+    except OSError as error:
+        raise StageFailed(
+            f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
+            "free some disk, or set distillation.teacher_cache=live"
+        ) from None
+    num_tokens = plan.num_rows * plan.context_length
+    progress.finish(f"answers about {num_tokens:,} tokens, {_readable(plan.num_bytes)}")
+    return folder
+
+
+def _when_asked(job: TrainingJob) -> Answers:
+    """Load the teacher at the first question: a whole cache asks none."""
+    loaded: list[Answers] = []
+
+    def answers(number: int) -> tuple[torch.Tensor, Answer]:
+        if not loaded:
+            loaded.append(teacher_answers(job))
+        return loaded[0](number)
+
+    return answers
+
+
+def _teaching_steps(job: TrainingJob) -> list[int]:
+    loss = job.distillation or DistillationConfig()
+    return [step for step in range(job.recipe.num_steps) if loss.uses_teacher(step)]
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _readable(num_bytes: int) -> str:
+    amount, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")
+    return f"{amount:.3g} {unit}"

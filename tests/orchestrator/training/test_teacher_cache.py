@@ -1,0 +1,329 @@
+"""Stored answers are the teacher's own, are whole or absent, and stand for it bit by bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.distillation import DistillationConfig
+from orchestrator.console import Progress
+from orchestrator.errors import UserError
+from orchestrator.journal import read_journal
+from orchestrator.settings import DistillationSettings, TrainingSettings
+from orchestrator.training import teacher_choice
+from orchestrator.training.checkpoint import load_decoder, weights_key
+from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.parallel import World
+from orchestrator.training.parts import load_teacher
+from orchestrator.training.run import run_job
+from orchestrator.training.teacher_cache import CachedTeacher, damage, open_cache, write_cache
+from orchestrator.training.teacher_choice import cache_plan, share_teacher, teacher_answers
+
+RECIPE: dict[str, Any] = {
+    "num_steps": 6,
+    "num_tokens_per_step": 64,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "iterate_from_fraction": 0.0,
+}
+
+MakeStudent = Callable[..., TrainingJob]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path:
+    model = {
+        "vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+        "ffn_dim": 32, "context_length": 16, "schedule": [2, 1],
+    }  # fmt: skip
+    job = TrainingJob(
+        run_folder=str(tmp_path_factory.mktemp("runs") / "teacher"),
+        tokens_folder=str(tiny_tokens),
+        model=model,
+        recipe=TrainingSettings(**RECIPE),
+    )
+    return Path(str(run_job(job).checkpoint))
+
+
+@pytest.fixture
+def student(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], teacher: Path):
+    def make(
+        name: str = "student", *, recipe: dict[str, Any] | None = None, **more: Any
+    ) -> TrainingJob:
+        return TrainingJob(
+            **{
+                "run_folder": str(tmp_path / name),
+                "tokens_folder": str(tiny_tokens),
+                "model": {**tiny_model, "schedule": [1, 0]},
+                "recipe": TrainingSettings(**{**RECIPE, **(recipe or {})}),
+                "objective": "distill",
+                "teacher_folder": str(teacher),
+                "initial_folder": str(teacher),
+                "distillation": DistillationConfig(),
+                **more,
+            }
+        )
+
+    return make
+
+
+class Notes(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def stored(job: TrainingJob, parent: Path) -> TrainingJob:
+    plan = cache_plan(job)
+    assert plan
+    return replace(job, teacher_cache=str(write_cache(plan, parent, teacher_answers(job))))
+
+
+def opened(job: TrainingJob) -> CachedTeacher:
+    plan = cache_plan(job)
+    assert plan
+    cache = open_cache(Path(str(job.teacher_cache)), plan)
+    assert cache
+    return cache
+
+
+def losses(job: TrainingJob) -> list[float]:
+    records, _ = read_journal(job.folder)
+    return [r["values"]["train/loss"] for r in records if "train/loss" in r.get("values", {})]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "distillation"),
+    [
+        ({}, {}),
+        ({"num_sequences_per_pass": 3}, {"temperature": 2.0}),
+        ({"precision": "bf16"}, {}),
+        ({}, {"divergence": "reverse", "start_step": 2, "end_step": 5}),
+        ({}, {"top_k": 7, "temperature": 2.0}),
+    ],
+)
+def test_a_run_that_reads_is_bitwise_the_run_that_asks(
+    student: MakeStudent, tmp_path: Path, recipe: dict[str, Any], distillation: dict[str, Any]
+) -> None:
+    more = {"recipe": recipe, "distillation": DistillationConfig(**distillation)}
+    live, reading = student("live", **more), stored(student("reading", **more), tmp_path / "t")
+    asked, read = run_job(live), run_job(reading)
+    assert len(losses(live)) == 6
+    assert losses(reading) == losses(live)
+    assert weights_key(Path(str(read.checkpoint))) == weights_key(Path(str(asked.checkpoint)))
+    assert read.training_flops < asked.training_flops, "only a teacher that runs is paid for"
+    started = [read_journal(job.folder)[0][0] for job in (live, reading)]
+    assert ['"reads_teacher": true' in json.dumps(event) for event in started] == [False, True]
+
+
+def test_a_job_that_reads_loads_no_teacher(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stored(student(), tmp_path / "t")
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr("orchestrator.training.parts.load_decoder", forbidden)
+    assert isinstance(load_teacher(job, World()), CachedTeacher)
+    with pytest.raises(AssertionError, match="was loaded"):
+        load_teacher(replace(job, teacher_cache=None), World())
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_any_share_of_a_step_in_any_order_finds_its_answers(
+    student: MakeStudent, tmp_path: Path, teacher: Path, num_workers: int
+) -> None:
+    job = stored(student(), tmp_path / "t")
+    cache, decoder = opened(job), load_decoder(teacher)
+    answers = teacher_answers(job)
+    for step in (0, 5):
+        sequences, _ = answers(step)
+        for share in sequences.flip(0).chunk(num_workers):
+            with torch.no_grad():
+                torch.testing.assert_close(cache(share), decoder(share))
+    with pytest.raises(KeyError, match="no answer"):
+        cache(torch.zeros(1, 16, dtype=torch.long))
+
+
+def test_the_key_of_a_trial_knows_the_loss_and_not_where_answers_come_from(
+    student: MakeStudent, tmp_path: Path
+) -> None:
+    job = student()
+    assert job_key(stored(job, tmp_path / "t")) == job_key(job)
+    assert job_key(student(distillation=DistillationConfig(top_k=7))) != job_key(job)
+    assert job_key(student(distillation=DistillationConfig(top_k=7))) != job_key(
+        student(distillation=DistillationConfig(top_k=8))
+    )
+
+
+def test_the_key_of_a_cache_knows_what_changes_the_answers(
+    student: MakeStudent, tiny_model: dict[str, Any]
+) -> None:
+    def key(**more: Any) -> str:
+        plan = cache_plan(student(**more))
+        assert plan
+        return plan.key
+
+    usual = key()
+    for same in (
+        {"recipe": {"learning_rate": 0.5}},
+        {"model": {**tiny_model, "schedule": [0, 0]}},
+        {"distillation": DistillationConfig(kl_weight=2.0, temperature=3.0)},
+    ):
+        assert key(**same) == usual, same
+    for other in (
+        {"recipe": {"seed": 1}},
+        {"recipe": {"num_steps": 7}},
+        {"recipe": {"precision": "bf16"}},
+        {"distillation": DistillationConfig(top_k=7)},
+        {"distillation": DistillationConfig(start_step=1)},
+    ):
+        assert key(**other) != usual, other
+    coarse = [key(distillation=DistillationConfig(top_k=7, temperature=t)) for t in (1.0, 2.0)]
+    assert coarse[0] != coarse[1]
+
+
+def test_hidden_states_and_jobs_without_a_teacher_have_no_cache(student: MakeStudent) -> None:
+    for more in (
+        {"distillation": DistillationConfig(hidden_weight=0.1)},
+        {"distillation": DistillationConfig(kl_weight=0.0)},
+        {"objective": "cross_entropy", "teacher_folder": None},
+    ):
+        assert cache_plan(student(**more)) is None
+
+
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_a_cut_off_writing_goes_on_and_equals_the_whole(
+    student: MakeStudent, tmp_path: Path, top_k: int | None
+) -> None:
+    job = student(distillation=DistillationConfig(top_k=top_k))
+    plan = cache_plan(job)
+    assert plan
+    whole = write_cache(plan, tmp_path / "whole", teacher_answers(job))
+    answers, asked = teacher_answers(job), []
+
+    def crashing(step: int) -> Any:
+        asked.append(step)
+        if step == 3 and asked.count(3) == 1:
+            raise KeyboardInterrupt
+        return answers(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(plan, tmp_path / "cut", crashing)
+    assert open_cache(tmp_path / "cut" / plan.key, plan) is None
+    (left,) = (tmp_path / "cut").glob(".writing-*")
+    with (left / "tokens.bin").open("ab") as file:
+        file.write(b"half a row")  # As a kill within a step leaves it.
+    cut = write_cache(plan, tmp_path / "cut", crashing)
+    assert asked == [0, 1, 2, 3, 3, 4, 5]
+    assert {p.name: p.read_bytes() for p in cut.iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
+    assert sum(p.stat().st_size for p in cut.glob("*.bin")) == plan.num_bytes
+
+
+def test_a_damaged_cache_is_named_and_made_again_and_never_read(
+    student: MakeStudent, tmp_path: Path
+) -> None:
+    job = stored(student(), tmp_path / "t")
+    folder, plan = Path(str(job.teacher_cache)), cache_plan(job)
+    assert plan
+    logits = folder / "logits.bin"
+    good = logits.read_bytes()
+    notes = Notes()
+    for bad in (good[:-4], good[:-4] + b"\0\1\2\3"):
+        logits.write_bytes(bad)
+        assert damage(folder, plan)
+        assert write_cache(plan, tmp_path / "t", teacher_answers(job), progress=notes) == folder
+        assert logits.read_bytes() == good
+    assert [note.partition("(")[2].partition(")")[0] for note in notes.notes] == [
+        "logits.bin is cut off",
+        "logits.bin is not what was written",
+    ]
+    logits.write_bytes(good[:-4])
+    assert run_job(job).finished, "a job whose cache is cut off asks the teacher itself"
+
+
+def test_a_whole_cache_is_not_written_again(student: MakeStudent, tmp_path: Path) -> None:
+    job = stored(student(), tmp_path / "t")
+    plan = cache_plan(job)
+    assert plan
+
+    def forbidden(_: int) -> Any:
+        raise AssertionError("the teacher was asked")
+
+    assert write_cache(plan, tmp_path / "t", forbidden) == Path(str(job.teacher_cache))
+
+
+def test_another_plan_does_not_open_it(student: MakeStudent, tmp_path: Path) -> None:
+    job = stored(student(), tmp_path / "t")
+    other = cache_plan(student(recipe={"seed": 1}))
+    assert other
+    assert open_cache(Path(str(job.teacher_cache)), other) is None
+    assert "something else" in str(damage(Path(str(job.teacher_cache)), other))
+
+
+def test_auto_stores_for_two_students_and_not_for_one(
+    student: MakeStudent, tmp_path: Path, tiny_model: dict[str, Any]
+) -> None:
+    one = student("a")
+    two = student("b", model={**tiny_model, "schedule": [0, 0]})
+    plain = student("c", objective="cross_entropy", teacher_folder=None)
+    notes = Notes()
+    alone = share_teacher([one, plain], DistillationSettings(), tmp_path / "t", progress=notes)
+    assert alone == [one, plain]
+    assert not (tmp_path / "t").exists()
+    shared = share_teacher(
+        [one, plain, two], DistillationSettings(), tmp_path / "t", progress=notes
+    )
+    assert [bool(job.teacher_cache) for job in shared] == [True, False, True]
+    assert shared[0].teacher_cache == shared[2].teacher_cache
+    again = share_teacher([one], DistillationSettings(), tmp_path / "t", progress=notes)
+    assert again[0].teacher_cache == shared[0].teacher_cache, "what is there is used"
+    assert ["runs in each" in notes.notes[0], "stored once" in notes.notes[1]] == [True, True]
+    assert "there already" in notes.notes[2]
+    assert share_teacher([plain], DistillationSettings(), tmp_path / "t") == [plain]
+
+
+def test_auto_spares_the_disk_and_says_so(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [student("a"), student("b")]
+    plan = cache_plan(jobs[0])
+    assert plan
+    for free, is_stored in ((10 * plan.num_bytes + 10, True), (10 * plan.num_bytes - 10, False)):
+        monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _, free=free: free)
+        notes, parent = Notes(), tmp_path / str(free)
+        shared = share_teacher(jobs, DistillationSettings(), parent, progress=notes)
+        assert [bool(job.teacher_cache) for job in shared] == [is_stored] * 2
+        assert len(notes.notes) == 1
+    assert "10% of the free disk" in notes.notes[0]
+    monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _: plan.num_bytes - 1)
+    with pytest.raises(UserError, match=r"distillation\.teacher_cache=exact needs"):
+        share_teacher(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
+
+
+def test_live_is_live_and_hidden_states_need_it(student: MakeStudent, tmp_path: Path) -> None:
+    jobs, notes = [student("a"), student("b")], Notes()
+    live = DistillationSettings(teacher_cache="live")
+    assert share_teacher(jobs, live, tmp_path / "t", progress=notes) == jobs
+    assert notes.notes == []
+    jobs = [replace(j, distillation=DistillationConfig(hidden_weight=0.5)) for j in jobs]
+    auto = DistillationSettings(hidden_weight=0.5)
+    assert share_teacher(jobs, auto, tmp_path / "t", progress=notes) == jobs
+    assert "hidden_weight" in notes.notes[0]
+    for mode in ("exact", "top_k"):
+        asked = DistillationSettings(hidden_weight=0.5, teacher_cache=mode)
+        with pytest.raises(UserError, match=f"teacher_cache={mode} cannot be"):
+            share_teacher(jobs, asked, tmp_path / "t")
