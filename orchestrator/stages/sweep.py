@@ -25,6 +25,8 @@ from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import Tracking, status_after
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.teacher_choice import share_teacher
 from orchestrator.trial import TrialResult
 from orchestrator.trial_run import run_trial
 from orchestrator.trial_runner import TrialContext, TrialLimits, TrialReport, run_trials
@@ -78,6 +80,7 @@ def sweep(
     write_text(folder / "settings.yaml", to_yaml(settings))
     with _tracked_sweep(plan, settings, tracking):
         waiting = [trial for trial in plan.trials if trial.result() is None]
+        waiting = _with_shared_teacher(waiting, settings, workspace, progress)
         failures = _run_waiting(waiting, plan, settings, folder, progress)
         found = [(trial, result) for trial in plan.trials if (result := trial.result())]
         if not found:
@@ -112,6 +115,18 @@ def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> I
         run.finish(status_after(error))
         raise
     run.finish()
+
+
+def _with_shared_teacher(
+    waiting: Sequence[PlannedTrial], settings: Settings, workspace: Workspace, progress: Progress
+) -> list[PlannedTrial]:
+    """Run the teacher once for all students where that pays, and tell them where to look."""
+    jobs = {trial.key: TrainingJob.from_dict(trial.job) for trial in waiting if trial.job}
+    shared = share_teacher(
+        list(jobs.values()), settings.distillation, workspace.teachers, progress=progress
+    )
+    jobs = dict(zip(jobs, shared, strict=True))
+    return [replace(t, job=jobs[t.key].to_dict()) if t.job else t for t in waiting]
 
 
 def _run_waiting(
