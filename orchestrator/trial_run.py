@@ -3,18 +3,23 @@ result.
 
 This is what a Ray Tune trial calls, and what a debugger can call without Ray. It is idempotent: a
 finished trial returns its result, a trained one is only measured, an interrupted one goes on from
-its checkpoint. Cost in milliseconds is not measured here, because trials that run side by side
-would disturb each other's clock.
+its checkpoint. A file lock in the trial's folder is held meanwhile, so that two sweeps at the same
+time never make one trial twice; the system drops the lock of a process that dies, and who waits
+takes over. Cost in milliseconds is not measured here, because trials that run side by side would
+disturb each other's clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
@@ -32,34 +37,96 @@ from orchestrator.workspace import read_json, write_json
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss that stands in the tables."""
 
+LOCK_NAME = "trial.lock"
+"""Of the folder, not of the trial: trials that put other tasks to the same weights share it."""
+POLL_SECONDS = 0.5
+"""How long a waiting trial goes without asking whether to stop."""
+
 Report = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """How a call of `run_trial` ended."""
+
+    state: Literal["made", "found", "busy", "stopped"]
+    """`made` by this call, `found` finished, `busy` in another process, or `stopped` early."""
+    result: TrialResult | None = None
+    """The result, where it was made or found."""
 
 
 def run_trial(
     spec: Mapping[str, Any],
     *,
+    wait: bool = True,
     should_stop: Callable[[], bool] | None = None,
     report: Report | None = None,
-) -> TrialResult | None:
-    """Run a trial to its result.
+) -> TrialRun:
+    """Run a trial to its result, or take the result of the process that is at it.
 
     Args:
         spec: `PlannedTrial.to_dict()`.
-        should_stop: Asked before each training step.
+        wait: Whether to wait for another process that is at this trial; else it ends as `busy`.
+        should_stop: Asked before each training step, and while waiting.
         report: Told the training step and its numbers.
 
     Returns:
-        The result, also written to the trial's folder; None when it was stopped before the end.
+        How it ended. A result also lies in the trial's folder.
     """
     trial = PlannedTrial(**spec)
     finished = trial.result()
     if finished:
-        return finished
+        return TrialRun("found", finished)
+    asked = should_stop or (lambda: False)
+    with _claimed(Path(trial.folder), wait, asked) as is_ours:
+        if not is_ours:
+            return TrialRun("stopped" if wait else "busy")
+        # Once more: who held the lock before us may have finished it.
+        finished = trial.result()
+        if finished:
+            return TrialRun("found", finished)
+        result = _make(trial, asked, report)
+        return TrialRun("made", result) if result else TrialRun("stopped")
+
+
+def is_busy(trial: PlannedTrial) -> bool:
+    """Return whether a process is at a trial at this moment."""
+    path = Path(trial.folder) / LOCK_NAME
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+@contextmanager
+def _claimed(folder: Path, wait: bool, should_stop: Callable[[], bool]) -> Iterator[bool]:
+    """Hold a folder's lock in the block; False if it was not to be had, or a stop was asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME, timeout=POLL_SECONDS if wait else 0)
+    while not lock.is_locked:
+        try:
+            lock.acquire()
+        except Timeout:
+            if not wait or should_stop():
+                break
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def _make(
+    trial: PlannedTrial, should_stop: Callable[[], bool], report: Report | None
+) -> TrialResult | None:
+    """Train and measure; None when stopped before the end."""
     outcome = None
     checkpoint = trial.checkpoint
     if trial.job:
         outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=should_stop, report=report)
-        if not outcome.finished or (should_stop and should_stop()):
+        if not outcome.finished or should_stop():
             return None
         checkpoint = outcome.checkpoint
     assert checkpoint is not None

@@ -12,15 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds, threads
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
-from orchestrator.follow import JournalTail
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
@@ -28,8 +25,7 @@ from orchestrator.tracking import Tracking, status_after
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.teacher_choice import share_teacher
 from orchestrator.trial import TrialResult
-from orchestrator.trial_run import run_trial
-from orchestrator.trial_runner import TrialContext, TrialLimits, TrialReport, run_trials
+from orchestrator.trial_rounds import TrialRounds
 from orchestrator.workspace import Workspace, read_json, write_json, write_text
 
 PLAN_NAME = "plan.json"
@@ -50,7 +46,7 @@ class SweepOutcome:
     failures: dict[str, str]
     """Label -> reason of trials that failed for good."""
     reused: frozenset[str]
-    """Keys of the trials that were finished before this call."""
+    """Keys of the trials that this call found finished: from before, or by another sweep."""
 
 
 def sweep(
@@ -81,7 +77,9 @@ def sweep(
     with _tracked_sweep(plan, settings, tracking):
         waiting = [trial for trial in plan.trials if trial.result() is None]
         waiting = _with_shared_teacher(waiting, settings, workspace, progress)
-        failures = _run_waiting(waiting, plan, settings, folder, progress)
+        rounds = TrialRounds(folder, settings.sweep, progress, num_all=len(plan.trials))
+        rounds.run(waiting)
+        failures = rounds.failures
         found = [(trial, result) for trial in plan.trials if (result := trial.result())]
         if not found:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
@@ -91,7 +89,7 @@ def sweep(
         folder=folder,
         results=tuple(results),
         failures=failures,
-        reused=frozenset(t.key for t in plan.trials) - {t.key for t in waiting},
+        reused=frozenset(trial.key for trial, _ in found) - rounds.made,
     )
 
 
@@ -127,71 +125,6 @@ def _with_shared_teacher(
     )
     jobs = dict(zip(jobs, shared, strict=True))
     return [replace(t, job=jobs[t.key].to_dict()) if t.job else t for t in waiting]
-
-
-def _run_waiting(
-    waiting: Sequence[PlannedTrial],
-    plan: SweepPlan,
-    settings: Settings,
-    folder: Path,
-    progress: Progress,
-) -> dict[str, str]:
-    """Run trials and return the reasons of those that failed."""
-    num_all = len(plan.trials)
-    progress.start("sweep", num_all)
-    num_done = num_all - len(waiting)
-    failures: dict[str, str] = {}
-    if waiting:
-        tails = {trial.key: JournalTail(Path(trial.folder)) for trial in waiting}
-
-        def on_result(report: TrialReport) -> None:
-            label = report.parameters["label"]
-            if report.error:
-                failures[label] = report.error
-                progress.note(f"trial {label} failed: {report.error}")
-
-        def watch() -> None:
-            shares = [_share_done(trial, tails[trial.key]) for trial in waiting]
-            running = [t.label for t, share in zip(waiting, shares, strict=True) if 0 < share < 1]
-            progress.advance(num_done + sum(shares), " ".join(running[:3]))
-
-        run_trials(
-            trial_function,
-            # The costly ones first, so that none runs alone at the end.
-            [t.to_dict() for t in sorted(waiting, key=_expected_work, reverse=True)],
-            folder,
-            limits=TrialLimits(
-                at_once=settings.sweep.trials_at_once,
-                max_failures=settings.sweep.max_failures_per_trial,
-            ),
-            on_result=on_result,
-            watch=watch,
-        )
-    failed = f", {len(failures)} failed" if failures else ""
-    reused = f", {num_done} of them found finished" if num_done else ""
-    progress.finish(f"{num_all} trials{reused}{failed}")
-    return failures
-
-
-def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """Run one trial in a Ray worker; what Tune is given."""
-    result = run_trial(parameters, should_stop=context.should_stop)
-    return result.to_dict() if result else {}
-
-
-def _expected_work(trial: PlannedTrial) -> float:
-    evaluations = inference_cost(trial.config()).evaluations_per_token
-    return evaluations * (3.0 if trial.job else 1.0)
-
-
-def _share_done(trial: PlannedTrial, tail: JournalTail) -> float:
-    """Tell how far a trial is, from its files: training counts nine tenths, measuring the rest."""
-    if trial.result_path.exists():
-        return 1.0
-    if not trial.job:
-        return 0.0
-    tail.read()
-    return 0.9 * tail.step / int(trial.job["recipe"]["num_steps"])
 
 
 def _with_costs(

@@ -1,0 +1,137 @@
+"""The unfinished trials of a sweep under Ray Tune, in two rounds, each trial once in the workspace.
+
+A trial that another process is at is passed over in the first round, so that two sweeps at the same
+time share the work instead of waiting for each other trial by trial. The second round waits for
+what is left, and takes over what nobody is at any more. Who waits holds nothing that others wait
+for, so that there is no circle.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iiet.cost import inference_cost
+from orchestrator.cluster import ray_cluster
+from orchestrator.console import Progress
+from orchestrator.follow import JournalTail
+from orchestrator.plan import PlannedTrial
+from orchestrator.settings import SweepSettings
+from orchestrator.trial_run import is_busy, run_trial
+from orchestrator.trial_runner import TrialContext, TrialLimits, TrialReport, run_trials
+
+
+@dataclass
+class TrialRounds:
+    """The unfinished trials of a sweep while they run, and how they ended."""
+
+    folder: Path
+    """The sweep's folder."""
+    settings: SweepSettings
+    """How many run at once, and how often one may fail."""
+    progress: Progress
+    """Told what is going on."""
+    num_all: int
+    """Trials of the sweep, the finished ones included."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Label -> reason of trials that failed for good."""
+    made: set[str] = field(default_factory=set)
+    """Keys of trials that this sweep made itself."""
+    _found: set[str] = field(default_factory=set)
+    _busy: set[str] = field(default_factory=set)
+
+    def run(self, waiting: Sequence[PlannedTrial]) -> None:
+        """Run what is not finished; what another sweep is at comes in a second round.
+
+        Raises:
+            Interrupted: After Ctrl-C; finished trials stay finished.
+        """
+        self.progress.start("sweep", self.num_all)
+        if waiting:
+            with ray_cluster():
+                self._round(waiting, wait=False)
+                others = [trial for trial in waiting if trial.key in self._busy]
+                if any(trial.result() is None for trial in others):
+                    names = ", ".join(trial.label for trial in others)
+                    self.progress.note(f"waiting for another sweep, which is at: {names}")
+                self._round(others, wait=True)
+        self.progress.finish(self._summary(len(waiting)))
+
+    def _summary(self, num_waiting: int) -> str:
+        counts = {
+            "of them found finished": self.num_all - num_waiting,
+            "made by another sweep meanwhile": len(self._found - self.made),
+            "failed": len(self.failures),
+        }
+        parts = [f", {count} {what}" for what, count in counts.items() if count]
+        return f"{self.num_all} trials{''.join(parts)}"
+
+    def _round(self, trials: Sequence[PlannedTrial], *, wait: bool) -> None:
+        tails = {trial.key: JournalTail(Path(trial.folder)) for trial in trials}
+        num_done = self.num_all - len(trials)
+
+        def watch() -> None:
+            shares = [_share_done(trial, tails[trial.key]) for trial in trials]
+            running = [t.label for t, share in zip(trials, shares, strict=True) if 0 < share < 1]
+            self.progress.advance(num_done + sum(shares), " ".join(running[:3]))
+
+        # Of this process alone: the same sweep may run twice at the same time.
+        own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"
+        run_trials(
+            trial_function,
+            [{"trial": trial.to_dict(), "wait": wait} for trial in sorted(trials, key=_turn)],
+            own_folder,
+            limits=TrialLimits(
+                at_once=self.settings.trials_at_once,
+                max_failures=self.settings.max_failures_per_trial,
+            ),
+            on_result=self._on_result,
+            watch=watch,
+        )
+        # After an interruption it stays: what still ends reads in it that it shall.
+        shutil.rmtree(own_folder, ignore_errors=True)
+
+    def _on_result(self, report: TrialReport) -> None:
+        trial = PlannedTrial(**report.parameters["trial"])
+        state = (report.result or {}).get("state")
+        if report.error:
+            self.failures[trial.label] = report.error
+            self.progress.note(f"trial {trial.label} failed: {report.error}")
+        elif state == "made":
+            self.made.add(trial.key)
+        elif state == "busy":
+            self._busy.add(trial.key)
+        elif state == "found":
+            self._found.add(trial.key)
+
+
+def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+    """Run one trial in a Ray worker; what Tune is given. The result itself goes into a file."""
+    run = run_trial(parameters["trial"], wait=parameters["wait"], should_stop=context.should_stop)
+    return {"state": run.state}
+
+
+def _turn(trial: PlannedTrial) -> tuple[bool, float]:
+    # Those that another process is at last; else the costly ones first, so that none runs alone at
+    # the end.
+    return is_busy(trial), -_expected_work(trial)
+
+
+def _expected_work(trial: PlannedTrial) -> float:
+    evaluations = inference_cost(trial.config()).evaluations_per_token
+    return evaluations * (3.0 if trial.job else 1.0)
+
+
+def _share_done(trial: PlannedTrial, tail: JournalTail) -> float:
+    """Tell how far a trial is, from its files: training counts nine tenths, measuring the rest."""
+    if trial.result_path.exists():
+        return 1.0
+    if not trial.job:
+        return 0.0
+    tail.read()
+    return 0.9 * tail.step / int(trial.job["recipe"]["num_steps"])

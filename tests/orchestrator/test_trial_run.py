@@ -1,0 +1,215 @@
+"""One trial, several processes: made once, waited for, and taken over from the dead."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from iiet.influence import InfluenceTable
+from orchestrator import trial_run
+from orchestrator.journal import read_journal
+from orchestrator.plan import PlannedTrial, threshold_plan
+from orchestrator.settings import resolve_settings
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.trial_run import LOCK_NAME, is_busy, run_trial
+from orchestrator.workspace import open_workspace
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from orchestrator import trial_run
+
+def measure(decoder, suite, items_path):
+    with (items_path.parent / "measured").open("a") as file:
+        file.write("once\\n")
+    return {"validation_loss": trial_run.validation_loss(decoder, suite["tokens_folder"])}
+
+trial_run.measure_quality = measure
+print("ready", flush=True)
+for line in sys.stdin:
+    run = trial_run.run_trial(json.loads(line))
+    print(json.dumps([run.state, run.result.to_dict()]), flush=True)
+"""
+
+HOLDER = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def trials(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> tuple[PlannedTrial, ...]:
+    """A teacher that is measured as it is, and its students."""
+    recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+    longer = {**recipe, "num_steps": 40}
+    settings = resolve_settings({"training": recipe, "distillation": {"training": longer}})
+    outcome = run_job(
+        TrainingJob(
+            run_folder=str(tmp_path / "teacher"),
+            tokens_folder=str(tiny_tokens),
+            model=tiny_model,
+            recipe=settings.training,
+        )
+    )
+    values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
+    return threshold_plan(
+        settings,
+        open_workspace(tmp_path),
+        teacher=Path(str(outcome.checkpoint)),
+        influence=InfluenceTable(metric="cosine", values=values, errors=errors, num_tokens=64),
+        suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
+    ).trials
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure nothing, which would take tasks."""
+    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+
+
+def starts(trial: PlannedTrial) -> int:
+    return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a script and return when it has said its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() in ("ready\n", "held\n")
+    return process
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_trial_once(trials: tuple[PlannedTrial, ...]) -> None:
+    processes = [start(WORKER) for _ in range(2)]
+    for trial in trials[:2]:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(trial.to_dict()) + "\n")
+            process.stdin.flush()
+        answers = [json.loads(p.stdout.readline()) for p in processes if p.stdout]
+        assert sorted(state for state, _ in answers) == ["found", "made"]
+        assert answers[0][1] == answers[1][1]
+        assert starts(trial) == (1 if trial.job else 0)
+        assert (Path(trial.folder) / "measured").read_text() == "once\n"
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+
+
+def test_a_trial_is_taken_over_from_a_process_that_died(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    folder = Path(trial.folder)
+    folder.mkdir(parents=True)
+    with start(HOLDER, str(folder / LOCK_NAME)) as holder:
+        assert is_busy(trial)
+        assert run_trial(trial.to_dict(), wait=False).state == "busy"
+        assert run_trial(trial.to_dict(), should_stop=lambda: True).state == "stopped"
+        assert starts(trial) == 0
+
+        def kill_what_it_waits_for() -> bool:
+            holder.kill()
+            return False
+
+        run = run_trial(trial.to_dict(), should_stop=kill_what_it_waits_for)
+    assert run.state == "made"
+    assert starts(trial) == 1
+    assert not is_busy(trial)
+    assert run_trial(trial.to_dict()).state == "found"
+
+
+def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    folder = Path(trial.folder)
+    made = run_trial(trial.to_dict())
+    text = trial.result_path.read_text()
+    trial.result_path.unlink()
+    lock = FileLock(folder / LOCK_NAME)
+    lock.acquire()
+
+    def finish_it() -> bool:
+        trial.result_path.write_text(text)
+        lock.release()
+        return False
+
+    run = run_trial(trial.to_dict(), should_stop=finish_it)
+    assert run.state == "found"
+    assert run.result == made.result
+
+
+def test_a_stopped_trial_lets_another_process_go_on(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    asked = iter([False, False, True, True])
+    assert run_trial(trial.to_dict(), should_stop=lambda: next(asked)).state == "stopped"
+    assert not is_busy(trial)
+    assert run_trial(trial.to_dict()).state == "made"
+    assert starts(trial) == 1, "it went on from its checkpoint"
+
+
+@pytest.mark.slow
+def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
+    trials: tuple[PlannedTrial, ...],
+    tmp_path: Path,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from orchestrator import trial_rounds
+    from orchestrator.console import Progress
+
+    asked, finished_meanwhile = trials[:4], trials[3]
+    lock = FileLock(Path(trials[2].folder) / LOCK_NAME)
+    Path(trials[2].folder).mkdir(parents=True)
+    lock.acquire()
+    rounds_function = trial_rounds.trial_function
+
+    def measure_nothing(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
+        from orchestrator import trial_run
+
+        trial_run.measure_quality = lambda *_: {"accuracy": 0.5}
+        return rounds_function(parameters, context)
+
+    class Told(Progress):
+        summary = ""
+
+        def note(self, text: str) -> None:
+            assert text == f"waiting for another sweep, which is at: {trials[2].label}"
+            assert [trial.result() is not None for trial in asked] == [True, True, False, True]
+            lock.release()
+
+        def finish(self, summary: str) -> None:
+            self.summary = summary
+
+    monkeypatch.setattr(trial_rounds, "trial_function", measure_nothing)
+    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+    run_trial(finished_meanwhile.to_dict())
+    progress = Told()
+    rounds = trial_rounds.TrialRounds(
+        tmp_path / "sweep", resolve_settings({}).sweep, progress, num_all=4
+    )
+    rounds.run(asked)
+    assert progress.summary == "4 trials, 1 made by another sweep meanwhile"
+    assert rounds.made == {trial.key for trial in trials[:3]}
+    assert rounds.failures == {}
+    assert [starts(trial) for trial in asked] == [0, 1, 1, 1]
