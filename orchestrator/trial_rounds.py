@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class TrialRounds:
     """Told what is going on."""
     num_all: int
     """Trials of the sweep, the finished ones included."""
+    on_end: Callable[[], None] = lambda: None
+    """Called in this thread whenever a trial has ended."""
     failures: dict[str, str] = field(default_factory=dict)
     """Label -> reason of trials that failed for good."""
     made: set[str] = field(default_factory=set)
@@ -108,6 +110,7 @@ class TrialRounds:
             self._busy.add(trial.key)
         elif state == "found":
             self._found.add(trial.key)
+        self.on_end()
 
 
 def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
@@ -116,10 +119,10 @@ def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[st
     return {"state": run.state}
 
 
-def _turn(trial: PlannedTrial) -> tuple[bool, float]:
-    # Those that another process is at last; else the costly ones first, so that none runs alone at
-    # the end.
-    return is_busy(trial), -_expected_work(trial)
+def _turn(trial: PlannedTrial) -> tuple[bool, bool, float]:
+    # Those that another process is at last. The teacher first, which spans the box of hypervolumes;
+    # then the costly ones, so that none runs alone at the end.
+    return is_busy(trial), trial.role != "teacher", -_expected_work(trial)
 
 
 def _expected_work(trial: PlannedTrial) -> float:

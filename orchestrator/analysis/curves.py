@@ -1,4 +1,4 @@
-"""Losses of a sweep's models while they were trained, read from their journals.
+"""Losses of a sweep's models while they were trained, and its front over time, from journals.
 
 Students are shown by their validation loss; where they were validated too seldom for a curve, by
 their divergence from the teacher, else by the loss they were trained with. Full model and
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.analysis.history import BY_COMPUTE, BY_TRIALS
 from orchestrator.analysis.page import Curve
 from orchestrator.analysis.pareto import Front, Placed
 from orchestrator.analysis.results import SweepResults
@@ -24,6 +25,11 @@ STUDENT_CHARTS = {
 }
 """Title and metric; the first that there is a curve for."""
 REFERENCE_CHART = "Validation loss of full model and references"
+HISTORY_CHARTS = {
+    "Hypervolume against trials finished": BY_TRIALS,
+    "Hypervolume against training in TFLOPs": BY_COMPUTE,
+}
+"""Title and metric; what stands behind `against` names the horizontal axis."""
 MOST_POINTS = 400
 """Of one curve; more than a page can show."""
 
@@ -46,6 +52,16 @@ def curves_of(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]
     if series := _series(front, others, VALIDATION_METRIC):
         charts[REFERENCE_CHART] = series
     return charts
+
+
+def history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
+    """Return how the front grew while its sweep ran, by title of the chart.
+
+    Args:
+        folder: Of the journal; see `orchestrator.analysis.history.history_folder`.
+    """
+    charts = {title: _points(folder, metric) for title, metric in HISTORY_CHARTS.items()}
+    return {title: [("front", points)] for title, points in charts.items() if len(points) > 1}
 
 
 def _series(front: Front, models: Sequence[tuple[Placed, Path]], metric: str) -> list[Curve]:

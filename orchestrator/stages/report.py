@@ -16,8 +16,9 @@ from pathlib import Path
 
 from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.confidence import confidence_metrics, with_confidence
-from orchestrator.analysis.curves import VALIDATION_METRIC, curves_of
+from orchestrator.analysis.curves import VALIDATION_METRIC, curves_of, history_curves
 from orchestrator.analysis.findings import front_metrics
+from orchestrator.analysis.history import history_folder
 from orchestrator.analysis.pareto import KEPT_SHARE, Front, find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
 from orchestrator.analysis.results import SweepResults, load_items, load_results
@@ -60,11 +61,12 @@ def write_report(
         if not axes.slug:
             sweep, front = track_results(tracking, run, sweep, front)
             sweep.store(workspace)
+    history = history_curves(history_folder(sweep.folder(workspace), sweep.key))
     report = SweepReport(
         name=sweep.name,
         front=front,
         influence=sweep.influence,
-        curves=curves_of(sweep, front),
+        curves={**curves_of(sweep, front), **({} if axes.slug else history)},
         facts=sweep.facts,
     )
     folder = sweep.folder(workspace) / axes.slug

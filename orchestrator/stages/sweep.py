@@ -1,9 +1,9 @@
 """Stage `sweep`: the trials of a plan under Ray Tune, each once, then their time per token.
 
 Out come the results; the sweep's folder holds its plan and settings. Finished trials are found by
-their keys and not run again, so the same command after any interruption goes on. Milliseconds are
-measured last, in this process, all models taking turns, because trials that run side by side
-disturb each other's clock.
+their keys and not run again, so the same command after any interruption goes on. After each
+trial the sweep's run is told how far the front has come. Milliseconds are measured last, in this
+process, all models taking turns, because trials that run side by side disturb each other's clock.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds, threads
+from orchestrator.analysis.history import history_folder, record_front
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
-from orchestrator.tracking import Tracking, status_after
+from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.teacher_choice import share_teacher
 from orchestrator.trial import TrialResult
@@ -74,10 +75,19 @@ def sweep(
     folder = workspace.sweeps / plan.name
     write_json(folder / PLAN_NAME, plan.to_dict())
     write_text(folder / "settings.yaml", to_yaml(settings))
-    with _tracked_sweep(plan, settings, tracking):
+    with _tracked_sweep(plan, settings, tracking) as run:
+
+        def tell_front() -> None:
+            history = history_folder(folder, plan.key)
+            if record_front(plan, history):
+                run.mirror(history)
+
+        tell_front()
         waiting = [trial for trial in plan.trials if trial.result() is None]
         waiting = _with_shared_teacher(waiting, settings, workspace, progress)
-        rounds = TrialRounds(folder, settings.sweep, progress, num_all=len(plan.trials))
+        rounds = TrialRounds(
+            folder, settings.sweep, progress, num_all=len(plan.trials), on_end=tell_front
+        )
         rounds.run(waiting)
         failures = rounds.failures
         found = [(trial, result) for trial in plan.trials if (result := trial.result())]
@@ -94,7 +104,7 @@ def sweep(
 
 
 @contextmanager
-def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[None]:
+def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
     """Keep the sweep's run in step with how the block ends; the report nests the trials in it."""
     params = {
         "kind": plan.kind,
@@ -108,7 +118,7 @@ def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> I
     tokens = open_tokens(plan.tokens_folder)
     run.log_dataset("tokens", tokens.fingerprint, tokens.profile)
     try:
-        yield
+        yield run
     except BaseException as error:
         run.finish(status_after(error))
         raise

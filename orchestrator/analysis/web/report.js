@@ -26,7 +26,8 @@ function drawCurves(holder) {
   if (!series.length) return;
   const all = series.flatMap((curve) => curve.points);
   const plot = new Plot(all.map((p) => p[0]), all.map((p) => p[1]));
-  plot.dress("Step", holder.dataset.curves);
+  const [what, against] = holder.dataset.curves.split(" against ");
+  plot.dress(against || "Step", what);
   const key = document.createElement("div");
   key.className = "key";
   series.forEach((curve, number) => {

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.axes import named_axes
 from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.history import BY_TRIALS, history_folder
 from orchestrator.analysis.results import RESULTS_NAME, SweepResults, items_name, load_results
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
@@ -188,3 +189,16 @@ def test_missing_and_damaged_sweeps_are_clear_errors(
     (workspace.sweeps / "toy" / RESULTS_NAME).write_text('{"name": "toy"}')
     with pytest.raises(UserError, match="damaged"):
         write_report(workspace, "toy")
+
+
+def test_the_page_shows_how_the_front_grew(workspace: Workspace, sweep: SweepResults) -> None:
+    journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
+    for step in (1, 2, 3):
+        journal.metrics(step, {BY_TRIALS: 0.1 * step})
+    journal.close()
+    page = write_report(workspace, sweep).page
+    assert page is not None
+    assert "Hypervolume against trials finished" in page.read_text(encoding="utf-8")
+    other = write_report(workspace, "toy", axes=named_axes("ms", "perplexity")).page
+    assert other is not None
+    assert "Hypervolume against" not in other.read_text(encoding="utf-8"), "it is of other numbers"

@@ -1,0 +1,76 @@
+"""The front over time: its hypervolume after each finished trial, against what the training took.
+
+In: a sweep's plan, whose finished trials lie on disk. Out: a journal in the sweep's folder, from
+which MLflow and the report take two curves: against the number of models finished (trials, teacher
+and references), and against the FLOPs of the sweep's own training, what it found finished included.
+
+The axes are evaluations and accuracy, because milliseconds are measured when all is trained. The
+hypervolume is a share of a box that the full model spans, so the curves start when that model is
+measured, and the box stays the same from there on; a sweep measures its teacher first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from iiet.cost import inference_cost
+from orchestrator.analysis.pareto import find_front
+from orchestrator.journal import Journal, read_journal
+from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
+
+BY_TRIALS = "sweep/hypervolume"
+"""Metric whose step is the number of models finished."""
+BY_COMPUTE = "sweep/hypervolume_by_tflops"
+"""Metric whose step is the training so far in 1e12 FLOPs, rounded."""
+FLOPS_PER_STEP = 1e12
+
+
+def history_folder(sweep_folder: Path, plan_key: str) -> Path:
+    """Return where the journal lies; another plan under the same name has another one."""
+    return sweep_folder / "history" / plan_key
+
+
+def record_front(plan: SweepPlan, folder: Path) -> bool:
+    """Write down the hypervolume of what is finished by now.
+
+    Args:
+        plan: The sweep.
+        folder: Of the journal; see `history_folder`.
+
+    Returns:
+        Whether there was anything new: False while the full model is not measured yet, if it has no
+        accuracy, or if nothing was finished since the last time.
+    """
+    full = full_config(plan)
+    found = [(trial, result) for trial in plan.trials if (result := trial.result())]
+    front = find_front([replace(r, cost=exact_cost(t.config(), full)) for t, r in found])
+    volume = front.hypervolume
+    spans_box = front.full is not None and front.full.result.key == _full_trial(plan).key
+    if volume is None or not spans_box or len(found) <= _last_step(folder):
+        return False
+    flops = sum(result.train.get("flops", 0.0) for trial, result in found if trial.job)
+    numbers = {
+        BY_TRIALS: volume,
+        "sweep/front_size": len(front.members),
+        "sweep/training_flops": flops,
+    }
+    journal = Journal(folder)
+    journal.metrics(len(found), numbers)
+    journal.metrics(round(flops / FLOPS_PER_STEP), {BY_COMPUTE: volume})
+    journal.close()
+    return True
+
+
+def _full_trial(plan: SweepPlan) -> PlannedTrial:
+    """Return the trial that the finished front calls its full model."""
+    candidates = [trial for trial in plan.trials if trial.role != "reference"] or plan.trials
+    teachers = [trial for trial in candidates if trial.role == "teacher"]
+    return max(
+        teachers or candidates, key=lambda t: inference_cost(t.config()).evaluations_per_token
+    )
+
+
+def _last_step(folder: Path) -> int:
+    records, _ = read_journal(folder)
+    return max((r["step"] for r in records if BY_TRIALS in r.get("values", {})), default=0)
