@@ -15,6 +15,7 @@ from iiet.influence import InfluenceTable, influence_table
 from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
 from iiet.methods import METHODS
 from iiet.published import decoder_from_published, published_from_decoder
+from iiet.remeasuring import remeasured_family
 from iiet.schedule import (
     FamilyMember,
     IterationSchedule,
@@ -48,6 +49,7 @@ __all__ = [
     "num_parameters",
     "preset",
     "published_from_decoder",
+    "remeasured_family",
     "schedule_at_threshold",
     "schedule_family",
     "spread_over_cost",
