@@ -81,6 +81,10 @@ def test_the_whole_job_ends_with_a_front(finished: tuple[Path, str]) -> None:
     evaluations = [r["cost"]["evaluations"] for r in results if r["role"] == "trial"]
     assert evaluations[0] == 9
     assert evaluations[-1] == 3
+    assert "the teacher's answers are stored once" in printed
+    trials = [r for r in results if r["role"] == "trial"]
+    journals = [Path(r["checkpoint"]).parent / "journal.jsonl" for r in trials]
+    assert all('"reads_teacher": true' in journal.read_text() for journal in journals)
 
 
 def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:
