@@ -223,6 +223,8 @@ def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:
     def state(trial: PlannedTrial) -> str:
         if trial.label in outcome.failures:
             return f"failed: {outcome.failures[trial.label]}"
+        if trial.label in outcome.stopped:
+            return outcome.stopped[trial.label]
         if trial.key not in found:
             return "not finished"
         if trial.key in outcome.reused:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,16 @@ class TrialRounds:
     """Told what is going on."""
     num_all: int
     """Trials of the sweep, the finished ones included."""
+    rivals: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Key of a trial -> those that it has to beat to be trained to its end; see `rivals_of`."""
     on_end: Callable[[], None] = lambda: None
     """Called in this thread whenever a trial has ended."""
     failures: dict[str, str] = field(default_factory=dict)
     """Label -> reason of trials that failed for good."""
     made: set[str] = field(default_factory=set)
     """Keys of trials that this sweep made itself."""
+    lost: set[str] = field(default_factory=set)
+    """Keys of trials that were ended because they cannot beat a rival, now or before."""
     _found: set[str] = field(default_factory=set)
     _busy: set[str] = field(default_factory=set)
 
@@ -54,6 +58,7 @@ class TrialRounds:
             Interrupted: After Ctrl-C; finished trials stay finished.
         """
         self.progress.start("sweep", self.num_all)
+        num_found = self.num_all - len(waiting) - len(self.lost)
         if waiting:
             with ray_cluster():
                 self._round(waiting, wait=False)
@@ -62,12 +67,13 @@ class TrialRounds:
                     names = ", ".join(trial.label for trial in others)
                     self.progress.note(f"waiting for another sweep, which is at: {names}")
                 self._round(others, wait=True)
-        self.progress.finish(self._summary(len(waiting)))
+        self.progress.finish(self._summary(num_found))
 
-    def _summary(self, num_waiting: int) -> str:
+    def _summary(self, num_found: int) -> str:
         counts = {
-            "of them found finished": self.num_all - num_waiting,
+            "of them found finished": num_found,
             "made by another sweep meanwhile": len(self._found - self.made),
+            "stopped early": len(self.lost),
             "failed": len(self.failures),
         }
         parts = [f", {count} {what}" for what, count in counts.items() if count]
@@ -86,7 +92,7 @@ class TrialRounds:
         own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"
         run_trials(
             trial_function,
-            [{"trial": trial.to_dict(), "wait": wait} for trial in sorted(trials, key=_turn)],
+            [self._parameters(trial, wait) for trial in sorted(trials, key=_turn)],
             own_folder,
             limits=TrialLimits(
                 at_once=self.settings.trials_at_once,
@@ -97,6 +103,14 @@ class TrialRounds:
         )
         # After an interruption it stays: what still ends reads in it that it shall.
         shutil.rmtree(own_folder, ignore_errors=True)
+
+    def _parameters(self, trial: PlannedTrial, wait: bool) -> dict[str, Any]:
+        return {
+            "trial": trial.to_dict(),
+            "wait": wait,
+            "rivals": dict(self.rivals.get(trial.key, {})),
+            "grace_fraction": self.settings.grace_fraction,
+        }
 
     def _on_result(self, report: TrialReport) -> None:
         trial = PlannedTrial(**report.parameters["trial"])
@@ -110,13 +124,17 @@ class TrialRounds:
             self._busy.add(trial.key)
         elif state == "found":
             self._found.add(trial.key)
+        elif state == "lost":
+            self.lost.add(trial.key)
+            self.progress.note(f"trial {trial.label} ended: it cannot beat a cheaper one any more")
         self.on_end()
 
 
 def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Run one trial in a Ray worker; what Tune is given. The result itself goes into a file."""
-    run = run_trial(parameters["trial"], wait=parameters["wait"], should_stop=context.should_stop)
-    return {"state": run.state}
+    trial = parameters["trial"]
+    options = {name: parameters[name] for name in ("wait", "rivals", "grace_fraction")}
+    return {"state": run_trial(trial, should_stop=context.should_stop, **options).state}
 
 
 def _turn(trial: PlannedTrial) -> tuple[bool, bool, float]:

@@ -32,6 +32,7 @@ from orchestrator.training.checkpoint import load_decoder, load_provenance
 from orchestrator.training.job import TrainingJob, TrainingOutcome
 from orchestrator.training.run import run_job
 from orchestrator.trial import TrialResult
+from orchestrator.trial_referee import Referee
 from orchestrator.workspace import read_json, write_json
 
 NUM_VALIDATION_TOKENS = 65_536
@@ -49,8 +50,9 @@ Report = Callable[[int, Mapping[str, float]], None]
 class TrialRun:
     """How a call of `run_trial` ended."""
 
-    state: Literal["made", "found", "busy", "stopped"]
-    """`made` by this call, `found` finished, `busy` in another process, or `stopped` early."""
+    state: Literal["made", "found", "busy", "stopped", "lost"]
+    """`made` by this call, `found` finished, `busy` in another process, `stopped` on request, or
+    `lost`: ended because it cannot beat a rival."""
     result: TrialResult | None = None
     """The result, where it was made or found."""
 
@@ -61,6 +63,8 @@ def run_trial(
     wait: bool = True,
     should_stop: Callable[[], bool] | None = None,
     report: Report | None = None,
+    rivals: Mapping[str, str] | None = None,
+    grace_fraction: float = 0.0,
 ) -> TrialRun:
     """Run a trial to its result, or take the result of the process that is at it.
 
@@ -69,6 +73,8 @@ def run_trial(
         wait: Whether to wait for another process that is at this trial; else it ends as `busy`.
         should_stop: Asked before each training step, and while waiting.
         report: Told the training step and its numbers.
+        rivals: Label -> folder of the trials that it has to beat; none lets it train to its end.
+        grace_fraction: Share of the steps before which it is not ended for a rival.
 
     Returns:
         How it ended. A result also lies in the trial's folder.
@@ -85,7 +91,11 @@ def run_trial(
         finished = trial.result()
         if finished:
             return TrialRun("found", finished)
-        result = _make(trial, asked, report)
+        referee = Referee(trial, rivals, grace_fraction=grace_fraction) if rivals else None
+        result = _make(trial, asked, report, referee)
+        if referee and referee.verdict and not result:
+            referee.write_verdict()
+            return TrialRun("lost")
         return TrialRun("made", result) if result else TrialRun("stopped")
 
 
@@ -119,13 +129,26 @@ def _claimed(folder: Path, wait: bool, should_stop: Callable[[], bool]) -> Itera
 
 
 def _make(
-    trial: PlannedTrial, should_stop: Callable[[], bool], report: Report | None
+    trial: PlannedTrial,
+    should_stop: Callable[[], bool],
+    report: Report | None,
+    referee: Referee | None,
 ) -> TrialResult | None:
-    """Train and measure; None when stopped before the end."""
+    """Train and measure; None when stopped before the end, or lost."""
+
+    def hear(step: int, numbers: Mapping[str, float]) -> None:
+        if referee:
+            referee.hear(step, numbers)
+        if report:
+            report(step, numbers)
+
+    def shall_end() -> bool:
+        return should_stop() or bool(referee and referee.verdict)
+
     outcome = None
     checkpoint = trial.checkpoint
     if trial.job:
-        outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=should_stop, report=report)
+        outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=shall_end, report=hear)
         if not outcome.finished or should_stop():
             return None
         checkpoint = outcome.checkpoint

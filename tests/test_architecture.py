@@ -39,7 +39,8 @@ LAYERS = (
     "orchestrator.worker",
     "orchestrator.trial_runner",
     "orchestrator.analysis",
-    "orchestrator.trial_run orchestrator.trial_rounds orchestrator.views",
+    "orchestrator.trial_referee orchestrator.trial_run orchestrator.trial_rounds"
+    " orchestrator.views",
     "orchestrator.stages",
     "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure",
     "orchestrator.handover",

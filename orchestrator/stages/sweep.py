@@ -8,13 +8,14 @@ process, all models taking turns, because trials that run side by side disturb e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds, threads
+from orchestrator.analysis.early_stop import Verdict
 from orchestrator.analysis.history import history_folder, record_front
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
@@ -26,6 +27,7 @@ from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.teacher_choice import share_teacher
 from orchestrator.trial import TrialResult
+from orchestrator.trial_referee import rivals_of, verdict_of
 from orchestrator.trial_rounds import TrialRounds
 from orchestrator.workspace import Workspace, read_json, write_json, write_text
 
@@ -46,6 +48,8 @@ class SweepOutcome:
     """Finished trials, the teacher and the references among them, in the plan's order."""
     failures: dict[str, str]
     """Label -> reason of trials that failed for good."""
+    stopped: dict[str, str]
+    """Label -> reason of trials that were ended because they could not beat a cheaper one."""
     reused: frozenset[str]
     """Keys of the trials that this call found finished: from before, or by another sweep."""
 
@@ -83,13 +87,25 @@ def sweep(
                 run.mirror(history)
 
         tell_front()
-        waiting = [trial for trial in plan.trials if trial.result() is None]
+        rivals = _rivals(plan) if settings.sweep.stop_dominated else {}
+        lost = {trial.key for trial in plan.trials if _verdict(trial, rivals)}
+        waiting = [t for t in plan.trials if t.result() is None and t.key not in lost]
         waiting = _with_shared_teacher(waiting, settings, workspace, progress)
         rounds = TrialRounds(
-            folder, settings.sweep, progress, num_all=len(plan.trials), on_end=tell_front
+            folder,
+            settings.sweep,
+            progress,
+            num_all=len(plan.trials),
+            rivals=rivals,
+            lost=lost,
+            on_end=tell_front,
         )
         rounds.run(waiting)
         failures = rounds.failures
+        verdicts = {t.label: v for t in plan.trials if (v := _verdict(t, rivals))}
+        if verdicts:
+            saved = sum(verdict.share_saved for verdict in verdicts.values())
+            run.log_metrics({"sweep/trainings_saved": saved}, step=len(plan.trials))
         found = [(trial, result) for trial in plan.trials if (result := trial.result())]
         if not found:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
@@ -99,8 +115,20 @@ def sweep(
         folder=folder,
         results=tuple(results),
         failures=failures,
+        stopped={label: verdict.text for label, verdict in verdicts.items()},
         reused=frozenset(trial.key for trial, _ in found) - rounds.made,
     )
+
+
+def _rivals(plan: SweepPlan) -> dict[str, dict[str, str]]:
+    """Return what each student has to beat; models that start from nothing are all trained."""
+    if plan.kind != "threshold":
+        return {}
+    return {trial.key: rivals_of(trial, plan.trials) for trial in plan.trials}
+
+
+def _verdict(trial: PlannedTrial, rivals: Mapping[str, Mapping[str, str]]) -> Verdict | None:
+    return verdict_of(trial, rivals.get(trial.key, {}))
 
 
 @contextmanager

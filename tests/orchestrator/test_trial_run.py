@@ -1,10 +1,12 @@
-"""One trial, several processes: made once, waited for, and taken over from the dead."""
+"""One trial, several processes: made once, waited for, taken over from the dead; and ended where it
+cannot win."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from orchestrator import trial_run
 from orchestrator.journal import read_journal
 from orchestrator.plan import PlannedTrial, threshold_plan
 from orchestrator.settings import resolve_settings
-from orchestrator.training.job import TrainingJob
+from orchestrator.training.job import DONE_NAME, TrainingJob
 from orchestrator.training.run import run_job
+from orchestrator.trial_referee import rivals_of, verdict_of
 from orchestrator.trial_run import LOCK_NAME, is_busy, run_trial
-from orchestrator.workspace import open_workspace
+from orchestrator.workspace import open_workspace, read_json, write_json
 
 WORKER = """
 import json, sys
@@ -213,3 +216,50 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     assert rounds.made == {trial.key for trial in trials[:3]}
     assert rounds.failures == {}
     assert [starts(trial) for trial in asked] == [0, 1, 1, 1]
+
+
+def test_a_trial_that_cannot_beat_a_cheaper_one_ends_and_can_go_on_later(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    costly, *_, cheap = [with_looks(trial) for trial in trials if trial.role == "trial"]
+    rivals = rivals_of(costly, [costly, cheap])
+    assert rivals == {cheap.label: cheap.folder}
+    assert rivals_of(cheap, [costly, cheap]) == {}, "a costlier one is no rival"
+    assert run_trial(cheap.to_dict()).state == "made"
+    done = Path(cheap.folder) / DONE_NAME
+    write_json(done, {**read_json(done), "validation_loss": 0.01})
+
+    asked = {"rivals": rivals, "grace_fraction": 0.5}
+    assert run_trial(costly.to_dict(), **asked).state == "lost"
+    assert costly.result() is None, "what was not trained to its end is not finished"
+    verdict = verdict_of(costly, rivals)
+    assert verdict is not None
+    assert 20 <= verdict.step < 40
+    assert cheap.label in verdict.text
+    assert verdict_of(costly, {}) is None, "a sweep without that rival did not stop it"
+    steps = len(read_journal(Path(costly.folder))[0])
+    assert run_trial(costly.to_dict(), **asked).state == "lost"
+    records = read_journal(Path(costly.folder))[0][steps:]
+    assert not [r for r in records if r["kind"] == "metrics"], "nothing was trained again"
+
+    assert run_trial(costly.to_dict()).state == "made"
+    assert starts(costly) == 1, "it went on from where it was stopped"
+    assert verdict_of(costly, rivals) is None
+
+
+def test_a_trial_that_beats_its_rivals_is_trained_to_its_end(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    costly, *_, cheap = [with_looks(trial) for trial in trials if trial.role == "trial"]
+    assert run_trial(cheap.to_dict()).state == "made"
+    done = Path(cheap.folder) / DONE_NAME
+    write_json(done, {**read_json(done), "validation_loss": 99.0})
+    rivals = rivals_of(costly, [costly, cheap])
+    assert run_trial(costly.to_dict(), rivals=rivals).state == "made"
+
+
+def with_looks(trial: PlannedTrial) -> PlannedTrial:
+    """Return a trial that is validated every five steps."""
+    assert trial.job is not None
+    recipe = {**trial.job["recipe"], "validate_every_steps": 5, "learning_rate": 1e-6}
+    return replace(trial, job={**trial.job, "recipe": recipe})
