@@ -32,6 +32,7 @@ from orchestrator.trial_rounds import TrialRounds
 from orchestrator.workspace import Workspace, read_json, write_json, write_text
 
 PLAN_NAME = "plan.json"
+STOPPED_TAG = "iiet.stopped_early"
 TIMES_NAME = "times.json"
 PROMPT_TOKENS = 16
 NEW_TOKENS = 32
@@ -103,9 +104,7 @@ def sweep(
         rounds.run(waiting)
         failures = rounds.failures
         verdicts = {t.label: v for t in plan.trials if (v := _verdict(t, rivals))}
-        if verdicts:
-            saved = sum(verdict.share_saved for verdict in verdicts.values())
-            run.log_metrics({"sweep/trainings_saved": saved}, step=len(plan.trials))
+        _tell_stopped(run, verdicts, len(plan.trials))
         found = [(trial, result) for trial in plan.trials if (result := trial.result())]
         if not found:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
@@ -129,6 +128,14 @@ def _rivals(plan: SweepPlan) -> dict[str, dict[str, str]]:
 
 def _verdict(trial: PlannedTrial, rivals: Mapping[str, Mapping[str, str]]) -> Verdict | None:
     return verdict_of(trial, rivals.get(trial.key, {}))
+
+
+def _tell_stopped(run: TrackedRun, verdicts: Mapping[str, Verdict], num_trials: int) -> None:
+    if verdicts:
+        saved = sum(verdict.share_saved for verdict in verdicts.values())
+        run.log_metrics({"sweep/trainings_saved": saved}, step=num_trials)
+        told = "; ".join(f"{label} {verdict.text}" for label, verdict in verdicts.items())
+        run.set_tags({STOPPED_TAG: told})
 
 
 @contextmanager

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule, schedule_family
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
+from orchestrator.plan import SweepPlan, threshold_plan
+from orchestrator.settings import resolve_settings
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
 from orchestrator.trial import TrialResult
+from orchestrator.workspace import open_workspace
 
 Influence = tuple[tuple[float, ...], ...]
 
@@ -108,3 +117,27 @@ def sample_evaluations(sample_results: list[TrialResult]) -> dict[str, Evaluatio
             )
         found[result.key] = EvaluationResult(results=tasks)
     return found
+
+
+@pytest.fixture
+def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> SweepPlan:
+    """A trained teacher and its students, of 40 steps each, none of them run."""
+    recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+    longer = {**recipe, "num_steps": 40}
+    settings = resolve_settings({"training": recipe, "distillation": {"training": longer}})
+    outcome = run_job(
+        TrainingJob(
+            run_folder=str(tmp_path / "teacher"),
+            tokens_folder=str(tiny_tokens),
+            model=tiny_model,
+            recipe=settings.training,
+        )
+    )
+    values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
+    return threshold_plan(
+        settings,
+        open_workspace(tmp_path),
+        teacher=Path(str(outcome.checkpoint)),
+        influence=InfluenceTable(metric="cosine", values=values, errors=errors, num_tokens=64),
+        suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
+    )

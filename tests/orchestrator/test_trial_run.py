@@ -13,16 +13,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from iiet.influence import InfluenceTable
 from orchestrator import trial_run
 from orchestrator.journal import read_journal
-from orchestrator.plan import PlannedTrial, threshold_plan
+from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
-from orchestrator.training.job import DONE_NAME, TrainingJob
-from orchestrator.training.run import run_job
+from orchestrator.training.job import DONE_NAME
 from orchestrator.trial_referee import rivals_of, verdict_of
 from orchestrator.trial_run import LOCK_NAME, is_busy, run_trial
-from orchestrator.workspace import open_workspace, read_json, write_json
+from orchestrator.workspace import read_json, write_json
 
 WORKER = """
 import json, sys
@@ -52,29 +50,9 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def trials(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
-) -> tuple[PlannedTrial, ...]:
+def trials(tiny_plan: SweepPlan) -> tuple[PlannedTrial, ...]:
     """A teacher that is measured as it is, and its students."""
-    recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
-    longer = {**recipe, "num_steps": 40}
-    settings = resolve_settings({"training": recipe, "distillation": {"training": longer}})
-    outcome = run_job(
-        TrainingJob(
-            run_folder=str(tmp_path / "teacher"),
-            tokens_folder=str(tiny_tokens),
-            model=tiny_model,
-            recipe=settings.training,
-        )
-    )
-    values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
-    return threshold_plan(
-        settings,
-        open_workspace(tmp_path),
-        teacher=Path(str(outcome.checkpoint)),
-        influence=InfluenceTable(metric="cosine", values=values, errors=errors, num_tokens=64),
-        suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
-    ).trials
+    return tiny_plan.trials
 
 
 @pytest.fixture

@@ -1,0 +1,92 @@
+"""A sweep says what was stopped early and why, and goes on with it when asked to stop nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from orchestrator.analysis.early_stop import Verdict
+from orchestrator.plan import PlannedTrial, SweepPlan
+from orchestrator.settings import resolve_settings
+from orchestrator.stages import sweep as sweep_module
+from orchestrator.stages.sweep import STOPPED_TAG, sweep
+from orchestrator.tracking import Tracking
+from orchestrator.trial import TrialResult
+from orchestrator.trial_referee import STOPPED_NAME
+from orchestrator.trial_rounds import TrialRounds
+from orchestrator.workspace import open_workspace, write_json
+
+
+class FakeTracking:
+    """Stands for MLflow, and for the sweep's run in it."""
+
+    def __init__(self) -> None:
+        self.tags: dict[str, str] = {}
+        self.metrics: dict[str, float] = {}
+        self.mirrored: list[Path] = []
+
+    def run(self, key: str, **_: Any) -> FakeTracking:
+        return self
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.tags |= tags
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.metrics |= values
+
+    def mirror(self, folder: Path) -> None:
+        self.mirrored.append(folder)
+
+    def log_dataset(self, *_: Any) -> None:
+        pass
+
+    def finish(self, *_: Any) -> None:
+        pass
+
+
+def finish(trial: PlannedTrial) -> None:
+    result = TrialResult(
+        key=trial.key, role=trial.role, method="iiet", quality={"accuracy": 0.5}, train={"flops": 1}
+    )
+    write_json(trial.result_path, result.to_dict())
+
+
+def test_what_was_stopped_is_told_and_trained_on_without_stopping(
+    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, cheap = tiny_plan.trials[1], tiny_plan.trials[-1]
+    for trial in tiny_plan.trials:
+        if trial is not stopped:
+            finish(trial)
+    verdict = Verdict(step=30, num_steps=40, bound=3.0, rival=cheap.label, rival_loss=2.5)
+    write_json(Path(stopped.folder) / STOPPED_NAME, asdict(verdict))
+    asked: list[str] = []
+    monkeypatch.setattr(
+        TrialRounds, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
+    )
+    monkeypatch.setattr(sweep_module, "_with_shared_teacher", lambda waiting, *_: waiting)
+    monkeypatch.setattr(sweep_module, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(sweep_module, "NEW_TOKENS", 2)
+    tracking = FakeTracking()
+
+    def outcome_of(*assignments: str) -> sweep_module.SweepOutcome:
+        settings = resolve_settings({}, assignments)
+        workspace = open_workspace(tmp_path)
+        return sweep(tiny_plan, settings, workspace, tracking=cast("Tracking", tracking))
+
+    outcome = outcome_of()
+    assert asked == []
+    assert outcome.stopped == {stopped.label: verdict.text}
+    assert outcome.failures == {}
+    assert stopped.key not in {result.key for result in outcome.results}
+    assert len(outcome.results) == len(tiny_plan.trials) - 1
+    assert cheap.label in tracking.tags[STOPPED_TAG]
+    assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
+    assert len(tracking.mirrored) == 1, "the front over time, from what was found finished"
+
+    assert outcome_of("sweep.stop_dominated=false").stopped == {}
+    assert asked == [stopped.key]
