@@ -202,8 +202,9 @@ class SweepSettings(Section):
     """Methods that `sweep-iterations` pretrains."""
     learning_rates: dict[str, float] = {"vanilla": 4e-3}
     """Peak learning rate of a method where it differs from `training.learning_rate`, by name."""
-    stop_dominated: bool = True
-    """End a trial whose validation loss cannot beat a finished one that costs no more."""
+    stop_dominated: bool = False
+    """End a trial whose validation loss cannot beat a finished one that costs no more. Off by
+    default: the front is of accuracy, and a trial that is ended is never asked for it."""
     grace_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of a trial's steps before which it is not ended so."""
     trials_at_once: int | None = Field(default=None, gt=0)

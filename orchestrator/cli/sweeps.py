@@ -33,10 +33,10 @@ def sweep_threshold(
     thresholds: Annotated[
         str | None, typer.Option(help="Thresholds instead, with commas: 0.001,0.01.")
     ] = None,
-    no_stop: Annotated[
-        bool,
-        typer.Option("--no-stop", help="Train every student to its end, even one that cannot win."),
-    ] = False,
+    stop: Annotated[
+        bool | None,
+        typer.Option("--stop/--no-stop", help="End students that cannot win by their loss."),
+    ] = None,
     trials_at_once: TrialsAtOnceOption = None,
     name: NameOption = None,
     dry_run: DryRunOption = False,
@@ -49,7 +49,7 @@ def sweep_threshold(
         set_,
         sweep__num_schedules=schedules,
         sweep__thresholds=numbers(thresholds, "--thresholds"),
-        sweep__stop_dominated=False if no_stop else None,
+        sweep__stop_dominated=stop,
         sweep__trials_at_once=trials_at_once,
     )
     with open_desk(workspace, "sweep-threshold", verbose=verbose) as desk:

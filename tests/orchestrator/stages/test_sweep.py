@@ -78,7 +78,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         workspace = open_workspace(tmp_path)
         return sweep(tiny_plan, settings, workspace, tracking=cast("Tracking", tracking))
 
-    outcome = outcome_of()
+    outcome = outcome_of("sweep.stop_dominated=true")
     assert asked == []
     assert outcome.stopped == {stopped.label: verdict.text}
     assert outcome.failures == {}
@@ -88,5 +88,5 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
     assert len(tracking.mirrored) == 1, "the front over time, from what was found finished"
 
-    assert outcome_of("sweep.stop_dominated=false").stopped == {}
+    assert outcome_of().stopped == {}
     assert asked == [stopped.key]
