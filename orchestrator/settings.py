@@ -152,7 +152,8 @@ class DistillationSettings(Section):
     teacher_cache: Literal["auto", "live", "exact", "top_k"] = "auto"
     """Where a sweep's students find what their teacher says: `live` runs it in each, `exact` stores
     its logits once for all (the same losses), `top_k` its likeliest tokens and the others as one
-    (another loss); `auto` is exact where that pays and the disk can spare it, else live."""
+    (another loss); `auto` is exact where that pays and the disk can spare it, and deletes it after
+    the sweep; else live."""
     cache_top_k: int = Field(default=64, gt=0)
     """Likeliest tokens of `teacher_cache: top_k`."""
     training: TrainingSettings = Field(default_factory=_distillation_training)

@@ -85,6 +85,7 @@ def test_the_whole_job_ends_with_a_front(finished: tuple[Path, str]) -> None:
     trials = [r for r in results if r["role"] == "trial"]
     journals = [Path(r["checkpoint"]).parent / "journal.jsonl" for r in trials]
     assert all('"reads_teacher": true' in journal.read_text() for journal in journals)
+    assert not list((workspace / "teachers").glob("*/")), "and not kept behind the sweep"
 
 
 def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:

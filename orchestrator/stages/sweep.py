@@ -25,7 +25,7 @@ from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.teacher_choice import share_teacher
+from orchestrator.training.teacher_choice import forget_teacher, share_teacher
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import rivals_of, verdict_of
 from orchestrator.trial_rounds import TrialRounds
@@ -103,6 +103,9 @@ def sweep(
         )
         rounds.run(waiting)
         failures = rounds.failures
+        if not failures:
+            jobs = [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
+            forget_teacher(jobs, settings.distillation)
         verdicts = {t.label: v for t in plan.trials if (v := _verdict(t, rivals))}
         _tell_stopped(run, verdicts, len(plan.trials))
         found = [(trial, result) for trial in plan.trials if (result := trial.result())]

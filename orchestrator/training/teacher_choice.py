@@ -148,6 +148,16 @@ def _refuse_hidden(settings: DistillationSettings, progress: Progress) -> None:
         progress.note(f"the teacher runs in each trial: {why}")
 
 
+def forget_teacher(jobs: Sequence[TrainingJob], settings: DistillationSettings) -> None:
+    """Delete the stored answers that finished jobs have read, if `auto` chose to store them.
+
+    Who reads them at this moment goes on reading; who comes later asks the teacher itself.
+    """
+    if settings.teacher_cache == "auto":
+        for folder in {job.teacher_cache for job in jobs if job.teacher_cache}:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _choice(mode: str, plan: CachePlan, num_students: int, parent: Path) -> tuple[bool, str]:
     """Return whether to store, and the sentence for the user."""
     if mode == "live":

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
@@ -23,7 +24,12 @@ from orchestrator.training.parallel import World
 from orchestrator.training.parts import load_teacher
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import CachedTeacher, damage, open_cache, write_cache
-from orchestrator.training.teacher_choice import cache_plan, share_teacher, teacher_answers
+from orchestrator.training.teacher_choice import (
+    cache_plan,
+    forget_teacher,
+    share_teacher,
+    teacher_answers,
+)
 
 RECIPE: dict[str, Any] = {
     "num_steps": 6,
@@ -294,6 +300,17 @@ def test_auto_stores_for_two_students_and_not_for_one(
     assert ["runs in each" in notes.notes[0], "stored once" in notes.notes[1]] == [True, True]
     assert "there already" in notes.notes[2]
     assert share_teacher([plain], DistillationSettings(), tmp_path / "t") == [plain]
+
+
+def test_auto_deletes_what_it_stored_and_a_later_job_asks_the_teacher(
+    student: MakeStudent, tmp_path: Path
+) -> None:
+    shared = share_teacher([student("a"), student("b")], DistillationSettings(), tmp_path / "t")
+    forget_teacher(shared, DistillationSettings(teacher_cache="exact"))
+    assert Path(str(shared[0].teacher_cache)).is_dir(), "what was asked for by name stays"
+    forget_teacher(shared, DistillationSettings())
+    assert not Path(str(shared[0].teacher_cache)).exists()
+    assert isinstance(load_teacher(shared[0], World()), Decoder)
 
 
 def test_auto_spares_the_disk_and_says_so(
