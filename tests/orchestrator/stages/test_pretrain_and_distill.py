@@ -40,6 +40,10 @@ class FakeRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.tags |= tags
 
+    def log_dataset(self, name: str, digest: str, profile: Mapping[str, object]) -> None:
+        assert (name, len(digest)) == ("tokens", 16)
+        assert profile["train_tokens"]
+
     def mirror(self, folder: Path) -> None:
         assert folder.is_dir()
 
