@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, take_turns
-from iiet import Decoder, ModelConfig, generate, preset, published_from_decoder, stream
+from iiet import Decoder, ModelConfig, generate, published_from_decoder, stream
 
 __all__ = ["measure"]
 
@@ -94,18 +95,14 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
 
 
 def _models(size: _Size, dim: int) -> tuple[Decoder, Any]:
-    torch.manual_seed(0)
-    config = preset(
-        "tiny",
-        method="vanilla",
-        dim=dim,
+    config = shaped_config(
+        dim,
         num_layers=size.num_layers,
-        num_heads=dim // 64,
-        ffn_dim=dim * 11 // 4,
         vocab_size=size.vocab_size,
         context_length=size.prompt_tokens + size.new_tokens,
+        method="vanilla",
     )
-    decoder = Decoder(config).eval()
+    decoder = fresh_decoder(config).eval()
     return decoder, _llama(config, published_from_decoder(decoder))
 
 

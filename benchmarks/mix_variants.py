@@ -17,7 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from iiet import Decoder, next_token_loss, preset
+from benchmarks.shape import fresh_decoder, shaped_config
+from iiet import Decoder, next_token_loss
 from iiet.history import Mix
 
 __all__ = ["VARIANTS", "StepSize", "Variant", "build", "largest_difference", "step", "written_as"]
@@ -42,18 +43,14 @@ class StepSize:
 
 def build(size: StepSize) -> tuple[Decoder, Tensor]:
     """Return a decoder, the rows of its mix unlike each other, and a batch of random tokens."""
-    torch.manual_seed(0)
-    config = preset(
-        "tiny",
-        dim=size.dim,
+    config = shaped_config(
+        size.dim,
         num_layers=size.num_layers,
-        num_heads=max(1, size.dim // 64),
-        ffn_dim=size.dim * 11 // 4,
         vocab_size=size.vocab_size,
         context_length=size.num_tokens,
-        schedule=size.num_corrections,
+        num_corrections=size.num_corrections,
     )
-    decoder = Decoder(config)
+    decoder = fresh_decoder(config)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if "mix.inner" in name or "mix.outer" in name:

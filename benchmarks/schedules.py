@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
-from iiet import Decoder, IterationSchedule, KeyValueCache, preset
+from iiet import Decoder, IterationSchedule, KeyValueCache
 
 __all__ = ["measure"]
 
@@ -81,19 +82,14 @@ def _schedules(num_layers: int) -> dict[str, IterationSchedule]:
 
 
 def _decoder(size: _Size, dim: int) -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(
-        preset(
-            "tiny",
-            dim=dim,
-            num_layers=size.num_layers,
-            num_heads=dim // 64,
-            ffn_dim=dim * 11 // 4,
-            vocab_size=size.vocab_size,
-            # Two tokens more: the warm-up, and one to spare.
-            context_length=size.prompt_tokens + size.num_steps + 2,
-        )
-    ).eval()
+    config = shaped_config(
+        dim,
+        num_layers=size.num_layers,
+        vocab_size=size.vocab_size,
+        # Two tokens more: the warm-up, and one to spare.
+        context_length=size.prompt_tokens + size.num_steps + 2,
+    )
+    return fresh_decoder(config).eval()
 
 
 def _check(decoder: Decoder, schedules: Collection[IterationSchedule]) -> str:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
-from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss, preset
+from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss
 from iiet.coarsening import coarsen
 from iiet.distillation import Model, frozen_teacher
 from orchestrator.training.teacher_cache import (
@@ -163,19 +164,14 @@ class _Bench:
 
 
 def _decoder(size: _Size) -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(
-        preset(
-            "tiny",
-            dim=size.dim,
-            num_layers=size.num_layers,
-            num_heads=max(1, size.dim // 64),
-            ffn_dim=size.dim * 11 // 4,
-            vocab_size=size.vocab_size,
-            context_length=size.num_tokens,
-            schedule=_TEACHER_CORRECTIONS,
-        )
+    config = shaped_config(
+        size.dim,
+        num_layers=size.num_layers,
+        vocab_size=size.vocab_size,
+        context_length=size.num_tokens,
+        num_corrections=_TEACHER_CORRECTIONS,
     )
+    return fresh_decoder(config)
 
 
 def _rows(bench: _Bench, repetitions: int) -> list[Row]:

@@ -23,9 +23,8 @@ from iiet.published import decoder_from_published
 from iiet.weights import non_finite
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, file_key
+from orchestrator.training.checkpoint import CONFIG, TOKENIZER
 
-CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
 SHARDS = "model.safetensors.index.json"
 EXPORTED_TYPE = "iiet"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
@@ -51,17 +52,7 @@ def distill(
         StageFailed: If the run failed or diverged.
     """
     progress = progress or Progress()
-    full = load_config(teacher)
-    try:
-        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
-        config = replace(full, schedule=wanted)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not wanted.is_within(full.corrections):
-        raise UserError(
-            f"the schedule {wanted} asks for more corrections than the teacher makes, "
-            f"{full.corrections}"
-        )
+    config = _student_config(teacher, schedule)
     job = student_job(
         settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
     )
@@ -74,7 +65,7 @@ def distill(
     check_train_jobs(
         [job], num_workers=settings.cluster.num_workers, num_gpus=settings.cluster.num_gpus
     )
-    label = str(wanted)
+    label = str(config.corrections)
     follower = JournalFollower({label: job}, tracking, progress)
     follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
     progress.start("distill", job.recipe.num_steps)
@@ -86,5 +77,21 @@ def distill(
             max_failures=settings.cluster.max_failures,
             watch=follower.look,
         )
-    progress.finish(f"schedule {wanted}, validation loss {outcome.validation_loss:.3f}")
+    progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
     return Path(str(outcome.checkpoint))
+
+
+def _student_config(teacher: Path, schedule: str) -> ModelConfig:
+    """Return the teacher's configuration under a cheaper schedule, as typed."""
+    full = load_config(teacher)
+    try:
+        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
+        config = replace(full, schedule=wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not wanted.is_within(full.corrections):
+        raise UserError(
+            f"the schedule {wanted} asks for more corrections than the teacher makes, "
+            f"{full.corrections}"
+        )
+    return config

@@ -16,7 +16,8 @@ from orchestrator.analysis.card import ModelCard
 from orchestrator.console import Progress
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.foreign import CONFIG, EXPORTED_TYPE
+from orchestrator.foreign import EXPORTED_TYPE
+from orchestrator.training.checkpoint import CONFIG
 from orchestrator.workspace import write_text
 
 CARD = "README.md"

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from iiet.influence import InfluenceTable, influence_table
+from iiet.decoder import Decoder
+from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
 from orchestrator.analysis.influence_figure import draw_influence
 from orchestrator.console import Progress
 from orchestrator.data.batches import validation_batches
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.tokens import TokenStore, open_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import InfluenceSettings
@@ -81,19 +82,7 @@ def measure_influence(
     found = _stored(path, key)
     progress.start(f"influence ({settings.metric})", num_tokens)
     if found is None:
-        batches = validation_batches(
-            store.validation,
-            context_length=decoder.config.context_length,
-            num_tokens=num_tokens,
-            batch_size=SEQUENCES_PER_BATCH,
-        )
-        per_batch = SEQUENCES_PER_BATCH * decoder.config.context_length
-        found = influence_table(
-            decoder,
-            batches,
-            metric=settings.metric,
-            progress=lambda done: progress.advance(min(done * per_batch, num_tokens)),
-        )
+        found = _measured(decoder, store, settings.metric, num_tokens, progress)
         _store(path, key, found, progress)
         progress.finish(_summary(found))
     else:
@@ -101,6 +90,29 @@ def measure_influence(
     if tracking:
         _track(tracking, key, found, path, checkpoint)
     return found
+
+
+def _measured(
+    decoder: Decoder,
+    store: TokenStore,
+    metric: InfluenceMetric,
+    num_tokens: int,
+    progress: Progress,
+) -> InfluenceTable:
+    context_length = decoder.config.context_length
+    batches = validation_batches(
+        store.validation,
+        context_length=context_length,
+        num_tokens=num_tokens,
+        batch_size=SEQUENCES_PER_BATCH,
+    )
+    per_batch = SEQUENCES_PER_BATCH * context_length
+    return influence_table(
+        decoder,
+        batches,
+        metric=metric,
+        progress=lambda done: progress.advance(min(done * per_batch, num_tokens)),
+    )
 
 
 def _stored(path: Path, key: str) -> InfluenceTable | None:

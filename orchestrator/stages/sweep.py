@@ -108,10 +108,7 @@ def sweep(
             forget_teacher(jobs, settings.distillation)
         verdicts = {t.label: v for t in plan.trials if (v := _verdict(t, rivals))}
         _tell_stopped(run, verdicts, len(plan.trials))
-        found = [(trial, result) for trial in plan.trials if (result := trial.result())]
-        if not found:
-            reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
-            raise StageFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
+        found = _finished(plan, failures)
         results = _with_costs(found, plan, folder, progress)
     return SweepOutcome(
         folder=folder,
@@ -120,6 +117,16 @@ def sweep(
         stopped={label: verdict.text for label, verdict in verdicts.items()},
         reused=frozenset(trial.key for trial, _ in found) - rounds.made,
     )
+
+
+def _finished(
+    plan: SweepPlan, failures: Mapping[str, str]
+) -> list[tuple[PlannedTrial, TrialResult]]:
+    found = [(trial, result) for trial in plan.trials if (result := trial.result())]
+    if not found:
+        reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
+        raise StageFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
+    return found
 
 
 def _rivals(plan: SweepPlan) -> dict[str, dict[str, str]]:
