@@ -177,7 +177,7 @@ def threshold_plan(
     trials = [_measured_as_it_is("teacher", "teacher", teacher, full, suite, workspace)]
     for member in choose_members(influence, settings):
         config = replace(full, schedule=member.schedule)
-        trials.append(_student(settings, workspace, teacher, config, member, suite))
+        trials.append(student_trial(settings, workspace, teacher, config, member, suite))
     trials += [
         _measured_as_it_is("reference", label, folder, load_config(folder), suite, workspace)
         for label, folder in references
@@ -271,7 +271,7 @@ def _loss(distillation: DistillationSettings) -> DistillationConfig:
         ) from None
 
 
-def _student(
+def student_trial(
     settings: Settings,
     workspace: Workspace,
     teacher: Path,
@@ -279,6 +279,9 @@ def _student(
     member: FamilyMember,
     suite: dict[str, Any],
 ) -> PlannedTrial:
+    """Return the trial that distills a teacher into one schedule, or into a control, and measures
+    it.
+    """
     job = student_job(
         settings.distillation, teacher=teacher, config=config, tokens_folder=suite["tokens_folder"]
     )

@@ -1,0 +1,59 @@
+"""The sections that say what a model is made of: its data and its shape."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from orchestrator.settings.section import Section
+
+
+class DataSettings(Section):
+    """What is read, how it is tokenized, and what is held out."""
+
+    source: Literal["python", "files", "hub"] = "python"
+    """`python`: the English that every Python carries; `files`: `files` below; `hub`: a `datasets`
+    name."""
+    files: tuple[str, ...] = ()
+    """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files."""
+    hub_name: str = ""
+    """Name of a data set on the hub, for `source: hub`, such as `cerebras/SlimPajama-627B`."""
+    hub_config: str | None = None
+    """Configuration of the hub's data set, if it has several."""
+    text_field: str = "text"
+    """Field that holds the text in JSON lines, Parquet and hub data sets."""
+    max_documents: int | None = Field(default=None, gt=0)
+    """Read at most this many documents; no limit when unset."""
+    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the documents held out for validation and tasks, chosen by content hash."""
+    tokenizer: str = "train"
+    """`train` a byte-level BPE, or the path of a `tokenizer.json`, or `hub:NAME`."""
+    vocab_size: int = Field(default=2048, ge=258)
+    """Entries of a trained tokenizer."""
+
+
+class ModelSettings(Section):
+    """The model's shape: a preset, and what differs from it."""
+
+    preset: str = "tiny"
+    """Name of a preset: tiny, 55m, 340m, 740m, 1.3b."""
+    method: str = "iiet"
+    """How a layer advances the hidden state: iiet, vanilla, pcformer, or another known method."""
+    corrections: int | str | tuple[int, ...] = 2
+    """Corrections per layer (the iteration schedule): `3`, or one number a layer, `2,2,1,1,1,1`;
+    iiet only."""
+    dim: int | None = Field(default=None, gt=0)
+    """Width of the hidden state; the preset's when unset, like all that follow."""
+    num_layers: int | None = Field(default=None, gt=0)
+    """Number of layers."""
+    num_heads: int | None = Field(default=None, gt=0)
+    """Query heads."""
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key and value heads."""
+    ffn_dim: int | None = Field(default=None, gt=0)
+    """Width of the feed-forward layer."""
+    context_length: int | None = Field(default=None, gt=1)
+    """Longest sequence in tokens; also the length of the training sequences."""
+    tie_embeddings: bool | None = None
+    """Whether the output head shares the embedding's weights."""

@@ -1,0 +1,167 @@
+"""From defaults, a YAML file and `--set a.b=c` to the settings; every mistake is named at once."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.errors import UserError
+from orchestrator.settings.section import Section
+from orchestrator.settings.tree import Settings
+
+
+def resolve_settings(
+    tree: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+    *,
+    origin: str = "settings",
+) -> Settings:
+    """Build the settings from a YAML tree and `a.b=c` assignments, in this order.
+
+    Args:
+        tree: Nested mapping as read from YAML; missing keys keep their defaults.
+        assignments: Texts of the form `section.key=value`; the value is read as YAML.
+        origin: What the tree came from; it stands in the error.
+
+    Raises:
+        UserError: Names every unknown key and every bad value at once.
+    """
+    merged = _deep_copy(tree or {})
+    for assignment in assignments:
+        _assign(merged, assignment)
+    # Over the defaults of this very tree: the two recipes have one type and different defaults.
+    merged = _merge(Settings().model_dump(), merged)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise UserError(_as_list(f"{origin}: {len(problems)} problem", problems)) from None
+
+
+def read_settings(path: Path | None, assignments: Iterable[str] = ()) -> Settings:
+    """Read a YAML file (or none) and apply assignments.
+
+    Raises:
+        UserError: If the file is missing or is not a YAML mapping, or a setting is wrong.
+    """
+    tree = read_yaml(path) if path else {}
+    return resolve_settings(tree, assignments, origin=str(path) if path else "settings")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: If the file is missing, unreadable, or no mapping of names to values.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the settings file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}"
+        )
+    return tree
+
+
+def to_yaml(settings: Section) -> str:
+    """Return the whole tree as YAML, in the order of declaration."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(settings: Section, prefix: str = "") -> dict[str, str]:
+    """Return `section.key` -> value as text, for parameters of a tracked run."""
+    flat: dict[str, str] = {}
+    for name, value in settings:
+        if isinstance(value, Section):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = "" if value is None else str(value)
+    return flat
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> None:
+    name, separator, text = assignment.partition("=")
+    keys = [key.strip() for key in name.split(".")]
+    if not separator or not all(keys):
+        raise UserError(
+            f"--set takes section.key=value, such as training.num_steps=500; got {assignment!r}"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {name}: cannot read the value {text!r}; quote it") from None
+    for key in keys[:-1]:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {assignment}: {key} is a value, not a section")
+        tree = child
+    tree[keys[-1]] = value
+
+
+def _deep_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        lower = merged.get(name)
+        both = isinstance(lower, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merge(lower, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _describe(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    section = _section_at(location[:-1])
+    known = list(section.model_fields) if section else []
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+            if near
+            else f"known: {', '.join(known)}"
+        )
+        return f"{'.'.join(location)} is no setting; {hint}"
+    # A union or a tuple adds parts of its own behind the field's name; the user knows only the
+    # field.
+    while len(location) > 1 and location[-1] not in known:
+        location.pop()
+        section = _section_at(location[:-1])
+        known = list(section.model_fields) if section else []
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{'.'.join(location)}: {message}; got {problem['input']!r}"
+
+
+def _section_at(location: list[str]) -> type[Section] | None:
+    section: type[Section] = Settings
+    for name in location:
+        field = section.model_fields.get(name)
+        kind = field.annotation if field else None
+        if not (
+            isinstance(kind, type)
+            and not isinstance(kind, types.GenericAlias)
+            and issubclass(kind, Section)
+        ):
+            return None
+        section = kind
+    return section
+
+
+def _as_list(title: str, problems: list[str]) -> str:
+    unique = list(dict.fromkeys(problems))
+    if len(unique) == 1:
+        return f"{title.split(':')[0]}: {unique[0]}"
+    return "\n".join([f"{title}s", *(f"  - {text}" for text in unique)])

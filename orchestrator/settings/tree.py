@@ -1,0 +1,97 @@
+"""The sections that say what is measured, swept and used, and the whole tree."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from orchestrator.settings.models import DataSettings, ModelSettings
+from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
+from orchestrator.settings.section import Section
+
+
+class InfluenceSettings(Section):
+    """How the influence of each correction is measured."""
+
+    metric: Literal["cosine", "relative", "loss"] = "cosine"
+    """`cosine`, `relative` (both from consecutive evaluations) or `loss` (rise of the validation
+    loss)."""
+    num_tokens: int = Field(default=32768, gt=0)
+    """Validation tokens of the calibration set."""
+
+
+class EvaluationSettings(Section):
+    """What accuracy means."""
+
+    suite: str = "heldout"
+    """`heldout` (tasks made from the held-out documents), `paper` (the seven tasks of the papers),
+    or lm-eval task names with commas between them."""
+    num_items: int = Field(default=700, gt=0)
+    """Items that each held-out task is made with; 700 keep one standard error under 1.9 points."""
+    limit: int | None = Field(default=None, gt=0)
+    """Items of each task that are scored, from its first on; all when unset."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples before each item, where a task does not fix it at 0; as it says if unset."""
+    batch_size: int = Field(default=32, gt=0)
+    """Sequences in one forward pass of the evaluation."""
+    include_path: str | None = None
+    """Folder with further lm-eval task files."""
+
+
+class SweepSettings(Section):
+    """Which trials a sweep runs."""
+
+    kind: Literal["threshold", "iterations"] = "threshold"
+    """`threshold`: students of one teacher; `iterations`: models trained from scratch."""
+    num_schedules: int = Field(default=7, ge=2)
+    """Schedules of a threshold sweep, spread evenly over cost, full and none included."""
+    thresholds: tuple[float, ...] = ()
+    """Thresholds to use instead; those that give the same schedule are one trial."""
+    iterations: tuple[int, ...] = (0, 1, 2, 3)
+    """Corrections per layer that `sweep-iterations` pretrains an IIET with."""
+    methods: tuple[str, ...] = ("vanilla", "iiet")
+    """Methods that `sweep-iterations` pretrains."""
+    learning_rates: dict[str, float] = Field(default_factory=lambda: {"vanilla": 4e-3})
+    """Peak learning rate of a method where it differs from `training.learning_rate`, by name."""
+    stop_dominated: bool = False
+    """End a trial whose validation loss cannot beat a finished one that costs no more. Off by
+    default: the front is of accuracy, and a trial that is ended is never asked for it."""
+    grace_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Share of a trial's steps before which it is not ended so."""
+    trials_at_once: int | None = Field(default=None, gt=0)
+    """Trials that run side by side; as many as there are CPUs (or GPUs) when unset."""
+    max_failures_per_trial: int = Field(default=2, ge=0)
+    """How often a failed trial is tried again."""
+
+
+class ClusterSettings(Section):
+    """Where the work runs."""
+
+    num_workers: int = Field(default=1, gt=0)
+    """Data-parallel workers of a training job; with GPUs, one each."""
+    num_gpus: int = Field(default=0, ge=0)
+    """GPUs of a training job; 0 trains on CPUs."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often a training job whose worker died is started again from its newest checkpoint."""
+
+
+class Settings(Section):
+    """The whole tree."""
+
+    data: DataSettings = DataSettings()
+    """Corpus and tokenizer."""
+    model: ModelSettings = ModelSettings()
+    """Shape of the model."""
+    training: TrainingSettings = TrainingSettings()
+    """Recipe of the pretraining."""
+    distillation: DistillationSettings = DistillationSettings()
+    """Recipe of the distillation."""
+    influence: InfluenceSettings = InfluenceSettings()
+    """Measure of influence."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Tasks and their size."""
+    sweep: SweepSettings = SweepSettings()
+    """Trials of a sweep."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Workers and GPUs."""
