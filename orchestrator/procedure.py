@@ -15,7 +15,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from orchestrator.analysis.requested import requested_tasks
+from orchestrator.analysis.requested import HELDOUT, requested_tasks
 from orchestrator.analysis.results import SweepResults
 from orchestrator.analysis.subject import open_subjects, short_names
 from orchestrator.catalog import (
@@ -158,10 +158,12 @@ def plan_suite(
     asked = requested_tasks(
         settings, lambda: tokens, context_length=config.context_length, progress=progress
     )
+    # Alone they need no names: they are all tasks of their folder.
+    is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
     suite: dict[str, Any] = {
         "tokens": open_tokens(tokens).fingerprint,
         "tokens_folder": str(tokens),
-        "tasks": [] if asked.heldout else list(asked.names),
+        "tasks": [] if is_heldout_alone else list(asked.names),
         "suite": asked.heldout.name if asked.heldout else "",
         "suite_folder": str(asked.heldout or ""),
         "include_folder": settings.include_path or "",

@@ -1,8 +1,8 @@
 """What an evaluation's settings ask for, as task names and folders that lm-eval can load.
 
 Single evaluations and whole sweeps both come through here, so `heldout` means the same items in
-both: those made from the documents that were kept out of a model's training. Any other suite is a
-list of names.
+both: those made from the documents that were kept out of a model's training. A suite is a list of
+names, of which `heldout` stands for these tasks.
 """
 
 from __future__ import annotations
@@ -66,17 +66,20 @@ def requested_tasks(
     Raises:
         UserError: If held-out tasks are wanted, and there are no tokens or they give none.
     """
-    if settings.suite == HELDOUT:
-        built = build_heldout(
-            tokens(),
-            num_items=settings.num_items,
-            context_length=context_length,
-            progress=progress,
-        )
-        for note in built.notes:
-            progress.note(note)
-        names = tuple(name for name in TASKS if name in built.tasks)
-        return RequestedTasks(names=names, folders=(built.folder,), heldout=built.folder)
-    names = tuple(name.strip() for name in settings.suite.split(",") if name.strip())
-    folders = (Path(settings.include_path).expanduser(),) if settings.include_path else ()
-    return RequestedTasks(names=names, folders=folders)
+    names = [name.strip() for name in settings.suite.split(",") if name.strip()]
+    folders = [Path(settings.include_path).expanduser()] if settings.include_path else []
+    if HELDOUT not in names:
+        return RequestedTasks(names=tuple(names), folders=tuple(folders))
+    built = build_heldout(
+        tokens(),
+        num_items=settings.num_items,
+        context_length=context_length,
+        progress=progress,
+    )
+    for note in built.notes:
+        progress.note(note)
+    place = names.index(HELDOUT)
+    names[place : place + 1] = [name for name in TASKS if name in built.tasks]
+    return RequestedTasks(
+        names=tuple(names), folders=(*folders, built.folder), heldout=built.folder
+    )

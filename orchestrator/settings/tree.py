@@ -25,8 +25,8 @@ class EvaluationSettings(Section):
     """What accuracy means."""
 
     suite: str = "heldout"
-    """`heldout` (tasks made from the held-out documents), `paper` (the seven tasks of the papers),
-    or lm-eval task names with commas between them."""
+    """Names with commas between them: `heldout` (tasks made from the held-out documents), `paper`
+    (the seven tasks of the papers), and any task of lm-eval or of `include_path`."""
     num_items: int = Field(default=700, gt=0)
     """Items that each held-out task is made with; 700 keep one standard error under 1.9 points."""
     limit: int | None = Field(default=None, gt=0)

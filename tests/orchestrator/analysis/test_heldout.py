@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from orchestrator.analysis.heldout import TASKS, HeldoutSuite, build_heldout
+from orchestrator.analysis.requested import requested_tasks
 from orchestrator.analysis.sentences import cut_position, find_sentences, is_plain
 from orchestrator.analysis.text_counts import TokenCounts, WordCounts
+from orchestrator.console import Progress
 from orchestrator.data.corpus import Document
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.tokens import open_tokens, write_tokens
 from orchestrator.errors import UserError
-from orchestrator.settings import DataSettings
+from orchestrator.settings import DataSettings, EvaluationSettings
 
 CONTEXT_LENGTH = 48
 NUM_ITEMS = 60
@@ -196,3 +198,16 @@ def test_lm_eval_runs_the_tasks(suite: HeldoutSuite) -> None:
     assert 0.05 < found["continuation"]["acc,none"] < 0.45
     assert found["bits_per_byte"]["bits_per_byte,none"] == pytest.approx(1.4427, abs=1e-3)
     assert results["n-samples"]["continuation"]["effective"] == suite.tasks["continuation"]
+
+
+def test_held_out_tasks_stand_beside_others_in_one_suite(
+    tokens: Path, suite: HeldoutSuite, tmp_path: Path
+) -> None:
+    settings = EvaluationSettings(
+        suite="first, heldout, last", num_items=NUM_ITEMS, include_path=str(tmp_path)
+    )
+    asked = requested_tasks(
+        settings, lambda: tokens, context_length=CONTEXT_LENGTH, progress=Progress()
+    )
+    assert asked.names == ("first", *suite.tasks, "last")
+    assert asked.folders == (tmp_path, asked.heldout)
