@@ -69,7 +69,7 @@ def inference_cost(
     config, context_length = _checked(config, schedule, context_length)
     if kv_strategy not in ("exact", "last"):
         raise ValueError(f"KV strategy must be 'exact' or 'last', got {kv_strategy!r}")
-    evaluations = sum(_evaluations_per_layer(config))
+    evaluations = sum(evaluations_per_layer(config))
     head = 2 * config.dim * config.vocab_size
     body = _body_flops(config, mean_tokens_seen=(context_length + 1) / 2)
     kv_values_per_slot = 2 * config.num_kv_heads * config.head_dim
@@ -137,10 +137,13 @@ def _checked(
     return config, context_length
 
 
-def _evaluations_per_layer(config: ModelConfig) -> tuple[int, ...]:
+def evaluations_per_layer(
+    config: ModelConfig, schedule: IterationSchedule | None = None
+) -> tuple[int, ...]:
+    """Count the field evaluations of each layer under a schedule, the config's own when None."""
     method = METHODS[config.method]
     return tuple(
-        method.evaluations_per_layer(config.corrections, layer)
+        method.evaluations_per_layer(schedule or config.corrections, layer)
         for layer in range(config.num_layers)
     )
 
@@ -165,7 +168,7 @@ def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
     """Count fields and mix for one token; all but the head."""
     attention = 4 * config.dim * mean_tokens_seen
     evaluation = 2 * _projection_values(config) + attention
-    return sum(_evaluations_per_layer(config)) * evaluation + _mix_flops(config)
+    return sum(evaluations_per_layer(config)) * evaluation + _mix_flops(config)
 
 
 def _mix_flops(config: ModelConfig) -> int:

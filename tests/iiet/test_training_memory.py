@@ -1,0 +1,142 @@
+"""The estimate of a training step's memory, held against the live tensors of real steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from iiet.config import ModelConfig, preset
+from iiet.decoder import Decoder
+from iiet.losses import next_token_loss
+from iiet.training_memory import training_memory
+
+FACTOR = 1.25
+"""How far estimate and measurement may lie apart, either way."""
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, while they live."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        for tensor in [*model.parameters(), *(p.grad for p in model.parameters())]:
+            assert tensor is not None
+            self._sizes[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take minutes for these small sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def measured_bytes(
+    config: ModelConfig, num_sequences: int, precision: str, checkpoint: bool
+) -> int:
+    """Return the peak of all tensors that one step makes; weights and gradients are there before."""
+    decoder = Decoder(config)
+    decoder.activation_checkpointing = checkpoint
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    input_ids = torch.randint(config.vocab_size, (num_sequences, config.context_length))
+    is_half = precision == "bf16"
+    with LiveTensors(decoder) as live:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if is_half else nullcontext():
+            loss = next_token_loss(decoder(input_ids), input_ids)
+        torch.autograd.backward(loss)
+    return live.peak
+
+
+SHAPES = {
+    "wide vocabulary": {"vocab_size": 4096, "dim": 64, "ffn_dim": 176, "num_layers": 4},
+    "deep": {"vocab_size": 64, "dim": 64, "ffn_dim": 176, "num_layers": 8},
+    "wide": {"vocab_size": 512, "dim": 256, "ffn_dim": 700, "num_layers": 2},
+    "shared heads": {"vocab_size": 64, "dim": 128, "ffn_dim": 352, "num_layers": 3,
+                     "num_kv_heads": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer", "ode_rk2_gated"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_estimate_is_what_a_step_takes(
+    shape: str, method: str, precision: str, checkpoint: bool
+) -> None:
+    schedule = {"schedule": 2} if method == "iiet" else {}
+    sizes = {"num_heads": 4, "context_length": 64, **SHAPES[shape]}
+    config = preset("tiny", method=method, **sizes, **schedule)
+    memory = training_memory(
+        config,
+        num_sequences=4,
+        precision=precision,
+        activation_checkpointing=checkpoint,  # type: ignore[arg-type]
+    )
+    # The weights' copies in bfloat16 are made by the step, so they are measured too.
+    copies = memory.weights - memory.gradients
+    estimate = memory.activations + copies
+    measured = measured_bytes(config, 4, precision, checkpoint)
+    assert measured / FACTOR < estimate < measured * FACTOR
+
+
+def test_what_depends_on_parameters_is_exact() -> None:
+    config = preset("55m")
+    parameters = sum(p.numel() for p in Decoder(config).parameters())
+    memory = training_memory(config, num_sequences=1)
+    assert memory.weights == memory.gradients == 4 * parameters
+    assert memory.optimizer == 8 * parameters
+    assert memory.total == 16 * parameters + memory.activations
+
+
+def test_what_saves_memory_does() -> None:
+    config = preset("340m")
+
+    def total(**options: Any) -> int:
+        return training_memory(config, **{"num_sequences": 4, **options}).total
+
+    assert total(num_sequences=2) < total()
+    assert total(activation_checkpointing=True) < 0.5 * total()
+    assert total(precision="bf16") < total()
+    assert total(num_shards=8) < total()
+    assert total(has_teacher=True) > total()
+    # Of the sharded parts an eighth stays, and a gathered layer.
+    alone = training_memory(config, num_sequences=1)
+    shared = training_memory(config, num_sequences=1, num_shards=8)
+    assert shared.optimizer == pytest.approx(alone.optimizer / 8, rel=1e-6)
+    assert shared.weights < alone.weights / 4
