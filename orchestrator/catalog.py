@@ -14,6 +14,7 @@ from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.errors import UserError
 from orchestrator.provenance import file_key
+from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import (
     find_checkpoints,
     load_config,
@@ -72,7 +73,8 @@ def _comparable(checkpoint: Path) -> dict[str, Any]:
     provenance = load_provenance(checkpoint)
     # Each method may have its own best learning rate, and only corrections have two stages.
     free = {"iterate_from_fraction": None, "learning_rate": None}
-    recipe = {**provenance.get("recipe", {}), **free}
+    # A checkpoint from before a setting existed was made as its default makes one.
+    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {}), **free}
     kept = {name: value for name, value in shape.items() if name not in ("method", "schedule")}
     return {**kept, "tokens": provenance.get("tokens"), "recipe": recipe}
 

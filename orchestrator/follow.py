@@ -81,8 +81,8 @@ class JournalFollower:
                     self._losses[label] = record["values"].get(
                         "train/loss", self._losses.get(label, math.nan)
                     )
-                elif record["name"] == "damaged" and record["time"] >= self._begun_ms:
-                    self._progress.note(record["text"])
+                elif record["time"] >= self._begun_ms:
+                    self._note(label, record)
         num_done = sum(tail.step for tail in self._tails.values())
         texts = [
             f"{label} {loss:.2f}"
@@ -92,6 +92,15 @@ class JournalFollower:
         self._progress.advance(num_done, "loss " + ", ".join(texts))
         if time.monotonic() - self._copied_at > SECONDS_BETWEEN_COPIES:
             self._copy()
+
+    def _note(self, label: str, event: Mapping[str, Any]) -> None:
+        if event["name"] == "damaged":
+            self._progress.note(event["text"])
+        elif event["name"] == "skipped":
+            self._progress.note(
+                f"{label}: step {event['step']} was skipped: loss {event['loss']:g}, "
+                f"gradient norm {event['gradient_norm']:g}"
+            )
 
     def __enter__(self) -> JournalFollower:
         return self

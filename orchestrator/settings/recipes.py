@@ -40,6 +40,9 @@ class TrainingSettings(Section):
     iterate_from_fraction: float = Field(default=0.6, ge=0.0, lt=1.0)
     """Two-stage training: no corrections (r = 0) before this share of the steps, the full schedule
     after."""
+    skip_bad_steps: int = Field(default=0, ge=0)
+    """Most steps in a row that may pass without touching the weights because their loss or gradient
+    is not finite; one more ends the training, as the first does at 0."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass: fp32, or bf16 autocast with fp32 weights."""
     activation_checkpointing: bool = False

@@ -36,13 +36,15 @@ _FREE_IN_RECIPE = frozenset(
     [
         "num_sequences_per_pass",
         "activation_checkpointing",
+        "skip_bad_steps",
         "validate_every_steps",
         "num_validation_tokens",
         "checkpoint_every_steps",
         "num_checkpoints_kept",
     ]
 )
-"""Parts of a recipe that change how a run is watched, saved or fitted into memory only."""
+"""Parts of a recipe that change how a run is watched, saved or fitted into memory only; or, as
+`skip_bad_steps`, whether it gets to its end, not what stands there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,10 @@ class Position:
     """Time spent in steps; validation and saving apart."""
     validation_loss: float = math.nan
     """Latest validation loss; not a number before the first."""
+    num_skipped: int = 0
+    """Steps that left the weights alone, because their loss or gradient was not finite."""
+    num_skipped_in_row: int = 0
+    """How many of them came one after the other just now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,8 @@ class Hooks:
     """Steps done -> validation loss, the same on all workers."""
     report: Callable[[int, Mapping[str, float]], None]
     """Steps done, numbers by name; called on every worker."""
+    event: Callable[..., None]
+    """Name and details of something out of the ordinary; called on every worker."""
     save: Callable[[Position], None]
     """Write a checkpoint; called on every worker."""
     should_stop: Callable[[], bool]
@@ -97,7 +103,8 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
         cases.
 
     Raises:
-        Diverged: If loss or gradient are not finite; the weights are those before the step.
+        Diverged: If loss or gradient are not finite more often in a row than the recipe passes
+            over; the weights are those before the step.
     """
     recipe, world = trainee.recipe, trainee.world
     trainee.model.train()
@@ -108,41 +115,60 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
 
         started = time.perf_counter()
         step = position.step
-        learning_rate = learning_rate_at(step, recipe)
-        set_learning_rate(trainee.optimizer, learning_rate)
         input_ids = hooks.batch(step)
-        losses = _accumulate_gradients(trainee, input_ids, step)
-        norm = nn.utils.clip_grad_norm_(trainee.model.parameters(), recipe.clip_norm).item()
-        losses = mean_over_workers(losses, world)
-        if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
-            raise Diverged(
-                f"training diverged at step {step + 1}: loss {losses['loss']:g}, "
-                f"gradient norm {norm:g}, learning rate {learning_rate:g}"
-            )
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
-
-        seconds = time.perf_counter() - started
+        numbers = _step(trainee, input_ids, position)
         num_tokens = input_ids.numel() * world.size
+        seconds = time.perf_counter() - started
         position.step += 1
         position.num_tokens += num_tokens
         position.flops += num_tokens * hooks.flops_per_token(step)
         position.seconds += seconds
         is_last = position.step == recipe.num_steps
-        if is_last or position.step % _record_every(recipe) == 0:
-            numbers = {f"train/{name}": value for name, value in losses.items()}
-            numbers["train/learning_rate"] = learning_rate
-            numbers["train/gradient_norm"] = norm
-            numbers["train/tokens_per_second"] = num_tokens / seconds
-            numbers["train/tokens"] = position.num_tokens
-            numbers["train/flops"] = position.flops
-            hooks.report(position.step, numbers)
+        if position.num_skipped_in_row:
+            hooks.event("skipped", step=position.step, **numbers)
+            hooks.report(position.step, {"train/skipped_steps": position.num_skipped})
+        elif is_last or position.step % _record_every(recipe) == 0:
+            numbers["tokens_per_second"] = num_tokens / seconds
+            numbers["tokens"] = position.num_tokens
+            numbers["flops"] = position.flops
+            hooks.report(position.step, {f"train/{name}": n for name, n in numbers.items()})
         if is_last or position.step % recipe.validate_every_steps == 0:
             position.validation_loss = hooks.validate(position.step)
             hooks.report(position.step, {"validation/loss": position.validation_loss})
         if is_last or position.step % recipe.checkpoint_every_steps == 0:
             hooks.save(position)
     return True
+
+
+def _step(trainee: Trainee, input_ids: Tensor, position: Position) -> dict[str, float]:
+    # One step of the optimizer; none if the workers agree that loss or gradient are not finite.
+    recipe = trainee.recipe
+    learning_rate = learning_rate_at(position.step, recipe)
+    set_learning_rate(trainee.optimizer, learning_rate)
+    losses = _accumulate_gradients(trainee, input_ids, position.step)
+    norm = nn.utils.clip_grad_norm_(trainee.model.parameters(), recipe.clip_norm).item()
+    numbers = mean_over_workers({**losses, "gradient_norm": norm}, trainee.world)
+    numbers["learning_rate"] = learning_rate
+    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
+        trainee.optimizer.step()
+        position.num_skipped_in_row = 0
+    else:
+        _pass_over(position, numbers, num_allowed=recipe.skip_bad_steps)
+    trainee.optimizer.zero_grad(set_to_none=True)
+    return numbers
+
+
+def _pass_over(position: Position, numbers: Mapping[str, float], *, num_allowed: int) -> None:
+    if position.num_skipped_in_row >= num_allowed:
+        skipped = position.num_skipped_in_row
+        raise Diverged(
+            f"training diverged at step {position.step + 1}: loss {numbers['loss']:g}, "
+            f"gradient norm {numbers['gradient_norm']:g}, "
+            f"learning rate {numbers['learning_rate']:g}"
+            + (f", after {skipped} skipped in a row" if skipped else "")
+        )
+    position.num_skipped += 1
+    position.num_skipped_in_row += 1
 
 
 def _accumulate_gradients(trainee: Trainee, input_ids: Tensor, step: int) -> dict[str, float]:

@@ -147,6 +147,7 @@ class _Run:
             flops_per_token=self._flops,
             validate=self.validate,
             report=self.report,
+            event=self.event,
             save=self.save,
             should_stop=lambda: self.world.is_first and (stop_asked(folder) or should_stop()),
         )
@@ -212,6 +213,11 @@ class _Run:
             if self._report:
                 self._report(step, numbers)
 
+    def event(self, name: str, **details: Any) -> None:
+        """Write into the journal that something happened."""
+        if self.journal:
+            self.journal.event(name, **details)
+
     def save(self, position: Position) -> None:
         """Write a checkpoint, unless this step has one or nothing is trained yet."""
         if not self.journal or position.step in (0, self._saved_step):
@@ -248,7 +254,7 @@ class _Run:
     def _resume(self) -> None:
         self.checkpoint = decided_by_first(self._newest_checkpoint, self.world)
         if self.checkpoint is None:
-            self._event("started", **self._place())
+            self.event("started", **self._place())
             return
         state = load_training_state(self.checkpoint)
         self.decoder.load_state_dict(load_decoder(self.checkpoint, check=False).state_dict())
@@ -256,7 +262,7 @@ class _Run:
         self.position = Position(**state["position"])
         self._saved_step = self.position.step
         set_random_state(state["random"], self.world)
-        self._event("resumed", step=self.position.step, path=str(self.checkpoint), **self._place())
+        self.event("resumed", step=self.position.step, path=str(self.checkpoint), **self._place())
 
     def _place(self) -> dict[str, Any]:
         return {
@@ -269,18 +275,15 @@ class _Run:
 
     def _newest_checkpoint(self) -> Path | None:
         return newest_checkpoint(
-            self.job.folder, lambda sentence: self._event("damaged", text=sentence)
+            self.job.folder, lambda sentence: self.event("damaged", text=sentence)
         )
 
-    def _event(self, name: str, **details: Any) -> None:
-        if self.journal:
-            self.journal.event(name, **details)
-
     def _with_last_checkpoint(self, error: Diverged) -> Diverged:
-        self._event("diverged", step=self.position.step, text=str(error))
+        self.event("diverged", step=self.position.step, text=str(error))
         last = f"the last good checkpoint is {self.checkpoint or 'none'}"
         return Diverged(
-            f"{error}; {last}; lower training.learning_rate or lengthen training.warmup_steps"
+            f"{error}; {last}; lower training.learning_rate, lengthen training.warmup_steps, or "
+            "raise training.skip_bad_steps"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
@@ -17,7 +18,13 @@ from orchestrator.errors import UserError
 from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import find_checkpoints, load_decoder, weights_key
+from orchestrator.training.checkpoint import (
+    WEIGHTS,
+    find_checkpoints,
+    load_decoder,
+    load_training_state,
+    weights_key,
+)
 from orchestrator.training.job import (
     TrainingJob,
     ask_to_stop,
@@ -223,30 +230,90 @@ def test_first_stage_makes_no_corrections(
     assert used == [0] * 6 + [3] * 6
 
 
-@pytest.mark.parametrize("name", ["loss", "gradient"])
-def test_divergence_names_step_and_last_good_checkpoint(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    job = make_job()
+def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") -> None:
+    """Make the loss, or the gradient alone, no number at these steps, counted from 0."""
     objective = run_module.objective_of
 
     def spoiled(*arguments: Any) -> Any:
         inner = objective(*arguments)
 
-        def spoil(model: Any, input_ids: Any, step: int) -> Any:
+        def compute(model: Any, input_ids: Any, step: int) -> Any:
             loss, parts = inner(model, input_ids, step)
-            return (loss * math.nan if step == 6 else loss), parts
+            if step in bad_steps:
+                if name == "loss":
+                    loss = loss * math.nan
+                else:
+                    loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss, parts
 
-        return spoil
+        return compute
 
     monkeypatch.setattr(run_module, "objective_of", spoiled)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_divergence_names_step_and_last_good_checkpoint(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    job = make_job()
+    spoil(monkeypatch, 6, name=name)
     with pytest.raises(Diverged) as caught:
         run_job(job)
     assert "step 7" in str(caught.value)
     assert str(job.folder / "step_00000004") in str(caught.value)
     assert "training.learning_rate" in str(caught.value)
+    assert "training.skip_bad_steps" in str(caught.value)
     assert [p.name for p in find_checkpoints(job.folder)] == ["step_00000004"]
     assert events(job)[-1] == "diverged"
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_a_skipped_step_touches_nothing_and_is_told(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    spoil(monkeypatch, 3, 4, 8, name=name)
+    saving = {"checkpoint_every_steps": 1, "num_checkpoints_kept": 9}
+    job = make_job(recipe={"skip_bad_steps": 2, "num_steps": 9, **saving})
+    assert run_job(job).num_tokens == 9 * 64
+    before, *skipped = [load_file(find_checkpoints(job.folder)[i] / WEIGHTS) for i in (2, 3, 4)]
+    for weights in skipped:
+        assert all(torch.equal(before[name], weights[name]) for name in before)
+    states = [load_training_state(find_checkpoints(job.folder)[i]) for i in (2, 4)]
+    moments = [state["optimizer"]["state"][0] for state in states]
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+    records = read_journal(job.folder)[0]
+    assert [r["step"] for r in records if r.get("name") == "skipped"] == [4, 5, 9]
+    counts = [r["values"]["train/skipped_steps"] for r in records if "values" in r
+              and "train/skipped_steps" in r["values"]]  # fmt: skip
+    assert counts == [1, 2, 3]
+    assert set(losses(job)) == {1, 2, 3, 6, 7, 8}
+
+
+def test_too_many_bad_steps_in_a_row_end_a_run_that_may_be_allowed_more(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2, 4, 5, 6)
+    with pytest.raises(Diverged, match=r"step 7: loss nan, .*, after 2 skipped in a row"):
+        run_job(make_job("cut", recipe={"skip_bad_steps": 2, "checkpoint_every_steps": 1}))
+    # It goes on from the last saved step: how patient a run is belongs to no result's key.
+    run_job(make_job("cut", recipe={"skip_bad_steps": 3}))
+    run_job(make_job("whole", recipe={"skip_bad_steps": 3}))
+    assert losses(make_job("cut")) == losses(make_job("whole"))
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_a_run_cut_among_skipped_steps_is_bitwise_the_same(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    spoil(monkeypatch, 4, 5)
+    patient = {"skip_bad_steps": 2}
+    whole = run_job(make_job("whole", recipe=patient))
+    run_job(make_job("cut", recipe=patient), should_stop=stop_at(step))
+    outcome = run_job(make_job("cut", recipe=patient))
+    assert losses(make_job("cut")) == losses(make_job("whole"))
+    states = [load_training_state(Path(o.checkpoint or "")) for o in (whole, outcome)]
+    assert [state["position"]["num_skipped"] for state in states] == [2, 2]
+    assert weights_key(Path(whole.checkpoint or "")) == weights_key(Path(outcome.checkpoint or ""))
 
 
 def test_distillation_starts_from_the_weights_and_leaves_the_teacher_alone(
