@@ -72,7 +72,7 @@ def _comparable(checkpoint: Path) -> dict[str, Any]:
     shape = load_config(checkpoint).to_dict()
     provenance = load_provenance(checkpoint)
     # Each method may have its own best learning rate, and only corrections have two stages.
-    free = {"iterate_from_fraction": None, "learning_rate": None}
+    free = dict.fromkeys(("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate"))
     # A checkpoint from before a setting existed was made as its default makes one.
     recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {}), **free}
     kept = {name: value for name, value in shape.items() if name not in ("method", "schedule")}

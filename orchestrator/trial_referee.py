@@ -29,7 +29,7 @@ def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, 
 
     None where the iterations are switched on in the middle of the training: there the loss jumps.
     """
-    if not trial.job or trial.job["recipe"]["iterate_from_fraction"]:
+    if not trial.job or _is_staged(trial.job["recipe"]):
         return {}
     cost = inference_cost(trial.config()).evaluations_per_token
     return {
@@ -41,6 +41,10 @@ def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, 
         and inference_cost(other.config()).evaluations_per_token <= cost
         and _validation(other.job) == _validation(trial.job)
     }
+
+
+def _is_staged(recipe: Mapping[str, Any]) -> bool:
+    return bool(recipe["iterate_from_fraction"] or recipe.get("iterate_ramp_fraction"))
 
 
 def _validation(job: Mapping[str, Any]) -> tuple[Any, ...]:

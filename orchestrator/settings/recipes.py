@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.section import Section
 
@@ -40,6 +41,9 @@ class TrainingSettings(Section):
     iterate_from_fraction: float = Field(default=0.6, ge=0.0, lt=1.0)
     """Two-stage training: no corrections (r = 0) before this share of the steps, the full schedule
     after."""
+    iterate_ramp_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the steps behind it over which corrections grow: 1, 2, ... up to the full schedule,
+    each for as long; 0 makes all of them at once."""
     skip_bad_steps: int = Field(default=0, ge=0)
     """Most steps in a row that may pass without touching the weights because their loss or gradient
     is not finite; one more ends the training, as the first does at 0."""
@@ -57,6 +61,19 @@ class TrainingSettings(Section):
     """Steps between checkpoints."""
     num_checkpoints_kept: int = Field(default=2, ge=1)
     """Newest checkpoints kept on disk."""
+
+    @field_validator("iterate_ramp_fraction")
+    @classmethod
+    def _ramp_ends_with_the_training(cls, ramp: float, info: ValidationInfo) -> float:
+        before = info.data.get("iterate_from_fraction", 0.0)
+        if before + ramp > 1.0 + 1e-9:
+            raise PydanticCustomError(
+                "ramp_too_long",
+                "the ramp must end within the training; with iterate_from_fraction={before} it may "
+                "be {longest} at most",
+                {"before": before, "longest": round(1.0 - before, 9)},
+            )
+        return ramp
 
 
 def _distillation_training() -> TrainingSettings:

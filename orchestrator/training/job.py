@@ -46,6 +46,10 @@ _FREE_IN_RECIPE = frozenset(
 """Parts of a recipe that change how a run is watched, saved or fitted into memory only; or, as
 `skip_bad_steps`, whether it gets to its end, not what stands there."""
 
+_LEFT_OUT_AT_DEFAULT = frozenset(["iterate_ramp_fraction"])
+"""Parts of a recipe that came later: at their defaults they are not there, so that the keys of
+earlier runs stay as they are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
@@ -147,20 +151,29 @@ def job_key(job: TrainingJob) -> str:
 
 
 def _essence(job: TrainingJob) -> dict[str, Any]:
-    recipe = job.recipe.model_dump(mode="json")
     distills = job.objective == "distill"
     loss = asdict(job.distillation or DistillationConfig()) if distills else None
     if loss and loss["top_k"] is None:
         del loss["top_k"]  # Keys of the time before there was a choice stay as they are.
     return {
         "model": job.config().to_dict(),
-        "recipe": {name: value for name, value in recipe.items() if name not in _FREE_IN_RECIPE},
+        "recipe": _recipe_of_key(job.recipe),
         "tokens": open_tokens(job.tokens_folder).fingerprint,
         "teacher": weights_key(Path(job.teacher_folder))
         if job.teacher_folder and distills
         else None,
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
         "distillation": loss,
+    }
+
+
+def _recipe_of_key(recipe: TrainingSettings) -> dict[str, Any]:
+    defaults = TrainingSettings()
+    return {
+        name: value
+        for name, value in recipe.model_dump(mode="json").items()
+        if name not in _FREE_IN_RECIPE
+        and not (name in _LEFT_OUT_AT_DEFAULT and value == getattr(defaults, name))
     }
 
 

@@ -1,9 +1,9 @@
 """What the loop minimizes. Pretraining and distillation differ here and nowhere else.
 
 An objective takes the model, a batch and the step, and returns a scalar loss with its parts for the
-record. Two-stage training is part of it too: before `iterate_from_fraction` of the steps the
-decoder runs without corrections, which costs a quarter of the time at r = 3, and the weights are
-the same.
+record. Training in stages is part of it too: before `iterate_from_fraction` of the steps the
+decoder runs without corrections, which costs a quarter of the time at r = 3, then with more and
+more of them or with all; the weights are the same.
 """
 
 from __future__ import annotations
@@ -25,10 +25,28 @@ ScheduleAt = Callable[[int], IterationSchedule]
 
 
 def two_stage(schedule: IterationSchedule, recipe: TrainingSettings) -> ScheduleAt:
-    """Return the schedule of each step: no corrections in the first stage, then all of them."""
-    first_full_step = round(recipe.num_steps * recipe.iterate_from_fraction)
-    without = IterationSchedule.none(schedule.num_layers)
-    return lambda step: schedule if step >= first_full_step else without
+    """Return the schedule of each step: no corrections in the first stage, then all of them, at
+    once or over a ramp.
+
+    On the ramp layer l makes `min(r_l, 1)`, `min(r_l, 2)`, ... corrections, each for an equal
+    stretch of it; the last stretch has them all.
+    """
+    most = max(schedule.corrections)
+    stages = tuple(
+        IterationSchedule(tuple(min(r, top) for r in schedule.corrections))
+        for top in range(most + 1)
+    )
+    first = round(recipe.num_steps * recipe.iterate_from_fraction)
+    end = round(recipe.num_steps * (recipe.iterate_from_fraction + recipe.iterate_ramp_fraction))
+
+    def schedule_at(step: int) -> IterationSchedule:
+        if step < first:
+            return stages[0]
+        if step >= end:
+            return stages[most]
+        return stages[min(most, 1 + (step - first) * most // (end - first))]
+
+    return schedule_at
 
 
 def pretraining_objective(schedule_at: ScheduleAt) -> Objective:

@@ -43,9 +43,7 @@ from orchestrator.training.job import (
     stop_asked,
 )
 from orchestrator.training.loop import Diverged, Hooks, Position, Trainee, train
-from orchestrator.training.objective import (
-    two_stage,
-)
+from orchestrator.training.objective import two_stage
 from orchestrator.training.optimizer import make_optimizer
 from orchestrator.training.parallel import (
     World,
