@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from orchestrator.errors import UserError
 
@@ -68,6 +71,57 @@ def check_resources(num_workers: int, num_gpus: int, resources: Resources | None
             f"and each worker needs one; type --workers {resources.cpus}"
         )
     return num_workers
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that are free where a job would run; None where this process cannot tell."""
+
+    memory: int | None
+    """For each worker."""
+    disk: int | None
+    """Where the workspace lies."""
+    place: str = "this machine"
+    """Whose memory it is, for messages."""
+
+
+def local_room(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> Room:
+    """Return what is free for each of a job's workers, and on the disk.
+
+    Args:
+        folder: Where the job writes; it need not exist yet.
+        num_workers: Workers that share this machine's memory.
+        num_gpus: With GPUs, their memory counts, one for each worker.
+    """
+    disk = shutil.disk_usage(_existing(folder)).free
+    if os.environ.get("RAY_ADDRESS"):
+        return Room(memory=None, disk=disk, place=f"the cluster at {os.environ['RAY_ADDRESS']}")
+    if num_gpus:
+        return Room(memory=_gpu_memory(num_gpus), disk=disk, place="a GPU of this machine")
+    return Room(memory=_free_memory() // num_workers, disk=disk)
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _gpu_memory(num_gpus: int) -> int | None:
+    import torch
+
+    # What is free on each, and not its size: others may use it too.
+    visible = range(min(num_gpus, torch.cuda.device_count()))
+    return min((int(torch.cuda.mem_get_info(number)[0]) for number in visible), default=None)
+
+
+def _free_memory() -> int:
+    # The machine's, or what the container's limit leaves, whichever is smaller.
+    free = int(psutil.virtual_memory().available)
+    try:
+        root = Path("/sys/fs/cgroup")
+        limit, used = ((root / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
 
 
 def _too_few_gpus(num_gpus: int, resources: Resources) -> str:

@@ -95,7 +95,8 @@ def open_workspace(path: Path | None = None) -> Workspace:
     Raises:
         UserError: If the folder cannot be made or written.
     """
-    root = (path or Path(os.environ.get(ENVIRONMENT_NAME) or DEFAULT_NAME)).expanduser().resolve()
+    workspace = locate_workspace(path)
+    root = workspace.root
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f".write-test-{os.getpid()}"
@@ -106,7 +107,13 @@ def open_workspace(path: Path | None = None) -> Workspace:
             f"cannot write to the workspace {root} ({error.strerror}); "
             "choose another with --workspace"
         ) from None
-    return Workspace(root)
+    return workspace
+
+
+def locate_workspace(path: Path | None = None) -> Workspace:
+    """Return the workspace without making or touching it; see `open_workspace`."""
+    root = path or Path(os.environ.get(ENVIRONMENT_NAME) or DEFAULT_NAME)
+    return Workspace(root.expanduser().resolve())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -35,14 +35,16 @@ LAYERS = (
     "orchestrator.training",
     "orchestrator.tracking",
     "orchestrator.follow orchestrator.cluster orchestrator.plan orchestrator.catalog"
-    " orchestrator.foreign",
-    "orchestrator.worker",
-    "orchestrator.trial_runner",
+    " orchestrator.foreign orchestrator.preflight orchestrator.local_run",
+    "orchestrator.worker orchestrator.trial_room",
+    "orchestrator.trial_workers",
+    "orchestrator.trial_runner orchestrator.running",
     "orchestrator.analysis",
     "orchestrator.trial_referee orchestrator.trial_run orchestrator.trial_rounds"
-    " orchestrator.views",
+    " orchestrator.views orchestrator.estimate_view",
     "orchestrator.stages",
-    "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure",
+    "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
+    " orchestrator.sweep_plans",
     "orchestrator.handover",
     "orchestrator.cli",
     "benchmarks",

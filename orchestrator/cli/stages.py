@@ -1,4 +1,4 @@
-"""Commands that are one stage each, and the whole job."""
+"""Commands that measure models."""
 
 from __future__ import annotations
 
@@ -11,97 +11,13 @@ from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     CheckpointArgument,
     ConfigOption,
-    GpusOption,
     SetOption,
     VerboseOption,
-    WorkersOption,
     WorkspaceOption,
     read_options,
     whole_numbers,
 )
-from orchestrator.cli.session import open_desk, open_session
-
-
-@app.command(rich_help_panel="The whole job")
-def quickstart(
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = "toy",
-    set_: SetOption = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Do the whole job on the English that Python carries: from text to the front, on a CPU."""
-    settings = read_options(config, set_)
-    with open_desk(workspace, "quickstart", verbose=verbose) as desk:
-        from orchestrator import procedure
-
-        procedure.quickstart(settings, desk)
-
-
-@app.command(rich_help_panel="Stages")
-def prepare(
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(help="Text, JSON lines or Parquet; the English in Python when left out."),
-    ] = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Read a corpus, train or load its tokenizer, and write token shards."""
-    shortcuts = {"data__source": "files", "data__files": files} if files else {}
-    settings = read_options(config, set_, **shortcuts)
-    with open_session(workspace, "prepare", verbose=verbose) as session:
-        from orchestrator.stages.prepare import prepare as stage
-
-        folder = stage(settings.data, session.workspace, session.progress)
-        session.console.print(f"tokens: {folder}", soft_wrap=True)
-
-
-@app.command(rich_help_panel="Stages")
-def pretrain(
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,
-    gpus: GpusOption = None,
-    workers: WorkersOption = None,
-    preset: Annotated[str | None, typer.Option(help="Size: tiny, 55m, 340m, 740m, 1.3b.")] = None,
-    method: Annotated[str | None, typer.Option(help="iiet, vanilla, pcformer, ...")] = None,
-    corrections: Annotated[
-        str | None, typer.Option("--corrections", "-r", help="3, or one a layer: 2,2,1,1,1,1.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; made up if left out.")] = None,
-    set_: SetOption = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Pretrain one model through Ray Train; on GPUs, on CPUs, resumed where it stopped."""
-    settings = read_options(
-        config,
-        set_,
-        cluster__num_gpus=gpus,
-        cluster__num_workers=workers,
-        model__preset=preset,
-        model__method=method,
-        model__corrections=corrections,
-        training__num_steps=steps,
-    )
-    from orchestrator.resources import check_resources
-
-    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus)
-    with open_desk(workspace, "pretrain", verbose=verbose) as desk:
-        from orchestrator.stages.prepare import prepare as prepare_stage
-        from orchestrator.stages.pretrain import pretrain as stage
-
-        tokens = prepare_stage(settings.data, desk.workspace, desk.progress)
-        checkpoint = stage(
-            {settings.model.method: settings},
-            desk.workspace,
-            tokens,
-            tracking=desk.tracking,
-            name=name,
-            progress=desk.progress,
-        )[settings.model.method]
-        desk.console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+from orchestrator.cli.session import open_desk
 
 
 @app.command(rich_help_panel="Stages")
@@ -129,40 +45,6 @@ def influence(
             progress=desk.progress,
         )
         desk.console.print(influence_view(table))
-
-
-@app.command(rich_help_panel="Stages")
-def distill(
-    schedule: Annotated[
-        str, typer.Argument(help="The student's corrections per layer: 1, or 2,1,1,0,0,0.")
-    ],
-    checkpoint: CheckpointArgument = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,
-    control: Annotated[
-        str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
-    ] = None,
-    set_: SetOption = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
-    settings = read_options(config, set_, distillation__control=control)
-    with open_desk(workspace, "distill", verbose=verbose) as desk:
-        from orchestrator.catalog import resolve_teacher, tokens_of
-        from orchestrator.stages.distill import distill as stage
-
-        teacher = resolve_teacher(desk.workspace, checkpoint)
-        tokens = tokens_of(teacher, desk.workspace)
-        student = stage(
-            settings,
-            desk.workspace,
-            teacher,
-            schedule,
-            tokens,
-            tracking=desk.tracking,
-            progress=desk.progress,
-        )
-        desk.console.print(f"checkpoint: {student}", soft_wrap=True)
 
 
 @app.command(rich_help_panel="Stages")

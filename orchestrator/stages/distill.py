@@ -17,11 +17,12 @@ from orchestrator.console import Progress
 from orchestrator.errors import UserError
 from orchestrator.follow import JournalFollower
 from orchestrator.plan import student_job
+from orchestrator.preflight import check_jobs_fit
+from orchestrator.running import check_jobs, run_jobs
 from orchestrator.settings import Settings, flatten
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key
-from orchestrator.worker import check_train_jobs, run_train_job
 from orchestrator.workspace import Workspace
 
 
@@ -33,6 +34,7 @@ def distill(
     tokens: Path,
     *,
     tracking: Tracking,
+    local: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Train a student and return its checkpoint; a finished one is found again.
@@ -44,6 +46,7 @@ def distill(
         schedule: The student's corrections, as typed: `1`, or one number a layer.
         tokens: Folder of prepared tokens.
         tracking: Where the run is shown.
+        local: Train in this process, without Ray.
         progress: Told what is going on.
 
     Raises:
@@ -62,21 +65,14 @@ def distill(
             "`iiet-orch evaluate --schedule` measures it"
         )
     job = replace(job, run_folder=str(workspace.trials / job_key(job)))
-    check_train_jobs(
-        [job], num_workers=settings.cluster.num_workers, num_gpus=settings.cluster.num_gpus
-    )
+    check_jobs([job], settings.cluster, local=local)
+    check_jobs_fit([job], settings.cluster, section="distillation.training")
     label = str(config.corrections)
     follower = JournalFollower({label: job}, tracking, progress)
     follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
     progress.start("distill", job.recipe.num_steps)
     with follower:
-        outcome = run_train_job(
-            job,
-            num_workers=settings.cluster.num_workers,
-            num_gpus=settings.cluster.num_gpus,
-            max_failures=settings.cluster.max_failures,
-            watch=follower.look,
-        )
+        (outcome,) = run_jobs([job], settings.cluster, local=local, watch=follower.look)
     progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
     return Path(str(outcome.checkpoint))
 

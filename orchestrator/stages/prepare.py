@@ -14,12 +14,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from orchestrator.console import Progress
-from orchestrator.data.corpus import read_documents, source_state
-from orchestrator.data.tokenizer import HUB_PREFIX
-from orchestrator.data.tokens import TEMPORARY_PREFIX, is_complete, open_tokens, write_tokens
-from orchestrator.provenance import content_key
+from orchestrator.data.corpus import read_documents
+from orchestrator.data.prepared import find_prepared, pointer_to, source_key
+from orchestrator.data.tokens import TEMPORARY_PREFIX, open_tokens, write_tokens
 from orchestrator.settings import DataSettings
-from orchestrator.workspace import Workspace, read_json, write_json
+from orchestrator.workspace import Workspace, write_json
 
 
 def prepare(settings: DataSettings, workspace: Workspace, progress: Progress | None = None) -> Path:
@@ -34,49 +33,24 @@ def prepare(settings: DataSettings, workspace: Workspace, progress: Progress | N
         UserError: If the source is missing, empty or unreadable.
     """
     progress = progress or Progress()
-    pointer = workspace.tokens / "sources" / f"{source_key(settings)}.json"
-    folder = _found(pointer, workspace.tokens)
+    folder = find_prepared(settings, workspace.tokens)
     if folder is None:
         workspace.tokens.mkdir(parents=True, exist_ok=True)
         # One at a time: whoever holds the lock knows that temporary folders are leftovers.
         with FileLock(workspace.tokens / ".lock"):
-            folder = _found(pointer, workspace.tokens)
+            folder = find_prepared(settings, workspace.tokens)
             if folder is None:
                 for leftover in workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 documents = read_documents(settings, progress)
                 folder = write_tokens(workspace.tokens, documents, settings, progress=progress)
+                pointer = pointer_to(source_key(settings), workspace.tokens)
                 write_json(pointer, {"fingerprint": folder.name})
                 progress.finish(describe(folder))
                 return folder
     progress.start("corpus")
     progress.finish(f"{describe(folder)}, found again")
     return folder
-
-
-def _found(pointer: Path, parent: Path) -> Path | None:
-    found: dict[str, str] | None = read_json(pointer)
-    if found is None:
-        return None
-    folder = parent / found["fingerprint"]
-    return folder if is_complete(folder) else None
-
-
-def source_key(settings: DataSettings) -> str:
-    """Return the key of settings and source; it changes when the source's content does.
-
-    Raises:
-        UserError: If the source's files do not exist.
-    """
-    tokenizer_state = None
-    path = Path(settings.tokenizer).expanduser()
-    if (
-        settings.tokenizer != "train"
-        and not settings.tokenizer.startswith(HUB_PREFIX)
-        and path.is_file()
-    ):
-        tokenizer_state = [path.stat().st_size, path.stat().st_mtime_ns]
-    return content_key(settings.model_dump(mode="json"), source_state(settings), tokenizer_state)
 
 
 def describe(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Stage `pretrain`: one model or several from fresh weights, through Ray Train.
+"""Stage `pretrain`: one model or several from fresh weights, through Ray Train or in this process.
 
 A run's folder is named after what it is and the hash of all that determines its result, so the same
 settings find the same run: finished, it returns at once; interrupted, it goes on. Several models of
@@ -17,11 +17,12 @@ from pathlib import Path
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.follow import JournalFollower
+from orchestrator.preflight import check_jobs_fit
+from orchestrator.running import check_jobs, run_jobs
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import Tracking
 from orchestrator.training.job import TrainingJob, finished_outcome, job_key
 from orchestrator.training.shape import model_config
-from orchestrator.worker import check_train_jobs, run_train_jobs
 from orchestrator.workspace import Workspace, write_text
 
 KEY_CHARACTERS = 8
@@ -63,6 +64,7 @@ def pretrain(
     *,
     tracking: Tracking,
     name: str | None = None,
+    local: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
     """Train every model that is not finished, and return their checkpoints.
@@ -73,6 +75,7 @@ def pretrain(
         tokens: Folder of prepared tokens.
         tracking: Where the runs are shown.
         name: Name of the run, for a single model.
+        local: Train in this process, without Ray.
         progress: Told what is going on.
 
     Returns:
@@ -89,9 +92,8 @@ def pretrain(
         for label, settings in variants.items()
     }
     cluster = next(iter(variants.values())).cluster
-    check_train_jobs(
-        list(jobs.values()), num_workers=cluster.num_workers, num_gpus=cluster.num_gpus
-    )
+    check_jobs(list(jobs.values()), cluster, local=local)
+    check_jobs_fit(list(jobs.values()), cluster, settings=list(variants.values()))
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
         write_text(job.folder / "settings.yaml", to_yaml(variants[label]))
@@ -99,13 +101,7 @@ def pretrain(
     runs = follower.open_runs("pretrain", {label: flatten(s) for label, s in variants.items()})
     progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
     with follower:
-        outcomes = run_train_jobs(
-            list(jobs.values()),
-            num_workers=cluster.num_workers,
-            num_gpus=cluster.num_gpus,
-            max_failures=cluster.max_failures,
-            watch=follower.look,
-        )
+        outcomes = run_jobs(list(jobs.values()), cluster, local=local, watch=follower.look)
     losses = []
     checkpoints = {}
     for (label, run), outcome in zip(runs.items(), outcomes, strict=True):

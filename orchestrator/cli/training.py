@@ -1,0 +1,184 @@
+"""The whole job, and the commands that make tokens and models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.app import app
+from orchestrator.cli.options import (
+    CheckpointArgument,
+    ConfigOption,
+    DryRunOption,
+    GpusOption,
+    SetOption,
+    VerboseOption,
+    WorkersOption,
+    WorkspaceOption,
+    read_options,
+)
+from orchestrator.cli.session import open_desk, open_session
+from orchestrator.errors import UserError
+
+LocalOption = Annotated[
+    bool, typer.Option("--local", help="Train in this process, without Ray; for debuggers.")
+]
+
+
+@app.command(rich_help_panel="The whole job")
+def quickstart(
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = "toy",
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Do the whole job on the English that Python carries: from text to the front, on a CPU."""
+    settings = read_options(config, set_)
+    with open_desk(workspace, "quickstart", verbose=verbose) as desk:
+        from orchestrator import procedure
+
+        procedure.quickstart(settings, desk)
+
+
+@app.command(rich_help_panel="Stages")
+def prepare(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="Text, JSON lines or Parquet; the English in Python when left out."),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Read a corpus, train or load its tokenizer, and write token shards."""
+    shortcuts = {"data__source": "files", "data__files": files} if files else {}
+    settings = read_options(config, set_, **shortcuts)
+    with open_session(workspace, "prepare", verbose=verbose) as session:
+        from orchestrator.stages.prepare import prepare as stage
+
+        folder = stage(settings.data, session.workspace, session.progress)
+        session.console.print(f"tokens: {folder}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="Stages")
+def pretrain(
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+    gpus: GpusOption = None,
+    workers: WorkersOption = None,
+    preset: Annotated[str | None, typer.Option(help="Size: tiny, 55m, 340m, 740m, 1.3b.")] = None,
+    method: Annotated[str | None, typer.Option(help="iiet, vanilla, pcformer, ...")] = None,
+    corrections: Annotated[
+        str | None, typer.Option("--corrections", "-r", help="3, or one a layer: 2,2,1,1,1,1.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; made up if left out.")] = None,
+    local: LocalOption = False,
+    dry_run: DryRunOption = False,
+    mfu: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Share of the peak that the plan of --dry-run assumes."
+        ),
+    ] = None,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Pretrain one model through Ray Train; on GPUs, on CPUs, resumed where it stopped."""
+    settings = read_options(
+        config,
+        set_,
+        cluster__num_gpus=gpus,
+        cluster__num_workers=workers,
+        model__preset=preset,
+        model__method=method,
+        model__corrections=corrections,
+        training__num_steps=steps,
+    )
+    if dry_run:
+        _show_plan(settings, workspace, mfu)
+        return
+    if mfu is not None:
+        raise UserError("--mfu is an assumption of the plan; it goes with --dry-run")
+    _check_places(settings, local=local)
+    with open_desk(workspace, "pretrain", verbose=verbose) as desk:
+        from orchestrator.preflight import check_preflight
+        from orchestrator.stages.prepare import prepare as prepare_stage
+        from orchestrator.stages.pretrain import pretrain as stage
+
+        check_preflight(settings, desk.workspace)
+        tokens = prepare_stage(settings.data, desk.workspace, desk.progress)
+        checkpoint = stage(
+            {settings.model.method: settings},
+            desk.workspace,
+            tokens,
+            tracking=desk.tracking,
+            name=name,
+            local=local,
+            progress=desk.progress,
+        )[settings.model.method]
+        desk.console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="Stages")
+def distill(
+    schedule: Annotated[
+        str, typer.Argument(help="The student's corrections per layer: 1, or 2,1,1,0,0,0.")
+    ],
+    checkpoint: CheckpointArgument = None,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+    control: Annotated[
+        str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
+    ] = None,
+    local: LocalOption = False,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
+    settings = read_options(config, set_, distillation__control=control)
+    _check_places(settings, local=local)
+    with open_desk(workspace, "distill", verbose=verbose) as desk:
+        from orchestrator.catalog import resolve_teacher, tokens_of
+        from orchestrator.stages.distill import distill as stage
+
+        teacher = resolve_teacher(desk.workspace, checkpoint)
+        tokens = tokens_of(teacher, desk.workspace)
+        student = stage(
+            settings,
+            desk.workspace,
+            teacher,
+            schedule,
+            tokens,
+            tracking=desk.tracking,
+            local=local,
+            progress=desk.progress,
+        )
+        desk.console.print(f"checkpoint: {student}", soft_wrap=True)
+
+
+def _check_places(settings: Any, *, local: bool) -> None:
+    """Refuse too few CPUs or GPUs before anything heavy is imported."""
+    cluster = settings.cluster
+    if local:
+        from orchestrator.local_run import check_local
+
+        check_local(cluster.num_workers, cluster.num_gpus)
+    else:
+        from orchestrator.resources import check_resources
+
+        check_resources(cluster.num_workers, cluster.num_gpus)
+
+
+def _show_plan(settings: Any, workspace: Path | None, mfu: float | None) -> None:
+    from rich.console import Console
+
+    from orchestrator.estimate_view import assumed_rate, estimate_table
+    from orchestrator.preflight import preflight
+    from orchestrator.workspace import locate_workspace
+
+    found = preflight(settings, locate_workspace(workspace))
+    Console(highlight=False).print(estimate_table(found, assumed_rate(settings, mfu)))

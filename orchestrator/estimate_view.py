@@ -1,0 +1,141 @@
+"""A pretraining's plan as people read it: what `iiet-orch pretrain --dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+from iiet.schedule import IterationSchedule
+from orchestrator.preflight import Preflight
+from orchestrator.settings import Settings
+from orchestrator.training.fitting import gib, needed_memory
+from orchestrator.training.speed import ASSUMED_GPU, gpu_peak, installed_gpu, measured_cpu_peak
+
+USUAL_SHARE = 0.4
+"""Of the peak; what well-tuned training reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """How fast one worker is taken to train."""
+
+    peak_flops: float
+    """FLOP/s at best."""
+    share: float
+    """Share of it that training reaches (MFU), assumed."""
+    of_what: str
+    """Whose peak it is, for people."""
+
+
+def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
+    """Return the rate that a plan's hours rest on.
+
+    Args:
+        settings: On GPUs, their peak in the recipe's precision, an H100's where none is here or its
+            peak is not known; on CPUs, one measured for a moment.
+        share: Share of the peak; a usual one when unset.
+    """
+    share = share or USUAL_SHARE
+    if not settings.cluster.num_gpus:
+        peak = measured_cpu_peak() / settings.cluster.num_workers
+        return Rate(peak_flops=peak, share=share, of_what="matrix products measured here just now")
+    name, precision = installed_gpu() or ASSUMED_GPU, settings.training.precision
+    known = gpu_peak(name, precision)
+    if known is None:
+        name, known = ASSUMED_GPU, gpu_peak(ASSUMED_GPU, precision)
+    assert known is not None
+    return Rate(peak_flops=known, share=share, of_what=f"{name}, {precision}, dense")
+
+
+def estimate_table(found: Preflight, rate: Rate) -> Table:
+    """Return the plan, a line for each thing that it takes."""
+    config = found.estimate.config
+    model = found.settings.model
+    table = Table(
+        title=f"Plan: {model.preset} {config.method}, {_workers(found)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+    )
+    table.add_column("what", no_wrap=True)
+    table.add_column("how much", overflow="fold")
+    for name, text in _lines(found, rate):
+        table.add_row(name, text)
+    return table
+
+
+def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
+    estimate, tokens = found.estimate, found.tokens
+    recipe, config = estimate.recipe, estimate.config
+    yield "parameters", f"{estimate.num_parameters:,}"
+    yield "vocabulary", f"{config.vocab_size:,} ({tokens.origin})"
+    epochs = (
+        f", {estimate.num_tokens / tokens.num_train_tokens:.3g} epochs of the prepared ones"
+        if tokens.num_train_tokens
+        else ""
+    )
+    yield (
+        "tokens",
+        f"{estimate.num_tokens:,} in {recipe.num_steps:,} steps of {recipe.num_tokens_per_step:,}"
+        f"{epochs}",
+    )
+    yield (
+        "a step",
+        f"{estimate.sequences_per_worker * estimate.num_workers:,} sequences of "
+        f"{config.context_length:,} tokens; {estimate.sequences_per_worker:,} for each worker, in "
+        f"{_count(estimate.num_passes, 'pass', 'passes')} of at most {estimate.sequences_per_pass}",
+    )
+    yield (
+        "corrections",
+        ", then ".join(
+            f"{_short(stretch.schedule)} for {stretch.num_steps:,} steps"
+            for stretch in estimate.stretches
+        ),
+    )
+    yield "training FLOPs", f"{estimate.training_flops:.3g}"
+    hours = estimate.hours(rate.peak_flops * rate.share)
+    yield (
+        "time",
+        f"{duration(hours)} at {rate.share:.0%} of {rate.peak_flops / 1e12:,.3g} TFLOP/s a worker "
+        f"({rate.of_what}); validation and saving come on top",
+    )
+    memory = estimate.memory
+    yield (
+        "memory",
+        f"{gib(needed_memory(estimate))} for each worker: weights {gib(memory.weights)}, "
+        f"gradients {gib(memory.gradients)}, AdamW {gib(memory.optimizer)}, activations "
+        f"{gib(memory.activations)}, and what PyTorch takes",
+    )
+    yield (
+        "checkpoints",
+        f"{gib(estimate.checkpoint_bytes)} each, {gib(estimate.disk_bytes)} with all that are kept",
+    )
+    if tokens.new_bytes:
+        yield "token files", f"about {gib(tokens.new_bytes)}, to be written"
+    for place, problem in found.verdicts.items():
+        yield f"on {place}", problem or "there is room for it"
+
+
+def duration(hours: float) -> str:
+    """Write hours for people, in minutes or days where that reads better."""
+    if hours < 1:
+        return f"{hours * 60:.2g} minutes"
+    return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
+
+
+def _workers(found: Preflight) -> str:
+    if found.settings.cluster.num_gpus:
+        return _count(found.num_workers, "GPU", "GPUs")
+    return _count(found.num_workers, "CPU worker", "CPU workers")
+
+
+def _short(schedule: IterationSchedule) -> str:
+    counts = set(schedule)
+    return f"r = {counts.pop()}" if len(counts) == 1 else f"r = {schedule}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

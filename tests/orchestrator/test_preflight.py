@@ -1,0 +1,137 @@
+"""`pretrain --dry-run` says what a run takes and starts nothing; too large runs end before they
+begin."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator import cli
+from orchestrator.resources import Room, local_room
+from orchestrator.settings import ClusterSettings, resolve_settings
+from orchestrator.stages.prepare import prepare
+from orchestrator.training.speed import gpu_peak, measured_cpu_peak
+from orchestrator.workspace import open_workspace
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    """Run a dry run and return its lines by name."""
+    assert cli.run(["pretrain", "--dry-run", *arguments]) == 0
+    lines: dict[str, str] = {}
+    name = ""
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        if match := re.match(r"  (\S.*?)  +(\S.*)", line):
+            name, text = match.groups()
+            lines[name] = text.strip()
+        elif line.strip():
+            lines[name] += f" {line.strip()}"
+    return lines
+
+
+def test_a_dry_run_needs_neither_tokens_nor_gpus_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    lines = printed(capsys, "--config", "paper-340m", "-w", str(tmp_path / "ws"))
+    assert not (tmp_path / "ws").exists()
+    assert lines["parameters"] == "341,199,074"
+    assert "assumed" in lines["vocabulary"]
+    assert "15,728,640,000 in 30,000 steps of 524,288" in lines["tokens"]
+    assert "256 sequences" in lines["a step"]
+    assert "32 for each worker, in 8 passes of at most 4" in lines["a step"]
+    assert "40% of 989 TFLOP/s" in lines["time"]
+    assert "H100" in lines["time"]
+    assert "no GPU" in lines["on this machine"]
+    assert lines["on an H100"] == "there is room for it"
+    half = printed(capsys, "--config", "paper-340m", "--mfu", "0.2", "-w", str(tmp_path / "ws"))
+    hours = [float(re.match(r"[\d.]+", text["time"])[0]) for text in (lines, half)]  # type: ignore[index]
+    # Of two printed figures; 24 hours are the larger one's unit still.
+    assert hours[1] == pytest.approx(2 * hours[0], rel=0.01)
+
+
+def test_prepared_tokens_give_their_own_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    rows = [
+        {"text": f"A sentence about the number {n} and its square {n * n}."} for n in range(300)
+    ]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    chosen = [f"data.files=[{text}]", "data.source=files", "data.vocab_size=300"]
+    options = [part for value in chosen for part in ("--set", value)]
+    before = printed(capsys, *options, "-w", str(tmp_path))
+    assert "may give fewer" in before["vocabulary"]
+    assert "epochs" not in before["tokens"]
+    assert "to be written" in before["token files"]
+    prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
+    after = printed(capsys, *options, "-w", str(tmp_path))
+    assert "of the prepared tokens" in after["vocabulary"]
+    assert "epochs of the prepared ones" in after["tokens"]
+    assert "token files" not in after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "1.3b"], "multiple of the context length 2048"),
+        (["--preset", "huge"], "model.preset"),
+        (["--set", "data.source=files"], "data.files"),
+        (["--set", "data.tokenizer=missing.json"], "missing.json"),
+        (["--workers", "3"], "3 workers cannot share evenly"),
+    ],
+)
+def test_what_can_be_met_nowhere_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert cli.run(["pretrain", "--dry-run", "-w", str(tmp_path), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_a_run_without_room_ends_before_text_is_read(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    little = {"memory": Room(memory=2**30, disk=None), "disk": Room(memory=None, disk=2**20)}[what]
+    monkeypatch.setattr("orchestrator.preflight.local_room", lambda *_, **__: little)
+    options = ["--preset", "55m", "--set", "training.num_tokens_per_step=65536"]
+    assert cli.run(["pretrain", "-w", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert ("GiB free" in error) == (what == "memory")
+    assert "--preset tiny" in error or "--workspace" in error
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_mfu_goes_with_a_plan_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["pretrain", "--mfu", "0.3"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_room_is_that_of_the_machine_and_of_the_folders_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    one, two = (local_room(tmp_path / "not" / "there", num_workers=n) for n in (1, 2))
+    assert one.memory is not None
+    assert two.memory is not None
+    assert two.memory == pytest.approx(one.memory / 2, rel=0.2)
+    assert one.disk
+    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
+    assert local_room(tmp_path).memory is None
+
+
+def test_peaks() -> None:
+    assert gpu_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert gpu_peak("NVIDIA H100 80GB HBM3", "fp32") == 67e12
+    assert gpu_peak("GeForce", "bf16") is None
+    assert measured_cpu_peak(0.01) > 1e8
+
+
+def test_cluster_settings_of_another_time_have_no_parallel() -> None:
+    assert getattr(ClusterSettings(), "parallel", None) in (None, "ddp", "fsdp", "auto")
