@@ -13,6 +13,7 @@ Source: this project.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,9 @@ __all__ = [
     "within_budget",
     "within_cost",
 ]
+
+
+_RAMP = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class HasRows(Protocol):
@@ -76,6 +80,16 @@ class IterationSchedule:
         return cls.uniform(num_layers, 0)
 
     @classmethod
+    def ramp(cls, num_layers: int, first: int, last: int) -> IterationSchedule:
+        """Go evenly from `first` corrections in the first layer to `last` in the last one.
+
+        Layer l gets the nearest integer to the straight line between them, the larger one of two.
+        """
+        steps = max(1, num_layers - 1)
+        line = (first * (steps - layer) + last * layer for layer in range(num_layers))
+        return cls(tuple((2 * height + steps) // (2 * steps) for height in line))
+
+    @classmethod
     def parse(
         cls, text: str | int | Iterable[int] | IterationSchedule, *, num_layers: int
     ) -> IterationSchedule:
@@ -83,7 +97,8 @@ class IterationSchedule:
 
         Args:
             text: one number for all layers (`3`, `"3"`), one per layer (`"2,2,1,1"`, `"(2,2,1,1)"`,
-                `[2, 2, 1, 1]`), or with repetitions `corrections*layers` (`"3*4"`, `"0*2,1*4"`).
+                `[2, 2, 1, 1]`), with repetitions `corrections*layers` (`"3*4"`, `"0*2,1*4"`), or a
+                ramp over the depth (`"3..0"`: see `ramp`).
             num_layers: the number of layers that the schedule must have.
 
         Raises:
@@ -91,6 +106,8 @@ class IterationSchedule:
         """
         if isinstance(text, IterationSchedule):
             schedule = text
+        elif isinstance(text, str) and (ends := _RAMP.fullmatch(text.strip())):
+            schedule = cls.ramp(num_layers, int(ends[1]), int(ends[2]))
         elif isinstance(text, str):
             counts = _counts_in(text)
             for_each_layer = len(counts) == 1 and "*" not in text
@@ -287,7 +304,7 @@ def _counts_in(text: str) -> tuple[int, ...]:
         except ValueError:
             raise ValueError(
                 f"{text!r} is not an iteration schedule; write one number for all layers (3), "
-                "one per layer (2,2,1,1) or corrections*layers (3*4)"
+                "one per layer (2,2,1,1), corrections*layers (3*4) or a ramp (3..0)"
             ) from None
     return tuple(counts)
 

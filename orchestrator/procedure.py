@@ -13,32 +13,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from orchestrator.analysis.requested import HELDOUT, requested_tasks
 from orchestrator.analysis.results import SweepResults
 from orchestrator.analysis.subject import open_subjects, short_names
 from orchestrator.catalog import (
     NO_CORRECTIONS,
-    find_references,
-    tokens_of,
 )
 from orchestrator.cluster import ray_cluster
-from orchestrator.console import Progress
-from orchestrator.data.tokens import open_tokens
 from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed, UserError
-from orchestrator.plan import PlannedTrial, SweepPlan, iterations_plan, threshold_plan
+from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.provenance import environment
-from orchestrator.settings import EvaluationSettings, ModelSettings, Settings, flatten
+from orchestrator.settings import Settings, flatten
 from orchestrator.showing import show_plan, show_report
 from orchestrator.stages.evaluate import evaluate
-from orchestrator.stages.influence import measure_influence
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining, pretrain
 from orchestrator.stages.report import write_report
 from orchestrator.stages.sweep import SweepOutcome, sweep
-from orchestrator.training.checkpoint import load_config
+from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds, with_model
 from orchestrator.training.job import finished_outcome
 from orchestrator.views import evaluation_table, tasks_with_other_items
 
@@ -54,8 +47,8 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
     """
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     reference_models = {
-        VANILLA: _with_model(settings, method="vanilla"),
-        NO_CORRECTIONS: _with_model(settings, corrections=0),
+        VANILLA: with_model(settings, method="vanilla"),
+        NO_CORRECTIONS: with_model(settings, corrections=0),
     }
     with ray_cluster():
         every = {"teacher": settings, **reference_models}
@@ -84,40 +77,11 @@ def sweep_thresholds(
             were trained on the same tokens in the same shape when unset.
         name: Name of the sweep; made from its content when unset.
     """
-    influence = _influence(settings, desk, teacher)
-    plan = _plan_thresholds(settings, desk, teacher, influence, references, name)
-    return _run_and_show(plan, settings, desk, influence)
-
-
-def plan_thresholds(
-    settings: Settings, desk: Desk, teacher: Path, *, name: str | None = None
-) -> SweepPlan:
-    """Plan a threshold sweep, which takes the influence and the tasks but no training."""
-    return _plan_thresholds(
-        settings, desk, teacher, _influence(settings, desk, teacher), None, name
+    influence = influence_of(settings, desk, teacher)
+    plan = plan_thresholds(
+        settings, desk, teacher, influence=influence, references=references, name=name
     )
-
-
-def _plan_thresholds(
-    settings: Settings,
-    desk: Desk,
-    teacher: Path,
-    influence: InfluenceTable,
-    references: Iterable[tuple[str, Path]] | None,
-    name: str | None,
-) -> SweepPlan:
-    tokens = tokens_of(teacher, desk.workspace)
-    if references is None:
-        references = find_references(desk.workspace, teacher)
-    return threshold_plan(
-        settings,
-        desk.workspace,
-        teacher=teacher,
-        influence=influence,
-        suite=plan_suite(settings.evaluation, tokens, load_config(teacher), desk.progress),
-        references=list(references),
-        name=name,
-    )
+    return run_and_show(plan, settings, desk, influence)
 
 
 def sweep_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepOutcome:
@@ -128,74 +92,17 @@ def sweep_iterations(settings: Settings, desk: Desk, *, name: str | None = None)
         desk: Workspace, tracking and terminal.
         name: Name of the sweep; made from its content when unset.
     """
-    return _run_and_show(plan_iterations(settings, desk, name=name), settings, desk)
+    return run_and_show(plan_iterations(settings, desk, name=name), settings, desk)
 
 
-def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepPlan:
-    """Plan a sweep over methods and iteration counts."""
-    tokens = prepare(settings.data, desk.workspace, desk.progress)
-    variants: dict[str, Settings] = {}
-    for method in settings.sweep.methods:
-        if method != "iiet":
-            variants[method] = _with_model(settings, method=method)
-            continue
-        for count in settings.sweep.iterations:
-            variants[f"r = {count}"] = _with_model(settings, corrections=count)
-    jobs = [
-        (label, plan_pretraining(variant, desk.workspace, tokens))
-        for label, variant in variants.items()
-    ]
-    suite = plan_suite(settings.evaluation, tokens, jobs[0][1].config(), desk.progress)
-    return iterations_plan(jobs, suite=suite, name=name)
-
-
-def plan_suite(
-    settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
-) -> dict[str, Any]:
-    """Return what is measured as a plain value: the held-out tasks, made if need be, or tasks by
-    name.
-    """
-    asked = requested_tasks(
-        settings, lambda: tokens, context_length=config.context_length, progress=progress
-    )
-    # Alone they need no names: they are all tasks of their folder.
-    is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
-    suite: dict[str, Any] = {
-        "tokens": open_tokens(tokens).fingerprint,
-        "tokens_folder": str(tokens),
-        "tasks": [] if is_heldout_alone else list(asked.names),
-        "suite": asked.heldout.name if asked.heldout else "",
-        "suite_folder": str(asked.heldout or ""),
-        "include_folder": settings.include_path or "",
-        "batch_size": settings.batch_size,
-        "limit": settings.limit,
-    }
-    # Left out where unset, so that trials that were measured before the setting existed are found.
-    few = {} if settings.num_fewshot is None else {"num_fewshot": settings.num_fewshot}
-    return suite | few
-
-
-def _influence(settings: Settings, desk: Desk, teacher: Path) -> InfluenceTable:
-    return measure_influence(
-        teacher,
-        settings.influence,
-        tokens_of(teacher, desk.workspace),
-        tracking=desk.tracking,
-        progress=desk.progress,
-    )
-
-
-def _with_model(settings: Settings, **changes: Any) -> Settings:
-    """Return the settings of another method or count, at that method's own learning rate."""
-    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
-    rate = settings.sweep.learning_rates.get(model.method, settings.training.learning_rate)
-    training = settings.training.model_copy(update={"learning_rate": rate})
-    return settings.model_copy(update={"model": model, "training": training})
-
-
-def _run_and_show(
+def run_and_show(
     plan: SweepPlan, settings: Settings, desk: Desk, influence: InfluenceTable | None = None
 ) -> SweepOutcome:
+    """Run a plan, write its report and print it.
+
+    Raises:
+        StageFailed: If a trial failed; the others are shown.
+    """
     outcome = sweep(plan, settings, desk.workspace, tracking=desk.tracking, progress=desk.progress)
     found = SweepResults(
         name=plan.name,

@@ -63,6 +63,10 @@ class TrialResult:
     """Key of the model it was distilled from."""
     run_id: str | None = None
     """MLflow run that holds it."""
+    seed: int | None = None
+    """Seed of its training, where the sweep trains every model with several."""
+    group: str | None = None
+    """What it is called apart from its seed; results of one group are seeds of one model."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

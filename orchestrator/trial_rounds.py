@@ -3,7 +3,7 @@
 A trial that another process is at is passed over in the first round, so that two sweeps at the same
 time share the work instead of waiting for each other trial by trial. The second round waits for
 what is left, and takes over what nobody is at any more. Who waits holds nothing that others wait
-for, so that there is no circle.
+for, so that there is no circle. Students that start from other students come in waves behind them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from orchestrator.console import Progress
 from orchestrator.follow import JournalTail
 from orchestrator.plan import PlannedTrial
 from orchestrator.settings import SweepSettings
+from orchestrator.training.job import DONE_NAME
+from orchestrator.trial_room import TrialLimits
 from orchestrator.trial_run import is_busy, run_trial
-from orchestrator.trial_runner import TrialContext, TrialLimits, TrialReport, run_trials
+from orchestrator.trial_runner import TrialContext, TrialReport, run_trials
 
 
 @dataclass
@@ -50,6 +52,7 @@ class TrialRounds:
     """Keys of trials that were ended because they cannot beat a rival, now or before."""
     _found: set[str] = field(default_factory=set)
     _busy: set[str] = field(default_factory=set)
+    _num_later: int = 0
 
     def run(self, waiting: Sequence[PlannedTrial]) -> None:
         """Run what is not finished; what another sweep is at comes in a second round.
@@ -61,13 +64,29 @@ class TrialRounds:
         num_found = self.num_all - len(waiting) - len(self.lost)
         if waiting:
             with ray_cluster():
-                self._round(waiting, wait=False)
-                others = [trial for trial in waiting if trial.key in self._busy]
-                if any(trial.result() is None for trial in others):
-                    names = ", ".join(trial.label for trial in others)
-                    self.progress.note(f"waiting for another sweep, which is at: {names}")
-                self._round(others, wait=True)
+                self._num_later = len(waiting)
+                for wave in waves_of(waiting):
+                    self._num_later -= len(wave)
+                    self._two_rounds(self._that_can_start(wave))
         self.progress.finish(self._summary(num_found))
+
+    def _two_rounds(self, trials: Sequence[PlannedTrial]) -> None:
+        self._round(trials, wait=False)
+        others = [trial for trial in trials if trial.key in self._busy]
+        if any(trial.result() is None for trial in others):
+            names = ", ".join(trial.label for trial in others)
+            self.progress.note(f"waiting for another sweep, which is at: {names}")
+        self._round(others, wait=True)
+
+    def _that_can_start(self, wave: Sequence[PlannedTrial]) -> list[PlannedTrial]:
+        """Return the trials whose start is there; who would start from a failure has failed too."""
+        ready = []
+        for trial in wave:
+            if trial.after is None or _start_is_there(trial):
+                ready.append(trial)
+            else:
+                self.failures[trial.label] = "the student that it starts from was not trained"
+        return ready
 
     def _summary(self, num_found: int) -> str:
         counts = {
@@ -81,7 +100,7 @@ class TrialRounds:
 
     def _round(self, trials: Sequence[PlannedTrial], *, wait: bool) -> None:
         tails = {trial.key: JournalTail(Path(trial.folder)) for trial in trials}
-        num_done = self.num_all - len(trials)
+        num_done = self.num_all - len(trials) - self._num_later
 
         def watch() -> None:
             shares = [_share_done(trial, tails[trial.key]) for trial in trials]
@@ -94,10 +113,7 @@ class TrialRounds:
             trial_function,
             [self._parameters(trial, wait) for trial in sorted(trials, key=_turn)],
             own_folder,
-            limits=TrialLimits(
-                at_once=self.settings.trials_at_once,
-                max_failures=self.settings.max_failures_per_trial,
-            ),
+            limits=limits_of(self.settings),
             on_result=self._on_result,
             watch=watch,
         )
@@ -130,11 +146,43 @@ class TrialRounds:
         self.on_end()
 
 
+def waves_of(trials: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
+    """Sort trials into waves: whoever starts from another one of them comes in a later wave."""
+    depth: dict[str, int] = {}
+    for trial in trials:  # A plan names the student that another one starts from before it.
+        depth[trial.key] = depth[trial.after] + 1 if trial.after in depth else 0
+    waves: list[list[PlannedTrial]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
+    for trial in trials:
+        waves[depth[trial.key]].append(trial)
+    return waves
+
+
+def _start_is_there(trial: PlannedTrial) -> bool:
+    return trial.job is not None and (Path(trial.job["initial_folder"]) / DONE_NAME).is_file()
+
+
+def limits_of(settings: SweepSettings) -> TrialLimits:
+    """Return what a sweep's trials need."""
+    return TrialLimits(
+        at_once=settings.trials_at_once,
+        workers_per_trial=settings.workers_per_trial,
+        gpus_per_trial=settings.gpus_per_trial,
+        max_failures=settings.max_failures_per_trial,
+    )
+
+
 def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Run one trial in a Ray worker; what Tune is given. The result itself goes into a file."""
     trial = parameters["trial"]
     options = {name: parameters[name] for name in ("wait", "rivals", "grace_fraction")}
-    return {"state": run_trial(trial, should_stop=context.should_stop, **options).state}
+    run = run_trial(
+        trial,
+        should_stop=context.should_stop,
+        train=context.train,
+        on_device=context.on_device,
+        **options,
+    )
+    return {"state": run.state}
 
 
 def _turn(trial: PlannedTrial) -> tuple[bool, bool, float]:

@@ -45,6 +45,13 @@ ScheduleOption = Annotated[
 TrialsAtOnceOption = Annotated[
     int | None, typer.Option(min=1, help="Trials side by side; as many as CPUs if left out.")
 ]
+WorkersPerTrialOption = Annotated[
+    int | None, typer.Option(min=1, help="Data-parallel workers inside each trial.")
+]
+GpusPerTrialOption = Annotated[
+    int | None, typer.Option(min=0, help="GPUs of each trial, one worker each.")
+]
+SeedsOption = Annotated[str | None, typer.Option(help="Seeds of every model, with commas: 0,1,2.")]
 NameOption = Annotated[str | None, typer.Option(help="Name of the sweep; made up if left out.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its price.")]
 
@@ -86,23 +93,42 @@ def numbers(text: str | None, option: str) -> list[float] | None:
         raise UserError(f"{option} takes numbers with commas between them; got {text!r}") from None
 
 
-def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    """Read numbers of at least 1 with commas between them; None stays None.
+def whole_numbers(text: str | None, option: str, *, at_least: int = 1) -> tuple[int, ...] | None:
+    """Read whole numbers with commas between them, each once; None stays None.
 
     Raises:
-        UserError: If they are none; names the option.
+        UserError: If they are none, or too small; names the option.
     """
     if text is None:
         return None
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        found = (0,)
-    if min(found) < 1:
+        found = (at_least - 1,)
+    if min(found) < at_least:
         raise UserError(
-            f"{option} takes whole numbers of at least 1 with commas between them; got {text!r}"
+            f"{option} takes whole numbers of at least {at_least} with commas between them; "
+            f"got {text!r}"
         )
     return tuple(dict.fromkeys(found))
+
+
+def seed_numbers(text: str | None) -> list[int] | None:
+    """Read `--seeds`; None stays None.
+
+    Raises:
+        UserError: If they are no seeds.
+    """
+    found = whole_numbers(text, "--seeds", at_least=0)
+    return None if found is None else list(found)
+
+
+def parts(text: str | None) -> list[str | int] | None:
+    """Read names or numbers with commas between them; None stays None."""
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    return [int(name) if name.isdigit() else name for name in names]
 
 
 def _as_yaml(value: Any) -> str:

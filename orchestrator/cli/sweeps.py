@@ -11,13 +11,18 @@ from orchestrator.cli.options import (
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
+    GpusPerTrialOption,
     NameOption,
+    SeedsOption,
     SetOption,
     TrialsAtOnceOption,
     VerboseOption,
+    WorkersPerTrialOption,
     WorkspaceOption,
     numbers,
+    parts,
     read_options,
+    seed_numbers,
 )
 from orchestrator.cli.session import open_desk
 
@@ -33,11 +38,33 @@ def sweep_threshold(
     thresholds: Annotated[
         str | None, typer.Option(help="Thresholds instead, with commas: 0.001,0.01.")
     ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Most that each schedule may cost instead: 8,12,16.")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Of budgets: evaluations, flops, kv (bytes) or ms.")
+    ] = None,
+    selection: Annotated[
+        str | None, typer.Option(help="threshold, knapsack or remeasured.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="cosine, relative or loss.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
+    ] = None,
+    warm_start: Annotated[
+        bool | None,
+        typer.Option(
+            "--warm-start/--no-warm-start", help="Start each student from the next costlier one."
+        ),
+    ] = None,
+    seeds: SeedsOption = None,
     stop: Annotated[
         bool | None,
         typer.Option("--stop/--no-stop", help="End students that cannot win by their loss."),
     ] = None,
     trials_at_once: TrialsAtOnceOption = None,
+    workers_per_trial: WorkersPerTrialOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
     dry_run: DryRunOption = False,
     set_: SetOption = None,
@@ -49,18 +76,27 @@ def sweep_threshold(
         set_,
         sweep__num_schedules=schedules,
         sweep__thresholds=numbers(thresholds, "--thresholds"),
+        sweep__budgets=numbers(budgets, "--budgets"),
+        sweep__budget_unit=unit,
+        sweep__selection=selection,
+        sweep__seeds=seed_numbers(seeds),
+        influence__metric=metric,
+        distillation__control=control,
+        distillation__warm_start=warm_start,
         sweep__stop_dominated=stop,
         sweep__trials_at_once=trials_at_once,
+        sweep__workers_per_trial=workers_per_trial,
+        sweep__gpus_per_trial=gpus_per_trial,
     )
     with open_desk(workspace, "sweep-threshold", verbose=verbose) as desk:
         from orchestrator import procedure
         from orchestrator.catalog import resolve_teacher
         from orchestrator.showing import show_plan
+        from orchestrator.sweep_plans import plan_thresholds
 
         teacher = resolve_teacher(desk.workspace, checkpoint)
         if dry_run:
-            plan = procedure.plan_thresholds(settings, desk, teacher, name=name)
-            show_plan(plan, desk)
+            show_plan(plan_thresholds(settings, desk, teacher, name=name), desk)
         else:
             procedure.sweep_thresholds(settings, desk, teacher, name=name)
 
@@ -70,32 +106,39 @@ def sweep_iterations(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     iterations: Annotated[
-        str | None, typer.Option(help="Corrections per layer of each IIET: 0,1,2,3.")
+        str | None,
+        typer.Option(help="Corrections per layer of each IIET, ramps over the depth: 0,1,3,3..0."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each.")] = None,
+    seeds: SeedsOption = None,
     trials_at_once: TrialsAtOnceOption = None,
+    workers_per_trial: WorkersPerTrialOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
     dry_run: DryRunOption = False,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Pretrain methods and iteration counts on the same tokens, and show them on one front."""
-    counts = numbers(iterations, "--iterations")
     settings = read_options(
         config,
         set_,
-        sweep__iterations=[int(c) for c in counts] if counts else None,
-        sweep__methods=methods.split(",") if methods else None,
+        sweep__iterations=parts(iterations),
+        sweep__methods=parts(methods),
+        sweep__seeds=seed_numbers(seeds),
         sweep__trials_at_once=trials_at_once,
+        sweep__workers_per_trial=workers_per_trial,
+        sweep__gpus_per_trial=gpus_per_trial,
         training__num_steps=steps,
     )
     with open_desk(workspace, "sweep-iterations", verbose=verbose) as desk:
         from orchestrator import procedure
         from orchestrator.showing import show_plan
+        from orchestrator.sweep_plans import plan_iterations
 
         if dry_run:
-            show_plan(procedure.plan_iterations(settings, desk, name=name), desk)
+            show_plan(plan_iterations(settings, desk, name=name), desk)
         else:
             procedure.sweep_iterations(settings, desk, name=name)
 

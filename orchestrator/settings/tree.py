@@ -48,19 +48,37 @@ class SweepSettings(Section):
     """Schedules of a threshold sweep, spread evenly over cost, full and none included."""
     thresholds: tuple[float, ...] = ()
     """Thresholds to use instead; those that give the same schedule are one trial."""
-    iterations: tuple[int, ...] = (0, 1, 2, 3)
-    """Corrections per layer that `sweep-iterations` pretrains an IIET with."""
+    budgets: tuple[float, ...] = ()
+    """Most that a schedule may cost, to use instead: for each, the member of the family that does
+    most for it."""
+    budget_unit: Literal["evaluations", "flops", "kv", "ms"] = "evaluations"
+    """What budgets are counted in, and what `num_schedules` are spread over: evaluations, FLOPs or
+    KV bytes of a token, or its milliseconds as measured here."""
+    selection: Literal["threshold", "knapsack", "remeasured"] = "threshold"
+    """Whose schedules: the threshold's nested family, the knapsack's best one at each of its costs,
+    or a nested family whose influence is measured anew after every pruning."""
+    iterations: tuple[int | str, ...] = (0, 1, 2, 3)
+    """Corrections that `sweep-iterations` pretrains an IIET with: a number for all layers, a ramp
+    over the depth (`3..0`), or one number a layer (`2,2,1,1,1,1`)."""
     methods: tuple[str, ...] = ("vanilla", "iiet")
     """Methods that `sweep-iterations` pretrains."""
-    learning_rates: dict[str, float] = Field(default_factory=lambda: {"vanilla": 4e-3})
-    """Peak learning rate of a method where it differs from `training.learning_rate`, by name."""
+    learning_rates: dict[str, float | tuple[float, ...]] = Field(default={"vanilla": 4e-3})
+    """Peak learning rate of a method where it differs from `training.learning_rate`, by name; of an
+    IIET also by its corrections (`r = 3`). Of several, each is a trial."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that every model is trained with, shown with their mean and its error; the recipe's
+    alone when empty."""
     stop_dominated: bool = False
     """End a trial whose validation loss cannot beat a finished one that costs no more. Off by
     default: the front is of accuracy, and a trial that is ended is never asked for it."""
     grace_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of a trial's steps before which it is not ended so."""
     trials_at_once: int | None = Field(default=None, gt=0)
-    """Trials that run side by side; as many as there are CPUs (or GPUs) when unset."""
+    """Most trials that run side by side; as many as CPUs (or GPUs) have room for when unset."""
+    workers_per_trial: int = Field(default=1, gt=0)
+    """Data-parallel workers of each trial; with GPUs, one each. No part of a trial's key."""
+    gpus_per_trial: int = Field(default=0, ge=0)
+    """GPUs of each trial; 0 trains on CPUs."""
     max_failures_per_trial: int = Field(default=2, ge=0)
     """How often a failed trial is tried again."""
 

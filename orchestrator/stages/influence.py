@@ -16,6 +16,7 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
+from iiet.schedule import IterationSchedule
 from orchestrator.analysis.influence_figure import draw_influence
 from orchestrator.console import Progress
 from orchestrator.data.batches import validation_batches
@@ -27,6 +28,8 @@ from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.workspace import read_json, write_json
 
+PRUNED_FOLDER = "influence-when-pruned"
+"""Beside the weights; holds the tables under other schedules than the model's own."""
 SEQUENCES_PER_BATCH = 8
 """The errors are taken over batches, so there should be many; a batch keeps every evaluation."""
 
@@ -36,6 +39,7 @@ def measure_influence(
     settings: InfluenceSettings,
     tokens_folder: Path,
     *,
+    schedule: IterationSchedule | None = None,
     tracking: Tracking | None = None,
     progress: Progress | None = None,
     device: str | None = None,
@@ -43,9 +47,10 @@ def measure_influence(
     """Return the influence table of a checkpoint, measured if it is not there yet.
 
     Args:
-        checkpoint: The model; measured under its own schedule.
+        checkpoint: The model.
         settings: Metric and size of the calibration set.
         tokens_folder: Prepared tokens that the model was trained on.
+        schedule: What it is measured under; its own schedule when unset.
         tracking: Where the table is shown as a run of its own.
         progress: Told how many tokens are done.
         device: Where it is measured; a GPU if there is one when unset.
@@ -58,6 +63,9 @@ def measure_influence(
     decoder = load_decoder(
         checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
+    own = decoder.schedule
+    if schedule is not None:
+        decoder = decoder.with_schedule(schedule)
     if not decoder.schedule.num_corrections:
         raise UserError(
             f"{checkpoint} is a {decoder.config.method} model without corrections, so there is no "
@@ -79,6 +87,8 @@ def measure_influence(
         num_tokens,
     )
     path = checkpoint / f"influence-{settings.metric}.json"
+    if decoder.schedule != own:
+        path = checkpoint / PRUNED_FOLDER / f"{settings.metric}-{key}.json"
     found = _stored(path, key)
     progress.start(f"influence ({settings.metric})", num_tokens)
     if found is None:
@@ -128,6 +138,7 @@ def _stored(path: Path, key: str) -> InfluenceTable | None:
 def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:
     picture = path.with_suffix(".png")
     try:
+        path.parent.mkdir(exist_ok=True)
         draw_influence(
             table.rows(), metric=table.metric, title="Influence of each correction"
         ).savefig(picture)

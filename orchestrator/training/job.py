@@ -24,6 +24,7 @@ from orchestrator.training.checkpoint import (
     check_checkpoint,
     checkpoint_name,
     load_config,
+    resolve_checkpoint,
     weights_key,
 )
 from orchestrator.workspace import read_json, write_json
@@ -68,7 +69,11 @@ class TrainingJob:
     teacher_folder: str | None = None
     """Checkpoint of the frozen teacher; for `distill`."""
     initial_folder: str | None = None
-    """Checkpoint whose weights the run starts from; fresh weights when unset."""
+    """Checkpoint, or folder of a run, whose weights the run starts from; fresh weights when
+    unset."""
+    initial_job: str | None = None
+    """Key of the job that makes those weights, where they are not there yet when this is
+    planned."""
     distillation: DistillationConfig | None = None
     """Weights and kind of the distillation loss; its defaults when unset."""
     teacher_cache: str | None = None
@@ -113,7 +118,7 @@ class TrainingJob:
 
 _PLAIN_FIELDS = (
     "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
-    "teacher_cache", "provenance",
+    "initial_job", "teacher_cache", "provenance",
 )  # fmt: skip
 
 
@@ -162,7 +167,7 @@ def _essence(job: TrainingJob) -> dict[str, Any]:
         "teacher": weights_key(Path(job.teacher_folder))
         if job.teacher_folder and distills
         else None,
-        "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
+        "initial": _initial_weights(job),
         "distillation": loss,
     }
 
@@ -175,6 +180,12 @@ def _recipe_of_key(recipe: TrainingSettings) -> dict[str, Any]:
         if name not in _FREE_IN_RECIPE
         and not (name in _LEFT_OUT_AT_DEFAULT and value == getattr(defaults, name))
     }
+
+
+def _initial_weights(job: TrainingJob) -> str | None:
+    if job.initial_job:
+        return f"after {job.initial_job}"
+    return weights_key(Path(job.initial_folder)) if job.initial_folder else None
 
 
 def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
@@ -197,11 +208,15 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     plan.starts(0, global_batch=global_batch, world_size=num_workers)
     if job.objective == "distill" and not job.teacher_folder:
         raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
-    for folder in (job.teacher_folder, job.initial_folder):
-        if folder:
-            check_checkpoint(Path(folder))
-    if job.initial_folder:
-        initial = load_config(Path(job.initial_folder))
+    if job.teacher_folder:
+        check_checkpoint(Path(job.teacher_folder))
+    # What another job has yet to make is looked at when it is there.
+    is_there = not job.initial_job or (Path(str(job.initial_folder)) / DONE_NAME).is_file()
+    if job.initial_folder and is_there:
+        folder = Path(job.initial_folder)
+        folder = resolve_checkpoint(folder) if job.initial_job else folder
+        check_checkpoint(folder)
+        initial = load_config(folder)
         if replace(initial, schedule=config.schedule) != config:
             raise UserError(
                 f"the weights in {job.initial_folder} are another model's than the one to train; "

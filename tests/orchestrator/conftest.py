@@ -11,7 +11,7 @@ import pytest
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule, schedule_family
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
-from orchestrator.plan import SweepPlan, threshold_plan
+from orchestrator.plan import SweepPlan, choose_members, threshold_plan
 from orchestrator.settings import resolve_settings
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
@@ -134,10 +134,11 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
         )
     )
     values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
+    table = InfluenceTable(metric="cosine", values=values, errors=errors, num_tokens=64)
     return threshold_plan(
         settings,
         open_workspace(tmp_path),
         teacher=Path(str(outcome.checkpoint)),
-        influence=InfluenceTable(metric="cosine", values=values, errors=errors, num_tokens=64),
+        members=choose_members(table, settings.sweep),
         suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
     )

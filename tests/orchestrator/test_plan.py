@@ -10,9 +10,17 @@ import pytest
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
 from orchestrator.catalog import tokens_of
 from orchestrator.errors import UserError
-from orchestrator.plan import exact_cost, iterations_plan, student_job, threshold_plan
+from orchestrator.plan import (
+    Variant,
+    choose_members,
+    exact_cost,
+    iterations_plan,
+    student_job,
+    threshold_plan,
+)
 from orchestrator.settings import DistillationSettings, Settings, resolve_settings
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
@@ -54,7 +62,8 @@ TABLE = InfluenceTable(
 
 
 def _plan(settings: Settings, space: Workspace, teacher: Path, suite: dict[str, Any], **more: Any):
-    return threshold_plan(settings, space, teacher=teacher, influence=TABLE, suite=suite, **more)
+    members = choose_members(TABLE, settings.sweep)
+    return threshold_plan(settings, space, teacher=teacher, members=members, suite=suite, **more)
 
 
 @pytest.fixture
@@ -203,14 +212,86 @@ def test_an_iterations_plan_has_each_model_once(
             run_folder=f"/runs/{method}", tokens_folder=str(tiny_tokens), model=model, recipe=recipe
         )
 
-    jobs = [
-        ("vanilla", job("vanilla", None)),
-        ("r = 1", job("iiet", [1, 1])),
-        ("again", job("iiet", [1, 1])),
+    variants = [
+        Variant(label="vanilla", job=job("vanilla", None)),
+        Variant(label="r = 1", job=job("iiet", [1, 1])),
+        Variant(label="again", job=job("iiet", [1, 1])),
     ]
-    plan = iterations_plan(jobs, suite=suite)
+    plan = iterations_plan(variants, suite=suite)
     assert [t.role for t in plan.trials] == ["reference", "trial"]
     assert plan.num_requested == 3
+
+
+def test_seeds_are_trials_of_one_group(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    settings = resolve_settings({}, ["sweep.seeds=[0, 1]", "sweep.num_schedules=2"])
+    trials = [t for t in _plan(settings, space, teacher, suite).trials if t.role == "trial"]
+    assert [(t.group, t.seed) for t in trials] == [
+        ("2,1", 0), ("0,0", 0), ("2,1", 1), ("0,0", 1)
+    ]  # fmt: skip
+    assert len({t.key for t in trials}) == 4
+    alone = _plan(resolve_settings({}, ["sweep.num_schedules=2"]), space, teacher, suite)
+    # The recipe's own seed is 0: what a sweep without seeds has trained is found again.
+    assert alone.trials[1].key == trials[0].key
+
+
+def test_a_warm_start_makes_a_chain_with_keys_of_its_own(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    warm = _plan(resolve_settings({}, ["distillation.warm_start=true"]), space, teacher, suite)
+    cold = _plan(Settings(), space, teacher, suite)
+    students = [t for t in warm.trials if t.role == "trial"]
+    assert [t.after for t in students] == [None, *(t.key for t in students[:-1])]
+    assert all(
+        student.job and before.folder == student.job["initial_folder"]
+        for before, student in zip(students[:-1], students[1:], strict=True)
+    )
+    shared = {t.key for t in warm.trials} & {t.key for t in cold.trials}
+    assert shared == {t.key for t in warm.trials[:2]}, "the teacher, and the first of the chain"
+    longer = _plan(
+        resolve_settings(
+            {}, ["distillation.warm_start=true", "distillation.training.num_steps=61"]
+        ),
+        space, teacher, suite,
+    )  # fmt: skip
+    assert not {t.key for t in longer.trials[1:]} & {t.key for t in warm.trials}
+
+
+@pytest.mark.parametrize(
+    ("assignments", "schedules"),
+    [
+        (["sweep.budgets=[2, 4.5]"], ["1,1", "0,0"]),
+        (["sweep.selection=knapsack", "sweep.num_schedules=3"], ["2,1", "1,1", "0,0"]),
+        (["sweep.selection=knapsack", "sweep.budgets=[3]"], ["1,0"]),
+    ],
+)
+def test_schedules_by_budget_and_by_knapsack(assignments: list[str], schedules: list[str]) -> None:
+    members = choose_members(TABLE, resolve_settings({}, assignments).sweep)
+    assert [str(member.schedule) for member in members] == schedules
+
+
+def test_a_family_that_is_measured_anew_follows_what_is_measured() -> None:
+    asked = []
+
+    def measure(schedule: IterationSchedule) -> list[list[float]]:
+        asked.append(str(schedule))
+        # Once the second layer's correction has gone, the first layer's second matters most.
+        rows = {"2,1": [[0.5, 0.3], [0.1]], "2,0": [[0.2, 0.9], []], "0,0": [[], []]}
+        return rows[str(schedule)]
+
+    settings = resolve_settings({}, ["sweep.selection=remeasured"])
+    members = choose_members(TABLE, settings.sweep, measure=measure)
+    assert [str(member.schedule) for member in members] == ["2,1", "2,0", "0,0"]
+    assert asked == ["2,1", "2,0"]
+
+
+def test_a_budget_that_nothing_fits_is_named() -> None:
+    with pytest.raises(UserError, match=r"sweep\.budgets, in evaluations.*cheapest costs 2"):
+        choose_members(TABLE, resolve_settings({}, ["sweep.budgets=[1]"]).sweep)
+    both = resolve_settings({}, ["sweep.budgets=[3]", "sweep.thresholds=[0.1]"])
+    with pytest.raises(UserError, match="exclude each other"):
+        choose_members(TABLE, both.sweep)
 
 
 def test_tokens_that_are_missing_are_named(teacher: Path, space: Workspace) -> None:

@@ -1,0 +1,97 @@
+"""Which schedules of a teacher a sweep distills, out of what the influence says.
+
+Two questions. Which family: the threshold's nested one, the knapsack's best schedule at each of its
+costs, or the nested one measured anew after every pruning. And which of its members: those that
+given thresholds or budgets lead to, or a number of them spread evenly over cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from iiet.influence import InfluenceTable
+from iiet.remeasuring import remeasured_family
+from iiet.schedule import (
+    Cost,
+    FamilyMember,
+    Influence,
+    IterationSchedule,
+    num_evaluations,
+    schedule_family,
+    spread_over_cost,
+    within_cost,
+)
+from iiet.schedule_knapsack import knapsack
+from orchestrator.errors import UserError
+from orchestrator.settings import SweepSettings
+
+Measure = Callable[[IterationSchedule], Influence]
+"""Schedule -> the teacher's influence under it."""
+
+
+def choose_members(
+    influence: InfluenceTable,
+    sweep: SweepSettings,
+    *,
+    cost: Cost = num_evaluations,
+    measure: Measure | None = None,
+) -> tuple[FamilyMember, ...]:
+    """Return the schedules of a threshold sweep, costliest first, each once.
+
+    Args:
+        influence: The teacher's table.
+        sweep: Thresholds, budgets or a number of schedules; and the selection.
+        cost: What budgets are counted in, and what the schedules are spread over.
+        measure: Measures the influence under another schedule; for `selection: remeasured`.
+
+    Returns:
+        Members with the thresholds that lead to them; those of a knapsack have none (NaN).
+
+    Raises:
+        UserError: If a budget is less than the cheapest schedule costs, or the parts of the
+            settings do not go together.
+    """
+    if sweep.selection == "remeasured":
+        assert measure is not None, "measuring anew takes a model"
+        family = remeasured_family(measure, influence.schedule)
+    else:
+        family = schedule_family(influence)
+    chosen = _of_family(family, sweep, cost)
+    if sweep.selection == "knapsack":
+        budgets = [member.schedule.num_evaluations for member in chosen]
+        best = (knapsack(influence, max_evaluations=budget) for budget in budgets)
+        return tuple(FamilyMember(s, math.nan, math.nan) for s in dict.fromkeys(best))
+    return chosen
+
+
+def _of_family(
+    family: Sequence[FamilyMember], sweep: SweepSettings, cost: Cost
+) -> tuple[FamilyMember, ...]:
+    if sweep.thresholds and sweep.budgets:
+        raise UserError("sweep.thresholds and sweep.budgets exclude each other; leave one out")
+    if sweep.thresholds:
+        wanted = {_at_threshold(family, threshold) for threshold in sweep.thresholds}
+    elif sweep.budgets:
+        wanted = {_within(family, budget, cost, sweep.budget_unit) for budget in sweep.budgets}
+    else:
+        return spread_over_cost(family, min(sweep.num_schedules, len(family)), cost=cost)
+    return tuple(member for member in family if member.schedule in wanted)
+
+
+def _at_threshold(family: Sequence[FamilyMember], threshold: float) -> IterationSchedule:
+    # A family that is measured anew has members with empty intervals: no threshold leads to them.
+    return next(
+        member.schedule
+        for member in family
+        if member.threshold_above < threshold <= member.threshold_up_to
+    )
+
+
+def _within(
+    family: Sequence[FamilyMember], budget: float, cost: Cost, unit: str
+) -> IterationSchedule:
+    try:
+        return within_cost(family, budget, cost=cost).schedule
+    except ValueError as error:
+        raise UserError(f"sweep.budgets, in {unit}: {error}") from None

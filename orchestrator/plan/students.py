@@ -1,0 +1,194 @@
+"""Plans of students: one teacher under the schedules that a threshold sweep chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from iiet.config import ModelConfig
+from iiet.distillation import DistillationConfig
+from iiet.schedule import FamilyMember
+from orchestrator.errors import UserError
+from orchestrator.plan.trials import (
+    PlannedTrial,
+    SweepPlan,
+    finish_plan,
+    measured_as_it_is,
+    suite_key,
+)
+from orchestrator.provenance import content_key
+from orchestrator.settings import DistillationSettings, Settings
+from orchestrator.training.checkpoint import load_config, weights_key
+from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.workspace import Workspace
+
+
+def threshold_plan(
+    settings: Settings,
+    workspace: Workspace,
+    *,
+    teacher: Path,
+    members: Sequence[FamilyMember],
+    suite: dict[str, Any],
+    references: Sequence[tuple[str, Path]] = (),
+    name: str | None = None,
+) -> SweepPlan:
+    """Plan a threshold sweep: the teacher, its students under the chosen schedules, references.
+
+    Args:
+        settings: Sections `sweep` and `distillation` count.
+        workspace: Where trials live.
+        teacher: Checkpoint of the full model.
+        members: The schedules, costliest first; see `choose_members`.
+        suite: What is measured.
+        references: Label and checkpoint of models to show beside the sweep.
+        name: Name of the sweep; made from its key when unset.
+    """
+    full = load_config(teacher)
+    trials = [measured_as_it_is("teacher", "teacher", teacher, full, suite, workspace)]
+    for seed in settings.sweep.seeds or (None,):
+        before = None
+        for member in members:
+            config = replace(full, schedule=member.schedule)
+            trial = student_trial(
+                settings, workspace, teacher, config, member, suite, before=before, seed=seed
+            )
+            trials.append(trial)
+            before = trial if settings.distillation.warm_start else None
+    trials += [
+        measured_as_it_is("reference", label, folder, load_config(folder), suite, workspace)
+        for label, folder in references
+    ]
+    sweep = settings.sweep
+    num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    return finish_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
+
+
+def student_job(
+    distillation: DistillationSettings,
+    *,
+    teacher: Path,
+    config: ModelConfig,
+    tokens_folder: str,
+    run_folder: str = "",
+) -> TrainingJob | None:
+    """Return the job that makes a student of a teacher; None for the control without training.
+
+    Args:
+        distillation: Recipe, loss, and which control.
+        teacher: Checkpoint of the full model.
+        config: The student: the teacher's configuration under its own schedule.
+        tokens_folder: Prepared tokens.
+        run_folder: Where it is trained.
+
+    Raises:
+        UserError: If the parts of the loss do not go together.
+    """
+    if distillation.control == "pruned":
+        return None
+    is_scratch = distillation.control == "scratch"
+    is_distilled = distillation.control == "distill"
+    return TrainingJob(
+        run_folder=run_folder,
+        tokens_folder=tokens_folder,
+        model=config.to_dict(),
+        recipe=distillation.training,
+        objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
+        teacher_folder=str(teacher) if is_distilled else None,
+        initial_folder=None if is_scratch else str(teacher),
+        distillation=_loss(distillation) if is_distilled else None,
+        provenance={"teacher": weights_key(teacher)},
+    )
+
+
+def _loss(distillation: DistillationSettings) -> DistillationConfig:
+    try:
+        return DistillationConfig(
+            kl_weight=distillation.kl_weight,
+            temperature=distillation.temperature,
+            divergence=distillation.divergence,
+            top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
+            hidden_weight=distillation.hidden_weight,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"distillation: {error}; set teacher_cache to auto, or divergence to forward"
+        ) from None
+
+
+def student_trial(
+    settings: Settings,
+    workspace: Workspace,
+    teacher: Path,
+    config: ModelConfig,
+    member: FamilyMember,
+    suite: dict[str, Any],
+    *,
+    before: PlannedTrial | None = None,
+    seed: int | None = None,
+) -> PlannedTrial:
+    """Return the trial that distills a teacher into one schedule, or into a control, and measures
+    it.
+
+    Args:
+        settings: Section `distillation` counts.
+        workspace: Where trials live.
+        teacher: Checkpoint of the full model.
+        config: The student: the teacher's configuration under its own schedule.
+        member: The thresholds that lead to it; NaN where none does.
+        suite: What is measured.
+        before: The student whose weights it starts from; the teacher's when unset.
+        seed: Seed of the training where a sweep has several; the recipe's when unset.
+    """
+    distillation = settings.distillation
+    job = student_job(
+        distillation, teacher=teacher, config=config, tokens_folder=suite["tokens_folder"]
+    )
+    if job and seed is not None:
+        job = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
+    if job and before and before.job:
+        job = _started_from(job, before)
+    weights = job_key(job) if job else content_key("pruned", weights_key(teacher), config.to_dict())
+    folder = str(workspace.trials / weights)
+    group = ", ".join([str(config.corrections), *_notes(distillation, before)])
+    has_thresholds = not math.isnan(member.threshold_up_to)
+    return PlannedTrial(
+        key=content_key("trial", weights, suite_key(suite)),
+        role="trial",
+        label=group if seed is None else f"{group}, seed {seed}",
+        model=config.to_dict(),
+        folder=folder,
+        job=replace(job, run_folder=folder).to_dict() if job else None,
+        checkpoint=None if job else str(teacher),
+        suite=suite,
+        threshold_above=member.threshold_above if has_thresholds else None,
+        threshold_up_to=member.threshold_up_to if has_thresholds else None,
+        parent=weights_key(teacher),
+        after=before.key if job and before else None,
+        seed=seed,
+        group=None if seed is None else group,
+    )
+
+
+def _started_from(job: TrainingJob, before: PlannedTrial) -> TrainingJob:
+    """Return the job that starts from what an earlier one comes to."""
+    assert before.job is not None, "a student that is not trained has its teacher's weights"
+    earlier = TrainingJob.from_dict(before.job)
+    return replace(
+        job,
+        initial_folder=before.folder,
+        initial_job=job_key(earlier),
+        provenance={**job.provenance, "started_from": str(earlier.config().corrections)},
+    )
+
+
+def _notes(distillation: DistillationSettings, before: PlannedTrial | None) -> list[str]:
+    notes = []
+    if distillation.control != "distill":
+        notes.append(distillation.control.replace("_", " "))
+    if before:
+        notes.append("warm start")
+    return notes

@@ -1,0 +1,184 @@
+"""What a plan is made of: trials with their keys, and the sweep that holds them.
+
+A trial has a key, the hash of all that determines its result, and a folder named by the hash of all
+that determines its weights; so a second sweep, another range of thresholds or a restart finds what
+is finished, and other tasks can be put to the same weights without training again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from orchestrator.provenance import content_key
+from orchestrator.training.checkpoint import weights_key
+from orchestrator.trial import Role, TrialResult
+from orchestrator.workspace import Workspace, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTrial:
+    """One trial, as it will be run by any process that can see the workspace."""
+
+    key: str
+    """Hash of all that determines the result; the same trial in another sweep has the same key."""
+    role: Role
+    """`trial`, `teacher` or `reference`."""
+    label: str
+    """What tables and pictures call it."""
+    model: dict[str, Any]
+    """`ModelConfig.to_dict()` with the schedule that is measured."""
+    folder: str
+    """Where it is trained (if it is), and where its result lies."""
+    job: dict[str, Any] | None
+    """`TrainingJob.to_dict()`; None when the checkpoint is measured as it is."""
+    checkpoint: str | None
+    """Checkpoint to measure when nothing is trained."""
+    suite: dict[str, Any]
+    """What is measured: evaluation settings, suite folder, tokens folder."""
+    threshold_above: float | None = None
+    """Thresholds above this, and up to `threshold_up_to`, give this schedule."""
+    threshold_up_to: float | None = None
+    """Largest threshold that gives this schedule."""
+    parent: str | None = None
+    """Weights key of the teacher."""
+    after: str | None = None
+    """Key of the trial of this plan whose weights it starts from; None if it waits for nobody."""
+    seed: int | None = None
+    """Seed of its training, where the sweep trains every model with several."""
+    group: str | None = None
+    """What it is called apart from its seed; trials of one group are seeds of one model."""
+
+    def config(self) -> ModelConfig:
+        """Return the model's configuration."""
+        return ModelConfig.from_dict(self.model)
+
+    @property
+    def result_path(self) -> Path:
+        """File of the result; it exists when the trial is finished."""
+        return Path(self.folder) / f"result-{self.key}.json"
+
+    def result(self) -> TrialResult | None:
+        """Return the finished result; None while there is none.
+
+        The label and the thresholds are this sweep's: another sweep may have measured the same
+        trial under other names.
+        """
+        found = read_json(self.result_path)
+        if not found:
+            return None
+        return replace(
+            TrialResult.from_dict(found),
+            role=self.role,
+            label=self.label,
+            threshold_above=self.threshold_above,
+            threshold_up_to=self.threshold_up_to,
+            seed=self.seed,
+            group=self.group,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; `PlannedTrial(**mapping)` is its inverse."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """All trials of a sweep, and what it is called."""
+
+    key: str
+    """Hash of the trials' keys: the same sweep has the same key."""
+    name: str
+    """Name of its folder and of its run in MLflow."""
+    kind: str
+    """`threshold` or `iterations`."""
+    tokens_folder: str
+    """Prepared tokens that it trains and measures on."""
+    teacher: str | None
+    """Checkpoint of the teacher; None for `iterations`."""
+    num_requested: int
+    """Thresholds or settings asked for, before those that coincide were merged."""
+    trials: tuple[PlannedTrial, ...]
+    """Trials, teacher and references, each once."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping."""
+        return asdict(self)
+
+
+def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
+    """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
+    cost, most = inference_cost(config), inference_cost(full)
+    return {
+        "evaluations": cost.evaluations_per_token,
+        "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
+        "flops_per_token": cost.decode_flops_per_token,
+        "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
+        "prefill_flops_per_token": cost.prefill_flops_per_token,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "weight_bytes_per_token": cost.weight_bytes_per_token,
+        "num_parameters": cost.num_parameters,
+    }
+
+
+def full_config(plan: SweepPlan) -> ModelConfig:
+    """Return the costliest model of a plan that is no reference: what relative costs relate to."""
+    configs = [trial.config() for trial in plan.trials if trial.role != "reference"]
+    configs = configs or [trial.config() for trial in plan.trials]
+    return max(configs, key=lambda config: inference_cost(config).evaluations_per_token)
+
+
+def measured_as_it_is(
+    role: Role,
+    label: str,
+    checkpoint: Path,
+    config: ModelConfig,
+    suite: dict[str, Any],
+    workspace: Workspace,
+) -> PlannedTrial:
+    """Return the trial that measures a checkpoint without training it."""
+    weights = content_key("as it is", weights_key(checkpoint), config.to_dict())
+    return PlannedTrial(
+        key=content_key("trial", weights, suite_key(suite)),
+        role=role,
+        label=label,
+        model=config.to_dict(),
+        folder=str(workspace.trials / weights),
+        job=None,
+        checkpoint=str(checkpoint),
+        suite=suite,
+    )
+
+
+def finish_plan(
+    kind: str,
+    name: str | None,
+    trials: Sequence[PlannedTrial],
+    suite: dict[str, Any],
+    num_requested: int,
+    *,
+    teacher: Path | None,
+) -> SweepPlan:
+    """Return the plan of these trials, named by their keys where the user gave no name."""
+    key = content_key("sweep", kind, [trial.key for trial in trials])
+    return SweepPlan(
+        key=key,
+        name=name or f"{kind}-{key[:8]}",
+        kind=kind,
+        tokens_folder=suite["tokens_folder"],
+        teacher=str(teacher) if teacher else None,
+        num_requested=num_requested,
+        trials=tuple(trials),
+    )
+
+
+def suite_key(suite: dict[str, Any]) -> str:
+    """Return the hash of what is measured."""
+    # Folders differ between machines; the suite's own key and the settings do not.
+    return content_key(
+        {name: value for name, value in suite.items() if not name.endswith("_folder")}
+    )

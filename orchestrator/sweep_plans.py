@@ -1,0 +1,227 @@
+"""From settings and a workspace to the plan of a sweep: what is trained, how it is measured.
+
+A plan takes no training, but all that it follows from is made here where it is missing: tokens,
+held-out tasks, the teacher's influence under each schedule that is asked for, milliseconds where
+budgets are counted in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from iiet.decoder import Decoder
+from iiet.influence import InfluenceTable
+from iiet.schedule import Cost, IterationSchedule, num_evaluations, schedule_family
+from orchestrator.analysis.benchmark import decode_milliseconds, threads
+from orchestrator.analysis.requested import HELDOUT, requested_tasks
+from orchestrator.catalog import find_references, tokens_of
+from orchestrator.console import Progress
+from orchestrator.data.tokens import open_tokens
+from orchestrator.desk import Desk
+from orchestrator.plan import SweepPlan, Variant, choose_members, iterations_plan, threshold_plan
+from orchestrator.settings import EvaluationSettings, ModelSettings, Settings
+from orchestrator.stages.influence import measure_influence
+from orchestrator.stages.prepare import prepare
+from orchestrator.stages.pretrain import plan_pretraining
+from orchestrator.training.checkpoint import load_config
+
+PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 16, 32, 5
+"""How decoding is timed for budgets in milliseconds."""
+
+
+def plan_thresholds(
+    settings: Settings,
+    desk: Desk,
+    teacher: Path,
+    *,
+    influence: InfluenceTable | None = None,
+    references: Iterable[tuple[str, Path]] | None = None,
+    name: str | None = None,
+) -> SweepPlan:
+    """Plan a threshold sweep.
+
+    Args:
+        settings: Sections `influence`, `sweep`, `distillation` and `evaluation` count.
+        desk: Workspace, tracking and terminal.
+        teacher: Checkpoint of the full model.
+        influence: Its influence, if it is at hand.
+        references: Label and checkpoint of models to show beside it; those of the workspace that
+            were trained on the same tokens in the same shape when unset.
+        name: Name of the sweep; made from its content when unset.
+
+    Raises:
+        UserError: If something does not go together.
+    """
+    tokens, full = tokens_of(teacher, desk.workspace), load_config(teacher)
+    influence = influence or influence_of(settings, desk, teacher)
+    if references is None:
+        references = find_references(desk.workspace, teacher)
+    members = choose_members(
+        influence,
+        settings.sweep,
+        cost=_cost(settings.sweep.budget_unit, full, influence, desk.progress),
+        measure=lambda schedule: influence_of(settings, desk, teacher, schedule),
+    )
+    return threshold_plan(
+        settings,
+        desk.workspace,
+        teacher=teacher,
+        members=members,
+        suite=plan_suite(settings.evaluation, tokens, full, desk.progress),
+        references=list(references),
+        name=name,
+    )
+
+
+def influence_of(
+    settings: Settings, desk: Desk, teacher: Path, schedule: IterationSchedule | None = None
+) -> InfluenceTable:
+    """Return a teacher's influence, under its own schedule or under another one."""
+    return measure_influence(
+        teacher,
+        settings.influence,
+        tokens_of(teacher, desk.workspace),
+        schedule=schedule,
+        tracking=desk.tracking,
+        progress=desk.progress,
+    )
+
+
+def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepPlan:
+    """Plan a sweep over methods, iteration counts, learning rates and seeds, all from scratch.
+
+    Args:
+        settings: Section `sweep` names them, `training` is the recipe of all.
+        desk: Workspace, tracking and terminal.
+        name: Name of the sweep; made from its content when unset.
+
+    Raises:
+        UserError: If something does not go together.
+    """
+    tokens = prepare(settings.data, desk.workspace, desk.progress)
+    variants = [
+        Variant(label=label, job=plan_pretraining(own, desk.workspace, tokens), group=group)
+        for label, own, group in _variants(settings)
+    ]
+    config = variants[0].job.config()
+    suite = plan_suite(settings.evaluation, tokens, config, desk.progress)
+    return iterations_plan(variants, suite=suite, name=name)
+
+
+def with_model(settings: Settings, **changes: Any) -> Settings:
+    """Return the settings of another method or count, at that one's own (first) learning rate."""
+    return _with_rates(settings, **changes)[0]
+
+
+def plan_suite(
+    settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
+) -> dict[str, Any]:
+    """Return what is measured as a plain value: the held-out tasks, made if need be, or tasks by
+    name.
+    """
+    asked = requested_tasks(
+        settings, lambda: tokens, context_length=config.context_length, progress=progress
+    )
+    # Alone they need no names: they are all tasks of their folder.
+    is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
+    suite: dict[str, Any] = {
+        "tokens": open_tokens(tokens).fingerprint,
+        "tokens_folder": str(tokens),
+        "tasks": [] if is_heldout_alone else list(asked.names),
+        "suite": asked.heldout.name if asked.heldout else "",
+        "suite_folder": str(asked.heldout or ""),
+        "include_folder": settings.include_path or "",
+        "batch_size": settings.batch_size,
+        "limit": settings.limit,
+    }
+    # Left out where unset, so that trials that were measured before the setting existed are found.
+    few = {} if settings.num_fewshot is None else {"num_fewshot": settings.num_fewshot}
+    return suite | few
+
+
+def _variants(settings: Settings) -> Iterator[tuple[str, Settings, str | None]]:
+    """Yield label, settings and group of every model that a sweep trains from scratch."""
+    for name, changes in _models(settings):
+        rates = _with_rates(settings, **changes)
+        for own in rates:
+            label = name
+            if len(rates) > 1:
+                label = f"{name}, rate {own.training.learning_rate:g}"
+            for seed in settings.sweep.seeds:
+                training = own.training.model_copy(update={"seed": seed})
+                seeded = own.model_copy(update={"training": training})
+                yield f"{label}, seed {seed}", seeded, label
+            if not settings.sweep.seeds:
+                yield label, own, None
+
+
+def _models(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    for method in settings.sweep.methods:
+        if method != "iiet":
+            yield method, {"method": method}
+            continue
+        for count in settings.sweep.iterations:
+            yield f"r = {count}", {"method": "iiet", "corrections": count}
+
+
+def _with_rates(settings: Settings, **changes: Any) -> list[Settings]:
+    """Return the settings of another method or count at each of its learning rates."""
+    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
+    rates = settings.sweep.learning_rates
+    own = rates.get(model.method, settings.training.learning_rate)
+    if model.method == "iiet":
+        own = rates.get(f"r = {model.corrections}", own)
+    return [
+        settings.model_copy(
+            update={
+                "model": model,
+                "training": settings.training.model_copy(update={"learning_rate": rate}),
+            }
+        )
+        for rate in (own if isinstance(own, Sequence) else (own,))
+    ]
+
+
+def _cost(unit: str, full: ModelConfig, influence: InfluenceTable, progress: Progress) -> Cost:
+    """Return what a schedule costs in the unit that budgets are counted in."""
+    if unit == "evaluations":
+        return num_evaluations
+    if unit == "ms":
+        family = [member.schedule for member in schedule_family(influence)]
+        return _measured_milliseconds(full, family, progress)
+
+    @lru_cache
+    def counted(schedule: IterationSchedule) -> float:
+        cost = inference_cost(replace(full, schedule=schedule))
+        return float(cost.decode_flops_per_token if unit == "flops" else cost.kv_bytes_per_token)
+
+    return counted
+
+
+def _measured_milliseconds(
+    full: ModelConfig, family: Sequence[IterationSchedule], progress: Progress
+) -> Cost:
+    """Measure a token's milliseconds under each schedule; the values of the weights have no say."""
+    progress.start("time per token", len(family) * REPETITIONS)
+    with threads(1):
+        timings = decode_milliseconds(
+            {str(schedule): Decoder(replace(full, schedule=schedule)) for schedule in family},
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=NEW_TOKENS,
+            batch_size=1,
+            repetitions=REPETITIONS,
+            on_done=lambda done, _: progress.advance(done),
+        )
+    progress.finish(f"{len(family)} schedules")
+    # A cheaper schedule that was measured slower, by chance, shall not cost more.
+    times, longest = {}, 0.0
+    for schedule in reversed(family):
+        longest = max(longest, timings[str(schedule)].median)
+        times[schedule] = longest
+    return lambda schedule: times[schedule]
