@@ -17,7 +17,6 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
 
@@ -30,8 +29,9 @@ class Progress:
     def start(self, title: str, total: float | None = None) -> None:
         """Begin a stage of `total` units; None when the end is not known."""
 
-    def advance(self, done: float, text: str = "") -> None:
-        """Say how many units are done, with a few words such as the current loss."""
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+        """Say how many units are done, with a few words such as the current loss, and how long the
+        rest takes where the units do not tell."""
 
     def note(self, text: str) -> None:
         """Print a line of its own: a warning, or something worth knowing."""
@@ -70,13 +70,14 @@ class PlainProgress(Progress):
         self._title, self._total = title, total
         self._started = self._printed = time.monotonic()
 
-    def advance(self, done: float, text: str = "") -> None:
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
         now = time.monotonic()
         if now - self._printed < PLAIN_SECONDS_BETWEEN_LINES:
             return
         self._printed = now
         of_total = f"{done:.4g}/{self._total:.6g}" if self._total else f"{done:.4g}"
-        self._print(f"  {self._title}: {of_total} {text}".rstrip())
+        left = f", {_duration(seconds_left)} left" if seconds_left else ""
+        self._print(f"  {self._title}: {of_total} {text}{left}".rstrip())
 
     def note(self, text: str) -> None:
         self._print(f"  {text}")
@@ -107,17 +108,19 @@ class BarProgress(Progress):
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>3.0f}%" if total else ""),
             TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[left]}", markup=False),
             TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=total, text="")
+        self._task = self._bar.add_task(title, total=total, text="", left="")
         self._bar.start()
 
-    def advance(self, done: float, text: str = "") -> None:
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
         if self._bar:
             self._bar.update(self._task, completed=done, text=text)
+            left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
+            self._bar.update(self._task, left="" if left is None else f"{_duration(left)} left")
 
     def note(self, text: str) -> None:
         self.console.print(f"  {text}", markup=False, highlight=False)
@@ -132,6 +135,14 @@ class BarProgress(Progress):
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def terminal_progress(console: Console | None = None) -> Progress:

@@ -7,9 +7,9 @@ stop it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,8 @@ from orchestrator.data.tokens import open_tokens
 from orchestrator.journal import read_journal
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.objective import two_stage
+from orchestrator.training.parts import flops_counter
 
 SECONDS_BETWEEN_COPIES = 5.0
 
@@ -52,10 +54,11 @@ class JournalFollower:
         """Name the jobs to follow, by label."""
         self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
         self._tails = {label: JournalTail(job.folder) for label, job in jobs.items()}
-        self._losses: dict[str, float] = {}
+        self._costs = {label: _costs_to_come(job) for label, job in jobs.items()}
+        self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
         self._runs: dict[str, TrackedRun] = {}
         self._copied_at = time.monotonic()
-        self._begun_ms = time.time() * 1000
+        self._begun_ms = int(time.time() * 1000)
 
     def open_runs(
         self, kind: str, params: Mapping[str, Mapping[str, Any]]
@@ -78,20 +81,42 @@ class JournalFollower:
         for label, tail in self._tails.items():
             for record in tail.read():
                 if record["kind"] == "metrics":
-                    self._losses[label] = record["values"].get(
-                        "train/loss", self._losses.get(label, math.nan)
-                    )
+                    self._numbers[label] |= record["values"]
                 elif record["time"] >= self._begun_ms:
                     self._note(label, record)
         num_done = sum(tail.step for tail in self._tails.values())
-        texts = [
-            f"{label} {loss:.2f}"
-            for label, loss in self._losses.items()
-            if self._tails[label].step < self._jobs[label].recipe.num_steps
-        ]
-        self._progress.advance(num_done, "loss " + ", ".join(texts))
+        self._progress.advance(num_done, self._text(), seconds_left=self._seconds_left())
         if time.monotonic() - self._copied_at > SECONDS_BETWEEN_COPIES:
             self._copy()
+
+    def _running(self) -> dict[str, dict[str, float]]:
+        """Return the last numbers of the jobs that have some and are not at their end."""
+        return {
+            label: numbers
+            for label, numbers in self._numbers.items()
+            if "train/loss" in numbers
+            and self._tails[label].step < self._jobs[label].recipe.num_steps
+        }
+
+    def _text(self) -> str:
+        running = self._running()
+        if not running:
+            return ""
+        losses = ", ".join(f"{label} {n['train/loss']:.2f}" for label, n in running.items())
+        speed = sum(n.get("train/tokens_per_second", 0.0) for n in running.values())
+        return f"loss {losses}, {speed:,.0f} tokens/s"
+
+    def _seconds_left(self) -> float | None:
+        # Of the longest job; a step with corrections takes longer than one without.
+        found = []
+        for label, numbers in self._running().items():
+            costs, step = self._costs[label], self._tails[label].step
+            speed = numbers.get("train/tokens_per_second")
+            if speed and step:
+                now = costs[step - 1] - costs[step]
+                num_tokens = self._jobs[label].recipe.num_tokens_per_step
+                found.append(costs[step] / now * num_tokens / speed)
+        return max(found, default=None)
 
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
         if event["name"] == "damaged":
@@ -120,3 +145,11 @@ class JournalFollower:
         for label, run in self._runs.items():
             run.mirror(self._jobs[label].folder)
         self._copied_at = time.monotonic()
+
+
+def _costs_to_come(job: TrainingJob) -> list[float]:
+    """Return, for each number of steps done, what the others cost by their FLOPs."""
+    config = job.config()
+    flops_at = flops_counter(job, config, two_stage(config.corrections, job.recipe), None)
+    steps = range(job.recipe.num_steps)
+    return [0.0, *accumulate(flops_at(step) for step in reversed(steps))][::-1]

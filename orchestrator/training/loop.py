@@ -89,6 +89,8 @@ class Hooks:
     """Steps done, numbers by name; called on every worker."""
     event: Callable[..., None]
     """Name and details of something out of the ordinary; called on every worker."""
+    pace: Callable[[Position], Mapping[str, float]]
+    """How fast it goes since the last call, and what it takes: numbers by name."""
     save: Callable[[Position], None]
     """Write a checkpoint; called on every worker."""
     should_stop: Callable[[], bool]
@@ -114,24 +116,22 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
             return False
 
         started = time.perf_counter()
-        step = position.step
-        input_ids = hooks.batch(step)
+        input_ids = hooks.batch(position.step)
         numbers = _step(trainee, input_ids, position)
         num_tokens = input_ids.numel() * world.size
-        seconds = time.perf_counter() - started
-        position.step += 1
         position.num_tokens += num_tokens
-        position.flops += num_tokens * hooks.flops_per_token(step)
-        position.seconds += seconds
+        position.flops += num_tokens * hooks.flops_per_token(position.step)
+        position.seconds += time.perf_counter() - started
+        position.step += 1
         is_last = position.step == recipe.num_steps
         if position.num_skipped_in_row:
             hooks.event("skipped", step=position.step, **numbers)
             hooks.report(position.step, {"train/skipped_steps": position.num_skipped})
         elif is_last or position.step % _record_every(recipe) == 0:
-            numbers["tokens_per_second"] = num_tokens / seconds
             numbers["tokens"] = position.num_tokens
             numbers["flops"] = position.flops
-            hooks.report(position.step, {f"train/{name}": n for name, n in numbers.items()})
+            named = {f"train/{name}": number for name, number in numbers.items()}
+            hooks.report(position.step, {**named, **hooks.pace(position)})
         if is_last or position.step % recipe.validate_every_steps == 0:
             position.validation_loss = hooks.validate(position.step)
             hooks.report(position.step, {"validation/loss": position.validation_loss})

@@ -45,6 +45,7 @@ from orchestrator.training.job import (
 from orchestrator.training.loop import Diverged, Hooks, Position, Trainee, train
 from orchestrator.training.objective import two_stage
 from orchestrator.training.optimizer import make_optimizer
+from orchestrator.training.pace import Pace
 from orchestrator.training.parallel import (
     World,
     autocast,
@@ -146,6 +147,7 @@ class _Run:
             validate=self.validate,
             report=self.report,
             event=self.event,
+            pace=Pace(self.position, self.world, self.job.recipe.precision).numbers,
             save=self.save,
             should_stop=lambda: self.world.is_first and (stop_asked(folder) or should_stop()),
         )
