@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,8 @@ from orchestrator.data.batches import validation_batches
 from orchestrator.data.tokens import open_tokens
 from orchestrator.plan import PlannedTrial
 from orchestrator.training.checkpoint import load_decoder, load_provenance
-from orchestrator.training.job import TrainingJob, TrainingOutcome
-from orchestrator.training.run import run_job
+from orchestrator.training.job import TrainingJob, TrainingOutcome, forget_stop
+from orchestrator.training.run import Report, run_job
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Referee
 from orchestrator.workspace import read_json, write_json
@@ -43,7 +44,10 @@ LOCK_NAME = "trial.lock"
 POLL_SECONDS = 0.5
 """How long a waiting trial goes without asking whether to stop."""
 
-Report = Callable[[int, Mapping[str, float]], None]
+Train = Callable[[TrainingJob, Callable[[], bool], Report], TrainingOutcome]
+"""As `run_job`: a job, whether to stop, and who is told the numbers."""
+Measure = Callable[[str], dict[str, float]]
+"""From a device's name to quality."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def run_trial(
     report: Report | None = None,
     rivals: Mapping[str, str] | None = None,
     grace_fraction: float = 0.0,
+    train: Train | None = None,
+    on_device: Callable[[Measure], dict[str, float]] | None = None,
 ) -> TrialRun:
     """Run a trial to its result, or take the result of the process that is at it.
 
@@ -75,6 +81,8 @@ def run_trial(
         report: Told the training step and its numbers.
         rivals: Label -> folder of the trials that it has to beat; none lets it train to its end.
         grace_fraction: Share of the steps before which it is not ended for a rival.
+        train: Trains its job; in this process, on the CPU, when unset.
+        on_device: Measures on some device; here, on the CPU, when unset.
 
     Returns:
         How it ended. A result also lies in the trial's folder.
@@ -91,8 +99,12 @@ def run_trial(
         finished = trial.result()
         if finished:
             return TrialRun("found", finished)
+        forget_stop(Path(trial.folder))  # Of a driver that was killed while it waited for workers.
         referee = Referee(trial, rivals, grace_fraction=grace_fraction) if rivals else None
-        result = _make(trial, asked, report, referee)
+        outcome = _train(trial, train or _train_here, asked, report, referee)
+        result = None
+        if outcome is None or (outcome.finished and not asked()):
+            result = _measure(trial, outcome, on_device or (lambda measure: measure("cpu")))
         if referee and referee.verdict and not result:
             referee.write_verdict()
             return TrialRun("lost")
@@ -128,13 +140,20 @@ def _claimed(folder: Path, wait: bool, should_stop: Callable[[], bool]) -> Itera
         lock.release()
 
 
-def _make(
+def _train_here(
+    job: TrainingJob, should_stop: Callable[[], bool], report: Report
+) -> TrainingOutcome:
+    return run_job(job, should_stop=should_stop, report=report)
+
+
+def _train(
     trial: PlannedTrial,
+    train: Train,
     should_stop: Callable[[], bool],
     report: Report | None,
     referee: Referee | None,
-) -> TrialResult | None:
-    """Train and measure; None when stopped before the end, or lost."""
+) -> TrainingOutcome | None:
+    """Train until the end, a stop, or the referee's verdict; None if there is nothing to train."""
 
     def hear(step: int, numbers: Mapping[str, float]) -> None:
         if referee:
@@ -145,15 +164,17 @@ def _make(
     def shall_end() -> bool:
         return should_stop() or bool(referee and referee.verdict)
 
-    outcome = None
-    checkpoint = trial.checkpoint
-    if trial.job:
-        outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=shall_end, report=hear)
-        if not outcome.finished or should_stop():
-            return None
-        checkpoint = outcome.checkpoint
+    return train(TrainingJob.from_dict(trial.job), shall_end, hear) if trial.job else None
+
+
+def _measure(
+    trial: PlannedTrial,
+    outcome: TrainingOutcome | None,
+    on_device: Callable[[Measure], dict[str, float]],
+) -> TrialResult:
+    """Measure what was trained, or a checkpoint as it is, and write down the result."""
+    checkpoint = outcome.checkpoint if outcome else trial.checkpoint
     assert checkpoint is not None
-    decoder = load_decoder(Path(checkpoint)).with_schedule(trial.config().corrections)
     result = TrialResult(
         key=trial.key,
         role=trial.role,
@@ -162,13 +183,19 @@ def _make(
         label=trial.label,
         threshold_above=trial.threshold_above,
         threshold_up_to=trial.threshold_up_to,
-        quality=measure_quality(decoder, trial.suite, Path(trial.folder) / items_name(trial.key)),
+        quality=on_device(partial(_quality, trial, checkpoint)),
         train=_training_numbers(outcome) if outcome else _numbers_of_run(Path(checkpoint)),
         checkpoint=checkpoint,
         parent=trial.parent,
     )
     write_json(trial.result_path, result.to_dict())
     return result
+
+
+def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:
+    decoder = load_decoder(Path(checkpoint), device=device)
+    decoder = decoder.with_schedule(trial.config().corrections)
+    return measure_quality(decoder, trial.suite, Path(trial.folder) / items_name(trial.key))
 
 
 def measure_quality(
@@ -212,6 +239,7 @@ def validation_loss(decoder: Decoder, tokens_folder: Path) -> float:
         num_tokens=NUM_VALIDATION_TOKENS,
         batch_size=16,
     ):
+        batch = batch.to(decoder.device)
         total += float(next_token_loss(decoder(batch), batch)) * len(batch)
         count += len(batch)
     return total / count

@@ -1,6 +1,7 @@
-"""Trials side by side under Ray Tune, each directly in a Tune function.
+"""Trials side by side under Ray Tune: one worker directly in a Tune function, more as a Train job.
 
-A Ray Train job inside each trial would cost five times the start-up and three times the memory.
+A Ray Train job inside each trial costs five times the start-up and three times the memory, so only
+trials of several workers have one (`trial_workers.py`).
 Tune keeps no state that is read again: a trial goes on from its own folder, so Tune's experiment
 snapshots, which miss what happened in their last seconds, are deleted. A trial that fails is tried
 again a set number of times; then it is reported with its reason, and the rest goes on.
@@ -16,46 +17,67 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from orchestrator.cluster import ray_cluster
 from orchestrator.interruption import GRACE_SECONDS, run_interruptibly
-from orchestrator.resources import Resources, check_resources
-from orchestrator.training.job import ask_to_stop, forget_stop, stop_asked
+from orchestrator.training.job import (
+    TrainingJob,
+    TrainingOutcome,
+    ask_to_stop,
+    forget_stop,
+    stop_asked,
+)
 from orchestrator.training.parallel import World
+from orchestrator.training.run import Report, run_job
+from orchestrator.trial_room import Room, TrialLimits, find_room
+from orchestrator.trial_workers import train_with_workers
 from orchestrator.worker import RAY_FOLDER, Watch, answer_of, failure_reason
 
 # isort: split
 # Behind our own modules, because `orchestrator.cluster` sets the environment that Ray reads.
+import ray
 import ray.tune
 
 tune: Any = ray.tune  # its callbacks are called with names, of which ours take what they need
 
 ANSWER = "answer"
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrialLimits:
-    """How many trials run side by side, on what, and how often one may fail."""
-
-    at_once: int | None = None
-    """Trials side by side; as many as there are CPUs, or GPUs with `gpus_per_trial`, when unset."""
-    gpus_per_trial: int = 0
-    """0 runs trials on CPUs, which they share evenly."""
-    max_failures: int = 2
-    """How often a failed trial is tried again."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TrialContext:
     """What a trial is told beside its parameters."""
 
-    world: World
-    """One worker, on the device that it was given; for `run_job`."""
+    room: Room
+    """How many workers it has, and what each gets."""
     should_stop: Callable[[], bool]
     """Whether to save and return soon."""
+
+    @property
+    def world(self) -> World:
+        """The place of the trial's own process."""
+        return World(device="cuda" if self.room.use_gpu and self.room.workers == 1 else "cpu")
+
+    def train(
+        self, job: TrainingJob, should_stop: Callable[[], bool], report: Report | None = None
+    ) -> TrainingOutcome:
+        """Train a job here, or on the trial's workers; as `run_job`."""
+        if self.room.workers == 1:
+            return run_job(job, world=self.world, should_stop=should_stop, report=report)
+        return train_with_workers(job, self.room, should_stop=should_stop, report=report)
+
+    def on_device(self, work: Callable[[str], T]) -> T:
+        """Do work that takes the name of a device, on one of the trial's devices."""
+        if self.room.workers == 1 or not self.room.use_gpu:
+            return work(self.world.device)
+        # The trial's own process has none: its workers had them, and have ended.
+        remote = ray.remote(num_cpus=self.room.cpus, num_gpus=1, scheduling_strategy="DEFAULT")
+        answer: T = ray.get(remote(work).remote("cuda"))
+        return answer
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ def run_trials(
     forget_stop(stop_folder)
     reports: dict[int, TrialReport] = {}
     with ray_cluster() as cluster:
-        at_once, cpus = _room(limits, cluster.resources, len(trials))
+        room = find_room(limits, len(trials), cluster.resources)
         follower = _Follower(trials, stop_folder)
 
         def deliver() -> None:
@@ -120,7 +142,7 @@ def run_trials(
                 watch()
 
         run_interruptibly(
-            lambda: _tune(function, follower, limits, at_once=at_once, cpus=cpus),
+            lambda: _tune(function, follower, room, limits.max_failures),
             ask_to_stop=follower.ask_to_stop,
             watch=deliver,
         )
@@ -131,17 +153,7 @@ def run_trials(
     ]
 
 
-def _room(limits: TrialLimits, resources: Resources, num_trials: int) -> tuple[int, int]:
-    gpus = limits.gpus_per_trial
-    check_resources(max(1, gpus), gpus, resources)
-    most = resources.gpus // gpus if gpus else resources.cpus
-    at_once = min(limits.at_once or most, most, num_trials)
-    return at_once, max(1, resources.cpus // at_once)
-
-
-def _tune(
-    function: TrialFunction, follower: _Follower, limits: TrialLimits, *, at_once: int, cpus: int
-) -> None:
+def _tune(function: TrialFunction, follower: _Follower, room: Room, max_failures: int) -> None:
     storage = follower.stop_folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
     trainable = tune.with_parameters(
@@ -149,18 +161,19 @@ def _tune(
         function=function,
         trials=list(follower.trials),
         stop_folder=follower.stop_folder,
-        device="cuda" if limits.gpus_per_trial else "cpu",
-        num_threads=cpus,
+        room=room,
     )
+    # Several workers hold their own places; any here could starve them. Tune wants something.
+    own = {"CPU": room.cpus, "GPU": int(room.use_gpu)} if room.workers == 1 else {"memory": 1}
     tune.Tuner(
-        tune.with_resources(trainable, {"CPU": cpus, "GPU": limits.gpus_per_trial}),
+        tune.with_resources(trainable, own),
         param_space={"number": tune.grid_search(list(range(len(follower.trials))))},
         # The same processes serve one trial after another: 1 s a trial instead of 2 to 3.
-        tune_config=tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
+        tune_config=tune.TuneConfig(max_concurrent_trials=room.at_once, reuse_actors=True),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
-            failure_config=tune.FailureConfig(max_failures=limits.max_failures),
+            failure_config=tune.FailureConfig(max_failures=max_failures),
             callbacks=[follower],
             stop=follower,
             verbose=0,
@@ -175,11 +188,10 @@ def _tune_trial(
     function: TrialFunction,
     trials: Sequence[dict[str, Any]],
     stop_folder: Path,
-    device: str,
-    num_threads: int,
+    room: Room,
 ) -> None:
-    torch.set_num_threads(num_threads)
-    context = TrialContext(World(device=device), lambda: stop_asked(stop_folder))
+    torch.set_num_threads(room.cpus * room.workers)
+    context = TrialContext(room, lambda: stop_asked(stop_folder))
     if not context.should_stop():
         answer = answer_of(lambda: function(trials[config["number"]], context))
         tune.report({ANSWER: json.dumps(answer)})

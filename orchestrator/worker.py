@@ -132,6 +132,26 @@ def run_train_job(
     return outcomes[0]
 
 
+def fit_job(
+    job: TrainingJob,
+    *,
+    num_workers: int,
+    cpus_per_worker: int,
+    use_gpu: bool,
+    max_failures: int = 0,
+) -> None:
+    """Run one job under Ray Train in the Ray that runs already, from the driver or inside a trial.
+
+    The caller watches for signals, and asks for the outcome, which lies on disk.
+
+    Raises:
+        UserError: If the job cannot run as described.
+        Diverged: If a loss is no number any more.
+        StageFailed: If it failed more often than it may.
+    """
+    _fit(job, _scaled(num_workers, cpus_per_worker, use_gpu=use_gpu, max_failures=max_failures))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     at_once: int
@@ -147,6 +167,12 @@ def _plan(
     places = resources.gpus if use_gpu else resources.cpus
     at_once = max(1, min(num_jobs, places // num_workers))
     cpus = max(1, resources.cpus // (at_once * num_workers))
+    return _scaled(num_workers, cpus, use_gpu=use_gpu, max_failures=max_failures, at_once=at_once)
+
+
+def _scaled(
+    num_workers: int, cpus: int, *, use_gpu: bool, max_failures: int, at_once: int = 1
+) -> _Plan:
     scaling = ray_train.ScalingConfig(
         num_workers=num_workers,
         use_gpu=use_gpu,

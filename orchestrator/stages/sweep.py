@@ -24,11 +24,12 @@ from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import TrainingJob
+from orchestrator.training.job import TrainingJob, check_job
 from orchestrator.training.teacher_choice import forget_teacher, share_teacher
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import rivals_of, verdict_of
-from orchestrator.trial_rounds import TrialRounds
+from orchestrator.trial_room import check_trial_size
+from orchestrator.trial_rounds import TrialRounds, limits_of
 from orchestrator.workspace import Workspace, read_json, write_json, write_text
 
 PLAN_NAME = "plan.json"
@@ -73,10 +74,12 @@ def sweep(
         progress: Told what is going on.
 
     Raises:
+        UserError: If one trial has no room, or a batch cannot be shared by its workers.
         Interrupted: After Ctrl-C; finished trials stay finished.
         StageFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
+    _check_sizes(plan, settings)
     folder = workspace.sweeps / plan.name
     write_json(folder / PLAN_NAME, plan.to_dict())
     write_text(folder / "settings.yaml", to_yaml(settings))
@@ -117,6 +120,14 @@ def sweep(
         stopped={label: verdict.text for label, verdict in verdicts.items()},
         reused=frozenset(trial.key for trial, _ in found) - rounds.made,
     )
+
+
+def _check_sizes(plan: SweepPlan, settings: Settings) -> None:
+    """Find before anything is written or started what would make every trial fail."""
+    num_workers = check_trial_size(limits_of(settings.sweep))
+    for trial in plan.trials:
+        if trial.job and trial.result() is None:
+            check_job(TrainingJob.from_dict(trial.job), num_workers=num_workers)
 
 
 def _finished(

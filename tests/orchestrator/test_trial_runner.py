@@ -54,7 +54,8 @@ def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> Non
 def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
     ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestrator.trial_runner import TrialContext, TrialLimits, run_trials
+    from orchestrator.trial_room import TrialLimits
+    from orchestrator.trial_runner import TrialContext, run_trials
 
     folder = str(tmp_path)
 
@@ -129,7 +130,8 @@ def test_no_trials_are_no_work(tmp_path: Path) -> None:
 
 
 def test_more_at_once_than_cpus_is_cut_down(ray_session: None, tmp_path: Path) -> None:
-    from orchestrator.trial_runner import TrialContext, TrialLimits, run_trials
+    from orchestrator.trial_room import TrialLimits
+    from orchestrator.trial_runner import TrialContext, run_trials
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         return {"done": True}
