@@ -96,16 +96,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run jobs in this process instead of under Ray."""
 
     def run_here(
-        jobs: Sequence[TrainingJob], *, watch: Callable[[], None], **_: Any
+        jobs: Sequence[TrainingJob], *_: Any, watch: Callable[[], None], **__: Any
     ) -> list[TrainingOutcome]:
         outcomes = [run_job(job) for job in jobs]
         watch()
         return outcomes
 
-    monkeypatch.setattr(pretrain_module, "run_train_jobs", run_here)
-    monkeypatch.setattr(
-        distill_module, "run_train_job", lambda job, **options: run_here([job], **options)[0]
-    )
+    for module in (pretrain_module, distill_module):
+        monkeypatch.setattr(module, "run_jobs", run_here)
 
 
 def fake() -> tuple[FakeTracking, Tracking]:
@@ -182,7 +180,7 @@ def test_the_tracker_hears_how_it_ended(
     def end(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pretrain_module, "run_train_jobs", end)
+    monkeypatch.setattr(pretrain_module, "run_jobs", end)
     fake_tracking, tracking = fake()
     with pytest.raises(type(error)):
         pretrain({"a": settings()}, workspace, tiny_tokens, tracking=tracking)
