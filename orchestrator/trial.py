@@ -117,6 +117,8 @@ class TrialResult:
             params["threshold_range"] = self.threshold_text
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
+        if self.seed is not None:
+            params |= {"seed": str(self.seed), "group": self.group or ""}
         return params
 
     def _groups(self) -> dict[str, Mapping[str, float]]:

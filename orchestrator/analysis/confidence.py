@@ -1,8 +1,9 @@
 """How sure a front is: every place, share and difference when the items are drawn again.
 
 In: a front, and the stored evaluations of its results with one value per item. Out: the same front
-with a `Confidence` at each point. Costs are exact, so all that is unsure is quality; what the draws
-do not hold is another training with another seed, and the text that the items were taken from.
+with a `Confidence` at each point. Costs are exact, so all that is unsure is quality. Where a model
+was trained with several seeds, the draws hold them too; else they do not hold another training, and
+never the text that the items were taken from.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CONFIDENCES = (
 
 def with_confidence(
     front: Front,
-    evaluations: Mapping[str, EvaluationResult],
+    evaluations: Mapping[str, EvaluationResult | Sequence[EvaluationResult]],
     *,
     kept_share: float = KEPT_SHARE,
     num_resamples: int = NUM_RESAMPLES,
@@ -50,7 +51,8 @@ def with_confidence(
 
     Args:
         front: Placed results.
-        evaluations: Key of a result to what it was measured by; those that lack stay without.
+        evaluations: Key of a result to what it was measured by, several where it stands for
+            several seeds; those that lack stay without.
         kept_share: The share of the full model's quality that `keeps` asks for.
         num_resamples: Draws of the items.
         seed: The same seed gives the same draws.
@@ -59,7 +61,7 @@ def with_confidence(
         The front itself if no two of its models answered the same items.
     """
     points = [point for point in front.placed if point.result.key in evaluations]
-    matched = match_items({p.result.key: [evaluations[p.result.key]] for p in points})
+    matched = match_items({p.result.key: _runs(evaluations[p.result.key]) for p in points})
     full = front.full
     if matched is None or full is None or len(points) < 2:
         return front
@@ -75,6 +77,12 @@ def with_confidence(
     found = {point.result.key: sure.of(number) for number, point in enumerate(points)}
     placed = (replace(p, confidence=found.get(p.result.key)) for p in front.placed)
     return replace(front, placed=tuple(placed), basis=basis)
+
+
+def _runs(
+    found: EvaluationResult | Sequence[EvaluationResult],
+) -> Sequence[EvaluationResult]:
+    return [found] if isinstance(found, EvaluationResult) else found
 
 
 def confidence_metrics(point: Placed) -> dict[str, float]:

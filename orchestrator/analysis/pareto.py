@@ -174,9 +174,10 @@ class Front:
         }
 
     def with_results(self, results: Mapping[str, TrialResult]) -> Front:
-        """Return the same front with other values of its results, by key."""
-        placed = tuple(replace(p, result=results[p.result.key]) for p in self.placed)
-        return replace(self, placed=placed, unplaced=tuple(results[r.key] for r in self.unplaced))
+        """Return the same front with other values of its results, by key, where there are any."""
+        placed = (replace(p, result=results.get(p.result.key, p.result)) for p in self.placed)
+        unplaced = (results.get(result.key, result) for result in self.unplaced)
+        return replace(self, placed=tuple(placed), unplaced=tuple(unplaced))
 
     def goodness(self, point: Placed) -> float:
         """Return the quality so that more is better."""

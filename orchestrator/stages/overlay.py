@@ -14,9 +14,11 @@ from typing import Any
 from orchestrator.analysis.axes import COSTS, Axes
 from orchestrator.analysis.confidence import with_confidence
 from orchestrator.analysis.curves import curves_of
+from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.pareto import find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
 from orchestrator.analysis.results import SweepResults, load_items, load_results
+from orchestrator.analysis.seeds import join_seeds
 from orchestrator.provenance import content_key
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import Workspace, read_json
@@ -41,12 +43,15 @@ def write_overlay(
     sweeps = [load_results(workspace, name) for name in dict.fromkeys(names)]
     results: dict[str, TrialResult] = {}
     series: dict[str, str] = {}
+    runs: dict[str, Sequence[EvaluationResult]] = {}
     for sweep in sweeps:
-        for result in sweep.results:
+        joined = join_seeds(sweep.results)
+        for result in joined.results:
             results.setdefault(result.key, result)
             series.setdefault(result.key, sweep.name)
+        runs |= joined.runs(load_items(workspace, sweep.results))
     front = find_front(list(results.values()), axes, series=series)
-    front = with_confidence(front, load_items(workspace, results.values()))
+    front = with_confidence(front, runs)
     curves = {
         f"{title}: {sweep.name}": found
         for sweep in sweeps

@@ -23,6 +23,7 @@ from orchestrator.analysis.pareto import KEPT_SHARE, Front, find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
 from orchestrator.analysis.results import SweepResults, load_items, load_results
 from orchestrator.analysis.rows import full_rows
+from orchestrator.analysis.seeds import join_seeds
 from orchestrator.analysis.tables import markdown_table
 from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, as_query
 from orchestrator.workspace import Workspace
@@ -87,9 +88,10 @@ def front_of(
     workspace: Workspace, sweep: SweepResults, axes: Axes, *, kept_share: float = KEPT_SHARE
 ) -> Front:
     """Place a sweep's results, and say how sure each place is where single items are stored."""
-    front = find_front(sweep.results, axes)
+    joined = join_seeds(sweep.results)
+    front = find_front(joined.results, axes)
     items = load_items(workspace, sweep.results)
-    return with_confidence(front, items, kept_share=kept_share)
+    return with_confidence(front, joined.runs(items), kept_share=kept_share)
 
 
 def track_results(
