@@ -59,8 +59,13 @@ class TrainingSettings(Section):
     """Tokens of one validation loss."""
     checkpoint_every_steps: int = Field(default=200, gt=0)
     """Steps between checkpoints."""
+    checkpoint_every_minutes: float | None = Field(default=None, gt=0.0)
+    """Minutes after which there is a checkpoint at the latest; steps alone decide when unset."""
     num_checkpoints_kept: int = Field(default=2, ge=1)
     """Newest checkpoints kept on disk."""
+    keep_best: bool = False
+    """Keep, beside them, the checkpoint with the lowest validation loss, which `best.json` names;
+    of those at whose step there was one."""
 
     @field_validator("iterate_ramp_fraction")
     @classmethod

@@ -21,18 +21,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import non_finite
 from orchestrator.errors import UserError
 from orchestrator.provenance import KEY_LENGTH, file_digest
+from orchestrator.workspace import read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
 PROVENANCE = "provenance.json"
+BEST = "best.json"
 
 _NAME = re.compile(r"step_(\d{8,})")
 _NEEDED = (CONFIG, WEIGHTS, TRAINING_STATE)
@@ -52,12 +55,35 @@ def save_checkpoint(
     tokenizer_path: Path | None,
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint as a whole.
+    """Write a decoder's checkpoint as a whole; see `write_checkpoint`."""
+    return write_checkpoint(
+        run_folder,
+        step,
+        config=decoder.config,
+        weights=decoder.state_dict(),
+        training_state=training_state,
+        tokenizer_path=tokenizer_path,
+        provenance=provenance,
+    )
+
+
+def write_checkpoint(
+    run_folder: Path,
+    step: int,
+    *,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    training_state: Mapping[str, Any],
+    tokenizer_path: Path | None,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint as a whole, or raise and leave nothing.
 
     Args:
         run_folder: Where the checkpoint's folder goes.
         step: Optimizer steps done.
-        decoder: Config and weights.
+        config: The model's shape.
+        weights: The decoder's state.
         training_state: Tensors, numbers, texts and containers of them; nothing that needs pickling
         of classes.
         tokenizer_path: File that is copied beside the weights; None where there is none to copy.
@@ -70,20 +96,24 @@ def save_checkpoint(
     temporary = run_folder / f"{folder.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write(temporary / CONFIG, decoder.config.to_dict())
-    weights = {name: tensor.detach().contiguous() for name, tensor in decoder.state_dict().items()}
-    save_file(weights, temporary / WEIGHTS)
-    if tokenizer_path is not None:
-        shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
-    torch.save(dict(training_state), temporary / TRAINING_STATE)
-    checksums = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-    key = checksums[WEIGHTS][:KEY_LENGTH]
-    _write(
-        temporary / PROVENANCE,
-        {**provenance, "step": step, "weights": key, "checksums": checksums},
-    )
-    for path in [*temporary.iterdir(), temporary]:
-        _flush_to_disk(path)
+    try:
+        _write(temporary / CONFIG, config.to_dict())
+        whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+        save_file(whole, temporary / WEIGHTS)
+        if tokenizer_path is not None:
+            shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
+        torch.save(dict(training_state), temporary / TRAINING_STATE)
+        checksums = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
+        key = checksums[WEIGHTS][:KEY_LENGTH]
+        _write(
+            temporary / PROVENANCE,
+            {**provenance, "step": step, "weights": key, "checksums": checksums},
+        )
+        for path in [*temporary.iterdir(), temporary]:
+            _flush_to_disk(path)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     _flush_to_disk(run_folder)
@@ -247,12 +277,38 @@ def resolve_checkpoint(path: Path) -> Path:
     return newest
 
 
-def prune_checkpoints(run_folder: Path, num_kept: int) -> None:
-    """Delete all but the newest checkpoints, and what a crash left half-written."""
+def remember_best(checkpoint: Path, step: int, validation_loss: float) -> None:
+    """Name a checkpoint in its run's `best.json`, unless an earlier one there is as good."""
+    path = checkpoint.parent / BEST
+    best = read_json(path) if best_checkpoint(checkpoint.parent) else None
+    if best is None or validation_loss < best["validation_loss"]:
+        found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
+        write_json(path, found)
+
+
+def best_checkpoint(run_folder: Path) -> Path | None:
+    """Return the checkpoint that `best.json` names; None if none was remembered or it is gone.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    best = read_json(run_folder / BEST)
+    folder = run_folder / best["checkpoint"] if best else None
+    return folder if folder and folder.is_dir() else None
+
+
+def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = None) -> None:
+    """Delete all but the newest checkpoints and one to keep, and what a crash left half-written."""
     for folder in find_checkpoints(run_folder)[:-num_kept]:
-        # Renamed first: a deletion that is cut off must not leave what looks like a checkpoint.
-        doomed = folder.rename(folder.with_name(f"{folder.name}.tmp"))
-        shutil.rmtree(doomed, ignore_errors=True)
+        if folder != keep:
+            # Renamed first: a deletion that is cut off must not leave what looks like a checkpoint.
+            doomed = folder.rename(folder.with_name(f"{folder.name}.tmp"))
+            shutil.rmtree(doomed, ignore_errors=True)
+    remove_leftovers(run_folder)
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Delete what a crash left half-written or half-deleted."""
     for leftover in run_folder.glob("step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -41,7 +41,9 @@ _FREE_IN_RECIPE = frozenset(
         "validate_every_steps",
         "num_validation_tokens",
         "checkpoint_every_steps",
+        "checkpoint_every_minutes",
         "num_checkpoints_kept",
+        "keep_best",
     ]
 )
 """Parts of a recipe that change how a run is watched, saved or fitted into memory only; or, as

@@ -24,7 +24,6 @@ from orchestrator.training.objective import Objective
 from orchestrator.training.optimizer import set_learning_rate
 from orchestrator.training.parallel import (
     World,
-    any_worker,
     autocast,
     mean_over_workers,
     without_averaging,
@@ -53,6 +52,8 @@ class Position:
     """Time spent in steps; validation and saving apart."""
     validation_loss: float = math.nan
     """Latest validation loss; not a number before the first."""
+    validated_step: int = 0
+    """Steps that were done then."""
     num_skipped: int = 0
     """Steps that left the weights alone, because their loss or gradient was not finite."""
     num_skipped_in_row: int = 0
@@ -95,6 +96,8 @@ class Hooks:
     """Write a checkpoint; called on every worker."""
     should_stop: Callable[[], bool]
     """Whether this worker was asked to stop."""
+    should_save: Callable[[], bool]
+    """Whether this worker wants a checkpoint now, beside those at the recipe's steps."""
 
 
 def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
@@ -111,8 +114,11 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
     recipe, world = trainee.recipe, trainee.world
     trainee.model.train()
     while position.step < recipe.num_steps:
-        if any_worker(hooks.should_stop(), world):
+        wishes = {"stop": float(hooks.should_stop()), "save": float(hooks.should_save())}
+        agreed = mean_over_workers(wishes, world)
+        if agreed["stop"] or agreed["save"]:
             hooks.save(position)
+        if agreed["stop"]:
             return False
 
         started = time.perf_counter()
@@ -134,6 +140,7 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
             hooks.report(position.step, {**named, **hooks.pace(position)})
         if is_last or position.step % recipe.validate_every_steps == 0:
             position.validation_loss = hooks.validate(position.step)
+            position.validated_step = position.step
             hooks.report(position.step, {"validation/loss": position.validation_loss})
         if is_last or position.step % recipe.checkpoint_every_steps == 0:
             hooks.save(position)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from torch import Tensor
 from iiet.losses import next_token_loss
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.tokens import open_tokens
-from orchestrator.errors import UserError
+from orchestrator.errors import StageFailed, UserError
 from orchestrator.journal import Journal
 from orchestrator.training.checkpoint import (
     load_decoder,
     load_training_state,
     newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
+    remove_leftovers,
 )
 from orchestrator.training.job import (
     DONE_NAME,
@@ -58,10 +56,9 @@ from orchestrator.training.parts import (
     flops_counter,
     load_teacher,
     objective_of,
-    provenance_of,
-    random_state,
     set_random_state,
 )
+from orchestrator.training.saving import Saver
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.workspace import write_json
 
@@ -108,6 +105,7 @@ def run_job(
 
 def _open_folder(job: TrainingJob) -> TrainingOutcome | None:
     claim_folder(job)
+    remove_leftovers(job.folder)
     return finished_outcome(job)
 
 
@@ -128,12 +126,12 @@ class _Run:
         self.decoder.activation_checkpointing = job.recipe.activation_checkpointing
         self.optimizer = make_optimizer(self.decoder, job.recipe)
         self.position = Position()
-        self.checkpoint: Path | None = None
-        self._saved_step = 0
+        self.saver = Saver(job, world, self.store, self.event)
         self._flops = flops_counter(job, self.config, self.schedule_at, self.teacher)
 
     def close(self) -> None:
-        """Close the journal."""
+        """Let the last checkpoint be written, and close the journal."""
+        self.saver.close()
         if self.journal:
             self.journal.close()
 
@@ -150,6 +148,7 @@ class _Run:
             pace=Pace(self.position, self.world, self.job.recipe.precision).numbers,
             save=self.save,
             should_stop=lambda: self.world.is_first and (stop_asked(folder) or should_stop()),
+            should_save=lambda: self.world.is_first and self.saver.is_due(),
         )
         trainee = Trainee(
             model=replicate(
@@ -162,6 +161,7 @@ class _Run:
         )
         try:
             finished = train(trainee, self.position, hooks)
+            decided_by_first(self.saver.finish, self.world)
         except Diverged as error:
             raise self._with_last_checkpoint(error) from None
         outcome = self.outcome(finished)
@@ -219,30 +219,13 @@ class _Run:
             self.journal.event(name, **details)
 
     def save(self, position: Position) -> None:
-        """Write a checkpoint, unless this step has one or nothing is trained yet."""
-        if not self.journal or position.step in (0, self._saved_step):
-            return
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "position": asdict(position),
-            "random": random_state(self.world),
-        }
-        self.checkpoint = save_checkpoint(
-            self.job.folder,
-            position.step,
-            decoder=self.decoder,
-            training_state=state,
-            tokenizer_path=self.store.tokenizer_path,
-            provenance=provenance_of(self.job, self.store),
-        )
-        self._saved_step = position.step
-        prune_checkpoints(self.job.folder, self.job.recipe.num_checkpoints_kept)
-        self.journal.event("checkpoint", step=position.step, path=str(self.checkpoint))
+        """Begin to write a checkpoint."""
+        self.saver.save(position, self.decoder, self.optimizer)
 
     def outcome(self, finished: bool) -> TrainingOutcome:
         """Return what the run has come to."""
         return TrainingOutcome(
-            checkpoint=str(self.checkpoint) if self.checkpoint else None,
+            checkpoint=str(self.saver.checkpoint) if self.saver.checkpoint else None,
             step=self.position.step,
             finished=finished,
             validation_loss=self.position.validation_loss,
@@ -252,17 +235,17 @@ class _Run:
         )
 
     def _resume(self) -> None:
-        self.checkpoint = decided_by_first(self._newest_checkpoint, self.world)
-        if self.checkpoint is None:
+        checkpoint = decided_by_first(self._newest_checkpoint, self.world)
+        if checkpoint is None:
             self.event("started", **self._place())
             return
-        state = load_training_state(self.checkpoint)
-        self.decoder.load_state_dict(load_decoder(self.checkpoint, check=False).state_dict())
+        state = load_training_state(checkpoint)
+        self.decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
-        self._saved_step = self.position.step
+        self.saver.go_on_from(checkpoint, self.position.step)
         set_random_state(state["random"], self.world)
-        self.event("resumed", step=self.position.step, path=str(self.checkpoint), **self._place())
+        self.event("resumed", step=self.position.step, path=str(checkpoint), **self._place())
 
     def _place(self) -> dict[str, Any]:
         return {
@@ -279,8 +262,10 @@ class _Run:
         )
 
     def _with_last_checkpoint(self, error: Diverged) -> Diverged:
+        with suppress(StageFailed):  # One reason to end is enough.
+            self.saver.finish()
         self.event("diverged", step=self.position.step, text=str(error))
-        last = f"the last good checkpoint is {self.checkpoint or 'none'}"
+        last = f"the last good checkpoint is {self.saver.checkpoint or 'none'}"
         return Diverged(
             f"{error}; {last}; lower training.learning_rate, lengthen training.warmup_steps, or "
             "raise training.skip_bad_steps"

@@ -1,0 +1,146 @@
+"""Checkpoints off the critical path: training copies its state and goes on, another thread writes.
+
+The copy is what a step waits for; serializing, checksums and the flush to disk happen beside the
+next steps. One checkpoint is in flight at most: the next one, a stop and the end wait for it. So a
+process that is killed loses no more than the checkpoint that was being written, of which a
+temporary folder is left, and the next start removes it. What keeps a checkpoint from being written
+(a full disk) surfaces at the next of these moments, on all workers at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from iiet.decoder import Decoder
+from orchestrator.data.tokens import TokenStore
+from orchestrator.errors import StageFailed
+from orchestrator.training.checkpoint import (
+    best_checkpoint,
+    prune_checkpoints,
+    remember_best,
+    write_checkpoint,
+)
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.loop import Position
+from orchestrator.training.parallel import World, decided_by_first
+from orchestrator.training.parts import provenance_of, random_state
+
+Event = Callable[..., None]
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a disk that takes no more looks like, from Python, PyTorch and safetensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The state of a run after a step, in memory that training does not touch."""
+
+    position: Position
+    """Where the run stood."""
+    weights: dict[str, Tensor]
+    """Of the whole decoder, on the CPU."""
+    training_state: dict[str, Any]
+    """Optimizer, position, random numbers."""
+
+
+class Saver:
+    """Saves one run; every worker has one and calls it at the same steps, the first writes."""
+
+    def __init__(self, job: TrainingJob, world: World, store: TokenStore, event: Event) -> None:
+        """Name the run, what goes beside its weights, and who hears of a written checkpoint."""
+        self.checkpoint: Path | None = None
+        """The newest one that is written; known to the first worker."""
+        self._job, self._world, self._store, self._event = job, world, store, event
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
+
+    def go_on_from(self, checkpoint: Path, step: int) -> None:
+        """Begin behind a checkpoint that is there already."""
+        self.checkpoint, self._saved_step = checkpoint, step
+
+    def is_due(self) -> bool:
+        """Return whether the recipe's minutes have passed since the last checkpoint."""
+        minutes = self._job.recipe.checkpoint_every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
+
+    def save(self, position: Position, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to write a checkpoint, unless this step has one or nothing is trained yet.
+
+        Raises:
+            StageFailed: If the one before could not be written.
+        """
+        if position.step in (0, self._saved_step):
+            return
+        decided_by_first(self.finish, self._world)
+        self._saved_step, self._saved_at = position.step, time.monotonic()
+        if self._world.is_first:
+            snapshot = Snapshot(
+                position=Position(**asdict(position)),
+                weights=_copied(decoder.state_dict()),
+                training_state={
+                    "optimizer": _copied(optimizer.state_dict()),
+                    "position": asdict(position),
+                    "random": random_state(self._world),
+                },
+            )
+            self._writing = self._pool.submit(self._write, snapshot)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in flight.
+
+        Raises:
+            StageFailed: If it could not be written; those before it are as they were.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing:
+                writing.result()
+        except WRITE_ERRORS as error:
+            raise StageFailed(
+                f"the checkpoint after step {self._saved_step} could not be written to "
+                f"{self._job.folder} ({error}); make room there, then the same command goes on "
+                f"from {self.checkpoint or 'the start'}"
+            ) from error
+
+    def close(self) -> None:
+        """Wait for the thread to end, whatever became of its work."""
+        self._pool.shutdown()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        folder, recipe, position = self._job.folder, self._job.recipe, snapshot.position
+        self.checkpoint = write_checkpoint(
+            folder,
+            position.step,
+            config=self._job.config(),
+            weights=snapshot.weights,
+            training_state=snapshot.training_state,
+            tokenizer_path=self._store.tokenizer_path,
+            provenance=provenance_of(self._job, self._store),
+        )
+        if recipe.keep_best and position.validated_step == position.step:
+            remember_best(self.checkpoint, position.step, position.validation_loss)
+        best = best_checkpoint(folder) if recipe.keep_best else None
+        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=best)
+        self._event("checkpoint", step=position.step, path=str(self.checkpoint))
+
+
+def _copied(value: Any) -> Any:
+    """Return the state with every tensor copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(part) for part in value)
+    return value
