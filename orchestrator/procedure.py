@@ -10,6 +10,7 @@ front.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.provenance import environment
+from orchestrator.search_plans import plan_search, search_price
 from orchestrator.settings import Settings, flatten
 from orchestrator.showing import show_plan, show_report
 from orchestrator.stages.evaluate import evaluate
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining, pretrain
 from orchestrator.stages.report import write_report
-from orchestrator.stages.sweep import SweepOutcome, sweep
+from orchestrator.stages.sweep import Grow, SweepOutcome, sweep
 from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds, with_model
 from orchestrator.training.job import finished_outcome
 from orchestrator.views import evaluation_table, tasks_with_other_items
@@ -56,7 +58,9 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
             every, desk.workspace, tokens, tracking=desk.tracking, progress=desk.progress
         )
         references = [(label, checkpoints[label]) for label in reference_models]
-        return sweep_thresholds(settings, desk, checkpoints["teacher"], references=references)
+        is_search = settings.sweep.kind == "search"
+        procedure = search_schedules if is_search else sweep_thresholds
+        return procedure(settings, desk, checkpoints["teacher"], references=references)
 
 
 def sweep_thresholds(
@@ -84,6 +88,41 @@ def sweep_thresholds(
     return run_and_show(plan, settings, desk, influence)
 
 
+def search_schedules(
+    settings: Settings,
+    desk: Desk,
+    teacher: Path,
+    *,
+    references: Iterable[tuple[str, Path]] | None = None,
+    name: str | None = None,
+) -> SweepOutcome:
+    """Distill the threshold's schedules, then those that a sampler suggests; show all on one front.
+
+    Args:
+        settings: As those of a threshold sweep, and section `search`.
+        desk: Workspace, tracking and terminal.
+        teacher: Checkpoint of the full model.
+        references: As those of a threshold sweep.
+        name: Name of the sweep; made from its content when unset.
+    """
+    influence = influence_of(settings, desk, teacher)
+    plan, search = plan_search(
+        settings, desk, teacher, influence=influence, references=references, name=name
+    )
+    return run_and_show(plan, settings, desk, influence, grow=search.grow)
+
+
+def show_search_plan(settings: Settings, desk: Desk, teacher: Path, name: str | None) -> None:
+    """Print what a search would do, as far as it follows from what is finished."""
+    plan, search = plan_search(settings, desk, teacher, name=name)
+    found: list[PlannedTrial] = []
+    if all(trial.result() for trial in plan.trials if trial.role == "trial"):
+        found = search.finished_part()
+    show_plan(replace(plan, trials=(*plan.trials, *found)), desk)
+    for line in search_price(plan, search, settings):
+        desk.console.print(f"  {line}", markup=False)
+
+
 def sweep_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepOutcome:
     """Pretrain several methods and iteration counts on the same tokens, and show them on one front.
 
@@ -96,14 +135,27 @@ def sweep_iterations(settings: Settings, desk: Desk, *, name: str | None = None)
 
 
 def run_and_show(
-    plan: SweepPlan, settings: Settings, desk: Desk, influence: InfluenceTable | None = None
+    plan: SweepPlan,
+    settings: Settings,
+    desk: Desk,
+    influence: InfluenceTable | None = None,
+    *,
+    grow: Grow | None = None,
 ) -> SweepOutcome:
-    """Run a plan, write its report and print it.
+    """Run a plan, which a search may let grow, write its report and print it.
 
     Raises:
         StageFailed: If a trial failed; the others are shown.
     """
-    outcome = sweep(plan, settings, desk.workspace, tracking=desk.tracking, progress=desk.progress)
+    outcome = sweep(
+        plan,
+        settings,
+        desk.workspace,
+        tracking=desk.tracking,
+        progress=desk.progress,
+        grow=grow,
+    )
+    plan = outcome.plan
     found = SweepResults(
         name=plan.name,
         key=plan.key,
@@ -203,6 +255,9 @@ def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
             sweep_iterations(settings, desk)
     elif dry_run:
         teacher = _finished_teacher(settings, desk)
+        if settings.sweep.kind == "search":
+            show_search_plan(settings, desk, teacher, None)
+            return
         show_plan(plan_thresholds(settings, desk, teacher), desk)
     else:
         quickstart(settings, desk)

@@ -21,6 +21,7 @@ DOORS = {
     "datasets": ("orchestrator.data", "orchestrator.analysis.heldout"),
     "matplotlib": ("orchestrator.analysis",),
     "moocore": ("orchestrator.analysis.pareto",),
+    "optuna": ("orchestrator.search",),
 }
 """Library -> the only rooms that import it."""
 
@@ -36,7 +37,7 @@ LAYERS = (
     "orchestrator.tracking",
     "orchestrator.follow orchestrator.cluster orchestrator.plan orchestrator.catalog"
     " orchestrator.foreign orchestrator.preflight orchestrator.local_run",
-    "orchestrator.worker orchestrator.trial_room",
+    "orchestrator.worker orchestrator.trial_room orchestrator.search",
     "orchestrator.trial_workers",
     "orchestrator.trial_runner orchestrator.running",
     "orchestrator.analysis",
@@ -44,7 +45,7 @@ LAYERS = (
     " orchestrator.views orchestrator.estimate_view",
     "orchestrator.stages",
     "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
-    " orchestrator.sweep_plans",
+    " orchestrator.search_plans orchestrator.sweep_plans",
     "orchestrator.handover",
     "orchestrator.cli",
     "benchmarks",

@@ -4,7 +4,7 @@ Nothing heavy is imported at the top, so that `--help` is instant: each command 
 needs. Commands stand in the order in which people meet them.
 """
 
-from orchestrator.cli import training, stages, sweeps, results, models  # noqa: F401, I001  # the order of --help
+from orchestrator.cli import training, stages, sweeps, search, results, models  # noqa: F401, I001  # the order of --help
 from orchestrator.cli.app import app, main, run
 
 __all__ = ["app", "main", "run"]

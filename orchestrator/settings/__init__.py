@@ -21,6 +21,7 @@ from orchestrator.settings.tree import (
     ClusterSettings,
     EvaluationSettings,
     InfluenceSettings,
+    SearchSettings,
     Settings,
     SweepSettings,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluationSettings",
     "InfluenceSettings",
     "ModelSettings",
+    "SearchSettings",
     "Section",
     "Settings",
     "SweepSettings",

@@ -42,8 +42,9 @@ class EvaluationSettings(Section):
 class SweepSettings(Section):
     """Which trials a sweep runs."""
 
-    kind: Literal["threshold", "iterations"] = "threshold"
-    """`threshold`: students of one teacher; `iterations`: models trained from scratch."""
+    kind: Literal["threshold", "iterations", "search"] = "threshold"
+    """`threshold`: students of one teacher; `iterations`: models trained from scratch; `search`:
+    the threshold's students and then others under free schedules."""
     num_schedules: int = Field(default=7, ge=2)
     """Schedules of a threshold sweep, spread evenly over cost, full and none included."""
     thresholds: tuple[float, ...] = ()
@@ -83,6 +84,21 @@ class SweepSettings(Section):
     """How often a failed trial is tried again."""
 
 
+class SearchSettings(Section):
+    """How free schedules are searched, beside the threshold's."""
+
+    num_trials: int = Field(default=24, ge=0)
+    """Most schedules that are tried beside those of the threshold sweep, which come first."""
+    objective: Literal["accuracy", "bits_per_byte", "validation_loss"] = "accuracy"
+    """The quality that is weighed against evaluations."""
+    sampler: Literal["nsga2", "tpe"] = "nsga2"
+    """Optuna's sampler: the genetic one, or the tree-structured Parzen estimator."""
+    trials_per_round: int = Field(default=8, ge=2)
+    """Schedules that the sampler suggests before it hears of their results; a generation."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the suggestions."""
+
+
 class ClusterSettings(Section):
     """Where the work runs."""
 
@@ -111,5 +127,7 @@ class Settings(Section):
     """Tasks and their size."""
     sweep: SweepSettings = SweepSettings()
     """Trials of a sweep."""
+    search: SearchSettings = SearchSettings()
+    """Free schedules beside the threshold's."""
     cluster: ClusterSettings = ClusterSettings()
     """Workers and GPUs."""

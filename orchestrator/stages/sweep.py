@@ -8,15 +8,16 @@ process, all models taking turns, because trials that run side by side disturb e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds, threads
 from orchestrator.analysis.early_stop import Verdict
 from orchestrator.analysis.history import history_folder, record_front
+from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
@@ -32,6 +33,9 @@ from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import TrialRounds, limits_of
 from orchestrator.workspace import Workspace, read_json, write_json, write_text
 
+Grow = Callable[[], Sequence[PlannedTrial]]
+"""Returns the trials to run next, none at the end."""
+
 PLAN_NAME = "plan.json"
 STOPPED_TAG = "iiet.stopped_early"
 TIMES_NAME = "times.json"
@@ -44,6 +48,8 @@ REPETITIONS = 5
 class SweepOutcome:
     """What a sweep has come to."""
 
+    plan: SweepPlan
+    """The trials, those that a search found among them."""
     folder: Path
     """The sweep's folder."""
     results: tuple[TrialResult, ...]
@@ -63,6 +69,7 @@ def sweep(
     *,
     tracking: Tracking,
     progress: Progress | None = None,
+    grow: Grow | None = None,
 ) -> SweepOutcome:
     """Run what is not finished of a plan, measure the time per token, and write down the results.
 
@@ -72,6 +79,8 @@ def sweep(
         workspace: Where trials and the sweep live.
         tracking: Where the runs are shown.
         progress: Told what is going on.
+        grow: Called when all trials have ended; those that it returns are run next, until it
+            returns none. For searches, which choose by what they have seen.
 
     Raises:
         UserError: If one trial has no room, or a batch cannot be shared by its workers.
@@ -79,53 +88,89 @@ def sweep(
         StageFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    _check_sizes(plan, settings)
+    _check_sizes(plan.trials, settings)
     folder = workspace.sweeps / plan.name
-    write_json(folder / PLAN_NAME, plan.to_dict())
     write_text(folder / "settings.yaml", to_yaml(settings))
-    with _tracked_sweep(plan, settings, tracking) as run:
-
-        def tell_front() -> None:
-            history = history_folder(folder, plan.key)
-            if record_front(plan, history):
-                run.mirror(history)
-
-        tell_front()
-        rivals = _rivals(plan) if settings.sweep.stop_dominated else {}
-        lost = {trial.key for trial in plan.trials if _verdict(trial, rivals)}
-        waiting = [t for t in plan.trials if t.result() is None and t.key not in lost]
-        waiting = _with_shared_teacher(waiting, settings, workspace, progress)
-        rounds = TrialRounds(
-            folder,
-            settings.sweep,
-            progress,
-            num_all=len(plan.trials),
-            rivals=rivals,
-            lost=lost,
-            on_end=tell_front,
-        )
-        rounds.run(waiting)
-        failures = rounds.failures
-        if not failures:
-            jobs = [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
-            forget_teacher(jobs, settings.distillation)
-        verdicts = {t.label: v for t in plan.trials if (v := _verdict(t, rivals))}
+    with _tracked_sweep(plan, settings, tracking) as run, ExitStack() as held:
+        work = _Work(plan, settings, workspace, run, progress)
+        work.do(plan.trials)
+        while more := tuple(grow()) if grow else ():
+            _check_sizes(more, settings)
+            work.plan = replace(work.plan, trials=(*work.plan.trials, *more))
+            if any(trial.result() is None for trial in more):
+                held.enter_context(ray_cluster())  # Started once for all rounds of a search.
+            work.do(more)
+        plan = work.plan
+        work.forget_teacher()
+        verdicts = {t.label: v for t in plan.trials if (v := _verdict(t, work.rivals))}
         _tell_stopped(run, verdicts, len(plan.trials))
-        found = _finished(plan, failures)
+        found = _finished(plan, work.failures)
         results = _with_costs(found, plan, folder, progress)
     return SweepOutcome(
+        plan=plan,
         folder=folder,
         results=tuple(results),
-        failures=failures,
+        failures=work.failures,
         stopped={label: verdict.text for label, verdict in verdicts.items()},
-        reused=frozenset(trial.key for trial, _ in found) - rounds.made,
+        reused=frozenset(trial.key for trial, _ in found) - work.made,
     )
 
 
-def _check_sizes(plan: SweepPlan, settings: Settings) -> None:
+@dataclass
+class _Work:
+    """The trials of a sweep, run part by part, and how they ended."""
+
+    plan: SweepPlan
+    settings: Settings
+    workspace: Workspace
+    run: TrackedRun
+    progress: Progress
+    failures: dict[str, str] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+    rivals: dict[str, dict[str, str]] = field(default_factory=dict)
+    _jobs: list[TrainingJob] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace.sweeps / self.plan.name
+
+    def do(self, trials: Sequence[PlannedTrial]) -> None:
+        """Run what is not finished of some of the plan's trials."""
+        write_json(self.folder / PLAN_NAME, self.plan.to_dict())
+        self._tell_front()
+        self.rivals = _rivals(self.plan) if self.settings.sweep.stop_dominated else {}
+        lost = {trial.key for trial in trials if _verdict(trial, self.rivals)}
+        waiting = [t for t in trials if t.result() is None and t.key not in lost]
+        waiting = _with_shared_teacher(waiting, self.settings, self.workspace, self.progress)
+        self._jobs += [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
+        rounds = TrialRounds(
+            self.folder,
+            self.settings.sweep,
+            self.progress,
+            num_all=len(trials),
+            rivals=self.rivals,
+            lost=lost,
+            on_end=self._tell_front,
+        )
+        rounds.run(waiting)
+        self.failures |= rounds.failures
+        self.made |= rounds.made
+
+    def forget_teacher(self) -> None:
+        """Delete what was stored of the teacher, unless a failed student will ask for it again."""
+        if not self.failures:
+            forget_teacher(self._jobs, self.settings.distillation)
+
+    def _tell_front(self) -> None:
+        history = history_folder(self.folder, self.plan.key)
+        if record_front(self.plan, history):
+            self.run.mirror(history)
+
+
+def _check_sizes(trials: Sequence[PlannedTrial], settings: Settings) -> None:
     """Find before anything is written or started what would make every trial fail."""
     num_workers = check_trial_size(limits_of(settings.sweep))
-    for trial in plan.trials:
+    for trial in trials:
         if trial.job and trial.result() is None:
             check_job(TrainingJob.from_dict(trial.job), num_workers=num_workers)
 

@@ -1,0 +1,74 @@
+"""From settings and a workspace to a search: the threshold's students, and the sampler behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from iiet.cost import training_flops_per_token
+from iiet.influence import InfluenceTable
+from iiet.schedule import FamilyMember, IterationSchedule
+from orchestrator.desk import Desk
+from orchestrator.errors import UserError
+from orchestrator.plan import PlannedTrial, SweepPlan, student_trial
+from orchestrator.search import ScheduleSearch, search_plan
+from orchestrator.settings import Settings
+from orchestrator.sweep_plans import plan_thresholds
+from orchestrator.training.checkpoint import load_config
+
+
+def plan_search(
+    settings: Settings,
+    desk: Desk,
+    teacher: Path,
+    *,
+    influence: InfluenceTable | None = None,
+    references: Iterable[tuple[str, Path]] | None = None,
+    name: str | None = None,
+) -> tuple[SweepPlan, ScheduleSearch]:
+    """Plan what a search starts with, and make the search that goes on from there.
+
+    Args:
+        settings: As those of a threshold sweep, and section `search`.
+        desk: Workspace, tracking and terminal.
+        teacher: Checkpoint of the full model.
+        influence: Its influence, if it is at hand.
+        references: As those of a threshold sweep.
+        name: Name of the sweep; made from its content when unset.
+
+    Raises:
+        UserError: If something does not go together.
+    """
+    if settings.sweep.seeds or settings.distillation.warm_start:
+        given = "sweep.seeds" if settings.sweep.seeds else "distillation.warm_start"
+        raise UserError(
+            f"a search distills each schedule once, from the teacher's weights; {given} is for "
+            "threshold sweeps, leave it out"
+        )
+    family = plan_thresholds(settings, desk, teacher, influence=influence, references=references)
+    suite, full = family.trials[0].suite, load_config(teacher)
+
+    def make_trial(schedule: IterationSchedule) -> PlannedTrial:
+        member = FamilyMember(schedule, math.nan, math.nan)
+        config = replace(full, schedule=schedule)
+        return student_trial(settings, desk.workspace, teacher, config, member, suite)
+
+    search = ScheduleSearch(family, full.corrections, settings.search, make_trial)
+    return search_plan(family, settings.search, name), search
+
+
+def search_price(plan: SweepPlan, search: ScheduleSearch, settings: Settings) -> list[str]:
+    """Say in sentences what a search may still train, and what that costs at most."""
+    full = plan.trials[0].config()
+    recipe = settings.distillation.training
+    tokens = recipe.num_steps * recipe.num_tokens_per_step
+    # A third of a training step more where the frozen teacher runs forward.
+    flops = tokens * training_flops_per_token(full) * 4 / 3
+    left = search.num_left
+    return [
+        f"the search tries at most {settings.search.num_trials} more of {search.num_schedules:,} "
+        f"schedules; which ones follows from the results, {left} are not known yet",
+        f"each of these trains once, on {tokens:,} tokens: at most {flops:.3g} FLOPs",
+    ]
