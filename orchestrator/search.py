@@ -88,9 +88,11 @@ class ScheduleSearch:
 
     def grow(self) -> list[PlannedTrial]:
         """Hear how the last round ended, and return the trials of the next; none at the end."""
+        if not self._study.trials:
+            self._ask(self._num_given)  # Those that were enqueued come first.
         self._tell()
         for _ in range(MOST_ROUNDS_WITHOUT_NEWS):
-            new = self._ask()
+            new = self._ask(self._settings.trials_per_round)
             if new or not self.num_left:
                 return new
             self._tell()
@@ -109,9 +111,9 @@ class ScheduleSearch:
     def _free_layers(self) -> list[int]:
         return [n for n, most in enumerate(self._full) if most]
 
-    def _ask(self) -> list[PlannedTrial]:
+    def _ask(self, most: int) -> list[PlannedTrial]:
         new = []
-        while len(self._asked) < self._settings.trials_per_round and self.num_left:
+        while len(self._asked) < most and self.num_left:
             trial = self._study.ask()
             corrections = [0] * len(self._full)
             for n in self._free_layers:
