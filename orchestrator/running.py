@@ -67,6 +67,7 @@ def run_jobs(
         jobs,
         num_workers=cluster.num_workers,
         num_gpus=cluster.num_gpus,
+        parallel=cluster.parallel,
         max_failures=cluster.max_failures,
         watch=watch,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from orchestrator.training.job import (
 from orchestrator.training.loop import Diverged
 from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
+from orchestrator.training.saving import NotSaved
 
 # isort: split
 # Behind our own modules, because `orchestrator.cluster` sets the environment that Ray reads.
@@ -43,7 +44,11 @@ ray_train: Any = ray.train  # what type checkers see there is the API before ver
 
 RAY_FOLDER = "ray"
 CONTROLLER_FAILURES = 3  # unlimited by default: a job that finds no place would wait for ever
-FINAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "Diverged": Diverged}
+FINAL_ERRORS: dict[str, type[Exception]] = {
+    "UserError": UserError,
+    "Diverged": Diverged,
+    "NotSaved": NotSaved,
+}
 
 Watch = Callable[[], None]
 
@@ -53,6 +58,7 @@ def run_train_jobs(
     *,
     num_workers: int = 1,
     num_gpus: int = 0,
+    parallel: str = "ddp",
     max_failures: int = 2,
     watch: Watch | None = None,
 ) -> list[TrainingOutcome]:
@@ -62,6 +68,7 @@ def run_train_jobs(
         jobs: What to train, each in a folder of its own.
         num_workers: Data-parallel workers of each job.
         num_gpus: GPUs of each job, one for each worker; 0 trains on CPUs.
+        parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it.
         max_failures: How often a job whose worker died starts again from its newest checkpoint.
         watch: Called a few times a second, to show progress.
 
@@ -89,6 +96,7 @@ def run_train_jobs(
                 num_jobs=len(waiting),
                 max_failures=max_failures,
             )
+            plan = replace(plan, parallel=parallel)
             run_interruptibly(
                 lambda: _fit_all(waiting, plan),
                 ask_to_stop=lambda: _ask_all_to_stop(waiting, before),
@@ -122,12 +130,18 @@ def run_train_job(
     *,
     num_workers: int = 1,
     num_gpus: int = 0,
+    parallel: str = "ddp",
     max_failures: int = 2,
     watch: Watch | None = None,
 ) -> TrainingOutcome:
     """Run one job under Ray Train; see `run_train_jobs`."""
     outcomes = run_train_jobs(
-        [job], num_workers=num_workers, num_gpus=num_gpus, max_failures=max_failures, watch=watch
+        [job],
+        num_workers=num_workers,
+        num_gpus=num_gpus,
+        parallel=parallel,
+        max_failures=max_failures,
+        watch=watch,
     )
     return outcomes[0]
 
@@ -158,6 +172,7 @@ class _Plan:
     scaling: Any
     failures: Any
     num_threads: int
+    parallel: str = "ddp"
 
 
 def _plan(
@@ -199,7 +214,11 @@ def _fit(job: TrainingJob, plan: _Plan) -> None:
     backend = "nccl" if plan.scaling.use_gpu else "gloo"
     trainer = ray_train.torch.TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job.to_dict(), "num_threads": plan.num_threads},
+        train_loop_config={
+            "job": job.to_dict(),
+            "num_threads": plan.num_threads,
+            "parallel": plan.parallel,
+        },
         scaling_config=plan.scaling,
         torch_config=ray.train.torch.TorchConfig(backend=backend),
         run_config=ray_train.RunConfig(
@@ -225,7 +244,12 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=str(device))
+    world = World(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=str(device),
+        parallel=config["parallel"],
+    )
     job = TrainingJob.from_dict(config["job"])
     return answer_of(lambda: run_job(job, world=world).to_dict())
 

@@ -106,6 +106,9 @@ class ClusterSettings(Section):
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: int = Field(default=0, ge=0)
     """GPUs of a training job; 0 trains on CPUs."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several workers share a model: each has all of it (ddp), or a part of its weights,
+    gradients and moments (fsdp), which needs less memory and more traffic."""
     max_failures: int = Field(default=2, ge=0)
     """How often a training job whose worker died is started again from its newest checkpoint."""
 

@@ -25,6 +25,7 @@ from orchestrator.training.optimizer import set_learning_rate
 from orchestrator.training.parallel import (
     World,
     autocast,
+    clip_gradients,
     mean_over_workers,
     without_averaging,
 )
@@ -65,7 +66,7 @@ class Trainee:
     """What is trained, and how."""
 
     model: nn.Module
-    """The decoder, replicated if there are several workers."""
+    """The decoder, replicated or sharded if there are several workers."""
     optimizer: torch.optim.Optimizer
     """Its optimizer."""
     objective: Objective
@@ -153,7 +154,7 @@ def _step(trainee: Trainee, input_ids: Tensor, position: Position) -> dict[str, 
     learning_rate = learning_rate_at(position.step, recipe)
     set_learning_rate(trainee.optimizer, learning_rate)
     losses = _accumulate_gradients(trainee, input_ids, position.step)
-    norm = nn.utils.clip_grad_norm_(trainee.model.parameters(), recipe.clip_norm).item()
+    norm = clip_gradients(trainee.model, recipe.clip_norm)
     numbers = mean_over_workers({**losses, "gradient_norm": norm}, trainee.world)
     numbers["learning_rate"] = learning_rate
     if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
@@ -185,7 +186,7 @@ def _accumulate_gradients(trainee: Trainee, input_ids: Tensor, step: int) -> dic
     for number, sequences in enumerate(passes, start=1):
         share = len(sequences) / len(input_ids)
         is_last = number == len(passes)
-        with nullcontext() if is_last else without_averaging(trainee.model):
+        with nullcontext() if is_last else without_averaging(trainee.model, trainee.world):
             with autocast(trainee.recipe.precision, trainee.world):
                 loss, parts = trainee.objective(trainee.model, sequences, step)
             torch.autograd.backward(loss * share)

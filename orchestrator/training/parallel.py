@@ -1,21 +1,21 @@
 """One worker or many: the few operations that differ, each a no-op for one.
 
 The world (rank, size, device) is passed in; nothing here starts processes. Gradients are averaged
-by PyTorch's `DistributedDataParallel`; numbers that decide what happens next (stop, divergence,
-losses) are agreed by all workers before anybody acts on them, because a collective operation that
-one worker leaves out hangs all others.
+by PyTorch's `DistributedDataParallel`, or scattered where `sharding` spread the model. Numbers that
+decide what happens next (stop, divergence, losses) are agreed by all workers before anybody acts on
+them, because a collective operation that one worker leaves out hangs all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iiet.decoder import Decoder
@@ -34,16 +34,23 @@ class World:
     """Number of workers."""
     device: str = "cpu"
     """This worker's device, such as `cpu` or `cuda:0`."""
+    parallel: str = "ddp"
+    """How several workers share the model: `ddp`, each has all of it, or `fsdp`, each a part."""
 
     @property
     def is_first(self) -> bool:
         """Whether this worker writes files and decides."""
         return self.rank == 0
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model is spread over the workers."""
+        return self.size > 1 and self.parallel == "fsdp"
+
 
 def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> nn.Module:
-    """Return a model whose backward pass averages gradients over all workers; the decoder itself
-    for one.
+    """Return a model whose backward pass averages gradients over all workers: the decoder itself
+    for one, or where it is sharded.
 
     Args:
         decoder: On this worker's device.
@@ -51,19 +58,40 @@ def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> n
         has_idle_parameters: Some parameters get no gradient in some steps, as the correction norms
             of layers without corrections; looking for them costs a walk over the graph per step.
     """
-    if world.size == 1:
+    if world.size == 1 or world.is_sharded:
         return decoder
     return DistributedDataParallel(
         decoder, find_unused_parameters=has_idle_parameters, gradient_as_bucket_view=True
     )
 
 
-def without_averaging(model: nn.Module) -> AbstractContextManager[None]:
+def without_averaging(model: nn.Module, world: World) -> AbstractContextManager[None]:
     """Return a context in which backward passes only accumulate, for all but the last pass of a
     step."""
     if isinstance(model, DistributedDataParallel):
         return cast("AbstractContextManager[None]", model.no_sync())
-    return nullcontext()
+    return _without_scattering(model) if world.is_sharded else nullcontext()
+
+
+@contextmanager
+def _without_scattering(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients down to a norm of `max_norm` if it is larger, and return what it was."""
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that the workers hold in shards as a whole on each of them, and any other as
+    it is; every worker calls it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return cast("Tensor", gather()) if gather else tensor
 
 
 def autocast(precision: str, world: World) -> AbstractContextManager[None]:

@@ -19,7 +19,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from iiet.losses import next_token_loss
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed, UserError
@@ -46,9 +45,7 @@ from orchestrator.training.optimizer import make_optimizer
 from orchestrator.training.pace import Pace
 from orchestrator.training.parallel import (
     World,
-    autocast,
     decided_by_first,
-    mean_over_workers,
     replicate,
 )
 from orchestrator.training.parts import (
@@ -60,6 +57,7 @@ from orchestrator.training.parts import (
 )
 from orchestrator.training.saving import Saver
 from orchestrator.training.teacher_cache import CachedTeacher
+from orchestrator.training.validation import validation_loss
 from orchestrator.workspace import write_json
 
 LOCK_NAME = "lock"
@@ -122,12 +120,38 @@ class _Run:
         self.plan = BatchPlan(len(self.store.train), self.config.context_length, job.recipe.seed)
         self.global_batch = sequences_per_step(job.recipe, self.config)
         self.teacher = load_teacher(job, world)
-        self.decoder = first_weights(job, self.config).to(world.device)
-        self.decoder.activation_checkpointing = job.recipe.activation_checkpointing
-        self.optimizer = make_optimizer(self.decoder, job.recipe)
-        self.position = Position()
         self.saver = Saver(job, world, self.store, self.event)
+        self.position = Position()
+        self._prepare(decided_by_first(self._newest_checkpoint, world))
         self._flops = flops_counter(job, self.config, self.schedule_at, self.teacher)
+
+    def _prepare(self, checkpoint: Path | None) -> None:
+        """Make decoder and optimizer, fresh or as the checkpoint left them."""
+        recipe, world = self.job.recipe, self.world
+        decoder = first_weights(self.job, self.config)
+        if checkpoint:
+            decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
+        self.decoder = decoder.to(world.device).train()
+        self.decoder.activation_checkpointing = recipe.activation_checkpointing
+        if world.is_sharded:
+            from orchestrator.training.sharding import shard
+
+            shard(self.decoder, world, precision=recipe.precision)
+        self.optimizer = make_optimizer(self.decoder, recipe)
+        if checkpoint is None:
+            self.event("started", **self._place())
+            return
+        state = load_training_state(checkpoint)
+        moments = state["optimizer"]
+        if world.is_sharded:
+            from orchestrator.training.sharding import sharded_state
+
+            moments = sharded_state(moments, self.optimizer)
+        self.optimizer.load_state_dict(moments)
+        self.position = Position(**state["position"])
+        self.saver.go_on_from(checkpoint, self.position.step)
+        set_random_state(state["random"], world)
+        self.event("resumed", step=self.position.step, path=str(checkpoint), **self._place())
 
     def close(self) -> None:
         """Let the last checkpoint be written, and close the journal."""
@@ -136,8 +160,7 @@ class _Run:
             self.journal.close()
 
     def to_the_end(self, should_stop: Callable[[], bool]) -> TrainingOutcome:
-        """Resume, train, and write down what came out."""
-        self._resume()
+        """Train, and write down what came out."""
         folder = self.job.folder
         hooks = Hooks(
             batch=self.batch,
@@ -182,9 +205,8 @@ class _Run:
         )
         return sequences.to(self.world.device)
 
-    @torch.no_grad()
     def validate(self, step: int) -> float:
-        """Return the validation loss under the schedule in training; the workers share the work."""
+        """Return the validation loss under the schedule in training."""
         recipe, world = self.job.recipe, self.world
         batches = validation_batches(
             self.store.validation,
@@ -192,19 +214,13 @@ class _Run:
             num_tokens=recipe.num_validation_tokens,
             batch_size=recipe.num_sequences_per_pass or self.global_batch // world.size,
         )
-        schedule = self.schedule_at(step - 1)
-        total = count = 0.0
-        self.decoder.eval()
-        for number, sequences in enumerate(batches):
-            if number % world.size == world.rank:
-                sequences = sequences.to(world.device)
-                with autocast(recipe.precision, world):
-                    loss = next_token_loss(self.decoder(sequences, schedule=schedule), sequences)
-                total += loss.item() * len(sequences)
-                count += len(sequences)
-        self.decoder.train()
-        sums = mean_over_workers({"total": total, "count": count}, world)
-        return sums["total"] / sums["count"]
+        return validation_loss(
+            self.decoder,
+            list(batches),
+            self.schedule_at(step - 1),
+            precision=recipe.precision,
+            world=world,
+        )
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write numbers into the journal."""
@@ -234,22 +250,10 @@ class _Run:
             training_flops=self.position.flops,
         )
 
-    def _resume(self) -> None:
-        checkpoint = decided_by_first(self._newest_checkpoint, self.world)
-        if checkpoint is None:
-            self.event("started", **self._place())
-            return
-        state = load_training_state(checkpoint)
-        self.decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.position = Position(**state["position"])
-        self.saver.go_on_from(checkpoint, self.position.step)
-        set_random_state(state["random"], self.world)
-        self.event("resumed", step=self.position.step, path=str(checkpoint), **self._place())
-
     def _place(self) -> dict[str, Any]:
         return {
             "num_workers": self.world.size,
+            "parallel": self.world.parallel,
             "device": self.world.device,
             "num_threads": torch.get_num_threads(),
             "reads_teacher": isinstance(self.teacher, CachedTeacher),

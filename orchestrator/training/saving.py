@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ from orchestrator.training.checkpoint import (
 )
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Position
-from orchestrator.training.parallel import World, decided_by_first
+from orchestrator.training.parallel import World, decided_by_first, whole
 from orchestrator.training.parts import provenance_of, random_state
 
 Event = Callable[..., None]
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a disk that takes no more looks like, from Python, PyTorch and safetensors."""
+
+
+class NotSaved(StageFailed):
+    """A checkpoint could not be written; trying again at once would end the same way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,36 +82,39 @@ class Saver:
         """Begin to write a checkpoint, unless this step has one or nothing is trained yet.
 
         Raises:
-            StageFailed: If the one before could not be written.
+            NotSaved: If the one before could not be written.
         """
         if position.step in (0, self._saved_step):
             return
         decided_by_first(self.finish, self._world)
         self._saved_step, self._saved_at = position.step, time.monotonic()
-        if self._world.is_first:
-            snapshot = Snapshot(
-                position=Position(**asdict(position)),
-                weights=_copied(decoder.state_dict()),
-                training_state={
-                    "optimizer": _copied(optimizer.state_dict()),
-                    "position": asdict(position),
-                    "random": random_state(self._world),
-                },
-            )
+        is_first = self._world.is_first
+        if not (is_first or self._world.is_sharded):
+            return
+        snapshot = Snapshot(
+            position=replace(position),
+            weights=_copied(decoder.state_dict(), keep=is_first),
+            training_state={
+                "optimizer": _copied(optimizer.state_dict(), keep=is_first),
+                "position": asdict(position),
+                "random": random_state(self._world),
+            },
+        )
+        if is_first:
             self._writing = self._pool.submit(self._write, snapshot)
 
     def finish(self) -> None:
         """Wait for the checkpoint in flight.
 
         Raises:
-            StageFailed: If it could not be written; those before it are as they were.
+            NotSaved: If it could not be written; those before it are as they were.
         """
         writing, self._writing = self._writing, None
         try:
             if writing:
                 writing.result()
         except WRITE_ERRORS as error:
-            raise StageFailed(
+            raise NotSaved(
                 f"the checkpoint after step {self._saved_step} could not be written to "
                 f"{self._job.folder} ({error}); make room there, then the same command goes on "
                 f"from {self.checkpoint or 'the start'}"
@@ -135,12 +142,16 @@ class Saver:
         self._event("checkpoint", step=position.step, path=str(self.checkpoint))
 
 
-def _copied(value: Any) -> Any:
-    """Return the state with every tensor copied to the CPU."""
+def _copied(value: Any, *, keep: bool) -> Any:
+    """Return the state with every tensor, as a whole, copied to the CPU.
+
+    All workers that hold shards take part; who does not `keep` gets None in their places.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        tensor = whole(value.detach())
+        return tensor.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
-        return {name: _copied(part) for name, part in value.items()}
+        return {name: _copied(part, keep=keep) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(part) for part in value)
+        return type(value)(_copied(part, keep=keep) for part in value)
     return value

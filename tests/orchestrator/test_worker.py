@@ -62,12 +62,15 @@ def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job:
     from orchestrator.worker import run_train_job
 
     alone = run_job(make_job("alone"))
-    shared = run_train_job(make_job("shared", num_sequences_per_pass=1), num_workers=2)
+    shared = run_train_job(
+        make_job("shared", num_sequences_per_pass=1), num_workers=2, parallel="fsdp"
+    )
     assert metric(make_job("shared")) == pytest.approx(metric(make_job("alone")), abs=1e-5)
     assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
     assert (shared.num_tokens, shared.training_flops) == (alone.num_tokens, alone.training_flops)
     (started,) = events(make_job("shared"), "started")
     assert (started["num_workers"], started["num_threads"]) == (2, 1)
+    assert started["parallel"] == "fsdp"
 
 
 @pytest.mark.slow

@@ -1,0 +1,168 @@
+"""Two workers, replicated or sharded: the losses of one, also across checkpoints of either kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from orchestrator.journal import read_journal
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import find_checkpoints, load_decoder, load_training_state
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.parallel import World
+from orchestrator.training.run import run_job
+
+RECIPE = {
+    "num_steps": 8,
+    "num_tokens_per_step": 64,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "validate_every_steps": 3,
+    "num_validation_tokens": 16 * 5,
+    "checkpoint_every_steps": 4,
+    "iterate_from_fraction": 0.5,
+}
+HALF = 5
+
+Call = tuple[dict[str, Any], str, int | None]
+"""A job, how its workers share the model, and the step to stop after."""
+
+
+def stop_after(step: int | None) -> Callable[[], bool]:
+    asked = iter(range(10**6))
+    return lambda: next(asked) == step
+
+
+def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
+    """Run jobs one after the other as one of two workers; started by `mp.spawn`."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    for job, parallel, step in calls:
+        world = World(rank=rank, size=2, parallel=parallel)
+        run_job(TrainingJob.from_dict(job), world=world, should_stop=stop_after(step))
+    torch.distributed.destroy_process_group()
+
+
+class Runs:
+    """The jobs of this file by name, in one folder."""
+
+    def __init__(self, folder: Path, tokens: Path, model: dict[str, Any]) -> None:
+        self.folder, self.tokens, self.model = folder, tokens, model
+
+    def job(self, name: str, **recipe: Any) -> TrainingJob:
+        return TrainingJob(
+            run_folder=str(self.folder / name),
+            tokens_folder=str(self.tokens),
+            model=self.model,
+            recipe=TrainingSettings(**{**RECIPE, **recipe}),
+        )
+
+    def numbers(self, name: str, metric: str = "train/loss") -> list[float]:
+        found = {
+            record["step"]: record["values"][metric]
+            for record in read_journal(self.folder / name)[0]
+            if metric in record.get("values", {})
+        }
+        return [found[step] for step in sorted(found)]
+
+
+MIDDLE = ("alone-then-ddp", "alone-then-fsdp", "ddp-then-alone", "fsdp-then-alone",
+          "ddp-then-fsdp", "fsdp-then-ddp")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
+    """All that this file looks at, made by two workers that start once."""
+    from iiet.config import ModelConfig
+    from iiet.schedule import IterationSchedule
+
+    folder = tmp_path_factory.mktemp("workers")
+    model = ModelConfig(vocab_size=300, dim=16, num_layers=2, num_heads=2, num_kv_heads=2,
+                        ffn_dim=32, context_length=16,
+                        schedule=IterationSchedule((2, 1))).to_dict()  # fmt: skip
+    runs = Runs(folder, tiny_tokens, model)
+    calls: list[Call] = []
+
+    def call(name: str, parallel: str, step: int | None = None, **recipe: Any) -> None:
+        calls.append((runs.job(name, **recipe).to_dict(), parallel, step))
+
+    for parallel in ("ddp", "fsdp"):
+        call(parallel, parallel)
+        call(f"{parallel}-passes", parallel, num_sequences_per_pass=1)
+        call(f"{parallel}-lean", parallel, activation_checkpointing=True)
+        call(f"{parallel}-bf16", parallel, precision="bf16")
+    run_job(runs.job("alone"))
+    run_job(runs.job("alone-bf16", precision="bf16"))
+    for name in MIDDLE:
+        first, second = name.split("-then-")
+        if first == "alone":
+            run_job(runs.job(name), should_stop=stop_after(HALF))
+        else:
+            call(name, first, HALF)
+        if second != "alone":
+            call(name, second)
+    mp.spawn(run_calls, (str(folder), calls), nprocs=2)
+    for name in MIDDLE:
+        if name.endswith("-alone"):
+            run_job(runs.job(name))
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["", "-passes", "-lean"])
+def test_two_workers_have_the_losses_of_one(runs: Runs, parallel: str, kind: str) -> None:
+    name = parallel + kind
+    for metric in ("train/loss", "validation/loss", "train/gradient_norm"):
+        expected = pytest.approx(runs.numbers("alone", metric), rel=1e-4, abs=1e-5)
+        assert runs.numbers(name, metric) == expected
+    weights, alone = (
+        load_decoder(find_checkpoints(runs.folder / run)[-1]).state_dict()
+        for run in (name, "alone")
+    )
+    for key in alone:
+        assert torch.allclose(weights[key], alone[key], atol=1e-4), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_bf16_of_two_workers_is_close_to_that_of_one(runs: Runs, parallel: str) -> None:
+    found = runs.numbers(f"{parallel}-bf16")
+    assert found == pytest.approx(runs.numbers("alone-bf16"), abs=0.03)
+    assert found == pytest.approx(runs.numbers("alone"), abs=0.1)
+    weights = load_decoder(find_checkpoints(runs.folder / f"{parallel}-bf16")[-1]).state_dict()
+    assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIDDLE)
+def test_a_checkpoint_goes_on_with_other_workers(runs: Runs, name: str) -> None:
+    assert runs.numbers(name) == pytest.approx(runs.numbers("alone"), abs=1e-5)
+    events = [r for r in read_journal(runs.folder / name)[0] if r["kind"] == "event"]
+    (resumed,) = [r for r in events if r["name"] == "resumed"]
+    assert resumed["step"] == HALF
+    assert resumed["num_workers"] == (1 if name.endswith("-alone") else 2)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_saves_what_an_unsharded_one_saves(runs: Runs) -> None:
+    states = [
+        load_training_state(find_checkpoints(runs.folder / name)[0]) for name in ("alone", "fsdp")
+    ]
+    moments = [state["optimizer"]["state"] for state in states]
+    assert moments[0].keys() == moments[1].keys()
+    for number, moment in moments[0].items():
+        for name, value in moment.items():
+            other = moments[1][number][name]
+            assert type(other) is torch.Tensor
+            assert torch.allclose(value, other, atol=1e-6), (number, name)
+    assert states[0]["optimizer"]["param_groups"] == states[1]["optimizer"]["param_groups"]
