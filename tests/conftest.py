@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of prepared tokens: a few thousand of them, made of English-looking sentences."""
     from orchestrator.data.corpus import Document
-    from orchestrator.data.tokens import write_tokens
+    from orchestrator.data.tokenizing import write_tokens
     from orchestrator.settings import DataSettings
 
     draw = random.Random(0)

@@ -59,7 +59,7 @@ def prepare(
     with open_session(workspace, "prepare", verbose=verbose) as session:
         from orchestrator.stages.prepare import prepare as stage
 
-        folder = stage(settings.data, session.workspace, session.progress)
+        folder = stage(settings.data, session.workspace, session.progress, verify=True)
         session.console.print(f"tokens: {folder}", soft_wrap=True)
 
 

@@ -268,7 +268,8 @@ def _check_hub_settings(settings: DataSettings) -> None:
 
 def _read_hub(settings: DataSettings, progress: Progress) -> Iterator[Document]:
     _check_hub_settings(settings)
-    require_hub(f"the data set {settings.hub_name}")
+    if not Path(settings.hub_name).is_dir():
+        require_hub(f"the data set {settings.hub_name}")
     import datasets
 
     progress.start("corpus", settings.max_documents)

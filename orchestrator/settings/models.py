@@ -18,7 +18,8 @@ class DataSettings(Section):
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files."""
     hub_name: str = ""
-    """Name of a data set on the hub, for `source: hub`, such as `cerebras/SlimPajama-627B`."""
+    """Name of a data set on the hub, for `source: hub`, such as `cerebras/SlimPajama-627B`, or a
+    folder that the `datasets` library can read."""
     hub_config: str | None = None
     """Configuration of the hub's data set, if it has several."""
     text_field: str = "text"

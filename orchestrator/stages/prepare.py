@@ -1,9 +1,7 @@
-"""Stage `prepare`: from the source to token shards, once.
+"""Stage `prepare`: from the source to prepared tokens, once.
 
-Finished work is found by the source's key: the settings and a state of the source that needs no
-reading of its content (names, sizes and times of files; the Python's own files). The key leads
-through a small file to the folder, whose name is the fingerprint of the content. A stop at any
-point leaves only a temporary folder, which the next call removes.
+Finished work is found by the source's key, and its checksums are compared before it is used. A stop
+at any point leaves what is safely written, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -16,40 +14,67 @@ from filelock import FileLock
 from orchestrator.console import Progress
 from orchestrator.data.corpus import read_documents
 from orchestrator.data.prepared import find_prepared, pointer_to, source_key
-from orchestrator.data.tokens import TEMPORARY_PREFIX, open_tokens, write_tokens
+from orchestrator.data.tokenizing import (
+    TEMPORARY_PREFIX,
+    RatedProgress,
+    is_unfinished,
+    write_tokens,
+)
+from orchestrator.data.tokens import open_tokens, verify_tokens
 from orchestrator.settings import DataSettings
 from orchestrator.workspace import Workspace, write_json
 
 
-def prepare(settings: DataSettings, workspace: Workspace, progress: Progress | None = None) -> Path:
+def prepare(
+    settings: DataSettings,
+    workspace: Workspace,
+    progress: Progress | None = None,
+    *,
+    verify: bool = False,
+) -> Path:
     """Return the folder of tokens for these settings, made if it is missing.
 
     Args:
         settings: Source, split and tokenizer.
         workspace: Where the tokens live.
         progress: Told what is going on.
+        verify: Compare the checksums of tokens that are there even if nothing has touched the files
+            since the last time.
 
     Raises:
-        UserError: If the source is missing, empty or unreadable.
+        UserError: If the source is missing, empty or unreadable, or the tokens that are there are
+            not what was written.
     """
     progress = progress or Progress()
     folder = find_prepared(settings, workspace.tokens)
     if folder is None:
         workspace.tokens.mkdir(parents=True, exist_ok=True)
-        # One at a time: whoever holds the lock knows that temporary folders are leftovers.
+        # One at a time: two would write the same files.
         with FileLock(workspace.tokens / ".lock"):
             folder = find_prepared(settings, workspace.tokens)
             if folder is None:
-                for leftover in workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                documents = read_documents(settings, progress)
-                folder = write_tokens(workspace.tokens, documents, settings, progress=progress)
-                pointer = pointer_to(source_key(settings), workspace.tokens)
-                write_json(pointer, {"fingerprint": folder.name})
-                progress.finish(describe(folder))
-                return folder
+                return _make(settings, workspace, progress)
     progress.start("corpus")
+    verify_tokens(folder, always=verify)
     progress.finish(f"{describe(folder)}, found again")
+    return folder
+
+
+def _make(settings: DataSettings, workspace: Workspace, progress: Progress) -> Path:
+    key = source_key(settings)
+    for leftover in workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"):
+        if not is_unfinished(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+    rated = RatedProgress(progress)
+    folder = write_tokens(
+        workspace.tokens,
+        read_documents(settings, rated),
+        settings,
+        resume_key=key,
+        progress=rated,
+    )
+    write_json(pointer_to(key, workspace.tokens), {"fingerprint": folder.name})
+    progress.finish(describe(folder))
     return folder
 
 

@@ -17,7 +17,8 @@ from orchestrator.analysis.text_counts import TokenCounts, WordCounts
 from orchestrator.console import Progress
 from orchestrator.data.corpus import Document
 from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.data.tokens import open_tokens, write_tokens
+from orchestrator.data.tokenizing import write_tokens
+from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings, EvaluationSettings
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.data import tokens
+from orchestrator.data import tokenizing
 from orchestrator.data.corpus import Document, is_validation
 from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.data.tokens import open_tokens, write_tokens
+from orchestrator.data.tokenizing import write_tokens
+from orchestrator.data.tokens import TokenStore, open_tokens
 from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings
 
@@ -23,7 +24,7 @@ DOCUMENTS = [
 ]
 
 
-def split_documents(store: tokens.TokenStore, array: np.ndarray) -> list[str]:
+def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
     tokenizer = load_tokenizer(store.tokenizer_path)
     ends = np.flatnonzero(array == store.end_of_text_id)
     starts = [0, *(ends[:-1] + 1)]
@@ -84,8 +85,8 @@ def test_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
 def test_a_corpus_larger_than_the_sample_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "TOKENIZER_CHARACTERS", 1000)
-    monkeypatch.setattr(tokens, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr(tokenizing, "TOKENIZER_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenizing, "DOCUMENTS_PER_BATCH", 7)
     store = open_tokens(write_tokens(tmp_path, iter(DOCUMENTS), SETTINGS))
     counts = store.manifest
     assert counts["train"]["documents"] + counts["validation"]["documents"] == len(DOCUMENTS)
