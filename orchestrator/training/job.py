@@ -27,6 +27,7 @@ from orchestrator.training.checkpoint import (
     resolve_checkpoint,
     weights_key,
 )
+from orchestrator.training.compiling import check_compiler
 from orchestrator.workspace import read_json, write_json
 
 STOP_NAME = "stop"
@@ -37,6 +38,7 @@ _FREE_IN_RECIPE = frozenset(
     [
         "num_sequences_per_pass",
         "activation_checkpointing",
+        "compile",
         "skip_bad_steps",
         "validate_every_steps",
         "num_validation_tokens",
@@ -198,6 +200,8 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         cannot be shared.
     """
     config = job.config()
+    if job.recipe.compile:
+        check_compiler()
     store = open_tokens(job.tokens_folder)
     if store.vocab_size > config.vocab_size:
         raise UserError(

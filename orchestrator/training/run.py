@@ -29,6 +29,7 @@ from orchestrator.training.checkpoint import (
     newest_checkpoint,
     remove_leftovers,
 )
+from orchestrator.training.compiling import compile_fields
 from orchestrator.training.job import (
     DONE_NAME,
     TrainingJob,
@@ -133,6 +134,8 @@ class _Run:
             decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
         self.decoder = decoder.to(world.device).train()
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
+        if recipe.compile:
+            compile_fields(self.decoder)
         if world.is_sharded:
             from orchestrator.training.sharding import shard
 
