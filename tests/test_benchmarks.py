@@ -19,12 +19,15 @@ from benchmarks.report import Goal, Quantity, Row, checked
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
 from iiet.history import Mix
 
-NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4}
+NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4}
 """Of a quick run."""
+SLOW = ("mix", "training")
+"""They start processes."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "mix")) for n in BENCHMARKS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS],
 )
 def test_a_quick_run_checks_measures_and_stores(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
