@@ -111,7 +111,7 @@ class TrialRounds:
         own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"
         run_trials(
             trial_function,
-            [self._parameters(trial, wait) for trial in sorted(trials, key=_turn)],
+            [self._parameters(trial, wait) for trial in sorted(trials, key=self._turn)],
             own_folder,
             limits=limits_of(self.settings),
             on_result=self._on_result,
@@ -119,6 +119,13 @@ class TrialRounds:
         )
         # After an interruption it stays: what still ends reads in it that it shall.
         shutil.rmtree(own_folder, ignore_errors=True)
+
+    def _turn(self, trial: PlannedTrial) -> tuple[bool, bool, float]:
+        # Those that another process is at last. The teacher first, which spans the box of
+        # hypervolumes. Then the costly ones, so that none runs alone at the end; but where a cheap
+        # one that is finished can end a costly one, the cheap ones.
+        work = _expected_work(trial)
+        return is_busy(trial), trial.role != "teacher", work if any(self.rivals.values()) else -work
 
     def _parameters(self, trial: PlannedTrial, wait: bool) -> dict[str, Any]:
         return {
@@ -183,12 +190,6 @@ def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[st
         **options,
     )
     return {"state": run.state}
-
-
-def _turn(trial: PlannedTrial) -> tuple[bool, bool, float]:
-    # Those that another process is at last. The teacher first, which spans the box of hypervolumes;
-    # then the costly ones, so that none runs alone at the end.
-    return is_busy(trial), trial.role != "teacher", -_expected_work(trial)
 
 
 def _expected_work(trial: PlannedTrial) -> float:

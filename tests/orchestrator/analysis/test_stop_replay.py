@@ -1,0 +1,54 @@
+"""The replay ends what the rule would have ended, with the rivals that were finished by then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.analysis.stop_replay import Curve, replay_stops
+
+FLAT = {20: 3.0, 40: 3.0, 60: 3.0, 80: 3.0}
+
+
+def curve(label: str, final: float, **more: Any) -> Curve:
+    values = {"num_steps": 100, "seconds": 10.0, "losses": FLAT, "final_loss": final, **more}
+    return Curve(label=label, **values)
+
+
+def test_a_hopeless_trial_ends_at_the_first_look_behind_the_grace() -> None:
+    cheap, costly = curve("cheap", 2.0), curve("costly", 3.0, rivals=frozenset({"cheap"}))
+    replay = replay_stops([cheap, costly], grace_fraction=0.5)
+    assert set(replay.verdicts) == {"costly"}
+    verdict = replay.verdicts["costly"]
+    assert (verdict.step, verdict.rival) == (60, "cheap")
+    assert replay.share_of_seconds == pytest.approx(4.0 / 20.0)
+
+
+def test_only_who_is_finished_by_then_can_end_another() -> None:
+    cheap, costly = curve("cheap", 2.0), curve("costly", 3.0, rivals=frozenset({"cheap"}))
+    assert replay_stops([costly, cheap]).verdicts == {}
+    assert replay_stops([cheap, costly], at_once=2).verdicts == {}
+    slow = curve("costly", 3.0, rivals=frozenset({"cheap"}), seconds=30.0)
+    assert replay_stops([cheap, slow], at_once=2).verdicts["costly"].step == 60
+
+
+def test_who_costs_less_or_may_still_win_is_trained_to_its_end() -> None:
+    cheap, other = curve("cheap", 2.0), curve("other", 3.0)
+    assert replay_stops([cheap, other]).verdicts == {}
+    falling = {20: 3.0, 40: 2.7, 60: 2.4, 80: 2.2}
+    hopeful = curve("hopeful", 1.9, losses=falling, rivals=frozenset({"cheap"}))
+    assert replay_stops([cheap, hopeful]).verdicts == {}
+
+
+def test_who_is_stopped_ends_nobody() -> None:
+    first = curve("first", 2.0)
+    second = curve("second", 1.0, rivals=frozenset({"first"}))
+    middling = dict.fromkeys(FLAT, 1.5)
+    third = curve("third", 1.5, losses=middling, rivals=frozenset({"second"}))
+    assert set(replay_stops([first, second, third]).verdicts) == {"second"}
+
+
+def test_without_looks_or_seconds_nothing_is_saved() -> None:
+    replay = replay_stops([curve("a", 1.0, losses={}, seconds=0.0)])
+    assert (replay.verdicts, replay.share_of_seconds) == ({}, 0.0)
