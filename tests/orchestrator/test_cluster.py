@@ -188,3 +188,19 @@ def test_an_address_where_nobody_answers_is_refused_at_once(
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(UserError, match="unset RAY_ADDRESS"):
             cluster._start(Path("unused"), None)
+
+
+def test_a_token_is_asked_of_a_cluster_that_is_started_here_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from orchestrator import cluster
+
+    here: dict[str, str] = {}
+    elsewhere = {"RAY_ADDRESS": "ray.example:6379"}
+    for environment in (here, elsewhere):
+        monkeypatch.setattr(cluster.os, "environ", environment)
+        cluster._prepare_environment()
+    assert here["RAY_AUTH_MODE"] == "token"
+    assert len(here["RAY_AUTH_TOKEN"]) == 64
+    # `ray start` asks for none unless it was told to, and then says so itself.
+    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & set(elsewhere)
