@@ -111,15 +111,16 @@ LONG = {"num_steps": 400, "checkpoint_every_steps": 20, "validate_every_steps": 
 
 
 @pytest.mark.slow
-def test_a_killed_worker_goes_on_from_its_newest_checkpoint_bit_for_bit(
+def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
     ray_session: None, make_job: MakeJob
 ) -> None:
     from orchestrator.worker import run_train_jobs
 
     killed, whole = make_job("killed", **LONG), make_job("whole", **LONG)
-    outcomes = run_train_jobs([killed, whole], watch=kill_worker_once(killed))
+    outcomes = run_train_jobs([killed, whole], num_workers=2, watch=kill_worker_once(killed))
     (resumed,) = events(killed, "resumed")
     assert resumed["step"] >= 20
+    assert resumed["num_workers"] == 2
     assert not events(whole, "resumed")
     assert metric(killed) == metric(whole)
     assert outcomes[0].validation_loss == outcomes[1].validation_loss
