@@ -112,11 +112,6 @@ def mean_over_workers(values: Mapping[str, float], world: World) -> dict[str, fl
     return dict(zip(names, (numbers / world.size).tolist(), strict=True))
 
 
-def any_worker(flag: bool, world: World) -> bool:
-    """Return whether the flag is up on any worker: the same answer on all."""
-    return mean_over_workers({"flag": float(flag)}, world)["flag"] > 0.0
-
-
 def decided_by_first(decide: Callable[[], T], world: World) -> T:
     """Run a decision on the first worker and return its result on all.
 

@@ -27,7 +27,6 @@ from orchestrator.training.checkpoint import (
     load_decoder,
     load_training_state,
     newest_checkpoint,
-    remove_leftovers,
 )
 from orchestrator.training.compiling import compile_fields
 from orchestrator.training.job import (
@@ -40,6 +39,7 @@ from orchestrator.training.job import (
     sequences_per_step,
     stop_asked,
 )
+from orchestrator.training.keeping import remove_leftovers
 from orchestrator.training.loop import Diverged, Hooks, Position, Trainee, train
 from orchestrator.training.objective import two_stage
 from orchestrator.training.optimizer import make_optimizer

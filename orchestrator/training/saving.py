@@ -23,13 +23,9 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from orchestrator.data.tokens import TokenStore
 from orchestrator.errors import StageFailed
-from orchestrator.training.checkpoint import (
-    best_checkpoint,
-    prune_checkpoints,
-    remember_best,
-    write_checkpoint,
-)
+from orchestrator.training.checkpoint import write_checkpoint
 from orchestrator.training.job import TrainingJob
+from orchestrator.training.keeping import best_checkpoint, prune_checkpoints, remember_best
 from orchestrator.training.loop import Position
 from orchestrator.training.parallel import World, decided_by_first, whole
 from orchestrator.training.parts import provenance_of, random_state

@@ -16,11 +16,11 @@ from orchestrator.training.checkpoint import (
     load_provenance,
     load_training_state,
     newest_checkpoint,
-    prune_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
     weights_key,
 )
+from orchestrator.training.keeping import prune_checkpoints
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "training_state.pt")
 

@@ -21,12 +21,12 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training import saving as saving_module
 from orchestrator.training.checkpoint import (
-    best_checkpoint,
     check_checkpoint,
     find_checkpoints,
     load_training_state,
 )
 from orchestrator.training.job import TrainingJob
+from orchestrator.training.keeping import best_checkpoint
 from orchestrator.training.run import run_job
 
 MakeJob = Callable[..., TrainingJob]
@@ -162,6 +162,7 @@ KILLED = """
 import json, pathlib, sys, time
 from orchestrator.training import checkpoint
 from orchestrator.training.job import TrainingJob
+from orchestrator.training.keeping import best_checkpoint
 from orchestrator.training.run import run_job
 
 flush = checkpoint._flush_to_disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.multiprocessing as mp
 
 from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
+from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import find_checkpoints, load_decoder, load_training_state
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.parallel import World
@@ -33,10 +35,26 @@ HALF = 5
 Call = tuple[dict[str, Any], str, int | None]
 """A job, how its workers share the model, and the step to stop after."""
 
+BAD_STEP, BAD_RUNS = 3, ("ddp-bad", "fsdp-bad")
+"""In these runs the second worker's loss is no number at one step."""
+
 
 def stop_after(step: int | None) -> Callable[[], bool]:
     asked = iter(range(10**6))
     return lambda: next(asked) == step
+
+
+def spoiled(objective_of: Callable[..., Any]) -> Callable[..., Any]:
+    def spoil(*arguments: Any) -> Any:
+        inner = objective_of(*arguments)
+
+        def compute(model: Any, input_ids: Any, step: int) -> Any:
+            loss, parts = inner(model, input_ids, step)
+            return (loss * math.nan if step == BAD_STEP else loss), parts
+
+        return compute
+
+    return spoil
 
 
 def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
@@ -46,7 +64,10 @@ def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
+    objective = run_module.objective_of
     for job, parallel, step in calls:
+        is_bad = rank == 1 and job["run_folder"].endswith("-bad")
+        run_module.objective_of = spoiled(objective) if is_bad else objective
         world = World(rank=rank, size=2, parallel=parallel)
         run_job(TrainingJob.from_dict(job), world=world, should_stop=stop_after(step))
     torch.distributed.destroy_process_group()
@@ -100,6 +121,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
         call(f"{parallel}-passes", parallel, num_sequences_per_pass=1)
         call(f"{parallel}-lean", parallel, activation_checkpointing=True)
         call(f"{parallel}-bf16", parallel, precision="bf16")
+    for name in BAD_RUNS:
+        call(name, name.removesuffix("-bad"), skip_bad_steps=1)
     run_job(runs.job("alone"))
     run_job(runs.job("alone-bf16", precision="bf16"))
     for name in MIDDLE:
@@ -141,6 +164,15 @@ def test_bf16_of_two_workers_is_close_to_that_of_one(runs: Runs, parallel: str) 
     assert found == pytest.approx(runs.numbers("alone"), abs=0.1)
     weights = load_decoder(find_checkpoints(runs.folder / f"{parallel}-bf16")[-1]).state_dict()
     assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_what_is_no_number_on_one_worker_is_skipped_by_both(runs: Runs, name: str) -> None:
+    assert runs.numbers(name)[:3] == pytest.approx(runs.numbers("alone")[:3], abs=1e-5)
+    assert len(runs.numbers(name)) == RECIPE["num_steps"] - 1
+    skipped = [r["step"] for r in read_journal(runs.folder / name)[0] if r.get("name") == "skipped"]
+    assert skipped == [BAD_STEP + 1]
 
 
 @pytest.mark.slow
