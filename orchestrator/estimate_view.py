@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from iiet.schedule import IterationSchedule
-from orchestrator.preflight import Preflight
+from orchestrator.preflight import HERE, Preflight
 from orchestrator.settings import Settings
 from orchestrator.training.fitting import gib, needed_memory
 from orchestrator.training.speed import ASSUMED_GPU, gpu_peak, installed_gpu, measured_cpu_peak
@@ -116,7 +116,11 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
     if tokens.new_bytes:
         yield "token files", f"about {gib(tokens.new_bytes)}, to be written"
     for place, problem in found.verdicts.items():
-        yield f"on {place}", problem or "there is room for it"
+        is_known = found.is_memory_known or place != HERE
+        fits = (
+            "there is room for it" if is_known else "enough disk; the cluster's memory is unknown"
+        )
+        yield f"on {place}", problem or fits
 
 
 def duration(hours: float) -> str:

@@ -36,6 +36,8 @@ class Preflight:
     estimate: TrainingEstimate
     verdicts: dict[str, str | None]
     """By place, why it does not fit there; None where it does. The first is this machine."""
+    is_memory_known: bool
+    """Whether this machine's memory counts; it does not where `RAY_ADDRESS` names a cluster."""
 
     @property
     def num_workers(self) -> int:
@@ -63,6 +65,7 @@ def preflight(settings: Settings, workspace: Workspace) -> Preflight:
         wish=wish,
         estimate=estimate,
         verdicts=_verdicts(settings, workspace, wish, tokens),
+        is_memory_known=local_room(workspace.root).memory is not None,
     )
 
 
