@@ -102,12 +102,13 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
         f"{duration(hours)} at {rate.share:.0%} of {rate.peak_flops / 1e12:,.3g} TFLOP/s a worker "
         f"({rate.of_what}); validation and saving come on top",
     )
-    memory = estimate.memory
+    memory, snapshot = estimate.memory, estimate.snapshot_bytes
+    copy = f", a copy for the checkpoint {gib(snapshot)}" if snapshot else ""
     yield (
         "memory",
         f"{gib(needed_memory(estimate))} for each worker: weights {gib(memory.weights)}, "
         f"gradients {gib(memory.gradients)}, AdamW {gib(memory.optimizer)}, activations "
-        f"{gib(memory.activations)}, and what PyTorch takes",
+        f"{gib(memory.activations)}{copy}, and what PyTorch takes",
     )
     yield (
         "checkpoints",

@@ -89,7 +89,8 @@ def pretraining_wish(settings: Settings, vocab_size: int) -> Wish:
         config=model_config(settings.model, vocab_size=vocab_size),
         recipe=settings.training,
         num_workers=cluster.num_gpus or cluster.num_workers,
-        parallel=getattr(cluster, "parallel", None),
+        parallel=cluster.parallel,
+        on_gpus=cluster.num_gpus > 0,
         model=settings.model,
     )
 
@@ -125,7 +126,8 @@ def check_jobs_fit(
             recipe=job.recipe,
             section=section,
             num_workers=num_workers,
-            parallel=getattr(cluster, "parallel", None),
+            parallel=cluster.parallel,
+            on_gpus=cluster.num_gpus > 0,
             model=settings[number].model if settings else None,
             teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
         )

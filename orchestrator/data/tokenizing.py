@@ -256,6 +256,7 @@ def _choose_tokenizer(
     progress.advance(0, "training the tokenizer")
     texts = (d.text for d in read if not is_validation(d.text, fraction))
     tokenizer = train_tokenizer(texts, settings.vocab_size)
+    progress.advance(0, "tokenizing")
     _save(tokenizer, path)
     return tokenizer, chain(read, documents)
 

@@ -56,13 +56,18 @@ class TrainingEstimate:
     """Of one worker."""
     checkpoint_bytes: int
     """One checkpoint."""
+    snapshot_bytes: int
+    """This worker's part of the copy that a checkpoint is written from, beside the next steps; none
+    on GPUs, where it lies in the machine's memory."""
 
     @property
     def disk_bytes(self) -> int:
         """All checkpoints that are kept, and the next one while it is written beside them."""
-        kept = self.recipe.num_checkpoints_kept + bool(getattr(self.recipe, "keep_best", False))
-        num_written = max(1, -(-self.recipe.num_steps // self.recipe.checkpoint_every_steps))
-        return self.checkpoint_bytes * min(kept + 1, num_written)
+        recipe = self.recipe
+        most = recipe.num_checkpoints_kept + recipe.keep_best + 1
+        if recipe.checkpoint_every_minutes is None:
+            most = min(most, -(-recipe.num_steps // recipe.checkpoint_every_steps))
+        return self.checkpoint_bytes * most
 
     def hours(self, flops_per_second: float) -> float:
         """Return the time of all steps at a rate of one worker."""
@@ -75,6 +80,7 @@ def estimate_training(
     *,
     num_workers: int = 1,
     parallel: str = "ddp",
+    on_gpus: bool = False,
     teacher: ModelConfig | None = None,
 ) -> TrainingEstimate:
     """Estimate a training run.
@@ -84,6 +90,7 @@ def estimate_training(
         recipe: Steps, batch and precision.
         num_workers: Data-parallel workers.
         parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it.
+        on_gpus: Whether the workers' memory is a GPU's.
         teacher: A frozen model whose forward pass runs in each step.
 
     Raises:
@@ -115,6 +122,8 @@ def estimate_training(
             has_teacher=teacher is not None,
         ),
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAMETER * parameters,
+        # The first worker makes it, and all share the machine's memory.
+        snapshot_bytes=0 if on_gpus else CHECKPOINT_BYTES_PER_PARAMETER * parameters // num_workers,
     )
 
 

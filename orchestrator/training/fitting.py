@@ -36,6 +36,8 @@ class Wish:
     num_workers: int = 1
     parallel: str | None = None
     """How several workers share the work; None where the settings give no choice."""
+    on_gpus: bool = False
+    """Whether the workers' memory is a GPU's."""
     model: ModelSettings | None = None
     """Settings of the model, where another size would do too."""
     teacher: ModelConfig | None = None
@@ -54,6 +56,7 @@ class Wish:
             self.recipe.model_copy(update=recipe),
             num_workers=self.num_workers,
             parallel=parallel or self.parallel or "ddp",
+            on_gpus=self.on_gpus,
             teacher=self.teacher,
         )
 
@@ -62,7 +65,7 @@ def needed_memory(estimate: TrainingEstimate) -> int:
     """Return the bytes that one worker needs, the process itself included."""
     memory = estimate.memory
     spare = int(memory.activations * (ALLOCATOR_FACTOR - 1))
-    return memory.total + spare + PROCESS_BYTES
+    return memory.total + spare + estimate.snapshot_bytes + PROCESS_BYTES
 
 
 def check_fit(wish: Wish, room: Room, *, present_bytes: int = 0, new_bytes: int = 0) -> None:
@@ -153,7 +156,9 @@ def _too_little_memory(wish: Wish, estimate: TrainingEstimate, free: int, place:
         for name, value in (
             ("weights", memory.weights), ("gradients", memory.gradients),
             ("AdamW", memory.optimizer), ("activations", memory.activations),
+            ("a copy for the checkpoint", estimate.snapshot_bytes),
         )
+        if value
     )  # fmt: skip
     words = nearest_fit(wish, lambda other: needed_memory(other) <= free)
     way_out = f"the nearest setting that fits: {words}" if words else "no preset fits"

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.resources import Room, local_room
-from orchestrator.settings import ClusterSettings, resolve_settings
+from orchestrator.settings import resolve_settings
 from orchestrator.stages.prepare import prepare
 from orchestrator.training.speed import gpu_peak, measured_cpu_peak
 from orchestrator.workspace import open_workspace
@@ -131,7 +131,3 @@ def test_peaks() -> None:
     assert gpu_peak("NVIDIA H100 80GB HBM3", "fp32") == 67e12
     assert gpu_peak("GeForce", "bf16") is None
     assert measured_cpu_peak(0.01) > 1e8
-
-
-def test_cluster_settings_of_another_time_have_no_parallel() -> None:
-    assert getattr(ClusterSettings(), "parallel", None) in (None, "ddp", "fsdp", "auto")

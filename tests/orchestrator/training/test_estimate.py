@@ -84,3 +84,23 @@ def test_flops_and_checkpoints_are_those_of_a_run(
     written = sum((folder / name).stat().st_size for name in (WEIGHTS, TRAINING_STATE))
     assert estimate.checkpoint_bytes == pytest.approx(written, rel=0.05)
     assert estimate.disk_bytes == 3 * estimate.checkpoint_bytes
+
+
+def test_the_copy_for_a_checkpoint_lies_in_the_machines_memory_once() -> None:
+    config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
+    alone = estimate_training(config, recipe)
+    shared = estimate_training(config, recipe, num_workers=2)
+    assert alone.snapshot_bytes == alone.checkpoint_bytes == 2 * shared.snapshot_bytes
+    assert estimate_training(config, recipe, on_gpus=True).snapshot_bytes == 0
+
+
+def test_checkpoints_that_stay_are_counted() -> None:
+    def kept(**recipe: object) -> float:
+        values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
+        estimate = estimate_training(preset("tiny"), TrainingSettings.model_validate(values))
+        return estimate.disk_bytes / estimate.checkpoint_bytes
+
+    assert kept() == 3
+    assert kept(keep_best=True) == 4
+    assert kept(checkpoint_every_steps=1000) == 1
+    assert kept(checkpoint_every_steps=1000, checkpoint_every_minutes=1) == 3
