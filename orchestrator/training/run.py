@@ -123,38 +123,7 @@ class _Run:
         self.teacher = load_teacher(job, world)
         self.saver = Saver(job, world, self.store, self.event)
         self.position = Position()
-        self._prepare(decided_by_first(self._newest_checkpoint, world))
         self._flops = flops_counter(job, self.config, self.schedule_at, self.teacher)
-
-    def _prepare(self, checkpoint: Path | None) -> None:
-        """Make decoder and optimizer, fresh or as the checkpoint left them."""
-        recipe, world = self.job.recipe, self.world
-        decoder = first_weights(self.job, self.config)
-        if checkpoint:
-            decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
-        self.decoder = decoder.to(world.device).train()
-        self.decoder.activation_checkpointing = recipe.activation_checkpointing
-        if recipe.compile:
-            compile_fields(self.decoder)
-        if world.is_sharded:
-            from orchestrator.training.sharding import shard
-
-            shard(self.decoder, world, precision=recipe.precision)
-        self.optimizer = make_optimizer(self.decoder, recipe)
-        if checkpoint is None:
-            self.event("started", **self._place())
-            return
-        state = load_training_state(checkpoint)
-        moments = state["optimizer"]
-        if world.is_sharded:
-            from orchestrator.training.sharding import sharded_state
-
-            moments = sharded_state(moments, self.optimizer)
-        self.optimizer.load_state_dict(moments)
-        self.position = Position(**state["position"])
-        self.saver.go_on_from(checkpoint, self.position.step)
-        set_random_state(state["random"], world)
-        self.event("resumed", step=self.position.step, path=str(checkpoint), **self._place())
 
     def close(self) -> None:
         """Let the last checkpoint be written, and close the journal."""
@@ -163,7 +132,8 @@ class _Run:
             self.journal.close()
 
     def to_the_end(self, should_stop: Callable[[], bool]) -> TrainingOutcome:
-        """Train, and write down what came out."""
+        """Resume, train, and write down what came out."""
+        self._prepare(decided_by_first(self._newest_checkpoint, self.world))
         folder = self.job.folder
         hooks = Hooks(
             batch=self.batch,
@@ -252,6 +222,36 @@ class _Run:
             num_tokens=self.position.num_tokens,
             training_flops=self.position.flops,
         )
+
+    def _prepare(self, checkpoint: Path | None) -> None:
+        """Make decoder and optimizer, fresh or as the checkpoint left them."""
+        recipe, world = self.job.recipe, self.world
+        decoder = first_weights(self.job, self.config)
+        if checkpoint:
+            decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
+        self.decoder = decoder.to(world.device).train()
+        self.decoder.activation_checkpointing = recipe.activation_checkpointing
+        if recipe.compile:
+            compile_fields(self.decoder)
+        if world.is_sharded:
+            from orchestrator.training.sharding import shard
+
+            shard(self.decoder, world, precision=recipe.precision)
+        self.optimizer = make_optimizer(self.decoder, recipe)
+        if checkpoint is None:
+            self.event("started", **self._place())
+            return
+        state = load_training_state(checkpoint)
+        moments = state["optimizer"]
+        if world.is_sharded:
+            from orchestrator.training.sharding import sharded_state
+
+            moments = sharded_state(moments, self.optimizer)
+        self.optimizer.load_state_dict(moments)
+        self.position = Position(**state["position"])
+        self.saver.go_on_from(checkpoint, self.position.step)
+        set_random_state(state["random"], world)
+        self.event("resumed", step=self.position.step, path=str(checkpoint), **self._place())
 
     def _place(self) -> dict[str, Any]:
         return {
