@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import decoding, mix, schedules, teacher_cache, training
+from benchmarks import decoding, mix, schedules, sweep, teacher_cache, training
 from benchmarks.machine import describe, machine_facts
 from benchmarks.report import Report
 
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "schedules": schedules.measure,
     "teacher_cache": teacher_cache.measure,
     "training": training.measure,
+    "sweep": sweep.measure,
 }
 """By name what `python -m benchmarks` runs, in this order."""
 

@@ -19,9 +19,9 @@ from benchmarks.report import Goal, Quantity, Row, checked
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
 from iiet.history import Mix
 
-NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4}
+NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4, "sweep": 4}
 """Of a quick run."""
-SLOW = ("mix", "training")
+SLOW = ("mix", "training", "sweep")
 """They start processes."""
 
 

@@ -1,0 +1,260 @@
+"""What a sweep costs beside its trials, what it spares, and how long a finished one takes again.
+
+Overhead: the same trainings under Ray Tune, one at a time, and in a bare loop of this process with
+as many threads, in two workspaces. The first trial is not counted, nor is Ray's own start: both are
+once for all trials. The share of a minute is that overhead over sixty seconds. Duplicates:
+thresholds asked for, and the trials that they come to. Resume: the whole stage over a sweep of
+which all is finished, MLflow's records in a local database included.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.shape import shaped_config
+from benchmarks.timing import Spread
+from iiet.influence import InfluenceTable
+from iiet.schedule import schedule_at_threshold
+from orchestrator.cluster import ray_cluster
+from orchestrator.data.corpus import Document
+from orchestrator.data.tokenizing import write_tokens
+from orchestrator.plan import PlannedTrial, SweepPlan, choose_members, threshold_plan
+from orchestrator.settings import DataSettings, Settings, resolve_settings
+from orchestrator.stages.sweep import sweep
+from orchestrator.tracking import open_tracking
+from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.trial import TrialResult
+from orchestrator.trial_room import TrialLimits
+from orchestrator.trial_runner import TrialContext, run_trials
+from orchestrator.workspace import Workspace, open_workspace, write_json
+
+__all__ = ["measure"]
+
+_NUM_THRESHOLDS = 50
+_MINUTE = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    dim: int
+    num_layers: int
+    num_steps: int
+    num_trials: int
+    """That are trained, in each of the two ways."""
+    has_goals: bool = False
+
+
+_FULL = _Size(dim=128, num_layers=6, num_steps=100, num_trials=6, has_goals=True)
+_QUICK = _Size(dim=16, num_layers=2, num_steps=2, num_trials=3)
+_CONTEXT = 64
+
+
+def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
+    """Measure a sweep's overhead, what it merges, and its second call.
+
+    Args:
+        quick: tiny sizes, which show that all works and nothing else.
+        say: called with what comes next.
+    """
+    size = _QUICK if quick else _FULL
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(size, Path(folder))
+        say(f"sweep: {size.num_trials} trials, under Ray Tune and in a loop")
+        overhead, checks = bench.overhead()
+        say(f"sweep: {_NUM_THRESHOLDS} thresholds")
+        merged, check = bench.merged()
+        say("sweep: a finished one again")
+        resumed = bench.resumed()
+    setting = (
+        f"IIET, d {size.dim}, {size.num_layers} layers, r = 2, trials of {size.num_steps} steps, "
+        "one at a time; the first and Ray's start not counted"
+    )
+    rows = (*overhead, merged, resumed)
+    return Report(title="sweep", setting=setting, rows=rows, checks=(*checks, check))
+
+
+class _Bench:
+    """A teacher, a made-up influence, and the plans that follow from them."""
+
+    def __init__(self, size: _Size, folder: Path) -> None:
+        self.size, self.folder = size, folder
+        self.tokens = write_tokens(folder / "tokens", _documents(), DataSettings(vocab_size=300))
+        self.config = shaped_config(
+            size.dim,
+            num_layers=size.num_layers,
+            vocab_size=300,
+            context_length=_CONTEXT,
+            num_corrections=2,
+        )
+        draw = random.Random(0)
+        values = tuple((draw.random(), draw.random() / 4) for _ in range(size.num_layers))
+        self.influence = InfluenceTable(
+            metric="cosine",
+            values=values,
+            errors=tuple((0.0, 0.0) for _ in values),
+            num_tokens=_CONTEXT,
+        )
+        job = TrainingJob(
+            run_folder=str(folder / "teacher"),
+            tokens_folder=str(self.tokens),
+            model=self.config.to_dict(),
+            recipe=self.settings().training,
+        )
+        self.teacher = Path(str(run_job(job).checkpoint))
+
+    def settings(self, **sweep: Any) -> Settings:
+        """Return settings of the bench's size."""
+        recipe = {"num_tokens_per_step": 8 * _CONTEXT, "num_validation_tokens": _CONTEXT}
+        longer = {**recipe, "num_steps": self.size.num_steps}
+        return resolve_settings(
+            {
+                "training": {**recipe, "num_steps": 1},
+                "distillation": {"training": longer},
+                "sweep": sweep,
+            }
+        )
+
+    def plan(self, workspace: Workspace, **sweep: Any) -> SweepPlan:
+        """Return the plan of a threshold sweep."""
+        settings = self.settings(**sweep)
+        return threshold_plan(
+            settings,
+            workspace,
+            teacher=self.teacher,
+            members=choose_members(self.influence, settings.sweep),
+            suite={"suite": "none", "tokens_folder": str(self.tokens)},
+        )
+
+    def overhead(self) -> tuple[list[Row], list[str]]:
+        """Train the same students under Ray Tune and in a loop."""
+        swept, looped = (
+            self._students(open_workspace(self.folder / name)) for name in ("swept", "looped")
+        )
+        threads = torch.get_num_threads()
+        with ray_cluster(num_cpus=threads):
+            ends: list[float] = []
+            reports = run_trials(
+                _train,
+                [trial.to_dict() for trial in swept],
+                self.folder / "sweep",
+                limits=TrialLimits(at_once=1),
+                on_result=lambda _: ends.append(time.perf_counter()),
+            )
+        assert all(report.result for report in reports), [report.error for report in reports]
+        loop_ends: list[float] = []
+        for trial in looped:
+            run_job(TrainingJob.from_dict(trial.job or {}))
+            loop_ends.append(time.perf_counter())
+        pairs = zip(_losses(swept), _losses(looped), strict=True)
+        check = checked(
+            "losses of a sweep's trials and a loop's", max(abs(a - b) for a, b in pairs), 0.0
+        )
+        # From the end of the first on: what comes before it is the start.
+        each = [(times[-1] - times[0]) / (len(times) - 1) for times in (ends, loop_ends)]
+        quantities = (_seconds("sweep", each[0]), _seconds("loop", each[1]))
+        extra = max(each[0] - each[1], 1e-9)
+        goals = (
+            (Goal("at most", 3.0), Goal("at most", 0.05)) if self.size.has_goals else (None,) * 2
+        )
+        rows = [
+            Row(
+                what="a trial in a sweep minus one in a loop, in seconds",
+                quantities=quantities,
+                ratio=Spread.of([extra]),
+                goal=goals[0],
+            ),
+            Row(
+                what="that overhead over a trial of a minute",
+                quantities=(_seconds("overhead", extra), _seconds("trial", _MINUTE)),
+                ratio=Spread.of([extra / _MINUTE]),
+                goal=goals[1],
+            ),
+        ]
+        return rows, [check]
+
+    def merged(self) -> tuple[Row, str]:
+        """Plan many thresholds."""
+        top = max(max(row) for row in self.influence.values)
+        thresholds = [top * n / _NUM_THRESHOLDS for n in range(_NUM_THRESHOLDS)]
+        plan = self.plan(open_workspace(self.folder / "merged"), thresholds=thresholds)
+        planned = {t.config().corrections for t in plan.trials if t.role == "trial"}
+        wanted = {schedule_at_threshold(self.influence, t) for t in thresholds}
+        check = checked("schedules planned and asked for", float(len(planned ^ wanted)), 0.0)
+        num_trials = float(len(planned))
+        row = Row(
+            what="thresholds asked for / trials",
+            quantities=(
+                Quantity("thresholds", Spread.of([float(_NUM_THRESHOLDS)]), ""),
+                Quantity("trials", Spread.of([num_trials]), ""),
+            ),
+            ratio=Spread.of([_NUM_THRESHOLDS / num_trials]),
+        )
+        return row, check
+
+    def resumed(self) -> Row:
+        """Call the stage again over a finished sweep."""
+        workspace = open_workspace(self.folder / "resumed")
+        plan = self.plan(workspace)
+        for trial in plan.trials:
+            _finish(trial)
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            sweep(plan, self.settings(), workspace, tracking=open_tracking(workspace))
+            seconds.append(time.perf_counter() - started)
+        # The first call makes the database and measures the time per token.
+        again = Quantity("again", Spread.of(seconds[1:]), "s")
+        return Row(
+            what=f"a finished sweep of {len(plan.trials)} models, called again",
+            quantities=(again, _seconds("first", seconds[0])),
+        )
+
+    def _students(self, workspace: Workspace) -> list[PlannedTrial]:
+        plan = self.plan(workspace, num_schedules=self.size.num_trials)
+        return [trial for trial in plan.trials if trial.job]
+
+
+def _train(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+    """Train a trial and measure nothing."""
+    job = TrainingJob.from_dict(parameters["job"])
+    return {"finished": context.train(job, context.should_stop).finished}
+
+
+def _losses(trials: Sequence[PlannedTrial]) -> list[float]:
+    texts = [(Path(trial.folder) / DONE_NAME).read_text() for trial in trials]
+    return [float(json.loads(text)["validation_loss"]) for text in texts]
+
+
+def _finish(trial: PlannedTrial) -> None:
+    result = TrialResult(
+        key=trial.key,
+        role=trial.role,
+        method="iiet",
+        schedule=tuple(trial.config().corrections),
+        quality={"accuracy": 0.5},
+    )
+    write_json(trial.result_path, replace(result, label=trial.label).to_dict())
+
+
+def _seconds(label: str, seconds: float) -> Quantity:
+    return Quantity(label, Spread.of([seconds]), "s")
+
+
+def _documents() -> list[Document]:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 8))) for _ in range(200)]
+    return [
+        Document(" ".join(draw.choices(words, k=120)) + ".", f"document {number}")
+        for number in range(120)
+    ]
