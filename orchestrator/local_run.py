@@ -34,8 +34,8 @@ def check_local(num_workers: int, num_gpus: int) -> None:
         asked = f"--gpus {num_gpus}" if num_gpus > 1 else f"--workers {num_workers}"
         raise UserError(
             f"--local trains in this process alone, and {asked} asks for several (cluster.num_gpus "
-            "and cluster.num_workers in the settings); leave out --local, or type --workers 1"
-            + (" --gpus 1" if num_gpus else "")
+            "and cluster.num_workers in the settings); leave out --local, or type "
+            "--set cluster.num_workers=1" + (" --set cluster.num_gpus=1" if num_gpus else "")
         )
     check_resources(num_workers, num_gpus)
 

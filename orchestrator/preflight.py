@@ -14,10 +14,10 @@ from pathlib import Path
 from orchestrator.data.prepared import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.errors import UserError
 from orchestrator.resources import Room, check_resources, local_resources, local_room
-from orchestrator.settings import ClusterSettings, Settings
+from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.training.checkpoint import find_checkpoints, load_config
 from orchestrator.training.estimate import TrainingEstimate
-from orchestrator.training.fitting import Wish, check_fit
+from orchestrator.training.fitting import Wish, check_fit, gib, needed_memory
 from orchestrator.training.job import TrainingJob, finished_outcome
 from orchestrator.training.shape import model_config
 from orchestrator.training.speed import ASSUMED_GPU, ASSUMED_GPU_BYTES, installed_gpu
@@ -133,6 +133,43 @@ def check_jobs_fit(
         )
         room = local_room(job.folder, num_workers=num_workers * at_once, num_gpus=cluster.num_gpus)
         check_fit(wish, room, present_bytes=_checkpoint_bytes(job.folder))
+
+
+def check_trials_fit(jobs: Sequence[TrainingJob], sweep: SweepSettings, *, section: str) -> None:
+    """Refuse a sweep's trials that would run out of this machine's memory, each by its own needs.
+
+    Args:
+        jobs: Of the trials that wait.
+        sweep: How many run at once, with how many workers or GPUs each.
+        section: Where their recipe stands in the settings, for what to type.
+
+    Raises:
+        UserError: If one does not fit; says what would.
+    """
+    workers, gpus = sweep.gpus_per_trial or sweep.workers_per_trial, sweep.gpus_per_trial
+    places = max(1, local_resources(count_gpus=False).cpus // workers)
+    at_once = min(sweep.trials_at_once or places, places, len(jobs))
+    for job in jobs:
+        wish = Wish(
+            config=job.config(),
+            recipe=job.recipe,
+            section=section,
+            num_workers=workers,
+            on_gpus=gpus > 0,
+            teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
+        )
+        alone = local_room(job.folder, num_workers=workers, num_gpus=gpus)
+        check_fit(wish, alone, present_bytes=_checkpoint_bytes(job.folder))
+        if alone.memory is None or gpus:
+            continue
+        needed = needed_memory(wish.estimate())
+        most = alone.memory // needed
+        if most < at_once:
+            raise UserError(
+                f"{at_once} trials at once would take about {gib(at_once * workers * needed)} of "
+                f"memory, and this machine has {gib(workers * alone.memory)} free; the nearest "
+                f"setting that fits: --set sweep.trials_at_once={most}"
+            )
 
 
 def _verdicts(

@@ -22,6 +22,7 @@ from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
+from orchestrator.preflight import check_trials_fit
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -170,9 +171,14 @@ class _Work:
 def _check_sizes(trials: Sequence[PlannedTrial], settings: Settings) -> None:
     """Find before anything is written or started what would make every trial fail."""
     num_workers = check_trial_size(limits_of(settings.sweep))
-    for trial in trials:
-        if trial.job and trial.result() is None:
-            check_job(TrainingJob.from_dict(trial.job), num_workers=num_workers)
+    waiting = [
+        TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
+    ]
+    for job in waiting:
+        check_job(job, num_workers=num_workers)
+    is_threshold = settings.sweep.kind == "threshold"
+    section = "distillation.training" if is_threshold else "training"
+    check_trials_fit(waiting, settings.sweep, section=section)
 
 
 def _finished(

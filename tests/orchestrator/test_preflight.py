@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator import cli
-from orchestrator.resources import Room, local_room
-from orchestrator.settings import resolve_settings
+from orchestrator.errors import UserError
+from orchestrator.plan import SweepPlan
+from orchestrator.preflight import check_trials_fit
+from orchestrator.resources import Resources, Room, local_room
+from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.stages.prepare import prepare
+from orchestrator.training.job import TrainingJob
 from orchestrator.training.speed import gpu_peak, measured_cpu_peak
 from orchestrator.workspace import open_workspace
 
@@ -131,3 +135,25 @@ def test_peaks() -> None:
     assert gpu_peak("NVIDIA H100 80GB HBM3", "fp32") == 67e12
     assert gpu_peak("GeForce", "bf16") is None
     assert measured_cpu_peak(0.01) > 1e8
+
+
+def test_trials_that_do_not_fit_side_by_side_are_counted_before_they_start(
+    tiny_plan: SweepPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "orchestrator.preflight.local_resources", lambda **_: Resources(cpus=8, gpus=0)
+    )
+    jobs = [TrainingJob.from_dict(trial.job) for trial in tiny_plan.trials if trial.job]
+    # Each takes little more than a process does.
+    for gigabytes, sweep, words in (
+        (1.3, SweepSettings(), "sweep.trials_at_once=2"),
+        (1.3, SweepSettings(trials_at_once=2), None),
+        (0.1, SweepSettings(), "training would take"),
+    ):
+        room = Room(memory=int(gigabytes * 2**30), disk=None)
+        monkeypatch.setattr("orchestrator.preflight.local_room", lambda *_, r=room, **__: r)
+        if words is None:
+            check_trials_fit(jobs, sweep, section="distillation.training")
+            continue
+        with pytest.raises(UserError, match=words):
+            check_trials_fit(jobs, sweep, section="distillation.training")
