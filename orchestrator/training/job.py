@@ -241,7 +241,8 @@ def sequences_per_step(recipe: TrainingSettings, config: ModelConfig) -> int:
     if rest or not sequences:
         raise UserError(
             f"training.num_tokens_per_step must be a multiple of the context length "
-            f"{config.context_length}; got {recipe.num_tokens_per_step}"
+            f"{config.context_length}, such as {max(1, sequences) * config.context_length}; got "
+            f"{recipe.num_tokens_per_step}"
         )
     return sequences
 
