@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 def measured_bytes(
     config: ModelConfig, num_sequences: int, precision: str, checkpoint: bool
 ) -> int:
-    """Return the peak of all tensors that one step makes; weights and gradients are there before."""
+    """Return the peak of all tensors that a step makes; weights and gradients are there before."""
     decoder = Decoder(config)
     decoder.activation_checkpointing = checkpoint
     for parameter in decoder.parameters():
@@ -85,9 +85,8 @@ def measured_bytes(
 
 SHAPES = {
     "wide vocabulary": {"vocab_size": 4096, "dim": 64, "ffn_dim": 176, "num_layers": 4},
-    "deep": {"vocab_size": 64, "dim": 64, "ffn_dim": 176, "num_layers": 8},
     "wide": {"vocab_size": 512, "dim": 256, "ffn_dim": 700, "num_layers": 2},
-    "shared heads": {"vocab_size": 64, "dim": 128, "ffn_dim": 352, "num_layers": 3,
+    "shared heads": {"vocab_size": 64, "dim": 64, "ffn_dim": 176, "num_layers": 6,
                      "num_kv_heads": 1},
 }  # fmt: skip
 

@@ -378,7 +378,10 @@ def test_a_folder_of_another_job_is_refused(make_job: MakeJob) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"recipe": {"num_tokens_per_step": 65}}, "multiple of the context length 16; got 65"),
+        (
+            {"recipe": {"num_tokens_per_step": 65}},
+            "multiple of the context length 16, such as 64; got 65",
+        ),
         ({"tokens_folder": "/nowhere"}, "/nowhere"),
         ({"objective": "distill"}, "needs a teacher"),
         ({"objective": "distill", "teacher_folder": "/nowhere"}, "no checkpoint folder /nowhere"),
