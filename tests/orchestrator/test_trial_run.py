@@ -4,6 +4,7 @@ cannot win."""
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from orchestrator import trial_run
+from orchestrator.console import Progress
 from orchestrator.journal import read_journal
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
@@ -241,3 +243,14 @@ def with_looks(trial: PlannedTrial) -> PlannedTrial:
     assert trial.job is not None
     recipe = {**trial.job["recipe"], "validate_every_steps": 5, "learning_rate": 1e-6}
     return replace(trial, job={**trial.job, "recipe": recipe})
+
+
+def test_what_travels_to_a_trial_is_small(trials: tuple[PlannedTrial, ...]) -> None:
+    from orchestrator.trial_rounds import TrialRounds, trial_function
+
+    rounds = TrialRounds(Path(), resolve_settings({}).sweep, Progress(), num_all=len(trials))
+    given = [rounds._parameters(trial, wait=False) for trial in trials]
+    sent = len(pickle.dumps((trial_function, given)))
+    tokens = Path(given[0]["trial"]["suite"]["tokens_folder"])
+    assert sent < 4096 * len(trials), "paths and settings; no weights, no tokens, no answers"
+    assert sum(path.stat().st_size for path in tokens.rglob("*")) > sent
