@@ -22,7 +22,7 @@ from orchestrator.catalog import (
 )
 from orchestrator.cluster import ray_cluster
 from orchestrator.desk import Desk
-from orchestrator.errors import StageFailed, UserError
+from orchestrator.errors import StageFailed
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.provenance import environment
 from orchestrator.search_plans import plan_search, search_price
@@ -30,11 +30,10 @@ from orchestrator.settings import Settings, flatten
 from orchestrator.showing import show_plan, show_report
 from orchestrator.stages.evaluate import evaluate
 from orchestrator.stages.prepare import prepare
-from orchestrator.stages.pretrain import plan_pretraining, pretrain
+from orchestrator.stages.pretrain import pretrain
 from orchestrator.stages.report import write_report
 from orchestrator.stages.sweep import Grow, SweepOutcome, sweep
 from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds, with_model
-from orchestrator.training.job import finished_outcome
 from orchestrator.views import evaluation_table, tasks_with_other_items
 
 VANILLA = "vanilla"
@@ -118,7 +117,7 @@ def show_search_plan(settings: Settings, desk: Desk, teacher: Path, name: str | 
     found: list[PlannedTrial] = []
     if all(trial.result() for trial in plan.trials if trial.role == "trial"):
         found = search.finished_part()
-    show_plan(replace(plan, trials=(*plan.trials, *found)), desk)
+    show_plan(replace(plan, trials=(*plan.trials, *found)), settings, desk)
     for line in search_price(plan, search, settings):
         desk.console.print(f"  {line}", markup=False)
 
@@ -244,32 +243,3 @@ def evaluate_and_show(
             f"not comparable: {', '.join(different)} had other items for some of the models, "
             "which were trained on different tokens"
         )
-
-
-def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
-    """Run the sweep that a settings file describes, its teacher's pretraining included."""
-    if settings.sweep.kind == "iterations":
-        if dry_run:
-            show_plan(plan_iterations(settings, desk), desk)
-        else:
-            sweep_iterations(settings, desk)
-    elif dry_run:
-        teacher = _finished_teacher(settings, desk)
-        if settings.sweep.kind == "search":
-            show_search_plan(settings, desk, teacher, None)
-            return
-        show_plan(plan_thresholds(settings, desk, teacher), desk)
-    else:
-        quickstart(settings, desk)
-
-
-def _finished_teacher(settings: Settings, desk: Desk) -> Path:
-    tokens = prepare(settings.data, desk.workspace, desk.progress)
-    job = plan_pretraining(settings, desk.workspace, tokens)
-    outcome = finished_outcome(job)
-    if outcome is None or outcome.checkpoint is None:
-        raise UserError(
-            "the plan of a threshold sweep follows from its teacher's influence, and the teacher "
-            f"is not trained yet ({job.run_folder}); `iiet-orch pretrain` trains it"
-        )
-    return Path(outcome.checkpoint)

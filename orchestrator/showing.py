@@ -10,6 +10,7 @@ from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import newest_sweep
 from orchestrator.desk import Desk
 from orchestrator.plan import SweepPlan
+from orchestrator.settings import Settings
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.report import write_report
 from orchestrator.views import plan_price, plan_table
@@ -50,8 +51,8 @@ def show_report(written: WrittenReport, desk: Desk) -> None:
     )
 
 
-def show_plan(plan: SweepPlan, desk: Desk) -> None:
+def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     """Print what a sweep would do: its trials, what is finished, what the rest costs."""
     desk.console.print(plan_table(plan))
-    for line in plan_price(plan):
+    for line in plan_price(plan, settings.distillation, desk.workspace.teachers):
         desk.console.print(f"  {line}", markup=False)

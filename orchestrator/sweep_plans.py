@@ -116,7 +116,7 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
 
 def with_model(settings: Settings, **changes: Any) -> Settings:
     """Return the settings of another method or count, at that one's own (first) learning rate."""
-    return _with_rates(settings, **changes)[0]
+    return with_rates(settings, **changes)[0]
 
 
 def plan_suite(
@@ -147,8 +147,8 @@ def plan_suite(
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings, str | None]]:
     """Yield label, settings and group of every model that a sweep trains from scratch."""
-    for name, changes in _models(settings):
-        rates = _with_rates(settings, **changes)
+    for name, changes in models_of(settings):
+        rates = with_rates(settings, **changes)
         for own in rates:
             label = name
             if len(rates) > 1:
@@ -161,7 +161,8 @@ def _variants(settings: Settings) -> Iterator[tuple[str, Settings, str | None]]:
                 yield label, own, None
 
 
-def _models(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+def models_of(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and model settings of the methods and iteration counts that a sweep trains."""
     for method in settings.sweep.methods:
         if method != "iiet":
             yield method, {"method": method}
@@ -170,8 +171,8 @@ def _models(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"r = {count}", {"method": "iiet", "corrections": count}
 
 
-def _with_rates(settings: Settings, **changes: Any) -> list[Settings]:
-    """Return the settings of another method or count at each of its learning rates."""
+def with_rates(settings: Settings, **changes: Any) -> list[Settings]:
+    """Return the settings of another method or count at each of its own learning rates."""
     model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
     rates = settings.sweep.learning_rates
     own = rates.get(model.method, settings.training.learning_rate)

@@ -5,6 +5,7 @@ influence tables.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -13,7 +14,9 @@ from iiet.cost import training_flops_per_token
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import STDERR, EvaluationResult
 from orchestrator.plan import SweepPlan, exact_cost, full_config
+from orchestrator.settings import DistillationSettings
 from orchestrator.training.job import TrainingJob
+from orchestrator.training.teacher_choice import teacher_tokens
 
 ASSUMED_FLOPS_PER_SECOND = 20e9
 """What one CPU core does at the toy's sizes; only for the plan's rough hours."""
@@ -45,25 +48,31 @@ def plan_table(plan: SweepPlan) -> Table:
     return table
 
 
-def plan_price(plan: SweepPlan) -> list[str]:
-    """Say in sentences what was merged, what is reused, and what the rest costs."""
+def plan_price(plan: SweepPlan, distillation: DistillationSettings, teachers: Path) -> list[str]:
+    """Say in sentences what was merged, what is reused, and what the rest costs.
+
+    Args:
+        plan: The sweep.
+        distillation: Says whether the teacher runs once for all students.
+        teachers: Folder of what teachers were stored to say.
+    """
     num_trials = sum(trial.role == "trial" for trial in plan.trials)
     waiting = [trial for trial in plan.trials if trial.result() is None]
+    jobs = [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
     tokens = flops = 0.0
-    for trial in waiting:
-        if trial.job:
-            job = TrainingJob.from_dict(trial.job)
-            num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
-            tokens += num_tokens
-            flops += num_tokens * training_flops_per_token(trial.config())
-            if job.teacher_folder:
-                # The frozen teacher runs forward only: a third of a training step.
-                flops += num_tokens * training_flops_per_token(full_config(plan)) / 3
+    for job in jobs:
+        num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
+        tokens += num_tokens
+        flops += num_tokens * training_flops_per_token(job.config())
+    read = teacher_tokens(jobs, distillation, teachers)
+    # The frozen teacher runs forward only: a third of a training step.
+    flops += read * training_flops_per_token(full_config(plan)) / 3
     hours = flops / ASSUMED_FLOPS_PER_SECOND / 3600
+    told = f" and its teacher reads {read:,.0f}" if read else ""
     return [
         f"{plan.num_requested} asked for, {num_trials} distinct trials",
         f"{len(plan.trials) - len(waiting)} of {len(plan.trials)} are finished and are reused",
-        f"the rest trains on {tokens:,.0f} tokens: {flops:.3g} FLOPs, "
+        f"the rest trains on {tokens:,.0f} tokens{told}: {flops:.3g} FLOPs, "
         f"about {hours:.2g} core hours at {ASSUMED_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s",
     ]
 

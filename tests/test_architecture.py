@@ -45,7 +45,7 @@ LAYERS = (
     " orchestrator.views orchestrator.estimate_view",
     "orchestrator.stages",
     "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
-    " orchestrator.search_plans orchestrator.sweep_plans",
+    " orchestrator.search_plans orchestrator.sweep_plans orchestrator.study orchestrator.sweep_files",
     "orchestrator.handover",
     "orchestrator.cli",
     "benchmarks",

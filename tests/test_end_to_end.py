@@ -213,7 +213,7 @@ def test_sweep_iterations_compares_methods(tmp_path: Path) -> None:
 
 def test_every_shipped_sweep_can_be_planned(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
-    assert len(shipped_sweeps()) == 5
+    assert len(shipped_sweeps()) == 7
     local = [
         "data.source=python",
         "data.tokenizer=train",
@@ -221,10 +221,28 @@ def test_every_shipped_sweep_can_be_planned(finished: tuple[Path, str]) -> None:
         "cluster.num_gpus=0",
     ]
     local += ["cluster.num_workers=1", "evaluation.suite=heldout", "training.precision=fp32"]
-    for name in ("iterations", "methods"):
+    for name in ("iterations", "methods", "iiad-study"):
         printed = run("sweep", name, "--dry-run", *small(*local), workspace=workspace)
         assert "vanilla" in printed
     for name in ("paper-55m", "paper-340m"):
         settings = small(*local, "model.corrections=3")
         printed = run("sweep", name, "--dry-run", *settings, workspace=workspace, code=2)
         assert "iiet-orch pretrain" in printed
+
+
+def test_a_study_runs_all_its_phases_and_trains_nothing_twice(tmp_path: Path) -> None:
+    options = small(
+        "sweep.iterations=[0, 1]", "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
+        "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2", "study.seeds=[0, 1]",
+        "study.metrics=[cosine]", "study.controls=[pruned]", "study.selections=[remeasured]",
+        "training.iterate_from_fraction=0.5", "model.num_layers=2",
+    )  # fmt: skip
+    printed = run("sweep", "iiad-study", *options, workspace=tmp_path)
+    assert "study:" in printed
+    text = (tmp_path / "overlays" / "study" / "results.md").read_text()
+    assert "r = 1 against vanilla at equal tokens: loss " in text
+    assert "| evaluations | cosine | pruned | remeasured | warm start |" in text
+    # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
+    assert len(list((tmp_path / "runs").glob("*/done.json"))) == 4 + 3 + 2
+    # Full and none: distilled, the latter from the former too, and pruned without training.
+    assert len(list((tmp_path / "trials").glob("*/done.json"))) == 3

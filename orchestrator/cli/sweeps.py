@@ -96,7 +96,7 @@ def sweep_threshold(
 
         teacher = resolve_teacher(desk.workspace, checkpoint)
         if dry_run:
-            show_plan(plan_thresholds(settings, desk, teacher, name=name), desk)
+            show_plan(plan_thresholds(settings, desk, teacher, name=name), settings, desk)
         else:
             procedure.sweep_thresholds(settings, desk, teacher, name=name)
 
@@ -138,7 +138,7 @@ def sweep_iterations(
         from orchestrator.sweep_plans import plan_iterations
 
         if dry_run:
-            show_plan(plan_iterations(settings, desk, name=name), desk)
+            show_plan(plan_iterations(settings, desk, name=name), settings, desk)
         else:
             procedure.sweep_iterations(settings, desk, name=name)
 
@@ -154,6 +154,6 @@ def run_sweep_file(
     """Run a whole sweep from its file, pretraining included."""
     settings = read_options(file, set_)
     with open_desk(workspace, "sweep", verbose=verbose) as desk:
-        from orchestrator import procedure
+        from orchestrator.sweep_files import run_file
 
-        procedure.run_file(settings, desk, dry_run=dry_run)
+        run_file(settings, desk, dry_run=dry_run)

@@ -23,6 +23,7 @@ from orchestrator.settings.tree import (
     InfluenceSettings,
     SearchSettings,
     Settings,
+    StudySettings,
     SweepSettings,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "SearchSettings",
     "Section",
     "Settings",
+    "StudySettings",
     "SweepSettings",
     "TrainingSettings",
     "flatten",

@@ -42,7 +42,7 @@ class EvaluationSettings(Section):
 class SweepSettings(Section):
     """Which trials a sweep runs."""
 
-    kind: Literal["threshold", "iterations", "search"] = "threshold"
+    kind: Literal["threshold", "iterations", "search", "study"] = "threshold"
     """`threshold`: students of one teacher; `iterations`: models trained from scratch; `search`:
     the threshold's students and then others under free schedules."""
     num_schedules: int = Field(default=7, ge=2)
@@ -99,6 +99,30 @@ class SearchSettings(Section):
     """Seed of the suggestions."""
 
 
+class StudySettings(Section):
+    """What `sweep.kind: study` compares beside the methods and rates of `sweep`: each at its best
+    rate, then every way to a cheaper model."""
+
+    two_stage_from: float | None = Field(default=0.75, gt=0.0, lt=1.0)
+    """Also train the IIET of most corrections in two stages, the corrections from this share of the
+    steps on; not if unset. The better of the two is the teacher."""
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds of the comparison at equal tokens; the first one's models are all that follows uses."""
+    equal_flops: bool = True
+    """Also train each model for as many steps as the costliest one's training FLOPs pay for."""
+    metrics: tuple[Literal["cosine", "relative", "loss"], ...] = ("cosine", "relative", "loss")
+    """Measures of influence, each with a front of its own."""
+    controls: tuple[Literal["cross_entropy", "pruned", "scratch"], ...] = (
+        "cross_entropy",
+        "pruned",
+    )
+    """Controls of the distillation on the first metric's schedules."""
+    selections: tuple[Literal["knapsack", "remeasured"], ...] = ("knapsack", "remeasured")
+    """Other ways to choose schedules by the first metric."""
+    warm_start: bool = True
+    """Whether students along the first metric's family start from one another, too."""
+
+
 class ClusterSettings(Section):
     """Where the work runs."""
 
@@ -130,6 +154,8 @@ class Settings(Section):
     """Tasks and their size."""
     sweep: SweepSettings = SweepSettings()
     """Trials of a sweep."""
+    study: StudySettings = StudySettings()
+    """Phases of a study."""
     search: SearchSettings = SearchSettings()
     """Free schedules beside the threshold's."""
     cluster: ClusterSettings = ClusterSettings()

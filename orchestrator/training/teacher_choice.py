@@ -137,6 +137,34 @@ def share_teacher(
     ]
 
 
+def teacher_tokens(
+    jobs: Sequence[TrainingJob], settings: DistillationSettings, parent: Path
+) -> int:
+    """Return how many tokens teachers will read for these jobs: once for all of those that share
+    what is stored, and not at all where it is there.
+
+    Args:
+        jobs: Those that will run.
+        settings: `teacher_cache` says whether to store.
+        parent: Folder of all caches.
+    """
+    students: dict[str, list[CachePlan]] = {}
+    num_tokens = 0
+    for job in jobs:
+        plan = cache_plan(job)
+        if plan:
+            students.setdefault(plan.key, []).append(plan)
+        elif job.teacher_folder and job.objective == "distill":
+            num_tokens += len(_teaching_steps(job)) * job.recipe.num_tokens_per_step
+    for plans in students.values():
+        plan = plans[0]
+        is_stored, _ = _choice(settings.teacher_cache, plan, len(plans), parent)
+        is_there = is_stored and damage(parent / plan.key, plan, read=False) is None
+        runs = 0 if is_there else 1 if is_stored else len(plans)
+        num_tokens += runs * plan.num_rows * plan.context_length
+    return num_tokens
+
+
 def _refuse_hidden(settings: DistillationSettings, progress: Progress) -> None:
     why = "distillation.hidden_weight needs its hidden states, which are not stored"
     if settings.teacher_cache in ("exact", "top_k"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ def test_a_warm_start_makes_a_chain_with_keys_of_its_own(
     assert [t.after for t in students] == [None, *(t.key for t in students[:-1])]
     assert all(
         student.job and before.folder == student.job["initial_folder"]
-        for before, student in zip(students[:-1], students[1:], strict=True)
+        for before, student in pairwise(students)
     )
     shared = {t.key for t in warm.trials} & {t.key for t in cold.trials}
     assert shared == {t.key for t in warm.trials[:2]}, "the teacher, and the first of the chain"

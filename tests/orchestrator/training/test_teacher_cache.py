@@ -29,6 +29,7 @@ from orchestrator.training.teacher_choice import (
     forget_teacher,
     share_teacher,
     teacher_answers,
+    teacher_tokens,
 )
 
 RECIPE: dict[str, Any] = {
@@ -300,6 +301,16 @@ def test_auto_stores_for_two_students_and_not_for_one(
     assert ["runs in each" in notes.notes[0], "stored once" in notes.notes[1]] == [True, True]
     assert "there already" in notes.notes[2]
     assert share_teacher([plain], DistillationSettings(), tmp_path / "t") == [plain]
+
+
+def test_the_price_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: Path) -> None:
+    jobs = [student("a"), student("b"), student("c", objective="cross_entropy")]
+    own = RECIPE["num_steps"] * RECIPE["num_tokens_per_step"]
+    live, shared = (DistillationSettings(teacher_cache=mode) for mode in ("live", "exact"))
+    assert teacher_tokens(jobs, live, tmp_path / "t") == 2 * own
+    assert teacher_tokens(jobs, shared, tmp_path / "t") == own
+    share_teacher(jobs, shared, tmp_path / "t")
+    assert teacher_tokens(jobs, shared, tmp_path / "t") == 0
 
 
 def test_auto_deletes_what_it_stored_and_a_later_job_asks_the_teacher(

@@ -1,0 +1,177 @@
+"""A study in Markdown: one table a phase, and what the numbers say of the paper's two claims.
+
+Every number is the sweeps' own. Differences are plain: whoever wants paired intervals finds them in
+the report of the sweep that a table names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.analysis.evaluation import STDERR
+from orchestrator.analysis.texts import with_error
+from orchestrator.trial import TrialResult
+
+LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
+PAPER_KEPT, PAPER_SAVED = 0.994, 0.55
+"""The paper's headline: so much of the accuracy, with so much less overhead of inference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """What the models from scratch came to."""
+
+    by_rate: Mapping[str, Mapping[float, TrialResult]]
+    """Model -> learning rate -> result, under one seed."""
+    best: Mapping[str, TrialResult]
+    """Model -> the one of them with the lowest validation loss."""
+    tokens: Mapping[str, TrialResult]
+    """Model -> result at its best rate and equal tokens, joined over seeds."""
+    flops: Mapping[str, TrialResult]
+    """Model -> result at its best rate and equal training FLOPs; empty if that was not asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """What the ways to a cheaper model came to."""
+
+    teacher: TrialResult
+    """The full model that all start from."""
+    results: Mapping[str, Sequence[TrialResult]]
+    """Way -> its sweep's results; the usual way first."""
+    of_choosing: Sequence[str]
+    """Sweeps that differ in which schedules they hold, the usual one first."""
+    of_training: Sequence[str]
+    """Sweeps that differ in how the same schedules are trained, the usual one first."""
+
+
+def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
+    """Return the whole study as Markdown.
+
+    Args:
+        phases: The models from scratch.
+        ways: The fronts of students.
+        pictures: Folders that hold a picture of fronts laid over each other.
+    """
+    parts = ["# Study", *(f"- {sentence}" for sentence in _claims(phases, ways))]
+    parts += ["", "## Learning rates (validation loss, one seed)", "", *_rates(phases)]
+    parts += ["", "## Equal tokens, each at its best rate", "", *_models(phases.tokens)]
+    if phases.flops:
+        parts += ["", "## Equal training FLOPs, one seed", "", *_models(phases.flops)]
+    for name, title in ((LOSS, "validation loss"), (ACCURACY, "accuracy in percent")):
+        parts += ["", f"## Students: {title} by evaluations", "", *_pivot(ways, name)]
+    parts += ["", "## Students: schedules by evaluations", "", *_pivot(ways, None)]
+    parts += ["", *(f"Fronts over each other: {folder / 'front.html'}" for folder in pictures)]
+    return "\n".join(parts) + "\n"
+
+
+def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
+    vanilla = phases.tokens.get("vanilla")
+    if vanilla:
+        for name, result in phases.tokens.items():
+            if result is not vanilla:
+                yield f"{name} against vanilla at equal tokens: {_difference(result, vanilla)}"
+    usual = next(iter(ways.results))
+    students = [r for r in ways.results[usual] if r.role == "trial"]
+    teacher = next(r for r in ways.results[usual] if r.role == "teacher")
+    least = len(teacher.schedule or ())
+    overhead = teacher.cost["evaluations"] - least
+    within = [
+        r for r in students if r.cost["evaluations"] - least <= (1 - PAPER_SAVED) * overhead + 1e-9
+    ]
+    if within and overhead:
+        best = max(within, key=lambda r: r.quality.get(ACCURACY, -math.inf))
+        share = best.quality[ACCURACY] / teacher.quality[ACCURACY]
+        saved = 1 - (best.cost["evaluations"] - least) / overhead
+        yield (
+            f"students with {PAPER_SAVED:.0%} less overhead: the best, {best.name}, saves "
+            f"{saved:.0%} of the corrections and keeps {share:.1%} of its teacher's accuracy "
+            f"(the paper: {PAPER_KEPT:.1%}); loss {best.quality[LOSS]:.3f} against "
+            f"{teacher.quality[LOSS]:.3f}"
+        )
+
+
+def _difference(result: TrialResult, other: TrialResult) -> str:
+    loss = _joined(result, other, LOSS)
+    accuracy = _joined(result, other, ACCURACY)
+    return (
+        f"loss {loss[0]:+.3f} ± {loss[1]:.3f}, accuracy {100 * accuracy[0]:+.2f} ± "
+        f"{100 * accuracy[1]:.2f} points"
+    )
+
+
+def _joined(result: TrialResult, other: TrialResult, name: str) -> tuple[float, float]:
+    """Return a difference and its error, both models' errors taken as independent."""
+    errors = [each.quality.get(name + STDERR, 0.0) for each in (result, other)]
+    return result.quality[name] - other.quality[name], math.hypot(*errors)
+
+
+def _rates(phases: Phases) -> list[str]:
+    rates = sorted({rate for own in phases.by_rate.values() for rate in own})
+    rows = [["model", *(f"{rate:g}" for rate in rates)]]
+    for name, own in phases.by_rate.items():
+        least = min(result.quality[LOSS] for result in own.values())
+        cells = [f"{own[r].quality[LOSS]:.3f}" if r in own else "" for r in rates]
+        rows.append([name, *(f"**{c}**" if c == f"{least:.3f}" else c for c in cells)])
+    return _table(rows)
+
+
+def _models(models: Mapping[str, TrialResult]) -> list[str]:
+    heads = [
+        "model", "evaluations", "training FLOPs", "tokens", "validation loss", "bits per byte",
+        "accuracy %", "seeds",
+    ]  # fmt: skip
+    rows = [heads]
+    for name, result in models.items():
+        rows.append(
+            [
+                name,
+                f"{result.cost['evaluations']:.0f}",
+                f"{result.train['flops']:.2e}",
+                f"{result.train['tokens']:,.0f}",
+                _number(result, LOSS),
+                _number(result, BITS),
+                _number(result, ACCURACY),
+                f"{result.train.get('seeds', 1):.0f}",
+            ]
+        )
+    return _table(rows)
+
+
+def _pivot(ways: Ways, name: str | None) -> list[str]:
+    """Return one row for each cost and one column for each way: a number, or the schedule."""
+    students = {
+        way: {r.cost["evaluations"]: r for r in results if r.role == "trial"}
+        for way, results in ways.results.items()
+    }
+    costs = sorted({cost for own in students.values() for cost in own}, reverse=True)
+    rows = [["evaluations", *students]]
+    for cost in costs:
+        cells = [_cell(own.get(cost), name) for own in students.values()]
+        rows.append([f"{cost:.0f}", *cells])
+    if name:
+        teacher = next(r for r in next(iter(ways.results.values())) if r.role == "teacher")
+        rows.append(["the teacher", _number(teacher, name), *[""] * (len(students) - 1)])
+    return _table(rows)
+
+
+def _cell(result: TrialResult | None, name: str | None) -> str:
+    if result is None:
+        return ""
+    return result.schedule_text if name is None else _number(result, name, with_errors=False)
+
+
+def _number(result: TrialResult, name: str, *, with_errors: bool = True) -> str:
+    if name not in result.quality:
+        return ""
+    error = result.quality.get(name + STDERR) if with_errors else None
+    return with_error(result.quality[name], error, is_percent=name == ACCURACY)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = rows
+    lines = [f"| {' | '.join(head)} |", f"| --- {'| ---: ' * (len(head) - 1)}|"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in body)]

@@ -1,0 +1,264 @@
+"""The study: does IIET beat its rivals, and does IIAD keep that for less? On any text and tasks.
+
+A study is a row of ordinary sweeps in one workspace, each planned from what the one before found:
+
+    rates     every method and iteration count at every learning rate, one seed
+    tokens    each at its best rate, several seeds: the comparison at equal tokens
+    flops     each at its best rate, for as many steps as the same training FLOPs pay for
+    fronts    students of the best IIET of most corrections: a front for each measure of influence,
+              and by the first measure without distillation, by other selections, with warm starts
+
+Trials are shared by their keys, so that nothing is trained twice, an interrupted study goes on, and
+a larger one starts from a smaller one. Out come the sweeps' own reports, two pictures that lay the
+fronts over each other, and `results.md` with one table a phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from iiet.cost import training_flops_per_token
+from orchestrator.analysis.axes import QUALITIES, Axes
+from orchestrator.analysis.seeds import join_seeds
+from orchestrator.analysis.study_tables import Phases, Ways, study_markdown
+from orchestrator.catalog import NO_CORRECTIONS
+from orchestrator.cluster import ray_cluster
+from orchestrator.desk import Desk
+from orchestrator.errors import UserError
+from orchestrator.plan import Variant, iterations_plan
+from orchestrator.procedure import run_and_show, sweep_thresholds
+from orchestrator.settings import Settings
+from orchestrator.showing import show_plan
+from orchestrator.stages.overlay import write_overlay
+from orchestrator.stages.prepare import prepare
+from orchestrator.stages.pretrain import plan_pretraining
+from orchestrator.sweep_plans import models_of, plan_suite, with_rates
+from orchestrator.training.job import TrainingJob
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import write_text
+
+TWO_STAGES = ", two stages"
+LOSS = "validation_loss"
+_BY_CHOICE = ("cosine", "relative", "loss", "knapsack", "remeasured")
+"""Fronts that differ in which schedules they hold; the others differ in how those are trained."""
+
+
+def run_study(
+    settings: Settings, desk: Desk, *, name: str = "study", dry_run: bool = False
+) -> None:
+    """Run every phase that is not finished, and write down what came out.
+
+    Args:
+        settings: Sections `study`, `sweep` and `training` say what is compared.
+        desk: Workspace, tracking and terminal.
+        name: What the names of its sweeps start with.
+        dry_run: Print the first phase's plan, which all others follow from, and run nothing.
+
+    Raises:
+        UserError: If there is no IIET with corrections among the models.
+        StageFailed: If a trial failed; the same command tries it again.
+    """
+    study = _Study(settings, desk, name)
+    if dry_run:
+        rates = study.variants(study.all_rates(), seeds=settings.study.seeds[:1])
+        plan = iterations_plan(rates, suite=study.suite, name=f"{name}-rates")
+        show_plan(plan, settings, desk)
+        return
+    with ray_cluster():
+        phases = study.compare()
+        ways = study.distill(phases)
+    folder = desk.workspace.overlays / name
+    overlays = [
+        write_overlay(desk.workspace, names, axes=Axes(quality=QUALITIES["loss"]))
+        for names in (ways.of_choosing, ways.of_training)
+        if len(names) > 1
+    ]
+    text = study_markdown(phases, ways, [written.folder for written in overlays])
+    write_text(folder / "results.md", text)
+    desk.console.print(f"study: {folder / 'results.md'}", soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """One method or iteration count, and how it is trained apart from its rate."""
+
+    name: str
+    settings: Settings
+    rates: tuple[float, ...]
+
+    def at(self, *, rate: float, seed: int, num_steps: int | None = None) -> Settings:
+        """Return its settings at a learning rate, for a number of steps."""
+        recipe = self.settings.training
+        changes = {"learning_rate": rate, "seed": seed, "num_steps": num_steps or recipe.num_steps}
+        training = recipe.model_copy(update=changes)
+        return self.settings.model_copy(update={"training": training})
+
+
+class _Study:
+    """The phases, in their order."""
+
+    def __init__(self, settings: Settings, desk: Desk, name: str) -> None:
+        self.settings, self.desk, self.name = settings, desk, name
+        self.tokens = prepare(settings.data, desk.workspace, desk.progress)
+        self.contenders = {c.name: c for c in _contenders(settings)}
+        first = next(iter(self.contenders.values()))
+        config = self._job(first.at(rate=1.0, seed=0)).config()
+        self.suite = plan_suite(settings.evaluation, self.tokens, config, desk.progress)
+
+    def all_rates(self) -> dict[str, Sequence[float]]:
+        """Return the rates that every contender is tried at."""
+        return {name: contender.rates for name, contender in self.contenders.items()}
+
+    def variants(
+        self,
+        rates: Mapping[str, Sequence[float]],
+        *,
+        seeds: Sequence[int],
+        num_steps: Mapping[str, int] | None = None,
+    ) -> list[Variant]:
+        """Return what a phase trains: contenders at rates, under seeds, for a number of steps."""
+        found = []
+        for name, own in rates.items():
+            for rate in own:
+                for seed in seeds:
+                    group = _label(name, rate, own)
+                    steps = (num_steps or {}).get(name)
+                    job = self._job(self.contenders[name].at(rate=rate, seed=seed, num_steps=steps))
+                    several = len(seeds) > 1
+                    label = f"{group}, seed {seed}" if several else group
+                    found.append(Variant(label=label, job=job, group=group if several else None))
+        return found
+
+    def compare(self) -> Phases:
+        """Run the phases that train from scratch."""
+        first, seeds = self.settings.study.seeds[:1], self.settings.study.seeds
+        tried = self._run("rates", self.variants(self.all_rates(), seeds=first))
+        by_rate = {
+            name: {rate: tried[_label(name, rate, own)] for rate in own}
+            for name, own in self.all_rates().items()
+        }
+        best = {name: _best_rate(own) for name, own in by_rate.items()}
+        chosen: dict[str, Sequence[float]] = {name: (rate,) for name, rate in best.items()}
+        tokens = self._run("tokens", self.variants(chosen, seeds=seeds))
+        flops: Mapping[str, TrialResult] = {}
+        if self.settings.study.equal_flops:
+            steps = self._steps_of_equal_flops()
+            flops = self._run("flops", self.variants(chosen, seeds=first, num_steps=steps))
+        at_best = {name: by_rate[name][rate] for name, rate in best.items()}
+        return Phases(by_rate=by_rate, best=at_best, tokens=tokens, flops=flops)
+
+    def distill(self, phases: Phases) -> Ways:
+        """Run the fronts of the best IIET of most corrections."""
+        most = max(sum(result.schedule or ()) for result in phases.best.values())
+        fullest = [r for r in phases.best.values() if sum(r.schedule or ()) == most]
+        teacher = min(fullest, key=lambda result: result.quality[LOSS])
+        references = [
+            (name, Path(str(phases.best[name].checkpoint)))
+            for name in ("vanilla", NO_CORRECTIONS)
+            if name in phases.best
+        ]
+        ways = _ways(self.settings)
+        found = {
+            way: sweep_thresholds(
+                own,
+                self.desk,
+                Path(str(teacher.checkpoint)),
+                references=references,
+                name=self._sweep_name(way),
+            ).results
+            for way, own in ways.items()
+        }
+        usual, *others = ways
+        choosing = [usual, *(way for way in others if way in _BY_CHOICE)]
+        training = [usual, *(way for way in others if way not in _BY_CHOICE)]
+        return Ways(
+            teacher=teacher,
+            results=found,
+            of_choosing=[self._sweep_name(way) for way in choosing],
+            of_training=[self._sweep_name(way) for way in training],
+        )
+
+    def _sweep_name(self, phase: str) -> str:
+        return f"{self.name}-{phase.replace(' ', '-')}"
+
+    def _run(self, phase: str, variants: Sequence[Variant]) -> dict[str, TrialResult]:
+        plan = iterations_plan(variants, suite=self.suite, name=self._sweep_name(phase))
+        outcome = run_and_show(plan, self.settings, self.desk)
+        return {result.label: result for result in join_seeds(outcome.results).results}
+
+    def _steps_of_equal_flops(self) -> dict[str, int]:
+        """Return the steps that the costliest contender's training FLOPs pay for, by name."""
+        steps = self.settings.training.num_steps
+        flops = {name: self._flops_per_token(name) for name in self.contenders}
+        return {name: round(steps * max(flops.values()) / own) for name, own in flops.items()}
+
+    def _flops_per_token(self, name: str) -> float:
+        settings = self.contenders[name].at(rate=1.0, seed=0)
+        config = self._job(settings).config()
+        full = float(training_flops_per_token(config))
+        first_stage = settings.training.iterate_from_fraction
+        if not config.corrections.num_corrections or not first_stage:
+            return full
+        none = config.corrections.none(config.num_layers)
+        without = float(training_flops_per_token(config, none))
+        return first_stage * without + (1 - first_stage) * full
+
+    def _job(self, settings: Settings) -> TrainingJob:
+        return plan_pretraining(settings, self.desk.workspace, self.tokens)
+
+
+def _label(name: str, rate: float, rates: Sequence[float]) -> str:
+    return name if len(rates) == 1 else f"{name}, rate {rate:g}"
+
+
+def _best_rate(tried: Mapping[float, TrialResult]) -> float:
+    return min(tried, key=lambda rate: tried[rate].quality[LOSS])
+
+
+def _contenders(settings: Settings) -> Iterable[_Contender]:
+    models = []
+    for name, changes in models_of(settings):
+        own = with_rates(settings, **changes)
+        rates = tuple(each.training.learning_rate for each in own)
+        models.append(_Contender(name, own[0], rates))
+    yield from models
+    counts = [count for count in settings.sweep.iterations if isinstance(count, int) and count]
+    if "iiet" not in settings.sweep.methods or not counts:
+        raise UserError(
+            "a study needs an IIET with corrections: put iiet into sweep.methods and a number "
+            "above 0 into sweep.iterations"
+        )
+    if settings.study.two_stage_from:
+        full = next(model for model in models if model.name == f"r = {max(counts)}")
+        recipe = full.settings.training.model_copy(
+            update={"iterate_from_fraction": settings.study.two_stage_from}
+        )
+        two_stage = full.settings.model_copy(update={"training": recipe})
+        yield _Contender(full.name + TWO_STAGES, two_stage, full.rates)
+
+
+def _ways(settings: Settings) -> dict[str, Settings]:
+    """Return the settings of every front, by its name; the first metric's comes first."""
+    study = settings.study
+    ways: dict[str, Settings] = {
+        metric: _with(settings, influence={"metric": metric}) for metric in study.metrics
+    }
+    usual = next(iter(ways.values()))
+    for control in study.controls:
+        ways[control.replace("_", " ")] = _with(usual, distillation={"control": control})
+    for selection in study.selections:
+        ways[selection] = _with(usual, sweep={"selection": selection})
+    if study.warm_start:
+        ways["warm start"] = _with(usual, distillation={"warm_start": True})
+    return ways
+
+
+def _with(settings: Settings, **sections: Mapping[str, object]) -> Settings:
+    return settings.model_copy(
+        update={
+            name: getattr(settings, name).model_copy(update=dict(changes))
+            for name, changes in sections.items()
+        }
+    )
