@@ -45,7 +45,8 @@ LAYERS = (
     " orchestrator.views orchestrator.estimate_view",
     "orchestrator.stages",
     "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
-    " orchestrator.search_plans orchestrator.sweep_plans orchestrator.study orchestrator.sweep_files",
+    " orchestrator.search_plans orchestrator.sweep_plans orchestrator.study"
+    " orchestrator.sweep_files",
     "orchestrator.handover",
     "orchestrator.cli",
     "benchmarks",
