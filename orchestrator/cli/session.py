@@ -6,6 +6,7 @@ error becomes one sentence and a traceback in that log. A desk is a session with
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,11 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
             where = f"\nThe log is {log.path}" if log.path else ""
             raise StageFailed(f"{error}{where}") from error
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise StageFailed(
+                    f"no room is left on the disk of {space.root} (or on that of temporary files); "
+                    "make room, then the same command goes on from what was saved"
+                ) from error
             if log.path is None:
                 raise
             with log.path.open("a", encoding="utf-8") as file:
