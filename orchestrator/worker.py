@@ -31,7 +31,7 @@ from orchestrator.training.job import (
     stop_asked,
 )
 from orchestrator.training.loop import Diverged
-from orchestrator.training.parallel import World
+from orchestrator.training.parallel import World, check_parallel
 from orchestrator.training.run import run_job
 from orchestrator.training.saving import NotSaved
 
@@ -84,6 +84,7 @@ def run_train_jobs(
     num_workers = check_train_jobs(jobs, num_workers=num_workers, num_gpus=num_gpus)
     waiting = [job for job in jobs if finished_outcome(job) is None]
     if waiting:
+        check_parallel(parallel)
         for job in waiting:
             forget_stop(job.folder)
         before = [_journal_bytes(job) for job in waiting]

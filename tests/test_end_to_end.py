@@ -246,3 +246,16 @@ def test_a_study_runs_all_its_phases_and_trains_nothing_twice(tmp_path: Path) ->
     assert len(list((tmp_path / "runs").glob("*/done.json"))) == 4 + 3 + 2
     # Full and none: distilled, the latter from the former too, and pruned without training.
     assert len(list((tmp_path / "trials").glob("*/done.json"))) == 3
+
+
+def test_the_shipped_search_goes_on_from_the_family(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    before = _checkpoints(workspace)
+    options = small("search.num_trials=2", "search.trials_per_round=2")
+    plan = run("sweep", "search", "--dry-run", *options, workspace=workspace)
+    assert "tries at most 2 more of 27 schedules" in plan
+    run("sweep", "search", *options, workspace=workspace)
+    new = set(_checkpoints(workspace)) - set(before)
+    assert len({Path(path).parent.parent for path in new}) == 2, "the family was not trained again"
+    assert "search-" in run("sweep", "search", *options, workspace=workspace)
+    assert set(_checkpoints(workspace)) - set(before) == new

@@ -75,6 +75,9 @@ def pretrain(
         str | None, typer.Option("--corrections", "-r", help="3, or one a layer: 2,2,1,1,1,1.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    skip_bad_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps in a row without a finite loss to pass over.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; made up if left out.")] = None,
     local: LocalOption = False,
     dry_run: DryRunOption = False,
@@ -97,6 +100,7 @@ def pretrain(
         model__method=method,
         model__corrections=corrections,
         training__num_steps=steps,
+        training__skip_bad_steps=skip_bad_steps,
     )
     if dry_run:
         _show_plan(settings, workspace, mfu)
