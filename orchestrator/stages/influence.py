@@ -66,17 +66,8 @@ def measure_influence(
     own = decoder.schedule
     if schedule is not None:
         decoder = decoder.with_schedule(schedule)
-    if not decoder.schedule.num_corrections:
-        raise UserError(
-            f"{checkpoint} is a {decoder.config.method} model without corrections, so there is no "
-            "influence to measure; take an IIET with r >= 1"
-        )
     store = open_tokens(tokens_folder)
-    if store.vocab_size > decoder.config.vocab_size:
-        raise UserError(
-            f"{checkpoint} knows {decoder.config.vocab_size} tokens, but {tokens_folder} uses "
-            f"{store.vocab_size}: these are not the tokens it was trained on"
-        )
+    _check(decoder, checkpoint, store)
     num_tokens = min(settings.num_tokens, len(store.validation))
     key = content_key(
         "influence",
@@ -100,6 +91,20 @@ def measure_influence(
     if tracking:
         _track(tracking, key, found, path, checkpoint)
     return found
+
+
+def _check(decoder: Decoder, checkpoint: Path, store: TokenStore) -> None:
+    """Refuse a model without corrections, and tokens that it does not know."""
+    if not decoder.schedule.num_corrections:
+        raise UserError(
+            f"{checkpoint} is a {decoder.config.method} model without corrections, so there is no "
+            "influence to measure; take an IIET with r >= 1"
+        )
+    if store.vocab_size > decoder.config.vocab_size:
+        raise UserError(
+            f"{checkpoint} knows {decoder.config.vocab_size} tokens, but {store.folder} uses "
+            f"{store.vocab_size}: these are not the tokens it was trained on"
+        )
 
 
 def _measured(
