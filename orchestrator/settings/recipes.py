@@ -44,9 +44,12 @@ class TrainingSettings(Section):
     iterate_ramp_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of the steps behind it over which corrections grow: 1, 2, ... up to the full schedule,
     each for as long; 0 makes all of them at once."""
+    spike_factor: float | None = Field(default=None, gt=1.0)
+    """A step is bad, too, if its gradient's norm is more than so many times the median of the
+    steps before; spikes are not watched for if unset."""
     skip_bad_steps: int = Field(default=0, ge=0)
-    """Most steps in a row that may pass without touching the weights because their loss or gradient
-    is not finite; one more ends the training, as the first does at 0."""
+    """Most bad steps in a row (loss or gradient not finite, or a spike) that may pass without
+    touching the weights; one more ends the training, as the first does at 0."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass: fp32, or bf16 autocast with fp32 weights."""
     activation_checkpointing: bool = False

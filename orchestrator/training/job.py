@@ -51,7 +51,7 @@ _FREE_IN_RECIPE = frozenset(
 """Parts of a recipe that change how a run is watched, saved or fitted into memory only; or, as
 `skip_bad_steps`, whether it gets to its end, not what stands there."""
 
-_LEFT_OUT_AT_DEFAULT = frozenset(["iterate_ramp_fraction"])
+_LEFT_OUT_AT_DEFAULT = frozenset(["iterate_ramp_fraction", "spike_factor"])
 """Parts of a recipe that came later: at their defaults they are not there, so that the keys of
 earlier runs stay as they are."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,13 @@ from orchestrator.training.parallel import (
 
 NUM_RECORDED_POINTS = 250
 """A run records about this many points of its loss, however long it is."""
+SPIKE_WINDOW = 64
+"""A spike is held against the median gradient norm of so many steps; a quarter of them will do."""
 
 
 class Diverged(StageFailed):
-    """The loss or the gradient is no number any more; trying again would end the same way."""
+    """The loss or the gradient is no number any more, or spiked; trying again would end the same
+    way."""
 
 
 @dataclass
@@ -56,9 +60,11 @@ class Position:
     validated_step: int = 0
     """Steps that were done then."""
     num_skipped: int = 0
-    """Steps that left the weights alone, because their loss or gradient was not finite."""
+    """Steps that left the weights alone, because their loss or gradient was bad."""
     num_skipped_in_row: int = 0
     """How many of them came one after the other just now."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Gradient norms of the latest steps, where spikes are watched for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +115,8 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
         cases.
 
     Raises:
-        Diverged: If loss or gradient are not finite more often in a row than the recipe passes
-            over; the weights are those before the step.
+        Diverged: If loss or gradient are bad (not finite, or a spike) more often in a row than the
+            recipe passes over; the weights are those before the step.
     """
     recipe, world = trainee.recipe, trainee.world
     trainee.model.train()
@@ -149,7 +155,7 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
 
 
 def _step(trainee: Trainee, input_ids: Tensor, position: Position) -> dict[str, float]:
-    # One step of the optimizer; none if the workers agree that loss or gradient are not finite.
+    # One step of the optimizer; none if the workers agree that loss or gradient are bad.
     recipe = trainee.recipe
     learning_rate = learning_rate_at(position.step, recipe)
     set_learning_rate(trainee.optimizer, learning_rate)
@@ -157,20 +163,40 @@ def _step(trainee: Trainee, input_ids: Tensor, position: Position) -> dict[str, 
     norm = clip_gradients(trainee.model, recipe.clip_norm)
     numbers = mean_over_workers({**losses, "gradient_norm": norm}, trainee.world)
     numbers["learning_rate"] = learning_rate
-    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
+    trouble = _trouble(numbers, position.recent_norms, recipe.spike_factor)
+    if trouble:
+        _pass_over(position, numbers, trouble, num_allowed=recipe.skip_bad_steps)
+    else:
         trainee.optimizer.step()
         position.num_skipped_in_row = 0
-    else:
-        _pass_over(position, numbers, num_allowed=recipe.skip_bad_steps)
+        if recipe.spike_factor:
+            norms = [*position.recent_norms, numbers["gradient_norm"]]
+            position.recent_norms = norms[-SPIKE_WINDOW:]
     trainee.optimizer.zero_grad(set_to_none=True)
     return numbers
 
 
-def _pass_over(position: Position, numbers: Mapping[str, float], *, num_allowed: int) -> None:
+def _trouble(
+    numbers: Mapping[str, float], recent_norms: Sequence[float], spike_factor: float | None
+) -> str:
+    """Say what is wrong with a step; empty if nothing is."""
+    loss, norm = numbers["loss"], numbers["gradient_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return "diverged"
+    if spike_factor and len(recent_norms) >= SPIKE_WINDOW // 4:
+        times = norm / median(recent_norms)
+        if times > spike_factor:
+            return f"spiked (its gradient has {times:.1f} times the usual norm)"
+    return ""
+
+
+def _pass_over(
+    position: Position, numbers: Mapping[str, float], trouble: str, *, num_allowed: int
+) -> None:
     if position.num_skipped_in_row >= num_allowed:
         skipped = position.num_skipped_in_row
         raise Diverged(
-            f"training diverged at step {position.step + 1}: loss {numbers['loss']:g}, "
+            f"training {trouble} at step {position.step + 1}: loss {numbers['loss']:g}, "
             f"gradient norm {numbers['gradient_norm']:g}, "
             f"learning rate {numbers['learning_rate']:g}"
             + (f", after {skipped} skipped in a row" if skipped else "")

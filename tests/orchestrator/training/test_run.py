@@ -243,7 +243,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") 
                 if name == "loss":
                     loss = loss * math.nan
                 else:
-                    loss.register_hook(lambda gradient: gradient * math.inf)
+                    factor = 1e3 if name == "spike" else math.inf
+                    loss.register_hook(lambda gradient: gradient * factor)
             return loss, parts
 
         return compute
@@ -299,6 +300,24 @@ def test_too_many_bad_steps_in_a_row_end_a_run_that_may_be_allowed_more(
     run_job(make_job("cut", recipe={"skip_bad_steps": 3}))
     run_job(make_job("whole", recipe={"skip_bad_steps": 3}))
     assert losses(make_job("cut")) == losses(make_job("whole"))
+
+
+def test_a_spike_is_a_bad_step_where_it_is_watched_for(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 20, name="spike")
+    recipe = {"num_steps": 24, "checkpoint_every_steps": 10}
+    assert run_job(make_job("blind", recipe=recipe)).finished
+    watched = {**recipe, "spike_factor": 20.0}
+    with pytest.raises(Diverged, match=r"spiked .* times the usual norm\) at step 21: loss"):
+        run_job(make_job("watched", recipe=watched))
+    # It goes on from step 20 with the norms that it remembers, and passes over the spike.
+    patient = {**watched, "skip_bad_steps": 1}
+    run_job(make_job("watched", recipe=patient))
+    run_job(make_job("whole", recipe=patient))
+    assert losses(make_job("watched")) == losses(make_job("whole"))
+    assert [r["step"] for r in read_journal(make_job("whole").folder)[0]
+            if r.get("name") == "skipped"] == [21]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", [4, 5, 6])
