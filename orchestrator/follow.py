@@ -119,7 +119,7 @@ class JournalFollower:
         return max(found, default=None)
 
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
-        if event["name"] == "damaged":
+        if event["name"] in ("damaged", "not copied"):
             self._progress.note(event["text"])
         elif event["name"] == "skipped":
             self._progress.note(

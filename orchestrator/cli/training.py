@@ -78,6 +78,9 @@ def pretrain(
     skip_bad_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps in a row without a finite loss to pass over.")
     ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="URI for copies of the checkpoints: s3://bucket/runs.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; made up if left out.")] = None,
     local: LocalOption = False,
     dry_run: DryRunOption = False,
@@ -101,6 +104,7 @@ def pretrain(
         model__corrections=corrections,
         training__num_steps=steps,
         training__skip_bad_steps=skip_bad_steps,
+        cluster__storage=storage,
     )
     if dry_run:
         _show_plan(settings, workspace, mfu)

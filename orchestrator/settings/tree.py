@@ -130,6 +130,9 @@ class ClusterSettings(Section):
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: int = Field(default=0, ge=0)
     """GPUs of a training job; 0 trains on CPUs."""
+    storage: str | None = None
+    """URI of a second place for checkpoints of pretraining, such as `s3://bucket/runs`: copied
+    there beside training, and fetched from there where the workspace has none."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several workers share a model: each has all of it (ddp), or a part of its weights,
     gradients and moments (fsdp), which needs less memory and more traffic."""

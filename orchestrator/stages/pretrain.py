@@ -48,6 +48,7 @@ def plan_pretraining(
         tokens_folder=str(tokens),
         model=config.to_dict(),
         recipe=settings.training,
+        storage=settings.cluster.storage,
     )
     if name is None:
         counts = sorted(set(config.corrections))

@@ -82,6 +82,8 @@ class TrainingJob:
     """Weights and kind of the distillation loss; its defaults when unset."""
     teacher_cache: str | None = None
     """Folder with what the teacher says, if it was stored; not part of the key."""
+    storage: str | None = None
+    """URI of a second place for the checkpoints; not part of the key."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """JSON-able remarks that go into every checkpoint; not part of the key."""
 
@@ -122,7 +124,7 @@ class TrainingJob:
 
 _PLAIN_FIELDS = (
     "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
-    "initial_job", "teacher_cache", "provenance",
+    "initial_job", "teacher_cache", "storage", "provenance",
 )  # fmt: skip
 
 
@@ -202,6 +204,10 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     config = job.config()
     if job.recipe.compile:
         check_compiler()
+    if job.storage:
+        from orchestrator.training.mirror import Mirror  # pyarrow takes a moment
+
+        Mirror(job.storage, job.folder)
     store = open_tokens(job.tokens_folder)
     if store.vocab_size > config.vocab_size:
         raise UserError(

@@ -264,9 +264,10 @@ class _Run:
         }
 
     def _newest_checkpoint(self) -> Path | None:
-        return newest_checkpoint(
+        newest = newest_checkpoint(
             self.job.folder, lambda sentence: self.event("damaged", text=sentence)
         )
+        return newest or self.saver.fetch()
 
     def _with_last_checkpoint(self, error: Diverged) -> Diverged:
         with suppress(StageFailed):  # One reason to end is enough.

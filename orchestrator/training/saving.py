@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,9 @@ from orchestrator.training.keeping import best_checkpoint, prune_checkpoints, re
 from orchestrator.training.loop import Position
 from orchestrator.training.parallel import World, decided_by_first, whole
 from orchestrator.training.parts import provenance_of, random_state
+
+if TYPE_CHECKING:
+    from orchestrator.training.mirror import Mirror
 
 Event = Callable[..., None]
 
@@ -64,6 +67,30 @@ class Saver:
         self._writing: Future[None] | None = None
         self._saved_step = 0
         self._saved_at = time.monotonic()
+        self._mirror: Mirror | None = None
+        if job.storage and world.is_first:
+            from orchestrator.training.mirror import Mirror  # pyarrow takes a moment
+
+            self._mirror = Mirror(job.storage, job.folder)
+
+    def fetch(self) -> Path | None:
+        """Bring back the newest checkpoint from the run's storage; None if it has none there.
+
+        Raises:
+            StageFailed: If the storage does not answer.
+        """
+        if self._mirror is None:
+            return None
+        from orchestrator.training.mirror import COPY_ERRORS
+
+        try:
+            return self._mirror.fetch(lambda sentence: self._event("damaged", text=sentence))
+        except COPY_ERRORS as error:
+            raise StageFailed(
+                f"{self._job.storage} may hold checkpoints to go on from, and does not answer "
+                f"({' '.join(str(error).split())}); try again, or unset cluster.storage to start "
+                "anew"
+            ) from None
 
     def go_on_from(self, checkpoint: Path, step: int) -> None:
         """Begin behind a checkpoint that is there already."""
@@ -136,6 +163,18 @@ class Saver:
         best = best_checkpoint(folder) if recipe.keep_best else None
         prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=best)
         self._event("checkpoint", step=position.step, path=str(self.checkpoint))
+        self._copy(self._mirror)
+
+    def _copy(self, mirror: Mirror | None) -> None:
+        if mirror is None:
+            return
+        from orchestrator.training.mirror import COPY_ERRORS
+
+        try:
+            mirror.send()
+        except COPY_ERRORS as error:
+            text = f"no copy in {self._job.storage}: {' '.join(str(error).split())}"
+            self._event("not copied", text=f"{text}; training goes on, the next one is tried again")
 
 
 def _copied(value: Any, *, keep: bool) -> Any:
