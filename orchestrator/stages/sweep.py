@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from orchestrator.analysis.benchmark import decode_milliseconds, threads
 from orchestrator.analysis.early_stop import Verdict
@@ -27,7 +28,7 @@ from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob, check_job
-from orchestrator.training.teacher_choice import forget_teacher, share_teacher
+from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_tokens
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import rivals_of, verdict_of
 from orchestrator.trial_room import check_trial_size
@@ -142,7 +143,7 @@ class _Work:
         self.rivals = _rivals(self.plan) if self.settings.sweep.stop_dominated else {}
         lost = {trial.key for trial in trials if _verdict(trial, self.rivals)}
         waiting = [t for t in trials if t.result() is None and t.key not in lost]
-        waiting = _with_shared_teacher(waiting, self.settings, self.workspace, self.progress)
+        waiting = self._with_shared_teacher(waiting)
         self._jobs += [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
         rounds = TrialRounds(
             self.folder,
@@ -156,6 +157,22 @@ class _Work:
         rounds.run(waiting)
         self.failures |= rounds.failures
         self.made |= rounds.made
+
+    def _with_shared_teacher(self, waiting: Sequence[PlannedTrial]) -> list[PlannedTrial]:
+        """Run the teacher once for all students where that pays, and tell them where to look."""
+        jobs = {trial.key: TrainingJob.from_dict(trial.job) for trial in waiting if trial.job}
+        asked = list(jobs.values())
+        distillation, teachers = self.settings.distillation, self.workspace.teachers
+        num_tokens = teacher_tokens(asked, distillation, teachers)
+        shared = share_teacher(asked, distillation, teachers, progress=self.progress)
+        if num_tokens and any(job.teacher_cache for job in shared):
+            # A teacher that runs in each trial is in the trials' own FLOPs.
+            forward = inference_cost(full_config(self.plan)).forward_flops_per_token
+            numbers = {"teacher_tokens": num_tokens, "teacher_flops": num_tokens * forward}
+            named = {f"sweep/{name}": float(number) for name, number in numbers.items()}
+            self.run.log_metrics(named, step=len(self.plan.trials))
+        jobs = dict(zip(jobs, shared, strict=True))
+        return [replace(t, job=jobs[t.key].to_dict()) if t.job else t for t in waiting]
 
     def forget_teacher(self) -> None:
         """Delete what was stored of the teacher, unless a failed student will ask for it again."""
@@ -230,18 +247,6 @@ def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> I
         run.finish(status_after(error))
         raise
     run.finish()
-
-
-def _with_shared_teacher(
-    waiting: Sequence[PlannedTrial], settings: Settings, workspace: Workspace, progress: Progress
-) -> list[PlannedTrial]:
-    """Run the teacher once for all students where that pays, and tell them where to look."""
-    jobs = {trial.key: TrainingJob.from_dict(trial.job) for trial in waiting if trial.job}
-    shared = share_teacher(
-        list(jobs.values()), settings.distillation, workspace.teachers, progress=progress
-    )
-    jobs = dict(zip(jobs, shared, strict=True))
-    return [replace(t, job=jobs[t.key].to_dict()) if t.job else t for t in waiting]
 
 
 def _with_costs(

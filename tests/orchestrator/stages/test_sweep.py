@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from iiet.cost import inference_cost
 from orchestrator.analysis.early_stop import Verdict
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
@@ -68,7 +69,6 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     monkeypatch.setattr(
         TrialRounds, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
     )
-    monkeypatch.setattr(sweep_module, "_with_shared_teacher", lambda waiting, *_: waiting)
     monkeypatch.setattr(sweep_module, "PROMPT_TOKENS", 4)
     monkeypatch.setattr(sweep_module, "NEW_TOKENS", 2)
     tracking = FakeTracking()
@@ -90,3 +90,24 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 
     assert outcome_of().stopped == {}
     assert asked == [stopped.key]
+
+
+def test_what_a_stored_teacher_costs_is_counted_once(
+    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(rounds: TrialRounds, waiting: list[PlannedTrial]) -> None:
+        assert all(trial.job and trial.job["teacher_cache"] for trial in waiting if trial.job)
+        for trial in waiting:
+            finish(trial)
+
+    monkeypatch.setattr(TrialRounds, "run", run)
+    monkeypatch.setattr(sweep_module, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(sweep_module, "NEW_TOKENS", 2)
+    tracking, settings = FakeTracking(), resolve_settings({}, [])
+    sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
+    job = tiny_plan.trials[-1].job
+    assert job
+    num_tokens = job["recipe"]["num_steps"] * job["recipe"]["num_tokens_per_step"]
+    forward = inference_cost(tiny_plan.trials[0].config()).forward_flops_per_token
+    assert tracking.metrics["sweep/teacher_tokens"] == num_tokens
+    assert tracking.metrics["sweep/teacher_flops"] == num_tokens * forward
