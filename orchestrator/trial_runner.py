@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import queue
 import shutil
 import time
@@ -192,9 +193,10 @@ def _tune_trial(
 ) -> None:
     torch.set_num_threads(room.cpus * room.workers)
     context = TrialContext(room, lambda: stop_asked(stop_folder))
-    if not context.should_stop():
-        answer = answer_of(lambda: function(trials[config["number"]], context))
-        tune.report({ANSWER: json.dumps(answer)})
+    # One that was not begun reports nothing, too: Tune prints of a trial that it ended unheard.
+    asked = context.should_stop()
+    answer = {} if asked else answer_of(lambda: function(trials[config["number"]], context))
+    tune.report({ANSWER: json.dumps(answer)})
 
 
 class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
@@ -252,8 +254,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
         """Report why a trial failed for the last time."""
         number = self._ended(trial)
-        reason = failure_reason(trial.get_pickled_error() or RuntimeError(trial.get_error()))
-        self._report(number, error=reason)
+        self._report(number, error=failure_reason(_last_error(trial)))
 
     def _report(
         self, number: int, result: dict[str, Any] | None = None, error: str | None = None
@@ -266,3 +267,12 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
         if self._to_wait_for is not None:
             self._to_wait_for.discard(number)
         return number
+
+
+def _last_error(trial: Any) -> BaseException:
+    """Return why a trial failed. Tune writes it here first and copies it to its storage later."""
+    path = trial.pickled_error_file
+    if path and Path(path).is_file():
+        error: BaseException = pickle.loads(Path(path).read_bytes())
+        return error
+    return trial.get_pickled_error() or RuntimeError(trial.get_error())

@@ -92,7 +92,6 @@ def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
 
     monkeypatch.setattr(Store, "connect", connect_if_up)
     monkeypatch.setattr(Store, "is_remote", True)
-    monkeypatch.setattr(sweep_module, "_with_shared_teacher", lambda waiting, *_: waiting)
     monkeypatch.setattr(sweep_module, "PROMPT_TOKENS", 4)
     monkeypatch.setattr(sweep_module, "NEW_TOKENS", 2)
     for when in ("start", "middle", "end"):
