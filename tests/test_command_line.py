@@ -102,7 +102,7 @@ def test_a_workspace_that_is_a_file_is_refused(
 def test_an_unexpected_error_leaves_its_traceback_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def break_down(*_: object) -> None:
+    def break_down(*_: object, **__: object) -> None:
         raise RuntimeError("the disk is on fire")
 
     monkeypatch.setattr("orchestrator.stages.prepare.prepare", break_down)
