@@ -29,10 +29,8 @@ from orchestrator.settings import EvaluationSettings, ModelSettings, Settings
 from orchestrator.stages.influence import measure_influence
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
+from orchestrator.stages.sweep import NEW_TOKENS, PROMPT_TOKENS, REPETITIONS
 from orchestrator.training.checkpoint import load_config
-
-PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 16, 32, 5
-"""How decoding is timed for budgets in milliseconds."""
 
 
 def plan_thresholds(

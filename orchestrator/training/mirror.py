@@ -40,7 +40,7 @@ class Mirror:
             self._store, root = fs.FileSystem.from_uri(uri)
         except COPY_ERRORS as error:
             raise UserError(
-                f"cluster.storage: {uri!r} names no storage that can be used ({_line(error)}); "
+                f"cluster.storage: {uri!r} names no storage that can be used ({one_line(error)}); "
                 "write s3://BUCKET/PATH, gs://BUCKET/PATH, file:///PATH or an absolute path"
             ) from None
         self._run_folder = run_folder
@@ -106,5 +106,6 @@ class Mirror:
         return [path.parent.name for path in paths if path.name == PROVENANCE]
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return what a store says, without its line breaks."""
     return " ".join(str(error).split())

@@ -81,14 +81,14 @@ class Saver:
         """
         if self._mirror is None:
             return None
-        from orchestrator.training.mirror import COPY_ERRORS
+        from orchestrator.training.mirror import COPY_ERRORS, one_line
 
         try:
             return self._mirror.fetch(lambda sentence: self._event("damaged", text=sentence))
         except COPY_ERRORS as error:
             raise StageFailed(
                 f"{self._job.storage} may hold checkpoints to go on from, and does not answer "
-                f"({' '.join(str(error).split())}); try again, or unset cluster.storage to start "
+                f"({one_line(error)}); try again, or unset cluster.storage to start "
                 "anew"
             ) from None
 
@@ -168,12 +168,12 @@ class Saver:
     def _copy(self, mirror: Mirror | None) -> None:
         if mirror is None:
             return
-        from orchestrator.training.mirror import COPY_ERRORS
+        from orchestrator.training.mirror import COPY_ERRORS, one_line
 
         try:
             mirror.send()
         except COPY_ERRORS as error:
-            text = f"no copy in {self._job.storage}: {' '.join(str(error).split())}"
+            text = f"no copy in {self._job.storage}: {one_line(error)}"
             self._event("not copied", text=f"{text}; training goes on, the next one is tried again")
 
 
