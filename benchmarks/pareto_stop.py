@@ -24,11 +24,10 @@ from iiet.cost import inference_cost
 from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.pareto import find_front
 from orchestrator.analysis.stop_replay import Curve, Replay, replay_stops
-from orchestrator.journal import read_journal
 from orchestrator.plan import PlannedTrial, exact_cost
 from orchestrator.training.job import DONE_NAME
 from orchestrator.trial import TrialResult
-from orchestrator.trial_referee import VALIDATION_METRIC, rivals_of
+from orchestrator.trial_referee import rivals_of, validation_losses
 from orchestrator.workspace import read_json
 
 QUALITIES = {"loss": "quality/validation_loss", "accuracy": "quality/accuracy"}
@@ -72,12 +71,8 @@ def curve_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> Curve | Non
     if not trial.job or not done or not trial.result():
         return None
     num_steps = int(trial.job["recipe"]["num_steps"])
-    records = [r for r in read_journal(Path(trial.folder))[0] if r["kind"] == "metrics"]
-    losses = {
-        r["step"]: r["values"][VALIDATION_METRIC]
-        for r in records
-        if VALIDATION_METRIC in r["values"] and r["step"] < num_steps
-    }
+    losses = validation_losses(Path(trial.folder))
+    losses = {step: loss for step, loss in losses.items() if step < num_steps}
     return Curve(
         label=trial.label,
         num_steps=num_steps,

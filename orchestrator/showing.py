@@ -13,6 +13,7 @@ from orchestrator.plan import SweepPlan
 from orchestrator.settings import Settings
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.report import write_report
+from orchestrator.trial_referee import stop_rule
 from orchestrator.views import plan_price, plan_table
 
 
@@ -54,5 +55,7 @@ def show_report(written: WrittenReport, desk: Desk) -> None:
 def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     """Print what a sweep would do: its trials, what is finished, what the rest costs."""
     desk.console.print(plan_table(plan))
-    for line in plan_price(plan, settings.distillation, desk.workspace.teachers):
+    rule, _ = stop_rule(plan, settings.sweep)
+    price = plan_price(plan, settings.distillation, desk.workspace.teachers)
+    for line in [*price, rule.text] if rule else price:
         desk.console.print(f"  {line}", markup=False)

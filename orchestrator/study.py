@@ -2,7 +2,8 @@
 
 A study is a row of ordinary sweeps in one workspace, each planned from what the one before found:
 
-    rates     every method and iteration count at every learning rate, one seed
+    rates     every method and iteration count at every learning rate, one seed; the worse rates
+              to their end only without `sweep.asha`
     tokens    each at its best rate, several seeds: the comparison at equal tokens
     flops     each at its best rate, for as many steps as the same training FLOPs pay for
     fronts    students of the best IIET of most corrections: a front for each measure of influence,
@@ -136,7 +137,9 @@ class _Study:
         first, seeds = self.settings.study.seeds[:1], self.settings.study.seeds
         tried = self._run("rates", self.variants(self.all_rates(), seeds=first))
         by_rate = {
-            name: {rate: tried[_label(name, rate, own)] for rate in own}
+            name: {
+                rate: tried[label] for rate in own if (label := _label(name, rate, own)) in tried
+            }
             for name, own in self.all_rates().items()
         }
         best = {name: _best_rate(own) for name, own in by_rate.items()}

@@ -24,6 +24,7 @@ from orchestrator.catalog import find_references, tokens_of
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.desk import Desk
+from orchestrator.errors import UserError
 from orchestrator.plan import SweepPlan, Variant, choose_members, iterations_plan, threshold_plan
 from orchestrator.settings import EvaluationSettings, ModelSettings, Settings
 from orchestrator.stages.influence import measure_influence
@@ -102,6 +103,8 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
     Raises:
         UserError: If something does not go together.
     """
+    if settings.sweep.asha:
+        _check_there_are_rates_to_end(settings)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     variants = [
         Variant(label=label, job=plan_pretraining(own, desk.workspace, tokens), group=group)
@@ -110,6 +113,19 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
     config = variants[0].job.config()
     suite = plan_suite(settings.evaluation, tokens, config, desk.progress)
     return iterations_plan(variants, suite=suite, name=name)
+
+
+def _check_there_are_rates_to_end(settings: Settings) -> None:
+    if settings.sweep.seeds:
+        raise UserError(
+            "sweep.asha looks for each model's best learning rate, under one seed; leave "
+            "sweep.seeds out, and train the best rates under several seeds afterwards"
+        )
+    if all(len(with_rates(settings, **changes)) == 1 for _, changes in models_of(settings)):
+        raise UserError(
+            "sweep.asha ends the worse of a model's learning rates, and no model has more than "
+            "one; name several: --set 'sweep.learning_rates={iiet: [1.0e-3, 2.0e-3, 4.0e-3]}'"
+        )
 
 
 def with_model(settings: Settings, **changes: Any) -> Settings:

@@ -1,27 +1,79 @@
 """Watches one trial's validation losses beside its rivals', and ends it where it cannot win.
 
-The rule is `orchestrator.analysis.early_stop`; here are the files that it is fed from. A rival is a
-trial of the same sweep that needs no more evaluations; its final loss is the one that its own
-training wrote down, which is of the same held-out tokens. What was stopped keeps its checkpoint and
-has no result, so that a sweep without stopping trains it on; the verdict lies beside it.
+The rules are in `orchestrator.analysis.early_stop`; here are the files that they are fed from. In a
+sweep over schedules a rival is a trial that needs no more evaluations, and counts once it has
+finished; in one from scratch it is the same model at another learning rate, and counts as far as it
+is. Their losses are those that their own trainings wrote down, of the same held-out tokens. What
+was stopped keeps its checkpoint and has no result, so that a sweep without stopping trains it on;
+the verdict lies beside it. Hence nothing of a rule is lost with the process that applied it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from iiet.cost import inference_cost
-from orchestrator.analysis.early_stop import Verdict, judge
+from orchestrator.analysis.early_stop import Verdict, halve, judge
 from orchestrator.journal import Journal, read_journal
-from orchestrator.plan import PlannedTrial
+from orchestrator.plan import PlannedTrial, SweepPlan
+from orchestrator.settings import SweepSettings
 from orchestrator.training.job import DONE_NAME, JOB_NAME
 from orchestrator.workspace import read_json, write_json
 
 STOPPED_NAME = "stopped-early.json"
 VALIDATION_METRIC = "validation/loss"
+
+
+Rivals = Mapping[str, Mapping[str, str]]
+"""Key of a trial -> label -> folder of those that can end it."""
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When trials of a sweep are ended early; a plain value that travels to where they run."""
+
+    name: Literal["dominated", "asha"]
+    """Which rule."""
+    from_fraction: float
+    """Share of the steps before which nothing is ended; the lowest rung."""
+    reduction_factor: int = 2
+    """ASHA's: of so many trials at a rung, one goes on."""
+
+    @property
+    def cheapest_first(self) -> bool:
+        """Whether it gains by cheap trials that have finished early."""
+        return self.name == "dominated"
+
+    @property
+    def text(self) -> str:
+        """What it does, in a sentence for a plan."""
+        if self.name == "dominated":
+            return (
+                f"from {self.from_fraction:.0%} of its steps on a student is ended that cannot "
+                "beat a cheaper one any more: the price is the most that it can be"
+            )
+        rungs, share = [], self.from_fraction
+        while share < 1:
+            rungs.append(f"{share:.3g}")
+            share *= self.reduction_factor
+        return (
+            f"one of {self.reduction_factor} learning rates of a model goes on at "
+            f"{', '.join(rungs)} of the steps (ASHA): the price is the most that it can be"
+        )
+
+
+def stop_rule(plan: SweepPlan, settings: SweepSettings) -> tuple[StopRule | None, Rivals]:
+    """Return the rule that a sweep's trials are ended by, if any, and who is whose rival."""
+    if plan.kind == "threshold" and settings.stop_dominated:
+        rule = StopRule("dominated", settings.grace_fraction)
+        return rule, {trial.key: rivals_of(trial, plan.trials) for trial in plan.trials}
+    if plan.kind == "iterations" and settings.asha:
+        rule = StopRule("asha", settings.asha_first_rung, settings.asha_reduction_factor)
+        return rule, {trial.key: other_rates_of(trial, plan.trials) for trial in plan.trials}
+    return None, {}
 
 
 def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, str]:
@@ -43,6 +95,23 @@ def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, 
     }
 
 
+def other_rates_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, str]:
+    """Return label -> folder of the trials that differ from this one in the learning rate alone."""
+    return {
+        other.label: other.folder
+        for other in trials
+        if other.job
+        and trial.job
+        and other.key != trial.key
+        and _but_for_the_rate(other.job) == _but_for_the_rate(trial.job)
+    }
+
+
+def _but_for_the_rate(job: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = {**job["recipe"], "learning_rate": None}
+    return {**job, "recipe": recipe, "run_folder": None}
+
+
 def _is_staged(recipe: Mapping[str, Any]) -> bool:
     return bool(recipe["iterate_from_fraction"] or recipe.get("iterate_ramp_fraction"))
 
@@ -54,35 +123,29 @@ def _validation(job: Mapping[str, Any]) -> tuple[Any, ...]:
 class Referee:
     """Hears a trial's numbers, and knows when it is lost."""
 
-    def __init__(
-        self, trial: PlannedTrial, rivals: Mapping[str, str], *, grace_fraction: float
-    ) -> None:
+    def __init__(self, trial: PlannedTrial, rivals: Mapping[str, str], rule: StopRule) -> None:
         """Start from what the trial's journal holds, if it goes on.
 
         Args:
             trial: One with a job.
-            rivals: As `rivals_of` returns them.
-            grace_fraction: Share of the steps before which nothing is stopped.
+            rivals: Label -> folder, as `stop_rule` returns them for its key.
+            rule: When it is lost.
         """
         assert trial.job is not None, "who is not trained cannot be stopped"
         self.verdict: Verdict | None = None
         """Why the trial is lost; None as long as it is not."""
-        self._folder, self._rivals, self._grace = Path(trial.folder), dict(rivals), grace_fraction
+        self._folder, self._rivals, self._rule = Path(trial.folder), dict(rivals), rule
         self._num_steps = int(trial.job["recipe"]["num_steps"])
         self._validation = _validation(trial.job)
-        self._losses: dict[int, float] = {}
-        for record in read_journal(self._folder)[0]:
-            if record.get("kind") == "metrics":
-                self.hear(record["step"], record["values"])
+        self._losses = validation_losses(self._folder)
+        if self._losses:
+            self.verdict = self._judge()
 
     def hear(self, step: int, numbers: Mapping[str, float]) -> None:
         """Note a validation loss, and judge."""
-        if VALIDATION_METRIC not in numbers:
-            return
-        self._losses[step] = numbers[VALIDATION_METRIC]
-        self.verdict = judge(
-            self._losses, self._num_steps, self._finished_rivals(), grace_fraction=self._grace
-        )
+        if VALIDATION_METRIC in numbers:
+            self._losses[step] = numbers[VALIDATION_METRIC]
+            self.verdict = self._judge()
 
     def write_verdict(self) -> None:
         """Put the verdict beside the trial, and into its journal; call it when the run is over."""
@@ -92,6 +155,23 @@ class Referee:
         journal.event("stopped early", text=self.verdict.text)
         journal.close()
 
+    def _judge(self) -> Verdict | None:
+        if self._rule.name == "asha":
+            folders = {label: Path(folder) for label, folder in self._rivals.items()}
+            return halve(
+                self._losses,
+                self._num_steps,
+                {label: validation_losses(folder) for label, folder in folders.items()},
+                first_rung=self._rule.from_fraction,
+                reduction_factor=self._rule.reduction_factor,
+            )
+        return judge(
+            self._losses,
+            self._num_steps,
+            self._finished_rivals(),
+            grace_fraction=self._rule.from_fraction,
+        )
+
     def _finished_rivals(self) -> dict[str, float]:
         losses = {}
         for label, folder in self._rivals.items():
@@ -100,6 +180,15 @@ class Referee:
             if done and claim and _validation(claim["job"]) == self._validation:
                 losses[label] = float(done["validation_loss"])
         return losses
+
+
+def validation_losses(folder: Path) -> dict[int, float]:
+    """Return step -> validation loss of a training, as far as it is."""
+    return {
+        record["step"]: record["values"][VALIDATION_METRIC]
+        for record in read_journal(folder)[0]
+        if record["kind"] == "metrics" and VALIDATION_METRIC in record["values"]
+    }
 
 
 def verdict_of(trial: PlannedTrial, rivals: Mapping[str, str]) -> Verdict | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from orchestrator.follow import JournalTail
 from orchestrator.plan import PlannedTrial
 from orchestrator.settings import SweepSettings
 from orchestrator.training.job import DONE_NAME
+from orchestrator.trial_referee import Rivals, StopRule, verdict_of
 from orchestrator.trial_room import TrialLimits
 from orchestrator.trial_run import is_busy, run_trial
 from orchestrator.trial_runner import TrialContext, TrialReport, run_trials
@@ -40,8 +41,10 @@ class TrialRounds:
     """Told what is going on."""
     num_all: int
     """Trials of the sweep, the finished ones included."""
-    rivals: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Key of a trial -> those that it has to beat to be trained to its end; see `rivals_of`."""
+    rule: StopRule | None = None
+    """When a trial is ended before its training is; None trains all to their end."""
+    rivals: Rivals = field(default_factory=dict)
+    """Whom a trial has to beat for that."""
     on_end: Callable[[], None] = lambda: None
     """Called in this thread whenever a trial has ended."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class TrialRounds:
     made: set[str] = field(default_factory=set)
     """Keys of trials that this sweep made itself."""
     lost: set[str] = field(default_factory=set)
-    """Keys of trials that were ended because they cannot beat a rival, now or before."""
+    """Keys of trials that were ended by the rule, now or before."""
     _found: set[str] = field(default_factory=set)
     _busy: set[str] = field(default_factory=set)
     _num_later: int = 0
@@ -125,14 +128,15 @@ class TrialRounds:
         # hypervolumes. Then the costly ones, so that none runs alone at the end; but where a cheap
         # one that is finished can end a costly one, the cheap ones.
         work = _expected_work(trial)
-        return is_busy(trial), trial.role != "teacher", work if any(self.rivals.values()) else -work
+        cheapest_first = self.rule is not None and self.rule.cheapest_first
+        return is_busy(trial), trial.role != "teacher", work if cheapest_first else -work
 
     def _parameters(self, trial: PlannedTrial, wait: bool) -> dict[str, Any]:
         return {
             "trial": trial.to_dict(),
             "wait": wait,
             "rivals": dict(self.rivals.get(trial.key, {})),
-            "grace_fraction": self.settings.grace_fraction,
+            "rule": self.rule,
         }
 
     def _on_result(self, report: TrialReport) -> None:
@@ -149,7 +153,8 @@ class TrialRounds:
             self._found.add(trial.key)
         elif state == "lost":
             self.lost.add(trial.key)
-            self.progress.note(f"trial {trial.label} ended: it cannot beat a cheaper one any more")
+            verdict = verdict_of(trial, report.parameters["rivals"])
+            self.progress.note(f"trial {trial.label}" + (f" {verdict.text}" if verdict else ""))
         self.on_end()
 
 
@@ -181,7 +186,7 @@ def limits_of(settings: SweepSettings) -> TrialLimits:
 def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Run one trial in a Ray worker; what Tune is given. The result itself goes into a file."""
     trial = parameters["trial"]
-    options = {name: parameters[name] for name in ("wait", "rivals", "grace_fraction")}
+    options = {name: parameters[name] for name in ("wait", "rivals", "rule")}
     run = run_trial(
         trial,
         should_stop=context.should_stop,

@@ -33,7 +33,7 @@ from orchestrator.training.checkpoint import load_decoder, load_provenance
 from orchestrator.training.job import TrainingJob, TrainingOutcome, forget_stop
 from orchestrator.training.run import Report, run_job
 from orchestrator.trial import TrialResult
-from orchestrator.trial_referee import Referee
+from orchestrator.trial_referee import Referee, StopRule
 from orchestrator.workspace import read_json, write_json
 
 NUM_VALIDATION_TOKENS = 65_536
@@ -56,7 +56,7 @@ class TrialRun:
 
     state: Literal["made", "found", "busy", "stopped", "lost"]
     """`made` by this call, `found` finished, `busy` in another process, `stopped` on request, or
-    `lost`: ended because it cannot beat a rival."""
+    `lost`: ended by the rule."""
     result: TrialResult | None = None
     """The result, where it was made or found."""
 
@@ -68,7 +68,7 @@ def run_trial(
     should_stop: Callable[[], bool] | None = None,
     report: Report | None = None,
     rivals: Mapping[str, str] | None = None,
-    grace_fraction: float = 0.0,
+    rule: StopRule | None = None,
     train: Train | None = None,
     on_device: Callable[[Measure], dict[str, float]] | None = None,
 ) -> TrialRun:
@@ -80,7 +80,7 @@ def run_trial(
         should_stop: Asked before each training step, and while waiting.
         report: Told the training step and its numbers.
         rivals: Label -> folder of the trials that it has to beat; none lets it train to its end.
-        grace_fraction: Share of the steps before which it is not ended for a rival.
+        rule: When it has lost to them; None, too, lets it train to its end.
         train: Trains its job; in this process, on the CPU, when unset.
         on_device: Measures on some device; here, on the CPU, when unset.
 
@@ -100,7 +100,7 @@ def run_trial(
         if finished:
             return TrialRun("found", finished)
         forget_stop(Path(trial.folder))  # Of a driver that was killed while it waited for workers.
-        referee = Referee(trial, rivals, grace_fraction=grace_fraction) if rivals else None
+        referee = Referee(trial, rivals, rule) if rivals and rule else None
         outcome = _train(trial, train or _train_here, asked, report, referee)
         result = None
         if outcome is None or (outcome.finished and not asked()):

@@ -32,6 +32,8 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["sweep-threshold"], "iiet-orch pretrain"),
         (["sweep-threshold", "missing-folder"], "missing-folder"),
         (["sweep-threshold", "--thresholds", "a,b"], "--thresholds"),
+        (["sweep-iterations", "--asha"], "no model has more than one; name several"),
+        (["sweep-iterations", "--asha", "--seeds", "0,1"], "leave sweep.seeds out"),
         (["evaluate"], "iiet-orch pretrain"),
         (["evaluate", "missing-folder"], "there is no folder"),
         (["evaluate", "--limit", "0"], "evaluation.limit"),

@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.journal import read_journal
 from orchestrator.shipped import shipped_sweeps
+from orchestrator.training.checkpoint import find_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -204,11 +206,57 @@ def _wait_for(condition: object, process: subprocess.Popen[str], seconds: float 
         time.sleep(0.1)
 
 
-def test_sweep_iterations_compares_methods(tmp_path: Path) -> None:
-    options = small("sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]")
-    printed = run("sweep-iterations", *options, workspace=tmp_path)
-    for label in ("vanilla", "pcformer", "r = 0", "r = 1"):
+def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path: Path) -> None:
+    options = small(
+        "sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]",
+        "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
+    )  # fmt: skip
+    plan = run("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
+    assert "one of 2 learning rates of a model goes on at 0.25, 0.5 of the steps (ASHA)" in plan
+    printed = run("sweep-iterations", "--asha", *options, workspace=tmp_path)
+    for label in ("vanilla, rate 0.01", "pcformer", "r = 0", "r = 1"):
         assert label in printed
+    assert "trial vanilla, rate 1e-05 stopped early at step 6 of 12" in printed
+    assert "5 trials, 1 stopped early" in printed
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    options = small(
+        "sweep.methods=[vanilla, iiet]", "sweep.iterations=[0, 1]", "sweep.trials_at_once=1",
+        "training.num_steps=120", "training.checkpoint_every_steps=10",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        command("sweep-iterations", *options, workspace=tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+    def one_is_finished_and_one_is_running() -> bool:
+        finished = {path.parent for path in tmp_path.glob("runs/*/done.json")}
+        running = {path.parent for path in tmp_path.glob("runs/*/step_*")} - finished
+        return bool(finished and running)
+
+    _wait_for(one_is_finished_and_one_is_running, process)
+    trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if _trains(p)]
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(trainers, timeout=30)
+    assert trainers
+    assert not alive, "who trains ends with the driver"
+    finished = {path.parent for path in tmp_path.glob("runs/*/done.json")}
+    newest = {p: find_checkpoints(p)[-1] for p in tmp_path.glob("runs/*") if find_checkpoints(p)}
+    assert len(finished) < len(newest) <= 3
+
+    printed = run("sweep-iterations", *options, workspace=tmp_path)
+    assert "of them found finished" in printed
+    assert len(list(tmp_path.glob("runs/*/done.json"))) == 3
+    for folder, checkpoint in newest.items():
+        records = read_journal(folder)[0]
+        resumed = [r["path"] for r in records if r.get("name") == "resumed"]
+        assert resumed == ([] if folder in finished else [str(checkpoint)])
+
+
+def _trains(process: psutil.Process) -> bool:
+    return "ImplicitFunc.train" in " ".join(process.cmdline())  # Tune's, around a trial
 
 
 def test_every_shipped_sweep_can_be_planned(finished: tuple[Path, str]) -> None:

@@ -1,22 +1,30 @@
-"""When a trial may end before its training does: it cannot beat a finished one that costs no more.
+"""When a trial may end before its training does, by one of two rules for two kinds of rivals.
 
-In: the validation losses of a trial so far, and the final ones of trials that need no more
-evaluations, on the same held-out tokens. Out: a verdict, or None to go on. Cost is exact before
+In: validation losses of a trial and of its rivals, on the same held-out tokens. Out: a verdict, or
+None to go on.
+
+`judge`, for a front: the trial cannot beat a finished one that costs no more. Cost is exact before
 training, so only the quality is in question, and for that there is an optimistic bound: the lowest
 loss so far, minus the steepest recent fall per step, times a safety factor, kept up to the end. A
 loss that falls ever more slowly, as it mostly does once the warm-up is over, ends above the bound;
 the safety factor is for noise and for the last falls of the learning rate. The grace period keeps
 the rule away from the start, where that is not so.
 
-The rule speaks of the validation loss. A trial that it stops could still have been better on some
-task; a sweep without stopping gives the full front.
+`halve`, for one objective: learning rates of one model, of which only the best is wanted. That is
+asynchronous successive halving (ASHA; Li et al., MLSys 2020), as Optuna's pruner has it.
+
+Both speak of the validation loss. A trial that they stop could still have been better on some task;
+a sweep without stopping trains all to their end.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import optuna
 
 SAFETY_FACTOR = 2.0
 """How much faster than lately a loss is allowed to fall: curves are noisy, rates change."""
@@ -32,12 +40,10 @@ class Verdict:
     """Steps done."""
     num_steps: int
     """Steps of the whole training."""
-    bound: float
-    """The lowest validation loss that the trial could have reached."""
     rival: str
-    """Label of the finished trial that costs no more."""
-    rival_loss: float
-    """Its final validation loss."""
+    """Label of the trial that it lost to."""
+    reason: str
+    """What it has and what the rival has."""
 
     @property
     def share_saved(self) -> float:
@@ -46,12 +52,8 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """The reason in one line."""
-        return (
-            f"stopped early at step {self.step} of {self.num_steps}: its validation loss could "
-            f"reach {self.bound:.3f} at best, and {self.rival}, which costs no more, has "
-            f"{self.rival_loss:.3f}"
-        )
+        """All of it in one line."""
+        return f"stopped early at step {self.step} of {self.num_steps}: {self.reason}"
 
 
 def optimistic_bound(losses: Mapping[int, float], num_steps: int) -> float | None:
@@ -100,6 +102,55 @@ def judge(
     rival = min(rivals, key=lambda label: rivals[label])
     if bound <= rivals[rival]:
         return None
-    return Verdict(
-        step=step, num_steps=num_steps, bound=bound, rival=rival, rival_loss=rivals[rival]
+    reason = (
+        f"its validation loss could reach {bound:.3f} at best, and {rival}, which costs no more, "
+        f"has {rivals[rival]:.3f}"
     )
+    return Verdict(step=step, num_steps=num_steps, rival=rival, reason=reason)
+
+
+def halve(
+    losses: Mapping[int, float],
+    num_steps: int,
+    rivals: Mapping[str, Mapping[int, float]],
+    *,
+    first_rung: float,
+    reduction_factor: int,
+) -> Verdict | None:
+    """Say whether a trial is not among the best at the rung that it has just reached.
+
+    Rungs are at `first_rung * num_steps` steps and at each `reduction_factor` times as many. Who
+    is among the best `1 / reduction_factor` of those that have reached a rung goes on; so does the
+    best one, and hence the first. It follows from the losses alone: nothing else need be kept.
+
+    Args:
+        losses: Step -> validation loss of the trial, up to now.
+        num_steps: Steps of the whole training.
+        rivals: Label -> step -> validation loss of the other trials, however far they are.
+        first_rung: Share of the steps of the lowest rung.
+        reduction_factor: Of so many trials at a rung, one goes on.
+    """
+    step = max(losses, default=0)
+    if not losses or step >= num_steps:
+        return None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lowest = max(1, math.ceil(first_rung * num_steps))
+    pruner = optuna.pruners.SuccessiveHalvingPruner(lowest, reduction_factor)
+    study = optuna.create_study(pruner=pruner)
+    for curve in rivals.values():
+        _is_behind(study, curve)
+    if not _is_behind(study, losses):
+        return None
+    there = {label: curve[step] for label, curve in rivals.items() if step in curve}
+    rival = min(there, key=lambda label: there[label])
+    reason = f"its validation loss is {losses[step]:.3f}, and {rival} had {there[rival]:.3f} there"
+    return Verdict(step=step, num_steps=num_steps, rival=rival, reason=reason)
+
+
+def _is_behind(study: optuna.Study, losses: Mapping[int, float]) -> bool:
+    """Enter a curve, and return whether it was to end at its last step."""
+    trial, is_behind = study.ask(), False
+    for step, loss in sorted(losses.items()):
+        trial.report(loss, step)
+        is_behind = trial.should_prune()
+    return is_behind

@@ -25,7 +25,7 @@ class Phases:
     """What the models from scratch came to."""
 
     by_rate: Mapping[str, Mapping[float, TrialResult]]
-    """Model -> learning rate -> result, under one seed."""
+    """Model -> learning rate -> result, under one seed; without rates that were ended early."""
     best: Mapping[str, TrialResult]
     """Model -> the one of them with the lowest validation loss."""
     tokens: Mapping[str, TrialResult]

@@ -112,6 +112,10 @@ def sweep_iterations(
     methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each.")] = None,
     seeds: SeedsOption = None,
+    asha: Annotated[
+        bool | None,
+        typer.Option("--asha/--no-asha", help="End a model's worse learning rates early."),
+    ] = None,
     trials_at_once: TrialsAtOnceOption = None,
     workers_per_trial: WorkersPerTrialOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
@@ -127,6 +131,7 @@ def sweep_iterations(
         sweep__iterations=parts(iterations),
         sweep__methods=parts(methods),
         sweep__seeds=seed_numbers(seeds),
+        sweep__asha=asha,
         sweep__trials_at_once=trials_at_once,
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,

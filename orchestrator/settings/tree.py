@@ -74,6 +74,14 @@ class SweepSettings(Section):
     default: the front is of accuracy, and a trial that is ended is never asked for it."""
     grace_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of a trial's steps before which it is not ended so."""
+    asha: bool = False
+    """Of one model's learning rates in `sweep-iterations` and in a study, train only the better
+    ones to their end, by validation loss: asynchronous successive halving."""
+    asha_first_rung: float = Field(default=0.25, gt=0, lt=1)
+    """Share of the steps at which they are first compared; then at each `asha_reduction_factor`
+    times as many."""
+    asha_reduction_factor: int = Field(default=2, ge=2)
+    """Of so many rates, one goes on."""
     trials_at_once: int | None = Field(default=None, gt=0)
     """Most trials that run side by side; as many as CPUs (or GPUs) have room for when unset."""
     workers_per_trial: int = Field(default=1, gt=0)

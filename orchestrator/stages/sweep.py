@@ -30,7 +30,7 @@ from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob, check_job
 from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_tokens
 from orchestrator.trial import TrialResult
-from orchestrator.trial_referee import rivals_of, verdict_of
+from orchestrator.trial_referee import Rivals, stop_rule, verdict_of
 from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import TrialRounds, limits_of
 from orchestrator.workspace import Workspace, read_json, write_json, write_text
@@ -59,7 +59,7 @@ class SweepOutcome:
     failures: dict[str, str]
     """Label -> reason of trials that failed for good."""
     stopped: dict[str, str]
-    """Label -> reason of trials that were ended because they could not beat a cheaper one."""
+    """Label -> reason of trials that were ended by a rule before their training was."""
     reused: frozenset[str]
     """Keys of the trials that this call found finished: from before, or by another sweep."""
 
@@ -129,7 +129,7 @@ class _Work:
     progress: Progress
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    rivals: dict[str, dict[str, str]] = field(default_factory=dict)
+    rivals: Rivals = field(default_factory=dict)
     _jobs: list[TrainingJob] = field(default_factory=list)
 
     @property
@@ -140,7 +140,7 @@ class _Work:
         """Run what is not finished of some of the plan's trials."""
         write_json(self.folder / PLAN_NAME, self.plan.to_dict())
         self._tell_front()
-        self.rivals = _rivals(self.plan) if self.settings.sweep.stop_dominated else {}
+        rule, self.rivals = stop_rule(self.plan, self.settings.sweep)
         lost = {trial.key for trial in trials if _verdict(trial, self.rivals)}
         waiting = [t for t in trials if t.result() is None and t.key not in lost]
         waiting = self._with_shared_teacher(waiting)
@@ -150,6 +150,7 @@ class _Work:
             self.settings.sweep,
             self.progress,
             num_all=len(trials),
+            rule=rule,
             rivals=self.rivals,
             lost=lost,
             on_end=self._tell_front,
@@ -208,14 +209,7 @@ def _finished(
     return found
 
 
-def _rivals(plan: SweepPlan) -> dict[str, dict[str, str]]:
-    """Return what each student has to beat; models that start from nothing are all trained."""
-    if plan.kind != "threshold":
-        return {}
-    return {trial.key: rivals_of(trial, plan.trials) for trial in plan.trials}
-
-
-def _verdict(trial: PlannedTrial, rivals: Mapping[str, Mapping[str, str]]) -> Verdict | None:
+def _verdict(trial: PlannedTrial, rivals: Rivals) -> Verdict | None:
     return verdict_of(trial, rivals.get(trial.key, {}))
 
 

@@ -20,7 +20,7 @@ from orchestrator.journal import read_journal
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
 from orchestrator.training.job import DONE_NAME
-from orchestrator.trial_referee import rivals_of, verdict_of
+from orchestrator.trial_referee import StopRule, other_rates_of, rivals_of, verdict_of
 from orchestrator.trial_run import LOCK_NAME, is_busy, run_trial
 from orchestrator.workspace import read_json, write_json
 
@@ -209,7 +209,7 @@ def test_a_trial_that_cannot_beat_a_cheaper_one_ends_and_can_go_on_later(
     done = Path(cheap.folder) / DONE_NAME
     write_json(done, {**read_json(done), "validation_loss": 0.01})
 
-    asked = {"rivals": rivals, "grace_fraction": 0.5}
+    asked: Any = {"rivals": rivals, "rule": StopRule("dominated", 0.5)}
     assert run_trial(costly.to_dict(), **asked).state == "lost"
     assert costly.result() is None, "what was not trained to its end is not finished"
     verdict = verdict_of(costly, rivals)
@@ -235,7 +235,37 @@ def test_a_trial_that_beats_its_rivals_is_trained_to_its_end(
     done = Path(cheap.folder) / DONE_NAME
     write_json(done, {**read_json(done), "validation_loss": 99.0})
     rivals = rivals_of(costly, [costly, cheap])
-    assert run_trial(costly.to_dict(), rivals=rivals).state == "made"
+    rule = StopRule("dominated", 0.0)
+    assert run_trial(costly.to_dict(), rivals=rivals, rule=rule).state == "made"
+
+
+def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
+    trials: tuple[PlannedTrial, ...], measured: None, tmp_path: Path
+) -> None:
+    low, high = (
+        with_rate(trials[1], rate, tmp_path / name)
+        for name, rate in (("low", 1e-5), ("high", 1e-2))
+    )
+    rivals = other_rates_of(low, [low, high, trials[2]])
+    assert rivals == {high.label: high.folder}, "another schedule is no other rate"
+    rule = StopRule("asha", from_fraction=0.25)
+    told = {"rivals": other_rates_of(high, [low, high]), "rule": rule}
+    assert run_trial(high.to_dict(), **told).state == "made", "the first goes on"
+    assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
+    verdict = verdict_of(low, rivals)
+    assert verdict is not None
+    assert (verdict.step, verdict.rival) == (10, high.label)
+    assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
+    assert run_trial(low.to_dict()).state == "made"
+    assert starts(low) == 1, "it went on from where it was ended"
+
+
+def with_rate(trial: PlannedTrial, rate: float, folder: Path) -> PlannedTrial:
+    seen = with_looks(trial)
+    assert seen.job is not None
+    recipe = {**seen.job["recipe"], "learning_rate": rate}
+    job = {**seen.job, "recipe": recipe, "run_folder": str(folder)}
+    return replace(seen, key=folder.name, label=folder.name, folder=str(folder), job=job)
 
 
 def with_looks(trial: PlannedTrial) -> PlannedTrial:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def parameters(trial: PlannedTrial) -> dict[str, Any]:
-    return {"trial": trial.to_dict(), "wait": False, "rivals": {}, "grace_fraction": 0.0}
+    return {"trial": trial.to_dict(), "wait": False, "rivals": {}, "rule": None}
 
 
 def shared(trial: PlannedTrial, tmp_path: Path, *, num_steps: int = 12) -> PlannedTrial:

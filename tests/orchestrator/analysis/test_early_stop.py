@@ -1,12 +1,15 @@
-"""No trial that would have won is stopped, as long as its loss falls ever more slowly."""
+"""No trial that would have won is stopped, as long as its loss falls ever more slowly; and of one
+model's learning rates the best goes on at every rung."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.analysis.early_stop import judge, optimistic_bound
+from orchestrator.analysis.early_stop import halve, judge, optimistic_bound
 
 STEPS = st.lists(st.integers(1, 20), min_size=3, max_size=12)
 FALLS = st.lists(st.floats(0.0, 0.1), min_size=12, max_size=12)
@@ -48,7 +51,8 @@ def test_a_trial_that_stands_still_above_its_rival_is_stopped_after_the_grace() 
     rivals = {"worse": 3.5, "better": 2.5}
     verdict = judge(flat, 100, rivals, grace_fraction=0.5)
     assert verdict is not None
-    assert (verdict.step, verdict.rival, verdict.bound) == (50, "better", 2.9)
+    assert (verdict.step, verdict.rival) == (50, "better")
+    assert "could reach 2.900 at best, and better, which costs no more, has 2.500" in verdict.text
     assert verdict.share_saved == pytest.approx(0.5)
     assert "step 50 of 100" in verdict.text
     assert judge(flat, 100, rivals, grace_fraction=0.51) is None
@@ -64,3 +68,67 @@ def test_one_loss_is_no_fall() -> None:
 
 def test_a_loss_that_rises_is_granted_its_best() -> None:
     assert optimistic_bound({10: 3.0, 20: 3.4}, 100) == 3.0
+
+
+CURVES = st.lists(st.lists(st.floats(1.0, 9.0), min_size=8, max_size=8), min_size=1, max_size=7)
+
+
+@given(CURVES, st.integers(2, 4), st.integers(0, 2**32 - 1))
+def test_the_best_at_a_rung_goes_on_whoever_came_first(
+    losses: list[list[float]], reduction_factor: int, seed: int
+) -> None:
+    """Plays a whole sweep in a random order; every curve has 8 looks, the rungs are at 2, 4, ..."""
+    curves: dict[str, dict[int, float]] = {f"rate {n}": {} for n in range(len(losses))}
+    order, ended, reached = random.Random(seed), set(), dict.fromkeys(curves, 0)
+    while waiting := [name for name in curves if name not in ended and reached[name] < 8]:
+        label = order.choice(waiting)
+        reached[label] += 1
+        curves[label][reached[label]] = losses[int(label[5:])][reached[label] - 1]
+        rivals = {name: curve for name, curve in curves.items() if name != label}
+        step = reached[label]
+        verdict = halve(
+            curves[label], 8, rivals, first_rung=0.25, reduction_factor=reduction_factor
+        )
+        there = [curve[step] for curve in curves.values() if step in curve]
+        if verdict:
+            ended.add(label)
+            assert step in {2 * reduction_factor**rung for rung in range(3)}
+            assert curves[label][step] > min(there), "the best one of a rung goes on"
+            assert curves[verdict.rival][step] < curves[label][step]
+    assert len(ended) < len(curves), "one is trained to its end"
+
+
+def test_of_four_rates_two_pass_the_first_rung_and_one_the_second() -> None:
+    curves = {str(n): {step: n + 1 / step for step in range(1, 5)} for n in (1, 2, 3, 4)}
+
+    def ended_at(step: int) -> list[str]:
+        seen = {name: {s: loss for s, loss in c.items() if s <= step} for name, c in curves.items()}
+        return [
+            name
+            for name, curve in seen.items()
+            if halve(
+                curve,
+                8,
+                {n: c for n, c in seen.items() if n != name},
+                first_rung=0.25,
+                reduction_factor=2,
+            )
+        ]
+
+    assert ended_at(1) == []
+    assert ended_at(2) == ["3", "4"]
+    assert ended_at(3) == [], "between the rungs nobody is compared"
+    del curves["3"], curves["4"]
+    assert ended_at(4) == ["2"]
+
+
+def test_who_is_alone_or_at_the_end_goes_on() -> None:
+    rungs = {"first_rung": 0.25, "reduction_factor": 2}
+    curve = {2: 5.0, 4: 4.0, 8: 3.0}
+    assert halve(curve, 8, {}, **rungs) is None
+    assert halve(curve, 8, {"better": {2: 1.0, 4: 1.0, 8: 1.0}}, **rungs) is None
+    assert halve({}, 8, {"better": {2: 1.0}}, **rungs) is None
+    verdict = halve({2: 5.0}, 8, {"worse": {2: 6.0}, "better": {2: 1.0, 4: 0.5}}, **rungs)
+    assert verdict is not None
+    assert verdict.rival == "better"
+    assert "its validation loss is 5.000, and better had 1.000 there" in verdict.text

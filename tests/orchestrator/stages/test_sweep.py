@@ -63,7 +63,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     for trial in tiny_plan.trials:
         if trial is not stopped:
             finish(trial)
-    verdict = Verdict(step=30, num_steps=40, bound=3.0, rival=cheap.label, rival_loss=2.5)
+    verdict = Verdict(step=30, num_steps=40, rival=cheap.label, reason=f"{cheap.label} won")
     write_json(Path(stopped.folder) / STOPPED_NAME, asdict(verdict))
     asked: list[str] = []
     monkeypatch.setattr(
