@@ -124,7 +124,7 @@ def _check_there_are_rates_to_end(settings: Settings) -> None:
     if all(len(with_rates(settings, **changes)) == 1 for _, changes in models_of(settings)):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
-            "one; name several: --set 'sweep.learning_rates={iiet: [1.0e-3, 2.0e-3, 4.0e-3]}'"
+            "one; name several: --rates 1e-3,2e-3,4e-3, or sweep.learning_rates for each model"
         )
 
 

@@ -12,24 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_size import SMALL
 
 from orchestrator.journal import read_journal
-from orchestrator.shipped import shipped_sweeps
 from orchestrator.training.checkpoint import find_checkpoints
 
 pytestmark = pytest.mark.slow
-
-SMALL = [
-    "data.max_documents=250", "data.vocab_size=400",
-    "model.dim=32", "model.num_layers=3", "model.num_heads=2", "model.num_kv_heads=2",
-    "model.ffn_dim=64", "model.context_length=64",
-    "training.num_steps=12", "training.num_tokens_per_step=256", "training.validate_every_steps=6",
-    "training.num_validation_tokens=512", "training.checkpoint_every_steps=6",
-    "distillation.training.num_steps=3", "distillation.training.num_tokens_per_step=256",
-    "distillation.training.num_validation_tokens=512",
-    "influence.num_tokens=512", "evaluation.num_items=20", "sweep.num_schedules=3",
-]  # fmt: skip
-"""Settings that keep every part of a sweep and make each last a moment."""
 
 
 def command(*arguments: str, workspace: Path) -> list[str]:
@@ -257,53 +245,3 @@ def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> 
 
 def _trains(process: psutil.Process) -> bool:
     return "ImplicitFunc.train" in " ".join(process.cmdline())  # Tune's, around a trial
-
-
-def test_every_shipped_sweep_can_be_planned(finished: tuple[Path, str]) -> None:
-    workspace, _ = finished
-    assert len(shipped_sweeps()) == 7
-    local = [
-        "data.source=python",
-        "data.tokenizer=train",
-        "model.preset=tiny",
-        "cluster.num_gpus=0",
-    ]
-    local += ["cluster.num_workers=1", "evaluation.suite=heldout", "training.precision=fp32"]
-    for name in ("iterations", "methods", "iiad-study"):
-        printed = run("sweep", name, "--dry-run", *small(*local), workspace=workspace)
-        assert "vanilla" in printed
-    for name in ("paper-55m", "paper-340m"):
-        settings = small(*local, "model.corrections=3")
-        printed = run("sweep", name, "--dry-run", *settings, workspace=workspace, code=2)
-        assert "iiet-orch pretrain" in printed
-
-
-def test_a_study_runs_all_its_phases_and_trains_nothing_twice(tmp_path: Path) -> None:
-    options = small(
-        "sweep.iterations=[0, 1]", "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
-        "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2", "study.seeds=[0, 1]",
-        "study.metrics=[cosine]", "study.controls=[pruned]", "study.selections=[remeasured]",
-        "training.iterate_from_fraction=0.5", "model.num_layers=2",
-    )  # fmt: skip
-    printed = run("sweep", "iiad-study", *options, workspace=tmp_path)
-    assert "study:" in printed
-    text = (tmp_path / "overlays" / "study" / "results.md").read_text()
-    assert "r = 1 against vanilla at equal tokens: loss " in text
-    assert "| evaluations | cosine | pruned | remeasured | warm start |" in text
-    # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
-    assert len(list((tmp_path / "runs").glob("*/done.json"))) == 4 + 3 + 2
-    # Full and none: distilled, the latter from the former too, and pruned without training.
-    assert len(list((tmp_path / "trials").glob("*/done.json"))) == 3
-
-
-def test_the_shipped_search_goes_on_from_the_family(finished: tuple[Path, str]) -> None:
-    workspace, _ = finished
-    before = _checkpoints(workspace)
-    options = small("search.num_trials=2", "search.trials_per_round=2")
-    plan = run("sweep", "search", "--dry-run", *options, workspace=workspace)
-    assert "tries at most 2 more of 27 schedules" in plan
-    run("sweep", "search", *options, workspace=workspace)
-    new = set(_checkpoints(workspace)) - set(before)
-    assert len({Path(path).parent.parent for path in new}) == 2, "the family was not trained again"
-    assert "search-" in run("sweep", "search", *options, workspace=workspace)
-    assert set(_checkpoints(workspace)) - set(before) == new

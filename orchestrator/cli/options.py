@@ -93,6 +93,18 @@ def numbers(text: str | None, option: str) -> list[float] | None:
         raise UserError(f"{option} takes numbers with commas between them; got {text!r}") from None
 
 
+def rates_of_all(text: str | None) -> dict[str, list[float]] | None:
+    """Read `--rates`: the same learning rates for every method; None stays None.
+
+    Raises:
+        UserError: If they are no numbers.
+    """
+    from iiet.methods import METHODS
+
+    rates = numbers(text, "--rates")
+    return None if rates is None else dict.fromkeys(METHODS, rates)
+
+
 def whole_numbers(text: str | None, option: str, *, at_least: int = 1) -> tuple[int, ...] | None:
     """Read whole numbers with commas between them, each once; None stays None.
 

@@ -21,6 +21,7 @@ from orchestrator.cli.options import (
     WorkspaceOption,
     numbers,
     parts,
+    rates_of_all,
     read_options,
     seed_numbers,
 )
@@ -111,6 +112,9 @@ def sweep_iterations(
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Peak learning rates of every model: 1e-3,2e-3,4e-3.")
+    ] = None,
     seeds: SeedsOption = None,
     asha: Annotated[
         bool | None,
@@ -131,6 +135,7 @@ def sweep_iterations(
         sweep__iterations=parts(iterations),
         sweep__methods=parts(methods),
         sweep__seeds=seed_numbers(seeds),
+        sweep__learning_rates=rates_of_all(rates),
         sweep__asha=asha,
         sweep__trials_at_once=trials_at_once,
         sweep__workers_per_trial=workers_per_trial,

@@ -41,7 +41,7 @@ def resolve_settings(
         return Settings.model_validate(merged)
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
-        raise UserError(_as_list(f"{origin}: {len(problems)} problem", problems)) from None
+        raise UserError(_as_list(origin, problems)) from None
 
 
 def read_settings(path: Path | None, assignments: Iterable[str] = ()) -> Settings:
@@ -160,8 +160,8 @@ def _section_at(location: list[str]) -> type[Section] | None:
     return section
 
 
-def _as_list(title: str, problems: list[str]) -> str:
-    unique = list(dict.fromkeys(problems))
+def _as_list(origin: str, problems: list[str]) -> str:
+    unique = list(dict.fromkeys(problems))  # The branches of a union say the same thing.
     if len(unique) == 1:
-        return f"{title.split(':')[0]}: {unique[0]}"
-    return "\n".join([f"{title}s", *(f"  - {text}" for text in unique)])
+        return f"{origin}: {unique[0]}"
+    return "\n".join([f"{origin}: {len(unique)} problems", *(f"  - {text}" for text in unique)])

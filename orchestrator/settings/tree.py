@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
+from iiet.methods import METHODS
 from orchestrator.settings.models import DataSettings, ModelSettings
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
 from orchestrator.settings.section import Section
@@ -90,6 +92,26 @@ class SweepSettings(Section):
     """GPUs of each trial; 0 trains on CPUs."""
     max_failures_per_trial: int = Field(default=2, ge=0)
     """How often a failed trial is tried again."""
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _rates_are_of_models(
+        cls, rates: dict[str, float | tuple[float, ...]]
+    ) -> dict[str, float | tuple[float, ...]]:
+        for name, own in rates.items():
+            several = own if isinstance(own, tuple) else (own,)
+            if not several or min(several) <= 0:
+                raise PydanticCustomError(
+                    "no_rate", "a learning rate of {name} is not above 0", {"name": name}
+                )
+            if name not in METHODS and not name.startswith("r = "):
+                raise PydanticCustomError(
+                    "no_such_model",
+                    "{name} is no model; name a method ({methods}), or an IIET by its corrections, "
+                    "as in r = 3",
+                    {"name": repr(name), "methods": ", ".join(METHODS)},
+                )
+        return rates
 
 
 class SearchSettings(Section):

@@ -1,0 +1,117 @@
+"""Every shipped sweep, run from its file at a tiny size, all in one workspace."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small_size import SMALL
+
+from orchestrator.console import Progress
+from orchestrator.desk import Desk
+from orchestrator.errors import UserError
+from orchestrator.settings import read_settings
+from orchestrator.shipped import shipped_sweeps
+from orchestrator.sweep_files import run_file
+from orchestrator.workspace import open_workspace
+
+pytestmark = pytest.mark.slow
+
+HERE = [
+    *SMALL,
+    "data.source=python", "data.tokenizer=train", "model.preset=tiny", "training.precision=fp32",
+    "training.num_sequences_per_pass=null", "distillation.training.num_sequences_per_pass=null",
+    "distillation.training.precision=fp32", "cluster.num_gpus=0", "cluster.num_workers=1",
+    "evaluation.suite=heldout",
+]  # fmt: skip
+"""The small size, without the hub and GPUs that some files ask for."""
+
+FRONTS = {
+    "iterations": {"vanilla", "r = 0", "r = 1", "r = 2", "r = 3"},
+    "methods": {"vanilla", "pcformer", "r = 0", "r = 1", "r = 3"},
+    "paper-340m": {"teacher", "vanilla", "r = 0", "0,0,0", "3,3,3"},
+    "paper-55m": {"teacher", "vanilla", "r = 0", "0,0,0", "3,3,3"},
+    "toy": {"teacher", "vanilla", "r = 0", "0,0,0", "2,2,2"},
+}
+"""What stands on the front of each, schedules between the ends apart."""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Desk:
+    """A workspace for all of them; what is printed can be read from its console."""
+    workspace = open_workspace(tmp_path_factory.mktemp("shipped"))
+    return Desk(workspace, Progress(), Console(file=StringIO(), width=140))
+
+
+def run(desk: Desk, name: str, *more: str, dry_run: bool = False) -> str:
+    """Run a shipped sweep and return what it printed."""
+    assert isinstance(desk.console.file, StringIO)
+    before = len(desk.console.file.getvalue())
+    run_file(read_settings(shipped_sweeps()[name], [*HERE, *more]), desk, dry_run=dry_run)
+    return desk.console.file.getvalue()[before:]
+
+
+def sweeps_of(desk: Desk) -> set[Path]:
+    """Return the folders of the sweeps that have results."""
+    return {path.parent for path in desk.workspace.sweeps.glob("*/results.json")}
+
+
+def done_in(folder: Path) -> set[Path]:
+    """Return the trainings in a folder that have come to their end."""
+    return set(folder.glob("*/done.json"))
+
+
+def test_each_is_run_here() -> None:
+    assert {*FRONTS, "search", "iiad-study"} == set(shipped_sweeps())
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_a_shipped_sweep_ends_with_its_front(name: str, desk: Desk) -> None:
+    before = sweeps_of(desk)
+    printed = run(desk, name)
+    assert "front.html" in printed
+    [folder] = sweeps_of(desk) - before
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert FRONTS[name] <= {result["label"] for result in results}
+
+
+def test_what_is_known_of_a_plan_is_told_and_what_is_missing_is_named(desk: Desk) -> None:
+    for name in ("iterations", "methods", "iiad-study"):
+        assert "vanilla" in run(desk, name, dry_run=True)
+    with pytest.raises(UserError, match="iiet-orch pretrain"):
+        run(desk, "toy", "training.seed=5", dry_run=True)
+
+
+def test_a_search_goes_on_from_the_family(desk: Desk) -> None:
+    options = ("search.num_trials=2", "search.trials_per_round=2")
+    run(desk, "toy")
+    before = done_in(desk.workspace.trials)
+    assert "tries at most 2 more of 27 schedules" in run(desk, "search", *options, dry_run=True)
+    run(desk, "search", *options)
+    after = done_in(desk.workspace.trials)
+    assert len(after - before) == 2, "the family was not trained again"
+    assert "search-" in run(desk, "search", *options)
+    assert done_in(desk.workspace.trials) == after
+
+
+def test_a_study_runs_all_its_phases_and_trains_nothing_twice(desk: Desk) -> None:
+    before = {folder: done_in(folder) for folder in (desk.workspace.runs, desk.workspace.trials)}
+    printed = run(
+        desk, "iiad-study",
+        "sweep.iterations=[0, 1]", "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
+        "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2", "study.seeds=[0, 1]",
+        "study.metrics=[cosine]", "study.controls=[pruned]", "study.selections=[remeasured]",
+        "training.iterate_from_fraction=0.5", "model.num_layers=2",
+    )  # fmt: skip
+    assert "study:" in printed
+    text = (desk.workspace.overlays / "study" / "results.md").read_text()
+    assert "r = 1 against vanilla at equal tokens: loss " in text
+    assert "| evaluations | cosine | pruned | remeasured | warm start |" in text
+    made = {folder: len(done_in(folder) - known) for folder, known in before.items()}
+    # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
+    assert made[desk.workspace.runs] == 4 + 3 + 2
+    # Full and none: distilled, the latter from the former too, and pruned without training.
+    assert made[desk.workspace.trials] == 3
