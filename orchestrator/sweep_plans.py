@@ -18,7 +18,7 @@ from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.schedule import Cost, IterationSchedule, num_evaluations, schedule_family
-from orchestrator.analysis.benchmark import decode_milliseconds, threads
+from orchestrator.analysis.benchmark import time_per_token
 from orchestrator.analysis.requested import HELDOUT, requested_tasks
 from orchestrator.catalog import find_references, tokens_of
 from orchestrator.console import Progress
@@ -30,7 +30,6 @@ from orchestrator.settings import EvaluationSettings, ModelSettings, Settings
 from orchestrator.stages.influence import measure_influence
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
-from orchestrator.stages.sweep import NEW_TOKENS, PROMPT_TOKENS, REPETITIONS
 from orchestrator.training.checkpoint import load_config
 
 
@@ -223,17 +222,8 @@ def _measured_milliseconds(
     full: ModelConfig, family: Sequence[IterationSchedule], progress: Progress
 ) -> Cost:
     """Measure a token's milliseconds under each schedule; the values of the weights have no say."""
-    progress.start("time per token", len(family) * REPETITIONS)
-    with threads(1):
-        timings = decode_milliseconds(
-            {str(schedule): Decoder(replace(full, schedule=schedule)) for schedule in family},
-            prompt_tokens=PROMPT_TOKENS,
-            new_tokens=NEW_TOKENS,
-            batch_size=1,
-            repetitions=REPETITIONS,
-            on_done=lambda done, _: progress.advance(done),
-        )
-    progress.finish(f"{len(family)} schedules")
+    decoders = {str(schedule): Decoder(replace(full, schedule=schedule)) for schedule in family}
+    timings = time_per_token(decoders, progress)
     # A cheaper schedule that was measured slower, by chance, shall not cost more.
     times, longest = {}, 0.0
     for schedule in reversed(family):

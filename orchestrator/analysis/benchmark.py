@@ -20,9 +20,13 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from iiet.generate import stream
+from orchestrator.console import Progress
 from orchestrator.errors import UserError
 
 WARM_UP_TOKENS = 4
+SWEEP_PROMPT_TOKENS = 16
+SWEEP_NEW_TOKENS = 32
+SWEEP_REPETITIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,28 @@ def decode_milliseconds(
         )
         for name, decoder in decoders.items()
     }
+
+
+def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[str, Timing]:
+    """Time how a sweep's models decode one row, side by side, and say how far that is.
+
+    Args:
+        decoders: Name to model.
+        progress: Told how far it is.
+    """
+    progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
+    # One row at a time is too little work to share: more threads only wait for each other.
+    with threads(1):
+        timings = decode_milliseconds(
+            decoders,
+            prompt_tokens=SWEEP_PROMPT_TOKENS,
+            new_tokens=SWEEP_NEW_TOKENS,
+            repetitions=SWEEP_REPETITIONS,
+            on_done=lambda done, _: progress.advance(done),
+        )
+    slowest = max(timing.median for timing in timings.values())
+    progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
+    return timings
 
 
 @contextmanager

@@ -218,10 +218,10 @@ def _with_schedule(
 def _named(name: str, config: ModelConfig | None, schedule: str | IterationSchedule | None) -> str:
     if schedule is None or config is None:
         return name
-    return f"{name} r={short_schedule(config.corrections)}"
+    return f"{name} r={typed_schedule(config.corrections)}"
 
 
-def short_schedule(schedule: IterationSchedule) -> str:
+def typed_schedule(schedule: IterationSchedule) -> str:
     """Write a schedule as short as people may type it: `3`, or `2*4,0*20`, or in full."""
     runs = [(count, len(list(same))) for count, same in groupby(schedule)]
     if len(runs) == 1:
@@ -233,5 +233,5 @@ def short_schedule(schedule: IterationSchedule) -> str:
 def short_names(subjects: Sequence[Subject]) -> list[str]:
     """Return what tells the models apart: schedules where all have the same weights, else names."""
     if len(subjects) > 1 and len({subject.path for subject in subjects}) == 1:
-        return [f"r={short_schedule(s.config.corrections)}" for s in subjects if s.config]
+        return [f"r={typed_schedule(s.config.corrections)}" for s in subjects if s.config]
     return [subject.name for subject in subjects]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from orchestrator.analysis.benchmark import decode_milliseconds, threads
+from orchestrator.analysis.benchmark import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.analysis.early_stop import Verdict
 from orchestrator.analysis.history import history_folder, record_front
 from orchestrator.cluster import ray_cluster
@@ -41,9 +41,6 @@ Grow = Callable[[], Sequence[PlannedTrial]]
 PLAN_NAME = "plan.json"
 STOPPED_TAG = "iiet.stopped_early"
 TIMES_NAME = "times.json"
-PROMPT_TOKENS = 16
-NEW_TOKENS = 32
-REPETITIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,27 +260,15 @@ def _decode_times(
 ) -> dict[str, dict[str, float]]:
     """Measure decoding once a sweep and machine; the values of the weights have no say in it."""
     shapes = {trial.key: content_key(trial.model) for trial in trials}
-    state = content_key(sorted(set(shapes.values())), environment(), NEW_TOKENS)
+    state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
     known = read_json(folder / TIMES_NAME) or {}
     if known.get("state") != state:
         decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
-        progress.start("time per token", len(decoders) * REPETITIONS)
-        # One row at a time is too little work to share: more threads only wait for each other.
-        with threads(1):
-            timings = decode_milliseconds(
-                decoders,
-                prompt_tokens=PROMPT_TOKENS,
-                new_tokens=NEW_TOKENS,
-                batch_size=1,
-                repetitions=REPETITIONS,
-                on_done=lambda done, _: progress.advance(done),
-            )
+        timings = time_per_token(decoders, progress)
         milliseconds = {
             shape: {"decode_ms_per_token": t.median, "decode_ms_spread": t.spread}
             for shape, t in timings.items()
         }
         known = {"state": state, "milliseconds": milliseconds}
         write_json(folder / TIMES_NAME, known)
-        slowest = max(t.median for t in timings.values())
-        progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
     return {trial.key: known["milliseconds"][shapes[trial.key]] for trial in trials}

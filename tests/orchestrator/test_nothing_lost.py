@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator.analysis import benchmark
 from orchestrator.analysis.results import SweepResults
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
-from orchestrator.stages import sweep as sweep_module
 from orchestrator.stages.report import write_report
+from orchestrator.stages.sweep import sweep
 from orchestrator.tracking import open_tracking
 from orchestrator.tracking.store import Store
 from orchestrator.trial import TrialResult
@@ -92,8 +93,8 @@ def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
 
     monkeypatch.setattr(Store, "connect", connect_if_up)
     monkeypatch.setattr(Store, "is_remote", True)
-    monkeypatch.setattr(sweep_module, "PROMPT_TOKENS", 4)
-    monkeypatch.setattr(sweep_module, "NEW_TOKENS", 2)
+    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
     for when in ("start", "middle", "end"):
         for trial in tiny_plan.trials:
             trial.result_path.unlink(missing_ok=True)
@@ -107,7 +108,7 @@ def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
         told: list[str] = []
         tracking = open_tracking(workspace, warn=told.append)
         settings = resolve_settings({})
-        outcome = sweep_module.sweep(plan, settings, workspace, tracking=tracking)
+        outcome = sweep(plan, settings, workspace, tracking=tracking)
         assert len(outcome.results) == len(plan.trials), "no trial knows"
         is_down[0] = True
         found = SweepResults(name=plan.name, key=plan.key, results=outcome.results)

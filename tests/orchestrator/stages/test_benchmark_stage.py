@@ -13,7 +13,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.measured_cost import Conditions
-from orchestrator.analysis.subject import open_subject, short_names, short_schedule
+from orchestrator.analysis.subject import open_subject, short_names, typed_schedule
 from orchestrator.data.tokens import open_tokens
 from orchestrator.settings import InfluenceSettings
 from orchestrator.stages.benchmark import benchmark, family_of, usual_contexts
@@ -101,8 +101,8 @@ def test_each_model_is_a_run_with_its_costs(
     ("schedule", "text"),
     [((3, 3, 3), "3"), ((2, 1, 0), "2,1,0"), ((2, 2, 2, 2, 0, 0), "2*4,0*2"), ((1, 1, 0), "1,1,0")],
 )
-def test_short_schedules_can_be_typed_again(schedule: tuple[int, ...], text: str) -> None:
-    assert short_schedule(IterationSchedule(schedule)) == text
+def test_typed_schedules_can_be_typed_again(schedule: tuple[int, ...], text: str) -> None:
+    assert typed_schedule(IterationSchedule(schedule)) == text
     parsed = IterationSchedule.parse(text, num_layers=len(schedule))
     assert parsed == IterationSchedule(schedule)
 

@@ -10,11 +10,11 @@ from typing import Any, cast
 import pytest
 
 from iiet.cost import inference_cost
+from orchestrator.analysis import benchmark
 from orchestrator.analysis.early_stop import Verdict
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
-from orchestrator.stages import sweep as sweep_module
-from orchestrator.stages.sweep import STOPPED_TAG, sweep
+from orchestrator.stages.sweep import STOPPED_TAG, SweepOutcome, sweep
 from orchestrator.tracking import Tracking
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import STOPPED_NAME
@@ -69,11 +69,11 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     monkeypatch.setattr(
         TrialRounds, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
     )
-    monkeypatch.setattr(sweep_module, "PROMPT_TOKENS", 4)
-    monkeypatch.setattr(sweep_module, "NEW_TOKENS", 2)
+    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
     tracking = FakeTracking()
 
-    def outcome_of(*assignments: str) -> sweep_module.SweepOutcome:
+    def outcome_of(*assignments: str) -> SweepOutcome:
         settings = resolve_settings({}, assignments)
         workspace = open_workspace(tmp_path)
         return sweep(tiny_plan, settings, workspace, tracking=cast("Tracking", tracking))
@@ -101,8 +101,8 @@ def test_what_a_stored_teacher_costs_is_counted_once(
             finish(trial)
 
     monkeypatch.setattr(TrialRounds, "run", run)
-    monkeypatch.setattr(sweep_module, "PROMPT_TOKENS", 4)
-    monkeypatch.setattr(sweep_module, "NEW_TOKENS", 2)
+    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
     tracking, settings = FakeTracking(), resolve_settings({}, [])
     sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
     job = tiny_plan.trials[-1].job
