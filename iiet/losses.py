@@ -31,8 +31,11 @@ __all__ = [
 
 DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
-# Elements of one chunk of tokens x vocabulary: large enough to keep the cores busy, small beside
-# the logits of a training step.
+# A chunk of tokens x vocabulary is this share of the logits, which half a dozen tensors of its size
+# then leave the largest of the step, within these numbers of elements: fewer do not keep a core
+# busy, more save no time.
+CHUNK_SHARE = 16
+FEWEST_ELEMENTS = 1 << 16
 CHUNK_ELEMENTS = 1 << 21
 IGNORED = -100
 
@@ -219,7 +222,8 @@ class _MeanDivergence(torch.autograd.Function):
         values = ours.new_zeros(len(ours), dtype=torch.promote_types(ours.dtype, torch.float32))
         num_counted = counted.sum().clamp(min=1).to(values)
         gradient = torch.zeros_like(ours) if keep_gradient else None
-        chunk = max(1, CHUNK_ELEMENTS // vocab)
+        elements = min(CHUNK_ELEMENTS, max(FEWEST_ELEMENTS, ours.numel() // CHUNK_SHARE))
+        chunk = max(1, elements // vocab)
         for start in range(0, len(ours), chunk):
             part = slice(start, start + chunk)
             value, slope = compare(part, _at_least_float32(ours[part]) / temperature)

@@ -108,6 +108,21 @@ def test_chunks_change_nothing(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_chunks_that_grow_with_the_logits_keep_the_bits(kind, temperature, monkeypatch):
+    teacher, student = random_logits(2, 8 * 701, scale=3.0).float().view(2, 2, 4, 701)
+    monkeypatch.setattr(losses, "FEWEST_ELEMENTS", 1)
+    results = []
+    for share in (1, 3, 16):
+        monkeypatch.setattr(losses, "CHUNK_SHARE", share)
+        leaf = student.clone().requires_grad_()
+        loss = kl_divergence(teacher, leaf, temperature=temperature, kind=kind)
+        loss.backward()
+        results.append(torch.cat([loss.detach().view(1), leaf.grad.flatten()]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_masked_positions_do_not_exist(kind):
     teacher, student = random_logits(2, 4, 6), random_logits(2, 4, 6, seed=1)
     mask = torch.tensor([[True, False, True, True], [False, False, False, True]])

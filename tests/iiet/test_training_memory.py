@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.losses import next_token_loss
 from iiet.training_memory import training_memory
 
@@ -81,6 +82,36 @@ def measured_bytes(
             loss = next_token_loss(decoder(input_ids), input_ids)
         torch.autograd.backward(loss)
     return live.peak
+
+
+def distilled_bytes(**loss: Any) -> int:
+    """Return the peak of a distillation step of 256 tokens over a vocabulary that outweighs all."""
+    config = preset("tiny", vocab_size=32_000, num_layers=2, context_length=64, schedule=1)
+    student = Decoder(config)
+    teacher = frozen_teacher(student)
+    for parameter in [*student.parameters(), *teacher.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
+    input_ids = torch.randint(config.vocab_size, (4, config.context_length))
+    with LiveTensors(torch.nn.ModuleList([student, teacher])) as live:
+        value, _ = distillation_loss(student, teacher, input_ids, config=DistillationConfig(**loss))
+        torch.autograd.backward(value)
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"divergence": "forward"},
+        {"divergence": "reverse"},
+        {"divergence": "jensen_shannon"},
+        {"top_k": 64},
+    ],
+    ids=str,
+)
+def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak(
+    loss: dict[str, Any],
+) -> None:
+    assert distilled_bytes(**loss) < 1.4 * distilled_bytes(kl_weight=0.0)
 
 
 SHAPES = {
