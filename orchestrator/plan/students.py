@@ -105,6 +105,13 @@ def student_job(
 
 
 def _loss(distillation: DistillationSettings) -> DistillationConfig:
+    first, num_steps = distillation.teacher_from_step, distillation.training.num_steps
+    if first >= num_steps:
+        raise UserError(
+            f"distillation.teacher_from_step={first} lies behind the training, whose steps are 0 "
+            f"to {num_steps - 1}; set it lower, distillation.training.num_steps higher, or "
+            "distillation.control to cross_entropy"
+        )
     try:
         return DistillationConfig(
             kl_weight=distillation.kl_weight,
@@ -112,6 +119,8 @@ def _loss(distillation: DistillationSettings) -> DistillationConfig:
             divergence=distillation.divergence,
             top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
             hidden_weight=distillation.hidden_weight,
+            start_step=first,
+            end_step=distillation.teacher_until_step,
         )
     except ValueError as error:
         raise UserError(

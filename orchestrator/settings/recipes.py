@@ -110,6 +110,11 @@ class DistillationSettings(Section):
     """Which divergence: KL(teacher || student), its reverse, or Jensen-Shannon."""
     hidden_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the error of the layers' hidden states; 0 leaves it out."""
+    teacher_from_step: int = Field(default=0, ge=0)
+    """First step, counted from 0, in which the teacher has a say; plain cross-entropy before."""
+    teacher_until_step: int | None = Field(default=None, gt=0)
+    """First step in which it has none any more; plain cross-entropy from there on. To the end if
+    unset."""
     teacher_cache: Literal["auto", "live", "exact", "top_k"] = "auto"
     """Where a sweep's students find what their teacher says: `live` runs it in each, `exact` stores
     its logits once for all (the same losses), `top_k` its likeliest tokens and the others as one
@@ -122,3 +127,16 @@ class DistillationSettings(Section):
     are then trained one after the other."""
     training: TrainingSettings = Field(default_factory=_distillation_training)
     """The recipe of the distillation."""
+
+    @field_validator("teacher_until_step")
+    @classmethod
+    def _window_is_not_empty(cls, until: int | None, info: ValidationInfo) -> int | None:
+        first = info.data.get("teacher_from_step", 0)
+        if until is not None and until <= first:
+            raise PydanticCustomError(
+                "empty_window",
+                "the teacher must have a say in a step at least; with teacher_from_step={first} "
+                "it must be above {first}, or unset",
+                {"first": first},
+            )
+        return until

@@ -166,6 +166,10 @@ def _essence(job: TrainingJob) -> dict[str, Any]:
     loss = asdict(job.distillation or DistillationConfig()) if distills else None
     if loss and loss["top_k"] is None:
         del loss["top_k"]  # Keys of the time before there was a choice stay as they are.
+    if loss and (job.recipe.iterate_from_fraction or job.recipe.iterate_ramp_fraction):
+        loss["in_stages"] = True  # Distillation once passed over them: not what such a run found.
+    if loss and loss["hidden_weight"]:
+        loss["hidden_error"] = "per token"  # It was relative to the batch once.
     return {
         "model": job.config().to_dict(),
         "recipe": _recipe_of_key(job.recipe),

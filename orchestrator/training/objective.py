@@ -1,7 +1,7 @@
 """What the loop minimizes. Pretraining and distillation differ here and nowhere else.
 
 An objective takes the model, a batch and the step, and returns a scalar loss with its parts for the
-record. Training in stages is part of it too: before `iterate_from_fraction` of the steps the
+record. Training in stages is part of each: before `iterate_from_fraction` of the steps the
 decoder runs without corrections, which costs a quarter of the time at r = 3, then with more and
 more of them or with all; the weights are the same.
 """
@@ -9,6 +9,7 @@ more of them or with all; the weights are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -60,12 +61,16 @@ def pretraining_objective(schedule_at: ScheduleAt) -> Objective:
     return objective
 
 
-def distillation_objective(teacher: Model, config: DistillationConfig) -> Objective:
-    """Return the IIAD loss against a frozen teacher, or what it once said."""
+def distillation_objective(
+    schedule_at: ScheduleAt, teacher: Model, config: DistillationConfig
+) -> Objective:
+    """Return the IIAD loss of the student under the schedule of the step, against a frozen teacher,
+    or what it once said."""
 
     def objective(
         model: nn.Module, input_ids: Tensor, step: int
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return distillation_loss(model, teacher, input_ids, config=config, step=step)
+        student = partial(model, schedule=schedule_at(step))
+        return distillation_loss(student, teacher, input_ids, config=config, step=step)
 
     return objective

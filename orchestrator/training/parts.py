@@ -62,7 +62,7 @@ def objective_of(job: TrainingJob, schedule_at: ScheduleAt, teacher: Model | Non
     """Return the loss that the job minimizes."""
     if teacher is None:
         return pretraining_objective(schedule_at)
-    return distillation_objective(teacher, job.distillation or DistillationConfig())
+    return distillation_objective(schedule_at, teacher, job.distillation or DistillationConfig())
 
 
 def flops_counter(
