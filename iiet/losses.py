@@ -158,9 +158,10 @@ def hidden_state_error(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute the mean over layers of `|h_student - h_teacher|^2 / |h_teacher|^2`.
+    """Compute the mean over layers and tokens of `|h_student - h_teacher|^2 / |h_teacher|^2`.
 
-    Relative, because hidden states grow with depth and the last layers would decide alone.
+    Relative, because hidden states grow with depth and the last layers would decide alone; token by
+    token, so that a batch in several passes, or of several workers, has the error of the whole.
 
     Args:
         teacher_hidden: one (batch, time, dim) per layer; never receives a gradient.
@@ -186,9 +187,10 @@ def hidden_state_error(
             ignored = ~mask.bool().unsqueeze(-1)
             target = target.masked_fill(ignored, 0)
             difference = difference.masked_fill(ignored, 0)
-        size = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
-        errors.append(difference.square().sum() / size)
-    return torch.stack(errors).mean()
+        size = target.square().sum(dim=-1).clamp(min=torch.finfo(target.dtype).tiny)
+        errors.append((difference.square().sum(dim=-1) / size).sum())
+    num_counted = target[..., 0].numel() if mask is None else mask.bool().sum().clamp(min=1)
+    return torch.stack(errors).mean() / num_counted
 
 
 def _mean_divergence(

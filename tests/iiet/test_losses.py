@@ -231,6 +231,16 @@ def test_hidden_state_error_is_relative_and_flat_at_equality():
     assert hidden_state_error(teacher, [1.1 * h for h in teacher]).item() == pytest.approx(0.01)
 
 
+def test_hidden_state_error_of_a_batch_is_the_mean_of_its_parts():
+    teacher, ours = ([random_logits(4, 3, 5, seed=s + 10 * n) for n in range(2)] for s in (0, 1))
+    teacher[0][:2] *= 10
+    parts = [
+        hidden_state_error([h[part] for h in teacher], [h[part] for h in ours]).item()
+        for part in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4))
+    ]
+    assert hidden_state_error(teacher, ours).item() == pytest.approx(sum(parts) / 4, rel=1e-12)
+
+
 def test_hidden_state_error_leaves_masked_positions_out():
     teacher, ours = random_logits(2, 3, 4), random_logits(2, 3, 4, seed=1)
     mask = torch.tensor([[True, False, True], [False, True, True]])
