@@ -9,7 +9,7 @@ front.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import pretrain
 from orchestrator.stages.report import write_report
 from orchestrator.stages.sweep import Grow, SweepOutcome, sweep
+from orchestrator.sweep_checks import check_sweep
 from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds, with_model
 from orchestrator.views import evaluation_table, tasks_with_other_items
 
@@ -45,7 +46,12 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
     Args:
         settings: Section `model` is the teacher's; vanilla and r = 0 share its shape and recipe.
         desk: Workspace, tracking and terminal.
+
+    Raises:
+        UserError: If something does not go together; nothing is trained then.
     """
+    is_search = settings.sweep.kind == "search"
+    check_sweep(settings, "search" if is_search else "threshold", desk.progress)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     reference_models = {
         VANILLA: with_model(settings, method="vanilla"),
@@ -57,7 +63,6 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
             every, desk.workspace, tokens, tracking=desk.tracking, progress=desk.progress
         )
         references = [(label, checkpoints[label]) for label in reference_models]
-        is_search = settings.sweep.kind == "search"
         procedure = search_schedules if is_search else sweep_thresholds
         return procedure(settings, desk, checkpoints["teacher"], references=references)
 
@@ -69,6 +74,7 @@ def sweep_thresholds(
     *,
     references: Iterable[tuple[str, Path]] | None = None,
     name: str | None = None,
+    failures: dict[str, str] | None = None,
 ) -> SweepOutcome:
     """Measure a teacher's influence, distill the schedules that thresholds lead to, show the front.
 
@@ -79,12 +85,13 @@ def sweep_thresholds(
         references: Label and checkpoint of models to show beside it; those of the workspace that
             were trained on the same tokens in the same shape when unset.
         name: Name of the sweep; made from its content when unset.
+        failures: As in `run_and_show`.
     """
     influence = influence_of(settings, desk, teacher)
     plan = plan_thresholds(
         settings, desk, teacher, influence=influence, references=references, name=name
     )
-    return run_and_show(plan, settings, desk, influence)
+    return run_and_show(plan, settings, desk, influence, failures=failures)
 
 
 def search_schedules(
@@ -140,8 +147,17 @@ def run_and_show(
     influence: InfluenceTable | None = None,
     *,
     grow: Grow | None = None,
+    failures: dict[str, str] | None = None,
 ) -> SweepOutcome:
     """Run a plan, which a search may let grow, write its report and print it.
+
+    Args:
+        plan: The trials.
+        settings: Section `sweep` says how they run.
+        desk: Workspace, tracking and terminal.
+        influence: The teacher's, where the sweep has one.
+        grow: As in `stages.sweep.sweep`.
+        failures: Takes up label and reason of the trials that failed, instead of an error.
 
     Raises:
         StageFailed: If a trial failed; the others are shown.
@@ -168,12 +184,20 @@ def run_and_show(
     )
     written = write_report(desk.workspace, found, tracking=desk.tracking)
     show_report(written, desk)
-    if outcome.failures:
-        failed = ", ".join(outcome.failures)
-        raise StageFailed(
-            f"{len(outcome.failures)} trials failed ({failed}); the same command tries them again"
-        )
+    if failures is None:
+        raise_failures(outcome.failures)
+    else:
+        failures |= outcome.failures
     return outcome
+
+
+def raise_failures(failures: Mapping[str, str]) -> None:
+    """Raise `StageFailed` that names the trials that failed, if there are any."""
+    if failures:
+        raise StageFailed(
+            f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
+            "again"
+        )
 
 
 def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:

@@ -11,10 +11,10 @@ from iiet.cost import training_flops_per_token
 from iiet.influence import InfluenceTable
 from iiet.schedule import FamilyMember, IterationSchedule
 from orchestrator.desk import Desk
-from orchestrator.errors import UserError
 from orchestrator.plan import PlannedTrial, SweepPlan, student_trial
 from orchestrator.search import ScheduleSearch, search_plan
 from orchestrator.settings import Settings
+from orchestrator.sweep_checks import check_sweep
 from orchestrator.sweep_plans import plan_thresholds
 from orchestrator.training.checkpoint import load_config
 
@@ -41,12 +41,7 @@ def plan_search(
     Raises:
         UserError: If something does not go together.
     """
-    if settings.sweep.seeds or settings.distillation.warm_start:
-        given = "sweep.seeds" if settings.sweep.seeds else "distillation.warm_start"
-        raise UserError(
-            f"a search distills each schedule once, from the teacher's weights; {given} is for "
-            "threshold sweeps, leave it out"
-        )
+    check_sweep(settings, "search")
     family = plan_thresholds(settings, desk, teacher, influence=influence, references=references)
     suite, full = family.trials[0].suite, load_config(teacher)
 

@@ -29,12 +29,13 @@ from orchestrator.cluster import ray_cluster
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.plan import Variant, iterations_plan
-from orchestrator.procedure import run_and_show, sweep_thresholds
+from orchestrator.procedure import raise_failures, run_and_show, sweep_thresholds
 from orchestrator.settings import Settings
 from orchestrator.showing import show_plan
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
+from orchestrator.sweep_checks import check_sweep
 from orchestrator.sweep_plans import models_of, plan_suite, with_rates
 from orchestrator.training.job import TrainingJob
 from orchestrator.trial import TrialResult
@@ -59,8 +60,10 @@ def run_study(
 
     Raises:
         UserError: If there is no IIET with corrections among the models.
-        StageFailed: If a trial failed; the same command tries it again.
+        StageFailed: If a trial failed, after all that needs it not; the same command tries it
+            again.
     """
+    check_sweep(settings, "study", desk.progress)
     study = _Study(settings, desk, name)
     if dry_run:
         rates = study.variants(study.all_rates(), seeds=settings.study.seeds[:1])
@@ -79,6 +82,7 @@ def run_study(
     text = study_markdown(phases, ways, [written.folder for written in overlays])
     write_text(folder / "results.md", text)
     desk.console.print(f"study: {folder / 'results.md'}", soft_wrap=True, markup=False)
+    raise_failures(study.failures)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class _Study:
 
     def __init__(self, settings: Settings, desk: Desk, name: str) -> None:
         self.settings, self.desk, self.name = settings, desk, name
+        self.failures: dict[str, str] = {}
         self.tokens = prepare(settings.data, desk.workspace, desk.progress)
         self.contenders = {c.name: c for c in _contenders(settings)}
         first = next(iter(self.contenders.values()))
@@ -142,6 +147,7 @@ class _Study:
             }
             for name, own in self.all_rates().items()
         }
+        by_rate = {name: own for name, own in by_rate.items() if own}  # Others failed.
         best = {name: _best_rate(own) for name, own in by_rate.items()}
         chosen: dict[str, Sequence[float]] = {name: (rate,) for name, rate in best.items()}
         tokens = self._run("tokens", self.variants(chosen, seeds=seeds))
@@ -155,6 +161,8 @@ class _Study:
     def distill(self, phases: Phases) -> Ways:
         """Run the fronts of the best IIET of most corrections."""
         most = max(sum(result.schedule or ()) for result in phases.best.values())
+        if not most:
+            raise_failures(self.failures)
         fullest = [r for r in phases.best.values() if sum(r.schedule or ()) == most]
         teacher = min(fullest, key=lambda result: result.quality[LOSS])
         references = [
@@ -170,6 +178,7 @@ class _Study:
                 Path(str(teacher.checkpoint)),
                 references=references,
                 name=self._sweep_name(way),
+                failures=self.failures,
             ).results
             for way, own in ways.items()
         }
@@ -188,7 +197,7 @@ class _Study:
 
     def _run(self, phase: str, variants: Sequence[Variant]) -> dict[str, TrialResult]:
         plan = iterations_plan(variants, suite=self.suite, name=self._sweep_name(phase))
-        outcome = run_and_show(plan, self.settings, self.desk)
+        outcome = run_and_show(plan, self.settings, self.desk, failures=self.failures)
         return {result.label: result for result in join_seeds(outcome.results).results}
 
     def _steps_of_equal_flops(self) -> dict[str, int]:

@@ -8,28 +8,24 @@ budgets are counted in them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from iiet.config import ModelConfig
-from iiet.cost import inference_cost
-from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
-from iiet.schedule import Cost, IterationSchedule, num_evaluations, schedule_family
-from orchestrator.analysis.benchmark import time_per_token
-from orchestrator.analysis.requested import HELDOUT, requested_tasks
+from iiet.schedule import IterationSchedule, schedule_family
+from orchestrator.analysis.requested import HELDOUT, requested_tasks, tasks_beside_heldout
 from orchestrator.catalog import find_references, tokens_of
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.desk import Desk
-from orchestrator.errors import UserError
 from orchestrator.plan import SweepPlan, Variant, choose_members, iterations_plan, threshold_plan
 from orchestrator.settings import EvaluationSettings, ModelSettings, Settings
 from orchestrator.stages.influence import measure_influence
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
+from orchestrator.sweep_checks import check_sweep
+from orchestrator.sweep_costs import cost_in
 from orchestrator.training.checkpoint import load_config
 
 
@@ -60,10 +56,11 @@ def plan_thresholds(
     influence = influence or influence_of(settings, desk, teacher)
     if references is None:
         references = find_references(desk.workspace, teacher)
+    family = [member.schedule for member in schedule_family(influence)]
     members = choose_members(
         influence,
         settings.sweep,
-        cost=_cost(settings.sweep.budget_unit, full, influence, desk.progress),
+        cost=cost_in(settings.sweep.budget_unit, full, family, desk.workspace, desk.progress),
         measure=lambda schedule: influence_of(settings, desk, teacher, schedule),
     )
     return threshold_plan(
@@ -102,8 +99,7 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
     Raises:
         UserError: If something does not go together.
     """
-    if settings.sweep.asha:
-        _check_there_are_rates_to_end(settings)
+    check_sweep(settings, "iterations", desk.progress)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     variants = [
         Variant(label=label, job=plan_pretraining(own, desk.workspace, tokens), group=group)
@@ -112,19 +108,6 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
     config = variants[0].job.config()
     suite = plan_suite(settings.evaluation, tokens, config, desk.progress)
     return iterations_plan(variants, suite=suite, name=name)
-
-
-def _check_there_are_rates_to_end(settings: Settings) -> None:
-    if settings.sweep.seeds:
-        raise UserError(
-            "sweep.asha looks for each model's best learning rate, under one seed; leave "
-            "sweep.seeds out, and train the best rates under several seeds afterwards"
-        )
-    if all(len(with_rates(settings, **changes)) == 1 for _, changes in models_of(settings)):
-        raise UserError(
-            "sweep.asha ends the worse of a model's learning rates, and no model has more than "
-            "one; name several: --rates 1e-3,2e-3,4e-3, or sweep.learning_rates for each model"
-        )
 
 
 def with_model(settings: Settings, **changes: Any) -> Settings:
@@ -154,8 +137,12 @@ def plan_suite(
         "limit": settings.limit,
     }
     # Left out where unset, so that trials that were measured before the setting existed are found.
-    few = {} if settings.num_fewshot is None else {"num_fewshot": settings.num_fewshot}
-    return suite | few
+    if settings.num_fewshot is not None:
+        suite["num_fewshot"] = settings.num_fewshot
+    # The held-out tasks are named by their content; others may change under their names.
+    if others := tasks_beside_heldout(settings, progress):
+        suite["fingerprints"] = others
+    return suite
 
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings, str | None]]:
@@ -200,33 +187,3 @@ def with_rates(settings: Settings, **changes: Any) -> list[Settings]:
         )
         for rate in (own if isinstance(own, Sequence) else (own,))
     ]
-
-
-def _cost(unit: str, full: ModelConfig, influence: InfluenceTable, progress: Progress) -> Cost:
-    """Return what a schedule costs in the unit that budgets are counted in."""
-    if unit == "evaluations":
-        return num_evaluations
-    if unit == "ms":
-        family = [member.schedule for member in schedule_family(influence)]
-        return _measured_milliseconds(full, family, progress)
-
-    @lru_cache
-    def counted(schedule: IterationSchedule) -> float:
-        cost = inference_cost(replace(full, schedule=schedule))
-        return float(cost.decode_flops_per_token if unit == "flops" else cost.kv_bytes_per_token)
-
-    return counted
-
-
-def _measured_milliseconds(
-    full: ModelConfig, family: Sequence[IterationSchedule], progress: Progress
-) -> Cost:
-    """Measure a token's milliseconds under each schedule; the values of the weights have no say."""
-    decoders = {str(schedule): Decoder(replace(full, schedule=schedule)) for schedule in family}
-    timings = time_per_token(decoders, progress)
-    # A cheaper schedule that was measured slower, by chance, shall not cost more.
-    times, longest = {}, 0.0
-    for schedule in reversed(family):
-        longest = max(longest, timings[str(schedule)].median)
-        times[schedule] = longest
-    return lambda schedule: times[schedule]

@@ -61,6 +61,11 @@ class TrialResult:
     """Folder of its weights."""
     parent: str | None = None
     """Key of the model it was distilled from."""
+    started_from: str | None = None
+    """Key of the student whose weights it started from; None where those were its teacher's, or
+    none."""
+    recipe: dict[str, str] = field(default_factory=dict)
+    """How it was trained, setting by setting; empty where it was measured as it is."""
     run_id: str | None = None
     """MLflow run that holds it."""
     seed: int | None = None
@@ -91,10 +96,7 @@ class TrialResult:
     @property
     def threshold_text(self) -> str:
         """The thresholds that give this schedule, as `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
-        above, up_to = _finite(self.threshold_above), _finite(self.threshold_up_to)
-        if above is None:
-            return "" if up_to is None else f"<={up_to:.2g}"
-        return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
+        return threshold_range(self.threshold_above, self.threshold_up_to)
 
     def metrics(self) -> dict[str, float]:
         """Return every number under its tracked name: `cost/*`, `quality/*`, `train/*`."""
@@ -106,24 +108,28 @@ class TrialResult:
         }
 
     def params(self) -> dict[str, str]:
-        """Return the tracked parameters: method, schedule, one `r_NN` a layer, threshold."""
+        """Return the tracked parameters: method, schedule, one `r_NN` a layer, threshold, where it
+        came from, and its recipe as `recipe/*`.
+        """
         params = {"method": self.method, "role": self.role, "label": self.name}
         if self.schedule is not None:
             params["schedule"] = self.schedule_text
             params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(self.schedule, start=1)}
         if self.threshold_text:
-            up_to = _finite(self.threshold_up_to)
+            up_to = finite(self.threshold_up_to)
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"
             params["threshold_range"] = self.threshold_text
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
         if self.seed is not None:
             params |= {"seed": str(self.seed), "group": self.group or ""}
-        return params
+        origins = {"parent": self.parent, "started_from": self.started_from}
+        params |= {name: key for name, key in origins.items() if key}
+        return params | {f"recipe/{name}": text for name, text in self.recipe.items()}
 
     def _groups(self) -> dict[str, Mapping[str, float]]:
         """Return the numbers by group, with the perplexity, which is the loss in other words."""
-        quality, loss = self.quality, _finite(self.quality.get("validation_loss"))
+        quality, loss = self.quality, finite(self.quality.get("validation_loss"))
         if loss is not None and loss < LARGEST_EXPONENT:
             quality = {"perplexity": math.exp(loss), **quality}
         return {"cost": self.cost, "quality": quality, "train": self.train}
@@ -134,7 +140,7 @@ class TrialResult:
         `from_dict` is its inverse.
         """
         numbers = {
-            group: {n: v for n, v in values.items() if _finite(v) is not None}
+            group: {n: v for n, v in values.items() if finite(v) is not None}
             for group, values in (
                 ("cost", self.cost),
                 ("quality", self.quality),
@@ -146,8 +152,8 @@ class TrialResult:
             | numbers
             | {
                 "schedule": None if self.schedule is None else list(self.schedule),
-                "threshold_above": _finite(self.threshold_above),
-                "threshold_up_to": _finite(self.threshold_up_to),
+                "threshold_above": finite(self.threshold_above),
+                "threshold_up_to": finite(self.threshold_up_to),
             }
         )
 
@@ -172,5 +178,16 @@ class TrialResult:
         return cls(**{**values, "schedule": None if schedule is None else tuple(schedule)})
 
 
-def _finite(number: float | None) -> float | None:
+def threshold_range(above: float | None, up_to: float | None) -> str:
+    """Write the thresholds that give a schedule, above one and up to another; None or infinite:
+    no bound. Empty where there is neither.
+    """
+    above, up_to = finite(above), finite(up_to)
+    if above is None:
+        return "" if up_to is None else f"<={up_to:.2g}"
+    return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
+
+
+def finite(number: float | None) -> float | None:
+    """Return a number that strict JSON can hold, or None."""
     return number if number is not None and math.isfinite(number) else None

@@ -79,7 +79,8 @@ def stop_rule(plan: SweepPlan, settings: SweepSettings) -> tuple[StopRule | None
 def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, str]:
     """Return label -> folder of the other trials that are trained alike and cost no more.
 
-    None where the iterations are switched on in the middle of the training: there the loss jumps.
+    A model's other seeds are no rivals of it: the mean would be over the lucky ones. There are none
+    at all where the iterations are switched on in the middle of the training: there the loss jumps.
     """
     if not trial.job or _is_staged(trial.job["recipe"]):
         return {}
@@ -90,6 +91,7 @@ def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, 
         if other.job
         and other.key != trial.key
         and other.role == "trial"
+        and other.seed == trial.seed
         and inference_cost(other.config()).evaluations_per_token <= cost
         and _validation(other.job) == _validation(trial.job)
     }

@@ -42,11 +42,11 @@ LAYERS = (
     "orchestrator.trial_runner orchestrator.running",
     "orchestrator.analysis",
     "orchestrator.trial_referee orchestrator.trial_run orchestrator.trial_rounds"
-    " orchestrator.views orchestrator.estimate_view",
+    " orchestrator.views orchestrator.estimate_view orchestrator.plan_price",
     "orchestrator.stages",
     "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
-    " orchestrator.search_plans orchestrator.sweep_plans orchestrator.study"
-    " orchestrator.sweep_files",
+    " orchestrator.search_plans orchestrator.sweep_plans orchestrator.sweep_checks"
+    " orchestrator.sweep_costs orchestrator.study orchestrator.sweep_files",
     "orchestrator.handover",
     "orchestrator.cli",
     "benchmarks",

@@ -141,10 +141,26 @@ def halve(
         _is_behind(study, curve)
     if not _is_behind(study, losses):
         return None
-    there = {label: curve[step] for label, curve in rivals.items() if step in curve}
+    there = _at_highest_common_rung(rivals, step, lowest, reduction_factor)
     rival = min(there, key=lambda label: there[label])
     reason = f"its validation loss is {losses[step]:.3f}, and {rival} had {there[rival]:.3f} there"
     return Verdict(step=step, num_steps=num_steps, rival=rival, reason=reason)
+
+
+def _at_highest_common_rung(
+    rivals: Mapping[str, Mapping[int, float]], step: int, lowest: int, reduction_factor: int
+) -> dict[str, float]:
+    """Return label -> loss of those that have come to the highest rung, up to a step, that any has
+    come to.
+    """
+    rungs = [lowest]
+    while rungs[-1] * reduction_factor <= step:
+        rungs.append(rungs[-1] * reduction_factor)
+    for rung in reversed(rungs):
+        reached = {label: [s for s in curve if s >= rung] for label, curve in rivals.items()}
+        if any(reached.values()):
+            return {label: rivals[label][min(steps)] for label, steps in reached.items() if steps}
+    return {}
 
 
 def _is_behind(study: optuna.Study, losses: Mapping[int, float]) -> bool:

@@ -83,3 +83,27 @@ def requested_tasks(
     return RequestedTasks(
         names=tuple(names), folders=(*folders, built.folder), heldout=built.folder
     )
+
+
+def tasks_beside_heldout(settings: EvaluationSettings, progress: Progress) -> dict[str, str]:
+    """Load what a suite asks for beside the held-out tasks, which are named by their content.
+
+    Returns:
+        Name -> hash of all that determines items and metrics, wherever the files stand; one name
+        for each task of a group or a named suite.
+
+    Raises:
+        UserError: If no such tasks exist.
+        StageFailed: If they exist and none can be loaded.
+    """
+    names = [name.strip() for name in settings.suite.split(",")]
+    others = [name for name in names if name and name != HELDOUT]
+    if not others and not (settings.include_path and HELDOUT not in names):
+        return {}
+    from orchestrator.analysis.harness import load_suite  # Brings lm-eval along: seconds.
+
+    folders = [Path(settings.include_path).expanduser()] if settings.include_path else []
+    loaded = load_suite(others, folders=folders, num_fewshot=settings.num_fewshot)
+    for name, reason in loaded.skipped.items():
+        progress.note(f"skipped {name}: {reason}")
+    return {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}

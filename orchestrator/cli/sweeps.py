@@ -93,8 +93,10 @@ def sweep_threshold(
         from orchestrator import procedure
         from orchestrator.catalog import resolve_teacher
         from orchestrator.showing import show_plan
+        from orchestrator.sweep_checks import check_sweep
         from orchestrator.sweep_plans import plan_thresholds
 
+        check_sweep(settings, "threshold", desk.progress)
         teacher = resolve_teacher(desk.workspace, checkpoint)
         if dry_run:
             show_plan(plan_thresholds(settings, desk, teacher, name=name), settings, desk)

@@ -68,8 +68,6 @@ def choose_members(
 def _of_family(
     family: Sequence[FamilyMember], sweep: SweepSettings, cost: Cost
 ) -> tuple[FamilyMember, ...]:
-    if sweep.thresholds and sweep.budgets:
-        raise UserError("sweep.thresholds and sweep.budgets exclude each other; leave one out")
     if sweep.thresholds:
         wanted = {_at_threshold(family, threshold) for threshold in sweep.thresholds}
     elif sweep.budgets:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from iiet.methods import METHODS
 from orchestrator.settings.models import DataSettings, ModelSettings
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
 from orchestrator.settings.section import Section
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise PydanticCustomError("seed_twice", "a seed stands there twice")
+    return seeds
+
+
+Seeds = Annotated[tuple[int, ...], AfterValidator(_each_once)]
 
 
 class InfluenceSettings(Section):
@@ -68,7 +77,7 @@ class SweepSettings(Section):
     learning_rates: dict[str, float | tuple[float, ...]] = Field(default={"vanilla": 4e-3})
     """Peak learning rate of a method where it differs from `training.learning_rate`, by name; of an
     IIET also by its corrections (`r = 3`). Of several, each is a trial."""
-    seeds: tuple[int, ...] = ()
+    seeds: Seeds = ()
     """Seeds that every model is trained with, shown with their mean and its error; the recipe's
     alone when empty."""
     stop_dominated: bool = False
@@ -92,6 +101,17 @@ class SweepSettings(Section):
     """GPUs of each trial; 0 trains on CPUs."""
     max_failures_per_trial: int = Field(default=2, ge=0)
     """How often a failed trial is tried again."""
+
+    @field_validator("budgets")
+    @classmethod
+    def _one_way_to_choose(
+        cls, budgets: tuple[float, ...], info: ValidationInfo
+    ) -> tuple[float, ...]:
+        if budgets and info.data.get("thresholds"):
+            raise PydanticCustomError(
+                "two_ways", "sweep.thresholds and sweep.budgets exclude each other; leave one out"
+            )
+        return budgets
 
     @field_validator("learning_rates")
     @classmethod
@@ -136,7 +156,7 @@ class StudySettings(Section):
     two_stage_from: float | None = Field(default=0.75, gt=0.0, lt=1.0)
     """Also train the IIET of most corrections in two stages, the corrections from this share of the
     steps on; not if unset. The better of the two is the teacher."""
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: Seeds = Field(default=(0, 1, 2), min_length=1)
     """Seeds of the comparison at equal tokens; the first one's models are all that follows uses."""
     equal_flops: bool = True
     """Also train each model for as many steps as the costliest one's training FLOPs pay for."""

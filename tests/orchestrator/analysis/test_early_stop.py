@@ -132,3 +132,14 @@ def test_who_is_alone_or_at_the_end_goes_on() -> None:
     assert verdict is not None
     assert verdict.rival == "better"
     assert "its validation loss is 5.000, and better had 1.000 there" in verdict.text
+
+
+@pytest.mark.parametrize("rival", [{2: 1.0}, {2: 1.0, 4: 0.5}, {4: 1.0}])
+def test_a_rival_that_was_looked_at_at_other_steps_is_compared_where_it_reached_the_rung(
+    rival: dict[int, float],
+) -> None:
+    verdict = halve({3: 5.0}, 8, {"better": rival}, first_rung=0.25, reduction_factor=2)
+    late = halve({7: 5.0}, 8, {"better": rival}, first_rung=0.25, reduction_factor=2)
+    assert verdict is not None
+    assert late is not None
+    assert "better had 1.000 there" in verdict.text

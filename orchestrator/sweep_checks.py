@@ -1,0 +1,84 @@
+"""What a sweep's settings can have wrong together, found before the first token is trained on.
+
+Single settings are checked where they are read. Here are those that only do not go together, or
+with this machine, and the tasks: who finds out after hours of pretraining that a task does not
+exist has lost them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.analysis.requested import tasks_beside_heldout
+from orchestrator.console import Progress
+from orchestrator.errors import UserError
+from orchestrator.settings import Settings
+from orchestrator.trial_room import check_trial_size
+from orchestrator.trial_rounds import limits_of
+
+Kind = Literal["threshold", "iterations", "search", "study"]
+
+
+def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None) -> None:
+    """Check what a sweep can be refused for without having trained anything.
+
+    Args:
+        settings: The whole tree.
+        kind: What is swept; a command may not follow `sweep.kind`.
+        progress: Told which tasks will be skipped; without it tasks are not looked at.
+
+    Raises:
+        UserError: Says which settings do not go together and what to change.
+    """
+    check_trial_size(limits_of(settings.sweep))
+    _check_stopping(settings, kind)
+    if kind == "search":
+        _check_search(settings)
+    if progress:
+        tasks_beside_heldout(settings.evaluation, progress)
+
+
+def _check_stopping(settings: Settings, kind: Kind) -> None:
+    sweep = settings.sweep
+    if sweep.asha and kind == "iterations":
+        _check_there_are_rates_to_end(settings)
+    elif sweep.asha and kind != "study":
+        raise UserError(
+            f"sweep.asha compares learning rates, and all trials of a {kind} sweep have the same; "
+            "leave it out"
+        )
+    if sweep.stop_dominated and kind in ("iterations", "search"):
+        raise UserError(
+            f"sweep.stop_dominated is for students of threshold sweeps, not for {kind}; leave it "
+            "out"
+        )
+    starts = settings.study.warm_start if kind == "study" else settings.distillation.warm_start
+    if sweep.stop_dominated and starts:
+        section = "study" if kind == "study" else "distillation"
+        raise UserError(
+            f"sweep.stop_dominated would end students that others start from ({section}."
+            "warm_start); leave one out"
+        )
+
+
+def _check_search(settings: Settings) -> None:
+    if settings.sweep.seeds or settings.distillation.warm_start:
+        given = "sweep.seeds" if settings.sweep.seeds else "distillation.warm_start"
+        raise UserError(
+            f"a search distills each schedule once, from the teacher's weights; {given} is for "
+            "threshold sweeps, leave it out"
+        )
+
+
+def _check_there_are_rates_to_end(settings: Settings) -> None:
+    if settings.sweep.seeds:
+        raise UserError(
+            "sweep.asha looks for each model's best learning rate, under one seed; leave "
+            "sweep.seeds out, and train the best rates under several seeds afterwards"
+        )
+    rates = settings.sweep.learning_rates
+    if not any(isinstance(own, tuple) and len(own) > 1 for own in rates.values()):
+        raise UserError(
+            "sweep.asha ends the worse of a model's learning rates, and no model has more than "
+            "one; name several: --rates 1e-3,2e-3,4e-3, or sweep.learning_rates for each model"
+        )

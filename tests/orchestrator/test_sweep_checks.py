@@ -1,0 +1,155 @@
+"""What does not go together, or does not exist, is refused before anything is trained on."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from iiet.config import ModelConfig
+from iiet.schedule import IterationSchedule
+from orchestrator import procedure, study, sweep_costs, sweep_files, sweep_plans
+from orchestrator.analysis.benchmark import Timing
+from orchestrator.console import Progress
+from orchestrator.desk import Desk
+from orchestrator.errors import UserError
+from orchestrator.settings import EvaluationSettings, resolve_settings
+from orchestrator.sweep_costs import cost_in
+from orchestrator.sweep_plans import plan_suite
+from orchestrator.workspace import Workspace, open_workspace
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{target}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(open_workspace(tmp_path / "space"), Progress(), Console(file=StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("threshold", ["sweep.asha=true"], "compares learning rates"),
+        ("search", ["sweep.seeds=[0, 1]"], "sweep.seeds is for threshold sweeps"),
+        ("search", ["distillation.warm_start=true"], "distillation.warm_start is for threshold"),
+        ("search", ["sweep.stop_dominated=true"], "not for search"),
+        ("iterations", ["sweep.stop_dominated=true"], "not for iterations"),
+        ("iterations", ["sweep.asha=true"], "no model has more than one"),
+        (
+            "threshold",
+            ["sweep.stop_dominated=true", "distillation.warm_start=true"],
+            r"distillation\.warm_start",
+        ),
+        ("study", ["sweep.stop_dominated=true"], r"study\.warm_start"),
+        ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
+        ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
+        ("study", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
+        ("iterations", ["evaluation.include_path=/no/such/folder", "evaluation.suite=x"], "folder"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(
+    kind: str, settings: list[str], words: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was started")
+
+    for module in (procedure, sweep_plans, study):
+        monkeypatch.setattr(module, "prepare", never)
+    with pytest.raises(UserError, match=words):
+        sweep_files.run_file(resolve_settings({}, [f"sweep.kind={kind}", *settings]), desk)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("sweep.seeds=[0, 1, 0]", "a seed stands there twice"),
+        ("study.seeds=[2, 2]", "a seed stands there twice"),
+        ("sweep={thresholds: [0.1], budgets: [3]}", "exclude each other"),
+        ("sweep.learning_rates={iiet: []}", "a learning rate of iiet is not above 0"),
+    ],
+)
+def test_what_no_sweep_can_have_is_refused_where_it_is_read(setting: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_settings({}, [setting])
+
+
+def test_other_items_under_the_same_name_are_other_trials(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
+) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+
+    def suite_of(folder: str, words: str) -> dict[str, object]:
+        file = tmp_path / folder / "first.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'{{"context": "a", "target": " {words}"}}\n')
+        (file.parent / "first.yaml").write_text(TASK.format(name="first", file=file))
+        settings = EvaluationSettings(suite="first", include_path=str(file.parent))
+        suite = plan_suite(settings, tiny_tokens, config, Progress())
+        return {name: value for name, value in suite.items() if not name.endswith("_folder")}
+
+    first = suite_of("one", "b")
+    assert suite_of("one", "b") == first
+    assert suite_of("two", "b") == first, "where the files stand does not matter"
+    assert suite_of("two", "c") != first
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> list[list[str]]:
+    """Stand in for the clock, and return what was timed."""
+    asked: list[list[str]] = []
+
+    def time_per_token(decoders: dict[str, object], _: Progress) -> dict[str, Timing]:
+        asked.append(list(decoders))
+        return {
+            name: Timing(
+                median=milliseconds[name],
+                spread=0.0,
+                first_token=0.0,
+                first_token_spread=0.0,
+                repetitions=(),
+                first_token_repetitions=(),
+                batch_size=1,
+                num_threads=1,
+                device="cpu",
+            )
+            for name in decoders
+        }
+
+    monkeypatch.setattr(sweep_costs, "time_per_token", time_per_token)
+    return asked
+
+
+def test_milliseconds_are_measured_once_and_rise_with_evaluations(
+    tmp_path: Path, tiny_model: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = [IterationSchedule(r) for r in ((2, 1), (1, 1), (1, 0), (0, 0))]
+    asked = timed(monkeypatch, {"2,1": 5.0, "1,1": 3.0, "1,0": 3.5, "0,0": 2.0})
+    space = Workspace(tmp_path)
+    full = ModelConfig.from_dict(tiny_model)
+    cost = cost_in("ms", full, family, space, Progress())
+    assert [cost(schedule) for schedule in family] == [5.0, 3.5, 3.5, 2.0]
+    assert cost(IterationSchedule((2, 0))) == 3.5, "as long as its equals in evaluations"
+    again = cost_in("ms", full, family, space, Progress())
+    assert [again(schedule) for schedule in family] == [5.0, 3.5, 3.5, 2.0]
+    assert asked == [["2,1", "1,1", "1,0", "0,0"]], "the same command finds the same times"
+
+
+def test_counted_units_follow_from_the_shape(tmp_path: Path, tiny_model: dict[str, object]) -> None:
+    full, space = ModelConfig.from_dict(tiny_model), Workspace(tmp_path)
+    most, none = IterationSchedule((2, 1)), IterationSchedule((0, 0))
+    assert cost_in("evaluations", full, [], space, Progress())(most) == 5
+    bytes_of = cost_in("kv", full, [], space, Progress())
+    # A key and a value of 16 numbers of 4 bytes in each of 5 slots.
+    assert bytes_of(most) == 5 * 2 * 16 * 4
+    assert bytes_of(none) == 2 * 2 * 16 * 4
+    flops = cost_in("flops", full, [], space, Progress())
+    assert flops(most) > 1.5 * flops(none) > 0
