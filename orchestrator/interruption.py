@@ -69,6 +69,31 @@ def run_interruptibly(
     return future.result()
 
 
+def wait_interruptibly(
+    is_over: Callable[[], bool], *, watch: Callable[[], None] | None = None
+) -> None:
+    """Wait for what another process does; Ctrl-C and SIGTERM end the wait, not the other process.
+
+    Args:
+        is_over: Asked a few times a second.
+        watch: Called as often, to show progress.
+
+    Raises:
+        Interrupted: After a signal.
+    """
+    signals: list[int] = []
+    with handling(SIGNALS, lambda number, _: signals.append(number)):
+        while not is_over():
+            if signals:
+                raise Interrupted(
+                    "interrupted while waiting for another process, which goes on; the same "
+                    "command takes what it makes"
+                )
+            time.sleep(POLL_SECONDS)
+            if watch:
+                watch()
+
+
 def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
     try:
         future.set_result(work())

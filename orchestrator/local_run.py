@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ import torch
 from orchestrator.errors import Interrupted, UserError
 from orchestrator.interruption import POLL_SECONDS, SIGNALS, handling
 from orchestrator.resources import check_resources, local_resources
-from orchestrator.training.job import TrainingJob, TrainingOutcome, forget_stop
+from orchestrator.training.holding import run_each_once
+from orchestrator.training.job import TrainingJob, TrainingOutcome, check_job, forget_stop
 from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
 
@@ -41,14 +43,21 @@ def check_local(num_workers: int, num_gpus: int) -> None:
 
 
 def run_local_jobs(
-    jobs: Sequence[TrainingJob], *, num_gpus: int = 0, watch: Callable[[], None] | None = None
+    jobs: Sequence[TrainingJob],
+    *,
+    num_gpus: int = 0,
+    watch: Callable[[], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[TrainingOutcome]:
     """Run jobs one after the other in this process; finished ones take no time.
+
+    What another process is at is waited for.
 
     Args:
         jobs: What to train, each in a folder of its own.
         num_gpus: 1 trains on the first GPU, 0 on the CPU.
         watch: Called a few times a second between steps, to show progress.
+        note: Told if another process is waited for.
 
     Returns:
         The outcome of each job, in their order.
@@ -58,7 +67,14 @@ def run_local_jobs(
         Diverged: If a loss is no number any more.
         Interrupted: After Ctrl-C or SIGTERM, with the state saved.
     """
+    for job in jobs:
+        check_job(job)
     world = World(device="cuda:0" if num_gpus else "cpu")
+    return run_each_once(jobs, partial(_run_here, world=world, watch=watch), watch=watch, note=note)
+
+
+def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], None] | None) -> None:
+    """Run jobs whose folders are held; as `run_local_jobs`."""
     signals: list[int] = []
     looked_at = time.monotonic()
 
@@ -74,18 +90,16 @@ def run_local_jobs(
             looked_at = time.monotonic()
         return bool(signals)
 
-    outcomes = []
     with handling(SIGNALS, on_signal), _threads(local_resources(count_gpus=False).cpus):
         for job in jobs:
             forget_stop(job.folder)
-            outcomes.append(run_job(job, world=world, should_stop=should_stop))
+            outcome = run_job(job, world=world, should_stop=should_stop)
             if watch:
                 watch()
-            if not outcomes[-1].finished:
+            if not outcome.finished:
                 raise Interrupted(
                     "interrupted; the state is saved, the same command goes on from there"
                 )
-    return outcomes
 
 
 @contextmanager

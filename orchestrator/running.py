@@ -43,14 +43,16 @@ def run_jobs(
     *,
     local: bool = False,
     watch: Callable[[], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[TrainingOutcome]:
-    """Run jobs to their ends; finished ones take no time.
+    """Run jobs to their ends; finished ones take no time, another process's are waited for.
 
     Args:
         jobs: What to train.
         cluster: Workers and GPUs of each, and how often a job is started again.
         local: Train in this process, without Ray, one after the other.
         watch: Called a few times a second, to show progress.
+        note: Told if another process is waited for.
 
     Raises:
         UserError: If a job cannot run as described.
@@ -60,7 +62,7 @@ def run_jobs(
     if local:
         from orchestrator.local_run import run_local_jobs
 
-        return run_local_jobs(jobs, num_gpus=cluster.num_gpus, watch=watch)
+        return run_local_jobs(jobs, num_gpus=cluster.num_gpus, watch=watch, note=note)
     from orchestrator.worker import run_train_jobs
 
     return run_train_jobs(
@@ -70,4 +72,5 @@ def run_jobs(
         parallel=cluster.parallel,
         max_failures=cluster.max_failures,
         watch=watch,
+        note=note,
     )

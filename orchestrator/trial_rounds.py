@@ -1,9 +1,10 @@
-"""The unfinished trials of a sweep under Ray Tune, in two rounds, each trial once in the workspace.
+"""The unfinished trials of a sweep under Ray Tune, in rounds, each trial once in the workspace.
 
 A trial that another process is at is passed over in the first round, so that two sweeps at the same
-time share the work instead of waiting for each other trial by trial. The second round waits for
-what is left, and takes over what nobody is at any more. Who waits holds nothing that others wait
-for, so that there is no circle. Students that start from other students come in waves behind them.
+time share the work instead of waiting for each other trial by trial. Then this process waits for
+what is left, and takes over what nobody is at any more. Who waits holds neither a folder nor a
+place in the cluster that others wait for, so that there is no circle. Students that start from
+other students come in waves behind them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from iiet.cost import inference_cost
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.follow import JournalTail
+from orchestrator.interruption import wait_interruptibly
 from orchestrator.plan import PlannedTrial
 from orchestrator.settings import SweepSettings
 from orchestrator.training.job import DONE_NAME
@@ -58,7 +61,7 @@ class TrialRounds:
     _num_later: int = 0
 
     def run(self, waiting: Sequence[PlannedTrial]) -> None:
-        """Run what is not finished; what another sweep is at comes in a second round.
+        """Run what is not finished; what another process is at is waited for.
 
         Raises:
             Interrupted: After Ctrl-C; finished trials stay finished.
@@ -70,16 +73,28 @@ class TrialRounds:
                 self._num_later = len(waiting)
                 for wave in waves_of(waiting):
                     self._num_later -= len(wave)
-                    self._two_rounds(self._that_can_start(wave))
+                    self._run_or_wait(self._that_can_start(wave))
         self.progress.finish(self._summary(num_found))
 
-    def _two_rounds(self, trials: Sequence[PlannedTrial]) -> None:
-        self._round(trials, wait=False)
-        others = [trial for trial in trials if trial.key in self._busy]
-        if any(trial.result() is None for trial in others):
-            names = ", ".join(trial.label for trial in others)
-            self.progress.note(f"waiting for another sweep, which is at: {names}")
-        self._round(others, wait=True)
+    def _run_or_wait(self, trials: Sequence[PlannedTrial]) -> None:
+        self._round(trials)
+        left = [t for t in trials if t.key in self._busy and self._is_to_do(t)]
+        if left:
+            names = ", ".join(trial.label for trial in left)
+            self.progress.note(f"waiting for another process, which is at: {names}")
+        while left:
+            wait_interruptibly(partial(_one_has_ended, left))
+            free = [t for t in left if self._is_to_do(t) and not is_busy(t)]
+            self._busy.difference_update(trial.key for trial in free)
+            self._round(free)
+            left = [t for t in left if t not in free or t.key in self._busy]
+            left = [t for t in left if self._is_to_do(t)]
+
+    def _is_to_do(self, trial: PlannedTrial) -> bool:
+        """Return whether a trial that another process was at has still no result."""
+        if trial.result():
+            self._found.add(trial.key)
+        return trial.key not in self._found
 
     def _that_can_start(self, wave: Sequence[PlannedTrial]) -> list[PlannedTrial]:
         """Return the trials whose start is there; who would start from a failure has failed too."""
@@ -101,7 +116,7 @@ class TrialRounds:
         parts = [f", {count} {what}" for what, count in counts.items() if count]
         return f"{self.num_all} trials{''.join(parts)}"
 
-    def _round(self, trials: Sequence[PlannedTrial], *, wait: bool) -> None:
+    def _round(self, trials: Sequence[PlannedTrial]) -> None:
         tails = {trial.key: JournalTail(Path(trial.folder)) for trial in trials}
         num_done = self.num_all - len(trials) - self._num_later
 
@@ -114,7 +129,7 @@ class TrialRounds:
         own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"
         run_trials(
             trial_function,
-            [self._parameters(trial, wait) for trial in sorted(trials, key=self._turn)],
+            [self._parameters(trial) for trial in sorted(trials, key=self._turn)],
             own_folder,
             limits=limits_of(self.settings),
             on_result=self._on_result,
@@ -131,10 +146,9 @@ class TrialRounds:
         cheapest_first = self.rule is not None and self.rule.cheapest_first
         return is_busy(trial), trial.role != "teacher", work if cheapest_first else -work
 
-    def _parameters(self, trial: PlannedTrial, wait: bool) -> dict[str, Any]:
+    def _parameters(self, trial: PlannedTrial) -> dict[str, Any]:
         return {
             "trial": trial.to_dict(),
-            "wait": wait,
             "rivals": dict(self.rivals.get(trial.key, {})),
             "rule": self.rule,
         }
@@ -169,6 +183,10 @@ def waves_of(trials: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
     return waves
 
 
+def _one_has_ended(trials: Sequence[PlannedTrial]) -> bool:
+    return any(trial.result() or not is_busy(trial) for trial in trials)
+
+
 def _start_is_there(trial: PlannedTrial) -> bool:
     return trial.job is not None and (Path(trial.job["initial_folder"]) / DONE_NAME).is_file()
 
@@ -186,9 +204,10 @@ def limits_of(settings: SweepSettings) -> TrialLimits:
 def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Run one trial in a Ray worker; what Tune is given. The result itself goes into a file."""
     trial = parameters["trial"]
-    options = {name: parameters[name] for name in ("wait", "rivals", "rule")}
+    options = {name: parameters[name] for name in ("rivals", "rule")}
     run = run_trial(
         trial,
+        wait=False,
         should_stop=context.should_stop,
         train=context.train,
         on_device=context.on_device,

@@ -3,24 +3,21 @@ result.
 
 This is what a Ray Tune trial calls, and what a debugger can call without Ray. It is idempotent: a
 finished trial returns its result, a trained one is only measured, an interrupted one goes on from
-its checkpoint. A file lock in the trial's folder is held meanwhile, so that two sweeps at the same
-time never make one trial twice; the system drops the lock of a process that dies, and who waits
-takes over. Cost in milliseconds is not measured here, because trials that run side by side would
-disturb each other's clock.
+its checkpoint. The trial's folder is held meanwhile (`training/holding.py`), so that two processes
+at the same time never make one trial twice. Cost in milliseconds is not measured here, because
+trials that run side by side would disturb each other's clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
@@ -30,6 +27,7 @@ from orchestrator.data.batches import validation_batches
 from orchestrator.data.tokens import open_tokens
 from orchestrator.plan import PlannedTrial
 from orchestrator.training.checkpoint import load_decoder, load_provenance
+from orchestrator.training.holding import held, is_held
 from orchestrator.training.job import TrainingJob, TrainingOutcome, forget_stop
 from orchestrator.training.run import Report, run_job
 from orchestrator.trial import TrialResult
@@ -38,11 +36,6 @@ from orchestrator.workspace import read_json, write_json
 
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss that stands in the tables."""
-
-LOCK_NAME = "trial.lock"
-"""Of the folder, not of the trial: trials that put other tasks to the same weights share it."""
-POLL_SECONDS = 0.5
-"""How long a waiting trial goes without asking whether to stop."""
 
 Train = Callable[[TrainingJob, Callable[[], bool], Report], TrainingOutcome]
 """As `run_job`: a job, whether to stop, and who is told the numbers."""
@@ -92,7 +85,7 @@ def run_trial(
     if finished:
         return TrialRun("found", finished)
     asked = should_stop or (lambda: False)
-    with _claimed(Path(trial.folder), wait, asked) as is_ours:
+    with held(Path(trial.folder), wait=wait, should_stop=asked) as is_ours:
         if not is_ours:
             return TrialRun("stopped" if wait else "busy")
         # Once more: who held the lock before us may have finished it.
@@ -113,31 +106,7 @@ def run_trial(
 
 def is_busy(trial: PlannedTrial) -> bool:
     """Return whether a process is at a trial at this moment."""
-    path = Path(trial.folder) / LOCK_NAME
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-@contextmanager
-def _claimed(folder: Path, wait: bool, should_stop: Callable[[], bool]) -> Iterator[bool]:
-    """Hold a folder's lock in the block; False if it was not to be had, or a stop was asked for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME, timeout=POLL_SECONDS if wait else 0)
-    while not lock.is_locked:
-        try:
-            lock.acquire()
-        except Timeout:
-            if not wait or should_stop():
-                break
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
+    return is_held(Path(trial.folder))
 
 
 def _train_here(
@@ -189,7 +158,9 @@ def _measure(
         parent=trial.parent,
     )
     write_json(trial.result_path, result.to_dict())
-    return result
+    written = trial.result()
+    assert written is not None
+    return written
 
 
 def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:

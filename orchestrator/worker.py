@@ -12,21 +12,22 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from orchestrator.cluster import ray_cluster
-from orchestrator.errors import Interrupted, StageFailed, UserError
+from orchestrator.errors import StageFailed, UserError
 from orchestrator.interruption import run_interruptibly
 from orchestrator.journal import JOURNAL_NAME
 from orchestrator.resources import Resources, check_resources
+from orchestrator.training.holding import run_each_once
 from orchestrator.training.job import (
     TrainingJob,
     TrainingOutcome,
     ask_to_stop,
     check_job,
-    finished_outcome,
     forget_stop,
     stop_asked,
 )
@@ -61,8 +62,11 @@ def run_train_jobs(
     parallel: str = "ddp",
     max_failures: int = 2,
     watch: Watch | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[TrainingOutcome]:
     """Run jobs under Ray Train, side by side as far as there is room; finished ones take no time.
+
+    What another process is at is waited for.
 
     Args:
         jobs: What to train, each in a folder of its own.
@@ -71,6 +75,7 @@ def run_train_jobs(
         parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it.
         max_failures: How often a job whose worker died starts again from its newest checkpoint.
         watch: Called a few times a second, to show progress.
+        note: Told if another process is waited for.
 
     Returns:
         The outcome of each job, in their order.
@@ -82,31 +87,46 @@ def run_train_jobs(
         Interrupted: After Ctrl-C or SIGTERM.
     """
     num_workers = check_train_jobs(jobs, num_workers=num_workers, num_gpus=num_gpus)
-    waiting = [job for job in jobs if finished_outcome(job) is None]
-    if waiting:
-        check_parallel(parallel)
-        for job in waiting:
-            forget_stop(job.folder)
-        before = [_journal_bytes(job) for job in waiting]
-        with ray_cluster() as cluster:
-            check_resources(num_workers, num_gpus, cluster.resources)
-            plan = _plan(
-                cluster.resources,
-                num_workers,
-                use_gpu=num_gpus > 0,
-                num_jobs=len(waiting),
-                max_failures=max_failures,
-            )
-            plan = replace(plan, parallel=parallel)
-            run_interruptibly(
-                lambda: _fit_all(waiting, plan),
-                ask_to_stop=lambda: _ask_all_to_stop(waiting, before),
-                watch=watch,
-            )
-    outcomes = [finished_outcome(job) for job in jobs]
-    if not all(outcomes):
-        raise Interrupted("stopped on request; the same command goes on from the saved state")
-    return [outcome for outcome in outcomes if outcome]
+    run = partial(
+        _run_held,
+        num_workers=num_workers,
+        num_gpus=num_gpus,
+        parallel=parallel,
+        max_failures=max_failures,
+        watch=watch,
+    )
+    return run_each_once(jobs, run, watch=watch, note=note)
+
+
+def _run_held(
+    jobs: Sequence[TrainingJob],
+    *,
+    num_workers: int,
+    num_gpus: int,
+    parallel: str,
+    max_failures: int,
+    watch: Watch | None,
+) -> None:
+    """Run jobs whose folders are held until all have ended; as `run_train_jobs`."""
+    check_parallel(parallel)
+    for job in jobs:
+        forget_stop(job.folder)
+    before = [_journal_bytes(job) for job in jobs]
+    with ray_cluster() as cluster:
+        check_resources(num_workers, num_gpus, cluster.resources)
+        plan = _plan(
+            cluster.resources,
+            num_workers,
+            use_gpu=num_gpus > 0,
+            num_jobs=len(jobs),
+            max_failures=max_failures,
+        )
+        plan = replace(plan, parallel=parallel)
+        run_interruptibly(
+            lambda: _fit_all(jobs, plan),
+            ask_to_stop=lambda: _ask_all_to_stop(jobs, before),
+            watch=watch,
+        )
 
 
 def check_train_jobs(

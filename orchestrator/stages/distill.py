@@ -72,7 +72,9 @@ def distill(
     follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
     progress.start("distill", job.recipe.num_steps)
     with follower:
-        (outcome,) = run_jobs([job], settings.cluster, local=local, watch=follower.look)
+        (outcome,) = run_jobs(
+            [job], settings.cluster, local=local, watch=follower.look, note=progress.note
+        )
     progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
     return Path(str(outcome.checkpoint))
 

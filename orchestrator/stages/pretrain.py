@@ -102,7 +102,9 @@ def pretrain(
     runs = follower.open_runs("pretrain", {label: flatten(s) for label, s in variants.items()})
     progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
     with follower:
-        outcomes = run_jobs(list(jobs.values()), cluster, local=local, watch=follower.look)
+        outcomes = run_jobs(
+            list(jobs.values()), cluster, local=local, watch=follower.look, note=progress.note
+        )
     losses = []
     checkpoints = {}
     for (label, run), outcome in zip(runs.items(), outcomes, strict=True):

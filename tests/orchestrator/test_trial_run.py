@@ -19,9 +19,10 @@ from orchestrator.console import Progress
 from orchestrator.journal import read_journal
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
+from orchestrator.training.holding import HOLD_NAME
 from orchestrator.training.job import DONE_NAME
 from orchestrator.trial_referee import StopRule, other_rates_of, rivals_of, verdict_of
-from orchestrator.trial_run import LOCK_NAME, is_busy, run_trial
+from orchestrator.trial_run import is_busy, run_trial
 from orchestrator.workspace import read_json, write_json
 
 WORKER = """
@@ -102,7 +103,7 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
     trial = trials[1]
     folder = Path(trial.folder)
     folder.mkdir(parents=True)
-    with start(HOLDER, str(folder / LOCK_NAME)) as holder:
+    with start(HOLDER, str(folder / HOLD_NAME)) as holder:
         assert is_busy(trial)
         assert run_trial(trial.to_dict(), wait=False).state == "busy"
         assert run_trial(trial.to_dict(), should_stop=lambda: True).state == "stopped"
@@ -127,7 +128,7 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
     made = run_trial(trial.to_dict())
     text = trial.result_path.read_text()
     trial.result_path.unlink()
-    lock = FileLock(folder / LOCK_NAME)
+    lock = FileLock(folder / HOLD_NAME)
     lock.acquire()
 
     def finish_it() -> bool:
@@ -162,7 +163,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     from orchestrator.console import Progress
 
     asked, finished_meanwhile = trials[:4], trials[3]
-    lock = FileLock(Path(trials[2].folder) / LOCK_NAME)
+    lock = FileLock(Path(trials[2].folder) / HOLD_NAME)
     Path(trials[2].folder).mkdir(parents=True)
     lock.acquire()
     rounds_function = trial_rounds.trial_function
@@ -177,7 +178,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
         summary = ""
 
         def note(self, text: str) -> None:
-            assert text == f"waiting for another sweep, which is at: {trials[2].label}"
+            assert text == f"waiting for another process, which is at: {trials[2].label}"
             assert [trial.result() is not None for trial in asked] == [True, True, False, True]
             lock.release()
 
@@ -205,6 +206,8 @@ def test_a_trial_that_cannot_beat_a_cheaper_one_ends_and_can_go_on_later(
     rivals = rivals_of(costly, [costly, cheap])
     assert rivals == {cheap.label: cheap.folder}
     assert rivals_of(cheap, [costly, cheap]) == {}, "a costlier one is no rival"
+    seeds = [replace(trial, key=f"{seed}", seed=seed) for seed in (0, 1) for trial in (costly,)]
+    assert rivals_of(seeds[0], [*seeds, replace(cheap, seed=1)]) == {}, "nor is another seed"
     assert run_trial(cheap.to_dict()).state == "made"
     done = Path(cheap.folder) / DONE_NAME
     write_json(done, {**read_json(done), "validation_loss": 0.01})
@@ -279,7 +282,7 @@ def test_what_travels_to_a_trial_is_small(trials: tuple[PlannedTrial, ...]) -> N
     from orchestrator.trial_rounds import TrialRounds, trial_function
 
     rounds = TrialRounds(Path(), resolve_settings({}).sweep, Progress(), num_all=len(trials))
-    given = [rounds._parameters(trial, wait=False) for trial in trials]
+    given = [rounds._parameters(trial) for trial in trials]
     sent = len(pickle.dumps((trial_function, given)))
     tokens = Path(given[0]["trial"]["suite"]["tokens_folder"])
     assert sent < 4096 * len(trials), "paths and settings; no weights, no tokens, no answers"
