@@ -1,10 +1,12 @@
 """What a sweep costs beside its trials, what it spares, and how long a finished one takes again.
 
-Overhead: the same trainings under Ray Tune, one at a time, and in a bare loop of this process with
-as many threads, in two workspaces. The first trial is not counted, nor is Ray's own start: both are
-once for all trials. The share of a minute is that overhead over sixty seconds. Duplicates:
-thresholds asked for, and the trials that they come to. Resume: the whole stage over a sweep of
-which all is finished, MLflow's records in a local database included.
+Overhead: the whole stage under Ray Tune, one trial at a time, its locks, its front over time and
+MLflow's records in a local database included, and the same trainings and evaluations in a bare loop
+of this process with as many threads, in two workspaces. The first trial is not counted, nor is
+Ray's own start: both are once for all trials. The share of a minute is that overhead over sixty
+seconds. Duplicates: thresholds asked for, and the trials that they come to. Resume: the whole stage
+over a sweep of which all is finished; and a trial that was stopped in its middle, from the call to
+its first new step.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,18 @@ from benchmarks.timing import Spread
 from iiet.influence import InfluenceTable
 from iiet.schedule import schedule_at_threshold
 from orchestrator.cluster import ray_cluster
-from orchestrator.data.corpus import Document
-from orchestrator.data.tokenizing import write_tokens
+from orchestrator.console import Progress
 from orchestrator.plan import PlannedTrial, SweepPlan, choose_members, threshold_plan
 from orchestrator.settings import DataSettings, Settings, resolve_settings
+from orchestrator.stages.prepare import prepare
 from orchestrator.stages.sweep import sweep
+from orchestrator.sweep_plans import plan_suite
 from orchestrator.tracking import open_tracking
+from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.job import DONE_NAME, TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.trial import TrialResult
-from orchestrator.trial_room import TrialLimits
-from orchestrator.trial_runner import TrialContext, run_trials
+from orchestrator.trial_run import measure_quality
 from orchestrator.workspace import Workspace, open_workspace, write_json
 
 __all__ = ["measure"]
@@ -52,12 +55,16 @@ class _Size:
     num_steps: int
     num_trials: int
     """That are trained, in each of the two ways."""
+    num_items: int
+    """Of each held-out task."""
     has_goals: bool = False
 
 
-_FULL = _Size(dim=128, num_layers=6, num_steps=100, num_trials=6, has_goals=True)
-_QUICK = _Size(dim=16, num_layers=2, num_steps=2, num_trials=3)
+_FULL = _Size(dim=128, num_layers=6, num_steps=100, num_trials=6, num_items=60, has_goals=True)
+_QUICK = _Size(dim=16, num_layers=2, num_steps=2, num_trials=3, num_items=20)
 _CONTEXT = 64
+_VOCABULARY = 1024
+_NUM_DOCUMENTS = 400
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
@@ -74,13 +81,13 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         overhead, checks = bench.overhead()
         say(f"sweep: {_NUM_THRESHOLDS} thresholds")
         merged, check = bench.merged()
-        say("sweep: a finished one again")
-        resumed = bench.resumed()
+        say("sweep: a finished one again, and a trial stopped in its middle")
+        resumed = (bench.resumed(), bench.gone_on())
     setting = (
         f"IIET, d {size.dim}, {size.num_layers} layers, r = 2, trials of {size.num_steps} steps, "
         "one at a time; the first and Ray's start not counted"
     )
-    rows = (*overhead, merged, resumed)
+    rows = (*overhead, merged, *resumed)
     return Report(title="sweep", setting=setting, rows=rows, checks=(*checks, check))
 
 
@@ -89,11 +96,12 @@ class _Bench:
 
     def __init__(self, size: _Size, folder: Path) -> None:
         self.size, self.folder = size, folder
-        self.tokens = write_tokens(folder / "tokens", _documents(), DataSettings(vocab_size=300))
+        data = DataSettings(vocab_size=_VOCABULARY, max_documents=_NUM_DOCUMENTS)
+        self.tokens = prepare(data, open_workspace(folder / "prepared"), Progress())
         self.config = shaped_config(
             size.dim,
             num_layers=size.num_layers,
-            vocab_size=300,
+            vocab_size=_VOCABULARY,
             context_length=_CONTEXT,
             num_corrections=2,
         )
@@ -121,6 +129,7 @@ class _Bench:
             {
                 "training": {**recipe, "num_steps": 1},
                 "distillation": {"training": longer},
+                "evaluation": {"num_items": self.size.num_items},
                 "sweep": sweep,
             }
         )
@@ -133,29 +142,28 @@ class _Bench:
             workspace,
             teacher=self.teacher,
             members=choose_members(self.influence, settings.sweep),
-            suite={"suite": "none", "tokens_folder": str(self.tokens)},
+            suite=plan_suite(settings.evaluation, self.tokens, self.config, Progress()),
         )
 
     def overhead(self) -> tuple[list[Row], list[str]]:
         """Train the same students under Ray Tune and in a loop."""
+        asked = {"num_schedules": self.size.num_trials, "trials_at_once": 1}
+        here, there = (open_workspace(self.folder / name) for name in ("swept", "looped"))
         swept, looped = (
-            self._students(open_workspace(self.folder / name)) for name in ("swept", "looped")
+            [trial for trial in self.plan(space, **asked).trials if trial.job]
+            for space in (here, there)
         )
+        tracking = open_tracking(here)
         threads = torch.get_num_threads()
         with ray_cluster(num_cpus=threads):
-            ends: list[float] = []
-            reports = run_trials(
-                _train,
-                [trial.to_dict() for trial in swept],
-                self.folder / "sweep",
-                limits=TrialLimits(at_once=1),
-                on_result=lambda _: ends.append(time.perf_counter()),
-            )
-        assert all(report.result for report in reports), [report.error for report in reports]
+            sweep(self.plan(here, **asked), self.settings(**asked), here, tracking=tracking)
+        ends = sorted(trial.result_path.stat().st_mtime for trial in swept)
         loop_ends: list[float] = []
         for trial in looped:
-            run_job(TrainingJob.from_dict(trial.job or {}))
-            loop_ends.append(time.perf_counter())
+            outcome = run_job(TrainingJob.from_dict(trial.job or {}))
+            decoder = load_decoder(Path(str(outcome.checkpoint)))
+            measure_quality(decoder, trial.suite, Path(trial.folder) / "items.json")
+            loop_ends.append(time.time())
         pairs = zip(_losses(swept), _losses(looped), strict=True)
         check = checked(
             "losses of a sweep's trials and a loop's", max(abs(a - b) for a, b in pairs), 0.0
@@ -220,15 +228,28 @@ class _Bench:
             quantities=(again, _seconds("first", seconds[0])),
         )
 
-    def _students(self, workspace: Workspace) -> list[PlannedTrial]:
-        plan = self.plan(workspace, num_schedules=self.size.num_trials)
-        return [trial for trial in plan.trials if trial.job]
+    def gone_on(self) -> Row:
+        """Stop a trial in its middle, and call it again."""
+        plan = self.plan(open_workspace(self.folder / "stopped"), num_schedules=2)
+        job = TrainingJob.from_dict(next(t.job for t in plan.trials if t.job) or {})
+        reported: list[tuple[int, float]] = []
 
+        def report(step: int, _: Mapping[str, float]) -> None:
+            reported.append((step, time.perf_counter()))
 
-def _train(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """Train a trial and measure nothing."""
-    job = TrainingJob.from_dict(parameters["job"])
-    return {"finished": context.train(job, context.should_stop).finished}
+        half = self.size.num_steps // 2
+        run_job(job, should_stop=lambda: bool(reported and reported[-1][0] >= half), report=report)
+        step = (reported[-1][1] - reported[0][1]) / max(reported[-1][0] - reported[0][0], 1)
+        reported.clear()
+        started = time.perf_counter()
+        run_job(job, report=report)
+        return Row(
+            what=f"a trial stopped at step {half}: from the call to its first new numbers",
+            quantities=(
+                _seconds("resumed", reported[0][1] - started),
+                _seconds("a step", step),
+            ),
+        )
 
 
 def _losses(trials: Sequence[PlannedTrial]) -> list[float]:
@@ -249,12 +270,3 @@ def _finish(trial: PlannedTrial) -> None:
 
 def _seconds(label: str, seconds: float) -> Quantity:
     return Quantity(label, Spread.of([seconds]), "s")
-
-
-def _documents() -> list[Document]:
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 8))) for _ in range(200)]
-    return [
-        Document(" ".join(draw.choices(words, k=120)) + ".", f"document {number}")
-        for number in range(120)
-    ]

@@ -19,7 +19,7 @@ from benchmarks.report import Goal, Quantity, Row, checked
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
 from iiet.history import Mix
 
-NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4, "sweep": 4}
+NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4, "sweep": 5}
 """Of a quick run."""
 SLOW = ("mix", "training", "sweep")
 """They start processes."""

@@ -16,6 +16,10 @@ from orchestrator.analysis.texts import with_error
 from orchestrator.trial import TrialResult
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
+_ERRORS = (
+    "± is one standard error: of the items where a model was trained with one seed, of the items "
+    "and the seeds together where with several."
+)
 PAPER_KEPT, PAPER_SAVED = 0.994, 0.55
 """The paper's headline: so much of the accuracy, with so much less overhead of inference."""
 
@@ -56,7 +60,7 @@ def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
         ways: The fronts of students.
         pictures: Folders that hold a picture of fronts laid over each other.
     """
-    parts = ["# Study", *(f"- {sentence}" for sentence in _claims(phases, ways))]
+    parts = ["# Study", "", _ERRORS, "", *(f"- {sentence}" for sentence in _claims(phases, ways))]
     parts += ["", "## Learning rates (validation loss, one seed)", "", *_rates(phases)]
     parts += ["", "## Equal tokens, each at its best rate", "", *_models(phases.tokens)]
     if phases.flops:

@@ -1,0 +1,106 @@
+"""The study's phases: a failed trial ends none of them, and stands in the error at the end."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from orchestrator import study
+from orchestrator.console import Progress
+from orchestrator.desk import Desk
+from orchestrator.errors import StageFailed
+from orchestrator.plan import SweepPlan
+from orchestrator.settings import Settings, resolve_settings
+from orchestrator.trial import TrialResult
+from orchestrator.workspace import open_workspace
+
+FAILING = {"vanilla, rate 0.004", "pcformer"}
+
+
+def results_of(plan: SweepPlan) -> list[TrialResult]:
+    """Make up a result of each trial: a higher learning rate gives a higher loss."""
+    return [
+        TrialResult(
+            key=trial.key,
+            role=trial.role,
+            method=trial.config().method,
+            schedule=tuple(trial.config().corrections or ()),
+            label=trial.label,
+            seed=trial.seed,
+            group=trial.group,
+            quality={"accuracy": 0.5, "validation_loss": trial.job["recipe"]["learning_rate"]},
+            train={"flops": 1.0, "tokens": 1.0},
+            cost={"evaluations": 2.0},
+            checkpoint=f"/{trial.label}",
+        )
+        for trial in plan.trials
+        if trial.job and trial.label not in FAILING
+    ]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A desk at which sweeps are made up."""
+
+    def run_and_show(plan: SweepPlan, *_: object, failures: dict[str, str]) -> SimpleNamespace:
+        failures |= {trial.label: "boom" for trial in plan.trials if trial.label in FAILING}
+        return SimpleNamespace(results=results_of(plan))
+
+    def sweep_thresholds(*_: object, failures: dict[str, str], **__: object) -> SimpleNamespace:
+        common: dict[str, Any] = {"method": "iiet", "quality": {"accuracy": 0.5}}
+        common["quality"]["validation_loss"] = 3.0
+        full, none = {"evaluations": 4.0}, {"evaluations": 2.0}
+        teacher = TrialResult(key="t", role="teacher", schedule=(1, 1), cost=full, **common)
+        student = TrialResult(key="s", role="trial", schedule=(0, 0), cost=none, **common)
+        return SimpleNamespace(results=[teacher, student])
+
+    suite = {"suite": "x", "tokens_folder": str(tiny_tokens)}
+    monkeypatch.setattr(study, "prepare", lambda *_: tiny_tokens)
+    monkeypatch.setattr(study, "plan_suite", lambda *_: suite)
+    monkeypatch.setattr(study, "ray_cluster", nullcontext)
+    monkeypatch.setattr(study, "run_and_show", run_and_show)
+    monkeypatch.setattr(study, "sweep_thresholds", sweep_thresholds)
+    monkeypatch.setattr(study, "write_overlay", lambda *_, **__: SimpleNamespace(folder=tmp_path))
+    return Desk(open_workspace(tmp_path / "space"), Progress(), Console(file=StringIO()))
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return resolve_settings(
+        {},
+        [
+            "sweep={methods: [vanilla, pcformer, iiet], iterations: [0, 1]}",
+            "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
+            "model.num_layers=2",
+            "study.seeds=[0]",
+        ],
+    )
+
+
+def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
+    desk: Desk, settings: Settings
+) -> None:
+    with pytest.raises(StageFailed, match="2 trials failed") as failed:
+        study.run_study(settings, desk)
+    assert all(label in str(failed.value) for label in FAILING)
+    text = (desk.workspace.overlays / "study" / "results.md").read_text()
+    assert "| vanilla | 2 |" in text, "at the rate that did not fail"
+    assert "pcformer" not in text
+    assert "r = 1 against vanilla at equal tokens: loss" in text
+    assert "± 0.000" not in text, "what has no error is not told one"
+    assert "keeps 100.0% of its teacher's accuracy" in text
+
+
+def test_a_study_without_its_teacher_ends_there(
+    desk: Desk, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_study.FAILING", {"r = 1", "r = 1, two stages"})
+    with pytest.raises(StageFailed, match="r = 1"):
+        study.run_study(settings, desk)
+    assert not (desk.workspace.overlays / "study").exists()
