@@ -125,7 +125,9 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
 
 
 def duration(hours: float) -> str:
-    """Write hours for people, in minutes or days where that reads better."""
+    """Write hours for people, in seconds, minutes or days where that reads better."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} seconds"
     if hours < 1:
         return f"{hours * 60:.2g} minutes"
     return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"

@@ -10,11 +10,12 @@ from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import newest_sweep
 from orchestrator.desk import Desk
 from orchestrator.plan import SweepPlan
+from orchestrator.plan_price import price_of, requested_noun, trial_states
 from orchestrator.settings import Settings
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.report import write_report
 from orchestrator.trial_referee import stop_rule
-from orchestrator.views import plan_price, plan_table
+from orchestrator.views import plan_sentences, plan_table
 
 
 def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) -> None:
@@ -54,8 +55,10 @@ def show_report(written: WrittenReport, desk: Desk) -> None:
 
 def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     """Print what a sweep would do: its trials, what is finished, what the rest costs."""
-    desk.console.print(plan_table(plan))
+    states = trial_states(plan, settings.sweep)
+    price = price_of(plan, states, settings, desk.workspace.teachers)
+    lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
     rule, _ = stop_rule(plan, settings.sweep)
-    price = plan_price(plan, settings.distillation, desk.workspace.teachers)
-    for line in [*price, rule.text] if rule else price:
+    desk.console.print(plan_table(plan, states))
+    for line in [*lines, rule.text] if rule else lines:
         desk.console.print(f"  {line}", markup=False)

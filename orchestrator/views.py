@@ -4,77 +4,102 @@ influence tables.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from iiet.cost import training_flops_per_token
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import STDERR, EvaluationResult
-from orchestrator.plan import SweepPlan, exact_cost, full_config
-from orchestrator.settings import DistillationSettings
-from orchestrator.training.job import TrainingJob
-from orchestrator.training.teacher_choice import teacher_tokens
-
-ASSUMED_FLOPS_PER_SECOND = 20e9
-"""What one CPU core does at the toy's sizes; only for the plan's rough hours."""
+from orchestrator.estimate_view import duration
+from orchestrator.plan import SweepPlan, exact_cost, full_config, num_models
+from orchestrator.plan_price import PlanPrice, TrialState
+from orchestrator.training.fitting import gib
 
 
-def plan_table(plan: SweepPlan) -> Table:
-    """Return a plan's trials, in their order."""
+def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
+    """Return a plan's trials with how far they are, in their order."""
     table = Table(title=f"Plan of {plan.name}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model")
-    table.add_column("thresholds")
+    table.add_column("model", overflow="fold")
+    has_thresholds = any(trial.threshold_text for trial in plan.trials)
+    if has_thresholds:
+        table.add_column("thresholds", no_wrap=True)
     for title in ("evals", "FLOPs", "KV/token"):
-        table.add_column(title, justify="right")
-    table.add_column("state")
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     full = full_config(plan)
-    for trial in plan.trials:
+    for state in states:
+        trial = state.trial
         cost = exact_cost(trial.config(), full)
-        thresholds = ""
-        if trial.threshold_up_to is not None:
-            thresholds = f"{trial.threshold_above:.3g} to {trial.threshold_up_to:.3g}"
-        is_done = trial.result() is not None
         table.add_row(
             trial.label,
-            thresholds,
+            *([trial.threshold_text] if has_thresholds else []),
             f"{cost['evaluations']:.0f}",
             f"{100 * cost['relative_flops']:.0f} %",
-            f"{cost['kv_bytes_per_token'] / 1024:.1f} KiB",
-            "finished" if is_done else "train and measure" if trial.job else "measure",
+            gib(cost["kv_bytes_per_token"]),
+            state.text,
         )
     return table
 
 
-def plan_price(plan: SweepPlan, distillation: DistillationSettings, teachers: Path) -> list[str]:
-    """Say in sentences what was merged, what is reused, and what the rest costs.
+def plan_sentences(
+    plan: SweepPlan, noun: str, states: Sequence[TrialState], price: PlanPrice
+) -> list[str]:
+    """Say what was merged, what is reused, and what the rest costs.
 
     Args:
         plan: The sweep.
-        distillation: Says whether the teacher runs once for all students.
-        teachers: Folder of what teachers were stored to say.
+        noun: What `num_requested` counts, such as `threshold`.
+        states: How far its trials are.
+        price: Of what is left.
     """
-    num_trials = sum(trial.role == "trial" for trial in plan.trials)
-    waiting = [trial for trial in plan.trials if trial.result() is None]
-    jobs = [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
-    tokens = flops = 0.0
-    for job in jobs:
-        num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
-        tokens += num_tokens
-        flops += num_tokens * training_flops_per_token(job.config())
-    read = teacher_tokens(jobs, distillation, teachers)
-    # The frozen teacher runs forward only: a third of a training step.
-    flops += read * training_flops_per_token(full_config(plan)) / 3
-    hours = flops / ASSUMED_FLOPS_PER_SECOND / 3600
-    told = f" and its teacher reads {read:,.0f}" if read else ""
     return [
-        f"{plan.num_requested} asked for, {num_trials} distinct trials",
-        f"{len(plan.trials) - len(waiting)} of {len(plan.trials)} are finished and are reused",
-        f"the rest trains on {tokens:,.0f} tokens{told}: {flops:.3g} FLOPs, "
-        f"about {hours:.2g} core hours at {ASSUMED_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s",
+        _asked_for(plan, noun),
+        _found(states),
+        *(_left_to_train(price) if price.flops else ["nothing is left to train"]),
     ]
+
+
+def _asked_for(plan: SweepPlan, noun: str) -> str:
+    made = "" if noun == "model" else " schedule" if plan.num_distinct == 1 else " schedules"
+    text = f"{counted(plan.num_requested, noun)} asked for, {plan.num_distinct:,} distinct{made}"
+    num_seeds = len({trial.seed for trial in plan.trials if trial.seed is not None})
+    text += f", each under {counted(num_seeds, 'seed')}" if num_seeds else ""
+    num_more = num_models(plan.trials) - plan.num_distinct
+    return text + (f"; {num_more:,} more that the search suggested" if num_more else "")
+
+
+def _found(states: Sequence[TrialState]) -> str:
+    names = Counter(state.name for state in states)
+    text = f"{names['finished']:,} of {counted(len(states), 'trial')} are finished and reused"
+    if num_stopped := names["stopped early"]:
+        text += f", {num_stopped:,} stopped early and left so"
+    if num_begun := sum(bool(state.steps_done) for state in states):
+        text += f", {num_begun:,} partly trained"
+    return text
+
+
+def _left_to_train(price: PlanPrice) -> list[str]:
+    told = price.num_teacher_tokens
+    teacher = f", and the teacher reads {told:,}" if told else ""
+    clock = "of one GPU" if price.uses_gpus else "of all CPUs here"
+    written = [f"checkpoints of up to {gib(price.checkpoint_bytes)}"]
+    if price.teacher_bytes:
+        written.append(f"the teacher's answers, {gib(price.teacher_bytes)}")
+    return [
+        f"left to train: {price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
+        f"time: {duration(price.hours)} {clock}, at {price.share:.0%} of "
+        f"{price.peak_flops / 1e12:,.3g} TFLOP/s ({price.of_what}); validation, saving and "
+        "measuring come on top",
+        f"to be written: {' and '.join(written)}",
+    ]
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
@@ -146,6 +171,16 @@ def influence_view(influence: InfluenceTable) -> Table:
     for layer, (values, errors) in enumerate(
         zip(influence.values, influence.errors, strict=True), start=1
     ):
-        cells = [f"{v:.4f} ± {e:.4f}" for v, e in zip(values, errors, strict=True)]
+        cells = [_with_error(v, e) for v, e in zip(values, errors, strict=True)]
         table.add_row(str(layer), *cells)
     return table
+
+
+def _with_error(value: float, error: float) -> str:
+    """Write an error with two significant digits, and the value as far as these reach."""
+    if math.isnan(error):  # A single batch has none.
+        return f"{value:.2g}"
+    digits = 2
+    if value and error:
+        digits += max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(error)))
+    return f"{value:.{digits}g}\u00a0±\u00a0{error:.2g}"

@@ -53,4 +53,6 @@ def iterations_plan(
             )
         )
     unique = list({trial.key: trial for trial in trials}.values())
-    return finish_plan("iterations", name, unique, suite, len(variants), teacher=None)
+    num_seeds = len({v.job.recipe.seed for v in variants if v.group}) or 1
+    num_requested = len(variants) // num_seeds
+    return finish_plan("iterations", name, unique, suite, num_requested, teacher=None)

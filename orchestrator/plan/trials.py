@@ -7,7 +7,8 @@ is finished, and other tasks can be put to the same weights without training aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from orchestrator.provenance import content_key
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.trial import Role, TrialResult
+from orchestrator.trial import Role, TrialResult, finite, threshold_range
 from orchestrator.workspace import Workspace, read_json
 
 
@@ -41,7 +42,8 @@ class PlannedTrial:
     suite: dict[str, Any]
     """What is measured: evaluation settings, suite folder, tokens folder."""
     threshold_above: float | None = None
-    """Thresholds above this, and up to `threshold_up_to`, give this schedule."""
+    """Thresholds above this, and up to `threshold_up_to`, give this schedule; None of both where no
+    threshold leads to it."""
     threshold_up_to: float | None = None
     """Largest threshold that gives this schedule."""
     parent: str | None = None
@@ -52,6 +54,13 @@ class PlannedTrial:
     """Seed of its training, where the sweep trains every model with several."""
     group: str | None = None
     """What it is called apart from its seed; trials of one group are seeds of one model."""
+
+    def __post_init__(self) -> None:
+        # Strict JSON has no infinity: there, a bound that is missing beside the other is one.
+        if self.threshold_above is None and self.threshold_up_to is not None:
+            object.__setattr__(self, "threshold_above", -math.inf)
+        if self.threshold_up_to is None and self.threshold_above is not None:
+            object.__setattr__(self, "threshold_up_to", math.inf)
 
     def config(self) -> ModelConfig:
         """Return the model's configuration."""
@@ -79,11 +88,33 @@ class PlannedTrial:
             threshold_up_to=self.threshold_up_to,
             seed=self.seed,
             group=self.group,
+            parent=self.parent,
+            started_from=(self.job or {}).get("initial_job"),
+            recipe=_recipe(self.job) if self.job else {},
         )
 
+    @property
+    def threshold_text(self) -> str:
+        """The thresholds that give this schedule; see `threshold_range`."""
+        return threshold_range(self.threshold_above, self.threshold_up_to)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able mapping; `PlannedTrial(**mapping)` is its inverse."""
-        return asdict(self)
+        """Return a mapping that strict JSON can hold, infinite thresholds as None.
+
+        `PlannedTrial(**mapping)` is its inverse.
+        """
+        return asdict(self) | {
+            "threshold_above": finite(self.threshold_above),
+            "threshold_up_to": finite(self.threshold_up_to),
+        }
+
+
+def _recipe(job: Mapping[str, Any]) -> dict[str, str]:
+    """Return how a job trains, setting by setting, what it takes from its teacher included."""
+    settings = {**job["recipe"], "objective": job["objective"]}
+    loss = job.get("distillation") or {}
+    settings |= {f"distillation.{name}": value for name, value in loss.items()}
+    return {name: str(value) for name, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +132,16 @@ class SweepPlan:
     teacher: str | None
     """Checkpoint of the teacher; None for `iterations`."""
     num_requested: int
-    """Thresholds or settings asked for, before those that coincide were merged."""
+    """Thresholds, budgets, schedules or models asked for, before those that coincide were merged;
+    seeds do not count."""
     trials: tuple[PlannedTrial, ...]
     """Trials, teacher and references, each once."""
+    num_distinct: int = 0
+    """Schedules or models that those asked for come to; what a search adds does not count."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able mapping."""
-        return asdict(self)
+        """Return a mapping that strict JSON can hold."""
+        return asdict(self) | {"trials": [trial.to_dict() for trial in self.trials]}
 
 
 def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
@@ -173,7 +207,16 @@ def finish_plan(
         teacher=str(teacher) if teacher else None,
         num_requested=num_requested,
         trials=tuple(trials),
+        num_distinct=num_models(trials),
     )
+
+
+def num_models(trials: Sequence[PlannedTrial]) -> int:
+    """Return how many models, seeds apart, trials are of that a sweep makes itself: all but the
+    teacher and references that were there before.
+    """
+    own = [trial for trial in trials if trial.role == "trial" or trial.job]
+    return len({trial.group or trial.key for trial in own})
 
 
 def suite_key(suite: dict[str, Any]) -> str:

@@ -23,11 +23,12 @@ from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
+from orchestrator.plan_price import stored_plan
 from orchestrator.preflight import check_trials_fit
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import TrainingJob, check_job
+from orchestrator.training.job import TrainingJob, check_job, finished_outcome
 from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_tokens
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Rivals, stop_rule, verdict_of
@@ -135,7 +136,8 @@ class _Work:
 
     def do(self, trials: Sequence[PlannedTrial]) -> None:
         """Run what is not finished of some of the plan's trials."""
-        write_json(self.folder / PLAN_NAME, self.plan.to_dict())
+        stored = stored_plan(self.plan, self.settings, self.workspace.teachers)
+        write_json(self.folder / PLAN_NAME, stored)
         self._tell_front()
         rule, self.rivals = stop_rule(self.plan, self.settings.sweep)
         lost = {trial.key for trial in trials if _verdict(trial, self.rivals)}
@@ -159,6 +161,8 @@ class _Work:
     def _with_shared_teacher(self, waiting: Sequence[PlannedTrial]) -> list[PlannedTrial]:
         """Run the teacher once for all students where that pays, and tell them where to look."""
         jobs = {trial.key: TrainingJob.from_dict(trial.job) for trial in waiting if trial.job}
+        # Those that are only measured do not ask it.
+        jobs = {key: job for key, job in jobs.items() if finished_outcome(job) is None}
         asked = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
         num_tokens = teacher_tokens(asked, distillation, teachers)
@@ -170,7 +174,7 @@ class _Work:
             named = {f"sweep/{name}": float(number) for name, number in numbers.items()}
             self.run.log_metrics(named, step=len(self.plan.trials))
         jobs = dict(zip(jobs, shared, strict=True))
-        return [replace(t, job=jobs[t.key].to_dict()) if t.job else t for t in waiting]
+        return [replace(t, job=jobs[t.key].to_dict()) if t.key in jobs else t for t in waiting]
 
     def forget_teacher(self) -> None:
         """Delete what was stored of the teacher, unless a failed student will ask for it again."""

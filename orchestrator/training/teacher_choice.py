@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -137,32 +137,57 @@ def share_teacher(
     ]
 
 
-def teacher_tokens(
-    jobs: Sequence[TrainingJob], settings: DistillationSettings, parent: Path
-) -> int:
-    """Return how many tokens teachers will read for these jobs: once for all of those that share
-    what is stored, and not at all where it is there.
+@dataclass(frozen=True, kw_only=True)
+class TeacherWork:
+    """What the teachers of some jobs have yet to do."""
+
+    num_tokens: int
+    """Tokens that they will read."""
+    num_bytes: int
+    """Of their answers that will be stored."""
+
+
+def teacher_work(
+    jobs: Sequence[TrainingJob],
+    settings: DistillationSettings,
+    parent: Path,
+    *,
+    steps_done: Sequence[int] | None = None,
+) -> TeacherWork:
+    """Return what teachers will do for these jobs: read once for all of those that share what is
+    stored, and not at all where it is there.
 
     Args:
         jobs: Those that will run.
         settings: `teacher_cache` says whether to store.
         parent: Folder of all caches.
+        steps_done: Of each job, steps after which it goes on; none are done when unset. A teacher
+            that is asked live needs not read those again, and one that is stored reads all.
     """
-    students: dict[str, list[CachePlan]] = {}
-    num_tokens = 0
-    for job in jobs:
-        plan = cache_plan(job)
+    students: dict[str, tuple[CachePlan, list[int]]] = {}
+    num_tokens = num_bytes = 0
+    for job, done in zip(jobs, steps_done or [0] * len(jobs), strict=True):
+        plan, steps = cache_plan(job), _teaching_steps(job)
+        tokens_left = sum(step >= done for step in steps) * job.recipe.num_tokens_per_step
         if plan:
-            students.setdefault(plan.key, []).append(plan)
+            students.setdefault(plan.key, (plan, []))[1].append(tokens_left)
         elif job.teacher_folder and job.objective == "distill":
-            num_tokens += len(_teaching_steps(job)) * job.recipe.num_tokens_per_step
-    for plans in students.values():
-        plan = plans[0]
-        is_stored, _ = _choice(settings.teacher_cache, plan, len(plans), parent)
-        is_there = is_stored and damage(parent / plan.key, plan, read=False) is None
-        runs = 0 if is_there else 1 if is_stored else len(plans)
-        num_tokens += runs * plan.num_rows * plan.context_length
-    return num_tokens
+            num_tokens += tokens_left
+    for plan, left in students.values():
+        is_stored, _ = _choice(settings.teacher_cache, plan, len(left), parent)
+        if not is_stored:
+            num_tokens += sum(left)
+        elif damage(parent / plan.key, plan, read=False) is not None:
+            num_tokens += plan.num_rows * plan.context_length
+            num_bytes += plan.num_bytes
+    return TeacherWork(num_tokens=num_tokens, num_bytes=num_bytes)
+
+
+def teacher_tokens(
+    jobs: Sequence[TrainingJob], settings: DistillationSettings, parent: Path
+) -> int:
+    """Return how many tokens teachers will read for these jobs; see `teacher_work`."""
+    return teacher_work(jobs, settings, parent).num_tokens
 
 
 def _refuse_hidden(settings: DistillationSettings, progress: Progress) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from rich.console import Console
 
+from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
-from orchestrator.views import evaluation_table, tasks_with_other_items
+from orchestrator.views import evaluation_table, influence_view, tasks_with_other_items
 
 RESULT = TaskResult(
     name="choices",
@@ -60,3 +62,18 @@ def test_other_items_are_found() -> None:
     other = EvaluationResult(results={"choices": replace(RESULT, items=["one", "three"])})
     assert tasks_with_other_items([same, same]) == []
     assert tasks_with_other_items([same, other]) == ["choices"]
+
+
+def test_an_influence_is_written_as_far_as_its_error_reaches() -> None:
+    table = InfluenceTable(
+        metric="loss",
+        values=((0.05234, 3e-5), (0.5, 0.0123)),
+        errors=((0.00021, 2e-6), (0.0, math.nan)),
+        num_tokens=64,
+    )
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(influence_view(table))
+    rows = [line.replace("\u00a0", "").split() for line in captured.get().splitlines()]
+    assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in rows
+    assert ["2", "0.5±0", "0.012"] in rows, "a single batch has no error"

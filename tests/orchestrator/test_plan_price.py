@@ -1,0 +1,302 @@
+"""What a dry run tells of a sweep, and what is stored with it, against numbers made by hand.
+
+The tiny model's training FLOPs of a token are 114,816 under 2,1, then 97,728, 80,448 and 63,264
+under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from iiet.influence import InfluenceTable
+from orchestrator import plan_price
+from orchestrator.analysis.early_stop import Verdict
+from orchestrator.estimate_view import Rate
+from orchestrator.plan import (
+    PlannedTrial,
+    SweepPlan,
+    Variant,
+    choose_members,
+    iterations_plan,
+    threshold_plan,
+)
+from orchestrator.plan_price import price_of, requested_noun, stored_plan, trial_states
+from orchestrator.settings import Settings, resolve_settings
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.trial import TrialResult
+from orchestrator.trial_referee import STOPPED_NAME
+from orchestrator.views import plan_sentences, plan_table
+from orchestrator.workspace import open_workspace, read_json, write_json
+
+STEP = 64
+"""Tokens of a step."""
+ALL_FOUR = 114_816 + 97_728 + 80_448 + 63_264
+TEACHER = 38_272
+
+
+@pytest.fixture(autouse=True)
+def rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Rate(peak_flops=1e9, share=0.5, of_what="made up")
+    monkeypatch.setattr(plan_price, "assumed_rate", lambda _: known)
+
+
+def settings(*assignments: str) -> Settings:
+    return resolve_settings({}, assignments)
+
+
+def told(plan: SweepPlan, chosen: Settings, teachers: Path) -> list[str]:
+    states = trial_states(plan, chosen.sweep)
+    price = price_of(plan, states, chosen, teachers)
+    return plan_sentences(plan, requested_noun(plan, chosen.sweep), states, price)
+
+
+def rows(plan: SweepPlan, chosen: Settings, width: int = 80) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(plan_table(plan, trial_states(plan, chosen.sweep)))
+    return [" ".join(line.split()) for line in captured.get().splitlines()]
+
+
+def finish(trial: PlannedTrial) -> None:
+    result = TrialResult(key=trial.key, role=trial.role, method="iiet", label="another sweep's")
+    write_json(trial.result_path, result.to_dict())
+
+
+def begin(trial: PlannedTrial, num_steps: int) -> float:
+    """Train a trial until it is stopped, and return the FLOPs so far."""
+    done = 0
+
+    def should_stop() -> bool:
+        nonlocal done
+        done += 1
+        return done > num_steps
+
+    assert trial.job
+    outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=should_stop)
+    assert outcome.step == num_steps
+    return outcome.training_flops
+
+
+def of_one(plan: SweepPlan, **recipe: Any) -> SweepPlan:
+    """A plan of the costliest student alone, trained as a control without teacher."""
+    student = plan.trials[1]
+    assert student.job
+    job = {**student.job, "objective": "cross_entropy", "teacher_folder": None}
+    job["recipe"] = {**student.job["recipe"], **recipe}
+    return replace(plan, trials=(replace(student, job=job),))
+
+
+def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
+    finish(tiny_plan.trials[-1])
+    found = rows(tiny_plan, settings())
+    assert "model thresholds evals FLOPs KV/token state" in found
+    # Keys and values of 16 numbers in each evaluation; FLOPs beside the 40,672 of the full model.
+    assert "teacher 5 100 % 0.6 KiB to measure" in found
+    assert "2,1 <=0.1 5 100 % 0.6 KiB to train" in found
+    assert "1,1 0.1 to 0.3 4 85 % 0.5 KiB to train" in found
+    assert "1,0 0.3 to 0.5 3 69 % 0.4 KiB to train" in found
+    assert "0,0 >0.5 2 54 % 0.2 KiB finished" in found
+
+
+def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings()
+    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    assert price.num_tokens == 4 * 40 * STEP
+    assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
+    assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
+    assert price.hours == pytest.approx(price.flops / 0.5e9 / 3600)
+    assert price.checkpoint_bytes == 4 * 12 * 10_146
+    assert price.teacher_bytes == 40 * STEP * (300 * 4 + 4), "logits in float32, and the token"
+    assert told(tiny_plan, chosen, tmp_path)[2:] == [
+        "left to train: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs",
+        "time: 2 seconds of all CPUs here, at 50% of 0.001 TFLOP/s (made up); validation, saving "
+        "and measuring come on top",
+        "to be written: checkpoints of up to 475.6 KiB and the teacher's answers, 2.9 MiB",
+    ]
+
+
+def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings("distillation.teacher_cache=live", "sweep.gpus_per_trial=1")
+    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    assert (price.num_teacher_tokens, price.teacher_bytes) == (4 * 40 * STEP, 0)
+    assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
+    lines = told(tiny_plan, chosen, tmp_path)
+    assert "of one GPU" in lines[3]
+    assert lines[4] == "to be written: checkpoints of up to 475.6 KiB"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flops"),
+    [
+        ({"iterate_from_fraction": 0.0}, 10 * 114_816),
+        ({"iterate_from_fraction": 0.6}, 6 * 63_264 + 4 * 114_816),
+        (
+            {"iterate_from_fraction": 0.6, "iterate_ramp_fraction": 0.2},
+            6 * 63_264 + 97_728 + 3 * 114_816,
+        ),
+    ],
+)
+def test_each_stage_has_its_own_price(
+    tiny_plan: SweepPlan, tmp_path: Path, recipe: dict[str, float], flops: int
+) -> None:
+    plan, chosen = of_one(tiny_plan, num_steps=10, **recipe), settings()
+    assert price_of(plan, trial_states(plan, chosen.sweep), chosen, tmp_path).flops == STEP * flops
+
+
+def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings("distillation.teacher_cache=live")
+    student = tiny_plan.trials[1]
+    spent = begin(student, 30)
+    states = trial_states(tiny_plan, chosen.sweep)
+    assert [state.steps_done for state in states] == [0, 30, 0, 0, 0]
+    price = price_of(tiny_plan, states, chosen, tmp_path)
+    assert price.num_tokens == (3 * 40 + 10) * STEP
+    assert spent == 30 * STEP * (114_816 + TEACHER)
+    assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
+    assert "2,1 <=0.1 5 100 % 0.6 KiB from step 30" in rows(tiny_plan, chosen)
+    assert told(tiny_plan, chosen, tmp_path)[1] == (
+        "0 of 5 trials are finished and reused, 1 partly trained"
+    )
+    begin(student, 40)
+    assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"
+
+
+def test_what_is_finished_or_was_stopped_costs_nothing(
+    tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    for trial in tiny_plan.trials[:3]:
+        finish(trial)
+    costly, cheap = tiny_plan.trials[3:]
+    verdict = Verdict(step=20, num_steps=40, rival=cheap.label, reason="made up")
+    write_json(Path(costly.folder) / STOPPED_NAME, asdict(verdict))
+    chosen = settings("sweep.stop_dominated=true")
+    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    assert price.num_tokens == 40 * STEP
+    assert told(tiny_plan, chosen, tmp_path)[1] == (
+        "3 of 5 trials are finished and reused, 1 stopped early and left so"
+    )
+    finish(costly)
+    finish(cheap)
+    assert told(tiny_plan, chosen, tmp_path)[1:] == [
+        "5 of 5 trials are finished and reused",
+        "nothing is left to train",
+    ]
+
+
+def test_fifty_thresholds_come_to_nine_schedules(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    recipe = settings("training.num_steps=1", "training.num_tokens_per_step=64").training
+    model = {**tiny_model, "num_layers": 4, "schedule": [2, 2, 2, 2]}
+    folder = str(tmp_path / "teacher")
+    job = TrainingJob(run_folder=folder, tokens_folder=str(tiny_tokens), model=model, recipe=recipe)
+    teacher = Path(str(run_job(job).checkpoint))
+    table = InfluenceTable(
+        metric="cosine",
+        values=((0.8, 0.4), (0.7, 0.3), (0.6, 0.2), (0.5, 0.1)),
+        errors=((0.0, 0.0),) * 4,
+        num_tokens=64,
+    )
+
+    def first_line(*assignments: str) -> str:
+        chosen = settings("distillation.training.num_tokens_per_step=64", *assignments)
+        plan = threshold_plan(
+            chosen,
+            open_workspace(tmp_path),
+            teacher=teacher,
+            members=choose_members(table, chosen.sweep),
+            suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
+            references=[("vanilla", teacher)],
+        )
+        return told(plan, chosen, tmp_path)[0]
+
+    fifty = f"sweep.thresholds={[round(0.02 * n, 2) for n in range(50)]}"
+    assert first_line(fifty) == "50 thresholds asked for, 9 distinct schedules"
+    assert first_line(fifty, "sweep.seeds=[0, 1, 2]") == (
+        "50 thresholds asked for, 9 distinct schedules, each under 3 seeds"
+    )
+    assert first_line("sweep.budgets=[12]") == "1 budget asked for, 1 distinct schedule"
+    assert first_line("sweep.num_schedules=20") == "20 schedules asked for, 9 distinct schedules"
+
+
+def test_models_from_scratch_are_counted_with_references_and_without_seeds(
+    tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")
+
+    def variants(label: str, changes: dict[str, Any], seeds: tuple[int, ...]) -> list[Variant]:
+        return [
+            Variant(
+                label=f"{label}, seed {seed}",
+                group=label if len(seeds) > 1 else None,
+                job=TrainingJob(
+                    run_folder=str(tmp_path / f"{changes}-{seed}"),
+                    tokens_folder=str(tiny_tokens),
+                    model={**tiny_model, **changes},
+                    recipe=chosen.training.model_copy(update={"seed": seed}),
+                ),
+            )
+            for seed in seeds
+        ]
+
+    def plan_under(*seeds: int) -> SweepPlan:
+        models = {
+            "vanilla": {"method": "vanilla", "schedule": None},
+            "r = 1": {"schedule": [1, 1]},
+            "1,1": {"schedule": [1, 1]},
+        }
+        every = [variant for name in models for variant in variants(name, models[name], seeds)]
+        return iterations_plan(every, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+
+    alone, seeded = plan_under(0), plan_under(0, 1)
+    assert told(alone, chosen, tmp_path)[0] == "3 models asked for, 2 distinct"
+    assert told(seeded, chosen, tmp_path)[0] == "3 models asked for, 2 distinct, each under 2 seeds"
+    assert "thresholds" not in " ".join(rows(alone, chosen))
+
+
+def test_what_a_search_adds_is_told_apart(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    first = replace(tiny_plan, kind="search", num_requested=3, num_distinct=3)
+    assert told(first, settings("sweep.num_schedules=3"), tmp_path)[0] == (
+        "3 schedules asked for, 3 distinct schedules; 1 more that the search suggested"
+    )
+
+
+def test_the_stored_plan_is_strict_json_with_its_price(
+    tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    finish(tiny_plan.trials[-1])
+    path = tmp_path / "plan.json"
+    write_json(path, stored_plan(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    stored = json.loads(path.read_text(), parse_constant=refuse)
+    assert (stored["requested"], stored["num_distinct"]) == ("thresholds", 4)
+    assert stored["reused"] == ["0,0"]
+    assert stored["price"]["num_tokens"] == 3 * 40 * STEP
+    assert stored["price"]["flops"] == 40 * STEP * (ALL_FOUR - 63_264 + TEACHER)
+    trials = [PlannedTrial(**values) for values in stored["trials"]]
+    assert trials == list(tiny_plan.trials), "-infinity is back"
+    assert [trial.threshold_text for trial in trials] == [
+        "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",
+    ]  # fmt: skip
+
+
+def test_plans_that_were_stored_with_infinities_are_read(
+    tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    old = {**tiny_plan.trials[1].to_dict(), "threshold_above": -math.inf}
+    write_json(tmp_path / "old.json", old)
+    assert "-Infinity" in (tmp_path / "old.json").read_text()
+    trial = PlannedTrial(**read_json(tmp_path / "old.json"))
+    assert trial.threshold_text == "<=0.1"
+    assert trial.to_dict() == tiny_plan.trials[1].to_dict()
