@@ -166,7 +166,8 @@ class _Work:
         asked = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
         num_tokens = teacher_tokens(asked, distillation, teachers)
-        shared = share_teacher(asked, distillation, teachers, progress=self.progress)
+        on_gpu = self.settings.sweep.gpus_per_trial > 0
+        shared = share_teacher(asked, distillation, teachers, on_gpu=on_gpu, progress=self.progress)
         if num_tokens and any(job.teacher_cache for job in shared):
             # A teacher that runs in each trial is in the trials' own FLOPs.
             forward = inference_cost(full_config(self.plan)).forward_flops_per_token

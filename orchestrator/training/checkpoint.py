@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,11 @@ def write_checkpoint(
 
 
 def load_decoder(
-    folder: Path, *, device: str | torch.device = "cpu", check: bool = True
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    check: bool = True,
+    frozen: bool = False,
 ) -> Decoder:
     """Load a checkpoint's decoder, in evaluation mode.
 
@@ -127,22 +132,25 @@ def load_decoder(
         folder: The checkpoint's folder.
         device: Where the weights go.
         check: Compare checksums first; for checkpoints that were not checked a moment ago.
+        frozen: Without gradients. On the CPU its weights stay mapped into memory, so that all
+            processes of a machine share what was read; else they are a copy, to be trained.
 
     Raises:
         UserError: If the folder is no checkpoint, is damaged, or has weights that are no numbers.
     """
     if check:
         check_checkpoint(folder)
-    decoder = Decoder(load_config(folder))
+    with torch.device("meta") if frozen else nullcontext():
+        decoder = Decoder(load_config(folder)).requires_grad_(not frozen)
     weights = load_file(folder / WEIGHTS)
     problems = non_finite(weights)
     if problems:
         raise UserError(f"the weights of {folder} cannot be used: {'; '.join(problems)}")
     try:
-        decoder.load_state_dict(weights)
+        decoder.load_state_dict(weights, assign=frozen)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this version of the program: {error}") from None
-    return decoder.to(device).eval()
+    return decoder.to(device, torch.float32).eval()
 
 
 def load_config(folder: Path) -> ModelConfig:

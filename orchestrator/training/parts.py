@@ -54,8 +54,7 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | No
     plan = cache_plan(job) if job.teacher_cache else None
     if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
         return cached
-    teacher = load_decoder(Path(job.teacher_folder), device=world.device, check=False)
-    return teacher.requires_grad_(False)
+    return load_decoder(Path(job.teacher_folder), device=world.device, check=False, frozen=True)
 
 
 def objective_of(job: TrainingJob, schedule_at: ScheduleAt, teacher: Model | None) -> Objective:

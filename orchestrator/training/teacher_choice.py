@@ -77,7 +77,7 @@ def teacher_answers(job: TrainingJob, *, device: str = "cpu") -> Answers:
         device: Where the teacher runs.
     """
     assert job.teacher_folder
-    teacher = load_decoder(Path(job.teacher_folder), device=device).requires_grad_(False)
+    teacher = load_decoder(Path(job.teacher_folder), device=device, frozen=True)
     store, config = open_tokens(job.tokens_folder), job.config()
     plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
     global_batch = sequences_per_step(job.recipe, config)
@@ -102,6 +102,7 @@ def share_teacher(
     settings: DistillationSettings,
     parent: Path,
     *,
+    on_gpu: bool = False,
     progress: Progress | None = None,
 ) -> list[TrainingJob]:
     """Store what the teacher of several jobs says, if that pays, and have the jobs read it.
@@ -110,6 +111,8 @@ def share_teacher(
         jobs: Those that will run; ones without a teacher come back as they are.
         settings: `teacher_cache` says whether to store.
         parent: Folder of all caches.
+        on_gpu: Whether the jobs run on GPUs; what is stored is then computed on one, too, if this
+            process sees any.
         progress: Told what was chosen and why, and how far the storing is.
 
     Returns:
@@ -120,6 +123,7 @@ def share_teacher(
         StageFailed: If the disk filled up meanwhile.
     """
     progress = progress or Progress()
+    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
     found: dict[str, Path] = {}
     plans = [cache_plan(job) for job in jobs]
     if settings.hidden_weight and any(job.objective == "distill" for job in jobs):
@@ -130,7 +134,7 @@ def share_teacher(
         if why:
             progress.note(why)
         if is_stored:
-            found[plan.key] = _stored(plan, students[0], parent, progress)
+            found[plan.key] = _stored(plan, students[0], parent, device, progress)
     return [
         replace(job, teacher_cache=str(found[plan.key])) if plan and plan.key in found else job
         for job, plan in zip(jobs, plans, strict=True)
@@ -241,27 +245,31 @@ def _choice(mode: str, plan: CachePlan, num_students: int, parent: Path) -> tupl
     )
 
 
-def _stored(plan: CachePlan, job: TrainingJob, parent: Path, progress: Progress) -> Path:
+def _stored(
+    plan: CachePlan, job: TrainingJob, parent: Path, device: str, progress: Progress
+) -> Path:
     progress.start("teacher", plan.num_steps)
     try:
-        folder = write_cache(plan, parent, _when_asked(job), progress=progress)
+        folder = write_cache(plan, parent, _when_asked(job, device), progress=progress)
     except OSError as error:
         raise StageFailed(
             f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
             "free some disk, or set distillation.teacher_cache=live"
         ) from None
+    if device != "cpu":
+        torch.cuda.empty_cache()  # The trials come to the same GPU.
     num_tokens = plan.num_rows * plan.context_length
     progress.finish(f"answers about {num_tokens:,} tokens, {_readable(plan.num_bytes)}")
     return folder
 
 
-def _when_asked(job: TrainingJob) -> Answers:
+def _when_asked(job: TrainingJob, device: str) -> Answers:
     """Load the teacher at the first question: a whole cache asks none."""
     loaded: list[Answers] = []
 
     def answers(number: int) -> tuple[torch.Tensor, Answer]:
         if not loaded:
-            loaded.append(teacher_answers(job))
+            loaded.append(teacher_answers(job, device=device))
         return loaded[0](number)
 
     return answers

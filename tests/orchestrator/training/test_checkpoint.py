@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from iiet.config import ModelConfig
+from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
+from iiet.methods import METHODS
 from orchestrator.errors import UserError
 from orchestrator.training.checkpoint import (
     check_checkpoint,
@@ -60,6 +61,38 @@ def test_comes_back_as_it_was(run: Path, decoder: Decoder) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert load_training_state(folder)["step"] == 100
     assert load_provenance(folder)["tokens"] == "abc"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ties", [True, False])
+def test_frozen_weights_stay_in_the_file_and_say_the_same(
+    tmp_path: Path, method: str, ties: bool
+) -> None:
+    config = preset("tiny", method=method, num_layers=2, tie_embeddings=ties)
+    folder = save(tmp_path, 1, Decoder(config))
+    plain, frozen = load_decoder(folder), load_decoder(folder, frozen=True)
+    tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(frozen(tokens), plain(tokens))
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    weights = folder / "model.safetensors"
+    assert all(is_mapped(tensor, weights) for tensor in frozen.state_dict().values())
+    assert not any(is_mapped(tensor, weights) for tensor in plain.state_dict().values())
+    for parameter in frozen.parameters():
+        parameter.zero_()
+    check_checkpoint(folder)  # Whoever writes by mistake writes into pages of its own.
+
+
+def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
+    """Return whether a tensor's first byte lies in a mapping of a file; Linux only."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(path)):
+            first, last = (int(part, 16) for part in line.split()[0].split("-"))
+            if first <= tensor.data_ptr() < last:
+                return True
+    return False
 
 
 def test_found_oldest_first_by_number(run: Path) -> None:

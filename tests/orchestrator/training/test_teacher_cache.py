@@ -303,6 +303,27 @@ def test_auto_stores_for_two_students_and_not_for_one(
     assert share_teacher([plain], DistillationSettings(), tmp_path / "t") == [plain]
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "has_gpu", "device"),
+    [(True, True, "cuda"), (True, False, "cpu"), (False, True, "cpu")],
+)
+def test_the_teacher_runs_on_a_gpu_where_its_students_do(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    on_gpu: bool, has_gpu: bool, device: str,
+) -> None:  # fmt: skip
+    asked: list[str] = []
+
+    def answers(job: TrainingJob, *, device: str) -> Any:
+        asked.append(device)
+        return teacher_answers(job)
+
+    monkeypatch.setattr(teacher_choice, "teacher_answers", answers)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    jobs = [student("a"), student("b")]
+    share_teacher(jobs, DistillationSettings(), tmp_path / "t", on_gpu=on_gpu)
+    assert asked == [device]
+
+
 def test_the_price_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: Path) -> None:
     jobs = [student("a"), student("b"), student("c", objective="cross_entropy")]
     own = RECIPE["num_steps"] * RECIPE["num_tokens_per_step"]
