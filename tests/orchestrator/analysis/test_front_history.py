@@ -31,7 +31,7 @@ def planned(result: TrialResult, folder: Path) -> PlannedTrial:
         label=result.label,
         model=config.to_dict(),
         folder=str(folder),
-        job={"of": "some recipe"} if result.role == "trial" else None,
+        job={"recipe": {}, "objective": "distill"} if result.role == "trial" else None,
         checkpoint=None,
         suite={},
     )
