@@ -12,7 +12,9 @@ from typing import Literal
 from orchestrator.analysis.requested import tasks_beside_heldout
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
+from orchestrator.plan import loss_of
 from orchestrator.settings import Settings
+from orchestrator.training.teacher_choice import check_teacher_cache
 from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import limits_of
 
@@ -31,6 +33,9 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
         UserError: Says which settings do not go together and what to change.
     """
     check_trial_size(limits_of(settings.sweep))
+    if kind != "iterations" and settings.distillation.control == "distill":
+        loss_of(settings.distillation)
+        check_teacher_cache(settings.distillation)
     _check_stopping(settings, kind)
     if kind == "search":
         _check_search(settings)

@@ -7,7 +7,7 @@ only labels: all that lead to the same schedule are one trial.
 
 from orchestrator.plan.methods import Variant, iterations_plan
 from orchestrator.plan.selection import choose_members
-from orchestrator.plan.students import student_job, student_trial, threshold_plan
+from orchestrator.plan.students import loss_of, student_job, student_trial, threshold_plan
 from orchestrator.plan.trials import PlannedTrial, SweepPlan, exact_cost, full_config, num_models
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "exact_cost",
     "full_config",
     "iterations_plan",
+    "loss_of",
     "num_models",
     "student_job",
     "student_trial",

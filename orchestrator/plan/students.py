@@ -99,12 +99,17 @@ def student_job(
         objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
-        distillation=_loss(distillation) if is_distilled else None,
+        distillation=loss_of(distillation) if is_distilled else None,
         provenance={"teacher": weights_key(teacher)},
     )
 
 
-def _loss(distillation: DistillationSettings) -> DistillationConfig:
+def loss_of(distillation: DistillationSettings) -> DistillationConfig:
+    """Return the loss that students are trained on.
+
+    Raises:
+        UserError: If its parts do not go together.
+    """
     first, num_steps = distillation.teacher_from_step, distillation.training.num_steps
     if first >= num_steps:
         raise UserError(

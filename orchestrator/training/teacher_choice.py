@@ -35,6 +35,7 @@ LARGEST_SHARE_OF_DISK = 0.1
 """`auto` takes no more than this share of the free disk."""
 FEWEST_STUDENTS = 2
 """`auto` stores nothing for fewer."""
+_WHY_LIVE = "distillation.hidden_weight needs its hidden states, which are not stored"
 
 
 def cache_plan(job: TrainingJob) -> CachePlan | None:
@@ -127,7 +128,9 @@ def share_teacher(
     found: dict[str, Path] = {}
     plans = [cache_plan(job) for job in jobs]
     if settings.hidden_weight and any(job.objective == "distill" for job in jobs):
-        _refuse_hidden(settings, progress)
+        check_teacher_cache(settings)
+        if settings.teacher_cache == "auto":
+            progress.note(f"the teacher runs in each trial: {_WHY_LIVE}")
     for plan in {p.key: p for p in plans if p}.values():
         students = [job for job, p in zip(jobs, plans, strict=True) if p and p.key == plan.key]
         is_stored, why = _choice(settings.teacher_cache, plan, len(students), parent)
@@ -194,15 +197,17 @@ def teacher_tokens(
     return teacher_work(jobs, settings, parent).num_tokens
 
 
-def _refuse_hidden(settings: DistillationSettings, progress: Progress) -> None:
-    why = "distillation.hidden_weight needs its hidden states, which are not stored"
-    if settings.teacher_cache in ("exact", "top_k"):
+def check_teacher_cache(settings: DistillationSettings) -> None:
+    """Refuse to store a teacher's answers where its hidden states are asked for, too.
+
+    Raises:
+        UserError: If `teacher_cache` asks for that.
+    """
+    if settings.hidden_weight and settings.teacher_cache in ("exact", "top_k"):
         raise UserError(
-            f"distillation.teacher_cache={settings.teacher_cache} cannot be: {why}; "
+            f"distillation.teacher_cache={settings.teacher_cache} cannot be: {_WHY_LIVE}; "
             "set it to live, or hidden_weight to 0"
         )
-    if settings.teacher_cache == "auto":
-        progress.note(f"the teacher runs in each trial: {why}")
 
 
 def forget_teacher(jobs: Sequence[TrainingJob], settings: DistillationSettings) -> None:

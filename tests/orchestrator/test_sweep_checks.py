@@ -51,6 +51,17 @@ def desk(tmp_path: Path) -> Desk:
             r"distillation\.warm_start",
         ),
         ("study", ["sweep.stop_dominated=true"], r"study\.warm_start"),
+        (
+            "threshold",
+            ["distillation.teacher_cache=top_k", "distillation.divergence=reverse"],
+            "set teacher_cache to auto, or divergence to forward",
+        ),
+        (
+            "search",
+            ["distillation.teacher_cache=exact", "distillation.hidden_weight=1"],
+            "hidden_weight to 0",
+        ),
+        ("study", ["distillation.teacher_from_step=999"], "lies behind the training"),
         ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
         ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
         ("study", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
