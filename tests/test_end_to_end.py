@@ -147,7 +147,9 @@ def _checkpoints(workspace: Path) -> dict[str, float]:
 
 
 def _table(printed: str) -> list[str]:
-    return [line for line in printed.splitlines() if "teacher" in line and "KiB" in line]
+    lines = [line for line in printed.splitlines() if "teacher" in line and " KiB" in line]
+    assert lines, printed
+    return lines
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _classes(column: Column) -> str:
 def _sortable(text: str) -> str:
     """Return the number that a cell starts with, in its smallest unit, or the text."""
     parts = text.removeprefix(">").rstrip("%").split()
-    units = {"kB": 1024, "MB": 1024**2}
+    units = {"KiB": 1024, "MiB": 1024**2}
     try:
         return str(float(parts[0]) * (units.get(parts[1], 1) if len(parts) > 1 else 1))
     except (ValueError, IndexError):

@@ -161,8 +161,8 @@ def _percent(share: float | None, digits: int) -> str:
 def _bytes(count: float | None) -> str:
     if count is None:
         return ""
-    for unit in ("B", "kB", "MB"):
-        if count < 1024 or unit == "MB":
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024 or unit == "MiB":
             break
         count /= 1024
     return f"{count:.3g} {unit}"
