@@ -147,9 +147,10 @@ def _checkpoints(workspace: Path) -> dict[str, float]:
 
 
 def _table(printed: str) -> list[str]:
-    lines = [line for line in printed.splitlines() if "teacher" in line and " KiB" in line]
-    assert lines, printed
-    return lines
+    """Return the rows of the front's table, the times among them, which are measured once."""
+    rows = printed.partition("ms/token")[2].partition("Cheapest")[0].splitlines()
+    assert [row for row in rows if row.split()[:1] == ["teacher"]], printed
+    return rows
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -210,39 +211,74 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path: Path) -
     assert "5 trials, 1 stopped early" in printed
 
 
-def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    options = small(
-        "sweep.methods=[vanilla, iiet]", "sweep.iterations=[0, 1]", "sweep.trials_at_once=1",
-        "training.num_steps=120", "training.checkpoint_every_steps=10",
-    )  # fmt: skip
+SWEEP_TO_END = small(
+    "sweep.methods=[vanilla, iiet]", "sweep.iterations=[0, 1]", "sweep.trials_at_once=1",
+    "training.num_steps=200", "training.checkpoint_every_steps=10",
+)  # fmt: skip
+
+
+def _sweep_in_its_second_trial(workspace: Path) -> subprocess.Popen[str]:
+    """Start a sweep and return when one trial is finished and another one has a checkpoint."""
     process = subprocess.Popen(
-        command("sweep-iterations", *options, workspace=tmp_path),
+        command("sweep-iterations", *SWEEP_TO_END, workspace=workspace),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
     def one_is_finished_and_one_is_running() -> bool:
-        finished = {path.parent for path in tmp_path.glob("runs/*/done.json")}
-        running = {path.parent for path in tmp_path.glob("runs/*/step_*")} - finished
+        finished = {path.parent for path in workspace.glob("runs/*/done.json")}
+        running = {path.parent for path in workspace.glob("runs/*/step_*")} - finished
         return bool(finished and running)
 
     _wait_for(one_is_finished_and_one_is_running, process)
+    return process
+
+
+def _ends_from_where_it_was(workspace: Path) -> None:
+    """Run the sweep again and see that it trained nothing twice."""
+    finished = {path.parent for path in workspace.glob("runs/*/done.json")}
+    newest = {p: find_checkpoints(p)[-1] for p in workspace.glob("runs/*") if find_checkpoints(p)}
+    assert len(finished) < len(newest) <= 3
+    printed = run("sweep-iterations", *SWEEP_TO_END, workspace=workspace)
+    assert "of them found finished" in printed
+    assert len(list(workspace.glob("runs/*/done.json"))) == 3
+    for folder, checkpoint in newest.items():
+        records = read_journal(folder)[0]
+        resumed = [r["path"] for r in records if r.get("name") == "resumed"]
+        assert resumed == ([] if folder in finished else [str(checkpoint)])
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    process = _sweep_in_its_second_trial(tmp_path)
     trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if _trains(p)]
     process.kill()
     process.communicate(timeout=60)
     _, alive = psutil.wait_procs(trainers, timeout=30)
     assert trainers
     assert not alive, "who trains ends with the driver"
-    finished = {path.parent for path in tmp_path.glob("runs/*/done.json")}
-    newest = {p: find_checkpoints(p)[-1] for p in tmp_path.glob("runs/*") if find_checkpoints(p)}
-    assert len(finished) < len(newest) <= 3
+    _ends_from_where_it_was(tmp_path)
 
-    printed = run("sweep-iterations", *options, workspace=tmp_path)
-    assert "of them found finished" in printed
-    assert len(list(tmp_path.glob("runs/*/done.json"))) == 3
-    for folder, checkpoint in newest.items():
-        records = read_journal(folder)[0]
-        resumed = [r["path"] for r in records if r.get("name") == "resumed"]
-        assert resumed == ([] if folder in finished else [str(checkpoint)])
+
+def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    process = _sweep_in_its_second_trial(tmp_path)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "the state is saved" in printed
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive, f"left behind: {alive}"
+    (stopped,) = [
+        (folder, record["step"])
+        for folder in tmp_path.glob("runs/*")
+        for record in read_journal(folder)[0]
+        if record.get("name") == "stopped"
+    ]
+    folder, step = stopped
+    assert 10 <= step < 200
+    assert find_checkpoints(folder)[-1].name == f"step_{step:08}", "all of its steps are saved"
+    _ends_from_where_it_was(tmp_path)
 
 
 def _trains(process: psutil.Process) -> bool:
