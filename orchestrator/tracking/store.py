@@ -50,8 +50,8 @@ class Store:
     def connect(self) -> MlflowClient:
         """Return the client, after making database and experiment if they are missing."""
         if self._client is None:
-            client = MlflowClient(tracking_uri=self.uri)
             with self._lock:
+                client = MlflowClient(tracking_uri=self.uri)  # This makes the database.
                 found = client.get_experiment_by_name(self.experiment_name)
                 self.experiment_id = found.experiment_id if found else self._new_experiment(client)
             self._client = client
