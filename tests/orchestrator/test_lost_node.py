@@ -1,4 +1,5 @@
-"""A job whose Ray node is lost goes on elsewhere: two nodes in one machine, one of them removed."""
+"""A job or a sweep's trial whose Ray node is lost goes on elsewhere: two nodes in one machine, one
+of them removed."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ os.environ["RAY_ADDRESS"] = nodes.address
 
 from orchestrator.training.checkpoint import find_checkpoints
 from orchestrator.training.job import TrainingJob
+from orchestrator.trial_runner import run_trials
 from orchestrator.worker import run_train_job
 
 job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
@@ -49,8 +51,16 @@ def watch():
         nodes.remove_node(doomed, allow_graceful=False)
         nodes.add_node(num_cpus=1, **small)
 
+def train(parameters, context):
+    return {"finished": context.train(TrainingJob.from_dict(parameters), lambda: False).finished}
+
 try:
-    run_train_job(job, watch=watch)
+    if sys.argv[2] == "job":
+        run_train_job(job, watch=watch)
+    else:
+        folder = job.folder.with_name("sweep")
+        [report] = run_trials(train, [job.to_dict()], folder, watch=watch)
+        assert report.result == {"finished": True}, report
 finally:
     nodes.shutdown()
 assert lost
@@ -58,8 +68,9 @@ assert lost
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["job", "trial"])
 def test_a_lost_node_changes_no_loss(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+    kind: str, tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     def job(name: str) -> TrainingJob:
         return TrainingJob(
@@ -81,7 +92,7 @@ def test_a_lost_node_changes_no_loss(
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
         done = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(path)],
+            [sys.executable, "-c", DRIVER, str(path), kind],
             env={**environment, "RAY_TMPDIR": scratch},
             capture_output=True,
             text=True,
