@@ -18,6 +18,7 @@ from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.journal import read_journal
 from orchestrator.tracking import TrackedRun, Tracking, status_after
+from orchestrator.training.holding import is_held
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.training.objective import two_stage
 from orchestrator.training.parts import flops_counter
@@ -136,10 +137,11 @@ class JournalFollower:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Copy the rest into MLflow and end the runs."""
+        """Copy the rest into MLflow and end the runs; not those that another process is at."""
         self._copy()
-        for run in self._runs.values():
-            run.finish(status_after(error))
+        for label, run in self._runs.items():
+            if error is None or not is_held(self._jobs[label].folder):
+                run.finish(status_after(error))
 
     def _copy(self) -> None:
         for label, run in self._runs.items():

@@ -83,12 +83,14 @@ def wait_interruptibly(
     """
     signals: list[int] = []
     with handling(SIGNALS, lambda number, _: signals.append(number)):
-        while not is_over():
+        while True:
+            ended = is_over()
             if signals:
                 raise Interrupted(
-                    "interrupted while waiting for another process, which goes on; the same "
-                    "command takes what it makes"
+                    "interrupted while waiting for another process; the same command goes on"
                 )
+            if ended:
+                return
             time.sleep(POLL_SECONDS)
             if watch:
                 watch()

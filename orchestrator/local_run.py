@@ -97,9 +97,11 @@ def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], Non
             if watch:
                 watch()
             if not outcome.finished:
-                raise Interrupted(
-                    "interrupted; the state is saved, the same command goes on from there"
-                )
+                break
+        if signals:
+            raise Interrupted(
+                "interrupted; the state is saved, the same command goes on from there"
+            )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from orchestrator.training.job import TrainingJob, finished_outcome
 from orchestrator.training.objective import two_stage
 from orchestrator.training.parts import flops_counter
 from orchestrator.training.teacher_choice import teacher_work
-from orchestrator.trial_referee import stop_rule, verdict_of
+from orchestrator.trial_referee import stopping_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,12 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
         plan: The sweep.
         sweep: Says whether trials are ended early.
     """
-    _, rivals = stop_rule(plan, sweep)
+    stopping = stopping_of(plan, sweep)
     states = []
     for trial in plan.trials:
         if trial.result():
             states.append(TrialState(trial=trial, name="finished"))
-        elif verdict_of(trial, rivals.get(trial.key, {})):
+        elif stopping.verdict_of(trial):
             states.append(TrialState(trial=trial, name="stopped early"))
         else:
             states.append(_waiting(trial))

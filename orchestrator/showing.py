@@ -14,7 +14,7 @@ from orchestrator.plan_price import price_of, requested_noun, trial_states
 from orchestrator.settings import Settings
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.report import write_report
-from orchestrator.trial_referee import stop_rule
+from orchestrator.trial_referee import stopping_of
 from orchestrator.views import plan_sentences, plan_table
 
 
@@ -58,7 +58,7 @@ def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     states = trial_states(plan, settings.sweep)
     price = price_of(plan, states, settings, desk.workspace.teachers)
     lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
-    rule, _ = stop_rule(plan, settings.sweep)
+    rule = stopping_of(plan, settings.sweep).rule
     desk.console.print(plan_table(plan, states))
     for line in [*lines, rule.text] if rule else lines:
         desk.console.print(f"  {line}", markup=False)

@@ -161,7 +161,11 @@ class _Study:
     def distill(self, phases: Phases) -> Ways:
         """Run the fronts of the best IIET of most corrections."""
         most = max(sum(result.schedule or ()) for result in phases.best.values())
-        if not most:
+        wanted = max(
+            self._job(contender.at(rate=1.0, seed=0)).config().corrections.num_corrections
+            for contender in self.contenders.values()
+        )
+        if most < wanted:  # Its students would be another teacher's.
             raise_failures(self.failures)
         fullest = [r for r in phases.best.values() if sum(r.schedule or ()) == most]
         teacher = min(fullest, key=lambda result: result.quality[LOSS])
@@ -171,17 +175,18 @@ class _Study:
             if name in phases.best
         ]
         ways = _ways(self.settings)
-        found = {
-            way: sweep_thresholds(
+        found = {}
+        for way, own in ways.items():
+            failures: dict[str, str] = {}
+            found[way] = sweep_thresholds(
                 own,
                 self.desk,
                 Path(str(teacher.checkpoint)),
                 references=references,
                 name=self._sweep_name(way),
-                failures=self.failures,
+                failures=failures,
             ).results
-            for way, own in ways.items()
-        }
+            self._note(way, failures)
         usual, *others = ways
         choosing = [usual, *(way for way in others if way in _BY_CHOICE)]
         training = [usual, *(way for way in others if way not in _BY_CHOICE)]
@@ -197,8 +202,13 @@ class _Study:
 
     def _run(self, phase: str, variants: Sequence[Variant]) -> dict[str, TrialResult]:
         plan = iterations_plan(variants, suite=self.suite, name=self._sweep_name(phase))
-        outcome = run_and_show(plan, self.settings, self.desk, failures=self.failures)
+        failures: dict[str, str] = {}
+        outcome = run_and_show(plan, self.settings, self.desk, failures=failures)
+        self._note(phase, failures)
         return {result.label: result for result in join_seeds(outcome.results).results}
+
+    def _note(self, phase: str, failures: Mapping[str, str]) -> None:
+        self.failures |= {f"{label} of {phase}": reason for label, reason in failures.items()}
 
     def _steps_of_equal_flops(self) -> dict[str, int]:
         """Return the steps that the costliest contender's training FLOPs pay for, by name."""

@@ -57,12 +57,15 @@ def _check_stopping(settings: Settings, kind: Kind) -> None:
             f"sweep.stop_dominated is for students of threshold sweeps, not for {kind}; leave it "
             "out"
         )
-    starts = settings.study.warm_start if kind == "study" else settings.distillation.warm_start
-    if sweep.stop_dominated and starts:
-        section = "study" if kind == "study" else "distillation"
+    starts = {
+        "distillation.warm_start": settings.distillation.warm_start,
+        "study.warm_start": kind == "study" and settings.study.warm_start,
+    }
+    if sweep.stop_dominated and any(starts.values()):
+        given = " and ".join(name for name, is_set in starts.items() if is_set)
         raise UserError(
-            f"sweep.stop_dominated would end students that others start from ({section}."
-            "warm_start); leave one out"
+            f"sweep.stop_dominated would end students that others start from ({given}); leave one "
+            "out"
         )
 
 
@@ -81,8 +84,9 @@ def _check_there_are_rates_to_end(settings: Settings) -> None:
             "sweep.asha looks for each model's best learning rate, under one seed; leave "
             "sweep.seeds out, and train the best rates under several seeds afterwards"
         )
-    rates = settings.sweep.learning_rates
-    if not any(isinstance(own, tuple) and len(own) > 1 for own in rates.values()):
+    methods, rates = settings.sweep.methods, settings.sweep.learning_rates
+    swept = [own for name, own in rates.items() if ("iiet" if " " in name else name) in methods]
+    if not any(isinstance(own, tuple) and len(own) > 1 for own in swept):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
             "one; name several: --rates 1e-3,2e-3,4e-3, or sweep.learning_rates for each model"

@@ -140,7 +140,7 @@ def plan_suite(
     if settings.num_fewshot is not None:
         suite["num_fewshot"] = settings.num_fewshot
     # The held-out tasks are named by their content; others may change under their names.
-    if others := tasks_beside_heldout(settings, progress):
+    if others := tasks_beside_heldout(settings):
         suite["fingerprints"] = others
     return suite
 

@@ -11,7 +11,7 @@ the verdict lies beside it. Hence nothing of a rule is lost with the process tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,15 +65,35 @@ class StopRule:
         )
 
 
-def stop_rule(plan: SweepPlan, settings: SweepSettings) -> tuple[StopRule | None, Rivals]:
-    """Return the rule that a sweep's trials are ended by, if any, and who is whose rival."""
+@dataclass(frozen=True)
+class Stopping:
+    """The rule that a sweep's trials are ended by, if any, and who is whose rival."""
+
+    rule: StopRule | None = None
+    """None trains all to their end."""
+    rivals: Rivals = field(default_factory=dict)
+    """Whom a trial has to beat; a trial without rivals is never ended."""
+
+    def rivals_of(self, trial: PlannedTrial) -> dict[str, str]:
+        """Return label -> folder of a trial's rivals."""
+        return dict(self.rivals.get(trial.key, {}))
+
+    def verdict_of(self, trial: PlannedTrial) -> Verdict | None:
+        """Return why a trial was ended, if it was, by this rule and for one of these rivals."""
+        return verdict_of(trial, self.rivals_of(trial), self.rule) if self.rule else None
+
+
+def stopping_of(plan: SweepPlan, settings: SweepSettings) -> Stopping:
+    """Return how a sweep's trials are ended early; where nobody has a rival, not at all."""
     if plan.kind == "threshold" and settings.stop_dominated:
         rule = StopRule("dominated", settings.grace_fraction)
-        return rule, {trial.key: rivals_of(trial, plan.trials) for trial in plan.trials}
-    if plan.kind == "iterations" and settings.asha:
+        rivals = {trial.key: rivals_of(trial, plan.trials) for trial in plan.trials}
+    elif plan.kind == "iterations" and settings.asha:
         rule = StopRule("asha", settings.asha_first_rung, settings.asha_reduction_factor)
-        return rule, {trial.key: other_rates_of(trial, plan.trials) for trial in plan.trials}
-    return None, {}
+        rivals = {trial.key: other_rates_of(trial, plan.trials) for trial in plan.trials}
+    else:
+        return Stopping()
+    return Stopping(rule, rivals) if any(rivals.values()) else Stopping()
 
 
 def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, str]:
@@ -130,7 +150,7 @@ class Referee:
 
         Args:
             trial: One with a job.
-            rivals: Label -> folder, as `stop_rule` returns them for its key.
+            rivals: Label -> folder, as `Stopping.rivals_of` returns them.
             rule: When it is lost.
         """
         assert trial.job is not None, "who is not trained cannot be stopped"
@@ -147,12 +167,14 @@ class Referee:
         """Note a validation loss, and judge."""
         if VALIDATION_METRIC in numbers:
             self._losses[step] = numbers[VALIDATION_METRIC]
-            self.verdict = self._judge()
+            # It stands: a look that comes before the training has ended changes nothing.
+            self.verdict = self.verdict or self._judge()
 
     def write_verdict(self) -> None:
         """Put the verdict beside the trial, and into its journal; call it when the run is over."""
         assert self.verdict is not None
-        write_json(self._folder / STOPPED_NAME, asdict(self.verdict))
+        stored = {"verdict": asdict(self.verdict), "rule": asdict(self._rule)}
+        write_json(self._folder / STOPPED_NAME, stored)
         journal = Journal(self._folder)
         journal.event("stopped early", text=self.verdict.text)
         journal.close()
@@ -193,9 +215,10 @@ def validation_losses(folder: Path) -> dict[int, float]:
     }
 
 
-def verdict_of(trial: PlannedTrial, rivals: Mapping[str, str]) -> Verdict | None:
-    """Return why a trial was stopped early, if it was, and for one of these rivals."""
+def verdict_of(trial: PlannedTrial, rivals: Mapping[str, str], rule: StopRule) -> Verdict | None:
+    """Return why a trial was ended early, if it was, by this rule and for one of these rivals."""
     stored = None if trial.result() else read_json(Path(trial.folder) / STOPPED_NAME)
-    if not stored or stored["rival"] not in rivals:
+    if not stored or stored.get("rule") != asdict(rule):
         return None
-    return Verdict(**stored)
+    verdict = Verdict(**stored["verdict"])
+    return verdict if verdict.rival in rivals else None

@@ -26,7 +26,7 @@ from orchestrator.interruption import wait_interruptibly
 from orchestrator.plan import PlannedTrial
 from orchestrator.settings import SweepSettings
 from orchestrator.training.job import DONE_NAME
-from orchestrator.trial_referee import Rivals, StopRule, verdict_of
+from orchestrator.trial_referee import Stopping
 from orchestrator.trial_room import TrialLimits
 from orchestrator.trial_run import is_busy, run_trial
 from orchestrator.trial_runner import TrialContext, TrialReport, run_trials
@@ -44,10 +44,8 @@ class TrialRounds:
     """Told what is going on."""
     num_all: int
     """Trials of the sweep, the finished ones included."""
-    rule: StopRule | None = None
-    """When a trial is ended before its training is; None trains all to their end."""
-    rivals: Rivals = field(default_factory=dict)
-    """Whom a trial has to beat for that."""
+    stopping: Stopping = field(default_factory=Stopping)
+    """When a trial is ended before its training is."""
     on_end: Callable[[], None] = lambda: None
     """Called in this thread whenever a trial has ended."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -86,7 +84,7 @@ class TrialRounds:
             wait_interruptibly(partial(_one_has_ended, left))
             free = [t for t in left if self._is_to_do(t) and not is_busy(t)]
             self._busy.difference_update(trial.key for trial in free)
-            self._round(free)
+            self._round(free, num_elsewhere=len(left) - len(free))
             left = [t for t in left if t not in free or t.key in self._busy]
             left = [t for t in left if self._is_to_do(t)]
 
@@ -109,16 +107,16 @@ class TrialRounds:
     def _summary(self, num_found: int) -> str:
         counts = {
             "of them found finished": num_found,
-            "made by another sweep meanwhile": len(self._found - self.made),
+            "made by another process meanwhile": len(self._found - self.made),
             "stopped early": len(self.lost),
             "failed": len(self.failures),
         }
         parts = [f", {count} {what}" for what, count in counts.items() if count]
         return f"{self.num_all} trials{''.join(parts)}"
 
-    def _round(self, trials: Sequence[PlannedTrial]) -> None:
+    def _round(self, trials: Sequence[PlannedTrial], *, num_elsewhere: int = 0) -> None:
         tails = {trial.key: JournalTail(Path(trial.folder)) for trial in trials}
-        num_done = self.num_all - len(trials) - self._num_later
+        num_done = self.num_all - len(trials) - self._num_later - num_elsewhere
 
         def watch() -> None:
             shares = [_share_done(trial, tails[trial.key]) for trial in trials]
@@ -143,14 +141,15 @@ class TrialRounds:
         # hypervolumes. Then the costly ones, so that none runs alone at the end; but where a cheap
         # one that is finished can end a costly one, the cheap ones.
         work = _expected_work(trial)
-        cheapest_first = self.rule is not None and self.rule.cheapest_first
+        rule = self.stopping.rule
+        cheapest_first = rule is not None and rule.cheapest_first
         return is_busy(trial), trial.role != "teacher", work if cheapest_first else -work
 
     def _parameters(self, trial: PlannedTrial) -> dict[str, Any]:
         return {
             "trial": trial.to_dict(),
-            "rivals": dict(self.rivals.get(trial.key, {})),
-            "rule": self.rule,
+            "rivals": self.stopping.rivals_of(trial),
+            "rule": self.stopping.rule,
         }
 
     def _on_result(self, report: TrialReport) -> None:
@@ -167,7 +166,7 @@ class TrialRounds:
             self._found.add(trial.key)
         elif state == "lost":
             self.lost.add(trial.key)
-            verdict = verdict_of(trial, report.parameters["rivals"])
+            verdict = self.stopping.verdict_of(trial)
             self.progress.note(f"trial {trial.label}" + (f" {verdict.text}" if verdict else ""))
         self.on_end()
 

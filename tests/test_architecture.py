@@ -21,7 +21,7 @@ DOORS = {
     "datasets": ("orchestrator.data", "orchestrator.analysis.heldout"),
     "matplotlib": ("orchestrator.analysis",),
     "moocore": ("orchestrator.analysis.pareto",),
-    "optuna": ("orchestrator.search", "orchestrator.analysis.early_stop"),
+    "optuna": ("orchestrator.search",),
 }
 """Library -> the only rooms that import it."""
 

@@ -164,7 +164,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, f"left behind: {alive}"
     saved = sorted(path.name for path in tmp_path.glob("runs/*/step_*"))
     assert len(saved) == 1
@@ -226,7 +226,8 @@ def _sweep_in_its_second_trial(workspace: Path) -> subprocess.Popen[str]:
 
     def one_is_finished_and_one_is_running() -> bool:
         finished = {path.parent for path in workspace.glob("runs/*/done.json")}
-        running = {path.parent for path in workspace.glob("runs/*/step_*")} - finished
+        saved = {path for path in workspace.glob("runs/*") if find_checkpoints(path)}
+        running = saved - finished
         return bool(finished and running)
 
     _wait_for(one_is_finished_and_one_is_running, process)
@@ -267,7 +268,7 @@ def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_goes_on(
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert "the state is saved" in printed
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, f"left behind: {alive}"
     (stopped,) = [
         (folder, record["step"])

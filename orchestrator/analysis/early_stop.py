@@ -11,7 +11,9 @@ the safety factor is for noise and for the last falls of the learning rate. The 
 the rule away from the start, where that is not so.
 
 `halve`, for one objective: learning rates of one model, of which only the best is wanted. That is
-asynchronous successive halving (ASHA; Li et al., MLSys 2020), as Optuna's pruner has it.
+asynchronous successive halving (ASHA; Li et al., MLSys 2020). The schedulers of Ray Tune and Optuna
+keep what they have seen in their own process or store, and lose it or judge late looks differently
+when a sweep goes on; here all follows from the losses that the trainings have written down.
 
 Both speak of the validation loss. A trial that they stop could still have been better on some task;
 a sweep without stopping trains all to their end.
@@ -23,8 +25,6 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import optuna
 
 SAFETY_FACTOR = 2.0
 """How much faster than lately a loss is allowed to fall: curves are noisy, rates change."""
@@ -121,7 +121,8 @@ def halve(
 
     Rungs are at `first_rung * num_steps` steps and at each `reduction_factor` times as many. Who
     is among the best `1 / reduction_factor` of those that have reached a rung goes on; so does the
-    best one, and hence the first. It follows from the losses alone: nothing else need be kept.
+    best one, and hence the first. Who is looked at rarely is judged at every rung since its last
+    look.
 
     Args:
         losses: Step -> validation loss of the trial, up to now.
@@ -130,43 +131,27 @@ def halve(
         first_rung: Share of the steps of the lowest rung.
         reduction_factor: Of so many trials at a rung, one goes on.
     """
-    step = max(losses, default=0)
-    if not losses or step >= num_steps:
-        return None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    lowest = max(1, math.ceil(first_rung * num_steps))
-    pruner = optuna.pruners.SuccessiveHalvingPruner(lowest, reduction_factor)
-    study = optuna.create_study(pruner=pruner)
-    for curve in rivals.values():
-        _is_behind(study, curve)
-    if not _is_behind(study, losses):
-        return None
-    there = _at_highest_common_rung(rivals, step, lowest, reduction_factor)
-    rival = min(there, key=lambda label: there[label])
-    reason = f"its validation loss is {losses[step]:.3f}, and {rival} had {there[rival]:.3f} there"
-    return Verdict(step=step, num_steps=num_steps, rival=rival, reason=reason)
+    looks = sorted(losses)
+    if not looks or looks[-1] >= num_steps or not math.isfinite(losses[looks[-1]]):
+        return None  # A loss that is no number ends the training by itself.
+    step, before = looks[-1], looks[-2] if len(looks) > 1 else 0
+    rung = max(1, math.ceil(first_rung * num_steps))
+    while rung <= step:
+        there = _losses_at(rung, rivals) if rung > before else {}
+        best = sorted([*there.values(), losses[step]])
+        if losses[step] > best[max(0, len(best) // reduction_factor - 1)]:
+            rival = min(there, key=lambda label: there[label])
+            reason = f"its validation loss is {losses[step]:.3f}, {rival} had {there[rival]:.3f}"
+            return Verdict(step=step, num_steps=num_steps, rival=rival, reason=reason)
+        rung *= reduction_factor
+    return None
 
 
-def _at_highest_common_rung(
-    rivals: Mapping[str, Mapping[int, float]], step: int, lowest: int, reduction_factor: int
-) -> dict[str, float]:
-    """Return label -> loss of those that have come to the highest rung, up to a step, that any has
-    come to.
-    """
-    rungs = [lowest]
-    while rungs[-1] * reduction_factor <= step:
-        rungs.append(rungs[-1] * reduction_factor)
-    for rung in reversed(rungs):
-        reached = {label: [s for s in curve if s >= rung] for label, curve in rivals.items()}
-        if any(reached.values()):
-            return {label: rivals[label][min(steps)] for label, steps in reached.items() if steps}
-    return {}
-
-
-def _is_behind(study: optuna.Study, losses: Mapping[int, float]) -> bool:
-    """Enter a curve, and return whether it was to end at its last step."""
-    trial, is_behind = study.ask(), False
-    for step, loss in sorted(losses.items()):
-        trial.report(loss, step)
-        is_behind = trial.should_prune()
-    return is_behind
+def _losses_at(rung: int, curves: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Return label -> loss at the first look from a rung on, of those that have come to it."""
+    found = {}
+    for label, curve in curves.items():
+        steps = [step for step in curve if step >= rung]
+        if steps and math.isfinite(curve[min(steps)]):
+            found[label] = curve[min(steps)]
+    return found

@@ -85,8 +85,14 @@ def requested_tasks(
     )
 
 
-def tasks_beside_heldout(settings: EvaluationSettings, progress: Progress) -> dict[str, str]:
+def tasks_beside_heldout(
+    settings: EvaluationSettings, progress: Progress | None = None
+) -> dict[str, str]:
     """Load what a suite asks for beside the held-out tasks, which are named by their content.
+
+    Args:
+        settings: The suite, and the user's own folder.
+        progress: Told which tasks cannot be loaded.
 
     Returns:
         Name -> hash of all that determines items and metrics, wherever the files stand; one name
@@ -104,6 +110,7 @@ def tasks_beside_heldout(settings: EvaluationSettings, progress: Progress) -> di
 
     folders = [Path(settings.include_path).expanduser()] if settings.include_path else []
     loaded = load_suite(others, folders=folders, num_fewshot=settings.num_fewshot)
+    told = progress or Progress()
     for name, reason in loaded.skipped.items():
-        progress.note(f"skipped {name}: {reason}")
+        told.note(f"skipped {name}: {reason}")
     return {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}

@@ -65,7 +65,9 @@ def search(
     with open_desk(workspace, "search", verbose=verbose) as desk:
         from orchestrator import procedure
         from orchestrator.catalog import resolve_teacher
+        from orchestrator.sweep_checks import check_sweep
 
+        check_sweep(settings, "search", desk.progress)
         teacher = resolve_teacher(desk.workspace, checkpoint)
         if dry_run:
             procedure.show_search_plan(settings, desk, teacher, name)

@@ -126,7 +126,7 @@ class SweepPlan:
     name: str
     """Name of its folder and of its run in MLflow."""
     kind: str
-    """`threshold` or `iterations`."""
+    """`threshold`, `iterations` or `search`."""
     tokens_folder: str
     """Prepared tokens that it trains and measures on."""
     teacher: str | None

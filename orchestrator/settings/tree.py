@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -124,7 +125,7 @@ class SweepSettings(Section):
                 raise PydanticCustomError(
                     "no_rate", "a learning rate of {name} is not above 0", {"name": name}
                 )
-            if name not in METHODS and not name.startswith("r = "):
+            if name not in METHODS and not re.fullmatch(r"r = [0-9.,*]+", name):
                 raise PydanticCustomError(
                     "no_such_model",
                     "{name} is no model; name a method ({methods}), or an IIET by its corrections, "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
@@ -31,7 +32,7 @@ from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob, check_job, finished_outcome
 from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_tokens
 from orchestrator.trial import TrialResult
-from orchestrator.trial_referee import Rivals, stop_rule, verdict_of
+from orchestrator.trial_referee import Stopping, stopping_of
 from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import TrialRounds, limits_of
 from orchestrator.workspace import Workspace, read_json, write_json, write_text
@@ -102,7 +103,7 @@ def sweep(
             work.do(more)
         plan = work.plan
         work.forget_teacher()
-        verdicts = {t.label: v for t in plan.trials if (v := _verdict(t, work.rivals))}
+        verdicts = {t.label: v for t in plan.trials if (v := work.stopping.verdict_of(t))}
         _tell_stopped(run, verdicts, len(plan.trials))
         found = _finished(plan, work.failures)
         results = _with_costs(found, plan, folder, progress)
@@ -127,8 +128,9 @@ class _Work:
     progress: Progress
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    rivals: Rivals = field(default_factory=dict)
+    stopping: Stopping = field(default_factory=Stopping)
     _jobs: list[TrainingJob] = field(default_factory=list)
+    _stored: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -136,11 +138,13 @@ class _Work:
 
     def do(self, trials: Sequence[PlannedTrial]) -> None:
         """Run what is not finished of some of the plan's trials."""
-        stored = stored_plan(self.plan, self.settings, self.workspace.teachers)
-        write_json(self.folder / PLAN_NAME, stored)
+        # The price is that of the start: it reads checkpoints, and measures this machine.
+        first = self._stored or stored_plan(self.plan, self.settings, self.workspace.teachers)
+        self._stored = first | self.plan.to_dict()
+        write_json(self.folder / PLAN_NAME, self._stored)
         self._tell_front()
-        rule, self.rivals = stop_rule(self.plan, self.settings.sweep)
-        lost = {trial.key for trial in trials if _verdict(trial, self.rivals)}
+        self.stopping = stopping_of(self.plan, self.settings.sweep)
+        lost = {trial.key for trial in trials if self.stopping.verdict_of(trial)}
         waiting = [t for t in trials if t.result() is None and t.key not in lost]
         waiting = self._with_shared_teacher(waiting)
         self._jobs += [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
@@ -149,8 +153,7 @@ class _Work:
             self.settings.sweep,
             self.progress,
             num_all=len(trials),
-            rule=rule,
-            rivals=self.rivals,
+            stopping=self.stopping,
             lost=lost,
             on_end=self._tell_front,
         )
@@ -209,10 +212,6 @@ def _finished(
         reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
         raise StageFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
     return found
-
-
-def _verdict(trial: PlannedTrial, rivals: Rivals) -> Verdict | None:
-    return verdict_of(trial, rivals.get(trial.key, {}))
 
 
 def _tell_stopped(run: TrackedRun, verdicts: Mapping[str, Verdict], num_trials: int) -> None:

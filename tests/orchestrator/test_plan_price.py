@@ -32,7 +32,7 @@ from orchestrator.settings import Settings, resolve_settings
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.trial import TrialResult
-from orchestrator.trial_referee import STOPPED_NAME
+from orchestrator.trial_referee import STOPPED_NAME, StopRule
 from orchestrator.views import plan_sentences, plan_table
 from orchestrator.workspace import open_workspace, read_json, write_json
 
@@ -176,8 +176,10 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
         finish(trial)
     costly, cheap = tiny_plan.trials[3:]
     verdict = Verdict(step=20, num_steps=40, rival=cheap.label, reason="made up")
-    write_json(Path(costly.folder) / STOPPED_NAME, asdict(verdict))
     chosen = settings("sweep.stop_dominated=true")
+    rule = StopRule("dominated", chosen.sweep.grace_fraction)
+    stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
+    write_json(Path(costly.folder) / STOPPED_NAME, stored)
     price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
     assert price.num_tokens == 40 * STEP
     assert told(tiny_plan, chosen, tmp_path)[1] == (

@@ -193,7 +193,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
         tmp_path / "sweep", resolve_settings({}).sweep, progress, num_all=4
     )
     rounds.run(asked)
-    assert progress.summary == "4 trials, 1 made by another sweep meanwhile"
+    assert progress.summary == "4 trials, 1 made by another process meanwhile"
     assert rounds.made == {trial.key for trial in trials[:3]}
     assert rounds.failures == {}
     assert [starts(trial) for trial in asked] == [0, 1, 1, 1]
@@ -212,14 +212,16 @@ def test_a_trial_that_cannot_beat_a_cheaper_one_ends_and_can_go_on_later(
     done = Path(cheap.folder) / DONE_NAME
     write_json(done, {**read_json(done), "validation_loss": 0.01})
 
-    asked: Any = {"rivals": rivals, "rule": StopRule("dominated", 0.5)}
+    rule = StopRule("dominated", 0.5)
+    asked: Any = {"rivals": rivals, "rule": rule}
     assert run_trial(costly.to_dict(), **asked).state == "lost"
     assert costly.result() is None, "what was not trained to its end is not finished"
-    verdict = verdict_of(costly, rivals)
+    verdict = verdict_of(costly, rivals, rule)
     assert verdict is not None
     assert 20 <= verdict.step < 40
     assert cheap.label in verdict.text
-    assert verdict_of(costly, {}) is None, "a sweep without that rival did not stop it"
+    assert verdict_of(costly, rivals, StopRule("dominated", 0.6)) is None, "nor another rule"
+    assert verdict_of(costly, {}, rule) is None, "a sweep without that rival did not stop it"
     steps = len(read_journal(Path(costly.folder))[0])
     assert run_trial(costly.to_dict(), **asked).state == "lost"
     records = read_journal(Path(costly.folder))[0][steps:]
@@ -227,7 +229,7 @@ def test_a_trial_that_cannot_beat_a_cheaper_one_ends_and_can_go_on_later(
 
     assert run_trial(costly.to_dict()).state == "made"
     assert starts(costly) == 1, "it went on from where it was stopped"
-    assert verdict_of(costly, rivals) is None
+    assert verdict_of(costly, rivals, rule) is None
 
 
 def test_a_trial_that_beats_its_rivals_is_trained_to_its_end(
@@ -255,7 +257,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
     told = {"rivals": other_rates_of(high, [low, high]), "rule": rule}
     assert run_trial(high.to_dict(), **told).state == "made", "the first goes on"
     assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
-    verdict = verdict_of(low, rivals)
+    verdict = verdict_of(low, rivals, rule)
     assert verdict is not None
     assert (verdict.step, verdict.rival) == (10, high.label)
     assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"

@@ -242,7 +242,7 @@ def test_a_stop_file_of_a_held_folder_is_its_holders(job: TrainingJob) -> None:
     with held(job.folder) as is_ours:
         assert is_ours
         ask_to_stop(job.folder)
-        with pytest.raises(Interrupted, match="which goes on"):
+        with pytest.raises(Interrupted, match="waiting for another process"):
             run_local_jobs([job], watch=stop_waiting)
     assert set(waits) == {True}
     assert (job.folder / STOP_NAME).exists()

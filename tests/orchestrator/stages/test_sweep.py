@@ -17,7 +17,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.stages.sweep import STOPPED_TAG, SweepOutcome, sweep
 from orchestrator.tracking import Tracking
 from orchestrator.trial import TrialResult
-from orchestrator.trial_referee import STOPPED_NAME
+from orchestrator.trial_referee import STOPPED_NAME, StopRule
 from orchestrator.trial_rounds import TrialRounds
 from orchestrator.workspace import open_workspace, write_json
 
@@ -64,7 +64,9 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         if trial is not stopped:
             finish(trial)
     verdict = Verdict(step=30, num_steps=40, rival=cheap.label, reason=f"{cheap.label} won")
-    write_json(Path(stopped.folder) / STOPPED_NAME, asdict(verdict))
+    rule = StopRule("dominated", resolve_settings().sweep.grace_fraction)
+    stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
+    write_json(Path(stopped.folder) / STOPPED_NAME, stored)
     asked: list[str] = []
     monkeypatch.setattr(
         TrialRounds, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
