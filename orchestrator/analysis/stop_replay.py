@@ -1,4 +1,4 @@
-"""What stopping dominated trials would have saved: the rule of `early_stop` on finished runs.
+"""What ending trials early would have saved: a rule of `early_stop` on finished runs.
 
 In: the validation losses of trials that were all trained to their end, who is whose rival, in which
 order they started and how many ran at once. Out: which of them the rule would have ended, and when.
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from orchestrator.analysis.early_stop import Verdict, judge
+from orchestrator.analysis.early_stop import Verdict, halve, judge
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class Curve:
     final_loss: float
     """What rivals are judged by."""
     rivals: frozenset[str] = frozenset()
-    """Labels of the trials that cost no more."""
+    """Labels of the trials that can end it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +45,38 @@ class Replay:
     """Share of all training seconds that would have been saved."""
 
 
-def replay_stops(
-    curves: Sequence[Curve], *, at_once: int = 1, grace_fraction: float = 0.5
-) -> Replay:
+Losses = Mapping[int, float]
+Rule = Callable[[Curve, Losses, Mapping[str, float], Mapping[str, Losses]], Verdict | None]
+"""(a curve, its losses so far, label -> final loss of its finished rivals, label -> losses so far
+of all its rivals) -> why it ends, or None."""
+
+
+def dominated(grace_fraction: float) -> Rule:
+    """Return the rule of `judge`."""
+    return lambda curve, seen, finished, _: judge(
+        seen, curve.num_steps, finished, grace_fraction=grace_fraction
+    )
+
+
+def asha(first_rung: float, reduction_factor: int) -> Rule:
+    """Return the rule of `halve`."""
+    return lambda curve, seen, _, so_far: halve(
+        seen, curve.num_steps, so_far, first_rung=first_rung, reduction_factor=reduction_factor
+    )
+
+
+def replay_stops(curves: Sequence[Curve], rule: Rule, *, at_once: int = 1) -> Replay:
     """Replay a sweep with the rule.
 
     Args:
         curves: The trials, in the order in which they start.
+        rule: When a trial ends.
         at_once: How many run side by side.
-        grace_fraction: Share of a trial's steps before which it is not ended.
     """
     waiting = deque(curves)
     running: list[tuple[float, int, int, Curve, float]] = []  # time, tie, look, curve, start
     finished: dict[str, float] = {}
+    so_far: dict[str, Losses] = {}
     verdicts: dict[str, Verdict] = {}
     ties = iter(range(sum(len(curve.losses) + 2 for curve in curves) + len(curves)))
 
@@ -75,9 +97,8 @@ def replay_stops(
             finished[curve.label] = curve.final_loss
             start_next(now)
             continue
-        seen = dict(sorted(curve.losses.items())[: look + 1])
-        known = {label: loss for label, loss in finished.items() if label in curve.rivals}
-        verdict = judge(seen, curve.num_steps, known, grace_fraction=grace_fraction)
+        seen = so_far[curve.label] = dict(sorted(curve.losses.items())[: look + 1])
+        verdict = rule(curve, seen, _of(curve.rivals, finished), _of(curve.rivals, so_far))
         if verdict:
             verdicts[curve.label] = verdict
             start_next(now)
@@ -86,3 +107,7 @@ def replay_stops(
     total = sum(curve.seconds for curve in curves)
     saved = sum(c.seconds * verdicts[c.label].share_saved for c in curves if c.label in verdicts)
     return Replay(verdicts=verdicts, share_of_seconds=saved / total if total else 0.0)
+
+
+def _of(labels: frozenset[str], values: Mapping[str, T]) -> dict[str, T]:
+    return {label: value for label, value in values.items() if label in labels}

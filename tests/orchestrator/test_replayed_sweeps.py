@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pareto_stop import main
+from benchmarks.early_stop import main
 from orchestrator import trial_run
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.training.job import DONE_NAME
@@ -55,3 +55,27 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     assert stop.value.code == 2
     write_json(tmp_path / "plan.json", {"trials": []})
     assert main([str(tmp_path)]) == 2
+
+
+def test_rates_are_replayed_as_asha_would_have_seen_them(
+    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"validation_loss": 3.0})
+    trials = []
+    for name, rate in (("high", 1e-2), ("low", 1e-6)):
+        trial = with_looks(tiny_plan.trials[1])
+        assert trial.job is not None
+        folder = str(tmp_path / "runs" / name)
+        recipe = {**trial.job["recipe"], "learning_rate": rate}
+        job = {**trial.job, "recipe": recipe, "run_folder": folder}
+        trial = replace(trial, key=name, label=name, folder=folder, job=job)
+        assert run_trial(trial.to_dict()).state == "made"
+        trials.append(trial)
+    plan = replace(tiny_plan, kind="iterations", trials=tuple(trials))
+    folder = tmp_path / "sweeps" / "rates"
+    write_json(folder / "plan.json", plan.to_dict())
+    found = tmp_path / "found.json"
+    assert main([str(folder), "--json", str(found)]) == 0
+    [row] = json.loads(found.read_text())["rows"]
+    assert set(row["stopped"]) == {"low"}
+    assert row["best rates"] == {"unchanged": True, "lost": []}
