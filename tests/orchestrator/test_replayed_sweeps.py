@@ -75,7 +75,7 @@ def test_rates_are_replayed_as_asha_would_have_seen_them(
     folder = tmp_path / "sweeps" / "rates"
     write_json(folder / "plan.json", plan.to_dict())
     found = tmp_path / "found.json"
-    assert main([str(folder), "--json", str(found)]) == 0
+    assert main([str(folder), "--at-once", "1", "--json", str(found)]) == 0
     [row] = json.loads(found.read_text())["rows"]
     assert set(row["stopped"]) == {"low"}
     assert row["best rates"] == {"unchanged": True, "lost": []}

@@ -59,7 +59,8 @@ def test_the_worse_of_two_rates_ends_where_the_better_one_has_been() -> None:
     others = {"good": frozenset({"bad"}), "bad": frozenset({"good"})}
     good = curve("good", 2.0, losses={20: 2.5, 40: 2.2, 60: 2.1, 80: 2.0}, rivals=others["good"])
     bad = curve("bad", 3.0, rivals=others["bad"])
-    replay = replay_stops([bad, good], asha(0.25, 2), at_once=2)
-    assert {label: verdict.step for label, verdict in replay.verdicts.items()} == {"bad": 60}
-    alone = replay_stops([good, bad], asha(0.25, 2))
-    assert alone.verdicts["bad"].step == 40, "who comes later is compared at the first rung"
+    rule = asha(0.25, 2)
+    assert replay_stops([bad, good], rule, at_once=2).verdicts == {}, "it is first at every rung"
+    slow = curve("bad", 3.0, rivals=others["bad"], seconds=12.0)
+    for replay in (replay_stops([slow, good], rule, at_once=2), replay_stops([good, bad], rule)):
+        assert {label: verdict.step for label, verdict in replay.verdicts.items()} == {"bad": 40}
