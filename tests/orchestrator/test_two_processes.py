@@ -193,7 +193,7 @@ def test_a_wait_that_is_interrupted_leaves_the_other_alone(
     number: int, job: TrainingJob, first: Process, second: Process
 ) -> None:
     second.send_signal(number)
-    assert "which goes on" in line(second)
+    assert "waiting for another process" in line(second)
     assert second.wait(timeout=30) == 130
     assert not (job.folder / STOP_NAME).exists()
     go_on(first)
