@@ -70,12 +70,16 @@ def run_interruptibly(
 
 
 def wait_interruptibly(
-    is_over: Callable[[], bool], *, watch: Callable[[], None] | None = None
+    is_over: Callable[[], bool],
+    *,
+    begin: Callable[[], None] | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> None:
     """Wait for what another process does; Ctrl-C and SIGTERM end the wait, not the other process.
 
     Args:
         is_over: Asked a few times a second.
+        begin: Called once, to say what is waited for; a signal that follows it ends the wait.
         watch: Called as often, to show progress.
 
     Raises:
@@ -83,6 +87,8 @@ def wait_interruptibly(
     """
     signals: list[int] = []
     with handling(SIGNALS, lambda number, _: signals.append(number)):
+        if begin:
+            begin()
         while True:
             ended = is_over()
             if signals:

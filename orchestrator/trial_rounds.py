@@ -77,16 +77,19 @@ class TrialRounds:
     def _run_or_wait(self, trials: Sequence[PlannedTrial]) -> None:
         self._round(trials)
         left = [t for t in trials if t.key in self._busy and self._is_to_do(t)]
-        if left:
-            names = ", ".join(trial.label for trial in left)
-            self.progress.note(f"waiting for another process, which is at: {names}")
+        begin: Callable[[], None] | None = partial(self._tell_waiting, left)
         while left:
-            wait_interruptibly(partial(_one_has_ended, left))
+            wait_interruptibly(partial(_one_has_ended, left), begin=begin)
+            begin = None
             free = [t for t in left if self._is_to_do(t) and not is_busy(t)]
             self._busy.difference_update(trial.key for trial in free)
             self._round(free, num_elsewhere=len(left) - len(free))
             left = [t for t in left if t not in free or t.key in self._busy]
             left = [t for t in left if self._is_to_do(t)]
+
+    def _tell_waiting(self, trials: Sequence[PlannedTrial]) -> None:
+        names = ", ".join(trial.label for trial in trials)
+        self.progress.note(f"waiting for another process, which is at: {names}")
 
     def _is_to_do(self, trial: PlannedTrial) -> bool:
         """Return whether a trial that another process was at has still no result."""

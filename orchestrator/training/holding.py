@@ -101,11 +101,8 @@ def run_each_once(
                     )
         if ours:
             continue
-        if note:
-            names = ", ".join(job.folder.name for job in left)
-            note(f"waiting for another process, which is at: {names}")
-            note = None
-        _wait_for_one(left, stamps, watch)
+        _wait_for_one(left, stamps, watch, note)
+        note = None
 
 
 def _note_finished(job: TrainingJob, outcomes: dict[str, TrainingOutcome]) -> bool:
@@ -115,7 +112,10 @@ def _note_finished(job: TrainingJob, outcomes: dict[str, TrainingOutcome]) -> bo
 
 
 def _wait_for_one(
-    jobs: Sequence[TrainingJob], stamps: Sequence[int | None], watch: Callable[[], None] | None
+    jobs: Sequence[TrainingJob],
+    stamps: Sequence[int | None],
+    watch: Callable[[], None] | None,
+    note: Callable[[str], None] | None,
 ) -> None:
     """Wait until nobody is at one of the jobs any more, or it has been finished."""
 
@@ -125,7 +125,12 @@ def _wait_for_one(
             for job, stamp in zip(jobs, stamps, strict=True)
         )
 
-    wait_interruptibly(is_over, watch=watch)
+    def say() -> None:
+        if note:
+            names = ", ".join(job.folder.name for job in jobs)
+            note(f"waiting for another process, which is at: {names}")
+
+    wait_interruptibly(is_over, begin=say, watch=watch)
 
 
 def _done_stamp(job: TrainingJob) -> int | None:
