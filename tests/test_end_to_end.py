@@ -128,7 +128,7 @@ def test_another_range_of_thresholds_reuses_what_is_the_same(finished: tuple[Pat
     workspace, _ = finished
     options = small("sweep.num_schedules=2")
     plan = run("sweep-threshold", "--dry-run", *options, workspace=workspace)
-    assert "5 of 5 are finished" in plan
+    assert "5 of 5 trials are finished and reused" in plan
 
 
 def test_stages_stand_alone(finished: tuple[Path, str]) -> None:
