@@ -18,6 +18,7 @@ from orchestrator.plan import PlannedTrial, SweepPlan, full_config
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.training.checkpoint import find_checkpoints, load_provenance, newest_checkpoint
 from orchestrator.training.estimate import estimate_training
+from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob, finished_outcome
 from orchestrator.training.objective import two_stage
 from orchestrator.training.parts import flops_counter
@@ -92,7 +93,11 @@ def _waiting(trial: PlannedTrial) -> TrialState:
     if job is None or finished_outcome(job):
         return TrialState(trial=trial, name="to measure")
     newest = newest_checkpoint(job.folder)
-    done = int(load_provenance(newest)["step"]) if newest else 0
+    stage = first_stage_of(job)
+    if newest:
+        done = int(load_provenance(newest)["step"])
+    else:
+        done = stage.num_steps if stage and stage.is_there else 0
     return TrialState(trial=trial, name="to train", steps_done=done)
 
 
@@ -113,7 +118,7 @@ def price_of(
     """
     left = [state for state in states if state.name == "to train"]
     jobs = [TrainingJob.from_dict(state.trial.job) for state in left if state.trial.job]
-    done = [state.steps_done for state in left]
+    done = _steps_made([state.steps_done for state in left], jobs)
     teacher = teacher_work(jobs, settings.distillation, teachers, steps_done=done)
     forward = inference_cost(full_config(plan)).forward_flops_per_token
     flops = sum(map(_training_flops, jobs, done)) + teacher.num_tokens * forward
@@ -162,6 +167,18 @@ def requested_noun(plan: SweepPlan, sweep: SweepSettings) -> str:
     if plan.kind == "iterations":
         return "model"
     return "threshold" if sweep.thresholds else "budget" if sweep.budgets else "schedule"
+
+
+def _steps_made(done: Sequence[int], jobs: Sequence[TrainingJob]) -> list[int]:
+    """Return the steps after which each job goes on, first stages in common made by one of them."""
+    made: set[Path] = set()
+    found = []
+    for steps, job in zip(done, jobs, strict=True):
+        stage = None if steps else first_stage_of(job)
+        found.append(stage.num_steps if stage and stage.folder in made else steps)
+        if stage:
+            made.add(stage.folder)
+    return found
 
 
 def _training_flops(job: TrainingJob, steps_done: int) -> float:

@@ -131,7 +131,7 @@ def other_rates_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[
 
 def _but_for_the_rate(job: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {**job["recipe"], "learning_rate": None}
-    return {**job, "recipe": recipe, "run_folder": None}
+    return {**job, "recipe": recipe, "run_folder": None, "first_stages": None}
 
 
 def _is_staged(recipe: Mapping[str, Any]) -> bool:

@@ -222,12 +222,15 @@ def _schedule(trial: PlannedTrial) -> tuple[int, ...] | None:
 
 
 def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
-    return {
+    numbers = {
         "steps": outcome.step,
         "tokens": outcome.num_tokens,
         "flops": outcome.training_flops,
         "seconds": outcome.train_seconds,
     }
+    if outcome.shared_flops:
+        numbers["shared_flops"] = outcome.shared_flops
+    return numbers
 
 
 def _numbers_of_run(checkpoint: Path) -> dict[str, float]:

@@ -41,6 +41,12 @@ class Workspace:
         return self.root / "trials"
 
     @property
+    def first_stages(self) -> Path:
+        """What models have in common that are trained in stages, one folder for each content
+        key."""
+        return self.root / "first_stages"
+
+    @property
     def teachers(self) -> Path:
         """What teachers say about the tokens of a distillation, one folder for each content key."""
         return self.root / "teachers"

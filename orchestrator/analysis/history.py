@@ -18,6 +18,7 @@ from iiet.cost import inference_cost
 from orchestrator.analysis.pareto import find_front
 from orchestrator.journal import Journal, read_journal
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
+from orchestrator.trial import TrialResult
 
 BY_TRIALS = "sweep/hypervolume"
 """Metric whose step is the number of models finished."""
@@ -49,7 +50,7 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     spans_box = front.full is not None and front.full.result.key == _full_trial(plan).key
     if volume is None or not spans_box or len(found) <= _last_step(folder):
         return False
-    flops = sum(result.train.get("flops", 0.0) for trial, result in found if trial.job)
+    flops = sum(_flops_spent(result) for trial, result in found if trial.job)
     numbers = {
         BY_TRIALS: volume,
         "sweep/front_size": len(front.members),
@@ -60,6 +61,11 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     journal.metrics(round(flops / FLOPS_PER_STEP), {BY_COMPUTE: volume})
     journal.close()
     return True
+
+
+def _flops_spent(result: TrialResult) -> float:
+    # A first stage in common counts for the model that made it.
+    return result.train.get("flops", 0.0) - result.train.get("shared_flops", 0.0)
 
 
 def _full_trial(plan: SweepPlan) -> PlannedTrial:

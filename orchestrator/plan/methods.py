@@ -9,6 +9,7 @@ from typing import Any
 from iiet.methods import METHODS
 from orchestrator.plan.trials import PlannedTrial, SweepPlan, finish_plan, suite_key
 from orchestrator.provenance import content_key
+from orchestrator.training.first_stage import with_common_first_stages
 from orchestrator.training.job import TrainingJob, job_key
 
 
@@ -35,20 +36,21 @@ def iterations_plan(
         name: Name of the sweep; made from its key when unset.
     """
     trials = []
-    for variant in variants:
-        config = variant.job.config()
+    jobs = with_common_first_stages([variant.job for variant in variants])
+    for variant, job in zip(variants, jobs, strict=True):
+        config = job.config()
         is_baseline = not METHODS[config.method].has_corrections
         trials.append(
             PlannedTrial(
-                key=content_key("trial", job_key(variant.job), suite_key(suite)),
+                key=content_key("trial", job_key(job), suite_key(suite)),
                 role="reference" if is_baseline else "trial",
                 label=variant.label,
                 model=config.to_dict(),
-                folder=variant.job.run_folder,
-                job=variant.job.to_dict(),
+                folder=job.run_folder,
+                job=job.to_dict(),
                 checkpoint=None,
                 suite=suite,
-                seed=variant.job.recipe.seed if variant.group else None,
+                seed=job.recipe.seed if variant.group else None,
                 group=variant.group,
             )
         )

@@ -21,6 +21,7 @@ from orchestrator.preflight import check_jobs_fit
 from orchestrator.running import check_jobs, run_jobs
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import Tracking
+from orchestrator.training.first_stage import with_common_first_stages
 from orchestrator.training.job import TrainingJob, finished_outcome, job_key
 from orchestrator.training.shape import model_config
 from orchestrator.workspace import Workspace, write_text
@@ -48,6 +49,7 @@ def plan_pretraining(
         tokens_folder=str(tokens),
         model=config.to_dict(),
         recipe=settings.training,
+        first_stages=str(workspace.first_stages),
         storage=settings.cluster.storage,
     )
     if name is None:
@@ -88,10 +90,8 @@ def pretrain(
         StageFailed: If a run failed or diverged.
     """
     progress = progress or Progress()
-    jobs = {
-        label: plan_pretraining(settings, workspace, tokens, name)
-        for label, settings in variants.items()
-    }
+    planned = [plan_pretraining(own, workspace, tokens, name) for own in variants.values()]
+    jobs = dict(zip(variants, with_common_first_stages(planned), strict=True))
     cluster = next(iter(variants.values())).cluster
     check_jobs(list(jobs.values()), cluster, local=local)
     check_jobs_fit(list(jobs.values()), cluster, settings=list(variants.values()))

@@ -82,6 +82,9 @@ class TrainingJob:
     """Weights and kind of the distillation loss; its defaults when unset."""
     teacher_cache: str | None = None
     """Folder with what the teacher says, if it was stored; not part of the key."""
+    first_stages: str | None = None
+    """Folder where models that are trained alike before their corrections are switched on put that
+    and find it; None keeps it to itself. Not part of the key."""
     storage: str | None = None
     """URI of a second place for the checkpoints; not part of the key."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +127,7 @@ class TrainingJob:
 
 _PLAIN_FIELDS = (
     "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
-    "initial_job", "teacher_cache", "storage", "provenance",
+    "initial_job", "teacher_cache", "first_stages", "storage", "provenance",
 )  # fmt: skip
 
 
@@ -146,6 +149,8 @@ class TrainingOutcome:
     """Tokens trained on."""
     training_flops: float = 0.0
     """Training FLOPs, the teacher's forward passes included where it ran."""
+    shared_flops: float = 0.0
+    """Those among them that another run had spent, on a first stage in common."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able mapping of the fields."""

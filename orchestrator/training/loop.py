@@ -53,6 +53,8 @@ class Position:
     """Tokens trained on, by all workers together."""
     flops: float = 0.0
     """Training FLOPs, counted from shapes."""
+    shared_flops: float = 0.0
+    """Those among them that another run had spent, on a first stage in common."""
     seconds: float = 0.0
     """Time spent in steps; validation and saving apart."""
     validation_loss: float = math.nan

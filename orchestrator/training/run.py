@@ -29,6 +29,7 @@ from orchestrator.training.checkpoint import (
     newest_checkpoint,
 )
 from orchestrator.training.compiling import compile_fields
+from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import (
     DONE_NAME,
     TrainingJob,
@@ -144,7 +145,7 @@ class _Run:
             pace=Pace(self.position, self.world, self.job.recipe.precision).numbers,
             save=self.save,
             should_stop=lambda: self.world.is_first and (stop_asked(folder) or should_stop()),
-            should_save=lambda: self.world.is_first and self.saver.is_due(),
+            should_save=lambda: self.world.is_first and self.saver.is_due(self.position.step),
         )
         trainee = Trainee(
             model=replicate(
@@ -221,6 +222,7 @@ class _Run:
             train_seconds=self.position.seconds,
             num_tokens=self.position.num_tokens,
             training_flops=self.position.flops,
+            shared_flops=self.position.shared_flops,
         )
 
     def _prepare(self, checkpoint: Path | None) -> None:
@@ -249,6 +251,8 @@ class _Run:
             moments = sharded_state(moments, self.optimizer)
         self.optimizer.load_state_dict(moments)
         self.position = Position(**state["position"])
+        if checkpoint.parent != self.job.folder:
+            self.position.shared_flops = self.position.flops
         self.saver.go_on_from(checkpoint, self.position.step)
         set_random_state(state["random"], world)
         self.event("resumed", step=self.position.step, path=str(checkpoint), **self._place())
@@ -264,10 +268,17 @@ class _Run:
         }
 
     def _newest_checkpoint(self) -> Path | None:
-        newest = newest_checkpoint(
-            self.job.folder, lambda sentence: self.event("damaged", text=sentence)
-        )
-        return newest or self.saver.fetch()
+        def warn(sentence: str) -> None:
+            self.event("damaged", text=sentence)
+
+        own = newest_checkpoint(self.job.folder, warn) or self.saver.fetch()
+        stage = first_stage_of(self.job)
+        if own or not stage:
+            return own
+        common = stage.find(warn)
+        for step, numbers in stage.record() if common else ():
+            self.report(step, numbers)
+        return common
 
     def _with_last_checkpoint(self, error: Diverged) -> Diverged:
         with suppress(StageFailed):  # One reason to end is enough.

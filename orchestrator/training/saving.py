@@ -24,6 +24,7 @@ from iiet.decoder import Decoder
 from orchestrator.data.tokens import TokenStore
 from orchestrator.errors import StageFailed
 from orchestrator.training.checkpoint import write_checkpoint
+from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.keeping import best_checkpoint, prune_checkpoints, remember_best
 from orchestrator.training.loop import Position
@@ -67,6 +68,7 @@ class Saver:
         self._writing: Future[None] | None = None
         self._saved_step = 0
         self._saved_at = time.monotonic()
+        self._first_stage = first_stage_of(job)
         self._mirror: Mirror | None = None
         if job.storage and world.is_first:
             from orchestrator.training.mirror import Mirror  # pyarrow takes a moment
@@ -96,8 +98,12 @@ class Saver:
         """Begin behind a checkpoint that is there already."""
         self.checkpoint, self._saved_step = checkpoint, step
 
-    def is_due(self) -> bool:
-        """Return whether the recipe's minutes have passed since the last checkpoint."""
+    def is_due(self, step: int) -> bool:
+        """Return whether the recipe's minutes have passed since the last checkpoint, or other
+        models may go on from this step.
+        """
+        if self._ends_first_stage(step):
+            return True
         minutes = self._job.recipe.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
 
@@ -163,7 +169,21 @@ class Saver:
         best = best_checkpoint(folder) if recipe.keep_best else None
         prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=best)
         self._event("checkpoint", step=position.step, path=str(self.checkpoint))
+        self._share(position.step)
         self._copy(self._mirror)
+
+    def _ends_first_stage(self, step: int) -> bool:
+        stage = self._first_stage
+        return stage is not None and step == stage.num_steps and not stage.is_there
+
+    def _share(self, step: int) -> None:
+        if not (self._first_stage and self._ends_first_stage(step)):
+            return
+        assert self.checkpoint is not None
+        try:
+            self._first_stage.put(self.checkpoint)
+        except OSError as error:
+            self._event("not shared", text=f"no first stage for others to go on from: {error}")
 
     def _copy(self, mirror: Mirror | None) -> None:
         if mirror is None:

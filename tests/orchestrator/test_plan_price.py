@@ -264,6 +264,36 @@ def test_models_from_scratch_are_counted_with_references_and_without_seeds(
     assert "thresholds" not in " ".join(rows(alone, chosen))
 
 
+def test_a_first_stage_in_common_is_paid_once(
+    tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    chosen = settings("training.num_steps=10", "training.iterate_from_fraction=0.6")
+
+    def variant(schedule: list[int]) -> Variant:
+        job = TrainingJob(
+            run_folder=str(tmp_path / str(schedule)),
+            tokens_folder=str(tiny_tokens),
+            model={**tiny_model, "schedule": schedule},
+            recipe=chosen.training.model_copy(update={"num_tokens_per_step": STEP}),
+            first_stages=str(tmp_path / "first_stages"),
+        )
+        return Variant(label=str(schedule), job=job)
+
+    variants = [variant(schedule) for schedule in ([2, 1], [1, 1], [0, 0])]
+    plan = iterations_plan(variants, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+    price = price_of(plan, trial_states(plan, chosen.sweep), chosen, tmp_path)
+    behind = 4 * (114_816 + 97_728 + 63_264)
+    assert price.num_tokens == (6 + 3 * 4) * STEP
+    assert price.flops == STEP * (6 * 63_264 + behind)
+    first = plan.trials[0]
+    assert first.job
+    run_job(TrainingJob.from_dict(first.job))
+    states = trial_states(plan, chosen.sweep)
+    assert [state.text for state in states] == ["to measure", "from step 6", "from step 6"]
+    price = price_of(plan, states, chosen, tmp_path)
+    assert price.flops == STEP * 4 * (97_728 + 63_264)
+
+
 def test_what_a_search_adds_is_told_apart(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     first = replace(tiny_plan, kind="search", num_requested=3, num_distinct=3)
     assert told(first, settings("sweep.num_schedules=3"), tmp_path)[0] == (

@@ -253,6 +253,8 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
     )
     rivals = other_rates_of(low, [low, high, trials[2]])
     assert rivals == {high.label: high.folder}, "another schedule is no other rate"
+    shares = replace(low, job={**(low.job or {}), "first_stages": str(tmp_path)})
+    assert other_rates_of(shares, [shares, high]) == rivals, "what it shares changes no model"
     rule = StopRule("asha", from_fraction=0.25)
     told = {"rivals": other_rates_of(high, [low, high]), "rule": rule}
     assert run_trial(high.to_dict(), **told).state == "made", "the first goes on"

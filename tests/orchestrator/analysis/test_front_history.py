@@ -76,6 +76,17 @@ def test_it_grows_in_any_order_and_ends_at_the_front(
     assert series(tmp_path / "history", BY_COMPUTE)[-1] == (11, volumes[-1])
 
 
+def test_what_two_models_have_in_common_is_spent_once(
+    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    teacher, first, second, *_ = sample_results
+    for result in (teacher, first, replace(second, train={**second.train, "shared_flops": 0.9e12})):
+        finish(plan, result)
+    assert record_front(plan, tmp_path / "history")
+    [(_, spent)] = series(tmp_path / "history", "sweep/training_flops")
+    assert spent == pytest.approx(1.2e12 + 0.3e12)
+
+
 def test_nothing_is_said_before_the_full_model_is_measured(
     plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
 ) -> None:

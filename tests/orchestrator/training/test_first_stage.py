@@ -1,0 +1,211 @@
+"""Models that are trained alike up to their corrections: that part is made once, and shows
+nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iiet.config import ModelConfig
+from iiet.cost import training_flops_per_token
+from iiet.schedule import IterationSchedule
+from orchestrator.journal import read_journal
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import WEIGHTS, checkpoint_name, weights_key
+from orchestrator.training.first_stage import (
+    FirstStage,
+    first_stage_of,
+    with_common_first_stages,
+)
+from orchestrator.training.job import TrainingJob, TrainingOutcome, job_key
+from orchestrator.training.run import run_job
+
+RECIPE: dict[str, Any] = {
+    "num_steps": 8,
+    "num_tokens_per_step": 32,
+    "learning_rate": 1e-2,
+    "warmup_steps": 1,
+    "validate_every_steps": 2,
+    "num_validation_tokens": 64,
+    "checkpoint_every_steps": 100,
+    "iterate_from_fraction": 0.75,
+}
+SWITCH = 6
+
+MakeJob = Callable[..., TrainingJob]
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> MakeJob:
+    def make(schedule: tuple[int, int], *, shares: bool = True, **recipe: Any) -> TrainingJob:
+        name = f"{schedule}-{shares}-{recipe}"
+        return TrainingJob(
+            run_folder=str(tmp_path / "runs" / name),
+            tokens_folder=str(tiny_tokens),
+            model={**tiny_model, "schedule": list(schedule)},
+            recipe=TrainingSettings(**RECIPE | recipe),
+            first_stages=str(tmp_path / "first_stages") if shares else None,
+        )
+
+    return make
+
+
+def stage_of(job: TrainingJob) -> FirstStage:
+    stage = first_stage_of(job)
+    assert stage is not None
+    return stage
+
+
+def begins(job: TrainingJob) -> list[int]:
+    """Return the step behind which each process that trained a job began."""
+    return [
+        record.get("step", 0)
+        for record in read_journal(job.folder)[0]
+        if record.get("name") in ("started", "resumed")
+    ]
+
+
+def recorded(job: TrainingJob, name: str) -> dict[int, float]:
+    return {
+        record["step"]: record["values"][name]
+        for record in read_journal(job.folder)[0]
+        if name in record.get("values", {})
+    }
+
+
+def weights(outcome: TrainingOutcome) -> str:
+    return weights_key(Path(str(outcome.checkpoint)))
+
+
+@pytest.mark.parametrize("schedule", [(0, 0), (1, 1), (3, 0)])
+def test_who_goes_on_from_it_comes_out_as_from_the_start(
+    make_job: MakeJob, schedule: tuple[int, int]
+) -> None:
+    run_job(make_job((2, 1)))
+    job, alone = make_job(schedule), make_job(schedule, shares=False)
+    outcome, expected = run_job(job), run_job(alone)
+    assert (begins(job), begins(alone)) == ([SWITCH], [0])
+    assert weights(outcome) == weights(expected)
+    assert outcome.validation_loss == expected.validation_loss
+    assert outcome.training_flops == expected.training_flops
+    assert outcome.num_tokens == expected.num_tokens
+    for name in ("validation/loss", "train/loss", "train/flops"):
+        assert recorded(job, name) == recorded(alone, name)
+    assert set(recorded(job, "validation/loss")) == {2, 4, 6, 8}
+    none = training_flops_per_token(ModelConfig.from_dict(job.model), IterationSchedule((0, 0)))
+    assert outcome.shared_flops == pytest.approx(SWITCH * 32 * none)
+    assert expected.shared_flops == 0.0
+    assert run_job(job) == outcome
+
+
+def test_a_model_without_corrections_can_make_it_for_the_others(make_job: MakeJob) -> None:
+    first, second = make_job((0, 0)), make_job((2, 1))
+    run_job(first)
+    run_job(second)
+    assert (begins(first), begins(second)) == ([0], [SWITCH])
+
+
+def test_a_ramp_begins_behind_it(make_job: MakeJob) -> None:
+    run_job(make_job((2, 1)))
+    job = make_job((2, 1), iterate_ramp_fraction=0.25)
+    alone = make_job((2, 1), iterate_ramp_fraction=0.25, shares=False)
+    assert weights(run_job(job)) == weights(run_job(alone))
+    assert begins(job) == [SWITCH]
+
+
+def test_numbers_that_were_recorded_are_told_and_can_end_it_there(make_job: MakeJob) -> None:
+    run_job(make_job((2, 1)))
+    job = make_job((1, 1))
+    heard: dict[int, float] = {}
+
+    def hear(step: int, numbers: Mapping[str, float]) -> None:
+        if "validation/loss" in numbers:
+            heard[step] = numbers["validation/loss"]
+
+    stopped = run_job(job, report=hear, should_stop=lambda: 4 in heard)
+    made = recorded(make_job((2, 1)), "validation/loss")
+    assert heard == {step: made[step] for step in (2, 4, 6)}
+    assert (stopped.finished, stopped.step) == (False, SWITCH)
+    again = run_job(job)
+    assert again.finished
+    assert weights(again) == weights(run_job(make_job((1, 1), shares=False)))
+
+
+def test_a_damaged_one_is_named_and_made_anew(make_job: MakeJob) -> None:
+    run_job(make_job((2, 1)))
+    job = make_job((1, 1))
+    path = stage_of(job).checkpoint / WEIGHTS
+    damaged = path.read_bytes()[:-1]
+    path.unlink()  # A link: the run that made it keeps its own.
+    path.write_bytes(damaged)
+    outcome = run_job(job)
+    texts = [r["text"] for r in read_journal(job.folder)[0] if r.get("name") == "damaged"]
+    assert len(texts) == 1
+    assert texts[0].endswith("the first stage is made anew")
+    assert begins(job) == [0]
+    assert weights(outcome) == weights(run_job(make_job((1, 1), shares=False)))
+    assert run_job(make_job((2, 1))).finished
+
+
+def test_no_room_for_it_costs_a_remark(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FirstStage, checkpoint: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FirstStage, "put", refuse)
+    job = make_job((2, 1))
+    outcome = run_job(job)
+    assert outcome.finished
+    events = {r["name"]: r for r in read_journal(job.folder)[0] if r["kind"] == "event"}
+    assert "No space left" in events["not shared"]["text"]
+
+
+def test_a_put_that_breaks_off_leaves_nothing(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job((2, 1))
+    outcome = run_job(replace(job, first_stages=None))
+    stage = stage_of(job)
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orchestrator.training.first_stage._link", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        stage.put(Path(str(outcome.checkpoint)).with_name(checkpoint_name(8)))
+    assert not list(stage.folder.parent.iterdir())
+
+
+def test_it_is_shared_by_who_is_trained_alike_and_by_nobody_else(make_job: MakeJob) -> None:
+    vanilla = make_job((0, 0))
+    vanilla = replace(
+        vanilla,
+        run_folder=f"{vanilla.run_folder}-vanilla",
+        model={**vanilla.model, "method": "vanilla"},
+    )
+    jobs = [
+        make_job((2, 1)),
+        make_job((0, 0)),
+        make_job((2, 1), learning_rate=2e-2),
+        make_job((2, 1), seed=1),
+        make_job((2, 1), num_validation_tokens=32),
+        make_job((2, 1), iterate_from_fraction=0.5),
+        make_job((1, 1), iterate_from_fraction=0.0),
+        vanilla,
+    ]
+    common = with_common_first_stages(jobs)
+    assert [bool(job.first_stages) for job in common] == [True, True, *[False] * 6]
+    assert [job_key(job) for job in common] == [job_key(job) for job in jobs]
+    assert stage_of(jobs[0]) == stage_of(jobs[1])
+    assert len({stage_of(job).folder for job in jobs[:6]}) == 5
+    assert not any(job.first_stages for job in with_common_first_stages([jobs[0], jobs[0]]))
+
+
+def test_one_that_is_there_serves_a_single_run(make_job: MakeJob) -> None:
+    alone = make_job((1, 1))
+    assert with_common_first_stages([alone])[0].first_stages is None
+    run_job(make_job((2, 1)))
+    assert with_common_first_stages([alone]) == [alone]
