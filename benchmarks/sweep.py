@@ -109,8 +109,8 @@ class _Bench:
         values = tuple((draw.random(), draw.random() / 4) for _ in range(size.num_layers))
         self.influence = InfluenceTable(
             metric="cosine",
-            values=values,
-            errors=tuple((0.0, 0.0) for _ in values),
+            value_rows=values,
+            error_rows=tuple((0.0, 0.0) for _ in values),
             num_tokens=_CONTEXT,
         )
         job = TrainingJob(

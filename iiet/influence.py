@@ -13,76 +13,18 @@ same table to the last bit. Source: definitions of DESIGN's section 3; this proj
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from iiet.decoder import Decoder
+from iiet.influence_values import InfluenceMetric, InfluenceTable, Rows, checked_metric
 from iiet.losses import next_token_loss
-from iiet.schedule import IterationSchedule, suffix_maxima
+from iiet.schedule import IterationSchedule
 
 __all__ = ["InfluenceAccumulator", "InfluenceMetric", "InfluenceTable", "influence_table"]
-
-InfluenceMetric = Literal["cosine", "relative", "loss"]
-
-Rows = tuple[tuple[float, ...], ...]
-"""One row per layer, one number per correction; rows differ in length as the layers do."""
-
-
-@dataclass(frozen=True)
-class InfluenceTable:
-    """The influence of each correction, and how sure it is."""
-
-    metric: InfluenceMetric
-    """What was measured."""
-    values: Rows
-    """Influence per layer and correction; larger matters more. `loss` may be negative."""
-    errors: Rows
-    """Standard error of each value over batches; NaN when there was one batch only."""
-    num_tokens: int
-    """Tokens that the means run over (for `loss`, those that were predicted)."""
-
-    @property
-    def schedule(self) -> IterationSchedule:
-        """The iteration schedule under which this was measured."""
-        return IterationSchedule(tuple(len(row) for row in self.values))
-
-    def rows(self) -> Rows:
-        """Return the values, as `iiet.schedule` takes them."""
-        return self.values
-
-    def suffix_maxima(self) -> Rows:
-        """Return `M[l, i] = max_{k>=i} I[l, k]`, on which thresholds act."""
-        return tuple(suffix_maxima(row) for row in self.values)
-
-    def padded(self) -> Rows:
-        """Return the values as a rectangle, with NaN for corrections that do not exist."""
-        width = self.schedule.max_corrections
-        return tuple((*row, *[math.nan] * (width - len(row))) for row in self.values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; an unknown error becomes None."""
-        errors = [[None if math.isnan(e) else e for e in row] for row in self.errors]
-        return {
-            "metric": self.metric,
-            "values": [list(row) for row in self.values],
-            "errors": errors,
-            "num_tokens": self.num_tokens,
-        }
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> InfluenceTable:
-        """Build a table from plain values; the inverse of `to_dict`."""
-        errors = [[math.nan if e is None else float(e) for e in row] for row in table["errors"]]
-        return cls(
-            metric=_checked_metric(table["metric"]),
-            values=tuple(tuple(float(value) for value in row) for row in table["values"]),
-            errors=tuple(map(tuple, errors)),
-            num_tokens=int(table["num_tokens"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +49,7 @@ class InfluenceAccumulator:
     """One entry per batch."""
 
     def __post_init__(self) -> None:
-        _checked_metric(self.metric)
+        checked_metric(self.metric)
 
     @torch.no_grad()
     def add(self, decoder: Decoder, input_ids: Tensor) -> None:
@@ -184,7 +126,9 @@ def influence_table(
         progress: called after each batch with the number of batches done.
 
     Returns:
-        The table, with one row per layer; rows are empty where a method makes no corrections.
+        The table, with one row per layer; rows are empty where a method makes no corrections. It
+        unpacks into two arrays of (layers, corrections), values and their standard errors, with NaN
+        where a layer makes no such correction.
 
     Raises:
         ValueError: an unknown metric, or no batches.
@@ -254,10 +198,3 @@ def _mean_and_error(means: Sequence[float], counts: Sequence[int]) -> tuple[floa
         return mean, math.nan
     squares = math.fsum((n * (m - mean)) ** 2 for m, n in zip(means, counts, strict=True))
     return mean, math.sqrt(squares * len(means) / (len(means) - 1)) / total
-
-
-def _checked_metric(metric: Any) -> InfluenceMetric:
-    if metric not in get_args(InfluenceMetric):
-        raise ValueError(f"metric must be one of {get_args(InfluenceMetric)}, got {metric!r}")
-    checked: InfluenceMetric = metric
-    return checked

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 __all__ = [
     "FamilyMember",
@@ -36,6 +36,7 @@ __all__ = [
 _RAMP = re.compile(r"(\d+)\.\.(\d+)")
 
 
+@runtime_checkable
 class HasRows(Protocol):
     """Anything that gives its influence as rows, such as `iiet.influence.InfluenceTable`."""
 
@@ -205,8 +206,8 @@ def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSc
     """Drop corrections of influence under the threshold, from each layer's last one backwards.
 
     Args:
-        influence: one row per layer, one number per correction; rows may differ in length, or end
-            in NaN for corrections that do not exist.
+        influence: one row per layer, one number per correction, in lists or arrays of any kind;
+            rows may differ in length, or end in NaN for corrections that do not exist.
         threshold: in the units of the influence.
 
     Raises:
@@ -315,10 +316,16 @@ def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
     Raises:
         ValueError: no layers, or a value that is not finite before a row's end.
     """
-    table = influence if isinstance(influence, Iterable) else influence.rows()
+    table = influence.rows() if isinstance(influence, HasRows) else influence
     rows: list[tuple[float, ...]] = []
     for layer, given in enumerate(table, start=1):
-        row = [float(value) for value in given]
+        try:
+            row = [float(value) for value in given]
+        except TypeError:
+            raise ValueError(
+                f"influence of layer {layer} must be a row of numbers, one per correction, "
+                f"got {given!r}"
+            ) from None
         while row and math.isnan(row[-1]):
             row.pop()
         for correction, value in enumerate(row, start=1):

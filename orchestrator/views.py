@@ -169,7 +169,7 @@ def influence_view(influence: InfluenceTable) -> Table:
     for number in range(1, influence.schedule.max_corrections + 1):
         table.add_column(f"correction {number}", justify="right")
     for layer, (values, errors) in enumerate(
-        zip(influence.values, influence.errors, strict=True), start=1
+        zip(influence.value_rows, influence.error_rows, strict=True), start=1
     ):
         cells = [_with_error(v, e) for v, e in zip(values, errors, strict=True)]
         table.add_row(str(layer), *cells)

@@ -63,9 +63,9 @@ def test_equals_the_definition_on_the_published_evaluations(name, metric):
     expected = by_hand(config, tensors, metric)
     assert table.schedule.corrections == tuple(config["corrections"])
     assert table.num_tokens == tensors["input_ids"].numel()
-    for row, expected_row in zip(table.values, expected, strict=True):
+    for row, expected_row in zip(table.value_rows, expected, strict=True):
         assert row == pytest.approx(expected_row, rel=2e-5)
-    assert min(value for row in table.values for value in row) > 0
+    assert min(value for row in table.value_rows for value in row) > 0
 
 
 def test_loss_influence_is_the_rise_of_the_published_loss():
@@ -82,9 +82,9 @@ def test_loss_influence_is_the_rise_of_the_published_loss():
         (),
         (stopped(2, 0, 0) - full,),
     )
-    for row, expected_row in zip(table.values, expected, strict=True):
+    for row, expected_row in zip(table.value_rows, expected, strict=True):
         assert row == pytest.approx(expected_row, abs=3e-6)
-    assert max(abs(value) for row in table.values for value in row) > 1e-4
+    assert max(abs(value) for row in table.value_rows for value in row) > 1e-4
     assert table.num_tokens == tensors["input_ids"][:, 1:].numel()
 
 
@@ -129,20 +129,22 @@ def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
     whole = influence_table(decoder, [tokens], metric=metric)
     parts = influence_table(decoder, [tokens[:1], tokens[1:6], tokens[6:]], metric=metric)
     assert parts.num_tokens == whole.num_tokens
-    for row, expected in zip(parts.values, whole.values, strict=True):
+    for row, expected in zip(parts.value_rows, whole.value_rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
 def test_errors_are_the_standard_errors_over_batches():
     decoder, batches = small_decoder(), random_batches(5)
     table = influence_table(decoder, batches)
-    each = [influence_table(decoder, [batch]).values for batch in batches]
-    for layer, row in enumerate(table.errors):
+    each = [influence_table(decoder, [batch]).value_rows for batch in batches]
+    for layer, row in enumerate(table.error_rows):
         for i, error in enumerate(row):
             means = np.array([values[layer][i] for values in each])
             assert error == pytest.approx(means.std(ddof=1) / np.sqrt(5), rel=1e-9)
     assert all(
-        math.isnan(error) for row in influence_table(decoder, batches[:1]).errors for error in row
+        math.isnan(error)
+        for row in influence_table(decoder, batches[:1]).error_rows
+        for error in row
     )
 
 
@@ -152,7 +154,7 @@ def test_a_layer_that_changes_nothing_has_no_influence():
         for parameter in decoder.fields[0].parameters():
             parameter.zero_()  # F(x) = x, so corrections move as the mix and norms say, and
         decoder.method.mix.inner[1] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # x = s_0 = h_0.
-    row = influence_table(decoder, random_batches(2)).values[0]
+    row = influence_table(decoder, random_batches(2)).value_rows[0]
     assert row == pytest.approx((0.0, 0.0), abs=1e-12)
 
 
@@ -169,18 +171,27 @@ def test_measuring_leaves_the_decoder_alone():
 def test_ragged_rows_pad_with_nan_and_lead_to_a_family():
     table = influence_table(small_decoder(), random_batches(2))
     assert [len(row) for row in table.rows()] == [2, 0, 1]
-    padded = np.array(table.padded())
-    assert padded.shape == (3, 2)
-    assert np.isnan(padded).tolist() == [[False, False], [True, True], [False, True]]
-    assert schedule_family(table) == schedule_family(padded.tolist())
+    values, errors = table
+    assert values.dtype == errors.dtype == torch.float64
+    absent = [[False, False], [True, True], [False, True]]
+    assert values.isnan().tolist() == errors.isnan().tolist() == absent
+    for array, rows in ((values, table.value_rows), (errors, table.error_rows)):
+        assert [array[layer, : len(row)].tolist() for layer, row in enumerate(rows)] == [
+            list(row) for row in rows
+        ]
+    np.testing.assert_array_equal(np.asarray(table), values.numpy())
+    assert np.asarray(table, dtype=np.float32).dtype == np.float32
+    for form in (values, values.numpy(), values.tolist(), table.rows()):
+        assert schedule_family(form) == schedule_family(table)
     assert schedule_family(table)[0].schedule == table.schedule
-    assert table.suffix_maxima()[0][0] == max(table.values[0])
+    assert table.suffix_maxima()[0][0] == max(table.value_rows[0])
 
 
 def test_a_method_without_corrections_has_empty_rows():
     config = dataclasses.replace(small_decoder().config, method="vanilla", schedule=None)
     table = influence_table(Decoder(config), random_batches(2))
-    assert table.values == ((), (), ())
+    assert table.value_rows == ((), (), ())
+    assert table.values.shape == table.errors.shape == (3, 0)
     assert len(schedule_family(table)) == 1
 
 
@@ -190,7 +201,7 @@ def test_table_survives_json():
         text = json.dumps(table.to_dict(), allow_nan=False)
         again = InfluenceTable.from_dict(json.loads(text))
         assert again.to_dict() == table.to_dict()
-        assert again.values == table.values
+        assert again.value_rows == table.value_rows
 
 
 def test_wrong_use_is_named():

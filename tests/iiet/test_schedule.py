@@ -134,6 +134,8 @@ def test_nan_ends_a_row_and_is_refused_inside():
         schedule_family([[nan, 0.2]])
     with pytest.raises(ValueError, match="no layers"):
         schedule_family([])
+    with pytest.raises(ValueError, match="layer 1 must be a row of numbers"):
+        schedule_family([0.2, 0.1])
     with pytest.raises(ValueError, match="NaN"):
         schedule_at_threshold([[0.1]], nan)
 

@@ -134,7 +134,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
         )
     )
     values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
-    table = InfluenceTable(metric="cosine", values=values, errors=errors, num_tokens=64)
+    table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
     return threshold_plan(
         settings,
         open_workspace(tmp_path),

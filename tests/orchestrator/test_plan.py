@@ -56,8 +56,8 @@ def space(tmp_path: Path) -> Workspace:
 
 TABLE = InfluenceTable(
     metric="cosine",
-    values=((0.5, 0.1), (0.3,)),
-    errors=((0.0, 0.0), (0.0,)),
+    value_rows=((0.5, 0.1), (0.3,)),
+    error_rows=((0.0, 0.0), (0.0,)),
     num_tokens=64,
 )
 

@@ -203,8 +203,8 @@ def test_fifty_thresholds_come_to_nine_schedules(
     teacher = Path(str(run_job(job).checkpoint))
     table = InfluenceTable(
         metric="cosine",
-        values=((0.8, 0.4), (0.7, 0.3), (0.6, 0.2), (0.5, 0.1)),
-        errors=((0.0, 0.0),) * 4,
+        value_rows=((0.8, 0.4), (0.7, 0.3), (0.6, 0.2), (0.5, 0.1)),
+        error_rows=((0.0, 0.0),) * 4,
         num_tokens=64,
     )
 

@@ -67,8 +67,8 @@ def test_other_items_are_found() -> None:
 def test_an_influence_is_written_as_far_as_its_error_reaches() -> None:
     table = InfluenceTable(
         metric="loss",
-        values=((0.05234, 3e-5), (0.5, 0.0123)),
-        errors=((0.00021, 2e-6), (0.0, math.nan)),
+        value_rows=((0.05234, 3e-5), (0.5, 0.0123)),
+        error_rows=((0.00021, 2e-6), (0.0, math.nan)),
         num_tokens=64,
     )
     console = Console(width=80)

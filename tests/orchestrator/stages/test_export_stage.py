@@ -183,7 +183,10 @@ def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any])
 def test_the_card_of_a_student_compares_it_with_its_teacher(tiny_model: dict[str, Any]) -> None:
     full = ModelConfig.from_dict(tiny_model)
     table = InfluenceTable(
-        metric="cosine", values=((0.3, 0.1), (0.2,)), errors=((0.0, 0.0), (0.0,)), num_tokens=64
+        metric="cosine",
+        value_rows=((0.3, 0.1), (0.2,)),
+        error_rows=((0.0, 0.0), (0.0,)),
+        num_tokens=64,
     )
     card = ModelCard(
         name="student",

@@ -47,7 +47,9 @@ def sweep(
         journal.close()
         placed.append(replace(result, checkpoint=str(folder / "step_00000020")))
     errors = tuple(tuple(0.0 for _ in row) for row in sample_influence)
-    table = InfluenceTable(metric="cosine", values=sample_influence, errors=errors, num_tokens=4096)
+    table = InfluenceTable(
+        metric="cosine", value_rows=sample_influence, error_rows=errors, num_tokens=4096
+    )
     return SweepResults(
         name="toy",
         key="0123456789abcdef",
