@@ -13,11 +13,12 @@ same table to the last bit. Source: definitions of DESIGN's section 3; this proj
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from iiet.decoder import Decoder
 from iiet.influence_values import InfluenceMetric, InfluenceTable, Rows, checked_metric
@@ -25,6 +26,11 @@ from iiet.losses import next_token_loss
 from iiet.schedule import IterationSchedule
 
 __all__ = ["InfluenceAccumulator", "InfluenceMetric", "InfluenceTable", "influence_table"]
+
+
+Batch = Tensor | Mapping[str, Tensor]
+"""Tokens, (batch, time) of integers; or a mapping with these as `input_ids` and an `attention_mask`
+of the same shape, false for padding, which then does not exist."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +58,29 @@ class InfluenceAccumulator:
         checked_metric(self.metric)
 
     @torch.no_grad()
-    def add(self, decoder: Decoder, input_ids: Tensor) -> None:
+    def add(self, decoder: Decoder, batch: Batch) -> None:
         """Measure one batch.
 
         Args:
             decoder: measured under its own iteration schedule.
-            input_ids: (batch, time) of integers, without padding.
+            batch: tokens, and perhaps which of them are padding.
 
         Raises:
-            ValueError: the batch is empty, or has nothing to predict with the metric `loss`.
+            ValueError: the batch has no two axes, or nothing to measure: no tokens, or none to
+                predict with the metric `loss`.
         """
-        num_tokens = (input_ids[:, 1:] if self.metric == "loss" else input_ids).numel()
+        input_ids, is_real = _tokens_of(batch, decoder.device)
+        counted = is_real
+        if self.metric == "loss":  # Tokens that are predicted, from one that is there.
+            counted = is_real & is_real.roll(1, dims=1)
+            counted[:, :1] = False
+        num_tokens = int(counted.sum())
         if num_tokens == 0:
             raise ValueError(f"a batch of shape {tuple(input_ids.shape)} holds nothing to measure")
         if self.metric == "loss":
-            rows = _rises_of_loss(decoder, input_ids)
+            rows = _rises_of_loss(decoder, input_ids, is_real, counted)
         else:
-            rows = _comparisons(decoder, input_ids, _COMPARISONS[self.metric])
+            rows = _comparisons(decoder, input_ids, is_real, _COMPARISONS[self.metric])
         self.batches.append(_BatchMeans(num_tokens, rows))
 
     def merge(self, other: InfluenceAccumulator) -> None:
@@ -105,7 +117,7 @@ class InfluenceAccumulator:
 
 def influence_table(
     decoder: Decoder,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     *,
     metric: InfluenceMetric = "cosine",
     progress: Callable[[int], None] | None = None,
@@ -121,7 +133,8 @@ def influence_table(
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
             autocast; the comparisons themselves are made in float64.
-        batches: the calibration set, (batch, time) of integers each.
+        batches: the calibration set, (batch, time) of integers each, or mappings that say what is
+            padding; a lone tensor is one batch.
         metric: which of the three.
         progress: called after each batch with the number of batches done.
 
@@ -134,31 +147,51 @@ def influence_table(
         ValueError: an unknown metric, or no batches.
     """
     accumulator = InfluenceAccumulator(metric)
-    for done, input_ids in enumerate(batches, start=1):
-        accumulator.add(decoder, input_ids.to(decoder.device))
+    if isinstance(batches, Tensor) and batches.ndim == 2:
+        batches = [batches]
+    for done, batch in enumerate(batches, start=1):
+        accumulator.add(decoder, batch)
         if progress is not None:
             progress(done)
     return accumulator.table()
 
 
+def _tokens_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tokens of a batch, and which are real, both (batch, time) on the device."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    input_ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if input_ids.ndim != 2 or mask.shape != input_ids.shape:
+        raise ValueError(
+            f"a batch is (batch, time), and its mask alike; got {tuple(input_ids.shape)} and "
+            f"{tuple(mask.shape)}"
+        )
+    return input_ids.to(device), mask.to(device).bool()
+
+
 def _comparisons(
-    decoder: Decoder, input_ids: Tensor, compare: Callable[[Tensor, Tensor], Tensor]
+    decoder: Decoder,
+    input_ids: Tensor,
+    is_real: Tensor,
+    compare: Callable[[Tensor, Tensor], Tensor],
 ) -> Rows:
     """Compare consecutive evaluations of each layer, averaged over the batch's tokens."""
-    outputs = decoder.evaluations(input_ids)
+    outputs = decoder.evaluations(input_ids, attention_mask=is_real)
     rows: list[tuple[float, ...]] = []
     for layer, num_corrections in enumerate(decoder.schedule):
         row: list[float] = []
         for i in range(1, num_corrections + 1):
             # In float64: of a cosine near one, float32 leaves few digits of the difference.
             before, after = outputs[layer, i - 1].double(), outputs[layer, i].double()
-            row.append(compare(before, after).mean().item())
+            row.append(compare(before, after)[is_real].mean().item())
         rows.append(tuple(row))
     return tuple(rows)
 
 
 def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
-    return 1 - torch.cosine_similarity(before, after, dim=-1)
+    # Half the squared distance of the directions is 1 - cos, and never rounds to below zero.
+    turn = functional.normalize(after, dim=-1) - functional.normalize(before, dim=-1)
+    return turn.square().sum(-1) / 2
 
 
 def _relative_change(before: Tensor, after: Tensor) -> Tensor:
@@ -169,18 +202,19 @@ def _relative_change(before: Tensor, after: Tensor) -> Tensor:
 _COMPARISONS = {"cosine": _cosine_distance, "relative": _relative_change}
 
 
-def _rises_of_loss(decoder: Decoder, input_ids: Tensor) -> Rows:
+def _rises_of_loss(decoder: Decoder, input_ids: Tensor, is_real: Tensor, is_target: Tensor) -> Rows:
     """Measure the loss with each layer stopped before each of its corrections, against full."""
+    counts: list[int] = is_target.sum(-1).tolist()
 
     def loss(corrections: Sequence[int]) -> float:
         schedule = IterationSchedule(tuple(corrections))
-        logits = decoder(input_ids, schedule=schedule)
+        logits = decoder(input_ids, schedule=schedule, attention_mask=is_real)
         # In float64, because rises are small beside the loss; by sequence, to spare memory.
         losses = [
-            next_token_loss(logits[b : b + 1].double(), input_ids[b : b + 1]).item()
-            for b in range(len(input_ids))
+            next_token_loss(ours[None].double(), tokens[None], mask=targets[None]).item()
+            for ours, tokens, targets in zip(logits, input_ids, is_target, strict=True)
         ]
-        return math.fsum(losses) / len(losses)
+        return math.fsum(n * each for n, each in zip(counts, losses, strict=True)) / sum(counts)
 
     full = decoder.schedule.corrections
     full_loss = loss(full)

@@ -133,6 +133,34 @@ def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
         assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
+def test_padding_does_not_exist(metric, side):
+    decoder = small_decoder().double()
+    lengths = (8, 3, 5)
+    alone = [torch.cat(random_batches(1))[:1, :length] for length in lengths]
+    tokens, mask = torch.full((3, 8), 31), torch.zeros(3, 8, dtype=torch.long)
+    for row, part in enumerate(alone):
+        place = slice(8 - lengths[row], 8) if side == "left" else slice(0, lengths[row])
+        tokens[row, place], mask[row, place] = part[0], 1
+    padded = influence_table(
+        decoder, [{"input_ids": tokens, "attention_mask": mask}], metric=metric
+    )
+    expected = influence_table(decoder, alone, metric=metric)
+    assert padded.num_tokens == expected.num_tokens == sum(lengths) - 3 * (metric == "loss")
+    for row, expected_row in zip(padded.value_rows, expected.value_rows, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-9, abs=1e-12)
+
+
+def test_batches_come_as_tensors_or_mappings():
+    decoder, (batch,) = small_decoder(), random_batches(1)
+    expected = influence_table(decoder, [batch])
+    assert influence_table(decoder, batch).to_dict() == expected.to_dict()
+    assert influence_table(decoder, [{"input_ids": batch}]).to_dict() == expected.to_dict()
+    with pytest.raises(ValueError, match=r"\(batch, time\).*\(8,\)"):
+        influence_table(decoder, [batch[0]])
+
+
 def test_errors_are_the_standard_errors_over_batches():
     decoder, batches = small_decoder(), random_batches(5)
     table = influence_table(decoder, batches)
@@ -156,6 +184,7 @@ def test_a_layer_that_changes_nothing_has_no_influence():
         decoder.method.mix.inner[1] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # x = s_0 = h_0.
     row = influence_table(decoder, random_batches(2)).value_rows[0]
     assert row == pytest.approx((0.0, 0.0), abs=1e-12)
+    assert min(row) >= 0
 
 
 def test_measuring_leaves_the_decoder_alone():
