@@ -1,10 +1,10 @@
 """The best iteration schedule under a budget, for a score that adds up over corrections.
 
-In: the worth of every correction, one row per layer, and a number of field evaluations. Out: the
-schedule of the highest total. A layer's corrections are kept as a prefix, so this is a knapsack
-with one choice per layer; dynamic programming solves it exactly in about `evaluations *
-corrections` steps, next to nothing for real tables. It is to be compared with the threshold's
-schedule of the same cost: the threshold is greedy and nested, this is optimal but need not be
+In: the worth of every correction, one row per layer, and a budget. Out: the schedule of the highest
+total. A layer's corrections are kept as a prefix, so this is a knapsack with one choice per layer;
+dynamic programming solves it exactly, in about `evaluations * corrections` steps where the budget
+is of evaluations, next to nothing for real tables. It is to be compared with the threshold's
+schedule under the same budget: the threshold is greedy and nested, this is optimal but need not be
 nested.
 
 Source: this project.
@@ -12,46 +12,105 @@ Source: this project.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import accumulate
+from typing import Protocol, runtime_checkable
 
-from iiet.schedule import Influence, IterationSchedule, influence_rows
+from iiet.schedule import Cost, Influence, IterationSchedule, influence_rows, num_evaluations
 
 __all__ = ["knapsack"]
 
 
-def knapsack(score: Influence, *, max_evaluations: int) -> IterationSchedule:
+@runtime_checkable
+class HasWorths(Protocol):
+    """Anything that says what each correction adds, such as `iiet.influence.InfluenceTable`."""
+
+    def worths(self) -> Sequence[Sequence[float]]: ...
+
+
+State = tuple[Fraction, Fraction, tuple[int, ...]]
+"""Worth so far, minus the cost so far, and the corrections of the layers so far: the larger one is
+better."""
+
+
+def knapsack(
+    score: Influence,
+    *,
+    max_evaluations: float | None = None,
+    max_cost: float | None = None,
+    cost: Cost = num_evaluations,
+) -> IterationSchedule:
     """Find the schedule of the highest total score under a budget; exact for scores that add up.
 
-    Dynamic programming over layers: `best[l][n] = max_r best[l-1][n-r] + sum_{i<=r} score[l][i]`
-    for n corrections in the first l layers. Sums are rational numbers, so rounding never decides;
+    Dynamic programming over layers: of all ways to spend in the first l layers, only those are kept
+    that no cheaper one is worth as much as. Sums are rational numbers, so rounding never decides;
     among equals the cheapest wins, then the one with fewer corrections in later layers.
 
     Args:
         score: one row per layer, one number per correction (negative ones allowed), the worth of
-            keeping it when those before it are kept.
+            keeping it when those before it are kept; an influence table knows what that is.
         max_evaluations: field evaluations per forward, predictions included.
+        max_cost: the budget in the units of `cost`, in place of `max_evaluations`.
+        cost: maps a schedule to its cost, which must add up over layers, as FLOPs and bytes do.
 
     Raises:
-        ValueError: the table is malformed, or the budget does not pay for the predictions.
+        ValueError: the table is malformed, there are no or two budgets, the budget does not pay for
+            the predictions, or the cost does not add up.
     """
-    rows = influence_rows(score)
-    budget = max_evaluations - len(rows)
-    if budget < 0:
+    rows = influence_rows(score.worths() if isinstance(score, HasWorths) else score)
+    if (max_evaluations is None) == (max_cost is None):
+        raise ValueError("give one budget: max_evaluations, or max_cost and its cost")
+    if max_evaluations is not None:
+        max_cost, cost = max_evaluations, num_evaluations
+    assert max_cost is not None
+    full, none = (IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows)))
+    if not max_cost >= cost(none):
         raise ValueError(
-            f"max_evaluations={max_evaluations} is less than the {len(rows)} predictions "
-            "that the layers always make"
+            f"a budget of {max_cost} does not pay for the {len(rows)} predictions that the layers "
+            f"always make, which cost {cost(none)}"
         )
-    # best[n]: highest total of exactly n corrections so far, and how they are spread.
-    best: dict[int, tuple[Fraction, tuple[int, ...]]] = {0: (Fraction(0), ())}
-    for row in rows:
-        prefixes = [Fraction(0)]
-        for value in row:
-            prefixes.append(prefixes[-1] + Fraction(value))
-        longer: dict[int, tuple[Fraction, tuple[int, ...]]] = {}
-        for used, (total, counts) in best.items():
-            for kept, prefix in enumerate(prefixes[: budget - used + 1]):
-                candidate = (total + prefix, (*counts, kept))
-                longer[used + kept] = max(candidate, longer.get(used + kept, candidate))
-        best = longer
-    _, most_worthy = max(((best[used][0], -used), best[used][1]) for used in best)
-    return IterationSchedule(most_worthy)
+    budget = Fraction(min(max_cost, cost(full))) - Fraction(cost(none))
+    prices = _prices(full, cost)
+    states: list[State] = [(Fraction(0), Fraction(0), ())]
+    for row, layer_prices in zip(rows, prices, strict=True):
+        worths = accumulate(map(Fraction, row), initial=Fraction(0))
+        choices = list(enumerate(zip(worths, layer_prices, strict=True)))
+        states = _worth_keeping(
+            (worth + more, minus_spent - price, (*counts, kept))
+            for worth, minus_spent, counts in states
+            for kept, (more, price) in choices
+            if price - minus_spent <= budget
+        )
+    return IterationSchedule(max(states)[2])
+
+
+def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
+    """Return what 0, 1, ... corrections of each layer cost, all others making none."""
+    none = IterationSchedule.none(len(full))
+    least = Fraction(cost(none))
+
+    def alone(layer: int, kept: int) -> IterationSchedule:
+        return IterationSchedule((*none.corrections[:layer], kept, *none.corrections[layer + 1 :]))
+
+    prices = [
+        [Fraction(cost(alone(layer, kept))) - least for kept in range(most + 1)]
+        for layer, most in enumerate(full)
+    ]
+    together = float(least + sum(own[-1] for own in prices))
+    if not math.isclose(together, cost(full), rel_tol=1e-9):
+        raise ValueError(
+            f"the cost does not add up over layers: ({full}) costs {cost(full)}, its layers one by "
+            f"one {together}"
+        )
+    return prices
+
+
+def _worth_keeping(states: Iterable[State]) -> list[State]:
+    """Drop the states that another one beats at no higher cost."""
+    kept: list[State] = []
+    for state in sorted(states, key=lambda one: (one[1], one[0], one[2]), reverse=True):
+        if not kept or state[0] > kept[-1][0]:
+            kept.append(state)
+    return kept

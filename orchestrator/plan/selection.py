@@ -8,7 +8,7 @@ given thresholds or budgets lead to, or a number of them spread evenly over cost
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from iiet.influence import InfluenceTable
 from iiet.remeasuring import remeasured_family
@@ -59,10 +59,39 @@ def choose_members(
         family = schedule_family(influence)
     chosen = _of_family(family, sweep, cost)
     if sweep.selection == "knapsack":
-        budgets = [member.schedule.num_evaluations for member in chosen]
-        best = (knapsack(influence, max_evaluations=budget) for budget in budgets)
+        best = _by_knapsack(influence, chosen, sweep, cost)
         return tuple(FamilyMember(s, math.nan, math.nan) for s in dict.fromkeys(best))
     return chosen
+
+
+def _by_knapsack(
+    influence: InfluenceTable, chosen: Sequence[FamilyMember], sweep: SweepSettings, cost: Cost
+) -> Iterator[IterationSchedule]:
+    """Yield the best schedule under each budget, costliest first; where there are none, at the
+    evaluations of each member of the family."""
+    if not sweep.budgets:
+        for member in chosen:
+            yield knapsack(influence, max_evaluations=member.schedule.num_evaluations)
+    for budget in sorted(sweep.budgets, reverse=True):
+        if sweep.budget_unit == "ms":
+            # Measured times do not add up over layers; they follow from evaluations.
+            yield knapsack(influence, max_evaluations=_most_evaluations(influence, budget, cost))
+        else:
+            yield knapsack(influence, max_cost=budget, cost=cost)
+
+
+def _most_evaluations(influence: InfluenceTable, budget: float, cost: Cost) -> int:
+    """Return how many evaluations a budget pays for, where they alone decide the cost."""
+    full = influence.schedule
+    schedule = full.none(full.num_layers)
+    for layer, most in enumerate(full):
+        for kept in range(1, most + 1):
+            before, after = schedule.corrections[:layer], schedule.corrections[layer + 1 :]
+            longer = IterationSchedule((*before, kept, *after))
+            if cost(longer) > budget:
+                return schedule.num_evaluations
+            schedule = longer
+    return schedule.num_evaluations
 
 
 def _of_family(

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iiet.config import preset
+from iiet.cost import inference_cost
 from iiet.schedule import (
     IterationSchedule,
     num_kept,
@@ -211,3 +213,53 @@ def test_knapsack_crosses_a_valley_and_leaves_the_useless():
 
 def test_knapsack_spends_nothing_on_what_is_worth_nothing():
     assert knapsack([[0.3, 0.0], [0.0]], max_evaluations=9).corrections == (1, 0)
+
+
+@settings(max_examples=40)
+@given(influences, st.floats(0, 60, allow_nan=False), st.data())
+def test_knapsack_of_any_cost_that_adds_up_equals_trying_every_schedule(score, max_cost, data):
+    price = st.sampled_from([0.25, 1.0, 1.5, 3.5])
+    prices = [[data.draw(price) for _ in row] for row in score]
+
+    def cost(schedule):
+        kept = zip(prices, schedule, strict=True)
+        return math.fsum([2.0, *(p for own, count in kept for p in own[:count])])
+
+    def worth(schedule):
+        kept = zip(score, schedule, strict=True)
+        return math.fsum(v for row, count in kept for v in row[:count])
+
+    every = itertools.product(*(range(len(row) + 1) for row in score))
+    allowed = [s for s in map(IterationSchedule, every) if cost(s) <= max_cost]
+    if not allowed:
+        with pytest.raises(ValueError, match="predictions"):
+            knapsack(score, max_cost=max_cost, cost=cost)
+        return
+    best = knapsack(score, max_cost=max_cost, cost=cost)
+    assert best in allowed
+    assert worth(best) == pytest.approx(max(map(worth, allowed)), abs=1e-12)
+
+
+def test_knapsack_of_flops_keeps_to_them():
+    # A late layer mixes more estimates: its correction costs more than an early one's.
+    config = preset("tiny", method="iiet", schedule="1")
+
+    def flops(schedule):
+        return inference_cost(config, schedule).decode_flops_per_token
+
+    first, last = IterationSchedule((1, 0, 0, 0, 0, 0)), IterationSchedule((0, 0, 0, 0, 0, 1))
+    score = [[0.1], [0.0], [0.0], [0.0], [0.0], [0.2]]
+    assert flops(first) < flops(last)
+    assert knapsack(score, max_cost=flops(first), cost=flops) == first
+    assert knapsack(score, max_cost=flops(last), cost=flops) == last
+
+
+def test_a_knapsack_names_what_is_wrong_with_its_budget():
+    assert knapsack([[0.3, 0.2]], max_evaluations=2.5).corrections == (1,)
+    with pytest.raises(ValueError, match="budget of nan"):
+        knapsack([[0.3]], max_evaluations=math.nan)
+    for none_or_two in ({}, {"max_evaluations": 3, "max_cost": 3.0}):
+        with pytest.raises(ValueError, match="one budget"):
+            knapsack([[0.3]], **none_or_two)
+    with pytest.raises(ValueError, match="does not add up"):
+        knapsack([[0.3], [0.2]], max_cost=9.0, cost=lambda s: float(s.num_evaluations**2))

@@ -265,11 +265,44 @@ def test_a_warm_start_makes_a_chain_with_keys_of_its_own(
         (["sweep.budgets=[2, 4.5]"], ["1,1", "0,0"]),
         (["sweep.selection=knapsack", "sweep.num_schedules=3"], ["2,1", "1,1", "0,0"]),
         (["sweep.selection=knapsack", "sweep.budgets=[3]"], ["1,0"]),
+        (["sweep.selection=knapsack", "sweep.budgets=[2, 99, 4.5]"], ["2,1", "1,1", "0,0"]),
     ],
 )
 def test_schedules_by_budget_and_by_knapsack(assignments: list[str], schedules: list[str]) -> None:
     members = choose_members(TABLE, resolve_settings({}, assignments).sweep)
     assert [str(member.schedule) for member in members] == schedules
+
+
+TIED = InfluenceTable(
+    metric="cosine",
+    value_rows=((0.3, 0.3), (0.3, 0.1)),
+    error_rows=((0.0, 0.0), (0.0, 0.0)),
+    num_tokens=64,
+)
+
+
+@pytest.mark.parametrize("unit", ["evaluations", "kv", "ms"])
+def test_a_knapsack_spends_a_budget_that_ties_keep_from_the_threshold(unit: str) -> None:
+    chosen = {}
+    for selection in ("threshold", "knapsack"):
+        settings = resolve_settings(
+            {}, [f"sweep.selection={selection}", "sweep.budgets=[4]", f"sweep.budget_unit={unit}"]
+        )
+        (member,) = choose_members(TIED, settings.sweep)
+        chosen[selection] = member.schedule.corrections
+    assert chosen == {"threshold": (0, 0), "knapsack": (2, 0)}
+
+
+def test_a_knapsack_of_losses_weighs_what_each_correction_adds() -> None:
+    # Without both corrections of layer 1 the loss rises by 0.5, without the second by 0.45: the
+    # first one is worth 0.05, less than the only one of layer 2.
+    table = InfluenceTable(
+        metric="loss", value_rows=((0.5, 0.45), (0.1,)), error_rows=((0.0,) * 2, (0.0,)),
+        num_tokens=64,
+    )  # fmt: skip
+    settings = resolve_settings({}, ["sweep.selection=knapsack", "sweep.budgets=[3, 4]"])
+    members = choose_members(table, settings.sweep)
+    assert [member.schedule.corrections for member in members] == [(2, 0), (0, 1)]
 
 
 def test_a_family_that_is_measured_anew_follows_what_is_measured() -> None:
