@@ -36,6 +36,8 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     if kind != "iterations" and settings.distillation.control == "distill":
         loss_of(settings.distillation)
         check_teacher_cache(settings.distillation)
+    if kind == "threshold":
+        _check_warm_start(settings)
     _check_stopping(settings, kind)
     if kind == "search":
         _check_search(settings)
@@ -66,6 +68,15 @@ def _check_stopping(settings: Settings, kind: Kind) -> None:
         raise UserError(
             f"sweep.stop_dominated would end students that others start from ({given}); leave one "
             "out"
+        )
+
+
+def _check_warm_start(settings: Settings) -> None:
+    distillation = settings.distillation
+    if distillation.warm_start and not distillation.is_chain:
+        raise UserError(
+            "distillation.warm_start trains students on from one another, and "
+            f"distillation.control={distillation.control} does not; leave one out"
         )
 
 

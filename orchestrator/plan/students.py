@@ -57,7 +57,7 @@ def threshold_plan(
                 settings, workspace, teacher, config, member, suite, before=before, seed=seed
             )
             trials.append(trial)
-            before = trial if settings.distillation.warm_start else None
+            before = trial if settings.distillation.is_chain else None
     trials += [
         measured_as_it_is("reference", label, folder, load_config(folder), suite, workspace)
         for label, folder in references

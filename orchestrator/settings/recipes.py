@@ -128,6 +128,12 @@ class DistillationSettings(Section):
     training: TrainingSettings = Field(default_factory=_distillation_training)
     """The recipe of the distillation."""
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether a sweep's students start from one another: a warm start, and a control that
+        starts from trained weights and trains them."""
+        return self.warm_start and self.control in ("distill", "cross_entropy")
+
     @field_validator("teacher_until_step")
     @classmethod
     def _window_is_not_empty(cls, until: int | None, info: ValidationInfo) -> int | None:

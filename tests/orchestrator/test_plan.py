@@ -259,6 +259,17 @@ def test_a_warm_start_makes_a_chain_with_keys_of_its_own(
     assert not {t.key for t in longer.trials[1:]} & {t.key for t in warm.trials}
 
 
+@pytest.mark.parametrize("control", ["pruned", "scratch"])
+def test_a_control_that_starts_from_no_student_is_no_part_of_a_chain(
+    space: Workspace, teacher: Path, suite: dict[str, Any], control: str
+) -> None:
+    chosen = f"distillation.control={control}"
+    warm = resolve_settings({}, [chosen, "distillation.warm_start=true"])
+    plan = _plan(warm, space, teacher, suite)
+    assert plan == _plan(resolve_settings({}, [chosen]), space, teacher, suite)
+    assert not any("warm start" in trial.label for trial in plan.trials)
+
+
 @pytest.mark.parametrize(
     ("assignments", "schedules"),
     [

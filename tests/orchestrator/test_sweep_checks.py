@@ -53,6 +53,11 @@ def desk(tmp_path: Path) -> Desk:
         ("study", ["sweep.stop_dominated=true"], r"study\.warm_start"),
         (
             "threshold",
+            ["distillation.warm_start=true", "distillation.control=scratch"],
+            r"distillation\.control=scratch does not",
+        ),
+        (
+            "threshold",
             ["distillation.teacher_cache=top_k", "distillation.divergence=reverse"],
             "set teacher_cache to auto, or divergence to forward",
         ),
