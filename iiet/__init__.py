@@ -9,7 +9,7 @@ from iiet.cache import KeyValueCache
 from iiet.config import PRESETS, ModelConfig, preset
 from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, distillation_loss
+from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.generate import generate, stream
 from iiet.influence import InfluenceTable, influence_table
 from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
@@ -39,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "decoder_from_published",
     "distillation_loss",
+    "frozen_teacher",
     "generate",
     "hidden_state_error",
     "inference_cost",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet.coarsening import CoarseDistribution, log_buckets
+from iiet.coarsening import CHUNK_ELEMENTS, CoarseDistribution, log_buckets
 
 __all__ = [
     "DivergenceKind",
@@ -36,7 +36,6 @@ DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 # busy, more save no time.
 CHUNK_SHARE = 16
 FEWEST_ELEMENTS = 1 << 16
-CHUNK_ELEMENTS = 1 << 21
 IGNORED = -100
 
 Compare = Callable[[slice, Tensor], tuple[Tensor, Tensor]]

@@ -47,6 +47,16 @@ def test_the_buckets_hold_all_the_mass(top_k, temperature):
     assert (p.max(-1).indices == coarse.ids[..., 0]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_tokens_at_a_time_keep_the_bits(dtype, monkeypatch):
+    logits = (3 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))).to(dtype)
+    whole = coarsen(logits, 4, temperature=2.0)
+    monkeypatch.setattr("iiet.coarsening.CHUNK_ELEMENTS", 3 * 11)
+    parts = coarsen(logits, 4, temperature=2.0)
+    for name in ("ids", "log_probs", "log_tail"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+
+
 def test_a_tiny_tail_keeps_its_digits():
     logits = torch.tensor([[[0.0, -40.0, -41.0]]])
     tail = coarsen(logits, 1).log_tail.item()
