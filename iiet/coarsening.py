@@ -64,7 +64,8 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
         ids = scaled.topk(min(top_k, vocab), dim=-1).indices
         parts.append((ids, log_buckets(scaled, ids)))
     ids, buckets = (
-        torch.cat(whole).view(*logits.shape[:-1], -1) for whole in zip(*parts, strict=True)
+        torch.cat(whole).view(*logits.shape[:-1], whole[0].shape[-1])
+        for whole in zip(*parts, strict=True)
     )
     return CoarseDistribution(
         ids=ids,
