@@ -41,7 +41,9 @@ def findings(front: Front) -> list[str]:
         sentences.append(f"Knee: {describe(front, front.knee)}.")
     if front.best is not None and front.best not in (kept, front.knee, full):
         sentences.append(f"Best: {describe(front, front.best)}.")
-    sentences += [_against(front, p, kept or full) for p in front.placed if not p.is_candidate]
+    choice = kept or full
+    references = [point for point in front.placed if point.is_reference and point is not choice]
+    sentences += [_against(front, reference, choice) for reference in references]
     if front.unplaced:
         names = ", ".join(result.name for result in front.unplaced)
         sentences.append(f"Not on the picture, for lack of a measurement: {names}.")

@@ -129,7 +129,7 @@ def _draw_others(panel: Panel, front: Front) -> None:
     teachers = [point for point in front.placed if point.result.role == "teacher"]
     star = {"marker": "*", "markersize": 14, "mfc": ORANGE, "mec": "black", "zorder": 5}
     _draw_bars(panel, front, teachers, "teacher", {**star, "ecolor": ORANGE})
-    references = [point for point in front.placed if not point.is_candidate]
+    references = [point for point in front.placed if point.is_reference]
     hollow = {"markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY, "zorder": 4}
     if len(references) > len(REFERENCE_MARKERS):
         look = {**hollow, "marker": REFERENCE_MARKERS[0]}

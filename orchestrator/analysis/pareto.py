@@ -2,9 +2,10 @@
 
 In: trial results and the names of two of their numbers. Out: every result placed, told on the front
 or off it, with its picks: best, cheapest, the knee, the cheapest that keeps a share of the full
-model's quality. The teacher counts as a candidate (it is the model with every correction);
-references trained from scratch are placed but do not push trials off the front, so that the front
-answers "which schedule", and `beaten_by` answers "and was it worth it".
+model's quality. Beside a teacher and its students, references trained from scratch are placed but
+do not push trials off the front, so that it answers "which schedule", and `beaten_by` answers "and
+was it worth it". Without a teacher all were trained from scratch, and vanilla competes like any
+other: there the front answers "which method".
 
 The hypervolume is a share of a stated box: from the full model's cost down to no cost, and from the
 reference quality (0 for an accuracy, the worst measured for a loss) to the full model's quality.
@@ -87,11 +88,13 @@ class Placed:
     """Whether no other candidate is as good in both and better in one."""
     confidence: Confidence | None = None
     """How sure that is; None where no values of single items are at hand."""
+    is_candidate: bool = True
+    """Whether the result competes for the front; beside a teacher, references do not."""
 
     @property
-    def is_candidate(self) -> bool:
-        """Whether the result competes for the front; references do not."""
-        return self.result.role != "reference"
+    def is_reference(self) -> bool:
+        """Whether the others are to be compared with it: a method without corrections."""
+        return self.result.role == "reference"
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,10 @@ class Front:
 
     @property
     def full(self) -> Placed | None:
-        """The model to compare with: the teacher, else the costliest candidate."""
-        candidates = [point for point in self.placed if point.is_candidate]
-        teachers = [point for point in candidates if point.result.role == "teacher"]
-        return max(teachers or candidates, key=lambda point: point.cost, default=None)
+        """The model to compare with: the teacher, else the costliest but for references."""
+        others = [point for point in self.placed if not point.is_reference] or self.placed
+        teachers = [point for point in others if point.result.role == "teacher"]
+        return max(teachers or others, key=lambda point: point.cost, default=None)
 
     @property
     def best(self) -> Placed | None:
@@ -260,18 +263,24 @@ def find_front(
             unplaced.append(result)
         else:
             found.append((result, cost, quality))
-    on_front = _not_dominated(found, axes)
+    has_teacher = any(result.role == "teacher" for result in results)
+    competing = [not has_teacher or result.role != "reference" for result, _, _ in found]
+    on_front = _not_dominated(found, axes, competing)
     placed = [
-        Placed(result, cost, quality, result.value(axes.error), member)
-        for (result, cost, quality), member in zip(found, on_front, strict=True)
+        Placed(result, cost, quality, result.value(axes.error), member, is_candidate=candidate)
+        for (result, cost, quality), member, candidate in zip(
+            found, on_front, competing, strict=True
+        )
     ]
     sign = 1.0 if axes.higher_is_better else -1.0
     placed.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
     return Front(axes, tuple(placed), tuple(unplaced), series or {})
 
 
-def _not_dominated(found: Sequence[tuple[TrialResult, float, float]], axes: Axes) -> list[bool]:
-    candidates = [i for i, (result, _, _) in enumerate(found) if result.role != "reference"]
+def _not_dominated(
+    found: Sequence[tuple[TrialResult, float, float]], axes: Axes, competing: Sequence[bool]
+) -> list[bool]:
+    candidates = [i for i, competes in enumerate(competing) if competes]
     member = [False] * len(found)
     if candidates:
         points = np.array([found[i][1:] for i in candidates], dtype=float)

@@ -48,7 +48,8 @@ function mark(row, member, x, y) {
 }
 
 function frontOf(rows, cost, quality, sign) {
-  const candidates = rows.filter((row) => row.role !== "reference");
+  const hasTeacher = rows.some((row) => row.role === "teacher");
+  const candidates = rows.filter((row) => !hasTeacher || row.role !== "reference");
   const beats = (a, b) => a[cost] <= b[cost] && sign * a[quality] >= sign * b[quality]
     && (a[cost] < b[cost] || sign * a[quality] > sign * b[quality]);
   return candidates.filter((row) => !candidates.some((other) => beats(other, row)))
@@ -56,9 +57,10 @@ function frontOf(rows, cost, quality, sign) {
 }
 
 function fullModel(rows, cost) {
-  const candidates = rows.filter((row) => row.role !== "reference");
-  const teachers = candidates.filter((row) => row.role === "teacher");
-  return (teachers.length ? teachers : candidates).reduce(
+  const own = rows.filter((row) => row.role !== "reference");
+  const others = own.length ? own : rows;
+  const teachers = others.filter((row) => row.role === "teacher");
+  return (teachers.length ? teachers : others).reduce(
     (most, row) => (most && most[cost] >= row[cost] ? most : row), null);
 }
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.analysis.axes import Axes
+from orchestrator.analysis.findings import findings
 from orchestrator.analysis.pareto import Front, find_front
 from orchestrator.trial import Role, TrialResult
 
@@ -18,6 +19,7 @@ def result(cost: float, accuracy: float, role: Role = "trial", key: str = "") ->
         key=key or f"{role}-{cost}-{accuracy}",
         role=role,
         method="iiet",
+        label=key,
         cost={"evaluations": cost},
         quality={"accuracy": accuracy, "accuracy_stderr": 0.01, "validation_loss": 1 - accuracy},
     )
@@ -61,17 +63,41 @@ def test_a_loss_gives_the_same_front_as_the_accuracy_it_mirrors(
     assert {p.result.key for p in by_loss.members} == {p.result.key for p in by_accuracy.members}
 
 
-def test_a_reference_is_placed_but_pushes_no_trial_off() -> None:
+def test_a_reference_beside_a_teacher_is_placed_but_pushes_no_trial_off() -> None:
     results = [
         result(6, 0.30, key="none"),
-        result(24, 0.50, key="full"),
+        result(24, 0.50, "teacher", key="full"),
         result(6, 0.40, "reference", key="vanilla"),
     ]
     front = find_front(results)
-    (vanilla,) = (p for p in front.placed if p.result.role == "reference")
+    (vanilla,) = (p for p in front.placed if p.is_reference)
     assert not vanilla.on_front
     assert {p.result.key for p in front.members} == {"none", "full"}
     assert [p.result.key for p in front.beaten_by(vanilla)] == ["none"]
+
+
+def test_where_all_are_trained_from_scratch_a_reference_competes() -> None:
+    vanilla = result(6, 0.40, "reference", key="vanilla")
+    results = [result(6, 0.30, key="none"), result(24, 0.50, key="full"), vanilla]
+    front = find_front(results)
+    assert [p.result.key for p in front.members] == ["vanilla", "full"]
+    assert (front.cheapest and front.cheapest.result, front.full and front.full.cost) == (
+        vanilla,
+        24,
+    )
+    assert front.beaten_by(front.members[0]) == ()
+    told = findings(front)
+    assert "vanilla (accuracy 40.0 ± 1.0 %) is worse than full by 10" in " ".join(told)
+
+
+def test_methods_without_corrections_have_a_front_of_their_own() -> None:
+    methods = [result(6, 0.4, "reference", key="vanilla"), result(18, 0.5, "reference", key="rk2")]
+    front = find_front(methods)
+    assert len(front.members) == 2
+    assert front.full is not None
+    assert front.full.result.key == "rk2"
+    (against,) = (text for text in findings(front) if text.startswith("vanilla ("))
+    assert "is worse than rk2" in against
 
 
 def test_picks() -> None:
