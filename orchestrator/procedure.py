@@ -17,9 +17,6 @@ from typing import Any
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.results import SweepResults
 from orchestrator.analysis.subject import open_subjects, short_names
-from orchestrator.catalog import (
-    NO_CORRECTIONS,
-)
 from orchestrator.cluster import ray_cluster
 from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed
@@ -33,11 +30,10 @@ from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import pretrain
 from orchestrator.stages.report import write_report
 from orchestrator.stages.sweep import Grow, SweepOutcome, sweep
-from orchestrator.sweep_checks import check_sweep
-from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds, with_model
+from orchestrator.sweep_checks import Kind, check_sweep
+from orchestrator.sweep_models import TEACHER, check_models, teacher_and_references
+from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds
 from orchestrator.views import evaluation_table, tasks_with_other_items
-
-VANILLA = "vanilla"
 
 
 def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
@@ -51,20 +47,18 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
         UserError: If something does not go together; nothing is trained then.
     """
     is_search = settings.sweep.kind == "search"
-    check_sweep(settings, "search" if is_search else "threshold", desk.progress)
+    kind: Kind = "search" if is_search else "threshold"
+    check_sweep(settings, kind, desk.progress)
+    check_models(settings, kind)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
-    reference_models = {
-        VANILLA: with_model(settings, method="vanilla"),
-        NO_CORRECTIONS: with_model(settings, corrections=0),
-    }
     with ray_cluster():
-        every = {"teacher": settings, **reference_models}
+        every = teacher_and_references(settings)
         checkpoints = pretrain(
             every, desk.workspace, tokens, tracking=desk.tracking, progress=desk.progress
         )
-        references = [(label, checkpoints[label]) for label in reference_models]
+        teacher = checkpoints.pop(TEACHER)
         procedure = search_schedules if is_search else sweep_thresholds
-        return procedure(settings, desk, checkpoints["teacher"], references=references)
+        return procedure(settings, desk, teacher, references=list(checkpoints.items()))
 
 
 def sweep_thresholds(

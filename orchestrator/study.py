@@ -36,7 +36,8 @@ from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
 from orchestrator.sweep_checks import check_sweep
-from orchestrator.sweep_plans import models_of, plan_suite, with_rates
+from orchestrator.sweep_models import check_models, models_of, with_rates
+from orchestrator.sweep_plans import plan_suite
 from orchestrator.training.job import TrainingJob
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import write_text
@@ -64,6 +65,7 @@ def run_study(
             again.
     """
     check_sweep(settings, "study", desk.progress)
+    check_models(settings, "study")
     study = _Study(settings, desk, name)
     if dry_run:
         rates = study.variants(study.all_rates(), seeds=settings.study.seeds[:1])
@@ -107,8 +109,8 @@ class _Study:
     def __init__(self, settings: Settings, desk: Desk, name: str) -> None:
         self.settings, self.desk, self.name = settings, desk, name
         self.failures: dict[str, str] = {}
-        self.tokens = prepare(settings.data, desk.workspace, desk.progress)
         self.contenders = {c.name: c for c in _contenders(settings)}
+        self.tokens = prepare(settings.data, desk.workspace, desk.progress)
         first = next(iter(self.contenders.values()))
         config = self._job(first.at(rate=1.0, seed=0)).config()
         self.suite = plan_suite(settings.evaluation, self.tokens, config, desk.progress)

@@ -7,7 +7,7 @@ budgets are counted in them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.desk import Desk
 from orchestrator.plan import SweepPlan, Variant, choose_members, iterations_plan, threshold_plan
-from orchestrator.settings import EvaluationSettings, ModelSettings, Settings
+from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.stages.influence import measure_influence
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
 from orchestrator.sweep_checks import check_sweep
 from orchestrator.sweep_costs import cost_in
+from orchestrator.sweep_models import check_models, models_of, with_rates
 from orchestrator.training.checkpoint import load_config
 
 
@@ -100,6 +101,7 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
         UserError: If something does not go together.
     """
     check_sweep(settings, "iterations", desk.progress)
+    check_models(settings, "iterations")
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     variants = [
         Variant(label=label, job=plan_pretraining(own, desk.workspace, tokens), group=group)
@@ -108,11 +110,6 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
     config = variants[0].job.config()
     suite = plan_suite(settings.evaluation, tokens, config, desk.progress)
     return iterations_plan(variants, suite=suite, name=name)
-
-
-def with_model(settings: Settings, **changes: Any) -> Settings:
-    """Return the settings of another method or count, at that one's own (first) learning rate."""
-    return with_rates(settings, **changes)[0]
 
 
 def plan_suite(
@@ -159,31 +156,3 @@ def _variants(settings: Settings) -> Iterator[tuple[str, Settings, str | None]]:
                 yield f"{label}, seed {seed}", seeded, label
             if not settings.sweep.seeds:
                 yield label, own, None
-
-
-def models_of(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and model settings of the methods and iteration counts that a sweep trains."""
-    for method in settings.sweep.methods:
-        if method != "iiet":
-            yield method, {"method": method}
-            continue
-        for count in settings.sweep.iterations:
-            yield f"r = {count}", {"method": "iiet", "corrections": count}
-
-
-def with_rates(settings: Settings, **changes: Any) -> list[Settings]:
-    """Return the settings of another method or count at each of its own learning rates."""
-    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
-    rates = settings.sweep.learning_rates
-    own = rates.get(model.method, settings.training.learning_rate)
-    if model.method == "iiet":
-        own = rates.get(f"r = {model.corrections}", own)
-    return [
-        settings.model_copy(
-            update={
-                "model": model,
-                "training": settings.training.model_copy(update={"learning_rate": rate}),
-            }
-        )
-        for rate in (own if isinstance(own, Sequence) else (own,))
-    ]

@@ -46,7 +46,8 @@ LAYERS = (
     "orchestrator.stages",
     "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
     " orchestrator.search_plans orchestrator.sweep_plans orchestrator.sweep_checks"
-    " orchestrator.sweep_costs orchestrator.study orchestrator.sweep_files",
+    " orchestrator.sweep_costs orchestrator.sweep_models orchestrator.study"
+    " orchestrator.sweep_files",
     "orchestrator.handover",
     "orchestrator.cli",
     "benchmarks",

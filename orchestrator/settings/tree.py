@@ -70,10 +70,10 @@ class SweepSettings(Section):
     selection: Literal["threshold", "knapsack", "remeasured"] = "threshold"
     """Whose schedules: the threshold's nested family, the knapsack's best one at each of its costs,
     or a nested family whose influence is measured anew after every pruning."""
-    iterations: tuple[int | str, ...] = (0, 1, 2, 3)
+    iterations: tuple[int | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections that `sweep-iterations` pretrains an IIET with: a number for all layers, a ramp
     over the depth (`3..0`), or one number a layer (`2,2,1,1,1,1`)."""
-    methods: tuple[str, ...] = ("vanilla", "iiet")
+    methods: tuple[str, ...] = Field(default=("vanilla", "iiet"), min_length=1)
     """Methods that `sweep-iterations` pretrains."""
     learning_rates: dict[str, float | tuple[float, ...]] = Field(default={"vanilla": 4e-3})
     """Peak learning rate of a method where it differs from `training.learning_rate`, by name; of an
@@ -113,6 +113,18 @@ class SweepSettings(Section):
                 "two_ways", "sweep.thresholds and sweep.budgets exclude each other; leave one out"
             )
         return budgets
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_are_known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [method for method in methods if method not in METHODS]
+        if unknown:
+            raise PydanticCustomError(
+                "no_such_method",
+                "no such method: {unknown}; known: {known}",
+                {"unknown": ", ".join(unknown), "known": ", ".join(METHODS)},
+            )
+        return methods
 
     @field_validator("learning_rates")
     @classmethod

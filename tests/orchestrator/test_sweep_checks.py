@@ -67,6 +67,11 @@ def desk(tmp_path: Path) -> Desk:
             "hidden_weight to 0",
         ),
         ("study", ["distillation.teacher_from_step=999"], "lies behind the training"),
+        ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
+        ("search", ["model.corrections=0"], "a search sweep prunes its teacher's corrections"),
+        ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),
+        ("iterations", ["sweep.iterations=[0, -1, x]"], "at least 0, got -1.*; model: 'x' is"),
+        ("study", ["sweep.methods=[vanilla]"], "a study needs an IIET with corrections"),
         ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
         ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
         ("study", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
@@ -92,6 +97,9 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(
         ("study.seeds=[2, 2]", "a seed stands there twice"),
         ("sweep={thresholds: [0.1], budgets: [3]}", "exclude each other"),
         ("sweep.learning_rates={iiet: []}", "a learning rate of iiet is not above 0"),
+        ("sweep.methods=[vanila, iiet, pcfrmer]", "no such method: vanila, pcfrmer; known: van"),
+        ("sweep.methods=[]", r"sweep\.methods: .* at least 1 item"),
+        ("sweep.iterations=[]", r"sweep\.iterations: .* at least 1 item"),
     ],
 )
 def test_what_no_sweep_can_have_is_refused_where_it_is_read(setting: str, words: str) -> None:

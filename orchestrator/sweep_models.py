@@ -1,0 +1,93 @@
+"""The models that a sweep trains from scratch, each with its own settings; all exist, or nothing is
+read.
+
+A threshold sweep's file and a search's train a teacher, vanilla and the mix alone; the others train
+methods and iteration counts. Text may take hours to be read, and a teacher days to be trained: a
+model that cannot be is found before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from iiet.methods import METHODS
+from orchestrator.catalog import NO_CORRECTIONS
+from orchestrator.errors import UserError
+from orchestrator.settings import ModelSettings, Settings
+from orchestrator.sweep_checks import Kind
+from orchestrator.training.shape import model_config
+
+TEACHER, VANILLA = "teacher", "vanilla"
+
+
+def check_models(settings: Settings, kind: Kind) -> None:
+    """Check the models of a sweep that trains its own, without any of their data.
+
+    Args:
+        settings: Sections `model` and `sweep` count.
+        kind: What is swept.
+
+    Raises:
+        UserError: Names what no model can be made of, all at once.
+    """
+    vocab_size = settings.data.vocab_size
+    if kind in ("iterations", "study"):
+        problems = []
+        for _, changes in models_of(settings):
+            try:
+                model_config(with_model(settings, **changes).model, vocab_size=vocab_size)
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("; ".join(dict.fromkeys(problems)))
+        return
+    config = model_config(settings.model, vocab_size=vocab_size)
+    if not METHODS[config.method].has_corrections or not sum(config.corrections):
+        raise UserError(
+            f"a {kind} sweep prunes its teacher's corrections, and a teacher of "
+            f"model.method={settings.model.method} and model.corrections="
+            f"{settings.model.corrections} has none; take method iiet with 1 correction or more"
+        )
+
+
+def teacher_and_references(settings: Settings) -> dict[str, Settings]:
+    """Return the settings of the models that the students of a sweep are measured against."""
+    return {
+        TEACHER: settings,
+        VANILLA: with_model(settings, method="vanilla"),
+        NO_CORRECTIONS: with_model(settings, corrections=0),
+    }
+
+
+def models_of(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and model settings of the methods and iteration counts that a sweep trains."""
+    for method in settings.sweep.methods:
+        if method != "iiet":
+            yield method, {"method": method}
+            continue
+        for count in settings.sweep.iterations:
+            yield f"r = {count}", {"method": "iiet", "corrections": count}
+
+
+def with_model(settings: Settings, **changes: Any) -> Settings:
+    """Return the settings of another method or count, at that one's own (first) learning rate."""
+    return with_rates(settings, **changes)[0]
+
+
+def with_rates(settings: Settings, **changes: Any) -> list[Settings]:
+    """Return the settings of another method or count at each of its own learning rates."""
+    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
+    rates = settings.sweep.learning_rates
+    own = rates.get(model.method, settings.training.learning_rate)
+    if model.method == "iiet":
+        own = rates.get(f"r = {model.corrections}", own)
+    return [
+        settings.model_copy(
+            update={
+                "model": model,
+                "training": settings.training.model_copy(update={"learning_rate": rate}),
+            }
+        )
+        for rate in (own if isinstance(own, Sequence) else (own,))
+    ]
