@@ -1,19 +1,26 @@
-"""What `iiet-orch sweep FILE` does: each kind of sweep file leads to its procedure."""
+"""What `iiet-orch sweep FILE` does: each kind of sweep file leads to its procedure, or its plan.
+
+The schedules of a threshold sweep follow from its teacher's influence. Where the teacher is not
+trained yet, the plan is that of its training, with the most that students may come to.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.desk import Desk
-from orchestrator.errors import UserError
+from orchestrator.plan import Variant, iterations_plan
 from orchestrator.procedure import quickstart, show_search_plan, sweep_iterations
 from orchestrator.settings import Settings
 from orchestrator.showing import show_plan
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
 from orchestrator.study import run_study
-from orchestrator.sweep_plans import plan_iterations, plan_thresholds
-from orchestrator.training.job import finished_outcome
+from orchestrator.sweep_checks import Kind, check_sweep
+from orchestrator.sweep_models import TEACHER, check_models, teacher_and_references
+from orchestrator.sweep_plans import plan_iterations, plan_suite, plan_thresholds
+from orchestrator.training.job import TrainingJob, finished_outcome
 
 
 def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
@@ -26,22 +33,48 @@ def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
         else:
             sweep_iterations(settings, desk)
     elif dry_run:
-        teacher = _finished_teacher(settings, desk)
-        if settings.sweep.kind == "search":
-            show_search_plan(settings, desk, teacher, None)
-            return
-        show_plan(plan_thresholds(settings, desk, teacher), settings, desk)
+        _show_plan(settings, desk, settings.sweep.kind)
     else:
         quickstart(settings, desk)
 
 
-def _finished_teacher(settings: Settings, desk: Desk) -> Path:
+def _show_plan(settings: Settings, desk: Desk, kind: Kind) -> None:
+    """Print the plan of a sweep over students, as far as it follows from what is trained."""
+    check_sweep(settings, kind, desk.progress)
+    check_models(settings, kind)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
-    job = plan_pretraining(settings, desk.workspace, tokens)
-    outcome = finished_outcome(job)
+    jobs = {
+        name: plan_pretraining(own, desk.workspace, tokens)
+        for name, own in teacher_and_references(settings).items()
+    }
+    outcome = finished_outcome(jobs[TEACHER])
     if outcome is None or outcome.checkpoint is None:
-        raise UserError(
-            "the plan of a threshold sweep follows from its teacher's influence, and the teacher "
-            f"is not trained yet ({job.run_folder}); `iiet-orch pretrain` trains it"
-        )
-    return Path(outcome.checkpoint)
+        _show_pretraining(settings, desk, jobs)
+    elif kind == "search":
+        show_search_plan(settings, desk, Path(outcome.checkpoint), None)
+    else:
+        show_plan(plan_thresholds(settings, desk, Path(outcome.checkpoint)), settings, desk)
+
+
+def _show_pretraining(settings: Settings, desk: Desk, jobs: Mapping[str, TrainingJob]) -> None:
+    """Print what comes before the schedules are known, and the most that these may be."""
+    tokens, config = Path(jobs[TEACHER].tokens_folder), jobs[TEACHER].config()
+    plan = iterations_plan(
+        [Variant(label=name, job=job) for name, job in jobs.items()],
+        suite=plan_suite(settings.evaluation, tokens, config, desk.progress),
+        name="the teacher and its references",
+    )
+    # They are pretrained on the cluster's places, not on those of the sweep's trials.
+    places = settings.sweep.model_copy(update={"gpus_per_trial": settings.cluster.num_gpus})
+    show_plan(plan, settings.model_copy(update={"sweep": places}), desk)
+    sweep, recipe = settings.sweep, settings.distillation.training
+    asked = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    most = min(asked, 1 + sum(config.corrections)) * max(1, len(sweep.seeds))
+    if sweep.kind == "search":
+        most += settings.search.num_trials
+    num_tokens = recipe.num_steps * recipe.num_tokens_per_step
+    desk.console.print(
+        f"  then at most {most:,} students, each on {num_tokens:,} tokens; their schedules follow "
+        "from the teacher's influence, and stand in this plan once it is trained",
+        markup=False,
+    )

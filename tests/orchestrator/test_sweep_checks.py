@@ -177,3 +177,20 @@ def test_counted_units_follow_from_the_shape(tmp_path: Path, tiny_model: dict[st
     assert bytes_of(none) == 2 * 2 * 16 * 4
     flops = cost_in("flops", full, [], space, Progress())
     assert flops(most) > 1.5 * flops(none) > 0
+
+
+@pytest.mark.parametrize("kind", ["threshold", "search"])
+def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training(
+    desk: Desk, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sweep_files, "prepare", lambda *_: tiny_tokens)
+    suite = {"tokens_folder": str(tiny_tokens)}
+    monkeypatch.setattr(sweep_files, "plan_suite", lambda *_: suite)
+    assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
+    sweep_files.run_file(resolve_settings({}, assignments), desk, dry_run=True)
+    assert isinstance(desk.console.file, StringIO)
+    told = " ".join(desk.console.file.getvalue().split())
+    assert all(f"{name} " in told for name in ("teacher", "vanilla", "r = 0"))
+    assert "3 models asked for, 3 distinct 0 of 3 trials are finished" in told
+    assert f"then at most {2 if kind == 'threshold' else 7} students" in told
+    assert not list(desk.workspace.runs.glob("*"))
