@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,8 @@ class TrialRounds:
         )
         # After an interruption it stays: what still ends reads in it that it shall.
         shutil.rmtree(own_folder, ignore_errors=True)
+        with suppress(OSError):  # Another process has a folder there.
+            own_folder.parent.rmdir()
 
     def _turn(self, trial: PlannedTrial) -> tuple[bool, bool, float]:
         # Those that another process is at last. The teacher first, which spans the box of

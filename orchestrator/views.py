@@ -73,7 +73,8 @@ def _asked_for(plan: SweepPlan, noun: str) -> str:
 
 def _found(states: Sequence[TrialState]) -> str:
     names = Counter(state.name for state in states)
-    text = f"{names['finished']:,} of {counted(len(states), 'trial')} are finished and reused"
+    are = "is" if len(states) == 1 else "are"
+    text = f"{names['finished']:,} of {counted(len(states), 'trial')} {are} finished and reused"
     if num_stopped := names["stopped early"]:
         text += f", {num_stopped:,} stopped early and left so"
     if num_begun := sum(bool(state.steps_done) for state in states):
