@@ -94,10 +94,9 @@ def _waiting(trial: PlannedTrial) -> TrialState:
         return TrialState(trial=trial, name="to measure")
     newest = newest_checkpoint(job.folder)
     stage = first_stage_of(job)
-    if newest:
-        done = int(load_provenance(newest)["step"])
-    else:
-        done = stage.num_steps if stage and stage.is_there else 0
+    done = int(load_provenance(newest)["step"]) if newest else 0
+    if stage and stage.is_there:
+        done = max(done, stage.num_steps)
     return TrialState(trial=trial, name="to train", steps_done=done)
 
 
@@ -174,8 +173,8 @@ def _steps_made(done: Sequence[int], jobs: Sequence[TrainingJob]) -> list[int]:
     made: set[Path] = set()
     found = []
     for steps, job in zip(done, jobs, strict=True):
-        stage = None if steps else first_stage_of(job)
-        found.append(stage.num_steps if stage and stage.folder in made else steps)
+        stage = first_stage_of(job)
+        found.append(max(steps, stage.num_steps) if stage and stage.folder in made else steps)
         if stage:
             made.add(stage.folder)
     return found

@@ -21,7 +21,12 @@ from iiet.methods import METHODS
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal, read_journal
 from orchestrator.provenance import content_key
-from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint, checkpoint_name
+from orchestrator.training.checkpoint import (
+    PROVENANCE,
+    check_checkpoint,
+    checkpoint_name,
+    load_provenance,
+)
 from orchestrator.training.job import TrainingJob, job_key
 
 _IN_THE_RECORD = (
@@ -53,6 +58,10 @@ class FirstStage:
     def is_there(self) -> bool:
         """Whether somebody has put it there; it may be damaged."""
         return (self.checkpoint / PROVENANCE).is_file()
+
+    def is_ahead_of(self, checkpoint: Path | None) -> bool:
+        """Whether a run with this checkpoint, or none, would save steps by it."""
+        return checkpoint is None or int(load_provenance(checkpoint)["step"]) < self.num_steps
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
         """Return the checkpoint to go on from; None if there is none that is whole.

@@ -273,10 +273,10 @@ class _Run:
 
         own = newest_checkpoint(self.job.folder, warn) or self.saver.fetch()
         stage = first_stage_of(self.job)
-        if own or not stage:
+        common = stage.find(warn) if stage and stage.is_ahead_of(own) else None
+        if not (stage and common):
             return own
-        common = stage.find(warn)
-        for step, numbers in stage.record() if common else ():
+        for step, numbers in stage.record():
             self.report(step, numbers)
         return common
 

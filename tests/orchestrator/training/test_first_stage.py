@@ -3,8 +3,9 @@ nowhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def recorded(job: TrainingJob, name: str) -> dict[int, float]:
     }
 
 
+def _is_last(steps: Iterator[int], last: int) -> bool:
+    return next(steps) == last
+
+
 def weights(outcome: TrainingOutcome) -> str:
     return weights_key(Path(str(outcome.checkpoint)))
 
@@ -133,6 +138,20 @@ def test_numbers_that_were_recorded_are_told_and_can_end_it_there(make_job: Make
     again = run_job(job)
     assert again.finished
     assert weights(again) == weights(run_job(make_job((1, 1), shares=False)))
+
+
+def test_who_is_not_that_far_yet_goes_on_from_it_and_who_is_further_does_not(
+    make_job: MakeJob,
+) -> None:
+    behind, ahead = make_job((1, 1)), make_job((0, 0))
+    for job, last in ((behind, 2), (ahead, SWITCH + 1)):
+        alone = replace(job, first_stages=None)
+        assert run_job(alone, should_stop=partial(_is_last, iter(range(100)), last)).step == last
+    run_job(make_job((2, 1)))
+    outcomes = [run_job(behind), run_job(ahead)]
+    assert (begins(behind), begins(ahead)) == ([0, SWITCH], [0, SWITCH + 1])
+    expected = [run_job(make_job(s, shares=False)) for s in ((1, 1), (0, 0))]
+    assert [weights(one) for one in outcomes] == [weights(one) for one in expected]
 
 
 def test_a_damaged_one_is_named_and_made_anew(make_job: MakeJob) -> None:
