@@ -117,18 +117,28 @@ def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[
         progress: Told how far it is.
     """
     progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
+    prompt_tokens, new_tokens = _lengths_within(
+        min(decoder.config.context_length for decoder in decoders.values())
+    )
     # One row at a time is too little work to share: more threads only wait for each other.
     with threads(1):
         timings = decode_milliseconds(
             decoders,
-            prompt_tokens=SWEEP_PROMPT_TOKENS,
-            new_tokens=SWEEP_NEW_TOKENS,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
             repetitions=SWEEP_REPETITIONS,
             on_done=lambda done, _: progress.advance(done),
         )
     slowest = max(timing.median for timing in timings.values())
     progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
     return timings
+
+
+def _lengths_within(context_length: int) -> tuple[int, int]:
+    """Return how many tokens a sweep's prompt and continuation have: the usual ones, or a third and
+    the rest of a context that is shorter."""
+    prompt_tokens = min(SWEEP_PROMPT_TOKENS, context_length // 3)
+    return prompt_tokens, min(SWEEP_NEW_TOKENS, context_length - prompt_tokens)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.analysis import benchmark
-from orchestrator.analysis.benchmark import decode_milliseconds
+from orchestrator.analysis.benchmark import decode_milliseconds, time_per_token
+from orchestrator.console import Progress
 from orchestrator.errors import UserError
 
 
@@ -71,6 +72,28 @@ def test_every_step_of_decoding_is_timed(decoder: Decoder, monkeypatch: pytest.M
     ]
     assert timing.first_token == 1000.0  # the prefill is one pass
     assert timing.median == 1000.0  # and every further token one more
+
+
+@pytest.mark.parametrize(
+    ("context_length", "lengths"), [(2048, (16, 32)), (48, (16, 32)), (32, (10, 22)), (3, (1, 2))]
+)
+def test_a_sweep_of_short_contexts_is_timed_within_them(
+    tiny_model: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    context_length: int,
+    lengths: tuple[int, int],
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+        asked.append((prompt.shape[1], new_tokens))
+        return 1.0, 1.0
+
+    monkeypatch.setattr(benchmark, "_time_steps", timed)
+    short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
+    long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
+    time_per_token({"long": Decoder(long), "short": Decoder(short)}, Progress())
+    assert set(asked[2:]) == {lengths}, "behind the warm-up"
 
 
 @pytest.mark.parametrize(
