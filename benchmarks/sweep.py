@@ -194,7 +194,7 @@ class _Bench:
 
     def merged(self) -> tuple[Row, str]:
         """Plan many thresholds."""
-        top = max(max(row) for row in self.influence.values)
+        top = max(map(max, self.influence.rows()))
         thresholds = [top * n / _NUM_THRESHOLDS for n in range(_NUM_THRESHOLDS)]
         plan = self.plan(open_workspace(self.folder / "merged"), thresholds=thresholds)
         planned = {t.config().corrections for t in plan.trials if t.role == "trial"}

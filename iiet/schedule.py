@@ -213,6 +213,7 @@ def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSc
     Raises:
         ValueError: the table is malformed, or the threshold is NaN.
     """
+    threshold = float(threshold)  # An entry of an array counts otherwise than a number does.
     if math.isnan(threshold):
         raise ValueError("the threshold is NaN; give a number")
     return IterationSchedule(tuple(num_kept(row, threshold) for row in influence_rows(influence)))

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -263,3 +264,8 @@ def test_a_knapsack_names_what_is_wrong_with_its_budget():
             knapsack([[0.3]], **none_or_two)
     with pytest.raises(ValueError, match="does not add up"):
         knapsack([[0.3], [0.2]], max_cost=9.0, cost=lambda s: float(s.num_evaluations**2))
+
+
+def test_a_threshold_may_be_an_entry_of_a_tensor() -> None:
+    table = torch.tensor([[0.5, 0.1], [0.3, 0.2]], dtype=torch.float64)
+    assert schedule_at_threshold(table, table[1, 0]) == IterationSchedule((1, 1))
