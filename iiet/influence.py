@@ -206,8 +206,7 @@ def _rises_of_loss(decoder: Decoder, input_ids: Tensor, is_real: Tensor, is_targ
     """Measure the loss with each layer stopped before each of its corrections, against full."""
     counts: list[int] = is_target.sum(-1).tolist()
 
-    def loss(corrections: Sequence[int]) -> float:
-        schedule = IterationSchedule(tuple(corrections))
+    def loss(schedule: IterationSchedule) -> float:
         logits = decoder(input_ids, schedule=schedule, attention_mask=is_real)
         # In float64, because rises are small beside the loss; by sequence, to spare memory.
         losses = [
@@ -216,10 +215,10 @@ def _rises_of_loss(decoder: Decoder, input_ids: Tensor, is_real: Tensor, is_targ
         ]
         return math.fsum(n * each for n, each in zip(counts, losses, strict=True)) / sum(counts)
 
-    full = decoder.schedule.corrections
+    full = decoder.schedule
     full_loss = loss(full)
     return tuple(
-        tuple(loss([*full[:layer], i, *full[layer + 1 :]]) - full_loss for i in range(count))
+        tuple(loss(full.with_layer(layer, i)) - full_loss for i in range(count))
         for layer, count in enumerate(full)
     )
 

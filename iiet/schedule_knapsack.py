@@ -91,11 +91,8 @@ def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
     none = IterationSchedule.none(len(full))
     least = Fraction(cost(none))
 
-    def alone(layer: int, kept: int) -> IterationSchedule:
-        return IterationSchedule((*none.corrections[:layer], kept, *none.corrections[layer + 1 :]))
-
     prices = [
-        [Fraction(cost(alone(layer, kept))) - least for kept in range(most + 1)]
+        [Fraction(cost(none.with_layer(layer, kept))) - least for kept in range(most + 1)]
         for layer, most in enumerate(full)
     ]
     together = float(least + sum(own[-1] for own in prices))

@@ -86,8 +86,7 @@ def _most_evaluations(influence: InfluenceTable, budget: float, cost: Cost) -> i
     schedule = full.none(full.num_layers)
     for layer, most in enumerate(full):
         for kept in range(1, most + 1):
-            before, after = schedule.corrections[:layer], schedule.corrections[layer + 1 :]
-            longer = IterationSchedule((*before, kept, *after))
+            longer = schedule.with_layer(layer, kept)
             if cost(longer) > budget:
                 return schedule.num_evaluations
             schedule = longer

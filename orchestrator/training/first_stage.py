@@ -27,17 +27,7 @@ from orchestrator.training.checkpoint import (
     checkpoint_name,
     load_provenance,
 )
-from orchestrator.training.job import TrainingJob, job_key
-
-_IN_THE_RECORD = (
-    "num_sequences_per_pass",
-    "activation_checkpointing",
-    "compile",
-    "skip_bad_steps",
-    "validate_every_steps",
-    "num_validation_tokens",
-)
-"""Parts of a recipe that no key of a result holds, and that rounding or the record depend on."""
+from orchestrator.training.job import IN_THE_RECORD, TrainingJob, job_key
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,8 @@ class FirstStage:
         return checkpoint is None or int(load_provenance(checkpoint)["step"]) < self.num_steps
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
-        """Return the checkpoint to go on from; None if there is none that is whole.
+        """Return the checkpoint to go on from; None if there is none that is whole. A damaged one
+        is deleted, so that the next run to get there puts another in its place.
 
         Args:
             warn: Told of a damaged one.
@@ -75,6 +66,7 @@ class FirstStage:
             check_checkpoint(self.checkpoint)
         except UserError as error:
             warn(f"{error}; the first stage is made anew")
+            shutil.rmtree(self.folder, ignore_errors=True)
             return None
         return self.checkpoint
 
@@ -96,7 +88,6 @@ class FirstStage:
             for step, values in _numbers(checkpoint.parent, self.num_steps):
                 journal.metrics(step, values)
             journal.close()
-            shutil.rmtree(self.folder, ignore_errors=True)  # A damaged one, at most.
             temporary.rename(self.folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -119,7 +110,7 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
             update={"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
         ),
     )
-    watched = {name: getattr(recipe, name) for name in _IN_THE_RECORD}
+    watched = {name: getattr(recipe, name) for name in IN_THE_RECORD}
     key = content_key("first stage", job_key(plain), num_steps, watched)
     return FirstStage(Path(str(job.first_stages)) / key, num_steps)
 

@@ -34,22 +34,27 @@ STOP_NAME = "stop"
 DONE_NAME = "done.json"
 JOB_NAME = "job.json"
 
+IN_THE_RECORD = (
+    "num_sequences_per_pass",
+    "activation_checkpointing",
+    "compile",
+    "skip_bad_steps",
+    "validate_every_steps",
+    "num_validation_tokens",
+)
+"""Parts of a recipe that change how a run is watched or fitted into memory only, and so its record
+and its rounding; or, as `skip_bad_steps`, whether it gets to its end, not what stands there."""
+
 _FREE_IN_RECIPE = frozenset(
     [
-        "num_sequences_per_pass",
-        "activation_checkpointing",
-        "compile",
-        "skip_bad_steps",
-        "validate_every_steps",
-        "num_validation_tokens",
+        *IN_THE_RECORD,
         "checkpoint_every_steps",
         "checkpoint_every_minutes",
         "num_checkpoints_kept",
         "keep_best",
     ]
 )
-"""Parts of a recipe that change how a run is watched, saved or fitted into memory only; or, as
-`skip_bad_steps`, whether it gets to its end, not what stands there."""
+"""Parts of a recipe that no key holds: these, and how a run is saved."""
 
 _LEFT_OUT_AT_DEFAULT = frozenset(["iterate_ramp_fraction", "spike_factor"])
 """Parts of a recipe that came later: at their defaults they are not there, so that the keys of

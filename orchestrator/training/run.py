@@ -29,7 +29,6 @@ from orchestrator.training.checkpoint import (
     newest_checkpoint,
 )
 from orchestrator.training.compiling import compile_fields
-from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import (
     DONE_NAME,
     TrainingJob,
@@ -272,7 +271,7 @@ class _Run:
             self.event("damaged", text=sentence)
 
         own = newest_checkpoint(self.job.folder, warn) or self.saver.fetch()
-        stage = first_stage_of(self.job)
+        stage = self.saver.first_stage
         common = stage.find(warn) if stage and stage.is_ahead_of(own) else None
         if not (stage and common):
             return own

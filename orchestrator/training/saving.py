@@ -68,7 +68,8 @@ class Saver:
         self._writing: Future[None] | None = None
         self._saved_step = 0
         self._saved_at = time.monotonic()
-        self._first_stage = first_stage_of(job)
+        self.first_stage = first_stage_of(job)
+        """What this run has in common with others, if anything."""
         self._mirror: Mirror | None = None
         if job.storage and world.is_first:
             from orchestrator.training.mirror import Mirror  # pyarrow takes a moment
@@ -173,15 +174,15 @@ class Saver:
         self._copy(self._mirror)
 
     def _ends_first_stage(self, step: int) -> bool:
-        stage = self._first_stage
+        stage = self.first_stage
         return stage is not None and step == stage.num_steps and not stage.is_there
 
     def _share(self, step: int) -> None:
-        if not (self._first_stage and self._ends_first_stage(step)):
+        if not (self.first_stage and self._ends_first_stage(step)):
             return
         assert self.checkpoint is not None
         try:
-            self._first_stage.put(self.checkpoint)
+            self.first_stage.put(self.checkpoint)
         except OSError as error:
             self._event("not shared", text=f"no first stage for others to go on from: {error}")
 

@@ -168,6 +168,9 @@ def test_a_damaged_one_is_named_and_made_anew(make_job: MakeJob) -> None:
     assert begins(job) == [0]
     assert weights(outcome) == weights(run_job(make_job((1, 1), shares=False)))
     assert run_job(make_job((2, 1))).finished
+    third = make_job((0, 0))
+    run_job(third)
+    assert begins(third) == [SWITCH], "the second one has put another in its place"
 
 
 def test_no_room_for_it_costs_a_remark(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
