@@ -126,8 +126,9 @@ def test_an_interrupted_driver_leaves_a_run_that_goes_on(
         assert losses(job) == losses(whole)
         assert weights(job) == weights(whole)
     else:
-        # Two workers add in another order, and 400 steps carry the rounding on.
-        assert losses(job) == pytest.approx(losses(whole), rel=1e-4)
+        # Two workers add in another order, and 400 steps carry the rounding on: by up to 1e-4 of
+        # the loss. Another batch in one step would change losses by more than a hundredth.
+        assert losses(job) == pytest.approx(losses(whole), rel=1e-3)
 
 
 def run_here(job: TrainingJob, *, as_in: TrainingJob) -> None:
