@@ -27,7 +27,7 @@ STUDENT_CHARTS = {
 REFERENCE_CHART = "Validation loss of full model and references"
 HISTORY_CHARTS = {
     "Hypervolume against trials finished": BY_TRIALS,
-    "Hypervolume against training in TFLOPs": BY_COMPUTE,
+    "Hypervolume against training in GFLOPs": BY_COMPUTE,
 }
 """Title and metric; what stands behind `against` names the horizontal axis."""
 MOST_POINTS = 400

@@ -22,9 +22,9 @@ from orchestrator.trial import TrialResult
 
 BY_TRIALS = "sweep/hypervolume"
 """Metric whose step is the number of models finished."""
-BY_COMPUTE = "sweep/hypervolume_by_tflops"
-"""Metric whose step is the training so far in 1e12 FLOPs, rounded."""
-FLOPS_PER_STEP = 1e12
+BY_COMPUTE = "sweep/hypervolume_by_gflops"
+"""Metric whose step is the training so far in 1e9 FLOPs, rounded."""
+FLOPS_PER_STEP = 1e9
 
 
 def history_folder(sweep_folder: Path, plan_key: str) -> Path:

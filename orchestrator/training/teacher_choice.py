@@ -35,6 +35,8 @@ LARGEST_SHARE_OF_DISK = 0.1
 """`auto` takes no more than this share of the free disk."""
 FEWEST_STUDENTS = 2
 """`auto` stores nothing for fewer."""
+_KEPT_NAME = "kept"
+"""File in the folder of answers that were asked for by name, which `auto` does not delete."""
 _WHY_LIVE = "distillation.hidden_weight needs its hidden states, which are not stored"
 
 
@@ -137,7 +139,10 @@ def share_teacher(
         if why:
             progress.note(why)
         if is_stored:
-            found[plan.key] = _stored(plan, students[0], parent, device, progress)
+            folder = _stored(plan, students[0], parent, device, progress)
+            found[plan.key] = folder
+            if settings.teacher_cache != "auto":
+                (folder / _KEPT_NAME).touch()
     return [
         replace(job, teacher_cache=str(found[plan.key])) if plan and plan.key in found else job
         for job, plan in zip(jobs, plans, strict=True)
@@ -211,13 +216,15 @@ def check_teacher_cache(settings: DistillationSettings) -> None:
 
 
 def forget_teacher(jobs: Sequence[TrainingJob], settings: DistillationSettings) -> None:
-    """Delete the stored answers that finished jobs have read, if `auto` chose to store them.
+    """Delete the stored answers that finished jobs have read, if nobody but `auto` chose to store
+    them.
 
     Who reads them at this moment goes on reading; who comes later asks the teacher itself.
     """
     if settings.teacher_cache == "auto":
-        for folder in {job.teacher_cache for job in jobs if job.teacher_cache}:
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in {Path(job.teacher_cache) for job in jobs if job.teacher_cache}:
+            if not (folder / _KEPT_NAME).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _choice(mode: str, plan: CachePlan, num_students: int, parent: Path) -> tuple[bool, str]:

@@ -345,6 +345,18 @@ def test_auto_deletes_what_it_stored_and_a_later_job_asks_the_teacher(
     assert isinstance(load_teacher(shared[0], World()), Decoder)
 
 
+def test_auto_reads_what_was_asked_for_by_name_and_leaves_it(
+    student: MakeStudent, tmp_path: Path
+) -> None:
+    jobs = [student("a"), student("b")]
+    exact, auto = (DistillationSettings(teacher_cache=mode) for mode in ("exact", "auto"))
+    [named, _] = share_teacher(jobs, exact, tmp_path / "t")
+    shared = share_teacher(jobs, auto, tmp_path / "t")
+    assert shared[0] == named
+    forget_teacher(shared, auto)
+    assert opened(shared[0])
+
+
 def test_auto_spares_the_disk_and_says_so(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
