@@ -16,14 +16,15 @@ seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from orchestrator.errors import UserError
 
 Role = Literal["trial", "teacher", "reference"]
 ROLES = ("trial", "teacher", "reference")
+T = TypeVar("T")
 LARGEST_EXPONENT = 700.0
 """Above it `exp` leaves the numbers of a float."""
 
@@ -176,6 +177,23 @@ class TrialResult:
             )
         schedule = values.get("schedule")
         return cls(**{**values, "schedule": None if schedule is None else tuple(schedule)})
+
+
+def full_model(
+    models: Sequence[T], *, role: Callable[[T], str], cost: Callable[[T], float]
+) -> T | None:
+    """Return the model that others are compared with: the teacher, else the costliest that is no
+    reference, else the costliest; None of none.
+
+    Args:
+        models: Planned or measured ones.
+        role: Of each of them, one of `ROLES`.
+        cost: Of each of them.
+    """
+    for wanted in ({"teacher"}, {"teacher", "trial"}, set(ROLES)):
+        if found := [model for model in models if role(model) in wanted]:
+            return max(found, key=cost)
+    return None
 
 
 def threshold_range(above: float | None, up_to: float | None) -> str:

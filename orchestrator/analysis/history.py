@@ -14,10 +14,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from iiet.cost import inference_cost
 from orchestrator.analysis.pareto import find_front
 from orchestrator.journal import Journal, read_journal
-from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
+from orchestrator.plan import SweepPlan, exact_cost, full_config, full_trial
 from orchestrator.trial import TrialResult
 
 BY_TRIALS = "sweep/hypervolume"
@@ -47,7 +46,7 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
     front = find_front([replace(r, cost=exact_cost(t.config(), full)) for t, r in found])
     volume = front.hypervolume
-    spans_box = front.full is not None and front.full.result.key == _full_trial(plan).key
+    spans_box = front.full is not None and front.full.result.key == full_trial(plan).key
     if volume is None or not spans_box or len(found) <= _last_step(folder):
         return False
     flops = sum(_flops_spent(result) for trial, result in found if trial.job)
@@ -66,15 +65,6 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
 def _flops_spent(result: TrialResult) -> float:
     # A first stage in common counts for the model that made it.
     return result.train.get("flops", 0.0) - result.train.get("shared_flops", 0.0)
-
-
-def _full_trial(plan: SweepPlan) -> PlannedTrial:
-    """Return the trial that the finished front calls its full model."""
-    candidates = [trial for trial in plan.trials if trial.role != "reference"] or plan.trials
-    teachers = [trial for trial in candidates if trial.role == "teacher"]
-    return max(
-        teachers or candidates, key=lambda t: inference_cost(t.config()).evaluations_per_token
-    )
 
 
 def _last_step(folder: Path) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 
 from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.bootstrap import Interval
-from orchestrator.trial import TrialResult
+from orchestrator.trial import TrialResult, full_model
 
 KEPT_SHARE = 0.99
 """The share of the full model's quality that is worth calling kept."""
@@ -131,9 +131,7 @@ class Front:
     @property
     def full(self) -> Placed | None:
         """The model to compare with: the teacher, else the costliest but for references."""
-        others = [point for point in self.placed if not point.is_reference] or self.placed
-        teachers = [point for point in others if point.result.role == "teacher"]
-        return max(teachers or others, key=lambda point: point.cost, default=None)
+        return full_model(self.placed, role=lambda p: p.result.role, cost=lambda p: p.cost)
 
     @property
     def best(self) -> Placed | None:

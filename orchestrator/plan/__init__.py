@@ -8,7 +8,14 @@ only labels: all that lead to the same schedule are one trial.
 from orchestrator.plan.methods import Variant, iterations_plan
 from orchestrator.plan.selection import choose_members
 from orchestrator.plan.students import loss_of, student_job, student_trial, threshold_plan
-from orchestrator.plan.trials import PlannedTrial, SweepPlan, exact_cost, full_config, num_models
+from orchestrator.plan.trials import (
+    PlannedTrial,
+    SweepPlan,
+    exact_cost,
+    full_config,
+    full_trial,
+    num_models,
+)
 
 __all__ = [
     "PlannedTrial",
@@ -17,6 +24,7 @@ __all__ = [
     "choose_members",
     "exact_cost",
     "full_config",
+    "full_trial",
     "iterations_plan",
     "loss_of",
     "num_models",

@@ -17,7 +17,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from orchestrator.provenance import content_key
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.trial import Role, TrialResult, finite, threshold_range
+from orchestrator.trial import Role, TrialResult, finite, full_model, threshold_range
 from orchestrator.workspace import Workspace, read_json
 
 
@@ -159,11 +159,21 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
     }
 
 
+def full_trial(plan: SweepPlan) -> PlannedTrial:
+    """Return the trial of a plan that the others are compared with, as a front does; see
+    `orchestrator.trial.full_model`."""
+    found = full_model(
+        plan.trials,
+        role=lambda trial: trial.role,
+        cost=lambda trial: inference_cost(trial.config()).evaluations_per_token,
+    )
+    assert found is not None, "a plan has trials"
+    return found
+
+
 def full_config(plan: SweepPlan) -> ModelConfig:
-    """Return the costliest model of a plan that is no reference: what relative costs relate to."""
-    configs = [trial.config() for trial in plan.trials if trial.role != "reference"]
-    configs = configs or [trial.config() for trial in plan.trials]
-    return max(configs, key=lambda config: inference_cost(config).evaluations_per_token)
+    """Return the model that relative costs relate to."""
+    return full_trial(plan).config()
 
 
 def measured_as_it_is(
