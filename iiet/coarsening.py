@@ -16,6 +16,7 @@ project.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,16 @@ class CoarseDistribution:
     """(batch, time): log of the mass of all others; minus infinity where there are none."""
     temperature: float
     """What the logits were divided by before any of this."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[CoarseDistribution]) -> CoarseDistribution:
+        """Join distributions over other sequences, one after the other, at least one."""
+        return cls(
+            ids=torch.cat([part.ids for part in parts]),
+            log_probs=torch.cat([part.log_probs for part in parts]),
+            log_tail=torch.cat([part.log_tail for part in parts]),
+            temperature=parts[0].temperature,
+        )
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ Source: Hinton et al. 2015 (temperature and its square); this project (gradients
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -280,9 +281,12 @@ def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[T
     q_v (1 - p_tail / q_tail): the tail's own token by token, moved as one."""
     log_q = log_buckets(scaled, ids)
     p = log_p.exp()
-    # expm1 is exactly 0 at equality, which a difference of rounded exponentials need not be.
-    tail = -torch.expm1(log_p[:, -1:] - log_q[:, -1:])
-    slope = _product(torch.softmax(scaled, dim=-1), tail)
+    log_each = torch.log_softmax(scaled, dim=-1)
+    # As logarithms: where q's tail has almost no mass, p_tail / q_tail alone would overflow. Equal
+    # tails leave exactly 0.
+    gap = log_p[:, -1:] - log_q[:, -1:]
+    has_mass = (log_each > -math.inf) & (log_p[:, -1:] > -math.inf)
+    slope = log_each.exp() - torch.where(has_mass, log_each + gap, -math.inf).exp()
     slope.scatter_(-1, ids, (log_q.exp() - p)[:, :-1])
     return _expected(p, log_p - log_q), slope
 

@@ -56,7 +56,7 @@ def remeasured_family(
             )
         most_kept = max(0, schedule.num_corrections - num_dropped)
         pruned = next(m for m in family if m.schedule.num_corrections <= most_kept)
-        up_to = max(above, pruned.threshold_above)
+        up_to = max(above, family[0].threshold_up_to)
         members.append(FamilyMember(schedule, above, up_to))
         schedule, above = pruned.schedule, up_to
     return (*members, FamilyMember(schedule, above, math.inf))

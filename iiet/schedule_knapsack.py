@@ -30,6 +30,8 @@ class HasWorths(Protocol):
     def worths(self) -> Sequence[Sequence[float]]: ...
 
 
+ROUNDING = 1e-12
+"""What rounding takes from or adds to a cost, as a share of it, at most."""
 State = tuple[Fraction, Fraction, tuple[int, ...]]
 """Worth so far, minus the cost so far, and the corrections of the layers so far: the larger one is
 better."""
@@ -46,7 +48,8 @@ def knapsack(
 
     Dynamic programming over layers: of all ways to spend in the first l layers, only those are kept
     that no cheaper one is worth as much as. Sums are rational numbers, so rounding never decides;
-    among equals the cheapest wins, then the one with fewer corrections in later layers.
+    only a schedule whose own cost, computed with rounding, is within the budget is returned. Among
+    equals the cheapest wins, then the one with fewer corrections in later layers.
 
     Args:
         score: one row per layer, one number per correction (negative ones allowed), the worth of
@@ -71,8 +74,8 @@ def knapsack(
             f"a budget of {max_cost} does not pay for the {len(rows)} predictions that the layers "
             f"always make, which cost {cost(none)}"
         )
-    budget = Fraction(min(max_cost, cost(full))) - Fraction(cost(none))
     prices = _prices(full, cost)
+    budget = _budget(max_cost, cost(none), prices)
     states: list[State] = [(Fraction(0), Fraction(0), ())]
     for row, layer_prices in zip(rows, prices, strict=True):
         worths = accumulate(map(Fraction, row), initial=Fraction(0))
@@ -83,7 +86,8 @@ def knapsack(
             for kept, (more, price) in choices
             if price - minus_spent <= budget
         )
-    return IterationSchedule(max(states)[2])
+    schedules = [IterationSchedule(counts) for _, _, counts in sorted(states, reverse=True)]
+    return next((one for one in schedules if cost(one) <= max_cost), none)
 
 
 def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
@@ -102,6 +106,17 @@ def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
             f"one {together}"
         )
     return prices
+
+
+def _budget(max_cost: float, least: float, prices: Sequence[Sequence[Fraction]]) -> Fraction:
+    """Return what may be spent on corrections: the budget without the predictions, and for costs
+    that are not whole numbers a little more, since their prices are differences of rounded ones."""
+    everything = sum(map(max, prices), start=Fraction(0))
+    if max_cost == math.inf:
+        return everything
+    budget = Fraction(max_cost) - Fraction(least)
+    is_whole = all(price.denominator == 1 for own in prices for price in own)
+    return budget if is_whole else budget + abs(Fraction(max_cost)) * Fraction(ROUNDING)
 
 
 def _worth_keeping(states: Iterable[State]) -> list[State]:

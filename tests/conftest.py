@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No example has to be quick: on a busy machine any may take a second.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # Before PyTorch is loaded. Tiny models gain nothing from a second thread, and on a busy machine
 # two threads that wait for each other take ten times as long.

@@ -38,6 +38,8 @@ def threshold_plan(
 ) -> SweepPlan:
     """Plan a threshold sweep: the teacher, its students under the chosen schedules, references.
 
+    Students that are pruned and not trained have no seeds: each schedule is one trial.
+
     Args:
         settings: Sections `sweep` and `distillation` count.
         workspace: Where trials live.
@@ -49,7 +51,8 @@ def threshold_plan(
     """
     full = load_config(teacher)
     trials = [measured_as_it_is("teacher", "teacher", teacher, full, suite, workspace)]
-    for seed in settings.sweep.seeds or (None,):
+    is_trained = settings.distillation.control != "pruned"
+    for seed in (is_trained and settings.sweep.seeds) or (None,):
         before = None
         for member in members:
             config = replace(full, schedule=member.schedule)

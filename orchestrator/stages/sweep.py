@@ -30,7 +30,7 @@ from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import TrainingJob, check_job, finished_outcome
-from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_tokens
+from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_work
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Stopping, stopping_of
 from orchestrator.trial_room import check_trial_size
@@ -168,10 +168,10 @@ class _Work:
         jobs = {key: job for key, job in jobs.items() if finished_outcome(job) is None}
         asked = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
-        num_tokens = teacher_tokens(asked, distillation, teachers)
+        num_tokens = teacher_work(asked, distillation, teachers).num_stored_tokens
         on_gpu = self.settings.sweep.gpus_per_trial > 0
         shared = share_teacher(asked, distillation, teachers, on_gpu=on_gpu, progress=self.progress)
-        if num_tokens and any(job.teacher_cache for job in shared):
+        if num_tokens:
             # A teacher that runs in each trial is in the trials' own FLOPs.
             forward = inference_cost(full_config(self.plan)).forward_flops_per_token
             numbers = {"teacher_tokens": num_tokens, "teacher_flops": num_tokens * forward}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,15 +61,22 @@ class FirstStage:
         Args:
             warn: Told of a damaged one.
         """
-        if not self.is_there:
+        if not self.folder.exists():
             return None
         try:
             check_checkpoint(self.checkpoint)
         except UserError as error:
             warn(f"{error}; the first stage is made anew")
-            shutil.rmtree(self.folder, ignore_errors=True)
+            # Away at once: a deletion that is cut off would leave a part in the place of a whole.
+            damaged = self._temporary("damaged")
+            with suppress(OSError):
+                self.folder.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
             return None
         return self.checkpoint
+
+    def _temporary(self, state: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{state}.{os.getpid()}.tmp")
 
     def record(self) -> list[tuple[int, dict[str, float]]]:
         """Return the steps and numbers that its journal holds, in their order."""
@@ -80,7 +88,7 @@ class FirstStage:
         Raises:
             OSError: If there is no room for it.
         """
-        temporary = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.tmp")
+        temporary = self._temporary("new")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=_link)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from iiet.coarsening import coarsen
+from iiet.coarsening import CoarseDistribution, coarsen
 from iiet.distillation import DistillationConfig
 from orchestrator.console import Progress
 from orchestrator.data.batches import BatchPlan
@@ -27,7 +27,15 @@ from orchestrator.settings import DistillationSettings
 from orchestrator.training.checkpoint import load_config, load_decoder, weights_key
 from orchestrator.training.job import TrainingJob, sequences_per_step
 from orchestrator.training.parallel import World, autocast
-from orchestrator.training.teacher_cache import Answer, Answers, CachePlan, damage, write_cache
+from orchestrator.training.teacher_cache import (
+    Answer,
+    Answers,
+    CachePlan,
+    bytes_left,
+    damage,
+    delete_cache,
+    write_cache,
+)
 
 LARGEST_BYTES = 2 << 30
 """`auto` stores no more than this."""
@@ -91,11 +99,17 @@ def teacher_answers(job: TrainingJob, *, device: str = "cpu") -> Answers:
     def answers(number: int) -> tuple[torch.Tensor, Answer]:
         sequences = plan.sequences(steps[number], store.train, global_batch=global_batch)
         passes = torch.split(sequences, job.recipe.num_sequences_per_pass or len(sequences))
-        with autocast(job.recipe.precision, world):
-            logits = torch.cat([teacher(part.to(device)) for part in passes])
-            if loss.top_k is None:
-                return sequences, logits
-            return sequences, coarsen(logits, loss.top_k, temperature=loss.temperature)
+        exact: list[torch.Tensor] = []
+        coarse: list[CoarseDistribution] = []
+        for part in passes:
+            with autocast(job.recipe.precision, world):
+                logits = teacher(part.to(device))
+                # The device holds the logits of one pass, as it does while a student learns.
+                if loss.top_k is None:
+                    exact.append(logits.cpu())
+                else:
+                    coarse.append(coarsen(logits, loss.top_k, temperature=loss.temperature))
+        return sequences, torch.cat(exact) if exact else CoarseDistribution.joined(coarse)
 
     return answers
 
@@ -133,9 +147,10 @@ def share_teacher(
         check_teacher_cache(settings)
         if settings.teacher_cache == "auto":
             progress.note(f"the teacher runs in each trial: {_WHY_LIVE}")
+    room = _Room(settings.teacher_cache, parent)
     for plan in {p.key: p for p in plans if p}.values():
         students = [job for job, p in zip(jobs, plans, strict=True) if p and p.key == plan.key]
-        is_stored, why = _choice(settings.teacher_cache, plan, len(students), parent)
+        is_stored, why = room.choice(plan, len(students))
         if why:
             progress.note(why)
         if is_stored:
@@ -155,8 +170,10 @@ class TeacherWork:
 
     num_tokens: int
     """Tokens that they will read."""
+    num_stored_tokens: int
+    """Those of them whose answers will be stored, each once."""
     num_bytes: int
-    """Of their answers that will be stored."""
+    """Of these answers."""
 
 
 def teacher_work(
@@ -177,7 +194,7 @@ def teacher_work(
             that is asked live needs not read those again, and one that is stored reads all.
     """
     students: dict[str, tuple[CachePlan, list[int]]] = {}
-    num_tokens = num_bytes = 0
+    num_tokens = num_stored = num_bytes = 0
     for job, done in zip(jobs, steps_done or [0] * len(jobs), strict=True):
         plan, steps = cache_plan(job), _teaching_steps(job)
         tokens_left = sum(step >= done for step in steps) * job.recipe.num_tokens_per_step
@@ -185,21 +202,17 @@ def teacher_work(
             students.setdefault(plan.key, (plan, []))[1].append(tokens_left)
         elif job.teacher_folder and job.objective == "distill":
             num_tokens += tokens_left
+    room = _Room(settings.teacher_cache, parent)
     for plan, left in students.values():
-        is_stored, _ = _choice(settings.teacher_cache, plan, len(left), parent)
+        is_stored, _ = room.choice(plan, len(left))
         if not is_stored:
             num_tokens += sum(left)
         elif damage(parent / plan.key, plan, read=False) is not None:
-            num_tokens += plan.num_rows * plan.context_length
-            num_bytes += plan.num_bytes
-    return TeacherWork(num_tokens=num_tokens, num_bytes=num_bytes)
-
-
-def teacher_tokens(
-    jobs: Sequence[TrainingJob], settings: DistillationSettings, parent: Path
-) -> int:
-    """Return how many tokens teachers will read for these jobs; see `teacher_work`."""
-    return teacher_work(jobs, settings, parent).num_tokens
+            num_stored += plan.num_rows * plan.context_length
+            num_bytes += bytes_left(plan, parent)
+    return TeacherWork(
+        num_tokens=num_tokens + num_stored, num_stored_tokens=num_stored, num_bytes=num_bytes
+    )
 
 
 def check_teacher_cache(settings: DistillationSettings) -> None:
@@ -224,37 +237,49 @@ def forget_teacher(jobs: Sequence[TrainingJob], settings: DistillationSettings) 
     if settings.teacher_cache == "auto":
         for folder in {Path(job.teacher_cache) for job in jobs if job.teacher_cache}:
             if not (folder / _KEPT_NAME).exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                delete_cache(folder)
 
 
-def _choice(mode: str, plan: CachePlan, num_students: int, parent: Path) -> tuple[bool, str]:
-    """Return whether to store, and the sentence for the user."""
-    if mode == "live":
-        return False, ""
-    size, free = plan.num_bytes, _free_bytes(parent)
-    is_there = damage(parent / plan.key, plan, read=False) is None
-    if mode != "auto" and not is_there and size > free:
-        raise UserError(
-            f"distillation.teacher_cache={mode} needs {_readable(size)}, and {parent} has "
-            f"{_readable(free)} free; set it to live, or shorten distillation.training"
+class _Room:
+    """Decides about one cache after another, and remembers what those before will take."""
+
+    def __init__(self, mode: str, parent: Path) -> None:
+        self.mode, self.parent = mode, parent
+        self._promised = 0
+
+    def choice(self, plan: CachePlan, num_students: int) -> tuple[bool, str]:
+        """Return whether to store, and the sentence for the user."""
+        mode, promised = self.mode, self._promised
+        if mode == "live":
+            return False, ""
+        size, needed = plan.num_bytes, bytes_left(plan, self.parent)
+        free = _free_bytes(self.parent) - promised
+        is_there = damage(self.parent / plan.key, plan, read=False) is None
+        if is_there or mode != "auto":
+            if not is_there and needed > free:
+                raise UserError(
+                    f"distillation.teacher_cache={mode} needs {_readable(needed)}, and "
+                    f"{self.parent} has {_readable(free)} free; set it to live, or shorten "
+                    "distillation.training"
+                )
+            self._promised += 0 if is_there else needed
+            asked = "" if mode == "auto" else f", as distillation.teacher_cache={mode} asks"
+            state = "are there already" if is_there else "are stored once"
+            return True, f"the teacher's answers {state} ({_readable(size)}){asked}"
+        if num_students < FEWEST_STUDENTS:
+            return False, f"the teacher runs in each trial: {num_students} waits for it"
+        limit = min(LARGEST_BYTES - promised, int(LARGEST_SHARE_OF_DISK * free))
+        if needed > limit:
+            return False, (
+                f"the teacher runs in each trial: its answers would take {_readable(needed)}, "
+                f"more than {_readable(max(limit, 0))} (the smaller of {_readable(LARGEST_BYTES)} "
+                f"for all that a sweep stores and {LARGEST_SHARE_OF_DISK:.0%} of the free disk)"
+            )
+        self._promised += needed
+        return (
+            True,
+            f"the teacher's answers are stored once ({_readable(size)}) for {num_students} trials",
         )
-    limit = min(LARGEST_BYTES, int(LARGEST_SHARE_OF_DISK * free))
-    asked = "" if mode == "auto" else f", as distillation.teacher_cache={mode} asks"
-    if is_there or mode != "auto":
-        state = "are there already" if is_there else "are stored once"
-        return True, f"the teacher's answers {state} ({_readable(size)}){asked}"
-    if num_students < FEWEST_STUDENTS:
-        return False, f"the teacher runs in each trial: {num_students} waits for it"
-    if size > limit:
-        return False, (
-            f"the teacher runs in each trial: its answers would take {_readable(size)}, "
-            f"more than {_readable(limit)} (the smaller of {_readable(LARGEST_BYTES)} and "
-            f"{LARGEST_SHARE_OF_DISK:.0%} of the free disk)"
-        )
-    return (
-        True,
-        f"the teacher's answers are stored once ({_readable(size)}) for {num_students} trials",
-    )
 
 
 def _stored(

@@ -49,10 +49,9 @@ def test_is_nested_from_full_to_none_and_thresholds_stop_where_they_say(table, n
         assert fewer >= min(num_dropped, one.schedule.num_corrections)
         assert one.threshold_up_to == next_one.threshold_above
         assert one.threshold_above <= one.threshold_up_to
-    if num_dropped == 1:
-        for threshold in (0.1, 0.5, 0.9):
-            stopped = next(m for m in family if m.threshold_above < threshold <= m.threshold_up_to)
-            assert stopped.schedule == pruned_until_none_lies_under(measure, family, threshold)
+    for threshold in (0.1, 0.5, 0.9):
+        stopped = next(m for m in family if m.threshold_above < threshold <= m.threshold_up_to)
+        assert stopped.schedule == pruned_until_none_lies_under(measure, family, threshold)
 
 
 def pruned_until_none_lies_under(measure, family, threshold):

@@ -12,6 +12,7 @@ from iiet.config import preset
 from iiet.cost import inference_cost
 from iiet.schedule import (
     IterationSchedule,
+    num_evaluations,
     num_kept,
     schedule_at_threshold,
     schedule_family,
@@ -219,7 +220,8 @@ def test_knapsack_spends_nothing_on_what_is_worth_nothing():
 @settings(max_examples=40)
 @given(influences, st.floats(0, 60, allow_nan=False), st.data())
 def test_knapsack_of_any_cost_that_adds_up_equals_trying_every_schedule(score, max_cost, data):
-    price = st.sampled_from([0.25, 1.0, 1.5, 3.5])
+    # Tenths and thirds are no numbers of the machine: their sums are rounded.
+    price = st.sampled_from([0.1, 0.25, 1 / 3, 1.0, 1.5, 3.5])
     prices = [[data.draw(price) for _ in row] for row in score]
 
     def cost(schedule):
@@ -239,6 +241,20 @@ def test_knapsack_of_any_cost_that_adds_up_equals_trying_every_schedule(score, m
     best = knapsack(score, max_cost=max_cost, cost=cost)
     assert best in allowed
     assert worth(best) == pytest.approx(max(map(worth, allowed)), abs=1e-12)
+
+
+@pytest.mark.parametrize("price", [0.1, 1 / 3, 2.3])
+def test_knapsack_of_a_schedules_own_cost_is_worth_as_much(price):
+    score = [[1.0, 0.5], [0.8], [0.9, 0.7, 0.3]]
+
+    def cost(schedule):
+        return price * num_evaluations(schedule)
+
+    assert knapsack(score, max_cost=math.inf, cost=cost).corrections == (2, 1, 3)
+    assert knapsack(score, max_cost=1e9, cost=cost).corrections == (2, 1, 3)
+    for evaluations in range(3, 10):
+        best = knapsack(score, max_evaluations=evaluations)
+        assert knapsack(score, max_cost=cost(best), cost=cost) == best
 
 
 def test_knapsack_of_flops_keeps_to_them():

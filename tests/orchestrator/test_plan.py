@@ -237,6 +237,17 @@ def test_seeds_are_trials_of_one_group(
     assert alone.trials[1].key == trials[0].key
 
 
+def test_pruned_students_have_no_seeds(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    settings = resolve_settings(
+        {}, ["sweep.seeds=[0, 1, 2]", "sweep.num_schedules=2", "distillation.control=pruned"]
+    )
+    trials = [t for t in _plan(settings, space, teacher, suite).trials if t.role == "trial"]
+    assert [(t.seed, t.job) for t in trials] == [(None, None)] * 2
+    assert len({t.key for t in trials}) == 2
+
+
 def test_a_warm_start_makes_a_chain_with_keys_of_its_own(
     space: Workspace, teacher: Path, suite: dict[str, Any]
 ) -> None:

@@ -7,7 +7,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.analysis.early_stop import halve, judge, optimistic_bound
@@ -74,7 +74,6 @@ def test_a_loss_that_rises_is_granted_its_best() -> None:
 CURVES = st.lists(st.lists(st.floats(1.0, 9.0), min_size=8, max_size=8), min_size=1, max_size=7)
 
 
-@settings(deadline=None)
 @given(CURVES, st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_the_best_at_a_rung_goes_on_whoever_came_first(
     losses: list[list[float]], reduction_factor: int, gap: int, seed: int

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.batches import BatchPlan, permute, validation_batches
 from orchestrator.errors import UserError
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**70))
 def test_permute_is_a_permutation(size: int, key: int) -> None:
     images = permute(np.arange(size), size, key)
@@ -27,7 +26,6 @@ def test_permute_depends_on_the_key_and_mixes() -> None:
     assert permute(np.array([7]), 10**15, 3)[0] < 10**15
 
 
-@settings(deadline=None)
 @given(st.integers(10, 500), st.integers(2, 10), st.integers(0, 5), st.integers(1, 6))
 def test_an_epoch_visits_each_window_once(tokens: int, context: int, seed: int, batch: int) -> None:
     plan = BatchPlan(tokens, context, seed)

@@ -16,7 +16,7 @@ from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import WEIGHTS, checkpoint_name, weights_key
+from orchestrator.training.checkpoint import PROVENANCE, WEIGHTS, checkpoint_name, weights_key
 from orchestrator.training.first_stage import (
     FirstStage,
     first_stage_of,
@@ -171,6 +171,16 @@ def test_a_damaged_one_is_named_and_made_anew(make_job: MakeJob) -> None:
     third = make_job((0, 0))
     run_job(third)
     assert begins(third) == [SWITCH], "the second one has put another in its place"
+
+
+def test_one_without_its_record_is_damaged_too(make_job: MakeJob) -> None:
+    run_job(make_job((2, 1)))
+    stage = stage_of(make_job((1, 1)))
+    (stage.checkpoint / PROVENANCE).unlink()
+    warnings: list[str] = []
+    assert stage.find(warnings.append) is None
+    assert "made anew" in warnings[0]
+    assert not list(stage.folder.parent.iterdir())
 
 
 def test_no_room_for_it_costs_a_remark(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

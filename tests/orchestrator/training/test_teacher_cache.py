@@ -11,25 +11,33 @@ from typing import Any
 import pytest
 import torch
 
+from iiet.coarsening import CoarseDistribution, coarsen
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
 from orchestrator.journal import read_journal
 from orchestrator.settings import DistillationSettings, TrainingSettings
-from orchestrator.training import teacher_choice
+from orchestrator.training import teacher_cache, teacher_choice
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.training.parallel import World
 from orchestrator.training.parts import load_teacher
 from orchestrator.training.run import run_job
-from orchestrator.training.teacher_cache import CachedTeacher, damage, open_cache, write_cache
+from orchestrator.training.teacher_cache import (
+    CachedTeacher,
+    bytes_left,
+    damage,
+    delete_cache,
+    open_cache,
+    write_cache,
+)
 from orchestrator.training.teacher_choice import (
     cache_plan,
     forget_teacher,
     share_teacher,
     teacher_answers,
-    teacher_tokens,
+    teacher_work,
 )
 
 RECIPE: dict[str, Any] = {
@@ -328,10 +336,10 @@ def test_the_price_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: 
     jobs = [student("a"), student("b"), student("c", objective="cross_entropy")]
     own = RECIPE["num_steps"] * RECIPE["num_tokens_per_step"]
     live, shared = (DistillationSettings(teacher_cache=mode) for mode in ("live", "exact"))
-    assert teacher_tokens(jobs, live, tmp_path / "t") == 2 * own
-    assert teacher_tokens(jobs, shared, tmp_path / "t") == own
+    assert teacher_work(jobs, live, tmp_path / "t").num_tokens == 2 * own
+    assert teacher_work(jobs, shared, tmp_path / "t").num_tokens == own
     share_teacher(jobs, shared, tmp_path / "t")
-    assert teacher_tokens(jobs, shared, tmp_path / "t") == 0
+    assert teacher_work(jobs, shared, tmp_path / "t").num_tokens == 0
 
 
 def test_auto_deletes_what_it_stored_and_a_later_job_asks_the_teacher(
@@ -373,6 +381,78 @@ def test_auto_spares_the_disk_and_says_so(
     monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _: plan.num_bytes - 1)
     with pytest.raises(UserError, match=r"distillation\.teacher_cache=exact needs"):
         share_teacher(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
+
+
+def test_what_is_written_already_needs_no_more_room(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [student("a"), student("b")]
+    plan = cache_plan(jobs[0])
+    assert plan
+    answers = teacher_answers(jobs[0])
+
+    def full_after_half(number: int) -> Any:
+        if number == plan.num_steps // 2:
+            raise OSError(28, "No space left on device")
+        return answers(number)
+
+    with pytest.raises(OSError, match="No space"):
+        write_cache(plan, tmp_path / "t", full_after_half)
+    left = bytes_left(plan, tmp_path / "t")
+    assert left == plan.num_bytes - plan.num_steps // 2 * (plan.num_bytes // plan.num_steps)
+    monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _: left + 1)
+    exact = DistillationSettings(teacher_cache="exact")
+    assert teacher_work(jobs, exact, tmp_path / "t").num_bytes == left
+    shared = share_teacher(jobs, exact, tmp_path / "t")
+    assert opened(shared[0])
+    assert bytes_left(plan, tmp_path / "t") == 0
+
+
+def test_auto_stores_no_more_than_its_limit_for_all_seeds_together(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [student(f"{name}{seed}", recipe={"seed": seed}) for seed in range(3) for name in "ab"]
+    plan = cache_plan(jobs[0])
+    assert plan
+    monkeypatch.setattr(teacher_choice, "LARGEST_BYTES", int(2.5 * plan.num_bytes))
+    auto, own = DistillationSettings(), plan.num_rows * plan.context_length
+    work = teacher_work(jobs, auto, tmp_path / "t")
+    assert (work.num_stored_tokens, work.num_tokens) == (2 * own, 4 * own)
+    shared = share_teacher(jobs, auto, tmp_path / "t")
+    assert [bool(job.teacher_cache) for job in shared] == [True] * 4 + [False] * 2
+
+
+def test_no_more_than_one_pass_of_logits_is_held(
+    student: MakeStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def watched(logits: torch.Tensor, *args: Any, **more: Any) -> Any:
+        sizes.append(len(logits))
+        return coarsen(logits, *args, **more)
+
+    monkeypatch.setattr(teacher_choice, "coarsen", watched)
+    coarse = DistillationConfig(top_k=3)
+    job = student(recipe={"num_sequences_per_pass": 3}, distillation=coarse)
+    sequences, answer = teacher_answers(job)(0)
+    assert isinstance(answer, CoarseDistribution)
+    assert max(sizes) == 3
+    assert sum(sizes) == len(sequences) == len(answer.ids)
+
+
+def test_who_comes_while_it_is_deleted_finds_none(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stored(student(), tmp_path / "t")
+    plan = cache_plan(job)
+    assert plan
+
+    def whole_until_now(folder: Path, *_: Any, **__: Any) -> None:
+        delete_cache(folder)
+
+    monkeypatch.setattr(teacher_cache, "damage", whole_until_now)
+    assert open_cache(Path(str(job.teacher_cache)), plan) is None
+    assert not list((tmp_path / "t").glob("*/"))
 
 
 def test_live_is_live_and_hidden_states_need_it(student: MakeStudent, tmp_path: Path) -> None:
