@@ -23,7 +23,7 @@ from pathlib import Path
 from iiet.cost import training_flops_per_token
 from orchestrator.analysis.axes import QUALITIES, Axes
 from orchestrator.analysis.seeds import join_seeds
-from orchestrator.analysis.study_tables import Phases, Ways, study_markdown
+from orchestrator.analysis.study_tables import Phases, Ways, losses_by_seed, study_markdown
 from orchestrator.catalog import NO_CORRECTIONS
 from orchestrator.cluster import ray_cluster
 from orchestrator.desk import Desk
@@ -142,7 +142,7 @@ class _Study:
     def compare(self) -> Phases:
         """Run the phases that train from scratch."""
         first, seeds = self.settings.study.seeds[:1], self.settings.study.seeds
-        tried = self._run("rates", self.variants(self.all_rates(), seeds=first))
+        tried = _joined(self._run("rates", self.variants(self.all_rates(), seeds=first)))
         by_rate = {
             name: {
                 rate: tried[label] for rate in own if (label := _label(name, rate, own)) in tried
@@ -152,13 +152,19 @@ class _Study:
         by_rate = {name: own for name, own in by_rate.items() if own}  # Others failed.
         best = {name: _best_rate(own) for name, own in by_rate.items()}
         chosen: dict[str, Sequence[float]] = {name: (rate,) for name, rate in best.items()}
-        tokens = self._run("tokens", self.variants(chosen, seeds=seeds))
+        of_seeds = self._run("tokens", self.variants(chosen, seeds=seeds))
         flops: Mapping[str, TrialResult] = {}
         if self.settings.study.equal_flops:
             steps = self._steps_of_equal_flops()
-            flops = self._run("flops", self.variants(chosen, seeds=first, num_steps=steps))
+            flops = _joined(self._run("flops", self.variants(chosen, seeds=first, num_steps=steps)))
         at_best = {name: by_rate[name][rate] for name, rate in best.items()}
-        return Phases(by_rate=by_rate, best=at_best, tokens=tokens, flops=flops)
+        return Phases(
+            by_rate=by_rate,
+            best=at_best,
+            tokens=_joined(of_seeds),
+            losses=losses_by_seed(of_seeds),
+            flops=flops,
+        )
 
     def distill(self, phases: Phases) -> Ways:
         """Run the fronts of the best IIET of most corrections."""
@@ -202,12 +208,12 @@ class _Study:
     def _sweep_name(self, phase: str) -> str:
         return f"{self.name}-{phase.replace(' ', '-')}"
 
-    def _run(self, phase: str, variants: Sequence[Variant]) -> dict[str, TrialResult]:
+    def _run(self, phase: str, variants: Sequence[Variant]) -> Sequence[TrialResult]:
         plan = iterations_plan(variants, suite=self.suite, name=self._sweep_name(phase))
         failures: dict[str, str] = {}
         outcome = run_and_show(plan, self.settings, self.desk, failures=failures)
         self._note(phase, failures)
-        return {result.label: result for result in join_seeds(outcome.results).results}
+        return outcome.results
 
     def _note(self, phase: str, failures: Mapping[str, str]) -> None:
         self.failures |= {f"{label} of {phase}": reason for label, reason in failures.items()}
@@ -231,6 +237,10 @@ class _Study:
 
     def _job(self, settings: Settings) -> TrainingJob:
         return plan_pretraining(settings, self.desk.workspace, self.tokens)
+
+
+def _joined(results: Sequence[TrialResult]) -> dict[str, TrialResult]:
+    return {result.label: result for result in join_seeds(results).results}
 
 
 def _label(name: str, rate: float, rates: Sequence[float]) -> str:

@@ -1,24 +1,29 @@
 """A study in Markdown: one table a phase, and what the numbers say of the paper's two claims.
 
-Every number is the sweeps' own. Differences are plain: whoever wants paired intervals finds them in
-the report of the sweep that a table names.
+Every number is the sweeps' own. Losses are compared seed by seed: models of one seed read the same
+batches, and IIETs share their first stage, so such differences vary far less than the losses do.
+Accuracies are compared plainly: whoever wants paired intervals finds them in the report of the
+sweep that a table names.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.analysis.evaluation import STDERR
 from orchestrator.analysis.texts import with_error
+from orchestrator.catalog import NO_CORRECTIONS
 from orchestrator.trial import TrialResult
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
 _ERRORS = (
     "± is one standard error: of the items where a model was trained with one seed, of the items "
-    "and the seeds together where with several."
+    "and the seeds together where with several. Differences of losses are taken seed by seed, and "
+    "their error is over the seeds."
 )
 PAPER_KEPT, PAPER_SAVED = 0.994, 0.55
 """The paper's headline: so much of the accuracy, with so much less overhead of inference."""
@@ -34,6 +39,8 @@ class Phases:
     """Model -> the one of them with the lowest validation loss."""
     tokens: Mapping[str, TrialResult]
     """Model -> result at its best rate and equal tokens, joined over seeds."""
+    losses: Mapping[str, Mapping[int, float]]
+    """Model -> seed -> validation loss at its best rate and equal tokens."""
     flops: Mapping[str, TrialResult]
     """Model -> result at its best rate and equal training FLOPs; empty if that was not asked."""
 
@@ -50,6 +57,15 @@ class Ways:
     """Sweeps that differ in which schedules they hold, the usual one first."""
     of_training: Sequence[str]
     """Sweeps that differ in how the same schedules are trained, the usual one first."""
+
+
+def losses_by_seed(results: Sequence[TrialResult]) -> dict[str, dict[int, float]]:
+    """Return model -> seed -> validation loss of a sweep's results; without those of no seed."""
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        if result.seed is not None and LOSS in result.quality:
+            found.setdefault(result.group or result.label, {})[result.seed] = result.quality[LOSS]
+    return found
 
 
 def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
@@ -73,11 +89,11 @@ def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
 
 
 def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
-    vanilla = phases.tokens.get("vanilla")
-    if vanilla:
-        for name, result in phases.tokens.items():
-            if result is not vanilla:
-                yield f"{name} against vanilla at equal tokens: {_difference(result, vanilla)}"
+    iiets = [name for name, result in phases.tokens.items() if result.method == "iiet"]
+    for other, names in (("vanilla", list(phases.tokens)), (NO_CORRECTIONS, iiets)):
+        for name in names:
+            if other in phases.tokens and name != other:
+                yield f"{name} against {other} at equal tokens: {_difference(phases, name, other)}"
     usual = next(iter(ways.results))
     students = [r for r in ways.results[usual] if r.role == "trial"]
     teacher = next(r for r in ways.results[usual] if r.role == "teacher")
@@ -100,20 +116,20 @@ def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
         )
 
 
-def _difference(result: TrialResult, other: TrialResult) -> str:
-    loss = _joined(result, other, LOSS, 1.0, 3)
-    accuracy = _joined(result, other, ACCURACY, 100.0, 2)
-    return f"loss {loss}, accuracy {accuracy} points"
-
-
-def _joined(result: TrialResult, other: TrialResult, name: str, scale: float, digits: int) -> str:
-    """Return a difference, and its error where both have one, taken as independent."""
-    difference = f"{scale * (result.quality[name] - other.quality[name]):+.{digits}f}"
-    errors = [each.quality.get(name + STDERR) for each in (result, other)]
+def _difference(phases: Phases, name: str, other: str) -> str:
+    mine, theirs = phases.tokens[name], phases.tokens[other]
+    loss = f"{mine.quality[LOSS] - theirs.quality[LOSS]:+.3f}"
+    own, others = (phases.losses.get(each, {}) for each in (name, other))
+    by_seed = [own[seed] - others[seed] for seed in own if seed in others]
+    if len(by_seed) > 1:
+        error = statistics.stdev(by_seed) / math.sqrt(len(by_seed))
+        loss = f"{statistics.mean(by_seed):+.3f} ± {error:.3f}"
+    accuracy = f"{100 * (mine.quality[ACCURACY] - theirs.quality[ACCURACY]):+.2f}"
+    errors = [each.quality.get(ACCURACY + STDERR) for each in (mine, theirs)]
     known = [error for error in errors if error is not None]
-    if len(known) < len(errors):
-        return difference
-    return f"{difference} ± {scale * math.hypot(*known):.{digits}f}"
+    if len(known) == len(errors):  # Taken as independent.
+        accuracy += f" ± {100 * math.hypot(*known):.2f}"
+    return f"loss {loss}, accuracy {accuracy} points"
 
 
 def _rates(phases: Phases) -> list[str]:
