@@ -62,8 +62,11 @@ def search_price(plan: SweepPlan, search: ScheduleSearch, settings: Settings) ->
     # A third of a training step more where the frozen teacher runs forward.
     flops = tokens * training_flops_per_token(full) * 4 / 3
     left = search.num_left
+    if not left:
+        return ["the search has nothing more to try"]
     return [
-        f"the search tries at most {settings.search.num_trials} more of {search.num_schedules:,} "
-        f"schedules; which ones follows from the results, {left} are not known yet",
-        f"each of these trains once, on {tokens:,} tokens: at most {flops:.3g} FLOPs",
+        f"the search tries at most {left:,} more of {search.num_schedules:,} schedules; which ones "
+        "follows from the results",
+        f"each of these trains once, on {tokens:,} tokens: at most {flops:.3g} FLOPs, "
+        f"{left * flops:.3g} together",
     ]

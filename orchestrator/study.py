@@ -40,6 +40,7 @@ from orchestrator.sweep_models import check_models, models_of, with_rates
 from orchestrator.sweep_plans import plan_suite
 from orchestrator.training.job import TrainingJob
 from orchestrator.trial import TrialResult
+from orchestrator.views import counted
 from orchestrator.workspace import write_text
 
 TWO_STAGES = ", two stages"
@@ -57,7 +58,8 @@ def run_study(
         settings: Sections `study`, `sweep` and `training` say what is compared.
         desk: Workspace, tracking and terminal.
         name: What the names of its sweeps start with.
-        dry_run: Print the first phase's plan, which all others follow from, and run nothing.
+        dry_run: Print the first phase's plan, which all others follow from, and what those are;
+            run nothing.
 
     Raises:
         UserError: If there is no IIET with corrections among the models.
@@ -71,6 +73,7 @@ def run_study(
         rates = study.variants(study.all_rates(), seeds=settings.study.seeds[:1])
         plan = iterations_plan(rates, suite=study.suite, name=f"{name}-rates")
         show_plan(plan, settings, desk)
+        desk.console.print(_later_phases(settings, len(study.contenders)), markup=False)
         return
     with ray_cluster():
         phases = study.compare()
@@ -271,6 +274,23 @@ def _contenders(settings: Settings) -> Iterable[_Contender]:
         )
         two_stage = full.settings.model_copy(update={"training": recipe})
         yield _Contender(full.name + TWO_STAGES, two_stage, full.rates)
+
+
+def _later_phases(settings: Settings, num_models: int) -> str:
+    """Say what comes after the learning rates, whose results decide on its trials."""
+    study, recipe = settings.study, settings.distillation.training
+    ways = list(_ways(settings))
+    num_tokens = recipe.num_steps * recipe.num_tokens_per_step
+    phases = [
+        f"{counted(num_models, 'model')} at the best rate under {counted(len(study.seeds), 'seed')}"
+    ]
+    if study.equal_flops:
+        phases.append(f"{counted(num_models, 'model')} for equal training FLOPs")
+    phases.append(
+        f"{counted(len(ways), 'front')} ({', '.join(ways)}) of up to "
+        f"{counted(settings.sweep.num_schedules, 'student')}, each on {num_tokens:,} tokens"
+    )
+    return f"  this is the first phase; then {'; then '.join(phases)}"
 
 
 def _ways(settings: Settings) -> dict[str, Settings]:

@@ -19,7 +19,9 @@ from iiet.decoder import Decoder
 from iiet.schedule import Cost, IterationSchedule, num_evaluations
 from orchestrator.analysis.benchmark import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.console import Progress
+from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, environment
+from orchestrator.settings import SweepSettings
 from orchestrator.workspace import Workspace, read_json, write_json
 
 
@@ -40,12 +42,38 @@ def cost_in(
         workspace: Where measured times are kept.
         progress: Told how far the measuring is.
     """
-    if unit == "evaluations":
-        return num_evaluations
     if unit == "ms":
         points = _measured(full, family, workspace, progress)
         evaluations, times = zip(*points, strict=True)
         return lambda schedule: float(np.interp(schedule.num_evaluations, evaluations, times))
+
+    return _exact_cost(unit, full)
+
+
+def check_budgets(sweep: SweepSettings, full: ModelConfig) -> None:
+    """Check that every budget pays for a model without corrections; milliseconds are not known yet.
+
+    Args:
+        sweep: Budgets and their unit.
+        full: The model that the schedules are of.
+
+    Raises:
+        UserError: Names those that do not.
+    """
+    if sweep.budget_unit == "ms":
+        return
+    least = _exact_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
+    short = [f"{budget:g}" for budget in sweep.budgets if budget < least]
+    if short:
+        raise UserError(
+            f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
+            f"the cheapest costs {least:,.10g}"
+        )
+
+
+def _exact_cost(unit: str, full: ModelConfig) -> Cost:
+    if unit == "evaluations":
+        return num_evaluations
 
     @lru_cache
     def counted(schedule: IterationSchedule) -> float:

@@ -6,6 +6,7 @@ trained yet, the plan is that of its training, with the most that students may c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from orchestrator.sweep_checks import Kind, check_sweep
 from orchestrator.sweep_models import TEACHER, check_models, teacher_and_references
 from orchestrator.sweep_plans import plan_iterations, plan_suite, plan_thresholds
 from orchestrator.training.job import TrainingJob, finished_outcome
+from orchestrator.views import counted
 
 
 def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
@@ -69,12 +71,16 @@ def _show_pretraining(settings: Settings, desk: Desk, jobs: Mapping[str, Trainin
     show_plan(plan, settings.model_copy(update={"sweep": places}), desk)
     sweep, recipe = settings.sweep, settings.distillation.training
     asked = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    most = min(asked, 1 + sum(config.corrections)) * max(1, len(sweep.seeds))
+    is_pruned = settings.distillation.control == "pruned"
+    num_schedules = min(asked, 1 + sum(config.corrections))
     if sweep.kind == "search":
-        most += settings.search.num_trials
+        every = math.prod(1 + most for most in config.corrections)
+        num_schedules = min(num_schedules + settings.search.num_trials, every)
+    most = num_schedules * (1 if is_pruned else max(1, len(sweep.seeds)))
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
+    training = "none of them trained" if is_pruned else f"each on {num_tokens:,} tokens"
     desk.console.print(
-        f"  then at most {most:,} students, each on {num_tokens:,} tokens; their schedules follow "
-        "from the teacher's influence, and stand in this plan once it is trained",
+        f"  then at most {counted(most, 'student')}, {training}; their schedules follow from the "
+        "teacher's influence, and stand in this plan once it is trained",
         markup=False,
     )

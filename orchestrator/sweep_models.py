@@ -14,8 +14,10 @@ from typing import Any
 from iiet.methods import METHODS
 from orchestrator.catalog import NO_CORRECTIONS
 from orchestrator.errors import UserError
+from orchestrator.plan import check_student_batch
 from orchestrator.settings import ModelSettings, Settings
 from orchestrator.sweep_checks import Kind
+from orchestrator.sweep_costs import check_budgets
 from orchestrator.training.shape import model_config
 
 TEACHER, VANILLA = "teacher", "vanilla"
@@ -41,8 +43,14 @@ def check_models(settings: Settings, kind: Kind) -> None:
                 problems.append(str(error))
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
+    if kind == "iterations":
         return
     config = model_config(settings.model, vocab_size=vocab_size)
+    if settings.distillation.control != "pruned":
+        check_student_batch(settings.distillation, config)
+    if kind == "study":
+        return
+    check_budgets(settings.sweep, config)
     if not METHODS[config.method].has_corrections or not sum(config.corrections):
         raise UserError(
             f"a {kind} sweep prunes its teacher's corrections, and a teacher of "
@@ -54,7 +62,7 @@ def check_models(settings: Settings, kind: Kind) -> None:
 def teacher_and_references(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the models that the students of a sweep are measured against."""
     return {
-        TEACHER: settings,
+        TEACHER: with_model(settings),
         VANILLA: with_model(settings, method="vanilla"),
         NO_CORRECTIONS: with_model(settings, corrections=0),
     }

@@ -14,7 +14,12 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule, schedule_family
-from orchestrator.analysis.requested import HELDOUT, requested_tasks, tasks_beside_heldout
+from orchestrator.analysis.requested import (
+    HELDOUT,
+    requested_tasks,
+    task_folders,
+    tasks_beside_heldout,
+)
 from orchestrator.catalog import find_references, tokens_of
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
@@ -129,7 +134,7 @@ def plan_suite(
         "tasks": [] if is_heldout_alone else list(asked.names),
         "suite": asked.heldout.name if asked.heldout else "",
         "suite_folder": str(asked.heldout or ""),
-        "include_folder": settings.include_path or "",
+        "include_folder": "".join(map(str, task_folders(settings))),
         "batch_size": settings.batch_size,
         "limit": settings.limit,
     }

@@ -132,7 +132,8 @@ def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
     if any("accuracy" in average for average in averages):
         table.add_section()
         cells = [_metric_cell(average, "accuracy") for average in averages]
-        table.add_row("average", "accuracy *", *cells, f"{models[0].num_items:,}")
+        num_items = max(model.num_accuracy_items for model in models)
+        table.add_row("average", "accuracy *", *cells, f"{num_items:,}")
     return table
 
 

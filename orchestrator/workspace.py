@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ class Workspace:
     def tracking_uri(self) -> str:
         """MLflow's store: `MLFLOW_TRACKING_URI`, or a sqlite file in the workspace."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+
+def check_name(name: str | None) -> str | None:
+    """Return the name of a run or sweep, which is that of its folder; None stays None.
+
+    Raises:
+        UserError: If it could lead elsewhere, or is none.
+    """
+    if name is not None and not re.fullmatch(r"\w[\w .,+=-]*", name):
+        raise UserError(
+            f"--name {name!r}: a name has letters, digits, spaces and . , + = - _, and begins with "
+            "a letter or a digit"
+        )
+    return name
 
 
 def open_workspace(path: Path | None = None) -> Workspace:

@@ -96,6 +96,11 @@ class EvaluationResult:
         return sum(result.num_items for result in self.results.values())
 
     @property
+    def num_accuracy_items(self) -> int:
+        """Items of the tasks that have an accuracy."""
+        return sum(r.num_items for name, r in self.results.items() if self._accuracy_of(name))
+
+    @property
     def accuracies(self) -> dict[str, tuple[float, float]]:
         """What goes into the average: name of a task or group to accuracy and standard error."""
         in_group = {name for names in self.groups.values() for name in names}

@@ -67,7 +67,7 @@ def requested_tasks(
         UserError: If held-out tasks are wanted, and there are no tokens or they give none.
     """
     names = [name.strip() for name in settings.suite.split(",") if name.strip()]
-    folders = [Path(settings.include_path).expanduser()] if settings.include_path else []
+    folders = task_folders(settings)
     if HELDOUT not in names:
         return RequestedTasks(names=tuple(names), folders=tuple(folders))
     built = build_heldout(
@@ -83,6 +83,22 @@ def requested_tasks(
     return RequestedTasks(
         names=tuple(names), folders=(*folders, built.folder), heldout=built.folder
     )
+
+
+def task_folders(settings: EvaluationSettings) -> list[Path]:
+    """Return the user's own folder of task files, as an absolute path, if there is one.
+
+    Raises:
+        UserError: If it is named and is not there.
+    """
+    if not settings.include_path:
+        return []
+    folder = Path(settings.include_path).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(
+            f"evaluation.include_path: there is no folder {folder} to find lm-eval task files in"
+        )
+    return [folder]
 
 
 def tasks_beside_heldout(
@@ -102,13 +118,13 @@ def tasks_beside_heldout(
         UserError: If no such tasks exist.
         StageFailed: If they exist and none can be loaded.
     """
+    folders = task_folders(settings)
     names = [name.strip() for name in settings.suite.split(",")]
     others = [name for name in names if name and name != HELDOUT]
     if not others and not (settings.include_path and HELDOUT not in names):
         return {}
     from orchestrator.analysis.harness import load_suite  # Brings lm-eval along: seconds.
 
-    folders = [Path(settings.include_path).expanduser()] if settings.include_path else []
     loaded = load_suite(others, folders=folders, num_fewshot=settings.num_fewshot)
     told = progress or Progress()
     for name, reason in loaded.skipped.items():

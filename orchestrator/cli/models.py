@@ -19,6 +19,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.session import open_desk, open_session
 from orchestrator.errors import UserError
+from orchestrator.workspace import check_name
 
 
 @app.command(rich_help_panel="Models")
@@ -100,7 +101,8 @@ def import_folder(
         Path | None, typer.Option(help="A tokenizer.json, where the folder has none.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the run; the folder's when left out.")
+        str | None,
+        typer.Option(help="Name of the run; the folder's when left out.", callback=check_name),
     ] = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,

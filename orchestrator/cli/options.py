@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.errors import UserError
+from orchestrator.workspace import check_name
 
 WorkspaceOption = Annotated[
     Path | None,
@@ -52,7 +53,10 @@ GpusPerTrialOption = Annotated[
     int | None, typer.Option(min=0, help="GPUs of each trial, one worker each.")
 ]
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds of every model, with commas: 0,1,2.")]
-NameOption = Annotated[str | None, typer.Option(help="Name of the sweep; made up if left out.")]
+NameOption = Annotated[
+    str | None,
+    typer.Option(help="Name of the sweep; made up if left out.", callback=check_name),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its price.")]
 
 
@@ -139,6 +143,9 @@ def parts(text: str | None) -> list[str | int] | None:
     """Read names or numbers with commas between them; None stays None."""
     if text is None:
         return None
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):  # As in a settings file.
+        text = text[1:-1]
     names = [part.strip() for part in text.split(",") if part.strip()]
     return [int(name) if name.isdigit() else name for name in names]
 

@@ -21,6 +21,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.session import open_desk, open_session
 from orchestrator.errors import UserError
+from orchestrator.workspace import check_name
 
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray; for debuggers.")
@@ -81,7 +82,10 @@ def pretrain(
     storage: Annotated[
         str | None, typer.Option(help="URI for copies of the checkpoints: s3://bucket/runs.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; made up if left out.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the run; made up if left out.", callback=check_name),
+    ] = None,
     local: LocalOption = False,
     dry_run: DryRunOption = False,
     mfu: Annotated[

@@ -7,7 +7,13 @@ only labels: all that lead to the same schedule are one trial.
 
 from orchestrator.plan.methods import Variant, iterations_plan
 from orchestrator.plan.selection import choose_members
-from orchestrator.plan.students import loss_of, student_job, student_trial, threshold_plan
+from orchestrator.plan.students import (
+    check_student_batch,
+    loss_of,
+    student_job,
+    student_trial,
+    threshold_plan,
+)
 from orchestrator.plan.trials import (
     PlannedTrial,
     SweepPlan,
@@ -21,6 +27,7 @@ __all__ = [
     "PlannedTrial",
     "SweepPlan",
     "Variant",
+    "check_student_batch",
     "choose_members",
     "exact_cost",
     "full_config",

@@ -22,7 +22,7 @@ from orchestrator.plan.trials import (
 from orchestrator.provenance import content_key
 from orchestrator.settings import DistillationSettings, Settings
 from orchestrator.training.checkpoint import load_config, weights_key
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import TrainingJob, job_key, sequences_per_step
 from orchestrator.workspace import Workspace
 
 
@@ -92,6 +92,7 @@ def student_job(
     """
     if distillation.control == "pruned":
         return None
+    check_student_batch(distillation, config)
     is_scratch = distillation.control == "scratch"
     is_distilled = distillation.control == "distill"
     return TrainingJob(
@@ -105,6 +106,15 @@ def student_job(
         distillation=loss_of(distillation) if is_distilled else None,
         provenance={"teacher": weights_key(teacher)},
     )
+
+
+def check_student_batch(distillation: DistillationSettings, config: ModelConfig) -> None:
+    """Check that a step of the students' training is a whole number of sequences.
+
+    Raises:
+        UserError: If it is none.
+    """
+    sequences_per_step(distillation.training, config, section="distillation.training")
 
 
 def loss_of(distillation: DistillationSettings) -> DistillationConfig:

@@ -208,7 +208,9 @@ def finish_plan(
     teacher: Path | None,
 ) -> SweepPlan:
     """Return the plan of these trials, named by their keys where the user gave no name."""
-    key = content_key("sweep", kind, [trial.key for trial in trials])
+    # Two measures of influence may lead to the same schedules by other thresholds.
+    shown = [[t.key, finite(t.threshold_above), finite(t.threshold_up_to)] for t in trials]
+    key = content_key("sweep", kind, shown)
     return SweepPlan(
         key=key,
         name=name or f"{kind}-{key[:8]}",

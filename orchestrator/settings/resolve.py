@@ -54,6 +54,19 @@ def read_settings(path: Path | None, assignments: Iterable[str] = ()) -> Setting
     return resolve_settings(tree, assignments, origin=str(path) if path else "settings")
 
 
+class _OneOfEachLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice in a mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1 and name != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name} is there more than once", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -61,7 +74,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: If the file is missing, unreadable, or no mapping of names to values.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _OneOfEachLoader)  # A safe loader.
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the settings file {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -103,7 +116,7 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"--set {name}: cannot read the value {text!r}; quote it") from None
     for key in keys[:-1]:
-        child = tree.setdefault(key, {})
+        child = tree[key] = {} if tree.get(key) is None else tree[key]
         if not isinstance(child, dict):
             raise UserError(f"--set {assignment}: {key} is a value, not a section")
         tree = child
@@ -118,8 +131,12 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for name, value in above.items():
         lower = merged.get(name)
-        both = isinstance(lower, Mapping) and isinstance(value, Mapping)
-        merged[name] = _merge(lower, value) if both else value  # type: ignore[arg-type]
+        if not isinstance(lower, Mapping):
+            merged[name] = value
+        elif isinstance(value, Mapping):
+            merged[name] = _merge(lower, value)
+        elif value is not None:  # A section with nothing in it keeps its defaults.
+            merged[name] = value
     return merged
 
 

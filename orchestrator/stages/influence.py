@@ -97,8 +97,8 @@ def _check(decoder: Decoder, checkpoint: Path, store: TokenStore) -> None:
     """Refuse a model without corrections, and tokens that it does not know."""
     if not decoder.schedule.num_corrections:
         raise UserError(
-            f"{checkpoint} is a {decoder.config.method} model without corrections, so there is no "
-            "influence to measure; take an IIET with r >= 1"
+            f"{checkpoint} is a model ({decoder.config.method}) without corrections, so there is "
+            "no influence to measure; take an IIET with r >= 1"
         )
     if store.vocab_size > decoder.config.vocab_size:
         raise UserError(

@@ -91,6 +91,12 @@ def sweep(
     progress = progress or Progress()
     _check_sizes(plan.trials, settings)
     folder = workspace.sweeps / plan.name
+    earlier = read_json(folder / PLAN_NAME) or {}
+    if earlier.get("key", plan.key) != plan.key:
+        progress.note(
+            f"the sweep {plan.name} had another plan before; its front is replaced by this one's, "
+            "its trials stay"
+        )
     write_text(folder / "settings.yaml", to_yaml(settings))
     with _tracked_sweep(plan, settings, tracking) as run, ExitStack() as held:
         work = _Work(plan, settings, workspace, run, progress)

@@ -251,8 +251,15 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     _check_claim(job)
 
 
-def sequences_per_step(recipe: TrainingSettings, config: ModelConfig) -> int:
+def sequences_per_step(
+    recipe: TrainingSettings, config: ModelConfig, *, section: str = "training"
+) -> int:
     """Return the sequences of the global batch.
+
+    Args:
+        recipe: How the model is trained.
+        config: The model.
+        section: Of the settings that the recipe came from, for the error.
 
     Raises:
         UserError: If the tokens of a step are no whole number of sequences.
@@ -260,7 +267,7 @@ def sequences_per_step(recipe: TrainingSettings, config: ModelConfig) -> int:
     sequences, rest = divmod(recipe.num_tokens_per_step, config.context_length)
     if rest or not sequences:
         raise UserError(
-            f"training.num_tokens_per_step must be a multiple of the context length "
+            f"{section}.num_tokens_per_step must be a multiple of the context length "
             f"{config.context_length}, such as {max(1, sequences) * config.context_length}; got "
             f"{recipe.num_tokens_per_step}"
         )

@@ -114,3 +114,17 @@ def test_every_setting_says_what_it_is() -> None:
                 walk(field.annotation)
 
     walk(Settings)
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  num_steps: 5\ndata:\n  seed: 1\ntraining:\n  num_steps: 7\n")
+    with pytest.raises(UserError, match="training is there more than once"):
+        read_settings(path)
+
+
+def test_a_section_with_nothing_in_it_keeps_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("sweep:\ntraining:\n  num_steps: 5\n")
+    assert read_settings(path).sweep == Settings().sweep
+    assert read_settings(path, ["sweep.trials_at_once=3"]).sweep.trials_at_once == 3
