@@ -51,6 +51,8 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too, this keeps every socket on loopback
+    "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial and no job would use
+    "RAY_enable_worker_prestart": "0",
 }
 
 OBJECT_STORE_BYTES = 128 * 2**20  # data does not travel through Ray; its own minimum is 75 MB

@@ -81,10 +81,14 @@ class ScheduleSearch:
         return math.prod(1 + most for most in self._full)
 
     @property
+    def num_wanted(self) -> int:
+        """How many schedules are tried at most beside the family's."""
+        return min(self._settings.num_trials, self.num_schedules - self._num_given)
+
+    @property
     def num_left(self) -> int:
-        """How many schedules may still be tried beside the family's."""
-        left = self._settings.num_trials + self._num_given - len(self._known)
-        return min(left, self.num_schedules - len(self._known))
+        """How many of those are not known yet."""
+        return self.num_wanted + self._num_given - len(self._known)
 
     def grow(self) -> list[PlannedTrial]:
         """Hear how the last round ended, and return the trials of the next; none at the end."""

@@ -61,12 +61,16 @@ def search_price(plan: SweepPlan, search: ScheduleSearch, settings: Settings) ->
     tokens = recipe.num_steps * recipe.num_tokens_per_step
     # A third of a training step more where the frozen teacher runs forward.
     flops = tokens * training_flops_per_token(full) * 4 / 3
-    left = search.num_left
-    if not left:
-        return ["the search has nothing more to try"]
-    return [
-        f"the search tries at most {left:,} more of {search.num_schedules:,} schedules; which ones "
-        "follows from the results",
-        f"each of these trains once, on {tokens:,} tokens: at most {flops:.3g} FLOPs, "
-        f"{left * flops:.3g} together",
+    wanted, left = search.num_wanted, search.num_left
+    if not wanted:
+        return ["the search has nothing to try beside the family"]
+    told = [
+        f"the search tries at most {wanted:,} more of {search.num_schedules:,} schedules; which "
+        f"ones follows from the results, {left:,} are not known yet"
     ]
+    if left:
+        told.append(
+            f"each of these trains once, on {tokens:,} tokens: at most {flops:.3g} FLOPs, "
+            f"{left * flops:.3g} together"
+        )
+    return told

@@ -212,8 +212,8 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path: Path) -
 
 
 SWEEP_TO_END = small(
-    "sweep.methods=[vanilla, iiet]", "sweep.iterations=[0, 1]", "sweep.trials_at_once=1",
-    "training.num_steps=800", "training.checkpoint_every_steps=20",
+    "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
+    "training.num_steps=500", "training.checkpoint_every_steps=20",
 )  # fmt: skip
 
 
@@ -238,10 +238,10 @@ def _ends_from_where_it_was(workspace: Path) -> None:
     """Run the sweep again and see that it trained nothing twice."""
     finished = {path.parent for path in workspace.glob("runs/*/done.json")}
     newest = {p: find_checkpoints(p)[-1] for p in workspace.glob("runs/*") if find_checkpoints(p)}
-    assert len(finished) < len(newest) <= 3
+    assert len(finished) < len(newest) == 2
     printed = run("sweep-iterations", *SWEEP_TO_END, workspace=workspace)
     assert "of them found finished" in printed
-    assert len(list(workspace.glob("runs/*/done.json"))) == 3
+    assert len(list(workspace.glob("runs/*/done.json"))) == 2
     for folder, checkpoint in newest.items():
         records = read_journal(folder)[0]
         resumed = [r["path"] for r in records if r.get("name") == "resumed"]
@@ -277,7 +277,7 @@ def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_goes_on(
         if record.get("name") == "stopped"
     ]
     folder, step = stopped
-    assert 20 <= step < 800
+    assert 20 <= step < 500
     assert find_checkpoints(folder)[-1].name == f"step_{step:08}", "all of its steps are saved"
     _ends_from_where_it_was(tmp_path)
 

@@ -82,7 +82,10 @@ def test_a_search_goes_on_from_the_family(desk: Desk) -> None:
     options = ("search.num_trials=2", "search.trials_per_round=2")
     run(desk, "toy")
     before = done_in(desk.workspace.trials)
-    assert "tries at most 2 more of 27 schedules" in run(desk, "search", *options, dry_run=True)
+    planned = run(desk, "search", *options, dry_run=True)
+    assert "tries at most 2 more of 27 schedules" in planned
+    many = run(desk, "search", "search.num_trials=99", dry_run=True)
+    assert "tries at most 24 more of 27 schedules" in many
     run(desk, "search", *options)
     after = done_in(desk.workspace.trials)
     assert len(after - before) == 2, "the family was not trained again"

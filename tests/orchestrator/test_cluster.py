@@ -115,13 +115,8 @@ def test_an_interrupted_driver_leaves_a_run_that_goes_on(
 
     whole = replace(job, run_folder=str(job.folder.parent / "whole"))
     run_here(whole, as_in=job)
-    if number == signal.SIGINT:
-        again = start_driver(job, num_workers)
-        _, errors = again.communicate(timeout=300)
-        assert again.returncode == 0, errors
-    else:
-        (job.folder / STOP_NAME).unlink(missing_ok=True)  # What the driver asked its workers for.
-        run_here(job, as_in=job)  # One worker, and no Ray.
+    (job.folder / STOP_NAME).unlink(missing_ok=True)  # What the driver asked its workers for.
+    run_here(job, as_in=job)  # One worker, and no Ray.
     if num_workers == 1:
         assert losses(job) == losses(whole)
         assert weights(job) == weights(whole)
