@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.section import Section
 
@@ -32,6 +33,19 @@ class DataSettings(Section):
     """`train` a byte-level BPE, or the path of a `tokenizer.json`, or `hub:NAME`."""
     vocab_size: int = Field(default=2048, ge=258)
     """Entries of a trained tokenizer."""
+
+    @field_validator("files")
+    @classmethod
+    def _files_are_read(cls, files: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        source = info.data.get("source", "files")
+        if files and source != "files":
+            raise PydanticCustomError(
+                "not_read",
+                "data.source is {source}, which does not read them; set data.source=files, or "
+                "leave data.files out",
+                {"source": source},
+            )
+        return files
 
 
 class ModelSettings(Section):
