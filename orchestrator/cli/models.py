@@ -180,9 +180,7 @@ def pick(
 
     rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
     if only_name and to is not None:
-        raise UserError(
-            "--only-name exports nothing, so there is no folder --to write; leave one out"
-        )
+        raise UserError("--only-name exports nothing, and --to says where to; leave one out")
     axes = named_axes(cost, quality)
     with open_desk(workspace, "pick", verbose=verbose) as desk:
         from orchestrator.handover import pick_model

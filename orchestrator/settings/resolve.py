@@ -158,7 +158,8 @@ def _describe(problem: Any) -> str:
         location.pop()
         section = _section_at(location[:-1])
         known = list(section.model_fields) if section else []
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    # YAML has lists; that the settings keep them as tuples is nobody's concern.
+    message = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
     return f"{'.'.join(location)}: {message}; got {problem['input']!r}"
 
 
