@@ -20,22 +20,27 @@ from orchestrator.training.fitting import gib
 
 
 def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
-    """Return a plan's trials with how far they are, in their order."""
+    """Return a plan's trials with how far they are, in their order; with their learning rates where
+    these differ.
+    """
     table = Table(title=f"Plan of {plan.name}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     has_thresholds = any(trial.threshold_text for trial in plan.trials)
     if has_thresholds:
         table.add_column("thresholds", no_wrap=True)
-    for title in ("evals", "FLOPs", "KV/token"):
+    rates = [trial.job["recipe"]["learning_rate"] if trial.job else None for trial in plan.trials]
+    has_rates = len(set(rates) - {None}) > 1
+    for title in (*(["rate"] if has_rates else []), "evals", "FLOPs", "KV/token"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     full = full_config(plan)
-    for state in states:
+    for state, rate in zip(states, rates, strict=True):
         trial = state.trial
         cost = exact_cost(trial.config(), full)
         table.add_row(
             trial.label,
             *([trial.threshold_text] if has_thresholds else []),
+            *(["" if rate is None else f"{rate:g}"] if has_rates else []),
             f"{cost['evaluations']:.0f}",
             f"{100 * cost['relative_flops']:.0f} %",
             gib(cost["kv_bytes_per_token"]),

@@ -264,6 +264,32 @@ def test_models_from_scratch_are_counted_with_references_and_without_seeds(
     assert "thresholds" not in " ".join(rows(alone, chosen))
 
 
+def test_learning_rates_are_shown_where_they_differ(
+    tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")
+
+    def plan_at(*rates: float) -> SweepPlan:
+        models = [
+            Variant(
+                label=f"r = {number}",
+                job=TrainingJob(
+                    run_folder=str(tmp_path / f"{number}"),
+                    tokens_folder=str(tiny_tokens),
+                    model={**tiny_model, "schedule": [number, number]},
+                    recipe=chosen.training.model_copy(update={"learning_rate": rate}),
+                ),
+            )
+            for number, rate in enumerate(rates)
+        ]
+        return iterations_plan(models, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+
+    found = rows(plan_at(2e-3, 4e-3), chosen)
+    assert "model rate evals FLOPs KV/token state" in found
+    assert any(row.startswith("r = 1 0.004 4 ") for row in found), found
+    assert "model evals FLOPs KV/token state" in rows(plan_at(2e-3, 2e-3), chosen)
+
+
 def test_a_first_stage_in_common_is_paid_once(
     tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
 ) -> None:
