@@ -41,6 +41,13 @@ def check_models(settings: Settings, kind: Kind) -> None:
                 model_config(with_model(settings, **changes).model, vocab_size=vocab_size)
             except UserError as error:
                 problems.append(str(error))
+        names = [name for name, _ in models_of(settings)]
+        idle = [n for n in settings.sweep.learning_rates if n.startswith("r = ") and n not in names]
+        if idle:
+            problems.append(
+                f"sweep.learning_rates has a rate of {', '.join(idle)}, which is not swept; swept "
+                f"are {', '.join(names)}"
+            )
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
     if kind == "iterations":

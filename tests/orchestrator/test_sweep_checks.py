@@ -72,6 +72,11 @@ def desk(tmp_path: Path) -> Desk:
         ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),
         ("iterations", ["sweep.iterations=[0, -1, x]"], "at least 0, got -1.*; model: 'x' is"),
         ("study", ["sweep.methods=[vanilla]"], "a study needs an IIET with corrections"),
+        (
+            "iterations",
+            ["sweep.iterations=[0, 1]", "sweep.learning_rates={r = 7: 0.001}"],
+            "a rate of r = 7, which is not swept; swept are vanilla, r = 0, r = 1",
+        ),
         ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
         ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
         ("study", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
