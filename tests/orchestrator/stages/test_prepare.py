@@ -90,6 +90,7 @@ from orchestrator.settings import DataSettings
 from orchestrator.stages.prepare import prepare
 from orchestrator.workspace import open_workspace
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored behind a shell's &.
 tokenizing.SHARD_BYTES, tokenizing.DOCUMENTS_PER_BATCH = 2000, 5
 class Dying(shards.ShardWriter):
     safe = 0
