@@ -156,6 +156,11 @@ class IterationSchedule:
             raise ValueError(f"({self}) and ({other}) have different numbers of layers")
         return all(mine <= theirs for mine, theirs in zip(self, other, strict=True))
 
+    @property
+    def num_within(self) -> int:
+        """How many schedules lie within this one, itself and none included."""
+        return math.prod(1 + count for count in self)
+
     def with_layer(self, layer: int, count: int) -> IterationSchedule:
         """Return the schedule with another number of corrections in one layer, counted from 0."""
         before, after = self.corrections[:layer], self.corrections[layer + 1 :]

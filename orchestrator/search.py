@@ -13,7 +13,6 @@ nothing. A schedule that is suggested twice is answered from disk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -78,7 +77,7 @@ class ScheduleSearch:
     @property
     def num_schedules(self) -> int:
         """How many schedules there are to choose from."""
-        return math.prod(1 + most for most in self._full)
+        return self._full.num_within
 
     @property
     def num_wanted(self) -> int:

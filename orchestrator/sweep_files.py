@@ -6,7 +6,6 @@ trained yet, the plan is that of its training, with the most that students may c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -74,8 +73,8 @@ def _show_pretraining(settings: Settings, desk: Desk, jobs: Mapping[str, Trainin
     is_pruned = settings.distillation.control == "pruned"
     num_schedules = min(asked, 1 + sum(config.corrections))
     if sweep.kind == "search":
-        every = math.prod(1 + most for most in config.corrections)
-        num_schedules = min(num_schedules + settings.search.num_trials, every)
+        num_schedules += settings.search.num_trials
+        num_schedules = min(num_schedules, config.corrections.num_within)
     most = num_schedules * (1 if is_pruned else max(1, len(sweep.seeds)))
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
     training = "none of them trained" if is_pruned else f"each on {num_tokens:,} tokens"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, at once for those that come to read it; a deletion that is cut off leaves
+    `NAME.PID.tmp`.
+
+    Raises:
+        OSError: If it is not there, or may not be renamed.
+    """
+    doomed = folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}.tmp"))
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

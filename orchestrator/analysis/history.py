@@ -16,7 +16,7 @@ from pathlib import Path
 
 from orchestrator.analysis.pareto import find_front
 from orchestrator.journal import Journal, read_journal
-from orchestrator.plan import SweepPlan, exact_cost, full_config, full_trial
+from orchestrator.plan import SweepPlan, exact_cost, full_trial
 from orchestrator.trial import TrialResult
 
 BY_TRIALS = "sweep/hypervolume"
@@ -42,11 +42,12 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
         Whether there was anything new: False while the full model is not measured yet, if it has no
         accuracy, or if nothing was finished since the last time.
     """
-    full = full_config(plan)
+    full = full_trial(plan)
+    config = full.config()
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
-    front = find_front([replace(r, cost=exact_cost(t.config(), full)) for t, r in found])
+    front = find_front([replace(r, cost=exact_cost(t.config(), config)) for t, r in found])
     volume = front.hypervolume
-    spans_box = front.full is not None and front.full.result.key == full_trial(plan).key
+    spans_box = front.full is not None and front.full.result.key == full.key
     if volume is None or not spans_box or len(found) <= _last_step(folder):
         return False
     flops = sum(_flops_spent(result) for trial, result in found if trial.job)

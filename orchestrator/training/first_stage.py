@@ -29,6 +29,7 @@ from orchestrator.training.checkpoint import (
     load_provenance,
 )
 from orchestrator.training.job import IN_THE_RECORD, TrainingJob, job_key
+from orchestrator.workspace import delete_folder
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,10 @@ class FirstStage:
             check_checkpoint(self.checkpoint)
         except UserError as error:
             warn(f"{error}; the first stage is made anew")
-            # Away at once: a deletion that is cut off would leave a part in the place of a whole.
-            damaged = self._temporary("damaged")
-            with suppress(OSError):
-                self.folder.rename(damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
+            with suppress(OSError):  # Gone already, or not ours to delete.
+                delete_folder(self.folder)
             return None
         return self.checkpoint
-
-    def _temporary(self, state: str) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.{state}.{os.getpid()}.tmp")
 
     def record(self) -> list[tuple[int, dict[str, float]]]:
         """Return the steps and numbers that its journal holds, in their order."""
@@ -88,7 +83,7 @@ class FirstStage:
         Raises:
             OSError: If there is no room for it.
         """
-        temporary = self._temporary("new")
+        temporary = self.folder.with_name(f"{self.folder.name}.new.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=_link)

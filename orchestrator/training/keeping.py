@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from orchestrator.training.checkpoint import find_checkpoints
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace import delete_folder, read_json, write_json
 
 BEST = "best.json"
 
@@ -39,8 +39,7 @@ def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = No
     """Delete all but the newest checkpoints and one to keep, and what a crash left half-written."""
     for folder in find_checkpoints(run_folder)[:-num_kept]:
         if folder != keep:
-            doomed = folder.rename(folder.with_name(f"{folder.name}.tmp"))
-            shutil.rmtree(doomed, ignore_errors=True)
+            delete_folder(folder)
     remove_leftovers(run_folder)
 
 

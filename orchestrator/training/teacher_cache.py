@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +35,6 @@ from orchestrator.workspace import read_json, write_json
 
 MANIFEST_NAME = "manifest.json"
 TEMPORARY_PREFIX = ".writing-"
-DOOMED_PREFIX = ".deleting-"
 FORMAT_VERSION = 1
 
 Answer = Tensor | CoarseDistribution
@@ -180,7 +179,7 @@ def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
             )
             for column in plan.columns()
         }
-    except FileNotFoundError:  # Deleted just now; see `delete_cache`.
+    except FileNotFoundError:  # Deleted just now.
         return None
     rows = {digest: row for row, digest in enumerate(_digests(arrays.pop("tokens")))}
     return CachedTeacher(folder, plan, dict(arrays), rows)
@@ -214,7 +213,7 @@ def write_cache(
         if folder.exists():
             progress.note(f"{folder} is damaged ({problem}); it is made again")
             shutil.rmtree(folder)
-        for leftover in parent.glob(f"{DOOMED_PREFIX}*"):
+        for leftover in parent.glob("*.tmp"):  # Of deletions that were cut off.
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(exist_ok=True)
         _append_missing_steps(plan, temporary, answers, progress)
@@ -251,20 +250,12 @@ def damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
 
 def bytes_left(plan: CachePlan, parent: Path) -> int:
     """Return the bytes of a cache that are yet to be written into `parent`."""
-    temporary = parent / f"{TEMPORARY_PREFIX}{plan.key}"
     if damage(parent / plan.key, plan, read=False) is None:
         return 0
+    temporary = parent / f"{TEMPORARY_PREFIX}{plan.key}"
     paths = [column.path(temporary) for column in plan.columns()]
     written = sum(path.stat().st_size for path in paths if path.is_file())
     return max(0, plan.num_bytes - written)
-
-
-def delete_cache(folder: Path) -> None:
-    """Delete a cache, at once for those that come to open it."""
-    doomed = folder.with_name(f"{DOOMED_PREFIX}{folder.name}.{os.getpid()}")
-    with suppress(OSError):
-        folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _append_missing_steps(

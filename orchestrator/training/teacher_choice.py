@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,9 +34,9 @@ from orchestrator.training.teacher_cache import (
     CachePlan,
     bytes_left,
     damage,
-    delete_cache,
     write_cache,
 )
+from orchestrator.workspace import delete_folder
 
 LARGEST_BYTES = 2 << 30
 """`auto` stores no more than this."""
@@ -237,7 +238,8 @@ def forget_teacher(jobs: Sequence[TrainingJob], settings: DistillationSettings) 
     if settings.teacher_cache == "auto":
         for folder in {Path(job.teacher_cache) for job in jobs if job.teacher_cache}:
             if not (folder / _KEPT_NAME).exists():
-                delete_cache(folder)
+                with suppress(OSError):
+                    delete_folder(folder)
 
 
 class _Room:
@@ -245,15 +247,16 @@ class _Room:
 
     def __init__(self, mode: str, parent: Path) -> None:
         self.mode, self.parent = mode, parent
-        self._promised = 0
+        # Once: of what is written between two choices the disk would tell again.
+        self._free, self._promised = _free_bytes(parent), 0
 
     def choice(self, plan: CachePlan, num_students: int) -> tuple[bool, str]:
         """Return whether to store, and the sentence for the user."""
-        mode, promised = self.mode, self._promised
+        mode = self.mode
         if mode == "live":
             return False, ""
         size, needed = plan.num_bytes, bytes_left(plan, self.parent)
-        free = _free_bytes(self.parent) - promised
+        free = self._free - self._promised
         is_there = damage(self.parent / plan.key, plan, read=False) is None
         if is_there or mode != "auto":
             if not is_there and needed > free:
@@ -268,7 +271,7 @@ class _Room:
             return True, f"the teacher's answers {state} ({_readable(size)}){asked}"
         if num_students < FEWEST_STUDENTS:
             return False, f"the teacher runs in each trial: {num_students} waits for it"
-        limit = min(LARGEST_BYTES - promised, int(LARGEST_SHARE_OF_DISK * free))
+        limit = min(LARGEST_BYTES - self._promised, int(LARGEST_SHARE_OF_DISK * free))
         if needed > limit:
             return False, (
                 f"the teacher runs in each trial: its answers would take {_readable(needed)}, "

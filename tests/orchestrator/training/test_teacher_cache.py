@@ -26,9 +26,9 @@ from orchestrator.training.parts import load_teacher
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import (
     CachedTeacher,
+    CachePlan,
     bytes_left,
     damage,
-    delete_cache,
     open_cache,
     write_cache,
 )
@@ -39,6 +39,7 @@ from orchestrator.training.teacher_choice import (
     teacher_answers,
     teacher_work,
 )
+from orchestrator.workspace import delete_folder
 
 RECIPE: dict[str, Any] = {
     "num_steps": 6,
@@ -98,15 +99,19 @@ class Notes(Progress):
         self.notes.append(text)
 
 
-def stored(job: TrainingJob, parent: Path) -> TrainingJob:
+def plan_of(job: TrainingJob) -> CachePlan:
     plan = cache_plan(job)
     assert plan
+    return plan
+
+
+def stored(job: TrainingJob, parent: Path) -> TrainingJob:
+    plan = plan_of(job)
     return replace(job, teacher_cache=str(write_cache(plan, parent, teacher_answers(job))))
 
 
 def opened(job: TrainingJob) -> CachedTeacher:
-    plan = cache_plan(job)
-    assert plan
+    plan = plan_of(job)
     cache = open_cache(Path(str(job.teacher_cache)), plan)
     assert cache
     return cache
@@ -223,8 +228,7 @@ def test_a_cut_off_writing_goes_on_and_equals_the_whole(
     student: MakeStudent, tmp_path: Path, top_k: int | None
 ) -> None:
     job = student(distillation=DistillationConfig(top_k=top_k))
-    plan = cache_plan(job)
-    assert plan
+    plan = plan_of(job)
     whole = write_cache(plan, tmp_path / "whole", teacher_answers(job))
     answers, asked = teacher_answers(job), []
 
@@ -272,8 +276,7 @@ def test_a_damaged_cache_is_named_and_made_again_and_never_read(
 
 def test_a_whole_cache_is_not_written_again(student: MakeStudent, tmp_path: Path) -> None:
     job = stored(student(), tmp_path / "t")
-    plan = cache_plan(job)
-    assert plan
+    plan = plan_of(job)
 
     def forbidden(_: int) -> Any:
         raise AssertionError("the teacher was asked")
@@ -369,8 +372,7 @@ def test_auto_spares_the_disk_and_says_so(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student("a"), student("b")]
-    plan = cache_plan(jobs[0])
-    assert plan
+    plan = plan_of(jobs[0])
     for free, is_stored in ((10 * plan.num_bytes + 10, True), (10 * plan.num_bytes - 10, False)):
         monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _, free=free: free)
         notes, parent = Notes(), tmp_path / str(free)
@@ -387,8 +389,7 @@ def test_what_is_written_already_needs_no_more_room(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student("a"), student("b")]
-    plan = cache_plan(jobs[0])
-    assert plan
+    plan = plan_of(jobs[0])
     answers = teacher_answers(jobs[0])
 
     def full_after_half(number: int) -> Any:
@@ -412,14 +413,28 @@ def test_auto_stores_no_more_than_its_limit_for_all_seeds_together(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student(f"{name}{seed}", recipe={"seed": seed}) for seed in range(3) for name in "ab"]
-    plan = cache_plan(jobs[0])
-    assert plan
+    plan = plan_of(jobs[0])
     monkeypatch.setattr(teacher_choice, "LARGEST_BYTES", int(2.5 * plan.num_bytes))
     auto, own = DistillationSettings(), plan.num_rows * plan.context_length
     work = teacher_work(jobs, auto, tmp_path / "t")
     assert (work.num_stored_tokens, work.num_tokens) == (2 * own, 4 * own)
     shared = share_teacher(jobs, auto, tmp_path / "t")
     assert [bool(job.teacher_cache) for job in shared] == [True] * 4 + [False] * 2
+
+
+def test_what_was_stored_a_moment_ago_is_not_counted_twice(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [student(f"{seed}", recipe={"seed": seed}) for seed in range(3)]
+    size = plan_of(jobs[0]).num_bytes
+
+    def free_bytes(parent: Path) -> int:
+        written = sum(path.stat().st_size for path in parent.rglob("*.bin"))
+        return 3 * size - written
+
+    monkeypatch.setattr(teacher_choice, "_free_bytes", free_bytes)
+    shared = share_teacher(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
+    assert all(job.teacher_cache for job in shared)
 
 
 def test_no_more_than_one_pass_of_logits_is_held(
@@ -444,11 +459,10 @@ def test_who_comes_while_it_is_deleted_finds_none(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = stored(student(), tmp_path / "t")
-    plan = cache_plan(job)
-    assert plan
+    plan = plan_of(job)
 
     def whole_until_now(folder: Path, *_: Any, **__: Any) -> None:
-        delete_cache(folder)
+        delete_folder(folder)
 
     monkeypatch.setattr(teacher_cache, "damage", whole_until_now)
     assert open_cache(Path(str(job.teacher_cache)), plan) is None
