@@ -1,4 +1,4 @@
-# One target for each thing a person does; `make help` lists them. Needs Python 3.10 to 3.13 and make.
+# One target for each thing a person does; `make help` lists them. Needs Python 3.11 to 3.13 and make.
 
 PYTHON ?= python3
 VENV := .venv

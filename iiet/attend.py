@@ -1,19 +1,11 @@
-"""Scaled dot-product attention with query heads that may share key heads, on any supported PyTorch.
-
-PyTorch shares heads by itself from 2.5 on; before, keys and values are repeated, which gives the
-same numbers and takes the memory of a model whose heads are not shared.
-"""
+"""Scaled dot-product attention with query heads that may share key heads."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["attend"]
-
-_SHARES_HEADS = torch.__version__ >= "2.5"  # a TorchVersion, which compares as versions do
-"""Whether PyTorch's attention lets query heads share key heads; before, the keys are repeated."""
 
 
 def attend(
@@ -32,12 +24,11 @@ def attend(
     Returns:
         (batch, heads, time, head_dim).
     """
-    group = queries.size(1) // keys.size(1)
-    if group == 1:
-        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal)
-    if _SHARES_HEADS:
-        return F.scaled_dot_product_attention(
-            queries, keys, values, mask, is_causal=is_causal, enable_gqa=True
-        )
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal)
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        mask,
+        is_causal=is_causal,
+        enable_gqa=queries.size(1) != keys.size(1),
+    )

@@ -32,7 +32,7 @@ from orchestrator.training.job import (
     stop_asked,
 )
 from orchestrator.training.loop import Diverged
-from orchestrator.training.parallel import World, check_parallel
+from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
 from orchestrator.training.saving import NotSaved
 
@@ -108,7 +108,6 @@ def _run_held(
     watch: Watch | None,
 ) -> None:
     """Run jobs whose folders are held until all have ended; as `run_train_jobs`."""
-    check_parallel(parallel)
     for job in jobs:
         forget_stop(job.folder)
     before = [_journal_bytes(job) for job in jobs]

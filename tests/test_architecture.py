@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,27 @@ def test_each_outside_library_has_one_door(library: str) -> None:
         n for n in users if not any(n == d or n.startswith(f"{d}.") for d in DOORS[library])
     }
     assert not strangers, f"{library} is imported by {strangers}; its door is {DOORS[library]}"
+
+
+def test_every_imported_library_is_declared() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = {
+        _normal(re.split(r"[^\w.-]", requirement)[0])
+        for requirement in settings["project"]["dependencies"]
+    }
+    suppliers = metadata.packages_distributions()
+    known = {*sys.stdlib_module_names, *PACKAGES}
+    for name, path in MODULES.items():
+        for library in {i.split(".")[0] for i in _imports(path)} - known:
+            found = {_normal(supplier) for supplier in suppliers.get(library, [library])}
+            assert found & declared, (
+                f"{name} imports {library}; declare {' or '.join(found)} in pyproject.toml"
+            )
+
+
+def _normal(distribution: str) -> str:
+    """Spell a distribution as package indexes do."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def test_imports_point_down_the_layers() -> None:

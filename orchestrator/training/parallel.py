@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iiet.decoder import Decoder
-from orchestrator.errors import UserError
 
 T = TypeVar("T")
 
@@ -64,23 +63,6 @@ def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> n
     return DistributedDataParallel(
         decoder, find_unused_parameters=has_idle_parameters, gradient_as_bucket_view=True
     )
-
-
-def check_parallel(parallel: str) -> None:
-    """Find before a start whether this PyTorch can share a model among workers.
-
-    Raises:
-        UserError: If it is too old; says which one can.
-    """
-    if parallel != "fsdp":
-        return
-    from torch.distributed import fsdp  # takes a second
-
-    if not hasattr(fsdp, "fully_shard"):
-        raise UserError(
-            f"cluster.parallel=fsdp needs PyTorch 2.6 or newer, this is {torch.__version__}; "
-            "install that, or leave it at ddp"
-        )
 
 
 def without_averaging(model: nn.Module, world: World) -> AbstractContextManager[None]:

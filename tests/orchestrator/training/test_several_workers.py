@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from orchestrator.errors import UserError
 from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import find_checkpoints, load_decoder, load_training_state
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.parallel import World, check_parallel
+from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
 
 RECIPE = {
@@ -199,13 +198,3 @@ def test_a_sharded_run_saves_what_an_unsharded_one_saves(runs: Runs) -> None:
             assert type(other) is torch.Tensor
             assert torch.allclose(value, other, atol=1e-6), (number, name)
     assert states[0]["optimizer"]["param_groups"] == states[1]["optimizer"]["param_groups"]
-
-
-def test_an_old_pytorch_that_cannot_shard_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed import fsdp
-
-    check_parallel("fsdp")
-    monkeypatch.delattr(fsdp, "fully_shard")
-    check_parallel("ddp")
-    with pytest.raises(UserError, match=r"cluster\.parallel=fsdp needs PyTorch 2\.6"):
-        check_parallel("fsdp")
