@@ -13,11 +13,9 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -32,6 +30,7 @@ import psutil
 from orchestrator.errors import Interrupted, StageFailed, UserError
 from orchestrator.interruption import POLL_SECONDS, SIGNALS, handling, raise_interrupt
 from orchestrator.resources import Resources, local_resources
+from orchestrator.scratch import Scratch, make_scratch
 
 # Ray reads these when it is imported; what the user has set stays.
 _ENVIRONMENT = {
@@ -107,7 +106,7 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[Cluster]:
     if _running is not None:
         yield _running
         return
-    cluster = _RayThread(_short_folder(), num_cpus)
+    cluster = _RayThread(make_scratch(longest_path=LONGEST_TEMPORARY_FOLDER), num_cpus)
     patience = SHUTDOWN_SECONDS
     try:
         with handling((signal.SIGTERM,), raise_interrupt):
@@ -130,7 +129,7 @@ class _RayThread:
     crashes the interpreter.
     """
 
-    def __init__(self, scratch: Path, num_cpus: int | None) -> None:
+    def __init__(self, scratch: Scratch, num_cpus: int | None) -> None:
         self.scratch, self.num_cpus = scratch, num_cpus
         self._earlier = {process.pid for process in psutil.Process().children()}
         self._resources: Future[Resources] = Future()
@@ -153,7 +152,7 @@ class _RayThread:
                     give_up_at = min(give_up_at, time.monotonic() + START_PATIENCE_SECONDS)
         if signals:
             raise KeyboardInterrupt
-        return Cluster(self._resources.result(), self.scratch)
+        return Cluster(self._resources.result(), self.scratch.folder)
 
     def end(self, patience: float) -> None:
         """End Ray, by force what does not end by itself within `patience` seconds."""
@@ -167,11 +166,11 @@ class _RayThread:
             return
         _, alive = psutil.wait_procs(family, timeout=0.5)
         _kill(alive)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.delete()
 
     def _live(self) -> None:
         try:
-            self._resources.set_result(_start(self.scratch, self.num_cpus))
+            self._resources.set_result(_start(self.scratch.folder, self.num_cpus))
         except BaseException as error:
             self._resources.set_exception(error)
         self._to_end.wait()
@@ -251,11 +250,11 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def _leave(family: list[psutil.Process], scratch: Path) -> None:
+def _leave(family: list[psutil.Process], scratch: Scratch) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     _kill(family)
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.delete()
     os._exit(EXIT_CODE_INTERRUPTED)
 
 
@@ -271,15 +270,3 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _short_folder() -> Path:
-    """Make Ray's temporary folder, and remove those of processes that were killed."""
-    parent = Path(tempfile.gettempdir())
-    if len(str(parent)) > LONGEST_TEMPORARY_FOLDER - 24:
-        parent = Path("/tmp")
-    for folder in parent.glob("iiet-*-*"):
-        number = folder.name.split("-")[1]
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"iiet-{os.getpid()}-", dir=parent))

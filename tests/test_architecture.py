@@ -32,7 +32,7 @@ LAYERS = (
     "iiet",
     "orchestrator.errors",
     "orchestrator.journal orchestrator.console orchestrator.logs orchestrator.shipped"
-    " orchestrator.interruption",
+    " orchestrator.interruption orchestrator.scratch",
     "orchestrator.settings orchestrator.workspace orchestrator.provenance orchestrator.resources",
     "orchestrator.trial",
     "orchestrator.data",
