@@ -7,6 +7,8 @@ that was copied or half deleted says what it still has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from orchestrator.training.checkpoint import (
     load_config,
     load_provenance,
     newest_checkpoint,
+    newest_whole_checkpoint,
+    report_older,
     resolve_checkpoint,
     tokenizer_file,
     weights_key,
@@ -31,26 +35,52 @@ NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
 
 
-def resolve_teacher(workspace: Workspace, path: Path | None) -> Path:
-    """Return the checkpoint that the user means: by its path, or the workspace's newest IIET."""
-    return resolve_checkpoint(path) if path else find_teacher(workspace)
+def resolve_teacher(
+    workspace: Workspace, path: Path | None, warn: Callable[[str], None] | None = None
+) -> Path:
+    """Return the checkpoint that the user means: by its path, or the workspace's newest IIET.
 
-
-def find_teacher(workspace: Workspace) -> Path:
-    """Return the newest checkpoint of an IIET with corrections.
+    Args:
+        workspace: Looked through where no path is given.
+        path: A checkpoint, or a run, whose newest checkpoint is meant.
+        warn: Called where the newest checkpoint is damaged and an older one is used; without it
+            that is an error. Only commands that leave nothing behind may take another model.
 
     Raises:
-        UserError: If the workspace has none; says how to make one.
+        UserError: If there is none, or it is damaged.
+    """
+    return resolve_checkpoint(path, warn) if path else find_teacher(workspace, warn)
+
+
+def find_teacher(workspace: Workspace, warn: Callable[[str], None] | None = None) -> Path:
+    """Return the newest checkpoint of an IIET with corrections; see `resolve_teacher`.
+
+    Raises:
+        UserError: If the workspace has none, which says how to make one; or it is damaged.
     """
     runs = sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+    all_damage: list[str] = []
     for run in runs:
-        checkpoint = newest_checkpoint(run)
-        if checkpoint and load_config(checkpoint).corrections.num_corrections:
-            return checkpoint
+        checkpoint, damage = newest_whole_checkpoint(run)
+        if _may_be_teacher(run, checkpoint):
+            all_damage += damage
+            if checkpoint:
+                if all_damage:
+                    report_older(checkpoint, all_damage, warn)
+                return checkpoint
+    found = f" that is whole ({'; '.join(all_damage)})" if all_damage else ""
     raise UserError(
-        f"{workspace.root} has no IIET checkpoint; `iiet-orch pretrain` makes one, "
+        f"{workspace.root} has no IIET checkpoint{found}; `iiet-orch pretrain` makes one, "
         "`iiet-orch quickstart` does the whole job, and a path as argument takes another"
     )
+
+
+def _may_be_teacher(run: Path, checkpoint: Path | None) -> bool:
+    """Whether a run trains an IIET with corrections; a run without readable configuration may."""
+    for folder in [checkpoint] if checkpoint else find_checkpoints(run):
+        with suppress(UserError):
+            return bool(load_config(folder).corrections.num_corrections)
+    return True
 
 
 def find_references(workspace: Workspace, teacher: Path) -> list[tuple[str, Path]]:

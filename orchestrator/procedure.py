@@ -242,7 +242,7 @@ def evaluate_and_show(
         trust_remote_code: Whether code that lies in a model folder may run.
     """
     # All are opened first: a mistake in the last shall not cost the time of the others.
-    subjects = open_subjects(desk.workspace, paths, schedules)
+    subjects = open_subjects(desk.workspace, paths, schedules, warn=desk.progress.note)
     evaluations = [
         evaluate(
             subject,

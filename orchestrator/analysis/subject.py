@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -83,12 +83,19 @@ class Subject:
         return decoder.with_schedule(self.config.corrections)
 
 
-def open_subject(path: Path, schedule: str | IterationSchedule | None = None) -> Subject:
+def open_subject(
+    path: Path,
+    schedule: str | IterationSchedule | None = None,
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> Subject:
     """Return the model that a path means.
 
     Args:
         path: A checkpoint, a run (its newest checkpoint), or a model folder of transformers.
         schedule: Another iteration schedule than the model's own.
+        warn: Called where a run's newest checkpoint is damaged and an older one is used; without
+            it that is an error.
 
     Raises:
         UserError: If there is no model, it is damaged, or the schedule does not fit.
@@ -99,7 +106,7 @@ def open_subject(path: Path, schedule: str | IterationSchedule | None = None) ->
     values = _config_values(path)
     if any(key in values for key in _FOREIGN_KEYS):
         return _foreign(path, values, schedule)
-    checkpoint = resolve_checkpoint(path)
+    checkpoint = resolve_checkpoint(path, warn)
     config = _with_schedule(load_config(checkpoint), schedule, checkpoint)
     key = (weights_key(checkpoint), config.to_dict(), file_key(tokenizer_file(checkpoint)))
     return Subject(
@@ -114,7 +121,11 @@ def open_subject(path: Path, schedule: str | IterationSchedule | None = None) ->
 
 
 def open_subjects(
-    workspace: Workspace, paths: Sequence[Path] | None, schedules: Sequence[str] | None
+    workspace: Workspace,
+    paths: Sequence[Path] | None,
+    schedules: Sequence[str] | None,
+    *,
+    warn: Callable[[str], None] | None = None,
 ) -> list[Subject]:
     """Return the models that a user names, each under each of the schedules, none twice.
 
@@ -122,14 +133,15 @@ def open_subjects(
         workspace: Its newest IIET is meant where no path is given.
         paths: Checkpoints, runs or model folders.
         schedules: Iteration schedules; each model's own when empty.
+        warn: As in `open_subject`.
 
     Raises:
         UserError: If one is missing or damaged, or a schedule does not fit it.
     """
     wanted: Sequence[str | None] = schedules or [None]
     subjects = [
-        open_subject(path, schedule)
-        for path in paths or [resolve_teacher(workspace, None)]
+        open_subject(path, schedule, warn=warn)
+        for path in paths or [resolve_teacher(workspace, None, warn)]
         for schedule in wanted
     ]
     return list({(subject.path, subject.name): subject for subject in subjects}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,7 +56,9 @@ def generate(
         from orchestrator.catalog import parse_schedule, resolve_teacher
         from orchestrator.stages.generate import Sampling, Writer
 
-        model = resolve_teacher(session.workspace, checkpoint)
+        # The text goes to standard output, so a warning does not.
+        warn = partial(typer.echo, err=True)
+        model = resolve_teacher(session.workspace, checkpoint, warn)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,

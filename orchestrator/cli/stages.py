@@ -135,7 +135,7 @@ def benchmark(
         from orchestrator.stages.benchmark import benchmark as stage
         from orchestrator.stages.benchmark import family_of, usual_contexts
 
-        subjects = open_subjects(desk.workspace, checkpoints, schedule)
+        subjects = open_subjects(desk.workspace, checkpoints, schedule, warn=desk.progress.note)
         if len(subjects) == 1 and not schedule:
             subjects = family_of(subjects[0])
         conditions = Conditions(

@@ -55,7 +55,7 @@ def evaluate(
     """
     progress = progress or Progress()
     if isinstance(checkpoint, Path):
-        checkpoint = open_subject(checkpoint, schedule)
+        checkpoint = open_subject(checkpoint, schedule, warn=progress.note)
     subject = checkpoint
     suite = _load(subject, settings, workspace, progress)
     keys = {

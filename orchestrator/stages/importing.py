@@ -16,7 +16,11 @@ from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, num_toke
 from orchestrator.errors import UserError
 from orchestrator.foreign import foreign_key, read_foreign
 from orchestrator.provenance import content_key, environment, file_key
-from orchestrator.training.checkpoint import load_provenance, newest_checkpoint, save_checkpoint
+from orchestrator.training.checkpoint import (
+    load_provenance,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
 from orchestrator.workspace import Workspace
 
 
@@ -83,7 +87,9 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
     """
     if not run_folder.exists():
         return None
-    checkpoint = newest_checkpoint(run_folder)
+    checkpoint, damage = newest_whole_checkpoint(run_folder)
+    if damage:
+        raise UserError(f"{damage[0]}; delete {run_folder}, and the same command imports it again")
     imported = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}
     if imported.get("source") != source:
         raise UserError(

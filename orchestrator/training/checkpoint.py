@@ -4,9 +4,10 @@ A checkpoint is a folder `step_00000100/` with `config.json`, `model.safetensors
 `training_state.pt` and `provenance.json`; only an imported one may lack the tokenizer. It is
 written under another name, flushed to disk and renamed, so a crash leaves either nothing or all of
 it. `provenance.json` holds the SHA-256 of every other file; whatever else can damage a file
-afterwards (a full disk, a copy that stopped) is found on reading, named, and the checkpoint before
-is used. Nothing is unpickled: weights are safetensors, and the training state loads with
-`weights_only=True`.
+afterwards (a full disk, a copy that stopped) is found on reading and named. A training goes on from
+the checkpoint before. Commands that read a model warn when they use an older one, and refuse where
+something would be made of it. Nothing is unpickled: weights are safetensors, and the training state
+loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -248,31 +249,44 @@ def newest_checkpoint(run_folder: Path, warn: Callable[[str], None] | None = Non
 
     Args:
         run_folder: The run's folder.
-        warn: Called with one sentence for each damaged checkpoint that is passed over.
+        warn: Called with one sentence for each damaged checkpoint that is passed over; it names
+            the checkpoint that is used instead.
     """
+    newest, damage = newest_whole_checkpoint(run_folder)
+    for problem in damage if warn else ():
+        warn(f"{problem}; " + (f"{newest} is used instead" if newest else "no older one is left"))
+    return newest
+
+
+def newest_whole_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint of a run, or None, and what is wrong with newer ones."""
+    damage = []
     for folder in reversed(find_checkpoints(run_folder)):
         try:
             check_checkpoint(folder)
         except UserError as error:
-            if warn:
-                warn(f"{error}; using the one before")
+            damage.append(str(error))
         else:
-            return folder
-    return None
+            return folder, damage
+    return None, damage
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a user means by a path: itself, or a run's newest whole one.
+def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Path:
+    """Return the checkpoint that a user means by a path: itself, or a run's newest one.
+
+    Args:
+        path: A checkpoint or a run.
+        warn: Called where a run's newest checkpoint is damaged and an older one is used. Without
+            it that is an error: an older checkpoint is another model.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or it is damaged.
     """
     path = path.expanduser().resolve()
     if (path / PROVENANCE).is_file() or _NAME.fullmatch(path.name):
         check_checkpoint(path)
         return path
-    damage: list[str] = []
-    newest = newest_checkpoint(path, damage.append)
+    newest, damage = newest_whole_checkpoint(path)
     if newest is None:
         if not damage and (path / CONFIG).is_file():
             raise UserError(
@@ -280,7 +294,26 @@ def resolve_checkpoint(path: Path) -> Path:
             )
         found = f" ({damage[0]})" if damage else ""
         raise UserError(f"{path} holds no whole checkpoint{found}; `iiet-orch pretrain` makes one")
+    if damage:
+        report_older(newest, damage, warn)
     return newest
+
+
+def report_older(
+    checkpoint: Path, damage: Sequence[str], warn: Callable[[str], None] | None
+) -> None:
+    """Say that an older checkpoint stands in for damaged ones.
+
+    Raises:
+        UserError: If there is nobody to warn.
+    """
+    problems = "; ".join(damage)
+    if warn is None:
+        raise UserError(
+            f"{problems}. The newest whole one is {checkpoint}, which is another model; give that "
+            "path to use it, or restore the damaged one"
+        )
+    warn(f"{problems}; {checkpoint} is used instead")
 
 
 def _write(path: Path, value: Any) -> None:

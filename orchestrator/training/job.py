@@ -24,6 +24,7 @@ from orchestrator.training.checkpoint import (
     check_checkpoint,
     checkpoint_name,
     load_config,
+    newest_whole_checkpoint,
     resolve_checkpoint,
     weights_key,
 )
@@ -239,8 +240,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     # What another job has yet to make is looked at when it is there.
     is_there = not job.initial_job or (Path(str(job.initial_folder)) / DONE_NAME).is_file()
     if job.initial_folder and is_there:
-        folder = Path(job.initial_folder)
-        folder = resolve_checkpoint(folder) if job.initial_job else folder
+        folder = initial_checkpoint(job)
         check_checkpoint(folder)
         initial = load_config(folder)
         if replace(initial, schedule=config.schedule) != config:
@@ -249,6 +249,24 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
                 "only the iteration schedule may differ"
             )
     _check_claim(job)
+
+
+def initial_checkpoint(job: TrainingJob) -> Path:
+    """Return the checkpoint whose weights a job starts from.
+
+    Raises:
+        UserError: If another job made it and its last checkpoint is damaged.
+    """
+    folder = Path(str(job.initial_folder))
+    if not job.initial_job:
+        return folder
+    newest, damage = newest_whole_checkpoint(folder)
+    if damage:
+        raise UserError(
+            f"{'; '.join(damage)}. Another training starts from it; delete {folder} and run the "
+            "command again, which trains it anew"
+        )
+    return newest or resolve_checkpoint(folder)
 
 
 def sequences_per_step(

@@ -18,12 +18,8 @@ from iiet.distillation import DistillationConfig, Model
 from iiet.schedule import IterationSchedule
 from orchestrator.data.tokens import TokenStore
 from orchestrator.provenance import environment
-from orchestrator.training.checkpoint import (
-    load_decoder,
-    resolve_checkpoint,
-    weights_key,
-)
-from orchestrator.training.job import TrainingJob
+from orchestrator.training.checkpoint import load_decoder, weights_key
+from orchestrator.training.job import TrainingJob, initial_checkpoint
 from orchestrator.training.objective import (
     Objective,
     ScheduleAt,
@@ -40,7 +36,7 @@ def first_weights(job: TrainingJob, config: ModelConfig) -> Decoder:
     torch.manual_seed(job.recipe.seed)
     if job.initial_folder is None:
         return Decoder(config)
-    decoder = load_decoder(resolve_checkpoint(Path(job.initial_folder)), check=False)
+    decoder = load_decoder(initial_checkpoint(job), check=False)
     return decoder.with_schedule(config.corrections)
 
 
