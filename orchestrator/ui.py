@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -66,8 +67,10 @@ def serve(
     check_port(port)
     url = f"http://{HOST}:{port}"
     say(f"starting MLflow on {url} (takes some seconds)")
-    with _stop_signals() as stopped:
-        server = _start(workspace, tracking.store.uri, port)
+    # Python imports from the current directory first: the server's is an empty one, so that a file
+    # in a shared workspace is never taken for a module.
+    with _stop_signals() as stopped, TemporaryDirectory(prefix="iiet-ui-") as empty:
+        server = _start(workspace, tracking.store.uri, port, Path(empty))
         try:
             _wait_until_healthy(server, url, workspace.logs / LOG_NAME, stopped)
             for line in link_lines(tracking, url):
@@ -139,7 +142,7 @@ def _group_lives(server: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]:
+def _start(workspace: Workspace, uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
         *("--host", HOST, "--port", str(port)),
@@ -160,7 +163,7 @@ def _start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            cwd=workspace.root,
+            cwd=folder,
             start_new_session=True,
         )
 

@@ -59,6 +59,10 @@ def test_a_server_of_others_is_only_linked(
 def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: Workspace) -> None:
     tracking = open_tracking(workspace, warn=pytest.fail)
     run = tracking.run("key", name="toy", kind="sweep", tags={VIEW_TAG: "front-toy"})
+    ran = workspace.root / "ran"
+    for name in ("mlflow", "random", "sqlalchemy", "uvicorn"):
+        code = f"open({str(ran)!r}, 'a').write({name!r}); raise SystemExit('code of the workspace')"
+        (workspace.root / f"{name}.py").write_text(code)
     port, said, seen = free_port(), [], []
 
     def look_once() -> bool:
@@ -70,6 +74,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: 
         return True
 
     serve(workspace, port=port, say=said.append, should_stop=look_once)
+    assert not ran.exists()
     assert seen[0] == 200
     assert said[1].startswith("training runs: http://127.0.0.1:")
     assert any(f"/runs/{run.run_id}?workflowType=machine_learning" in line for line in said)
@@ -86,7 +91,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: 
 def test_a_server_that_ends_names_its_last_line_and_its_log(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]:
+    def start(workspace: Workspace, uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
         workspace.logs.mkdir(exist_ok=True)
         with (workspace.logs / LOG_NAME).open("wb") as log:
             command = [sys.executable, "-c", "print('no such host'); raise SystemExit(3)"]
