@@ -1,14 +1,17 @@
 """The offline test suite: lm-eval tasks made from the documents that were held out of training.
 
-In goes a folder of prepared tokens, out comes a folder `heldout-<key>` beside them with three tasks
-as lm-eval wants them (a YAML file each, one group over them, a Python file that reads the items,
-the items as JSON lines): `lastword`, `continuation` and `bits_per_byte`. Nothing in it knows this
-program, so the stock command runs it too: `lm_eval run --include_path FOLDER --tasks heldout ...`.
-`heldout_items` says how the items are chosen. A suite that exists is found again at once.
+In goes a folder of prepared tokens, out comes a folder `heldout-<key>` beside them with the items
+of three tasks as JSON lines: `lastword`, `continuation` and `bits_per_byte`. `heldout_items` says
+how the items are chosen. A suite that exists is found again at once.
+
+The folder holds data only, and what is read from it is compared with the checksums in `suite.json`.
+How a task asks and scores is said here (`TASK_CONFIGS`). The YAML files are for the stock command
+alone: `cd FOLDER; lm_eval run --include_path . --tasks heldout ...`; this program never reads them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -18,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from orchestrator.analysis.heldout_items import ItemBuilder
 from orchestrator.analysis.text_counts import TokenCounts, WordCounts
 from orchestrator.console import Progress
@@ -25,7 +30,7 @@ from orchestrator.data.corpus import Document, hash_share
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.tokens import TokenStore, open_tokens
 from orchestrator.errors import UserError
-from orchestrator.provenance import content_key
+from orchestrator.provenance import content_key, file_digest
 from orchestrator.workspace import read_json, write_json, write_text
 
 SUITE_VERSION = 1
@@ -44,59 +49,40 @@ SOURCE_BYTES_PER_ITEM = 400
 KNOWN_TEXT_TOKENS = 2_000_000
 LARGEST_STANDARD_ERROR = 0.02
 
-_READER = '''"""Reads the items beside this file, for the `custom_dataset` of the task files."""
-
-import json
-from pathlib import Path
-
-import datasets
-
-
-def _read(name):
-    lines = Path(__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
-
-
-def lastword(**settings):
-    return _read("lastword")
-
-
-def continuation(**settings):
-    return _read("continuation")
-
-
-def bits_per_byte(**settings):
-    return _read("bits_per_byte")
-'''
-
-_TASK_FILES = {
-    "lastword": """\
-output_type: loglikelihood
-doc_to_text: "{{context}}"
-doc_to_target: "{{' ' + word}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
-""",
-    "continuation": """\
-output_type: multiple_choice
-doc_to_text: "{{context}}"
-doc_to_choice: endings
-doc_to_target: label
-target_delimiter: " "
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "bits_per_byte": """\
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list:
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-""",
+TASK_CONFIGS: dict[str, dict[str, Any]] = {
+    "lastword": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{' ' + word}}",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        ],
+    },
+    "continuation": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "endings",
+        "doc_to_target": "label",
+        "target_delimiter": " ",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+    },
+    "bits_per_byte": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": name, "aggregation": aggregation, "higher_is_better": False}
+            for name, aggregation in (
+                ("bits_per_byte", "bits_per_byte"),
+                ("byte_perplexity", "weighted_perplexity"),
+                ("word_perplexity", "weighted_perplexity"),
+            )
+        ],
+    },
 }
 
 
@@ -123,20 +109,97 @@ def build_heldout(
         progress: Told what is going on when the suite is made.
 
     Raises:
-        UserError: If the tokens are damaged, or the documents give not a single item.
+        UserError: If the tokens or the suite are damaged, or the documents give not a single item.
     """
     store = open_tokens(tokens)
     max_tokens = min(context_length, MAX_ITEM_TOKENS)
     key = content_key("heldout", SUITE_VERSION, store.fingerprint, num_items, max_tokens)
     folder = store.folder / f"heldout-{key}"
-    found = read_json(folder / SUITE_NAME)
-    if found is None:
+    suite = _stored_suite(folder)
+    if suite is None:
         progress = progress or Progress()
         progress.start("held-out tasks")
         items = _items(store, num_items, max_tokens)
-        found = _write(folder, items, _notes(items))
-        progress.finish(", ".join(f"{n:,} {name}" for name, n in found["tasks"].items()))
-    return HeldoutSuite(folder=folder, tasks=found["tasks"], notes=tuple(found["notes"]))
+        suite = _write(folder, items, _notes(items))
+        progress.finish(", ".join(f"{n:,} {name}" for name, n in suite.tasks.items()))
+    return suite
+
+
+def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the tasks of a suite as lm-eval's task class takes them, by name.
+
+    Raises:
+        UserError: If the folder holds no suite, or a file of it is not what was written.
+    """
+    suite = _stored_suite(folder)
+    if suite is None:
+        raise UserError(
+            f"{folder} holds no held-out tasks of this version; run the command again, and it "
+            "makes them"
+        )
+    return {
+        name: {
+            "task": name,
+            "custom_dataset": _Items(suite.folder, name),
+            "test_split": "test",
+            **copy.deepcopy(TASK_CONFIGS[name]),
+            "metadata": {"version": SUITE_VERSION},
+        }
+        for name in suite.tasks
+    }
+
+
+class _Items:
+    """Reads the items of a task, for its `custom_dataset`."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def __call__(self, **_settings: Any) -> dict[str, Any]:
+        import datasets  # Takes a second.
+
+        lines = _rows_path(self._folder, self._name).read_text(encoding="utf-8").splitlines()
+        return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+
+    def __str__(self) -> str:
+        # A task's fingerprint holds this text. It is that of the function which once lay beside
+        # the items, so that evaluations of that time are found again.
+        return f'def {self._name}(**settings):\n    return _read("{self._name}")\n'
+
+
+def _rows_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.jsonl"
+
+
+def _stored_suite(folder: Path) -> HeldoutSuite | None:
+    """Return the suite of a folder after comparing its files with their checksums; None if there
+    is none, or one from before there were checksums.
+
+    Raises:
+        UserError: If a file is not what was written.
+    """
+    path = folder / SUITE_NAME
+    found = read_json(path)
+    if found is None or (isinstance(found, dict) and "checksums" not in found):
+        return None
+    try:
+        tasks = {name: int(number) for name, number in found["tasks"].items()}
+        notes = tuple(str(note) for note in found["notes"])
+        checksums = {name: str(found["checksums"][_rows_path(folder, name).name]) for name in tasks}
+        is_whole = set(tasks) <= set(TASKS)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is damaged; delete it and run the command again")
+    for name, checksum in checksums.items():
+        rows = _rows_path(folder, name)
+        if not rows.is_file() or file_digest(rows) != checksum:
+            state = "is not what was written" if rows.exists() else "is missing"
+            raise UserError(
+                f"the held-out tasks are damaged: {rows} {state}; delete the folder {folder} and "
+                "run the command again, which makes the same tasks anew"
+            )
+    return HeldoutSuite(folder=folder, tasks=tasks, notes=notes)
 
 
 def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
@@ -184,21 +247,32 @@ def _notes(items: Mapping[str, list[dict[str, Any]]]) -> list[str]:
 
 def _write(
     folder: Path, items: Mapping[str, list[dict[str, Any]]], notes: list[str]
-) -> dict[str, Any]:
+) -> HeldoutSuite:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    names = [name for name in TASKS if items[name]]
-    for name in names:
-        rows = "".join(json.dumps(row) + "\n" for row in items[name])
-        write_text(temporary / f"{name}.jsonl", rows)
-        head = f"task: {name}\ncustom_dataset: !function {GROUP}_reader.{name}\ntest_split: test\n"
-        tail = f"metadata: {{version: {SUITE_VERSION}}}\n"
-        write_text(temporary / f"{name}.yaml", head + _TASK_FILES[name] + tail)
-    write_text(temporary / f"{GROUP}_reader.py", _READER)
-    write_text(temporary / f"{GROUP}.yaml", f"group: {GROUP}\ntask: [{', '.join(names)}]\n")
-    suite = {"tasks": {name: len(items[name]) for name in names}, "notes": notes}
-    write_json(temporary / SUITE_NAME, suite)
+    tasks = {name: len(items[name]) for name in TASKS if items[name]}
+    checksums = {}
+    for name in tasks:
+        rows = _rows_path(temporary, name)
+        write_text(rows, "".join(json.dumps(row) + "\n" for row in items[name]))
+        checksums[rows.name] = file_digest(rows)
+        write_text(temporary / f"{name}.yaml", _stock_task(name, rows.name))
+    write_text(temporary / f"{GROUP}.yaml", yaml.safe_dump({"group": GROUP, "task": list(tasks)}))
+    write_json(temporary / SUITE_NAME, {"tasks": tasks, "notes": notes, "checksums": checksums})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
-    return suite
+    return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes))
+
+
+def _stock_task(name: str, file_name: str) -> str:
+    """Return the task file for the stock command, which reads the items by a relative path."""
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": file_name}},
+        "test_split": "test",
+        **TASK_CONFIGS[name],
+        "metadata": {"version": SUITE_VERSION},
+    }
+    return yaml.safe_dump(config, sort_keys=False)

@@ -28,7 +28,7 @@ class RequestedTasks:
     names: tuple[str, ...]
     """Tasks, groups, tags or named suites."""
     folders: tuple[Path, ...]
-    """Folders of task files, which come before lm-eval's own."""
+    """Folders of the user's task files, which come before lm-eval's own."""
     heldout: Path | None = None
     """The folder of the held-out tasks, where those were asked for."""
 
@@ -80,9 +80,7 @@ def requested_tasks(
         progress.note(note)
     place = names.index(HELDOUT)
     names[place : place + 1] = [name for name in TASKS if name in built.tasks]
-    return RequestedTasks(
-        names=tuple(names), folders=(*folders, built.folder), heldout=built.folder
-    )
+    return RequestedTasks(names=tuple(names), folders=tuple(folders), heldout=built.folder)
 
 
 def task_folders(settings: EvaluationSettings) -> list[Path]:

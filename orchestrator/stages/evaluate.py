@@ -103,7 +103,12 @@ def _load(
     asked = requested_tasks(
         settings, tokens, context_length=subject.context_length, progress=progress
     )
-    suite = load_suite(asked.names, folders=asked.folders, num_fewshot=settings.num_fewshot)
+    suite = load_suite(
+        asked.names,
+        folders=asked.folders,
+        heldout=asked.heldout,
+        num_fewshot=settings.num_fewshot,
+    )
     for name, reason in suite.skipped.items():
         progress.note(f"skipped {name}: {reason}")
     return suite

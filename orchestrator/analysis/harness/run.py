@@ -99,6 +99,7 @@ def evaluate_decoder(
     *,
     tasks: Sequence[str] = (),
     folders: Sequence[Path] = (),
+    heldout: Path | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 32,
     limit: int | None = None,
@@ -108,8 +109,9 @@ def evaluate_decoder(
     Args:
         decoder: The model; its own schedule is followed.
         tokenizer_path: The `tokenizer.json` that it was trained with.
-        tasks: Names of tasks, groups or tags; all tasks in `folders` when empty.
+        tasks: Names of tasks, groups or tags; all tasks in `folders` and `heldout` when empty.
         folders: Folders of task files, which come before lm-eval's own.
+        heldout: Folder with the items of held-out tasks, which come before all others.
         num_fewshot: Solved examples before each item, where a task does not fix it at 0.
         batch_size: Sequences of full length in one forward pass.
         limit: Items of each task; all when unset.
@@ -118,7 +120,7 @@ def evaluate_decoder(
         UserError: If no such tasks exist, or the tokenizer is missing or damaged.
         StageFailed: If the tasks exist and none can be loaded.
     """
-    suite = load_suite(tasks, folders=folders, num_fewshot=num_fewshot)
+    suite = load_suite(tasks, folders=folders, heldout=heldout, num_fewshot=num_fewshot)
     results = run_suite(suite, decoder, tokenizer_path, batch_size=batch_size, limit=limit)
     return EvaluationResult(results=results, groups=suite.groups, skipped=suite.skipped)
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import lm_eval.tasks
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from orchestrator.analysis.harness.index import index_names, nearest_name
 from orchestrator.analysis.harness.quiet import quiet
+from orchestrator.analysis.heldout import heldout_configs
 from orchestrator.data.hub import hub_problem, offline
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.provenance import content_key
@@ -79,13 +80,16 @@ def load_suite(
     names: Sequence[str] = (),
     *,
     folders: Sequence[Path] = (),
+    heldout: Path | None = None,
     num_fewshot: int | None = None,
 ) -> Suite:
     """Load tasks by name.
 
     Args:
-        names: Tasks, groups, tags, or a key of `SUITES`; all tasks in `folders` when empty.
+        names: Tasks, groups, tags, or a key of `SUITES`; all tasks in `folders` and `heldout` when
+            empty.
         folders: Folders of task files, which come before lm-eval's own.
+        heldout: Folder with the items of held-out tasks, which come before all others.
         num_fewshot: Solved examples before each item, where a task does not fix it at 0; as the
             task says when unset.
 
@@ -93,25 +97,26 @@ def load_suite(
         The suite; it has at least one task.
 
     Raises:
-        UserError: If no such tasks exist.
+        UserError: If no such tasks exist, or the held-out ones are damaged.
         StageFailed: If they exist and none can be loaded.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder} to find lm-eval task files in")
+    own = _heldout_tasks(heldout) if heldout else {}
     manager = TaskManager(include_path=list(folders), include_defaults=False)
     wanted = [part for name in names for part in SUITES.get(name, (name,))]
-    wanted = list(dict.fromkeys(wanted)) or list(manager.all_subtasks)
+    wanted = list(dict.fromkeys(wanted)) or sorted({*manager.all_subtasks, *own})
     if not wanted:
         places = ", ".join(map(str, folders))
         raise UserError(
             f"there are no lm-eval task files in {places}" if folders else "no task was named"
         )
-    manager, skipped = _find(manager, wanted, folders)
+    manager, skipped = _find(manager, [name for name in wanted if name not in own], folders)
     known = [name for name in wanted if name not in skipped]
     if not known:
         raise UserError(f"nothing to evaluate: {_as_text(skipped)}")
-    tasks, groups, failed = _load_tasks(manager, known)
+    tasks, groups, failed = _load_tasks(manager, known, own)
     skipped |= failed
     if not tasks:
         raise StageFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
@@ -122,6 +127,12 @@ def load_suite(
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
     return Suite(tasks=tasks, groups=groups, skipped=skipped)
+
+
+def _heldout_tasks(folder: Path) -> dict[str, Task]:
+    configs = heldout_configs(folder)
+    with quiet():
+        return {name: ConfigurableTask(config=config) for name, config in configs.items()}
 
 
 def _find(
@@ -144,15 +155,18 @@ def _find(
 
 
 def _load_tasks(
-    manager: TaskManager, names: Sequence[str]
+    manager: TaskManager, names: Sequence[str], own: Mapping[str, Task]
 ) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str]]:
-    """Load one name after the other, and keep the reason where it fails."""
+    """Load one name after the other, and keep the reason where it fails; `own` are loaded."""
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
     failed: dict[str, str] = {}
-    needing_hub = {name for name in names if _reads_hub(manager, name)}
+    needing_hub = {name for name in names if name not in own and _reads_hub(manager, name)}
     problem = hub_problem() if needing_hub else None
     for name in names:
+        if name in own:
+            tasks[name] = own[name]
+            continue
         online = name in needing_hub and problem is None
         try:
             with quiet(), nullcontext() if online else offline():

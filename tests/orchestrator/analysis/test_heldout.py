@@ -1,15 +1,17 @@
-"""Held-out tasks: fair items, and files that lm-eval runs without this program."""
+"""Held-out tasks: fair items, data without code, and files that lm-eval runs by itself."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.analysis.harness import load_suite
 from orchestrator.analysis.heldout import TASKS, HeldoutSuite, build_heldout
 from orchestrator.analysis.requested import requested_tasks
 from orchestrator.analysis.sentences import cut_position, find_sentences, is_plain
@@ -135,6 +137,65 @@ def test_the_same_documents_give_the_same_items(tokens: Path, suite: HeldoutSuit
     assert {name: rows(suite, name) for name in TASKS} == before
 
 
+def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(suite.folder, tmp_path / "tokens" / suite.folder.name))
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\ndef lastword(**_): raise SystemExit\n"
+    (folder / "heldout_reader.py").write_text(code)
+    for name in suite.tasks:
+        text = f"task: {name}\ncustom_dataset: !function heldout_reader.lastword\n"
+        (folder / f"{name}.yaml").write_text(text)
+    found = load_suite(heldout=folder)
+    assert set(found.tasks) == set(TASKS)
+    assert found.num_items("lastword") == suite.tasks["lastword"]
+    assert not ran.exists()
+
+
+def test_a_folder_from_before_there_were_checksums_is_made_anew(
+    tokens: Path, suite: HeldoutSuite
+) -> None:
+    before = {name: rows(suite, name) for name in TASKS}
+    stored = json.loads((suite.folder / "suite.json").read_text())
+    (suite.folder / "suite.json").write_text(json.dumps({**stored, "checksums": None}))
+    with pytest.raises(UserError, match=r"suite\.json is damaged"):
+        build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
+    del stored["checksums"]
+    (suite.folder / "suite.json").write_text(json.dumps(stored))
+    (suite.folder / "heldout_reader.py").write_text("raise SystemExit")
+    again = build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
+    assert again == suite
+    assert not list(again.folder.glob("*.py"))
+    assert {name: rows(again, name) for name in TASKS} == before
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "a folder"])
+def test_a_damaged_file_is_refused_by_name(
+    suite: HeldoutSuite, tmp_path: Path, name: str, damage: str
+) -> None:
+    folder = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
+    file = folder / f"{name}.jsonl"
+    text = file.read_text()
+    file.unlink()
+    if damage == "changed":
+        file.write_text(text.replace("the", "teh", 1))
+    elif damage == "cut":
+        file.write_text(text[: text.index("\n") + 1])
+    elif damage == "a folder":
+        file.mkdir()
+    with pytest.raises(UserError, match=rf"damaged: .*/{name}\.jsonl is (not|missing)"):
+        load_suite(heldout=folder)
+    with pytest.raises(UserError, match="no held-out tasks"):
+        load_suite(heldout=tmp_path)
+
+
+def test_the_tasks_are_what_they_were_when_their_reader_lay_in_the_folder(
+    suite: HeldoutSuite,
+) -> None:
+    config = load_suite(heldout=suite.folder).tasks["lastword"].dump_config()
+    assert config["custom_dataset"] == 'def lastword(**settings):\n    return _read("lastword")\n'
+
+
 def test_text_without_sentences_gives_one_clear_sentence(tmp_path: Path) -> None:
     documents = [Document(f"{i} " + "0x1f;" * i, "code") for i in range(1, 20)]
     folder = write_tokens(tmp_path, documents, DataSettings(vocab_size=300))
@@ -171,7 +232,10 @@ def test_counts_prefer_what_was_seen() -> None:
 
 
 @pytest.mark.slow
-def test_lm_eval_runs_the_tasks(suite: HeldoutSuite) -> None:
+def test_lm_eval_runs_the_tasks(
+    suite: HeldoutSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
     import lm_eval
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
@@ -190,7 +254,9 @@ def test_lm_eval_runs_the_tasks(suite: HeldoutSuite) -> None:
         def generate_until(self, requests: list[Any]) -> list[str]:  # type: ignore[override]
             raise AssertionError("nothing is generated")
 
-    manager = TaskManager(include_path=[str(suite.folder)], include_defaults=False)
+    monkeypatch.chdir(suite.folder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    manager = TaskManager(include_path=".", include_defaults=False)
     tasks = manager.load(["heldout"])
     results = lm_eval.evaluate(lm=Guess(), task_dict=tasks, bootstrap_iters=10)
     found = results["results"]
@@ -211,4 +277,5 @@ def test_held_out_tasks_stand_beside_others_in_one_suite(
         settings, lambda: tokens, context_length=CONTEXT_LENGTH, progress=Progress()
     )
     assert asked.names == ("first", *suite.tasks, "last")
-    assert asked.folders == (tmp_path, asked.heldout)
+    assert asked.folders == (tmp_path,)
+    assert asked.heldout == suite.folder
