@@ -7,7 +7,7 @@ that was copied or half deleted says what it still has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from orchestrator.errors import UserError
 from orchestrator.provenance import file_key
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import (
+    CONFIG,
     find_checkpoints,
+    is_checkpoint,
     load_config,
     load_provenance,
     newest_checkpoint,
@@ -35,13 +37,15 @@ NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
 
 
-def resolve_teacher(
-    workspace: Workspace, path: Path | None, warn: Callable[[str], None] | None = None
-) -> Path:
-    """Return the checkpoint that the user means: by its path, or the workspace's newest IIET.
+Warn = Callable[[str], None]
+
+
+def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
+    """Return the checkpoint that the user means: see `locate`; without a path the newest IIET with
+    corrections.
 
     Args:
-        workspace: Looked through where no path is given.
+        workspace: Where names are looked up.
         path: A checkpoint, or a run, whose newest checkpoint is meant.
         warn: Called where the newest checkpoint is damaged and an older one is used; without it
             that is an error. Only commands that leave nothing behind may take another model.
@@ -49,37 +53,116 @@ def resolve_teacher(
     Raises:
         UserError: If there is none, or it is damaged.
     """
-    return resolve_checkpoint(path, warn) if path else find_teacher(workspace, warn)
+    if path is None:
+        return find_teacher(workspace, warn)
+    return resolve_checkpoint(locate(workspace, path), warn)
 
 
-def find_teacher(workspace: Workspace, warn: Callable[[str], None] | None = None) -> Path:
+def resolve_model(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
+    """Return the checkpoint that the user means, of any method: see `locate`; without a path the
+    newest IIET with corrections or imported model, else the newest of any other method.
+
+    Args and Raises: as `resolve_teacher`.
+    """
+    if path is None:
+        found = _newest(workspace, _may_be_teacher_or_imported, warn)
+        return found or _newest(workspace, lambda _: True, warn) or find_teacher(workspace, warn)
+    return resolve_checkpoint(locate(workspace, path), warn)
+
+
+def locate(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:
+    """Return the folder that a user names: by its path, or as a name inside the workspace, such as
+    `NAME` of a run, `runs/NAME` or `runs/NAME/step_00000100`.
+
+    Args:
+        workspace: Where names are looked up.
+        path: As typed.
+        model_folders: Whether a folder of transformers will do, too.
+
+    Raises:
+        UserError: If there is no such folder; names the runs that there are.
+    """
+    path = path.expanduser()
+    places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
+    for place in places:
+        # A folder without a model must not hide a run: what was imported has its folder's name.
+        has_model = is_checkpoint(place) or bool(find_checkpoints(place))
+        if has_model or (model_folders and (place / CONFIG).is_file()):
+            return place.resolve()
+    if places:
+        return places[0].resolve()
+    names = sorted(run.name for run in _runs(workspace))
+    known = f"its runs are {', '.join(names)}" if names else "it has no runs yet"
+    raise UserError(
+        f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
+        f"{known}"
+    )
+
+
+def find_teacher(workspace: Workspace, warn: Warn | None = None) -> Path:
     """Return the newest checkpoint of an IIET with corrections; see `resolve_teacher`.
 
     Raises:
         UserError: If the workspace has none, which says how to make one; or it is damaged.
     """
-    runs = sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+    if found := _newest(workspace, _may_be_teacher, warn):
+        return found
+    others = [
+        f"{run.name} ({load_config(checkpoint).method})"
+        for run in _newest_runs(workspace)
+        if (checkpoint := newest_checkpoint(run))
+    ]
+    raise UserError(
+        f"{workspace.root} has no IIET checkpoint with corrections"
+        + (f", only {', '.join(others)}" if others else "")
+        + "; `iiet-orch pretrain` makes one, `iiet-orch quickstart` does the whole job, and a path "
+        "or a run's name as argument takes another"
+    )
+
+
+def _newest(
+    workspace: Workspace, may_be_meant: Callable[[Sequence[Path]], bool], warn: Warn | None
+) -> Path | None:
+    """Return the newest checkpoint of the newest run that may be meant; None if there is none.
+
+    Raises:
+        UserError: If all that may be meant are damaged, or the newest is and nobody is warned.
+    """
     all_damage: list[str] = []
-    for run in runs:
+    for run in _newest_runs(workspace):
         checkpoint, damage = newest_whole_checkpoint(run)
-        if _may_be_teacher(run, checkpoint):
+        if (checkpoint or damage) and may_be_meant(
+            [checkpoint] if checkpoint else find_checkpoints(run)
+        ):
             all_damage += damage
             if checkpoint:
                 if all_damage:
                     report_older(checkpoint, all_damage, warn)
                 return checkpoint
-    found = f" that is whole ({'; '.join(all_damage)})" if all_damage else ""
-    raise UserError(
-        f"{workspace.root} has no IIET checkpoint{found}; `iiet-orch pretrain` makes one, "
-        "`iiet-orch quickstart` does the whole job, and a path as argument takes another"
-    )
+    if all_damage:
+        raise UserError(
+            f"{workspace.root} has no checkpoint that is whole ({'; '.join(all_damage)}); "
+            "`iiet-orch pretrain` makes one, and a path as argument takes another"
+        )
+    return None
 
 
-def _may_be_teacher(run: Path, checkpoint: Path | None) -> bool:
-    """Whether a run trains an IIET with corrections; a run without readable configuration may."""
-    for folder in [checkpoint] if checkpoint else find_checkpoints(run):
+def _newest_runs(workspace: Workspace) -> list[Path]:
+    return sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+
+
+def _may_be_teacher(checkpoints: Sequence[Path]) -> bool:
+    """Whether they are an IIET's with corrections; without readable configuration they may be."""
+    for folder in checkpoints:
         with suppress(UserError):
             return bool(load_config(folder).corrections.num_corrections)
+    return True
+
+
+def _may_be_teacher_or_imported(checkpoints: Sequence[Path]) -> bool:
+    for folder in checkpoints:
+        with suppress(UserError):
+            return "imported" in load_provenance(folder) or _may_be_teacher([folder])
     return True
 
 

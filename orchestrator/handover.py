@@ -24,7 +24,7 @@ from orchestrator.catalog import (
     find_by_weights,
     newest_sweep,
     parse_schedule,
-    resolve_teacher,
+    resolve_model,
     stored_influence,
 )
 from orchestrator.desk import Desk
@@ -57,7 +57,7 @@ def export_model(
     Args:
         settings: Section `evaluation` says what the card's quality is measured on.
         desk: Workspace, tracking and terminal.
-        path: The checkpoint or its run; the workspace's newest IIET when unset.
+        path: The checkpoint, its run or the run's name; the workspace's newest model when unset.
         to: The folder to write; under the workspace, named by the run, when unset.
         schedule: Another iteration schedule than the checkpoint's, as typed.
         measure: Whether to evaluate the model for the card.
@@ -65,7 +65,7 @@ def export_model(
     Raises:
         UserError: If the checkpoint, the schedule or the folder will not do.
     """
-    checkpoint = resolve_teacher(desk.workspace, path)
+    checkpoint = resolve_model(desk.workspace, path)
     wanted = parse_schedule(schedule, checkpoint)
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
     folder = to.expanduser().resolve() if to else desk.workspace.exports / name

@@ -237,7 +237,7 @@ def evaluate_and_show(
     Args:
         settings: Section `evaluation` counts.
         desk: Workspace, tracking and terminal.
-        paths: Checkpoints, runs or model folders; the workspace's newest IIET when empty.
+        paths: Checkpoints, runs, their names, or model folders; the workspace's newest when empty.
         schedules: Iteration schedules that each is measured under; its own when empty.
         trust_remote_code: Whether code that lies in a model folder may run.
     """

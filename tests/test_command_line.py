@@ -71,7 +71,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["export", "missing-folder"], "missing-folder"),
         (["pick"], "iiet-orch sweep-threshold"),
         (["pick", "--knee", "--best"], "--knee and --best"),
-        (["pick", "--only-name", "--to", "there"], "--only-name exports nothing"),
+        (["pick", "--dry-run", "--to", "there"], "--dry-run exports nothing"),
         (["pick", "--keep", "99"], "--keep"),
         (["pick", "--knee", "--confidence", "0.5"], "--confidence goes with --keep"),
     ],

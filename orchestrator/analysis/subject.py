@@ -24,7 +24,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
-from orchestrator.catalog import resolve_teacher
+from orchestrator.catalog import locate, resolve_model
 from orchestrator.errors import UserError
 from orchestrator.foreign import EXPORTED_TYPE, read_foreign
 from orchestrator.provenance import content_key, file_key
@@ -130,8 +130,8 @@ def open_subjects(
     """Return the models that a user names, each under each of the schedules, none twice.
 
     Args:
-        workspace: Its newest IIET is meant where no path is given.
-        paths: Checkpoints, runs or model folders.
+        workspace: Its newest model is meant where no path is given; runs are found by name.
+        paths: Checkpoints, runs, their names, or model folders.
         schedules: Iteration schedules; each model's own when empty.
         warn: As in `open_subject`.
 
@@ -139,10 +139,12 @@ def open_subjects(
         UserError: If one is missing or damaged, or a schedule does not fit it.
     """
     wanted: Sequence[str | None] = schedules or [None]
+    if paths:
+        folders = [locate(workspace, path, model_folders=True) for path in paths]
+    else:
+        folders = [resolve_model(workspace, None, warn)]
     subjects = [
-        open_subject(path, schedule, warn=warn)
-        for path in paths or [resolve_teacher(workspace, None, warn)]
-        for schedule in wanted
+        open_subject(folder, schedule, warn=warn) for folder in folders for schedule in wanted
     ]
     return list({(subject.path, subject.name): subject for subject in subjects}.values())
 

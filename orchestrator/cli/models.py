@@ -10,8 +10,8 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
-    CheckpointArgument,
     ConfigOption,
+    ModelArgument,
     ScheduleOption,
     SetOption,
     VerboseOption,
@@ -25,7 +25,7 @@ from orchestrator.workspace import check_name
 
 @app.command(rich_help_panel="Models")
 def generate(
-    checkpoint: CheckpointArgument = None,
+    checkpoint: ModelArgument = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="Text to continue; several are one batch."),
@@ -53,12 +53,12 @@ def generate(
     """Continue a text; it is printed as it comes."""
     prompts = prompt if prompt is not None else [_piped_prompt()]
     with open_session(workspace, "generate", verbose=verbose) as session:
-        from orchestrator.catalog import parse_schedule, resolve_teacher
+        from orchestrator.catalog import parse_schedule, resolve_model
         from orchestrator.stages.generate import Sampling, Writer
 
         # The text goes to standard output, so a warning does not.
         warn = partial(typer.echo, err=True)
-        model = resolve_teacher(session.workspace, checkpoint, warn)
+        model = resolve_model(session.workspace, checkpoint, warn)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -126,7 +126,7 @@ def import_folder(
 
 @app.command(rich_help_panel="Models")
 def export(
-    checkpoint: CheckpointArgument = None,
+    checkpoint: ModelArgument = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Folder; under the workspace when left out.")
     ] = None,
@@ -172,9 +172,10 @@ def pick(
     to: Annotated[
         Path | None, typer.Option("--to", help="Folder; under the workspace when left out.")
     ] = None,
-    only_name: Annotated[
-        bool, typer.Option("--only-name", help="Name it; export and register nothing.")
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Name it; export and register nothing.")
     ] = False,
+    only_name: Annotated[bool, typer.Option("--only-name", hidden=True)] = False,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -182,13 +183,14 @@ def pick(
     from orchestrator.analysis.axes import named_axes
 
     rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
-    if only_name and to is not None:
-        raise UserError("--only-name exports nothing, and --to says where to; leave one out")
+    dry_run = dry_run or only_name  # The option's name before other commands had it.
+    if dry_run and to is not None:
+        raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
     axes = named_axes(cost, quality)
     with open_desk(workspace, "pick", verbose=verbose) as desk:
         from orchestrator.handover import pick_model
 
-        choice = pick_model(desk, sweep, rule, axes=axes, to=to, hand_over=not only_name)
+        choice = pick_model(desk, sweep, rule, axes=axes, to=to, hand_over=not dry_run)
         print_line = desk.console.print
         print_line(f"{rule.alias}: {choice.sentence}", soft_wrap=True, markup=False)
         if choice.folder is None:

@@ -37,7 +37,15 @@ WorkersOption = Annotated[
 GpusOption = Annotated[int | None, typer.Option("--gpus", min=0, help="GPUs, one worker each.")]
 CheckpointArgument = Annotated[
     Path | None,
-    typer.Argument(help="Checkpoint or run folder; the workspace's newest IIET when left out."),
+    typer.Argument(
+        help="Checkpoint or run, by path or name; the workspace's newest IIET by default."
+    ),
+]
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Checkpoint or run, by path or name; the newest IIET or imported model by default."
+    ),
 ]
 ScheduleOption = Annotated[
     str | None,

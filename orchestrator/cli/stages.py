@@ -52,8 +52,8 @@ def evaluate(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Checkpoints, runs or Hugging Face folders, shown side by side; the workspace's "
-            "newest IIET when left out."
+            help="Checkpoints, runs (by path or name) or Hugging Face folders, side by side; the "
+            "newest IIET or imported model by default."
         ),
     ] = None,
     workspace: WorkspaceOption = None,
@@ -104,7 +104,8 @@ def benchmark(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Checkpoints, runs or model folders; the workspace's newest IIET when left out."
+            help="Checkpoints, runs (by path or name) or model folders; the newest IIET or "
+            "imported model by default."
         ),
     ] = None,
     workspace: WorkspaceOption = None,

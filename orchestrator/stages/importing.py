@@ -7,6 +7,7 @@ need tokens take those of the workspace that were made with its tokenizer.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
         raise UserError(
             f"the workspace has another run named {run_folder.name}; choose one with --name"
         )
+    os.utime(run_folder)  # The newest run is what the next command takes.
     return checkpoint
 
 

@@ -253,8 +253,10 @@ def newest_checkpoint(run_folder: Path, warn: Callable[[str], None] | None = Non
             the checkpoint that is used instead.
     """
     newest, damage = newest_whole_checkpoint(run_folder)
-    for problem in damage if warn else ():
-        warn(f"{problem}; " + (f"{newest} is used instead" if newest else "no older one is left"))
+    if warn is not None:
+        instead = f"{newest} is used instead" if newest else "no older one is left"
+        for problem in damage:
+            warn(f"{problem}; {instead}")
     return newest
 
 
@@ -271,6 +273,11 @@ def newest_whole_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, damage
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is meant as a checkpoint, whole or damaged, and not as a run's."""
+    return (path / PROVENANCE).is_file() or bool(_NAME.fullmatch(path.name))
+
+
 def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Path:
     """Return the checkpoint that a user means by a path: itself, or a run's newest one.
 
@@ -283,7 +290,7 @@ def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) ->
         UserError: If there is none, or it is damaged.
     """
     path = path.expanduser().resolve()
-    if (path / PROVENANCE).is_file() or _NAME.fullmatch(path.name):
+    if is_checkpoint(path):
         check_checkpoint(path)
         return path
     newest, damage = newest_whole_checkpoint(path)

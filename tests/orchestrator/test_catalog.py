@@ -1,4 +1,6 @@
-"""Which checkpoint a command means: an older one is never taken in silence."""
+"""Which checkpoint a command means: by path, by name, or the newest that it can use; an older one
+is never taken in silence.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.analysis.subject import open_subjects
-from orchestrator.catalog import find_teacher
+from orchestrator.catalog import find_teacher, locate, resolve_model, resolve_teacher
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.training.checkpoint import checkpoint_name, find_checkpoints, save_checkpoint
@@ -57,9 +59,7 @@ def damaged(workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any])
 
 
 @pytest.mark.parametrize("with_path", [True, False])
-@pytest.mark.parametrize(
-    "command", ["sweep-threshold", "search", "influence", "distill", "export"]
-)
+@pytest.mark.parametrize("command", ["sweep-threshold", "search", "influence", "distill", "export"])
 def test_what_is_made_of_a_model_is_never_made_of_an_older_one(
     workspace: Workspace,
     damaged: Path,
@@ -117,7 +117,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_give_way_to_an_older_run(
     assert find_teacher(workspace, said.append) == older / checkpoint_name(5)
     assert len(said) == 1
     damage_newest(older)
-    with pytest.raises(UserError, match=f"has no IIET checkpoint that is whole .*{newest}"):
+    with pytest.raises(UserError, match=f"has no checkpoint that is whole .*{newest}"):
         find_teacher(workspace)
 
 
@@ -129,3 +129,80 @@ def test_a_damaged_model_without_corrections_is_no_matter(
     damage_newest(save(workspace.runs / "vanilla", tiny_tokens, vanilla, 5))
     os.utime(run, (1, 1))
     assert find_teacher(workspace) == run / checkpoint_name(5)
+
+
+@pytest.fixture
+def save_run(workspace: Workspace, tiny_model: dict[str, Any], tiny_tokens: Path) -> Any:
+    """Write a run's checkpoint; each one is newer than those before."""
+    ages = iter(range(1, 100))
+
+    def write(name: str, *, method: str = "iiet", imported: bool = False) -> Path:
+        schedule = tiny_model["schedule"] if method == "iiet" else None
+        config = ModelConfig.from_dict({**tiny_model, "method": method, "schedule": schedule})
+        checkpoint = save_checkpoint(
+            workspace.runs / name,
+            1,
+            decoder=Decoder(config),
+            training_state={},
+            tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+            provenance={"imported": {"from": name}} if imported else {},
+        )
+        age = next(ages)
+        os.utime(workspace.runs / name, (age, age))
+        return checkpoint
+
+    return write
+
+
+def test_a_run_is_found_by_name_and_by_its_path_inside_the_workspace(
+    workspace: Workspace, save_run: Any
+) -> None:
+    checkpoint = save_run("teacher")
+    for typed in ("teacher", "runs/teacher", "runs/teacher/step_00000001", str(checkpoint)):
+        assert resolve_model(workspace, Path(typed)) == checkpoint
+        assert resolve_teacher(workspace, Path(typed)) == checkpoint
+        assert [subject.path for subject in open_subjects(workspace, [Path(typed)], None)] == [
+            checkpoint
+        ]
+
+
+def test_an_unknown_name_lists_the_runs(workspace: Workspace, save_run: Any) -> None:
+    with pytest.raises(UserError, match="has no runs yet"):
+        locate(workspace, Path("teacher"))
+    save_run("one")
+    save_run("two")
+    with pytest.raises(UserError, match=r"no folder teacher.* its runs are one, two"):
+        resolve_model(workspace, Path("teacher"))
+
+
+def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
+    workspace: Workspace, save_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_run("llama", method="vanilla", imported=True)
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(workspace, Path("llama")) == checkpoint
+    # What can read both takes the nearer one.
+    assert locate(workspace, Path("llama"), model_folders=True) == tmp_path / "llama"
+
+
+def test_the_newest_is_what_was_imported_last(workspace: Workspace, save_run: Any) -> None:
+    teacher = save_run("teacher")
+    save_run("reference", method="vanilla")
+    assert resolve_model(workspace, None) == teacher
+    llama = save_run("llama", method="vanilla", imported=True)
+    assert resolve_model(workspace, None) == llama
+    # What needs corrections passes over a model without them.
+    assert resolve_teacher(workspace, None) == teacher
+
+
+def test_a_workspace_without_corrections_says_what_it_has(
+    workspace: Workspace, save_run: Any
+) -> None:
+    with pytest.raises(UserError, match="no IIET checkpoint"):
+        resolve_model(workspace, None)
+    plain = save_run("plain", method="vanilla")
+    assert resolve_model(workspace, None) == plain
+    with pytest.raises(UserError, match=r"with corrections, only plain \(vanilla\); .*pretrain"):
+        resolve_teacher(workspace, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
-from orchestrator.catalog import tokens_of
+from orchestrator.catalog import resolve_model, tokens_of
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
@@ -60,6 +61,19 @@ def test_importing_again_finds_it_and_another_model_needs_another_name(
     with pytest.raises(UserError, match="--name"):
         import_model(folder, workspace)
     assert import_model(folder, workspace, name="other") != first
+
+
+def test_an_imported_model_is_the_newest_also_when_it_is_found_again(
+    decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
+    first = import_model(folder, workspace, name="first")
+    second = import_model(folder, workspace, name="second")
+    os.utime(first.parent, (1, 1))
+    assert resolve_model(workspace, None) == second
+    os.utime(second.parent, (2, 2))
+    import_model(folder, workspace, name="first")
+    assert resolve_model(workspace, None) == first
 
 
 def test_tokens_are_those_of_its_tokenizer(
