@@ -4,7 +4,7 @@ Everything that a user can put right (a misspelt setting, a missing file, too fe
 a `UserError` with a sentence that names what was received, what is allowed and what to do next. The
 command line prints that sentence and exits with code 2; nothing else is caught there, so that a
 defect of ours keeps its traceback in the log. `Interrupted` stands for a stop that the user asked
-for: the state is saved, the same command goes on, the exit code is 130.
+for: it says what is saved, the same command goes on from there, the exit code is 130.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A stop asked for by the user (Ctrl-C, SIGTERM), after the state was saved. Exit code 130."""
+    """A stop asked for by the user (Ctrl-C, SIGTERM); says what is saved. Exit code 130."""
 
 
 class StageFailed(RuntimeError):

@@ -3,7 +3,7 @@
 Neither Ray Train nor Ray Tune lets a training loop save its state when the process that started it
 gets a signal. So a job runs in a thread, the main thread watches it and keeps the signals to
 itself, and the request reaches the job as a stop flag. Everything together, Ray's end included,
-takes less than ten seconds.
+takes less than ten seconds. A job that fails while it stops is reported as that failure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from orchestrator.errors import Interrupted
+from orchestrator.errors import Interrupted, StageFailed, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 4.0
@@ -31,6 +31,7 @@ def run_interruptibly(
     work: Callable[[], T],
     *,
     ask_to_stop: Callable[[], bool],
+    saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
     grace_seconds: float = GRACE_SECONDS,
 ) -> T:
@@ -40,6 +41,7 @@ def run_interruptibly(
         work: The job; it returns soon after it was asked to stop.
         ask_to_stop: Called once, at the first signal; returns whether there is something to save,
             which is worth waiting for.
+        saved: Says what is saved, such as "saved at step 40"; called at the end, after a signal.
         watch: Called a few times a second in the calling thread, to show progress.
         grace_seconds: How long the job may take to stop; a second signal ends the wait.
 
@@ -48,25 +50,57 @@ def run_interruptibly(
 
     Raises:
         Interrupted: After a signal. What still runs ends with the cluster.
+        Exception: What the job raised, also after a signal; then it says what is saved, too.
     """
     future: Future[T] = Future()
     signals: list[int] = []
-    with handling(SIGNALS, lambda number, _: signals.append(number)):
-        threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
-        give_up_at = math.inf
-        while not future.done() and len(signals) < 2 and time.monotonic() < give_up_at:
-            if signals and give_up_at == math.inf:
-                give_up_at = time.monotonic() + (grace_seconds if ask_to_stop() else 0.0)
-            wait((future,), timeout=POLL_SECONDS)
-            if watch:
-                watch()
-    if signals:
+    has_state = False
+    try:
+        with handling(SIGNALS, lambda number, _: signals.append(number)):
+            threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
+            give_up_at = math.inf
+            while not future.done() and len(signals) < 2 and time.monotonic() < give_up_at:
+                if signals and give_up_at == math.inf:
+                    has_state = ask_to_stop()
+                    give_up_at = time.monotonic() + (grace_seconds if has_state else 0.0)
+                wait((future,), timeout=POLL_SECONDS)
+                if watch:
+                    watch()
         if future.done():
-            raise Interrupted(
-                "interrupted; the state is saved, the same command goes on from there"
-            )
-        raise Interrupted("interrupted; the same command goes on from the last saved state")
-    return future.result()
+            result = future.result()
+    except Exception as error:
+        if signals:
+            tell_saved(error, saved())
+        raise
+    if not signals:
+        return result
+    in_time = future.done() or not has_state
+    raise Interrupted(interruption_text(saved(), in_time=in_time))
+
+
+def interruption_text(saved: str, *, in_time: bool = True) -> str:
+    """Return what a user is told after Ctrl-C.
+
+    Args:
+        saved: What is saved, such as "saved at step 40".
+        in_time: Whether the steps after that were saved, or there were none.
+    """
+    late = "" if in_time else ", and the latest steps were not saved in time"
+    return f"interrupted{late}; {saved}; start the same command again to go on"
+
+
+def tell_saved(error: Exception, saved: str) -> None:
+    """Let an error that came after Ctrl-C say what is saved, too.
+
+    Args:
+        error: What the job raised.
+        saved: What is saved, such as "saved at step 40".
+    """
+    text = f"it happened while the run was stopping; {saved}"
+    if isinstance(error, UserError | StageFailed):
+        error.args = (f"{error}; {text}",)
+    else:
+        error.add_note(text)
 
 
 def wait_interruptibly(

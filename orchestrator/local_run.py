@@ -18,12 +18,19 @@ from typing import Any
 import torch
 
 from orchestrator.errors import Interrupted, UserError
-from orchestrator.interruption import POLL_SECONDS, SIGNALS, handling
+from orchestrator.interruption import (
+    POLL_SECONDS,
+    SIGNALS,
+    handling,
+    interruption_text,
+    tell_saved,
+)
 from orchestrator.resources import check_resources, local_resources
 from orchestrator.training.holding import run_each_once
 from orchestrator.training.job import TrainingJob, TrainingOutcome, check_job, forget_stop
 from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
+from orchestrator.training.saved import what_is_saved
 
 
 def check_local(num_workers: int, num_gpus: int) -> None:
@@ -65,7 +72,8 @@ def run_local_jobs(
     Raises:
         UserError: If a job cannot run as described.
         Diverged: If a loss is no number any more.
-        Interrupted: After Ctrl-C or SIGTERM, with the state saved.
+        Interrupted: After Ctrl-C or SIGTERM; says at which step the state is saved.
+        Exception: What a job raised, also after a signal; then it says what is saved, too.
     """
     for job in jobs:
         check_job(job)
@@ -90,18 +98,26 @@ def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], Non
             looked_at = time.monotonic()
         return bool(signals)
 
-    with handling(SIGNALS, on_signal), _threads(local_resources(count_gpus=False).cpus):
-        for job in jobs:
-            forget_stop(job.folder)
-            outcome = run_job(job, world=world, should_stop=should_stop)
-            if watch:
-                watch()
-            if not outcome.finished:
-                break
+    def saved() -> str:
+        return what_is_saved({job.folder.name: job for job in jobs})
+
+    try:
+        with handling(SIGNALS, on_signal), _threads(local_resources(count_gpus=False).cpus):
+            for job in jobs:
+                forget_stop(job.folder)
+                outcome = run_job(job, world=world, should_stop=should_stop)
+                if watch:
+                    watch()
+                if not outcome.finished:
+                    break
+    except KeyboardInterrupt:
+        raise Interrupted(interruption_text(saved(), in_time=False)) from None
+    except Exception as error:
         if signals:
-            raise Interrupted(
-                "interrupted; the state is saved, the same command goes on from there"
-            )
+            tell_saved(error, saved())
+        raise
+    if signals:
+        raise Interrupted(interruption_text(saved()))
 
 
 @contextmanager

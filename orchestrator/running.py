@@ -56,7 +56,7 @@ def run_jobs(
 
     Raises:
         UserError: If a job cannot run as described.
-        Interrupted: After Ctrl-C, with the state saved.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
         StageFailed: If a job failed or diverged.
     """
     if local:

@@ -22,11 +22,13 @@ from typing import Any
 from iiet.cost import inference_cost
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
+from orchestrator.errors import Interrupted, StageFailed
 from orchestrator.follow import JournalTail
-from orchestrator.interruption import wait_interruptibly
+from orchestrator.interruption import tell_saved, wait_interruptibly
 from orchestrator.plan import PlannedTrial
 from orchestrator.settings import SweepSettings
-from orchestrator.training.job import DONE_NAME
+from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.saved import what_is_saved
 from orchestrator.trial_referee import Stopping
 from orchestrator.trial_room import TrialLimits
 from orchestrator.trial_run import is_busy, run_trial
@@ -56,6 +58,7 @@ class TrialRounds:
     lost: set[str] = field(default_factory=set)
     """Keys of trials that were ended by the rule, now or before."""
     _found: set[str] = field(default_factory=set)
+    _failed_while_stopping: dict[str, str] = field(default_factory=dict)
     _busy: set[str] = field(default_factory=set)
     _num_later: int = 0
 
@@ -64,6 +67,7 @@ class TrialRounds:
 
         Raises:
             Interrupted: After Ctrl-C; finished trials stay finished.
+            StageFailed: If a trial failed while it was stopping after Ctrl-C.
         """
         self.progress.start("sweep", self.num_all)
         num_found = self.num_all - len(waiting) - len(self.lost)
@@ -129,14 +133,31 @@ class TrialRounds:
 
         # Of this process alone: the same sweep may run twice at the same time.
         own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"
-        run_trials(
-            trial_function,
-            [self._parameters(trial) for trial in sorted(trials, key=self._turn)],
-            own_folder,
-            limits=limits_of(self.settings),
-            on_result=self._on_result,
-            watch=watch,
-        )
+
+        def saved() -> str:
+            begun = [t for t in trials if t.job and not t.result() and tails[t.key].step]
+            jobs = {f"trial {t.label}": TrainingJob.from_dict(t.job) for t in begun if t.job}
+            num_finished = num_done + sum(trial.result() is not None for trial in trials)
+            text = f"{num_finished} of {self.num_all} trials are finished"
+            return f"{text}; {what_is_saved(jobs, named=True)}" if jobs else text
+
+        try:
+            run_trials(
+                trial_function,
+                [self._parameters(trial) for trial in sorted(trials, key=self._turn)],
+                own_folder,
+                limits=limits_of(self.settings),
+                on_result=self._on_result,
+                watch=watch,
+                saved=saved,
+            )
+        except Interrupted:
+            if not self._failed_while_stopping:
+                raise
+            failed = self._failed_while_stopping.items()
+            error = StageFailed("; ".join(f"trial {label} failed: {why}" for label, why in failed))
+            tell_saved(error, saved())
+            raise error from None
         # After an interruption it stays: what still ends reads in it that it shall.
         shutil.rmtree(own_folder, ignore_errors=True)
         with suppress(OSError):  # Another process has a folder there.
@@ -163,6 +184,8 @@ class TrialRounds:
         state = (report.result or {}).get("state")
         if report.error:
             self.failures[trial.label] = report.error
+            if report.after_stop:
+                self._failed_while_stopping[trial.label] = report.error
             self.progress.note(f"trial {trial.label} failed: {report.error}")
         elif state == "made":
             self.made.add(trial.key)

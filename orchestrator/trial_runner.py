@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from orchestrator.cluster import ray_cluster
+from orchestrator.errors import Interrupted
 from orchestrator.interruption import GRACE_SECONDS, run_interruptibly
 from orchestrator.training.job import (
     TrainingJob,
@@ -93,6 +94,8 @@ class TrialReport:
     """What it returned; None if it failed."""
     error: str | None = None
     """Why it failed, after all its retries."""
+    after_stop: bool = False
+    """Whether that was after a stop was asked for."""
 
 
 TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
@@ -106,6 +109,7 @@ def run_trials(
     limits: TrialLimits | None = None,
     on_result: Callable[[TrialReport], None] | None = None,
     watch: Watch | None = None,
+    saved: Callable[[], str] | None = None,
 ) -> list[TrialReport]:
     """Run trials side by side under Ray Tune. A failed one does not end the others.
 
@@ -117,6 +121,7 @@ def run_trials(
         limits: How many at once, on what, and how often one may fail.
         on_result: Called in this thread for each trial that ended, as soon as it did.
         watch: Called a few times a second, to show progress.
+        saved: Says what unfinished trials have saved; called after a signal.
 
     Returns:
         One report a trial, in their order.
@@ -142,11 +147,16 @@ def run_trials(
             if watch:
                 watch()
 
-        run_interruptibly(
-            lambda: _tune(function, follower, room, limits.max_failures),
-            ask_to_stop=follower.ask_to_stop,
-            watch=deliver,
-        )
+        try:
+            run_interruptibly(
+                lambda: _tune(function, follower, room, limits.max_failures),
+                ask_to_stop=follower.ask_to_stop,
+                saved=saved or (lambda: "finished trials are saved"),
+                watch=deliver,
+            )
+        except Interrupted:
+            deliver()  # Trials may have failed in the last moment.
+            raise
         deliver()
     return [
         reports.get(number, TrialReport(number, parameters, error="it was not run"))
@@ -195,7 +205,10 @@ def _tune_trial(
     context = TrialContext(room, lambda: stop_asked(stop_folder))
     # One that was not begun reports nothing, too: Tune prints of a trial that it ended unheard.
     asked = context.should_stop()
-    answer = {} if asked else answer_of(lambda: function(trials[config["number"]], context))
+    answer = {}
+    if not asked:
+        trial = trials[config["number"]]
+        answer = answer_of(lambda: function(trial, context), is_stopping=context.should_stop)
     tune.report({ANSWER: json.dumps(answer)})
 
 
@@ -251,6 +264,14 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
         if answer:
             self._report(number, result=answer.get("result"), error=answer.get("text"))
 
+    def on_trial_recover(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Report a trial that died after a stop: Tune would try it again, and it would do nothing.
+
+        One that dies before is tried again, and reported when it ends.
+        """
+        if stop_asked(self.stop_folder):
+            self.on_trial_error(trial=trial)
+
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
         """Report why a trial failed for the last time."""
         number = self._ended(trial)
@@ -259,7 +280,9 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def _report(
         self, number: int, result: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
-        self._reports.put(TrialReport(number, dict(self.trials[number]), result, error))
+        after_stop = stop_asked(self.stop_folder)
+        parameters = dict(self.trials[number])
+        self._reports.put(TrialReport(number, parameters, result, error, after_stop))
 
     def _ended(self, trial: Any) -> int:
         number: int = trial.config["number"]

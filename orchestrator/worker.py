@@ -34,6 +34,7 @@ from orchestrator.training.job import (
 from orchestrator.training.loop import Diverged
 from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
+from orchestrator.training.saved import what_is_saved
 from orchestrator.training.saving import NotSaved
 
 # isort: split
@@ -50,6 +51,7 @@ FINAL_ERRORS: dict[str, type[Exception]] = {
     "Diverged": Diverged,
     "NotSaved": NotSaved,
 }
+ANSWERED_ERRORS = {**FINAL_ERRORS, "StageFailed": StageFailed}
 
 Watch = Callable[[], None]
 
@@ -124,6 +126,7 @@ def _run_held(
         run_interruptibly(
             lambda: _fit_all(jobs, plan),
             ask_to_stop=lambda: _ask_all_to_stop(jobs, before),
+            saved=lambda: what_is_saved({job.folder.name: job for job in jobs}),
             watch=watch,
         )
 
@@ -255,7 +258,7 @@ def _fit(job: TrainingJob, plan: _Plan) -> None:
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     if "error" in answer:
-        raise FINAL_ERRORS[answer["error"]](answer["text"])
+        raise ANSWERED_ERRORS[answer["error"]](answer["text"])
 
 
 def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -271,16 +274,34 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
         parallel=config["parallel"],
     )
     job = TrainingJob.from_dict(config["job"])
-    return answer_of(lambda: run_job(job, world=world).to_dict())
+    return answer_of(
+        lambda: run_job(job, world=world).to_dict(),
+        # One of several workers that fails alone must die: the others wait for it for ever.
+        is_stopping=lambda: world.size == 1 and stop_asked(job.folder),
+    )
 
 
-def answer_of(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return `{"result": ...}`; or `{"error": kind, "text": ...}` if trying again cannot help."""
+def answer_of(
+    work: Callable[[], dict[str, Any]], *, is_stopping: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Return `{"result": ...}`; or `{"error": kind, "text": ...}` if trying again cannot help.
+
+    Args:
+        work: What is run.
+        is_stopping: Whether a stop was asked for: nothing is tried again then, so that any error
+            is an answer.
+    """
     try:
         return {"result": work()}
     except tuple(FINAL_ERRORS.values()) as error:
         name = next(name for name, kind in FINAL_ERRORS.items() if isinstance(error, kind))
         return {"error": name, "text": str(error)}
+    except Exception as error:
+        if not is_stopping():
+            raise
+        is_ours = isinstance(error, StageFailed)
+        text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+        return {"error": "StageFailed", "text": text}
 
 
 def _ask_all_to_stop(jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:

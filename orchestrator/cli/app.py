@@ -1,7 +1,7 @@
 """The application that commands register with, and how a command ends.
 
-Four ways to end become exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted with the
-state saved.
+Four ways to end become exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted. What
+fails while it is being interrupted has failed.
 """
 
 from __future__ import annotations

@@ -49,17 +49,18 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
             where = f"\nThe log is {log.path}" if log.path else ""
             raise StageFailed(f"{error}{where}") from error
         except Exception as error:
+            notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise StageFailed(
                     f"no room is left on the disk of {space.root} (or on that of temporary files); "
-                    "make room, then the same command goes on from what was saved"
+                    f"make room, then the same command goes on from what was saved{notes}"
                 ) from error
             if log.path is None:
                 raise
             with log.path.open("a", encoding="utf-8") as file:
                 traceback.print_exception(error, file=file)
             raise StageFailed(
-                f"{type(error).__name__}: {error}\nThe traceback is in {log.path}"
+                f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log.path}"
             ) from error
 
 

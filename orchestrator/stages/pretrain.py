@@ -86,7 +86,7 @@ def pretrain(
 
     Raises:
         UserError: If something does not go together; nothing is started then.
-        Interrupted: After Ctrl-C, with the state saved.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
         StageFailed: If a run failed or diverged.
     """
     progress = progress or Progress()

@@ -46,6 +46,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written, as the name of its folder says."""
+    return int(checkpoint.name.rpartition("_")[2])
+
+
 def save_checkpoint(
     run_folder: Path,
     step: int,

@@ -16,8 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import Interrupted
-from orchestrator.interruption import wait_interruptibly
+from orchestrator.interruption import interruption_text, wait_interruptibly
 from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, finished_outcome
+from orchestrator.training.saved import what_is_saved
 
 HOLD_NAME = "trial.lock"
 """Of the folder, not of the trial: trials that put other tasks to the same weights share it."""
@@ -96,9 +97,8 @@ def run_each_once(
             if unfinished:
                 run(unfinished)
                 if not all(_note_finished(job, outcomes) for job in unfinished):
-                    raise Interrupted(
-                        "stopped on request; the same command goes on from the saved state"
-                    )
+                    named = {job.folder.name: job for job in unfinished}
+                    raise Interrupted(interruption_text(what_is_saved(named)))
         if ours:
             continue
         _wait_for_one(left, stamps, watch, note)

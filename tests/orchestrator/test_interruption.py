@@ -8,8 +8,12 @@ import threading
 
 import pytest
 
-from orchestrator.errors import Interrupted
+from orchestrator.errors import Interrupted, StageFailed, UserError
 from orchestrator.interruption import run_interruptibly
+
+
+def saved() -> str:
+    return "saved at step 40"
 
 
 def press(number: int = signal.SIGINT) -> None:
@@ -18,7 +22,7 @@ def press(number: int = signal.SIGINT) -> None:
 
 def test_returns_what_the_work_returns_and_restores_the_handlers() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert run_interruptibly(lambda: 42, ask_to_stop=lambda: True) == 42
+    assert run_interruptibly(lambda: 42, ask_to_stop=lambda: True, saved=saved) == 42
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -27,7 +31,7 @@ def test_raises_what_the_work_raises() -> None:
         raise ValueError("the work's own")
 
     with pytest.raises(ValueError, match="the work's own"):
-        run_interruptibly(fail, ask_to_stop=lambda: True)
+        run_interruptibly(fail, ask_to_stop=lambda: True, saved=saved)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -46,15 +50,17 @@ def test_a_signal_asks_once_and_waits_for_the_state(number: int) -> None:
             pressed.append(number)
             press(number)
 
-    with pytest.raises(Interrupted, match="the state is saved"):
-        run_interruptibly(asked.wait, ask_to_stop=ask, watch=watch)
+    with pytest.raises(Interrupted, match=r"^interrupted; saved at step 40; "):
+        run_interruptibly(asked.wait, ask_to_stop=ask, watch=watch, saved=saved)
     assert len(requests) == 1
 
 
 def test_a_second_signal_ends_the_wait() -> None:
     never = threading.Event()
-    with pytest.raises(Interrupted, match="last saved state"):
-        run_interruptibly(never.wait, ask_to_stop=lambda: True, watch=press, grace_seconds=3600.0)
+    with pytest.raises(Interrupted, match="not saved in time; saved at step 40"):
+        run_interruptibly(
+            never.wait, ask_to_stop=lambda: True, watch=press, saved=saved, grace_seconds=3600.0
+        )
     never.set()
 
 
@@ -65,8 +71,39 @@ def test_nothing_to_save_is_not_waited_for() -> None:
     def press_once() -> None:
         next(pressed, lambda: None)()
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=r"^interrupted; nothing was saved; "):
         run_interruptibly(
-            never.wait, ask_to_stop=lambda: False, watch=press_once, grace_seconds=3600.0
+            never.wait,
+            ask_to_stop=lambda: False,
+            watch=press_once,
+            saved=lambda: "nothing was saved",
+            grace_seconds=3600.0,
         )
     never.set()
+
+
+@pytest.mark.parametrize("error", [UserError, StageFailed, OSError])
+@pytest.mark.parametrize("what_fails", ["the job", "the request"])
+def test_an_error_after_a_signal_is_reported_as_that_error_with_what_is_saved(
+    error: type[Exception], what_fails: str
+) -> None:
+    asked = threading.Event()
+    pressed = iter([press])
+
+    def ask() -> bool:
+        if what_fails == "the request":
+            raise error("the disk is full")
+        asked.set()
+        return True
+
+    def fail() -> None:
+        asked.wait()
+        raise error("the disk is full")
+
+    with pytest.raises(error) as caught:
+        run_interruptibly(
+            fail, ask_to_stop=ask, watch=lambda: next(pressed, lambda: None)(), saved=saved
+        )
+    asked.set()
+    told = "; ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert told == "the disk is full; it happened while the run was stopping; saved at step 40"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from orchestrator.journal import read_journal
 from orchestrator.local_run import check_local, run_local_jobs
 from orchestrator.resources import Resources
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import find_checkpoints, weights_key
+from orchestrator.training.checkpoint import find_checkpoints, step_of, weights_key
 from orchestrator.training.job import TrainingJob
+from orchestrator.training.saving import NotSaved
 
 
 @pytest.fixture
@@ -89,10 +91,11 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(
     monkeypatch.setattr(local_run, "POLL_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGINT)
     interrupt = at_step(job, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match="the state is saved"):
+    with pytest.raises(Interrupted) as caught:
         run_local_jobs([job], watch=interrupt)
     assert signal.getsignal(signal.SIGINT) is before
     stopped = find_checkpoints(job.folder)[-1]
+    assert f"interrupted; saved at step {step_of(stopped)}; " in str(caught.value)
     assert "00000007" <= stopped.name.removeprefix("step_") < "00000010"
     looks: list[int] = []
     (outcome,) = run_local_jobs([job], watch=lambda: looks.append(1))
@@ -112,9 +115,34 @@ def test_a_second_ctrl_c_ends_at_once(job: TrainingJob, monkeypatch: pytest.Monk
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="not saved in time; nothing was saved"):
         run_local_jobs([job], watch=at_step(job, 3, twice))
     assert not find_checkpoints(job.folder)
+
+
+@pytest.mark.parametrize(
+    ("num_saved", "saved"), [(0, "nothing was saved"), (1, "saved at step 10")]
+)
+def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
+    num_saved: int, saved: str, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_run, "POLL_SECONDS", 0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def interrupt_and_refuse_to_save() -> None:
+        if len(find_checkpoints(job.folder)) == num_saved:
+            # The system refuses to write more into one file, as a full disk does.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, hard))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    # The first checkpoint is written beside the steps after it.
+    at_once = interrupt_and_refuse_to_save
+    watch = at_once if num_saved else at_step(job, 3, at_once)
+    try:
+        with pytest.raises(NotSaved, match=f"while the run was stopping; {saved}$"):
+            run_local_jobs([job], watch=watch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(("workers", "gpus", "words"), [(2, 0, "--workers 2"), (1, 8, "--gpus 8")])

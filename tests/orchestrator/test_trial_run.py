@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from filelock import FileLock
 
 from orchestrator import trial_run
 from orchestrator.console import Progress
+from orchestrator.errors import Interrupted, StageFailed
+from orchestrator.interruption import interruption_text
 from orchestrator.journal import read_journal
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
@@ -150,6 +153,43 @@ def test_a_stopped_trial_lets_another_process_go_on(
     assert not is_busy(trial)
     assert run_trial(trial.to_dict()).state == "made"
     assert starts(trial) == 1, "it went on from its checkpoint"
+
+
+@pytest.mark.parametrize("error", [None, "OSError: no room"])
+def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhile(
+    error: str | None,
+    trials: tuple[PlannedTrial, ...],
+    tmp_path: Path,
+    measured: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from orchestrator import trial_rounds
+    from orchestrator.trial_runner import TrialReport
+
+    finished, begun, waits = trials[:3]
+    run_trial(finished.to_dict())
+
+    def run_trials(
+        _: Any, given: list[dict[str, Any]], *__: Any, on_result: Any, watch: Any, **more: Any
+    ) -> None:
+        asked = iter([False] * 5 + [True] * 2)
+        run_trial(begun.to_dict(), should_stop=lambda: next(asked))
+        watch()
+        if error:
+            parameters = next(p for p in given if p["trial"]["key"] == begun.key)
+            on_result(TrialReport(0, parameters, error=error, after_stop=True))
+        raise Interrupted(interruption_text(more["saved"]()))
+
+    monkeypatch.setattr(trial_rounds, "ray_cluster", nullcontext)
+    monkeypatch.setattr(trial_rounds, "run_trials", run_trials)
+    sweep = resolve_settings({}).sweep
+    rounds = trial_rounds.TrialRounds(tmp_path / "sweep", sweep, Progress(), num_all=3)
+    with pytest.raises(StageFailed if error else Interrupted) as caught:
+        rounds.run([begun, waits])
+    saved = f"1 of 3 trials are finished; trial {begun.label}: saved at step 5"
+    assert saved in str(caught.value)
+    if error:
+        assert str(caught.value).startswith(f"trial {begun.label} failed: OSError: no room; ")
 
 
 @pytest.mark.slow

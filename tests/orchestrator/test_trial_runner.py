@@ -96,7 +96,7 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
     ray_session: None, tmp_path: Path
 ) -> None:
     from orchestrator.errors import Interrupted
-    from orchestrator.trial_runner import TrialContext, run_trials
+    from orchestrator.trial_runner import TrialContext, TrialReport, run_trials
 
     folder = str(tmp_path)
 
@@ -108,6 +108,10 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
         while not context.should_stop():
             time.sleep(0.01)
         path.write_text("saved")
+        if parameters["x"] == 0:
+            raise OSError("no room")
+        if parameters["x"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
     pressed: list[bool] = []
@@ -117,9 +121,21 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
             pressed.append(True)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="the state is saved"):
-        run_trials(trial, [{"x": x} for x in range(20)], tmp_path, watch=watch)
+    heard: list[TrialReport] = []
+    with pytest.raises(Interrupted, match="interrupted; 18 are left"):
+        run_trials(
+            trial,
+            [{"x": x} for x in range(20)],
+            tmp_path,
+            on_result=heard.append,
+            watch=watch,
+            saved=lambda: "18 are left",
+        )
     assert attempts(folder, "trial") == 2
+    raised, died = sorted(heard, key=lambda report: report.number)
+    assert (raised.error, raised.after_stop) == ("OSError: no room", True)
+    assert "died" in str(died.error)
+    assert died.after_stop, "what fails while it stops is told, not tried again"
     assert {path.read_text() for path in tmp_path.glob("trial.*")} == {"saved"}
 
 

@@ -207,7 +207,7 @@ def test_who_interrupts_the_first_lets_the_second_go_on(
 ) -> None:
     first.send_signal(signal.SIGINT)
     go_on(first)
-    assert "the state is saved" in line(first)
+    assert "interrupted; saved at step " in line(first)
     assert first.wait(timeout=30) == 130
     assert result(second)
     (stopped,) = events(job, "stopped")

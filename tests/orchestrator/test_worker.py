@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.errors import StageFailed, UserError
@@ -17,6 +18,7 @@ from orchestrator.training.checkpoint import find_checkpoints
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
+from orchestrator.training.saving import NotSaved
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -134,6 +136,40 @@ def test_a_worker_that_dies_too_often_fails_the_stage(ray_session: None, make_jo
     with pytest.raises(StageFailed, match=str(job.folder)):
         run_train_job(job, max_failures=0, watch=kill_worker_once(job))
     assert find_checkpoints(job.folder)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
+    ray_session: None, make_job: MakeJob
+) -> None:
+    from orchestrator.worker import run_train_job
+
+    job = make_job("full", num_steps=4000, checkpoint_every_steps=4000)
+    pressed: list[int] = []
+
+    def watch() -> None:
+        if not pressed and metric(job):
+            pressed.append(events(job, "started")[0]["pid"])
+            # The system refuses to write more into one file of the worker, as a full disk does.
+            psutil.Process(pressed[0]).rlimit(psutil.RLIMIT_FSIZE, (15_000, 15_000))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(NotSaved, match=r"while the run was stopping; nothing was saved$"):
+        run_train_job(job, watch=watch)
+    assert pressed
+    assert not find_checkpoints(job.folder)
+
+
+def test_after_a_stop_any_error_is_an_answer() -> None:
+    from orchestrator.worker import answer_of
+
+    def fail() -> dict[str, Any]:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        answer_of(fail)
+    expected = {"error": "StageFailed", "text": "OSError: no room"}
+    assert answer_of(fail, is_stopping=lambda: True) == expected
 
 
 @pytest.mark.slow
