@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -127,7 +128,7 @@ def open_subjects(
     *,
     warn: Callable[[str], None] | None = None,
 ) -> list[Subject]:
-    """Return the models that a user names, each under each of the schedules, none twice.
+    """Return the models that a user names, each under each of the schedules.
 
     Args:
         workspace: Its newest model is meant where no path is given; runs are found by name.
@@ -143,10 +144,9 @@ def open_subjects(
         folders = [locate(workspace, path, model_folders=True) for path in paths]
     else:
         folders = [resolve_model(workspace, None, warn)]
-    subjects = [
+    return [
         open_subject(folder, schedule, warn=warn) for folder in folders for schedule in wanted
     ]
-    return list({(subject.path, subject.name): subject for subject in subjects}.values())
 
 
 def _config_values(folder: Path) -> Mapping[str, Any]:
@@ -245,7 +245,37 @@ def typed_schedule(schedule: IterationSchedule) -> str:
 
 
 def short_names(subjects: Sequence[Subject]) -> list[str]:
-    """Return what tells the models apart: schedules where all have the same weights, else names."""
-    if len(subjects) > 1 and len({subject.path for subject in subjects}) == 1:
-        return [f"r={typed_schedule(s.config.corrections)}" for s in subjects if s.config]
-    return [subject.name for subject in subjects]
+    """Return a label for each model, no two of them alike.
+
+    Of one model under several schedules they are the schedules. Else they are names, lengthened
+    where two are alike: by the checkpoint, by the folders around it, at last by a number.
+    """
+    schedules = [subject.config.corrections for subject in subjects if subject.config]
+    is_one_model = len({subject.path for subject in subjects}) == 1
+    if len(subjects) > 1 and is_one_model and len(set(schedules)) == len(subjects):
+        return [f"r={typed_schedule(schedule)}" for schedule in schedules]
+    label_of = _labels(subjects)
+    labels: list[str] = []
+    for subject in subjects:
+        label = label_of[subject.path, subject.name]
+        numbered, number = label, 1
+        while numbered in labels:  # The same model was given twice.
+            number += 1
+            numbered = f"{label} ({number})"
+        labels.append(numbered)
+    return labels
+
+
+def _labels(subjects: Sequence[Subject]) -> dict[tuple[Path, str], str]:
+    """Return a label for each path and name, with as many folders of the path as it takes."""
+    labels = {(subject.path, subject.name): subject.name for subject in subjects}
+    longest = max(len(path.parts) for path, _ in labels)
+    for num_parts in range(2, longest + 1):
+        counts = Counter(labels.values())
+        for subject in subjects:
+            path = subject.path
+            if counts[labels[path, subject.name]] > 1:
+                folder = path.name if subject.is_foreign else path.parent.name
+                schedule = subject.name.removeprefix(folder)
+                labels[path, subject.name] = "/".join(path.parts[-num_parts:]) + schedule
+    return labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.measured_cost import Conditions
-from orchestrator.analysis.subject import open_subject, short_names, typed_schedule
+from orchestrator.analysis.subject import (
+    open_subject,
+    open_subjects,
+    short_names,
+    typed_schedule,
+)
 from orchestrator.data.tokens import open_tokens
 from orchestrator.settings import InfluenceSettings
 from orchestrator.stages.benchmark import benchmark, family_of, usual_contexts
@@ -30,11 +36,13 @@ def workspace(tmp_path: Path) -> Workspace:
     return open_workspace(tmp_path / "workspace")
 
 
-def saved(folder: Path, tokens: Path, model: dict[str, Any], **changes: Any) -> Path:
+def saved(
+    folder: Path, tokens: Path, model: dict[str, Any], *, step: int = 1, **changes: Any
+) -> Path:
     torch.manual_seed(0)
     return save_checkpoint(
         folder,
-        1,
+        step,
         decoder=Decoder(ModelConfig.from_dict({**model, **changes})),
         training_state={},
         tokenizer_path=open_tokens(tokens).tokenizer_path,
@@ -66,6 +74,33 @@ def test_the_family_is_that_of_the_stored_influence(
     assert schedules[0] == IterationSchedule((2, 1))
     assert schedules[-1] == IterationSchedule.none(2)
     assert len(schedules) == 4  # three corrections: each is dropped by a threshold of its own
+
+
+def test_no_two_labels_are_alike_and_none_is_dropped(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], workspace: Workspace
+) -> None:
+    def folder(name: str, step: int = 1) -> Path:
+        return saved(tmp_path / name, tiny_tokens, tiny_model, step=step)
+
+    def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
+        return short_names(open_subjects(workspace, paths, schedules))
+
+    first, second, other = folder("a/run"), folder("a/run", 2), folder("b/run")
+    assert labels(first, second) == ["run/step_00000001", "run/step_00000002"]
+    assert labels(first, other) == ["a/run/step_00000001", "b/run/step_00000001"]
+    assert labels(first, folder("plain"), second) == [
+        "run/step_00000001", "plain", "run/step_00000002",
+    ]  # fmt: skip
+    assert labels(first.parent, second) == ["run", "run (2)"]
+    assert labels(first, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]
+    assert labels(first, second, schedules=["1", "0"]) == [
+        "run/step_00000001 r=1", "run/step_00000001 r=0",
+        "run/step_00000002 r=1", "run/step_00000002 r=0",
+    ]  # fmt: skip
+    subjects = open_subjects(workspace, [first, second, other, other], None)
+    found = benchmark(subjects, workspace, CONDITIONS)
+    assert [cost.model for cost in found.costs] == short_names(subjects)
+    assert len(found.costs) == 4
 
 
 def test_what_was_measured_is_written_with_its_conditions(
