@@ -7,8 +7,9 @@ that was copied or half deleted says what it still has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from orchestrator.provenance import file_key
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import (
     CONFIG,
+    check_checkpoint,
+    checkpoint_name,
     find_checkpoints,
     is_checkpoint,
     load_config,
@@ -30,7 +33,7 @@ from orchestrator.training.checkpoint import (
     tokenizer_file,
     weights_key,
 )
-from orchestrator.training.job import DONE_NAME
+from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
 from orchestrator.workspace import Workspace, read_json
 
 NO_CORRECTIONS = "r = 0"
@@ -166,30 +169,98 @@ def _may_be_teacher_or_imported(checkpoints: Sequence[Path]) -> bool:
     return True
 
 
-def find_references(workspace: Workspace, teacher: Path) -> list[tuple[str, Path]]:
+@dataclass(frozen=True)
+class References:
+    """Models that stand beside a teacher."""
+
+    found: dict[str, Path]
+    """Label to checkpoint."""
+    left_out: dict[str, str]
+    """Name of a run that was looked at and left out, to the reason."""
+
+
+def find_references(workspace: Workspace, teacher: Path) -> References:
     """Return the workspace's models without corrections that can stand beside a teacher: same
-    tokens, shape, recipe.
+    tokens, shape, recipe. Of several the newest.
+
+    What is damaged is named. What was trained in another way is named where there is no other model
+    of its kind.
     """
     found: dict[str, Path] = {}
-    wanted = _comparable(teacher)
+    left_out: dict[str, str] = {}
+    unlike: dict[str, tuple[str, str]] = {}
     for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
-        checkpoint = newest_checkpoint(run) if (run / DONE_NAME).is_file() else None
-        if checkpoint and checkpoint != teacher and _comparable(checkpoint) == wanted:
-            config = load_config(checkpoint)
-            if not config.corrections.num_corrections:
-                found[NO_CORRECTIONS if config.method == "iiet" else config.method] = checkpoint
-    return list(found.items())
+        label, made = _made(run)
+        if label is None or "imported" in made.get("provenance", {}):
+            continue
+        reason = _difference_to(teacher, made) or _why_unfinished(run)
+        if reason:
+            unlike[label] = (run.name, f"{label} is left out: {reason}")
+            continue
+        try:
+            found[label] = _finished_checkpoint(run)
+        except UserError as error:
+            left_out[run.name] = f"{label} is left out: {error}"
+    left_out |= dict(pair for label, pair in unlike.items() if label not in found)
+    return References(found, left_out)
 
 
-def _comparable(checkpoint: Path) -> dict[str, Any]:
-    shape = load_config(checkpoint).to_dict()
-    provenance = load_provenance(checkpoint)
+def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return what a front calls a model without corrections (None: it has some, or is none), and
+    how it was made, by the newest checkpoint that says so."""
+    for folder in reversed(find_checkpoints(run)):
+        with suppress(UserError):
+            config = load_config(folder)
+            made = {"model": config.to_dict(), "provenance": load_provenance(folder)}
+            label = NO_CORRECTIONS if config.method == "iiet" else config.method
+            return None if config.corrections.num_corrections else label, made
+    return None, {}
+
+
+def _difference_to(teacher: Path, made: Mapping[str, Any]) -> str:
+    """Say in what a model differs from a teacher beside its corrections; nothing if in nothing."""
+    wanted = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
+    own, full = _comparable(made), _comparable(wanted)
+    parts = [
+        f"{name} is {own.get(name)!r} and the teacher's {full.get(name)!r}"
+        for name in dict.fromkeys([*own, *full])
+        if own.get(name) != full.get(name)
+    ]
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return f"{', '.join(parts[:3])}{more}" if parts else ""
+
+
+def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = made["provenance"]
     # Each method may have its own best learning rate, and only corrections have two stages.
-    free = dict.fromkeys(("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate"))
+    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *FREE_IN_RECIPE)
     # A checkpoint from before a setting existed was made as its default makes one.
-    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {}), **free}
-    kept = {name: value for name, value in shape.items() if name not in ("method", "schedule")}
-    return {**kept, "tokens": provenance.get("tokens"), "recipe": recipe}
+    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
+    shape = {n: value for n, value in made["model"].items() if n not in ("method", "schedule")}
+    return {
+        **{f"model.{name}": value for name, value in shape.items()},
+        "tokens": provenance.get("tokens"),
+        **{f"training.{name}": value for name, value in recipe.items() if name not in free},
+    }
+
+
+def _why_unfinished(run: Path) -> str:
+    return "" if (run / DONE_NAME).exists() else "its training is not finished"
+
+
+def _finished_checkpoint(run: Path) -> Path:
+    """Return the last checkpoint of a finished run.
+
+    Raises:
+        UserError: If it, or the record of its end, is damaged.
+    """
+    done = read_json(run / DONE_NAME)
+    try:
+        checkpoint = run / checkpoint_name(done["step"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{run / DONE_NAME} is damaged: it names no step") from None
+    check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iiet.influence import InfluenceTable
-from orchestrator.analysis.results import SweepResults
+from orchestrator.analysis.results import LEFT_OUT, SweepResults
 from orchestrator.analysis.subject import open_subjects, short_names
 from orchestrator.cluster import ray_cluster
 from orchestrator.desk import Desk
@@ -171,6 +171,7 @@ def run_and_show(
         results=outcome.results,
         influence=influence,
         facts={
+            **({LEFT_OUT: plan.left_out} if plan.left_out else {}),
             "Trials": _states(plan, outcome),
             "Settings": flatten(settings),
             "Provenance": _provenance(plan),

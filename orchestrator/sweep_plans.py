@@ -60,8 +60,12 @@ def plan_thresholds(
     """
     tokens, full = tokens_of(teacher, desk.workspace), load_config(teacher)
     influence = influence or influence_of(settings, desk, teacher)
+    left_out: dict[str, str] = {}
     if references is None:
-        references = find_references(desk.workspace, teacher)
+        known = find_references(desk.workspace, teacher)
+        references, left_out = known.found.items(), known.left_out
+        for run, reason in left_out.items():
+            desk.progress.note(f"run {run}: {reason}")
     family = [member.schedule for member in schedule_family(influence)]
     members = choose_members(
         influence,
@@ -76,6 +80,7 @@ def plan_thresholds(
         members=members,
         suite=plan_suite(settings.evaluation, tokens, full, desk.progress),
         references=list(references),
+        left_out=left_out,
         name=name,
     )
 

@@ -25,10 +25,11 @@ from orchestrator.analysis.harness import evaluate_decoder
 from orchestrator.analysis.results import items_name
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.tokens import open_tokens
+from orchestrator.errors import UserError
 from orchestrator.plan import PlannedTrial
 from orchestrator.training.checkpoint import load_decoder, load_provenance
 from orchestrator.training.holding import held, is_held
-from orchestrator.training.job import TrainingJob, TrainingOutcome, forget_stop
+from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, forget_stop
 from orchestrator.training.run import Report, run_job
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Referee, StopRule
@@ -235,9 +236,15 @@ def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
 
 
 def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
-    """Return what a checkpoint's own run took, if its record still lies beside it."""
-    done = read_json(checkpoint.parent / "done.json")
-    if not done:
-        return {"steps": float(load_provenance(checkpoint).get("step", 0))}
+    """Return what a checkpoint's own run took, if its record still lies beside it.
+
+    A record that is damaged, or that of another step, says nothing about this checkpoint.
+    """
+    step = load_provenance(checkpoint).get("step", 0)
     known = {field.name for field in dataclasses.fields(TrainingOutcome)}
-    return _training_numbers(TrainingOutcome(**{k: v for k, v in done.items() if k in known}))
+    try:
+        done = read_json(checkpoint.parent / DONE_NAME)
+        outcome = TrainingOutcome(**{k: v for k, v in (done or {}).items() if k in known})
+        return _training_numbers(outcome) if outcome.step == step else {"steps": float(step)}
+    except (UserError, TypeError, AttributeError):
+        return {"steps": float(step)}

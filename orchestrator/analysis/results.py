@@ -19,6 +19,8 @@ from orchestrator.trial import TrialResult
 from orchestrator.workspace import Workspace, read_json, write_json
 
 RESULTS_NAME = "results.json"
+LEFT_OUT = "Left out"
+"""Title of the list of what could have stood on the front and does not, with the reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,11 @@ class SweepResults:
     """The teacher's influence table, if the sweep had one."""
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Title of a list -> names and values: settings, provenance, what was reused or stopped."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be known before the front is read."""
+        return [f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT, {}).items()]
 
     def with_results(self, results: tuple[TrialResult, ...]) -> SweepResults:
         """Return the same sweep with other results."""

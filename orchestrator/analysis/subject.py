@@ -144,9 +144,7 @@ def open_subjects(
         folders = [locate(workspace, path, model_folders=True) for path in paths]
     else:
         folders = [resolve_model(workspace, None, warn)]
-    return [
-        open_subject(folder, schedule, warn=warn) for folder in folders for schedule in wanted
-    ]
+    return [open_subject(folder, schedule, warn=warn) for folder in folders for schedule in wanted]
 
 
 def _config_values(folder: Path) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def threshold_plan(
     members: Sequence[FamilyMember],
     suite: dict[str, Any],
     references: Sequence[tuple[str, Path]] = (),
+    left_out: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> SweepPlan:
     """Plan a threshold sweep: the teacher, its students under the chosen schedules, references.
@@ -47,6 +48,7 @@ def threshold_plan(
         members: The schedules, costliest first; see `choose_members`.
         suite: What is measured.
         references: Label and checkpoint of models to show beside the sweep.
+        left_out: Run and reason of models that could have stood there.
         name: Name of the sweep; made from its key when unset.
     """
     full = load_config(teacher)
@@ -67,7 +69,8 @@ def threshold_plan(
     ]
     sweep = settings.sweep
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    return finish_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
+    plan = finish_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
+    return replace(plan, left_out=dict(left_out or {}))
 
 
 def student_job(

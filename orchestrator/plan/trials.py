@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ class SweepPlan:
     """Trials, teacher and references, each once."""
     num_distinct: int = 0
     """Schedules or models that those asked for come to; what a search adds does not count."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Run and reason of models that could have stood beside the others; not part of the key."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping that strict JSON can hold."""

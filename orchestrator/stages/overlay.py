@@ -90,7 +90,8 @@ def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
 
 def _notes(workspace: Workspace, sweeps: Sequence[SweepResults], axes: Axes) -> list[str]:
     """Say what keeps the sweeps from being compared."""
-    notes = _about_tasks({sweep.name: _suite(workspace, sweep) for sweep in sweeps})
+    notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
+    notes += _about_tasks({sweep.name: _suite(workspace, sweep) for sweep in sweeps})
     if axes.cost == COSTS["ms"] and len(sweeps) > 1:
         notes.append(
             "Milliseconds were measured sweep by sweep: what else the machine did at that time, or "

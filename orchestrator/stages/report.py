@@ -69,6 +69,7 @@ def write_report(
         influence=sweep.influence,
         curves={**curves_of(sweep, front), **({} if axes.slug else history)},
         facts=sweep.facts,
+        notes=sweep.notes,
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_files(report, folder)

@@ -46,7 +46,7 @@ IN_THE_RECORD = (
 """Parts of a recipe that change how a run is watched or fitted into memory only, and so its record
 and its rounding; or, as `skip_bad_steps`, whether it gets to its end, not what stands there."""
 
-_FREE_IN_RECIPE = frozenset(
+FREE_IN_RECIPE = frozenset(
     [
         *IN_THE_RECORD,
         "checkpoint_every_steps",
@@ -198,7 +198,7 @@ def _recipe_of_key(recipe: TrainingSettings) -> dict[str, Any]:
     return {
         name: value
         for name, value in recipe.model_dump(mode="json").items()
-        if name not in _FREE_IN_RECIPE
+        if name not in FREE_IN_RECIPE
         and not (name in _LEFT_OUT_AT_DEFAULT and value == getattr(defaults, name))
     }
 

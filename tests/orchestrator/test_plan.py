@@ -359,6 +359,15 @@ def _config(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
+def test_what_was_left_out_is_in_the_plan_and_not_in_its_key(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    left_out = {"v-1": "vanilla is left out: its training is not finished"}
+    plan = _plan(Settings(), space, teacher, suite, left_out=left_out)
+    assert plan.to_dict()["left_out"] == left_out
+    assert plan.key == _plan(Settings(), space, teacher, suite).key
+
+
 def test_planned_trials_survive_json(
     space: Workspace, teacher: Path, suite: dict[str, Any]
 ) -> None:

@@ -100,6 +100,24 @@ def test_two_processes_make_a_trial_once(trials: tuple[PlannedTrial, ...]) -> No
         assert process.returncode == 0
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[1]",
+        '{"step": 2}',
+        '{"checkpoint": null, "step": 7, "finished": true, "num_tokens": 9}',
+    ],
+)
+def test_a_damaged_record_of_a_training_costs_only_its_numbers(
+    trials: tuple[PlannedTrial, ...], measured: None, record: str
+) -> None:
+    (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
+    run = run_trial(trials[0].to_dict())
+    assert run.result is not None
+    assert run.result.train == {"steps": 2.0}, "another step's record says nothing of this one"
+
+
 def test_a_trial_is_taken_over_from_a_process_that_died(
     trials: tuple[PlannedTrial, ...], measured: None
 ) -> None:

@@ -14,7 +14,13 @@ from iiet.influence import InfluenceTable
 from orchestrator.analysis.axes import named_axes
 from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.history import BY_TRIALS, history_folder
-from orchestrator.analysis.results import RESULTS_NAME, SweepResults, items_name, load_results
+from orchestrator.analysis.results import (
+    LEFT_OUT,
+    RESULTS_NAME,
+    SweepResults,
+    items_name,
+    load_results,
+)
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
 from orchestrator.stages.report import note_of, view_key, write_report
@@ -166,6 +172,19 @@ def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: SweepRe
     sweep = sweep.with_results((teacher, pruned))
     assert sweep.journal_of(teacher) is not None
     assert sweep.journal_of(pruned) is None
+
+
+def test_what_was_left_out_of_the_front_is_said(workspace: Workspace, sweep: SweepResults) -> None:
+    reason = "vanilla is left out: done.json is damaged"
+    sweep = replace(sweep, facts={**sweep.facts, LEFT_OUT: {"v-1": reason}})
+    write_report(workspace, sweep)
+    written = write_report(workspace, "toy")
+    sentence = f"Run v-1: {reason}."
+    assert written.report.sentences[0] == sentence, "the terminal's first sentence"
+    assert written.page is not None
+    assert sentence in written.page.read_text(encoding="utf-8")
+    assert sentence in (written.folder / "front.md").read_text(encoding="utf-8")
+    assert sentence in note_of(written.report, "run")
 
 
 def test_a_sweep_without_placed_results_still_reports(
