@@ -34,7 +34,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
-from orchestrator.workspace import Workspace, read_json
+from orchestrator.workspace import Workspace, is_name, read_json
 
 NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
@@ -275,7 +275,7 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
         return _tokens_by_tokenizer(tokenizer_file(checkpoint), workspace)
     fingerprint = provenance.get("tokens", "")
     folder = workspace.tokens / str(fingerprint)
-    if not fingerprint or not folder.is_dir():
+    if not is_name(fingerprint) or not folder.is_dir():
         raise UserError(
             f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
@@ -333,7 +333,8 @@ def newest_sweep(workspace: Workspace) -> str:
     Raises:
         UserError: If there is none.
     """
-    found = sorted(workspace.sweeps.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    paths = [path for path in workspace.sweeps.glob("*/results.json") if is_name(path.parent.name)]
+    found = sorted(paths, key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(
             f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"

@@ -105,6 +105,9 @@ def _weight_files(folder: Path) -> list[str]:
     """Name a folder's safetensors: those of the index where there is one, else all."""
     if (folder / SHARDS).is_file():
         names = sorted(set(_read_json(folder / SHARDS).get("weight_map", {}).values()))
+        for name in names:
+            if Path(name).name != name:
+                raise UserError(f"{folder / SHARDS} names a file outside its folder: {name!r}")
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.report import WrittenReport
+from orchestrator.analysis.results import load_results
 from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import newest_sweep
 from orchestrator.desk import Desk
@@ -33,7 +34,9 @@ def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) 
     if len(names) > 1:
         show_report(write_overlay(desk.workspace, names, axes=axes), desk)
     else:
-        written = write_report(desk.workspace, names[0], axes=axes, tracking=desk.tracking)
+        # Before MLflow's store is opened, which takes seconds: the name may be wrong.
+        sweep = load_results(desk.workspace, names[0])
+        written = write_report(desk.workspace, sweep, axes=axes, tracking=desk.tracking)
         show_report(written, desk)
 
 

@@ -19,6 +19,8 @@ from orchestrator.errors import UserError
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
+MAX_NAME_BYTES = 200
+"""File systems take 255; a temporary name is a little longer than the name."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,37 @@ class Workspace:
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
 
 
+def is_name(text: Any) -> bool:
+    """Tell whether a value can be the name of a folder, and leads nowhere else as a path."""
+    is_plain = isinstance(text, str) and re.fullmatch(r"\w[\w .,+=-]*", text) is not None
+    return is_plain and len(text.encode()) <= MAX_NAME_BYTES
+
+
 def check_name(name: str | None) -> str | None:
-    """Return the name of a run or sweep, which is that of its folder; None stays None.
+    """Return the value of an option `--name`; None stays None.
+
+    Raises:
+        UserError: If it is none; see `checked_name`.
+    """
+    return None if name is None else checked_name(name, "--name")
+
+
+def checked_name(name: Any, what: str) -> str:
+    """Return the name of a run or sweep, which is that of its folder.
+
+    Args:
+        name: As it was typed, or as a file has it.
+        what: Where it is from, for the error.
 
     Raises:
         UserError: If it could lead elsewhere, or is none.
     """
-    if name is not None and not re.fullmatch(r"\w[\w .,+=-]*", name):
+    if not is_name(name):
         raise UserError(
-            f"--name {name!r}: a name has letters, digits, spaces and . , + = - _, and begins with "
-            "a letter or a digit"
+            f"{what} {name!r}: a name has letters, digits, spaces and . , + = - _, begins with a "
+            f"letter or a digit, and takes at most {MAX_NAME_BYTES} bytes"
         )
-    return name
+    return str(name)
 
 
 def open_workspace(path: Path | None = None) -> Workspace:

@@ -16,7 +16,7 @@ from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.errors import UserError
 from orchestrator.trial import TrialResult
-from orchestrator.workspace import Workspace, read_json, write_json
+from orchestrator.workspace import Workspace, checked_name, read_json, write_json
 
 RESULTS_NAME = "results.json"
 LEFT_OUT = "Left out"
@@ -99,9 +99,14 @@ class SweepResults:
 def load_results(workspace: Workspace, name: str) -> SweepResults:
     """Read the stored results of a sweep.
 
+    Returns:
+        The results, under the name of their folder: a folder that was copied or renamed is a sweep
+        of that name, and nothing is written into another one.
+
     Raises:
         UserError: If there is no such sweep, it has no result yet, or its file is damaged.
     """
+    checked_name(name, "the sweep")
     path = workspace.sweeps / name / RESULTS_NAME
     stored = read_json(path)
     if stored is None:
@@ -110,7 +115,9 @@ def load_results(workspace: Workspace, name: str) -> SweepResults:
         found = SweepResults.from_dict(stored)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; delete it and run the sweep again") from None
-    return found
+    checked_name(found.name, f"{path} is damaged: name")
+    checked_name(found.key, f"{path} is damaged: key")
+    return replace(found, name=name)
 
 
 def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str, EvaluationResult]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from orchestrator.data.corpus import find_files, source_state
 from orchestrator.data.tokenizer import HUB_PREFIX, load_tokenizer, num_token_ids
 from orchestrator.data.tokens import is_complete, open_tokens
+from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import DataSettings
-from orchestrator.workspace import read_json
+from orchestrator.workspace import is_name, read_json
 
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, which is not asked: those of the published models."""
@@ -69,12 +70,18 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
         parent: Folder of all token folders.
 
     Raises:
-        UserError: If the source's files do not exist.
+        UserError: If the source's files do not exist, or the file that names the folder is damaged.
     """
-    found: dict[str, str] | None = read_json(pointer_to(source_key(settings), parent))
+    path = pointer_to(source_key(settings), parent)
+    found = read_json(path)
     if found is None:
         return None
-    folder = parent / found["fingerprint"]
+    fingerprint = found.get("fingerprint") if isinstance(found, dict) else None
+    if not is_name(fingerprint):
+        raise UserError(
+            f"{path} is damaged (fingerprint: {fingerprint!r}); delete it and run the command again"
+        )
+    folder = parent / str(fingerprint)
     return folder if is_complete(folder) else None
 
 

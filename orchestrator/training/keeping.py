@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from orchestrator.training.checkpoint import find_checkpoints
-from orchestrator.workspace import delete_folder, read_json, write_json
+from orchestrator.workspace import delete_folder, is_name, read_json, write_json
 
 BEST = "best.json"
 
@@ -31,7 +31,8 @@ def best_checkpoint(run_folder: Path) -> Path | None:
         UserError: If the file is damaged.
     """
     best = read_json(run_folder / BEST)
-    folder = run_folder / best["checkpoint"] if best else None
+    is_named = isinstance(best, dict) and is_name(best.get("checkpoint"))
+    folder = run_folder / best["checkpoint"] if is_named else None
     return folder if folder and folder.is_dir() else None
 
 

@@ -130,6 +130,10 @@ def spoil(folder: Path, name: str) -> None:
         weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"][3] = float("nan")
         save_file(weights, folder / "model.safetensors")
+    elif name == "outside":
+        (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
+        index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif name == "other model":
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     elif name == "sliding window":
@@ -145,6 +149,7 @@ def spoil(folder: Path, name: str) -> None:
         ("no weights", "has no safetensors"),
         ("cut off", "cannot read"),
         ("no number", "model.norm.weight has 1 values that are NaN"),
+        ("outside", r"names a file outside its folder: '\.\./secret\.safetensors'"),
         ("other model", "'gpt2'"),
         ("sliding window", "sliding_window 128"),
         ("broken config", "cannot read"),

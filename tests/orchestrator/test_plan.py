@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -352,9 +353,18 @@ def test_tokens_that_are_missing_are_named(teacher: Path, space: Workspace) -> N
         tokens_of(teacher, space)
 
 
-def _config(checkpoint: Path) -> dict[str, Any]:
-    import json
+def test_tokens_outside_the_workspace_are_none(
+    teacher: Path, space: Workspace, tiny_tokens: Path
+) -> None:
+    space.tokens.mkdir()
+    for name in ("..", f"../../{tiny_tokens.name}", str(tiny_tokens)):
+        record = json.loads((teacher / "provenance.json").read_text())
+        (teacher / "provenance.json").write_text(json.dumps({**record, "tokens": name}))
+        with pytest.raises(UserError, match="iiet-orch prepare"):
+            tokens_of(teacher, space)
 
+
+def _config(checkpoint: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     return values
 
@@ -371,8 +381,6 @@ def test_what_was_left_out_is_in_the_plan_and_not_in_its_key(
 def test_planned_trials_survive_json(
     space: Workspace, teacher: Path, suite: dict[str, Any]
 ) -> None:
-    import json
-
     trial = _plan(Settings(), space, teacher, suite).trials[1]
     again = type(trial)(**json.loads(json.dumps(trial.to_dict())))
     assert dataclasses.asdict(again) == dataclasses.asdict(trial)

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, file_key
-from orchestrator.workspace import open_workspace, read_json, write_json
+from orchestrator.workspace import check_name, is_name, open_workspace, read_json, write_json
 
 
 def test_the_environment_names_the_workspace(
@@ -53,6 +53,19 @@ def test_json_is_whole_or_named_as_damaged(tmp_path: Path) -> None:
     path.write_text('{"x":')
     with pytest.raises(UserError, match="damaged"):
         read_json(path)
+
+
+@pytest.mark.parametrize("name", ["toy", "A b", "1,1,0", "r=2 + x", "überschau", "a..b"])
+def test_a_name_is_that_of_a_folder(name: str) -> None:
+    assert is_name(name)
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a\n", "-x", "é" * 101, 7, None]
+)
+def test_what_could_lead_elsewhere_is_no_name(name: object) -> None:
+    assert not is_name(name)
 
 
 def test_keys_depend_on_content_and_on_nothing_else(tmp_path: Path) -> None:

@@ -55,6 +55,19 @@ def test_finished_work_is_found_again(
         prepare(settings.model_copy(update={"vocab_size": 301}), workspace)
 
 
+@pytest.mark.parametrize("record", ['{"fingerprint": "../../elsewhere"}', "{}", "[]", "7"])
+def test_a_record_that_names_no_folder_is_refused(
+    workspace: Workspace, settings: DataSettings, record: str
+) -> None:
+    prepare(settings, workspace)
+    [path] = (workspace.tokens / "sources").iterdir()
+    path.write_text(record)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged .*delete it"):
+        prepare(settings, workspace)
+    path.unlink()
+    prepare(settings, workspace)
+
+
 def test_a_changed_file_is_read_again(
     workspace: Workspace, settings: DataSettings, tmp_path: Path
 ) -> None:

@@ -212,6 +212,34 @@ def test_missing_and_damaged_sweeps_are_clear_errors(
         write_report(workspace, "toy")
 
 
+@pytest.mark.parametrize("name", ["../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""])
+def test_a_name_never_leads_out_of_the_sweeps(
+    workspace: Workspace, sweep: SweepResults, tmp_path: Path, name: str
+) -> None:
+    outside = sweep.store(open_workspace(tmp_path / "outside" / "in")).parent
+    outside.rename(tmp_path / "elsewhere")
+    write_json(tmp_path / "outside" / RESULTS_NAME, sweep.to_dict())
+    write_report(workspace, sweep)
+    before = sorted(tmp_path.rglob("*"))
+    # As it is typed, and as a file of a shared workspace may have it.
+    with pytest.raises(UserError, match="a name has letters, digits"):
+        write_report(workspace, name)
+    for part in ("name", "key"):
+        stored = {**sweep.to_dict(), part: name}
+        write_json(workspace.sweeps / "toy" / RESULTS_NAME, stored)
+        with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
+            write_report(workspace, "toy")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_renamed_sweep_is_one_of_its_own(workspace: Workspace, sweep: SweepResults) -> None:
+    stored = write_report(workspace, sweep).folder / RESULTS_NAME
+    before = stored.read_bytes()
+    write_json(workspace.sweeps / "copy" / RESULTS_NAME, {**sweep.to_dict(), "facts": {}})
+    assert write_report(workspace, "copy").folder == workspace.sweeps / "copy"
+    assert stored.read_bytes() == before
+
+
 def test_the_page_shows_how_the_front_grew(workspace: Workspace, sweep: SweepResults) -> None:
     journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
     for step in (1, 2, 3):

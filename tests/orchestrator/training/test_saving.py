@@ -152,6 +152,9 @@ def test_the_best_is_kept_beside_the_newest(
     assert best == job.folder / "step_00000004"
     check_checkpoint(best)
     assert json.loads((job.folder / "best.json").read_text())["validation_loss"] == 1.0
+    for name in ("../teacher", ".", None):
+        (job.folder / "best.json").write_text(json.dumps({"checkpoint": name}))
+        assert best_checkpoint(job.folder) is None
     plain = make_job("plain", **{**recipe, "keep_best": False})
     run_job(plain)
     assert names(plain) == ["step_00000008"]
