@@ -1,14 +1,17 @@
 """Stage `export`: a checkpoint becomes a folder that transformers and lm-eval load by themselves.
 
 Weights, tokenizer, the model's code and a card. It is written under another name and renamed at the
-end, so that a folder under its own name is whole; a folder that holds something else is never
-overwritten.
+end, so that a folder under its own name is whole. The names and checksums of all its files stand in
+`MANIFEST.sha256`, as `sha256sum --check` reads them; so a folder with anything in it that no export
+wrote, or that was changed since, is never overwritten.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from iiet.decoder import Decoder
@@ -17,10 +20,17 @@ from orchestrator.console import Progress
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.foreign import EXPORTED_TYPE
+from orchestrator.provenance import file_digest
 from orchestrator.training.checkpoint import CONFIG
-from orchestrator.workspace import write_text
+from orchestrator.workspace import delete_folder, write_text
 
 CARD = "README.md"
+MANIFEST = "MANIFEST.sha256"
+_USUAL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "iiet_*.py", CARD),
+)
+"""What exports consist of that were written before they had a manifest."""
 
 
 def export(
@@ -35,7 +45,7 @@ def export(
 
     Args:
         decoder: The model, with its own schedule as the default.
-        folder: Made if missing; replaced if it is an earlier export.
+        folder: Made if missing; replaced if it is an earlier export and nothing else.
         tokenizer_file: Copied beside the weights; None where there is none.
         card: What `README.md` says.
         progress: Told what is going on.
@@ -50,13 +60,16 @@ def export(
     check_target(folder)
     progress.start("export")
     end = _end_of_text(tokenizer_file)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         export_pretrained(decoder, temporary, tokenizer_file, end_of_text=end)
         write_text(temporary / CARD, card.to_markdown())
-        shutil.rmtree(folder, ignore_errors=True)
+        _write_manifest(temporary)
+        check_target(folder)  # Once more: the export took its time.
+        if folder.exists():
+            delete_folder(folder)
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
@@ -82,6 +95,35 @@ def check_target(folder: Path) -> None:
         is_export = False
     if not is_export:
         raise UserError(f"{folder} exists and is no earlier export; choose another with --to")
+    if others := _files_of_others(folder):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UserError(
+            f"{folder} is an earlier export, and some of its files are not as the export wrote "
+            f"them: {', '.join(others[:3])}{more}; move them away, or choose another folder with "
+            "--to"
+        )
+
+
+def _write_manifest(folder: Path) -> None:
+    lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    write_text(folder / MANIFEST, "".join(lines))
+
+
+def _files_of_others(folder: Path) -> list[str]:
+    """Return what lies in an export that it did not write, or that was changed since."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return [name for name in names if not any(fnmatch(name, usual) for usual in _USUAL_FILES)]
+    except (OSError, UnicodeDecodeError):
+        return [MANIFEST]
+    digests = {name: digest for digest, _, name in (x.partition("  ") for x in text.splitlines())}
+    return [
+        name
+        for name in names
+        if not (folder / name).is_file() or file_digest(folder / name) != digests.get(name)
+    ]
 
 
 def _end_of_text(tokenizer_file: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.settings import EvaluationSettings
 from orchestrator.stages.evaluate import evaluate
-from orchestrator.stages.export import CARD, export
+from orchestrator.stages.export import CARD, MANIFEST, export
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint, tokenizer_file
 from orchestrator.workspace import Workspace, open_workspace
 
@@ -159,15 +160,42 @@ def test_stock_lm_eval_gives_our_numbers(
 
 def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
     folder = exported(checkpoint, tmp_path / "out")
-    (folder / "left-over.txt").touch()
+    (folder / MANIFEST).unlink()  # As exports were before they had one.
     exported(checkpoint, folder)
-    assert not (folder / "left-over.txt").exists()
+    exported(checkpoint, folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").touch()
     with pytest.raises(UserError, match="no earlier export"):
         exported(checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("name", ["notes.md", "results/table.csv", CARD])
+def test_a_users_own_file_in_an_export_is_never_lost(
+    checkpoint: Path, tmp_path: Path, name: str, has_manifest: bool
+) -> None:
+    folder = exported(checkpoint, tmp_path / "out")
+    if not has_manifest:
+        if name == CARD:
+            pytest.skip("only the manifest knows what the card said")
+        (folder / MANIFEST).unlink()
+    own = folder / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("an afternoon's work")
+    with pytest.raises(UserError, match=rf"not as the export wrote.*{name.split('/')[0]}.*--to"):
+        exported(checkpoint, folder)
+    assert own.read_text() == "an afternoon's work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_the_manifest_is_one_that_sha256sum_reads(checkpoint: Path, tmp_path: Path) -> None:
+    folder = exported(checkpoint, tmp_path / "out")
+    lines = [line.split("  ") for line in (folder / MANIFEST).read_text().splitlines()]
+    assert {name for _, name in lines} == {p.name for p in folder.iterdir()} - {MANIFEST}
+    for digest, name in lines:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 
 def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any]) -> None:
