@@ -33,7 +33,11 @@ __all__ = [
 ]
 
 
-_RAMP = re.compile(r"(\d+)\.\.(\d+)")
+MAX_CORRECTIONS = 1000
+"""Of a layer; a larger number is a slip of the keyboard, and would only look like a hang."""
+_RAMP = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
+_PART = re.compile(r"\s*[-+]?[0-9]{1,9}\s*(?:\*\s*[0-9]{1,9}\s*)?")
+_LONGEST_QUOTE = 80
 
 
 @runtime_checkable
@@ -64,10 +68,12 @@ class IterationSchedule:
                 f"takes text and lists), got {self.corrections!r}"
             )
         for layer, count in enumerate(self.corrections, start=1):
-            if type(count) is not int or count < 0:
+            if type(count) is not int or not 0 <= count <= MAX_CORRECTIONS:
+                is_large = type(count) is int and count > 0
+                bound = f"most {MAX_CORRECTIONS}" if is_large else "least 0"
                 raise ValueError(
-                    f"corrections of layer {layer} must be an integer of at least 0, got {count!r} "
-                    f"in {self.corrections!r}"
+                    f"corrections of layer {layer} must be an integer of at {bound}, got "
+                    f"{_quoted(count)} in {_quoted(self.corrections)}"
                 )
 
     @classmethod
@@ -110,7 +116,7 @@ class IterationSchedule:
         elif isinstance(text, str) and (ends := _RAMP.fullmatch(text.strip())):
             schedule = cls.ramp(num_layers, int(ends[1]), int(ends[2]))
         elif isinstance(text, str):
-            counts = _counts_in(text)
+            counts = _counts_in(text, num_layers)
             for_each_layer = len(counts) == 1 and "*" not in text
             schedule = cls(counts * num_layers if for_each_layer else counts)
         elif isinstance(text, int):
@@ -118,10 +124,11 @@ class IterationSchedule:
         elif isinstance(text, Iterable):
             schedule = cls(tuple(text))
         else:
-            raise ValueError(f"{text!r} is not an iteration schedule")
+            raise ValueError(f"{_quoted(text)} is not an iteration schedule")
         if schedule.num_layers != num_layers:
             raise ValueError(
-                f"the iteration schedule {text!s} is for {schedule.num_layers} layers, "
+                f"the iteration schedule {_shortened(str(text))} is for {schedule.num_layers} "
+                "layers, "
                 f"the model has {num_layers}"
             )
         return schedule
@@ -306,19 +313,35 @@ def within_budget(family: Sequence[FamilyMember], max_evaluations: int) -> Famil
     return within_cost(family, max_evaluations, cost=num_evaluations)
 
 
-def _counts_in(text: str) -> tuple[int, ...]:
+def _counts_in(text: str, num_layers: int) -> tuple[int, ...]:
     """Read `"2,2,1*3"`, brackets allowed; a part `r*n` stands for n layers with r corrections."""
-    counts: list[int] = []
+    runs: list[tuple[int, int]] = []
     for part in text.strip().strip("()[]").rstrip(",").split(","):
-        count, star, repeats = part.partition("*")
-        try:
-            counts += [int(count)] * (int(repeats) if star else 1)
-        except ValueError:
+        if not _PART.fullmatch(part):
             raise ValueError(
-                f"{text!r} is not an iteration schedule; write one number for all layers (3), "
-                "one per layer (2,2,1,1), corrections*layers (3*4) or a ramp (3..0)"
-            ) from None
-    return tuple(counts)
+                f"{_quoted(text)} is not an iteration schedule; write one number for all layers "
+                "(3), one per layer (2,2,1,1), corrections*layers (3*4) or a ramp (3..0)"
+            )
+        count, star, repeats = part.partition("*")
+        runs.append((int(count), int(repeats) if star else 1))
+    num_given = sum(times for _, times in runs)
+    if num_given > num_layers:  # Said before a list of so many is made.
+        raise ValueError(
+            f"the iteration schedule {_shortened(text)} is for {num_given} layers, the model has "
+            f"{num_layers}"
+        )
+    return tuple(count for count, times in runs for _ in range(times))
+
+
+def _quoted(value: object) -> str:
+    try:
+        return _shortened(repr(value))
+    except ValueError:  # An integer of more digits than Python writes.
+        return "a number too long to show"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
 
 
 def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:

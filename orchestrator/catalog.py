@@ -34,7 +34,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
-from orchestrator.workspace import Workspace, is_name, read_json
+from orchestrator.workspace import Workspace, expanded, is_name, read_json
 
 NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
@@ -85,7 +85,7 @@ def locate(workspace: Workspace, path: Path, *, model_folders: bool = False) -> 
     Raises:
         UserError: If there is no such folder; names the runs that there are.
     """
-    path = path.expanduser()
+    path = expanded(path)
     places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
     for place in places:
         # A folder without a model must not hide a run: what was imported has its folder's name.

@@ -218,13 +218,14 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
 def _check_reachable(address: str) -> None:
     """Refuse a dead address at once; Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
+    if not (port.isascii() and port.isdigit()):
         return  # `auto`: Ray looks for a cluster on this machine.
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # The second: a port that is none.
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}); "
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); "
             "start it, correct the address, or unset RAY_ADDRESS to use this machine"
         ) from None
 

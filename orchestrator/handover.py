@@ -41,6 +41,7 @@ from orchestrator.training.checkpoint import (
     resolve_checkpoint,
     weights_key,
 )
+from orchestrator.workspace import expanded
 
 
 def export_model(
@@ -68,7 +69,7 @@ def export_model(
     checkpoint = resolve_model(desk.workspace, path)
     wanted = parse_schedule(schedule, checkpoint)
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
-    folder = to.expanduser().resolve() if to else desk.workspace.exports / name
+    folder = expanded(to).resolve() if to else desk.workspace.exports / name
     check_target(folder)
     decoder = load_decoder(checkpoint)
     if wanted is not None:
@@ -144,7 +145,7 @@ def pick_model(
     if result.schedule is not None:
         decoder = decoder.with_schedule(IterationSchedule(result.schedule))
     items = load_items(desk.workspace, [result])
-    folder = to.expanduser().resolve() if to else desk.workspace.exports / sweep.name / rule.alias
+    folder = expanded(to).resolve() if to else desk.workspace.exports / sweep.name / rule.alias
     card = card_of(desk, checkpoint, decoder.config, items.get(result.key))
     export(
         decoder,

@@ -19,7 +19,7 @@ from orchestrator.analysis.results import LEFT_OUT, SweepResults
 from orchestrator.analysis.subject import open_subjects, short_names
 from orchestrator.cluster import ray_cluster
 from orchestrator.desk import Desk
-from orchestrator.errors import StageFailed
+from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.provenance import environment
 from orchestrator.search_plans import plan_search, search_price
@@ -46,6 +46,11 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
     Raises:
         UserError: If something does not go together; nothing is trained then.
     """
+    if settings.sweep.kind not in ("threshold", "search"):
+        raise UserError(
+            f"sweep.kind is {settings.sweep.kind}, which has no teacher to distill; "
+            "`iiet-orch sweep FILE` runs what the file says"
+        )
     is_search = settings.sweep.kind == "search"
     kind: Kind = "search" if is_search else "threshold"
     check_sweep(settings, kind, desk.progress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, quoted
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -31,12 +31,17 @@ def find_settings_file(name: str) -> Path:
     Raises:
         UserError: If it is neither.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError):
+        pass  # A text that can be no path on this machine, such as one that is too long.
     shipped = shipped_sweeps()
     if name in shipped:
         return shipped[name]
     near = difflib.get_close_matches(name, shipped, n=1)
     hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(shipped)}"
-    raise UserError(f"there is no settings file {name!r} and no shipped sweep of that name; {hint}")
+    raise UserError(
+        f"there is no settings file {quoted(name)} and no shipped sweep of that name; {hint}"
+    )

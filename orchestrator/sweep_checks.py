@@ -36,6 +36,8 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     if kind != "iterations" and settings.distillation.control == "distill":
         loss_of(settings.distillation)
         check_teacher_cache(settings.distillation)
+    if kind in ("threshold", "search"):
+        _check_thresholds(settings)
     if kind == "threshold":
         _check_warm_start(settings)
     _check_stopping(settings, kind)
@@ -43,6 +45,15 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
         _check_search(settings)
     if progress:
         tasks_beside_heldout(settings.evaluation, progress)
+
+
+def _check_thresholds(settings: Settings) -> None:
+    below = [threshold for threshold in settings.sweep.thresholds if threshold < 0]
+    if below and settings.influence.metric != "loss":
+        raise UserError(
+            f"sweep.thresholds: {below[0]:g} is below 0, and so is no influence by the metric "
+            f"{settings.influence.metric}; give thresholds of at least 0, such as 0.001,0.01"
+        )
 
 
 def _check_stopping(settings: Settings, kind: Kind) -> None:

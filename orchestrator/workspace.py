@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, shortened
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
@@ -129,6 +129,26 @@ def checked_name(name: Any, what: str) -> str:
     return str(name)
 
 
+def expanded(path: Path | str) -> Path:
+    """Return a path that a user typed, `~` written out.
+
+    Raises:
+        UserError: If it names a user whom this machine does not know.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"cannot use the path {shortened(str(path))}: {error}") from None
+
+
+def is_folder(path: Path | str) -> bool:
+    """Tell whether a path that a user typed is a folder; also of a text that can be no path."""
+    try:
+        return expanded(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def open_workspace(path: Path | None = None) -> Workspace:
     """Return the workspace, made if it is missing.
 
@@ -156,7 +176,7 @@ def open_workspace(path: Path | None = None) -> Workspace:
 def locate_workspace(path: Path | None = None) -> Workspace:
     """Return the workspace without making or touching it; see `open_workspace`."""
     root = path or Path(os.environ.get(ENVIRONMENT_NAME) or DEFAULT_NAME)
-    return Workspace(root.expanduser().resolve())
+    return Workspace(expanded(root).resolve())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from orchestrator import cli
+from orchestrator.console import Progress
+from orchestrator.desk import Desk
+from orchestrator.errors import UserError
+from orchestrator.procedure import quickstart
+from orchestrator.settings import resolve_settings
+from orchestrator.workspace import open_workspace
 
 
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -33,6 +41,30 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["sweep-threshold"], "iiet-orch pretrain"),
         (["sweep-threshold", "missing-folder"], "missing-folder"),
         (["sweep-threshold", "--thresholds", "a,b"], "--thresholds"),
+        (["sweep-threshold", "--thresholds", "nan"], "--thresholds takes numbers"),
+        (["sweep-threshold", "--thresholds", "1_0"], "--thresholds takes numbers"),
+        (["sweep-threshold", "--thresholds", "-1"], "sweep.thresholds: -1 is below 0"),
+        (["sweep", "toy", "--set", "sweep.thresholds=[-1]"], "sweep.thresholds: -1 is below 0"),
+        (["sweep-threshold", "--seeds", "4294967296"], "--seeds takes whole numbers from 0 to"),
+        (["sweep-iterations", "--iterations", "²"], "'²' is not an iteration schedule"),
+        (["sweep-iterations", "--iterations", "9" * 5000], "is not an iteration schedule"),
+        (["sweep-iterations", "--iterations", "1000000000"], "is not an iteration schedule"),
+        (["sweep-iterations", "--iterations", "3*1000000000"], "is not an iteration schedule"),
+        (["pretrain", "--corrections", "3*999999999"], "is for 999999999 layers"),
+        (["pretrain", "--corrections", "1001"], "must be an integer of at most 1000"),
+        (["search", "--seed", "4294967296"], "--seed"),
+        (["search", "--trials", "9" * 5000], "--trials"),
+        (["pretrain", "--config", "x" * 5000], "there is no settings file"),
+        (["pretrain", "--config", "~no-such-user/a.yaml"], "there is no settings file"),
+        (["pretrain", "--workspace", "x" * 5000], "cannot write to the workspace"),
+        (["evaluate", "~no-such-user/a"], "cannot use the path ~no-such-user/a"),
+        (["evaluate", "x" * 5000], "is longer than this machine's names may be"),
+        (["evaluate", "--include-path", "nowhere"], "there is no folder nowhere"),
+        (["pretrain", "--set", "evaluation.include_path=nowhere"], "there is no folder nowhere"),
+        (["generate", "--seed", "4294967296"], "--seed"),
+        (["generate", "--top-k", "99999999999999999999"], "--top-k"),
+        (["benchmark", "--batch-sizes", "1,²"], "--batch-sizes"),
+        (["benchmark", "--contexts", "99999999999"], "--contexts takes whole numbers from 1 to"),
         (["sweep-iterations", "--rates", "fast"], "--rates takes numbers"),
         (["sweep-iterations", "--rates", "1e-3,-2"], "sweep.learning_rates"),
         (["sweep-iterations", "--set", "sweep.learning_rates={vanila: 1}"], "'vanila' is no model"),
@@ -131,3 +163,30 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_log(
     [log] = (tmp_path / "logs").glob("*.log")
     assert "Traceback" in log.read_text()
     os.fstat(2)  # standard error is back in its place
+
+
+@pytest.mark.parametrize("kind", ["threshold", "search", "iterations", "study"])
+def test_quickstart_runs_the_kind_of_sweep_that_its_file_describes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run: list[str] = []
+
+    def only_name(name: str) -> Callable[..., None]:
+        return lambda settings, *_, **__: run.append(f"{name}: {settings.sweep.kind}")
+
+    procedures = {"quickstart": "students", "sweep_iterations": "methods", "run_study": "study"}
+    for function, name in procedures.items():
+        monkeypatch.setattr(f"orchestrator.sweep_files.{function}", only_name(name))
+    (tmp_path / "s.yaml").write_text(f"sweep:\n  kind: {kind}\n")
+    options = ["--config", str(tmp_path / "s.yaml"), "--workspace", str(tmp_path / "space")]
+    code, printed = _run(capfd, "quickstart", *options)
+    assert code == 0, printed
+    expected = {"iterations": "methods", "study": "study"}.get(kind, "students")
+    assert run == [f"{expected}: {kind}"]
+
+
+def test_the_whole_job_refuses_a_kind_that_has_no_students(tmp_path: Path) -> None:
+    desk = Desk(open_workspace(tmp_path), Progress(), Console())
+    settings = resolve_settings({"sweep": {"kind": "iterations"}})
+    with pytest.raises(UserError, match="`iiet-orch sweep FILE` runs what the file says"):
+        quickstart(settings, desk)

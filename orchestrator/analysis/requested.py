@@ -16,7 +16,7 @@ from orchestrator.console import Progress
 from orchestrator.data.tokens import MANIFEST_NAME
 from orchestrator.errors import UserError
 from orchestrator.settings import EvaluationSettings
-from orchestrator.workspace import Workspace
+from orchestrator.workspace import Workspace, expanded
 
 HELDOUT = "heldout"
 
@@ -91,7 +91,7 @@ def task_folders(settings: EvaluationSettings) -> list[Path]:
     """
     if not settings.include_path:
         return []
-    folder = Path(settings.include_path).expanduser().absolute()
+    folder = expanded(settings.include_path).absolute()
     if not folder.is_dir():
         raise UserError(
             f"evaluation.include_path: there is no folder {folder} to find lm-eval task files in"

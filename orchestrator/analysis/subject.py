@@ -37,7 +37,7 @@ from orchestrator.training.checkpoint import (
     tokenizer_file,
     weights_key,
 )
-from orchestrator.workspace import Workspace
+from orchestrator.workspace import Workspace, expanded
 
 _FOREIGN_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
 """Each tells that a config.json is not one of our checkpoints'."""
@@ -101,7 +101,7 @@ def open_subject(
     Raises:
         UserError: If there is no model, it is damaged, or the schedule does not fit.
     """
-    path = path.expanduser().resolve()
+    path = expanded(path).resolve()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
     values = _config_values(path)

@@ -11,7 +11,7 @@ import sys
 import typer
 from rich.console import Console
 
-from orchestrator.errors import Interrupted, StageFailed, UserError
+from orchestrator.errors import Interrupted, StageFailed, UserError, unusable_path
 
 app = typer.Typer(
     name="iiet-orch",
@@ -42,6 +42,11 @@ def run(arguments: list[str]) -> int:
     except (UserError, StageFailed) as error:
         _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        if not (sentence := unusable_path(error)):
+            raise
+        _complain(sentence)
+        return 2
     except Interrupted as error:
         _complain(str(error) or "interrupted; the same command goes on from the last saved state")
         return 130
@@ -49,4 +54,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _complain(text: str) -> None:
+    # A file's name may hold bytes that are no text; they are shown as such.
+    text = text.encode("utf-8", "backslashreplace").decode()
     Console(stderr=True, highlight=False).print(f"iiet-orch: {text}", markup=False, soft_wrap=True)

@@ -10,6 +10,8 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
+    LARGEST_SEED,
+    MOST,
     ConfigOption,
     ModelArgument,
     ScheduleOption,
@@ -30,15 +32,20 @@ def generate(
         list[str] | None,
         typer.Option("--prompt", "-p", help="Text to continue; several are one batch."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, max=MOST)] = 64,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
     ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among so many tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Sample among so many tokens.")
+    ] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Sample among the tokens that hold this probability.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling; fresh when left out.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling; fresh when left out."),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="A token that ends the text, beside the end of text.")
     ] = None,

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, quoted, shortened
 from orchestrator.workspace import check_name
+
+MOST = 2**31 - 1
+"""Largest count that an option takes; libraries below hold counts in 32 bits."""
+LARGEST_SEED = 2**32 - 1
+"""What every library's generator takes."""
 
 WorkspaceOption = Annotated[
     Path | None,
@@ -32,9 +39,11 @@ VerboseOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Data-parallel workers."),
+    typer.Option("--workers", min=1, max=MOST, help="Data-parallel workers."),
 ]
-GpusOption = Annotated[int | None, typer.Option("--gpus", min=0, help="GPUs, one worker each.")]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", min=0, max=MOST, help="GPUs, one worker each.")
+]
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(
@@ -52,13 +61,14 @@ ScheduleOption = Annotated[
     typer.Option("--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0."),
 ]
 TrialsAtOnceOption = Annotated[
-    int | None, typer.Option(min=1, help="Trials side by side; as many as CPUs if left out.")
+    int | None,
+    typer.Option(min=1, max=MOST, help="Trials side by side; as many as CPUs if left out."),
 ]
 WorkersPerTrialOption = Annotated[
-    int | None, typer.Option(min=1, help="Data-parallel workers inside each trial.")
+    int | None, typer.Option(min=1, max=MOST, help="Data-parallel workers inside each trial.")
 ]
 GpusPerTrialOption = Annotated[
-    int | None, typer.Option(min=0, help="GPUs of each trial, one worker each.")
+    int | None, typer.Option(min=0, max=MOST, help="GPUs of each trial, one worker each.")
 ]
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds of every model, with commas: 0,1,2.")]
 NameOption = Annotated[
@@ -81,6 +91,7 @@ def read_options(config: str | None, assignments: list[str] | None, **shortcuts:
     """
     from orchestrator.settings import read_settings
     from orchestrator.shipped import find_settings_file
+    from orchestrator.workspace import is_folder
 
     path = find_settings_file(config) if config else None
     named = [
@@ -88,7 +99,14 @@ def read_options(config: str | None, assignments: list[str] | None, **shortcuts:
         for name, value in shortcuts.items()
         if value is not None
     ]
-    return read_settings(path, [*(assignments or []), *named])
+    settings = read_settings(path, [*(assignments or []), *named])
+    folder = settings.evaluation.include_path
+    if folder is not None and not is_folder(folder):
+        raise UserError(
+            f"evaluation.include_path: there is no folder {shortened(folder)} to find lm-eval task "
+            "files in"
+        )
+    return settings
 
 
 def numbers(text: str | None, option: str) -> list[float] | None:
@@ -100,9 +118,12 @@ def numbers(text: str | None, option: str) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in _parts_of_numbers(text)]
     except ValueError:
-        raise UserError(f"{option} takes numbers with commas between them; got {text!r}") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{option} takes numbers with commas between them; got {quoted(text)}")
+    return found
 
 
 def rates_of_all(text: str | None) -> dict[str, list[float]] | None:
@@ -117,22 +138,24 @@ def rates_of_all(text: str | None) -> dict[str, list[float]] | None:
     return None if rates is None else dict.fromkeys(METHODS, rates)
 
 
-def whole_numbers(text: str | None, option: str, *, at_least: int = 1) -> tuple[int, ...] | None:
+def whole_numbers(
+    text: str | None, option: str, *, at_least: int = 1, at_most: int = MOST
+) -> tuple[int, ...] | None:
     """Read whole numbers with commas between them, each once; None stays None.
 
     Raises:
-        UserError: If they are none, or too small; names the option.
+        UserError: If they are none, or out of range; names the option.
     """
     if text is None:
         return None
     try:
-        found = tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in _parts_of_numbers(text))
     except ValueError:
         found = (at_least - 1,)
-    if min(found) < at_least:
+    if min(found) < at_least or max(found) > at_most:
         raise UserError(
-            f"{option} takes whole numbers of at least {at_least} with commas between them; "
-            f"got {text!r}"
+            f"{option} takes whole numbers from {at_least} to {at_most} with commas between them; "
+            f"got {quoted(text)}"
         )
     return tuple(dict.fromkeys(found))
 
@@ -143,7 +166,7 @@ def seed_numbers(text: str | None) -> list[int] | None:
     Raises:
         UserError: If they are no seeds.
     """
-    found = whole_numbers(text, "--seeds", at_least=0)
+    found = whole_numbers(text, "--seeds", at_least=0, at_most=LARGEST_SEED)
     return None if found is None else list(found)
 
 
@@ -155,7 +178,20 @@ def parts(text: str | None) -> list[str | int] | None:
     if text.startswith("[") and text.endswith("]"):  # As in a settings file.
         text = text[1:-1]
     names = [part.strip() for part in text.split(",") if part.strip()]
-    return [int(name) if name.isdigit() else name for name in names]
+    # What has more digits is no count; it stays a text, and the settings say so.
+    return [int(name) if re.fullmatch("[0-9]{1,9}", name) else name for name in names]
+
+
+def _parts_of_numbers(text: str) -> list[str]:
+    """Split at the commas.
+
+    Raises:
+        ValueError: If a part has what Python reads as a number and people do not write.
+    """
+    found = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[-+.0-9eE]{1,40}", part) for part in found):
+        raise ValueError(text)
+    return found
 
 
 def _as_yaml(value: Any) -> str:

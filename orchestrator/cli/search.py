@@ -8,6 +8,8 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
+    LARGEST_SEED,
+    MOST,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
@@ -30,16 +32,21 @@ def search(
     config: ConfigOption = None,
     trials: Annotated[
         int | None,
-        typer.Option(min=0, help="Most schedules to try beside those of the threshold sweep."),
+        typer.Option(
+            min=0, max=MOST, help="Most schedules to try beside those of the threshold sweep."
+        ),
     ] = None,
     objective: Annotated[
         str | None,
         typer.Option(help="Against evaluations: accuracy, bits_per_byte or validation_loss."),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="nsga2 or tpe.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the suggestions.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the suggestions.")
+    ] = None,
     schedules: Annotated[
-        int | None, typer.Option(min=2, help="Schedules of the threshold sweep to start from.")
+        int | None,
+        typer.Option(min=2, max=MOST, help="Schedules of the threshold sweep to start from."),
     ] = None,
     trials_at_once: TrialsAtOnceOption = None,
     workers_per_trial: WorkersPerTrialOption = None,

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.errors import Interrupted, StageFailed, UserError
+from orchestrator.errors import Interrupted, StageFailed, UserError, unusable_path
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,13 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
                     f"no room is left on the disk of {space.root} (or on that of temporary files); "
                     f"make room, then the same command goes on from what was saved{notes}"
                 ) from error
+            if log.path is not None:
+                with log.path.open("a", encoding="utf-8") as file:
+                    traceback.print_exception(error, file=file)
+            if isinstance(error, OSError) and (sentence := unusable_path(error)):
+                raise UserError(sentence) from error
             if log.path is None:
                 raise
-            with log.path.open("a", encoding="utf-8") as file:
-                traceback.print_exception(error, file=file)
             raise StageFailed(
                 f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log.path}"
             ) from error

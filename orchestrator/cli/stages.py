@@ -9,6 +9,7 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
+    MOST,
     CheckpointArgument,
     ConfigOption,
     SetOption,
@@ -72,7 +73,8 @@ def evaluate(
         int | None, typer.Option(help="Solved examples before each item.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Items of each task, from its first on; all by default.")
+        int | None,
+        typer.Option(help="Items of each task, from its first on; all by default."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in one pass.")] = None,
     trust_remote_code: Annotated[
@@ -121,9 +123,13 @@ def benchmark(
     contexts: Annotated[
         str | None, typer.Option(help="Tokens of the prompt: 32 and half the context if left out.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded behind it.")] = 32,
-    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each, in turns.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch on a CPU.")] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, max=MOST, help="Tokens decoded behind it.")
+    ] = 32,
+    repetitions: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Measurements of each, in turns.")
+    ] = 9,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure latency, throughput and memory, and hold them against the cost model."""

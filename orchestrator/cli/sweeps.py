@@ -8,6 +8,7 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
+    MOST,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
@@ -34,7 +35,8 @@ def sweep_threshold(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     schedules: Annotated[
-        int | None, typer.Option(min=2, help="How many schedules, spread evenly over cost.")
+        int | None,
+        typer.Option(min=2, max=MOST, help="How many schedules, spread evenly over cost."),
     ] = None,
     thresholds: Annotated[
         str | None, typer.Option(help="Thresholds instead, with commas: 0.001,0.01.")
@@ -113,7 +115,9 @@ def sweep_iterations(
         typer.Option(help="Corrections per layer of each IIET, ramps over the depth: 0,1,3,3..0."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Optimizer steps of each.")
+    ] = None,
     rates: Annotated[
         str | None, typer.Option(help="Peak learning rates of every model: 1e-3,2e-3,4e-3.")
     ] = None,

@@ -9,6 +9,7 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
+    MOST,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
@@ -35,12 +36,15 @@ def quickstart(
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Do the whole job on the English that Python carries: from text to the front, on a CPU."""
+    """Do the whole job on the English that Python carries: from text to the front, on a CPU.
+
+    With --config, do what that file says.
+    """
     settings = read_options(config, set_)
     with open_desk(workspace, "quickstart", verbose=verbose) as desk:
-        from orchestrator import procedure
+        from orchestrator.sweep_files import run_file
 
-        procedure.quickstart(settings, desk)
+        run_file(settings, desk)  # What the file says; the toy's is a threshold sweep.
 
 
 @app.command(rich_help_panel="Stages")
@@ -75,9 +79,10 @@ def pretrain(
     corrections: Annotated[
         str | None, typer.Option("--corrections", "-r", help="3, or one a layer: 2,2,1,1,1,1.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST, help="Optimizer steps.")] = None,
     skip_bad_steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps in a row without a finite loss to pass over.")
+        int | None,
+        typer.Option(min=0, max=MOST, help="Steps in a row without a finite loss to pass over."),
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help="URI for copies of the checkpoints: s3://bucket/runs.")

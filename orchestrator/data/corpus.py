@@ -26,6 +26,7 @@ from orchestrator.data.embedded import EMBEDDED_VERSION, embedded_documents, emb
 from orchestrator.data.hub import require_hub
 from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings
+from orchestrator.workspace import expanded
 
 DOCUMENT_MARK = "<|endoftext|>"
 LONG_DOCUMENT_CHARACTERS = 8000
@@ -125,7 +126,7 @@ def find_files(settings: DataSettings) -> list[Path]:
         )
     found: set[Path] = set()
     for pattern in settings.files:
-        path = Path.cwd() / Path(pattern).expanduser()
+        path = Path.cwd() / expanded(pattern)
         root = Path(path.anchor)
         # A name that exists is meant as it is, even with brackets in it.
         matches = [path] if path.is_file() else root.glob(str(path.relative_to(root)))

@@ -30,11 +30,13 @@ def hub_problem() -> str | None:
         return f"{_FLAG} is set"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return None  # reached another way than by name; the client reports its own failure
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT)
-    host, port = (
-        endpoint.hostname or "",
-        endpoint.port or (80 if endpoint.scheme == "http" else 443),
-    )
+    address = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
+    try:
+        endpoint = urlsplit(address)
+        host = endpoint.hostname or ""
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    except ValueError as error:
+        return f"HF_ENDPOINT={address} is no address ({error})"
     try:
         socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
     except OSError as error:

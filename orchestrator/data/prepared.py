@@ -17,7 +17,7 @@ from orchestrator.data.tokens import is_complete, open_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import DataSettings
-from orchestrator.workspace import is_name, read_json
+from orchestrator.workspace import expanded, is_name, read_json
 
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, which is not asked: those of the published models."""
@@ -47,7 +47,7 @@ def source_key(settings: DataSettings) -> str:
         UserError: If the source's files do not exist.
     """
     tokenizer_state = None
-    path = Path(settings.tokenizer).expanduser()
+    path = expanded(settings.tokenizer)
     if (
         settings.tokenizer != "train"
         and not settings.tokenizer.startswith(HUB_PREFIX)

@@ -11,9 +11,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, quoted, shortened
 from orchestrator.settings.section import Section
 from orchestrator.settings.tree import Settings
+from orchestrator.settings.yaml_text import MAX_CHARACTERS, YamlProblem, parse_yaml
+
+MAX_PROBLEMS_SHOWN = 50
+"""Of a file that is none of ours, the first tell enough."""
 
 
 def resolve_settings(
@@ -33,15 +37,21 @@ def resolve_settings(
         UserError: Names every unknown key and every bad value at once.
     """
     merged = _deep_copy(tree or {})
+    problems: list[str] = []
     for assignment in assignments:
-        _assign(merged, assignment)
+        try:
+            _assign(merged, assignment)
+        except UserError as error:
+            problems.append(str(error))
     # Over the defaults of this very tree: the two recipes have one type and different defaults.
     merged = _merge(Settings().model_dump(), merged)
     try:
-        return Settings.model_validate(merged)
+        settings = Settings.model_validate(merged)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
-        raise UserError(_as_list(origin, problems)) from None
+        problems += [_describe(problem) for problem in error.errors()]
+    if problems:
+        raise UserError(_as_list(origin, problems))
+    return settings
 
 
 def read_settings(path: Path | None, assignments: Iterable[str] = ()) -> Settings:
@@ -54,31 +64,26 @@ def read_settings(path: Path | None, assignments: Iterable[str] = ()) -> Setting
     return resolve_settings(tree, assignments, origin=str(path) if path else "settings")
 
 
-class _OneOfEachLoader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a mapping, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1 and name != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name} is there more than once", node.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: If the file is missing, unreadable, or no mapping of names to values.
+        UserError: If the file is missing, unreadable, too large, or no mapping of names to values.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _OneOfEachLoader)  # A safe loader.
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)  # No more, however large the file is.
+        if len(text) > MAX_CHARACTERS:
+            raise YamlProblem(f"it has more than {MAX_CHARACTERS:,} characters")
+        tree = parse_yaml(text)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the settings file {path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
+    except OSError as error:
         raise UserError(f"cannot read the settings file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except YamlProblem as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -109,16 +114,21 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     keys = [key.strip() for key in name.split(".")]
     if not separator or not all(keys):
         raise UserError(
-            f"--set takes section.key=value, such as training.num_steps=500; got {assignment!r}"
+            "--set takes section.key=value, such as training.num_steps=500; got "
+            f"{quoted(assignment)}"
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {name}: cannot read the value {text!r}; quote it") from None
+        value = parse_yaml(text)
+    except YamlProblem as error:
+        raise UserError(
+            f"--set {shortened(name)}: cannot read the value {quoted(text)}: {error}"
+        ) from None
     for key in keys[:-1]:
         child = tree[key] = {} if tree.get(key) is None else tree[key]
         if not isinstance(child, dict):
-            raise UserError(f"--set {assignment}: {key} is a value, not a section")
+            raise UserError(
+                f"--set {shortened(assignment)}: {shortened(key)} is a value, not a section"
+            )
         tree = child
     tree[keys[-1]] = value
 
@@ -151,7 +161,7 @@ def _describe(problem: Any) -> str:
             if near
             else f"known: {', '.join(known)}"
         )
-        return f"{'.'.join(location)} is no setting; {hint}"
+        return f"{shortened('.'.join(location))} is no setting; {hint}"
     # A union or a tuple adds parts of its own behind the field's name; the user knows only the
     # field.
     while len(location) > 1 and location[-1] not in known:
@@ -160,7 +170,7 @@ def _describe(problem: Any) -> str:
         known = list(section.model_fields) if section else []
     # YAML has lists; that the settings keep them as tuples is nobody's concern.
     message = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
-    return f"{'.'.join(location)}: {message}; got {problem['input']!r}"
+    return f"{shortened('.'.join(location))}: {message}; got {quoted(problem['input'])}"
 
 
 def _section_at(location: list[str]) -> type[Section] | None:
@@ -182,4 +192,7 @@ def _as_list(origin: str, problems: list[str]) -> str:
     unique = list(dict.fromkeys(problems))  # The branches of a union say the same thing.
     if len(unique) == 1:
         return f"{origin}: {unique[0]}"
-    return "\n".join([f"{origin}: {len(unique)} problems", *(f"  - {text}" for text in unique)])
+    shown = [f"  - {text}" for text in unique[:MAX_PROBLEMS_SHOWN]]
+    if len(unique) > len(shown):
+        shown.append(f"  - and {len(unique) - len(shown)} more")
+    return "\n".join([f"{origin}: {len(unique)} problems", *shown])

@@ -9,9 +9,13 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from iiet.methods import METHODS
+from orchestrator.errors import quoted, shortened
 from orchestrator.settings.models import DataSettings, ModelSettings
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
-from orchestrator.settings.section import Section
+from orchestrator.settings.section import MOST, Section
+
+LARGEST_SEED = 2**32 - 1
+"""What every library's generator takes."""
 
 
 def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -20,7 +24,9 @@ def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Seeds = Annotated[tuple[int, ...], AfterValidator(_each_once)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...], AfterValidator(_each_once)
+]
 
 
 class InfluenceSettings(Section):
@@ -41,13 +47,13 @@ class EvaluationSettings(Section):
     (the seven tasks of the papers), and any task of lm-eval or of `include_path`."""
     num_items: int = Field(default=700, gt=0)
     """Items that each held-out task is made with; 700 keep one standard error under 1.9 points."""
-    limit: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(default=None, gt=0, le=MOST)
     """Items of each task that are scored, from its first on; all when unset."""
-    num_fewshot: int | None = Field(default=None, ge=0)
+    num_fewshot: int | None = Field(default=None, ge=0, le=MOST)
     """Solved examples before each item, where a task does not fix it at 0; as it says if unset."""
-    batch_size: int = Field(default=32, gt=0)
+    batch_size: int = Field(default=32, gt=0, le=MOST)
     """Sequences in one forward pass of the evaluation."""
-    include_path: str | None = None
+    include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
 
 
@@ -122,7 +128,7 @@ class SweepSettings(Section):
             raise PydanticCustomError(
                 "no_such_method",
                 "no such method: {unknown}; known: {known}",
-                {"unknown": ", ".join(unknown), "known": ", ".join(METHODS)},
+                {"unknown": shortened(", ".join(unknown)), "known": ", ".join(METHODS)},
             )
         return methods
 
@@ -135,14 +141,14 @@ class SweepSettings(Section):
             several = own if isinstance(own, tuple) else (own,)
             if not several or min(several) <= 0:
                 raise PydanticCustomError(
-                    "no_rate", "a learning rate of {name} is not above 0", {"name": name}
+                    "no_rate", "a learning rate of {name} is not above 0", {"name": shortened(name)}
                 )
             if name not in METHODS and not re.fullmatch(r"r = [0-9.,*]+", name):
                 raise PydanticCustomError(
                     "no_such_model",
                     "{name} is no model; name a method ({methods}), or an IIET by its corrections, "
                     "as in r = 3",
-                    {"name": repr(name), "methods": ", ".join(METHODS)},
+                    {"name": quoted(name), "methods": ", ".join(METHODS)},
                 )
         return rates
 
@@ -158,7 +164,7 @@ class SearchSettings(Section):
     """Optuna's sampler: the genetic one, or the tree-structured Parzen estimator."""
     trials_per_round: int = Field(default=8, ge=2)
     """Schedules that the sampler suggests before it hears of their results; a generation."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the suggestions."""
 
 

@@ -22,7 +22,7 @@ from orchestrator.training.checkpoint import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
-from orchestrator.workspace import Workspace
+from orchestrator.workspace import Workspace, expanded
 
 
 def import_model(
@@ -47,10 +47,10 @@ def import_model(
             model has the name.
     """
     progress = progress or Progress()
-    folder = folder.expanduser().resolve()
+    folder = expanded(folder).resolve()
     progress.start("import")
     model = read_foreign(folder)
-    file = tokenizer.expanduser().resolve() if tokenizer else model.tokenizer_file
+    file = expanded(tokenizer).resolve() if tokenizer else model.tokenizer_file
     if file is None:
         progress.note(
             f"{folder} has no tokenizer.json: the model can be used with token ids only; "

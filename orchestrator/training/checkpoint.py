@@ -30,6 +30,7 @@ from iiet.decoder import Decoder
 from iiet.weights import non_finite
 from orchestrator.errors import UserError
 from orchestrator.provenance import KEY_LENGTH, file_digest
+from orchestrator.workspace import expanded
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -294,7 +295,7 @@ def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) ->
     Raises:
         UserError: If there is none, or it is damaged.
     """
-    path = path.expanduser().resolve()
+    path = expanded(path).resolve()
     if is_checkpoint(path):
         check_checkpoint(path)
         return path

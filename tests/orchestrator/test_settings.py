@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,90 @@ def test_all_problems_are_reported_at_once_with_what_was_received() -> None:
         "'many'",
     ):
         assert part in text
+
+
+def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
+    with pytest.raises(UserError, match="4 problems") as caught:
+        resolve_settings({}, ["training", "model.dim=[", "a.b=&x [*x]", "training.num_steps=0"])
+    for part in ("got 'training'", "--set model.dim", "--set a.b", "training.num_steps: "):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("training.num_steps=on", "this is a number, and YAML reads true, yes and on as a switch"),
+        ("cluster.num_workers=true", "this is a number"),
+        ("sweep.thresholds=[0.1, yes]", "this is a number"),
+        ("sweep.learning_rates={iiet: on}", "this is a number"),
+        ("model.corrections=yes", "this is a number"),
+        ("training.compile=1", "this is a switch: true or false"),
+        ("evaluation.num_fewshot=017", "begins with 0, which YAML reads as octal; write '17'"),
+        ("evaluation.num_fewshot='017'", "a number does not begin with 0"),
+        ("training.num_steps=1:30", "base 60"),
+        ("training.num_steps=2026-02-30", "'2026-02-30' cannot be read as a date"),
+        ("training.num_steps=18446744073709551616", "this number is too large"),
+        ("training.num_steps=!!int ''", "cannot be read as a whole number"),
+        ("training.compile=!!bool maybe", "cannot be read as a bool"),
+        ("training.seed=!!timestamp x", "cannot be read as a date"),
+        ("search.seed=4294967296", "less than or equal to 4294967295"),
+        ("study.seeds=[-1]", "greater than or equal to 0"),
+        ("evaluation.include_path=''", "at least 1 character"),
+        ("training.num_steps=" + "9" * 5000, "cannot be read as a whole number"),
+        ("training.num_steps=" + "[" * 5000, "more than 32 levels deep"),
+        ("training.num_steps=" + "x" * 5000, "training.num_steps: input should be"),
+        ("x" * 5000 + "=1", "is no setting"),
+    ],
+)
+def test_a_value_that_is_read_otherwise_than_meant_is_refused_in_few_words(
+    assignment: str, words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_settings({}, [assignment])
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def _bomb() -> str:
+    """Nine levels of nine aliases each: 387 million values in 20 lines."""
+    lines = ["a: &a [" + ", ".join("x" * 9) + "]"]
+    for below, above in pairwise("abcdefghi"):
+        lines.append(f"{above}: &{above} [" + ", ".join([f"*{below}"] * 9) + "]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (_bomb(), "more than 20,000 values"),
+        ("a: 1\n" * 100_000, "more than 20,000 values"),
+        ("a: &a [*a]", "stands within itself"),
+        ("a: &a {<<: *a}", "stands within itself"),
+        ("a: " + "[" * 50 + "]" * 50, "more than 32 levels deep"),
+        (
+            "\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 1}]" for i in range(50)),
+            "32 levels",
+        ),
+        ("a: " + "x" * 1_000_000, "more than 1,000,000 characters"),
+        ("training:\n  num_steps: " + "9" * 5000, "cannot be read as a whole number"),
+        ("a: 2026-13-01", "cannot be read as a date"),
+        ("a: \0", "special characters are not allowed"),
+    ],
+)
+def test_a_file_that_breaks_a_limit_is_refused_in_few_words(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_settings(tmp_path / "s.yaml")
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_bytes("training:\n  num_steps: 3\n".encode("utf-16"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_settings(tmp_path / "s.yaml")
 
 
 @pytest.mark.parametrize(
