@@ -121,7 +121,7 @@ def price_of(
     teacher = teacher_work(jobs, settings.distillation, teachers, steps_done=done)
     forward = inference_cost(full_config(plan)).forward_flops_per_token
     flops = sum(map(_training_flops, jobs, done)) + teacher.num_tokens * forward
-    num_gpus = settings.sweep.gpus_per_trial
+    num_gpus = int(settings.trials_use_gpus)
     peak, share, of_what = 0.0, 0.0, ""
     if jobs:
         # CPU trials share the CPUs whole, however many run at once; a GPU's hours do not depend on

@@ -135,6 +135,72 @@ def check_jobs_fit(
         check_fit(wish, room, present_bytes=_checkpoint_bytes(job.folder))
 
 
+def place_trials(settings: Settings, jobs: Sequence[TrainingJob] = ()) -> Settings:
+    """Return the settings with the GPUs of a sweep's trials filled in.
+
+    On a run that has GPUs, a trial takes the fewest on which every trial fits, and no more trials
+    run side by side than the run's GPUs have room for.
+
+    Args:
+        settings: The whole tree.
+        jobs: Of the trials that wait; a trial takes one GPU as long as they are not known.
+
+    Raises:
+        UserError: If trials are sent to CPUs though the run has GPUs, or ask for more than it has.
+    """
+    num_gpus, sweep = settings.cluster.num_gpus, settings.sweep
+    own = sweep.gpus_per_trial
+    if not num_gpus:
+        return _with_sweep(settings, gpus_per_trial=own or 0)
+    if own == 0:
+        raise UserError(
+            f"sweep.gpus_per_trial=0 trains trials on CPUs, and cluster.num_gpus={num_gpus} names "
+            "GPUs; leave sweep.gpus_per_trial out, or set cluster.num_gpus=0 to train everything "
+            "on CPUs"
+        )
+    if own is None:
+        several = sweep.workers_per_trial > 1
+        own = sweep.workers_per_trial if several else _fewest_gpus(jobs, num_gpus)
+    if own > num_gpus:
+        raise UserError(
+            f"a trial asks for {own} GPUs (sweep.gpus_per_trial, sweep.workers_per_trial), and the "
+            f"run has {num_gpus} (cluster.num_gpus); lower the one or raise the other"
+        )
+    at_once = min(sweep.trials_at_once or num_gpus, num_gpus // own)
+    return _with_sweep(settings, gpus_per_trial=own, trials_at_once=at_once)
+
+
+def _with_sweep(settings: Settings, **changes: int) -> Settings:
+    return settings.model_copy(update={"sweep": settings.sweep.model_copy(update=changes)})
+
+
+def _fewest_gpus(jobs: Sequence[TrainingJob], most: int) -> int:
+    """Return the fewest GPUs on which each job fits; all if none are enough."""
+    room = local_room(jobs[0].folder, num_gpus=1).memory if jobs else None
+    free = room or ASSUMED_GPU_BYTES
+    return next((n for n in range(1, most) if all(_fits(job, n, free) for job in jobs)), most)
+
+
+def _fits(job: TrainingJob, num_gpus: int, free: int) -> bool:
+    try:
+        return needed_memory(_trial_wish(job, num_gpus, on_gpus=True).estimate()) <= free
+    except UserError:
+        return False  # So many workers cannot share a step evenly.
+
+
+def _trial_wish(
+    job: TrainingJob, num_workers: int, *, on_gpus: bool, section: str = "training"
+) -> Wish:
+    return Wish(
+        config=job.config(),
+        recipe=job.recipe,
+        section=section,
+        num_workers=num_workers,
+        on_gpus=on_gpus,
+        teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
+    )
+
+
 def check_trials_fit(jobs: Sequence[TrainingJob], sweep: SweepSettings, *, section: str) -> None:
     """Refuse a sweep's trials that would run out of this machine's memory, each by its own needs.
 
@@ -146,18 +212,12 @@ def check_trials_fit(jobs: Sequence[TrainingJob], sweep: SweepSettings, *, secti
     Raises:
         UserError: If one does not fit; says what would.
     """
-    workers, gpus = sweep.gpus_per_trial or sweep.workers_per_trial, sweep.gpus_per_trial
+    gpus = sweep.gpus_per_trial or 0
+    workers = gpus or sweep.workers_per_trial
     places = max(1, local_resources(count_gpus=False).cpus // workers)
     at_once = min(sweep.trials_at_once or places, places, len(jobs))
     for job in jobs:
-        wish = Wish(
-            config=job.config(),
-            recipe=job.recipe,
-            section=section,
-            num_workers=workers,
-            on_gpus=gpus > 0,
-            teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
-        )
+        wish = _trial_wish(job, workers, on_gpus=gpus > 0, section=section)
         alone = local_room(job.folder, num_workers=workers, num_gpus=gpus)
         check_fit(wish, alone, present_bytes=_checkpoint_bytes(job.folder))
         if alone.memory is None or gpus:

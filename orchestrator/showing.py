@@ -12,11 +12,13 @@ from orchestrator.catalog import newest_sweep
 from orchestrator.desk import Desk
 from orchestrator.plan import SweepPlan
 from orchestrator.plan_price import price_of, requested_noun, trial_states
+from orchestrator.preflight import place_trials
 from orchestrator.settings import Settings
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.report import write_report
+from orchestrator.training.job import TrainingJob
 from orchestrator.trial_referee import stopping_of
-from orchestrator.views import plan_sentences, plan_table
+from orchestrator.views import counted, plan_sentences, plan_table
 
 
 def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) -> None:
@@ -61,6 +63,12 @@ def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     states = trial_states(plan, settings.sweep)
     price = price_of(plan, states, settings, desk.workspace.teachers)
     lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
+    if settings.trials_use_gpus:
+        jobs = [s.trial.job for s in states if s.name == "to train" and s.trial.job]
+        sweep = place_trials(settings, [TrainingJob.from_dict(job) for job in jobs]).sweep
+        gpus, at_once = sweep.gpus_per_trial or 0, sweep.trials_at_once
+        most = f", at most {at_once} at once" if at_once else ""
+        lines.append(f"each trial runs on {counted(gpus, 'GPU')}{most}")
     rule = stopping_of(plan, settings.sweep).rule
     desk.console.print(plan_table(plan, states))
     for line in [*lines, rule.text] if rule else lines:

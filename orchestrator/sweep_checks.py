@@ -13,6 +13,7 @@ from orchestrator.analysis.requested import tasks_beside_heldout
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
 from orchestrator.plan import loss_of
+from orchestrator.preflight import place_trials
 from orchestrator.settings import Settings
 from orchestrator.training.teacher_choice import check_teacher_cache
 from orchestrator.trial_room import check_trial_size
@@ -32,7 +33,7 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     Raises:
         UserError: Says which settings do not go together and what to change.
     """
-    check_trial_size(limits_of(settings.sweep))
+    check_trial_size(limits_of(place_trials(settings).sweep))
     if kind != "iterations" and settings.distillation.control == "distill":
         loss_of(settings.distillation)
         check_teacher_cache(settings.distillation)

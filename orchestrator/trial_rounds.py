@@ -224,7 +224,7 @@ def limits_of(settings: SweepSettings) -> TrialLimits:
     return TrialLimits(
         at_once=settings.trials_at_once,
         workers_per_trial=settings.workers_per_trial,
-        gpus_per_trial=settings.gpus_per_trial,
+        gpus_per_trial=settings.gpus_per_trial or 0,
         max_failures=settings.max_failures_per_trial,
     )
 

@@ -68,7 +68,8 @@ WorkersPerTrialOption = Annotated[
     int | None, typer.Option(min=1, max=MOST, help="Data-parallel workers inside each trial.")
 ]
 GpusPerTrialOption = Annotated[
-    int | None, typer.Option(min=0, max=MOST, help="GPUs of each trial, one worker each.")
+    int | None,
+    typer.Option(min=0, max=MOST, help="GPUs of each trial; the fewest that it fits on if unset."),
 ]
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds of every model, with commas: 0,1,2.")]
 NameOption = Annotated[

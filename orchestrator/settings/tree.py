@@ -101,11 +101,13 @@ class SweepSettings(Section):
     asha_reduction_factor: int = Field(default=2, ge=2)
     """Of so many rates, one goes on."""
     trials_at_once: int | None = Field(default=None, gt=0)
-    """Most trials that run side by side; as many as CPUs (or GPUs) have room for when unset."""
+    """Most trials that run side by side; as many as CPUs (or `cluster.num_gpus`) have room for when
+    unset."""
     workers_per_trial: int = Field(default=1, gt=0)
     """Data-parallel workers of each trial; with GPUs, one each. No part of a trial's key."""
-    gpus_per_trial: int = Field(default=0, ge=0)
-    """GPUs of each trial; 0 trains on CPUs."""
+    gpus_per_trial: int | None = Field(default=None, ge=0)
+    """GPUs of each trial; 0 trains on CPUs. When unset, the fewest of `cluster.num_gpus` on which
+    every trial fits."""
     max_failures_per_trial: int = Field(default=2, ge=0)
     """How often a failed trial is tried again."""
 
@@ -232,3 +234,9 @@ class Settings(Section):
     """Free schedules beside the threshold's."""
     cluster: ClusterSettings = ClusterSettings()
     """Workers and GPUs."""
+
+    @property
+    def trials_use_gpus(self) -> bool:
+        """Whether the trials of a sweep run on GPUs: as asked for, or as the run itself does."""
+        own = self.sweep.gpus_per_trial
+        return (self.cluster.num_gpus if own is None else own) > 0

@@ -25,7 +25,7 @@ from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.plan_price import stored_plan
-from orchestrator.preflight import check_trials_fit
+from orchestrator.preflight import check_trials_fit, place_trials
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -89,7 +89,7 @@ def sweep(
         StageFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    _check_sizes(plan.trials, settings)
+    placed = _placed(plan.trials, settings)
     folder = workspace.sweeps / plan.name
     earlier = read_json(folder / PLAN_NAME) or {}
     if earlier.get("key", plan.key) != plan.key:
@@ -99,10 +99,10 @@ def sweep(
         )
     write_text(folder / "settings.yaml", to_yaml(settings))
     with _tracked_sweep(plan, settings, tracking) as run, ExitStack() as held:
-        work = _Work(plan, settings, workspace, run, progress)
+        work = _Work(plan, placed, workspace, run, progress)
         work.do(plan.trials)
         while more := tuple(grow()) if grow else ():
-            _check_sizes(more, settings)
+            _placed(more, placed)
             work.plan = replace(work.plan, trials=(*work.plan.trials, *more))
             if any(trial.result() is None for trial in more):
                 held.enter_context(ray_cluster())  # Started once for all rounds of a search.
@@ -175,8 +175,13 @@ class _Work:
         asked = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
         num_tokens = teacher_work(asked, distillation, teachers).num_stored_tokens
-        on_gpu = self.settings.sweep.gpus_per_trial > 0
-        shared = share_teacher(asked, distillation, teachers, on_gpu=on_gpu, progress=self.progress)
+        shared = share_teacher(
+            asked,
+            distillation,
+            teachers,
+            on_gpu=self.settings.trials_use_gpus,
+            progress=self.progress,
+        )
         if num_tokens:
             # A teacher that runs in each trial is in the trials' own FLOPs.
             forward = inference_cost(full_config(self.plan)).forward_flops_per_token
@@ -197,17 +202,19 @@ class _Work:
             self.run.mirror(history)
 
 
-def _check_sizes(trials: Sequence[PlannedTrial], settings: Settings) -> None:
-    """Find before anything is written or started what would make every trial fail."""
-    num_workers = check_trial_size(limits_of(settings.sweep))
+def _placed(trials: Sequence[PlannedTrial], settings: Settings) -> Settings:
+    """Say on what trials run, and find before anything is started what would make them fail."""
     waiting = [
         TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
     ]
+    settings = place_trials(settings, waiting)
+    num_workers = check_trial_size(limits_of(settings.sweep))
     for job in waiting:
         check_job(job, num_workers=num_workers)
     is_threshold = settings.sweep.kind == "threshold"
     section = "distillation.training" if is_threshold else "training"
     check_trials_fit(waiting, settings.sweep, section=section)
+    return settings
 
 
 def _finished(

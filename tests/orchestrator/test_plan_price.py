@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from rich.console import Console
 from iiet.influence import InfluenceTable
 from orchestrator import plan_price
 from orchestrator.analysis.early_stop import Verdict
+from orchestrator.console import Progress
+from orchestrator.desk import Desk
 from orchestrator.estimate_view import Rate
 from orchestrator.plan import (
     PlannedTrial,
@@ -29,6 +32,7 @@ from orchestrator.plan import (
 )
 from orchestrator.plan_price import price_of, requested_noun, stored_plan, trial_states
 from orchestrator.settings import Settings, resolve_settings
+from orchestrator.showing import show_plan
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.trial import TrialResult
@@ -131,6 +135,15 @@ def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_p
     lines = told(tiny_plan, chosen, tmp_path)
     assert "of one GPU" in lines[3]
     assert lines[4] == "to be written: checkpoints of up to 475.6 KiB"
+
+
+def test_a_plan_says_on_how_many_gpus_its_trials_run(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    desk = Desk(open_workspace(tmp_path), Progress(), Console(file=StringIO(), width=120))
+    show_plan(tiny_plan, settings("cluster.num_gpus=8"), desk)
+    show_plan(tiny_plan, settings(), desk)
+    assert isinstance(desk.console.file, StringIO)
+    printed = desk.console.file.getvalue()
+    assert printed.count("each trial runs on 1 GPU, at most 8 at once") == 1
 
 
 @pytest.mark.parametrize(

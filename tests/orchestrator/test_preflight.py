@@ -9,15 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from iiet.config import ModelConfig
 from orchestrator import cli
 from orchestrator.errors import UserError
 from orchestrator.plan import SweepPlan
-from orchestrator.preflight import check_trials_fit
+from orchestrator.preflight import check_trials_fit, place_trials
 from orchestrator.resources import Resources, Room, local_room
-from orchestrator.settings import SweepSettings, resolve_settings
+from orchestrator.settings import (
+    Settings,
+    SweepSettings,
+    TrainingSettings,
+    read_settings,
+    resolve_settings,
+)
+from orchestrator.shipped import shipped_sweeps
 from orchestrator.stages.prepare import prepare
+from orchestrator.sweep_models import models_of, teacher_and_references, with_model
+from orchestrator.training.fitting import Wish, check_fit
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.speed import gpu_peak, measured_cpu_peak
+from orchestrator.training.shape import model_config
+from orchestrator.training.speed import ASSUMED_GPU_BYTES, gpu_peak, measured_cpu_peak
+from orchestrator.trial_rounds import limits_of
 from orchestrator.workspace import open_workspace
 
 
@@ -157,3 +169,98 @@ def test_trials_that_do_not_fit_side_by_side_are_counted_before_they_start(
             continue
         with pytest.raises(UserError, match=words):
             check_trials_fit(jobs, sweep, section="distillation.training")
+
+
+def job_of(
+    config: ModelConfig, recipe: TrainingSettings, teacher: Path | None = None
+) -> TrainingJob:
+    """Return a job that is planned only: its tokens are not looked at."""
+    return TrainingJob(
+        run_folder="not/there",
+        tokens_folder="not/there",
+        model=config.to_dict(),
+        recipe=recipe,
+        teacher_folder=str(teacher) if teacher else None,
+    )
+
+
+def placed(*assignments: str, jobs: tuple[TrainingJob, ...] = ()) -> tuple[int, int | None]:
+    """Return the GPUs of a trial, and how many trials run at once."""
+    limits = limits_of(place_trials(resolve_settings({}, assignments), jobs).sweep)
+    return limits.gpus_per_trial, limits.at_once
+
+
+def test_trials_take_the_gpus_of_the_run() -> None:
+    assert placed() == (0, None)
+    assert placed("cluster.num_workers=4") == (0, None)
+    assert placed("cluster.num_gpus=8") == (1, 8)
+    assert placed("cluster.num_gpus=8", "sweep.trials_at_once=3") == (1, 3)
+    assert placed("cluster.num_gpus=8", "sweep.gpus_per_trial=3") == (3, 2)
+    assert placed("cluster.num_gpus=8", "sweep.workers_per_trial=4") == (4, 2)
+    assert placed("sweep.gpus_per_trial=2") == (2, None), "of a run on CPUs, as many as there are"
+
+
+def test_a_trial_takes_the_fewest_gpus_on_which_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.preflight.local_room", lambda *_, **__: Room(None, None))
+    settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
+    config = model_config(settings.model, vocab_size=32_000)
+    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=16 * 2048, precision="bf16")
+    # All sequences of a worker go through one pass: 16 on one GPU, 8 on each of two, 4, 2.
+    room = Room(memory=ASSUMED_GPU_BYTES, disk=None)
+    for number in (1, 2):
+        with pytest.raises(UserError, match="would take about"):
+            check_fit(Wish(config=config, recipe=recipe, num_workers=number, on_gpus=True), room)
+    check_fit(Wish(config=config, recipe=recipe, num_workers=4, on_gpus=True), room)
+    jobs = (job_of(config, recipe),)
+    # Three cannot share 16 sequences evenly.
+    assert placed("cluster.num_gpus=8", jobs=jobs) == (4, 2)
+    assert placed("cluster.num_gpus=2", jobs=jobs) == (2, 1), "what does not fit is refused later"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["sweep.gpus_per_trial=0"], r"sweep\.gpus_per_trial=0 .* cluster\.num_gpus=8 names GPUs"),
+        (["sweep.gpus_per_trial=9"], "asks for 9 GPUs"),
+        (["sweep.workers_per_trial=16"], "asks for 16 GPUs"),
+    ],
+)
+def test_nobody_gets_a_cpu_where_the_settings_name_gpus(assignments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        placed("cluster.num_gpus=8", *assignments)
+
+
+def models_to_train(settings: Settings, teacher: Path) -> dict[str, list[TrainingJob]]:
+    """Return what a sweep file trains: by the run itself, and in trials."""
+
+    def config(own: Settings) -> ModelConfig:
+        return model_config(own.model, vocab_size=32_000)
+
+    if settings.sweep.kind in ("iterations", "study"):
+        models = [with_model(settings, **changes) for _, changes in models_of(settings)]
+        return {"trials": [job_of(config(own), own.training) for own in models]}
+    own = teacher_and_references(settings).values()
+    full = config(settings)
+    (teacher / "config.json").write_text(json.dumps(full.to_dict()))
+    # The costliest student makes all corrections, beside its teacher.
+    return {
+        "run": [job_of(config(each), each.training) for each in own],
+        "trials": [job_of(full, settings.distillation.training, teacher)],
+    }
+
+
+@pytest.mark.parametrize("name", shipped_sweeps())
+def test_a_shipped_sweep_trains_where_it_says_and_fits_there(name: str, tmp_path: Path) -> None:
+    settings = read_settings(shipped_sweeps()[name], [])
+    on_gpus = settings.cluster.num_gpus > 0
+    assert on_gpus == name.startswith("paper-")
+    jobs = models_to_train(settings, tmp_path)
+    limits = limits_of(place_trials(settings, jobs["trials"]).sweep)
+    assert limits.gpus_per_trial == int(on_gpus), "each trial fits on one GPU"
+    assert limits.at_once == (settings.cluster.num_gpus if on_gpus else None)
+    if on_gpus:
+        room = Room(memory=ASSUMED_GPU_BYTES, disk=None)
+        for job in [*jobs["run"], *jobs["trials"]]:
+            teacher = job.config() if job.teacher_folder else None
+            wish = Wish(config=job.config(), recipe=job.recipe, on_gpus=True, teacher=teacher)
+            check_fit(wish, room)

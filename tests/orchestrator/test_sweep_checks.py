@@ -78,6 +78,8 @@ def desk(tmp_path: Path) -> Desk:
             "a rate of r = 7, which is not swept; swept are vanilla, r = 0, r = 1",
         ),
         ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
+        ("threshold", ["sweep.gpus_per_trial=0", "cluster.num_gpus=8"], "names GPUs"),
+        ("study", ["sweep.gpus_per_trial=9", "cluster.num_gpus=8"], "asks for 9 GPUs"),
         ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
         ("study", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
         ("iterations", ["evaluation.include_path=/no/such/folder", "evaluation.suite=x"], "folder"),
