@@ -10,7 +10,6 @@ Source: Zhang and Sennrich 2019; derivative by this project.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,14 +44,23 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """Return one over the root mean square of each token, (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(_constant(eps, x.dtype), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
+    return torch.addcmul(_constant(eps, x), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
 
 
-@lru_cache(maxsize=16)
-def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    """Return a number as a tensor: made anew from a Python float, it costs as much as a kernel."""
-    with torch.inference_mode(mode=False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def _constant(value: float, x: Tensor) -> Tensor:
+    """Return a number as a tensor of x's dtype: made anew, it costs as much as a kernel."""
+    key = (value, x.dtype)
+    constant = _constants.get(key) if type(x) is Tensor else None
+    if constant is None:
+        with torch.inference_mode(False):
+            constant = torch.tensor(value, dtype=x.dtype, device="cpu")
+        # A fake tensor holds no number and serves the mode that made it alone.
+        if type(constant) is Tensor:
+            _constants[key] = constant
+    return constant
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -47,11 +47,15 @@ class Rope:
     def tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
         """Return the tables of all positions, each (num_positions, 1, head_dim)."""
         key = (device, dtype)
-        if key not in self._tables:
+        tables = self._tables.get(key)
+        if tables is None:
             # Tables first asked for in inference mode must serve training later.
-            with torch.inference_mode(mode=False), torch.no_grad():
-                self._tables[key] = self._make_tables(device, dtype)
-        return self._tables[key]
+            with torch.inference_mode(False), torch.no_grad():
+                tables = self._make_tables(device, dtype)
+            # A fake tensor holds no numbers and serves the mode that made it alone.
+            if type(tables.cos) is Tensor:
+                self._tables[key] = tables
+        return tables
 
     def _make_tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
         # Angles in float32 as published; bfloat16 would merge positions beyond 256.

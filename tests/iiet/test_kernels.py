@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from iiet import Decoder, preset
+from iiet import norm as norm_module
 from iiet.attention import Attention
 from iiet.context import AttentionContext
 from iiet.feed_forward import FeedForward
@@ -42,6 +45,26 @@ def test_rms_norm():
     with torch.no_grad():
         torch.testing.assert_close(norm(x), expected)
     assert gradcheck(norm, x)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_run_on_fake_tensors_leaves_nothing_behind(with_gradients):
+    """They have no numbers; one that is kept makes every later run of the process fail."""
+    norm_module._constants.clear()
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    config = preset("tiny", dim=16, num_layers=1, num_heads=2, ffn_dim=24, method="vanilla")
+    used, unused = Decoder(config), Decoder(config)
+    with torch.set_grad_enabled(with_gradients):
+        expected = used(tokens)
+        norm_module._constants.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(unused(tokens)) is not torch.Tensor
+            assert type(used(tokens)) is not torch.Tensor
+        with FakeTensorMode():
+            Decoder(config)(torch.zeros(1, 4, dtype=torch.long))
+        unused.load_state_dict(used.state_dict())
+        assert torch.equal(used(tokens), expected)
+        assert torch.equal(unused(tokens), expected)
 
 
 def test_feed_forward():
