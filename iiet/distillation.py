@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -99,8 +100,17 @@ def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """Copy a model for teaching: own storage, eval mode, no gradients.
 
     `Decoder.with_schedule` shares its parameters; a student made so would drag its teacher along.
+    So would a `forward` that was compiled or wrapped on one module alone, since it still calls the
+    module that was copied: the copy goes without it, and may be compiled again.
     """
-    return copy.deepcopy(decoder).requires_grad_(False).eval()
+    teacher = copy.deepcopy(decoder)
+    for module in teacher.modules():
+        # Copying copies what a bound method belongs to, but not what a function closes over. Only
+        # what `torch.compile(module)` returns makes its own anew.
+        is_function = isinstance(vars(module).get("forward"), FunctionType)
+        if is_function and "_orig_mod" not in module._modules:
+            del module.forward
+    return teacher.requires_grad_(False).eval()
 
 
 def distillation_loss(

@@ -115,6 +115,34 @@ def test_the_teacher_shares_nothing_that_the_optimizer_touches():
     assert not ours & {parameter.data_ptr() for parameter in teacher.parameters()}
 
 
+def compiled_fields(decoder):
+    for field in decoder.fields:
+        field.forward = torch.compile(field.forward, backend="eager")
+    return decoder
+
+
+def wrapped_fields(decoder):
+    for field in decoder.fields:
+        field.forward = (lambda forward: lambda *args: forward(*args))(field.forward)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [compiled_fields, wrapped_fields, lambda decoder: torch.compile(decoder, backend="eager")],
+    ids=["compiled fields", "wrapped fields", "compiled whole"],
+)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@torch.no_grad()
+def test_a_teacher_made_of_a_compiled_student_does_not_follow_it(prepare):
+    student = full_decoder()
+    teacher = frozen_teacher(prepare(student))
+    before = full_decoder()(TOKENS)
+    for parameter in student.parameters():
+        parameter.mul_(2)
+    torch.testing.assert_close(teacher(TOKENS), before)
+
+
 def test_the_teacher_is_asked_in_eval_mode_and_the_student_once():
     calls = []
 
