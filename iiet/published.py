@@ -244,6 +244,14 @@ def _check_weights(
             for name, shape in shapes.items()
             if tuple(weights[name].shape) != shape
         ]
+    if not problems and ignored & set(weights):
+        embedding = weights["model.embed_tokens.weight"]
+        if not torch.equal(weights["lm_head.weight"], embedding):
+            problems.append(
+                "lm_head.weight differs from model.embed_tokens.weight, though the config says "
+                "tie_word_embeddings=true; set it to false in config.json to keep both, or remove "
+                "lm_head.weight"
+            )
     if problems:
         raise ValueError("the published weights do not fit: " + "; ".join(problems))
 

@@ -106,8 +106,17 @@ def test_a_weight_of_another_shape():
 def test_stray_names_that_say_nothing():
     weights = weights_of(CONFIG)
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     decoder_from_published(CONFIG, weights)
+
+
+def test_a_tied_head_of_its_own_is_refused_and_not_dropped():
+    weights = weights_of(CONFIG)
+    for head in (2 * weights["model.embed_tokens.weight"], torch.ones(3, 16)):
+        with pytest.raises(ValueError, match=r"lm_head\.weight differs .* set it to false"):
+            decoder_from_published(CONFIG, weights | {"lm_head.weight": head})
+    untied = {**CONFIG, "tie_word_embeddings": False}
+    decoder_from_published(untied, weights | {"lm_head.weight": torch.ones(20, 16)})
 
 
 @pytest.mark.parametrize(
