@@ -4,7 +4,8 @@ past.
 Correction i of a new token must attend to what correction i of earlier tokens attended from; then
 cached decoding equals the full forward. So each evaluation has its own slot: the prediction of
 layer l is slot l, corrections follow from slot L on, layer by layer. With that numbering the first
-L slots are those of a plain decoder.
+L slots are those of a plain decoder. Under another schedule the same slot means another evaluation,
+so a cache records its evaluations per layer, and a pass that makes others is refused.
 
 The strategy `last` keeps one slot per layer, in which each evaluation overwrites the one before: a
 quarter of the memory at three corrections, and no longer exact. It is what the published decoding
@@ -13,6 +14,7 @@ aimed at.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -22,7 +24,16 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 
-__all__ = ["DecodingCache", "KeyValueCache", "KvStrategy", "evaluation_slots"]
+__all__ = [
+    "CacheRecord",
+    "DecodingCache",
+    "KeyValueCache",
+    "KvStrategy",
+    "agreed_record",
+    "evaluation_slots",
+    "get_record",
+    "set_record",
+]
 
 KvStrategy = Literal["exact", "last"]
 
@@ -39,6 +50,57 @@ class DecodingCache(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, new, head_dim) to a slot and return all its keys and values."""
         ...
+
+
+@dataclass
+class CacheRecord:
+    """What later passes through a cache must agree with."""
+
+    evaluations_per_layer: tuple[int, ...]
+    """Evaluations of each layer that the slots were made for or filled by."""
+    attention_mask: Tensor | None = None
+    """(batch, held) bool, false for padding among the tokens held; None where there is none."""
+
+
+def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) -> CacheRecord:
+    """Return a cache's record. A cache without one, such as those of transformers, gets it here.
+
+    Args:
+        cache: about to be used by a pass.
+        evaluations_per_layer: what that pass makes.
+
+    Raises:
+        ValueError: the cache was made for or filled by other evaluations.
+    """
+    record = get_record(cache)
+    if record is None:
+        record = CacheRecord(evaluations_per_layer)
+        set_record(cache, record)
+    if record.evaluations_per_layer != evaluations_per_layer:
+        there, here = (
+            ",".join(map(str, counts))
+            for counts in (record.evaluations_per_layer, evaluations_per_layer)
+        )
+        raise ValueError(
+            f"the cache is for {there} evaluations per layer, this pass makes {here}; decode with "
+            "the iteration schedule that the cache was made for, or make a new cache"
+        )
+    return record
+
+
+def get_record(cache: DecodingCache) -> CacheRecord | None:
+    """Return a cache's record; None for one of another class that served no pass."""
+    record: CacheRecord | None = getattr(cache, _RECORD, None)
+    return record
+
+
+def set_record(cache: DecodingCache, record: CacheRecord | None) -> None:
+    """Attach a record to a cache of any class; None forgets it."""
+    setattr(cache, _RECORD, record)
+
+
+_RECORD = "iiet_record"
+"""Attribute of a cache that holds its record; it stays with copies of the cache."""
 
 
 @lru_cache(maxsize=64)
@@ -60,7 +122,7 @@ class KeyValueCache:
     """Room for the keys and values of `max_tokens` tokens.
 
     Args:
-        config: sizes, method and iteration schedule; decoding must follow the same schedule.
+        config: sizes, method and iteration schedule; passes under another one are refused.
         batch_size: sequences decoded together.
         max_tokens: prompt and continuation together.
         device: where the decoder is.
@@ -68,7 +130,8 @@ class KeyValueCache:
         strategy: `exact`, a slot per evaluation, or `last`, a slot per layer.
 
     Raises:
-        ValueError: unknown strategy; from `update`, a slot that does not exist or no room.
+        ValueError: unknown strategy; from `update`, no room; from `get_seq_length`, slots of
+        different lengths.
     """
 
     def __init__(
@@ -84,12 +147,12 @@ class KeyValueCache:
         if strategy not in ("exact", "last"):
             raise ValueError(f"KV strategy must be 'exact' or 'last', got {strategy!r}")
         method = METHODS[config.method]
-        slots = evaluation_slots(
-            tuple(
-                method.evaluations_per_layer(config.corrections, layer)
-                for layer in range(config.num_layers)
-            )
+        evaluations_per_layer = tuple(
+            method.evaluations_per_layer(config.corrections, layer)
+            for layer in range(config.num_layers)
         )
+        set_record(self, CacheRecord(evaluations_per_layer))
+        slots = evaluation_slots(evaluations_per_layer)
         num_slots = sum(map(len, slots))
         self.max_tokens = max_tokens
         self.strategy = strategy
@@ -107,8 +170,18 @@ class KeyValueCache:
         self.num_bytes = storage.nbytes
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens held."""
-        return self._lengths[-1]
+        """Return the number of tokens held.
+
+        Raises:
+            ValueError: a pass was interrupted, so that some slots hold its tokens and others do
+                not.
+        """
+        if min(self._lengths) != max(self._lengths):
+            raise ValueError(
+                f"the cache's slots hold from {min(self._lengths)} to {max(self._lengths)} tokens, "
+                "since a pass through it was interrupted; make a new cache"
+            )
+        return self._lengths[0]
 
     def update(self, keys: Tensor, values: Tensor, slot: int, /) -> tuple[Tensor, Tensor]:
         """Write keys and values, (batch, kv_heads, new, head_dim), behind those of a slot.
@@ -117,13 +190,8 @@ class KeyValueCache:
             Views of all keys and values of the slot, (batch, kv_heads, held, head_dim).
 
         Raises:
-            ValueError: no such slot (another schedule than the cache's), or no room.
+            ValueError: no room.
         """
-        if slot >= len(self._lengths):
-            raise ValueError(
-                f"the cache has {len(self._lengths)} slots, an evaluation asked for slot {slot}; "
-                "decode with the schedule that the cache was made for"
-            )
         start = self._lengths[slot]
         end = start + keys.size(2)
         if end > self.max_tokens:

@@ -1,5 +1,8 @@
 """What all evaluations of one forward pass share: angles of the positions, mask and cache.
 
+Positions count the tokens that are no padding. A cache remembers the padding it was filled with, so
+that later passes need no mask, and one that contradicts it is refused.
+
 None of it depends on layer or correction, so it is worked out once per pass and handed down as one
 value. Most passes need no mask at all: the kernel knows the causal one by itself.
 """
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iiet.cache import DecodingCache
+from iiet.cache import CacheRecord, DecodingCache
 from iiet.decoding_step import is_token_step
 from iiet.rope import Rope, RopeTables
 
@@ -37,7 +40,13 @@ class AttentionContext:
 
 
 def make_context(
-    hidden: Tensor, rope: Rope, *, cache: DecodingCache | None, attention_mask: Tensor | None
+    hidden: Tensor,
+    rope: Rope,
+    *,
+    cache: DecodingCache | None = None,
+    record: CacheRecord | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> AttentionContext:
     """Work out positions and mask of a pass.
 
@@ -45,33 +54,125 @@ def make_context(
         hidden: the embeddings of the pass's tokens, (batch, time, dim).
         rope: tables for as many positions as the context has.
         cache: keys and values of earlier tokens.
-        attention_mask: (batch, cached + time), false for padding. Positions count the true ones.
+        record: the cache's; the padding is read from it and noted in it.
+        attention_mask: (batch, cached + time), false for padding; None where there is none beside
+            what the cache remembers.
+        position_ids: (batch or 1, time); None to count the tokens that are no padding. Without
+            mask and cache, positions that do not go on by one start another sequence, which sees
+            nothing of the one before.
 
     Raises:
-        ValueError: more tokens than the context.
+        ValueError: more tokens or larger positions than the context has, or a mask or positions of
+            the wrong shape, or a mask that contradicts the cache.
     """
-    time, device, dtype = hidden.size(1), hidden.device, hidden.dtype
+    batch, time = hidden.shape[:2]
+    device, dtype = hidden.device, hidden.dtype
     past = 0 if cache is None else int(cache.get_seq_length())
     total = past + time
-    if total > rope.num_positions:
+    if position_ids is None and total > rope.num_positions:
         raise ValueError(
             f"{total} tokens do not fit a context_length of {rope.num_positions}; "
             "shorten the input, or train with a longer context: later positions were never seen"
         )
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
+    real = _real_tokens(attention_mask, record, batch=batch, past=past, time=time)
+    if record is not None:
+        record.attention_mask = real
     positions: Tensor | slice = slice(past, total)
-    mask = None
-    if attention_mask is not None and not bool(attention_mask.all()):
-        real = attention_mask.bool()
+    if position_ids is not None:
+        _check_positions(position_ids, batch=batch, time=time, num_positions=rope.num_positions)
+        positions = position_ids
+    elif real is not None:
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
+    mask = None
+    if real is not None or (past and time > 1):
         mask = _causal(past, total, device, real)
-    elif past and time > 1:
-        mask = _causal(past, total, device)
+    elif position_ids is not None and cache is None:
+        mask = _packed(position_ids)
     tables = rope.at(positions, device, dtype)
     return AttentionContext(
         tables, mask, total, cache, is_token_step(hidden, cached=cache is not None)
     )
+
+
+def _real_tokens(
+    attention_mask: Tensor | None, record: CacheRecord | None, *, batch: int, past: int, time: int
+) -> Tensor | None:
+    """Return (batch, past + time) bool, false for padding; None where no token is padding."""
+    held = None
+    if past and record is not None and record.attention_mask is not None:
+        held = record.attention_mask[:, :past]
+    if attention_mask is None:
+        if held is None:
+            return None
+        if len(held) != batch:
+            raise ValueError(
+                f"the cache was filled with padding in {len(held)} rows, this pass has {batch} "
+                "rows; pass their attention_mask"
+            )
+        return torch.cat([held, held.new_ones(batch, time)], 1)
+    if tuple(attention_mask.shape) != (batch, past + time):
+        raise ValueError(
+            f"attention_mask must be (batch, cached + new tokens), here {(batch, past + time)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if held is None and bool(attention_mask.all()):
+        return None
+    real = attention_mask.bool()
+    if past:
+        _check_agreement(real[:, :past], held)
+    return real
+
+
+def _check_agreement(real: Tensor, held: Tensor | None) -> None:
+    """Refuse a mask over held tokens, (batch, held), that is not the one they were computed with.
+
+    Tokens at a row's end may be hidden later, since no token before has seen them and positions
+    stay what they were.
+    """
+    if held is not None and (len(held) != len(real) or torch.equal(real, held)):
+        return  # Rows that were repeated since cannot be compared.
+    expected = real.flip(-1).cumsum(-1).flip(-1) > 0
+    if held is not None:
+        expected &= held
+    if not torch.equal(real, expected):
+        raise ValueError(
+            "attention_mask marks other cached tokens as padding than the pass that cached them "
+            "did, so their positions and contents would be wrong; use the same mask from the first "
+            "pass on"
+        )
+
+
+def _check_positions(position_ids: Tensor, *, batch: int, time: int, num_positions: int) -> None:
+    if position_ids.dim() != 2 or position_ids.shape not in ((batch, time), (1, time)):
+        raise ValueError(
+            f"position_ids must be (batch, new tokens), here {(batch, time)}, "
+            f"got {tuple(position_ids.shape)}"
+        )
+    first, last = int(position_ids.min()), int(position_ids.max())
+    if first < 0 or last >= num_positions:
+        raise ValueError(
+            f"position_ids must lie between 0 and {num_positions - 1} (context_length - 1), "
+            f"got {first} to {last}"
+        )
+
+
+def _packed(position_ids: Tensor) -> Tensor | None:
+    """Return the mask of sequences that stand one after the other in a row; None if there is one.
+
+    Args:
+        position_ids: (batch or 1, time).
+
+    Returns:
+        (batch or 1, 1, time, time) bool.
+    """
+    starts = position_ids.diff(dim=-1) != 1
+    if not bool(starts.any()):
+        return None
+    sequence = torch.cat([starts.new_zeros(len(starts), 1), starts], 1).cumsum(-1)
+    same = sequence[:, None, :, None] == sequence[:, None, None, :]
+    return same & _causal(0, position_ids.size(1), position_ids.device)
 
 
 def _causal(past: int, total: int, device: torch.device, real: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iiet.cache import DecodingCache, evaluation_slots
+from iiet.cache import DecodingCache, agreed_record, evaluation_slots
 from iiet.config import ModelConfig
 from iiet.context import make_context
 from iiet.decoding_step import is_token_step
@@ -107,11 +107,13 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         schedule: IterationSchedule | None = None,
         cache: DecodingCache | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         last_only: bool = False,
         return_hidden: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
@@ -119,10 +121,14 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: (batch, time) integers; with a cache, the tokens after those that it holds.
+            inputs_embeds: (batch, time, dim), instead of `input_ids`.
             schedule: corrections of this call instead of the config's.
-            cache: keys and values of earlier tokens, extended by this call.
+            cache: keys and values of earlier tokens, extended by this call. It remembers which of
+                them are padding.
             attention_mask: (batch, cached + time), false for padding. Positions count the true
                 ones.
+            position_ids: (batch or 1, time), instead of counted positions. Without mask and cache,
+                a position that does not go on by one starts another sequence of the row.
             last_only: whether to compute the last token's logits only, (batch, 1, vocab).
             return_hidden: whether to return the hidden states `h_1..h_L` too.
 
@@ -131,11 +137,18 @@ class Decoder(nn.Module):
             dim).
 
         Raises:
-            ValueError: more tokens than the context, or a schedule that the weights cannot serve.
+            ValueError: more tokens than the context, a schedule that the weights cannot serve, a
+                cache of another schedule, or a mask or positions that do not fit.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
         hiddens: list[Tensor] = []
         for hidden in self._advances(
-            input_ids, schedule=schedule, cache=cache, attention_mask=attention_mask
+            self.embedding(input_ids) if inputs_embeds is None else inputs_embeds,
+            schedule=schedule,
+            cache=cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
         ):
             last = hidden
             if return_hidden:
@@ -174,7 +187,10 @@ class Decoder(nn.Module):
             record[layer, k] = x if inputs else y
 
         for _ in self._advances(
-            input_ids, schedule=schedule, attention_mask=attention_mask, observe=observe
+            self.embedding(input_ids),
+            schedule=schedule,
+            attention_mask=attention_mask,
+            observe=observe,
         ):
             pass
         return record
@@ -204,18 +220,26 @@ class Decoder(nn.Module):
 
     def _advances(
         self,
-        input_ids: Tensor,
+        hidden: Tensor,
         *,
         schedule: IterationSchedule | None,
         attention_mask: Tensor | None,
         cache: DecodingCache | None = None,
+        position_ids: Tensor | None = None,
         observe: Observer | None = None,
     ) -> Iterator[Tensor]:
-        """Yield `h_1, ..., h_L`; the one loop over layers."""
-        slots = evaluation_slots(self.evaluations_per_layer(schedule))
+        """Yield `h_1, ..., h_L`; the one loop over layers. It starts from the embeddings."""
+        evaluations_per_layer = self.evaluations_per_layer(schedule)
+        slots = evaluation_slots(evaluations_per_layer)
         schedule = schedule or self.schedule
-        hidden = self.embedding(input_ids)
-        context = make_context(hidden, self.rope, cache=cache, attention_mask=attention_mask)
+        context = make_context(
+            hidden,
+            self.rope,
+            cache=cache,
+            record=None if cache is None else agreed_record(cache, evaluations_per_layer),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
         estimates: list[Tensor] = [hidden] if self.method.has_mix else []
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
 

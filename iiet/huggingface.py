@@ -32,6 +32,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from iiet.cache import get_record, set_record
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
@@ -210,7 +211,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            _add_slots(cache, sum(self.decoder.evaluations_per_layer()))
+            _prepare_cache(cache, self.decoder.evaluations_per_layer())
         logits = self.decoder(
             input_ids,
             cache=cache,
@@ -293,16 +294,20 @@ def fast_tokenizer(
     return tokenizer
 
 
-def _add_slots(cache: Cache, num_slots: int) -> None:
+def _prepare_cache(cache: Cache, evaluations_per_layer: tuple[int, ...]) -> None:
     """Give a cache, made for one slot per layer, one per evaluation.
 
     Raises:
-        ValueError: it already holds tokens of a forward under another schedule.
+        ValueError: nothing says by which evaluations its tokens were cached.
     """
-    if cache.get_seq_length() > 0 and len(cache.layers) != num_slots:
+    num_layers, num_slots = len(evaluations_per_layer), sum(evaluations_per_layer)
+    if cache.get_seq_length() == 0:
+        set_record(cache, None)  # Emptied, it serves any schedule.
+    elif get_record(cache) is None and not num_slots == num_layers == len(cache.layers):
         raise ValueError(
-            f"the cache was filled with {len(cache.layers)} evaluations per token, the model makes "
-            f"{num_slots}; continue under the iteration schedule that filled it"
+            f"the cache holds tokens in {len(cache.layers)} slots that this model did not fill, "
+            f"and nothing says under which iteration schedule; the model makes {num_slots} "
+            "evaluations per token; begin with an empty cache"
         )
     if cache.layer_class_to_replicate is None:  # Others grow by themselves.
         missing = range(num_slots - len(cache.layers))

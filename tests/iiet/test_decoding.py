@@ -66,10 +66,41 @@ def test_the_last_strategy_is_exact_without_corrections_and_not_with_them():
 
 
 @torch.no_grad()
-def test_a_cache_of_another_schedule_or_without_room():
+@pytest.mark.parametrize("strategy", ["exact", "last"])
+@pytest.mark.parametrize("is_filled", [False, True])
+@pytest.mark.parametrize("other", [(3, 3, 3), (1, 1, 1), (0, 0, 0), (1, 0, 1)])
+def test_a_cache_serves_no_other_schedule(strategy, is_filled, other):
+    """Not one with as many evaluations either, nor before the first token is cached."""
+    decoder, other = decoder_of(), IterationSchedule(other)
+    cache = cache_of(decoder, strategy=strategy)
+    if is_filled:
+        decoder(prompt(), cache=cache)
+    for tokens in (prompt(), prompt(2, 1)):
+        with pytest.raises(ValueError, match="cache is for 3,1,2 evaluations per layer"):
+            decoder(tokens, schedule=other, cache=cache)
+        with pytest.raises(ValueError, match="the iteration schedule that the cache was made for"):
+            decoder.with_schedule(other)(tokens, cache=cache)
+    decoder(prompt(2, 1), cache=cache)
+
+
+@torch.no_grad()
+def test_a_cache_is_refused_after_an_interrupted_pass():
     decoder = decoder_of()
-    with pytest.raises(ValueError, match="the cache has 6 slots, an evaluation asked for slot 6"):
-        decoder(prompt(), schedule=IterationSchedule((3, 3, 3)), cache=cache_of(decoder))
+    cache = cache_of(decoder)
+    decoder(prompt(), cache=cache)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with decoder.fields[2].register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        decoder(prompt(2, 1), cache=cache)
+    with pytest.raises(ValueError, match=r"hold from 5 to 6 tokens, .* make a new cache"):
+        decoder(prompt(2, 1), cache=cache)
+
+
+@torch.no_grad()
+def test_a_cache_without_room():
+    decoder = decoder_of()
     with pytest.raises(ValueError, match="room for max_tokens=4, got 5"):
         decoder(prompt(), cache=cache_of(decoder, max_tokens=4))
     with pytest.raises(ValueError, match="'exact' or 'last', got 'first'"):
@@ -94,6 +125,61 @@ def test_left_padded_rows_continue_as_they_do_alone():
     together = generate(decoder, torch.cat([long, padded]), max_new_tokens=6, attention_mask=mask)
     assert torch.equal(together[0], generate(decoder, long, max_new_tokens=6)[0])
     assert torch.equal(together[1, 3:], generate(decoder, short, max_new_tokens=6)[0])
+
+
+def padded(batch=2, time=9, num_padding=3):
+    mask = torch.ones(batch, time).bool()
+    mask[1:, :num_padding] = False
+    return prompt(batch, time), mask
+
+
+@pytest.mark.parametrize("strategy", ["exact", "last"])
+@torch.no_grad()
+def test_steps_after_a_padded_prompt_need_no_mask(strategy):
+    decoder, (tokens, mask) = decoder_of("0,0,0" if strategy == "last" else "2,0,1"), padded()
+    cache = cache_of(decoder, strategy=strategy)
+    decoder(tokens[:, :6], cache=cache, attention_mask=mask[:, :6])
+    steps = [decoder(part, cache=cache) for part in tokens[:, 6:].split([1, 2], 1)]
+    expected = decoder(tokens, attention_mask=mask)[:, 6:]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_a_mask_that_contradicts_the_cache_is_refused():
+    decoder, (tokens, mask) = decoder_of(), padded()
+    for first, second in ((mask, torch.ones_like(mask)), (torch.ones_like(mask), mask)):
+        cache = cache_of(decoder)
+        decoder(tokens[:, :6], cache=cache, attention_mask=first[:, :6])
+        with pytest.raises(ValueError, match=r"cached tokens as padding .* use the same mask"):
+            decoder(tokens[:, 6:], cache=cache, attention_mask=second)
+
+
+@torch.no_grad()
+def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
+    """So one padded batch of contexts can be continued, each behind its own end."""
+    decoder, tokens = decoder_of(), prompt(2, 8)
+    mask = torch.ones(2, 8).bool()
+    mask[1, 3:6] = False
+    cache = cache_of(decoder)
+    decoder(tokens[:, :6], cache=cache)
+    continued = decoder(tokens[:, 6:], cache=cache, attention_mask=mask)
+    alone = decoder(tokens[1:, mask[1]])[:, -2:]
+    torch.testing.assert_close(continued[1:], alone, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (2, 4), (2, 6), (1, 5), (3, 5), (5,)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    decoder, mask = decoder_of(), torch.ones(shape).bool()
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \(batch, .*\), here \(2, 5\), got"
+    ):
+        decoder(prompt(), attention_mask=mask)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        decoder.evaluations(prompt(), attention_mask=mask)
+    cache = cache_of(decoder)
+    decoder(prompt(2, 2), cache=cache)
+    with pytest.raises(ValueError, match=r"here \(2, 3\), got"):
+        decoder(prompt(2, 1), cache=cache, attention_mask=mask)
 
 
 def test_stream_yields_what_generate_returns():

@@ -3,6 +3,7 @@
 Generation is compared with the same model generating without any cache, which knows no slots.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -208,11 +209,7 @@ def test_every_mode_of_generation_equals_uncached(mode):
 def test_any_split_into_calls_equals_the_full_forward(kind):
     decoder, ids = make_decoder().double(), tokens(2, 11)
     model = IIETForCausalLM.from_decoder(decoder)
-    cache = {
-        "of config": lambda: DynamicCache(config=model.config),
-        "empty": DynamicCache,
-        "static": lambda: StaticCache(config=model.config, max_cache_len=16),
-    }[kind]()
+    cache = fresh_cache(kind, model)
     parts = [
         model(part, cache=cache, use_cache=True).logits
         for part in ids.split([4, 1, 3, 1, 2], dim=1)
@@ -221,12 +218,64 @@ def test_any_split_into_calls_equals_the_full_forward(kind):
     assert len(cache.layers) == 3 + 2 + 0 + 3
 
 
-def test_a_cache_of_another_schedule_is_refused():
-    decoder = make_decoder()
-    cheap = IIETForCausalLM.from_decoder(decoder.with_schedule(IterationSchedule((1, 0, 0))))
-    cache = cheap(tokens(1, 4), use_cache=True).cache
-    with pytest.raises(ValueError, match="filled with 4 evaluations per token, the model makes 8"):
-        IIETForCausalLM.from_decoder(decoder)(tokens(1, 1), cache=cache)
+def fresh_cache(kind, model):
+    return {
+        "of config": lambda: DynamicCache(config=model.config),
+        "empty": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=16),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["of config", "empty", "static"])
+@pytest.mark.parametrize("other", [(1, 0, 0), (0, 5, 0), (2, 3, 0)])
+@torch.no_grad()
+def test_a_cache_of_another_schedule_is_refused_until_it_is_emptied(kind, other):
+    decoder, ids = make_decoder(), tokens(2, 5)  # Its schedule is 2,0,3: some others cost the same.
+    full = IIETForCausalLM.from_decoder(decoder)
+    student = IIETForCausalLM.from_decoder(decoder.with_schedule(IterationSchedule(other)))
+    cache = fresh_cache(kind, full)
+    student(ids, cache=cache)
+    for copied in (cache, copy.deepcopy(cache)):
+        with pytest.raises(ValueError, match=r"the cache is for .* this pass makes 3,1,4; decode"):
+            full(ids[:, :1], cache=copied)
+    cache.reset()
+    first, second = (full(part, cache=cache).logits for part in ids.split([4, 1], 1))
+    torch.testing.assert_close(torch.cat([first, second], 1), full(ids).logits)
+
+
+@torch.no_grad()
+def test_a_filled_cache_of_unknown_origin_is_refused_unless_there_is_one_slot_per_layer():
+    held = tokens(1, 4)
+
+    def nameless(model):
+        filled = model(held, use_cache=True).cache
+        return DynamicCache([(layer.keys, layer.values) for layer in filled.layers])
+
+    iterative = IIETForCausalLM.from_decoder(make_decoder())
+    with pytest.raises(ValueError, match=r"holds tokens in 8 slots .* begin with an empty cache"):
+        iterative(tokens(1, 1), cache=nameless(iterative))
+    vanilla = IIETForCausalLM.from_decoder(make_decoder("vanilla"))
+    last = vanilla(tokens(1, 1), cache=nameless(vanilla)).logits
+    whole = vanilla(torch.cat([held, tokens(1, 1)], 1)).logits
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
+@pytest.mark.parametrize("kind", ["of config", "static"])
+@torch.no_grad()
+def test_a_cache_remembers_its_padding(kind):
+    model, ids = IIETForCausalLM.from_decoder(make_decoder().double()), tokens(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    expected = model(ids, attention_mask=mask).logits[:, -3:]
+    cache = fresh_cache(kind, model)
+    model(ids[:, :6], attention_mask=mask[:, :6], cache=cache)
+    steps = [model(ids[:, time : time + 1], cache=cache).logits for time in range(6, 9)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected)
+    cache.crop(-2)  # Seven tokens are left.
+    torch.testing.assert_close(model(ids[:, 7:], cache=cache).logits, expected[:, 1:])
+    cache.crop(-2)
+    with pytest.raises(ValueError, match="marks other cached tokens as padding"):
+        model(ids[:, 7:], attention_mask=torch.ones_like(mask), cache=cache)
 
 
 def test_activation_checkpointing_reaches_the_decoder_and_keeps_gradients():
