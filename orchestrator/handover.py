@@ -134,7 +134,8 @@ def pick_model(
             gone.
     """
     sweep = load_results(desk.workspace, name or newest_sweep(desk.workspace))
-    front = front_of(desk.workspace, sweep, axes or Axes(), kept_share=rule.share)
+    items = load_items(desk.workspace, sweep.results)
+    front = front_of(sweep, items, axes or Axes(), kept_share=rule.share)
     point = choose(front, rule)
     sentence = describe(front, point, kept_share=rule.share)
     if not hand_over:
@@ -144,7 +145,6 @@ def pick_model(
     decoder = load_decoder(checkpoint)
     if result.schedule is not None:
         decoder = decoder.with_schedule(IterationSchedule(result.schedule))
-    items = load_items(desk.workspace, [result])
     folder = expanded(to).resolve() if to else desk.workspace.exports / sweep.name / rule.alias
     card = card_of(desk, checkpoint, decoder.config, items.get(result.key))
     export(

@@ -33,7 +33,7 @@ from orchestrator.stages.sweep import Grow, SweepOutcome, sweep
 from orchestrator.sweep_checks import Kind, check_sweep
 from orchestrator.sweep_models import TEACHER, check_models, teacher_and_references
 from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds
-from orchestrator.views import evaluation_table, tasks_with_other_items
+from orchestrator.views import about_average, evaluation_table, tasks_with_other_items
 
 
 def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
@@ -262,6 +262,8 @@ def evaluate_and_show(
     ]
     named = dict(zip(short_names(subjects), evaluations, strict=True))
     desk.console.print(evaluation_table(named))
+    for sentence in about_average(named):
+        desk.console.print(f"  {sentence}", markup=False)
     if different := tasks_with_other_items(evaluations):
         desk.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "

@@ -45,7 +45,7 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     if kind == "search":
         _check_search(settings)
     if progress:
-        tasks_beside_heldout(settings.evaluation, progress)
+        tasks_beside_heldout(settings.evaluation, progress, needs_accuracy=True)
 
 
 def _check_thresholds(settings: Settings) -> None:

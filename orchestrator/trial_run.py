@@ -190,6 +190,7 @@ def measure_quality(
         tasks=suite["tasks"],
         folders=[Path(suite["include_folder"])] if suite["include_folder"] else [],
         heldout=Path(suite["suite_folder"]) if suite["suite_folder"] else None,
+        planned=suite.get("fingerprints"),
         num_fewshot=suite.get("num_fewshot"),
         batch_size=suite["batch_size"],
         limit=suite["limit"],

@@ -142,6 +142,19 @@ def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
     return table
 
 
+def about_average(evaluations: Mapping[str, EvaluationResult]) -> list[str]:
+    """Say which tasks an average is over, where some that were asked for are not in it."""
+    sentences = []
+    for name, found in evaluations.items():
+        if found.skipped and found.accuracies:
+            of_model = f" of {name}" if len(evaluations) > 1 else ""
+            sentences.append(
+                f"the average{of_model} is over {', '.join(found.accuracies)}, without "
+                f"{', '.join(found.skipped)}"
+            )
+    return sentences
+
+
 def _metric_cell(metrics: Mapping[str, float], name: str) -> str:
     if name not in metrics:
         return ""

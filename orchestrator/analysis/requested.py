@@ -100,21 +100,26 @@ def task_folders(settings: EvaluationSettings) -> list[Path]:
 
 
 def tasks_beside_heldout(
-    settings: EvaluationSettings, progress: Progress | None = None
+    settings: EvaluationSettings,
+    progress: Progress | None = None,
+    *,
+    needs_accuracy: bool = False,
 ) -> dict[str, str]:
     """Load what a suite asks for beside the held-out tasks, which are named by their content.
 
     Args:
         settings: The suite, and the user's own folder.
         progress: Told which tasks cannot be loaded.
+        needs_accuracy: Whether one task of the suite must have an accuracy.
 
     Returns:
         Name -> hash of all that determines items and metrics, wherever the files stand; one name
         for each task of a group or a named suite.
 
     Raises:
-        UserError: If no such tasks exist.
-        StageFailed: If they exist and none can be loaded.
+        UserError: If a task does not exist or cannot be read, or none has the accuracy that is
+            needed.
+        StageFailed: If the hub gives none of them.
     """
     folders = task_folders(settings)
     names = [name.strip() for name in settings.suite.split(",")]
@@ -127,4 +132,9 @@ def tasks_beside_heldout(
     told = progress or Progress()
     for name, reason in loaded.skipped.items():
         told.note(f"skipped {name}: {reason}")
+    if needs_accuracy and HELDOUT not in names and not loaded.has_accuracy:
+        raise UserError(
+            f"a sweep's front is drawn by accuracy, and evaluation.suite={settings.suite} has no "
+            f"task with one; add a task such as {HELDOUT}: {settings.suite},{HELDOUT}"
+        )
     return {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}

@@ -136,6 +136,12 @@ def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str
     return found
 
 
+def about_skipped(items: Mapping[str, EvaluationResult]) -> list[str]:
+    """Say which tasks that were asked for are in no average, and why."""
+    skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
+    return [f"Averages are without {name}: {reason}." for name, reason in skipped.items()]
+
+
 def items_name(key: str) -> str:
     """Return the name of the file with a result's values of single items."""
     return f"items-{key}.json"

@@ -50,8 +50,8 @@ def evaluate(
 
     Raises:
         UserError: If the model is damaged, the schedule does not fit it, its tokens are not in the
-            workspace, or no such tasks exist.
-        StageFailed: If the tasks exist and none can be loaded.
+            workspace, or a task does not exist or cannot be read.
+        StageFailed: If the hub gives none of the tasks.
     """
     progress = progress or Progress()
     if isinstance(checkpoint, Path):
@@ -179,4 +179,6 @@ def _summary(evaluation: EvaluationResult) -> str:
         parts.append(f"accuracy {100 * numbers['accuracy']:.1f}{spread} %")
     if "bits_per_byte" in numbers:
         parts.append(f"{numbers['bits_per_byte']:.3f} bits per byte")
+    if evaluation.skipped:
+        parts.append(f"without {', '.join(evaluation.skipped)}")
     return ", ".join([*parts, f"{evaluation.num_items:,} items"])

@@ -17,7 +17,7 @@ from orchestrator.analysis.curves import curves_of
 from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.pareto import find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
-from orchestrator.analysis.results import SweepResults, load_items, load_results
+from orchestrator.analysis.results import SweepResults, about_skipped, load_items, load_results
 from orchestrator.analysis.seeds import join_seeds
 from orchestrator.provenance import content_key
 from orchestrator.trial import TrialResult
@@ -44,12 +44,14 @@ def write_overlay(
     results: dict[str, TrialResult] = {}
     series: dict[str, str] = {}
     runs: dict[str, Sequence[EvaluationResult]] = {}
+    items: dict[str, EvaluationResult] = {}
     for sweep in sweeps:
         joined = join_seeds(sweep.results)
         for result in joined.results:
             results.setdefault(result.key, result)
             series.setdefault(result.key, sweep.name)
-        runs |= joined.runs(load_items(workspace, sweep.results))
+        items |= load_items(workspace, sweep.results)
+        runs |= joined.runs(items)
     front = find_front(list(results.values()), axes, series=series)
     front = with_confidence(front, runs)
     curves = {
@@ -62,7 +64,7 @@ def write_overlay(
         front=front,
         curves=curves,
         facts=_facts(sweeps),
-        notes=_notes(workspace, sweeps, axes),
+        notes=[*_notes(workspace, sweeps, axes), *about_skipped(items)],
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     return WrittenReport(report, folder, tuple(write_files(report, folder)))

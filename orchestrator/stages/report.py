@@ -10,18 +10,19 @@ and there, and leaves the sweep's run as it is otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.confidence import confidence_metrics, with_confidence
 from orchestrator.analysis.curves import VALIDATION_METRIC, curves_of, history_curves
+from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.findings import front_metrics
 from orchestrator.analysis.history import history_folder
 from orchestrator.analysis.pareto import KEPT_SHARE, Front, find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
-from orchestrator.analysis.results import SweepResults, load_items, load_results
+from orchestrator.analysis.results import SweepResults, about_skipped, load_items, load_results
 from orchestrator.analysis.rows import full_rows
 from orchestrator.analysis.seeds import join_seeds
 from orchestrator.analysis.tables import markdown_table
@@ -55,7 +56,8 @@ def write_report(
     if isinstance(sweep, str):
         sweep = load_results(workspace, sweep)
     sweep.store(workspace)
-    front = front_of(workspace, sweep, axes)
+    items = load_items(workspace, sweep.results)
+    front = front_of(sweep, items, axes)
     run = None
     if tracking is not None:
         run = tracking.run(sweep.key, name=sweep.name, kind="sweep")
@@ -69,7 +71,7 @@ def write_report(
         influence=sweep.influence,
         curves={**curves_of(sweep, front), **({} if axes.slug else history)},
         facts=sweep.facts,
-        notes=sweep.notes,
+        notes=[*sweep.notes, *about_skipped(items)],
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_files(report, folder)
@@ -86,12 +88,22 @@ def write_report(
 
 
 def front_of(
-    workspace: Workspace, sweep: SweepResults, axes: Axes, *, kept_share: float = KEPT_SHARE
+    sweep: SweepResults,
+    items: Mapping[str, EvaluationResult],
+    axes: Axes,
+    *,
+    kept_share: float = KEPT_SHARE,
 ) -> Front:
-    """Place a sweep's results, and say how sure each place is where single items are stored."""
+    """Place a sweep's results, and say how sure each place is.
+
+    Args:
+        sweep: The results.
+        items: What they were measured by, as far as it is stored; see `load_items`.
+        axes: Cost and quality.
+        kept_share: The share of the full model's quality that confidences relate to.
+    """
     joined = join_seeds(sweep.results)
     front = find_front(joined.results, axes)
-    items = load_items(workspace, sweep.results)
     return with_confidence(front, joined.runs(items), kept_share=kept_share)
 
 

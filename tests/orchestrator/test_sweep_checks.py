@@ -16,6 +16,7 @@ from orchestrator.console import Progress
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.settings import EvaluationSettings, resolve_settings
+from orchestrator.sweep_checks import Kind, check_sweep
 from orchestrator.sweep_costs import cost_in
 from orchestrator.sweep_plans import plan_suite
 from orchestrator.workspace import Workspace, open_workspace
@@ -201,3 +202,27 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
     assert "3 models asked for, 3 distinct 0 of 3 trials are finished" in told
     assert f"then at most {2 if kind == 'threshold' else 7} students" in told
     assert not list(desk.workspace.runs.glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["threshold", "search", "iterations", "study"])
+def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
+    tmp_path: Path, kind: Kind
+) -> None:
+    file = tmp_path / "items.json"
+    file.write_text('{"context": "a", "target": "b"}\n')
+    plain = TASK.format(name="plain", file=file)
+    rolling = plain.replace("output_type: loglikelihood", "output_type: loglikelihood_rolling")
+    rolling = rolling.replace("task: plain", "task: bits").replace(
+        "metric: acc", "metric: bits_per_byte"
+    )
+    (tmp_path / "bits.yaml").write_text(rolling)
+    (tmp_path / "right.yaml").write_text(TASK.format(name="right", file=file))
+
+    def check(suite: str) -> None:
+        chosen = [f"evaluation.suite={suite}", f"evaluation.include_path={tmp_path}"]
+        check_sweep(resolve_settings({}, chosen), kind, Progress())
+
+    with pytest.raises(UserError, match=r"evaluation\.suite=bits has no task with one; .*heldout"):
+        check("bits")
+    check("bits,right")
+    check("bits,heldout")

@@ -9,7 +9,12 @@ from rich.console import Console
 
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
-from orchestrator.views import evaluation_table, influence_view, tasks_with_other_items
+from orchestrator.views import (
+    about_average,
+    evaluation_table,
+    influence_view,
+    tasks_with_other_items,
+)
 
 RESULT = TaskResult(
     name="choices",
@@ -49,6 +54,16 @@ def test_the_metric_that_counts_is_marked_and_averaged() -> None:
     assert ["choices", "acc_norm", "*", "0.5000", "2"] in rows
     assert ["choices", "acc", "0.2500±0.1250", "2"] in rows
     assert any(row[:4] == ["average", "accuracy", "*", "0.5000"] for row in rows)
+
+
+def test_an_average_over_less_than_was_asked_for_says_so() -> None:
+    whole = EvaluationResult(results={"choices": RESULT})
+    less = replace(whole, skipped={"piqa": "it needs the hub"})
+    assert about_average({"a": whole}) == []
+    assert about_average({"a": less}) == ["the average is over choices, without piqa"]
+    assert about_average({"a": whole, "b": less}) == [
+        "the average of b is over choices, without piqa"
+    ]
 
 
 def test_a_task_without_accuracy_has_no_average() -> None:

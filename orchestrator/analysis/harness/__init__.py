@@ -6,7 +6,8 @@ metrics; the log-likelihoods come from `orchestrator.analysis.scoring`, through 
 of lm-eval's own kind. Models that are no decoder run through lm-eval's class for transformers.
 
 Three habits of lm-eval are kept out: its scan of all task files (8 seconds), its retries without
-network (23 seconds a task), its noise. What cannot be run is named, with the reason, and skipped.
+network (23 seconds a task), its noise. Tasks that the hub does not give are named, with the reason,
+and left out; what else cannot be run is an error.
 """
 
 from orchestrator.analysis.harness.run import evaluate_decoder, run_model, run_suite

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from orchestrator.analysis.harness.model import ScoredDecoder
 from orchestrator.analysis.harness.quiet import quiet
 from orchestrator.analysis.harness.suite import Suite, load_suite
 from orchestrator.analysis.harness.vocabulary import TrainedVocabulary, Vocabulary
+from orchestrator.analysis.heldout import heldout_configs
 from orchestrator.console import Progress
 from orchestrator.data.hub import offline
 
@@ -100,6 +101,7 @@ def evaluate_decoder(
     tasks: Sequence[str] = (),
     folders: Sequence[Path] = (),
     heldout: Path | None = None,
+    planned: Collection[str] | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 32,
     limit: int | None = None,
@@ -112,15 +114,19 @@ def evaluate_decoder(
         tasks: Names of tasks, groups or tags; all tasks in `folders` and `heldout` when empty.
         folders: Folders of task files, which come before lm-eval's own.
         heldout: Folder with the items of held-out tasks, which come before all others.
+        planned: Names of the tasks that can be loaded, beside those of `heldout`, as found before;
+            exactly these are run, so that all models have an average over the same tasks.
         num_fewshot: Solved examples before each item, where a task does not fix it at 0.
         batch_size: Sequences of full length in one forward pass.
         limit: Items of each task; all when unset.
 
     Raises:
         UserError: If no such tasks exist, or the tokenizer is missing or damaged.
-        StageFailed: If the tasks exist and none can be loaded.
+        StageFailed: If the tasks exist and none can be loaded, or a planned one cannot.
     """
     suite = load_suite(tasks, folders=folders, heldout=heldout, num_fewshot=num_fewshot)
+    if planned is not None:
+        suite = suite.as_planned({*planned, *(heldout_configs(heldout) if heldout else ())})
     results = run_suite(suite, decoder, tokenizer_path, batch_size=batch_size, limit=limit)
     return EvaluationResult(results=results, groups=suite.groups, skipped=suite.skipped)
 

@@ -1,4 +1,8 @@
-"""Tasks by name: found, loaded and fingerprinted; what cannot be loaded is named with the reason.
+"""Tasks by name: found, loaded and fingerprinted.
+
+A name that no task has, and a task of this machine that cannot be loaded or scored, are errors: an
+average over the rest would be another number under the same name. Only what the hub does not give
+is left out, and named with the reason.
 
 Names are looked up in the user's folders first, then among lm-eval's own. Whether the hub can be
 reached is asked once, and only if a task reads from it; everything else is loaded offline, so that
@@ -18,7 +22,9 @@ from pathlib import Path
 import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
+from orchestrator.analysis.evaluation import ACCURACY_METRICS
 from orchestrator.analysis.harness.index import index_names, nearest_name
 from orchestrator.analysis.harness.quiet import quiet
 from orchestrator.analysis.heldout import heldout_configs
@@ -42,7 +48,7 @@ LOCAL_FORMATS = ("json", "csv", "text", "parquet", "arrow")
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Tasks, loaded and ready to run, and what could not be loaded."""
+    """Tasks, loaded and ready to run, and what the hub did not give."""
 
     tasks: dict[str, Task]
     """By name, in the order asked for."""
@@ -51,9 +57,30 @@ class Suite:
     skipped: dict[str, str]
     """Name to reason."""
 
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether a task reports a metric that counts as accuracy."""
+        return any(set(ACCURACY_METRICS) & set(t.aggregation()) for t in self.tasks.values())
+
     def only(self, names: Collection[str]) -> Suite:
         """Return the suite with these of its tasks alone."""
         return replace(self, tasks={k: task for k, task in self.tasks.items() if k in names})
+
+    def as_planned(self, names: Collection[str]) -> Suite:
+        """Return the suite with exactly these tasks.
+
+        Raises:
+            StageFailed: If one of them could not be loaded this time.
+        """
+        if missing := [name for name in names if name not in self.tasks]:
+            reasons = f" ({_as_text(self.skipped)})" if self.skipped else ""
+            raise StageFailed(
+                f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
+                f"cannot now{reasons}; the same command tries again"
+            )
+        others = [name for name in self.tasks if name not in names]
+        reason = "it could not be loaded when the sweep was planned"
+        return replace(self.only(names), skipped=self.skipped | dict.fromkeys(others, reason))
 
     def num_items(self, name: str, limit: int | None = None) -> int:
         """Return how many items of a task a run with this limit scores."""
@@ -97,8 +124,9 @@ def load_suite(
         The suite; it has at least one task.
 
     Raises:
-        UserError: If no such tasks exist, or the held-out ones are damaged.
-        StageFailed: If they exist and none can be loaded.
+        UserError: If there is no task of a name, or one of this machine cannot be loaded or
+            scored.
+        StageFailed: If the hub gives none of them.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -112,12 +140,15 @@ def load_suite(
         raise UserError(
             f"there are no lm-eval task files in {places}" if folders else "no task was named"
         )
-    manager, skipped = _find(manager, [name for name in wanted if name not in own], folders)
-    known = [name for name in wanted if name not in skipped]
-    if not known:
-        raise UserError(f"nothing to evaluate: {_as_text(skipped)}")
-    tasks, groups, failed = _load_tasks(manager, known, own)
-    skipped |= failed
+    _check_files(manager, folders)
+    manager, problems = _find(manager, [name for name in wanted if name not in own], folders)
+    known = [name for name in wanted if name not in problems]
+    tasks, groups, skipped, unusable = _load_tasks(manager, known, own)
+    if problems := problems | unusable:
+        raise UserError(
+            f"cannot evaluate {_as_text(problems)}. Correct evaluation.suite, or leave out what "
+            "cannot be evaluated: an average over the rest alone would be another number"
+        )
     if not tasks:
         raise StageFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
     for task in tasks.values():
@@ -133,6 +164,23 @@ def _heldout_tasks(folder: Path) -> dict[str, Task]:
     configs = heldout_configs(folder)
     with quiet():
         return {name: ConfigurableTask(config=config) for name, config in configs.items()}
+
+
+def _check_files(manager: TaskManager, folders: Sequence[Path]) -> None:
+    """Refuse a damaged task file: lm-eval passes over it without a word.
+
+    Raises:
+        UserError: Names it.
+    """
+    known = {entry.yaml_path for entry in manager.task_index.values()}
+    files = [file for folder in folders for file in sorted(folder.glob("**/*.yaml"))]
+    for file in (file for file in files if file not in known):
+        try:
+            config = load_yaml(file, resolve_func=False)
+        except Exception as error:
+            raise UserError(f"cannot read the task file {file}: {_first_line(error)}") from None
+        if not config:
+            raise UserError(f"the task file {file} is empty")
 
 
 def _find(
@@ -156,11 +204,16 @@ def _find(
 
 def _load_tasks(
     manager: TaskManager, names: Sequence[str], own: Mapping[str, Task]
-) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str]]:
-    """Load one name after the other, and keep the reason where it fails; `own` are loaded."""
+) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
+    """Load one name after the other; `own` are loaded.
+
+    Returns:
+        Tasks, groups, what the hub does not give with the reason, and what cannot be used.
+    """
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
-    failed: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    unusable: dict[str, str] = {}
     needing_hub = {name for name in names if name not in own and _reads_hub(manager, name)}
     problem = hub_problem() if needing_hub else None
     for name in names:
@@ -174,26 +227,40 @@ def _load_tasks(
         except (
             Exception
         ) as error:  # tasks run code of their own, and data sets raise dozens of kinds
-            lines = str(error).strip().splitlines()
-            reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-            needs_hub = name in needing_hub and problem is not None
-            failed[name] = f"it needs the hub, and {problem}" if needs_hub else reason
+            if name not in needing_hub:
+                file = manager.task_index[name].yaml_path
+                unusable[name] = f"{_first_line(error)}{f' ({file})' if file else ''}"
+            else:
+                skipped[name] = (
+                    f"it needs the hub, and {problem}" if problem else _first_line(error)
+                )
             continue
         unfit = [why for task in loaded.values() if (why := _why_unfit(task))]
         if unfit:
-            failed[name] = unfit[0]
+            unusable[name] = unfit[0]
             continue
         tasks |= loaded
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
-    return tasks, groups, failed
+    return tasks, groups, skipped, unusable
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _reads_hub(manager: TaskManager, name: str) -> bool:
-    """Tell whether a task takes its data from the hub; for groups and tags assume so."""
-    config = manager.task_index[name].cfg
-    if config is None or "dataset_path" not in config:
-        return config is None or not {"custom_dataset", "class"} & set(config)
+    """Tell whether a task, or one of a group or tag, takes its data from the hub."""
+    entry = manager.task_index[name]
+    members = entry.tags if entry.cfg is None else entry.cfg.get("task")
+    if entry.cfg is None or not isinstance(members, str | None):
+        known = [str(member) for member in members or () if str(member) in manager.task_index]
+        # A member that is written out in the group, or not known by name, may be of the hub.
+        return len(known) < len(members or [1]) or any(_reads_hub(manager, n) for n in known)
+    config = entry.cfg
+    if "dataset_path" not in config:
+        return not {"custom_dataset", "class"} & set(config)
     path = str(config["dataset_path"])
     return "custom_dataset" not in config and path not in LOCAL_FORMATS and not Path(path).exists()
 

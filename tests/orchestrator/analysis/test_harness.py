@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.harness import evaluate_decoder, load_suite, run_suite, suite
 from orchestrator.console import Progress
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
@@ -277,15 +279,67 @@ def test_the_fingerprint_knows_the_content_and_not_the_place(tasks: Path, tmp_pa
     assert third.fingerprint("choices") != prints["choices"]
 
 
-def test_unknown_names_are_skipped_with_the_nearest_one(tasks: Path, no_network: None) -> None:
-    found = load_suite(["lastword", "lastwrod", "winograndee"], folders=[tasks])
-    assert list(found.tasks) == ["lastword"]
-    assert found.skipped == {
-        "lastwrod": "there is no such task; did you mean lastword?",
-        "winograndee": "there is no such task; did you mean winogrande?",
-    }
+def test_unknown_names_are_refused_with_the_nearest_one(tasks: Path, no_network: None) -> None:
+    with pytest.raises(
+        UserError, match=r"lastwrod: .*did you mean lastword.*winograndee: .*grande"
+    ):
+        load_suite(["lastword", "lastwrod", "winograndee"], folders=[tasks])
     with pytest.raises(UserError, match=r"hellaswagg: .*did you mean hellaswag"):
         load_suite(["hellaswagg"])
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:30])
+
+
+def _replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("names", [[], ["choices", "lastword"], ["both"]])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("lastword.jsonl", _cut),
+        ("lastword.jsonl", Path.unlink),
+        ("lastword.jsonl", _replace_by_folder),
+        ("lastword_reader.py", _cut),
+        ("lastword.yaml", lambda path: path.write_text("")),
+        ("lastword.yaml", lambda path: path.write_text("task: [")),
+        ("lastword.yaml", _replace_by_folder),
+        ("lastword.yaml", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+    ],
+)
+def test_a_damaged_task_is_never_left_out_of_an_average(
+    tasks: Path, no_network: None, names: list[str], name: str, harm: Callable[[Path], Any]
+) -> None:
+    (tasks / "both.yaml").write_text("group: both\ntask: [lastword, choices]\n")
+    assert "lastword" in load_suite(names, folders=[tasks]).tasks
+    harm(tasks / name)
+    with pytest.raises(UserError, match=r"lastword|both"):
+        load_suite(names, folders=[tasks])
+
+
+def test_all_models_of_a_sweep_are_measured_by_the_planned_tasks(
+    decoder: Decoder, tokenizer_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "hub_problem", lambda: "huggingface.co cannot be reached")
+
+    def measured(*planned: str) -> EvaluationResult:
+        return evaluate_decoder(
+            decoder,
+            tokenizer_path,
+            tasks=["lastword", "choices", "piqa"],
+            folders=[tasks],
+            planned=planned,
+        )
+
+    found = measured("lastword")
+    assert list(found.results) == ["lastword"]
+    assert found.skipped["choices"] == "it could not be loaded when the sweep was planned"
+    with pytest.raises(StageFailed, match=r"piqa could be loaded when .*huggingface.co cannot be"):
+        measured("lastword", "choices", "piqa")
 
 
 def test_hub_tasks_are_skipped_at_once_without_network(
@@ -329,7 +383,8 @@ def test_tasks_that_cannot_run_are_named(
     tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     write_task(tmp_path / "odd", "odd", ROWS["lastword"], **change)
-    with pytest.raises(StageFailed, match=f"odd: .*{reason}"):
+    write_task(tmp_path / "odd", "lastword", ROWS["lastword"])
+    with pytest.raises(UserError, match=f"odd: .*{reason}"):
         load_suite(folders=[tmp_path / "odd"])
 
 

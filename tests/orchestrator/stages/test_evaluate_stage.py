@@ -13,6 +13,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.evaluation import TaskResult
+from orchestrator.analysis.harness import suite
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
@@ -165,14 +166,32 @@ def test_an_interrupted_evaluation_keeps_the_tasks_that_were_done(
     assert runs == ["first", "second", "second"]
 
 
-def test_what_is_skipped_is_said(
-    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
+def test_what_the_hub_does_not_give_is_said(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(suite, "hub_problem", lambda: "it is far away")
     lines = Lines()
-    both = settings.model_copy(update={"suite": "first,secnd"})
+    both = settings.model_copy(update={"suite": "first,piqa"})
     found = evaluate(checkpoint, both, workspace, progress=lines)
     assert list(found.results) == ["first"]
-    assert lines.notes == ["skipped secnd: there is no such task; did you mean second?"]
+    assert lines.notes == ["skipped piqa: it needs the hub, and it is far away"]
+    assert "without piqa" in lines.summary
+
+
+def test_a_task_that_is_missing_or_damaged_is_refused(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    wrong = settings.model_copy(update={"suite": "first,secnd"})
+    with pytest.raises(UserError, match=r"secnd: there is no such task; did you mean second\?"):
+        evaluate(checkpoint, wrong, workspace)
+    file = Path(str(settings.include_path)) / "second.yaml"
+    file.write_text("task: [")
+    with pytest.raises(UserError, match=str(file)):
+        evaluate(checkpoint, settings, workspace)
+    assert not list(workspace.evaluations.glob("*")), "nothing was measured"
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from orchestrator.analysis.results import (
 )
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
+from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.report import note_of, view_key, write_report
 from orchestrator.tracking import open_tracking
 from orchestrator.trial import TrialResult
@@ -185,6 +186,17 @@ def test_what_was_left_out_of_the_front_is_said(workspace: Workspace, sweep: Swe
     assert sentence in written.page.read_text(encoding="utf-8")
     assert sentence in (written.folder / "front.md").read_text(encoding="utf-8")
     assert sentence in note_of(written.report, "run")
+
+
+def test_an_average_over_less_than_was_asked_for_says_so(
+    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    for key, evaluation in sample_evaluations.items():
+        less = replace(evaluation, skipped={"piqa": "it needs the hub"})
+        write_json(workspace.trials / "any" / items_name(key), less.to_dict())
+    sentence = "Averages are without piqa: it needs the hub."
+    assert write_report(workspace, sweep).report.sentences[0] == sentence
+    assert sentence in write_overlay(workspace, ["toy"]).report.sentences
 
 
 def test_a_sweep_without_placed_results_still_reports(
