@@ -11,6 +11,8 @@ exported folders run the same mathematics as here.
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -29,6 +31,8 @@ def export_pretrained(
     tokenizer_file: str | PathLike[str] | None = None,
     *,
     end_of_text: str = "<|endoftext|>",
+    token_ids: Mapping[str, int | list[int] | None] | None = None,
+    text_files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write everything that `AutoModelForCausalLM.from_pretrained(folder)` needs.
 
@@ -37,6 +41,10 @@ def export_pretrained(
         folder: made if missing; files of the same names are overwritten.
         tokenizer_file: a `tokenizer.json`; without it no tokenizer is written.
         end_of_text: the tokenizer's token that ends a document.
+        token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of a model that has its own;
+            `end_of_text` alone when unset.
+        text_files: name to content of a model's own files that say how its tokenizer is used and
+            how it generates, as transformers writes them; made from `end_of_text` when unset.
 
     Returns:
         The folder.
@@ -46,14 +54,16 @@ def export_pretrained(
     """
     folder = Path(folder)
     tokenizer = None
-    if tokenizer_file is not None:
+    if tokenizer_file is not None and not text_files:
         tokenizer = fast_tokenizer(
             tokenizer_file,
             end_of_text=end_of_text,
             context_length=decoder.config.context_length,
         )
     end_of_text_id = None if tokenizer is None else tokenizer.eos_token_id
-    model = IIETForCausalLM.from_decoder(decoder, end_of_text_id=end_of_text_id)
+    model = IIETForCausalLM.from_decoder(
+        decoder, end_of_text_id=end_of_text_id, token_ids=token_ids
+    )
     module = _flat_name(ADAPTER)
     model.config.auto_map = {
         "AutoConfig": f"{module}.IIETConfig",
@@ -62,6 +72,10 @@ def export_pretrained(
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    elif tokenizer_file is not None:
+        shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    for name, content in (text_files or {}).items():
+        (folder / name).write_bytes(content)
     for name, source in flat_sources().items():
         (folder / f"{name}.py").write_text(source, encoding="utf-8")
     return folder

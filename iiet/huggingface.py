@@ -12,6 +12,7 @@ Source: transformers 5.24; slots as in `iiet.cache`.
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
 
 import copy
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -84,8 +85,8 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Whether generation keeps keys and values."""
     bos_token_id: int | None = None
     """Token that opens a document, if any."""
-    eos_token_id: int | None = None
-    """Token that closes a document and stops generation."""
+    eos_token_id: int | list[int] | None = None
+    """Token, or tokens, that close a document and stop generation."""
     pad_token_id: int | None = None
     """Token that fills up a batch."""
 
@@ -165,15 +166,23 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 
     @classmethod
     def from_decoder(
-        cls, decoder: Decoder, *, end_of_text_id: int | None = None
+        cls,
+        decoder: Decoder,
+        *,
+        end_of_text_id: int | None = None,
+        token_ids: Mapping[str, int | list[int] | None] | None = None,
     ) -> "IIETForCausalLM":
         """Wrap a decoder, which stays the very same object.
 
         Args:
             decoder: in whatever mode, precision and place it is.
             end_of_text_id: the token that ends a document.
+            token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of a model that came with
+                its own; they stand for `end_of_text_id`.
         """
         config = IIETConfig.from_model_config(decoder.config, end_of_text_id=end_of_text_id)
+        for name, value in (token_ids or {}).items():
+            setattr(config, name, value)
         with torch.device("meta"):  # The decoder built here is thrown away; it shall cost nothing.
             model = cls(config)
         model.decoder = decoder

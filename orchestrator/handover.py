@@ -38,6 +38,7 @@ from orchestrator.training.checkpoint import (
     load_config,
     load_decoder,
     load_provenance,
+    read_text_files,
     resolve_checkpoint,
     weights_key,
 )
@@ -91,6 +92,7 @@ def export_model(
         decoder,
         folder,
         tokenizer_file=_tokenizer(checkpoint),
+        text_files=read_text_files(checkpoint),
         card=card_of(desk, checkpoint, decoder.config, evaluation),
         progress=desk.progress,
     )
@@ -151,6 +153,7 @@ def pick_model(
         decoder,
         folder,
         tokenizer_file=_tokenizer(checkpoint),
+        text_files=read_text_files(checkpoint),
         card=replace(card, chosen=f"`{rule.alias}` of the sweep `{sweep.name}`: {sentence}."),
         progress=desk.progress,
     )

@@ -32,7 +32,7 @@ from orchestrator.stages.pretrain import plan_pretraining
 from orchestrator.sweep_checks import check_sweep
 from orchestrator.sweep_costs import cost_in
 from orchestrator.sweep_models import check_models, models_of, with_rates
-from orchestrator.training.checkpoint import load_config
+from orchestrator.training.checkpoint import load_config, text_files_key
 
 
 def plan_thresholds(
@@ -78,7 +78,7 @@ def plan_thresholds(
         desk.workspace,
         teacher=teacher,
         members=members,
-        suite=plan_suite(settings.evaluation, tokens, full, desk.progress),
+        suite=plan_suite(settings.evaluation, tokens, full, desk.progress) | _text_of(teacher),
         references=list(references),
         left_out=left_out,
         name=name,
@@ -150,6 +150,12 @@ def plan_suite(
     if others := tasks_beside_heldout(settings):
         suite["fingerprints"] = others
     return suite
+
+
+def _text_of(teacher: Path) -> dict[str, Any]:
+    """Return what makes a suite read text as an imported teacher does; nothing for others."""
+    key = text_files_key(teacher)
+    return {"vocabulary": key, "vocabulary_folder": str(teacher)} if key else {}
 
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings, str | None]]:

@@ -21,7 +21,7 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
-from orchestrator.analysis.harness import evaluate_decoder
+from orchestrator.analysis.harness import checkpoint_vocabulary, evaluate_decoder
 from orchestrator.analysis.results import items_name
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.tokens import open_tokens
@@ -184,9 +184,11 @@ def measure_quality(
         `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where known.
     """
     store = open_tokens(suite["tokens_folder"])
+    # Students of an imported model read text as it does.
+    imported = suite.get("vocabulary_folder")
     evaluation = evaluate_decoder(
         decoder,
-        store.tokenizer_path,
+        checkpoint_vocabulary(Path(imported)) if imported else store.tokenizer_path,
         tasks=suite["tasks"],
         folders=[Path(suite["include_folder"])] if suite["include_folder"] else [],
         heldout=Path(suite["suite_folder"]) if suite["suite_folder"] else None,

@@ -34,6 +34,7 @@ from orchestrator.training.checkpoint import (
     load_config,
     load_decoder,
     resolve_checkpoint,
+    text_files_key,
     tokenizer_file,
     weights_key,
 )
@@ -109,7 +110,13 @@ def open_subject(
         return _foreign(path, values, schedule)
     checkpoint = resolve_checkpoint(path, warn)
     config = _with_schedule(load_config(checkpoint), schedule, checkpoint)
-    key = (weights_key(checkpoint), config.to_dict(), file_key(tokenizer_file(checkpoint)))
+    text = text_files_key(checkpoint)
+    key = (
+        weights_key(checkpoint),
+        config.to_dict(),
+        file_key(tokenizer_file(checkpoint)),
+        *([text] if text else []),
+    )
     return Subject(
         path=checkpoint,
         name=_named(checkpoint.parent.name, config, schedule),

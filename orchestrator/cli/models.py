@@ -32,6 +32,12 @@ def generate(
         list[str] | None,
         typer.Option("--prompt", "-p", help="Text to continue; several are one batch."),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Answer the prompt as a user's message, by the model's chat template."
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, max=MOST)] = 64,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
@@ -57,7 +63,10 @@ def generate(
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Continue a text; it is printed as it comes."""
+    """Continue a text; it is printed as it comes.
+
+    The prompt is read as it is; --chat puts it into the chat template of an imported model.
+    """
     prompts = prompt if prompt is not None else [_piped_prompt()]
     with open_session(workspace, "generate", verbose=verbose) as session:
         from orchestrator.catalog import parse_schedule, resolve_model
@@ -76,16 +85,18 @@ def generate(
             kv_strategy=kv,
         )
         writer = Writer(model, parse_schedule(schedule, model))
+        asked = [writer.chat(text) for text in prompts] if chat else prompts
         if len(prompts) == 1:
-            pieces = writer.stream(prompts[0], sampling)
-            typer.echo(prompts[0], nl=False)
+            pieces = writer.stream(asked[0], sampling)
+            if not chat:  # An answer stands for itself.
+                typer.echo(prompts[0], nl=False)
             for piece in pieces:
                 typer.echo(piece, nl=False)
             typer.echo()
         else:
-            continued = writer.continue_all(prompts, sampling)
+            continued = writer.continue_all(asked, sampling)
             for text, written in zip(prompts, continued, strict=True):
-                typer.echo(f"{text}{written}\n")
+                typer.echo(f"{text}{': ' if chat else ''}{written}\n")
 
 
 def _piped_prompt() -> str:

@@ -78,13 +78,18 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     Raises:
         UserError: If the tokenizer has none of the known ones.
     """
-    for token in KNOWN_ENDS:
-        token_id = tokenizer.token_to_id(token)
-        if token_id is not None:
-            return int(token_id)
-    raise UserError(
-        f"the tokenizer has no end-of-text token; one of {', '.join(KNOWN_ENDS)} is needed"
-    )
+    token_id = known_end_id(tokenizer)
+    if token_id is None:
+        raise UserError(
+            f"the tokenizer has no end-of-text token; one of {', '.join(KNOWN_ENDS)} is needed"
+        )
+    return token_id
+
+
+def known_end_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the first of the known end-of-text tokens that a tokenizer has, or None."""
+    found = (tokenizer.token_to_id(token) for token in KNOWN_ENDS)
+    return next((int(token_id) for token_id in found if token_id is not None), None)
 
 
 def num_token_ids(tokenizer: Tokenizer) -> int:

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
-from orchestrator.analysis.harness import FolderVocabulary, Suite, load_suite, run_model, run_suite
+from orchestrator.analysis.harness import (
+    FolderVocabulary,
+    Suite,
+    checkpoint_vocabulary,
+    load_suite,
+    run_model,
+    run_suite,
+)
 from orchestrator.analysis.requested import newest_tokens, requested_tasks
 from orchestrator.analysis.subject import Subject, open_subject
 from orchestrator.catalog import tokens_of
@@ -23,7 +30,6 @@ from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import EvaluationSettings
 from orchestrator.tracking import Tracking
-from orchestrator.training.checkpoint import TOKENIZER
 from orchestrator.workspace import Workspace, read_json, write_json
 
 
@@ -135,7 +141,7 @@ def _run(
     return run_suite(
         suite,
         subject.decoder(),
-        FolderVocabulary(path) if subject.is_foreign else path / TOKENIZER,
+        FolderVocabulary(path) if subject.is_foreign else checkpoint_vocabulary(path),
         batch_size=settings.batch_size,
         limit=settings.limit,
         progress=progress,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.foreign import EXPORTED_TYPE
 from orchestrator.provenance import file_digest
-from orchestrator.training.checkpoint import CONFIG
+from orchestrator.training.checkpoint import CONFIG, TOKEN_IDS
 from orchestrator.workspace import delete_folder, write_text
 
 CARD = "README.md"
@@ -39,6 +40,7 @@ def export(
     *,
     tokenizer_file: Path | None,
     card: ModelCard,
+    text_files: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write the folder and return it.
@@ -48,6 +50,7 @@ def export(
         folder: Made if missing; replaced if it is an earlier export and nothing else.
         tokenizer_file: Copied beside the weights; None where there is none.
         card: What `README.md` says.
+        text_files: Those of an imported model's checkpoint; they are exported as they came.
         progress: Told what is going on.
 
     Raises:
@@ -59,12 +62,21 @@ def export(
     progress = progress or Progress()
     check_target(folder)
     progress.start("export")
-    end = _end_of_text(tokenizer_file)
+    text = dict(text_files or {})
+    token_ids = json.loads(text.pop(TOKEN_IDS)) if TOKEN_IDS in text else None
+    end = "" if text_files else _end_of_text(tokenizer_file)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export_pretrained(decoder, temporary, tokenizer_file, end_of_text=end)
+        export_pretrained(
+            decoder,
+            temporary,
+            tokenizer_file,
+            end_of_text=end,
+            token_ids=token_ids,
+            text_files=text or None,
+        )
         write_text(temporary / CARD, card.to_markdown())
         _write_manifest(temporary)
         check_target(folder)  # Once more: the export took its time.

@@ -20,9 +20,11 @@ from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
 from iiet.generate import generate, stream
 from iiet.schedule import IterationSchedule
+from orchestrator.data.folder_tokenizer import load_folder_tokenizer
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.training.checkpoint import load_decoder, tokenizer_file
+from orchestrator.foreign import stop_token_ids
+from orchestrator.training.checkpoint import TOKENIZER_CONFIG, load_decoder, tokenizer_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,15 @@ class Writer:
     """
 
     def __init__(self, checkpoint: Path, schedule: IterationSchedule | None = None) -> None:
+        self.checkpoint = checkpoint
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file(checkpoint))
-        self.end_of_text = end_of_text_id(self.tokenizer)
+        # Of an imported model: its tokenizer as transformers loads it, and all that may end a text.
+        self._imported: Any = None
+        if (checkpoint / TOKENIZER_CONFIG).is_file():
+            self._imported = load_folder_tokenizer(checkpoint)
+            self.tokenizer = self._imported.backend_tokenizer
+        self._ends = self._tokens_that_end(checkpoint)
+        self.end_of_text = min(self._ends)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.decoder: Decoder = load_decoder(checkpoint, device=device)
         if schedule is not None:
@@ -66,6 +75,25 @@ class Writer:
                 self.decoder = self.decoder.with_schedule(schedule)
             except ValueError as error:
                 raise UserError(f"{checkpoint}: {error}") from None
+
+    def chat(self, prompt: str) -> str:
+        """Return a user's message as the model's chat template writes it, ready to be answered.
+
+        Raises:
+            UserError: If the model has no chat template, or it fails.
+        """
+        if self._imported is None or not self._imported.chat_template:
+            raise UserError(
+                f"{self.checkpoint} has no chat template, which --chat needs; without it the model "
+                "continues the prompt as it is"
+            )
+        try:
+            text = self._imported.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # A template is a program and can fail in any way.
+            raise UserError(f"the chat template of {self.checkpoint} fails: {error}") from None
+        return str(text)
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the continuation of a prompt in pieces of whole characters.
@@ -114,15 +142,30 @@ class Writer:
             if piece:
                 yield piece
 
+    def _tokens_that_end(self, checkpoint: Path) -> set[int]:
+        if self._imported is None:
+            return {end_of_text_id(self.tokenizer)}
+        own = self._imported.eos_token_id
+        stops = stop_token_ids(checkpoint) | (set() if own is None else {own})
+        return stops or {end_of_text_id(self.tokenizer)}
+
     def _encode(self, prompt: str) -> list[int]:
         """Encode as the beginning of a document: behind an end-of-text token, as in training,
-        unless the tokenizer puts a token of its own there."""
+        unless the tokenizer puts a token of its own there. For an imported model as transformers
+        does, where a text that has its opening token already, as from a chat template, gets no
+        second one."""
+        if self._imported is not None:
+            first = self._imported.bos_token
+            has_first = bool(first) and prompt.startswith(first)
+            return list(self._imported.encode(prompt, add_special_tokens=not has_first)) or [
+                self._imported.bos_token_id or self.end_of_text
+            ]
         ids = self.tokenizer.encode(prompt).ids
         plain = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         return ids if ids[:1] != plain[:1] else [self.end_of_text, *plain]
 
     def _stop_tokens(self, sampling: Sampling) -> set[int]:
-        stops = {self.end_of_text}
+        stops = set(self._ends)
         for text in sampling.stop:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
             if len(ids) != 1:

@@ -1,8 +1,9 @@
 """Stage `import`: a model folder from elsewhere becomes a checkpoint of the workspace.
 
 From then on it is a checkpoint like any other: to evaluate, to generate from, to measure, to
-distill. It has no optimizer state to go on from and no tokens that it was trained on; commands that
-need tokens take those of the workspace that were made with its tokenizer.
+distill. It keeps what its folder says about text: the tokens that open, end and pad one, and how a
+chat is written. It has no optimizer state to go on from and no tokens that it was trained on;
+commands that need tokens take those of the workspace that were made with its tokenizer.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from iiet.cost import num_parameters
 from orchestrator.console import Progress
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, num_token_ids
+from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.errors import UserError
-from orchestrator.foreign import foreign_key, read_foreign
+from orchestrator.foreign import foreign_key, read_foreign, read_model_text_files
 from orchestrator.provenance import content_key, environment, file_key
 from orchestrator.training.checkpoint import (
     load_provenance,
@@ -58,8 +59,12 @@ def import_model(
         )
     else:
         _check_tokenizer(file, model.decoder.config.vocab_size)
+    text_files = read_model_text_files(model, folder, file)
     run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", folder.name))
-    source = content_key(foreign_key(folder), file_key(file) if file else None)
+    text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
+    source = content_key(
+        foreign_key(folder), file_key(file) if file else None, *([text] if text else [])
+    )
     checkpoint = _imported_before(run_folder, source)
     if checkpoint is None:
         checkpoint = save_checkpoint(
@@ -68,6 +73,7 @@ def import_model(
             decoder=model.decoder,
             training_state={},
             tokenizer_path=file,
+            text_files=text_files,
             provenance={
                 "objective": "import",
                 "imported": {"from": folder.name, "read as": model.origin, "source": source},
@@ -102,7 +108,6 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
 
 def _check_tokenizer(file: Path, vocab_size: int) -> None:
     found = load_tokenizer(file)
-    end_of_text_id(found)
     if num_token_ids(found) > vocab_size:
         raise UserError(
             f"the tokenizer {file} has {num_token_ids(found)} entries, the model only {vocab_size}"

@@ -1,13 +1,13 @@
 """Checkpoints that are whole or absent, and that say so themselves.
 
 A checkpoint is a folder `step_00000100/` with `config.json`, `model.safetensors`, `tokenizer.json`,
-`training_state.pt` and `provenance.json`; only an imported one may lack the tokenizer. It is
-written under another name, flushed to disk and renamed, so a crash leaves either nothing or all of
-it. `provenance.json` holds the SHA-256 of every other file; whatever else can damage a file
-afterwards (a full disk, a copy that stopped) is found on reading and named. A training goes on from
-the checkpoint before. Commands that read a model warn when they use an older one, and refuse where
-something would be made of it. Nothing is unpickled: weights are safetensors, and the training state
-loads with `weights_only=True`.
+`training_state.pt` and `provenance.json`; only an imported one may lack the tokenizer, and it has
+more files beside it (`TEXT_FILES`). It is written under another name, flushed to disk and renamed,
+so a crash leaves either nothing or all of it. `provenance.json` holds the SHA-256 of every other
+file; whatever else can damage a file afterwards (a full disk, a copy that stopped) is found on
+reading and named. A training goes on from the checkpoint before. Commands that read a model warn
+when they use an older one, and refuse where something would be made of it. Nothing is unpickled:
+weights are safetensors, and the training state loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import non_finite
 from orchestrator.errors import UserError
-from orchestrator.provenance import KEY_LENGTH, file_digest
+from orchestrator.provenance import KEY_LENGTH, content_key, file_digest, file_key
 from orchestrator.workspace import expanded
 
 CONFIG = "config.json"
@@ -37,6 +37,20 @@ WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
 PROVENANCE = "provenance.json"
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKEN_IDS = "token_ids.json"
+TEXT_FILES = (
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    GENERATION_CONFIG,
+    TOKEN_IDS,
+)
+"""What an imported model says about text beside its `tokenizer.json`: which tokens open, end and
+pad one, how a chat is written. All but `TOKEN_IDS` (those of the model's own `config.json`) are
+files of transformers; models that are trained here have none of them."""
 
 _NAME = re.compile(r"step_(\d{8,})")
 _NEEDED = (CONFIG, WEIGHTS, TRAINING_STATE)
@@ -60,6 +74,7 @@ def save_checkpoint(
     training_state: Mapping[str, Any],
     tokenizer_path: Path | None,
     provenance: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a decoder's checkpoint as a whole; see `write_checkpoint`."""
     return write_checkpoint(
@@ -70,6 +85,7 @@ def save_checkpoint(
         training_state=training_state,
         tokenizer_path=tokenizer_path,
         provenance=provenance,
+        text_files=text_files,
     )
 
 
@@ -82,6 +98,7 @@ def write_checkpoint(
     training_state: Mapping[str, Any],
     tokenizer_path: Path | None,
     provenance: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a checkpoint as a whole, or raise and leave nothing.
 
@@ -94,6 +111,7 @@ def write_checkpoint(
         of classes.
         tokenizer_path: File that is copied beside the weights; None where there is none to copy.
         provenance: JSON-able; the weights' key and all checksums are added.
+        text_files: Name to content of those `TEXT_FILES` that an imported model has.
 
     Returns:
         The checkpoint's folder. One that exists already is replaced.
@@ -108,6 +126,8 @@ def write_checkpoint(
         save_file(whole, temporary / WEIGHTS)
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
+        for name, content in (text_files or {}).items():
+            (temporary / name).write_bytes(content)
         torch.save(dict(training_state), temporary / TRAINING_STATE)
         checksums = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         key = checksums[WEIGHTS][:KEY_LENGTH]
@@ -239,6 +259,18 @@ def tokenizer_file(folder: Path) -> Path:
             "`iiet-orch import FOLDER --tokenizer FILE` imports a model with its tokenizer"
         )
     return path
+
+
+def read_text_files(folder: Path) -> dict[str, bytes]:
+    """Return those `TEXT_FILES` that a folder has, by name."""
+    files = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def text_files_key(folder: Path) -> str | None:
+    """Return the hash of a checkpoint's `TEXT_FILES`; None if it has none of them."""
+    files = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
+    return content_key([(file.name, file_key(file)) for file in files]) if files else None
 
 
 def find_checkpoints(run_folder: Path) -> list[Path]:

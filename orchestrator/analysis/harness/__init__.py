@@ -12,12 +12,17 @@ and left out; what else cannot be run is an error.
 
 from orchestrator.analysis.harness.run import evaluate_decoder, run_model, run_suite
 from orchestrator.analysis.harness.suite import Suite, load_suite
-from orchestrator.analysis.harness.vocabulary import FolderVocabulary, Vocabulary
+from orchestrator.analysis.harness.vocabulary import (
+    FolderVocabulary,
+    Vocabulary,
+    checkpoint_vocabulary,
+)
 
 __all__ = [
     "FolderVocabulary",
     "Suite",
     "Vocabulary",
+    "checkpoint_vocabulary",
     "evaluate_decoder",
     "load_suite",
     "run_model",

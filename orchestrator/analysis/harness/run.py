@@ -96,7 +96,7 @@ def run_model(
 
 def evaluate_decoder(
     decoder: Decoder,
-    tokenizer_path: Path,
+    tokenizer: Path | Vocabulary,
     *,
     tasks: Sequence[str] = (),
     folders: Sequence[Path] = (),
@@ -110,7 +110,7 @@ def evaluate_decoder(
 
     Args:
         decoder: The model; its own schedule is followed.
-        tokenizer_path: The `tokenizer.json` that it was trained with.
+        tokenizer: The `tokenizer.json` that it was trained with, or a vocabulary.
         tasks: Names of tasks, groups or tags; all tasks in `folders` and `heldout` when empty.
         folders: Folders of task files, which come before lm-eval's own.
         heldout: Folder with the items of held-out tasks, which come before all others.
@@ -127,7 +127,7 @@ def evaluate_decoder(
     suite = load_suite(tasks, folders=folders, heldout=heldout, num_fewshot=num_fewshot)
     if planned is not None:
         suite = suite.as_planned({*planned, *(heldout_configs(heldout) if heldout else ())})
-    results = run_suite(suite, decoder, tokenizer_path, batch_size=batch_size, limit=limit)
+    results = run_suite(suite, decoder, tokenizer, batch_size=batch_size, limit=limit)
     return EvaluationResult(results=results, groups=suite.groups, skipped=suite.skipped)
 
 

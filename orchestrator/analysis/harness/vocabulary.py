@@ -1,19 +1,21 @@
 """How text becomes tokens for a model that is scored.
 
-Our own checkpoints read text as their training data were written: no special tokens, and the
-end-of-text token where there is no context. A folder of transformers has habits of its own (a token
-that opens every text, for example), and its published numbers were measured with them; so its own
-tokenizer is used, called as lm-eval's class for such models calls it.
+Checkpoints that were trained here read text as their training data were written: no special tokens,
+and the end-of-text token where there is no context. A folder of transformers has habits of its own
+(a token that opens every text, for example), and its published numbers were measured with them; so
+its own tokenizer is used, called as lm-eval's class for such models calls it. A checkpoint that was
+imported keeps those habits: one model has one score.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from orchestrator.data.hub import offline
+from orchestrator.data.folder_tokenizer import load_folder_tokenizer
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.errors import UserError
+from orchestrator.training.checkpoint import TOKENIZER_CONFIG, tokenizer_file
 
 
 class Vocabulary(Protocol):
@@ -58,7 +60,7 @@ class FolderVocabulary:
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        self.tokenizer = _load(folder, trust_remote_code)
+        self.tokenizer = load_folder_tokenizer(folder, trust_remote_code=trust_remote_code)
         first = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if first is None else first
         if first is None:
@@ -77,14 +79,12 @@ class FolderVocabulary:
         )
 
 
-def _load(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
+def checkpoint_vocabulary(checkpoint: Path) -> Vocabulary:
+    """Return how a checkpoint reads text: as it was trained here, or as where it came from.
 
-    try:
-        with offline():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (
-        Exception
-    ) as error:  # damaged files raise dozens of kinds, the tokenizers library plain ones
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load a tokenizer from {folder}: {line}") from None
+    Raises:
+        UserError: If it has no tokenizer, or one that cannot be used.
+    """
+    if (checkpoint / TOKENIZER_CONFIG).is_file():
+        return FolderVocabulary(checkpoint)
+    return TrainedVocabulary(tokenizer_file(checkpoint))

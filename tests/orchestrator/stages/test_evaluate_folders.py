@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.analysis import requested
+from orchestrator.analysis.card import ModelCard
 from orchestrator.analysis.harness import load_suite
 from orchestrator.analysis.heldout import HeldoutSuite
 from orchestrator.analysis.subject import open_subject
@@ -26,7 +27,15 @@ from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.settings import EvaluationSettings
 from orchestrator.stages.evaluate import evaluate
-from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.stages.export import export
+from orchestrator.stages.importing import import_model
+from orchestrator.training.checkpoint import (
+    load_decoder,
+    read_text_files,
+    save_checkpoint,
+    tokenizer_file,
+)
+from orchestrator.trial_run import measure_quality
 from orchestrator.workspace import Workspace, open_workspace
 
 TASKS = {
@@ -180,6 +189,51 @@ def test_a_folder_scores_as_with_lm_evals_own_class(
     assert again == ours
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["opens every text", "names a first token"])
+def test_an_imported_llama_scores_as_with_lm_evals_own_class(
+    kind: str,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    folder = save_llama(tmp_path / "llama", tokenizer_path)
+    add_opening_token(folder)
+    if kind == "names a first token":  # And puts it before texts without context only.
+        shutil.copy(tokenizer_path, folder / "tokenizer.json")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
+    theirs = by_lm_eval(folder, settings)
+    checkpoint = import_model(folder, workspace)
+    decoder = load_decoder(checkpoint)
+    exported = export(
+        decoder,
+        tmp_path / "exported",
+        tokenizer_file=tokenizer_file(checkpoint),
+        text_files=read_text_files(checkpoint),
+        card=ModelCard(name="tiny", config=decoder.config),
+    )
+    for place in (checkpoint, exported):
+        ours = evaluate(place, settings, workspace)
+        for name, result in ours.results.items():
+            for mine, other in zip(result.log_likelihoods, theirs[name], strict=True):
+                assert mine == pytest.approx(other, abs=2e-3)
+    # As in a sweep, whose students are measured as the model is that they were made from.
+    suite = {
+        "tokens_folder": str(tokenizer_path.parent),
+        "tasks": list(TASKS),
+        "include_folder": settings.include_path,
+        "suite_folder": "",
+        "batch_size": 4,
+        "limit": None,
+        "vocabulary_folder": str(checkpoint),
+    }
+    quality = measure_quality(decoder, suite, tmp_path / "items.json")
+    assert quality["accuracy"] == pytest.approx(ours.accuracy)
+    assert quality["bits_per_byte"] == pytest.approx(ours.bits_per_byte, rel=1e-6)
+
+
 def test_an_exported_folder_scores_as_its_checkpoint(
     settings: EvaluationSettings,
     workspace: Workspace,
@@ -235,7 +289,7 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
         return HeldoutSuite(folder=tasks, tasks={}, notes=())
 
     monkeypatch.setattr(requested, "build_heldout", build)
-    with pytest.raises(UserError, match="no lm-eval task files"):
+    with pytest.raises(UserError, match="no held-out tasks"):
         evaluate(folder, EvaluationSettings(), workspace)
     assert asked == [workspace.tokens / "newer"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from orchestrator.plan import PlannedTrial, student_job
 from orchestrator.plan.students import student_trial
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.training import parts
-from orchestrator.training.checkpoint import load_decoder
+from orchestrator.training.checkpoint import load_decoder, read_text_files
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
@@ -76,6 +77,27 @@ def student(tmp_path: Path, tiny_tokens: Path, teacher: Path) -> MakeJob:
         return job
 
     return make
+
+
+@pytest.mark.parametrize("control", ["distill", "cross_entropy"])
+def test_a_student_reads_and_writes_text_as_its_imported_teacher(
+    control: str, student: MakeJob, teacher: Path, tmp_path: Path
+) -> None:
+    imported = tmp_path / "imported" / teacher.name
+    shutil.copytree(teacher, imported)
+    (imported / "token_ids.json").write_text('{"eos_token_id": [2, 7]}')
+    job = student(control=control)
+    folders = {name: str(imported) for name in ("teacher_folder", "initial_folder")}
+    kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
+    checkpoint = Path(str(run_job(replace(job, **kept)).checkpoint))
+    assert read_text_files(checkpoint) == read_text_files(imported)
+    # A student that starts from another student has them, too.
+    later = student("later", (0, 0), control=control)
+    later = replace(later, initial_folder=job.run_folder, initial_job=job_key(job))
+    if later.teacher_folder:
+        later = replace(later, teacher_folder=str(imported))
+    checkpoint = Path(str(run_job(later).checkpoint))
+    assert read_text_files(checkpoint) == read_text_files(imported)
 
 
 def numbers(job: TrainingJob, metric: str) -> dict[int, float]:
