@@ -20,6 +20,7 @@ from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.findings import describe
 from orchestrator.analysis.pareto import Placed
 from orchestrator.analysis.results import load_items, load_results
+from orchestrator.analysis.seeds import join_seeds, lowest_seed
 from orchestrator.catalog import (
     find_by_weights,
     newest_sweep,
@@ -140,10 +141,16 @@ def pick_model(
     front = front_of(sweep, items, axes or Axes(), kept_share=rule.share)
     point = choose(front, rule)
     sentence = describe(front, point, kept_share=rule.share)
+    keys = join_seeds(sweep.results).members[point.result.key]
+    result = lowest_seed([result for result in sweep.results if result.key in keys])
+    if len(keys) > 1:
+        number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"
+        sentence += f"; its numbers are means over {number}"
     if not hand_over:
         return Choice(point, sentence, None, None)
-    result = point.result
-    checkpoint = resolve_checkpoint(Path(result.checkpoint or ""))
+    if result.checkpoint is None:
+        raise UserError(f"the sweep {sweep.name} has no weights of {result.name}")
+    checkpoint = resolve_checkpoint(Path(result.checkpoint))
     decoder = load_decoder(checkpoint)
     if result.schedule is not None:
         decoder = decoder.with_schedule(IterationSchedule(result.schedule))

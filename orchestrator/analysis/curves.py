@@ -12,8 +12,9 @@ from pathlib import Path
 
 from orchestrator.analysis.history import BY_COMPUTE, BY_TRIALS
 from orchestrator.analysis.page import Curve
-from orchestrator.analysis.pareto import Front, Placed
+from orchestrator.analysis.pareto import Front
 from orchestrator.analysis.results import SweepResults
+from orchestrator.analysis.seeds import join_seeds
 from orchestrator.analysis.texts import full_name
 from orchestrator.journal import read_journal
 
@@ -35,21 +36,26 @@ MOST_POINTS = 400
 
 
 def curves_of(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]]:
-    """Return the losses while the models were trained, by title of the chart, cheapest first."""
-    known = {result.key for result in sweep.results}
-    own = [
-        (point, folder)
-        for point in front.placed
-        if point.result.key in known and (folder := sweep.journal_of(point.result))
-    ]
-    trials = [pair for pair in own if pair[0].result.role == "trial"]
-    others = [pair for pair in own if pair[0].result.role != "trial"]
+    """Return the losses while the models were trained, by title of the chart, cheapest first; each
+    seed of a model has a curve of its own."""
+    trials: list[tuple[str, Path]] = []
+    others: list[tuple[str, Path]] = []
+    members = join_seeds(sweep.results).members
+    results = {result.key: result for result in sweep.results}
+    for point in front.placed:
+        seeds = members.get(point.result.key, ())
+        for result in (results[key] for key in seeds):
+            name = full_name(front, point)
+            if len(seeds) > 1:
+                name += f", seed {result.seed}"
+            if folder := sweep.journal_of(result):
+                (trials if result.role == "trial" else others).append((name, folder))
     charts: dict[str, Sequence[Curve]] = {}
     for title, metric in STUDENT_CHARTS.items():
-        if series := _series(front, trials, metric):
+        if series := _series(trials, metric):
             charts[title] = series
             break
-    if series := _series(front, others, VALIDATION_METRIC):
+    if series := _series(others, VALIDATION_METRIC):
         charts[REFERENCE_CHART] = series
     return charts
 
@@ -64,8 +70,8 @@ def history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
     return {title: [("front", points)] for title, points in charts.items() if len(points) > 1}
 
 
-def _series(front: Front, models: Sequence[tuple[Placed, Path]], metric: str) -> list[Curve]:
-    found = [(full_name(front, point), _points(folder, metric)) for point, folder in models]
+def _series(models: Sequence[tuple[str, Path]], metric: str) -> list[Curve]:
+    found = [(name, _points(folder, metric)) for name, folder in models]
     return [(name, points) for name, points in found if len(points) > 1]
 
 

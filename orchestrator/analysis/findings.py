@@ -113,10 +113,16 @@ def _about_basis(front: Front) -> list[str]:
     if basis is None or not any(p.confidence and p.confidence.overall for p in front.placed):
         return []
     left_out = f"; {basis.num_left_out:,} that only some answered are left out"
+    with_seeds = any(point.result.train.get("seeds", 1) > 1 for point in front.placed)
+    seeds = (
+        "It covers the seeds of models that have several, and no"
+        if with_seeds
+        else "It does not cover"
+    )
     return [
         f"A confidence is the share of {basis.num_resamples:,} draws, with replacement, of the "
         f"{basis.num_items:,} items that all models answered in which the claim holds"
-        f"{left_out if basis.num_left_out else ''}. It does not cover other trainings."
+        f"{left_out if basis.num_left_out else ''}. {seeds} other trainings."
     ]
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.analysis.pareto import find_front
+from orchestrator.analysis.seeds import join_seeds
 from orchestrator.journal import Journal, read_journal
 from orchestrator.plan import SweepPlan, exact_cost, full_trial
 from orchestrator.trial import TrialResult
@@ -45,9 +46,10 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     full = full_trial(plan)
     config = full.config()
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
-    front = find_front([replace(r, cost=exact_cost(t.config(), config)) for t, r in found])
+    joined = join_seeds([replace(r, cost=exact_cost(t.config(), config)) for t, r in found])
+    front = find_front(joined.results)
     volume = front.hypervolume
-    spans_box = front.full is not None and front.full.result.key == full.key
+    spans_box = front.full is not None and full.key in joined.members[front.full.result.key]
     if volume is None or not spans_box or len(found) <= _last_step(folder):
         return False
     flops = sum(_flops_spent(result) for trial, result in found if trial.job)

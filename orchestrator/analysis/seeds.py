@@ -52,8 +52,13 @@ def join_seeds(results: Sequence[TrialResult]) -> Joined:
     )
 
 
+def lowest_seed(group: Sequence[TrialResult]) -> TrialResult:
+    """Return the seed whose weights and run stand for a model: the best would be so by luck."""
+    return min(group, key=lambda result: result.seed or 0)
+
+
 def _join(group: Sequence[TrialResult]) -> TrialResult:
-    first = min(group, key=lambda result: result.seed or 0)
+    first = lowest_seed(group)
     return replace(
         first,
         key=content_key("seeds", *sorted(result.key for result in group)),
@@ -61,7 +66,6 @@ def _join(group: Sequence[TrialResult]) -> TrialResult:
         quality=_quality([result.quality for result in group]),
         cost=_means([result.cost for result in group]),
         train=_means([result.train for result in group]) | {"seeds": float(len(group))},
-        run_id=None,
         seed=None,
         group=None,
     )

@@ -110,12 +110,18 @@ def front_of(
 def track_results(
     tracking: Tracking, run: TrackedRun, sweep: SweepResults, front: Front
 ) -> tuple[SweepResults, Front]:
-    """Track every result as a run nested in the sweep's, with its paired errors.
+    """Track every result as a run nested in the sweep's, with its paired errors; those of a model
+    of several seeds are all its seeds' together, and stand in the run of each.
 
     Returns:
         The same results and front, each result with the id of its run.
     """
-    paired = {point.result.key: confidence_metrics(point) for point in front.placed}
+    members = join_seeds(sweep.results).members
+    paired = {
+        key: confidence_metrics(point)
+        for point in front.placed
+        for key in members[point.result.key]
+    }
     tracked = {}
     for result in sweep.results:
         nested = tracking.trial(
@@ -125,7 +131,7 @@ def track_results(
             nested.log_metrics(paired[result.key])
         tracked[result.key] = replace(result, run_id=nested.run_id)
     sweep = sweep.with_results(tuple(tracked[result.key] for result in sweep.results))
-    return sweep, front.with_results(tracked)
+    return sweep, front.with_results({r.key: r for r in join_seeds(sweep.results).results})
 
 
 def track_front(

@@ -15,7 +15,8 @@ from iiet.decoder import Decoder
 from iiet.huggingface import IIETForCausalLM
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.choice import Rule
-from orchestrator.analysis.results import SweepResults
+from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
+from orchestrator.analysis.results import SweepResults, items_name
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.desk import Desk
@@ -24,7 +25,7 @@ from orchestrator.handover import export_model, pick_model
 from orchestrator.settings import read_settings
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint
 from orchestrator.trial import TrialResult
-from orchestrator.workspace import open_workspace
+from orchestrator.workspace import open_workspace, write_json
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,40 @@ def test_picking_again_makes_no_second_version(desk: Desk, sweep: SweepResults) 
     assert version_of(desk, "two-models", "best").version == (
         version_of(desk, "two-models", "keep-100").version
     )
+
+
+def test_of_several_seeds_one_is_handed_over_with_its_own_numbers(
+    desk: Desk, sweep: SweepResults, tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    full, student, _ = sweep.results
+    model = {**tiny_model, "schedule": [1, 0]}
+    seeds = []
+    for seed, accuracy in ((1, 0.52), (0, 0.48)):
+        folder = checkpoint_of(desk, f"seed{seed}", model, tiny_tokens, seed)
+        result = replace(
+            student,
+            key=f"cheap-{seed}",
+            label=f"1,0, seed {seed}",
+            seed=seed,
+            group="1,0",
+            quality={"accuracy": accuracy},
+            checkpoint=str(folder),
+        )
+        seeds.append(result)
+        task = TaskResult(
+            name="choices", version="1", num_items=100, num_fewshot=0,
+            metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
+        )  # fmt: skip
+        items = EvaluationResult(results={"choices": task})
+        write_json(desk.workspace.trials / "t" / items_name(result.key), items.to_dict())
+    replace(sweep, name="seeds", results=(full, *seeds)).store(desk.workspace)
+    choice = pick_model(desk, "seeds", Rule(name="cheapest"), to=tmp_path / "seeds")
+    assert choice.point.quality == pytest.approx(0.5)
+    assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
+    card = (tmp_path / "seeds" / "README.md").read_text()
+    assert "| choices | acc | 0.4800 |" in card
+    assert "iiet seed0" in card
+    assert version_of(desk, "seeds", "cheapest").tags["iiet.key"] == "cheap-0"
 
 
 def test_only_the_name_leaves_nothing_behind(desk: Desk, sweep: SweepResults) -> None:

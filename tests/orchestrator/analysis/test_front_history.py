@@ -87,6 +87,25 @@ def test_what_two_models_have_in_common_is_spent_once(
     assert spent == pytest.approx(1.2e12 + 0.3e12)
 
 
+def test_a_lucky_seed_is_no_front(
+    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    teacher, cheap = sample_results[0], sample_results[5]
+    trial = plan.trials[5]
+    seeds = [
+        replace(trial, key=f"seed{n}", folder=f"{trial.folder}-{n}", seed=n, group="cheap")
+        for n in range(2)
+    ]
+    plan = replace(plan, trials=(plan.trials[0], *seeds))
+    finish(plan, teacher)
+    for seed, accuracy in zip(seeds, (0.1, 0.5), strict=True):
+        finish(plan, replace(cheap, key=seed.key, quality={"accuracy": accuracy}))
+    assert record_front(plan, tmp_path / "history")
+    [(_, volume)] = series(tmp_path / "history", BY_TRIALS)
+    usual = replace(cheap, quality={"accuracy": 0.3})
+    assert volume == pytest.approx(find_front([teacher, usual]).hypervolume)
+
+
 def test_nothing_is_said_before_the_full_model_is_measured(
     plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
 ) -> None:

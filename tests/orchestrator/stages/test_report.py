@@ -4,27 +4,32 @@ alone."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from iiet.influence import InfluenceTable
-from orchestrator.analysis.axes import named_axes
+from orchestrator.analysis.axes import Axes, named_axes
 from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.findings import findings
 from orchestrator.analysis.history import BY_TRIALS, history_folder
 from orchestrator.analysis.results import (
     LEFT_OUT,
     RESULTS_NAME,
     SweepResults,
     items_name,
+    load_items,
     load_results,
 )
+from orchestrator.analysis.rows import full_rows
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
 from orchestrator.stages.overlay import write_overlay
-from orchestrator.stages.report import note_of, view_key, write_report
+from orchestrator.stages.report import front_of, note_of, track_results, view_key, write_report
 from orchestrator.tracking import open_tracking
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import Workspace, open_workspace, write_json
@@ -106,6 +111,80 @@ def test_paired_errors_come_from_the_items_beside_the_trials(
     again = write_report(workspace, sweep)
     lacking = [p for p in again.report.front.placed if p.confidence is None]
     assert [p.result.key for p in lacking] == [sweep.results[1].key]
+
+
+def of_two_seeds(workspace: Workspace, sweep: SweepResults) -> SweepResults:
+    """Return the sweep with each student trained under two seeds."""
+    results: list[TrialResult] = []
+    for result in sweep.results:
+        for seed in (0, 1) if result.role == "trial" else (None,):
+            key = result.key if seed is None else f"{result.key}-{seed}"
+            folder = workspace.trials / key
+            if seed is not None:
+                shutil.copytree(workspace.trials / result.key, folder)
+            label = result.label if seed is None else f"{result.label}, seed {seed}"
+            results.append(
+                replace(
+                    result,
+                    key=key,
+                    label=label,
+                    seed=seed,
+                    group=None if seed is None else result.label,
+                    checkpoint=str(folder / "step_00000020"),
+                )
+            )
+    return sweep.with_results(tuple(results))
+
+
+def test_each_seed_has_its_curve(workspace: Workspace, sweep: SweepResults) -> None:
+    seeded = of_two_seeds(workspace, sweep)
+    alone, several = (write_report(workspace, each).report.curves for each in (sweep, seeded))
+    assert list(several) == list(alone)
+    title = "Validation loss while training"
+    names = [name for name, _ in alone[title]]
+    assert [name for name, _ in several[title]] == [
+        f"{name}, seed {seed}" for name in names for seed in (0, 1)
+    ]
+
+
+def test_seeds_have_paired_errors_and_runs(
+    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    class Run:
+        def __init__(self, name: str) -> None:
+            self.run_id, self.metrics = f"run of {name}", {}
+
+        def log_metrics(self, values: dict[str, float]) -> None:
+            self.metrics |= values
+
+    class Runs:
+        """Stands for MLflow, whose database takes seconds to make."""
+
+        def __init__(self) -> None:
+            self.runs: dict[str, Run] = {}
+
+        def trial(self, result: TrialResult, **_: Any) -> Run:
+            return self.runs.setdefault(result.key, Run(result.key))
+
+    seeded = of_two_seeds(workspace, sweep)
+    for result in seeded.results:
+        found = sample_evaluations[result.key.partition("-")[0]]
+        write_json(workspace.trials / "any" / items_name(result.key), found.to_dict())
+    items = load_items(workspace, seeded.results)
+    front = front_of(seeded, items, Axes())
+    tracking: Any = Runs()
+    tracked, front = track_results(tracking, tracking, seeded, front)
+    assert [r.run_id for r in tracked.results] == [f"run of {r.key}" for r in tracked.results]
+    for result in seeded.results:
+        assert "paired/confidence_keeps_99" in tracking.runs[result.key].metrics
+    rows = full_rows(front)
+    assert len(rows) == 12
+    for row in rows:
+        assert row["paired/confidence_keeps_99"] is not None
+        assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
+    assert "It covers the seeds of models that have several" in findings(front)[-1]
+    stored = front_of(tracked, items, Axes())
+    assert {p.result.run_id for p in stored.placed} == {row["run_id"] for row in rows}
 
 
 @pytest.mark.slow
