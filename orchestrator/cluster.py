@@ -3,7 +3,8 @@
 `ray_cluster` starts Ray for a block of code, or joins the cluster that `RAY_ADDRESS` names. A local
 one listens on loopback only, with a token of its own, in a short temporary folder (a socket's path
 has little room). At the end, whatever ends it, every process that came with it is gone. Besides
-this module only `worker.py` (training jobs) and `trial_runner.py` (sweeps) import ray.
+this module only `worker.py` (training jobs), `process_group.py` (their workers' connections) and
+`trial_runner.py` (sweeps) import ray.
 """
 
 from __future__ import annotations

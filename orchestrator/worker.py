@@ -21,6 +21,7 @@ from orchestrator.cluster import ray_cluster
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.interruption import run_interruptibly
 from orchestrator.journal import JOURNAL_NAME
+from orchestrator.process_group import PrivateTorchConfig
 from orchestrator.resources import Resources, check_resources
 from orchestrator.training.holding import run_each_once
 from orchestrator.training.job import (
@@ -243,7 +244,7 @@ def _fit(job: TrainingJob, plan: _Plan) -> None:
             "parallel": plan.parallel,
         },
         scaling_config=plan.scaling,
-        torch_config=ray.train.torch.TorchConfig(backend=backend),
+        torch_config=PrivateTorchConfig(backend=backend),
         run_config=ray_train.RunConfig(
             name="train",
             storage_path=str(storage),

@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("iiet", "orchestrator", "benchmarks")
 
 DOORS = {
-    "ray": ("orchestrator.cluster", "orchestrator.worker", "orchestrator.trial_runner"),
+    "ray": (
+        "orchestrator.cluster",
+        "orchestrator.process_group",
+        "orchestrator.worker",
+        "orchestrator.trial_runner",
+    ),
     "mlflow": ("orchestrator.tracking", "orchestrator.ui"),
     "lm_eval": ("orchestrator.analysis.harness", "orchestrator.analysis.heldout"),
     "typer": ("orchestrator.cli",),
@@ -40,6 +45,7 @@ LAYERS = (
     "orchestrator.tracking",
     "orchestrator.follow orchestrator.cluster orchestrator.plan orchestrator.catalog"
     " orchestrator.foreign orchestrator.preflight orchestrator.local_run",
+    "orchestrator.process_group",
     "orchestrator.worker orchestrator.trial_room orchestrator.search",
     "orchestrator.trial_workers",
     "orchestrator.trial_runner orchestrator.running",

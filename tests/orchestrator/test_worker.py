@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.journal import read_journal
+from orchestrator.scratch import PREFIX
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import find_checkpoints
 from orchestrator.training.job import TrainingJob
@@ -59,14 +61,48 @@ def events(job: TrainingJob, name: str) -> list[dict[str, Any]]:
     return [r for r in read_journal(job.folder)[0] if r.get("name") == name]
 
 
+class Listeners:
+    """Watches the addresses that this process and its children listen on."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.found: set[str] = set()
+        self.workers: set[int] = set()
+        """Processes of the job that were looked at while it trained."""
+
+    def watch(self) -> None:
+        trains = {record["pid"] for record in events(self.job, "started")}
+        if self.workers or not trains:
+            return  # One look while it trains is enough.
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                connections = process.net_connections(kind="inet")
+            except psutil.NoSuchProcess:
+                continue
+            self.found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+            self.workers |= trains & {process.pid}
+
+    def are_local(self) -> bool:
+        assert self.workers, "nobody looked while it trained"
+        return self.found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
 @pytest.mark.slow
 def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job: MakeJob) -> None:
     from orchestrator.worker import run_train_job
 
     alone = run_job(make_job("alone"))
+    listeners = Listeners(make_job("shared"))
+    scratch = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
     shared = run_train_job(
-        make_job("shared", num_sequences_per_pass=1), num_workers=2, parallel="fsdp"
+        make_job("shared", num_sequences_per_pass=1),
+        num_workers=2,
+        parallel="fsdp",
+        watch=listeners.watch,
     )
+    assert listeners.are_local(), listeners.found
+    assert set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")) <= scratch, "where they met is gone"
     assert metric(make_job("shared")) == pytest.approx(metric(make_job("alone")), abs=1e-5)
     assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
     assert (shared.num_tokens, shared.training_flops) == (alone.num_tokens, alone.training_flops)
@@ -80,7 +116,9 @@ def test_jobs_run_side_by_side_on_a_thread_each(ray_session: None, make_job: Mak
     from orchestrator.worker import run_train_jobs
 
     jobs = [make_job("a"), make_job("b", seed=1)]
-    outcomes = run_train_jobs(jobs)
+    listeners = Listeners(jobs[0])
+    outcomes = run_train_jobs(jobs, watch=listeners.watch)
+    assert listeners.are_local(), listeners.found
     assert [outcome.finished for outcome in outcomes] == [True, True]
     assert [Path(o.checkpoint or "").parent for o in outcomes] == [job.folder for job in jobs]
     for job in jobs:
