@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from orchestrator.errors import UserError
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def local_room(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> Room
         return Room(memory=None, disk=disk, place=f"the cluster at {os.environ['RAY_ADDRESS']}")
     if num_gpus:
         return Room(memory=_gpu_memory(num_gpus), disk=disk, place="a GPU of this machine")
-    return Room(memory=_free_memory() // num_workers, disk=disk)
+    return Room(memory=free_memory() // num_workers, disk=disk)
 
 
 def _existing(folder: Path) -> Path:
@@ -113,15 +117,57 @@ def _gpu_memory(num_gpus: int) -> int | None:
     return min((int(torch.cuda.mem_get_info(number)[0]) for number in visible), default=None)
 
 
-def _free_memory() -> int:
-    # The machine's, or what the container's limit leaves, whichever is smaller.
+def free_memory(groups: Iterable[Path] | None = None) -> int:
+    """Return the machine's free bytes, or what a container's limit leaves, whichever is less.
+
+    Args:
+        groups: Folders of control groups that may have a limit; this process's own when unset.
+    """
     free = int(psutil.virtual_memory().available)
+    left = [_left_in_group(group) for group in (_memory_groups() if groups is None else groups)]
+    return min([free, *(number for number in left if number is not None)])
+
+
+_GROUP_FILES = (
+    # Limit, use, and the entry of memory.stat for cached files that were not read lately.
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of control groups of version 2, and of version 1."""
+
+
+def _left_in_group(group: Path) -> int | None:
+    """Return the bytes that a control group's limit leaves; None if it has no limit."""
+    for limit_name, used_name, cache_name in _GROUP_FILES:
+        try:
+            limit, used = (int((group / name).read_text()) for name in (limit_name, used_name))
+        except (OSError, ValueError):  # Missing, or no number but "max".
+            continue
+        # Tokenizing leaves gigabytes of cached files behind; the system drops them when asked for
+        # memory, so they are as good as free.
+        return max(0, limit - max(0, used - _entry(group / "memory.stat", cache_name)))
+    return None
+
+
+def _entry(path: Path, name: str) -> int:
     try:
-        root = Path("/sys/fs/cgroup")
-        limit, used = ((root / f"memory.{name}").read_text() for name in ("max", "current"))
-        return min(free, max(0, int(limit) - int(used)))
+        pairs = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+        return int(pairs.get(name, 0))
     except (OSError, ValueError):
-        return free
+        return 0
+
+
+def _memory_groups() -> Iterator[Path]:
+    """Yield the folders of the groups that this process is in: its own, and those around it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            root = CONTROL_GROUPS / controllers  # Version 2 names no controller.
+            own = root / path.lstrip("/")
+            # Inside a container the path may be the host's, and its own group is the root.
+            yield from (group for group in (own, *own.parents) if group.is_relative_to(root))
 
 
 def _too_few_gpus(num_gpus: int, resources: Resources) -> str:
@@ -160,7 +206,7 @@ def _available_cpus() -> int:
     has_affinity = hasattr(os, "sched_getaffinity")
     cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (CONTROL_GROUPS / "cpu.max").read_text().split()
         return max(1, min(cpus, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return cpus

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import UserError
-from orchestrator.resources import Resources, check_resources, local_resources
+from orchestrator.resources import Resources, check_resources, free_memory, local_resources
 
 TWO_CPUS = Resources(cpus=2, gpus=0)
 TWO_GPUS = Resources(cpus=16, gpus=2)
@@ -74,3 +75,42 @@ def test_asking_for_cpus_imports_neither_ray_nor_torch() -> None:
         "sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+MIB = 2**20
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def make_group(
+    folder: Path, names: tuple[str, str, str], limit: str, used: int, inactive: int | None
+) -> Path:
+    folder.mkdir()
+    limit_name, used_name, cache_name = names
+    (folder / limit_name).write_text(f"{limit}\n")
+    (folder / used_name).write_text(f"{used}\n")
+    if inactive is not None:
+        text = f"anon {5 * MIB}\n{cache_name} {inactive}\nactive_file {7 * MIB}\n"
+        (folder / "memory.stat").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("names", [VERSION_2, VERSION_1])
+def test_cached_files_of_a_container_are_free_memory(
+    tmp_path: Path, names: tuple[str, str, str]
+) -> None:
+    limit = str(100 * MIB)
+    full_of_files = make_group(tmp_path / "files", names, limit, 95 * MIB, 60 * MIB)
+    assert free_memory([full_of_files]) == 65 * MIB
+    assert free_memory([make_group(tmp_path / "x", names, limit, 95 * MIB, None)]) == 5 * MIB
+    assert free_memory([make_group(tmp_path / "y", names, limit, 101 * MIB, 0)]) == 0
+    # Of a group inside another one, the smaller room counts.
+    outer = make_group(tmp_path / "outer", names, limit, 90 * MIB, 0)
+    assert free_memory([full_of_files, outer]) == 10 * MIB
+
+
+def test_without_a_limit_the_free_memory_of_the_machine_counts(tmp_path: Path) -> None:
+    no_limit = make_group(tmp_path / "no limit", VERSION_2, "max", 5 * MIB, 0)
+    nothing = tmp_path / "nothing"
+    for groups in ([], [no_limit], [nothing], None):
+        assert free_memory(groups) > 100 * MIB
