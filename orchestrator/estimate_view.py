@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 from rich import box
 from rich.table import Table
@@ -12,7 +13,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.preflight import HERE, Preflight
 from orchestrator.settings import Settings
 from orchestrator.training.fitting import gib, needed_memory
-from orchestrator.training.speed import ASSUMED_GPU, gpu_peak, installed_gpu, measured_cpu_peak
+from orchestrator.training.speed import ASSUMED_GPU, gpu_peak, installed_gpu, measured_cpu_speeds
 
 USUAL_SHARE = 0.4
 """Of the peak; what well-tuned training reaches."""
@@ -28,6 +29,14 @@ class Rate:
     """Share of it that training reaches (MFU), assumed."""
     of_what: str
     """Whose peak it is, for people."""
+    usual_flops: float | None = None
+    """FLOP/s as this machine is just now, beside what else runs on it; None where that is the
+    peak."""
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """FLOP/s that the shortest and the longest time rest on."""
+        return self.peak_flops, self.usual_flops or self.peak_flops
 
 
 def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
@@ -40,8 +49,13 @@ def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
     """
     share = share or USUAL_SHARE
     if not settings.cluster.num_gpus:
-        peak = measured_cpu_peak() / settings.cluster.num_workers
-        return Rate(peak_flops=peak, share=share, of_what="matrix products measured here just now")
+        speeds = [speed / settings.cluster.num_workers for speed in measured_cpu_speeds()]
+        return Rate(
+            peak_flops=speeds[0],
+            usual_flops=median(speeds),
+            share=share,
+            of_what="matrix products measured here just now, the best and the median",
+        )
     name, precision = installed_gpu() or ASSUMED_GPU, settings.training.precision
     known = gpu_peak(name, precision)
     if known is None:
@@ -96,10 +110,10 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "training FLOPs", f"{estimate.training_flops:.3g}"
-    hours = estimate.hours(rate.peak_flops * rate.share)
+    least, most = (estimate.hours(peak * rate.share) for peak in rate.peaks)
     yield (
         "time",
-        f"{duration(hours)} at {rate.share:.0%} of {rate.peak_flops / 1e12:,.3g} TFLOP/s a worker "
+        f"{durations(least, most)} at {rate.share:.0%} of {teraflops(*rate.peaks)} a worker "
         f"({rate.of_what}); validation and saving come on top",
     )
     memory, snapshot = estimate.memory, estimate.snapshot_bytes
@@ -122,6 +136,23 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
             "there is room for it" if is_known else "enough disk; the cluster's memory is unknown"
         )
         yield f"on {place}", problem or fits
+
+
+def durations(least: float, most: float) -> str:
+    """Write a range of hours for people."""
+    return _range(duration(least), duration(most))
+
+
+def teraflops(best: float, usual: float) -> str:
+    """Write a range of FLOP/s for people."""
+    return _range(*(f"{speed / 1e12:,.3g} TFLOP/s" for speed in (best, usual)))
+
+
+def _range(first: str, second: str) -> str:
+    if first == second:
+        return first
+    number, unit = first.split(" ", 1)
+    return f"{number if second.endswith(f' {unit}') else first} to {second}"
 
 
 def duration(hours: float) -> str:

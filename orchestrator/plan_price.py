@@ -55,10 +55,14 @@ class PlanPrice:
     """Of both."""
     hours: float
     """Of all CPUs of this machine together, or of one GPU, at the assumed rate."""
+    most_hours: float
+    """The same while this machine is as busy as it is now."""
     uses_gpus: bool
     """Whether the hours are a GPU's."""
     peak_flops: float
     """FLOP/s at best of what the hours are of; 0 where nothing is left."""
+    usual_flops: float
+    """FLOP/s of the same as busy as it is now."""
     share: float
     """Share of it that training is taken to reach."""
     of_what: str
@@ -122,13 +126,13 @@ def price_of(
     forward = inference_cost(full_config(plan)).forward_flops_per_token
     flops = sum(map(_training_flops, jobs, done)) + teacher.num_tokens * forward
     num_gpus = int(settings.trials_use_gpus)
-    peak, share, of_what = 0.0, 0.0, ""
+    peak, usual, share, of_what = 0.0, 0.0, 0.0, ""
     if jobs:
         # CPU trials share the CPUs whole, however many run at once; a GPU's hours do not depend on
         # how many work.
         own = {"cluster": ClusterSettings(num_gpus=num_gpus), "training": jobs[0].recipe}
         rate = assumed_rate(settings.model_copy(update=own))
-        peak, share, of_what = rate.peak_flops, rate.share, rate.of_what
+        (peak, usual), share, of_what = rate.peaks, rate.share, rate.of_what
     return PlanPrice(
         num_tokens=sum(
             (job.recipe.num_steps - steps) * job.recipe.num_tokens_per_step
@@ -137,8 +141,10 @@ def price_of(
         num_teacher_tokens=teacher.num_tokens,
         flops=flops,
         hours=flops / (peak * share) / 3600 if peak else 0.0,
+        most_hours=flops / (usual * share) / 3600 if peak else 0.0,
         uses_gpus=num_gpus > 0,
         peak_flops=peak,
+        usual_flops=usual,
         share=share,
         of_what=of_what,
         checkpoint_bytes=sum(map(_new_checkpoint_bytes, jobs)),

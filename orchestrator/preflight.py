@@ -18,7 +18,7 @@ from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.training.checkpoint import find_checkpoints, load_config
 from orchestrator.training.estimate import TrainingEstimate
 from orchestrator.training.fitting import Wish, check_fit, gib, needed_memory
-from orchestrator.training.job import TrainingJob, finished_outcome
+from orchestrator.training.job import DONE_NAME, TrainingJob, finished_outcome
 from orchestrator.training.shape import model_config
 from orchestrator.training.speed import ASSUMED_GPU, ASSUMED_GPU_BYTES, installed_gpu
 from orchestrator.workspace import Workspace
@@ -118,6 +118,7 @@ def check_jobs_fit(
     # On GPUs, each job has its own; on CPUs, those that run at the same time share the memory.
     places = local_resources(count_gpus=False).cpus // num_workers
     at_once = max(1, min(len(waiting), places))
+    wishes = []
     for number, job in enumerate(jobs):
         if job not in waiting:
             continue
@@ -133,6 +134,8 @@ def check_jobs_fit(
         )
         room = local_room(job.folder, num_workers=num_workers * at_once, num_gpus=cluster.num_gpus)
         check_fit(wish, room, present_bytes=_checkpoint_bytes(job.folder))
+        wishes.append((job.folder, wish))
+    _check_disk_for_all(wishes, at_once=at_once)
 
 
 def place_trials(settings: Settings, jobs: Sequence[TrainingJob] = ()) -> Settings:
@@ -201,25 +204,32 @@ def _trial_wish(
     )
 
 
-def check_trials_fit(jobs: Sequence[TrainingJob], sweep: SweepSettings, *, section: str) -> None:
-    """Refuse a sweep's trials that would run out of this machine's memory, each by its own needs.
+def check_trials_fit(
+    jobs: Sequence[TrainingJob], sweep: SweepSettings, *, section: str, teacher_bytes: int = 0
+) -> None:
+    """Refuse a sweep's trials that would run out of this machine's memory, each by its own needs,
+    or of disk, all together.
 
     Args:
         jobs: Of the trials that wait.
         sweep: How many run at once, with how many workers or GPUs each.
         section: Where their recipe stands in the settings, for what to type.
+        teacher_bytes: Of the teacher's answers that will be stored for them.
 
     Raises:
-        UserError: If one does not fit; says what would.
+        UserError: If one does not fit, or not all; says what would.
     """
     gpus = sweep.gpus_per_trial or 0
     workers = gpus or sweep.workers_per_trial
     places = max(1, local_resources(count_gpus=False).cpus // workers)
     at_once = min(sweep.trials_at_once or places, places, len(jobs))
+    wishes = []
     for job in jobs:
         wish = _trial_wish(job, workers, on_gpus=gpus > 0, section=section)
         alone = local_room(job.folder, num_workers=workers, num_gpus=gpus)
         check_fit(wish, alone, present_bytes=_checkpoint_bytes(job.folder))
+        if not (job.folder / DONE_NAME).is_file():  # Trained, and only measured now.
+            wishes.append((job.folder, wish))
         if alone.memory is None or gpus:
             continue
         needed = needed_memory(wish.estimate())
@@ -230,6 +240,51 @@ def check_trials_fit(jobs: Sequence[TrainingJob], sweep: SweepSettings, *, secti
                 f"memory, and this machine has {gib(workers * alone.memory)} free; the nearest "
                 f"setting that fits: --set sweep.trials_at_once={most}"
             )
+    _check_disk_for_all(wishes, at_once=at_once, teacher_bytes=teacher_bytes)
+
+
+def _check_disk_for_all(
+    wishes: Sequence[tuple[Path, Wish]], *, at_once: int, teacher_bytes: int = 0
+) -> None:
+    """Refuse trainings that find room on the disk one by one, and not together.
+
+    Args:
+        wishes: Folder and wish of each.
+        at_once: How many run, and so write a checkpoint, at the same time.
+        teacher_bytes: Of the teacher's answers that will be stored for them.
+    """
+    disk = local_room(wishes[0][0]).disk if wishes else None
+    if disk is None:
+        return
+
+    def checkpoint_bytes(num_kept: int | None = None) -> int:
+        estimates = []
+        for folder, own in wishes:
+            number = num_kept or own.recipe.num_checkpoints_kept
+            estimates.append((folder, own.estimate(num_checkpoints_kept=number)))
+        left = [max(0, e.kept_bytes - _checkpoint_bytes(folder)) for folder, e in estimates]
+        in_writing = sorted((e.disk_bytes - e.kept_bytes for _, e in estimates), reverse=True)
+        return sum(left) + sum(in_writing[:at_once])
+
+    checkpoints = checkpoint_bytes()
+    if checkpoints + teacher_bytes <= disk:
+        return
+    wish = wishes[0][1]
+    fewer = range(wish.recipe.num_checkpoints_kept - 1, 0, -1)
+    settings = [
+        f"{wish.section}.num_checkpoints_kept={number}"
+        for number in fewer
+        if checkpoint_bytes(number) + teacher_bytes <= disk
+    ]
+    if checkpoints <= disk:
+        settings.append("distillation.teacher_cache=live")
+    way_out = f"the nearest setting that fits: --set {settings[0]}; or " if settings else ""
+    answers = f" and the teacher's answers {gib(teacher_bytes)}" if teacher_bytes else ""
+    raise UserError(
+        f"{len(wishes)} trainings would write about {gib(checkpoints + teacher_bytes)} together "
+        f"(checkpoints {gib(checkpoints)}{answers}), and the workspace's disk has {gib(disk)} "
+        f"free; {way_out}make room, or choose another place with --workspace"
+    )
 
 
 def _verdicts(

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import STDERR, EvaluationResult
-from orchestrator.estimate_view import duration
+from orchestrator.estimate_view import durations, teraflops
 from orchestrator.plan import SweepPlan, exact_cost, full_config, num_models
 from orchestrator.plan_price import PlanPrice, TrialState
 from orchestrator.training.fitting import gib
@@ -96,9 +96,9 @@ def _left_to_train(price: PlanPrice) -> list[str]:
         written.append(f"the teacher's answers, {gib(price.teacher_bytes)}")
     return [
         f"left to train: {price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
-        f"time: {duration(price.hours)} {clock}, at {price.share:.0%} of "
-        f"{price.peak_flops / 1e12:,.3g} TFLOP/s ({price.of_what}); validation, saving and "
-        "measuring come on top",
+        f"time: {durations(price.hours, price.most_hours)} {clock}, at {price.share:.0%} of "
+        f"{teraflops(price.peak_flops, price.usual_flops)} ({price.of_what}); validation, saving "
+        "and measuring come on top",
         f"to be written: {' and '.join(written)}",
     ]
 

@@ -29,7 +29,7 @@ from orchestrator.preflight import check_trials_fit, place_trials
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import TrainingJob, check_job, finished_outcome
+from orchestrator.training.job import DONE_NAME, TrainingJob, check_job, finished_outcome
 from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_work
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Stopping, stopping_of
@@ -89,7 +89,7 @@ def sweep(
         StageFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    placed = _placed(plan.trials, settings)
+    placed = _placed(plan.trials, settings, workspace)
     folder = workspace.sweeps / plan.name
     earlier = read_json(folder / PLAN_NAME) or {}
     if earlier.get("key", plan.key) != plan.key:
@@ -102,7 +102,7 @@ def sweep(
         work = _Work(plan, placed, workspace, run, progress)
         work.do(plan.trials)
         while more := tuple(grow()) if grow else ():
-            _placed(more, placed)
+            _placed(more, placed, workspace)
             work.plan = replace(work.plan, trials=(*work.plan.trials, *more))
             if any(trial.result() is None for trial in more):
                 held.enter_context(ray_cluster())  # Started once for all rounds of a search.
@@ -202,7 +202,7 @@ class _Work:
             self.run.mirror(history)
 
 
-def _placed(trials: Sequence[PlannedTrial], settings: Settings) -> Settings:
+def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Workspace) -> Settings:
     """Say on what trials run, and find before anything is started what would make them fail."""
     waiting = [
         TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
@@ -213,7 +213,9 @@ def _placed(trials: Sequence[PlannedTrial], settings: Settings) -> Settings:
         check_job(job, num_workers=num_workers)
     is_threshold = settings.sweep.kind == "threshold"
     section = "distillation.training" if is_threshold else "training"
-    check_trials_fit(waiting, settings.sweep, section=section)
+    to_train = [job for job in waiting if not (job.folder / DONE_NAME).is_file()]
+    answers = teacher_work(to_train, settings.distillation, workspace.teachers).num_bytes
+    check_trials_fit(waiting, settings.sweep, section=section, teacher_bytes=answers)
     return settings
 
 

@@ -61,10 +61,18 @@ class TrainingEstimate:
     on GPUs, where it lies in the machine's memory."""
 
     @property
+    def kept_bytes(self) -> int:
+        """All checkpoints that are kept."""
+        return self._checkpoints(self.recipe.num_checkpoints_kept + self.recipe.keep_best)
+
+    @property
     def disk_bytes(self) -> int:
         """All checkpoints that are kept, and the next one while it is written beside them."""
+        return self._checkpoints(self.recipe.num_checkpoints_kept + self.recipe.keep_best + 1)
+
+    def _checkpoints(self, most: int) -> int:
+        """Return the bytes of so many checkpoints, or of as many as the run writes at all."""
         recipe = self.recipe
-        most = recipe.num_checkpoints_kept + recipe.keep_best + 1
         if recipe.checkpoint_every_minutes is None:
             most = min(most, -(-recipe.num_steps // recipe.checkpoint_every_steps))
         return self.checkpoint_bytes * most

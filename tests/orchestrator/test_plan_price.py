@@ -48,7 +48,7 @@ TEACHER = 38_272
 
 @pytest.fixture(autouse=True)
 def rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Rate(peak_flops=1e9, share=0.5, of_what="made up")
+    known = Rate(peak_flops=1e9, usual_flops=0.25e9, share=0.5, of_what="made up")
     monkeypatch.setattr(plan_price, "assumed_rate", lambda _: known)
 
 
@@ -117,12 +117,13 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
     assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
     assert price.hours == pytest.approx(price.flops / 0.5e9 / 3600)
+    assert price.most_hours == pytest.approx(4 * price.hours), "as busy as this machine is now"
     assert price.checkpoint_bytes == 4 * 12 * 10_146
     assert price.teacher_bytes == 40 * STEP * (300 * 4 + 4), "logits in float32, and the token"
     assert told(tiny_plan, chosen, tmp_path)[2:] == [
         "left to train: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs",
-        "time: 2 seconds of all CPUs here, at 50% of 0.001 TFLOP/s (made up); validation, saving "
-        "and measuring come on top",
+        "time: 2 to 8.1 seconds of all CPUs here, at 50% of 0.001 to 0.00025 TFLOP/s (made up); "
+        "validation, saving and measuring come on top",
         "to be written: checkpoints of up to 475.6 KiB and the teacher's answers, 2.9 MiB",
     ]
 

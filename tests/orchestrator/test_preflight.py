@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from iiet.config import ModelConfig
 from orchestrator import cli
 from orchestrator.errors import UserError
 from orchestrator.plan import SweepPlan
-from orchestrator.preflight import check_trials_fit, place_trials
+from orchestrator.preflight import check_jobs_fit, check_trials_fit, place_trials
 from orchestrator.resources import Resources, Room, local_room
 from orchestrator.settings import (
+    ClusterSettings,
     Settings,
     SweepSettings,
     TrainingSettings,
@@ -28,7 +30,7 @@ from orchestrator.sweep_models import models_of, teacher_and_references, with_mo
 from orchestrator.training.fitting import Wish, check_fit
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.shape import model_config
-from orchestrator.training.speed import ASSUMED_GPU_BYTES, gpu_peak, measured_cpu_peak
+from orchestrator.training.speed import ASSUMED_GPU_BYTES, gpu_peak, measured_cpu_speeds
 from orchestrator.trial_rounds import limits_of
 from orchestrator.workspace import open_workspace
 
@@ -146,7 +148,10 @@ def test_peaks() -> None:
     assert gpu_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert gpu_peak("NVIDIA H100 80GB HBM3", "fp32") == 67e12
     assert gpu_peak("GeForce", "bf16") is None
-    assert measured_cpu_peak(0.01) > 1e8
+    speeds = measured_cpu_speeds(count=3, seconds=0.005)
+    assert len(speeds) == 3
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[0] > 1e8
 
 
 def test_trials_that_do_not_fit_side_by_side_are_counted_before_they_start(
@@ -169,6 +174,39 @@ def test_trials_that_do_not_fit_side_by_side_are_counted_before_they_start(
             continue
         with pytest.raises(UserError, match=words):
             check_trials_fit(jobs, sweep, section="distillation.training")
+
+
+def test_trainings_that_fit_on_the_disk_one_by_one_are_refused_together(
+    tiny_plan: SweepPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [TrainingJob.from_dict(trial.job) for trial in tiny_plan.trials if trial.job]
+    assert len(jobs) == 4
+    one = 12 * 10_146  # bytes of a checkpoint
+
+    def check(num_checkpoints: float, *, teacher_bytes: int = 0, **recipe: int) -> None:
+        room = Room(memory=None, disk=int(num_checkpoints * one))
+        monkeypatch.setattr("orchestrator.preflight.local_room", lambda *_, **__: room)
+        own = [replace(job, recipe=job.recipe.model_copy(update=recipe)) for job in jobs]
+        section = "distillation.training"
+        check_trials_fit(own, SweepSettings(), section=section, teacher_bytes=teacher_bytes)
+        if not teacher_bytes:
+            check_jobs_fit(own, ClusterSettings(), section=section)
+
+    check(4)
+    with pytest.raises(
+        UserError, match=r"4 trainings .* 475\.6 KiB together .* has 356\.7 KiB free"
+    ):
+        check(3)
+    with pytest.raises(
+        UserError, match=r"answers 118\.9 KiB.*--set distillation\.teacher_cache=live"
+    ):
+        check(4.5, teacher_bytes=one)
+    check(5, teacher_bytes=one)
+    # Two are kept of each, and one more is written by each that runs at the same time.
+    often = {"checkpoint_every_steps": 10, "num_checkpoints_kept": 2}
+    check(8 + 4, **often)
+    with pytest.raises(UserError, match=r"--set distillation\.training\.num_checkpoints_kept=1;"):
+        check(8, **often)
 
 
 def job_of(
