@@ -15,6 +15,7 @@ from typing import Any
 
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
+from orchestrator.data.tokens import verify_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import file_key
 from orchestrator.settings import TrainingSettings
@@ -34,7 +35,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
-from orchestrator.workspace import Workspace, expanded, is_name, read_json
+from orchestrator.workspace import DAMAGE, Workspace, expanded, is_name, read_json
 
 NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
@@ -268,7 +269,7 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
     newest that were made with its tokenizer.
 
     Raises:
-        UserError: If they are not in this workspace.
+        UserError: If they are not in this workspace, or not what was written.
     """
     provenance = load_provenance(checkpoint)
     if "imported" in provenance:
@@ -280,6 +281,7 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
             f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
         )
+    verify_tokens(folder)
     return folder
 
 
@@ -297,7 +299,7 @@ def stored_influence(checkpoint: Path) -> InfluenceTable | None:
     for path in sorted(checkpoint.glob("influence-*.json")):
         try:
             return InfluenceTable.from_dict(read_json(path))
-        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        except DAMAGE:
             continue
     return None
 
@@ -324,7 +326,9 @@ def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
             f"{workspace.root} has no tokens of this model's tokenizer; "
             f"`iiet-orch prepare --set data.tokenizer={tokenizer}` makes them"
         )
-    return max(files, key=lambda file: file.stat().st_mtime).parent
+    folder = max(files, key=lambda file: file.stat().st_mtime).parent
+    verify_tokens(folder)
+    return folder
 
 
 def newest_sweep(workspace: Workspace) -> str:

@@ -26,7 +26,7 @@ from iiet.published import decoder_from_published
 from iiet.weights import non_finite
 from orchestrator.data.folder_tokenizer import load_folder_tokenizer
 from orchestrator.data.tokenizer import end_of_text_id, known_end_id, load_tokenizer
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, shortened
 from orchestrator.provenance import content_key, file_key
 from orchestrator.training.checkpoint import (
     CONFIG,
@@ -230,7 +230,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 def _weight_files(folder: Path) -> list[str]:
     """Name a folder's safetensors: those of the index where there is one, else all."""
     if (folder / SHARDS).is_file():
-        names = sorted(set(_read_json(folder / SHARDS).get("weight_map", {}).values()))
+        names = sorted(_shard_names(folder / SHARDS))
         for name in names:
             if Path(name).name != name:
                 raise UserError(f"{folder / SHARDS} names a file outside its folder: {name!r}")
@@ -244,13 +244,21 @@ def _weight_files(folder: Path) -> list[str]:
     return names
 
 
+def _shard_names(path: Path) -> set[str]:
+    weight_map = _read_json(path).get("weight_map", {})
+    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} does not map the weights to files; copy the model again")
+    return set(names)
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is no model folder: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {shortened(str(error))}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no mapping")
     return found

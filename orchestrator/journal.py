@@ -73,7 +73,9 @@ def read_journal(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], i
     records = []
     for line in whole.splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # a line cut off by a crash
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
     return records, offset + len(whole)

@@ -21,7 +21,7 @@ from orchestrator.journal import Journal, read_journal
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import SweepSettings
 from orchestrator.training.job import DONE_NAME, JOB_NAME
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace import read_object, values_of, write_json
 
 STOPPED_NAME = "stopped-early.json"
 VALIDATION_METRIC = "validation/loss"
@@ -199,10 +199,11 @@ class Referee:
     def _finished_rivals(self) -> dict[str, float]:
         losses = {}
         for label, folder in self._rivals.items():
-            done, claim = (read_json(Path(folder) / name) for name in (DONE_NAME, JOB_NAME))
-            # An earlier sweep may have looked at other tokens.
-            if done and claim and _validation(claim["job"]) == self._validation:
-                losses[label] = float(done["validation_loss"])
+            done, claim = (read_object(Path(folder) / name) for name in (DONE_NAME, JOB_NAME))
+            with values_of(Path(folder)):
+                # An earlier sweep may have looked at other tokens.
+                if done and claim and _validation(claim["job"]) == self._validation:
+                    losses[label] = float(done["validation_loss"])
         return losses
 
 
@@ -217,8 +218,10 @@ def validation_losses(folder: Path) -> dict[int, float]:
 
 def verdict_of(trial: PlannedTrial, rivals: Mapping[str, str], rule: StopRule) -> Verdict | None:
     """Return why a trial was ended early, if it was, by this rule and for one of these rivals."""
-    stored = None if trial.result() else read_json(Path(trial.folder) / STOPPED_NAME)
+    path = Path(trial.folder) / STOPPED_NAME
+    stored = None if trial.result() else read_object(path)
     if not stored or stored.get("rule") != asdict(rule):
         return None
-    verdict = Verdict(**stored["verdict"])
+    with values_of(path):
+        verdict = Verdict(**stored["verdict"])
     return verdict if verdict.rival in rivals else None

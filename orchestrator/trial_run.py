@@ -33,7 +33,7 @@ from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, f
 from orchestrator.training.run import Report, run_job
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Referee, StopRule
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace import read_object, write_json
 
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss that stands in the tables."""
@@ -246,7 +246,7 @@ def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
     step = load_provenance(checkpoint).get("step", 0)
     known = {field.name for field in dataclasses.fields(TrainingOutcome)}
     try:
-        done = read_json(checkpoint.parent / DONE_NAME)
+        done = read_object(checkpoint.parent / DONE_NAME)
         outcome = TrainingOutcome(**{k: v for k, v in (done or {}).items() if k in known})
         return _training_numbers(outcome) if outcome.step == step else {"steps": float(step)}
     except (UserError, TypeError, AttributeError):

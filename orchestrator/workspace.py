@@ -7,10 +7,13 @@ renamed, so that a reader finds the old content or the new one and nothing betwe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,10 @@ ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
 MAX_NAME_BYTES = 200
 """File systems take 255; a temporary name is a little longer than the name."""
+
+CHECKSUM = "sha256_of_content"
+"""Key of a stored object's checksum: a flipped bit would be another number and valid JSON."""
+DELETE = "delete it and run the command again"
 
 
 @dataclass(frozen=True)
@@ -202,21 +209,86 @@ def delete_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as a whole file; see `write_text`."""
+    """Write JSON as a whole file (see `write_text`); an object with a checksum of its content."""
+    if isinstance(value, Mapping):
+        value = {**value, CHECKSUM: _checksum(value)}
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; None if the file is missing.
+def read_json(path: Path, *, cure: str = DELETE) -> Any:
+    """Read JSON; None if the file is missing. An object's checksum is compared and left out.
+
+    Args:
+        path: The file.
+        cure: What a user should do if it is damaged.
 
     Raises:
-        UserError: If the file is damaged.
+        UserError: If the file is damaged; names it, and says the cure.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it and run the command again"
-        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, error, cure=cure) from None
+    if isinstance(value, dict) and CHECKSUM in value:
+        written = value.pop(CHECKSUM)
+        if written != _checksum(value):
+            raise damaged(path, "its content is not what was written", cure=cure)
+    return value
+
+
+def read_object(path: Path, *, cure: str = DELETE) -> dict[str, Any] | None:
+    """Read a JSON object; None if the file is missing.
+
+    Raises:
+        UserError: If the file is damaged, or holds something else; names it, and says the cure.
+    """
+    value = read_json(path, cure=cure)
+    if value is not None and not isinstance(value, dict):
+        raise damaged(path, "it holds no object", cure=cure)
+    return value
+
+
+@contextmanager
+def values_of(path: Path, *, cure: str = DELETE) -> Iterator[None]:
+    """Turn what goes wrong with a file's values into one sentence that names the file.
+
+    Raises:
+        UserError: If a value is missing or of another kind than was written.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise (error if str(path) in str(error) else UserError(f"{path}: {error}")) from None
+    except DAMAGE as error:
+        raise damaged(path, error, cure=cure) from None
+
+
+DAMAGE = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+"""What reading a value raises that is missing or of another kind than was written."""
+
+
+def damaged(path: Path, problem: Exception | str, *, cure: str = DELETE) -> UserError:
+    """Return the error for a file that cannot be read: what is wrong with it, and the cure."""
+    if isinstance(problem, RecursionError):
+        reason = "it is nested too deep"
+    elif isinstance(problem, UnicodeDecodeError):
+        reason = f"it is not UTF-8 text at byte {problem.start}"
+    elif isinstance(problem, IsADirectoryError):
+        reason = "it is a folder"
+    elif isinstance(problem, OSError):
+        reason = problem.strerror or type(problem).__name__
+    elif isinstance(problem, KeyError):
+        reason = f"it has no {shortened(str(problem))}"
+    else:
+        reason = shortened(" ".join(str(problem).split()))
+    return UserError(f"{path} is damaged ({reason}); {cure}")
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    # What is read back gives the same text, for Python writes numbers so that they survive it.
+    text = json.dumps(value, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, shortened
 
 ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
 """Which of a task's metrics is its accuracy: the first that it reports."""
@@ -67,11 +67,15 @@ class TaskResult:
             UserError: If it does not have this version's fields.
         """
         try:
-            return cls(**values)
-        except TypeError as error:
+            found = cls(**values)
+            for number in found.metrics.values():
+                float(number)
+            dict(found.values)
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"no readable evaluation ({error}); delete it and evaluate again"
+                f"no readable evaluation ({shortened(str(error))}); delete it and evaluate again"
             ) from None
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,9 @@ class EvaluationResult:
             results = {k: TaskResult.from_dict(v) for k, v in values["results"].items()}
             groups = {name: tuple(members) for name, members in values["groups"].items()}
             return cls(results=results, groups=groups, skipped=dict(values["skipped"]))
-        except (KeyError, AttributeError) as error:
+        except UserError:
+            raise
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"no readable evaluation ({error!r}); evaluate again") from None
 
     def _accuracy_of(self, task: str) -> tuple[float, float] | None:

@@ -31,7 +31,7 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.tokens import TokenStore, open_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, file_digest
-from orchestrator.workspace import read_json, write_json, write_text
+from orchestrator.workspace import read_json, write_text
 
 SUITE_VERSION = 1
 """Raised by hand when the same documents give other items; it is part of the tasks' version."""
@@ -259,7 +259,8 @@ def _write(
         checksums[rows.name] = file_digest(rows)
         write_text(temporary / f"{name}.yaml", _stock_task(name, rows.name))
     write_text(temporary / f"{GROUP}.yaml", yaml.safe_dump({"group": GROUP, "task": list(tasks)}))
-    write_json(temporary / SUITE_NAME, {"tasks": tasks, "notes": notes, "checksums": checksums})
+    suite = {"tasks": tasks, "notes": notes, "checksums": checksums}
+    write_text(temporary / SUITE_NAME, json.dumps(suite, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.analysis.heldout import TASKS, build_heldout
 from orchestrator.console import Progress
-from orchestrator.data.tokens import MANIFEST_NAME
+from orchestrator.data.tokens import MANIFEST_NAME, verify_tokens
 from orchestrator.errors import UserError
 from orchestrator.settings import EvaluationSettings
 from orchestrator.workspace import Workspace, expanded
@@ -45,7 +45,9 @@ def newest_tokens(workspace: Workspace) -> Path:
             f"held-out tasks are made from prepared text, and {workspace.root} has none; "
             "`iiet-orch prepare` makes it, or --suite takes tasks of lm-eval"
         )
-    return max(manifests, key=lambda path: path.stat().st_mtime).parent
+    folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
+    verify_tokens(folder)
+    return folder
 
 
 def requested_tasks(

@@ -16,7 +16,14 @@ from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.errors import UserError
 from orchestrator.trial import TrialResult
-from orchestrator.workspace import Workspace, checked_name, read_json, write_json
+from orchestrator.workspace import (
+    Workspace,
+    checked_name,
+    read_json,
+    read_object,
+    values_of,
+    write_json,
+)
 
 RESULTS_NAME = "results.json"
 LEFT_OUT = "Left out"
@@ -108,13 +115,12 @@ def load_results(workspace: Workspace, name: str) -> SweepResults:
     """
     checked_name(name, "the sweep")
     path = workspace.sweeps / name / RESULTS_NAME
-    stored = read_json(path)
+    cure = "delete it and run the sweep again, which finds its trials finished"
+    stored = read_object(path, cure=cure)
     if stored is None:
         raise UserError(_missing(workspace, name))
-    try:
+    with values_of(path, cure=cure):
         found = SweepResults.from_dict(stored)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged; delete it and run the sweep again") from None
     checked_name(found.name, f"{path} is damaged: name")
     checked_name(found.key, f"{path} is damaged: key")
     return replace(found, name=name)

@@ -157,7 +157,7 @@ def open_subjects(
 def _config_values(folder: Path) -> Mapping[str, Any]:
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # no folder, a run, or damaged: said where a checkpoint is looked for
     return values if isinstance(values, dict) else {}
 

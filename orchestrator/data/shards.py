@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from orchestrator.errors import UserError
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace import read_object, write_json
 
 RECORD_NAME = "progress.json"
 TRAIN, VALIDATION, TEXTS = "train.bin", "validation.bin", "validation.jsonl"
@@ -57,7 +57,13 @@ class ShardWriter:
 
     def __init__(self, folder: Path) -> None:
         self._record_path = folder / RECORD_NAME
-        record = read_json(self._record_path) or {}
+        try:
+            record = read_object(self._record_path) or {}
+        except UserError as error:
+            raise StaleWork(
+                f"{error}: what the interrupted call wrote is deleted, and the same command starts "
+                "over"
+            ) from None
         files = record.get("files", {})
         self.num_documents: int = record.get("documents", 0)
         """Documents that are in the files."""

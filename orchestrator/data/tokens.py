@@ -17,12 +17,13 @@ import numpy as np
 
 from orchestrator.errors import UserError
 from orchestrator.provenance import file_digest
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace import read_json, read_object, values_of, write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 STAMP_NAME = "verified.json"
 """Sizes and times of the files when their hashes were last found right."""
+_CURE = "delete its folder and run `iiet-orch prepare` again"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class TokenStore:
 def is_complete(folder: Path) -> bool:
     """Tell whether a folder holds tokens whose files have the sizes that the manifest says."""
     try:
-        manifest = read_json(folder / MANIFEST_NAME)
-        return bool(manifest) and not _problem(folder, manifest, verify=False)
+        manifest = _manifest(folder)
+        return manifest is not None and not _problem(folder, manifest, verify=False)
     except UserError:
         return False
 
@@ -82,24 +83,25 @@ def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
         UserError: If the folder is missing, incomplete or damaged.
     """
     folder = Path(folder)
-    manifest = read_json(folder / MANIFEST_NAME)
+    manifest = _manifest(folder)
     if manifest is None:
         raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
     problem = _problem(folder, manifest, verify=verify)
     if problem:
         raise UserError(f"{problem}; run `iiet-orch prepare` again")
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    return TokenStore(
-        folder=folder,
-        train=np.memmap(folder / "train.bin", dtype=dtype, mode="r"),
-        validation=np.memmap(folder / "validation.bin", dtype=dtype, mode="r"),
-        vocab_size=manifest["vocab_size"],
-        fingerprint=manifest["fingerprint"],
-        num_validation_bytes=manifest["validation"]["bytes"],
-        tokenizer_path=folder / "tokenizer.json",
-        end_of_text_id=manifest["end_of_text_id"],
-        manifest=manifest,
-    )
+    with values_of(folder / MANIFEST_NAME, cure=_CURE):
+        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        return TokenStore(
+            folder=folder,
+            train=np.memmap(folder / "train.bin", dtype=dtype, mode="r"),
+            validation=np.memmap(folder / "validation.bin", dtype=dtype, mode="r"),
+            vocab_size=manifest["vocab_size"],
+            fingerprint=manifest["fingerprint"],
+            num_validation_bytes=manifest["validation"]["bytes"],
+            tokenizer_path=folder / "tokenizer.json",
+            end_of_text_id=manifest["end_of_text_id"],
+            manifest=manifest,
+        )
 
 
 def verify_tokens(folder: Path, *, always: bool = False) -> None:
@@ -113,15 +115,43 @@ def verify_tokens(folder: Path, *, always: bool = False) -> None:
     Raises:
         UserError: If a file's content is not what was written; names it.
     """
-    manifest = read_json(folder / MANIFEST_NAME)
-    stamp = {name: _stamp(folder / name) for name in manifest["sha256"]}
-    if not always and read_json(folder / STAMP_NAME) == stamp:
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
+    stamp = _stamps(folder, manifest)
+    if not always and _verified(folder) == stamp:
         return
     problem = _problem(folder, manifest, verify=True)
     if problem:
         raise UserError(f"{problem}; delete the folder {folder} and run `iiet-orch prepare` again")
     with suppress(OSError):  # A store that is read only is checked each time.
         write_json(folder / STAMP_NAME, stamp)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST_NAME
+    manifest = read_object(path, cure=_CURE)
+    if manifest is not None and manifest.get("format") == FORMAT_VERSION:
+        with values_of(path, cure=_CURE):
+            for name in manifest["sha256"]:
+                int(manifest["sizes"][name])
+            for side in ("train", "validation"):
+                for unit in ("documents", "tokens", "bytes"):
+                    int(manifest[side][unit])
+            dict(manifest["settings"])
+    return manifest
+
+
+def _verified(folder: Path) -> Any:
+    """Return the stamps of the files that were verified; None if there are none to read."""
+    try:
+        return read_json(folder / STAMP_NAME)
+    except UserError:
+        return {}  # Damaged: nothing is verified.
+
+
+def _stamps(folder: Path, manifest: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: _stamp(folder / name) for name in manifest["sha256"] if (folder / name).is_file()}
 
 
 def _stamp(path: Path) -> list[int]:

@@ -18,7 +18,7 @@ from iiet.cost import inference_cost
 from orchestrator.provenance import content_key
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.trial import Role, TrialResult, finite, full_model, threshold_range
-from orchestrator.workspace import Workspace, read_json
+from orchestrator.workspace import Workspace, read_object, values_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +77,13 @@ class PlannedTrial:
         The label and the thresholds are this sweep's: another sweep may have measured the same
         trial under other names.
         """
-        found = read_json(self.result_path)
+        found = read_object(self.result_path)
         if not found:
             return None
+        with values_of(self.result_path):
+            result = TrialResult.from_dict(found)
         return replace(
-            TrialResult.from_dict(found),
+            result,
             role=self.role,
             label=self.label,
             threshold_above=self.threshold_above,

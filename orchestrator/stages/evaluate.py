@@ -9,6 +9,7 @@ nothing. The files hold one value per item, which paired comparisons of two mode
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import EvaluationSettings
 from orchestrator.tracking import Tracking
-from orchestrator.workspace import Workspace, read_json, write_json
+from orchestrator.workspace import Workspace, read_object, values_of, write_json
 
 
 def evaluate(
@@ -69,7 +70,9 @@ def evaluate(
         for name in suite.tasks
     }
     paths = {name: workspace.evaluations / f"{key}.json" for name, key in keys.items()}
-    results = {n: found for n, path in paths.items() if (found := _stored(path)) is not None}
+    results = {
+        n: found for n, path in paths.items() if (found := _stored(path, progress)) is not None
+    }
     missing = [name for name in suite.tasks if name not in results]
     if missing:
         results |= _run(
@@ -79,7 +82,7 @@ def evaluate(
             progress,
             trust_remote_code=trust_remote_code,
             # Stored one by one: what is measured survives an interruption.
-            on_result=lambda result: write_json(paths[result.name], result.to_dict()),
+            on_result=lambda result: _store(paths[result.name], result, progress),
         )
     else:
         progress.start("evaluate")
@@ -149,12 +152,26 @@ def _run(
     )
 
 
-def _stored(path: Path) -> TaskResult | None:
+def _stored(path: Path, progress: Progress) -> TaskResult | None:
+    cure = "it is measured again"
     try:
-        values = read_json(path)
-        return TaskResult.from_dict(values) if values else None
-    except UserError:
-        return None  # damaged: it is measured again
+        values = read_object(path, cure=cure)
+        if values is None:
+            return None
+        with values_of(path, cure=cure):
+            return TaskResult.from_dict(values)
+    except UserError as error:
+        progress.note(str(error))
+        return None
+
+
+def _store(path: Path, result: TaskResult, progress: Progress) -> None:
+    try:
+        write_json(path, result.to_dict())
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        progress.note(f"cannot store the result of {result.name} as {path}: {error.strerror}")
 
 
 def _track(

@@ -103,7 +103,7 @@ def check_target(folder: Path) -> None:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         is_export = config.get("model_type") == EXPORTED_TYPE and "auto_map" in config
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         is_export = False
     if not is_export:
         raise UserError(f"{folder} exists and is no earlier export; choose another with --to")

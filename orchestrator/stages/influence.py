@@ -26,7 +26,7 @@ from orchestrator.provenance import content_key
 from orchestrator.settings import InfluenceSettings
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_decoder, weights_key
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace import read_object, values_of, write_json
 
 PRUNED_FOLDER = "influence-when-pruned"
 """Beside the weights; holds the tables under other schedules than the model's own."""
@@ -80,7 +80,7 @@ def measure_influence(
     path = checkpoint / f"influence-{settings.metric}.json"
     if decoder.schedule != own:
         path = checkpoint / PRUNED_FOLDER / f"{settings.metric}-{key}.json"
-    found = _stored(path, key)
+    found = _stored(path, key, progress)
     progress.start(f"influence ({settings.metric})", num_tokens)
     if found is None:
         found = _measured(decoder, store, settings.metric, num_tokens, progress)
@@ -130,14 +130,19 @@ def _measured(
     )
 
 
-def _stored(path: Path, key: str) -> InfluenceTable | None:
+def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
+    cure = "it is measured again"
     try:
-        found: dict[str, Any] | None = read_json(path)
+        found: dict[str, Any] | None = read_object(path, cure=cure)
         if not found or found.get("key") != key:
             return None
-        return InfluenceTable.from_dict(found)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):
-        return None  # damaged: measuring again takes seconds
+        with values_of(path, cure=cure):
+            table = InfluenceTable.from_dict(found)
+            table.schedule  # noqa: B018  # a layer without a row is found here
+            return table
+    except UserError as error:
+        progress.note(str(error))
+        return None
 
 
 def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:

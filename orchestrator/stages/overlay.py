@@ -21,7 +21,7 @@ from orchestrator.analysis.results import SweepResults, about_skipped, load_item
 from orchestrator.analysis.seeds import join_seeds
 from orchestrator.provenance import content_key
 from orchestrator.trial import TrialResult
-from orchestrator.workspace import Workspace, read_json
+from orchestrator.workspace import Workspace, read_object, values_of
 
 LONGEST_FOLDER_NAME = 80
 
@@ -120,8 +120,11 @@ def _about_tasks(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
     """Return what a sweep's plan says it measures, without what only costs time."""
-    plan = read_json(sweep.folder(workspace) / "plan.json") or {}
-    suite: dict[str, Any] = next((trial.get("suite", {}) for trial in plan.get("trials", [])), {})
+    path = sweep.folder(workspace) / "plan.json"
+    plan = read_object(path) or {}
+    with values_of(path):
+        trials = plan.get("trials", [])
+        suite: dict[str, Any] = dict(next((trial.get("suite", {}) for trial in trials), {}))
     return {
         name: value
         for name, value in suite.items()

@@ -22,7 +22,7 @@ from orchestrator.analysis.history import history_folder, record_front
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
-from orchestrator.errors import StageFailed
+from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.plan_price import stored_plan
 from orchestrator.preflight import check_trials_fit, place_trials
@@ -35,7 +35,7 @@ from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Stopping, stopping_of
 from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import TrialRounds, limits_of
-from orchestrator.workspace import Workspace, read_json, write_json, write_text
+from orchestrator.workspace import Workspace, read_object, values_of, write_json, write_text
 
 Grow = Callable[[], Sequence[PlannedTrial]]
 """Returns the trials to run next, none at the end."""
@@ -91,7 +91,11 @@ def sweep(
     progress = progress or Progress()
     placed = _placed(plan.trials, settings, workspace)
     folder = workspace.sweeps / plan.name
-    earlier = read_json(folder / PLAN_NAME) or {}
+    try:
+        earlier = read_object(folder / PLAN_NAME, cure="it is written anew") or {}
+    except UserError as error:
+        progress.note(str(error))
+        earlier = {}
     if earlier.get("key", plan.key) != plan.key:
         progress.note(
             f"the sweep {plan.name} had another plan before; its front is replaced by this one's, "
@@ -280,14 +284,19 @@ def _decode_times(
     """Measure decoding once a sweep and machine; the values of the weights have no say in it."""
     shapes = {trial.key: content_key(trial.model) for trial in trials}
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
-    known = read_json(folder / TIMES_NAME) or {}
-    if known.get("state") != state:
-        decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
-        timings = time_per_token(decoders, progress)
-        milliseconds = {
-            shape: {"decode_ms_per_token": t.median, "decode_ms_spread": t.spread}
-            for shape, t in timings.items()
-        }
-        known = {"state": state, "milliseconds": milliseconds}
-        write_json(folder / TIMES_NAME, known)
-    return {trial.key: known["milliseconds"][shapes[trial.key]] for trial in trials}
+    path, cure = folder / TIMES_NAME, "it is measured again"
+    try:
+        known = read_object(path, cure=cure) or {}
+        if known.get("state") == state:
+            with values_of(path, cure=cure):
+                return {trial.key: known["milliseconds"][shapes[trial.key]] for trial in trials}
+    except UserError as error:
+        progress.note(str(error))
+    decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
+    timings = time_per_token(decoders, progress)
+    milliseconds = {
+        shape: {"decode_ms_per_token": t.median, "decode_ms_spread": t.spread}
+        for shape, t in timings.items()
+    }
+    write_json(path, {"state": state, "milliseconds": milliseconds})
+    return {trial.key: milliseconds[shapes[trial.key]] for trial in trials}

@@ -72,7 +72,6 @@ class Outbox:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
-    except ValueError:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
         return False  # cut off by a crash
-    return True

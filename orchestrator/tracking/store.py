@@ -7,8 +7,11 @@ processes that meet a new sqlite file at the same time crash; an explicit artifa
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -21,6 +24,9 @@ from orchestrator.tracking.operations import OPERATIONS
 from orchestrator.workspace import Workspace
 
 EXPERIMENT_NAME = "iiet-orch"
+SQLITE = "sqlite:///"
+SQLITE_HEAD = b"SQLite format 3\0"
+"""First bytes of every database's file that is not empty."""
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 KEY_TAG, KIND_TAG = "iiet.key", "iiet.kind"
 PARENT_TAG = "mlflow.parentRunId"
@@ -50,6 +56,7 @@ class Store:
     def connect(self) -> MlflowClient:
         """Return the client, after making database and experiment if they are missing."""
         if self._client is None:
+            check_database(self.uri)
             with self._lock:
                 client = MlflowClient(tracking_uri=self.uri)  # This makes the database.
                 found = client.get_experiment_by_name(self.experiment_name)
@@ -100,6 +107,27 @@ class Store:
         return str(
             client.create_experiment(self.experiment_name, artifact_location=location, tags=tags)
         )
+
+
+def check_database(uri: str) -> None:
+    """Find at once what no sqlite database can be made of; MLflow would try for two minutes.
+
+    Raises:
+        OSError: If the address names a folder, a link without an end, or a file of another kind.
+    """
+    path = Path(uri.removeprefix(SQLITE).partition("?")[0])
+    if not uri.startswith(SQLITE) or not path.name:
+        return
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a database's file", str(path))
+    with path.open("rb") as file:
+        head = file.read(len(SQLITE_HEAD))
+    if head and head != SQLITE_HEAD:
+        raise OSError(errno.EINVAL, "it is not a database of sqlite", str(path))
 
 
 def is_refusal(error: Exception) -> bool:

@@ -28,9 +28,9 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import non_finite
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, shortened
 from orchestrator.provenance import KEY_LENGTH, content_key, file_digest, file_key
-from orchestrator.workspace import expanded
+from orchestrator.workspace import DAMAGE, expanded, read_object
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -53,6 +53,10 @@ pad one, how a chat is written. All but `TOKEN_IDS` (those of the model's own `c
 files of transformers; models that are trained here have none of them."""
 
 _NAME = re.compile(r"step_(\d{8,})")
+CURE = (
+    "copy the checkpoint here again, or move its folder away; a run that is started again goes on "
+    "from the checkpoint before"
+)
 _NEEDED = (CONFIG, WEIGHTS, TRAINING_STATE)
 
 
@@ -187,11 +191,16 @@ def load_config(folder: Path) -> ModelConfig:
         UserError: If the file is missing, or not one of this version of the program.
     """
     try:
-        return ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read the model's configuration in {folder}: {error}") from None
+        values = read_object(folder / CONFIG, cure=CURE)
+        if values is not None:
+            return ModelConfig.from_dict(values)
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(
+            f"cannot read the model's configuration in {folder}: {shortened(str(error))}"
+        ) from None
+    raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
@@ -209,13 +218,16 @@ def load_provenance(folder: Path) -> dict[str, Any]:
         UserError: If the file is missing or damaged.
     """
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if not isinstance(provenance, dict):
-            raise ValueError("no mapping")
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no checkpoint: it has no {PROVENANCE}") from None
-    except (OSError, ValueError) as error:
+        provenance = read_object(folder / PROVENANCE, cure=CURE)
+    except UserError as error:
         raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {error}") from None
+    if provenance is None:
+        raise UserError(f"{folder} is no checkpoint: it has no {PROVENANCE}")
+    if not isinstance(provenance.get("checksums", {}), dict):
+        raise UserError(
+            f"the checkpoint {folder} is damaged: {PROVENANCE}: checksums are no mapping of names; "
+            f"{CURE}"
+        )
     return provenance
 
 
@@ -237,12 +249,15 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
-    checksums = load_provenance(folder).get("checksums", {})
+    provenance = load_provenance(folder)
+    checksums = provenance.get("checksums", {})
+    if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
+        raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
     for name in {**dict.fromkeys(_NEEDED), **checksums}:
         path = folder / name
         if not path.is_file():
             raise UserError(f"the checkpoint {folder} is damaged: {name} is missing")
-        if file_digest(path) != checksums.get(name):
+        if path.parent != folder or file_digest(path) != checksums.get(name):
             raise UserError(f"the checkpoint {folder} is damaged: {name} is not what was written")
 
 

@@ -29,7 +29,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.compiling import check_compiler
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace import read_object, values_of, write_json
 
 STOP_NAME = "stop"
 DONE_NAME = "done.json"
@@ -306,7 +306,7 @@ def claim_folder(job: TrainingJob) -> None:
 
 
 def _check_claim(job: TrainingJob) -> None:
-    earlier = read_json(job.folder / JOB_NAME)
+    earlier = read_object(job.folder / JOB_NAME)
     essence = _essence(job)
     if earlier is not None and earlier.get("key") != content_key(essence):
         raise UserError(
@@ -328,15 +328,18 @@ def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
 
 def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:
     """Return the outcome of a finished job whose last checkpoint is whole; None otherwise."""
-    done = read_json(job.folder / DONE_NAME)
+    path = job.folder / DONE_NAME
+    done = read_object(path)
     if not done:
         return None
-    folder = job.folder / checkpoint_name(done["step"])  # The workspace may have been moved.
+    with values_of(path):
+        folder = job.folder / checkpoint_name(done["step"])  # The workspace may have been moved.
+        outcome = TrainingOutcome(**{**done, "checkpoint": str(folder)})
     try:
         check_checkpoint(folder)
     except UserError:
         return None
-    return TrainingOutcome(**{**done, "checkpoint": str(folder)})
+    return outcome
 
 
 def ask_to_stop(run_folder: Path) -> None:

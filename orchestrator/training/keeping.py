@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from orchestrator.training.checkpoint import find_checkpoints
-from orchestrator.workspace import delete_folder, is_name, read_json, write_json
+from orchestrator.workspace import delete_folder, is_name, read_object, values_of, write_json
 
 BEST = "best.json"
 
@@ -18,8 +18,10 @@ BEST = "best.json"
 def remember_best(checkpoint: Path, step: int, validation_loss: float) -> None:
     """Name a checkpoint in its run's `best.json`, unless an earlier one there is as good."""
     path = checkpoint.parent / BEST
-    best = read_json(path) if best_checkpoint(checkpoint.parent) else None
-    if best is None or validation_loss < best["validation_loss"]:
+    best = read_object(path) if best_checkpoint(checkpoint.parent) else None
+    with values_of(path):
+        is_better = best is None or validation_loss < best["validation_loss"]
+    if is_better:
         found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
         write_json(path, found)
 
@@ -30,9 +32,8 @@ def best_checkpoint(run_folder: Path) -> Path | None:
     Raises:
         UserError: If the file is damaged.
     """
-    best = read_json(run_folder / BEST)
-    is_named = isinstance(best, dict) and is_name(best.get("checkpoint"))
-    folder = run_folder / best["checkpoint"] if is_named else None
+    best = read_object(run_folder / BEST)
+    folder = run_folder / best["checkpoint"] if best and is_name(best.get("checkpoint")) else None
     return folder if folder and folder.is_dir() else None
 
 

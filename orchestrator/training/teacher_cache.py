@@ -243,7 +243,9 @@ def damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
         path = column.path(folder)
         if not path.is_file() or path.stat().st_size != plan.num_rows * column.num_bytes:
             return f"{path.name} is cut off"
-        if read and file_digest(path) != manifest.get("checksums", {}).get(column.name):
+        checksums = manifest.get("checksums")
+        known = checksums.get(column.name) if isinstance(checksums, dict) else None
+        if read and file_digest(path) != known:
             return f"{path.name} is not what was written"
     return None
 

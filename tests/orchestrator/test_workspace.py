@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, file_key
-from orchestrator.workspace import check_name, is_name, open_workspace, read_json, write_json
+from orchestrator.workspace import (
+    check_name,
+    is_name,
+    open_workspace,
+    read_json,
+    read_object,
+    values_of,
+    write_json,
+)
 
 
 def test_the_environment_names_the_workspace(
@@ -66,6 +77,66 @@ def test_a_name_is_that_of_a_folder(name: str) -> None:
 )
 def test_what_could_lead_elsewhere_is_no_name(name: object) -> None:
     assert not is_name(name)
+
+
+def _damage(path: Path, how: str) -> None:
+    path.unlink(missing_ok=True)
+    if how == "a folder":
+        path.mkdir(parents=True)
+    elif how == "a link to itself":
+        path.symlink_to(path)
+    else:
+        contents = {
+            "empty": b"",
+            "cut off": b'{"x": 1',
+            "not UTF-8": b'{"x": "\xff"}',
+            "deep": b"[" * 100_000 + b"]" * 100_000,
+            "no object": b"[1, 2]",
+            "a long integer": b'{"x": ' + b"9" * 5000 + b"}",
+        }
+        path.write_bytes(contents[how])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a folder", "a link to itself", "empty", "cut off", "not UTF-8", "deep", "no object",
+        "a long integer",
+    ],
+)  # fmt: skip
+def test_a_damaged_object_is_named_with_its_cure(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "a.json"
+    _damage(path, how)
+    with pytest.raises(UserError) as caught:
+        read_object(path, cure="do this")
+    text = str(caught.value)
+    assert text.startswith(f"{path} is damaged (")
+    assert text.endswith("; do this")
+    assert len(text) < len(str(path)) + 300
+
+
+def test_a_flipped_bit_in_a_number_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    stored = {"accuracy": 0.4462, "loss": float("inf"), "by task": {"x": [1, 2.5, None]}}
+    write_json(path, stored)
+    assert read_json(path) == stored
+    text = path.read_text()
+    path.write_text(text.replace("0.4462", "0.5462"))
+    with pytest.raises(UserError, match="its content is not what was written"):
+        read_json(path)
+    path.write_text(json.dumps(stored))
+    assert read_json(path) == stored, "files of earlier versions have no checksum"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda v: v["x"], lambda v: v["a"]["b"], lambda v: int(v["a"]), lambda v: v["a"].items()],
+)
+def test_a_value_of_another_kind_is_named_with_its_file(
+    tmp_path: Path, read: Callable[[Any], object]
+) -> None:
+    with pytest.raises(UserError, match=r"a\.json is damaged"), values_of(tmp_path / "a.json"):
+        read({"a": "text"})
 
 
 def test_keys_depend_on_content_and_on_nothing_else(tmp_path: Path) -> None:

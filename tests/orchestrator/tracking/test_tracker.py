@@ -192,6 +192,27 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(
         open_tracking(workspace)
 
 
+@pytest.mark.parametrize("what", ["a folder", "a link to itself", "a text"])
+def test_what_can_be_no_database_is_found_before_mlflow_tries_to_open_it(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    path = tmp_path / "mlflow.db"
+    if what == "a folder":
+        path.mkdir()
+    elif what == "a text":
+        path.write_text("no database")
+    else:
+        path.symlink_to(path)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("MLflow was asked")
+
+    monkeypatch.setattr("orchestrator.tracking.store.MlflowClient", never)
+    with pytest.raises(UserError, match=r"cannot open MLflow's store .*mlflow\.db.* move the file"):
+        open_tracking(open_workspace(tmp_path))
+
+
 def test_pending_operations_are_plain_json(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

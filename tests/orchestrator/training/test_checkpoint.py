@@ -13,6 +13,7 @@ from orchestrator.errors import UserError
 from orchestrator.training.checkpoint import (
     check_checkpoint,
     find_checkpoints,
+    load_config,
     load_decoder,
     load_provenance,
     load_training_state,
@@ -141,6 +142,24 @@ def damage(path: Path, harm: str) -> None:
     else:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", "[" * 100_000, '{"checksums": []}', '{"checksums": {}}', "\xff", ""]
+)
+def test_a_damaged_record_is_named(run: Path, text: str) -> None:
+    folder = find_checkpoints(run)[-1]
+    (folder / "provenance.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"step_00000100 is damaged: (provenance\.json|config)"):
+        resolve_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, '{"num_layers": {}}', "null"])
+def test_a_damaged_configuration_is_named(run: Path, text: str) -> None:
+    folder = find_checkpoints(run)[-1]
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"step_00000100"):
+        load_config(folder)
 
 
 def test_no_whole_checkpoint_is_none(run: Path) -> None:
