@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from iiet.attend import attend
 from iiet.context import AttentionContext
-from iiet.rope import RopeTables, rotate_
+from iiet.linear import is_plain
+from iiet.rope import RopeTables, rotate, rotate_
 
 __all__ = ["Attention"]
 
@@ -57,11 +58,16 @@ class Attention(nn.Module):
             mask=context.mask,
             is_causal=context.mask is None and time > 1,
         )
-        return F.linear(mixed.transpose(1, 2).reshape(batch, time, dim), self.out.weight)
+        result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, time, dim))
+        return result
 
     def _heads(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
         shape = self.num_heads, self.num_kv_heads
+        if not is_plain(self.qkv, nn.Linear):
+            qkv = self.qkv(x).view(x.size(0), x.size(1), -1, self.head_dim)
+            turned, values = qkv.tensor_split([self.num_heads + self.num_kv_heads], 2)
+            return _split(torch.cat([rotate(turned, *rope), values], 2), *shape)
         if not torch.is_grad_enabled():
             return _project(x, self.qkv.weight, rope.cos, rope.sin, *shape)
         heads: tuple[Tensor, Tensor, Tensor] = _ProjectHeads.apply(  # type: ignore[no-untyped-call]

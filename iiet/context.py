@@ -9,13 +9,14 @@ value. Most passes need no mask at all: the kernel knows the causal one by itsel
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iiet.cache import CacheRecord, DecodingCache
-from iiet.decoding_step import is_token_step
+from iiet.decoding_step import is_plain_field, is_token_step
 from iiet.rope import Rope, RopeTables
 
 __all__ = ["AttentionContext", "make_context"]
@@ -43,6 +44,7 @@ def make_context(
     hidden: Tensor,
     rope: Rope,
     *,
+    fields: Iterable[nn.Module] = (),
     cache: DecodingCache | None = None,
     record: CacheRecord | None = None,
     attention_mask: Tensor | None = None,
@@ -53,6 +55,7 @@ def make_context(
     Args:
         hidden: the embeddings of the pass's tokens, (batch, time, dim).
         rope: tables for as many positions as the context has.
+        fields: those that the pass evaluates.
         cache: keys and values of earlier tokens.
         record: the cache's; the padding is read from it and noted in it.
         attention_mask: (batch, cached + time), false for padding; None where there is none beside
@@ -91,8 +94,9 @@ def make_context(
     elif position_ids is not None and cache is None:
         mask = _packed(position_ids)
     tables = rope.at(positions, device, dtype)
+    token_step = is_token_step(hidden, cached=cache is not None)
     return AttentionContext(
-        tables, mask, total, cache, is_token_step(hidden, cached=cache is not None)
+        tables, mask, total, cache, token_step and all(map(is_plain_field, fields))
     )
 
 

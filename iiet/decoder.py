@@ -25,7 +25,7 @@ from iiet.config import ModelConfig
 from iiet.context import make_context
 from iiet.decoding_step import is_token_step
 from iiet.field import Field
-from iiet.linear import few_rows_product
+from iiet.linear import few_rows_product, is_plain
 from iiet.methods import METHODS, Advance
 from iiet.norm import RMSNorm
 from iiet.rope import Rope
@@ -197,8 +197,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
         normed = self.norm(hidden)
+        if self.head is not None and not is_plain(self.head, nn.Linear):
+            logits: Tensor = self.head(normed)
+            return logits
+        weight = self.embedding.weight if self.head is None else self.head.weight
         if is_token_step(normed, cached=True):
             return few_rows_product(normed, weight, len(normed)).view(len(normed), 1, -1)
         return F.linear(normed, weight)
@@ -235,6 +238,7 @@ class Decoder(nn.Module):
         context = make_context(
             hidden,
             self.rope,
+            fields=self.fields,
             cache=cache,
             record=None if cache is None else agreed_record(cache, evaluations_per_layer),
             attention_mask=attention_mask,

@@ -8,22 +8,22 @@ of a step's time at width 256; the shared test suite holds it to the full forwar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from iiet.attend import attend
-from iiet.linear import MAX_ROWS, add_few_rows_product, few_rows_product
-from iiet.norm import normalize
+from iiet.linear import MAX_ROWS, add_few_rows_product, few_rows_product, is_plain
+from iiet.norm import RMSNorm, normalize
 from iiet.rope import rotate_
 
 if TYPE_CHECKING:
     from iiet.context import AttentionContext
     from iiet.field import Field
 
-__all__ = ["evaluate_token", "is_token_step"]
+__all__ = ["evaluate_token", "is_plain_field", "is_token_step"]
 
 
 def is_token_step(hidden: Tensor, *, cached: bool) -> bool:
@@ -36,6 +36,19 @@ def is_token_step(hidden: Tensor, *, cached: bool) -> bool:
         and hidden.dtype in (torch.float32, torch.float64)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_plain_field(field: Any) -> bool:
+    """Tell whether a field's weights may be read instead of calling its modules."""
+    attention, network = field.attention, field.feed_forward
+    linears = (attention.qkv, attention.out, network.gate_up, network.down)
+    return (
+        all(is_plain(linear, nn.Linear) for linear in linears)
+        and is_plain(field.attention_norm, RMSNorm)
+        and is_plain(field.feed_forward_norm, RMSNorm)
+        and is_plain(attention, type(attention))
+        and is_plain(network, type(network))
     )
 
 

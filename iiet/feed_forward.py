@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from iiet.linear import is_plain
+
 __all__ = ["FeedForward"]
 
 
@@ -35,7 +37,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
-        gate_up = F.linear(x, self.gate_up.weight)
+        gate_up = self.gate_up(x)
+        if not is_plain(self.down, nn.Linear):
+            gate, up = gate_up.chunk(2, dim=-1)
+            called: Tensor = self.down(F.silu(gate) * up)
+            return called
         if not torch.is_grad_enabled():
             return _gated_product(gate_up, self.down.weight)
         if torch.compiler.is_compiling():  # The compiler chooses by itself what to keep.

@@ -12,12 +12,30 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["MAX_ROWS", "add_few_rows_product", "few_rows_product"]
+__all__ = ["MAX_ROWS", "add_few_rows_product", "few_rows_product", "is_plain"]
 
 MAX_ROWS: Final = 8
 """Up to so many rows this is worth while; above, `F.linear` is as fast."""
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module may be read for its weights instead of being called.
+
+    Not so when it was replaced or wrapped, as LoRA does, or has a hook, a bias or a forward of its
+    own.
+    """
+    own = module.__dict__
+    return (
+        type(module) is kind
+        and "forward" not in own
+        and own["_parameters"].get("bias") is None
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+    )
 
 
 def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rope", "RopeTables", "rotate_"]
+__all__ = ["Rope", "RopeTables", "rotate", "rotate_"]
 
 
 class RopeTables(NamedTuple):
@@ -75,6 +75,11 @@ class Rope:
         """
         cos, sin = self.tables(device, dtype)
         return RopeTables(cos[positions], sin[positions])
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Do as `rotate_`, into a new tensor."""
+    return torch.addcmul(heads * cos, heads.roll(heads.size(-1) // 2, dims=-1), sin)
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

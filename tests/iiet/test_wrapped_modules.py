@@ -1,0 +1,141 @@
+"""A module that was wrapped, replaced or hooked is called: in training, evaluation and decoding.
+
+Adapters such as LoRA replace a linear layer by one that adds a low-rank product to it and still
+answers when it is asked for its weight. Whoever only reads weights never sees what they add.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from iiet import Decoder, KeyValueCache, next_token_loss, preset
+
+LINEARS = ["attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"]
+NORMS = ["attention_norm", "feed_forward_norm"]
+CONTAINERS = ["attention", "feed_forward"]
+
+
+class LowRank(nn.Module):
+    """A linear layer and a low-rank product beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self):
+        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=False)
+        linear.weight = nn.Parameter(self.weight + self.up.weight @ self.down.weight)
+        return linear
+
+
+def fresh_decoder():
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "vocab_size": 20}
+    config = preset("tiny", schedule="2,0", tie_embeddings=False, initializer_std=0.3, **sizes)
+    return Decoder(config).double()
+
+
+def tokens():
+    return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def all_logits(decoder):
+    """Logits with gradients, without, and step by step."""
+    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=torch.float64)
+    with_gradients = decoder(tokens())
+    with torch.no_grad():
+        steps = [decoder(part, cache=cache) for part in tokens().split([4, 1, 1, 1, 1], 1)]
+        return with_gradients, decoder(tokens()), torch.cat(steps, 1)
+
+
+def replace(decoder, path, make):
+    """Replace a module of each field, or of the decoder."""
+    for parent in [decoder] if path == "head" else decoder.fields:
+        parent.set_submodule(path, make(parent.get_submodule(path)))
+
+
+@pytest.mark.parametrize("path", [*LINEARS, "head"])
+def test_a_low_rank_adapter_works_as_if_merged_and_learns(path):
+    decoder = fresh_decoder()
+    plain = decoder(tokens())
+    replace(decoder, path, LowRank)
+    assert not torch.allclose(decoder(tokens()), plain)
+    next_token_loss(decoder(tokens()), tokens()).backward()
+    adapters = [module for module in decoder.modules() if isinstance(module, LowRank)]
+    for adapter in adapters:
+        assert adapter.up.weight.grad.abs().sum() > 0
+        assert adapter.down.weight.grad.abs().sum() > 0
+    adapted = all_logits(decoder)
+    replace(decoder, path, LowRank.merged)
+    for logits in adapted:
+        torch.testing.assert_close(logits, decoder(tokens()), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("path", [*LINEARS, *NORMS, *CONTAINERS, "head"])
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_hook_or_another_forward_is_heeded_everywhere(path, how):
+    decoder = fresh_decoder()
+    plain = decoder(tokens())
+
+    def changed(module):
+        if how == "hook":
+            module.register_forward_hook(lambda module, args, output: 1.5 * output)
+        else:
+            forward = module.forward
+            module.forward = lambda *args: 1.5 * forward(*args)
+        return module
+
+    replace(decoder, path, changed)
+    full, *others = all_logits(decoder)
+    assert not torch.allclose(full, plain)
+    for logits in others:
+        torch.testing.assert_close(logits, full, rtol=0, atol=1e-11)
+
+
+def test_a_linear_layer_with_a_bias_adds_it():
+    decoder = fresh_decoder()
+    plain = decoder(tokens())
+
+    def with_bias(linear):
+        linear.bias = nn.Parameter(torch.randn(linear.out_features, dtype=torch.float64))
+        return linear
+
+    replace(decoder, "feed_forward.down", with_bias)
+    full, *others = all_logits(decoder)
+    assert not torch.allclose(full, plain)
+    for logits in others:
+        torch.testing.assert_close(logits, full, rtol=0, atol=1e-11)
+
+
+@pytest.mark.slow  # peft takes long to load
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which peft reads
+def test_lora_of_peft_changes_and_learns():
+    peft = pytest.importorskip("peft")
+    from iiet.huggingface import IIETForCausalLM
+
+    model = IIETForCausalLM.from_decoder(fresh_decoder().float())
+    before = model(tokens()).logits.detach()
+    config = peft.LoraConfig(r=2, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.5)
+    for _ in range(2):  # One half of each adapter starts at zero, so the other learns from step 2.
+        optimizer.zero_grad()
+        adapted(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+    trained = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 4 * 2
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in trained.values())
+    after = adapted(input_ids=tokens()).logits.detach()
+    assert (after - before).abs().max() > 0.01
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged, IIETForCausalLM)
+    torch.testing.assert_close(merged(tokens()).logits.detach(), after)
