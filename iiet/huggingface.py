@@ -12,6 +12,7 @@ Source: transformers 5.24; slots as in `iiet.cache`.
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -55,8 +56,9 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     method: str = "iiet"
     """How a layer advances the hidden state."""
-    corrections: list[int] | None = None
-    """The iteration schedule: corrections per layer; None for methods that make none."""
+    corrections: list[int] | tuple[int, ...] | str | int | None = None
+    """The iteration schedule: corrections per layer, or as text ("1,0,0", "3..0") or one number for
+    all layers; None for methods that make none."""
     vocab_size: int = 32000
     """Number of distinct tokens."""
     hidden_size: int = 512
@@ -125,10 +127,9 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         Raises:
             ValueError: everything that is wrong with the values.
         """
-        schedule = None if self.corrections is None else IterationSchedule(tuple(self.corrections))
         return ModelConfig(
             method=self.method,
-            schedule=schedule,
+            schedule=self._schedule(),
             vocab_size=self.vocab_size,
             dim=self.hidden_size,
             num_layers=self.num_hidden_layers,
@@ -142,6 +143,13 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             layer_norm_eps=self.layer_norm_eps,
             initializer_std=self.initializer_range,
         )
+
+    def _schedule(self) -> IterationSchedule | None:
+        if self.corrections is None:
+            return None
+        if isinstance(self.corrections, str | int):
+            return IterationSchedule.parse(self.corrections, num_layers=self.num_hidden_layers)
+        return IterationSchedule(tuple(self.corrections))
 
 
 class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -162,6 +170,8 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
         self.decoder = Decoder(config.to_model_config())
+        schedule = self.decoder.config.schedule
+        config.corrections = None if schedule is None else list(schedule)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -196,46 +206,82 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor | None = 0,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, given labels, the loss.
 
         Args:
             input_ids: (batch, time) of integers; with a cache, the tokens after those it holds.
             attention_mask: (batch, cached + time), 0 for padding; positions follow from it.
+            position_ids: (batch or 1, time), where positions shall not follow from the mask.
+                Without mask and cache, a position that does not go on by one starts another
+                sequence of the row, as in packed batches.
             cache: keys and values of earlier tokens, a cache of transformers.
+            inputs_embeds: (batch, time, dim), instead of `input_ids`.
             labels: (batch, time), -100 where there is nothing to learn; shifted here.
             use_cache: whether to make a cache where none is given. Only on request, unlike
                 elsewhere: scoring would pay for a slot per evaluation and throw them away.
-            logits_to_keep: how many tokens at the end to compute logits for; 0 for all.
+            logits_to_keep: how many tokens at the end to return logits for, 0 for all; or the
+                numbers of the tokens, (count,).
             output_hidden_states: whether to return the embeddings and the hidden state after each
                 layer, each (batch, time, dim).
+            output_attentions: refused unless it asks for nothing.
+            others: `past_key_values`, the older name of `cache`; `num_items_in_batch` and
+                `shift_labels`, for the loss; `cache_position`, which must go on behind the cache.
+                Whatever else is not None or False is refused.
+
+        Raises:
+            ValueError: an argument asks for what the model cannot do.
         """
+        cache = _older_name(cache, others.pop("past_key_values", None))
+        loss_options = {
+            name: value
+            for name in ("num_items_in_batch", "shift_labels")
+            if (value := others.pop(name, None)) is not None
+        }
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        _check_others(others | {"output_attentions": output_attentions}, cache=cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None:
             _prepare_cache(cache, self.decoder.evaluations_per_layer())
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds, input_ids = self.decoder.embedding(input_ids), None
         logits = self.decoder(
             input_ids,
+            inputs_embeds=inputs_embeds,
             cache=cache,
             attention_mask=attention_mask,
-            last_only=logits_to_keep == 1,
+            position_ids=position_ids,
+            last_only=isinstance(logits_to_keep, int) and logits_to_keep == 1,
             return_hidden=bool(output_hidden_states),
         )
         hidden = None
         if output_hidden_states:
             logits, hidden = logits
-            hidden = (self.decoder.embedding(input_ids), *hidden)
-        logits = logits[:, -logits_to_keep:]
+            hidden = (inputs_embeds, *hidden)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        elif logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, **loss_options
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache, hidden_states=hidden)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -250,6 +296,25 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the head; None where it is the embedding."""
         return self.decoder.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the head of a model whose head is not the embedding."""
+        self.decoder.head = value  # type: ignore[assignment]  # Adapters may have wrapped it.
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Change the number of tokens, as transformers does; see there for the arguments."""
+        embedding: nn.Embedding = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        self.decoder.config = dataclasses.replace(
+            self.decoder.config, vocab_size=embedding.num_embeddings
+        )
+        return embedding
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -301,6 +366,43 @@ def fast_tokenizer(
     tokenizer.eos_token = end_of_text
     tokenizer.pad_token = end_of_text
     return tokenizer
+
+
+def _older_name(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument; pass one")
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"cache must be a Cache of transformers, such as DynamicCache(), got a {type(cache)}"
+        )
+    return cache
+
+
+def _check_others(others: dict[str, Any], *, cache: Cache | None) -> None:
+    """Refuse what would otherwise be ignored without a word.
+
+    Raises:
+        ValueError: an argument asks for what the model cannot do.
+    """
+    given = {name: value for name, value in others.items() if value is not None}
+    if given.pop("output_attentions", False):
+        raise ValueError(
+            "output_attentions=True cannot be served: the attention kernel never forms the "
+            "attention weights; leave it out"
+        )
+    if not given.pop("is_causal", True):
+        raise ValueError("is_causal=False cannot be served: the model is causal; leave it out")
+    numbers = given.pop("cache_position", None)
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if numbers is not None and numbers.tolist() != list(range(held, held + len(numbers))):
+        raise ValueError(
+            f"cache_position must count on from the {held} tokens that the cache holds, got "
+            f"{numbers.tolist()}; leave it out, or pass position_ids for other positions"
+        )
+    asked = [name for name, value in given.items() if value is not False]
+    if asked:
+        raise ValueError(f"the model takes no {', '.join(asked)}; leave it out")
 
 
 def _prepare_cache(cache: Cache, evaluations_per_layer: tuple[int, ...]) -> None:

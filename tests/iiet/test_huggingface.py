@@ -5,6 +5,7 @@ Generation is compared with the same model generating without any cache, which k
 
 import copy
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -16,14 +17,18 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     StaticCache,
 )
+from transformers.utils.generic import TransformersKwargs
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.huggingface import IIETConfig, IIETForCausalLM, fast_tokenizer
 from iiet.losses import next_token_loss
 from iiet.methods import METHODS
+from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 
 END = "<|endoftext|>"
@@ -164,6 +169,158 @@ def test_loss_logits_and_hidden_states_are_the_decoders():
     for keep in (1, 3):
         torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, logits[:, -keep:])
     assert isinstance(model(ids, return_dict=False), tuple)
+
+
+@pytest.fixture(scope="module")
+def llama_and_its_copy():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=48,
+        initializer_range=0.4,
+        use_cache=False,  # Without a cache it takes positions that begin again for packed texts.
+    )
+    llama = LlamaForCausalLM(config).double().eval()
+    decoder = decoder_from_published(config.to_dict(), llama.state_dict()).double()
+    return llama, IIETForCausalLM.from_decoder(decoder)
+
+
+LEFT_PADDED = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+
+ARGUMENTS = {
+    "positions": {"position_ids": torch.arange(5, 14)[None]},
+    "packed": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])},
+    "packed by rows": {"position_ids": torch.tensor([[*range(9)], [*range(4), *range(5)]])},
+    "padded": {
+        "attention_mask": LEFT_PADDED,
+        "position_ids": (LEFT_PADDED.cumsum(1) - 1).clamp_min(0),
+    },
+    "embeddings": {"input_ids": None, "inputs_embeds": torch.randn(2, 9, 16).double()},
+    "last tokens": {"logits_to_keep": 2},
+    "some tokens": {"logits_to_keep": torch.tensor([1, 5])},
+    "loss": {"labels": tokens(2, 9), "num_items_in_batch": 100},
+    "hidden states": {"output_hidden_states": True},
+    "older name of the cache": {"past_key_values": None},
+    "tuple": {"return_dict": False},
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+def test_forward_takes_what_a_llama_takes_and_answers_the_same(llama_and_its_copy, arguments):
+    expected, found = (m(**{"input_ids": tokens(2, 9), **arguments}) for m in llama_and_its_copy)
+    if not arguments.get("return_dict", True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        return
+    mask = arguments.get("attention_mask", torch.ones(expected.logits.shape[:2])).bool()
+    torch.testing.assert_close(found.logits[mask], expected.logits[mask], rtol=0, atol=1e-5)
+    if expected.loss is not None:
+        assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    if expected.hidden_states is not None:
+        assert len(found.hidden_states) == len(expected.hidden_states)
+
+
+def test_forward_takes_none_for_every_argument_of_a_llama():
+    model = IIETForCausalLM.from_decoder(make_decoder())
+    names = list(inspect.signature(LlamaForCausalLM.forward).parameters)
+    older = ["past_key_values", "cache_position", "output_attentions", "return_dict"]
+    nothing = dict.fromkeys([*names[1:-1], *TransformersKwargs.__annotations__, *older])
+    assert {"position_ids", "inputs_embeds", "output_attentions"} <= set(nothing)
+    output = model(**{**nothing, "input_ids": tokens(2, 9)})
+    assert torch.equal(output.logits, model(tokens(2, 9)).logits)
+    model(tokens(2, 9), output_attentions=False, cache_position=torch.arange(9), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_attentions": True}, "output_attentions=True cannot be served"),
+        ({"is_causal": False}, "is_causal=False cannot be served"),
+        ({"cache_position": torch.arange(1, 10)}, "must count on from the 0 tokens"),
+        ({"position_ids": torch.arange(40, 49)[None]}, r"between 0 and 47 .* got 40 to 48"),
+        ({"position_ids": torch.arange(-1, 8)[None]}, "got -1 to 7"),
+        ({"position_ids": torch.arange(8)[None]}, r"here \(2, 9\), got \(1, 8\)"),
+        ({"attention_masks": torch.ones(2, 9)}, "the model takes no attention_masks"),
+        ({"inputs_embeds": torch.zeros(2, 9, 16)}, "either input_ids or inputs_embeds"),
+        ({"input_ids": None}, "either input_ids or inputs_embeds"),
+        ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, "two names of one argument"),
+        ({"past_key_values": ()}, "must be a Cache of transformers"),
+    ],
+)
+def test_what_forward_cannot_do_is_refused(arguments, message):
+    model = IIETForCausalLM.from_decoder(make_decoder())
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": tokens(2, 9), **arguments})
+
+
+def test_the_config_asks_for_hidden_states_and_attentions_too():
+    model = IIETForCausalLM.from_decoder(make_decoder())
+    model.config.output_hidden_states = True
+    assert len(model(tokens(1, 3)).hidden_states) == 4
+    model.set_attn_implementation("eager")  # transformers refuses to set the other with sdpa.
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions=True cannot be served"):
+        model(tokens(1, 3))
+
+
+@torch.no_grad()
+def test_the_older_name_of_the_cache_works_in_forward_and_generation():
+    model, ids = IIETForCausalLM.from_decoder(make_decoder().double()), tokens(2, 6)
+    cache = model(ids[:, :4], past_key_values=DynamicCache(), use_cache=True).cache
+    rest = model(ids[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(ids).logits[:, 4:])
+    mask = torch.ones_like(ids)
+    plain = generated(model, ids, mask)
+    with pytest.warns(FutureWarning, match="Use `cache` instead"):
+        assert torch.equal(generated(model, ids, mask, past_key_values=DynamicCache()), plain)
+
+
+@torch.no_grad()
+def test_generation_from_embeddings_and_with_positions():
+    model, ids = IIETForCausalLM.from_decoder(make_decoder().double()), tokens(2, 6)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    plain = generated(model, ids, mask)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(generated(model, None, mask, inputs_embeds=embeddings), plain[:, 6:])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    assert torch.equal(generated(model, ids, mask, position_ids=positions), plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [20, 10])
+def test_the_number_of_tokens_can_be_changed(tied, size, tmp_path):
+    model = IIETForCausalLM.from_decoder(make_decoder(tied=tied))
+    ids = tokens(2, 9) % 10
+    before = model(ids).logits
+    model.resize_token_embeddings(size, mean_resizing=False)
+    assert model.config.vocab_size == model.decoder.config.vocab_size == size
+    logits = model(ids, labels=ids).logits
+    assert logits.shape == (2, 9, size)
+    kept = min(size, len(WORDS))
+    torch.testing.assert_close(logits[..., :kept], before[..., :kept])
+    assert (model.get_output_embeddings() is None) == tied
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, logits)
+    assert generated(again, ids[:, :4], torch.ones(2, 4)).shape == (2, 16)
+    wrapped_again = IIETForCausalLM.from_decoder(model.to_decoder())
+    assert wrapped_again.config.vocab_size == size
+
+
+@pytest.mark.parametrize("text", ["1,0,0", (1, 0, 0), "1,0*2"])
+def test_a_schedule_may_be_written_as_elsewhere(text, tmp_path):
+    IIETForCausalLM.from_decoder(make_decoder()).save_pretrained(tmp_path / "full")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", corrections=text)
+    assert model.decoder.schedule == IterationSchedule((1, 0, 0))
+    model.save_pretrained(tmp_path / "cheap")
+    assert AutoConfig.from_pretrained(tmp_path / "cheap").corrections == [1, 0, 0]
+    with pytest.raises(ValueError, match="is for 2 layers, the model has 3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "full", corrections="1,0")
 
 
 MODES = {
