@@ -43,7 +43,7 @@ from orchestrator.training.checkpoint import (
     resolve_checkpoint,
     weights_key,
 )
-from orchestrator.workspace import expanded
+from orchestrator.workspace import resolved
 
 
 def export_model(
@@ -71,7 +71,7 @@ def export_model(
     checkpoint = resolve_model(desk.workspace, path)
     wanted = parse_schedule(schedule, checkpoint)
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
-    folder = expanded(to).resolve() if to else desk.workspace.exports / name
+    folder = resolved(to) if to else desk.workspace.exports / name
     check_target(folder)
     decoder = load_decoder(checkpoint)
     if wanted is not None:
@@ -154,7 +154,7 @@ def pick_model(
     decoder = load_decoder(checkpoint)
     if result.schedule is not None:
         decoder = decoder.with_schedule(IterationSchedule(result.schedule))
-    folder = expanded(to).resolve() if to else desk.workspace.exports / sweep.name / rule.alias
+    folder = resolved(to) if to else desk.workspace.exports / sweep.name / rule.alias
     card = card_of(desk, checkpoint, decoder.config, items.get(result.key))
     export(
         decoder,

@@ -148,6 +148,19 @@ def expanded(path: Path | str) -> Path:
         raise UserError(f"cannot use the path {shortened(str(path))}: {error}") from None
 
 
+def resolved(path: Path | str) -> Path:
+    """Return the absolute path that a user means.
+
+    Raises:
+        UserError: If it can be none: its links lead to themselves, or its user is not known.
+    """
+    path = expanded(path)
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # The first: a link without an end.
+        raise UserError(f"cannot use the path {shortened(str(path))}: {error}") from None
+
+
 def is_folder(path: Path | str) -> bool:
     """Tell whether a path that a user typed is a folder; also of a text that can be no path."""
     try:
@@ -183,7 +196,7 @@ def open_workspace(path: Path | None = None) -> Workspace:
 def locate_workspace(path: Path | None = None) -> Workspace:
     """Return the workspace without making or touching it; see `open_workspace`."""
     root = path or Path(os.environ.get(ENVIRONMENT_NAME) or DEFAULT_NAME)
-    return Workspace(expanded(root).resolve())
+    return Workspace(resolved(root))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ from orchestrator.training.checkpoint import (
     tokenizer_file,
     weights_key,
 )
-from orchestrator.workspace import Workspace, expanded
+from orchestrator.workspace import Workspace, resolved
 
 _FOREIGN_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
 """Each tells that a config.json is not one of our checkpoints'."""
@@ -102,7 +102,7 @@ def open_subject(
     Raises:
         UserError: If there is no model, it is damaged, or the schedule does not fit.
     """
-    path = expanded(path).resolve()
+    path = resolved(path)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
     values = _config_values(path)

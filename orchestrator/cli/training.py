@@ -51,7 +51,7 @@ def quickstart(
 def prepare(
     files: Annotated[
         list[str] | None,
-        typer.Argument(help="Text, JSON lines or Parquet; the English in Python when left out."),
+        typer.Argument(help="Texts, JSON lines, Parquet, folders; Python's English if left out."),
     ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,

@@ -16,7 +16,9 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 from orchestrator.console import Progress
 from orchestrator.data.embedded import EMBEDDED_VERSION, embedded_documents, embedded_state
 from orchestrator.data.hub import require_hub
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, quoted
 from orchestrator.settings import DataSettings
 from orchestrator.workspace import expanded
 
@@ -32,6 +34,8 @@ DOCUMENT_MARK = "<|endoftext|>"
 LONG_DOCUMENT_CHARACTERS = 8000
 PASSAGE_CHARACTERS = 4000
 TITLE_CHARACTERS = 100
+LINES_LOOKED_AT = 1000
+"""Lines of a file that say whether a field is missing in one of them or in all."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -126,18 +130,41 @@ def find_files(settings: DataSettings) -> list[Path]:
         )
     found: set[Path] = set()
     for pattern in settings.files:
-        path = Path.cwd() / expanded(pattern)
-        root = Path(path.anchor)
-        # A name that exists is meant as it is, even with brackets in it.
-        matches = [path] if path.is_file() else root.glob(str(path.relative_to(root)))
-        files = [match.resolve() for match in matches if match.is_file()]
-        if not files:
-            raise UserError(f"data.files: no file matches {pattern!r} (looked from {Path.cwd()})")
-        found.update(files)
+        try:
+            found.update(_files_of(pattern))
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:  # A text that can be no path.
+            raise UserError(
+                f"data.files: {quoted(pattern)} is no path or pattern of files ({error})"
+            ) from None
     for path in sorted(found):
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"data.files: cannot read {path}; the kinds are {', '.join(SUFFIXES)}")
     return sorted(found)
+
+
+def _files_of(pattern: str) -> list[Path]:
+    """Return the files that a path or pattern names; a folder stands for the texts within."""
+    if not pattern:
+        raise UserError("data.files: a name is empty; name a file, a folder or a pattern")
+    path = Path.cwd() / expanded(pattern)
+    if path.is_dir():
+        files = [f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
+        if not files:
+            raise UserError(
+                f"data.files: the folder {path} holds no text; the kinds are {', '.join(SUFFIXES)}"
+            )
+    else:
+        root = Path(path.anchor)
+        # A name that exists is meant as it is, even with brackets in it.
+        matches = [path] if path.is_file() else root.glob(str(path.relative_to(root)))
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise UserError(
+                f"data.files: no file matches {quoted(pattern)} (looked from {Path.cwd()})"
+            )
+    return [file.resolve() for file in files]
 
 
 def _read_source(settings: DataSettings, progress: Progress) -> Iterator[Document]:
@@ -159,7 +186,9 @@ def _read_source(settings: DataSettings, progress: Progress) -> Iterator[Documen
 def _read_file(path: Path, text_field: str) -> Iterator[str]:
     try:
         if path.name.endswith(".txt"):
-            yield from split_text_file(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
+            _check_has_no_nul(text, path)
+            yield from split_text_file(text)
         elif path.name.endswith(".parquet"):
             yield from _read_parquet(path, text_field)
         else:
@@ -215,11 +244,42 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
+                _check_has_no_nul(line, path)
                 raise UserError(
                     f"{path}, line {number} is not JSON; each line holds one object"
                 ) from None
-            yield _text_of(record, text_field, f"{path}, line {number}")
+            place = f"{path}, line {number}"
+            if isinstance(record, dict) and text_field not in record:
+                _check_field_is_nowhere(path, text_field, place)
+            yield _text_of(record, text_field, place)
+
+
+def _check_has_no_nul(text: str, path: Path) -> None:
+    """Refuse what is valid UTF-8 and still no text, such as UTF-16 without a mark."""
+    place = text.find("\0")
+    if place >= 0:
+        raise UserError(
+            f"{path} holds NUL bytes (the first as character {place + 1}), so it is UTF-16 or no "
+            "text at all; convert it to UTF-8 first"
+        )
+
+
+def _check_field_is_nowhere(path: Path, text_field: str, place: str) -> None:
+    """Blame the one line that lacks the field, where others of the file have it."""
+    num_lines = num_having = 0
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+        for line in islice(filter(str.strip, file), LINES_LOOKED_AT):
+            num_lines += 1
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                num_having += isinstance(record, dict) and text_field in record
+    if num_having:
+        raise UserError(
+            f"{place} has no field {text_field!r}, and {num_having:,} of the first {num_lines:,} "
+            "lines have it; correct that line or remove it"
+        )
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -240,16 +300,29 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
 def _text_of(record: Any, text_field: str, place: str) -> str:
     if not isinstance(record, dict):
         raise UserError(
-            f"{place} holds a {type(record).__name__}, not an object with a field {text_field!r}"
+            f"{place} holds {_in_words(record)}, not an object with a field {text_field!r}"
         )
     if text_field not in record:
         raise UserError(_no_field(text_field, list(record), place))
     text = record[text_field]
     if not isinstance(text, str):
         raise UserError(
-            f"{place}: the field {text_field!r} holds a {type(text).__name__}, not text"
+            f"{place}: the field {text_field!r} holds {_in_words(text)}, not text; correct it or "
+            "remove it"
         )
     return text
+
+
+def _in_words(value: Any) -> str:
+    """Say what kind of value JSON holds, as people call it."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = ((str, "a text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
+    return next(
+        (words for kind, words in kinds if isinstance(value, kind)), "another kind of value"
+    )
 
 
 def _no_field(text_field: str, names: list[str], place: str) -> str:

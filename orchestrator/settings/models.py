@@ -17,7 +17,8 @@ class DataSettings(Section):
     """`python`: the English that every Python carries; `files`: `files` below; `hub`: a `datasets`
     name."""
     files: tuple[str, ...] = ()
-    """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files."""
+    """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files; a folder
+    stands for all of these in it and below it."""
     hub_name: str = ""
     """Name of a data set on the hub, for `source: hub`, such as `cerebras/SlimPajama-627B`, or a
     folder that the `datasets` library can read."""

@@ -23,7 +23,7 @@ from orchestrator.training.checkpoint import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
-from orchestrator.workspace import Workspace, expanded
+from orchestrator.workspace import Workspace, resolved
 
 
 def import_model(
@@ -48,10 +48,10 @@ def import_model(
             model has the name.
     """
     progress = progress or Progress()
-    folder = expanded(folder).resolve()
+    folder = resolved(folder)
     progress.start("import")
     model = read_foreign(folder)
-    file = expanded(tokenizer).resolve() if tokenizer else model.tokenizer_file
+    file = resolved(tokenizer) if tokenizer else model.tokenizer_file
     if file is None:
         progress.note(
             f"{folder} has no tokenizer.json: the model can be used with token ids only; "

@@ -30,7 +30,7 @@ from iiet.decoder import Decoder
 from iiet.weights import non_finite
 from orchestrator.errors import UserError, shortened
 from orchestrator.provenance import KEY_LENGTH, content_key, file_digest, file_key
-from orchestrator.workspace import DAMAGE, expanded, read_object
+from orchestrator.workspace import DAMAGE, read_object, resolved
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -342,7 +342,7 @@ def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) ->
     Raises:
         UserError: If there is none, or it is damaged.
     """
-    path = expanded(path).resolve()
+    path = resolved(path)
     if is_checkpoint(path):
         check_checkpoint(path)
         return path

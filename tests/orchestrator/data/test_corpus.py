@@ -98,8 +98,15 @@ def test_the_state_changes_with_the_file(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "x"}\n{"tex', "text", "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', "text", "no field 'text' but 'body'"),
-        ("a.jsonl", b'{"text": 5}', "text", "holds a int, not text"),
+        ("a.jsonl", b'{"text": 5}', "text", "holds a number, not text"),
+        ("a.jsonl", b'{"text": null}', "text", r"line 1: .* holds nothing \(null\), not text"),
+        ("a.jsonl", b'{"text": true}', "text", "holds true or false, not text"),
         ("a.jsonl", b'["x"]', "text", "holds a list"),
+        ("a.jsonl", b"null", "text", r"holds nothing \(null\), not an object"),
+        ("a.jsonl", b"[" * 100_000, "text", "line 1 is not JSON"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "text", "holds NUL bytes.*UTF-16"),
+        ("a.txt", "A text.".encode("utf-16-le"), "text", "holds NUL bytes.*convert it to UTF-8"),
+        ("a.txt", "A text.".encode("utf-16-be"), "text", "holds NUL bytes"),
         ("a.jsonl.gz", b"not gzip", "text", "cannot read"),
         ("a.parquet", b"not parquet", "text", "not a readable Parquet file"),
         ("a.txt", b"\xff\xfe\x00", "text", "not UTF-8"),
@@ -110,6 +117,40 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, field: str, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_corpus(files(tmp_path / name, text_field=field))
+
+
+@pytest.mark.parametrize("odd", [0, 30, 49])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_one_line_without_the_field_is_blamed_and_not_the_setting(
+    tmp_path: Path, odd: int, suffix: str
+) -> None:
+    rows = [json.dumps({"text" if n != odd else "txet": f"text {n}"}) for n in range(50)]
+    path = tmp_path / f"a{suffix}"
+    with (gzip.open if suffix.endswith("gz") else open)(path, "wt") as file:
+        file.write("\n".join(rows))
+    with pytest.raises(UserError) as caught:
+        read_corpus(files(path))
+    assert f"{path}, line {odd + 1} has no field 'text', and 49 of the first 50 lines have it" in (
+        str(caught.value)
+    )
+    assert "data.text_field" not in str(caught.value)
+
+
+def test_a_folder_stands_for_the_texts_in_it(tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "deeper").mkdir(parents=True)
+    (tmp_path / "corpus" / "a.txt").write_text("One text.")
+    (tmp_path / "corpus" / "deeper" / "b.jsonl").write_text('{"text": "Another text."}')
+    (tmp_path / "corpus" / "notes.md").write_text("No text of the corpus.")
+    assert texts(files(tmp_path / "corpus")) == ["One text.", "Another text."]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"the folder .*empty holds no text; the kinds are"):
+        find_files(files(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("pattern", ["", "a**b", "x" * 5000, "~no-such-user/a.txt", "a\0b.txt"])
+def test_what_can_be_no_file_is_named(pattern: str) -> None:
+    with pytest.raises(UserError, match=r"data\.files|cannot use the path"):
+        find_files(files(pattern))
 
 
 def test_a_wrong_field_of_parquet_names_those_there_are(tmp_path: Path) -> None:
