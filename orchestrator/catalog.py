@@ -18,7 +18,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.tokens import verify_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import file_key
-from orchestrator.settings import TrainingSettings
+from orchestrator.settings import InfluenceSettings, TrainingSettings
 from orchestrator.training.checkpoint import (
     CONFIG,
     check_checkpoint,
@@ -289,19 +289,32 @@ def find_by_weights(workspace: Workspace, key: str) -> Path | None:
     """Return the checkpoint of the workspace's runs with these weights; None if it is not there."""
     for run in _runs(workspace):
         for checkpoint in find_checkpoints(run):
-            if key and weights_key(checkpoint) == key:
-                return checkpoint
+            with suppress(UserError):  # A damaged record is not the one that is looked for.
+                if key and weights_key(checkpoint) == key:
+                    return checkpoint
     return None
 
 
-def stored_influence(checkpoint: Path) -> InfluenceTable | None:
-    """Return the influence table that lies beside a checkpoint; None if there is none to read."""
+def stored_influence(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
+    """Return an influence table that lies beside a checkpoint, of its own schedule.
+
+    Args:
+        checkpoint: The model that was measured.
+        metric: Which measure of influence; the usual one when unset.
+
+    Returns:
+        The table of that metric; where it is missing, the only other one. None if there is none
+        to read, or if it could be one of several.
+    """
+    own = load_config(checkpoint).corrections
+    tables: dict[str, InfluenceTable] = {}
     for path in sorted(checkpoint.glob("influence-*.json")):
-        try:
-            return InfluenceTable.from_dict(read_json(path))
-        except DAMAGE:
-            continue
-    return None
+        with suppress(*DAMAGE):
+            table = InfluenceTable.from_dict(read_json(path))
+            if table.schedule == own:
+                tables[table.metric] = table
+    wanted = tables.get(metric or InfluenceSettings().metric)
+    return wanted or (next(iter(tables.values())) if len(tables) == 1 else None)
 
 
 def parse_schedule(text: str | None, checkpoint: Path) -> IterationSchedule | None:

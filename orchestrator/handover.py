@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iiet.config import ModelConfig
+from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.axes import Axes
 from orchestrator.analysis.card import ModelCard
@@ -94,7 +95,9 @@ def export_model(
         folder,
         tokenizer_file=_tokenizer(checkpoint),
         text_files=read_text_files(checkpoint),
-        card=card_of(desk, checkpoint, decoder.config, evaluation),
+        card=card_of(
+            desk, checkpoint, decoder.config, evaluation, metric=settings.influence.metric
+        ),
         progress=desk.progress,
     )
 
@@ -155,7 +158,9 @@ def pick_model(
     if result.schedule is not None:
         decoder = decoder.with_schedule(IterationSchedule(result.schedule))
     folder = resolved(to) if to else desk.workspace.exports / sweep.name / rule.alias
-    card = card_of(desk, checkpoint, decoder.config, items.get(result.key))
+    card = card_of(
+        desk, checkpoint, decoder.config, items.get(result.key), influence=sweep.influence
+    )
     export(
         decoder,
         folder,
@@ -176,7 +181,13 @@ def _tokenizer(checkpoint: Path) -> Path | None:
 
 
 def card_of(
-    desk: Desk, checkpoint: Path, config: ModelConfig, evaluation: EvaluationResult | None
+    desk: Desk,
+    checkpoint: Path,
+    config: ModelConfig,
+    evaluation: EvaluationResult | None,
+    *,
+    influence: InfluenceTable | None = None,
+    metric: str | None = None,
 ) -> ModelCard:
     """Gather what is known about a checkpoint.
 
@@ -185,6 +196,9 @@ def card_of(
         checkpoint: The model.
         config: Its configuration, with the schedule that is exported.
         evaluation: Its quality, if measured.
+        influence: The table that its schedule was chosen by; that of the teacher, else of the
+            model itself, when unset.
+        metric: The measure of influence that is looked for then.
     """
     provenance = load_provenance(checkpoint)
     teacher = find_by_weights(desk.workspace, str(provenance.get("teacher") or ""))
@@ -196,6 +210,8 @@ def card_of(
         config=config,
         provenance={**provenance, "weights": weights_key(checkpoint)},
         evaluation=evaluation,
-        influence=stored_influence(checkpoint) or stored_influence(origin),
+        influence=influence
+        or stored_influence(origin, metric)
+        or stored_influence(checkpoint, metric),
         full=full if is_cheaper else None,
     )

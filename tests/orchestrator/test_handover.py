@@ -13,17 +13,19 @@ from rich.console import Console
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.huggingface import IIETForCausalLM
+from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.choice import Rule
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
 from orchestrator.analysis.results import SweepResults, items_name
+from orchestrator.catalog import stored_influence
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.handover import export_model, pick_model
 from orchestrator.settings import read_settings
-from orchestrator.training.checkpoint import load_decoder, save_checkpoint
+from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import open_workspace, write_json
 
@@ -35,7 +37,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     return Desk(workspace, Progress(), Console(quiet=True))
 
 
-def checkpoint_of(desk: Desk, name: str, model: dict[str, Any], tokens: Path, seed: int) -> Path:
+def checkpoint_of(
+    desk: Desk, name: str, model: dict[str, Any], tokens: Path, seed: int, **provenance: Any
+) -> Path:
     torch.manual_seed(seed)
     return save_checkpoint(
         desk.workspace.runs / name,
@@ -43,7 +47,7 @@ def checkpoint_of(desk: Desk, name: str, model: dict[str, Any], tokens: Path, se
         decoder=Decoder(ModelConfig.from_dict(model)),
         training_state={},
         tokenizer_path=open_tokens(tokens).tokenizer_path,
-        provenance={"tokens": tokens.name},
+        provenance={"tokens": tokens.name, **provenance},
     )
 
 
@@ -169,3 +173,62 @@ def test_an_export_without_its_tokens_says_so_and_goes_on(
     assert "Corrections per layer: `1,1`" in card
     with pytest.raises(UserError, match="--schedule"):
         export_model(read_settings(None, []), desk, path, schedule="1,1,1")
+
+
+def table_of(metric: str, schedule: tuple[int, ...]) -> InfluenceTable:
+    rows: Any = tuple(tuple(0.5**i for i in range(count)) for count in schedule)
+    return InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64)  # type: ignore[arg-type]
+
+
+def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
+    desk: Desk, sweep: SweepResults, tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    teacher = Path(str(sweep.results[0].checkpoint))
+    student = checkpoint_of(
+        desk, "taught", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1,
+        teacher=weights_key(teacher),
+    )  # fmt: skip
+    write_json(student / "influence-cosine.json", table_of("cosine", (1, 0)).to_dict())
+    for metric in ("cosine", "loss", "relative"):
+        write_json(teacher / f"influence-{metric}.json", table_of(metric, (2, 1)).to_dict())
+
+    def card(name: str, *settings: str) -> str:
+        chosen = read_settings(None, settings)
+        folder = export_model(chosen, desk, student, to=tmp_path / name, measure=False)
+        return (folder / "README.md").read_text()
+
+    assert "Influence of each correction (cosine)\n\nMeasured over 64 tokens" in card("usual")
+    assert "under the schedule `2,1`" in card("again")
+    assert "Influence of each correction (loss)" in card("loss", "influence.metric=loss")
+    result = replace(sweep.results[1], checkpoint=str(student))
+    found = replace(
+        sweep,
+        name="by-relative",
+        results=(sweep.results[0], result),
+        influence=table_of("relative", (2, 1)),
+    )
+    found.store(desk.workspace)
+    choice = pick_model(desk, "by-relative", Rule(name="cheapest"))
+    assert choice.folder is not None
+    assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
+
+
+def test_which_influence_is_meant(
+    desk: Desk, tiny_model: dict[str, Any], tiny_tokens: Path
+) -> None:
+    checkpoint = checkpoint_of(desk, "measured", tiny_model, tiny_tokens, 0)
+
+    def metric(wanted: str | None = None) -> str | None:
+        found = stored_influence(checkpoint, wanted)
+        return found.metric if found else None
+
+    assert metric() is None
+    write_json(checkpoint / "influence-relative.json", table_of("relative", (2, 1)).to_dict())
+    assert metric() == metric("loss") == "relative", "there is no other"
+    write_json(checkpoint / "influence-loss.json", table_of("loss", (2, 1)).to_dict())
+    assert metric("loss") == "loss"
+    assert metric() is None, "it could be either"
+    write_json(checkpoint / "influence-cosine.json", table_of("cosine", (1, 1)).to_dict())
+    assert metric("cosine") is None, "it is another schedule's"
+    (checkpoint / "influence-loss.json").write_text("{")
+    assert metric() == "relative"
