@@ -1,15 +1,17 @@
 """What a front says, in sentences: what to take, what it costs, and whether it beats the baselines.
 
-The sentences claim no more than the numbers carry. Where models answered the same items, each claim
-has its confidence, and a difference whose interval holds zero is called one that these items cannot
-tell. Where values of single items are missing, differences have the errors of separate
-measurements, which are larger: the sentences err on the careful side.
+The sentences claim no more than the numbers carry. There is one rule for all differences: one is
+called better or worse where the 95% interval of their difference does not hold zero. Where models
+answered the same items, the interval is that of the draws, and each claim has its confidence. Where
+values of single items are missing, it is 1.96 standard errors of separate measurements, which are
+larger: the sentences err on the careful side.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 from orchestrator.analysis.bootstrap import LEVEL
 from orchestrator.analysis.pareto import KEPT_SHARE, Front, Placed
@@ -197,8 +199,12 @@ def _difference(front: Front, reference: Placed, choice: Placed) -> tuple[float,
     better = front.goodness(choice) - front.goodness(reference)
     error = math.hypot(choice.error or 0.0, reference.error or 0.0)
     size = f"{abs(scale * better):.2g}{unit}"
-    size += f" ± {scale * error:.2g}" if error else ""
-    return better, size, abs(better) > error
+    if not error:
+        return better, size, better != 0
+    reach = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+    low, high = (scale * (abs(better) + side * reach) for side in (-1, 1))
+    size += f", {low:.2g} to {high:.2g} by the errors of separate measurements at {LEVEL:.0%}"
+    return better, size, abs(better) > reach
 
 
 def _quality(front: Front, point: Placed) -> str:

@@ -30,8 +30,12 @@ def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialRes
         ]
         return next(s for s in findings(find_front(results)) if s.startswith("vanilla"))
 
-    assert "is worse than 0,1,1,1,1,1 by 2.6 points ± 1.7" in about_vanilla(0.4176)
-    assert "differ by less than these items can tell" in about_vanilla(0.44)
+    # Both have an error of 1.21 points; that of the difference is 1.71, and 1.96 times it 3.35.
+    said = about_vanilla(0.4437 - 0.034)
+    assert "is worse than 0,1,1,1,1,1 by 3.4 points, 0.046 to 6.8 by the errors of separate" in said
+    assert "at 95%" in said
+    for accuracy in (0.4437 - 0.033, 0.4176, 0.44, 0.4437 + 0.033):
+        assert "differ by less than these items can tell" in about_vanilla(accuracy)
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
     # It costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0, 0,1,0,0,0,1" in about_vanilla(0.44)
