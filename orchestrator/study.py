@@ -16,11 +16,11 @@ fronts over each other, and `results.md` with one table a phase.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iiet.cost import training_flops_per_token
 from orchestrator.analysis.axes import QUALITIES, Axes
 from orchestrator.analysis.seeds import join_seeds
 from orchestrator.analysis.study_tables import Phases, Ways, losses_by_seed, study_markdown
@@ -39,6 +39,8 @@ from orchestrator.sweep_checks import check_sweep
 from orchestrator.sweep_models import check_models, models_of, with_rates
 from orchestrator.sweep_plans import plan_suite
 from orchestrator.training.job import TrainingJob
+from orchestrator.training.objective import two_stage
+from orchestrator.training.parts import flops_counter
 from orchestrator.trial import TrialResult
 from orchestrator.views import counted
 from orchestrator.workspace import write_text
@@ -228,15 +230,11 @@ class _Study:
         return {name: round(steps * max(flops.values()) / own) for name, own in flops.items()}
 
     def _flops_per_token(self, name: str) -> float:
-        settings = self.contenders[name].at(rate=1.0, seed=0)
-        config = self._job(settings).config()
-        full = float(training_flops_per_token(config))
-        first_stage = settings.training.iterate_from_fraction
-        if not config.corrections.num_corrections or not first_stage:
-            return full
-        none = config.corrections.none(config.num_layers)
-        without = float(training_flops_per_token(config, none))
-        return first_stage * without + (1 - first_stage) * full
+        """Return the mean over the steps, as the training counts them, stages and ramp included."""
+        job = self._job(self.contenders[name].at(rate=1.0, seed=0))
+        config, num_steps = job.config(), job.recipe.num_steps
+        flops_at = flops_counter(job, config, two_stage(config.corrections, job.recipe), None)
+        return math.fsum(map(flops_at, range(num_steps))) / num_steps
 
     def _job(self, settings: Settings) -> TrainingJob:
         return plan_pretraining(settings, self.desk.workspace, self.tokens)

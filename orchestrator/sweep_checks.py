@@ -41,6 +41,8 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
         _check_thresholds(settings)
     if kind == "threshold":
         _check_warm_start(settings)
+    if kind == "study":
+        _check_two_stages(settings)
     _check_stopping(settings, kind)
     if kind == "search":
         _check_search(settings)
@@ -89,6 +91,15 @@ def _check_warm_start(settings: Settings) -> None:
         raise UserError(
             "distillation.warm_start trains students on from one another, and "
             f"distillation.control={distillation.control} does not; leave one out"
+        )
+
+
+def _check_two_stages(settings: Settings) -> None:
+    start, ramp = settings.study.two_stage_from, settings.training.iterate_ramp_fraction
+    if start and start + ramp > 1.0 + 1e-9:
+        raise UserError(
+            f"study.two_stage_from={start} and training.iterate_ramp_fraction={ramp} come to more "
+            "than the whole training, which would end before all corrections are made; lower one"
         )
 
 

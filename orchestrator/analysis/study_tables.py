@@ -102,7 +102,7 @@ def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
     within = [
         r for r in students if r.cost["evaluations"] - least <= (1 - PAPER_SAVED) * overhead + 1e-9
     ]
-    if within and overhead:
+    if within and overhead and teacher.quality[ACCURACY]:
         # By loss: the best of several accuracies on the same items would flatter.
         best = min(within, key=lambda r: r.quality[LOSS])
         share = best.quality[ACCURACY] / teacher.quality[ACCURACY]

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from iiet.cost import training_flops_per_token
 from orchestrator import study
 from orchestrator.console import Progress
 from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed
 from orchestrator.plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
+from orchestrator.training.objective import two_stage
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import open_workspace
 
@@ -104,3 +106,25 @@ def test_a_study_without_its_teacher_ends_there(
     with pytest.raises(StageFailed, match="r = 1"):
         study.run_study(settings, desk)
     assert not (desk.workspace.overlays / "study").exists()
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.3])
+def test_equal_flops_are_those_that_the_trainings_count(
+    desk: Desk, settings: Settings, ramp: float
+) -> None:
+    recipe = {"num_steps": 1000, "iterate_from_fraction": 0.2, "iterate_ramp_fraction": ramp}
+    training = settings.training.model_copy(update=recipe)
+    sweep = settings.sweep.model_copy(update={"iterations": (0, 3)})
+    settings = settings.model_copy(update={"training": training, "sweep": sweep})
+    planned = study._Study(settings, desk, "s")
+    steps = planned._steps_of_equal_flops()
+    totals, largest = {}, 0.0
+    for name, contender in planned.contenders.items():
+        own = contender.at(rate=1.0, seed=0, num_steps=steps[name])
+        config = planned._job(own).config()
+        schedule_at = two_stage(config.corrections, own.training)
+        at_step = [training_flops_per_token(config, schedule_at(n)) for n in range(steps[name])]
+        totals[name], largest = sum(at_step), max(largest, *at_step)
+    assert steps["r = 3"] == 1000, "the costliest"
+    assert totals == pytest.approx(dict.fromkeys(totals, totals["r = 3"]), abs=2 * largest)
+    assert steps["vanilla"] > 2000

@@ -53,6 +53,11 @@ def desk(tmp_path: Path) -> Desk:
         ),
         ("study", ["sweep.stop_dominated=true"], r"study\.warm_start"),
         (
+            "study",
+            ["training.iterate_ramp_fraction=0.3", "study.two_stage_from=0.8"],
+            r"study\.two_stage_from=0\.8 and training\.iterate_ramp_fraction=0\.3 come to more",
+        ),
+        (
             "threshold",
             ["distillation.warm_start=true", "distillation.control=scratch"],
             r"distillation\.control=scratch does not",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -32,15 +33,20 @@ def results(losses: dict[str, list[float]]) -> list[TrialResult]:
     ]
 
 
-def said(losses: dict[str, list[float]]) -> str:
+def said(losses: dict[str, list[float]], accuracy: float = 0.5) -> str:
     found = results(losses)
     joined = {result.label: result for result in join_seeds(found).results}
     teacher = TrialResult(
         key="teacher", role="teacher", method="iiet", schedule=(1,), cost={"evaluations": 2.0},
-        quality={"validation_loss": 4.0, "accuracy": 0.5},
+        quality={"validation_loss": 4.0, "accuracy": accuracy},
     )  # fmt: skip
+    student = replace(
+        teacher, key="student", role="trial", schedule=(0,), cost={"evaluations": 1.0}
+    )
     phases = Phases(by_rate={}, best=joined, tokens=joined, losses=losses_by_seed(found), flops={})
-    ways = Ways(teacher=teacher, results={"cosine": [teacher]}, of_choosing=[], of_training=[])
+    ways = Ways(
+        teacher=teacher, results={"cosine": [teacher, student]}, of_choosing=[], of_training=[]
+    )
     return study_markdown(phases, ways, [])
 
 
@@ -59,3 +65,8 @@ def test_one_seed_has_no_error(number: int) -> None:
     text = said({name: own[number : number + 1] for name, own in LOSSES.items()})
     difference = LOSSES["r = 1"][number] - LOSSES["r = 0"][number]
     assert f"- r = 1 against r = 0 at equal tokens: loss {difference:+.3f}, accuracy" in text
+
+
+def test_a_teacher_that_knows_nothing_has_no_share_to_keep() -> None:
+    assert "keeps 100.0% of its teacher's accuracy" in said(LOSSES)
+    assert "of its teacher's accuracy" not in said(LOSSES, accuracy=0.0)
