@@ -8,7 +8,7 @@ or a process is started.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.data.prepared import ExpectedTokens, expected_tokens, find_prepared
@@ -138,7 +138,7 @@ def check_jobs_fit(
     _check_disk_for_all(wishes, at_once=at_once)
 
 
-def place_trials(settings: Settings, jobs: Sequence[TrainingJob] = ()) -> Settings:
+def place_trials(settings: Settings, wishes: Sequence[Wish] = ()) -> Settings:
     """Return the settings with the GPUs of a sweep's trials filled in.
 
     On a run that has GPUs, a trial takes the fewest on which every trial fits, and no more trials
@@ -146,7 +146,7 @@ def place_trials(settings: Settings, jobs: Sequence[TrainingJob] = ()) -> Settin
 
     Args:
         settings: The whole tree.
-        jobs: Of the trials that wait; a trial takes one GPU as long as they are not known.
+        wishes: Of the trials that wait; a trial takes one GPU as long as they are not known.
 
     Raises:
         UserError: If trials are sent to CPUs though the run has GPUs, or ask for more than it has.
@@ -163,7 +163,7 @@ def place_trials(settings: Settings, jobs: Sequence[TrainingJob] = ()) -> Settin
         )
     if own is None:
         several = sweep.workers_per_trial > 1
-        own = sweep.workers_per_trial if several else _fewest_gpus(jobs, num_gpus)
+        own = sweep.workers_per_trial if several else _fewest_gpus(wishes, num_gpus)
     if own > num_gpus:
         raise UserError(
             f"a trial asks for {own} GPUs (sweep.gpus_per_trial, sweep.workers_per_trial), and the "
@@ -177,29 +177,29 @@ def _with_sweep(settings: Settings, **changes: int) -> Settings:
     return settings.model_copy(update={"sweep": settings.sweep.model_copy(update=changes)})
 
 
-def _fewest_gpus(jobs: Sequence[TrainingJob], most: int) -> int:
-    """Return the fewest GPUs on which each job fits; all if none are enough."""
-    room = local_room(jobs[0].folder, num_gpus=1).memory if jobs else None
-    free = room or ASSUMED_GPU_BYTES
-    return next((n for n in range(1, most) if all(_fits(job, n, free) for job in jobs)), most)
+def _fewest_gpus(wishes: Sequence[Wish], most: int) -> int:
+    """Return the fewest GPUs on which each trial fits; all if none are enough."""
+    free = local_room(Path.cwd(), num_gpus=1).memory or ASSUMED_GPU_BYTES
+    return next((n for n in range(1, most) if all(_fits(wish, n, free) for wish in wishes)), most)
 
 
-def _fits(job: TrainingJob, num_gpus: int, free: int) -> bool:
+def _fits(wish: Wish, num_gpus: int, free: int) -> bool:
     try:
-        return needed_memory(_trial_wish(job, num_gpus, on_gpus=True).estimate()) <= free
+        return needed_memory(_on(wish, num_gpus, on_gpus=True).estimate()) <= free
     except UserError:
         return False  # So many workers cannot share a step evenly.
 
 
-def _trial_wish(
-    job: TrainingJob, num_workers: int, *, on_gpus: bool, section: str = "training"
-) -> Wish:
+def _on(wish: Wish, num_workers: int, *, on_gpus: bool) -> Wish:
+    return replace(wish, num_workers=num_workers, on_gpus=on_gpus)
+
+
+def trial_wish(job: TrainingJob, *, section: str = "training") -> Wish:
+    """Return what a trial asks for, before it is known on what it runs."""
     return Wish(
         config=job.config(),
         recipe=job.recipe,
         section=section,
-        num_workers=num_workers,
-        on_gpus=on_gpus,
         teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
     )
 
@@ -219,13 +219,10 @@ def check_trials_fit(
     Raises:
         UserError: If one does not fit, or not all; says what would.
     """
-    gpus = sweep.gpus_per_trial or 0
-    workers = gpus or sweep.workers_per_trial
-    places = max(1, local_resources(count_gpus=False).cpus // workers)
-    at_once = min(sweep.trials_at_once or places, places, len(jobs))
+    gpus, workers, at_once = _places(sweep, len(jobs))
     wishes = []
     for job in jobs:
-        wish = _trial_wish(job, workers, on_gpus=gpus > 0, section=section)
+        wish = _on(trial_wish(job, section=section), workers, on_gpus=gpus > 0)
         alone = local_room(job.folder, num_workers=workers, num_gpus=gpus)
         check_fit(wish, alone, present_bytes=_checkpoint_bytes(job.folder))
         if not (job.folder / DONE_NAME).is_file():  # Trained, and only measured now.
@@ -241,6 +238,40 @@ def check_trials_fit(
                 f"setting that fits: --set sweep.trials_at_once={most}"
             )
     _check_disk_for_all(wishes, at_once=at_once, teacher_bytes=teacher_bytes)
+
+
+def _places(sweep: SweepSettings, num_trials: int) -> tuple[int, int, int]:
+    """Return the GPUs of a trial, its workers, and how many trials run side by side."""
+    gpus = sweep.gpus_per_trial or 0
+    workers = gpus or sweep.workers_per_trial
+    places = max(1, local_resources(count_gpus=False).cpus // workers)
+    return gpus, workers, min(sweep.trials_at_once or places, places, num_trials)
+
+
+def check_students_fit(settings: Settings, jobs: Sequence[TrainingJob], most: int) -> None:
+    """Refuse students that will have no room, before their teacher is trained.
+
+    Args:
+        settings: The whole tree; none of the students is there yet.
+        jobs: The teacher first, and what is pretrained beside it.
+        most: How many students there may be.
+
+    Raises:
+        UserError: If one does not fit, or not all beside what is pretrained; says what would.
+    """
+    teacher, distillation = jobs[0].config(), settings.distillation
+    wish = Wish(
+        config=teacher,
+        recipe=distillation.training,
+        section="distillation.training",
+        teacher=teacher if distillation.control == "distill" else None,
+    )
+    gpus, workers, at_once = _places(place_trials(settings, [wish]).sweep, most)
+    student = _on(wish, workers, on_gpus=gpus > 0)
+    folder = jobs[0].folder.parent  # Where no run has checkpoints.
+    check_fit(student, local_room(folder, num_workers=workers, num_gpus=gpus))
+    pretrained = [(job.folder, trial_wish(job)) for job in jobs if finished_outcome(job) is None]
+    _check_disk_for_all([*pretrained, *[(folder, student)] * most], at_once=at_once)
 
 
 def _check_disk_for_all(
@@ -260,7 +291,8 @@ def _check_disk_for_all(
     def checkpoint_bytes(num_kept: int | None = None) -> int:
         estimates = []
         for folder, own in wishes:
-            number = num_kept or own.recipe.num_checkpoints_kept
+            kept = own.recipe.num_checkpoints_kept
+            number = min(kept, num_kept or kept)
             estimates.append((folder, own.estimate(num_checkpoints_kept=number)))
         left = [max(0, e.kept_bytes - _checkpoint_bytes(folder)) for folder, e in estimates]
         in_writing = sorted((e.disk_bytes - e.kept_bytes for _, e in estimates), reverse=True)
@@ -269,16 +301,16 @@ def _check_disk_for_all(
     checkpoints = checkpoint_bytes()
     if checkpoints + teacher_bytes <= disk:
         return
-    wish = wishes[0][1]
-    fewer = range(wish.recipe.num_checkpoints_kept - 1, 0, -1)
+    sections = dict.fromkeys(wish.section for _, wish in wishes)
+    most = max(wish.recipe.num_checkpoints_kept for _, wish in wishes)
     settings = [
-        f"{wish.section}.num_checkpoints_kept={number}"
-        for number in fewer
+        " ".join(f"--set {section}.num_checkpoints_kept={number}" for section in sections)
+        for number in range(most - 1, 0, -1)
         if checkpoint_bytes(number) + teacher_bytes <= disk
     ]
     if checkpoints <= disk:
-        settings.append("distillation.teacher_cache=live")
-    way_out = f"the nearest setting that fits: --set {settings[0]}; or " if settings else ""
+        settings.append("--set distillation.teacher_cache=live")
+    way_out = f"the nearest setting that fits: {settings[0]}; or " if settings else ""
     answers = f" and the teacher's answers {gib(teacher_bytes)}" if teacher_bytes else ""
     raise UserError(
         f"{len(wishes)} trainings would write about {gib(checkpoints + teacher_bytes)} together "

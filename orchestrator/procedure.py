@@ -21,18 +21,20 @@ from orchestrator.cluster import ray_cluster
 from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import PlannedTrial, SweepPlan
+from orchestrator.preflight import check_students_fit
 from orchestrator.provenance import environment
 from orchestrator.search_plans import plan_search, search_price
 from orchestrator.settings import Settings, flatten
 from orchestrator.showing import show_plan, show_report
 from orchestrator.stages.evaluate import evaluate
 from orchestrator.stages.prepare import prepare
-from orchestrator.stages.pretrain import pretrain
+from orchestrator.stages.pretrain import plan_pretraining, pretrain
 from orchestrator.stages.report import write_report
 from orchestrator.stages.sweep import Grow, SweepOutcome, sweep
 from orchestrator.sweep_checks import Kind, check_sweep
-from orchestrator.sweep_models import TEACHER, check_models, teacher_and_references
+from orchestrator.sweep_models import TEACHER, check_models, most_students, teacher_and_references
 from orchestrator.sweep_plans import influence_of, plan_iterations, plan_thresholds
+from orchestrator.training.job import finished_outcome
 from orchestrator.views import about_average, evaluation_table, tasks_with_other_items
 
 
@@ -56,8 +58,12 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
     check_sweep(settings, kind, desk.progress)
     check_models(settings, kind)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
+    every = teacher_and_references(settings)
+    jobs = [plan_pretraining(own, desk.workspace, tokens) for own in every.values()]
+    # Students of a teacher that is there are looked at when they are planned.
+    if settings.distillation.control != "pruned" and finished_outcome(jobs[0]) is None:
+        check_students_fit(settings, jobs, most_students(settings, jobs[0].config()))
     with ray_cluster():
-        every = teacher_and_references(settings)
         checkpoints = pretrain(
             every, desk.workspace, tokens, tracking=desk.tracking, progress=desk.progress
         )

@@ -18,7 +18,7 @@ from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
 from orchestrator.study import run_study
 from orchestrator.sweep_checks import Kind, check_sweep
-from orchestrator.sweep_models import TEACHER, check_models, teacher_and_references
+from orchestrator.sweep_models import TEACHER, check_models, most_students, teacher_and_references
 from orchestrator.sweep_plans import plan_iterations, plan_suite, plan_thresholds
 from orchestrator.training.job import TrainingJob, finished_outcome
 from orchestrator.views import counted
@@ -68,14 +68,8 @@ def _show_pretraining(settings: Settings, desk: Desk, jobs: Mapping[str, Trainin
     # They are pretrained on the cluster's places, not on those of the sweep's trials.
     places = settings.sweep.model_copy(update={"gpus_per_trial": settings.cluster.num_gpus})
     show_plan(plan, settings.model_copy(update={"sweep": places}), desk)
-    sweep, recipe = settings.sweep, settings.distillation.training
-    asked = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    recipe, most = settings.distillation.training, most_students(settings, config)
     is_pruned = settings.distillation.control == "pruned"
-    num_schedules = min(asked, 1 + sum(config.corrections))
-    if sweep.kind == "search":
-        num_schedules += settings.search.num_trials
-        num_schedules = min(num_schedules, config.corrections.num_within)
-    most = num_schedules * (1 if is_pruned else max(1, len(sweep.seeds)))
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
     training = "none of them trained" if is_pruned else f"each on {num_tokens:,} tokens"
     desk.console.print(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from orchestrator.catalog import NO_CORRECTIONS
 from orchestrator.errors import UserError
@@ -73,6 +74,18 @@ def teacher_and_references(settings: Settings) -> dict[str, Settings]:
         VANILLA: with_model(settings, method="vanilla"),
         NO_CORRECTIONS: with_model(settings, corrections=0),
     }
+
+
+def most_students(settings: Settings, teacher: ModelConfig) -> int:
+    """Return how many students a teacher will have at most."""
+    sweep = settings.sweep
+    asked = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    num_schedules = min(asked, 1 + sum(teacher.corrections))
+    if sweep.kind == "search":
+        num_schedules += settings.search.num_trials
+        num_schedules = min(num_schedules, teacher.corrections.num_within)
+    is_pruned = settings.distillation.control == "pruned"
+    return num_schedules * (1 if is_pruned else max(1, len(sweep.seeds)))
 
 
 def models_of(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,16 +5,26 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from iiet.config import ModelConfig
-from orchestrator import cli
+from orchestrator import cli, procedure
+from orchestrator.console import Progress
+from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.plan import SweepPlan
-from orchestrator.preflight import check_jobs_fit, check_trials_fit, place_trials
+from orchestrator.preflight import (
+    check_jobs_fit,
+    check_trials_fit,
+    place_trials,
+    trial_wish,
+)
 from orchestrator.resources import Resources, Room, local_room
 from orchestrator.settings import (
     ClusterSettings,
@@ -224,7 +234,9 @@ def job_of(
 
 def placed(*assignments: str, jobs: tuple[TrainingJob, ...] = ()) -> tuple[int, int | None]:
     """Return the GPUs of a trial, and how many trials run at once."""
-    limits = limits_of(place_trials(resolve_settings({}, assignments), jobs).sweep)
+    limits = limits_of(
+        place_trials(resolve_settings({}, assignments), [trial_wish(job) for job in jobs]).sweep
+    )
     return limits.gpus_per_trial, limits.at_once
 
 
@@ -293,7 +305,7 @@ def test_a_shipped_sweep_trains_where_it_says_and_fits_there(name: str, tmp_path
     on_gpus = settings.cluster.num_gpus > 0
     assert on_gpus == name.startswith("paper-")
     jobs = models_to_train(settings, tmp_path)
-    limits = limits_of(place_trials(settings, jobs["trials"]).sweep)
+    limits = limits_of(place_trials(settings, [trial_wish(job) for job in jobs["trials"]]).sweep)
     assert limits.gpus_per_trial == int(on_gpus), "each trial fits on one GPU"
     assert limits.at_once == (settings.cluster.num_gpus if on_gpus else None)
     if on_gpus:
@@ -302,3 +314,39 @@ def test_a_shipped_sweep_trains_where_it_says_and_fits_there(name: str, tmp_path
             teacher = job.config() if job.teacher_folder else None
             wish = Wish(config=job.config(), recipe=job.recipe, on_gpus=True, teacher=teacher)
             check_fit(wish, room)
+
+
+def test_students_without_room_are_refused_before_their_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the teacher is trained")
+
+    text = tmp_path / "text.jsonl"
+    rows = [{"text": f"A sentence about {n} and its square {n * n}."} for n in range(300)]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    settings = resolve_settings(
+        {},
+        [
+            "data.source=files", f"data.files=[{text}]", "data.vocab_size=300",
+            "model={num_layers: 2, dim: 16, num_heads: 2, ffn_dim: 32, context_length: 16}",
+            "training={num_steps: 10, num_tokens_per_step: 64, num_validation_tokens: 64}",
+            "distillation.training={num_steps: 10, num_tokens_per_step: 64}",
+            "sweep.num_schedules=5",
+        ],
+    )  # fmt: skip
+    desk = Desk(open_workspace(tmp_path / "ws"), Progress(), Console(file=StringIO()))
+    monkeypatch.setattr(procedure, "pretrain", never)
+    monkeypatch.setattr(procedure, "ray_cluster", nullcontext)
+    config = model_config(settings.model, vocab_size=300)
+    one = job_of(config, settings.training)
+    checkpoint = trial_wish(one).estimate().checkpoint_bytes
+    # Three are pretrained, and five students at most follow.
+    for num_checkpoints, error, words in (
+        (8, AssertionError, "the teacher is trained"),
+        (7.5, UserError, "8 trainings would write about"),
+    ):
+        room = Room(memory=None, disk=int(num_checkpoints * checkpoint))
+        monkeypatch.setattr("orchestrator.preflight.local_room", lambda *_, r=room, **__: r)
+        with pytest.raises(error, match=words):
+            procedure.quickstart(settings, desk)
