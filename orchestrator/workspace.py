@@ -13,15 +13,20 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import UserError, shortened
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
+PLACE_NAME = "workspace.json"
+"""Where the workspace lies, and the other workspaces that its records name files in."""
+_PARTS = ("mlflow.db", "runs", "trials", "sweeps", "tokens", PLACE_NAME)
+"""What tells a workspace from a folder that only has artifacts, as MLflow makes one anew."""
 MAX_NAME_BYTES = 200
 """File systems take 255; a temporary name is a little longer than the name."""
 
@@ -176,21 +181,84 @@ def open_workspace(path: Path | None = None) -> Workspace:
         path: The folder; `IIET_WORKSPACE`, or `./iiet-workspace`, when unset.
 
     Raises:
-        UserError: If the folder cannot be made or written.
+        UserError: If the folder cannot be made or written, or is a copy whose records name files
+            of the original.
     """
     workspace = locate_workspace(path)
     root = workspace.root
+    probe = root / f".write-test-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".write-test-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        try:
+            _refuse_a_copy(root, probe.name)
+        finally:
+            probe.unlink()
     except OSError as error:
         raise UserError(
             f"cannot write to the workspace {root} ({error.strerror}); "
             "choose another with --workspace"
         ) from None
     return workspace
+
+
+def _refuse_a_copy(root: Path, probe: str) -> None:
+    """Refuse a workspace whose records name files in another one.
+
+    MLflow writes where its database says, and results name their checkpoints by absolute paths; in
+    a copy both lead into the original. Where the original is gone, the workspace was moved, and
+    the work goes on.
+
+    Args:
+        root: The workspace.
+        probe: Name of a file that lies in it at this moment: what holds it too is the same folder
+            under another path, such as a second mount.
+
+    Raises:
+        UserError: If it does.
+    """
+    stored = read_json(root / PLACE_NAME)
+    is_known = isinstance(stored, dict) and stored.get("root") == str(root)
+    named = stored.get("records_name") if is_known else None
+    if not isinstance(named, list):
+        # Only once in each place: a large workspace has thousands of records.
+        named = _places_in_records(root)
+    for other in map(Path, named):
+        is_workspace = any((other / part).exists() for part in _PARTS)
+        if other != root and is_workspace and not (other / probe).exists():
+            raise UserError(
+                f"the workspace {root} was copied or moved from {other}, and there is a workspace "
+                f"too: the records of {root} name files there, and commands would write into "
+                f"them. Use {other}; or rename that folder, and {root} can be used; or start a new "
+                "workspace, and copy only the folder `tokens` into it"
+            )
+    place = {"root": str(root), "records_name": named}
+    if stored != place:
+        write_json(root / PLACE_NAME, place)
+
+
+def _places_in_records(root: Path) -> list[str]:
+    """Return the workspaces that the paths in a workspace's records lead to, itself apart."""
+    found = {parent for parent in (_place_of_artifacts(root / "mlflow.db"),) if parent}
+    for path in (*root.glob("runs/*/job.json"), *root.glob("trials/*/job.json")):
+        try:
+            found.add(str(Path(json.loads(path.read_text())["job"]["run_folder"]).parent.parent))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # damaged: said where it is needed
+    return sorted(found - {str(root)})
+
+
+def _place_of_artifacts(database: Path) -> str | None:
+    """Return the folder that MLflow's folder of artifacts lies in; None if that is not known."""
+    import sqlite3
+
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+            rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+    except sqlite3.Error:
+        return None  # none yet, or damaged: said where it is opened
+    paths = [Path(unquote(urlsplit(str(row[0])).path)) for row in rows]
+    return next((str(path.parent) for path in paths if path.name == "artifacts"), None)
 
 
 def locate_workspace(path: Path | None = None) -> Workspace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, file_key
 from orchestrator.workspace import (
+    PLACE_NAME,
     check_name,
     is_name,
     open_workspace,
@@ -53,6 +55,65 @@ def test_a_read_only_workspace_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     with pytest.raises(UserError, match="cannot write"):
         open_workspace(tmp_path)
+
+
+@pytest.fixture
+def used(tmp_path: Path) -> Path:
+    """A workspace with a run in it."""
+    workspace = open_workspace(tmp_path / "used")
+    run = workspace.runs / "toy"
+    write_json(run / "job.json", {"job": {"run_folder": str(run)}})
+    return workspace.root
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_copied_workspace_is_refused(used: Path, tmp_path: Path, is_recorded: bool) -> None:
+    copy = Path(shutil.copytree(used, tmp_path / "copy"))
+    if not is_recorded:  # As workspaces were before they knew their place.
+        (copy / PLACE_NAME).unlink()
+    before = sorted(copy.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{copy} was copied or moved from {used}"):
+            open_workspace(copy)
+    assert sorted(copy.rglob("*")) == before
+    open_workspace(used)
+
+
+def test_a_moved_workspace_goes_on_until_another_lies_in_its_old_place(
+    used: Path, tmp_path: Path
+) -> None:
+    moved = used.rename(tmp_path / "moved")
+    for _ in range(2):
+        assert open_workspace(moved).root == moved
+    (used / "artifacts").mkdir(parents=True)  # MLflow makes them anew.
+    open_workspace(moved)
+    open_workspace(used)
+    with pytest.raises(UserError, match="there is a workspace too"):
+        open_workspace(moved)
+    shutil.rmtree(used)
+    assert open_workspace(moved.rename(used)).root == used
+
+
+def test_tokens_alone_can_be_copied(used: Path, tmp_path: Path) -> None:
+    (used / "tokens" / "abc").mkdir(parents=True)
+    shutil.copytree(used / "tokens", tmp_path / "other" / "tokens")
+    assert open_workspace(tmp_path / "other").root == tmp_path / "other"
+
+
+def test_the_same_folder_under_two_paths_is_no_copy(used: Path, tmp_path: Path) -> None:
+    # As a second mount of it would look.
+    other = tmp_path / "mount"
+    (used / PLACE_NAME).unlink()
+    write_json(used / "runs" / "b" / "job.json", {"job": {"run_folder": f"{other}/runs/b"}})
+    other.symlink_to(used)
+    assert open_workspace(used).root == used
+
+
+@pytest.mark.parametrize("record", ["7", "[]", '{"root": 7}', '{"job": {"run_folder": 7}}'])
+def test_a_record_of_another_form_is_passed_over(used: Path, record: str) -> None:
+    (used / PLACE_NAME).write_text(record)
+    (used / "runs" / "toy" / "job.json").write_text(record)
+    assert open_workspace(used).root == used
 
 
 def test_json_is_whole_or_named_as_damaged(tmp_path: Path) -> None:

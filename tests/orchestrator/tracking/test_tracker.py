@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,6 +224,22 @@ def test_pending_operations_are_plain_json(
     lines = [json.loads(line) for line in tracking.outbox.path.read_text().splitlines()]
     assert [line["operation"] for line in lines] == ["describe", "metrics"]
     tracking.outbox.path.unlink()
+
+
+def test_a_copy_never_writes_into_the_original(
+    tracking: Tracking, workspace: Workspace, tmp_path: Path
+) -> None:
+    tracking.run("original", name="o", kind="sweep")
+    copy = tmp_path / "a copy"
+    copy.mkdir()
+    # Of before workspaces knew their place, and of today.
+    for names in (["mlflow.db"], ["mlflow.db", "workspace.json"]):
+        for name in names:
+            shutil.copy(workspace.root / name, copy)
+        with pytest.raises(UserError, match=f"copied or moved from {workspace.root}, .*rename"):
+            open_workspace(copy)
+        assert sorted(path.name for path in copy.iterdir()) == names
+    assert open_workspace(workspace.root) == workspace
 
 
 def test_data_are_named_once_with_their_digest(tracking: Tracking) -> None:
