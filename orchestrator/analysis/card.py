@@ -14,6 +14,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import STDERR, EvaluationResult
+from orchestrator.analysis.heldout import TASKS as HELDOUT_TASKS
 from orchestrator.analysis.report import influence_markdown
 
 LEFT_OUT = ("checksums", "environment", "recipe", "distillation", "imported")
@@ -82,7 +83,7 @@ class ModelCard:
         return (
             f"Corrections per layer: `{corrections}`. A layer with r corrections evaluates its "
             "block 1 + r times; decoding keeps keys and values of every evaluation. "
-            "`from_pretrained(folder, corrections=[...])` loads the same weights under another "
+            "With `corrections=[...]`, `from_pretrained` loads the same weights under another "
             "schedule; this card tells of this one."
         )
 
@@ -111,13 +112,7 @@ class ModelCard:
                 error = result.metrics.get(metric + STDERR)
                 spread = "" if error is None else f"{error:.4f}"
                 lines.append(f"| {name} | {metric} | {value:.4f} | {spread} | {result.num_items} |")
-        lines += [
-            "",
-            "By lm-eval's tasks of these names; "
-            "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True` gives the "
-            "same numbers.",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *_origins(self.evaluation)])
 
     def _influence(self) -> list[str]:
         if self.influence is None:
@@ -131,16 +126,42 @@ class ModelCard:
         ]
 
 
-_USE = """```python
+REQUIREMENTS = ("torch>=2.6", "transformers>=5.24,<6")
+"""What the code of an exported folder needs; no other package of this project's."""
+
+_USE = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "."  # where this file lies
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 tokens = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))
 ```
 
-The model's code lies beside the weights and needs torch and transformers only."""
+The model's code lies beside the weights. It needs
+`pip install {" ".join(f'"{requirement}"' for requirement in REQUIREMENTS)}` and nothing else."""
+
+
+def _origins(evaluation: EvaluationResult) -> Iterable[str]:
+    """Say of whom the tasks are, and how their numbers can be had again."""
+    own = [name for name in evaluation.results if name in HELDOUT_TASKS]
+    others = [name for name in evaluation.results if name not in HELDOUT_TASKS]
+    if own:
+        names = ", ".join(f"`{name}`" for name in own)
+        yield (
+            f"Tasks of the project that trained this model, made from text that was held out of "
+            f"its training: {names}. lm-eval has no tasks of these names; `iiet-orch evaluate` "
+            "measures them."
+        )
+    if own and others:
+        yield ""
+    if others:
+        yield (
+            "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks "
+            f"{','.join(others)}` gives the same numbers; tasks that are not part of lm-eval need "
+            "`--include_path` too, and fewer items than a task has need `--limit`."
+        )
 
 
 def _front_matter(config: ModelConfig) -> str:

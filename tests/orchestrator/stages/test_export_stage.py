@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
-from orchestrator.analysis.card import ModelCard
-from orchestrator.analysis.evaluation import EvaluationResult
+from orchestrator.analysis.card import REQUIREMENTS, ModelCard
+from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.settings import EvaluationSettings
@@ -78,6 +79,9 @@ STOCK = """
 import sys
 
 sys.modules["iiet"] = sys.modules["orchestrator"] = None  # Any import of them fails from here on.
+snippet = open("README.md").read().split("```python")[1].split("```")[0]
+exec(snippet)  # Whoever reads the card runs this, and should meet no question.
+
 from lm_eval.__main__ import cli_evaluate
 
 cli_evaluate()
@@ -138,13 +142,14 @@ def test_stock_lm_eval_gives_our_numbers(
     done = subprocess.run(
         [sys.executable, "-c", STOCK, *(part for pair in options.items() for part in pair)],
         env=environment,
-        cwd=tmp_path,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "[y/N]" not in done.stdout + done.stderr
     file = next((tmp_path / "found").rglob("results_*.json"))
     theirs = json.loads(file.read_text())["results"]
     for task, metrics in ours.tasks.items():
@@ -206,6 +211,49 @@ def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any])
     assert "| field evaluations per token | 5 |" in text
     assert "Not measured." in text
     assert "Influence" not in text
+
+
+def test_the_card_names_the_versions_that_this_project_declares(
+    tiny_model: dict[str, Any],
+) -> None:
+    file = Path(__file__).parents[3] / "pyproject.toml"
+    declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert set(REQUIREMENTS) <= set(declared)
+    text = ModelCard(name="tiny", config=ModelConfig.from_dict(tiny_model)).to_markdown()
+    assert '`pip install "torch>=' in text
+    assert '"transformers>=' in text
+
+
+def measured(*names: str) -> EvaluationResult:
+    results = {
+        name: TaskResult(
+            name=name,
+            version="1",
+            num_items=9,
+            num_fewshot=0,
+            metrics={"acc": 0.5},
+            items=[],
+            values={},
+            log_likelihoods=[],
+        )
+        for name in names
+    }
+    return EvaluationResult(results=results)
+
+
+def test_the_card_calls_only_lm_evals_tasks_lm_evals(tiny_model: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+
+    def card(*names: str) -> str:
+        return ModelCard(name="tiny", config=config, evaluation=measured(*names)).to_markdown()
+
+    own, both = card("lastword", "continuation"), card("lastword", "arc_easy")
+    assert "Tasks of the project that trained this model" in own
+    assert "`lastword`, `continuation`. lm-eval has no tasks of these names" in own
+    assert "lm_eval --model" not in own
+    assert "held out of its training: `lastword`. lm-eval" in both
+    assert "--tasks arc_easy` gives the same numbers" in both
+    assert "Tasks of the project" not in card("arc_easy")
 
 
 def test_the_card_of_a_student_compares_it_with_its_teacher(tiny_model: dict[str, Any]) -> None:
