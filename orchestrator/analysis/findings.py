@@ -203,7 +203,7 @@ def _difference(front: Front, reference: Placed, choice: Placed) -> tuple[float,
         return better, size, better != 0
     reach = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
     low, high = (scale * (abs(better) + side * reach) for side in (-1, 1))
-    size += f", {low:.2g} to {high:.2g} by the errors of separate measurements at {LEVEL:.0%}"
+    size += f", {low:.2g} to {high:.2g} at {LEVEL:.0%}, unpaired"
     return better, size, abs(better) > reach
 
 

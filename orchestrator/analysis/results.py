@@ -142,10 +142,18 @@ def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str
     return found
 
 
-def about_skipped(items: Mapping[str, EvaluationResult]) -> list[str]:
-    """Say which tasks that were asked for are in no average, and why."""
+def about_items(results: Iterable[TrialResult], items: Mapping[str, EvaluationResult]) -> list[str]:
+    """Say what single items do not tell: which tasks that were asked for are in no average, and
+    which models cannot be compared item by item although others can."""
     skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
-    return [f"Averages are without {name}: {reason}." for name, reason in skipped.items()]
+    said = [f"Averages are without {name}: {reason}." for name, reason in skipped.items()]
+    lacking = [result.name for result in results if result.key not in items]
+    if items and lacking:
+        said.append(
+            "No paired errors, because the files of their single items are missing or damaged: "
+            f"{', '.join(lacking)}."
+        )
+    return said
 
 
 def items_name(key: str) -> str:

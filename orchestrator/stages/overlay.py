@@ -17,7 +17,7 @@ from orchestrator.analysis.curves import curves_of
 from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.pareto import find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
-from orchestrator.analysis.results import SweepResults, about_skipped, load_items, load_results
+from orchestrator.analysis.results import SweepResults, about_items, load_items, load_results
 from orchestrator.analysis.seeds import join_seeds
 from orchestrator.provenance import content_key
 from orchestrator.trial import TrialResult
@@ -59,12 +59,13 @@ def write_overlay(
         for sweep in sweeps
         for title, found in curves_of(sweep, front).items()
     }
+    every = {result.key: result for sweep in sweeps for result in sweep.results}.values()
     report = SweepReport(
         name=" + ".join(sweep.name for sweep in sweeps),
         front=front,
         curves=curves,
         facts=_facts(sweeps),
-        notes=[*_notes(workspace, sweeps, axes), *about_skipped(items)],
+        notes=[*_notes(workspace, sweeps, axes), *about_items(every, items)],
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     return WrittenReport(report, folder, tuple(write_files(report, folder)))

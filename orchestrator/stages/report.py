@@ -10,6 +10,7 @@ and there, and leaves the sweep's run as it is otherwise.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from orchestrator.analysis.findings import front_metrics
 from orchestrator.analysis.history import history_folder
 from orchestrator.analysis.pareto import KEPT_SHARE, Front, find_front
 from orchestrator.analysis.report import SweepReport, WrittenReport, write_files
-from orchestrator.analysis.results import SweepResults, about_skipped, load_items, load_results
+from orchestrator.analysis.results import SweepResults, about_items, load_items, load_results
 from orchestrator.analysis.rows import full_rows
 from orchestrator.analysis.seeds import join_seeds
 from orchestrator.analysis.tables import markdown_table
@@ -31,6 +32,7 @@ from orchestrator.workspace import Workspace
 
 ARTIFACT_FOLDER = "front"
 MAX_NOTE_CHARACTERS = 7500
+MAX_SAID_CHARACTERS = 6000
 MAX_PARALLEL_LAYERS = 24
 
 
@@ -71,7 +73,7 @@ def write_report(
         influence=sweep.influence,
         curves={**curves_of(sweep, front), **({} if axes.slug else history)},
         facts=sweep.facts,
-        notes=[*sweep.notes, *about_skipped(items)],
+        notes=[*sweep.notes, *about_items(sweep.results, items)],
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_files(report, folder)
@@ -157,10 +159,15 @@ def track_front(
 def note_of(report: SweepReport, run_id: str | None) -> str:
     """Return the note of a sweep's run: findings, picture and table, as MLflow shows Markdown.
 
-    A table too long for a tag is left to the table among the artifacts.
+    What is too long for a tag is left to the artifacts.
     """
     # The page shows the first lines only until it is asked for more: the findings come first.
-    parts = ["\n".join(f"- {sentence}" for sentence in report.sentences)]
+    lines = [f"- {sentence}" for sentence in report.sentences]
+    lengths = itertools.accumulate(len(line) + 1 for line in lines)
+    num_shown = sum(length <= MAX_SAID_CHARACTERS for length in lengths)
+    if num_shown < len(lines):
+        lines[num_shown:] = [f"- More: `{ARTIFACT_FOLDER}/front.md` under Artifacts."]
+    parts = ["\n".join(lines)]
     if run_id is not None and report.front.placed:
         parts.append(_picture("front", run_id))
     table = markdown_table(report.front)

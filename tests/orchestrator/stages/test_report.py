@@ -111,6 +111,10 @@ def test_paired_errors_come_from_the_items_beside_the_trials(
     again = write_report(workspace, sweep)
     lacking = [p for p in again.report.front.placed if p.confidence is None]
     assert [p.result.key for p in lacking] == [sweep.results[1].key]
+    said = again.report.sentences[0]
+    assert said.startswith("No paired errors, because the files of their single items are missing")
+    assert said.endswith(f": {sweep.results[1].name}.")
+    assert said in write_overlay(workspace, ["toy"]).report.sentences
 
 
 def of_two_seeds(workspace: Workspace, sweep: SweepResults) -> SweepResults:
@@ -244,6 +248,9 @@ def test_a_long_table_leaves_the_note_to_the_artifacts(
     note = note_of(written.report, "run")
     assert len(note) <= 8000
     assert "front/table.json" in note
+    note = note_of(replace(written.report, notes=["x" * 200] * 40), "run")
+    assert len(note) <= 8000
+    assert "- More: `front/front.md` under Artifacts." in note
 
 
 def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: SweepResults) -> None:
