@@ -54,7 +54,11 @@ def next_token_loss(logits: Tensor, input_ids: Tensor, *, mask: Tensor | None = 
 
     Returns:
         A scalar; 0 when no token counts.
+
+    Raises:
+        ValueError: a mask of another shape.
     """
+    _check_mask(mask, input_ids.shape)
     # Shifting the targets instead of the logits avoids a copy of the logits.
     targets = torch.full_like(input_ids, IGNORED)
     targets[:, :-1] = input_ids[:, 1:]
@@ -94,7 +98,8 @@ def kl_divergence(
         A scalar of at least 0; 0 when no position counts.
 
     Raises:
-        ValueError: shapes that differ, a temperature that is not above 0, or an unknown kind.
+        ValueError: shapes that differ, also of the mask, a temperature that is not above 0, or an
+        unknown kind.
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
@@ -132,7 +137,7 @@ def coarse_kl_divergence(
         A scalar of at least 0; 0 when no position counts.
 
     Raises:
-        ValueError: teacher and student hold different numbers of tokens, or the teacher more
+        ValueError: teacher, student or mask hold different numbers of tokens, or the teacher more
         buckets than the vocabulary.
     """
     num_top = teacher.ids.shape[-1]
@@ -172,13 +177,14 @@ def hidden_state_error(
         A scalar of at least 0, exactly 0 with a zero gradient at equality or when none counts.
 
     Raises:
-        ValueError: the two have different numbers of layers, or none.
+        ValueError: the two have different numbers of layers, or none; a mask of another shape.
     """
     if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
         raise ValueError(
             f"got hidden states of {len(teacher_hidden)} teacher and {len(student_hidden)} student "
             "layers; they must be the same number, at least 1"
         )
+    _check_mask(mask, student_hidden[0].shape[:-1])
     errors = []
     for theirs, ours in zip(teacher_hidden, student_hidden, strict=True):
         target = _at_least_float32(theirs.detach())
@@ -193,9 +199,18 @@ def hidden_state_error(
     return torch.stack(errors).mean() / num_counted
 
 
+def _check_mask(mask: Tensor | None, tokens: torch.Size) -> None:
+    # A mask of one row or one column would be spread over all of them, and the mean be wrong.
+    if mask is not None and mask.shape != tokens:
+        raise ValueError(
+            f"mask must be (batch, time), here {tuple(tokens)}, got {tuple(mask.shape)}"
+        )
+
+
 def _mean_divergence(
     student_logits: Tensor, compare: Compare, temperature: float, mask: Tensor | None
 ) -> Tensor:
+    _check_mask(mask, student_logits.shape[:-1])
     counts = torch.ones(student_logits.shape[:-1], device=student_logits.device)
     if mask is not None:
         counts = counts * mask

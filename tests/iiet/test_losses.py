@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iiet import losses
-from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
+from iiet.coarsening import coarsen
+from iiet.losses import (
+    coarse_kl_divergence,
+    hidden_state_error,
+    kl_divergence,
+    next_token_loss,
+)
 
 KINDS = ("forward", "reverse", "jensen_shannon")
 
@@ -253,3 +259,18 @@ def test_hidden_state_error_leaves_masked_positions_out():
     assert ours.grad[~mask].abs().max() == 0
     nothing = hidden_state_error([teacher], [ours], mask=torch.zeros(2, 3, dtype=torch.bool))
     assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (2, 2), (2, 3), (2, 5), (4,)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    logits, tokens = random_logits(2, 4, 6, seed=1), torch.zeros(2, 4, dtype=torch.long)
+    mask, hidden = torch.ones(shape, dtype=torch.bool), [torch.ones(2, 4, 3)]
+    calls = [
+        lambda: next_token_loss(logits, tokens, mask=mask),
+        lambda: kl_divergence(logits, logits, mask=mask),
+        lambda: coarse_kl_divergence(coarsen(logits, 2), logits, mask=mask),
+        lambda: hidden_state_error(hidden, hidden, mask=mask),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"must be \(batch, time\), here \(2, 4\), got"):
+            call()
