@@ -73,7 +73,7 @@ def generate(
         from orchestrator.stages.generate import Sampling, Writer
 
         # The text goes to standard output, so a warning does not.
-        warn = partial(typer.echo, err=True)
+        warn = partial(typer.echo, file=session.terminal)
         model = resolve_model(session.workspace, checkpoint, warn)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -26,6 +26,8 @@ class Session:
     workspace: Any
     progress: Any
     console: Console
+    terminal: TextIO
+    """Standard error of the terminal; what is written to `sys.stderr` meanwhile goes to the log."""
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
     with command_log(space.logs, command, verbose=verbose) as log:
         try:
             with terminal_progress(console) as progress:
-                yield Session(space, progress, console)
+                yield Session(space, progress, console, log.terminal)
         except (UserError, Interrupted):
             raise
         except KeyboardInterrupt:

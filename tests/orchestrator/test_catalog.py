@@ -5,6 +5,7 @@ is never taken in silence.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,14 @@ def test_what_is_made_of_a_model_is_never_made_of_an_older_one(
 
 @pytest.mark.parametrize("with_path", [True, False])
 def test_who_only_reads_a_model_is_warned(
-    workspace: Workspace, damaged: Path, with_path: bool, capfd: pytest.CaptureFixture[str]
+    workspace: Workspace,
+    damaged: Path,
+    with_path: bool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # As outside of tests: a command sends this file to its log.
+    monkeypatch.setattr(sys, "stderr", os.fdopen(2, "w", closefd=False))
     newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
     said: list[str] = []
     paths = [damaged] if with_path else None
