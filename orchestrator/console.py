@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from orchestrator.credentials import without_secrets
+
 PLAIN_SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -80,7 +82,7 @@ class PlainProgress(Progress):
         self._print(f"  {self._title}: {of_total} {text}{left}".rstrip())
 
     def note(self, text: str) -> None:
-        self._print(f"  {text}")
+        self._print(f"  {without_secrets(text)}")
 
     def finish(self, summary: str) -> None:
         seconds = time.monotonic() - self._started
@@ -123,7 +125,7 @@ class BarProgress(Progress):
             self._bar.update(self._task, left="" if left is None else f"{_duration(left)} left")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {text}", markup=False, highlight=False)
+        self.console.print(f"  {without_secrets(text)}", markup=False, highlight=False)
 
     def finish(self, summary: str) -> None:
         seconds = time.monotonic() - self._started

@@ -5,6 +5,9 @@ a `UserError` with a sentence that names what was received, what is allowed and 
 command line prints that sentence and exits with code 2; nothing else is caught there, so that a
 defect of ours keeps its traceback in the log. `Interrupted` stands for a stop that the user asked
 for: it says what is saved, the same command goes on from there, the exit code is 130.
+
+Errors are shown, logged and stored, and many quote an address that a user or a library has written:
+their texts never hold its password (`orchestrator.credentials`).
 """
 
 from __future__ import annotations
@@ -12,17 +15,28 @@ from __future__ import annotations
 import errno
 import os
 
+from orchestrator.credentials import without_secrets
+
 
 class UserError(ValueError):
     """A mistake that the user can put right; its text says how. Exit code 2."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(without_secrets(text))
 
 
 class Interrupted(Exception):
     """A stop asked for by the user (Ctrl-C, SIGTERM); says what is saved. Exit code 130."""
 
+    def __init__(self, text: str = "") -> None:
+        super().__init__(without_secrets(text))
+
 
 class StageFailed(RuntimeError):
     """A stage that could not finish for a reason outside the user's input. Exit code 1."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(without_secrets(text))
 
 
 LONGEST_QUOTE = 200
@@ -39,6 +53,7 @@ def quoted(value: object) -> str:
 
 def shortened(text: str) -> str:
     """Return a text, cut in the middle where it is longer than a message may show."""
+    text = without_secrets(text)  # First: half an address is no address any more.
     if len(text) <= LONGEST_QUOTE:
         return text
     half = LONGEST_QUOTE // 2 - 3

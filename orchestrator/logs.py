@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from orchestrator.credentials import without_secrets
+
 NUM_LOGS_KEPT = 20
 
 
@@ -51,7 +53,7 @@ def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[Comman
     with path.open("ab") as log:
         os.dup2(log.fileno(), 2)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
     terminal = io.TextIOWrapper(os.fdopen(os.dup(saved), "wb"), write_through=True)
@@ -65,3 +67,17 @@ def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[Comman
         os.dup2(saved, 2)
         os.close(saved)
         terminal.close()
+        hide_secrets(path)
+
+
+def hide_secrets(path: Path) -> None:
+    """Rewrite a log without passwords, where it holds any: what libraries and child processes write
+    goes past the logging of this process."""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    if (public := without_secrets(text)) != text:
+        path.write_text(public, encoding="utf-8", errors="surrogateescape")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))

@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from orchestrator.errors import StageFailed, UserError
+from orchestrator.logs import hide_secrets
 from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace import Workspace
 
@@ -61,7 +62,7 @@ def serve(
     """
     tracking = open_tracking(workspace, warn=say)
     if tracking.store.is_remote:
-        for line in link_lines(tracking, tracking.store.uri):
+        for line in link_lines(tracking, tracking.store.place):
             say(line)
         return
     check_port(port)
@@ -83,6 +84,7 @@ def serve(
                 raise _failed(server, workspace.logs / LOG_NAME)
         finally:
             stop_group(server)
+            hide_secrets(workspace.logs / LOG_NAME)
 
 
 def link_lines(tracking: Tracking, url: str) -> list[str]:
@@ -146,11 +148,12 @@ def _start(workspace: Workspace, uri: str, port: int, folder: Path) -> subproces
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
         *("--host", HOST, "--port", str(port)),
-        *("--backend-store-uri", uri, "--no-serve-artifacts"),
-        *("--default-artifact-root", workspace.artifacts.as_uri()),
+        *("--no-serve-artifacts", "--default-artifact-root", workspace.artifacts.as_uri()),
     ]
     environment = {
         **os.environ,
+        # Not an argument, which every user of the machine can read: it may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "GIT_PYTHON_REFRESH": "quiet",

@@ -35,7 +35,7 @@ DOORS = {
 
 LAYERS = (
     "iiet",
-    "orchestrator.errors",
+    "orchestrator.errors orchestrator.credentials",
     "orchestrator.journal orchestrator.console orchestrator.logs orchestrator.shipped"
     " orchestrator.interruption orchestrator.scratch",
     "orchestrator.settings orchestrator.workspace orchestrator.provenance orchestrator.resources",

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from orchestrator.credentials import without_secrets
 from orchestrator.errors import Interrupted, StageFailed, UserError, unusable_path
 
 
@@ -59,7 +60,7 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
                 ) from error
             if log.path is not None:
                 with log.path.open("a", encoding="utf-8") as file:
-                    traceback.print_exception(error, file=file)
+                    file.write(without_secrets("".join(traceback.format_exception(error))))
             if isinstance(error, OSError) and (sentence := unusable_path(error)):
                 raise UserError(sentence) from error
             if log.path is None:

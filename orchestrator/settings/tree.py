@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from iiet.methods import METHODS
+from orchestrator.credentials import has_secret
 from orchestrator.errors import quoted, shortened
 from orchestrator.settings.models import DataSettings, ModelSettings
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
@@ -194,6 +195,18 @@ class StudySettings(Section):
     """Whether students along the first metric's family start from one another, too."""
 
 
+def secret_in_storage(uri: str) -> str | None:
+    """Return why an address of storage is refused: settings are stored with every run, in its
+    folder and in MLflow. None if it holds no secret."""
+    if not has_secret(uri):
+        return None
+    return (
+        "the address holds a password or a key, and settings are stored with every run; leave it "
+        "out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment (for GCS "
+        "GOOGLE_APPLICATION_CREDENTIALS)"
+    )
+
+
 class ClusterSettings(Section):
     """Where the work runs."""
 
@@ -209,6 +222,13 @@ class ClusterSettings(Section):
     gradients and moments (fsdp), which needs less memory and more traffic."""
     max_failures: int = Field(default=2, ge=0)
     """How often a training job whose worker died is started again from its newest checkpoint."""
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_holds_no_secret(cls, storage: str | None) -> str | None:
+        if problem := secret_in_storage(storage or ""):
+            raise PydanticCustomError("secret", problem)
+        return storage
 
 
 class Settings(Section):

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 from sqlalchemy.exc import SQLAlchemyError
 
+from orchestrator.credentials import public_address, without_secrets
 from orchestrator.tracking.client import MlflowClient, MlflowException, Run
 from orchestrator.tracking.identity import RunIdentity
 from orchestrator.tracking.links import as_query
@@ -41,12 +42,17 @@ class Store:
 
     def __init__(self, workspace: Workspace) -> None:
         """Name the store; nothing is opened before `connect`."""
-        self.uri = workspace.tracking_uri
+        self.uri = workspace.tracking_uri  # May hold a password: show `place` instead.
         self.experiment_name = os.environ.get(EXPERIMENT_VARIABLE) or EXPERIMENT_NAME
         self.experiment_id: str | None = None
         self._artifacts = workspace.artifacts
         self._lock = FileLock(str(workspace.root / ".tracking.lock"))
         self._client: MlflowClient | None = None
+
+    @property
+    def place(self) -> str:
+        """The address as it may be shown: without user and password."""
+        return public_address(self.uri)
 
     @property
     def is_remote(self) -> bool:
@@ -137,6 +143,6 @@ def is_refusal(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Return the error's text, short enough for one line."""
-    lines = str(error).strip().splitlines()
+    """Return the error's text, short enough for one line and without passwords."""
+    lines = without_secrets(str(error)).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

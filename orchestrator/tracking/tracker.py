@@ -185,8 +185,8 @@ class Tracking:
         """Leave the store alone for a while; the first time, say so."""
         if not self._pause_seconds:
             self._warn(
-                f"MLflow at {self.store.uri} does not answer ({first_line(error)}); the work goes "
-                "on, and what MLflow was not told waits for `iiet-orch sync`"
+                f"MLflow at {self.store.place} does not answer ({first_line(error)}); the work "
+                "goes on, and what MLflow was not told waits for `iiet-orch sync`"
             )
         longer = max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS)
         self._pause_seconds = min(longer, LONGEST_PAUSE_SECONDS)
@@ -310,10 +310,15 @@ def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking
     tracking = Tracking(workspace, warn=warn)
     try:
         tracking.store.connect()
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"MLflow's store {tracking.store.place} needs the module {error.name}; install it, or "
+            "set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// address"
+        ) from None
     except FAILURES as error:
         if not tracking.store.is_remote:
             raise UserError(
-                f"cannot open MLflow's store {tracking.store.uri}: {first_line(error)}; move the "
+                f"cannot open MLflow's store {tracking.store.place}: {first_line(error)}; move the "
                 "file away, or set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// address"
             ) from None
         tracking.pause(error)

@@ -16,7 +16,9 @@ from pathlib import Path, PurePosixPath
 from pyarrow import fs
 from pyarrow.lib import ArrowException
 
+from orchestrator.credentials import without_secrets
 from orchestrator.errors import UserError
+from orchestrator.settings.tree import secret_in_storage
 from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint, find_checkpoints
 
 COPY_ERRORS = (OSError, ArrowException)
@@ -34,8 +36,10 @@ class Mirror:
             run_folder: The run; its name is that of its copies' folder.
 
         Raises:
-            UserError: If no file system goes by that URI, or it does not answer.
+            UserError: If no file system goes by that URI, it does not answer, or it holds a secret.
         """
+        if problem := secret_in_storage(uri):
+            raise UserError(f"cluster.storage: {problem}")
         try:
             self._store, root = fs.FileSystem.from_uri(uri)
         except COPY_ERRORS as error:
@@ -107,5 +111,5 @@ class Mirror:
 
 
 def one_line(error: Exception) -> str:
-    """Return what a store says, without its line breaks."""
-    return " ".join(str(error).split())
+    """Return what a store says, without its line breaks and without passwords."""
+    return " ".join(without_secrets(str(error)).split())

@@ -191,6 +191,10 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     with pytest.raises(UserError, match="sqlite:///FILE"):
         open_tracking(workspace)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+nothing://user:geh3im@host/db")
+    with pytest.raises(UserError, match=r"cannot open MLflow's store|needs the module") as caught:
+        open_tracking(workspace)
+    assert "geh3im" not in str(caught.value)
 
 
 @pytest.mark.parametrize("what", ["a folder", "a link to itself", "a text"])
