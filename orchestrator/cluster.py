@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -93,11 +93,14 @@ _running: Cluster | None = None
 
 
 @contextmanager
-def ray_cluster(*, num_cpus: int | None = None) -> Iterator[Cluster]:
+def ray_cluster(
+    *, num_cpus: int | None = None, say: Callable[[str], None] | None = None
+) -> Iterator[Cluster]:
     """Start Ray until the block ends, or use the one that runs already.
 
     Args:
         num_cpus: CPUs of a local cluster; all that this process may use when unset.
+        say: Told that Ray starts, if it does; that takes seconds.
 
     Raises:
         UserError: If nothing answers at `RAY_ADDRESS`.
@@ -107,6 +110,8 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[Cluster]:
     if _running is not None:
         yield _running
         return
+    if say:
+        say("starting Ray")
     cluster = _RayThread(make_scratch(longest_path=LONGEST_TEMPORARY_FOLDER), num_cpus)
     patience = SHUTDOWN_SECONDS
     try:

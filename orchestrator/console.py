@@ -2,16 +2,20 @@
 line when done.
 
 Stages talk to a `Progress` and know nothing of terminals. On a terminal Rich draws the bar; in a
-pipe or a log file a plain line appears at most every few seconds, so that logs stay readable.
+pipe or a log file a plain line appears every few seconds, no more often, so that logs stay
+readable, and also while a stage has nothing to report, so that nobody takes it for dead.
 """
 
 from __future__ import annotations
 
 import sys
+import textwrap
+import threading
 import time
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     SpinnerColumn,
@@ -19,10 +23,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from orchestrator.credentials import without_secrets
 
 PLAIN_SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Progress:
@@ -59,37 +65,119 @@ class Progress:
 NullProgress = Progress
 
 
+class FirstThatFits:
+    """Layouts of the same content, widest first: the first is printed that is not too wide.
+
+    So a narrow terminal shows less, or puts it differently, and breaks no name and no number.
+    """
+
+    def __init__(self, *layouts: RenderableType) -> None:
+        self.layouts = layouts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the layout for this width; the last one where none fits."""
+        unlimited = options.update(width=10_000)
+        for layout in self.layouts[:-1]:
+            if Measurement.get(console, unlimited, layout).maximum <= options.max_width:
+                yield layout
+                return
+        yield self.layouts[-1]
+
+
+def print_line(console: Console, line: str | Text) -> None:
+    """Print a line that a terminal folds between words; elsewhere it stays one line.
+
+    A word that is too long for the terminal, such as a path, stays whole, so that it can be copied.
+    """
+    line = line if isinstance(line, Text) else Text(line)
+    parts = _folded(line, console.width) if console.is_terminal else [line]
+    for part in parts:
+        console.print(part, highlight=False, soft_wrap=True)
+
+
+def _folded(line: Text, width: int) -> list[Text]:
+    parts = []
+    end = 0
+    for paragraph in line.plain.split("\n"):
+        # Rich would break long words as well.
+        wrapped = textwrap.wrap(
+            paragraph,
+            width,
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for part in wrapped or [""]:
+            start = line.plain.index(part, end)
+            end = start + len(part)
+            parts.append(line[start:end])
+    return parts
+
+
 class PlainProgress(Progress):
-    """Plain lines for pipes, log files and CI."""
+    """Plain lines for pipes, log files and CI.
+
+    A thread prints the last state again where a stage reports nothing for a while.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._title = ""
         self._total: float | None = None
+        self._state = ""
         self._started = self._printed = 0.0
+        self._lock = threading.Lock()
+        self._ended: threading.Event | None = None
 
     def start(self, title: str, total: float | None = None) -> None:
+        self.close()
         self._title, self._total = title, total
+        self._state = self._of_total(0) if total else ""
         self._started = self._printed = time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._keep_telling, args=(self._ended,), daemon=True).start()
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        now = time.monotonic()
-        if now - self._printed < PLAIN_SECONDS_BETWEEN_LINES:
-            return
-        self._printed = now
-        of_total = f"{done:.4g}/{self._total:.6g}" if self._total else f"{done:.4g}"
         left = f", {_duration(seconds_left)} left" if seconds_left else ""
-        self._print(f"  {self._title}: {of_total} {text}{left}".rstrip())
+        self._state = f"{self._of_total(done)} {text}{left}".strip()
+        self._tell()
 
     def note(self, text: str) -> None:
         self._print(f"  {without_secrets(text)}")
 
     def finish(self, summary: str) -> None:
+        self.close()
         seconds = time.monotonic() - self._started
         self._print(f"{self._title}: {summary} ({seconds:.0f} s)")
 
+    def close(self) -> None:
+        if self._ended:
+            self._ended.set()
+            self._ended = None
+
+    def _keep_telling(self, ended: threading.Event) -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                self._tell()
+            except (OSError, ValueError):  # Nobody reads any more; who writes next will say so.
+                return
+
+    def _tell(self) -> None:
+        """Print the state, unless that was done a moment ago."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._printed < PLAIN_SECONDS_BETWEEN_LINES:
+                return
+            self._printed = now
+            seconds = f"{_duration(now - self._started)} so far"
+            self._print(f"  {self._title}: " + ", ".join(filter(None, (self._state, seconds))))
+
+    def _of_total(self, done: float) -> str:
+        return f"{_count(done)}/{_count(self._total)}" if self._total else _count(done)
+
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, text)
 
 
 class BarProgress(Progress):
@@ -99,44 +187,55 @@ class BarProgress(Progress):
         self.console = console
         self._bar: RichProgress | None = None
         self._title = ""
+        self._total: float | None = None
         self._started = 0.0
 
     def start(self, title: str, total: float | None = None) -> None:
         self.close()
-        self._title, self._started = title, time.monotonic()
+        self._title, self._total, self._started = title, total, time.monotonic()
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
-            TextColumn("{task.percentage:>3.0f}%" if total else ""),
+            TextColumn("{task.fields[share]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}", markup=False),
             TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=total, text="", left="")
+        # It moves to and fro until something is done: 0 % for long looks like a standstill.
+        self._task = self._bar.add_task(title, total=None, share="", text="", left="")
         self._bar.start()
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=done, text=text)
-            left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
-            self._bar.update(self._task, left="" if left is None else f"{_duration(left)} left")
+        if not self._bar:
+            return
+        if done and self._total:
+            share = f"{min(1.0, done / self._total):4.0%}"
+            self._bar.update(self._task, total=self._total, share=share)
+        self._bar.update(self._task, completed=done, text=text)
+        left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
+        self._bar.update(self._task, left="" if left is None else f"{_duration(left)} left")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {without_secrets(text)}", markup=False, highlight=False)
+        print_line(self.console, f"  {without_secrets(text)}")
 
     def finish(self, summary: str) -> None:
         seconds = time.monotonic() - self._started
         self.close()
-        self.console.print(f"[green]✓[/] [bold]{self._title}[/]", end=" ", highlight=False)
-        self.console.print(f"{summary} ({seconds:.0f} s)", markup=False, highlight=False)
+        # One text, so that the terminal's width counts for all of it.
+        line = Text.assemble(("✓", "green"), " ", (self._title, "bold"), f" {summary}")
+        print_line(self.console, line.append(f" ({seconds:.0f} s)"))
 
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def _duration(seconds: float) -> str:

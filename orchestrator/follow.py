@@ -102,8 +102,9 @@ class JournalFollower:
     def _text(self) -> str:
         running = self._running()
         if not running:
-            return ""
-        losses = ", ".join(f"{label} {n['train/loss']:.2f}" for label, n in running.items())
+            has_begun = any(tail.step for tail in self._tails.values())
+            return "" if has_begun else "waiting for the first step"
+        losses = "; ".join(f"{label} {n['train/loss']:.2f}" for label, n in running.items())
         speed = sum(n.get("train/tokens_per_second", 0.0) for n in running.values())
         return f"loss {losses}, {speed:,.0f} tokens/s"
 

@@ -63,7 +63,7 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
     # Students of a teacher that is there are looked at when they are planned.
     if settings.distillation.control != "pruned" and finished_outcome(jobs[0]) is None:
         check_students_fit(settings, jobs, most_students(settings, jobs[0].config()))
-    with ray_cluster():
+    with ray_cluster(say=desk.progress.start):
         checkpoints = pretrain(
             every, desk.workspace, tokens, tracking=desk.tracking, progress=desk.progress
         )

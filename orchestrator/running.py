@@ -44,6 +44,7 @@ def run_jobs(
     local: bool = False,
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[TrainingOutcome]:
     """Run jobs to their ends; finished ones take no time, another process's are waited for.
 
@@ -53,6 +54,7 @@ def run_jobs(
         local: Train in this process, without Ray, one after the other.
         watch: Called a few times a second, to show progress.
         note: Told if another process is waited for.
+        say: Told that Ray starts.
 
     Raises:
         UserError: If a job cannot run as described.
@@ -73,4 +75,5 @@ def run_jobs(
         max_failures=cluster.max_failures,
         watch=watch,
         note=note,
+        say=say,
     )

@@ -77,7 +77,7 @@ def run_study(
         show_plan(plan, settings, desk)
         desk.console.print(_later_phases(settings, len(study.contenders)), markup=False)
         return
-    with ray_cluster():
+    with ray_cluster(say=desk.progress.start):
         phases = study.compare()
         ways = study.distill(phases)
     folder = desk.workspace.overlays / name

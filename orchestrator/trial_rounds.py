@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from iiet.cost import inference_cost
+from orchestrator.analysis.texts import listed
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.errors import Interrupted, StageFailed
@@ -72,7 +73,7 @@ class TrialRounds:
         self.progress.start("sweep", self.num_all)
         num_found = self.num_all - len(waiting) - len(self.lost)
         if waiting:
-            with ray_cluster():
+            with ray_cluster(say=partial(self.progress.advance, num_found)):
                 self._num_later = len(waiting)
                 for wave in waves_of(waiting):
                     self._num_later -= len(wave)
@@ -93,7 +94,7 @@ class TrialRounds:
             left = [t for t in left if self._is_to_do(t)]
 
     def _tell_waiting(self, trials: Sequence[PlannedTrial]) -> None:
-        names = ", ".join(trial.label for trial in trials)
+        names = listed([trial.label for trial in trials])
         self.progress.note(f"waiting for another process, which is at: {names}")
 
     def _is_to_do(self, trial: PlannedTrial) -> bool:
@@ -129,7 +130,7 @@ class TrialRounds:
         def watch() -> None:
             shares = [_share_done(trial, tails[trial.key]) for trial in trials]
             running = [t.label for t, share in zip(trials, shares, strict=True) if 0 < share < 1]
-            self.progress.advance(num_done + sum(shares), " ".join(running[:3]))
+            self.progress.advance(num_done + sum(shares), "; ".join(running[:3]))
 
         # Of this process alone: the same sweep may run twice at the same time.
         own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"

@@ -6,46 +6,62 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import STDERR, EvaluationResult
+from orchestrator.console import FirstThatFits
 from orchestrator.estimate_view import durations, teraflops
 from orchestrator.plan import SweepPlan, exact_cost, full_config, num_models
 from orchestrator.plan_price import PlanPrice, TrialState
 from orchestrator.training.fitting import gib
 
 
-def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
+def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> FirstThatFits:
     """Return a plan's trials with how far they are, in their order; with their learning rates where
-    these differ.
+    these differ. Narrow terminals show fewer columns.
     """
-    table = Table(title=f"Plan of {plan.name}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model", overflow="fold")
-    has_thresholds = any(trial.threshold_text for trial in plan.trials)
-    if has_thresholds:
-        table.add_column("thresholds", no_wrap=True)
+    without: list[set[str]] = [set()]
+    for title in ("KV/token", "FLOPs", "thresholds", "rate"):
+        without.append({*without[-1], title})
+    return FirstThatFits(*(_plan_table(plan, states, titles) for titles in without))
+
+
+def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Container[str]) -> Table:
     rates = [trial.job["recipe"]["learning_rate"] if trial.job else None for trial in plan.trials]
-    has_rates = len(set(rates) - {None}) > 1
-    for title in (*(["rate"] if has_rates else []), "evals", "FLOPs", "KV/token"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
     full = full_config(plan)
-    for state, rate in zip(states, rates, strict=True):
-        trial = state.trial
-        cost = exact_cost(trial.config(), full)
-        table.add_row(
-            trial.label,
-            *([trial.threshold_text] if has_thresholds else []),
-            *(["" if rate is None else f"{rate:g}"] if has_rates else []),
-            f"{cost['evaluations']:.0f}",
-            f"{100 * cost['relative_flops']:.0f} %",
-            gib(cost["kv_bytes_per_token"]),
-            state.text,
+    costs = [exact_cost(state.trial.config(), full) for state in states]
+    columns = {
+        "model": [state.trial.label for state in states],
+        "thresholds": [state.trial.threshold_text for state in states],
+        "rate": ["" if rate is None else f"{rate:g}" for rate in rates],
+        "evals": [f"{cost['evaluations']:.0f}" for cost in costs],
+        "FLOPs": [f"{100 * cost['relative_flops']:.0f} %" for cost in costs],
+        "KV/token": [gib(cost["kv_bytes_per_token"]) for cost in costs],
+        "state": [state.text for state in states],
+    }
+    if not any(columns["thresholds"]):
+        del columns["thresholds"]
+    if len(set(rates) - {None}) <= 1:
+        del columns["rate"]
+    columns = {title: cells for title, cells in columns.items() if title not in left_out}
+    table = Table(title=f"Plan of {plan.name}", title_justify="left", box=box.SIMPLE_HEAD)
+    for title in columns:
+        justify: Literal["left", "right"] = (
+            "left" if title in ("model", "thresholds", "state") else "right"
         )
+        if title == "model":
+            table.add_column(title, overflow="fold")
+        else:
+            table.add_column(title, justify=justify, no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
 
 
@@ -108,19 +124,33 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
-    """Return every task's metrics with their standard errors, one column a model.
+@dataclass(frozen=True)
+class _Measured:
+    """One metric of a task under every model, as texts."""
+
+    task: str
+    metric: str
+    cells: list[str]
+    num_items: str
+
+
+def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> FirstThatFits:
+    """Return every task's metrics with their standard errors: one column a model, or where these
+    are too wide, one line a model.
 
     Args:
         evaluations: Name of the model to what was measured; the tasks may differ.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for name in evaluations if len(evaluations) > 1 else ["value ± error"]:
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("items", justify="right")
-    models = list(evaluations.values())
+    names, rows = list(evaluations), _measured(list(evaluations.values()))
+    return FirstThatFits(
+        _side_by_side(names, rows),
+        _side_by_side(names, rows, with_items=False),
+        _stacked(names, rows),
+    )
+
+
+def _measured(models: Sequence[EvaluationResult]) -> list[_Measured]:
+    rows = []
     tasks = dict.fromkeys(name for model in models for name in model.results)
     for task in tasks:
         results = [model.results.get(task) for model in models]
@@ -132,13 +162,52 @@ def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
                 ]
                 # The one that the average counts.
                 mark = " *" if metric == known[0].accuracy_metric else ""
-                table.add_row(task, metric + mark, *cells, f"{known[0].num_items:,}")
+                rows.append(_Measured(task, metric + mark, cells, f"{known[0].num_items:,}"))
     averages = [model.quality() for model in models]
     if any("accuracy" in average for average in averages):
-        table.add_section()
         cells = [_metric_cell(average, "accuracy") for average in averages]
         num_items = max(model.num_accuracy_items for model in models)
-        table.add_row("average", "accuracy *", *cells, f"{num_items:,}")
+        rows.append(_Measured("average", "accuracy *", cells, f"{num_items:,}"))
+    return rows
+
+
+def _side_by_side(
+    names: Sequence[str], rows: Sequence[_Measured], *, with_items: bool = True
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    for name in names if len(names) > 1 else ["value ± error"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    if with_items:
+        table.add_column("items", justify="right", no_wrap=True)
+    for row in rows:
+        if row.task == "average":
+            table.add_section()
+        items = [row.num_items] if with_items else []
+        table.add_row(row.task, row.metric, *row.cells, *items)
+    return table
+
+
+def _stacked(names: Sequence[str], rows: Sequence[_Measured]) -> Table:
+    """Return a table whose first column holds task, metric and model, each a step further in."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    for title in ("value ± error", "items"):
+        table.add_column(title, justify="right", no_wrap=True)
+    task = ""
+    for row in rows:
+        if row.task != task:
+            if row.task == "average":
+                table.add_section()
+            table.add_row(row.task, "", row.num_items)
+            task = row.task
+        if len(names) == 1:
+            table.add_row(f"  {row.metric}", row.cells[0], "")
+            continue
+        table.add_row(f"  {row.metric}", "", "")
+        for name, cell in zip(names, row.cells, strict=True):
+            table.add_row(f"    {name}", cell, "")
     return table
 
 
@@ -178,21 +247,36 @@ def tasks_with_other_items(evaluations: Sequence[EvaluationResult]) -> list[str]
     return [name for name, kinds in items.items() if len(kinds) > 1]
 
 
-def influence_view(influence: InfluenceTable) -> Table:
-    """Return an influence table, one row a layer, with standard errors."""
-    table = Table(
-        title=f"Influence ({influence.metric}, {influence.num_tokens:,} tokens)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+def influence_view(influence: InfluenceTable) -> FirstThatFits:
+    """Return an influence table, one row a layer, with standard errors; of many corrections in
+    parts below each other where they do not fit beside each other.
+    """
+    most = influence.schedule.max_corrections
+    return FirstThatFits(
+        *(
+            Group(
+                *(
+                    _influence_part(influence, first, min(first + count, most))
+                    for first in range(0, most, count)
+                )
+            )
+            for count in range(most, 0, -1)
+        )
     )
-    table.add_column("layer", justify="right")
-    for number in range(1, influence.schedule.max_corrections + 1):
-        table.add_column(f"correction {number}", justify="right")
+
+
+def _influence_part(influence: InfluenceTable, first: int, end: int) -> Table:
+    """Return the table of the corrections from index `first` on, before `end`."""
+    title = f"Influence ({influence.metric}, {influence.num_tokens:,} tokens)"
+    table = Table(title=None if first else title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("layer", justify="right", no_wrap=True)
+    for number in range(first + 1, end + 1):
+        table.add_column(f"correction {number}", justify="right", no_wrap=True)
     for layer, (values, errors) in enumerate(
         zip(influence.value_rows, influence.error_rows, strict=True), start=1
     ):
-        cells = [_with_error(v, e) for v, e in zip(values, errors, strict=True)]
-        table.add_row(str(layer), *cells)
+        pairs = list(zip(values, errors, strict=True))[first:end]
+        table.add_row(str(layer), *(_with_error(value, error) for value, error in pairs))
     return table
 
 

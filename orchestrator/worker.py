@@ -66,6 +66,7 @@ def run_train_jobs(
     max_failures: int = 2,
     watch: Watch | None = None,
     note: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[TrainingOutcome]:
     """Run jobs under Ray Train, side by side as far as there is room; finished ones take no time.
 
@@ -79,6 +80,7 @@ def run_train_jobs(
         max_failures: How often a job whose worker died starts again from its newest checkpoint.
         watch: Called a few times a second, to show progress.
         note: Told if another process is waited for.
+        say: Told that Ray starts.
 
     Returns:
         The outcome of each job, in their order.
@@ -97,6 +99,7 @@ def run_train_jobs(
         parallel=parallel,
         max_failures=max_failures,
         watch=watch,
+        say=say,
     )
     return run_each_once(jobs, run, watch=watch, note=note)
 
@@ -109,12 +112,13 @@ def _run_held(
     parallel: str,
     max_failures: int,
     watch: Watch | None,
+    say: Callable[[str], None] | None,
 ) -> None:
     """Run jobs whose folders are held until all have ended; as `run_train_jobs`."""
     for job in jobs:
         forget_stop(job.folder)
     before = [_journal_bytes(job) for job in jobs]
-    with ray_cluster() as cluster:
+    with ray_cluster(say=say) as cluster:
         check_resources(num_workers, num_gpus, cluster.resources)
         plan = _plan(
             cluster.resources,

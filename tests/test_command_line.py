@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 from orchestrator import cli
 from orchestrator.console import Progress
@@ -124,6 +125,24 @@ def test_a_mistake_costs_one_sentence_and_code_2(
         path for path in (tmp_path / "space").glob("*/*") if path.parent.name in ("runs", "sweeps")
     ]
     assert not left
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))
+def test_help_shows_every_option_whole(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert cli.run([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert all(len(line) <= width for line in printed.splitlines())
+    words = set(printed.replace("/", " ").replace(",", " ").split())
+    command = get_command(cli.app).commands[name]
+    for parameter in command.params:
+        for option in [*parameter.opts, *parameter.secondary_opts]:
+            names = {option, f"{option}...", f"{parameter.metavar}..."}
+            assert bool(names & words) != getattr(parameter, "hidden", False), option
 
 
 @pytest.mark.parametrize(

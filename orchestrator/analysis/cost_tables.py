@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from orchestrator.analysis.measured_cost import (
@@ -17,11 +19,14 @@ from orchestrator.analysis.measured_cost import (
     MeasuredCost,
 )
 from orchestrator.analysis.memory import HOW_MEASURED
+from orchestrator.console import FirstThatFits
 
-CONDITION = "rows x prompt"
+Columns = Sequence[tuple[str, Callable[[MeasuredCost], str]]]
+
+CONDITION = "rows x\nprompt"
 
 
-def all_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
+def all_tables(costs: Sequence[MeasuredCost]) -> list[FirstThatFits]:
     """Return the table of costs, and those of shares where there are models to compare."""
     if len({cost.model for cost in costs}) < 2:
         return [cost_table(costs)]
@@ -34,47 +39,51 @@ def sentences(costs: Sequence[MeasuredCost]) -> list[str]:
     return [f"weights: {', '.join(sizes)} MiB, part of each peak", *residual_lines(costs)]
 
 
-def cost_table(costs: Sequence[MeasuredCost]) -> Table:
-    """Return time and memory, one row a model and condition; spreads are half quartile ranges."""
-    table = _table("Milliseconds and MiB")
-    for title in ("first token", "per token"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for title in ("tokens/s", "KV", "peak"):
-        table.add_column(title, justify="right")
-    for cost, ends in _with_ends(costs):
-        table.add_row(
-            _condition(cost),
-            cost.model,
-            f"{cost.first_token_ms:.2f} ± {cost.first_token_spread:.2f}",
-            f"{cost.decode_ms:.2f} ± {cost.decode_spread:.2f}",
-            f"{cost.tokens_per_second:,.0f}",
-            _mebibytes(cost.kv_bytes),
-            _mebibytes(cost.peak_bytes),
-            end_section=ends,
-        )
-    return table
+def cost_table(costs: Sequence[MeasuredCost]) -> FirstThatFits:
+    """Return time and memory, one row a model and condition; spreads are half quartile ranges.
+    On narrow terminals these are two tables.
+    """
+    times: Columns = [
+        ("first token", lambda cost: f"{cost.first_token_ms:.2f} ± {cost.first_token_spread:.2f}"),
+        ("per token", lambda cost: f"{cost.decode_ms:.2f} ± {cost.decode_spread:.2f}"),
+    ]
+    others: Columns = [
+        ("tokens/s", lambda cost: f"{cost.tokens_per_second:,.0f}"),
+        ("KV", lambda cost: _mebibytes(cost.kv_bytes)),
+        ("peak", lambda cost: _mebibytes(cost.peak_bytes)),
+    ]
+    return FirstThatFits(
+        _table("Milliseconds and MiB", costs, [*times, *others]),
+        Group(_table("Milliseconds", costs, times), _table("Speed and MiB", costs, others)),
+    )
 
 
-def share_table(costs: Sequence[MeasuredCost], part: str) -> Table:
+def share_table(costs: Sequence[MeasuredCost], part: str) -> FirstThatFits:
     """Return shares of the full model's time in percent, predicted and measured.
 
     Args:
         costs: All models and conditions.
         part: Which time: a key of `MeasuredCost.shares`.
     """
-    table = _table(f"Share of the full model's time, {part}, in percent")
-    for title in ("measured", f"by {PREDICTION}", "off", "by evals", "off"):
-        table.add_column(title, justify="right", min_width=max(map(len, title.split())))
-    for cost, ends in _with_ends(costs):
-        share = cost.shares[part]
-        cells = []
-        for prediction in (PREDICTION, SIMPLEST):
-            cells.append(f"{100 * share.predicted[prediction]:.1f}")
-            cells.append(f"{100 * share.residual(prediction):+.1f}\u00a0%")
-        # Held together, so that narrow terminals fold the names and not the numbers.
-        measured = f"{100 * share.measured:.1f}\u00a0±\u00a0{100 * share.spread:.1f}"
-        table.add_row(_condition(cost), cost.model, measured, *cells, end_section=ends)
-    return table
+    columns = [("measured", partial(_measured, part=part))]
+    for prediction, title in ((PREDICTION, f"by {PREDICTION}"), (SIMPLEST, "by evals")):
+        columns.append((title, partial(_predicted, part=part, prediction=prediction)))
+        columns.append(("off", partial(_off, part=part, prediction=prediction)))
+    title = f"Share of the full model's time, {part}, in percent"
+    return FirstThatFits(_table(title, costs, columns), _table(title, costs, columns[:3]))
+
+
+def _measured(cost: MeasuredCost, *, part: str) -> str:
+    share = cost.shares[part]
+    return f"{100 * share.measured:.1f} ± {100 * share.spread:.1f}"
+
+
+def _predicted(cost: MeasuredCost, *, part: str, prediction: str) -> str:
+    return f"{100 * cost.shares[part].predicted[prediction]:.1f}"
+
+
+def _off(cost: MeasuredCost, *, part: str, prediction: str) -> str:
+    return f"{100 * cost.shares[part].residual(prediction):+.1f} %"
 
 
 def conditions_line(conditions: Conditions, *, device: str, dtype: str) -> str:
@@ -112,10 +121,15 @@ def residual_lines(costs: Sequence[MeasuredCost]) -> list[str]:
     return lines
 
 
-def _table(title: str) -> Table:
+def _table(title: str, costs: Sequence[MeasuredCost], columns: Columns) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(CONDITION, max_width=len("8 x 1024"))
+    table.add_column(CONDITION, no_wrap=True)
     table.add_column("model", overflow="fold")
+    for head, _ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    for cost, ends in _with_ends(costs):
+        cells = [cell(cost) for _, cell in columns]
+        table.add_row(_condition(cost), cost.model, *cells, end_section=ends)
     return table
 
 

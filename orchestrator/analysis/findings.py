@@ -16,7 +16,13 @@ from statistics import NormalDist
 from orchestrator.analysis.bootstrap import LEVEL
 from orchestrator.analysis.pareto import KEPT_SHARE, Front, Placed
 from orchestrator.analysis.style import is_accuracy, title_of
-from orchestrator.analysis.texts import confidence_text, cost_text, full_name, quality_text
+from orchestrator.analysis.texts import (
+    confidence_text,
+    cost_text,
+    full_name,
+    listed,
+    quality_text,
+)
 
 COST_NOUNS = {
     "cost/evaluations": "evaluations",
@@ -26,6 +32,7 @@ COST_NOUNS = {
     "cost/kv_bytes_per_token": "key/value cache",
     "cost/decode_ms_per_token": "decoding time",
 }
+_KEPT = f"{KEPT_SHARE:.0%} of the full model's quality"
 SURE = 0.95
 """The confidence from which on a model is called a safe choice."""
 
@@ -47,7 +54,7 @@ def findings(front: Front) -> list[str]:
     references = [point for point in front.placed if point.is_reference and point is not choice]
     sentences += [_against(front, reference, choice) for reference in references]
     if front.unplaced:
-        names = ", ".join(result.name for result in front.unplaced)
+        names = listed([result.name for result in front.unplaced])
         sentences.append(f"Not on the picture, for lack of a measurement: {names}.")
     return [*sentences, *_about_basis(front)]
 
@@ -92,9 +99,9 @@ def _about_keeping(front: Front, kept: Placed | None) -> list[str]:
     assert full is not None, "only a front with a model has sentences"
     cheaper = [p for p in front.placed if p.result.key in likely and p.cost < full.cost]
     if kept is not None:
-        sentences = [f"Cheapest that keeps {KEPT_SHARE:.0%}: {describe(front, kept)}."]
+        sentences = [f"Cheapest that keeps {_KEPT}: {describe(front, kept)}."]
     else:
-        sentences = [f"No cheaper model keeps {KEPT_SHARE:.0%} of the full model's quality."]
+        sentences = [f"No model that is cheaper than the full one keeps {_KEPT}."]
         likeliest = max(cheaper, key=lambda point: likely[point.result.key], default=None)
         if likeliest is not None:
             sentences.append(f"Likeliest to keep it: {describe(front, likeliest)}.")
@@ -105,7 +112,8 @@ def _about_keeping(front: Front, kept: Placed | None) -> list[str]:
             sentences.append(f"Cheapest that surely keeps it: {describe(front, choice)}.")
         elif kept is not None:
             sentences.append(
-                f"No cheaper model keeps {KEPT_SHARE:.0%} with a confidence of {SURE} or more."
+                f"No model that is cheaper than the full one keeps {_KEPT} with a "
+                f"confidence of {SURE} or more."
             )
     return sentences
 
@@ -214,4 +222,4 @@ def _quality(front: Front, point: Placed) -> str:
 
 
 def _names(front: Front, points: Sequence[Placed]) -> str:
-    return ", ".join(full_name(front, point) for point in points)
+    return listed([full_name(front, point) for point in points])

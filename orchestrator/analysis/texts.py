@@ -26,6 +26,11 @@ def full_name(front: Front, point: Placed) -> str:
     return f"{name} ({front.series[point.result.key]})" if is_shared else name
 
 
+def listed(names: Sequence[str]) -> str:
+    """Write names one after the other; schedules, which have commas themselves, told apart."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
 def short_schedule(schedule: Sequence[int] | None) -> str:
     """Return a schedule as it is typed; a long one with repetitions counted: `3*4,1*20`."""
     plain = ",".join(str(r) for r in schedule or ())

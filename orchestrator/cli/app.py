@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 
-import typer
 from rich.console import Console
 
+from orchestrator.cli.help import Application
+from orchestrator.console import print_line
 from orchestrator.errors import Interrupted, StageFailed, UserError, unusable_path
 
-app = typer.Typer(
+app = Application(
     name="iiet-orch",
     no_args_is_help=True,
     add_completion=False,
@@ -56,4 +57,4 @@ def run(arguments: list[str]) -> int:
 def _complain(text: str) -> None:
     # A file's name may hold bytes that are no text; they are shown as such.
     text = text.encode("utf-8", "backslashreplace").decode()
-    Console(stderr=True, highlight=False).print(f"iiet-orch: {text}", markup=False, soft_wrap=True)
+    print_line(Console(stderr=True), f"iiet-orch: {text}")

@@ -38,7 +38,10 @@ def generate(
             "--chat", help="Answer the prompt as a user's message, by the model's chat template."
         ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, max=MOST)] = 64,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("--max-new-tokens", "-n", min=1, max=MOST, help="Most tokens to write."),
+    ] = 64,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
     ] = 0.0,
@@ -206,16 +209,17 @@ def pick(
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
     axes = named_axes(cost, quality)
     with open_desk(workspace, "pick", verbose=verbose) as desk:
+        from orchestrator.console import print_line
         from orchestrator.handover import pick_model
 
         choice = pick_model(desk, sweep, rule, axes=axes, to=to, hand_over=not dry_run)
-        print_line = desk.console.print
-        print_line(f"{rule.alias}: {choice.sentence}", soft_wrap=True, markup=False)
+        lines = [f"{rule.alias}: {choice.sentence}"]
         if choice.folder is None:
-            print_line(f"checkpoint: {choice.point.result.checkpoint}", soft_wrap=True)
+            lines.append(f"checkpoint: {choice.point.result.checkpoint}")
         else:
-            print_line(f"exported: {choice.folder}", soft_wrap=True, markup=False)
-            print_line(f"registered: {choice.version}", soft_wrap=True, markup=False)
+            lines += [f"exported: {choice.folder}", f"registered: {choice.version}"]
+        for line in lines:
+            print_line(desk.console, line)
 
 
 def _rule(keep: float | None, confidence: float, budget: float | None, **flags: bool) -> Any:

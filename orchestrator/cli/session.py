@@ -7,6 +7,7 @@ error becomes one sentence and a traceback in that log. A desk is a session with
 from __future__ import annotations
 
 import errno
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
     from orchestrator.workspace import open_workspace
 
     space = open_workspace(workspace)
-    console = Console(highlight=False)
+    # Standard output of now: libraries that are kept quiet replace it for a while.
+    console = Console(file=sys.stdout, highlight=False)
     with command_log(space.logs, command, verbose=verbose) as log:
         try:
             with terminal_progress(console) as progress:

@@ -139,6 +139,7 @@ def benchmark(
         from orchestrator.analysis import cost_tables
         from orchestrator.analysis.measured_cost import Conditions
         from orchestrator.analysis.subject import open_subjects
+        from orchestrator.console import print_line
         from orchestrator.stages.benchmark import benchmark as stage
         from orchestrator.stages.benchmark import family_of, usual_contexts
 
@@ -164,4 +165,4 @@ def benchmark(
             console.print(table)
         how = cost_tables.conditions_line(conditions, device=found.device, dtype=found.dtype)
         for line in [*cost_tables.sentences(found.costs), how, f"written to {found.path}"]:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+            print_line(console, f"  {line}")

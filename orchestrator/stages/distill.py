@@ -9,6 +9,7 @@ the control without training needs no stage: `evaluate --schedule` measures it.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from iiet.config import ModelConfig
@@ -73,7 +74,12 @@ def distill(
     progress.start("distill", job.recipe.num_steps)
     with follower:
         (outcome,) = run_jobs(
-            [job], settings.cluster, local=local, watch=follower.look, note=progress.note
+            [job],
+            settings.cluster,
+            local=local,
+            watch=follower.look,
+            note=progress.note,
+            say=partial(progress.advance, 0),
         )
     progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
     return Path(str(outcome.checkpoint))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from orchestrator.console import Progress
@@ -103,7 +104,12 @@ def pretrain(
     progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
     with follower:
         outcomes = run_jobs(
-            list(jobs.values()), cluster, local=local, watch=follower.look, note=progress.note
+            list(jobs.values()),
+            cluster,
+            local=local,
+            watch=follower.look,
+            note=progress.note,
+            say=partial(progress.advance, 0),
         )
     losses = []
     checkpoints = {}

@@ -109,7 +109,8 @@ def sweep(
             _placed(more, placed, workspace)
             work.plan = replace(work.plan, trials=(*work.plan.trials, *more))
             if any(trial.result() is None for trial in more):
-                held.enter_context(ray_cluster())  # Started once for all rounds of a search.
+                # Started once for all rounds of a search.
+                held.enter_context(ray_cluster(say=progress.start))
             work.do(more)
         plan = work.plan
         work.forget_teacher()

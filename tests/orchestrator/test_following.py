@@ -43,7 +43,7 @@ def test_time_left_knows_that_corrections_take_longer(job: TrainingJob) -> None:
     heard, journal = Heard(), Journal(job.folder)
     follower = JournalFollower({"iiet": job}, cast("Tracking", None), heard)
     follower.look()
-    assert heard.said[-1] == (0, "", None)
+    assert heard.said[-1] == (0, "waiting for the first step", None)
     speed = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
     journal.metrics(10, speed)
     follower.look()
@@ -74,9 +74,9 @@ def test_a_skipped_step_and_damage_are_told(job: TrainingJob) -> None:
 def test_lines_and_bar_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.console.PLAIN_SECONDS_BETWEEN_LINES", -1.0)
     out = io.StringIO()
-    plain = PlainProgress(Console(file=out, width=100))
-    plain.start("pretrain", 100)
-    plain.advance(10, "loss 5.5", seconds_left=150.0)
+    with PlainProgress(Console(file=out, width=100)) as plain:
+        plain.start("pretrain", 100)
+        plain.advance(10, "loss 5.5", seconds_left=150.0)
     assert "pretrain: 10/100 loss 5.5, 2 min left" in out.getvalue()
     out = io.StringIO()
     with BarProgress(Console(file=out, width=100, force_terminal=True)) as bar:

@@ -19,7 +19,7 @@ def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
     sample_results: list[TrialResult],
 ) -> None:
     first = findings(find_front(sample_results))[0]
-    assert first.startswith("Cheapest that keeps 99%: 0,1,1,1,1,1")
+    assert first.startswith("Cheapest that keeps 99% of the full model's quality: 0,1,1,1,1,1")
     assert "99.4% of the full model's, at 46% of its evaluations (11 of 24)" in first
 
 
@@ -37,7 +37,7 @@ def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialRes
         assert "differ by less than these items can tell" in about_vanilla(accuracy)
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
     # It costs as little as the cheapest, so it beats every member that is not better.
-    assert "it beats 0,0,0,0,0,0, 0,1,0,0,0,1" in about_vanilla(0.44)
+    assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
 
 
 def test_claims_have_their_confidence(
@@ -74,7 +74,9 @@ def test_what_these_items_cannot_tell_is_said(
 
 def test_nothing_kept_is_said(sample_results: list[TrialResult]) -> None:
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
-    assert findings(find_front(results))[0].startswith("No cheaper model keeps 99%")
+    assert findings(find_front(results))[0] == (
+        "No model that is cheaper than the full one keeps 99% of the full model's quality."
+    )
     assert findings(find_front([])) == ["No trial has been measured on both axes yet."]
 
 

@@ -117,7 +117,7 @@ def test_tables_name_models_conditions_and_numbers(
     decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = measure_by_flops(decoders, monkeypatch)
-    console = Console(width=80)
+    console = Console(width=120)
     with console.capture() as printed:
         for table in cost_tables.all_tables(costs):
             console.print(table)

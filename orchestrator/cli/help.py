@@ -1,0 +1,97 @@
+"""The `--help` of a command: two columns, what one types and what it does.
+
+Typer's own table gives types and number ranges columns of their own, and cuts the options' names
+where the terminal is narrow. Here a name is whole at any width, and its description is folded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+SHORT_TYPES = {
+    "int": "N", "int range": "N", "integer": "N", "integer range": "N", "float": "X",
+    "float range": "X", "str": "TEXT", "text": "TEXT", "path": "PATH",
+}  # fmt: skip
+"""What stands for an option's value, by what Typer says of its type."""
+EXTRAS = re.compile(r" *\[((?:default|required|env)[^\]]*|[^\]]*<=?x[^\]]*|x[<>][^\]]*)\]$")
+"""What is added to a help text: the default, and the range of a number, which an error names."""
+
+
+class Command(TyperCommand):
+    """A command whose help shows every option's name whole."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Print the help."""
+        console = Console(highlight=False)
+        parameters = [p for p in self.get_params(ctx) if not getattr(p, "hidden", False)]
+        console.print(Padding(Text(self.get_usage(ctx)), (1, 1, 0, 1)))
+        console.print(Padding(Text(_unfolded(self.help or "")), (1, 1)))
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            rows = [_row(p, ctx) for p in parameters if p.param_type_name == kind]
+            if rows:
+                console.print(
+                    Panel(_table(rows), title=title, title_align="left", border_style="dim")
+                )
+
+
+class Application(typer.Typer):
+    """A Typer whose commands have this help."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
+        """Register a command; see `typer.Typer.command`."""
+        return super().command(name, **{"cls": Command, **options})
+
+
+def _table(rows: Iterable[tuple[Text, Text]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, min_width=max(len(names) for names, _ in rows))
+    table.add_column(overflow="fold", ratio=1)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _row(parameter: Any, ctx: Any) -> tuple[Text, Text]:
+    record = parameter.get_help_record(ctx) or ("", "")
+    names = Text(_names(parameter), style="bold cyan")
+    if parameter.param_type_name == "option" and (value := _value(record[0])):
+        names.append(f" {value}", style="yellow")
+    found = EXTRAS.search(record[1])
+    text = Text(record[1][: found.start()] if found else record[1])
+    for part in found[1].split("; ") if found else ():
+        if part.startswith(("default: ", "required")):
+            text.append(f"{' ' if text else ''}[{part}]", style="dim")
+    return names, text
+
+
+def _names(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"{parameter.metavar or parameter.name}{'...' if parameter.nargs == -1 else ''}"
+    short = [name for name in parameter.opts if not name.startswith("--")]
+    long = [name for name in parameter.opts if name.startswith("--")]
+    names = ", ".join([*short, "/".join([*long, *parameter.secondary_opts])])
+    return names if short else f"    {names}"
+
+
+def _value(record: str) -> str:
+    """Return what stands for the value that is typed, from `-n, --number <int range>`."""
+    value = re.sub(r"^(?:--?[\w-]+(?:, | / |$)?)+", "", record).strip().removeprefix("<")
+    value = re.sub(r"^list\[(.*)\]$", r"\1", value.removesuffix(">"))
+    return SHORT_TYPES.get(value.lower(), value)
+
+
+def _unfolded(text: str) -> str:
+    """Join the lines of each paragraph; the terminal folds them anew."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
