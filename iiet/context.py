@@ -154,7 +154,7 @@ def _check_positions(position_ids: Tensor, *, batch: int, time: int, num_positio
             f"position_ids must be (batch, new tokens), here {(batch, time)}, "
             f"got {tuple(position_ids.shape)}"
         )
-    first, last = int(position_ids.min()), int(position_ids.max())
+    first, last = torch.stack(position_ids.aminmax()).tolist()
     if first < 0 or last >= num_positions:
         raise ValueError(
             f"position_ids must lie between 0 and {num_positions - 1} (context_length - 1), "
