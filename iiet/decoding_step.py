@@ -8,7 +8,7 @@ of a step's time at width 256; the shared test suite holds it to the full forwar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +39,16 @@ def is_token_step(hidden: Tensor, *, cached: bool) -> bool:
     )
 
 
-def is_plain_field(field: Any) -> bool:
+def is_plain_field(field: nn.Module) -> bool:
     """Tell whether a field's weights may be read instead of calling its modules."""
-    attention, network = field.attention, field.feed_forward
-    linears = (attention.qkv, attention.out, network.gate_up, network.down)
-    return (
-        all(is_plain(linear, nn.Linear) for linear in linears)
-        and is_plain(field.attention_norm, RMSNorm)
-        and is_plain(field.feed_forward_norm, RMSNorm)
-        and is_plain(attention, type(attention))
-        and is_plain(network, type(network))
-    )
+    for name, module in field._modules.items():  # A third of the time of asking for each by name.
+        assert module is not None
+        if not is_plain(module, RMSNorm if name.endswith("norm") else type(module)):
+            return False
+        for linear in module._modules.values():
+            if linear is None or not is_plain(linear, nn.Linear):
+                return False
+    return True
 
 
 def evaluate_token(field: Field, x: Tensor, context: AttentionContext, slot: int) -> Tensor:
