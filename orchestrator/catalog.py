@@ -35,7 +35,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
-from orchestrator.workspace import DAMAGE, Workspace, expanded, is_name, read_json
+from orchestrator.workspace import DAMAGE, Workspace, expanded, is_name, read_json, values_of
 
 NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
@@ -255,11 +255,10 @@ def _finished_checkpoint(run: Path) -> Path:
     Raises:
         UserError: If it, or the record of its end, is damaged.
     """
-    done = read_json(run / DONE_NAME)
-    try:
+    path, cure = run / DONE_NAME, "delete it, and the same training again writes it"
+    done = read_json(path, cure=cure)
+    with values_of(path, cure=cure):
         checkpoint = run / checkpoint_name(done["step"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{run / DONE_NAME} is damaged: it names no step") from None
     check_checkpoint(checkpoint)
     return checkpoint
 
