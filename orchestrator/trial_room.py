@@ -76,4 +76,6 @@ def check_trial_size(limits: TrialLimits, resources: Resources | None = None) ->
     except UserError as error:
         # The options of a single job have their counterparts for each trial of a sweep.
         text = str(error).replace("--workers", "--workers-per-trial")
+        # Trials run on GPUs also because the run does.
+        text = text.replace("leave out --gpus", "leave out --gpus and set cluster.num_gpus=0")
         raise UserError(text.replace("--gpus", "--gpus-per-trial")) from None

@@ -58,6 +58,7 @@ class Tracking:
         self.outbox = Outbox(workspace.root)
         self._warn = warn or logging.getLogger(__name__).warning
         self._pause_seconds = self._paused_until = 0.0
+        self._has_lost = False
 
     @property
     def experiment_id(self) -> str | None:
@@ -152,9 +153,18 @@ class Tracking:
         return self.outbox.drain(self.attempt)
 
     def write(self, record: Record) -> None:
-        """Do an operation now, or keep it for later."""
-        if not self.attempt(record):
+        """Do an operation now, or keep it for later; where the disk is full, say so once."""
+        if self.attempt(record):
+            return
+        try:
             self.outbox.add(record)
+        except OSError as error:
+            if not self._has_lost:
+                self._warn(
+                    f"what MLflow was not told cannot be kept in {self.outbox.path} ({error}); the "
+                    "work goes on, and the same command tells MLflow again"
+                )
+            self._has_lost = True
 
     def attempt(self, record: Record) -> bool:
         """Do an operation; True when it need not be tried again: it is done, or refused for

@@ -37,7 +37,10 @@ def test_examples() -> None:
     ("limits", "words"),
     [
         ({"workers_per_trial": 3}, ["3 workers", "--workers-per-trial 2"]),
-        ({"gpus_per_trial": 1}, ["--gpus-per-trial 1", "leave out --gpus-per-trial"]),
+        (
+            {"gpus_per_trial": 1},
+            ["--gpus-per-trial 1", "leave out --gpus-per-trial and set cluster.num_gpus=0"],
+        ),
         ({"gpus_per_trial": 4, "workers_per_trial": 3}, ["--workers-per-trial 4"]),
     ],
 )

@@ -151,6 +151,23 @@ def test_what_the_store_refuses_is_told_and_not_kept(workspace: Workspace, tmp_p
     assert stored(tracking, run).data.metrics == {"still": 1.0}
 
 
+def test_where_nothing_can_be_kept_the_work_goes_on_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    told: list[str] = []
+    tracking = open_tracking(open_workspace(tmp_path), warn=told.append)
+    tracking.outbox.path.mkdir()  # The system refuses to write there, as on a full disk.
+    run = tracking.run("dead", name="run", kind="pretrain")
+    run.log_metrics({"loss": 1.0})
+    run.finish()
+    assert [text.split(";")[0].split(" (")[0] for text in told] == [
+        "MLflow at http://127.0.0.1:9 does not answer",
+        f"what MLflow was not told cannot be kept in {tracking.outbox.path}",
+    ]
+
+
 def test_a_dead_server_costs_one_warning_and_replay_delivers(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
