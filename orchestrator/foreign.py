@@ -221,9 +221,15 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in _weight_files(folder):
         try:
-            weights |= load_file(folder / name)
+            found = load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {folder / name}: {error}") from None
+        if twice := sorted(set(weights) & set(found)):
+            raise UserError(
+                f"{folder} holds {twice[0]} in several files, the last of which is {name}; which "
+                "one is meant cannot be told, leave one model in the folder"
+            )
+        weights |= found
     return weights
 
 

@@ -134,6 +134,11 @@ def spoil(folder: Path, name: str) -> None:
         (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
         index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif name == "twice":
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {"model.norm.weight": weights["model.norm.weight"] + 1}, folder / "old.safetensors"
+        )
     elif name == "other model":
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     elif name == "sliding window":
@@ -150,6 +155,7 @@ def spoil(folder: Path, name: str) -> None:
         ("cut off", "cannot read"),
         ("no number", "model.norm.weight has 1 values that are NaN"),
         ("outside", r"names a file outside its folder: '\.\./secret\.safetensors'"),
+        ("twice", r"model\.norm\.weight in several files, the last of which is old\.safetensors"),
         ("other model", "'gpt2'"),
         ("sliding window", "sliding_window 128"),
         ("broken config", "cannot read"),
