@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.journal import read_journal
@@ -19,6 +20,7 @@ from orchestrator.tracking.client import (
     Param,
     RunTag,
 )
+from orchestrator.tracking.flavor import MODEL_FILE, write_flavor
 
 OFFSET_TAG = "iiet.mirrored_bytes"
 TABLES_TAG = "mlflow.loggedArtifacts"
@@ -102,7 +104,10 @@ def _dataset(client: MlflowClient, run_id: str, name: str, digest: str, profile:
 def _register(
     client: MlflowClient, run_id: str, model: str, key: str, folder: str, alias: str, note: str
 ) -> None:
-    """Store a model folder with a run, as a version of a registered model that an alias names."""
+    """Store a model folder with a run, as a version of a registered model that an alias names.
+
+    `mlflow.pyfunc.load_model` loads it, and transformers what lies there.
+    """
     if not client.search_registered_models(f"name = '{model}'"):
         client.create_registered_model(model)
     versions = client.search_model_versions(f"name = '{model}'")
@@ -110,6 +115,13 @@ def _register(
     place = f"{MODEL_FOLDER}-{key}"
     if not same:
         client.log_artifacts(run_id, folder, place)
+    # A version of before there was a flavor gets it too.
+    there = {file.path for file in client.list_artifacts(run_id, place)}
+    if f"{place}/{MODEL_FILE}" not in there:
+        with TemporaryDirectory() as flavor:
+            write_flavor(Path(flavor))
+            client.log_artifacts(run_id, flavor, place)
+    if not same:
         source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
         same = [
             client.create_model_version(

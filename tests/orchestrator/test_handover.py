@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import pandas
 import pytest
 import torch
+from mlflow.types import DataType
 from rich.console import Console
 
 from iiet.config import ModelConfig
@@ -25,6 +29,7 @@ from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.handover import export_model, pick_model
 from orchestrator.settings import read_settings
+from orchestrator.stages.generate import Sampling, Writer
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import open_workspace, write_json
@@ -99,6 +104,52 @@ def test_the_pick_is_exported_and_registered(desk: Desk, sweep: SweepResults) ->
     tokens = torch.arange(8).view(1, 8)
     with torch.no_grad():
         torch.testing.assert_close(registered(tokens).logits, student(tokens))
+
+
+@pytest.mark.slow
+def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
+    desk: Desk, sweep: SweepResults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    choice = pick_model(desk, None, Rule(name="keep"))
+    monkeypatch.setattr(mlflow, "set_tracking_uri", pytest.fail)
+    source = version_of(desk, "two-models", "keep-99").source
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of what other libraries do while they load.
+        model = mlflow.pyfunc.load_model(source)
+    prompts = ["abc def", "ghi", ""]
+    found = model.predict(prompts, params={"max_new_tokens": 5})
+    student = Writer(Path(str(choice.point.result.checkpoint)))
+    sampling = Sampling(max_new_tokens=5, temperature=0.0)
+    assert found[:2] == ["".join(student.stream(text, sampling)) for text in prompts[:2]]
+    table = pandas.DataFrame({"prompt": prompts})
+    assert list(model.predict(table, params={"max_new_tokens": 5})) == found
+    assert len(set(model.predict(3 * ["abc"], params={"temperature": 5.0}))) > 1
+    assert model.predict([50 * "abc def "]) == model.predict([49 * "abc def "])  # Its end counts.
+    with pytest.raises(ValueError, match=r"at least 1; got 0"):
+        model.predict(prompts, params={"max_new_tokens": 0})
+    assert model.metadata.get_input_schema().input_types() == [DataType.string]
+    requirements = (Path(source.removeprefix("file://")) / "requirements.txt").read_text()
+    assert "transformers==" in requirements
+    assert "+" not in requirements
+
+
+def test_nothing_of_a_model_runs_when_it_is_registered(
+    desk: Desk, sweep: SweepResults, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    run = desk.tracking.run("registering", name="r", kind="sweep")
+    run.register("other", folder, key="k", alias="best")
+    version = version_of(desk, "other", "best")
+    place = Path(version.source.removeprefix("file://"))
+    # As a version was of before there was a flavor: it gets one without another version.
+    (place / "MLmodel").unlink()
+    run.register("other", folder, key="k", alias="best")
+    assert (place / "MLmodel").is_file()
+    assert version_of(desk, "other", "best").version == version.version
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_pruned_model_is_the_teacher_under_its_schedule(
