@@ -64,6 +64,7 @@ def evaluate(
     if isinstance(checkpoint, Path):
         checkpoint = open_subject(checkpoint, schedule, warn=progress.note)
     subject = checkpoint
+    progress.start("evaluate")  # Tasks and models take their time to load.
     suite = _load(subject, settings, workspace, progress)
     keys = {
         name: content_key("evaluation", list(subject.key), suite.fingerprint(name), settings.limit)
@@ -84,8 +85,6 @@ def evaluate(
             # Stored one by one: what is measured survives an interruption.
             on_result=lambda result: _store(paths[result.name], result, progress),
         )
-    else:
-        progress.start("evaluate")
     evaluation = EvaluationResult(
         results={name: results[name] for name in suite.tasks},
         groups=suite.groups,
@@ -137,7 +136,10 @@ def _run(
         from orchestrator.analysis.harness.transformers_model import transformers_model
 
         model = transformers_model(
-            subject.path, batch_size=settings.batch_size, trust_remote_code=trust_remote_code
+            subject.path,
+            batch_size=settings.batch_size,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         return run_model(suite, model, limit=settings.limit, progress=progress, on_result=on_result)
     path = subject.path

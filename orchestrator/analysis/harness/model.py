@@ -50,13 +50,13 @@ class ScoredDecoder(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
         """Score (context, continuation) texts."""
-        self._num_items = _num_items(requests)
+        self._num_items = num_items(requests)
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
         """Score whole texts in windows of the decoder's context, each token once."""
-        self._num_items = _num_items(requests)
+        self._num_items = num_items(requests)
         windows: list[tuple[list[int], list[int]]] = []
         counts = []
         for request in requests:
@@ -96,5 +96,6 @@ class ScoredDecoder(TemplateLM):  # type: ignore[misc]
         )
 
 
-def _num_items(requests: list[Instance]) -> int:
+def num_items(requests: list[Instance]) -> int:
+    """Return how many items requests are about."""
     return len({(request.task_name, request.doc_id) for request in requests})

@@ -11,16 +11,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from orchestrator.analysis.harness.model import num_items
 from orchestrator.analysis.harness.quiet import quiet
 from orchestrator.analysis.harness.vocabulary import FolderVocabulary
+from orchestrator.console import Progress
 from orchestrator.data.hub import offline
 from orchestrator.errors import UserError
 
 
+class _WatchedModel(HFLM):  # type: ignore[misc]
+    """Reports how many items are done after each forward pass."""
+
+    progress = Progress()
+    _num_before = _num_items = _num_requests = _num_done = 0
+
+    def loglikelihood(self, requests: list[Instance], **options: Any) -> Any:
+        """Score (context, continuation) texts."""
+        self._begin(requests)
+        return super().loglikelihood(requests, **options)
+
+    def loglikelihood_rolling(self, requests: list[Instance], **options: Any) -> Any:
+        """Score whole texts."""
+        self._begin(requests)
+        return super().loglikelihood_rolling(requests, **options)
+
+    def _begin(self, requests: list[Instance]) -> None:
+        self._num_before += self._num_items
+        self._num_items, self._num_requests, self._num_done = num_items(requests), len(requests), 0
+
+    def _model_call(self, inps: torch.Tensor, **options: Any) -> Any:
+        logits = super()._model_call(inps, **options)
+        self._num_done += len(inps)
+        # A text of several windows is more than one sequence.
+        share = min(1.0, self._num_done / max(1, self._num_requests))
+        self.progress.advance(self._num_before + self._num_items * share)
+        return logits
+
+
 def transformers_model(
-    folder: Path, *, batch_size: int, trust_remote_code: bool = False, device: str | None = None
+    folder: Path,
+    *,
+    batch_size: int,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
 ) -> HFLM:
     """Load a folder of transformers as a model of lm-eval.
 
@@ -29,6 +66,7 @@ def transformers_model(
         batch_size: Sequences in one forward pass.
         trust_remote_code: Whether code that lies in the folder may run.
         device: Where it runs; a GPU if there is one when unset.
+        progress: Told how many items are done.
 
     Raises:
         UserError: If transformers cannot load it, needs code that is not trusted, or weights are
@@ -39,12 +77,14 @@ def transformers_model(
         model = _load(folder, trust_remote_code)
         model.config.use_cache = False  # scoring would fill one and throw it away
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return HFLM(
+        watched = _WatchedModel(
             pretrained=model.to(device).eval(),
             tokenizer=vocabulary.tokenizer,
             batch_size=batch_size,
             logits_cache=False,
         )
+    watched.progress = progress or Progress()
+    return watched
 
 
 def _load(folder: Path, trust_remote_code: bool) -> Any:

@@ -23,6 +23,7 @@ from orchestrator.analysis.card import ModelCard
 from orchestrator.analysis.harness import load_suite
 from orchestrator.analysis.heldout import HeldoutSuite
 from orchestrator.analysis.subject import open_subject
+from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.settings import EvaluationSettings
@@ -366,6 +367,32 @@ def test_a_llama_has_no_schedule_and_its_key_follows_its_files(folder: Path) -> 
     assert open_subject(moved).key == before
     (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
     assert open_subject(moved).key != before
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.said: list[float] = []
+
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+        self.said.append(done)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "transformers"])
+def test_progress_is_told_within_a_task(
+    kind: str,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    changes = scaled if kind == "transformers" else {}
+    folder = save_llama(tmp_path / "other", tokenizer_path, **changes)
+    heard = Heard()
+    evaluate(folder, settings, workspace, progress=heard)
+    assert heard.said == sorted(heard.said)
+    assert heard.said[-1] == 12 * len(TASKS)
+    assert any(0 < done < 12 for done in heard.said), heard.said
 
 
 def test_trusted_code_of_a_folder_runs(
