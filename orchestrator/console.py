@@ -8,6 +8,7 @@ readable, and also while a stage has nothing to report, so that nobody takes it 
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 import threading
@@ -98,7 +99,9 @@ def print_line(console: Console, line: str | Text) -> None:
 def _folded(line: Text, width: int) -> list[Text]:
     parts = []
     end = 0
-    for paragraph in line.plain.split("\n"):
+    # A number and its error stay together, as in `44.5 ± 1.2 %`.
+    text = re.sub(" (?=± |%)|(?<=±) ", "\u00a0", line.plain)
+    for paragraph in text.split("\n"):
         # Rich would break long words as well.
         wrapped = textwrap.wrap(
             paragraph,
@@ -109,7 +112,7 @@ def _folded(line: Text, width: int) -> list[Text]:
             break_on_hyphens=False,
         )
         for part in wrapped or [""]:
-            start = line.plain.index(part, end)
+            start = text.index(part, end)
             end = start + len(part)
             parts.append(line[start:end])
     return parts

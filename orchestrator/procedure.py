@@ -18,6 +18,7 @@ from iiet.influence import InfluenceTable
 from orchestrator.analysis.results import LEFT_OUT, SweepResults
 from orchestrator.analysis.subject import open_subjects, short_names
 from orchestrator.cluster import ray_cluster
+from orchestrator.console import print_line
 from orchestrator.desk import Desk
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import PlannedTrial, SweepPlan
@@ -131,7 +132,7 @@ def show_search_plan(settings: Settings, desk: Desk, teacher: Path, name: str | 
         found = search.finished_part()
     show_plan(replace(plan, trials=(*plan.trials, *found)), settings, desk)
     for line in search_price(plan, search, settings):
-        desk.console.print(f"  {line}", markup=False)
+        print_line(desk.console, f"  {line}")
 
 
 def sweep_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepOutcome:
@@ -269,7 +270,7 @@ def evaluate_and_show(
     named = dict(zip(short_names(subjects), evaluations, strict=True))
     desk.console.print(evaluation_table(named))
     for sentence in about_average(named):
-        desk.console.print(f"  {sentence}", markup=False)
+        print_line(desk.console, f"  {sentence}")
     if different := tasks_with_other_items(evaluations):
         desk.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "

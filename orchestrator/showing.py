@@ -9,6 +9,7 @@ from orchestrator.analysis.report import WrittenReport
 from orchestrator.analysis.results import load_results
 from orchestrator.analysis.tables import terminal_table
 from orchestrator.catalog import newest_sweep
+from orchestrator.console import print_line
 from orchestrator.desk import Desk
 from orchestrator.plan import SweepPlan
 from orchestrator.plan_price import price_of, requested_noun, trial_states
@@ -49,7 +50,7 @@ def show_report(written: WrittenReport, desk: Desk) -> None:
     console.print()
     console.print(table)
     for sentence in written.report.sentences:
-        console.print(f"  {sentence}", markup=False)
+        print_line(console, f"  {sentence}")
     console.print()
     if written.page:
         console.print(f"report: {written.page}", soft_wrap=True, markup=False)
@@ -73,4 +74,4 @@ def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     rule = stopping_of(plan, settings.sweep).rule
     desk.console.print(plan_table(plan, states))
     for line in [*lines, rule.text] if rule else lines:
-        desk.console.print(f"  {line}", markup=False)
+        print_line(desk.console, f"  {line}")

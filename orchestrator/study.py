@@ -26,6 +26,7 @@ from orchestrator.analysis.seeds import join_seeds
 from orchestrator.analysis.study_tables import Phases, Ways, losses_by_seed, study_markdown
 from orchestrator.catalog import NO_CORRECTIONS
 from orchestrator.cluster import ray_cluster
+from orchestrator.console import print_line
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.plan import Variant, iterations_plan
@@ -75,7 +76,7 @@ def run_study(
         rates = study.variants(study.all_rates(), seeds=settings.study.seeds[:1])
         plan = iterations_plan(rates, suite=study.suite, name=f"{name}-rates")
         show_plan(plan, settings, desk)
-        desk.console.print(_later_phases(settings, len(study.contenders)), markup=False)
+        print_line(desk.console, _later_phases(settings, len(study.contenders)))
         return
     with ray_cluster(say=desk.progress.start):
         phases = study.compare()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from orchestrator.console import print_line
 from orchestrator.desk import Desk
 from orchestrator.plan import Variant, iterations_plan
 from orchestrator.procedure import quickstart, show_search_plan, sweep_iterations
@@ -72,8 +73,8 @@ def _show_pretraining(settings: Settings, desk: Desk, jobs: Mapping[str, Trainin
     is_pruned = settings.distillation.control == "pruned"
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
     training = "none of them trained" if is_pruned else f"each on {num_tokens:,} tokens"
-    desk.console.print(
+    print_line(
+        desk.console,
         f"  then at most {counted(most, 'student')}, {training}; their schedules follow from the "
         "teacher's influence, and stand in this plan once it is trained",
-        markup=False,
     )

@@ -42,6 +42,7 @@ def test_a_finished_line_breaks_between_words(width: int) -> None:
     lines = [line for line in written(console).splitlines() if line.strip()]
     words = " ".join(lines[-6:]).split()
     assert all(len(line.rstrip()) <= width for line in lines)
+    assert sum("44.5 ± 1.2 %," in line for line in lines) == 2
     for word in SUMMARY.split():
         assert words.count(word) >= 2, (word, lines)
 
