@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from rich import box
@@ -145,6 +146,7 @@ def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> FirstThatFi
     return FirstThatFits(
         _side_by_side(names, rows),
         _side_by_side(names, rows, with_items=False),
+        _grouped(names, rows),
         _stacked(names, rows),
     )
 
@@ -186,6 +188,22 @@ def _side_by_side(
             table.add_section()
         items = [row.num_items] if with_items else []
         table.add_row(row.task, row.metric, *row.cells, *items)
+    return table
+
+
+def _grouped(names: Sequence[str], rows: Sequence[_Measured]) -> Table:
+    """Return a table whose first column holds the task, with its items, above its metrics."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    for name in names if len(names) > 1 else ["value ± error"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, metrics in groupby(rows, key=lambda row: row.task):
+        if task == "average":
+            table.add_section()
+        for number, row in enumerate(metrics):
+            if not number:
+                table.add_row(f"{task}: {row.num_items}")
+            table.add_row(f"  {row.metric}", *row.cells)
     return table
 
 
