@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         _complain(sentence)
         return 2
     except Interrupted as error:
-        _complain(str(error) or "interrupted; the same command goes on from the last saved state")
+        _complain(str(error) or "interrupted; start the same command again to go on")
         return 130
     return 0
 
