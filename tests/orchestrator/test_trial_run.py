@@ -198,7 +198,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
             on_result(TrialReport(0, parameters, error=error, after_stop=True))
         raise Interrupted(interruption_text(more["saved"]()))
 
-    monkeypatch.setattr(trial_rounds, "ray_cluster", nullcontext)
+    monkeypatch.setattr(trial_rounds, "ray_cluster", lambda **_: nullcontext())
     monkeypatch.setattr(trial_rounds, "run_trials", run_trials)
     sweep = resolve_settings({}).sweep
     rounds = trial_rounds.TrialRounds(tmp_path / "sweep", sweep, Progress(), num_all=3)
