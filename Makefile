@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick lint format bench ui clean
+.PHONY: help demo test test-quick test-long lint format bench ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: $(INSTALLED) ## Install, then run the whole test suite
 
 test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
+
+test-long: $(INSTALLED) ## Fuzz settings, files and commands (ten minutes)
+	$(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

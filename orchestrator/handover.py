@@ -20,7 +20,7 @@ from orchestrator.analysis.choice import Rule, choose
 from orchestrator.analysis.evaluation import EvaluationResult
 from orchestrator.analysis.findings import describe
 from orchestrator.analysis.pareto import Placed
-from orchestrator.analysis.results import load_items, load_results
+from orchestrator.analysis.results import about_items, load_items, load_results
 from orchestrator.analysis.seeds import join_seeds, lowest_seed
 from orchestrator.catalog import (
     find_by_weights,
@@ -141,6 +141,8 @@ def pick_model(
     """
     sweep = load_results(desk.workspace, name or newest_sweep(desk.workspace))
     items = load_items(desk.workspace, sweep.results)
+    for line in about_items(sweep.results, items):
+        desk.progress.note(line)
     front = front_of(sweep, items, axes or Axes(), kept_share=rule.share)
     point = choose(front, rule)
     sentence = describe(front, point, kept_share=rule.share)

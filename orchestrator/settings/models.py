@@ -9,6 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.section import Section
 
+MOST_LAYERS = 1000
+"""A number beyond this is a slip of the keyboard, and would only fill the memory."""
+
 
 class DataSettings(Section):
     """What is read, how it is tokenized, and what is held out."""
@@ -61,7 +64,7 @@ class ModelSettings(Section):
     iiet only."""
     dim: int | None = Field(default=None, gt=0)
     """Width of the hidden state; the preset's when unset, like all that follow."""
-    num_layers: int | None = Field(default=None, gt=0)
+    num_layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
     """Number of layers."""
     num_heads: int | None = Field(default=None, gt=0)
     """Query heads."""

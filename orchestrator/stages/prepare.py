@@ -62,6 +62,8 @@ def prepare(
 
 def _make(settings: DataSettings, workspace: Workspace, progress: Progress) -> Path:
     key = source_key(settings)
+    if (named := pointer_to(key, workspace.tokens)).exists():
+        progress.note(f"the tokens that {named} names are missing or damaged; they are made anew")
     for leftover in workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"):
         if not is_unfinished(leftover):
             shutil.rmtree(leftover, ignore_errors=True)

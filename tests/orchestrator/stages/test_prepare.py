@@ -82,7 +82,11 @@ def test_a_changed_file_is_read_again(
 def test_damaged_tokens_are_made_again(workspace: Workspace, settings: DataSettings) -> None:
     folder = prepare(settings, workspace)
     (folder / "train.bin").write_bytes(b"")
-    assert prepare(settings, workspace) == folder
+    said: list[str] = []
+    progress = Progress()
+    progress.note = said.append  # type: ignore[method-assign]
+    assert prepare(settings, workspace, progress) == folder
+    assert "missing or damaged; they are made anew" in said[0]
     assert open_tokens(folder, verify=True)
 
 
