@@ -6,6 +6,8 @@ That is what lets the outbox deliver an operation later, or twice after a crash.
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,9 +71,34 @@ def _mirror(client: MlflowClient, run_id: str, folder: str) -> None:
 def _metrics(
     client: MlflowClient, run_id: str, values: Mapping[str, float], step: int, time_ms: int
 ) -> None:
-    metrics = [Metric(_legal(name), value, time_ms, step) for name, value in values.items()]
+    # MLflow adds a point also where step and value are those of the last one.
+    last = {point.key: point for point in client.get_run(run_id).data._metric_objs}
+
+    def is_stored(name: str, value: float) -> bool:
+        point = last.get(name)
+        if point is not None and point.step != step:
+            # A summary under the name of a curve: the run itself tells the curve's end alone.
+            history = client.get_metric_history(run_id, name)
+            there = [earlier for earlier in history if earlier.step == step]
+            point = max(there, key=lambda earlier: earlier.timestamp, default=None)
+        return point is not None and _is_same(point.value, value)
+
+    named = {_legal(name): value for name, value in values.items()}
+    metrics = [
+        Metric(name, value, time_ms, step)
+        for name, value in named.items()
+        if not is_stored(name, value)
+    ]
     for batch in _batches(metrics, METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=batch)
+
+
+def _is_same(stored: float, value: float) -> bool:
+    if math.isnan(value):
+        return math.isnan(stored)
+    # An infinite number is stored as the largest one.
+    largest = sys.float_info.max
+    return stored in (value, min(max(value, -largest), largest))
 
 
 def _artifact(client: MlflowClient, run_id: str, path: str, folder: str | None) -> None:

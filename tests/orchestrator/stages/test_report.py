@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,11 @@ def test_seeds_have_paired_errors_and_runs(
     assert {p.result.run_id for p in stored.placed} == {row["run_id"] for row in rows}
 
 
+def num_points(workspace: Workspace) -> int:
+    with closing(sqlite3.connect(workspace.root / "mlflow.db")) as database:
+        return int(database.execute("SELECT count(*) FROM metrics").fetchone()[0])
+
+
 @pytest.mark.slow
 def test_mlflow_holds_the_sweep_once(
     workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
@@ -200,7 +207,9 @@ def test_mlflow_holds_the_sweep_once(
     tracking = open_tracking(workspace, warn=pytest.fail)
     tracking.run(sweep.key, name="toy", kind="sweep", tags={"iiet.sweep": "toy"})
     first = write_report(workspace, sweep, tracking=tracking)
+    points = num_points(workspace)
     second = write_report(workspace, "toy", tracking=tracking)
+    assert num_points(workspace) == points > 300
     assert first.run_id == second.run_id
     assert first.run_id is not None
     client = MlflowClient(tracking_uri=workspace.tracking_uri)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,25 @@ def test_a_key_has_one_run_and_nested_runs_one_for_each_parent(tracking: Trackin
     assert elsewhere.run_id != trial.run_id
     assert stored(tracking, trial).data.tags["mlflow.parentRunId"] == sweep.run_id
     assert stored(tracking, trial).data.tags["iiet.kind"] == "trial"
+
+
+def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> None:
+    run = tracking.run("points", name="p", kind="sweep")
+    values = {"a": 0.1, "b,none": math.inf, "c": math.nan, "d": -math.inf, "e": 1e-300, "f": 2.0}
+    for _ in range(3):
+        run.log_metrics(values)
+    run.log_metrics({"a": 0.1}, step=7)  # The same value, later.
+    run.log_metrics({"a": 0.1})  # A summary under the name of a curve, which has gone on.
+    run.log_metrics({"f": 3.0})
+    run.log_metrics({"f": 2.0})  # As it was, but not as it is.
+    assert run.run_id is not None
+    points = {
+        name: [(p.step, p.value) for p in client(tracking).get_metric_history(run.run_id, name)]
+        for name in ("a", "b_none", "c", "d", "e", "f")
+    }
+    assert points["a"] == [(0, 0.1), (7, 0.1)]
+    assert [len(points[name]) for name in ("b_none", "c", "d", "e")] == [1, 1, 1, 1]
+    assert [value for _, value in points["f"]] == [2.0, 3.0, 2.0]
 
 
 def test_mirror_copies_each_record_once(tracking: Tracking, tmp_path: Path) -> None:
