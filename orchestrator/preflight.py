@@ -99,7 +99,6 @@ def check_jobs_fit(
     jobs: Sequence[TrainingJob],
     cluster: ClusterSettings,
     *,
-    section: str = "training",
     settings: Sequence[Settings] = (),
 ) -> None:
     """Refuse jobs that would run out of memory or disk; those that are finished need nothing.
@@ -107,7 +106,6 @@ def check_jobs_fit(
     Args:
         jobs: What will run, side by side as far as there are places.
         cluster: Workers and GPUs of each.
-        section: Where their recipe stands in the settings, for what to type.
         settings: Of each job, where another size of model would do too.
 
     Raises:
@@ -125,7 +123,7 @@ def check_jobs_fit(
         wish = Wish(
             config=job.config(),
             recipe=job.recipe,
-            section=section,
+            section=job.section,
             num_workers=num_workers,
             parallel=cluster.parallel,
             on_gpus=cluster.num_gpus > 0,
@@ -194,18 +192,18 @@ def _on(wish: Wish, num_workers: int, *, on_gpus: bool) -> Wish:
     return replace(wish, num_workers=num_workers, on_gpus=on_gpus)
 
 
-def trial_wish(job: TrainingJob, *, section: str = "training") -> Wish:
+def trial_wish(job: TrainingJob) -> Wish:
     """Return what a trial asks for, before it is known on what it runs."""
     return Wish(
         config=job.config(),
         recipe=job.recipe,
-        section=section,
+        section=job.section,
         teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
     )
 
 
 def check_trials_fit(
-    jobs: Sequence[TrainingJob], sweep: SweepSettings, *, section: str, teacher_bytes: int = 0
+    jobs: Sequence[TrainingJob], sweep: SweepSettings, *, teacher_bytes: int = 0
 ) -> None:
     """Refuse a sweep's trials that would run out of this machine's memory, each by its own needs,
     or of disk, all together.
@@ -213,7 +211,6 @@ def check_trials_fit(
     Args:
         jobs: Of the trials that wait.
         sweep: How many run at once, with how many workers or GPUs each.
-        section: Where their recipe stands in the settings, for what to type.
         teacher_bytes: Of the teacher's answers that will be stored for them.
 
     Raises:
@@ -222,7 +219,7 @@ def check_trials_fit(
     gpus, workers, at_once = _places(sweep, len(jobs))
     wishes = []
     for job in jobs:
-        wish = _on(trial_wish(job, section=section), workers, on_gpus=gpus > 0)
+        wish = _on(trial_wish(job), workers, on_gpus=gpus > 0)
         alone = local_room(job.folder, num_workers=workers, num_gpus=gpus)
         check_fit(wish, alone, present_bytes=_checkpoint_bytes(job.folder))
         if not (job.folder / DONE_NAME).is_file():  # Trained, and only measured now.

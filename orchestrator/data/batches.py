@@ -64,11 +64,7 @@ class BatchPlan:
         Raises:
             UserError: If the workers cannot share the batch evenly.
         """
-        if global_batch % world_size or global_batch < 1:
-            raise UserError(
-                f"a step has {global_batch} sequences, which {world_size} workers cannot share "
-                "evenly; change training.num_tokens_per_step or cluster.num_workers"
-            )
+        check_shares(global_batch, world_size)
         share = global_batch // world_size
         first = step * global_batch + rank * share
         positions = np.arange(first, first + share, dtype=np.int64)
@@ -105,6 +101,24 @@ class BatchPlan:
     def _offset(self, key: int) -> int:
         slack = self.num_tokens - self.num_windows * self.context_length
         return _mix(key) % (min(slack, self.context_length - 1) + 1)
+
+
+def check_shares(global_batch: int, num_workers: int, *, section: str = "training") -> None:
+    """Check that workers can share a batch evenly.
+
+    Args:
+        global_batch: Sequences of a step.
+        num_workers: Who shares them.
+        section: Of the settings that the size of a step stands in, for the error.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    if global_batch % num_workers or global_batch < 1:
+        raise UserError(
+            f"a step has {global_batch} sequences, which {num_workers} workers cannot share "
+            f"evenly; change {section}.num_tokens_per_step, or the number of workers"
+        )
 
 
 def validation_batches(

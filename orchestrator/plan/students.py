@@ -107,6 +107,7 @@ def student_job(
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
         distillation=loss_of(distillation) if is_distilled else None,
+        section="distillation.training",
         provenance={"teacher": weights_key(teacher)},
     )
 

@@ -67,7 +67,7 @@ def distill(
         )
     job = replace(job, run_folder=str(workspace.trials / job_key(job)))
     check_jobs([job], settings.cluster, local=local)
-    check_jobs_fit([job], settings.cluster, section="distillation.training")
+    check_jobs_fit([job], settings.cluster)
     label = str(config.corrections)
     follower = JournalFollower({label: job}, tracking, progress)
     follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})

@@ -216,11 +216,9 @@ def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Works
     num_workers = check_trial_size(limits_of(settings.sweep))
     for job in waiting:
         check_job(job, num_workers=num_workers)
-    is_threshold = settings.sweep.kind == "threshold"
-    section = "distillation.training" if is_threshold else "training"
     to_train = [job for job in waiting if not (job.folder / DONE_NAME).is_file()]
     answers = teacher_work(to_train, settings.distillation, workspace.teachers).num_bytes
-    check_trials_fit(waiting, settings.sweep, section=section, teacher_bytes=answers)
+    check_trials_fit(waiting, settings.sweep, teacher_bytes=answers)
     return settings
 
 

@@ -27,8 +27,11 @@ def compile_fields(decoder: Decoder) -> None:
         field.forward = torch.compile(field.forward)
 
 
-def check_compiler() -> None:
+def check_compiler(section: str) -> None:
     """Find out before a run starts whether PyTorch could compile here.
+
+    Args:
+        section: Of the settings that the recipe stands in, for the error.
 
     Raises:
         UserError: If there is no C++ compiler; says what to do.
@@ -36,7 +39,7 @@ def check_compiler() -> None:
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(name) is None:
         raise UserError(
-            f"training.compile=true needs a C++ compiler, and there is no {name}; install one "
+            f"{section}.compile=true needs a C++ compiler, and there is no {name}; install one "
             "(`apt install g++`), name yours in the environment variable CXX, or set "
-            "training.compile=false"
+            f"{section}.compile=false"
         )

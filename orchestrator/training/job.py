@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from orchestrator.data.batches import BatchPlan, check_one_context
+from orchestrator.data.batches import check_one_context, check_shares
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
@@ -93,6 +93,8 @@ class TrainingJob:
     and find it; None keeps it to itself. Not part of the key."""
     storage: str | None = None
     """URI of a second place for the checkpoints; not part of the key."""
+    section: str = "training"
+    """Section of the settings that the recipe came from, for advice; not part of the key."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """JSON-able remarks that go into every checkpoint; not part of the key."""
 
@@ -133,7 +135,7 @@ class TrainingJob:
 
 _PLAIN_FIELDS = (
     "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
-    "initial_job", "teacher_cache", "first_stages", "storage", "provenance",
+    "initial_job", "teacher_cache", "first_stages", "storage", "section", "provenance",
 )  # fmt: skip
 
 
@@ -218,7 +220,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     """
     config = job.config()
     if job.recipe.compile:
-        check_compiler()
+        check_compiler(job.section)
     if job.storage:
         from orchestrator.training.mirror import Mirror  # pyarrow takes a moment
 
@@ -229,10 +231,10 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
             f"the tokens use {store.vocab_size} entries, the model has a vocab_size of "
             f"{config.vocab_size}"
         )
-    plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
+    check_one_context(len(store.train), config.context_length, "training")
     check_one_context(len(store.validation), config.context_length, "validation")
-    global_batch = sequences_per_step(job.recipe, config)
-    plan.starts(0, global_batch=global_batch, world_size=num_workers)
+    global_batch = sequences_per_step(job.recipe, config, section=job.section)
+    check_shares(global_batch, num_workers, section=job.section)
     if job.objective == "distill" and not job.teacher_folder:
         raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
     if job.teacher_folder:

@@ -284,9 +284,12 @@ class _Run:
             self.saver.finish()
         self.event("diverged", step=self.position.step, text=str(error))
         last = f"the last good checkpoint is {self.saver.checkpoint or 'none'}"
+        section = self.job.section
+        # Models from scratch may have a rate of their own, students have not.
+        own = " (or its own in sweep.learning_rates)" if section == "training" else ""
         return Diverged(
-            f"{error}; {last}; lower training.learning_rate, lengthen training.warmup_steps, or "
-            "raise training.skip_bad_steps"
+            f"{error}; {last}; lower {section}.learning_rate={self.job.recipe.learning_rate:g}"
+            f"{own}, lengthen {section}.warmup_steps, or raise {section}.skip_bad_steps"
         )
 
 

@@ -194,6 +194,8 @@ def test_controls_differ_in_what_they_train(teacher: Path) -> None:
         "cross_entropy": ("cross_entropy", False, True),
         "scratch": ("pretrain", False, False),
     }
+    # So that advice names the settings that they are trained by.
+    assert {job.section for job in jobs.values() if job} == {"distillation.training"}
 
 
 def test_relative_costs_relate_to_the_full_model(teacher: Path) -> None:

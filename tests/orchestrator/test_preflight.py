@@ -180,10 +180,10 @@ def test_trials_that_do_not_fit_side_by_side_are_counted_before_they_start(
         room = Room(memory=int(gigabytes * 2**30), disk=None)
         monkeypatch.setattr("orchestrator.preflight.local_room", lambda *_, r=room, **__: r)
         if words is None:
-            check_trials_fit(jobs, sweep, section="distillation.training")
+            check_trials_fit(jobs, sweep)
             continue
         with pytest.raises(UserError, match=words):
-            check_trials_fit(jobs, sweep, section="distillation.training")
+            check_trials_fit(jobs, sweep)
 
 
 def test_trainings_that_fit_on_the_disk_one_by_one_are_refused_together(
@@ -197,10 +197,9 @@ def test_trainings_that_fit_on_the_disk_one_by_one_are_refused_together(
         room = Room(memory=None, disk=int(num_checkpoints * one))
         monkeypatch.setattr("orchestrator.preflight.local_room", lambda *_, **__: room)
         own = [replace(job, recipe=job.recipe.model_copy(update=recipe)) for job in jobs]
-        section = "distillation.training"
-        check_trials_fit(own, SweepSettings(), section=section, teacher_bytes=teacher_bytes)
+        check_trials_fit(own, SweepSettings(), teacher_bytes=teacher_bytes)
         if not teacher_bytes:
-            check_jobs_fit(own, ClusterSettings(), section=section)
+            check_jobs_fit(own, ClusterSettings())
 
     check(4)
     with pytest.raises(

@@ -268,6 +268,29 @@ def test_divergence_names_step_and_last_good_checkpoint(
     assert events(job)[-1] == "diverged"
 
 
+def test_advice_names_the_section_that_the_recipe_is_from(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = "distillation.training"
+    spoil(monkeypatch, 6, name="loss")
+    with pytest.raises(Diverged) as caught:
+        run_job(make_job(section=section))
+    for setting in ("learning_rate=0.01, ", "warmup_steps", "skip_bad_steps"):
+        assert f" {section}.{setting}" in str(caught.value)
+        assert f" training.{setting}" not in str(caught.value)
+    assert "sweep.learning_rates" not in str(caught.value)
+    with pytest.raises(Diverged, match=r"training\.learning_rate=0\.01 \(or its own in sweep"):
+        run_job(make_job("scratch"))
+    for recipe, words in (
+        ({"num_tokens_per_step": 65}, f"{section}.num_tokens_per_step must be a multiple"),
+        ({"num_tokens_per_step": 48}, f"change {section}.num_tokens_per_step, or the number"),
+    ):
+        job = make_job("wrong", recipe=recipe, section=section)
+        with pytest.raises(UserError, match=words):
+            check_job(job, num_workers=2)
+    assert job_key(make_job(section=section)) == job_key(make_job())
+
+
 @pytest.mark.parametrize("name", ["loss", "gradient"])
 def test_a_skipped_step_touches_nothing_and_is_told(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
