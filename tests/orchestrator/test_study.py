@@ -65,7 +65,7 @@ def desk(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> 
     suite = {"suite": "x", "tokens_folder": str(tiny_tokens)}
     monkeypatch.setattr(study, "prepare", lambda *_: tiny_tokens)
     monkeypatch.setattr(study, "plan_suite", lambda *_: suite)
-    monkeypatch.setattr(study, "ray_cluster", nullcontext)
+    monkeypatch.setattr(study, "ray_cluster", lambda **_: nullcontext())
     monkeypatch.setattr(study, "run_and_show", run_and_show)
     monkeypatch.setattr(study, "sweep_thresholds", sweep_thresholds)
     monkeypatch.setattr(study, "write_overlay", lambda *_, **__: SimpleNamespace(folder=tmp_path))
