@@ -53,7 +53,7 @@ def show_report(written: WrittenReport, desk: Desk) -> None:
         print_line(console, f"  {sentence}")
     console.print()
     if written.page:
-        console.print(f"report: {written.page}", soft_wrap=True, markup=False)
+        print_line(console, f"report: {written.page}")
     console.print(
         f"MLflow: iiet-orch ui --workspace {desk.workspace.root}", soft_wrap=True, markup=False
     )

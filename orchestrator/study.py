@@ -89,7 +89,7 @@ def run_study(
     ]
     text = study_markdown(phases, ways, [written.folder for written in overlays])
     write_text(folder / "results.md", text)
-    desk.console.print(f"study: {folder / 'results.md'}", soft_wrap=True, markup=False)
+    print_line(desk.console, f"study: {folder / 'results.md'}")
     raise_failures(study.failures)
 
 

@@ -21,6 +21,7 @@ from orchestrator.cli.options import (
     read_options,
 )
 from orchestrator.cli.session import open_desk, open_session
+from orchestrator.console import print_line
 from orchestrator.errors import UserError
 from orchestrator.workspace import check_name
 
@@ -142,7 +143,7 @@ def import_folder(
             name=name,
             progress=session.progress,
         )
-        session.console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+        print_line(session.console, f"checkpoint: {checkpoint}")
 
 
 @app.command(rich_help_panel="Models")
@@ -168,7 +169,7 @@ def export(
         folder = handover.export_model(
             settings, desk, checkpoint, to=to, schedule=schedule, measure=measure
         )
-        desk.console.print(f"exported: {folder}", soft_wrap=True)
+        print_line(desk.console, f"exported: {folder}")
 
 
 @app.command(rich_help_panel="Models")
@@ -209,7 +210,6 @@ def pick(
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
     axes = named_axes(cost, quality)
     with open_desk(workspace, "pick", verbose=verbose) as desk:
-        from orchestrator.console import print_line
         from orchestrator.handover import pick_model
 
         choice = pick_model(desk, sweep, rule, axes=axes, to=to, hand_over=not dry_run)

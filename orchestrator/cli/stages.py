@@ -19,6 +19,7 @@ from orchestrator.cli.options import (
     whole_numbers,
 )
 from orchestrator.cli.session import open_desk
+from orchestrator.console import print_line
 
 
 @app.command(rich_help_panel="Stages")
@@ -139,7 +140,6 @@ def benchmark(
         from orchestrator.analysis import cost_tables
         from orchestrator.analysis.measured_cost import Conditions
         from orchestrator.analysis.subject import open_subjects
-        from orchestrator.console import print_line
         from orchestrator.stages.benchmark import benchmark as stage
         from orchestrator.stages.benchmark import family_of, usual_contexts
 

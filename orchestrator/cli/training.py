@@ -21,6 +21,7 @@ from orchestrator.cli.options import (
     read_options,
 )
 from orchestrator.cli.session import open_desk, open_session
+from orchestrator.console import print_line
 from orchestrator.errors import UserError
 from orchestrator.workspace import check_name
 
@@ -65,7 +66,7 @@ def prepare(
         from orchestrator.stages.prepare import prepare as stage
 
         folder = stage(settings.data, session.workspace, session.progress, verify=True)
-        session.console.print(f"tokens: {folder}", soft_wrap=True)
+        print_line(session.console, f"tokens: {folder}")
 
 
 @app.command(rich_help_panel="Stages")
@@ -137,7 +138,7 @@ def pretrain(
             local=local,
             progress=desk.progress,
         )[settings.model.method]
-        desk.console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+        print_line(desk.console, f"checkpoint: {checkpoint}")
 
 
 @app.command(rich_help_panel="Stages")
@@ -174,7 +175,7 @@ def distill(
             local=local,
             progress=desk.progress,
         )
-        desk.console.print(f"checkpoint: {student}", soft_wrap=True)
+        print_line(desk.console, f"checkpoint: {student}")
 
 
 def _check_places(settings: Any, *, local: bool) -> None:
