@@ -73,12 +73,14 @@ def plan_thresholds(
         cost=cost_in(settings.sweep.budget_unit, full, family, desk.workspace, desk.progress),
         measure=lambda schedule: influence_of(settings, desk, teacher, schedule),
     )
+    suite = plan_suite(settings.evaluation, tokens, full, desk.progress)
     return threshold_plan(
         settings,
         desk.workspace,
         teacher=teacher,
         members=members,
-        suite=plan_suite(settings.evaluation, tokens, full, desk.progress) | _text_of(teacher),
+        suite=plan_suite(settings.evaluation, tokens, full, desk.progress)
+        | text_of_teacher(teacher),
         references=list(references),
         left_out=left_out,
         name=name,
@@ -152,7 +154,7 @@ def plan_suite(
     return suite
 
 
-def _text_of(teacher: Path) -> dict[str, Any]:
+def text_of_teacher(teacher: Path) -> dict[str, Any]:
     """Return what makes a suite read text as an imported teacher does; nothing for others."""
     key = text_files_key(teacher)
     return {"vocabulary": key, "vocabulary_folder": str(teacher)} if key else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from orchestrator.plan import (
     student_job,
     threshold_plan,
 )
+from orchestrator.plan.trials import suite_key
 from orchestrator.settings import DistillationSettings, Settings, resolve_settings
+from orchestrator.sweep_plans import text_of_teacher
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.trial import TrialResult
@@ -386,3 +389,18 @@ def test_planned_trials_survive_json(
     trial = _plan(Settings(), space, teacher, suite).trials[1]
     again = type(trial)(**json.loads(json.dumps(trial.to_dict())))
     assert dataclasses.asdict(again) == dataclasses.asdict(trial)
+
+
+def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(
+    teacher: Path, tmp_path: Path
+) -> None:
+    assert text_of_teacher(teacher) == {}, "trained here: the tokens say it all"
+    imported = tmp_path / "imported" / teacher.name
+    shutil.copytree(teacher, imported)
+    (imported / "token_ids.json").write_text('{"eos_token_id": 2}')
+    suite = text_of_teacher(imported)
+    assert suite["vocabulary_folder"] == str(imported)
+    moved = {**suite, "vocabulary_folder": "elsewhere"}
+    (imported / "token_ids.json").write_text('{"eos_token_id": 7}')
+    other = text_of_teacher(imported)
+    assert suite_key(suite) == suite_key(moved) != suite_key(other)
