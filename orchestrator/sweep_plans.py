@@ -79,8 +79,7 @@ def plan_thresholds(
         desk.workspace,
         teacher=teacher,
         members=members,
-        suite=plan_suite(settings.evaluation, tokens, full, desk.progress)
-        | text_of_teacher(teacher),
+        suite=suite | text_of_teacher(teacher),
         references=list(references),
         left_out=left_out,
         name=name,
