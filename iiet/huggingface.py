@@ -237,8 +237,9 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
                 layer, each (batch, time, dim).
             output_attentions: refused unless it asks for nothing.
             others: `past_key_values`, the older name of `cache`; `num_items_in_batch` and
-                `shift_labels`, for the loss; `cache_position`, which must go on behind the cache.
-                Whatever else is not None or False is refused.
+                `shift_labels`, for the loss; `cache_position`, which must go on behind the cache;
+                `token_type_ids` of one type, which some tokenizers return. Whatever else is not
+                None or False is refused.
 
         Raises:
             ValueError: an argument asks for what the model cannot do.
@@ -393,6 +394,12 @@ def _check_others(others: dict[str, Any], *, cache: Cache | None) -> None:
         )
     if not given.pop("is_causal", True):
         raise ValueError("is_causal=False cannot be served: the model is causal; leave it out")
+    types = given.pop("token_type_ids", None)
+    if types is not None and bool((types != 0).any()):
+        raise ValueError(
+            "token_type_ids of several types cannot be served: the model knows one type of token; "
+            "leave them out"
+        )
     numbers = given.pop("cache_position", None)
     held = 0 if cache is None else int(cache.get_seq_length())
     if numbers is not None and numbers.tolist() != list(range(held, held + len(numbers))):
