@@ -9,6 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.section import Section
 
+MOST_ENTRIES = 1_000_000
+"""The tokenizers library takes the memory for all entries at once, and ends the process if there is
+none."""
 MOST_LAYERS = 1000
 """A number beyond this is a slip of the keyboard, and would only fill the memory."""
 
@@ -35,7 +38,7 @@ class DataSettings(Section):
     """Share of the documents held out for validation and tasks, chosen by content hash."""
     tokenizer: str = "train"
     """`train` a byte-level BPE, or the path of a `tokenizer.json`, or `hub:NAME`."""
-    vocab_size: int = Field(default=2048, ge=258)
+    vocab_size: int = Field(default=2048, ge=258, le=MOST_ENTRIES)
     """Entries of a trained tokenizer."""
 
     @field_validator("files")

@@ -76,6 +76,7 @@ def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
         ("training.compile=!!bool maybe", "cannot be read as a bool"),
         ("training.seed=!!timestamp x", "cannot be read as a date"),
         ("training.num_steps=1000000000", "less than or equal to 1000000"),
+        ("data.vocab_size=1000000000", "less than or equal to 1000000"),
         ("model.num_layers=1000000000", "less than or equal to 1000"),
         ("search.seed=4294967296", "less than or equal to 4294967295"),
         ("study.seeds=[-1]", "greater than or equal to 0"),
