@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from orchestrator.cluster import ray_cluster
+from orchestrator.credentials import without_secrets
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.interruption import run_interruptibly
 from orchestrator.journal import JOURNAL_NAME
@@ -322,11 +323,11 @@ def _journal_bytes(job: TrainingJob) -> int:
 
 
 def failure_reason(error: BaseException) -> str:
-    """Say in one line what went wrong in a worker."""
+    """Say in one line what went wrong in a worker; the line is stored with the results."""
     if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
         error = next(iter(error.worker_failures.values()))
     if isinstance(error, ray.train.ControllerError):
         error = error.controller_failure
     cause = getattr(error, "cause", None) or error
     first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
-    return f"{type(cause).__name__}: {first}"
+    return without_secrets(f"{type(cause).__name__}: {first}")

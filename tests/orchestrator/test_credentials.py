@@ -140,3 +140,10 @@ def test_a_job_with_a_secret_is_refused_too(
     assert "AWS_SECRET_ACCESS_KEY" in str(caught.value)
     assert SECRET not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reason_of_a_failed_trial_holds_no_secret() -> None:
+    from orchestrator.worker import failure_reason  # Brings Ray along: seconds.
+
+    error = OSError(f"cannot reach s3://KEY:{SECRET}@bucket\nsecond line")
+    assert failure_reason(error) == "OSError: cannot reach s3://***@bucket"
