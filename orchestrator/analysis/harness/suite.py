@@ -146,8 +146,8 @@ def load_suite(
     tasks, groups, skipped, unusable = _load_tasks(manager, known, own)
     if problems := problems | unusable:
         raise UserError(
-            f"cannot evaluate {_as_text(problems)}. Correct evaluation.suite, or leave out what "
-            "cannot be evaluated: an average over the rest alone would be another number"
+            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
+            "cannot be evaluated (an average over the rest alone would be another number)"
         )
     if not tasks:
         raise StageFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
