@@ -61,6 +61,7 @@ def shortened(text: str) -> str:
 
 
 _WAYS_OF_A_PATH = {
+    errno.EEXIST: "it is there already, and of another kind",
     errno.EISDIR: "it is a folder where a file should be",
     errno.ENOTDIR: "a part of it is a file where a folder should be",
     errno.ELOOP: "its links lead to themselves",

@@ -354,6 +354,12 @@ DAMAGE = (
 
 def damaged(path: Path, problem: Exception | str, *, cure: str = DELETE) -> UserError:
     """Return the error for a file that cannot be read: what is wrong with it, and the cure."""
+    in_the_way = next((p for p in reversed(path.parents) if _is_no_folder(p)), None)
+    if isinstance(problem, OSError) and in_the_way is not None:
+        return UserError(
+            f"cannot use {in_the_way}: it is no folder ({problem.strerror}); put it right, or move "
+            "it away, and run the command again"
+        )
     if isinstance(problem, RecursionError):
         reason = "it is nested too deep"
     elif isinstance(problem, UnicodeDecodeError):
@@ -367,6 +373,10 @@ def damaged(path: Path, problem: Exception | str, *, cure: str = DELETE) -> User
     else:
         reason = shortened(" ".join(str(problem).split()))
     return UserError(f"{path} is damaged ({reason}); {cure}")
+
+
+def _is_no_folder(path: Path) -> bool:
+    return os.path.lexists(path) and not is_folder(path)
 
 
 def _checksum(value: Mapping[str, Any]) -> str:

@@ -169,6 +169,24 @@ def test_a_workspace_that_is_a_file_is_refused(
     assert (code, "--workspace" in printed) == (2, True)
 
 
+@pytest.mark.parametrize("name", ["logs", "tokens"])
+@pytest.mark.parametrize("how", ["a file", "a link to itself"])
+def test_what_lies_in_the_way_of_a_folder_is_named(
+    name: str, how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "space" / name
+    path.parent.mkdir()
+    (tmp_path / "a.txt").write_text("A text.")
+    if how == "a file":
+        path.write_text("")
+    else:
+        path.symlink_to(path)
+    options = ["--workspace", str(path.parent)]
+    code, printed = _run(capfd, "prepare", str(tmp_path / "a.txt"), *options)
+    assert code == 2, printed
+    assert f"cannot use {path}" in printed
+
+
 def test_an_unexpected_error_leaves_its_traceback_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
