@@ -460,6 +460,7 @@ def numbers_of(printed: str) -> list[str]:
     text = re.sub(
         r"Writing model shards.*|\(\d+ s\)|[\d.]+ (?:ms|s|min|h)\b|found again", "", printed
     )
+    text = re.sub(r"\btime:?\s.*?come\s+on\s+top", "", text, flags=re.DOTALL)
     text = re.sub(r"about [^,;]*|\d[\d.,]* (?:GFLOP|GB|MB|tokens/s)\S*", "", text)
     return [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
 
