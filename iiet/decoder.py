@@ -92,7 +92,8 @@ class Decoder(nn.Module):
         return self.embedding.weight.device
 
     def with_schedule(self, schedule: IterationSchedule) -> Decoder:
-        """Return a decoder with another schedule and the very same parameters.
+        """Return a decoder with another schedule and the very same parameters. Where this one is
+        compiled as a whole, the new one is not yet.
 
         Args:
             schedule: what the new decoder follows by default.
@@ -103,6 +104,9 @@ class Decoder(nn.Module):
         config = dataclasses.replace(self.config, schedule=schedule)
         twin = Decoder.__new__(Decoder)
         twin.__dict__.update(self.__dict__, _modules=dict(self._modules), config=config)
+        # What was compiled or wrapped calls this decoder, and would follow its schedule.
+        twin.__dict__.pop("forward", None)
+        twin.__dict__.pop("_compiled_call_impl", None)
         return twin
 
     def forward(

@@ -143,6 +143,17 @@ def test_a_teacher_made_of_a_compiled_student_does_not_follow_it(prepare):
     torch.testing.assert_close(teacher(TOKENS), before)
 
 
+@pytest.mark.parametrize("attribute", ["forward", "_compiled_call_impl"])
+@torch.no_grad()
+def test_a_student_of_a_compiled_decoder_follows_its_own_schedule(attribute):
+    schedule = IterationSchedule((0, 0))
+    expected = full_decoder()(TOKENS, schedule=schedule)
+    decoder = full_decoder()
+    compiled = decoder._call_impl if attribute == "_compiled_call_impl" else decoder.forward
+    setattr(decoder, attribute, lambda *args, **options: compiled(*args, **options))
+    assert torch.equal(decoder.with_schedule(schedule)(TOKENS), expected)
+
+
 def test_the_teacher_is_asked_in_eval_mode_and_the_student_once():
     calls = []
 
