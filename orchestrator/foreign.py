@@ -194,7 +194,9 @@ def _token_id(config: Mapping[str, Any], name: str, path: Path) -> int | list[in
         raise UserError(
             f"{name} in {path} must be a token's number, or a list of them; got {value!r}"
         )
-    return value
+    if isinstance(value, list):
+        return [number for number in value if number >= 0] or None
+    return None if value is not None and value < 0 else value  # Some configs write -1 for none.
 
 
 def _json(value: Any) -> bytes:

@@ -62,10 +62,9 @@ def import_model(
     text_files = read_model_text_files(model, folder, file)
     run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", folder.name))
     text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
-    source = content_key(
-        foreign_key(folder), file_key(file) if file else None, *([text] if text else [])
-    )
-    checkpoint = _imported_before(run_folder, source)
+    model_key = foreign_key(folder), file_key(file) if file else None
+    source = content_key(*model_key, *([text] if text else []))
+    checkpoint = _imported_before(run_folder, source, source_without_text=content_key(*model_key))
     if checkpoint is None:
         checkpoint = save_checkpoint(
             run_folder,
@@ -86,8 +85,13 @@ def import_model(
     return checkpoint
 
 
-def _imported_before(run_folder: Path, source: str) -> Path | None:
+def _imported_before(run_folder: Path, source: str, *, source_without_text: str) -> Path | None:
     """Return the checkpoint of the same import.
+
+    Args:
+        run_folder: Where the import is to be.
+        source: Key of the model, its tokenizer and the other files that are about text.
+        source_without_text: The same as it was before those other files were kept.
 
     Raises:
         UserError: If the name belongs to another model.
@@ -98,6 +102,12 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
     if damage:
         raise UserError(f"{damage[0]}; delete {run_folder}, and the same command imports it again")
     imported = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}
+    if imported.get("source") == source_without_text != source:
+        raise UserError(
+            f"{run_folder} holds this model as an earlier version imported it, without its own "
+            "end-of-text tokens and chat template; delete the folder to import the model again, or "
+            "choose another name with --name"
+        )
     if imported.get("source") != source:
         raise UserError(
             f"the workspace has another run named {run_folder.name}; choose one with --name"

@@ -18,6 +18,8 @@ from iiet.huggingface import IIETConfig
 from orchestrator.analysis.card import ModelCard
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
+from orchestrator.foreign import foreign_key
+from orchestrator.provenance import content_key, file_key
 from orchestrator.stages.export import export
 from orchestrator.stages.generate import Sampling, Writer
 from orchestrator.stages.importing import import_model
@@ -158,6 +160,29 @@ def test_what_makes_no_sense_is_named(
     with pytest.raises(UserError, match=words):
         import_model(llama, workspace)
     assert not workspace.runs.exists()
+
+
+def test_a_negative_token_id_means_none(llama: Path, workspace: Workspace) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    write(llama / "config.json", config | {"bos_token_id": -1, "eos_token_id": [-1]})
+    (llama / "generation_config.json").unlink()
+    (llama / "tokenizer_config.json").unlink()
+    token_ids = json.loads(read_text_files(import_model(llama, workspace))["token_ids.json"])
+    assert token_ids == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 301}
+
+
+def test_an_import_of_an_earlier_version_is_named_as_such(
+    llama: Path, workspace: Workspace
+) -> None:
+    checkpoint = import_model(llama, workspace)
+    provenance = json.loads((checkpoint / "provenance.json").read_text())
+    # Earlier versions kept model and tokenizer alone.
+    provenance["imported"]["source"] = content_key(
+        foreign_key(llama), file_key(llama / "tokenizer.json")
+    )
+    write(checkpoint / "provenance.json", provenance)
+    with pytest.raises(UserError, match=r"earlier version .* delete the folder"):
+        import_model(llama, workspace)
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: Workspace) -> None:
