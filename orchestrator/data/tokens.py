@@ -147,11 +147,12 @@ def _verified(folder: Path) -> Any:
     try:
         return read_json(folder / STAMP_NAME)
     except UserError:
-        return {}  # Damaged: nothing is verified.
+        return None
 
 
 def _stamps(folder: Path, manifest: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: _stamp(folder / name) for name in manifest["sha256"] if (folder / name).is_file()}
+    names = manifest.get("sha256", ())  # None where another version wrote it.
+    return {name: _stamp(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _stamp(path: Path) -> list[int]:

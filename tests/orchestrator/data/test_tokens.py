@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from orchestrator.data import tokenizing
 from orchestrator.data.corpus import Document, is_validation
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.tokenizing import write_tokens
-from orchestrator.data.tokens import TokenStore, open_tokens
+from orchestrator.data.tokens import (
+    MANIFEST_NAME,
+    STAMP_NAME,
+    TokenStore,
+    open_tokens,
+    verify_tokens,
+)
 from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings
 
@@ -139,3 +146,17 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prepared tokens"):
         open_tokens(tmp_path / "nowhere")
     assert open_tokens(write_tokens(tmp_path, DOCUMENTS, SETTINGS), verify=True)
+
+
+def test_tokens_of_another_version_and_a_damaged_stamp_are_not_taken_as_verified(
+    tmp_path: Path, tiny_tokens: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_tokens, tmp_path / "tokens"))
+    (folder / STAMP_NAME).write_text("{")
+    for name in ("train.bin", "validation.bin", "validation.jsonl", "tokenizer.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        verify_tokens(folder)
+    (folder / MANIFEST_NAME).write_text('{"format": 99}')
+    with pytest.raises(UserError, match="another version"):
+        verify_tokens(folder)
