@@ -13,7 +13,9 @@ MASK = "***"
 
 # All up to the last @ of the host's part, or of the whole word where a password may go on behind a
 # slash; `host:8080/` is no user with a password.
-_USER = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#:@]*:(?!\d{1,5}[/?#])\S*)@")
+# No password has more than 1,000 characters; without a limit, a text of many addresses in one word
+# would take hours.
+_USER = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#:@]*:(?!\d{1,5}[/?#])\S{0,1000})@")
 _SECRET_NAMES = (
     "key|pass|passwd|password|pwd|secret|token|credential|credentials|sig|signature|sas|apikey|auth"
 )
