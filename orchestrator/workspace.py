@@ -227,9 +227,9 @@ def _refuse_a_copy(root: Path, probe: str) -> None:
         is_workspace = any((other / part).exists() for part in _PARTS)
         if other != root and is_workspace and not (other / probe).exists():
             raise UserError(
-                f"the workspace {root} was copied or moved from {other}, and there is a workspace "
-                f"too: the records of {root} name files there, and commands would write into "
-                f"them. Use {other}; or rename that folder, and {root} can be used; or start a new "
+                f"the workspace {root} was copied or moved from {other}, which is a workspace as "
+                f"well. The records of {root} name files in {other}, so commands would write "
+                f"there. Use {other}; or rename it, and {root} can be used; or start a new "
                 "workspace, and copy only the folder `tokens` into it"
             )
     place = {"root": str(root), "records_name": named}

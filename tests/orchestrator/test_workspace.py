@@ -88,7 +88,7 @@ def test_a_moved_workspace_goes_on_until_another_lies_in_its_old_place(
     (used / "artifacts").mkdir(parents=True)  # MLflow makes them anew.
     open_workspace(moved)
     open_workspace(used)
-    with pytest.raises(UserError, match="there is a workspace too"):
+    with pytest.raises(UserError, match="which is a workspace as well"):
         open_workspace(moved)
     shutil.rmtree(used)
     assert open_workspace(moved.rename(used)).root == used
