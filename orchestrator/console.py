@@ -238,7 +238,9 @@ class BarProgress(Progress):
 
 
 def _count(number: float) -> str:
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+    if number >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.2f}".rstrip("0").rstrip(".")
 
 
 def _duration(seconds: float) -> str:

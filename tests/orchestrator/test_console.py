@@ -81,6 +81,21 @@ def test_a_stage_that_reports_nothing_is_seen_to_live(monkeypatch: pytest.Monkey
     assert out.getvalue().startswith("  evaluate: 0/12,000, 0 s so far\n")
 
 
+@pytest.mark.parametrize(
+    ("done", "total", "shown"),
+    [(0.0108, 5, "0.01/5"), (2.5, 5, "2.5/5"), (17410, 32768, "17,410/32,768")],
+)
+def test_a_part_of_a_trial_is_shown_as_people_read_it(
+    monkeypatch: pytest.MonkeyPatch, done: float, total: float, shown: str
+) -> None:
+    monkeypatch.setattr("orchestrator.console.PLAIN_SECONDS_BETWEEN_LINES", 0.0)
+    out = io.StringIO()
+    with PlainProgress(Console(file=out, width=80)) as progress:
+        progress.start("sweep", total)
+        progress.advance(done)
+    assert out.getvalue().startswith(f"  sweep: {shown}, ")
+
+
 def test_what_is_told_while_libraries_are_quiet_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
