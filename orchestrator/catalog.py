@@ -39,6 +39,8 @@ from orchestrator.workspace import DAMAGE, Workspace, expanded, is_name, read_js
 
 NO_CORRECTIONS = "r = 0"
 """Label of an IIET that was trained without corrections."""
+MOST_RUNS_NAMED = 20
+"""A message names no more runs than these."""
 
 
 Warn = Callable[[str], None]
@@ -95,8 +97,10 @@ def locate(workspace: Workspace, path: Path, *, model_folders: bool = False) -> 
             return place.resolve()
     if places:
         return places[0].resolve()
-    names = sorted(run.name for run in _runs(workspace))
-    known = f"its runs are {', '.join(names)}" if names else "it has no runs yet"
+    runs = _newest_runs(workspace)
+    names = ", ".join(sorted(run.name for run in runs[:MOST_RUNS_NAMED]))
+    newest = "newest " if len(runs) > MOST_RUNS_NAMED else ""
+    known = f"its {newest}runs are {names}" if runs else "it has no runs yet"
     raise UserError(
         f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
         f"{known}"

@@ -182,6 +182,15 @@ def test_an_unknown_name_lists_the_runs(workspace: Workspace, save_run: Any) -> 
         resolve_model(workspace, Path("teacher"))
 
 
+def test_an_unknown_name_lists_no_more_runs_than_people_read(workspace: Workspace) -> None:
+    for number in range(30):
+        folder = workspace.runs / f"run{number:02}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (number, number))
+    with pytest.raises(UserError, match=r"its newest runs are run10, .*, run29$"):
+        locate(workspace, Path("teacher"))
+
+
 def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
     workspace: Workspace, save_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
