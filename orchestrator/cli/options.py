@@ -62,14 +62,18 @@ ScheduleOption = Annotated[
 ]
 TrialsAtOnceOption = Annotated[
     int | None,
-    typer.Option(min=1, max=MOST, help="Trials side by side; as many as CPUs if left out."),
+    typer.Option(min=1, max=MOST, help="Most trials side by side; as many as fit if left out."),
 ]
 WorkersPerTrialOption = Annotated[
     int | None, typer.Option(min=1, max=MOST, help="Data-parallel workers inside each trial.")
 ]
 GpusPerTrialOption = Annotated[
     int | None,
-    typer.Option(min=0, max=MOST, help="GPUs of each trial; the fewest that it fits on if unset."),
+    typer.Option(
+        min=0,
+        max=MOST,
+        help="GPUs of each trial; if left out, the fewest that it fits on, or none on CPUs.",
+    ),
 ]
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds of every model, with commas: 0,1,2.")]
 NameOption = Annotated[

@@ -251,7 +251,7 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
                 ) from None
             place = f"{path}, line {number}"
             if isinstance(record, dict) and text_field not in record:
-                _check_field_is_nowhere(path, text_field, place)
+                _blame_single_line(path, text_field, place)
             yield _text_of(record, text_field, place)
 
 
@@ -265,8 +265,8 @@ def _check_has_no_nul(text: str, path: Path) -> None:
         )
 
 
-def _check_field_is_nowhere(path: Path, text_field: str, place: str) -> None:
-    """Blame the one line that lacks the field, where others of the file have it."""
+def _blame_single_line(path: Path, text_field: str, place: str) -> None:
+    """Raise an error about this line alone where other lines of the file have the field."""
     num_lines = num_having = 0
     opened = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8", errors="replace") as file:
