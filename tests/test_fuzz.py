@@ -331,6 +331,8 @@ class Toy:
             if twin.is_dir():
                 path.mkdir(exist_ok=True)
             elif not path.exists() or _stamp(path) != _stamp(twin):
+                if twin.name == "mlflow.db":  # What is open would go on with the old content.
+                    _forget_database()
                 shutil.copy2(twin, path)
         self.restore_times()
 
@@ -457,7 +459,7 @@ READERS: dict[str, tuple[str, ...]] = {
 """Which commands read what lies in a folder of the workspace."""
 SAYS_SO = re.compile(
     r"damaged|not what was written|cannot|missing|no whole|contradicts|left out|made anew"
-    r"|is a folder|measured again|not finished|no tokens|no paired errors|other settings",
+    r"|is a folder|has no |measured again|not finished|no tokens|no paired errors|other settings",
     re.IGNORECASE,
 )
 
