@@ -196,6 +196,8 @@ def find_references(workspace: Workspace, teacher: Path) -> References:
     unlike: dict[str, tuple[str, str]] = {}
     for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
         label, made = _made(run)
+        if damage := made.get("damage"):
+            left_out[run.name] = f"the run {run.name} is left out: {damage}"
         if label is None or "imported" in made.get("provenance", {}):
             continue
         reason = _difference_to(teacher, made) or _why_unfinished(run)
@@ -213,13 +215,17 @@ def find_references(workspace: Workspace, teacher: Path) -> References:
 def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
     """Return what a front calls a model without corrections (None: it has some, or is none), and
     how it was made, by the newest checkpoint that says so."""
+    damage = ""
     for folder in reversed(find_checkpoints(run)):
-        with suppress(UserError):
+        try:
             config = load_config(folder)
             made = {"model": config.to_dict(), "provenance": load_provenance(folder)}
-            label = NO_CORRECTIONS if config.method == "iiet" else config.method
-            return None if config.corrections.num_corrections else label, made
-    return None, {}
+        except UserError as error:
+            damage = damage or str(error)
+            continue
+        label = NO_CORRECTIONS if config.method == "iiet" else config.method
+        return None if config.corrections.num_corrections else label, made
+    return None, {"damage": damage}
 
 
 def _difference_to(teacher: Path, made: Mapping[str, Any]) -> str:

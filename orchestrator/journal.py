@@ -76,6 +76,19 @@ def read_journal(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], i
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue  # a line cut off by a crash
-        if isinstance(record, dict) and "kind" in record:
+        if _is_record(record):
             records.append(record)
     return records, offset + len(whole)
+
+
+def _is_record(record: Any) -> bool:
+    """Tell whether a line has the parts that a writer gave it; a flipped bit renames one."""
+    if not isinstance(record, dict):
+        return False
+    if record.get("kind") == "metrics":
+        values = record.get("values")
+        is_numbers = isinstance(values, dict) and all(
+            isinstance(value, int | float) for value in values.values()
+        )
+        return is_numbers and isinstance(record.get("step"), int)
+    return record.get("kind") == "event" and isinstance(record.get("name"), str)

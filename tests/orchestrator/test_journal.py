@@ -36,3 +36,19 @@ def test_a_line_cut_off_by_a_crash_is_skipped_and_spoils_nothing(tmp_path: Path)
 
 def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "nothing") == ([], 0)
+
+
+def test_a_line_without_the_parts_of_a_record_is_skipped(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"loss": 2.0})
+    journal.event("finished")
+    journal.close()
+    path = tmp_path / JOURNAL_NAME
+    whole = path.read_bytes()
+    flips = [(b'"values"', b'"valuec"'), (b'"step": 1', b'"rtep": 1'), (b'"kind"', b'"kine"')]
+    flips += [(b"2.0", b"[2]"), (b'"name"', b'"nama"'), (b'{"time"', b'["time"')]
+    for old, new in flips:
+        path.write_bytes(whole.replace(old, new))
+        assert len(read_journal(tmp_path)[0]) == (0 if old in (b'"kind"', b'{"time"') else 1)
+    path.write_bytes(b"[" * 100_000 + b"\n" + whole)
+    assert len(read_journal(tmp_path)[0]) == 2

@@ -102,3 +102,16 @@ def test_a_baseline_that_cannot_be_used_is_left_out_with_the_reason(
     assert not references.found
     assert list(references.left_out) == ["v"]
     assert re.search(f"^vanilla is left out: .*{words}", references.left_out["v"])
+
+
+def test_a_run_whose_only_checkpoint_says_nothing_is_left_out_with_the_reason(
+    workspace: Workspace, teacher: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA})
+    for config in (workspace.runs / "v").glob("step_*/config.json"):
+        config.unlink()
+        config.symlink_to(config)
+    references = find_references(workspace, teacher)
+    assert not references.found
+    assert "the run v is left out: " in references.left_out["v"]
+    assert "config.json is damaged" in references.left_out["v"]
