@@ -103,18 +103,21 @@ def _folded(line: Text, width: int) -> list[Text]:
     text = re.sub(" (?=± |%)|(?<=±) ", "\u00a0", line.plain)
     for paragraph in text.split("\n"):
         # Rich would break long words as well.
+        indent = " " * (len(paragraph) - len(paragraph.lstrip(" ")))
         wrapped = textwrap.wrap(
             paragraph,
             width,
+            subsequent_indent=indent,
             expand_tabs=False,
             replace_whitespace=False,
             break_long_words=False,
             break_on_hyphens=False,
         )
-        for part in wrapped or [""]:
-            start = text.index(part, end)
-            end = start + len(part)
-            parts.append(line[start:end])
+        for number, part in enumerate(wrapped or [""]):
+            added = indent if number else ""
+            start = text.index(part.removeprefix(added), end)
+            end = start + len(part) - len(added)
+            parts.append(Text(added) + line[start:end])
     return parts
 
 

@@ -57,6 +57,17 @@ def test_a_path_stays_whole_and_a_pipe_gets_one_line() -> None:
     assert written(pipe).splitlines() == [SUMMARY]
 
 
+@pytest.mark.parametrize("indent", ["", "  "])
+def test_a_folded_line_goes_on_below_its_beginning(indent: str) -> None:
+    console = terminal(60)
+    print_line(console, f"{indent}{SUMMARY}\n{SUMMARY}")
+    lines = written(console).splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(indent) and line[len(indent)] != " " for line in lines[:2])
+    assert all(len(line) <= 60 and line[0] != " " for line in lines[2:])
+    assert " ".join(" ".join(lines).split()) == f"{SUMMARY} {SUMMARY}"
+
+
 class Lines(io.StringIO):
     """Says when enough lines are written."""
 
