@@ -83,7 +83,10 @@ def read_foreign(folder: Path) -> ForeignModel:
         decoder.float().eval(),
         file if file.is_file() else None,
         origin,
-        {name: _token_id(config, name, folder / CONFIG) for name in TOKEN_ID_NAMES},
+        {
+            name: _without_none(_token_id(config, name, folder / CONFIG), decoder.config.vocab_size)
+            for name in TOKEN_ID_NAMES
+        },
     )
 
 
@@ -127,7 +130,7 @@ def read_model_text_files(
         if token_ids["eos_token_id"] is None:
             token_ids["eos_token_id"] = end if loaded.eos_token_id is None else loaded.eos_token_id
         if token_ids["eos_token_id"] is None:
-            end_of_text_id(load_tokenizer(tokenizer))  # Says what is missing.
+            end_of_text_id(load_tokenizer(tokenizer))  # Raises an error that says what is missing.
         opens_or_chats = loaded.bos_token_id is not None or loaded.chat_template
         is_usual = token_ids["eos_token_id"] == end and not opens_or_chats
         was_trained_here = model.origin == EXPORTED and is_usual
@@ -184,7 +187,7 @@ def stop_token_ids(checkpoint: Path) -> set[int]:
         if path.is_file():
             found = _token_id(_read_json(path), "eos_token_id", path)
             stops |= set(found if isinstance(found, list) else [] if found is None else [found])
-    return stops
+    return {number for number in stops if number >= 0}
 
 
 def _token_id(config: Mapping[str, Any], name: str, path: Path) -> int | list[int] | None:
@@ -194,9 +197,14 @@ def _token_id(config: Mapping[str, Any], name: str, path: Path) -> int | list[in
         raise UserError(
             f"{name} in {path} must be a token's number, or a list of them; got {value!r}"
         )
-    if isinstance(value, list):
-        return [number for number in value if number >= 0] or None
-    return None if value is not None and value < 0 else value  # Some configs write -1 for none.
+    return value
+
+
+def _without_none(token_id: int | list[int] | None, num_tokens: int) -> int | list[int] | None:
+    """Return only what names a token of the model: some configs write -1 for none."""
+    if isinstance(token_id, list):
+        return [number for number in token_id if 0 <= number < num_tokens] or None
+    return token_id if token_id is not None and 0 <= token_id < num_tokens else None
 
 
 def _json(value: Any) -> bytes:
@@ -228,8 +236,8 @@ def _weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"cannot read {folder / name}: {error}") from None
         if twice := sorted(set(weights) & set(found)):
             raise UserError(
-                f"{folder} holds {twice[0]} in several files, the last of which is {name}; which "
-                "one is meant cannot be told, leave one model in the folder"
+                f"{folder} holds {twice[0]} in several files, the last of which is {name}; keep "
+                "the files of one model there"
             )
         weights |= found
     return weights

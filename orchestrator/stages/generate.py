@@ -157,8 +157,9 @@ class Writer:
         if self._imported is not None:
             first = self._imported.bos_token
             has_first = bool(first) and prompt.startswith(first)
+            first_id = self._imported.bos_token_id
             return list(self._imported.encode(prompt, add_special_tokens=not has_first)) or [
-                self._imported.bos_token_id or self.end_of_text
+                self.end_of_text if first_id is None else first_id
             ]
         ids = self.tokenizer.encode(prompt).ids
         plain = self.tokenizer.encode(prompt, add_special_tokens=False).ids

@@ -162,13 +162,27 @@ def test_what_makes_no_sense_is_named(
     assert not workspace.runs.exists()
 
 
-def test_a_negative_token_id_means_none(llama: Path, workspace: Workspace) -> None:
+@pytest.mark.parametrize(("first", "end"), [(-1, [-1]), (320, -1), (None, 1000)])
+def test_a_number_of_no_token_means_none(
+    first: int | None, end: Any, llama: Path, workspace: Workspace
+) -> None:
     config = json.loads((llama / "config.json").read_text())
-    write(llama / "config.json", config | {"bos_token_id": -1, "eos_token_id": [-1]})
+    write(llama / "config.json", config | {"bos_token_id": first, "eos_token_id": end})
     (llama / "generation_config.json").unlink()
     (llama / "tokenizer_config.json").unlink()
     token_ids = json.loads(read_text_files(import_model(llama, workspace))["token_ids.json"])
     assert token_ids == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 301}
+
+
+def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_first(
+    llama: Path, workspace: Workspace
+) -> None:
+    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    first = tokenizer.id_to_token(0)
+    tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.save(str(llama / "tokenizer.json"))
+    write(llama / "tokenizer_config.json", {"bos_token": first, "eos_token": "<|end|>"})
+    assert Writer(import_model(llama, workspace))._encode("") == [0]
 
 
 def test_an_import_of_an_earlier_version_is_named_as_such(
