@@ -89,7 +89,7 @@ def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) 
 
 
 def get_record(cache: DecodingCache) -> CacheRecord | None:
-    """Return a cache's record; None for one of another class that served no pass."""
+    """Return a cache's record; None where a cache of another class has served no pass yet."""
     record: CacheRecord | None = getattr(cache, _RECORD, None)
     return record
 

@@ -58,8 +58,8 @@ def make_context(
         fields: those that the pass evaluates.
         cache: keys and values of earlier tokens.
         record: the cache's; the padding is read from it and noted in it.
-        attention_mask: (batch, cached + time), false for padding; None where there is none beside
-            what the cache remembers.
+        attention_mask: (batch, cached + time), false for padding; None where the cache remembers
+            all padding, or there is none.
         position_ids: (batch or 1, time); None to count the tokens that are no padding. Without
             mask and cache, positions that do not go on by one start another sequence, which sees
             nothing of the one before.
@@ -132,8 +132,8 @@ def _real_tokens(
 def _check_agreement(real: Tensor, held: Tensor | None) -> None:
     """Refuse a mask over held tokens, (batch, held), that is not the one they were computed with.
 
-    Tokens at a row's end may be hidden later, since no token before has seen them and positions
-    stay what they were.
+    Tokens at a row's end may be hidden later: no earlier token attended to them, and no position
+    changes.
     """
     if held is not None and (len(held) != len(real) or torch.equal(real, held)):
         return  # Rows that were repeated since cannot be compared.

@@ -105,8 +105,8 @@ def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """
     teacher = copy.deepcopy(decoder)
     for module in teacher.modules():
-        # Copying copies what a bound method belongs to, but not what a function closes over. Only
-        # what `torch.compile(module)` returns makes its own anew.
+        # A copy of a bound method belongs to the copied module; a copied function still calls the
+        # old one. What `torch.compile(module)` returns builds its own function again when copied.
         is_function = isinstance(vars(module).get("forward"), FunctionType)
         if is_function and "_orig_mod" not in module._modules:
             del module.forward

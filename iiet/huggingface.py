@@ -235,9 +235,9 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
                 numbers of the tokens, (count,).
             output_hidden_states: whether to return the embeddings and the hidden state after each
                 layer, each (batch, time, dim).
-            output_attentions: refused unless it asks for nothing.
+            output_attentions: None or False; the attention kernel never forms the weights.
             others: `past_key_values`, the older name of `cache`; `num_items_in_batch` and
-                `shift_labels`, for the loss; `cache_position`, which must go on behind the cache;
+                `shift_labels`, for the loss; `cache_position`, which must continue the cache;
                 `token_type_ids` of one type, which some tokenizers return. Whatever else is not
                 None or False is refused.
 

@@ -57,7 +57,7 @@ def _constant(value: float, x: Tensor) -> Tensor:
     if constant is None:
         with torch.inference_mode(False):
             constant = torch.tensor(value, dtype=x.dtype, device="cpu")
-        # A fake tensor holds no number and serves the mode that made it alone.
+        # A fake tensor holds no number and is valid only in the mode that made it.
         if type(constant) is Tensor:
             _constants[key] = constant
     return constant

@@ -52,7 +52,7 @@ class Rope:
             # Tables first asked for in inference mode must serve training later.
             with torch.inference_mode(False), torch.no_grad():
                 tables = self._make_tables(device, dtype)
-            # A fake tensor holds no numbers and serves the mode that made it alone.
+            # A fake tensor holds no numbers and is valid only in the mode that made it.
             if type(tables.cos) is Tensor:
                 self._tables[key] = tables
         return tables
@@ -78,7 +78,7 @@ class Rope:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Do as `rotate_`, into a new tensor."""
+    """Return what `rotate_` computes, in a new tensor."""
     return torch.addcmul(heads * cos, heads.roll(heads.size(-1) // 2, dims=-1), sin)
 
 

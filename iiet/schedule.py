@@ -34,7 +34,7 @@ __all__ = [
 
 
 MAX_CORRECTIONS = 1000
-"""Of a layer; a larger number is a slip of the keyboard, and would only look like a hang."""
+"""Of one layer. A larger number is a typing error, and its run would look like a hang."""
 _RAMP = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 _PART = re.compile(r"\s*[-+]?[0-9]{1,9}\s*(?:\*\s*[0-9]{1,9}\s*)?")
 _LONGEST_QUOTE = 80

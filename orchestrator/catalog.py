@@ -229,7 +229,7 @@ def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _difference_to(teacher: Path, made: Mapping[str, Any]) -> str:
-    """Say in what a model differs from a teacher beside its corrections; nothing if in nothing."""
+    """Name what differs between a model and a teacher beside corrections; empty if nothing does."""
     wanted = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
     own, full = _comparable(made), _comparable(wanted)
     parts = [

@@ -84,7 +84,7 @@ class ModelCard:
             f"Corrections per layer: `{corrections}`. A layer with r corrections evaluates its "
             "block 1 + r times; decoding keeps keys and values of every evaluation. "
             "With `corrections=[...]`, `from_pretrained` loads the same weights under another "
-            "schedule; this card tells of this one."
+            "schedule; this card describes this one."
         )
 
     def _cost(self) -> str:
@@ -144,7 +144,7 @@ The model's code lies beside the weights. It needs
 
 
 def _origins(evaluation: EvaluationResult) -> Iterable[str]:
-    """Say of whom the tasks are, and how their numbers can be had again."""
+    """Say where the tasks come from, and how to reproduce their numbers."""
     own = [name for name in evaluation.results if name in HELDOUT_TASKS]
     others = [name for name in evaluation.results if name not in HELDOUT_TASKS]
     if own:

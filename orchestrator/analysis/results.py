@@ -27,7 +27,7 @@ from orchestrator.workspace import (
 
 RESULTS_NAME = "results.json"
 LEFT_OUT = "Left out"
-"""Title of the list of what could have stood on the front and does not, with the reasons."""
+"""Title of the list of models that are left out of the front, with the reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,8 @@ def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str
 
 
 def about_items(results: Iterable[TrialResult], items: Mapping[str, EvaluationResult]) -> list[str]:
-    """Say what single items do not tell: which tasks that were asked for are in no average, and
-    which models cannot be compared item by item although others can."""
+    """Name the tasks that were asked for and are in no average, and the models that cannot be
+    compared item by item although others can."""
     skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
     said = [f"Averages are without {name}: {reason}." for name, reason in skipped.items()]
     lacking = [result.name for result in results if result.key not in items]

@@ -53,7 +53,7 @@ def join_seeds(results: Sequence[TrialResult]) -> Joined:
 
 
 def lowest_seed(group: Sequence[TrialResult]) -> TrialResult:
-    """Return the seed whose weights and run stand for a model: the best would be so by luck."""
+    """Return the seed whose weights and run stand for a model; the best one would flatter it."""
     return min(group, key=lambda result: result.seed or 0)
 
 

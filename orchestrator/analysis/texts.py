@@ -27,7 +27,7 @@ def full_name(front: Front, point: Placed) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Write names one after the other; schedules, which have commas themselves, told apart."""
+    """Join names by commas, or by semicolons where a name has commas itself, as schedules do."""
     return ("; " if any("," in name for name in names) else ", ").join(names)
 
 

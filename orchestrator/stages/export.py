@@ -31,7 +31,7 @@ _USUAL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"),
     *("special_tokens_map.json", "chat_template.jinja", "iiet_*.py", CARD),
 )
-"""What exports consist of that were written before they had a manifest."""
+"""Files of exports that were written before exports had a manifest."""
 
 
 def export(
