@@ -83,7 +83,7 @@ def read_journal(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], i
 
 def _is_record(record: Any) -> bool:
     """Tell whether a line has the parts that a writer gave it; a flipped bit renames one."""
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not isinstance(record.get("time"), int):
         return False
     if record.get("kind") == "metrics":
         values = record.get("values")

@@ -47,8 +47,10 @@ def test_a_line_without_the_parts_of_a_record_is_skipped(tmp_path: Path) -> None
     whole = path.read_bytes()
     flips = [(b'"values"', b'"valuec"'), (b'"step": 1', b'"rtep": 1'), (b'"kind"', b'"kine"')]
     flips += [(b"2.0", b"[2]"), (b'"name"', b'"nama"'), (b'{"time"', b'["time"')]
+    flips += [(b'"time"', b'"time\x7f"')]
+    in_both = (b'"kind"', b'{"time"', b'"time"')
     for old, new in flips:
         path.write_bytes(whole.replace(old, new))
-        assert len(read_journal(tmp_path)[0]) == (0 if old in (b'"kind"', b'{"time"') else 1)
+        assert len(read_journal(tmp_path)[0]) == (0 if old in in_both else 1)
     path.write_bytes(b"[" * 100_000 + b"\n" + whole)
     assert len(read_journal(tmp_path)[0]) == 2
