@@ -2,7 +2,8 @@
 
 An address such as `http://USER:PASSWORD@host` or `s3://bucket?secret=...` holds a secret, and
 libraries repeat the whole address in their errors. What people type is not always a valid address
-(a key with a slash in it, for example), so this works on texts, and rather hides too much.
+(a key with a slash in it, for example), so this works on texts, and hides too much
+rather than too little.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def _check_thresholds(settings: Settings) -> None:
     below = [threshold for threshold in settings.sweep.thresholds if threshold < 0]
     if below and settings.influence.metric != "loss":
         raise UserError(
-            f"sweep.thresholds: {below[0]:g} is below 0, and so is no influence by the metric "
-            f"{settings.influence.metric}; give thresholds of at least 0, such as 0.001,0.01"
+            f"sweep.thresholds: {below[0]:g} is below 0, which no influence of the metric "
+            f"{settings.influence.metric} is; give thresholds of at least 0, such as 0.001,0.01"
         )
 
 

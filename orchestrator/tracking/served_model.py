@@ -27,8 +27,8 @@ class TextModel:
 
         Args:
             model_input: A table with one column of texts, or a list of texts.
-            params: `max_new_tokens`, at most so many as the context holds, and `temperature`, of
-                which 0 takes the likeliest token.
+            params: `max_new_tokens`, which the context limits, and `temperature`, where 0 takes
+                the likeliest token.
 
         Raises:
             ValueError: If `max_new_tokens` is below 1.
@@ -45,7 +45,7 @@ class TextModel:
 
         context = self.model.config.max_position_embeddings
         ids = self.tokenizer(prompt)["input_ids"] or [self.tokenizer.eos_token_id]
-        # Of a prompt too long for the context the end counts, at least half a context of it.
+        # Of a prompt that is too long, the last tokens are used: at least half a context.
         ids = ids[-max(context - max_new_tokens, (context + 1) // 2) :]
         how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         with torch.no_grad():
