@@ -58,10 +58,16 @@ def serve(
 
     Raises:
         UserError: If the port is taken, or the store cannot be opened.
-        StageFailed: If the server does not come up.
+        StageFailed: If the server does not come up, or one elsewhere does not answer.
     """
     tracking = open_tracking(workspace, warn=say)
     if tracking.store.is_remote:
+        if tracking.links(tracking.store.place).training_view is None:
+            raise StageFailed(
+                f"there are no pages to show: nothing answers at {tracking.store.place} "
+                "(MLFLOW_TRACKING_URI); start that server, or unset the variable to see the "
+                "workspace's own runs"
+            )
         for line in link_lines(tracking, tracking.store.place):
             say(line)
         return

@@ -45,18 +45,22 @@ def test_a_taken_port_is_named_with_a_free_one() -> None:
         check_port(70000)
 
 
-def test_a_server_of_others_is_only_linked(
+def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:sesame@127.0.0.1:9")
     said: list[str] = []
-    serve(workspace, say=said.append)
-    assert not any("starting" in line for line in said)
+    with pytest.raises(StageFailed, match=r"nothing answers at http://127\.0\.0\.1:9 ") as failed:
+        serve(workspace, say=said.append)
+    assert not any(word in line for line in said for word in ("starting", "None", "sesame"))
+    assert "sesame" not in str(failed.value)
 
 
 @pytest.mark.slow
-def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: Workspace) -> None:
+def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tracking = open_tracking(workspace, warn=pytest.fail)
     run = tracking.run("key", name="toy", kind="sweep", tags={VIEW_TAG: "front-toy"})
     ran = workspace.root / "ran"
@@ -64,6 +68,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: 
         code = f"open({str(ran)!r}, 'a').write({name!r}); raise SystemExit('code of the workspace')"
         (workspace.root / f"{name}.py").write_text(code)
     port, said, seen = free_port(), [], []
+    linked: list[str] = []
 
     def look_once() -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -71,6 +76,10 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: 
             seen.append(answer.status)
         if BROWSER is not None:
             seen.append(page_text(said[1].partition(": ")[2], workspace.root / "profile"))
+        # To another command this server is one elsewhere: it links to its pages and starts none.
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            serve(workspace, say=linked.append)
         return True
 
     serve(workspace, port=port, say=said.append, should_stop=look_once)
@@ -79,6 +88,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace: 
     assert said[1].startswith("training runs: http://127.0.0.1:")
     assert any(f"/runs/{run.run_id}?workflowType=machine_learning" in line for line in said)
     assert any("viewStateShareKey=front-toy" in line for line in said)
+    assert linked == [line for line in said if "http://" in line][1:]
     if BROWSER is not None:
         assert "Model training" in seen[1]
         assert "toy" in seen[1]
