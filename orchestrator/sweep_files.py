@@ -49,7 +49,8 @@ def _show_plan(settings: Settings, desk: Desk, kind: Kind) -> None:
         name: plan_pretraining(own, desk.workspace, tokens)
         for name, own in teacher_and_references(settings).items()
     }
-    outcome = finished_outcome(jobs[TEACHER])
+    outcomes = {name: finished_outcome(job, desk.progress.note) for name, job in jobs.items()}
+    outcome = outcomes[TEACHER]
     if outcome is None or outcome.checkpoint is None:
         _show_pretraining(settings, desk, jobs)
     elif kind == "search":

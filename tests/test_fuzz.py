@@ -538,10 +538,14 @@ def test_damaged_files(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
 
 def _forget_database() -> None:
     """Close what MLflow keeps open in this process; a new process would see the file as it is."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from mlflow.tracking._tracking_service import utils
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as TrackingStore
+    from mlflow.tracking._model_registry import utils as registry
+    from mlflow.tracking._tracking_service import utils as tracking
 
-    for engine in SqlAlchemyStore._engine_map.values():
-        engine.dispose()
-    SqlAlchemyStore._engine_map.clear()
-    utils._tracking_store_registry._get_store_with_resolved_uri.cache_clear()
+    for store in (TrackingStore, RegistryStore):
+        for engine in store._engine_map.values():
+            engine.dispose()
+        store._engine_map.clear()
+    tracking._tracking_store_registry._get_store_with_resolved_uri.cache_clear()
+    registry._get_store_registry()._get_store_with_resolved_uri.cache_clear()

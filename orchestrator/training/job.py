@@ -8,7 +8,7 @@ often a run is watched or saved stay out of it. `orchestrator.training.run` runs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -328,8 +328,15 @@ def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
     return f"{prefix.removesuffix('.')} was {earlier!r}, is {now!r}"
 
 
-def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:
-    """Return the outcome of a finished job whose last checkpoint is whole; None otherwise."""
+def finished_outcome(
+    job: TrainingJob, warn: Callable[[str], None] | None = None
+) -> TrainingOutcome | None:
+    """Return the outcome of a finished job whose last checkpoint is whole; None otherwise.
+
+    Args:
+        job: Whose folder is read.
+        warn: Called where the job was finished, and its last checkpoint is damaged.
+    """
     path = job.folder / DONE_NAME
     done = read_object(path)
     if not done:
@@ -339,7 +346,9 @@ def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:
         outcome = TrainingOutcome(**{**done, "checkpoint": str(folder)})
     try:
         check_checkpoint(folder)
-    except UserError:
+    except UserError as error:
+        if warn:
+            warn(f"{error}; this training is not finished any more, and is done again")
         return None
     return outcome
 

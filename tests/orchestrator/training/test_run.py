@@ -103,6 +103,20 @@ def test_learns_and_reports(make_job: MakeJob) -> None:
     assert events(job)[-1] == "finished"
 
 
+def test_a_finished_job_whose_checkpoint_is_damaged_is_not_finished_and_says_so(
+    make_job: MakeJob,
+) -> None:
+    job = make_job()
+    run_job(job)
+    weights = find_checkpoints(job.folder)[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    said: list[str] = []
+    assert finished_outcome(job, said.append) is None
+    assert len(said) == 1
+    assert f"{weights.parent} is damaged" in said[0]
+    assert "is done again" in said[0]
+
+
 def test_a_finished_job_returns_at_once(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run_job(make_job())
     monkeypatch.setattr(run_module, "train", None)
