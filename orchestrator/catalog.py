@@ -194,13 +194,15 @@ def find_references(workspace: Workspace, teacher: Path) -> References:
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     unlike: dict[str, tuple[str, str]] = {}
+    full = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
+    wanted = _comparable(full)
     for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
         label, made = _made(run)
         if damage := made.get("damage"):
             left_out[run.name] = f"the run {run.name} is left out: {damage}"
         if label is None or "imported" in made.get("provenance", {}):
             continue
-        reason = _difference_to(teacher, made) or _why_unfinished(run)
+        reason = _difference(_comparable(made), wanted) or _why_unfinished(run)
         if reason:
             unlike[label] = (run.name, f"{label} is left out: {reason}")
             continue
@@ -228,17 +230,15 @@ def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
     return None, {"damage": damage}
 
 
-def _difference_to(teacher: Path, made: Mapping[str, Any]) -> str:
+def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Name what differs between a model and a teacher beside corrections; empty if nothing does."""
-    wanted = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
-    own, full = _comparable(made), _comparable(wanted)
     parts = [
-        f"{name} is {own.get(name)!r} and the teacher's {full.get(name)!r}"
-        for name in dict.fromkeys([*own, *full])
-        if own.get(name) != full.get(name)
+        f"{name} is {own.get(name)!r} and the teacher's {wanted.get(name)!r}"
+        for name in dict.fromkeys([*own, *wanted])
+        if own.get(name) != wanted.get(name)
     ]
     more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
-    return f"{', '.join(parts[:3])}{more}" if parts else ""
+    return ", ".join(parts[:3]) + more
 
 
 def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
