@@ -142,6 +142,12 @@ def add_opening_token(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>"}))
 
 
+def save_llama_of_kind(folder: Path, tokenizer_path: Path, kind: str) -> Path:
+    """Save a Llama; of the kind `transformers`, one whose positions our decoder does not know."""
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    return save_llama(folder, tokenizer_path, **(scaled if kind == "transformers" else {}))
+
+
 def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[list[float]]]:
     """Log-likelihoods per task and item by lm-eval's class, called as its documentation says."""
     from lm_eval import evaluator
@@ -173,10 +179,7 @@ def test_a_folder_scores_as_with_lm_evals_own_class(
     tokenizer_path: Path,
     tmp_path: Path,
 ) -> None:
-    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
-    folder = save_llama(
-        tmp_path / "llama", tokenizer_path, **(scaled if kind == "transformers" else {})
-    )
+    folder = save_llama_of_kind(tmp_path / "llama", tokenizer_path, kind)
     if kind == "opening token":
         add_opening_token(folder)
     subject = open_subject(folder)
@@ -385,9 +388,7 @@ def test_progress_is_told_within_a_task(
     tokenizer_path: Path,
     tmp_path: Path,
 ) -> None:
-    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
-    changes = scaled if kind == "transformers" else {}
-    folder = save_llama(tmp_path / "other", tokenizer_path, **changes)
+    folder = save_llama_of_kind(tmp_path / "other", tokenizer_path, kind)
     heard = Heard()
     evaluate(folder, settings, workspace, progress=heard)
     assert heard.said == sorted(heard.said)
