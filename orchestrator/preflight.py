@@ -120,15 +120,10 @@ def check_jobs_fit(
     for number, job in enumerate(jobs):
         if job not in waiting:
             continue
-        wish = Wish(
-            config=job.config(),
-            recipe=job.recipe,
-            section=job.section,
-            num_workers=num_workers,
+        wish = replace(
+            _on(wish_of(job), num_workers, on_gpus=cluster.num_gpus > 0),
             parallel=cluster.parallel,
-            on_gpus=cluster.num_gpus > 0,
             model=settings[number].model if settings else None,
-            teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
         )
         room = local_room(job.folder, num_workers=num_workers * at_once, num_gpus=cluster.num_gpus)
         check_fit(wish, room, present_bytes=_checkpoint_bytes(job.folder))
@@ -192,8 +187,8 @@ def _on(wish: Wish, num_workers: int, *, on_gpus: bool) -> Wish:
     return replace(wish, num_workers=num_workers, on_gpus=on_gpus)
 
 
-def trial_wish(job: TrainingJob) -> Wish:
-    """Return what a trial asks for, before it is known on what it runs."""
+def wish_of(job: TrainingJob) -> Wish:
+    """Return what a training asks for, before it is known on what it runs."""
     return Wish(
         config=job.config(),
         recipe=job.recipe,
@@ -219,7 +214,7 @@ def check_trials_fit(
     gpus, workers, at_once = _places(sweep, len(jobs))
     wishes = []
     for job in jobs:
-        wish = _on(trial_wish(job), workers, on_gpus=gpus > 0)
+        wish = _on(wish_of(job), workers, on_gpus=gpus > 0)
         alone = local_room(job.folder, num_workers=workers, num_gpus=gpus)
         check_fit(wish, alone, present_bytes=_checkpoint_bytes(job.folder))
         if not (job.folder / DONE_NAME).is_file():  # Trained, and only measured now.
@@ -267,7 +262,7 @@ def check_students_fit(settings: Settings, jobs: Sequence[TrainingJob], most: in
     student = _on(wish, workers, on_gpus=gpus > 0)
     folder = jobs[0].folder.parent  # Where no run has checkpoints.
     check_fit(student, local_room(folder, num_workers=workers, num_gpus=gpus))
-    pretrained = [(job.folder, trial_wish(job)) for job in jobs if finished_outcome(job) is None]
+    pretrained = [(job.folder, wish_of(job)) for job in jobs if finished_outcome(job) is None]
     _check_disk_for_all([*pretrained, *[(folder, student)] * most], at_once=at_once)
 
 

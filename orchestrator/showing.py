@@ -13,7 +13,7 @@ from orchestrator.console import print_line
 from orchestrator.desk import Desk
 from orchestrator.plan import SweepPlan
 from orchestrator.plan_price import price_of, requested_noun, trial_states
-from orchestrator.preflight import place_trials, trial_wish
+from orchestrator.preflight import place_trials, wish_of
 from orchestrator.settings import Settings
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.report import write_report
@@ -66,7 +66,7 @@ def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
     if settings.trials_use_gpus:
         jobs = [s.trial.job for s in states if s.name == "to train" and s.trial.job]
-        wishes = [trial_wish(TrainingJob.from_dict(job)) for job in jobs]
+        wishes = [wish_of(TrainingJob.from_dict(job)) for job in jobs]
         sweep = place_trials(settings, wishes).sweep
         gpus, at_once = sweep.gpus_per_trial or 0, sweep.trials_at_once
         most = f", at most {at_once} at once" if at_once else ""

@@ -25,7 +25,7 @@ from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.plan_price import stored_plan
-from orchestrator.preflight import check_trials_fit, place_trials, trial_wish
+from orchestrator.preflight import check_trials_fit, place_trials, wish_of
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -212,7 +212,7 @@ def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Works
     waiting = [
         TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
     ]
-    settings = place_trials(settings, [trial_wish(job) for job in waiting])
+    settings = place_trials(settings, [wish_of(job) for job in waiting])
     num_workers = check_trial_size(limits_of(settings.sweep))
     for job in waiting:
         check_job(job, num_workers=num_workers)

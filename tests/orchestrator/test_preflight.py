@@ -23,7 +23,7 @@ from orchestrator.preflight import (
     check_jobs_fit,
     check_trials_fit,
     place_trials,
-    trial_wish,
+    wish_of,
 )
 from orchestrator.resources import Resources, Room, local_room
 from orchestrator.settings import (
@@ -234,7 +234,7 @@ def job_of(
 def placed(*assignments: str, jobs: tuple[TrainingJob, ...] = ()) -> tuple[int, int | None]:
     """Return the GPUs of a trial, and how many trials run at once."""
     limits = limits_of(
-        place_trials(resolve_settings({}, assignments), [trial_wish(job) for job in jobs]).sweep
+        place_trials(resolve_settings({}, assignments), [wish_of(job) for job in jobs]).sweep
     )
     return limits.gpus_per_trial, limits.at_once
 
@@ -304,7 +304,7 @@ def test_a_shipped_sweep_trains_where_it_says_and_fits_there(name: str, tmp_path
     on_gpus = settings.cluster.num_gpus > 0
     assert on_gpus == name.startswith("paper-")
     jobs = models_to_train(settings, tmp_path)
-    limits = limits_of(place_trials(settings, [trial_wish(job) for job in jobs["trials"]]).sweep)
+    limits = limits_of(place_trials(settings, [wish_of(job) for job in jobs["trials"]]).sweep)
     assert limits.gpus_per_trial == int(on_gpus), "each trial fits on one GPU"
     assert limits.at_once == (settings.cluster.num_gpus if on_gpus else None)
     if on_gpus:
@@ -339,7 +339,7 @@ def test_students_without_room_are_refused_before_their_teacher_is_trained(
     monkeypatch.setattr(procedure, "ray_cluster", lambda **_: nullcontext())
     config = model_config(settings.model, vocab_size=300)
     one = job_of(config, settings.training)
-    checkpoint = trial_wish(one).estimate().checkpoint_bytes
+    checkpoint = wish_of(one).estimate().checkpoint_bytes
     # Three are pretrained, and five students at most follow.
     for num_checkpoints, error, words in (
         (8, AssertionError, "the teacher is trained"),
