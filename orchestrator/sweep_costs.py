@@ -22,7 +22,7 @@ from orchestrator.console import Progress
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, environment
 from orchestrator.settings import SweepSettings
-from orchestrator.workspace import Workspace, read_object, values_of, write_json
+from orchestrator.workspace import Workspace, read_measured, write_json
 
 
 def cost_in(
@@ -92,13 +92,11 @@ def _measured(
     """Return evaluations and milliseconds, rising; the values of the weights have no say."""
     names = [str(schedule) for schedule in family]
     path = _path(full, names, workspace)
-    try:
-        times = read_object(path, cure="it is measured again")
-        with values_of(path, cure="it is measured again"):
-            times = {name: float((times or {})[name]) for name in names} if times else None
-    except UserError as error:
-        progress.note(str(error))
-        times = None
+    times = read_measured(
+        path,
+        lambda found: {name: float(found[name]) for name in names} if found else None,
+        progress.note,
+    )
     if not times:
         decoders = {str(s): Decoder(replace(full, schedule=s)) for s in family}
         timings = time_per_token(decoders, progress)

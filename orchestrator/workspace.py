@@ -12,14 +12,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import UserError, shortened
+
+T = TypeVar("T")
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
@@ -344,6 +346,29 @@ def values_of(path: Path, *, cure: str = DELETE) -> Iterator[None]:
         raise (error if str(path) in str(error) else UserError(f"{path}: {error}")) from None
     except DAMAGE as error:
         raise damaged(path, error, cure=cure) from None
+
+
+def read_measured(
+    path: Path, parse: Callable[[dict[str, Any]], T | None], note: Callable[[str], None]
+) -> T | None:
+    """Read what was measured before; a damaged file costs nothing but measuring again.
+
+    Args:
+        path: A JSON object.
+        parse: Makes the values of it; None where it holds something else.
+        note: Called with a sentence if the file is damaged.
+
+    Returns:
+        The values; None where they have to be measured.
+    """
+    cure = "it is measured again"
+    try:
+        found = read_object(path, cure=cure)
+        with values_of(path, cure=cure):
+            return None if found is None else parse(found)
+    except UserError as error:
+        note(str(error))
+        return None
 
 
 DAMAGE = (

@@ -27,11 +27,10 @@ from orchestrator.analysis.requested import newest_tokens, requested_tasks
 from orchestrator.analysis.subject import Subject, open_subject
 from orchestrator.catalog import tokens_of
 from orchestrator.console import Progress
-from orchestrator.errors import UserError
 from orchestrator.provenance import content_key
 from orchestrator.settings import EvaluationSettings
 from orchestrator.tracking import Tracking
-from orchestrator.workspace import Workspace, read_object, values_of, write_json
+from orchestrator.workspace import Workspace, read_measured, write_json
 
 
 def evaluate(
@@ -72,7 +71,9 @@ def evaluate(
     }
     paths = {name: workspace.evaluations / f"{key}.json" for name, key in keys.items()}
     results = {
-        n: found for n, path in paths.items() if (found := _stored(path, progress)) is not None
+        name: found
+        for name, path in paths.items()
+        if (found := read_measured(path, TaskResult.from_dict, progress.note)) is not None
     }
     missing = [name for name in suite.tasks if name not in results]
     if missing:
@@ -152,19 +153,6 @@ def _run(
         progress=progress,
         on_result=on_result,
     )
-
-
-def _stored(path: Path, progress: Progress) -> TaskResult | None:
-    cure = "it is measured again"
-    try:
-        values = read_object(path, cure=cure)
-        if values is None:
-            return None
-        with values_of(path, cure=cure):
-            return TaskResult.from_dict(values)
-    except UserError as error:
-        progress.note(str(error))
-        return None
 
 
 def _store(path: Path, result: TaskResult, progress: Progress) -> None:

@@ -26,7 +26,7 @@ from orchestrator.provenance import content_key
 from orchestrator.settings import InfluenceSettings
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_decoder, weights_key
-from orchestrator.workspace import read_object, values_of, write_json
+from orchestrator.workspace import read_measured, write_json
 
 PRUNED_FOLDER = "influence-when-pruned"
 """Beside the weights; holds the tables under other schedules than the model's own."""
@@ -131,18 +131,14 @@ def _measured(
 
 
 def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
-    cure = "it is measured again"
-    try:
-        found: dict[str, Any] | None = read_object(path, cure=cure)
-        if not found or found.get("key") != key:
+    def parse(found: dict[str, Any]) -> InfluenceTable | None:
+        if found.get("key") != key:
             return None
-        with values_of(path, cure=cure):
-            table = InfluenceTable.from_dict(found)
-            table.schedule  # noqa: B018  # a layer without a row is found here
-            return table
-    except UserError as error:
-        progress.note(str(error))
-        return None
+        table = InfluenceTable.from_dict(found)
+        table.schedule  # noqa: B018  # a layer without a row is found here
+        return table
+
+    return read_measured(path, parse, progress.note)
 
 
 def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:

@@ -35,7 +35,7 @@ from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Stopping, stopping_of
 from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import TrialRounds, limits_of
-from orchestrator.workspace import Workspace, read_object, values_of, write_json, write_text
+from orchestrator.workspace import Workspace, read_measured, read_object, write_json, write_text
 
 Grow = Callable[[], Sequence[PlannedTrial]]
 """Returns the trials to run next, none at the end."""
@@ -283,14 +283,15 @@ def _decode_times(
     """Measure decoding once a sweep and machine; the values of the weights have no say in it."""
     shapes = {trial.key: content_key(trial.model) for trial in trials}
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
-    path, cure = folder / TIMES_NAME, "it is measured again"
-    try:
-        known = read_object(path, cure=cure) or {}
-        if known.get("state") == state:
-            with values_of(path, cure=cure):
-                return {trial.key: known["milliseconds"][shapes[trial.key]] for trial in trials}
-    except UserError as error:
-        progress.note(str(error))
+    path = folder / TIMES_NAME
+
+    def parse(found: dict[str, Any]) -> dict[str, dict[str, float]] | None:
+        if found.get("state") != state:
+            return None
+        return {trial.key: found["milliseconds"][shapes[trial.key]] for trial in trials}
+
+    if (known := read_measured(path, parse, progress.note)) is not None:
+        return known
     decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
     timings = time_per_token(decoders, progress)
     milliseconds = {
