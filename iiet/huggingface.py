@@ -233,8 +233,9 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
                 elsewhere: scoring would pay for a slot per evaluation and throw them away.
             logits_to_keep: how many tokens at the end to return logits for, 0 for all; or the
                 numbers of the tokens, (count,).
-            output_hidden_states: whether to return the embeddings and the hidden state after each
-                layer, each (batch, time, dim).
+            output_hidden_states: whether to return L + 1 hidden states, each (batch, time, dim), as
+                a Llama does: the embeddings, `h_1..h_{L-1}`, and the last layer's `h_L` after the
+                final norm. (`Decoder` returns `h_L` before the norm.)
             output_attentions: None or False; the attention kernel never forms the weights.
             others: `past_key_values`, the older name of `cache`; `num_items_in_batch` and
                 `shift_labels`, for the loss; `cache_position`, which must continue the cache;
@@ -273,7 +274,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         hidden = None
         if output_hidden_states:
             logits, hidden = logits
-            hidden = (inputs_embeds, *hidden)
+            hidden = (inputs_embeds, *hidden[:-1], self.decoder.norm(hidden[-1]))
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:

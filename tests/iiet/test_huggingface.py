@@ -163,8 +163,9 @@ def test_loss_logits_and_hidden_states_are_the_decoders():
     logits, hidden = decoder(ids, return_hidden=True)
     assert torch.equal(output.logits, logits)
     assert output.loss.item() == pytest.approx(next_token_loss(logits, ids).item(), rel=1e-6)
-    assert len(output.hidden_states) == 4
-    assert torch.equal(output.hidden_states[-1], hidden[-1])
+    *before, last = output.hidden_states
+    assert torch.equal(torch.stack(before), torch.stack([decoder.embedding(ids), *hidden[:-1]]))
+    assert torch.equal(last, decoder.norm(hidden[-1]))
     assert output.cache is None
     for keep in (1, 3):
         torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, logits[:, -keep:])
@@ -223,7 +224,8 @@ def test_forward_takes_what_a_llama_takes_and_answers_the_same(llama_and_its_cop
     if expected.loss is not None:
         assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     if expected.hidden_states is not None:
-        assert len(found.hidden_states) == len(expected.hidden_states)
+        assert len(found.hidden_states) == 3
+        torch.testing.assert_close(found.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
 
 
 def test_forward_takes_none_for_every_argument_of_a_llama():
