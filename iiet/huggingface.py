@@ -156,7 +156,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     """A decoder as a causal language model of transformers.
 
     Raises:
-        ValueError: the config's values do not fit together.
+        ValueError: the config's values do not fit together, or ask for another attention than sdpa.
     """
 
     config_class = IIETConfig
@@ -168,6 +168,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     _no_split_modules = ["Decoder"]  # noqa: RUF012
 
     def __init__(self, config: IIETConfig) -> None:
+        _check_attention(config._attn_implementation)
         super().__init__(config)
         self.decoder = Decoder(config.to_model_config())
         schedule = self.decoder.config.schedule
@@ -251,8 +252,6 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             for name in ("num_items_in_batch", "shift_labels")
             if (value := others.pop(name, None)) is not None
         }
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
         _check_others(others | {"output_attentions": output_attentions}, cache=cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -327,6 +326,16 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.decoder.activation_checkpointing = enabled
 
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *_: Any, **__: Any
+    ) -> None:
+        """Accept "sdpa", which is what the decoder computes.
+
+        Raises:
+            ValueError: any other.
+        """
+        _check_attention(attn_implementation)
+
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
         """Leave the padding mask as it is; the decoder makes positions and full mask from it."""
@@ -379,6 +388,21 @@ def _older_name(cache: Cache | None, past_key_values: Cache | None) -> Cache | N
             f"cache must be a Cache of transformers, such as DynamicCache(), got a {type(cache)}"
         )
     return cache
+
+
+def _check_attention(asked: str | dict[str, str] | None) -> None:
+    """Refuse what transformers would set in the config, where the decoder never looks.
+
+    Raises:
+        ValueError: the model is asked for another attention than the one it has.
+    """
+    name = asked.get("", "sdpa") if isinstance(asked, dict) else asked
+    if name not in (None, "sdpa"):
+        raise ValueError(
+            f"attn_implementation={name!r} cannot be served: the decoder calls torch's "
+            "scaled_dot_product_attention and never forms the attention weights; leave it out or "
+            "pass 'sdpa', and leave out output_attentions, for which transformers asks for 'eager'"
+        )
 
 
 def _check_others(others: dict[str, Any], *, cache: Cache | None) -> None:

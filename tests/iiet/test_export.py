@@ -43,6 +43,11 @@ with torch.no_grad():
     options = dict(max_new_tokens=9, do_sample=False, min_new_tokens=9)
     cached = model.generate(expected["ids"], **options)
     uncached = model.generate(expected["ids"], use_cache=False, **options)
+try:
+    options = dict(trust_remote_code=True, attn_implementation="eager")
+    refused = AutoModelForCausalLM.from_pretrained(folder, **options)
+except ValueError as error:
+    refused = str(error)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 lm = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", logits_cache=False)
 request = Instance(
@@ -58,6 +63,7 @@ print(json.dumps({
     "end": [tokenizer.eos_token, model.generation_config.eos_token_id],
     "score": lm.loglikelihood([request], disable_tqdm=True)[0][0],
     "corrections": model.config.corrections,
+    "refused": refused.split(":")[0],
 }))
 """
 
@@ -124,6 +130,7 @@ def test_the_folder_works_in_a_process_without_this_package(decoder, tokenizer_f
         "end": [END, 0],
         "score": pytest.approx(score, abs=1e-4),
         "corrections": [2, 0, 1],
+        "refused": "attn_implementation='eager' cannot be served",
     }
 
 

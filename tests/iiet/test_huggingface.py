@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -262,14 +263,39 @@ def test_what_forward_cannot_do_is_refused(arguments, message):
         model(**{"input_ids": tokens(2, 9), **arguments})
 
 
-def test_the_config_asks_for_hidden_states_and_attentions_too():
+def test_the_config_asks_for_hidden_states_too():
     model = IIETForCausalLM.from_decoder(make_decoder())
     model.config.output_hidden_states = True
     assert len(model(tokens(1, 3)).hidden_states) == 4
-    model.set_attn_implementation("eager")  # transformers refuses to set the other with sdpa.
-    model.config.output_attentions = True
-    with pytest.raises(ValueError, match="output_attentions=True cannot be served"):
-        model(tokens(1, 3))
+
+
+@pytest.mark.parametrize(
+    "name", ["eager", "paged|eager", "flash_attention_2", "flex_attention", "some/kernel", "other"]
+)
+def test_another_attention_than_sdpa_is_refused_however_it_is_asked_for(name, tmp_path):
+    model = IIETForCausalLM.from_decoder(make_decoder())
+    model.save_pretrained(tmp_path)
+    config = copy.deepcopy(model.config)
+    for ask in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name),
+        lambda: AutoModelForCausalLM.from_config(config, attn_implementation=name),
+        lambda: model.set_attn_implementation(name),
+        lambda: model.set_attn_implementation({"": name}),
+    ):
+        with pytest.raises(ValueError, match=rf"'{re.escape(name)}' cannot be served: the decoder"):
+            ask()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_sdpa_is_served_and_attention_weights_are_refused_on_loading(tmp_path):
+    model = IIETForCausalLM.from_decoder(make_decoder())
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    for name in ("sdpa", None):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        assert again.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="leave out output_attentions"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, output_attentions=True)
 
 
 @torch.no_grad()
