@@ -37,7 +37,6 @@ from transformers.utils.generic import can_return_tuple
 from iiet.cache import get_record, set_record
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.schedule import IterationSchedule
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 
@@ -96,30 +95,12 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def from_model_config(
         cls, config: ModelConfig, *, end_of_text_id: int | None = None
     ) -> "IIETConfig":
-        """Translate a core config.
-
-        Args:
-            config: what the decoder was built from.
-            end_of_text_id: the token that ends a document; it stops generation, and pads.
-        """
-        return cls(
-            method=config.method,
-            corrections=None if config.schedule is None else list(config.schedule),
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            intermediate_size=config.ffn_dim,
-            max_position_embeddings=config.context_length,
-            tie_word_embeddings=config.tie_embeddings,
-            rope_theta=config.rope_theta,
-            rms_norm_eps=config.rms_norm_eps,
-            layer_norm_eps=config.layer_norm_eps,
-            initializer_range=config.initializer_std,
-            eos_token_id=end_of_text_id,
-            pad_token_id=end_of_text_id,
-        )
+        """Translate a core config; the token that ends a document stops generation, and pads."""
+        values: dict[str, Any] = {
+            theirs: getattr(config, ours) for theirs, ours in _CORE_NAMES.items()
+        }
+        values["corrections"] = None if config.schedule is None else list(config.schedule)
+        return cls(**values, eos_token_id=end_of_text_id, pad_token_id=end_of_text_id)
 
     def to_model_config(self) -> ModelConfig:
         """Translate back.
@@ -127,29 +108,26 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         Raises:
             ValueError: everything that is wrong with the values.
         """
-        return ModelConfig(
-            method=self.method,
-            schedule=self._schedule(),
-            vocab_size=self.vocab_size,
-            dim=self.hidden_size,
-            num_layers=self.num_hidden_layers,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-            ffn_dim=self.intermediate_size,
-            context_length=self.max_position_embeddings,
-            tie_embeddings=self.tie_word_embeddings,
-            rope_theta=self.rope_theta,
-            rms_norm_eps=self.rms_norm_eps,
-            layer_norm_eps=self.layer_norm_eps,
-            initializer_std=self.initializer_range,
-        )
+        values = {ours: getattr(self, theirs) for theirs, ours in _CORE_NAMES.items()}
+        return ModelConfig.from_dict({**values, "schedule": self.corrections})
 
-    def _schedule(self) -> IterationSchedule | None:
-        if self.corrections is None:
-            return None
-        if isinstance(self.corrections, str | int):
-            return IterationSchedule.parse(self.corrections, num_layers=self.num_hidden_layers)
-        return IterationSchedule(tuple(self.corrections))
+
+_CORE_NAMES = {
+    "method": "method",
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "ffn_dim",
+    "max_position_embeddings": "context_length",
+    "tie_word_embeddings": "tie_embeddings",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_norm_eps",
+    "layer_norm_eps": "layer_norm_eps",
+    "initializer_range": "initializer_std",
+}
+"""Fields of `IIETConfig` and what `ModelConfig` calls them."""
 
 
 class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -186,15 +164,15 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         """Wrap a decoder, which stays the very same object.
 
         Args:
-            decoder: in whatever mode, precision and place it is.
+            decoder: in any mode and dtype, on any device.
             end_of_text_id: the token that ends a document.
             token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of a model that came with
-                its own; they stand for `end_of_text_id`.
+                its own; they replace `end_of_text_id`.
         """
         config = IIETConfig.from_model_config(decoder.config, end_of_text_id=end_of_text_id)
         for name, value in (token_ids or {}).items():
             setattr(config, name, value)
-        with torch.device("meta"):  # The decoder built here is thrown away; it shall cost nothing.
+        with torch.device("meta"):  # The decoder built here is thrown away, so it takes no memory.
             model = cls(config)
         model.decoder = decoder
         model.train(decoder.training)
@@ -216,7 +194,6 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = 0,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, given labels, the loss.
@@ -237,7 +214,6 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             output_hidden_states: whether to return L + 1 hidden states, each (batch, time, dim), as
                 a Llama does: the embeddings, `h_1..h_{L-1}`, and the last layer's `h_L` after the
                 final norm. (`Decoder` returns `h_L` before the norm.)
-            output_attentions: None or False; the attention kernel never forms the weights.
             others: `past_key_values`, the older name of `cache`; `num_items_in_batch` and
                 `shift_labels`, for the loss; `cache_position`, which must continue the cache;
                 `token_type_ids` of one type, which some tokenizers return. Whatever else is not
@@ -246,13 +222,13 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         Raises:
             ValueError: an argument asks for what the model cannot do.
         """
-        cache = _older_name(cache, others.pop("past_key_values", None))
+        cache = _the_cache(cache, others.pop("past_key_values", None))
         loss_options = {
-            name: value
+            name: others.pop(name)
             for name in ("num_items_in_batch", "shift_labels")
-            if (value := others.pop(name, None)) is not None
+            if others.get(name) is not None
         }
-        _check_others(others | {"output_attentions": output_attentions}, cache=cache)
+        _check_others(others, cache=cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache and cache is None:
@@ -261,7 +237,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             _prepare_cache(cache, self.decoder.evaluations_per_layer())
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.decoder.embedding(input_ids), None
-        logits = self.decoder(
+        found = self.decoder(
             input_ids,
             inputs_embeds=inputs_embeds,
             cache=cache,
@@ -270,10 +246,10 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             last_only=isinstance(logits_to_keep, int) and logits_to_keep == 1,
             return_hidden=bool(output_hidden_states),
         )
-        hidden = None
+        logits, hidden = found, None
         if output_hidden_states:
-            logits, hidden = logits
-            hidden = (inputs_embeds, *hidden[:-1], self.decoder.norm(hidden[-1]))
+            logits, states = found
+            hidden = (inputs_embeds, *states[:-1], self.decoder.norm(states[-1]))
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:
@@ -302,16 +278,9 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         """Replace the head of a model whose head is not the embedding."""
         self.decoder.head = value  # type: ignore[assignment]  # Adapters may have wrapped it.
 
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
         """Change the number of tokens, as transformers does; see there for the arguments."""
-        embedding: nn.Embedding = super().resize_token_embeddings(
-            new_num_tokens, pad_to_multiple_of, mean_resizing
-        )
+        embedding: nn.Embedding = super().resize_token_embeddings(*args, **options)
         self.decoder.config = dataclasses.replace(
             self.decoder.config, vocab_size=embedding.num_embeddings
         )
@@ -379,11 +348,17 @@ def fast_tokenizer(
     return tokenizer
 
 
-def _older_name(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
+def _the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache, by whichever of its two names it was passed.
+
+    Raises:
+        ValueError: two caches, or none of transformers.
+    """
+    if cache is None:
+        cache = past_key_values
+    elif past_key_values not in (None, cache):
         raise ValueError("cache and past_key_values are two names of one argument; pass one")
-    cache = past_key_values if cache is None else cache
-    if cache is not None and not isinstance(cache, Cache):
+    if not isinstance(cache, Cache | None):
         raise ValueError(
             f"cache must be a Cache of transformers, such as DynamicCache(), got a {type(cache)}"
         )

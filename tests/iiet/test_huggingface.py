@@ -122,7 +122,7 @@ def test_another_schedule_on_loading_is_the_same_weights(tmp_path):
     ids = tokens(2, 9)
     expected = decoder(ids, schedule=IterationSchedule((1, 0, 0)))
     assert torch.equal(cheaper(ids).logits, expected)
-    with pytest.raises(ValueError, match="schedule has 1 entries"):
+    with pytest.raises(ValueError, match="is for 1 layers, the model has 3"):
         IIETForCausalLM.from_pretrained(tmp_path, corrections=[1])
     with pytest.raises(ValueError, match="-1"):
         IIETForCausalLM.from_pretrained(tmp_path, corrections=[1, 0, -1])
