@@ -27,7 +27,7 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import shaped_config
 from benchmarks.timing import Spread
 from iiet.influence import InfluenceTable
-from iiet.schedule import schedule_at_threshold
+from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import Progress
 from orchestrator.plan import PlannedTrial, SweepPlan, choose_members, threshold_plan

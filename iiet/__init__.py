@@ -14,17 +14,17 @@ from iiet.generate import generate, stream
 from iiet.influence import InfluenceTable, influence_table
 from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
 from iiet.methods import METHODS
-from iiet.published import decoder_from_published, published_from_decoder
-from iiet.remeasuring import remeasured_family
-from iiet.schedule import (
+from iiet.pruning import (
     FamilyMember,
-    IterationSchedule,
+    knapsack,
     schedule_at_threshold,
     schedule_family,
     spread_over_cost,
     within_budget,
 )
-from iiet.schedule_knapsack import knapsack
+from iiet.published import decoder_from_published, published_from_decoder
+from iiet.remeasuring import remeasured_family
+from iiet.schedule import IterationSchedule
 
 __all__ = [
     "METHODS",

@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from iiet.schedule import IterationSchedule, suffix_maxima
+from iiet.pruning import suffix_maxima
+from iiet.schedule import IterationSchedule
 
 __all__ = ["InfluenceMetric", "InfluenceTable", "Rows", "checked_metric"]
 
@@ -58,7 +59,7 @@ class InfluenceTable:
         return self._padded(self.error_rows)
 
     def rows(self) -> Rows:
-        """Return the values, as `iiet.schedule` takes them."""
+        """Return the values, as `iiet.pruning` takes them."""
         return self.value_rows
 
     def worths(self) -> Rows:

@@ -1,7 +1,7 @@
 """A nested family of schedules that measures the influence anew after every pruning.
 
 In: a function that measures the influence under a schedule. Out: schedules from full to none, as
-`iiet.schedule.schedule_family` gives them, but each pruned by what mattered under the one before,
+`iiet.pruning.schedule_family` gives them, but each pruned by what mattered under the one before,
 not under the full one: a layer that corrects less hands other states to the layers behind it, and
 what their corrections do there may matter more or less than it did. If pruning changes no other
 correction's influence, the two families are the same.
@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from iiet.schedule import FamilyMember, Influence, IterationSchedule, schedule_family
+from iiet.pruning import FamilyMember, Influence, schedule_family
+from iiet.schedule import IterationSchedule
 
 __all__ = ["remeasured_family"]
 

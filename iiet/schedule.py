@@ -1,36 +1,17 @@
-"""Iteration schedules: corrections per layer, and the nested family an influence table proposes.
-
-In: an influence table, one row per layer, one number per correction, as plain nested floats. Out:
-the nested family of every schedule that some threshold gives, each with its threshold interval. A
-correction can only be kept with those before it, so a threshold acts on suffix maxima; their sorted
-distinct values are the only breakpoints, and the family is complete after one sort, where a sweep
-over threshold values would miss members or repeat them. `iiet.knapsack` is the other way to choose.
+"""Iteration schedules: how many corrections each layer makes.
 
 A schedule is a plain value without torch, so that configs, cost counts and sweeps can share it.
-Source: this project.
+Which schedules an influence table proposes: `iiet.pruning`. Source: this project.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol, runtime_checkable
 
-__all__ = [
-    "FamilyMember",
-    "IterationSchedule",
-    "influence_rows",
-    "num_kept",
-    "schedule_at_threshold",
-    "schedule_family",
-    "spread_over_cost",
-    "suffix_maxima",
-    "within_budget",
-    "within_cost",
-]
+__all__ = ["IterationSchedule"]
 
 
 MAX_CORRECTIONS = 1000
@@ -38,16 +19,6 @@ MAX_CORRECTIONS = 1000
 _RAMP = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 _PART = re.compile(r"\s*[-+]?[0-9]{1,9}\s*(?:\*\s*[0-9]{1,9}\s*)?")
 _LONGEST_QUOTE = 80
-
-
-@runtime_checkable
-class HasRows(Protocol):
-    """Anything that gives its influence as rows, such as `iiet.influence.InfluenceTable`."""
-
-    def rows(self) -> Sequence[Sequence[float]]: ...
-
-
-Influence = Sequence[Sequence[float]] | HasRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,133 +157,6 @@ class IterationSchedule:
         return ",".join(map(str, self.corrections))
 
 
-@dataclass(frozen=True, slots=True)
-class FamilyMember:
-    """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`."""
-
-    schedule: IterationSchedule
-    """What these thresholds keep."""
-    threshold_above: float
-    """Exclusive lower end; minus infinity for the full schedule."""
-    threshold_up_to: float
-    """Inclusive upper end; infinity for the schedule without corrections."""
-
-
-Cost = Callable[[IterationSchedule], float]
-
-
-def num_evaluations(schedule: IterationSchedule) -> float:
-    """Cost a schedule by its field evaluations."""
-    return schedule.num_evaluations
-
-
-def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
-    """Compute `M[i] = max_{k>=i} I[k]` of one layer: the most that dropping i and later loses."""
-    maxima: list[float] = []
-    for value in reversed(row):
-        maxima.append(max(value, maxima[-1]) if maxima else value)
-    return tuple(reversed(maxima))
-
-
-def num_kept(row: Sequence[float], threshold: float) -> int:
-    """Count the corrections that one layer keeps: `#{i : M[i] >= threshold}`."""
-    return sum(value >= threshold for value in suffix_maxima(row))
-
-
-def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
-    """Drop corrections of influence under the threshold, from each layer's last one backwards.
-
-    Args:
-        influence: one row per layer, one number per correction, in lists or arrays of any kind;
-            rows may differ in length, or end in NaN for corrections that do not exist.
-        threshold: in the units of the influence.
-
-    Raises:
-        ValueError: the table is malformed, or the threshold is NaN.
-    """
-    threshold = float(threshold)  # An entry of an array counts otherwise than a number does.
-    if math.isnan(threshold):
-        raise ValueError("the threshold is NaN; give a number")
-    return IterationSchedule(tuple(num_kept(row, threshold) for row in influence_rows(influence)))
-
-
-def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
-    """List every distinct schedule that some threshold gives, from full to no corrections.
-
-    The schedules are nested, and there are at most one more than corrections. Corrections whose
-    suffix maxima are equal fall together, so neighbours may differ by more than one correction.
-
-    Args:
-        influence: as for `schedule_at_threshold`.
-
-    Raises:
-        ValueError: the table is malformed.
-    """
-    rows = influence_rows(influence)
-    breakpoints = sorted({value for row in rows for value in suffix_maxima(row)})
-    ends = [-math.inf, *breakpoints, math.inf]
-    return tuple(
-        FamilyMember(schedule_at_threshold(rows, up_to), above, up_to)
-        for above, up_to in pairwise(ends)
-    )
-
-
-def spread_over_cost(
-    family: Sequence[FamilyMember], num_points: int, *, cost: Cost = num_evaluations
-) -> tuple[FamilyMember, ...]:
-    """Choose members spread as evenly over cost as the family allows, both ends included.
-
-    Args:
-        family: from `schedule_family`, dearest first.
-        num_points: how many to choose, at least 2; a smaller family is returned whole.
-        cost: what to spread over; evaluations when not given.
-
-    Raises:
-        ValueError: fewer than two points are asked for.
-    """
-    if num_points < 2:
-        raise ValueError(f"num_points must be at least 2 (both ends), got {num_points}")
-    if len(family) <= num_points:
-        return tuple(family)
-    costs = [cost(member.schedule) for member in family]
-    step = (costs[-1] - costs[0]) / (num_points - 1)
-    chosen: list[int] = []
-    for point in range(num_points):
-        # Leave enough members for the points that follow, so that all chosen ones are distinct.
-        first = chosen[-1] + 1 if chosen else 0
-        candidates = range(first, len(family) - (num_points - 1 - point))
-        target = costs[0] + point * step
-        chosen.append(min(candidates, key=lambda index: abs(costs[index] - target)))
-    return tuple(family[index] for index in chosen)
-
-
-def within_cost(family: Sequence[FamilyMember], max_cost: float, *, cost: Cost) -> FamilyMember:
-    """Choose the member with the most corrections whose cost is at most `max_cost`.
-
-    Args:
-        family: from `schedule_family`, most corrections first.
-        max_cost: in the units of `cost` (evaluations, FLOPs, bytes, milliseconds).
-        cost: maps a schedule to its cost.
-
-    Raises:
-        ValueError: no member is that cheap.
-    """
-    for member in family:
-        if cost(member.schedule) <= max_cost:
-            return member
-    cheapest = min((cost(member.schedule) for member in family), default=math.nan)
-    raise ValueError(f"no schedule costs at most {max_cost}: the cheapest costs {cheapest}")
-
-
-def within_budget(family: Sequence[FamilyMember], max_evaluations: int) -> FamilyMember:
-    """Choose the member with the most corrections under a budget of field evaluations.
-
-    Raises:
-        ValueError: no member is that cheap.
-    """
-    return within_cost(family, max_evaluations, cost=num_evaluations)
-
-
 def _counts_in(text: str, num_layers: int) -> tuple[int, ...]:
     """Read `"2,2,1*3"`, brackets allowed; a part `r*n` stands for n layers with r corrections."""
     runs: list[tuple[int, int]] = []
@@ -342,33 +186,3 @@ def _quoted(value: object) -> str:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
-
-
-def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
-    """Return the table as ragged tuples of finite floats, the NaN at the end of rows removed.
-
-    Raises:
-        ValueError: no layers, or a value that is not finite before a row's end.
-    """
-    table = influence.rows() if isinstance(influence, HasRows) else influence
-    rows: list[tuple[float, ...]] = []
-    for layer, given in enumerate(table, start=1):
-        try:
-            row = [float(value) for value in given]
-        except TypeError:
-            raise ValueError(
-                f"influence of layer {layer} must be a row of numbers, one per correction, "
-                f"got {given!r}"
-            ) from None
-        while row and math.isnan(row[-1]):
-            row.pop()
-        for correction, value in enumerate(row, start=1):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"influence of layer {layer}, correction {correction} is {value}; "
-                    "only the end of a row may be NaN"
-                )
-        rows.append(tuple(row))
-    if not rows:
-        raise ValueError("the influence table has no layers")
-    return tuple(rows)

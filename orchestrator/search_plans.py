@@ -9,7 +9,8 @@ from pathlib import Path
 
 from iiet.cost import training_flops_per_token
 from iiet.influence import InfluenceTable
-from iiet.schedule import FamilyMember, IterationSchedule
+from iiet.pruning import FamilyMember
+from iiet.schedule import IterationSchedule
 from orchestrator.desk import Desk
 from orchestrator.plan import PlannedTrial, SweepPlan, student_trial
 from orchestrator.search import ScheduleSearch, search_plan

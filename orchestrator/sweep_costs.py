@@ -16,7 +16,8 @@ import numpy as np
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.schedule import Cost, IterationSchedule, num_evaluations
+from iiet.pruning import Cost, num_evaluations
+from iiet.schedule import IterationSchedule
 from orchestrator.analysis.benchmark import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.console import Progress
 from orchestrator.errors import UserError

@@ -13,7 +13,8 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from iiet.schedule import IterationSchedule, schedule_family
+from iiet.pruning import schedule_family
+from iiet.schedule import IterationSchedule
 from orchestrator.analysis.requested import (
     HELDOUT,
     requested_tasks,

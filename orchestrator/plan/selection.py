@@ -11,18 +11,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from iiet.influence import InfluenceTable
-from iiet.remeasuring import remeasured_family
-from iiet.schedule import (
+from iiet.pruning import (
     Cost,
     FamilyMember,
     Influence,
-    IterationSchedule,
+    knapsack,
     num_evaluations,
     schedule_family,
     spread_over_cost,
     within_cost,
 )
-from iiet.schedule_knapsack import knapsack
+from iiet.remeasuring import remeasured_family
+from iiet.schedule import IterationSchedule
 from orchestrator.errors import UserError
 from orchestrator.settings import SweepSettings
 

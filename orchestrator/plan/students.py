@@ -10,7 +10,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from iiet.schedule import FamilyMember
+from iiet.pruning import FamilyMember
 from orchestrator.errors import UserError
 from orchestrator.plan.trials import (
     PlannedTrial,

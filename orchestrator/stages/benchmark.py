@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from iiet.decoder import Decoder
-from iiet.schedule import IterationSchedule, schedule_family, spread_over_cost
+from iiet.pruning import schedule_family, spread_over_cost
+from iiet.schedule import IterationSchedule
 from orchestrator.analysis.measured_cost import (
     Conditions,
     MeasuredCost,

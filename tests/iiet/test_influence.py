@@ -18,8 +18,9 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceAccumulator, InfluenceTable, influence_table
 from iiet.losses import next_token_loss
+from iiet.pruning import schedule_family
 from iiet.published import decoder_from_published
-from iiet.schedule import IterationSchedule, schedule_family
+from iiet.schedule import IterationSchedule
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.influence import influence_table
+from iiet.pruning import schedule_family
 from iiet.remeasuring import remeasured_family
-from iiet.schedule import IterationSchedule, schedule_family
+from iiet.schedule import IterationSchedule
 
 TABLES = st.lists(
     st.lists(st.floats(-1, 1).map(lambda x: round(x, 1)), max_size=4), min_size=1, max_size=5

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from iiet.influence import InfluenceTable
-from iiet.schedule import IterationSchedule, schedule_family
+from iiet.pruning import schedule_family
+from iiet.schedule import IterationSchedule
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
 from orchestrator.plan import SweepPlan, choose_members, threshold_plan
 from orchestrator.settings import resolve_settings

@@ -192,7 +192,8 @@ def test_hidden_states_in_passes_and_recomputed_are_those_of_one_pass(student: M
 
 
 def _trial(control: str, teacher: Path, tokens: Path, space: Path) -> PlannedTrial:
-    from iiet.schedule import FamilyMember, IterationSchedule
+    from iiet.pruning import FamilyMember
+    from iiet.schedule import IterationSchedule
 
     settings = resolve_settings(
         {"distillation": {"control": control, "training": RECIPE}},

@@ -1,0 +1,315 @@
+"""From influence to iteration schedules: the threshold's nested family, and the exact knapsack.
+
+In: an influence table, one row per layer, one number per correction, as plain nested floats. Out:
+the nested family of every schedule that some threshold gives, each with its threshold interval. A
+correction can only be kept with those before it, so a threshold acts on suffix maxima; their sorted
+distinct values are the only breakpoints, and the family is complete after one sort, where a sweep
+over threshold values would miss members or repeat them.
+
+`knapsack` is the other way to choose: the schedule of the highest total worth under a budget. A
+layer's corrections are kept as a prefix, so there is one choice per layer, and dynamic programming
+solves it exactly, in about `evaluations * corrections` steps where the budget is of evaluations,
+next to nothing for real tables. The threshold is greedy and nested; the knapsack is optimal, but
+its schedules need not be nested.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from typing import Protocol, runtime_checkable
+
+from iiet.schedule import IterationSchedule
+
+__all__ = [
+    "Cost",
+    "FamilyMember",
+    "Influence",
+    "influence_rows",
+    "knapsack",
+    "num_evaluations",
+    "num_kept",
+    "schedule_at_threshold",
+    "schedule_family",
+    "spread_over_cost",
+    "suffix_maxima",
+    "within_budget",
+    "within_cost",
+]
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """Anything that gives its influence as rows, such as `iiet.influence.InfluenceTable`."""
+
+    def rows(self) -> Sequence[Sequence[float]]: ...
+
+
+Influence = Sequence[Sequence[float]] | HasRows
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyMember:
+    """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`."""
+
+    schedule: IterationSchedule
+    """What these thresholds keep."""
+    threshold_above: float
+    """Exclusive lower end; minus infinity for the full schedule."""
+    threshold_up_to: float
+    """Inclusive upper end; infinity for the schedule without corrections."""
+
+
+Cost = Callable[[IterationSchedule], float]
+
+
+def num_evaluations(schedule: IterationSchedule) -> float:
+    """Cost a schedule by its field evaluations."""
+    return schedule.num_evaluations
+
+
+def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
+    """Compute `M[i] = max_{k>=i} I[k]` of one layer: the most that dropping i and later loses."""
+    maxima: list[float] = []
+    for value in reversed(row):
+        maxima.append(max(value, maxima[-1]) if maxima else value)
+    return tuple(reversed(maxima))
+
+
+def num_kept(row: Sequence[float], threshold: float) -> int:
+    """Count the corrections that one layer keeps: `#{i : M[i] >= threshold}`."""
+    return sum(value >= threshold for value in suffix_maxima(row))
+
+
+def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
+    """Drop corrections of influence under the threshold, from each layer's last one backwards.
+
+    Args:
+        influence: one row per layer, one number per correction, in lists or arrays of any kind;
+            rows may differ in length, or end in NaN for corrections that do not exist.
+        threshold: in the units of the influence.
+
+    Raises:
+        ValueError: the table is malformed, or the threshold is NaN.
+    """
+    threshold = float(threshold)  # An entry of an array counts otherwise than a number does.
+    if math.isnan(threshold):
+        raise ValueError("the threshold is NaN; give a number")
+    return IterationSchedule(tuple(num_kept(row, threshold) for row in influence_rows(influence)))
+
+
+def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
+    """List every distinct schedule that some threshold gives, from full to no corrections.
+
+    The schedules are nested, and there are at most one more than corrections. Corrections whose
+    suffix maxima are equal fall together, so neighbours may differ by more than one correction.
+
+    Args:
+        influence: as for `schedule_at_threshold`.
+
+    Raises:
+        ValueError: the table is malformed.
+    """
+    rows = influence_rows(influence)
+    breakpoints = sorted({value for row in rows for value in suffix_maxima(row)})
+    ends = [-math.inf, *breakpoints, math.inf]
+    return tuple(
+        FamilyMember(schedule_at_threshold(rows, up_to), above, up_to)
+        for above, up_to in pairwise(ends)
+    )
+
+
+def spread_over_cost(
+    family: Sequence[FamilyMember], num_points: int, *, cost: Cost = num_evaluations
+) -> tuple[FamilyMember, ...]:
+    """Choose members spread as evenly over cost as the family allows, both ends included.
+
+    Args:
+        family: from `schedule_family`, dearest first.
+        num_points: how many to choose, at least 2; a smaller family is returned whole.
+        cost: what to spread over; evaluations when not given.
+
+    Raises:
+        ValueError: fewer than two points are asked for.
+    """
+    if num_points < 2:
+        raise ValueError(f"num_points must be at least 2 (both ends), got {num_points}")
+    if len(family) <= num_points:
+        return tuple(family)
+    costs = [cost(member.schedule) for member in family]
+    step = (costs[-1] - costs[0]) / (num_points - 1)
+    chosen: list[int] = []
+    for point in range(num_points):
+        # Leave enough members for the points that follow, so that all chosen ones are distinct.
+        first = chosen[-1] + 1 if chosen else 0
+        candidates = range(first, len(family) - (num_points - 1 - point))
+        target = costs[0] + point * step
+        chosen.append(min(candidates, key=lambda index: abs(costs[index] - target)))
+    return tuple(family[index] for index in chosen)
+
+
+def within_cost(family: Sequence[FamilyMember], max_cost: float, *, cost: Cost) -> FamilyMember:
+    """Choose the member with the most corrections whose cost is at most `max_cost`.
+
+    Args:
+        family: from `schedule_family`, most corrections first.
+        max_cost: in the units of `cost` (evaluations, FLOPs, bytes, milliseconds).
+        cost: maps a schedule to its cost.
+
+    Raises:
+        ValueError: no member is that cheap.
+    """
+    for member in family:
+        if cost(member.schedule) <= max_cost:
+            return member
+    cheapest = min((cost(member.schedule) for member in family), default=math.nan)
+    raise ValueError(f"no schedule costs at most {max_cost}: the cheapest costs {cheapest}")
+
+
+def within_budget(family: Sequence[FamilyMember], max_evaluations: int) -> FamilyMember:
+    """Choose the member with the most corrections under a budget of field evaluations.
+
+    Raises:
+        ValueError: no member is that cheap.
+    """
+    return within_cost(family, max_evaluations, cost=num_evaluations)
+
+
+def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
+    """Return the table as ragged tuples of finite floats, the NaN at the end of rows removed.
+
+    Raises:
+        ValueError: no layers, or a value that is not finite before a row's end.
+    """
+    table = influence.rows() if isinstance(influence, HasRows) else influence
+    rows: list[tuple[float, ...]] = []
+    for layer, given in enumerate(table, start=1):
+        try:
+            row = [float(value) for value in given]
+        except TypeError:
+            raise ValueError(
+                f"influence of layer {layer} must be a row of numbers, one per correction, "
+                f"got {given!r}"
+            ) from None
+        while row and math.isnan(row[-1]):
+            row.pop()
+        for correction, value in enumerate(row, start=1):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"influence of layer {layer}, correction {correction} is {value}; "
+                    "only the end of a row may be NaN"
+                )
+        rows.append(tuple(row))
+    if not rows:
+        raise ValueError("the influence table has no layers")
+    return tuple(rows)
+
+
+@runtime_checkable
+class HasWorths(Protocol):
+    """Anything that says what each correction adds, such as `iiet.influence.InfluenceTable`."""
+
+    def worths(self) -> Sequence[Sequence[float]]: ...
+
+
+ROUNDING = 1e-12
+"""What rounding takes from or adds to a cost, as a share of it, at most."""
+State = tuple[Fraction, Fraction, tuple[int, ...]]
+"""Worth so far, minus the cost so far, and the corrections of the layers so far: the larger one is
+better."""
+
+
+def knapsack(
+    score: Influence,
+    *,
+    max_evaluations: float | None = None,
+    max_cost: float | None = None,
+    cost: Cost = num_evaluations,
+) -> IterationSchedule:
+    """Find the schedule of the highest total score under a budget; exact for scores that add up.
+
+    Dynamic programming over layers: of all ways to spend in the first l layers, only those are kept
+    that no cheaper one is worth as much as. Sums are rational numbers, so rounding never decides;
+    only a schedule whose own cost, computed with rounding, is within the budget is returned. Among
+    equals the cheapest wins, then the one with fewer corrections in later layers.
+
+    Args:
+        score: one row per layer, one number per correction (negative ones allowed), the worth of
+            keeping it when those before it are kept; an influence table knows what that is.
+        max_evaluations: field evaluations per forward, predictions included.
+        max_cost: the budget in the units of `cost`, in place of `max_evaluations`.
+        cost: maps a schedule to its cost, which must add up over layers, as FLOPs and bytes do.
+
+    Raises:
+        ValueError: the table is malformed, there are no or two budgets, the budget does not pay for
+            the predictions, or the cost does not add up.
+    """
+    rows = influence_rows(score.worths() if isinstance(score, HasWorths) else score)
+    if (max_evaluations is None) == (max_cost is None):
+        raise ValueError("give one budget: max_evaluations, or max_cost and its cost")
+    if max_evaluations is not None:
+        max_cost, cost = max_evaluations, num_evaluations
+    assert max_cost is not None
+    full, none = (IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows)))
+    if not max_cost >= cost(none):
+        raise ValueError(
+            f"a budget of {max_cost} does not pay for the {len(rows)} predictions that the layers "
+            f"always make, which cost {cost(none)}"
+        )
+    prices = _prices(full, cost)
+    budget = _budget(max_cost, cost(none), prices)
+    states: list[State] = [(Fraction(0), Fraction(0), ())]
+    for row, layer_prices in zip(rows, prices, strict=True):
+        worths = accumulate(map(Fraction, row), initial=Fraction(0))
+        choices = list(enumerate(zip(worths, layer_prices, strict=True)))
+        states = _worth_keeping(
+            (worth + more, minus_spent - price, (*counts, kept))
+            for worth, minus_spent, counts in states
+            for kept, (more, price) in choices
+            if price - minus_spent <= budget
+        )
+    schedules = [IterationSchedule(counts) for _, _, counts in sorted(states, reverse=True)]
+    return next((one for one in schedules if cost(one) <= max_cost), none)
+
+
+def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
+    """Return what 0, 1, ... corrections of each layer cost, all others making none."""
+    none = IterationSchedule.none(len(full))
+    least = Fraction(cost(none))
+
+    prices = [
+        [Fraction(cost(none.with_layer(layer, kept))) - least for kept in range(most + 1)]
+        for layer, most in enumerate(full)
+    ]
+    together = float(least + sum(own[-1] for own in prices))
+    if not math.isclose(together, cost(full), rel_tol=1e-9):
+        raise ValueError(
+            f"the cost does not add up over layers: ({full}) costs {cost(full)}, its layers one by "
+            f"one {together}"
+        )
+    return prices
+
+
+def _budget(max_cost: float, least: float, prices: Sequence[Sequence[Fraction]]) -> Fraction:
+    """Return what may be spent on corrections: the budget without the predictions, and for costs
+    that are not whole numbers a little more, since their prices are differences of rounded ones."""
+    everything = sum(map(max, prices), start=Fraction(0))
+    if max_cost == math.inf:
+        return everything
+    budget = Fraction(max_cost) - Fraction(least)
+    is_whole = all(price.denominator == 1 for own in prices for price in own)
+    return budget if is_whole else budget + abs(Fraction(max_cost)) * Fraction(ROUNDING)
+
+
+def _worth_keeping(states: Iterable[State]) -> list[State]:
+    """Drop the states that another one beats at no higher cost."""
+    kept: list[State] = []
+    for state in sorted(states, key=lambda one: (one[1], one[0], one[2]), reverse=True):
+        if not kept or state[0] > kept[-1][0]:
+            kept.append(state)
+    return kept
