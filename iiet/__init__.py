@@ -23,7 +23,6 @@ from iiet.pruning import (
     within_budget,
 )
 from iiet.published import decoder_from_published, published_from_decoder
-from iiet.remeasuring import remeasured_family
 from iiet.schedule import IterationSchedule
 
 __all__ = [
@@ -50,7 +49,6 @@ __all__ = [
     "num_parameters",
     "preset",
     "published_from_decoder",
-    "remeasured_family",
     "schedule_at_threshold",
     "schedule_family",
     "spread_over_cost",

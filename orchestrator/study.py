@@ -48,7 +48,7 @@ from orchestrator.workspace import write_text
 
 TWO_STAGES = ", two stages"
 LOSS = "validation_loss"
-_BY_CHOICE = ("cosine", "relative", "loss", "knapsack", "remeasured")
+_BY_CHOICE = ("cosine", "relative", "loss", "knapsack")
 """Fronts that differ in which schedules they hold; the others differ in how those are trained."""
 
 

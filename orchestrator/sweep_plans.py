@@ -14,7 +14,6 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_family
-from iiet.schedule import IterationSchedule
 from orchestrator.analysis.requested import (
     HELDOUT,
     requested_tasks,
@@ -72,7 +71,6 @@ def plan_thresholds(
         influence,
         settings.sweep,
         cost=cost_in(settings.sweep.budget_unit, full, family, desk.workspace, desk.progress),
-        measure=lambda schedule: influence_of(settings, desk, teacher, schedule),
     )
     suite = plan_suite(settings.evaluation, tokens, full, desk.progress)
     return threshold_plan(
@@ -87,15 +85,12 @@ def plan_thresholds(
     )
 
 
-def influence_of(
-    settings: Settings, desk: Desk, teacher: Path, schedule: IterationSchedule | None = None
-) -> InfluenceTable:
-    """Return a teacher's influence, under its own schedule or under another one."""
+def influence_of(settings: Settings, desk: Desk, teacher: Path) -> InfluenceTable:
+    """Return a teacher's influence, measured if it is not there yet."""
     return measure_influence(
         teacher,
         settings.influence,
         tokens_of(teacher, desk.workspace),
-        schedule=schedule,
         tracking=desk.tracking,
         progress=desk.progress,
     )

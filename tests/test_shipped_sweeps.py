@@ -99,14 +99,14 @@ def test_a_study_runs_all_its_phases_and_trains_nothing_twice(desk: Desk) -> Non
         desk, "iiad-study",
         "sweep.iterations=[0, 1]", "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
         "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2", "study.seeds=[0, 1]",
-        "study.metrics=[cosine]", "study.controls=[pruned]", "study.selections=[remeasured]",
+        "study.metrics=[cosine]", "study.controls=[pruned]", "study.selections=[knapsack]",
         "training.iterate_from_fraction=0.5", "model.num_layers=2",
     )  # fmt: skip
     assert "study:" in printed
     text = (desk.workspace.overlays / "study" / "results.md").read_text()
     for other in ("vanilla", "r = 0"):
         assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)
-    assert "| evaluations | cosine | pruned | remeasured | warm start |" in text
+    assert "| evaluations | cosine | pruned | knapsack | warm start |" in text
     made = {folder: len(done_in(folder) - known) for folder, known in before.items()}
     # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
     assert made[desk.workspace.runs] == 4 + 3 + 2

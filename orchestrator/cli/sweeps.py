@@ -47,9 +47,7 @@ def sweep_threshold(
     unit: Annotated[
         str | None, typer.Option(help="Of budgets: evaluations, flops, kv (bytes) or ms.")
     ] = None,
-    selection: Annotated[
-        str | None, typer.Option(help="threshold, knapsack or remeasured.")
-    ] = None,
+    selection: Annotated[str | None, typer.Option(help="threshold or knapsack.")] = None,
     metric: Annotated[str | None, typer.Option(help="cosine, relative or loss.")] = None,
     control: Annotated[
         str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")

@@ -1,33 +1,28 @@
 """Which schedules of a teacher a sweep distills, out of what the influence says.
 
-Two questions. Which family: the threshold's nested one, the knapsack's best schedule at each of its
-costs, or the nested one measured anew after every pruning. And which of its members: those that
-given thresholds or budgets lead to, or a number of them spread evenly over cost.
+Two questions. Which family: the threshold's nested one, or the knapsack's best schedule at each of
+its costs. And which of its members: those that given thresholds or budgets lead to, or a number of
+them spread evenly over cost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from iiet.influence import InfluenceTable
 from iiet.pruning import (
     Cost,
     FamilyMember,
-    Influence,
     knapsack,
     num_evaluations,
     schedule_family,
     spread_over_cost,
     within_cost,
 )
-from iiet.remeasuring import remeasured_family
 from iiet.schedule import IterationSchedule
 from orchestrator.errors import UserError
 from orchestrator.settings import SweepSettings
-
-Measure = Callable[[IterationSchedule], Influence]
-"""Schedule -> the teacher's influence under it."""
 
 
 def choose_members(
@@ -35,7 +30,6 @@ def choose_members(
     sweep: SweepSettings,
     *,
     cost: Cost = num_evaluations,
-    measure: Measure | None = None,
 ) -> tuple[FamilyMember, ...]:
     """Return the schedules of a threshold sweep, costliest first, each once.
 
@@ -43,7 +37,6 @@ def choose_members(
         influence: The teacher's table.
         sweep: Thresholds, budgets or a number of schedules; and the selection.
         cost: What budgets are counted in, and what the schedules are spread over.
-        measure: Measures the influence under another schedule; for `selection: remeasured`.
 
     Returns:
         Members with the thresholds that lead to them; those of a knapsack have none (NaN).
@@ -52,12 +45,7 @@ def choose_members(
         UserError: If a budget is less than the cheapest schedule costs, or the parts of the
             settings do not go together.
     """
-    if sweep.selection == "remeasured":
-        assert measure is not None, "measuring anew takes a model"
-        family = remeasured_family(measure, influence.schedule)
-    else:
-        family = schedule_family(influence)
-    chosen = _of_family(family, sweep, cost)
+    chosen = _of_family(schedule_family(influence), sweep, cost)
     if sweep.selection == "knapsack":
         best = _by_knapsack(influence, chosen, sweep, cost)
         return tuple(FamilyMember(s, math.nan, math.nan) for s in dict.fromkeys(best))
@@ -106,7 +94,6 @@ def _of_family(
 
 
 def _at_threshold(family: Sequence[FamilyMember], threshold: float) -> IterationSchedule:
-    # A family that is measured anew has members with empty intervals: no threshold leads to them.
     return next(
         member.schedule
         for member in family

@@ -74,9 +74,9 @@ class SweepSettings(Section):
     budget_unit: Literal["evaluations", "flops", "kv", "ms"] = "evaluations"
     """What budgets are counted in, and what `num_schedules` are spread over: evaluations, FLOPs or
     KV bytes of a token, or its milliseconds as measured here."""
-    selection: Literal["threshold", "knapsack", "remeasured"] = "threshold"
-    """Whose schedules: the threshold's nested family, the knapsack's best one at each of its costs,
-    or a nested family whose influence is measured anew after every pruning."""
+    selection: Literal["threshold", "knapsack"] = "threshold"
+    """Whose schedules: the threshold's nested family, or the knapsack's best one at each of its
+    costs."""
     iterations: tuple[int | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections that `sweep-iterations` pretrains an IIET with: a number for all layers, a ramp
     over the depth (`3..0`), or one number a layer (`2,2,1,1,1,1`)."""
@@ -189,7 +189,7 @@ class StudySettings(Section):
         "pruned",
     )
     """Controls of the distillation on the first metric's schedules."""
-    selections: tuple[Literal["knapsack", "remeasured"], ...] = ("knapsack", "remeasured")
+    selections: tuple[Literal["knapsack"], ...] = ("knapsack",)
     """Other ways to choose schedules by the first metric."""
     warm_start: bool = True
     """Whether students along the first metric's family start from one another, too."""

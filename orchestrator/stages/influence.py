@@ -2,9 +2,8 @@
 
 In go a checkpoint and its tokens, out comes a table, stored beside the weights as
 `influence-<metric>.json` with a picture of the same name. The file names all that determined it, so
-that a change of the settings, the schedule or the data measures anew, and anything else finds it
-again at once. The calibration set is taken evenly from the held-out tokens, which are the same for
-every model.
+that a change of the settings or the data measures anew, and anything else finds it again at once.
+The calibration set is taken evenly from the held-out tokens, which are the same for every model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
-from iiet.schedule import IterationSchedule
 from orchestrator.analysis.influence_figure import draw_influence
 from orchestrator.console import Progress
 from orchestrator.data.batches import validation_batches
@@ -28,8 +26,6 @@ from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.workspace import read_measured, write_json
 
-PRUNED_FOLDER = "influence-when-pruned"
-"""Beside the weights; holds the tables under other schedules than the model's own."""
 SEQUENCES_PER_BATCH = 8
 """The errors are taken over batches, so there should be many; a batch keeps every evaluation."""
 
@@ -39,7 +35,6 @@ def measure_influence(
     settings: InfluenceSettings,
     tokens_folder: Path,
     *,
-    schedule: IterationSchedule | None = None,
     tracking: Tracking | None = None,
     progress: Progress | None = None,
     device: str | None = None,
@@ -50,7 +45,6 @@ def measure_influence(
         checkpoint: The model.
         settings: Metric and size of the calibration set.
         tokens_folder: Prepared tokens that the model was trained on.
-        schedule: What it is measured under; its own schedule when unset.
         tracking: Where the table is shown as a run of its own.
         progress: Told how many tokens are done.
         device: Where it is measured; a GPU if there is one when unset.
@@ -63,9 +57,6 @@ def measure_influence(
     decoder = load_decoder(
         checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
-    own = decoder.schedule
-    if schedule is not None:
-        decoder = decoder.with_schedule(schedule)
     store = open_tokens(tokens_folder)
     _check(decoder, checkpoint, store)
     num_tokens = min(settings.num_tokens, len(store.validation))
@@ -78,8 +69,6 @@ def measure_influence(
         num_tokens,
     )
     path = checkpoint / f"influence-{settings.metric}.json"
-    if decoder.schedule != own:
-        path = checkpoint / PRUNED_FOLDER / f"{settings.metric}-{key}.json"
     found = _stored(path, key, progress)
     progress.start(f"influence ({settings.metric})", num_tokens)
     if found is None:
@@ -144,7 +133,6 @@ def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
 def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:
     picture = path.with_suffix(".png")
     try:
-        path.parent.mkdir(exist_ok=True)
         draw_influence(
             table.rows(), metric=table.metric, title="Influence of each correction"
         ).savefig(picture)

@@ -13,7 +13,6 @@ import pytest
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from iiet.schedule import IterationSchedule
 from orchestrator.catalog import tokens_of
 from orchestrator.errors import UserError
 from orchestrator.plan import (
@@ -331,21 +330,6 @@ def test_a_knapsack_of_losses_weighs_what_each_correction_adds() -> None:
     settings = resolve_settings({}, ["sweep.selection=knapsack", "sweep.budgets=[3, 4]"])
     members = choose_members(table, settings.sweep)
     assert [member.schedule.corrections for member in members] == [(2, 0), (0, 1)]
-
-
-def test_a_family_that_is_measured_anew_follows_what_is_measured() -> None:
-    asked = []
-
-    def measure(schedule: IterationSchedule) -> list[list[float]]:
-        asked.append(str(schedule))
-        # Once the second layer's correction has gone, the first layer's second matters most.
-        rows = {"2,1": [[0.5, 0.3], [0.1]], "2,0": [[0.2, 0.9], []], "0,0": [[], []]}
-        return rows[str(schedule)]
-
-    settings = resolve_settings({}, ["sweep.selection=remeasured"])
-    members = choose_members(TABLE, settings.sweep, measure=measure)
-    assert [str(member.schedule) for member in members] == ["2,1", "2,0", "0,0"]
-    assert asked == ["2,1", "2,0"]
 
 
 def test_a_budget_that_nothing_fits_is_named() -> None:

@@ -85,6 +85,7 @@ def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
         ("training.num_steps=" + "[" * 5000, "more than 32 levels deep"),
         ("training.num_steps=" + "x" * 5000, "training.num_steps: input should be"),
         ("x" * 5000 + "=1", "is no setting"),
+        ("sweep.selection=remeasured", "input should be 'threshold' or 'knapsack'"),
     ],
 )
 def test_a_value_that_is_read_otherwise_than_meant_is_refused_in_few_words(
