@@ -20,7 +20,7 @@ from iiet.pruning import (
     schedule_at_threshold,
     schedule_family,
     spread_over_cost,
-    within_budget,
+    within_cost,
 )
 from iiet.published import decoder_from_published, published_from_decoder
 from iiet.schedule import IterationSchedule
@@ -54,5 +54,5 @@ __all__ = [
     "spread_over_cost",
     "stream",
     "training_flops_per_token",
-    "within_budget",
+    "within_cost",
 ]

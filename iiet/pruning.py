@@ -38,19 +38,26 @@ __all__ = [
     "schedule_family",
     "spread_over_cost",
     "suffix_maxima",
-    "within_budget",
     "within_cost",
 ]
 
 
 @runtime_checkable
 class HasRows(Protocol):
-    """Anything that gives its influence as rows, such as `iiet.influence.InfluenceTable`."""
+    """A measured influence, such as `iiet.influence.InfluenceTable`."""
 
-    def rows(self) -> Sequence[Sequence[float]]: ...
+    def rows(self) -> Sequence[Sequence[float]]:
+        """Return what thresholds act on."""
+        ...
+
+    def worths(self) -> Sequence[Sequence[float]]:
+        """Return what each correction adds when those before it are kept, for sums over them."""
+        ...
 
 
 Influence = Sequence[Sequence[float]] | HasRows
+"""One row per layer, one number per correction, in lists or arrays of any kind; rows may differ in
+length, or end in NaN for corrections that do not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +97,7 @@ def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSc
     """Drop corrections of influence under the threshold, from each layer's last one backwards.
 
     Args:
-        influence: one row per layer, one number per correction, in lists or arrays of any kind;
-            rows may differ in length, or end in NaN for corrections that do not exist.
+        influence: see `Influence`.
         threshold: in the units of the influence.
 
     Raises:
@@ -108,9 +114,6 @@ def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
 
     The schedules are nested, and there are at most one more than corrections. Corrections whose
     suffix maxima are equal fall together, so neighbours may differ by more than one correction.
-
-    Args:
-        influence: as for `schedule_at_threshold`.
 
     Raises:
         ValueError: the table is malformed.
@@ -153,13 +156,15 @@ def spread_over_cost(
     return tuple(family[index] for index in chosen)
 
 
-def within_cost(family: Sequence[FamilyMember], max_cost: float, *, cost: Cost) -> FamilyMember:
+def within_cost(
+    family: Sequence[FamilyMember], max_cost: float, *, cost: Cost = num_evaluations
+) -> FamilyMember:
     """Choose the member with the most corrections whose cost is at most `max_cost`.
 
     Args:
         family: from `schedule_family`, most corrections first.
         max_cost: in the units of `cost` (evaluations, FLOPs, bytes, milliseconds).
-        cost: maps a schedule to its cost.
+        cost: maps a schedule to its cost; evaluations when not given.
 
     Raises:
         ValueError: no member is that cheap.
@@ -169,15 +174,6 @@ def within_cost(family: Sequence[FamilyMember], max_cost: float, *, cost: Cost) 
             return member
     cheapest = min((cost(member.schedule) for member in family), default=math.nan)
     raise ValueError(f"no schedule costs at most {max_cost}: the cheapest costs {cheapest}")
-
-
-def within_budget(family: Sequence[FamilyMember], max_evaluations: int) -> FamilyMember:
-    """Choose the member with the most corrections under a budget of field evaluations.
-
-    Raises:
-        ValueError: no member is that cheap.
-    """
-    return within_cost(family, max_evaluations, cost=num_evaluations)
 
 
 def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
@@ -210,14 +206,7 @@ def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
     return tuple(rows)
 
 
-@runtime_checkable
-class HasWorths(Protocol):
-    """Anything that says what each correction adds, such as `iiet.influence.InfluenceTable`."""
-
-    def worths(self) -> Sequence[Sequence[float]]: ...
-
-
-ROUNDING = 1e-12
+ROUNDING = Fraction(1, 10**12)
 """What rounding takes from or adds to a cost, as a share of it, at most."""
 State = tuple[Fraction, Fraction, tuple[int, ...]]
 """Worth so far, minus the cost so far, and the corrections of the layers so far: the larger one is
@@ -225,13 +214,9 @@ better."""
 
 
 def knapsack(
-    score: Influence,
-    *,
-    max_evaluations: float | None = None,
-    max_cost: float | None = None,
-    cost: Cost = num_evaluations,
+    influence: Influence, max_cost: float, *, cost: Cost = num_evaluations
 ) -> IterationSchedule:
-    """Find the schedule of the highest total score under a budget; exact for scores that add up.
+    """Find the schedule of the highest total worth under a budget, exactly.
 
     Dynamic programming over layers: of all ways to spend in the first l layers, only those are kept
     that no cheaper one is worth as much as. Sums are rational numbers, so rounding never decides;
@@ -239,30 +224,26 @@ def knapsack(
     equals the cheapest wins, then the one with fewer corrections in later layers.
 
     Args:
-        score: one row per layer, one number per correction (negative ones allowed), the worth of
-            keeping it when those before it are kept; an influence table knows what that is.
-        max_evaluations: field evaluations per forward, predictions included.
-        max_cost: the budget in the units of `cost`, in place of `max_evaluations`.
-        cost: maps a schedule to its cost, which must add up over layers, as FLOPs and bytes do.
+        influence: numbers, negative ones allowed, are what each correction adds when those before
+            it are kept; a measured influence knows its own.
+        max_cost: in the units of `cost`.
+        cost: maps a schedule to its cost, which must add up over layers, as FLOPs and bytes do;
+            evaluations when not given.
 
     Raises:
-        ValueError: the table is malformed, there are no or two budgets, the budget does not pay for
-            the predictions, or the cost does not add up.
+        ValueError: the table is malformed, the budget does not pay for the predictions, or the cost
+            does not add up.
     """
-    rows = influence_rows(score.worths() if isinstance(score, HasWorths) else score)
-    if (max_evaluations is None) == (max_cost is None):
-        raise ValueError("give one budget: max_evaluations, or max_cost and its cost")
-    if max_evaluations is not None:
-        max_cost, cost = max_evaluations, num_evaluations
-    assert max_cost is not None
-    full, none = (IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows)))
+    rows = influence_rows(influence.worths() if isinstance(influence, HasRows) else influence)
+    full, none = IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows))
     if not max_cost >= cost(none):
         raise ValueError(
             f"a budget of {max_cost} does not pay for the {len(rows)} predictions that the layers "
             f"always make, which cost {cost(none)}"
         )
     prices = _prices(full, cost)
-    budget = _budget(max_cost, cost(none), prices)
+    # Prices are differences of rounded costs, so a little more than the budget passes here.
+    budget = Fraction(min(max_cost, 2 * cost(full))) * (1 + ROUNDING) - Fraction(cost(none))
     states: list[State] = [(Fraction(0), Fraction(0), ())]
     for row, layer_prices in zip(rows, prices, strict=True):
         worths = accumulate(map(Fraction, row), initial=Fraction(0))
@@ -281,7 +262,6 @@ def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
     """Return what 0, 1, ... corrections of each layer cost, all others making none."""
     none = IterationSchedule.none(len(full))
     least = Fraction(cost(none))
-
     prices = [
         [Fraction(cost(none.with_layer(layer, kept))) - least for kept in range(most + 1)]
         for layer, most in enumerate(full)
@@ -293,17 +273,6 @@ def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
             f"one {together}"
         )
     return prices
-
-
-def _budget(max_cost: float, least: float, prices: Sequence[Sequence[Fraction]]) -> Fraction:
-    """Return what may be spent on corrections: the budget without the predictions, and for costs
-    that are not whole numbers a little more, since their prices are differences of rounded ones."""
-    everything = sum(map(max, prices), start=Fraction(0))
-    if max_cost == math.inf:
-        return everything
-    budget = Fraction(max_cost) - Fraction(least)
-    is_whole = all(price.denominator == 1 for own in prices for price in own)
-    return budget if is_whole else budget + abs(Fraction(max_cost)) * Fraction(ROUNDING)
 
 
 def _worth_keeping(states: Iterable[State]) -> list[State]:

@@ -59,13 +59,13 @@ def _by_knapsack(
     evaluations of each member of the family."""
     if not sweep.budgets:
         for member in chosen:
-            yield knapsack(influence, max_evaluations=member.schedule.num_evaluations)
+            yield knapsack(influence, member.schedule.num_evaluations)
     for budget in sorted(sweep.budgets, reverse=True):
         if sweep.budget_unit == "ms":
             # Measured times do not add up over layers; they follow from evaluations.
-            yield knapsack(influence, max_evaluations=_most_evaluations(influence, budget, cost))
+            yield knapsack(influence, _most_evaluations(influence, budget, cost))
         else:
-            yield knapsack(influence, max_cost=budget, cost=cost)
+            yield knapsack(influence, budget, cost=cost)
 
 
 def _most_evaluations(influence: InfluenceTable, budget: float, cost: Cost) -> int:
