@@ -8,7 +8,12 @@ Counted: matrix products of m x k by k x n at 2 m k n (projections, feed-forward
 scores and weighted values over the tokens that a token really sees, and the mix's weighted sums.
 Not counted: norms, activations, softmax, rotary angles, residual and Runge-Kutta sums and gates,
 together about a hundredth of the rest. A backward pass is taken as two forward passes.
-Source: shapes of `iiet.decoder`; this project.
+
+Bytes are what a decoding step has to read from memory: weights once per step, whatever the batch,
+keys and values for each of its rows. An evaluation reads its layer's weights from the processor's
+cache where the one before it left them there.
+
+`iiet.training_memory` counts what training takes. Source: shapes of `iiet.decoder`; this project.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ __all__ = ["InferenceCost", "inference_cost", "num_parameters", "training_flops_
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceCost:
-    """The cost of one schedule at one context length."""
+    """The cost of one schedule at one context length and batch size."""
 
     evaluations_per_token: int
     """Field evaluations, over all layers."""
@@ -38,8 +43,12 @@ class InferenceCost:
     """One token decoded with a cache, when it sees the whole context (itself included)."""
     kv_bytes_per_token: int
     """Keys and values that decoding stores for each token."""
-    weight_bytes_per_token: int
-    """Weights read to decode one token when no cache keeps any: a field once per evaluation. The
+    kv_bytes_read_per_token: int
+    """Keys and values read to decode one token that sees the whole context (itself included): by
+    each evaluation those of its slot. Every row of a batch reads its own."""
+    weight_bytes_per_token: float
+    """Weights read from memory to decode one token: the step's, a field once per evaluation or, if
+    it stays in the processor's cache, once per layer, shared by the rows of the batch. The
     method's own (norms, mix, gates) are left out, under a thousandth at the published sizes."""
     num_parameters: int
     """All parameters, the method's own included; the same for all schedules."""
@@ -50,8 +59,10 @@ def inference_cost(
     schedule: IterationSchedule | None = None,
     *,
     context_length: int | None = None,
+    batch_size: int = 1,
     bytes_per_value: int = 4,
     kv_strategy: KvStrategy = "exact",
+    processor_cache_bytes: int = 0,
 ) -> InferenceCost:
     """Count the cost of a model under a schedule.
 
@@ -59,30 +70,42 @@ def inference_cost(
         config: sizes and method.
         schedule: the config's own when not given.
         context_length: tokens read (prefill) or seen (decode); the config's when not given.
+        batch_size: rows that a decoding step decodes together.
         bytes_per_value: of weights, keys and values: 4 for float32, 2 for bfloat16.
         kv_strategy: `exact`, a slot per evaluation, or `last`, a slot per layer.
+        processor_cache_bytes: cache between memory and arithmetic (an H100's L2: 50 MB). A layer's
+            weights stay in it from one evaluation to the next if there is room for them beside the
+            keys and values that an evaluation reads. 0 is for none.
 
     Raises:
         ValueError: a schedule that the method cannot serve, a context that is not within the
-            config's, or an unknown strategy.
+            config's, an unknown strategy, no row, or a cache of negative size.
     """
     config, context_length = _checked(config, schedule, context_length)
     if kv_strategy not in ("exact", "last"):
         raise ValueError(f"KV strategy must be 'exact' or 'last', got {kv_strategy!r}")
-    evaluations = sum(evaluations_per_layer(config))
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if processor_cache_bytes < 0:
+        raise ValueError(f"processor_cache_bytes must be at least 0, got {processor_cache_bytes}")
+    evaluations, num_layers = sum(evaluations_per_layer(config)), config.num_layers
     head = 2 * config.dim * config.vocab_size
     body = _body_flops(config, mean_tokens_seen=(context_length + 1) / 2)
-    kv_values_per_slot = 2 * config.num_kv_heads * config.head_dim
+    kv_bytes = bytes_per_value * 2 * config.num_kv_heads * config.head_dim  # of a token in a slot
+    kv_bytes_seen = context_length * kv_bytes
+    field_bytes = bytes_per_value * _field_parameters(config)
+    field_stays = field_bytes + batch_size * kv_bytes_seen <= processor_cache_bytes
+    step_bytes = field_bytes * (num_layers if field_stays else evaluations)
+    step_bytes += bytes_per_value * config.dim * (config.vocab_size + 1)  # head and its norm
     return InferenceCost(
         evaluations_per_token=evaluations,
         forward_flops_per_token=body + head,
         prefill_flops_per_token=body + head / context_length,
         decode_flops_per_token=_body_flops(config, mean_tokens_seen=context_length) + head,
-        kv_bytes_per_token=bytes_per_value
-        * kv_values_per_slot
-        * (evaluations if kv_strategy == "exact" else config.num_layers),
-        weight_bytes_per_token=bytes_per_value
-        * (evaluations * _field_parameters(config) + _head_values(config)),
+        kv_bytes_per_token=kv_bytes * (evaluations if kv_strategy == "exact" else num_layers),
+        kv_bytes_read_per_token=kv_bytes_seen * evaluations,
+        # Each row reads the embedding of its own token.
+        weight_bytes_per_token=step_bytes / batch_size + bytes_per_value * config.dim,
         num_parameters=num_parameters(config),
     )
 
@@ -157,11 +180,6 @@ def _projection_values(config: ModelConfig) -> int:
 def _field_parameters(config: ModelConfig) -> int:
     """Matrices and both RMSNorms of one layer."""
     return _projection_values(config) + 2 * config.dim
-
-
-def _head_values(config: ModelConfig) -> int:
-    """What a decoded token reads outside the fields: head, final norm, its own embedding."""
-    return config.vocab_size * config.dim + 2 * config.dim
 
 
 def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:

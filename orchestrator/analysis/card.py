@@ -93,7 +93,8 @@ class ModelCard:
             ("field evaluations per token", cost.evaluations_per_token, ",.0f"),
             ("FLOPs per token, decoding at full context", cost.decode_flops_per_token, ",.4g"),
             ("FLOPs per token, reading a full context", cost.prefill_flops_per_token, ",.4g"),
-            ("key/value bytes per token (float32)", cost.kv_bytes_per_token, ",.0f"),
+            ("key/value bytes kept per token (float32)", cost.kv_bytes_per_token, ",.0f"),
+            ("key/value bytes read per token (float32)", cost.kv_bytes_read_per_token, ",.0f"),
             ("weight bytes read per token (float32)", cost.weight_bytes_per_token, ",.0f"),
             ("parameters", cost.num_parameters, ",.0f"),
         ]

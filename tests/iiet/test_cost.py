@@ -74,6 +74,7 @@ def test_vanilla_by_hand():
     assert cost.prefill_flops_per_token == body + HEAD / 10
     assert cost.decode_flops_per_token == 3 * (PROJECTIONS + 4 * 8 * 10) + HEAD
     assert cost.kv_bytes_per_token == 3 * 2 * 4 * 4
+    assert cost.kv_bytes_read_per_token == 10 * 3 * 2 * 4 * 4
     field = 64 + 32 + 32 + 64 + 3 * 96 + 16
     assert cost.weight_bytes_per_token == 4 * (3 * field + 400 + 8 + 8)
     assert cost.num_parameters == 3 * field + 400 + 8
@@ -89,6 +90,8 @@ def test_iiet_by_hand():
     assert cost.kv_bytes_per_token == 6 * 2 * 4 * 4
     last = inference_cost(config, bytes_per_value=2, kv_strategy="last")
     assert last.kv_bytes_per_token == 3 * 2 * 4 * 2
+    # Six evaluations read 16 tokens each, wherever those lie.
+    assert last.kv_bytes_read_per_token == 16 * 6 * 2 * 4 * 2
 
 
 # Counted by hand for SMALL under (2, 0, 1), at 10 tokens. An evaluation: 960 operations for its
@@ -174,6 +177,85 @@ def test_weight_bytes_equal_what_a_decoding_step_reads(method, tied):
     assert read.num_bytes == inference_cost(config).weight_bytes_per_token
 
 
+class CountingCache(KeyValueCache):
+    """Adds up the bytes of the keys and values that evaluations read."""
+
+    num_read = 0
+
+    def update(self, keys, values, slot, /):
+        held = super().update(keys, values, slot)
+        self.num_read += sum(tensor.nbytes for tensor in held)
+        return held
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", ["exact", "last"])
+def test_kv_bytes_read_equal_what_a_decoding_step_reads(method, strategy):
+    config, batch, context = small(method), 3, 9
+    decoder = Decoder(config).eval()
+    cache = CountingCache(config, batch_size=batch, max_tokens=context, strategy=strategy)
+    with torch.no_grad():
+        decoder(torch.zeros(batch, context - 1, dtype=torch.long), cache=cache)
+        cache.num_read = 0
+        decoder(torch.zeros(batch, 1, dtype=torch.long), cache=cache)
+    cost = inference_cost(config, context_length=context, batch_size=batch, kv_strategy=strategy)
+    assert cache.num_read == batch * cost.kv_bytes_read_per_token
+
+
+def test_rows_of_a_batch_share_the_weights_that_a_step_reads():
+    config = small("iiet")
+    alone, four = (inference_cost(config, batch_size=rows) for rows in (1, 4))
+    # Six evaluations of 496 values, head and last norm for all; an embedding for each.
+    assert alone.weight_bytes_per_token == 4 * (6 * 496 + 408 + 8)
+    assert four.weight_bytes_per_token == 4 * ((6 * 496 + 408) / 4 + 8)
+    assert four.kv_bytes_read_per_token == alone.kv_bytes_read_per_token
+
+
+def test_a_processors_cache_keeps_a_layer_beside_what_an_evaluation_reads():
+    config = small("iiet")
+    # A field of 1,984 bytes; 10 tokens' keys and values of 32 bytes each, for each row.
+    for rows, fits in [(1, 1984 + 320), (2, 1984 + 640)]:
+        sizes = {"context_length": 10, "batch_size": rows}
+        kept = inference_cost(config, **sizes, processor_cache_bytes=fits)
+        none = inference_cost(config, **sizes, processor_cache_bytes=fits - 1)
+        assert kept.weight_bytes_per_token == 4 * ((3 * 496 + 408) / rows + 8)
+        assert none == inference_cost(config, **sizes)
+
+
+H100 = 50_000_000
+"""Bytes of its L2 cache."""
+
+
+@pytest.mark.parametrize(
+    ("name", "r", "batch", "processor_cache", "gigabytes"),
+    [
+        # Fields of 340m: 25.7 MB in bfloat16, and 65.5 MB for the head.
+        ("340m", 3, 1, 0, 2.53),
+        ("340m", 0, 1, 0, 0.68),
+        ("340m", 3, 1, H100, 0.68),
+        # 8.4 MB of keys and values for each row are read between two corrections.
+        ("340m", 3, 2, H100, 0.34),
+        ("340m", 3, 4, H100, 2.53 / 4),
+        # Fields of 1.3b, 100.3 MB, and 131 MB for the head: too large for it.
+        ("1.3b", 3, 1, H100, 9.76),
+        ("1.3b", 0, 1, H100, 2.54),
+    ],
+)
+def test_weight_bytes_of_published_sizes(name, r, batch, processor_cache, gigabytes):
+    config = preset(name, schedule=r)
+    cost = inference_cost(
+        config, bytes_per_value=2, batch_size=batch, processor_cache_bytes=processor_cache
+    )
+    assert cost.weight_bytes_per_token / 1e9 == pytest.approx(gigabytes, abs=0.005)
+
+
+def test_corrections_read_keys_and_values_as_often_as_they_store_them():
+    # 340m in bfloat16: 4,096 bytes a token and slot, 2,048 tokens, 24 or 96 slots.
+    none, three = (inference_cost(preset("340m", schedule=r), bytes_per_value=2) for r in (0, 3))
+    assert none.kv_bytes_read_per_token == 4096 * 2048 * 24
+    assert three.kv_bytes_read_per_token == 4096 * 2048 * 96
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_forward_equals_what_pytorch_counts(method):
     config, time = small(method), 7
@@ -253,6 +335,10 @@ def test_wrong_use_is_named():
         inference_cost(SMALL, context_length=17)
     with pytest.raises(ValueError, match="shared"):
         inference_cost(SMALL, kv_strategy="shared")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        inference_cost(SMALL, batch_size=0)
+    with pytest.raises(ValueError, match="processor_cache_bytes must be at least 0, got -1"):
+        inference_cost(SMALL, processor_cache_bytes=-1)
     with pytest.raises(ValueError, match="schedule"):
         inference_cost(SMALL, IterationSchedule((1, 1, 1)))
     with pytest.raises(ValueError, match="schedule"):

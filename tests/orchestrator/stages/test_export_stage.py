@@ -209,6 +209,9 @@ def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any])
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "`2,1`" in text
     assert "| field evaluations per token | 5 |" in text
+    # Each evaluation reads keys and values of all tokens that it sees.
+    read = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
+    assert f"| key/value bytes read per token (float32) | {read:,} |" in text
     assert "Not measured." in text
     assert "Influence" not in text
 
