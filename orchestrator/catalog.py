@@ -18,7 +18,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.tokens import verify_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import file_key
-from orchestrator.settings import InfluenceSettings, TrainingSettings
+from orchestrator.settings import InfluenceSettings, TrainingSettings, model_label
 from orchestrator.training.checkpoint import (
     CONFIG,
     check_checkpoint,
@@ -37,8 +37,6 @@ from orchestrator.training.checkpoint import (
 from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
 from orchestrator.workspace import DAMAGE, Workspace, expanded, is_name, read_json, values_of
 
-NO_CORRECTIONS = "r = 0"
-"""Label of an IIET that was trained without corrections."""
 MOST_RUNS_NAMED = 20
 """A message names no more runs than these."""
 
@@ -225,7 +223,7 @@ def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
         except UserError as error:
             damage = damage or str(error)
             continue
-        label = NO_CORRECTIONS if config.method == "iiet" else config.method
+        label = model_label(config.method, 0)
         return None if config.corrections.num_corrections else label, made
     return None, {"damage": damage}
 

@@ -21,17 +21,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from iiet.methods import METHODS
 from orchestrator.analysis.axes import QUALITIES, Axes
 from orchestrator.analysis.seeds import join_seeds
 from orchestrator.analysis.study_tables import Phases, Ways, losses_by_seed, study_markdown
-from orchestrator.catalog import NO_CORRECTIONS
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import print_line
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
 from orchestrator.plan import Variant, iterations_plan
 from orchestrator.procedure import raise_failures, run_and_show, sweep_thresholds
-from orchestrator.settings import Settings
+from orchestrator.settings import BASELINE, Settings, model_label
 from orchestrator.showing import show_plan
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.prepare import prepare
@@ -185,7 +185,7 @@ class _Study:
         teacher = min(fullest, key=lambda result: result.quality[LOSS])
         references = [
             (name, Path(str(phases.best[name].checkpoint)))
-            for name in ("vanilla", NO_CORRECTIONS)
+            for name in (BASELINE, model_label(teacher.method, 0))
             if name in phases.best
         ]
         ways = _ways(self.settings)
@@ -261,13 +261,15 @@ def _contenders(settings: Settings) -> Iterable[_Contender]:
         models.append(_Contender(name, own[0], rates))
     yield from models
     counts = [count for count in settings.sweep.iterations if isinstance(count, int) and count]
-    if "iiet" not in settings.sweep.methods or not counts:
+    correcting = [name for name in settings.sweep.methods if METHODS[name].has_corrections]
+    if not correcting or not counts:
         raise UserError(
             "a study needs an IIET with corrections: put iiet into sweep.methods and a number "
             "above 0 into sweep.iterations"
         )
     if settings.study.two_stage_from:
-        full = next(model for model in models if model.name == f"r = {max(counts)}")
+        label = model_label(correcting[0], max(counts))
+        full = next(model for model in models if model.name == label)
         recipe = full.settings.training.model_copy(
             update={"iterate_from_fraction": settings.study.two_stage_from}
         )

@@ -14,7 +14,7 @@ from orchestrator.console import Progress
 from orchestrator.errors import UserError
 from orchestrator.plan import loss_of
 from orchestrator.preflight import place_trials
-from orchestrator.settings import Settings
+from orchestrator.settings import Settings, method_of_label
 from orchestrator.training.teacher_choice import check_teacher_cache
 from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import limits_of
@@ -119,7 +119,7 @@ def _check_there_are_rates_to_end(settings: Settings) -> None:
             "sweep.seeds out, and train the best rates under several seeds afterwards"
         )
     methods, rates = settings.sweep.methods, settings.sweep.learning_rates
-    swept = [own for name, own in rates.items() if ("iiet" if " " in name else name) in methods]
+    swept = [own for name, own in rates.items() if method_of_label(name) in methods]
     if not any(isinstance(own, tuple) and len(own) > 1 for own in swept):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "

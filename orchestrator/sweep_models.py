@@ -13,15 +13,14 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
-from orchestrator.catalog import NO_CORRECTIONS
 from orchestrator.errors import UserError
 from orchestrator.plan import check_student_batch
-from orchestrator.settings import ModelSettings, Settings
+from orchestrator.settings import BASELINE, ModelSettings, Settings, model_label
 from orchestrator.sweep_checks import Kind
 from orchestrator.sweep_costs import check_budgets
 from orchestrator.training.shape import model_config
 
-TEACHER, VANILLA = "teacher", "vanilla"
+TEACHER = "teacher"
 
 
 def check_models(settings: Settings, kind: Kind) -> None:
@@ -43,7 +42,7 @@ def check_models(settings: Settings, kind: Kind) -> None:
             except UserError as error:
                 problems.append(str(error))
         names = [name for name, _ in models_of(settings)]
-        idle = [n for n in settings.sweep.learning_rates if n.startswith("r = ") and n not in names]
+        idle = [n for n in settings.sweep.learning_rates if "r = " in n and n not in names]
         if idle:
             problems.append(
                 f"sweep.learning_rates has a rate of {', '.join(idle)}, which is not swept; swept "
@@ -71,8 +70,8 @@ def teacher_and_references(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the models that the students of a sweep are measured against."""
     return {
         TEACHER: with_model(settings),
-        VANILLA: with_model(settings, method="vanilla"),
-        NO_CORRECTIONS: with_model(settings, corrections=0),
+        BASELINE: with_model(settings, method=BASELINE),
+        model_label(settings.model.method, 0): with_model(settings, corrections=0),
     }
 
 
@@ -91,11 +90,11 @@ def most_students(settings: Settings, teacher: ModelConfig) -> int:
 def models_of(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield name and model settings of the methods and iteration counts that a sweep trains."""
     for method in settings.sweep.methods:
-        if method != "iiet":
+        if not METHODS[method].has_corrections:
             yield method, {"method": method}
             continue
         for count in settings.sweep.iterations:
-            yield f"r = {count}", {"method": "iiet", "corrections": count}
+            yield model_label(method, count), {"method": method, "corrections": count}
 
 
 def with_model(settings: Settings, **changes: Any) -> Settings:
@@ -108,8 +107,7 @@ def with_rates(settings: Settings, **changes: Any) -> list[Settings]:
     model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
     rates = settings.sweep.learning_rates
     own = rates.get(model.method, settings.training.learning_rate)
-    if model.method == "iiet":
-        own = rates.get(f"r = {model.corrections}", own)
+    own = rates.get(model_label(model.method, model.corrections), own)
     return [
         settings.model_copy(
             update={

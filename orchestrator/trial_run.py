@@ -21,6 +21,7 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
+from iiet.methods import METHODS
 from orchestrator.analysis.harness import checkpoint_vocabulary, evaluate_decoder
 from orchestrator.analysis.results import items_name
 from orchestrator.data.batches import validation_batches
@@ -222,8 +223,8 @@ def validation_loss(decoder: Decoder, tokens_folder: Path) -> float:
 
 
 def _schedule(trial: PlannedTrial) -> tuple[int, ...] | None:
-    schedule = trial.config().schedule
-    return tuple(schedule) if schedule is not None and trial.config().method == "iiet" else None
+    config = trial.config()
+    return tuple(config.corrections) if METHODS[config.method].has_corrections else None
 
 
 def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from iiet.methods import METHODS
 from orchestrator.analysis.evaluation import STDERR
 from orchestrator.analysis.texts import with_error
-from orchestrator.catalog import NO_CORRECTIONS
+from orchestrator.settings import BASELINE, model_label
 from orchestrator.trial import TrialResult
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
@@ -89,11 +90,15 @@ def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
 
 
 def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
-    iiets = [name for name, result in phases.tokens.items() if result.method == "iiet"]
-    for other, names in (("vanilla", list(phases.tokens)), (NO_CORRECTIONS, iiets)):
-        for name in names:
-            if other in phases.tokens and name != other:
-                yield f"{name} against {other} at equal tokens: {_difference(phases, name, other)}"
+    against = [(name, BASELINE) for name in phases.tokens]
+    against += [
+        (name, model_label(result.method, 0))
+        for name, result in phases.tokens.items()
+        if METHODS[result.method].has_corrections
+    ]
+    for name, other in against:
+        if other in phases.tokens and name != other:
+            yield f"{name} against {other} at equal tokens: {_difference(phases, name, other)}"
     usual = next(iter(ways.results))
     students = [r for r in ways.results[usual] if r.role == "trial"]
     teacher = next(r for r in ways.results[usual] if r.role == "teacher")

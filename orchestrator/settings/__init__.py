@@ -7,7 +7,14 @@ is saved beside every run, and the sections that determine a result are hashed i
 defaults are those of the shipped sweep `toy`: they make a model in minutes on a CPU.
 """
 
-from orchestrator.settings.models import DataSettings, ModelSettings
+from orchestrator.settings.models import (
+    BASELINE,
+    USUAL_METHOD,
+    DataSettings,
+    ModelSettings,
+    method_of_label,
+    model_label,
+)
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
 from orchestrator.settings.resolve import (
     flatten,
@@ -28,6 +35,8 @@ from orchestrator.settings.tree import (
 )
 
 __all__ = [
+    "BASELINE",
+    "USUAL_METHOD",
     "ClusterSettings",
     "DataSettings",
     "DistillationSettings",
@@ -41,6 +50,8 @@ __all__ = [
     "SweepSettings",
     "TrainingSettings",
     "flatten",
+    "method_of_label",
+    "model_label",
     "read_settings",
     "read_yaml",
     "resolve_settings",

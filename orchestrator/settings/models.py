@@ -7,8 +7,11 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from iiet.methods import METHODS
 from orchestrator.settings.section import Section
 
+USUAL_METHOD, BASELINE = "iiet", "vanilla"
+"""What models and teachers are, and what they are compared with, where settings say nothing."""
 MOST_ENTRIES = 1_000_000
 """The tokenizers library takes the memory for all entries at once, and ends the process if there is
 none."""
@@ -60,11 +63,11 @@ class ModelSettings(Section):
 
     preset: str = "tiny"
     """Name of a preset: tiny, 55m, 340m, 740m, 1.3b."""
-    method: str = "iiet"
+    method: str = USUAL_METHOD
     """How a layer advances the hidden state: iiet, vanilla, pcformer, or another known method."""
     corrections: int | str | tuple[int, ...] = 2
     """Corrections per layer (the iteration schedule): `3`, or one number a layer, `2,2,1,1,1,1`;
-    iiet only."""
+    of a method that makes corrections, such as iiet."""
     dim: int | None = Field(default=None, gt=0)
     """Width of the hidden state; the preset's when unset, like all that follow."""
     num_layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
@@ -79,3 +82,23 @@ class ModelSettings(Section):
     """Longest sequence in tokens; also the length of the training sequences."""
     tie_embeddings: bool | None = None
     """Whether the output head shares the embedding's weights."""
+
+
+def model_label(method: str, corrections: object) -> str:
+    """Return what tables call a model: its method, or its corrections, where it makes some.
+
+    Args:
+        method: Its method.
+        corrections: Of a method that makes them, as the settings write them.
+
+    Returns:
+        `vanilla`; `r = 3` of the usual method, `other, r = 3` of another one.
+    """
+    if not METHODS[method].has_corrections:
+        return method
+    return f"r = {corrections}" if method == USUAL_METHOD else f"{method}, r = {corrections}"
+
+
+def method_of_label(label: str) -> str:
+    """Return the method of a label, or of a method's own name."""
+    return USUAL_METHOD if label.startswith("r = ") else label.split(", r = ")[0]

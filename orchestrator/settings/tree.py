@@ -11,7 +11,13 @@ from pydantic_core import PydanticCustomError
 from iiet.methods import METHODS
 from orchestrator.credentials import has_secret
 from orchestrator.errors import quoted, shortened
-from orchestrator.settings.models import DataSettings, ModelSettings
+from orchestrator.settings.models import (
+    BASELINE,
+    USUAL_METHOD,
+    DataSettings,
+    ModelSettings,
+    method_of_label,
+)
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
 from orchestrator.settings.section import MOST, Section
 
@@ -80,9 +86,9 @@ class SweepSettings(Section):
     iterations: tuple[int | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections that `sweep-iterations` pretrains an IIET with: a number for all layers, a ramp
     over the depth (`3..0`), or one number a layer (`2,2,1,1,1,1`)."""
-    methods: tuple[str, ...] = Field(default=("vanilla", "iiet"), min_length=1)
+    methods: tuple[str, ...] = Field(default=(BASELINE, USUAL_METHOD), min_length=1)
     """Methods that `sweep-iterations` pretrains."""
-    learning_rates: dict[str, float | tuple[float, ...]] = Field(default={"vanilla": 4e-3})
+    learning_rates: dict[str, float | tuple[float, ...]] = Field(default={BASELINE: 4e-3})
     """Peak learning rate of a method where it differs from `training.learning_rate`, by name; of an
     IIET also by its corrections (`r = 3`). Of several, each is a trial."""
     seeds: Seeds = ()
@@ -146,7 +152,8 @@ class SweepSettings(Section):
                 raise PydanticCustomError(
                     "no_rate", "a learning rate of {name} is not above 0", {"name": shortened(name)}
                 )
-            if name not in METHODS and not re.fullmatch(r"r = [0-9.,*]+", name):
+            is_label = re.fullmatch(r"(.+, )?r = [0-9.,*]+", name) is not None
+            if name not in METHODS and not (is_label and method_of_label(name) in METHODS):
                 raise PydanticCustomError(
                     "no_such_model",
                     "{name} is no model; name a method ({methods}), or an IIET by its corrections, "

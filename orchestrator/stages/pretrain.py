@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from iiet.methods import METHODS
 from orchestrator.console import Progress
 from orchestrator.data.tokens import open_tokens
 from orchestrator.follow import JournalFollower
@@ -56,7 +57,7 @@ def plan_pretraining(
     if name is None:
         counts = sorted(set(config.corrections))
         schedule = f"-r{counts[0]}" if len(counts) == 1 else "-ragged"
-        middle = schedule if config.schedule is not None and config.method == "iiet" else ""
+        middle = schedule if METHODS[config.method].has_corrections else ""
         name = f"{config.method}{middle}-{job_key(job)[:KEY_CHARACTERS]}"
     return replace(job, run_folder=str(workspace.runs / name))
 
