@@ -143,6 +143,8 @@ def plan_suite(
     # Left out where unset, so that trials that were measured before the setting existed are found.
     if settings.num_fewshot is not None:
         suite["num_fewshot"] = settings.num_fewshot
+    if settings.precision != "fp32":
+        suite["precision"] = settings.precision
     # The held-out tasks are named by their content; others may change under their names.
     if others := tasks_beside_heldout(settings):
         suite["fingerprints"] = others

@@ -28,7 +28,7 @@ from orchestrator.data.batches import validation_batches
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
 from orchestrator.plan import PlannedTrial
-from orchestrator.training.checkpoint import load_decoder, load_provenance
+from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
 from orchestrator.training.holding import held, is_held
 from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, forget_stop
 from orchestrator.training.run import Report, run_job
@@ -166,7 +166,8 @@ def _measure(
 
 
 def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:
-    decoder = load_decoder(Path(checkpoint), device=device)
+    dtype = DTYPES[trial.suite.get("precision", "fp32")]
+    decoder = load_decoder(Path(checkpoint), device=device, dtype=dtype)
     decoder = decoder.with_schedule(trial.config().corrections)
     return measure_quality(decoder, trial.suite, Path(trial.folder) / items_name(trial.key))
 

@@ -66,8 +66,8 @@ class Subject:
     is_foreign: bool
     """Whether it is a folder of transformers and no checkpoint of ours."""
 
-    def decoder(self) -> Decoder:
-        """Load the model, on a GPU if there is one.
+    def decoder(self, dtype: torch.dtype = torch.float32) -> Decoder:
+        """Load the model with weights of this dtype, on a GPU if there is one.
 
         Raises:
             UserError: If the model is no decoder, or its weights are missing or damaged.
@@ -79,9 +79,9 @@ class Subject:
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.is_foreign:
-            decoder = read_foreign(self.path).decoder.to(device)
+            decoder = read_foreign(self.path).decoder.to(device, dtype)
         else:
-            decoder = load_decoder(self.path, device=device)
+            decoder = load_decoder(self.path, device=device, dtype=dtype)
         return decoder.with_schedule(self.config.corrections)
 
 

@@ -60,6 +60,9 @@ class EvaluationSettings(Section):
     """Solved examples before each item, where a task does not fix it at 0; as it says if unset."""
     batch_size: int = Field(default=32, gt=0, le=MOST)
     """Sequences in one forward pass of the evaluation."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Weights and arithmetic of the evaluated model. `bf16` is faster on GPUs and moves scores a
+    little, so its results are stored apart. Models that transformers runs keep their own dtype."""
     include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
 

@@ -2,9 +2,9 @@
 
 In go a checkpoint, or a model folder of transformers, and what to measure (`heldout`, `paper`, or
 names of lm-eval tasks); out comes an evaluation. The result of each task lies in the workspace
-under the hash of all that determines it: weights, configuration with its schedule, tokenizer, the
-task's items and metrics. So another task costs only that task, and the same command again costs
-nothing. The files hold one value per item, which paired comparisons of two models need.
+under the hash of all that determines it: weights and precision, configuration with its schedule,
+tokenizer, the task's items and metrics. So another task costs only that task, and the same command
+again costs nothing. The files hold one value per item, which paired comparisons of two models need.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
@@ -30,6 +31,7 @@ from orchestrator.console import Progress
 from orchestrator.provenance import content_key
 from orchestrator.settings import EvaluationSettings
 from orchestrator.tracking import Tracking
+from orchestrator.training.checkpoint import DTYPES
 from orchestrator.workspace import Workspace, read_measured, write_json
 
 
@@ -65,8 +67,12 @@ def evaluate(
     subject = checkpoint
     progress.start("evaluate")  # Tasks and models take their time to load.
     suite = _load(subject, settings, workspace, progress)
+    model_key = list(subject.key)
+    # Left out where it is the default, so that what was measured before is found.
+    if subject.config is not None and settings.precision != "fp32":
+        model_key.append(settings.precision)
     keys = {
-        name: content_key("evaluation", list(subject.key), suite.fingerprint(name), settings.limit)
+        name: content_key("evaluation", model_key, suite.fingerprint(name), settings.limit)
         for name in suite.tasks
     }
     paths = {name: workspace.evaluations / f"{key}.json" for name, key in keys.items()}
@@ -93,7 +99,7 @@ def evaluate(
     )
     progress.finish(_summary(evaluation) + ("" if missing else ", found again"))
     if tracking:
-        _track(tracking, keys, evaluation, subject)
+        _track(tracking, keys, evaluation, subject, settings.precision)
     return evaluation
 
 
@@ -146,7 +152,7 @@ def _run(
     path = subject.path
     return run_suite(
         suite,
-        subject.decoder(),
+        subject.decoder(DTYPES[settings.precision]),
         FolderVocabulary(path) if subject.is_foreign else checkpoint_vocabulary(path),
         batch_size=settings.batch_size,
         limit=settings.limit,
@@ -165,16 +171,22 @@ def _store(path: Path, result: TaskResult, progress: Progress) -> None:
 
 
 def _track(
-    tracking: Tracking, keys: Mapping[str, str], evaluation: EvaluationResult, subject: Subject
+    tracking: Tracking,
+    keys: Mapping[str, str],
+    evaluation: EvaluationResult,
+    subject: Subject,
+    precision: str,
 ) -> None:
-    schedule = {"schedule": subject.config.corrections} if subject.config else {}
+    of_decoder: dict[str, Any] = {}
+    if subject.config is not None:
+        of_decoder = {"schedule": subject.config.corrections, "precision": precision}
     run = tracking.run(
         content_key("evaluation", dict(keys)),
         name=f"evaluate {', '.join(keys)}"[:80],
         kind="evaluation",
         params={
             "method": subject.architecture,
-            **schedule,
+            **of_decoder,
             "checkpoint": subject.path,
             "num_items": evaluation.num_items,
         },

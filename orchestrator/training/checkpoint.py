@@ -52,6 +52,9 @@ TEXT_FILES = (
 pad one, how a chat is written. All but `TOKEN_IDS` (those of the model's own `config.json`) are
 files of transformers; models that are trained here have none of them."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Dtype of a precision, as settings name it."""
+
 _NAME = re.compile(r"step_(\d{8,})")
 CURE = (
     "copy the checkpoint here again, or move its folder away; a run that is started again goes on "
@@ -154,6 +157,7 @@ def load_decoder(
     folder: Path,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     check: bool = True,
     frozen: bool = False,
 ) -> Decoder:
@@ -162,6 +166,7 @@ def load_decoder(
     Args:
         folder: The checkpoint's folder.
         device: Where the weights go.
+        dtype: What they are cast to, whatever the file holds.
         check: Compare checksums first; for checkpoints that were not checked a moment ago.
         frozen: Without gradients. On the CPU its weights stay mapped into memory, so that all
             processes of a machine share what was read; else they are a copy, to be trained.
@@ -181,7 +186,7 @@ def load_decoder(
         decoder.load_state_dict(weights, assign=frozen)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this version of the program: {error}") from None
-    return decoder.to(device, torch.float32).eval()
+    return decoder.to(device, dtype).eval()
 
 
 def load_config(folder: Path) -> ModelConfig:

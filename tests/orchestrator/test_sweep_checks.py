@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -120,17 +121,17 @@ def test_what_no_sweep_can_have_is_refused_where_it_is_read(setting: str, words:
         resolve_settings({}, [setting])
 
 
-def test_other_items_under_the_same_name_are_other_trials(
+def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
 ) -> None:
     config = ModelConfig.from_dict(tiny_model)
 
-    def suite_of(folder: str, words: str) -> dict[str, object]:
+    def suite_of(folder: str, words: str, **options: Any) -> dict[str, object]:
         file = tmp_path / folder / "first.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.write_text(f'{{"context": "a", "target": " {words}"}}\n')
         (file.parent / "first.yaml").write_text(TASK.format(name="first", file=file))
-        settings = EvaluationSettings(suite="first", include_path=str(file.parent))
+        settings = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
         suite = plan_suite(settings, tiny_tokens, config, Progress())
         return {name: value for name, value in suite.items() if not name.endswith("_folder")}
 
@@ -138,6 +139,8 @@ def test_other_items_under_the_same_name_are_other_trials(
     assert suite_of("one", "b") == first
     assert suite_of("two", "b") == first, "where the files stand does not matter"
     assert suite_of("two", "c") != first
+    assert suite_of("one", "b", precision="fp32") == first, "as before the setting existed"
+    assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> list[list[str]]:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
+from iiet.decoder import Decoder
 from orchestrator import trial_run
 from orchestrator.console import Progress
 from orchestrator.errors import Interrupted, StageFailed
@@ -255,6 +257,24 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     assert rounds.made == {trial.key for trial in trials[:3]}
     assert rounds.failures == {}
     assert [starts(trial) for trial in asked] == [0, 1, 1, 1]
+
+
+def test_the_precision_of_the_suite_is_that_of_the_measured_model(
+    trials: tuple[PlannedTrial, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = []
+
+    def measure(decoder: Decoder, *_: object) -> dict[str, float]:
+        dtypes.append(decoder.embedding.weight.dtype)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(trial_run, "measure_quality", measure)
+    teacher = trials[0]
+    for suite in (teacher.suite, {**teacher.suite, "precision": "bf16"}):
+        trial = replace(teacher, suite=suite)
+        trial.result_path.unlink(missing_ok=True)
+        run_trial(trial.to_dict())
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_a_trial_that_cannot_beat_a_cheaper_one_ends_and_can_go_on_later(

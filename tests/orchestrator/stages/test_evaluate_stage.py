@@ -135,6 +135,26 @@ def test_a_change_of_model_or_items_is_another_evaluation(
     assert runs == ["first"] * 4
 
 
+def test_precision_is_what_the_model_computes_in_and_part_of_the_key(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    runs: list[str],
+) -> None:
+    in_full = settings.model_copy(update={"suite": "first"})
+    in_half = in_full.model_copy(update={"precision": "bf16"})
+    full = evaluate(checkpoint, in_full, workspace).results["first"]
+    half = evaluate(checkpoint, in_half, workspace).results["first"]
+    assert runs == ["first"] * 2
+    assert half.items == full.items
+    assert half.log_likelihoods != full.log_likelihoods
+    for rounded, exact in zip(half.log_likelihoods, full.log_likelihoods, strict=True):
+        assert rounded == pytest.approx(exact, rel=0.02)
+    for known in (in_full, in_half):
+        evaluate(checkpoint, known, workspace)
+    assert runs == ["first"] * 2
+
+
 def test_a_damaged_result_is_measured_again(
     checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
 ) -> None:
