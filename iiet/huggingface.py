@@ -96,10 +96,8 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         cls, config: ModelConfig, *, end_of_text_id: int | None = None
     ) -> "IIETConfig":
         """Translate a core config; the token that ends a document stops generation, and pads."""
-        values: dict[str, Any] = {
-            theirs: getattr(config, ours) for theirs, ours in _CORE_NAMES.items()
-        }
-        values["corrections"] = None if config.schedule is None else list(config.schedule)
+        core = config.to_dict()
+        values = {theirs: core[ours] for theirs, ours in _CORE_NAMES.items()}
         return cls(**values, eos_token_id=end_of_text_id, pad_token_id=end_of_text_id)
 
     def to_model_config(self) -> ModelConfig:
@@ -109,11 +107,12 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             ValueError: everything that is wrong with the values.
         """
         values = {ours: getattr(self, theirs) for theirs, ours in _CORE_NAMES.items()}
-        return ModelConfig.from_dict({**values, "schedule": self.corrections})
+        return ModelConfig.from_dict(values)
 
 
 _CORE_NAMES = {
     "method": "method",
+    "corrections": "schedule",
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
     "num_hidden_layers": "num_layers",
