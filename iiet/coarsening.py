@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_ELEMENTS", "CoarseDistribution", "coarsen", "log_buckets"]
+from iiet.losses import CHUNK_ELEMENTS, expected, mean_divergence
 
-CHUNK_ELEMENTS = 1 << 21
-"""Most logits that are worked on at a time: more save no time."""
+__all__ = ["CoarseDistribution", "coarse_kl_divergence", "coarsen"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,7 +72,7 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
     for rows in torch.split(logits.reshape(-1, vocab), max(1, CHUNK_ELEMENTS // vocab)):
         scaled = rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature
         ids = scaled.topk(min(top_k, vocab), dim=-1).indices
-        parts.append((ids, log_buckets(scaled, ids)))
+        parts.append((ids, _log_buckets(scaled, ids)))
     ids, buckets = (
         torch.cat(whole).view(*logits.shape[:-1], whole[0].shape[-1])
         for whole in zip(*parts, strict=True)
@@ -86,7 +85,60 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
     )
 
 
-def log_buckets(scaled: Tensor, ids: Tensor) -> Tensor:
+def coarse_kl_divergence(
+    teacher: CoarseDistribution, student_logits: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """Compute the mean KL(teacher || student) per token over the teacher's buckets, times T^2.
+
+    The student's tokens fall into the same k + 1 buckets, at the teacher's temperature T. Not above
+    the forward `kl_divergence` of the full distributions, and equal to it with a bucket for each
+    token.
+
+    Args:
+        teacher: k likeliest tokens and their tail.
+        student_logits: (batch, time, vocab).
+        mask: (batch, time) of bool, the positions whose distributions count; all when not given.
+
+    Returns:
+        A scalar of at least 0; 0 when no position counts.
+
+    Raises:
+        ValueError: teacher, student or mask hold different numbers of tokens, or the teacher more
+        buckets than the vocabulary.
+    """
+    num_top = teacher.ids.shape[-1]
+    if teacher.ids.shape[:-1] != student_logits.shape[:-1] or num_top > student_logits.shape[-1]:
+        raise ValueError(
+            f"the teacher has {num_top} likeliest tokens at {tuple(teacher.ids.shape[:-1])} "
+            f"positions, the student logits of shape {tuple(student_logits.shape)}; "
+            "they need the same tokens and vocabulary"
+        )
+    ids = teacher.ids.long().reshape(-1, num_top)
+    log_p = torch.cat([teacher.log_probs, teacher.log_tail.unsqueeze(-1)], dim=-1).detach()
+    log_p = log_p.reshape(-1, num_top + 1)
+
+    def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward_over_buckets(ids[rows], log_p[rows].to(scaled.dtype), scaled)
+
+    return mean_divergence(student_logits, compare, teacher.temperature, mask)
+
+
+def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) over buckets; its slope is q_v - p_v in a bucket of one token, and in the tail
+    q_v (1 - p_tail / q_tail): the tail's own token by token, moved as one."""
+    log_q = _log_buckets(scaled, ids)
+    p = log_p.exp()
+    log_each = torch.log_softmax(scaled, dim=-1)
+    # As logarithms: where q's tail has almost no mass, p_tail / q_tail alone would overflow. Equal
+    # tails leave exactly 0.
+    gap = log_p[:, -1:] - log_q[:, -1:]
+    has_mass = (log_each > -math.inf) & (log_p[:, -1:] > -math.inf)
+    slope = log_each.exp() - torch.where(has_mass, log_each + gap, -math.inf).exp()
+    slope.scatter_(-1, ids, (log_q.exp() - p)[:, :-1])
+    return expected(p, log_p - log_q), slope
+
+
+def _log_buckets(scaled: Tensor, ids: Tensor) -> Tensor:
     """Compute the log-mass of each bucket under `softmax(scaled)`.
 
     Args:

@@ -21,10 +21,9 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from iiet.coarsening import CoarseDistribution, coarsen
+from iiet.coarsening import CoarseDistribution, coarse_kl_divergence, coarsen
 from iiet.losses import (
     DivergenceKind,
-    coarse_kl_divergence,
     hidden_state_error,
     kl_divergence,
     next_token_loss,

@@ -12,7 +12,6 @@ Source: Hinton et al. 2015 (temperature and its square); this project (gradients
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -20,18 +19,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet.coarsening import CHUNK_ELEMENTS, CoarseDistribution, log_buckets
-
 __all__ = [
+    "CHUNK_ELEMENTS",
     "DivergenceKind",
-    "coarse_kl_divergence",
     "hidden_state_error",
     "kl_divergence",
+    "mean_divergence",
     "next_token_loss",
 ]
 
 DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
+CHUNK_ELEMENTS = 1 << 21
+"""Most logits that are worked on at a time: more save no time."""
 # A chunk of tokens x vocabulary is this share of the logits, which half a dozen tensors of its size
 # then leave the largest of the step, within these numbers of elements: fewer do not keep a core
 # busy, more save no time.
@@ -116,45 +116,7 @@ def kl_divergence(
         log_p = torch.log_softmax(_at_least_float32(theirs[rows]) / temperature, dim=-1)
         return _DIVERGENCES[kind](log_p, torch.log_softmax(scaled, dim=-1))
 
-    return _mean_divergence(student_logits, compare, temperature, mask)
-
-
-def coarse_kl_divergence(
-    teacher: CoarseDistribution, student_logits: Tensor, *, mask: Tensor | None = None
-) -> Tensor:
-    """Compute the mean KL(teacher || student) per token over the teacher's buckets, times T^2.
-
-    The student's tokens fall into the same k + 1 buckets, at the teacher's temperature T. Not above
-    the forward `kl_divergence` of the full distributions, and equal to it with a bucket for each
-    token.
-
-    Args:
-        teacher: k likeliest tokens and their tail.
-        student_logits: (batch, time, vocab).
-        mask: (batch, time) of bool, the positions whose distributions count; all when not given.
-
-    Returns:
-        A scalar of at least 0; 0 when no position counts.
-
-    Raises:
-        ValueError: teacher, student or mask hold different numbers of tokens, or the teacher more
-        buckets than the vocabulary.
-    """
-    num_top = teacher.ids.shape[-1]
-    if teacher.ids.shape[:-1] != student_logits.shape[:-1] or num_top > student_logits.shape[-1]:
-        raise ValueError(
-            f"the teacher has {num_top} likeliest tokens at {tuple(teacher.ids.shape[:-1])} "
-            f"positions, the student logits of shape {tuple(student_logits.shape)}; "
-            "they need the same tokens and vocabulary"
-        )
-    ids = teacher.ids.long().reshape(-1, num_top)
-    log_p = torch.cat([teacher.log_probs, teacher.log_tail.unsqueeze(-1)], dim=-1).detach()
-    log_p = log_p.reshape(-1, num_top + 1)
-
-    def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward_over_buckets(ids[rows], log_p[rows].to(scaled.dtype), scaled)
-
-    return _mean_divergence(student_logits, compare, teacher.temperature, mask)
+    return mean_divergence(student_logits, compare, temperature, mask)
 
 
 def hidden_state_error(
@@ -207,7 +169,7 @@ def _check_mask(mask: Tensor | None, tokens: torch.Size) -> None:
         )
 
 
-def _mean_divergence(
+def mean_divergence(
     student_logits: Tensor, compare: Compare, temperature: float, mask: Tensor | None
 ) -> Tensor:
     _check_mask(mask, student_logits.shape[:-1])
@@ -265,13 +227,13 @@ class _MeanDivergence(torch.autograd.Function):
 def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q); its slope is q - p."""
     p = log_p.exp()
-    return _expected(p, log_p - log_q), log_q.exp() - p
+    return expected(p, log_p - log_q), log_q.exp() - p
 
 
 def _reverse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p); its slope is q (log(q/p) - KL)."""
     q, surprise = log_q.exp(), log_q - log_p
-    value = _expected(q, surprise)
+    value = expected(q, surprise)
     return value, _product(q, surprise - value.unsqueeze(-1))
 
 
@@ -282,8 +244,8 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     # log((1 + e^-|d|) / 2) is exactly 0 at d = 0, which log(m) from rounded p and q is not.
     half = torch.log1p(torch.expm1(-difference.abs()) / 2)
     surprise = difference.clamp(max=0) - half
-    student_value = _expected(q, surprise)
-    teacher_value = _expected(p, (-difference).clamp(max=0) - half)
+    student_value = expected(q, surprise)
+    teacher_value = expected(p, (-difference).clamp(max=0) - half)
     slope = _product(q, surprise - student_value.unsqueeze(-1)) / 2
     return (teacher_value + student_value) / 2, slope
 
@@ -291,27 +253,12 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 _DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}
 
 
-def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) over buckets; its slope is q_v - p_v in a bucket of one token, and in the tail
-    q_v (1 - p_tail / q_tail): the tail's own token by token, moved as one."""
-    log_q = log_buckets(scaled, ids)
-    p = log_p.exp()
-    log_each = torch.log_softmax(scaled, dim=-1)
-    # As logarithms: where q's tail has almost no mass, p_tail / q_tail alone would overflow. Equal
-    # tails leave exactly 0.
-    gap = log_p[:, -1:] - log_q[:, -1:]
-    has_mass = (log_each > -math.inf) & (log_p[:, -1:] > -math.inf)
-    slope = log_each.exp() - torch.where(has_mass, log_each + gap, -math.inf).exp()
-    slope.scatter_(-1, ids, (log_q.exp() - p)[:, :-1])
-    return _expected(p, log_p - log_q), slope
-
-
 def _product(probability: Tensor, value: Tensor) -> Tensor:
     """`probability * value`, and 0 where the probability is 0, whatever infinity stands there."""
     return torch.where(probability > 0, probability * value, 0)
 
 
-def _expected(probability: Tensor, value: Tensor) -> Tensor:
+def expected(probability: Tensor, value: Tensor) -> Tensor:
     """Sum `probability * value` over the last axis."""
     return _product(probability, value).sum(dim=-1)
 

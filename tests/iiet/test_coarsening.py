@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iiet import losses
-from iiet.coarsening import coarsen
-from iiet.losses import coarse_kl_divergence, kl_divergence
+from iiet.coarsening import coarse_kl_divergence, coarsen
+from iiet.losses import kl_divergence
 
 VOCAB = 17
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iiet import losses
-from iiet.coarsening import coarsen
+from iiet.coarsening import coarse_kl_divergence, coarsen
 from iiet.losses import (
-    coarse_kl_divergence,
     hidden_state_error,
     kl_divergence,
     next_token_loss,
