@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.shape import shaped_config
+from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
 from orchestrator.data.batches import BatchPlan
@@ -120,7 +121,7 @@ class Runs:
         torch.manual_seed(recipe.seed)
         decoder = Decoder(config).train()
         optimizer = make_optimizer(decoder, recipe)
-        batches = [self.batch(job, step) for step in range(recipe.num_steps)]
+        batches = [self.batch(job, step).input_ids for step in range(recipe.num_steps)]
         times: list[float] = []
         losses: list[float] = []
         for step, input_ids in enumerate(batches):
@@ -134,13 +135,11 @@ class Runs:
             times.append(time.perf_counter())
         return Steps([b - a for a, b in pairwise(times)], losses)
 
-    def batch(self, job: TrainingJob, step: int) -> torch.Tensor:
-        """Return the sequences of a step, read as the loop reads them."""
+    def batch(self, job: TrainingJob, step: int) -> Batch:
+        """Return the batch of a step, read as the loop reads it."""
         store, config = open_tokens(job.tokens_folder), job.config()
         plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
-        return plan.sequences(
-            step, store.train, global_batch=sequences_per_step(job.recipe, config)
-        )
+        return plan.batch(step, store.train, global_batch=sequences_per_step(job.recipe, config))
 
     def loading(self) -> float:
         """Return the seconds that the loop spends on one step's batch."""
@@ -150,7 +149,7 @@ class Runs:
         number = sequences_per_step(job.recipe, config)
         started = time.perf_counter()
         for step in range(self.size.num_steps):
-            plan.sequences(step, store.train, global_batch=number)
+            plan.batch(step, store.train, global_batch=number)
         return (time.perf_counter() - started) / self.size.num_steps
 
     def workers(self, num_workers: int) -> Steps:

@@ -5,6 +5,7 @@ Needs torch and the standard library. The adapter to transformers is `iiet.huggi
 whoever wants it.
 """
 
+from iiet.batch import Batch
 from iiet.cache import KeyValueCache
 from iiet.config import PRESETS, ModelConfig, preset
 from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
@@ -12,7 +13,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.generate import generate, stream
 from iiet.influence import InfluenceTable, influence_table
-from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
+from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.methods import METHODS
 from iiet.pruning import (
     FamilyMember,
@@ -28,6 +29,7 @@ from iiet.schedule import IterationSchedule
 __all__ = [
     "METHODS",
     "PRESETS",
+    "Batch",
     "Decoder",
     "DistillationConfig",
     "FamilyMember",
@@ -36,6 +38,7 @@ __all__ = [
     "IterationSchedule",
     "KeyValueCache",
     "ModelConfig",
+    "cross_entropy",
     "decoder_from_published",
     "distillation_loss",
     "frozen_teacher",

@@ -22,7 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iiet.losses import CHUNK_ELEMENTS, expected, mean_divergence
+from iiet.losses import (
+    CHUNK_ELEMENTS,
+    at_least_float32,
+    check_temperature,
+    expected,
+    mean_divergence,
+)
 
 __all__ = ["CoarseDistribution", "coarse_kl_divergence", "coarsen"]
 
@@ -65,12 +71,11 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_temperature(temperature)
     vocab = logits.shape[-1]
     parts: list[tuple[Tensor, Tensor]] = []
     for rows in torch.split(logits.reshape(-1, vocab), max(1, CHUNK_ELEMENTS // vocab)):
-        scaled = rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature
+        scaled = at_least_float32(rows) / temperature
         ids = scaled.topk(min(top_k, vocab), dim=-1).indices
         parts.append((ids, _log_buckets(scaled, ids)))
     ids, buckets = (
@@ -86,21 +91,17 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
 
 
 def coarse_kl_divergence(
-    teacher: CoarseDistribution, student_logits: Tensor, *, mask: Tensor | None = None
+    teacher: CoarseDistribution,
+    student_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    count: float | None = None,
 ) -> Tensor:
-    """Compute the mean KL(teacher || student) per token over the teacher's buckets, times T^2.
+    """Compute the mean KL(teacher || student) per position over the teacher's buckets, times T^2.
 
     The student's tokens fall into the same k + 1 buckets, at the teacher's temperature T. Not above
     the forward `kl_divergence` of the full distributions, and equal to it with a bucket for each
-    token.
-
-    Args:
-        teacher: k likeliest tokens and their tail.
-        student_logits: (batch, time, vocab).
-        mask: (batch, time) of bool, the positions whose distributions count; all when not given.
-
-    Returns:
-        A scalar of at least 0; 0 when no position counts.
+    token; `mask` and `count` are as there.
 
     Raises:
         ValueError: teacher, student or mask hold different numbers of tokens, or the teacher more
@@ -120,7 +121,7 @@ def coarse_kl_divergence(
     def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
         return _forward_over_buckets(ids[rows], log_p[rows].to(scaled.dtype), scaled)
 
-    return mean_divergence(student_logits, compare, teacher.temperature, mask)
+    return mean_divergence(student_logits, compare, teacher.temperature, mask, count)
 
 
 def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,15 +140,9 @@ def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[T
 
 
 def _log_buckets(scaled: Tensor, ids: Tensor) -> Tensor:
-    """Compute the log-mass of each bucket under `softmax(scaled)`.
+    """Return the log-mass of each bucket under `softmax(scaled)`, (..., k + 1), the tail last.
 
-    Args:
-        scaled: (..., vocab), logits over temperature.
-        ids: (..., k), distinct tokens.
-
-    Returns:
-        (..., k + 1), the tail's last. Equal inputs give equal bits, on which a loss of exactly 0
-        rests.
+    Equal inputs give equal bits, on which a loss of exactly 0 rests.
     """
     total = scaled.logsumexp(-1, keepdim=True)
     tail = scaled.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)

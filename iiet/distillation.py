@@ -1,6 +1,6 @@
 """The IIAD objective: a student under a cheaper iteration schedule learns from its full teacher.
 
-In: student, teacher and a batch of tokens. Out: the loss and its parts, for any training loop. The
+In: student, teacher and a batch. Out: the loss and its parts, for any training loop. The
 student starts as the same weights under fewer corrections; the teacher keeps a copy of its own, so
 that the optimizer, which works in place, cannot move both. Pruning without distillation is this
 objective never applied; training without a teacher is `kl_weight=0`, which runs no teacher at all.
@@ -21,12 +21,13 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from iiet.batch import Batch
 from iiet.coarsening import CoarseDistribution, coarse_kl_divergence, coarsen
 from iiet.losses import (
     DivergenceKind,
+    batch_cross_entropy,
     hidden_state_error,
     kl_divergence,
-    next_token_loss,
 )
 
 __all__ = ["DistillationConfig", "distillation_loss", "frozen_teacher"]
@@ -115,69 +116,74 @@ def frozen_teacher(decoder: ModuleT) -> ModuleT:
 def distillation_loss(
     student: Model,
     teacher: Model | None,
-    input_ids: Tensor,
+    batch: Batch | Tensor,
     *,
     config: DistillationConfig,
     step: int = 0,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute `cross_entropy + kl_weight * KL(teacher || student) + hidden_weight * error`.
+
+    The cross-entropy is over the targets that count, the other terms are over `batch.taught`.
 
     Args:
         student: the model in training; called once.
         teacher: the model under the full schedule; run without gradients, and only at steps where
             it has a say. May be None if it never has one.
-        input_ids: (batch, time) of integers.
+        batch: what to learn from; a lone tensor, (batch, time) of integers, is text.
         config: weights, temperature, divergence and window.
         step: the training step, counted from 0, for the window.
-        mask: (batch, time) of bool, false for padding: the tokens that count as targets of the
-            cross-entropy and as positions of the other terms; all when not given.
 
     Returns:
-        The loss, a scalar, 0 when no token counts, and its unweighted parts `cross_entropy`, `kl`
-        and `hidden` (those that count at this step), detached scalars on the model's device.
+        The loss, a scalar, 0 when no position counts, and its unweighted parts `cross_entropy`,
+        `kl` and `hidden` (those that count at this step), detached scalars on the model's device.
 
     Raises:
         ValueError: the teacher has a say and is None, or its answers are coarser than the config
             asks for.
     """
+    batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
     if not config.uses_teacher(step):
-        loss = next_token_loss(student(input_ids), input_ids, mask=mask)
+        loss = batch_cross_entropy(student(batch.input_ids), batch)
         return loss, {"cross_entropy": loss.detach()}
     if teacher is None:
         raise ValueError(
             f"step {step} needs a teacher, got None; set kl_weight and hidden_weight 0"
         )
     with_hidden = config.hidden_weight > 0
-    answer, teacher_hidden = _run_teacher(teacher, input_ids, with_hidden)
-    logits, hidden = _run(student, input_ids, with_hidden)
+    answer, teacher_hidden = _run_teacher(teacher, batch.input_ids, with_hidden)
+    logits, hidden = _run(student, batch.input_ids, with_hidden)
 
     parts: dict[str, Tensor] = {}
     loss = logits.new_zeros((), dtype=torch.float32)
     if config.kl_weight > 0:
-        parts["kl"] = _divergence(answer, logits, config, mask)
+        parts["kl"] = _divergence(answer, logits, config, batch)
         loss = loss + config.kl_weight * parts["kl"]
     # With a large vocabulary these logits weigh more than the model: free them before the
     # cross-entropy stores a tensor of the same size.
     del answer
     if with_hidden:
-        parts["hidden"] = hidden_state_error(teacher_hidden, hidden, mask=mask)
+        parts["hidden"] = hidden_state_error(
+            teacher_hidden, hidden, mask=batch.taught, count=batch.position_count
+        )
         loss = loss + config.hidden_weight * parts["hidden"]
-    parts["cross_entropy"] = next_token_loss(logits, input_ids, mask=mask)
+    parts["cross_entropy"] = batch_cross_entropy(logits, batch)
     loss = loss + parts["cross_entropy"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
 def _divergence(
-    answer: Tensor | CoarseDistribution,
-    logits: Tensor,
-    config: DistillationConfig,
-    mask: Tensor | None,
+    answer: Tensor | CoarseDistribution, logits: Tensor, config: DistillationConfig, batch: Batch
 ) -> Tensor:
+    mask, count = batch.taught, batch.position_count
     if isinstance(answer, Tensor):
         if config.top_k is None:
             return kl_divergence(
-                answer, logits, temperature=config.temperature, kind=config.divergence, mask=mask
+                answer,
+                logits,
+                temperature=config.temperature,
+                kind=config.divergence,
+                mask=mask,
+                count=count,
             )
         answer = coarsen(answer, config.top_k, temperature=config.temperature)
     num_wanted = min(config.top_k or logits.shape[-1], logits.shape[-1])
@@ -187,7 +193,7 @@ def _divergence(
             f"the teacher's answers hold {num_found} tokens at temperature {answer.temperature}, "
             f"the loss wants {num_wanted} at {config.temperature}; they must be made for this loss"
         )
-    return coarse_kl_divergence(answer, logits, mask=mask)
+    return coarse_kl_divergence(answer, logits, mask=mask, count=count)
 
 
 def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Any, tuple[Tensor, ...]]:

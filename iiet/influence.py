@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from iiet.batch import NO_TARGET, Batch
 from iiet.decoder import Decoder
 from iiet.influence_values import InfluenceMetric, InfluenceTable, Rows, checked_metric
-from iiet.losses import next_token_loss
+from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 
 __all__ = ["InfluenceAccumulator", "InfluenceMetric", "InfluenceTable", "influence_table"]
 
 
-Batch = Tensor | Mapping[str, Tensor]
-"""Tokens, (batch, time) of integers; or a mapping with these as `input_ids` and an `attention_mask`
-of the same shape, false for padding, which then does not exist."""
+BatchLike = Batch | Tensor | Mapping[str, Tensor]
+"""A batch; or the tokens of text, (batch, time) of integers; or a mapping with these as `input_ids`
+and an `attention_mask` of the same shape, false for padding, which then does not exist."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +59,26 @@ class InfluenceAccumulator:
         checked_metric(self.metric)
 
     @torch.no_grad()
-    def add(self, decoder: Decoder, batch: Batch) -> None:
-        """Measure one batch.
+    def add(self, decoder: Decoder, batch: BatchLike) -> None:
+        """Measure one batch at the positions that count; at those with a target for `loss`.
 
         Args:
             decoder: measured under its own iteration schedule.
-            batch: tokens, and perhaps which of them are padding.
+            batch: its tokens and targets, or text, and perhaps which tokens are padding.
 
         Raises:
             ValueError: the batch has no two axes, or nothing to measure: no tokens, or none to
                 predict with the metric `loss`.
         """
-        input_ids, is_real = _tokens_of(batch, decoder.device)
-        counted = is_real
-        if self.metric == "loss":  # Tokens that are predicted, from one that is there.
-            counted = is_real & is_real.roll(1, dims=1)
-            counted[:, :1] = False
-        num_tokens = int(counted.sum())
+        chosen, attention_mask = _opened(batch, decoder.device)
+        num_tokens = chosen.num_targets if self.metric == "loss" else chosen.num_positions
         if num_tokens == 0:
-            raise ValueError(f"a batch of shape {tuple(input_ids.shape)} holds nothing to measure")
+            shape = tuple(chosen.input_ids.shape)
+            raise ValueError(f"a batch of shape {shape} holds nothing to measure")
         if self.metric == "loss":
-            rows = _rises_of_loss(decoder, input_ids, is_real, counted)
+            rows = _rises_of_loss(decoder, chosen, attention_mask)
         else:
-            rows = _comparisons(decoder, input_ids, is_real, _COMPARISONS[self.metric])
+            rows = _comparisons(decoder, chosen, attention_mask, _COMPARISONS[self.metric])
         self.batches.append(_BatchMeans(num_tokens, rows))
 
     def merge(self, other: InfluenceAccumulator) -> None:
@@ -117,7 +115,7 @@ class InfluenceAccumulator:
 
 def influence_table(
     decoder: Decoder,
-    batches: Iterable[Batch],
+    batches: Iterable[BatchLike],
     *,
     metric: InfluenceMetric = "cosine",
     progress: Callable[[int], None] | None = None,
@@ -133,8 +131,8 @@ def influence_table(
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
             autocast; the comparisons themselves are made in float64.
-        batches: the calibration set, (batch, time) of integers each, or mappings that say what is
-            padding; a lone tensor is one batch.
+        batches: the calibration set: batches, whose masks are obeyed, or text, (batch, time) of
+            integers each, or mappings that say what is padding; a lone tensor is one batch.
         metric: which of the three.
         progress: called after each batch with the number of batches done.
 
@@ -156,34 +154,37 @@ def influence_table(
     return accumulator.table()
 
 
-def _tokens_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the tokens of a batch, and which are real, both (batch, time) on the device."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    input_ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    if input_ids.ndim != 2 or mask.shape != input_ids.shape:
-        raise ValueError(
-            f"a batch is (batch, time), and its mask alike; got {tuple(input_ids.shape)} and "
-            f"{tuple(mask.shape)}"
-        )
-    return input_ids.to(device), mask.to(device).bool()
+def _opened(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | None]:
+    """Return a batch of any form, and which of its tokens are no padding, both on the device."""
+    if isinstance(batch, Batch):
+        return batch.to(device), None
+    attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    text = Batch.of_text(batch["input_ids"] if isinstance(batch, Mapping) else batch).to(device)
+    if attention_mask is None:
+        return text, None
+    # Padding is no position, and no target of the one before it; the last one has none anyway.
+    is_real = attention_mask.to(device).bool()
+    padded = replace(text, mask=is_real)
+    targets = text.targets.masked_fill(~is_real.roll(-1, dims=1), NO_TARGET)
+    return replace(padded, targets=targets), is_real
 
 
 def _comparisons(
     decoder: Decoder,
-    input_ids: Tensor,
-    is_real: Tensor,
+    batch: Batch,
+    attention_mask: Tensor | None,
     compare: Callable[[Tensor, Tensor], Tensor],
 ) -> Rows:
-    """Compare consecutive evaluations of each layer, averaged over the batch's tokens."""
-    outputs = decoder.evaluations(input_ids, attention_mask=is_real)
+    """Compare consecutive evaluations of each layer, averaged over the batch's positions."""
+    outputs = decoder.evaluations(batch.input_ids, attention_mask=attention_mask)
+    counted = slice(None) if batch.taught is None else batch.taught
     rows: list[tuple[float, ...]] = []
     for layer, num_corrections in enumerate(decoder.schedule):
         row: list[float] = []
         for i in range(1, num_corrections + 1):
             # In float64: of a cosine near one, float32 leaves few digits of the difference.
             before, after = outputs[layer, i - 1].double(), outputs[layer, i].double()
-            row.append(compare(before, after)[is_real].mean().item())
+            row.append(compare(before, after)[counted].mean().item())
         rows.append(tuple(row))
     return tuple(rows)
 
@@ -202,16 +203,17 @@ def _relative_change(before: Tensor, after: Tensor) -> Tensor:
 _COMPARISONS = {"cosine": _cosine_distance, "relative": _relative_change}
 
 
-def _rises_of_loss(decoder: Decoder, input_ids: Tensor, is_real: Tensor, is_target: Tensor) -> Rows:
+def _rises_of_loss(decoder: Decoder, batch: Batch, attention_mask: Tensor | None) -> Rows:
     """Measure the loss with each layer stopped before each of its corrections, against full."""
-    counts: list[int] = is_target.sum(-1).tolist()
+    sequences = replace(batch, target_count=None).split(1)
+    counts = [sequence.num_targets for sequence in sequences]
 
     def loss(schedule: IterationSchedule) -> float:
-        logits = decoder(input_ids, schedule=schedule, attention_mask=is_real)
+        logits = decoder(batch.input_ids, schedule=schedule, attention_mask=attention_mask)
         # In float64, because rises are small beside the loss; by sequence, to spare memory.
         losses = [
-            next_token_loss(ours[None].double(), tokens[None], mask=targets[None]).item()
-            for ours, tokens, targets in zip(logits, input_ids, is_target, strict=True)
+            batch_cross_entropy(ours[None].double(), sequence).item()
+            for ours, sequence in zip(logits, sequences, strict=True)
         ]
         return math.fsum(n * each for n, each in zip(counts, losses, strict=True)) / sum(counts)
 

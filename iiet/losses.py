@@ -1,8 +1,13 @@
-"""The losses, each what its name says: next-token cross-entropy, divergences, hidden-state error.
+"""The losses, each what its name says: cross-entropy, divergences, hidden-state error.
 
-In: logits `(batch, time, vocab)` or hidden states `(batch, time, dim)`. Out: a scalar, a mean per
-token. The divergences are true ones: exactly zero with a zero gradient where teacher and student
-agree, and never negative. A cross-entropy against soft targets, often called "KL", is neither.
+In: logits `(batch, time, vocab)` or hidden states `(batch, time, dim)`, and a `mask`, `(batch,
+time)` of bool: the positions that count, all when not given. Out: a scalar, the mean over these
+positions, 0 where there are none. What stands at the others does not matter, be it no number. The
+sum is divided by `count` where it is given, so that parts of a batch can add up to the whole's mean
+(`Batch.split`).
+
+The divergences are true ones: exactly zero with a zero gradient where teacher and student agree,
+and never negative. A cross-entropy against soft targets, often called "KL", is neither.
 
 With a large vocabulary the logits are the largest tensor of a training step. A divergence written
 in plain operations saves several more of that size for its backward; here the gradient, which has a
@@ -19,9 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iiet.batch import NO_TARGET, Batch
+
 __all__ = [
     "CHUNK_ELEMENTS",
     "DivergenceKind",
+    "batch_cross_entropy",
+    "cross_entropy",
     "hidden_state_error",
     "kl_divergence",
     "mean_divergence",
@@ -37,40 +46,60 @@ CHUNK_ELEMENTS = 1 << 21
 # busy, more save no time.
 CHUNK_SHARE = 16
 FEWEST_ELEMENTS = 1 << 16
-IGNORED = -100
 
 Compare = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(rows, the student's logits / T of these rows) -> divergence of each row, its slope (its gradient
 with respect to logits / T)."""
 
 
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, count: float | None = None
+) -> Tensor:
+    """Compute the mean of `-log softmax(logits)[target]`, in float32 or better.
+
+    Args:
+        logits: (batch, time, vocab).
+        targets: (batch, time) of integers; positions with `NO_TARGET` do not count.
+        mask: which others count.
+        count: divides the sum, instead of the number of targets that count.
+
+    Raises:
+        ValueError: logits, targets and mask do not fit together.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets must be (batch, time) as the logits, here {tuple(logits.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    counted = _counted(mask, logits) & (targets != NO_TARGET)
+    if mask is not None:
+        targets = targets.masked_fill(~counted, NO_TARGET)
+        # Their gradient is zero times their softmax, which is no number if they are none.
+        logits = logits.masked_fill(~counted.unsqueeze(-1), 0)
+    total = F.cross_entropy(
+        at_least_float32(logits).flatten(0, 1),
+        targets.flatten(),
+        ignore_index=NO_TARGET,
+        reduction="sum",
+    )
+    return total / _divisor(count, counted, total.dtype)
+
+
+def batch_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Compute the `cross_entropy` of a batch's targets from the logits, (batch, time, vocab)."""
+    return cross_entropy(logits, batch.targets, mask=batch.taught, count=batch.target_count)
+
+
 def next_token_loss(logits: Tensor, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Compute the mean of `-log p(token t+1 | tokens <= t)`, in float32 or better.
+    """Compute the mean of `-log p(token t+1 | tokens <= t)`: the `cross_entropy` of text.
 
     Args:
         logits: (batch, time, vocab); those of the last position have no target and do not count.
         input_ids: (batch, time) of integers.
-        mask: (batch, time) of bool, the tokens that count as targets; all of them when not given.
-
-    Returns:
-        A scalar; 0 when no token counts.
-
-    Raises:
-        ValueError: a mask of another shape.
+        mask: the tokens that count as targets; all when not given.
     """
-    _check_mask(mask, input_ids.shape)
     # Shifting the targets instead of the logits avoids a copy of the logits.
-    targets = torch.full_like(input_ids, IGNORED)
-    targets[:, :-1] = input_ids[:, 1:]
-    if mask is not None:
-        targets[:, :-1].masked_fill_(~mask[:, 1:].bool(), IGNORED)
-    total = F.cross_entropy(
-        _at_least_float32(logits).flatten(0, 1),
-        targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    return batch_cross_entropy(logits, Batch.of_text(input_ids, mask))
 
 
 def kl_divergence(
@@ -79,9 +108,10 @@ def kl_divergence(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    count: float | None = None,
     kind: DivergenceKind = "forward",
 ) -> Tensor:
-    """Compute the mean divergence per token between next-token distributions, times T^2.
+    """Compute the mean divergence per position between next-token distributions, times T^2.
 
     With `p = softmax(teacher / T)`, `q = softmax(student / T)` and `m = (p + q) / 2`: `forward` is
     `KL(p || q) = sum p log(p / q)`, `reverse` is `KL(q || p)`, `jensen_shannon` is
@@ -91,11 +121,9 @@ def kl_divergence(
         teacher_logits: (batch, time, vocab); never receives a gradient.
         student_logits: (batch, time, vocab).
         temperature: above 0; larger ones weigh the unlikely tokens more.
-        mask: (batch, time) of bool, the positions whose distributions count; all when not given.
+        mask: which positions count.
+        count: divides the sum, instead of the number of positions that count.
         kind: which divergence.
-
-    Returns:
-        A scalar of at least 0; 0 when no position counts.
 
     Raises:
         ValueError: shapes that differ, also of the mask, a temperature that is not above 0, or an
@@ -106,17 +134,16 @@ def kl_divergence(
             f"teacher and student differ in shape: {tuple(teacher_logits.shape)} and "
             f"{tuple(student_logits.shape)}; they need the same tokens and vocabulary"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_temperature(temperature)
     if kind not in get_args(DivergenceKind):
         raise ValueError(f"divergence must be one of {get_args(DivergenceKind)}, got {kind!r}")
     theirs = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
 
     def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(_at_least_float32(theirs[rows]) / temperature, dim=-1)
+        log_p = torch.log_softmax(at_least_float32(theirs[rows]) / temperature, dim=-1)
         return _DIVERGENCES[kind](log_p, torch.log_softmax(scaled, dim=-1))
 
-    return mean_divergence(student_logits, compare, temperature, mask)
+    return mean_divergence(student_logits, compare, temperature, mask, count)
 
 
 def hidden_state_error(
@@ -124,19 +151,19 @@ def hidden_state_error(
     student_hidden: Sequence[Tensor],
     *,
     mask: Tensor | None = None,
+    count: float | None = None,
 ) -> Tensor:
-    """Compute the mean over layers and tokens of `|h_student - h_teacher|^2 / |h_teacher|^2`.
+    """Compute the mean over layers and positions of `|h_student - h_teacher|^2 / |h_teacher|^2`.
 
-    Relative, because hidden states grow with depth and the last layers would decide alone; token by
-    token, so that a batch in several passes, or of several workers, has the error of the whole.
+    Relative, because hidden states grow with depth and the last layers would decide alone; position
+    by position, so that a batch in several passes, or of several workers, has the error of the
+    whole.
 
     Args:
         teacher_hidden: one (batch, time, dim) per layer; never receives a gradient.
         student_hidden: the same shapes.
-        mask: (batch, time) of bool, the positions that count; all when not given.
-
-    Returns:
-        A scalar of at least 0, exactly 0 with a zero gradient at equality or when none counts.
+        mask: which positions count.
+        count: divides the sum, instead of the number of positions that count.
 
     Raises:
         ValueError: the two have different numbers of layers, or none; a mask of another shape.
@@ -146,39 +173,57 @@ def hidden_state_error(
             f"got hidden states of {len(teacher_hidden)} teacher and {len(student_hidden)} student "
             "layers; they must be the same number, at least 1"
         )
-    _check_mask(mask, student_hidden[0].shape[:-1])
+    counted = _counted(mask, student_hidden[0])
     errors = []
     for theirs, ours in zip(teacher_hidden, student_hidden, strict=True):
-        target = _at_least_float32(theirs.detach())
-        difference = _at_least_float32(ours) - target
+        target = at_least_float32(theirs.detach())
+        difference = at_least_float32(ours) - target
         if mask is not None:
-            ignored = ~mask.bool().unsqueeze(-1)
-            target = target.masked_fill(ignored, 0)
-            difference = difference.masked_fill(ignored, 0)
+            target = target.masked_fill(~counted.unsqueeze(-1), 0)
+            difference = difference.masked_fill(~counted.unsqueeze(-1), 0)
         size = target.square().sum(dim=-1).clamp(min=torch.finfo(target.dtype).tiny)
         errors.append((difference.square().sum(dim=-1) / size).sum())
-    num_counted = target[..., 0].numel() if mask is None else mask.bool().sum().clamp(min=1)
-    return torch.stack(errors).mean() / num_counted
+    error = torch.stack(errors).mean()
+    return error / _divisor(count, counted, error.dtype)
 
 
-def _check_mask(mask: Tensor | None, tokens: torch.Size) -> None:
+def check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def _counted(mask: Tensor | None, values: Tensor) -> Tensor:
+    """Return which positions of `values`, (batch, time, any), count; (batch, time) of bool."""
+    positions = values.shape[:-1]
+    if mask is None:
+        return torch.ones(positions, dtype=torch.bool, device=values.device)
     # A mask of one row or one column would be spread over all of them, and the mean be wrong.
-    if mask is not None and mask.shape != tokens:
+    if mask.shape != positions:
         raise ValueError(
-            f"mask must be (batch, time), here {tuple(tokens)}, got {tuple(mask.shape)}"
+            f"mask must be (batch, time), here {tuple(positions)}, got {tuple(mask.shape)}"
         )
+    return mask.bool()
+
+
+def _divisor(count: float | None, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a sum over the positions that count is divided by; 1 where there are none."""
+    if count is None:
+        return counted.sum().clamp(min=1).to(dtype)
+    return torch.full((), count or 1.0, dtype=dtype, device=counted.device)
 
 
 def mean_divergence(
-    student_logits: Tensor, compare: Compare, temperature: float, mask: Tensor | None
+    student_logits: Tensor,
+    compare: Compare,
+    temperature: float,
+    mask: Tensor | None,
+    count: float | None,
 ) -> Tensor:
-    _check_mask(mask, student_logits.shape[:-1])
-    counts = torch.ones(student_logits.shape[:-1], device=student_logits.device)
-    if mask is not None:
-        counts = counts * mask
+    counted = _counted(mask, student_logits)
+    divisor = _divisor(count, counted, _wider(student_logits.dtype))
     keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     divergence: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits, compare, counts, temperature, keep_gradient
+        student_logits, compare, counted.flatten(), divisor, temperature, keep_gradient
     )
     return divergence
 
@@ -191,37 +236,36 @@ class _MeanDivergence(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         compare: Compare,
-        counts: Tensor,
+        counted: Tensor,
+        divisor: Tensor,
         temperature: float,
         keep_gradient: bool,
     ) -> Tensor:
         vocab = student.shape[-1]
         ours = student.reshape(-1, vocab)
-        counted = counts.flatten() > 0
-        values = ours.new_zeros(len(ours), dtype=torch.promote_types(ours.dtype, torch.float32))
-        num_counted = counted.sum().clamp(min=1).to(values)
+        values = ours.new_zeros(len(ours), dtype=divisor.dtype)
         gradient = torch.zeros_like(ours) if keep_gradient else None
         elements = min(CHUNK_ELEMENTS, max(FEWEST_ELEMENTS, ours.numel() // CHUNK_SHARE))
         chunk = max(1, elements // vocab)
         for start in range(0, len(ours), chunk):
             part = slice(start, start + chunk)
-            value, slope = compare(part, _at_least_float32(ours[part]) / temperature)
+            value, slope = compare(part, at_least_float32(ours[part]) / temperature)
             # Rounding can take a tiny divergence below zero. Masked positions may hold NaN, which
             # a product would spread.
             values[part] = value.clamp(min=0).masked_fill(~counted[part], 0)
             if gradient is not None:
                 # `slope` is with respect to logits / T: one T of T^2 remains.
-                slope *= temperature / num_counted
+                slope *= temperature / divisor
                 gradient[part] = slope.masked_fill_(~counted[part, None], 0)
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(student))
-        return values.sum() * (temperature**2 / num_counted)
+        return values.sum() * (temperature**2 / divisor)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None, None
+        return gradient * upstream.to(gradient.dtype), None, None, None, None, None
 
 
 def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,5 +307,10 @@ def expected(probability: Tensor, value: Tensor) -> Tensor:
     return _product(probability, value).sum(dim=-1)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision that is computed in: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    return values.to(_wider(values.dtype))

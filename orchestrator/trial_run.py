@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from iiet.decoder import Decoder
-from iiet.losses import next_token_loss
+from iiet.losses import batch_cross_entropy
 from iiet.methods import METHODS
 from orchestrator.analysis.harness import checkpoint_vocabulary, evaluate_decoder
 from orchestrator.analysis.results import items_name
@@ -217,9 +217,10 @@ def validation_loss(decoder: Decoder, tokens_folder: Path) -> float:
         num_tokens=NUM_VALIDATION_TOKENS,
         batch_size=16,
     ):
+        num_targets = batch.num_targets
         batch = batch.to(decoder.device)
-        total += float(next_token_loss(decoder(batch), batch)) * len(batch)
-        count += len(batch)
+        total += float(batch_cross_entropy(decoder(batch.input_ids), batch)) * num_targets
+        count += num_targets
     return total / count
 
 

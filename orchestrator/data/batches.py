@@ -1,4 +1,6 @@
-"""Which tokens belong to which step: index arithmetic alone, no reader, no state.
+"""Which tokens belong to which step of a text's training: index arithmetic alone, no reader, no
+state. Each step's are handed out as an `iiet.Batch`, which knows its targets; another source of
+batches can stand beside this one without a change to the training loop.
 
 The training tokens are cut into windows of one context. An epoch visits each window once in an
 order of its own, and its cut begins at an offset of its own, so that no token always starts a
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iiet.batch import Batch
 from orchestrator.errors import UserError
 
 FEISTEL_ROUNDS = 6
@@ -77,7 +80,7 @@ class BatchPlan:
             starts[chosen] = windows * self.context_length + self._offset(key)
         return starts
 
-    def sequences(
+    def batch(
         self,
         step: int,
         tokens: np.ndarray,
@@ -85,9 +88,8 @@ class BatchPlan:
         global_batch: int,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Tensor:
-        """Return one worker's sequences of one step, int64, (global_batch / world_size,
-        context_length).
+    ) -> Batch:
+        """Return one worker's text of one step, int64, (global_batch / world_size, context_length).
 
         Args:
             tokens: The flat array that the plan was made for.
@@ -96,7 +98,7 @@ class BatchPlan:
         """
         assert len(tokens) == self.num_tokens
         starts = self.starts(step, global_batch=global_batch, rank=rank, world_size=world_size)
-        return gather(tokens, starts, self.context_length)
+        return Batch.of_text(gather(tokens, starts, self.context_length))
 
     def _offset(self, key: int) -> int:
         slack = self.num_tokens - self.num_windows * self.context_length
@@ -123,8 +125,8 @@ def check_shares(global_batch: int, num_workers: int, *, section: str = "trainin
 
 def validation_batches(
     tokens: np.ndarray, *, context_length: int, num_tokens: int, batch_size: int
-) -> Iterator[Tensor]:
-    """Yield the same sequences each time, spread evenly over the tokens, int64, (<= batch_size,
+) -> Iterator[Batch]:
+    """Yield the same text each time, spread evenly over the tokens, int64, (<= batch_size,
     context_length).
 
     Args:
@@ -141,7 +143,7 @@ def validation_batches(
     wanted = min(max(1, num_tokens // context_length), available)
     starts = np.arange(wanted, dtype=np.int64) * available // wanted * context_length
     for first in range(0, wanted, batch_size):
-        yield gather(tokens, starts[first : first + batch_size], context_length)
+        yield Batch.of_text(gather(tokens, starts[first : first + batch_size], context_length))
 
 
 def check_one_context(num_tokens: int, context_length: int, name: str) -> None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from iiet.batch import Batch
 from orchestrator.errors import StageFailed
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.learning_rate import learning_rate_at
@@ -89,8 +90,8 @@ class Trainee:
 class Hooks:
     """What the loop needs from outside."""
 
-    batch: Callable[[int], Tensor]
-    """Step -> this worker's sequences of it, (sequences, time), on its device."""
+    batch: Callable[[int], Batch]
+    """Step -> this worker's part of it, as many sequences on each worker, on the CPU."""
     flops_per_token: Callable[[int], float]
     """Step -> training FLOPs of one token in it."""
     validate: Callable[[int], float]
@@ -123,17 +124,27 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
     recipe, world = trainee.recipe, trainee.world
     trainee.model.train()
     while position.step < recipe.num_steps:
-        wishes = {"stop": float(hooks.should_stop()), "save": float(hooks.should_save())}
-        agreed = mean_over_workers(wishes, world)
+        started = time.perf_counter()
+        batch = hooks.batch(position.step)
+        loaded = time.perf_counter()
+        agreed = mean_over_workers(
+            {
+                "stop": float(hooks.should_stop()),
+                "save": float(hooks.should_save()),
+                "targets": float(batch.num_targets),
+                "positions": float(batch.num_positions),
+            },
+            world,
+        )
         if agreed["stop"] or agreed["save"]:
             hooks.save(position)
         if agreed["stop"]:
             return False
 
-        started = time.perf_counter()
-        input_ids = hooks.batch(position.step)
-        numbers = _step(trainee, input_ids, position)
-        num_tokens = input_ids.numel() * world.size
+        started += time.perf_counter() - loaded
+        batch = batch.counted_as(agreed["targets"], agreed["positions"]).to(world.device)
+        numbers = _step(trainee, batch, position)
+        num_tokens = batch.input_ids.numel() * world.size
         position.num_tokens += num_tokens
         position.flops += num_tokens * hooks.flops_per_token(position.step)
         position.seconds += time.perf_counter() - started
@@ -156,12 +167,12 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
     return True
 
 
-def _step(trainee: Trainee, input_ids: Tensor, position: Position) -> dict[str, float]:
+def _step(trainee: Trainee, batch: Batch, position: Position) -> dict[str, float]:
     # One step of the optimizer; none if the workers agree that loss or gradient are bad.
     recipe = trainee.recipe
     learning_rate = learning_rate_at(position.step, recipe)
     set_learning_rate(trainee.optimizer, learning_rate)
-    losses = _accumulate_gradients(trainee, input_ids, position.step)
+    losses = _accumulate_gradients(trainee, batch, position.step)
     norm = clip_gradients(trainee.model, recipe.clip_norm)
     numbers = mean_over_workers({**losses, "gradient_norm": norm}, trainee.world)
     numbers["learning_rate"] = learning_rate
@@ -207,16 +218,17 @@ def _pass_over(
     position.num_skipped_in_row += 1
 
 
-def _accumulate_gradients(trainee: Trainee, input_ids: Tensor, step: int) -> dict[str, float]:
-    # In as many passes as memory asks for; the gradients are those of one pass up to rounding.
-    passes = torch.split(input_ids, trainee.recipe.num_sequences_per_pass or len(input_ids))
+def _accumulate_gradients(trainee: Trainee, batch: Batch, step: int) -> dict[str, float]:
+    # In as many passes as memory asks for; the gradients are those of one pass up to rounding, as
+    # each pass divides by its share of what counts in the passes of all workers.
+    passes = batch.split(trainee.recipe.num_sequences_per_pass or len(batch))
     totals: dict[str, float] = {}
-    for number, sequences in enumerate(passes, start=1):
-        share = len(sequences) / len(input_ids)
+    for number, part in enumerate(passes, start=1):
+        share = len(part) / len(batch)
         is_last = number == len(passes)
         with nullcontext() if is_last else without_averaging(trainee.model, trainee.world):
             with autocast(trainee.recipe.precision, trainee.world):
-                loss, parts = trainee.objective(trainee.model, sequences, step)
+                loss, parts = trainee.objective(trainee.model, part, step)
             torch.autograd.backward(loss * share)
         for name, value in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0.0) + share * value.item()

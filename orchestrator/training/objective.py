@@ -13,13 +13,15 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from iiet.batch import Batch
 from iiet.distillation import DistillationConfig, Model, distillation_loss
-from iiet.losses import next_token_loss
+from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 
-Objective = Callable[[nn.Module, Tensor, int], tuple[Tensor, Mapping[str, Tensor]]]
-"""(model, input_ids (batch, time), step) -> scalar loss, and its named parts."""
+Objective = Callable[[nn.Module, Batch, int], tuple[Tensor, Mapping[str, Tensor]]]
+"""(model, batch, step) -> scalar loss, and its named parts. All are means over what counts, which
+divide by the batch's `target_count` or `position_count`."""
 
 ScheduleAt = Callable[[int], IterationSchedule]
 """Step -> the iteration schedule that is trained at this step."""
@@ -51,12 +53,11 @@ def two_stage(schedule: IterationSchedule, recipe: TrainingSettings) -> Schedule
 
 
 def pretraining_objective(schedule_at: ScheduleAt) -> Objective:
-    """Return next-token cross-entropy under the schedule of the step."""
+    """Return the cross-entropy of the targets under the schedule of the step."""
 
-    def objective(
-        model: nn.Module, input_ids: Tensor, step: int
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return next_token_loss(model(input_ids, schedule=schedule_at(step)), input_ids), {}
+    def objective(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        logits = model(batch.input_ids, schedule=schedule_at(step))
+        return batch_cross_entropy(logits, batch), {}
 
     return objective
 
@@ -67,10 +68,8 @@ def distillation_objective(
     """Return the IIAD loss of the student under the schedule of the step, against a frozen teacher,
     or what it once said."""
 
-    def objective(
-        model: nn.Module, input_ids: Tensor, step: int
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def objective(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         student = partial(model, schedule=schedule_at(step))
-        return distillation_loss(student, teacher, input_ids, config=config, step=step)
+        return distillation_loss(student, teacher, batch, config=config, step=step)
 
     return objective

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
+from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import StageFailed, UserError
@@ -167,16 +167,15 @@ class _Run:
             self.journal.event("finished" if finished else "stopped", step=outcome.step)
         return outcome
 
-    def batch(self, step: int) -> Tensor:
-        """Return this worker's sequences of a step."""
-        sequences = self.plan.sequences(
+    def batch(self, step: int) -> Batch:
+        """Return this worker's part of a step."""
+        return self.plan.batch(
             step,
             self.store.train,
             global_batch=self.global_batch,
             rank=self.world.rank,
             world_size=self.world.size,
         )
-        return sequences.to(self.world.device)
 
     def validate(self, step: int) -> float:
         """Return the validation loss under the schedule in training."""

@@ -5,6 +5,10 @@ as they are (exact), or its likeliest tokens with the tail's mass (coarse). It i
 is, by tokens: a sequence finds its row by its hash. So neither the loop nor its workers keep count
 of steps, passes and ranks, and a sequence that was not foreseen is an error, never a wrong answer.
 
+The hash is over all `input_ids` of a sequence, which are all that a teacher reads. Targets and
+masks are in no hash and no key: answers are stored at every position, the losses read those that
+count, and batches with the same tokens and another mask share a cache.
+
 Rows are appended step by step under a temporary name and renamed at the end; a cut-off writing goes
 on with the first step that is not whole, and a lock keeps a second writer waiting. Bytes: tokens x
 (vocabulary x 4) exact in float32, tokens x (8 k + 4) coarse, and 4 a token for the sequences.

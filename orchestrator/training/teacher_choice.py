@@ -98,7 +98,8 @@ def teacher_answers(job: TrainingJob, *, device: str = "cpu") -> Answers:
 
     @torch.no_grad()
     def answers(number: int) -> tuple[torch.Tensor, Answer]:
-        sequences = plan.sequences(steps[number], store.train, global_batch=global_batch)
+        batch = plan.batch(steps[number], store.train, global_batch=global_batch)
+        sequences = batch.input_ids
         passes = torch.split(sequences, job.recipe.num_sequences_per_pass or len(sequences))
         exact: list[torch.Tensor] = []
         coarse: list[CoarseDistribution] = []

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.losses import next_token_loss
+from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.training.parallel import World, autocast, mean_over_workers
 
@@ -20,17 +20,17 @@ from orchestrator.training.parallel import World, autocast, mean_over_workers
 @torch.no_grad()
 def validation_loss(
     decoder: Decoder,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     schedule: IterationSchedule,
     *,
     precision: str,
     world: World,
 ) -> float:
-    """Return the mean next-token loss in nats, the same on all workers.
+    """Return the mean loss of a target in nats, the same on all workers; 0 where none counts.
 
     Args:
         decoder: In training; it is again afterwards.
-        batches: The same on every worker, each (sequences, time).
+        batches: The same on every worker, on the CPU.
         schedule: Corrections to make.
         precision: Arithmetic, as in training.
         world: This worker's place.
@@ -39,12 +39,14 @@ def validation_loss(
     decoder.eval()
     for first in range(0, len(batches), world.size):
         number = first + world.rank
-        sequences = batches[min(number, len(batches) - 1)].to(world.device)
+        batch = batches[min(number, len(batches) - 1)]
+        num_targets = batch.num_targets
+        batch = batch.to(world.device)
         with autocast(precision, world):
-            loss = next_token_loss(decoder(sequences, schedule=schedule), sequences)
+            loss = batch_cross_entropy(decoder(batch.input_ids, schedule=schedule), batch)
         if number < len(batches):
-            total += loss.item() * len(sequences)
-            count += len(sequences)
+            total += loss.item() * num_targets
+            count += num_targets
     decoder.train()
     sums = mean_over_workers({"total": total, "count": count}, world)
-    return sums["total"] / sums["count"]
+    return sums["total"] / (sums["count"] or 1.0)

@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from iiet.coarsening import coarsen
+from iiet.batch import NO_TARGET, Batch
+from iiet.coarsening import coarse_kl_divergence, coarsen
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-from iiet.losses import hidden_state_error, kl_divergence, next_token_loss
+from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.schedule import IterationSchedule
 
 TOKENS = torch.randint(0, 32, (4, 12), generator=torch.Generator().manual_seed(3))
@@ -190,12 +192,17 @@ def test_distillation_pulls_the_student_to_its_teacher():
 def test_padding_changes_nothing(top_k):
     teacher, student = teacher_and_student()
     config = DistillationConfig(hidden_weight=0.5, top_k=top_k)
-    padded = torch.cat([TOKENS, torch.zeros(len(TOKENS), 4, dtype=torch.long)], dim=1)
-    mask = torch.arange(padded.shape[1]).expand_as(padded) < TOKENS.shape[1]
+    text, filler = Batch.of_text(TOKENS), torch.full((len(TOKENS), 4), 31)
+    padded = Batch(
+        torch.cat([TOKENS, filler], dim=1),
+        torch.cat([text.targets, filler], dim=1),
+        torch.cat([TOKENS >= 0, filler < 0], dim=1),
+        is_text=True,
+    )
     results = []
-    for tokens, counted in ((TOKENS, None), (TOKENS, torch.ones_like(TOKENS) > 0), (padded, mask)):
+    for batch in (TOKENS, Batch.of_text(TOKENS, torch.ones_like(TOKENS) > 0), padded):
         student.zero_grad()
-        loss, _ = distillation_loss(student, teacher, tokens, config=config, mask=counted)
+        loss, _ = distillation_loss(student, teacher, batch, config=config)
         loss.backward()
         results.append(
             [loss, *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
@@ -205,15 +212,83 @@ def test_padding_changes_nothing(top_k):
     torch.testing.assert_close(with_padding, plain)
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("is_text", [True, False])
+def test_masked_distillation_is_that_of_the_selected_positions_alone(top_k, is_text):
+    teacher, student = (model.double() for model in teacher_and_student())
+    student.requires_grad_(False)
+    config = DistillationConfig(kl_weight=0.7, temperature=2.0, top_k=top_k, hidden_weight=0.3)
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.rand(TOKENS.shape, generator=generator) < 0.3
+    if is_text:
+        batch = Batch.of_text(TOKENS, mask)
+    else:
+        batch = Batch(TOKENS, TOKENS.flip(1).masked_fill(~mask, NO_TARGET))
+    taught = batch.taught
+    assert 0 < batch.num_targets <= int(taught.sum()) < TOKENS.numel() / 2
+    answers = teacher(TOKENS, return_hidden=True)
+    ours = student(TOKENS, return_hidden=True)
+
+    def spoiled(values):
+        """Positions that do not count hold no numbers, and ask for a gradient."""
+        return values.masked_fill(~taught.unsqueeze(-1), math.nan).requires_grad_()
+
+    logits, hidden = spoiled(ours[0]), [spoiled(h) for h in ours[1]]
+    loss, parts = distillation_loss(
+        lambda *_, **__: (logits, hidden),
+        lambda *_, **__: (spoiled(answers[0]), [spoiled(h) for h in answers[1]]),
+        batch,
+        config=config,
+    )
+    theirs, alone = answers[0][taught][None], ours[0][taught][None].requires_grad_()
+    if top_k:
+        divergence = coarse_kl_divergence(coarsen(theirs, top_k, temperature=2.0), alone)
+    else:
+        divergence = kl_divergence(theirs, alone, temperature=2.0)
+    error = hidden_state_error([h[taught] for h in answers[1]], [h[taught] for h in ours[1]])
+    entropy = cross_entropy(alone, batch.targets[taught][None])
+    expected = entropy + 0.7 * divergence + 0.3 * error
+    assert parts["kl"].item() == pytest.approx(divergence.item(), rel=1e-12)
+    assert parts["hidden"].item() == pytest.approx(error.item(), rel=1e-12)
+    assert parts["cross_entropy"].item() == pytest.approx(entropy.item(), rel=1e-12)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad[taught][None], alone.grad)
+    assert all(values.grad[~taught].abs().max() == 0 for values in (logits, *hidden))
+
+
+def test_parts_of_a_batch_with_masks_of_any_size_add_up_to_the_whole():
+    teacher, student = (model.double() for model in teacher_and_student())
+    config = DistillationConfig(hidden_weight=0.5)
+    # Of the last sequence nothing counts, of text's last positions only the teacher's answers do.
+    mask = torch.arange(12) >= torch.tensor([[1], [9], [11], [12]])
+    for whole in (Batch.of_text(TOKENS, mask), Batch(TOKENS, TOKENS.flip(1), mask)):
+        results = []
+        for size in (4, 3, 1):
+            student.zero_grad()
+            total = torch.zeros(())
+            counted = whole.counted_as(whole.num_targets, whole.num_positions)
+            for part in counted.split(size):
+                loss, parts = distillation_loss(student, teacher, part, config=config)
+                share = len(part) / len(whole)
+                (share * loss).backward()
+                total = total + share * torch.stack([loss.detach(), *parts.values()])
+            gradients = [p.grad for p in student.parameters() if p.grad is not None]
+            results.append([total, *(gradient.clone() for gradient in gradients)])
+        plain, _ = distillation_loss(student, teacher, whole, config=config)
+        assert results[0][0][0].item() == pytest.approx(plain.item(), rel=1e-12)
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0])
 def test_without_a_token_that_counts_the_loss_is_zero_and_flat(kl_weight):
     teacher, student = teacher_and_student()
     loss, parts = distillation_loss(
         student,
         teacher,
-        TOKENS,
+        Batch(TOKENS, TOKENS, torch.zeros_like(TOKENS) > 0),
         config=DistillationConfig(kl_weight=kl_weight, hidden_weight=kl_weight),
-        mask=torch.zeros_like(TOKENS) > 0,
     )
     loss.backward()
     assert loss.item() == 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from iiet.batch import Batch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceAccumulator, InfluenceTable, influence_table
@@ -160,6 +161,30 @@ def test_batches_come_as_tensors_or_mappings():
     assert influence_table(decoder, [{"input_ids": batch}]).to_dict() == expected.to_dict()
     with pytest.raises(ValueError, match=r"\(batch, time\).*\(8,\)"):
         influence_table(decoder, [batch[0]])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
+def test_only_positions_that_count_are_measured(metric):
+    decoder, (tokens,) = small_decoder().double(), random_batches(1, rows=3)
+    whole = influence_table(decoder, [Batch.of_text(tokens)], metric=metric)
+    assert whole == influence_table(decoder, [tokens], metric=metric)
+    # Causal: the first six tokens are measured alike whatever follows them.
+    mask = (torch.arange(8) < 6).expand(3, 8)
+    batches = [
+        Batch(tokens, Batch.of_text(tokens).targets, mask=mask & (torch.arange(8) < 5)),
+        Batch(tokens[:, :6], Batch.of_text(tokens[:, :6]).targets),
+    ]
+    some, short = (influence_table(decoder, [batch], metric=metric) for batch in batches)
+    assert some.num_tokens == short.num_tokens == 15
+    for row, expected in zip(some.value_rows, short.value_rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    uneven = Batch.of_text(tokens, torch.arange(8) < torch.tensor([[6], [3], [8]]))
+    split = influence_table(decoder, uneven.split(2), metric=metric)
+    joined = influence_table(decoder, [uneven], metric=metric)
+    for row, expected in zip(split.value_rows, joined.value_rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    with pytest.raises(ValueError, match="nothing to measure"):
+        influence_table(decoder, [Batch(tokens, tokens, mask=mask & False)], metric=metric)
 
 
 def test_errors_are_the_standard_errors_over_batches():

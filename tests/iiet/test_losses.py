@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iiet import losses
+from iiet.batch import NO_TARGET, Batch
 from iiet.coarsening import coarse_kl_divergence, coarsen
 from iiet.losses import (
+    cross_entropy,
     hidden_state_error,
     kl_divergence,
     next_token_loss,
@@ -186,6 +188,8 @@ def test_wrong_use_is_named():
         kl_divergence(teacher, teacher, temperature=0.0)
     with pytest.raises(ValueError, match="backward"):
         kl_divergence(teacher, teacher, kind="backward")
+    with pytest.raises(ValueError, match=r"targets must be .* here \(1, 2\), got \(1, 3\)"):
+        cross_entropy(teacher, torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="1 teacher and 0 student"):
         hidden_state_error([teacher], [])
 
@@ -201,6 +205,52 @@ def test_cross_entropy_equals_the_definition():
     counted = [terms[0], terms[2], terms[7]]
     masked = next_token_loss(logits, tokens, mask=mask)
     assert masked.item() == pytest.approx(sum(counted) / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [None, 7.5])
+def test_cross_entropy_and_its_gradient_equal_a_sum_over_single_positions(count):
+    logits = random_logits(3, 4, 7).requires_grad_()
+    targets = torch.tensor([[0, 3, 6, 1], [NO_TARGET, 2, 5, 0], [4, 4, NO_TARGET, 6]])
+    mask = torch.tensor([[True, False, True, False], [True] * 4, [False] * 4])
+    terms = [
+        logits[b, t].logsumexp(-1) - logits[b, t, targets[b, t]]
+        for b in range(3)
+        for t in range(4)
+        if mask[b, t] and targets[b, t] != NO_TARGET
+    ]
+    assert len(terms) == 5
+    expected = torch.stack(terms).sum() / (count or 5)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    # Whatever stands at masked positions makes no difference: no numbers, or no tokens.
+    dirty = logits.detach().masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_()
+    for nonsense in (-100, -5, 10**6):
+        wanted = targets.where(mask, torch.tensor(nonsense))
+        loss = cross_entropy(dirty, wanted, mask=mask, count=count)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(loss, dirty)[0], gradient)
+
+
+def test_next_token_loss_is_the_cross_entropy_of_text():
+    logits, tokens = random_logits(2, 5, 7).float(), torch.arange(10).view(2, 5) % 7
+    mask = torch.tensor([[True, True, False, True, False], [True, False, False, False, True]])
+    for counted in (None, mask):
+        batch = Batch.of_text(tokens, counted)
+        loss = cross_entropy(logits, batch.targets, mask=batch.mask)
+        assert next_token_loss(logits, tokens, mask=counted).item() == loss.item()
+
+
+@pytest.mark.parametrize("count", [None, 0.0])
+def test_a_loss_over_nothing_is_zero_and_flat(count):
+    logits = random_logits(2, 4, 6).requires_grad_()
+    mask, targets = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.long)
+    for loss in (
+        cross_entropy(logits, targets, mask=mask, count=count),
+        cross_entropy(logits, torch.full_like(targets, NO_TARGET), count=count),
+        kl_divergence(random_logits(2, 4, 6, seed=1), logits, mask=mask, count=count),
+        hidden_state_error([random_logits(2, 4, 6, seed=1)], [logits], mask=mask, count=count),
+    ):
+        assert loss.item() == 0
+        assert torch.autograd.grad(loss, logits)[0].abs().max() == 0
 
 
 def test_cross_entropy_of_ignorance_is_the_log_of_the_vocabulary():
@@ -265,6 +315,7 @@ def test_a_mask_of_another_shape_is_refused(shape):
     logits, tokens = random_logits(2, 4, 6, seed=1), torch.zeros(2, 4, dtype=torch.long)
     mask, hidden = torch.ones(shape, dtype=torch.bool), [torch.ones(2, 4, 3)]
     calls = [
+        lambda: cross_entropy(logits, tokens, mask=mask),
         lambda: next_token_loss(logits, tokens, mask=mask),
         lambda: kl_divergence(logits, logits, mask=mask),
         lambda: coarse_kl_divergence(coarsen(logits, 2), logits, mask=mask),

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, permute, validation_batches
 from orchestrator.errors import UserError
 
@@ -51,9 +52,9 @@ def test_epochs_differ_in_order_and_cut() -> None:
 def test_workers_share_the_same_batch(world_size: int) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
     plan = BatchPlan(len(tokens), 32, seed=4)
-    whole = plan.sequences(17, tokens, global_batch=12)
+    whole = plan.batch(17, tokens, global_batch=12).input_ids
     parts = [
-        plan.sequences(17, tokens, global_batch=12, rank=rank, world_size=world_size)
+        plan.batch(17, tokens, global_batch=12, rank=rank, world_size=world_size).input_ids
         for rank in range(world_size)
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -63,8 +64,11 @@ def test_workers_share_the_same_batch(world_size: int) -> None:
 
 def test_sequences_are_slices_of_the_tokens() -> None:
     tokens = np.arange(2000, dtype=np.uint16)
-    rows = BatchPlan(2000, 16).sequences(3, tokens, global_batch=5)
+    batch = BatchPlan(2000, 16).batch(3, tokens, global_batch=5)
+    rows = batch.input_ids
     assert (rows == rows[:, :1] + torch.arange(16)).all()
+    assert torch.equal(batch.targets, Batch.of_text(rows).targets)
+    assert batch.mask is None
 
 
 def test_seeds_differ() -> None:
@@ -76,9 +80,10 @@ def test_validation_is_fixed_and_spread_over_the_text() -> None:
     tokens = np.arange(1000, dtype=np.uint16)
     batches = list(validation_batches(tokens, context_length=10, num_tokens=100, batch_size=4))
     assert [len(batch) for batch in batches] == [4, 4, 2]
-    assert torch.cat(batches)[:, 0].tolist() == list(range(0, 1000, 100))
+    assert torch.cat([b.input_ids for b in batches])[:, 0].tolist() == list(range(0, 1000, 100))
+    assert all(torch.equal(b.targets[:, :-1], b.input_ids[:, 1:]) for b in batches)
     every = list(validation_batches(tokens, context_length=10, num_tokens=10**9, batch_size=64))
-    assert torch.equal(torch.cat(every).flatten(), torch.arange(1000))
+    assert torch.equal(torch.cat([b.input_ids for b in every]).flatten(), torch.arange(1000))
 
 
 def test_too_little_text_or_uneven_workers() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from iiet.batch import Batch
 from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
@@ -57,6 +58,16 @@ def spoiled(objective_of: Callable[..., Any]) -> Callable[..., Any]:
     return spoil
 
 
+def completions_only(batch: Callable[..., Batch]) -> Callable[..., Batch]:
+    """Have few tokens count: other numbers of them on each worker and in each pass."""
+
+    def masked(*arguments: Any, **options: Any) -> Batch:
+        tokens = batch(*arguments, **options).input_ids
+        return Batch.of_text(tokens, tokens > tokens[:, :1])
+
+    return masked
+
+
 def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
     """Run jobs one after the other as one of two workers; started by `mp.spawn`."""
     torch.set_num_threads(1)
@@ -64,10 +75,12 @@ def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    objective = run_module.objective_of
+    objective, batch = run_module.objective_of, run_module.BatchPlan.batch
     for job, parallel, step in calls:
         is_bad = rank == 1 and job["run_folder"].endswith("-bad")
         run_module.objective_of = spoiled(objective) if is_bad else objective
+        is_masked = job["run_folder"].endswith("-masked")
+        run_module.BatchPlan.batch = completions_only(batch) if is_masked else batch
         world = World(rank=rank, size=2, parallel=parallel)
         run_job(TrainingJob.from_dict(job), world=world, should_stop=stop_after(step))
     torch.distributed.destroy_process_group()
@@ -121,10 +134,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
         call(f"{parallel}-passes", parallel, num_sequences_per_pass=1)
         call(f"{parallel}-lean", parallel, activation_checkpointing=True)
         call(f"{parallel}-bf16", parallel, precision="bf16")
+        call(f"{parallel}-masked", parallel, num_sequences_per_pass=1)
     for name in BAD_RUNS:
         call(name, name.removesuffix("-bad"), skip_bad_steps=1)
     run_job(runs.job("alone"))
     run_job(runs.job("alone-bf16", precision="bf16"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module.BatchPlan, "batch", completions_only(run_module.BatchPlan.batch))
+        run_job(runs.job("alone-masked"))
     for name in MIDDLE:
         first, second = name.split("-then-")
         if first == "alone":
@@ -154,6 +171,15 @@ def test_two_workers_have_the_losses_of_one(runs: Runs, parallel: str, kind: str
     )
     for key in alone:
         assert torch.allclose(weights[key], alone[key], atol=1e-4), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_workers_weigh_what_counts_and_not_who_has_it(runs: Runs, parallel: str) -> None:
+    for metric in ("train/loss", "train/gradient_norm"):
+        expected = runs.numbers("alone-masked", metric)
+        assert runs.numbers(f"{parallel}-masked", metric) == pytest.approx(expected, rel=1e-4)
+        assert expected != pytest.approx(runs.numbers("alone", metric), rel=1e-2)
 
 
 @pytest.mark.slow

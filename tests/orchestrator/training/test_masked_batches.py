@@ -1,0 +1,184 @@
+"""Batches in which few positions count, trained, validated and read from a teacher cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.batch import NO_TARGET, Batch
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.losses import cross_entropy
+from iiet.schedule import IterationSchedule
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.loop import Hooks, Position, Trainee, train
+from orchestrator.training.objective import (
+    Objective,
+    distillation_objective,
+    pretraining_objective,
+)
+from orchestrator.training.parallel import World
+from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
+from orchestrator.training.validation import validation_loss
+
+SCHEDULE = IterationSchedule((2, 1))
+NUM_STEPS, NUM_ROWS, LENGTH = 4, 6, 12
+
+
+def fresh_decoder(seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        vocab_size=32, dim=16, num_layers=2, num_heads=2, num_kv_heads=2, ffn_dim=24,
+        context_length=LENGTH, schedule=SCHEDULE, initializer_std=0.2,
+    )  # fmt: skip
+    return Decoder(config).double()
+
+
+def tokens_of(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 32, (NUM_ROWS, LENGTH), generator=generator)
+
+
+def completions(step: int) -> Batch:
+    """Text of which row n counts from token 2n on, so that in the last one nothing does."""
+    start = 2 * torch.arange(1, NUM_ROWS + 1)[:, None]
+    return Batch.of_text(tokens_of(step), torch.arange(LENGTH) >= start)
+
+
+def answers(step: int) -> Batch:
+    """A task: the first token again, at the end of every other row, and twice in the first."""
+    tokens = tokens_of(step)
+    targets = torch.full_like(tokens, NO_TARGET)
+    targets[::2, -1] = tokens[::2, 0]
+    targets[0, -2] = tokens[0, 1]
+    return Batch(tokens, targets)
+
+
+def nothing(step: int) -> Batch:
+    return Batch(tokens_of(step), torch.full((NUM_ROWS, LENGTH), NO_TARGET))
+
+
+def never(*_: Any) -> bool:
+    return False
+
+
+Source = Callable[[int], Batch]
+
+
+def trained(
+    source: Source, objective: Objective, *, per_pass: int | None
+) -> tuple[Decoder, list[Mapping[str, float]]]:
+    """Train a fresh decoder on a source, and return it with what the loop reported."""
+    decoder, reported = fresh_decoder(), []
+    recipe = TrainingSettings(
+        num_steps=NUM_STEPS, learning_rate=0.1, warmup_steps=0, num_sequences_per_pass=per_pass
+    )
+    trainee = Trainee(
+        model=decoder,
+        optimizer=torch.optim.SGD(decoder.parameters(), lr=0.1),
+        objective=objective,
+        recipe=recipe,
+        world=World(),
+    )
+    hooks = Hooks(
+        batch=source,
+        flops_per_token=lambda _: 0.0,
+        validate=lambda _: 0.0,
+        report=lambda _, numbers: reported.append(numbers),
+        event=never,
+        pace=lambda _: {},
+        save=never,
+        should_stop=never,
+        should_save=never,
+    )
+    assert train(trainee, Position(), hooks)
+    return decoder, [numbers for numbers in reported if "train/loss" in numbers]
+
+
+@pytest.mark.parametrize("source", [completions, answers])
+@pytest.mark.parametrize("distills", [False, True])
+def test_passes_of_any_size_are_one_pass(source: Source, distills: bool) -> None:
+    objective = pretraining_objective(lambda _: SCHEDULE)
+    if distills:
+        objective = distillation_objective(
+            lambda _: SCHEDULE,
+            frozen_teacher(fresh_decoder(seed=1)),
+            DistillationConfig(hidden_weight=0.5),
+        )
+    whole, numbers = trained(source, objective, per_pass=None)
+    for per_pass in (4, 1):
+        cut, numbers_of_passes = trained(source, objective, per_pass=per_pass)
+        assert len(numbers) == NUM_STEPS
+        for found, expected in zip(numbers_of_passes, numbers, strict=True):
+            assert found == pytest.approx(expected, rel=1e-9)
+        for found, expected in zip(cut.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_the_loss_is_that_of_the_targets_that_count() -> None:
+    _, numbers = trained(answers, pretraining_objective(lambda _: SCHEDULE), per_pass=4)
+    batch, terms = answers(0), []
+    log_p = fresh_decoder()(batch.input_ids).log_softmax(-1)
+    for row, column in (batch.targets != NO_TARGET).nonzero().tolist():
+        terms.append(-log_p[row, column, batch.targets[row, column]].item())
+    assert len(terms) == 4
+    assert numbers[0]["train/loss"] == pytest.approx(sum(terms) / 4, rel=1e-12)
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing() -> None:
+    teacher = frozen_teacher(fresh_decoder(seed=1))
+    objective = distillation_objective(lambda _: SCHEDULE, teacher, DistillationConfig())
+    decoder, numbers = trained(nothing, objective, per_pass=4)
+    assert [n["train/loss"] for n in numbers] == [0.0] * NUM_STEPS
+    assert [n["train/gradient_norm"] for n in numbers] == [0.0] * NUM_STEPS
+    for found, expected in zip(decoder.parameters(), fresh_decoder().parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("source", [completions, answers])
+def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
+    decoder, batches = fresh_decoder(), [*source(0).split(4), nothing(0), *source(1).split(5)]
+    found = validation_loss(decoder, batches, SCHEDULE, precision="fp32", world=World())
+    both = [source(0), source(1)]
+    logits, targets = (
+        torch.cat(values)
+        for values in ([decoder(b.input_ids) for b in both], [b.targets for b in both])
+    )
+    masks = [b.targets != NO_TARGET if b.mask is None else b.mask for b in both]
+    expected = cross_entropy(logits, targets, mask=torch.cat(masks)).item()
+    assert found == pytest.approx(expected, rel=1e-12)
+    empty = validation_loss(decoder, [nothing(0)], SCHEDULE, precision="fp32", world=World())
+    assert empty == 0.0
+
+
+def test_a_teacher_cache_serves_every_mask_and_answers_matter_only_where_positions_count(
+    tmp_path: Path,
+) -> None:
+    teacher, student = frozen_teacher(fresh_decoder(seed=1)).float(), fresh_decoder().float()
+    plan = CachePlan(
+        origin={"test": "masks"},
+        num_steps=1,
+        num_sequences=NUM_ROWS,
+        context_length=LENGTH,
+        vocab_size=32,
+    )
+    tokens = tokens_of(0)
+    cache = open_cache(
+        write_cache(plan, tmp_path, lambda _: (tokens, teacher(tokens).detach())), plan
+    )
+    assert cache
+    config = DistillationConfig()
+    for batch in (completions(0), answers(0), Batch.of_text(tokens)):
+        live, _ = distillation_loss(student, teacher, batch, config=config)
+        read, _ = distillation_loss(student, cache, batch, config=config)
+        assert read.item() == live.item()
+        if batch.taught is not None:
+            spoiled = cache(tokens).masked_fill(~batch.taught.unsqueeze(-1), math.nan)
+            loss, _ = distillation_loss(student, lambda _, s=spoiled: s, batch, config=config)
+            assert loss.item() == live.item()
