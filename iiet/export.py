@@ -1,28 +1,34 @@
 """Export a decoder to a folder that transformers and lm-eval load without this package.
 
 In: a decoder and, if wanted, its tokenizer. Out: `config.json`, `model.safetensors`, the tokenizer
-and the source of every module that the model needs. transformers loads such code under
-`trust_remote_code=True`, but copies only modules beside each other that are imported by one dot. So
-the modules are written flat under their full names, `iiet/methods/base.py` becomes
-`iiet_methods_base.py`, and their imports are rewritten to match. Nothing else in them changes:
-exported folders run the same mathematics as here.
+and the source of every module that the model needs, those of a method of another package among
+them. transformers loads such code under `trust_remote_code=True`, but copies only modules beside
+each other that are imported by one dot. So the modules are written flat under their full names,
+`iiet/methods/base.py` becomes `iiet_methods_base.py`, and their imports are rewritten to match.
+Nothing else in them changes: exported folders run the same mathematics as here.
 """
 
 from __future__ import annotations
 
-import re
+import ast
+import inspect
 import shutil
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec, resolve_name
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from iiet.decoder import Decoder
 from iiet.huggingface import IIETForCausalLM, fast_tokenizer
+from iiet.methods import METHODS
 
 __all__ = ["export_pretrained"]
 
-ADAPTER = "iiet.huggingface"
-INTERNAL_IMPORT = re.compile(r"^( *)from (iiet[\w.]*) import ", flags=re.MULTILINE)
+_CORE = "iiet"
+_ADAPTER = "iiet.huggingface"
+_REGISTRY = "iiet.methods"
 
 
 def export_pretrained(
@@ -50,9 +56,11 @@ def export_pretrained(
         The folder.
 
     Raises:
-        ValueError: the tokenizer has no such token.
+        ValueError: the tokenizer has no such token, or the source of a method of another package
+            cannot be made flat.
     """
     folder = Path(folder)
+    sources = flat_sources(decoder.config.method)
     tokenizer = None
     if tokenizer_file is not None and not text_files:
         tokenizer = fast_tokenizer(
@@ -64,7 +72,7 @@ def export_pretrained(
     model = IIETForCausalLM.from_decoder(
         decoder, end_of_text_id=end_of_text_id, token_ids=token_ids
     )
-    module = _flat_name(ADAPTER)
+    module = _flat_name(_ADAPTER)
     model.config.auto_map = {
         "AutoConfig": f"{module}.IIETConfig",
         "AutoModelForCausalLM": f"{module}.IIETForCausalLM",
@@ -76,32 +84,124 @@ def export_pretrained(
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     for name, content in (text_files or {}).items():
         (folder / name).write_bytes(content)
-    for name, source in flat_sources().items():
+    for name, source in sources.items():
         (folder / f"{name}.py").write_text(source, encoding="utf-8")
     return folder
 
 
-def flat_sources() -> dict[str, str]:
-    """Return the rewritten source of the adapter and of all it needs, by flat module name."""
-    waiting, sources = [ADAPTER], {}
+def flat_sources(method: str) -> dict[str, str]:
+    """Return the rewritten source of the adapter and of all it needs, by flat module name.
+
+    Args:
+        method: the model's. Where another package registered it, the modules of that package that
+            it needs are among the sources, and the adapter registers it.
+
+    Raises:
+        ValueError: a module cannot be made flat.
+    """
+    layer = METHODS[method]
+    owner = layer.__module__
+    packages = {_CORE, _top(owner)}
+    if getattr(import_module(owner), layer.__name__, None) is not layer or owner == "__main__":
+        raise ValueError(
+            f"method {method!r} cannot be exported, as {owner}.{layer.__qualname__} cannot be "
+            "imported by that name; define it at the top of a module of its own"
+        )
+    waiting, sources = [_ADAPTER, owner], {}
     while waiting:
         module = waiting.pop()
-        if _flat_name(module) in sources:
-            continue
-        source = _source_of(module)
-        waiting += [match[2] for match in INTERNAL_IMPORT.finditer(source)]
-        sources[_flat_name(module)] = INTERNAL_IMPORT.sub(
-            lambda match: f"{match[1]}from .{_flat_name(match[2])} import ", source
+        if module not in sources:
+            sources[module], needed = _flattened(module, packages)
+            waiting += needed
+    if packages != {_CORE}:
+        sources[_ADAPTER] += (
+            f"\nfrom .{_flat_name(_REGISTRY)} import METHODS\n"
+            f"from .{_flat_name(owner)} import {layer.__name__}\n\n"
+            f"METHODS[{method!r}] = {layer.__name__}\n"
         )
-    return sources
+    return {_flat_name(module): source for module, source in sources.items()}
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _flat_name(module: str) -> str:
-    return module.replace(".", "_")
+    flat = module.replace(".", "_")
+    return flat if _top(module) == _CORE else f"method_{flat}"
 
 
-def _source_of(module: str) -> str:
-    """Read a module or a package's own module."""
-    path = Path(__file__).parent.joinpath(*module.split(".")[1:])
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return file.read_text(encoding="utf-8")
+def _flattened(module: str, packages: set[str]) -> tuple[str, set[str]]:
+    """Return a module's source with its imports from these packages rewritten, and what they name.
+
+    Raises:
+        ValueError: an import that cannot be rewritten.
+    """
+    source = inspect.getsource(import_module(module))
+    lines, needed = source.splitlines(), set[str]()
+    statements = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    # From the last one up, so that the numbers of the lines above stay true.
+    for node in sorted(statements, key=lambda node: node.lineno, reverse=True):
+        imports = _imports(node, str(import_module(module).__package__), packages)
+        if not imports:
+            continue
+        first, last = node.lineno - 1, node.end_lineno or node.lineno
+        before, after = lines[first][: node.col_offset], lines[last - 1][node.end_col_offset :]
+        is_alone = not before.strip() and not after.partition("#")[0].strip()
+        if isinstance(node, ast.Import) or not is_alone or _CORE in [i.module for i in imports]:
+            raise ValueError(
+                f"{module} cannot be exported: line {node.lineno} reads {ast.unparse(node)!r}; "
+                "write 'from MODULE import NAME' on a line of its own"
+            )
+        lines[first:last] = [before + line for found in imports for line in found.flat_lines()]
+        needed |= {found.module for found in imports}
+    return "\n".join([*lines, ""]), needed
+
+
+class _Import(NamedTuple):
+    """One name that a statement imports."""
+
+    module: str
+    """Full name of the module that is imported, or that defines the name."""
+    name: str | None
+    """What of the module; None for the module itself."""
+    known_as: str
+    """The name in the importing module."""
+
+    def flat_lines(self) -> list[str]:
+        """Return the import where all modules lie beside each other."""
+        flat = _flat_name(self.module)
+        if self.name is not None:
+            known_as = "" if self.known_as == self.name else f" as {self.known_as}"
+            return [f"from .{flat} import {self.name}{known_as}"]
+        # transformers copies a module only for the first form, which does not give the module.
+        return [f"from .{flat} import __name__ as _", f"from . import {flat} as {self.known_as}"]
+
+
+def _imports(node: ast.Import | ast.ImportFrom, package: str, packages: set[str]) -> list[_Import]:
+    """Return what a statement in a module of `package` imports from `packages`."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+        return [_Import(name, None, name) for name in names if _top(name) in packages]
+    module = resolve_name("." * node.level + (node.module or ""), package)
+    if _top(module) not in packages:
+        return []
+    found = []
+    for alias in node.names:
+        known_as, inner = alias.asname or alias.name, f"{module}.{alias.name}"
+        if hasattr(import_module(module), "__path__") and find_spec(inner):
+            found.append(_Import(inner, None, known_as))
+        else:
+            home = _home_of_exported_name(alias.name) if module == _CORE else module
+            found.append(_Import(home, alias.name, known_as))
+    return found
+
+
+def _home_of_exported_name(name: str) -> str:
+    """Return the module from which the package `iiet` takes a name; `iiet` itself if none."""
+    for node in ast.parse(inspect.getsource(import_module(_CORE))).body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return str(node.module)
+    return _CORE

@@ -4,6 +4,7 @@ The check runs in a process of its own in which `iiet` cannot be imported, with 
 transformers and lm-eval and an empty cache for remote code.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.export import INTERNAL_IMPORT, export_pretrained, flat_sources
+from iiet.export import export_pretrained, flat_sources
 from iiet.schedule import IterationSchedule
 
 END = "<|endoftext|>"
@@ -134,15 +135,23 @@ def test_the_folder_works_in_a_process_without_this_package(decoder, tokenizer_f
     }
 
 
-def test_the_sources_are_complete_flat_and_free_of_the_package(decoder):
-    sources = flat_sources()
+def test_the_sources_are_complete_flat_and_free_of_the_package():
+    sources = flat_sources("iiet")
     assert {"iiet_huggingface", "iiet_decoder", "iiet_methods", "iiet_methods_base"} <= set(sources)
     needed = {"iiet_losses", "iiet_influence", "iiet_export"}
     assert not needed & set(sources)  # Training and measuring stay at home.
-    for name, source in sources.items():
-        compile(source, name, "exec")
-        assert not INTERNAL_IMPORT.search(source)
-        assert "import iiet" not in source
+    for source in sources.values():
+        assert {module for module in imported_by(source) if "iiet" in module} <= {
+            f".{name}" for name in sources
+        }
+
+
+def imported_by(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
 
 
 def test_a_folder_without_tokenizer_has_the_model_alone(decoder, tmp_path):
