@@ -244,7 +244,10 @@ class _MeanDivergence(torch.autograd.Function):
         vocab = student.shape[-1]
         ours = student.reshape(-1, vocab)
         values = ours.new_zeros(len(ours), dtype=divisor.dtype)
-        gradient = torch.zeros_like(ours) if keep_gradient else None
+        # Divided by the number of positions, most slopes are below what float16 can hold; they must
+        # meet the scale of the loss, which comes with the backward, before they are rounded to it.
+        kept = torch.float32 if ours.dtype == torch.float16 else ours.dtype
+        gradient = torch.zeros_like(ours, dtype=kept) if keep_gradient else None
         elements = min(CHUNK_ELEMENTS, max(FEWEST_ELEMENTS, ours.numel() // CHUNK_SHARE))
         chunk = max(1, elements // vocab)
         for start in range(0, len(ours), chunk):
@@ -259,13 +262,15 @@ class _MeanDivergence(torch.autograd.Function):
                 gradient[part] = slope.masked_fill_(~counted[part, None], 0)
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(student))
+            ctx.dtype = student.dtype
         return values.sum() * (temperature**2 / divisor)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None, None, None
+        scaled = gradient * upstream.to(gradient.dtype)
+        return scaled.to(ctx.dtype), None, None, None, None, None
 
 
 def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -326,6 +326,9 @@ def test_low_precision_and_double_work():
     assert rough.dtype == torch.float32
     assert rough.item() == pytest.approx(exact.item(), rel=0.02)
     rough.backward()
+    half, _ = distillation_loss(student.half(), teacher.half(), TOKENS, config=config)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(exact.item(), rel=0.005)
 
 
 def test_every_problem_of_a_config_is_reported_at_once():

@@ -171,6 +171,24 @@ def test_jensen_shannon_stays_finite_where_one_model_is_certain():
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", [*KINDS, "coarse"])
+def test_gradients_of_float16_logits_survive_under_a_scaled_loss(loss):
+    teacher, student = (random_logits(64, 64, 64, seed=s).half() for s in (0, 1))
+
+    def gradient(dtype):
+        leaf = student.to(dtype).requires_grad_()
+        if loss == "coarse":
+            value = coarse_kl_divergence(coarsen(teacher.to(dtype), 5), leaf)
+        else:
+            value = kl_divergence(teacher.to(dtype), leaf, kind=loss)
+        (2.0**16 * value).backward()  # As a gradient scaler does; more than float16 can hold.
+        assert leaf.grad.dtype == dtype
+        return leaf.grad.double()
+
+    expected = gradient(torch.float64)
+    assert (gradient(torch.float16) - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_the_teacher_is_never_trained_and_no_gradient_is_kept_without_need():
     teacher, student = random_logits(1, 2, 5).requires_grad_(), random_logits(1, 2, 5, seed=1)
     assert not kl_divergence(teacher, student).requires_grad
