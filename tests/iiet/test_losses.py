@@ -198,6 +198,23 @@ def test_the_teacher_is_never_trained_and_no_gradient_is_kept_without_need():
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("count", [None, 3.0])
+def test_no_loss_waits_for_the_device(count):
+    # On the meta device there are no values: whoever asks for one gets an error.
+    logits = torch.empty(2, 4, 6, device="meta", requires_grad=True)
+    tokens = torch.empty(2, 4, device="meta", dtype=torch.long)
+    for mask in (None, torch.empty(2, 4, device="meta", dtype=torch.bool)):
+        options = {"mask": mask, "count": count}
+        batch = Batch.of_text(tokens, mask)
+        for loss in (
+            cross_entropy(logits, batch.targets, mask=batch.taught, count=count),
+            kl_divergence(torch.empty_like(logits), logits, **options),
+            coarse_kl_divergence(coarsen(torch.empty_like(logits), 2), logits, **options),
+            hidden_state_error([torch.empty_like(logits)], [logits], **options),
+        ):
+            loss.backward()
+
+
 def test_wrong_use_is_named():
     teacher, student = random_logits(1, 2, 5), random_logits(1, 2, 6)
     with pytest.raises(ValueError, match="shape"):

@@ -251,8 +251,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") 
     def spoiled(*arguments: Any) -> Any:
         inner = objective(*arguments)
 
-        def compute(model: Any, input_ids: Any, step: int) -> Any:
-            loss, parts = inner(model, input_ids, step)
+        def compute(model: Any, batch: Any, step: int) -> Any:
+            loss, parts = inner(model, batch, step)
             if step in bad_steps:
                 if name == "loss":
                     loss = loss * math.nan

@@ -49,8 +49,8 @@ def spoiled(objective_of: Callable[..., Any]) -> Callable[..., Any]:
     def spoil(*arguments: Any) -> Any:
         inner = objective_of(*arguments)
 
-        def compute(model: Any, input_ids: Any, step: int) -> Any:
-            loss, parts = inner(model, input_ids, step)
+        def compute(model: Any, batch: Any, step: int) -> Any:
+            loss, parts = inner(model, batch, step)
             return (loss * math.nan if step == BAD_STEP else loss), parts
 
         return compute
