@@ -1,7 +1,7 @@
 """Which part of a training step is the mix, from the profiler's record of that very step.
 
 The difference of two steps, one without a mix, would be the plainest measure, but a share of a few
-hundredths drowns in the noise between two steps. Within one step it does not. Forward, the three
+hundredths drowns in the noise between two steps. Within one step it does not. Forward, the
 functions of the mix are marked. Backward, autograd's own record of evaluating their derivatives
 counts, which includes adding an estimate's gradients up over the layers that read it. The
 profiler's cost per operation falls on the mix, of few large operations, as on all else.
@@ -21,15 +21,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.mix_variants import step
 from iiet import Decoder
-from iiet.history import LayerMix, Mix
+from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.mix import LayerMix, Mix
 
 __all__ = ["mix_share"]
 
 _STEP, _MIX = "benchmarks: step", "benchmarks: mix"
-_FORWARD = ((Mix, "of_layer"), (LayerMix, "evaluation_point"), (LayerMix, "hidden"))
+_FORWARD = (
+    (ImplicitEuler, "start"),
+    (Mix, "forward"),
+    (LayerMix, "point"),
+    (LayerMix, "leave"),
+)
 _BACKWARD = tuple(
     f"autograd::engine::evaluate_function: {name}Backward"
-    for name in ("_WeightedSums", "_AddScaled")
+    for name in ("_Start", "_Sums", "_Leave", "_AddScaled")
 )
 
 

@@ -8,7 +8,7 @@ layer recomputed in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.shape import fresh_decoder, shaped_config
 from iiet import Decoder, next_token_loss
-from iiet.history import Mix
+from iiet.methods.implicit_euler import ImplicitEuler
 
 __all__ = ["VARIANTS", "StepSize", "Variant", "build", "largest_difference", "step", "written_as"]
 
@@ -72,7 +72,7 @@ def written_as(variant: Variant, decoder: Decoder) -> Iterator[None]:
     decoder.activation_checkpointing = variant == "checkpointed"
     try:
         if variant == "stacked":
-            with mock.patch.object(Mix, "of_layer", _stacked_of_layer):
+            with mock.patch.object(ImplicitEuler, "start", _stacked_start):
                 yield
         else:
             yield
@@ -107,30 +107,26 @@ def _loss_and_gradients(decoder: Decoder, input_ids: Tensor, variant: Any) -> li
     return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-class _StackedMix:
-    """`LayerMix` as a stack of all estimates for each evaluation point."""
+@dataclass(frozen=True)
+class _StackedHistory:
+    """A history that stacks all estimates anew for each sum, and multiplies them by a whole row."""
 
-    def __init__(self, inner: Tensor, outer: Tensor, estimates: Sequence[Tensor]) -> None:
-        self._inner, self._outer, self._estimates = inner, outer, tuple(estimates)
+    estimates: tuple[Tensor, ...]
 
-    def evaluation_point(self, estimate: Tensor) -> Tensor:
-        return self._sum(self._inner, estimate)
+    def sums(self, rows: Tensor) -> tuple[_StackedHistory, tuple[Tensor, ...]]:
+        return self, tuple(rows)  # Nothing is summed before the layer's own estimate is there.
 
-    def hidden(self, estimate: Tensor) -> Tensor:
-        return self._sum(self._outer, estimate)
-
-    def _sum(self, weights: Tensor, estimate: Tensor) -> Tensor:
-        stacked = torch.stack([*self._estimates, estimate])
-        mixed: Tensor = torch.tensordot(weights, stacked, dims=1)
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+        row = torch.cat([base, weight[None]])
+        mixed: Tensor = torch.tensordot(row, torch.stack([*self.estimates, estimate]), dims=1)
         return mixed
 
+    def leave(
+        self, base: Tensor, estimate: Tensor, weight: Tensor
+    ) -> tuple[Tensor, _StackedHistory]:
+        hidden = self.add(base, estimate, weight)
+        return hidden, _StackedHistory((*self.estimates, estimate))
 
-def _stacked_of_layer(
-    mix: Mix,
-    layer: int,
-    estimates: Sequence[Tensor],
-    *,
-    evaluates: bool,  # noqa: ARG001
-) -> _StackedMix:
-    end = layer + 2
-    return _StackedMix(mix.inner[layer + 1, :end], mix.outer[layer + 1, :end], estimates)
+
+def _stacked_start(embeddings: Tensor, num_layers: int) -> _StackedHistory:  # noqa: ARG001
+    return _StackedHistory((embeddings,))

@@ -15,6 +15,7 @@ from iiet.generate import generate, stream
 from iiet.influence import InfluenceTable, influence_table
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.methods import METHODS
+from iiet.plain import plain_formulas
 from iiet.pruning import (
     FamilyMember,
     knapsack,
@@ -50,6 +51,7 @@ __all__ = [
     "knapsack",
     "next_token_loss",
     "num_parameters",
+    "plain_formulas",
     "preset",
     "published_from_decoder",
     "schedule_at_threshold",

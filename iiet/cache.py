@@ -14,93 +14,18 @@ aimed at.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from iiet.config import ModelConfig
-from iiet.methods import METHODS
+from iiet.context import CacheRecord, set_record
 
-__all__ = [
-    "CacheRecord",
-    "DecodingCache",
-    "KeyValueCache",
-    "KvStrategy",
-    "agreed_record",
-    "evaluation_slots",
-    "get_record",
-    "set_record",
-]
+__all__ = ["KeyValueCache", "KvStrategy", "evaluation_slots"]
 
 KvStrategy = Literal["exact", "last"]
-
-
-class DecodingCache(Protocol):
-    """What a decoder asks of a cache; `KeyValueCache` and the caches of transformers satisfy it."""
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens held."""
-        ...
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, /
-    ) -> tuple[Tensor, Tensor]:
-        """Append (batch, kv_heads, new, head_dim) to a slot and return all its keys and values."""
-        ...
-
-
-@dataclass
-class CacheRecord:
-    """What later passes through a cache must agree with."""
-
-    evaluations_per_layer: tuple[int, ...]
-    """Evaluations of each layer that the slots were made for or filled by."""
-    attention_mask: Tensor | None = None
-    """(batch, held) bool, false for padding among the tokens held; None where there is none."""
-
-
-def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) -> CacheRecord:
-    """Return a cache's record. A cache without one, such as those of transformers, gets it here.
-
-    Args:
-        cache: about to be used by a pass.
-        evaluations_per_layer: what that pass makes.
-
-    Raises:
-        ValueError: the cache was made for or filled by other evaluations.
-    """
-    record = get_record(cache)
-    if record is None:
-        record = CacheRecord(evaluations_per_layer)
-        set_record(cache, record)
-    if record.evaluations_per_layer != evaluations_per_layer:
-        there, here = (
-            ",".join(map(str, counts))
-            for counts in (record.evaluations_per_layer, evaluations_per_layer)
-        )
-        raise ValueError(
-            f"the cache is for {there} evaluations per layer, this pass makes {here}; decode with "
-            "the iteration schedule that the cache was made for, or make a new cache"
-        )
-    return record
-
-
-def get_record(cache: DecodingCache) -> CacheRecord | None:
-    """Return a cache's record; None where a cache of another class has served no pass yet."""
-    record: CacheRecord | None = getattr(cache, _RECORD, None)
-    return record
-
-
-def set_record(cache: DecodingCache, record: CacheRecord | None) -> None:
-    """Attach a record to a cache of any class; None forgets it."""
-    setattr(cache, _RECORD, record)
-
-
-_RECORD = "iiet_record"
-"""Attribute of a cache that holds its record; it stays with copies of the cache."""
 
 
 @lru_cache(maxsize=64)
@@ -146,11 +71,7 @@ class KeyValueCache:
     ) -> None:
         if strategy not in ("exact", "last"):
             raise ValueError(f"KV strategy must be 'exact' or 'last', got {strategy!r}")
-        method = METHODS[config.method]
-        evaluations_per_layer = tuple(
-            method.evaluations_per_layer(config.corrections, layer)
-            for layer in range(config.num_layers)
-        )
+        evaluations_per_layer = config.evaluations_per_layer()
         set_record(self, CacheRecord(evaluations_per_layer))
         slots = evaluation_slots(evaluations_per_layer)
         num_slots = sum(map(len, slots))

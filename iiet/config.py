@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from iiet.methods import METHODS
@@ -47,6 +47,8 @@ class ModelConfig:
     """Longest sequence in tokens, prompt and continuation together; longer ones are refused."""
     schedule: IterationSchedule | None = None
     """Corrections per layer. Required where the method makes corrections, else None or zeros."""
+    method_options: Any = None
+    """Options of the method, an instance of `METHODS[method].Options`; None for its defaults."""
     tie_embeddings: bool = True
     """Whether the output head is the embedding matrix."""
     rope_theta: float = 10000.0
@@ -59,7 +61,7 @@ class ModelConfig:
     """Standard deviation of freshly made linear and embedding weights."""
 
     def __post_init__(self) -> None:
-        problems = [*_size_problems(self), *_schedule_problems(self)]
+        problems = [*_size_problems(self), *_method_problems(self)]
         if problems:
             raise ValueError("invalid model config: " + "; ".join(problems))
 
@@ -73,11 +75,40 @@ class ModelConfig:
         """The iteration schedule, all zeros where a method makes no corrections."""
         return self.schedule or IterationSchedule.none(self.num_layers)
 
+    @property
+    def options(self) -> Any:
+        """The options of the method, its defaults where the config says none."""
+        return (
+            METHODS[self.method].Options() if self.method_options is None else self.method_options
+        )
+
+    def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
+        """Count the field evaluations of each layer under a schedule, the config's own when None.
+
+        Raises:
+            ValueError: the schedule does not fit the method or the number of layers.
+        """
+        if schedule is not None and schedule != self.schedule:
+            return replace(self, schedule=schedule).evaluations_per_layer()
+        method = METHODS[self.method]
+        return tuple(
+            method.evaluations_per_layer(self.corrections, layer)
+            for layer in range(self.num_layers)
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; the schedule becomes a list of integers or None."""
+        """Return plain JSON values: the schedule as a list of integers or None, and of the method's
+        options those that are not defaults, or None.
+        """
         values = asdict(self)
         values["schedule"] = list(self.schedule) if self.schedule else None
-        return values
+        default = METHODS[self.method].Options()
+        chosen = {
+            field.name: getattr(self.options, field.name)
+            for field in fields(default)
+            if getattr(self.options, field.name) != getattr(default, field.name)
+        }
+        return values | {"method_options": chosen or None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -85,7 +116,7 @@ class ModelConfig:
 
         Args:
             values: field names to values; the schedule in any form that `IterationSchedule.parse`
-                reads.
+                reads, the method's options as names to values.
 
         Raises:
             ValueError: unknown or missing keys, or invalid values, all named at once.
@@ -102,6 +133,9 @@ class ModelConfig:
         given, num_layers = dict(values), values["num_layers"]
         if given.get("schedule") is not None and type(num_layers) is int and num_layers > 0:
             given["schedule"] = IterationSchedule.parse(given["schedule"], num_layers=num_layers)
+        method = given.get("method", cls.method)
+        if isinstance(given.get("method_options"), Mapping) and method in METHODS:
+            given["method_options"] = _parsed_options(method, given["method_options"])
         return cls(**given)
 
 
@@ -146,10 +180,31 @@ def _size_problems(config: ModelConfig) -> list[str]:
     return problems
 
 
-def _schedule_problems(config: ModelConfig) -> list[str]:
+def _parsed_options(method: str, values: Mapping[str, Any]) -> Any:
+    kind = METHODS[method].Options
+    known = [field.name for field in fields(kind)]
+    unknown = [repr(name) for name in values if name not in known]
+    if unknown:
+        raise ValueError(
+            f"invalid model config: method {method!r} has no option {', '.join(unknown)}; "
+            f"its options: {', '.join(known) or 'none'}"
+        )
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"invalid model config: method_options of {method!r}: {error}") from None
+
+
+def _method_problems(config: ModelConfig) -> list[str]:
     schedule: object = config.schedule
     if config.method not in METHODS:
         return [f"method must be one of {', '.join(METHODS)}, got {config.method!r}"]
+    kind = METHODS[config.method].Options
+    if not isinstance(config.method_options, kind | None):
+        return [
+            f"method_options must be a {kind.__name__} or None for method {config.method!r}, "
+            f"got {config.method_options!r}"
+        ]
     if not isinstance(schedule, IterationSchedule | None):
         return [f"schedule must be an IterationSchedule or None, got {schedule!r}"]
     problems: list[str] = []
@@ -200,7 +255,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     Args:
         name: a key of `PRESETS`.
         overrides: fields of `ModelConfig`; the schedule in any form that
-            `IterationSchedule.parse` reads.
+            `IterationSchedule.parse` reads, the method's options as names to values.
 
     Raises:
         ValueError: unknown preset, or fields that do not fit together.

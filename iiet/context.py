@@ -11,33 +11,155 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iiet.cache import CacheRecord, DecodingCache
-from iiet.decoding_step import is_plain_field, is_token_step
+from iiet.cpu_kernels import serves_fields, serves_token_step
 from iiet.rope import Rope, RopeTables
 
-__all__ = ["AttentionContext", "make_context"]
+__all__ = [
+    "CacheRecord",
+    "DecodingCache",
+    "PassContext",
+    "agreed_record",
+    "attend",
+    "get_record",
+    "make_context",
+    "set_record",
+]
+
+
+class DecodingCache(Protocol):
+    """What a decoder asks of a cache; `KeyValueCache` and the caches of transformers satisfy it."""
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens held."""
+        ...
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, /
+    ) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, new, head_dim) to a slot and return all its keys and values."""
+        ...
+
+
+@dataclass
+class CacheRecord:
+    """What later passes through a cache must agree with."""
+
+    evaluations_per_layer: tuple[int, ...]
+    """Evaluations of each layer that the slots were made for or filled by."""
+    attention_mask: Tensor | None = None
+    """(batch, held) bool, false for padding among the tokens held; None where there is none."""
+
+
+def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) -> CacheRecord:
+    """Return a cache's record. A cache without one, such as those of transformers, gets it here.
+
+    Args:
+        cache: about to be used by a pass.
+        evaluations_per_layer: what that pass makes.
+
+    Raises:
+        ValueError: the cache was made for or filled by other evaluations.
+    """
+    record = get_record(cache)
+    if record is None:
+        record = CacheRecord(evaluations_per_layer)
+        set_record(cache, record)
+    if record.evaluations_per_layer != evaluations_per_layer:
+        there, here = (
+            ",".join(map(str, counts))
+            for counts in (record.evaluations_per_layer, evaluations_per_layer)
+        )
+        raise ValueError(
+            f"the cache is for {there} evaluations per layer, this pass makes {here}; decode with "
+            "the iteration schedule that the cache was made for, or make a new cache"
+        )
+    return record
+
+
+def get_record(cache: DecodingCache) -> CacheRecord | None:
+    """Return a cache's record; None where a cache of another class has served no pass yet."""
+    record: CacheRecord | None = getattr(cache, _RECORD, None)
+    return record
+
+
+def set_record(cache: DecodingCache, record: CacheRecord | None) -> None:
+    """Attach a record to a cache of any class; None forgets it."""
+    setattr(cache, _RECORD, record)
+
+
+_RECORD = "iiet_record"
+"""Attribute of a cache that holds its record; it stays with copies of the cache."""
 
 
 @dataclass(frozen=True)
-class AttentionContext:
+class PassContext:
     """What all evaluations of one forward pass share."""
 
     rope: RopeTables
     """Angles of the tokens of this pass."""
     mask: Tensor | None
-    """(batch or 1, 1, time, total) bool, true where a query may look; None means causal without
-    padding.
+    """(batch or 1, 1, time, total) bool, true where a query may look, or the causal mask of a pass
+    that continues a cache; None for neither.
     """
+    is_causal: bool
+    """Whether a query looks at no later token of this pass; without a mask only."""
     total: int
     """Tokens that queries may see: the cached ones and those of this pass."""
     cache: DecodingCache | None
     """Where keys and values of earlier tokens lie; None when all tokens are in this pass."""
     is_token_step: bool = False
-    """Whether `iiet.decoding_step` serves this pass."""
+    """Whether `cpu_kernels.evaluate_token` serves this pass."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, slot: int | None) -> Tensor:
+        """Attend to the tokens of this pass and to those in the cache's `slot`.
+
+        Args:
+            queries: (batch, heads, time, head_dim).
+            keys: (batch, key heads, time, head_dim); they join the cache.
+            values: of the shape of the keys.
+            slot: of this evaluation; None without a cache.
+
+        Returns:
+            (batch, heads, time, head_dim).
+        """
+        if self.cache is not None:
+            assert slot is not None
+            keys, values = self.cache.update(keys, values, slot)
+            if keys.size(2) != self.total:  # A cache of fixed size returns its empty end too.
+                keys, values = keys[:, :, : self.total], values[:, :, : self.total]
+        return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Mix values by how well their keys match the queries; query heads may share key heads.
+
+    Args:
+        queries: (batch, heads, time, head_dim).
+        keys: (batch, key heads, tokens, head_dim); heads is a multiple of key heads.
+        values: of the shape of the keys.
+        mask: as in `PassContext`.
+        is_causal: as in `PassContext`.
+
+    Returns:
+        (batch, heads, time, head_dim).
+    """
+    num_sharing = queries.size(1) // keys.size(1)
+    # A GPU's fused kernels share key heads only without a mask and in half precision.
+    shares = num_sharing > 1 and mask is None and queries.dtype in (torch.bfloat16, torch.float16)
+    if num_sharing > 1 and not shares:
+        keys = keys.repeat_interleave(num_sharing, dim=1)
+        values = values.repeat_interleave(num_sharing, dim=1)
+    return F.scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
+    )
 
 
 def make_context(
@@ -49,7 +171,7 @@ def make_context(
     record: CacheRecord | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-) -> AttentionContext:
+) -> PassContext:
     """Work out positions and mask of a pass.
 
     Args:
@@ -69,7 +191,7 @@ def make_context(
             the wrong shape, or a mask that contradicts the cache.
     """
     batch, time = hidden.shape[:2]
-    device, dtype = hidden.device, hidden.dtype
+    device = hidden.device
     past = 0 if cache is None else int(cache.get_seq_length())
     total = past + time
     if position_ids is None and total > rope.num_positions:
@@ -77,8 +199,6 @@ def make_context(
             f"{total} tokens do not fit a context_length of {rope.num_positions}; "
             "shorten the input, or train with a longer context: later positions were never seen"
         )
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
     real = _real_tokens(attention_mask, record, batch=batch, past=past, time=time)
     if record is not None:
         record.attention_mask = real
@@ -88,15 +208,21 @@ def make_context(
         positions = position_ids
     elif real is not None:
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
-    mask = None
-    if real is not None or (past and time > 1):
+    mask: Tensor | None = None
+    if real is not None:
         mask = _causal(past, total, device, real)
+    elif past and time > 1:
+        mask = _continuing(past, total, device)
     elif position_ids is not None and cache is None:
         mask = _packed(position_ids)
-    tables = rope.at(positions, device, dtype)
-    token_step = is_token_step(hidden, cached=cache is not None)
-    return AttentionContext(
-        tables, mask, total, cache, token_step and all(map(is_plain_field, fields))
+    is_token_step = serves_token_step(hidden, cached=cache is not None)
+    return PassContext(
+        rope=rope.at(positions, device, hidden.dtype),
+        mask=mask,
+        is_causal=mask is None and time > 1,
+        total=total,
+        cache=cache,
+        is_token_step=is_token_step and serves_fields(fields),
     )
 
 
@@ -177,6 +303,19 @@ def _packed(position_ids: Tensor) -> Tensor | None:
     sequence = torch.cat([starts.new_zeros(len(starts), 1), starts], 1).cumsum(-1)
     same = sequence[:, None, :, None] == sequence[:, None, None, :]
     return same & _causal(0, position_ids.size(1), position_ids.device)
+
+
+def _continuing(past: int, total: int, device: torch.device) -> Tensor:
+    """Return the mask of tokens that continue a cache without padding.
+
+    A GPU's fused kernels serve PyTorch's own value for it, and no array of booleans. On a CPU it
+    would become one, and importing it costs a second.
+    """
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return _causal(past, total, device)
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(total - past, total)
 
 
 def _causal(past: int, total: int, device: torch.device, real: Tensor | None = None) -> Tensor:

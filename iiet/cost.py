@@ -140,7 +140,7 @@ def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
     """
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     fields = config.num_layers * _field_parameters(config)
-    own = METHODS[config.method].num_parameters(config.num_layers, config.dim)
+    own = METHODS[config.method].num_parameters(config.num_layers, config.dim, config.options)
     return embeddings + fields + config.dim + (own if include_mix else 0)
 
 

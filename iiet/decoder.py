@@ -1,7 +1,7 @@
 """The decoder: embed, advance L times, norm, logits. The same for every method.
 
     s_0    = embedding(input_ids)
-    h_l    = method.advance(F_l, ...)        for l = 1..L
+    h_l    = layer_l(h_{l-1}, ...)        for l = 1..L
     logits = head(RMSNorm(h_L))
 
 The iteration schedule is a property of a call, not of the weights: the same decoder runs without
@@ -13,28 +13,25 @@ unused norm costs nothing but its bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from iiet.cache import DecodingCache, agreed_record, evaluation_slots
+from iiet.cache import evaluation_slots
 from iiet.config import ModelConfig
-from iiet.context import make_context
-from iiet.decoding_step import is_token_step
-from iiet.field import Field
-from iiet.linear import few_rows_product, is_plain
-from iiet.methods import METHODS, Advance
-from iiet.norm import RMSNorm
+from iiet.context import DecodingCache, agreed_record, make_context
+from iiet.cpu_kernels import few_rows_product, is_bare, serves_token_step
+from iiet.layers import Field, RMSNorm
+from iiet.methods import METHODS, Evaluation, Layer, Observer
+from iiet.methods.base import LayerCall
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
 
 __all__ = ["Decoder"]
-
-Observer = Callable[[int, int, Tensor, Tensor], None]
-"""Called after each evaluation with the layer, its evaluation's number k, input and output."""
 
 
 class Decoder(nn.Module):
@@ -57,17 +54,26 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.fields = nn.ModuleList(
-            Field(
-                config.dim,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                ffn_dim=config.ffn_dim,
-                rms_norm_eps=config.rms_norm_eps,
+        method, options = METHODS[config.method], config.options
+        self.layers = nn.ModuleList(
+            method(
+                Field(
+                    config.dim,
+                    num_heads=config.num_heads,
+                    num_kv_heads=config.num_kv_heads,
+                    ffn_dim=config.ffn_dim,
+                    rms_norm_eps=config.rms_norm_eps,
+                ),
+                layer,
+                dim=config.dim,
+                layer_norm_eps=config.layer_norm_eps,
+                options=options,
             )
-            for _ in range(config.num_layers)
+            for layer in range(config.num_layers)
         )
-        self.method = METHODS[config.method](config.num_layers, config.dim, config.layer_norm_eps)
+        self.shared = method.make_shared(
+            dim=config.dim, layer_norm_eps=config.layer_norm_eps, options=options
+        )
         self.norm = RMSNorm(config.dim, eps=config.rms_norm_eps)
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -85,6 +91,24 @@ class Decoder(nn.Module):
         no corrections.
         """
         return self.config.corrections
+
+    @property
+    def method(self) -> type[Layer]:
+        """The kind of layer that the decoder is made of."""
+        return METHODS[self.config.method]
+
+    @property
+    def fields(self) -> list[nn.Module]:
+        """The fields of all layers, in order."""
+        return [cast("Layer", layer).field for layer in self.layers]
+
+    def method_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the method learns beside the fields, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("shared.") or re.match(r"layers\.\d+\.(?!field\.)", name)
+        }
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +144,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         last_only: bool = False,
         return_hidden: bool = False,
+        observe: Observer | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Compute the logits of each token's successor.
 
@@ -134,7 +159,9 @@ class Decoder(nn.Module):
             position_ids: (batch or 1, time), instead of counted positions. Without mask and cache,
                 a position that does not go on by one starts another sequence of the row.
             last_only: whether to compute the last token's logits only, (batch, 1, vocab).
-            return_hidden: whether to return the hidden states `h_1..h_L` too.
+            return_hidden: whether to return the hidden states `h_1..h_L` too; the final norm is not
+                in them.
+            observe: called after each field evaluation with what went in and came out.
 
         Returns:
             Logits, (batch, time, vocab), or a pair of them and L hidden states, each (batch, time,
@@ -146,13 +173,14 @@ class Decoder(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        hiddens: list[Tensor] = []
+        hiddens = []
         for hidden in self._advances(
             self.embedding(input_ids) if inputs_embeds is None else inputs_embeds,
             schedule=schedule,
             cache=cache,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            observe=observe,
         ):
             last = hidden
             if return_hidden:
@@ -187,8 +215,8 @@ class Decoder(nn.Module):
         """
         record: dict[tuple[int, int], Tensor] = {}
 
-        def observe(layer: int, k: int, x: Tensor, y: Tensor) -> None:
-            record[layer, k] = x if inputs else y
+        def observe(seen: Evaluation) -> None:
+            record[seen.layer, seen.k] = seen.input if inputs else seen.output
 
         for _ in self._advances(
             self.embedding(input_ids),
@@ -202,11 +230,11 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
         normed = self.norm(hidden)
-        if self.head is not None and not is_plain(self.head, nn.Linear):
+        if self.head is not None and not is_bare(self.head, nn.Linear):
             logits: Tensor = self.head(normed)
             return logits
         weight = self.embedding.weight if self.head is None else self.head.weight
-        if is_token_step(normed, cached=True):
+        if serves_token_step(normed, cached=True):
             return few_rows_product(normed, weight, len(normed)).view(len(normed), 1, -1)
         return F.linear(normed, weight)
 
@@ -216,14 +244,11 @@ class Decoder(nn.Module):
         Raises:
             ValueError: the schedule does not fit the method or the number of layers.
         """
-        if schedule is None:
-            schedule = self.schedule
-        elif schedule != self.schedule:
-            dataclasses.replace(self.config, schedule=schedule)  # Checks that it can be served.
-        return tuple(
-            self.method.evaluations_per_layer(schedule, layer)
-            for layer in range(self.config.num_layers)
-        )
+        return self.config.evaluations_per_layer(schedule)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        _rename_older_weights(state_dict, prefix, num_layers=self.config.num_layers)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _advances(
         self,
@@ -237,8 +262,6 @@ class Decoder(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield `h_1, ..., h_L`; the one loop over layers. It starts from the embeddings."""
         evaluations_per_layer = self.evaluations_per_layer(schedule)
-        slots = evaluation_slots(evaluations_per_layer)
-        schedule = schedule or self.schedule
         context = make_context(
             hidden,
             self.rope,
@@ -248,33 +271,43 @@ class Decoder(nn.Module):
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
-        estimates: list[Tensor] = [hidden] if self.method.has_mix else []
-        recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
-
-        def advance(layer: int, hidden: Tensor, *estimates: Tensor) -> Advance:
-            field, numbers = self.fields[layer], iter(range(len(slots[layer])))
-
-            def evaluate(x: Tensor) -> Tensor:
-                k = next(numbers)
-                y: Tensor = field(x, context, slots[layer][k])
-                if observe is not None:
-                    observe(layer, k, x, y)
-                return y
-
-            return self.method.advance(layer, evaluate, hidden, estimates, schedule[layer])
-
-        for layer in range(self.config.num_layers):
-            if recompute and observe is None:
-                hidden, estimate = checkpoint(
-                    advance,
-                    layer,
-                    hidden,
-                    *estimates,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                hidden, estimate = advance(layer, hidden, *estimates)
-            if estimate is not None:
-                estimates.append(estimate)
+        schedule = schedule or self.schedule
+        slots = None if cache is None else evaluation_slots(evaluations_per_layer)
+        state = self.method.start(hidden, self.config.num_layers)
+        for number, layer in enumerate(self.layers):
+            call = LayerCall(
+                schedule[number],
+                context,
+                slots=None if slots is None else slots[number],
+                shared=self.shared,
+                recompute=self.activation_checkpointing and cache is None,
+                observe=observe,
+            )
+            hidden, state = layer(hidden, state, call)
             yield hidden
+
+
+_OLDER_NAMES = (
+    (r"fields\.(\d+)\.(.*)", r"layers.\1.field.\2"),
+    (r"method\.mix\.(prediction|correction)_norms\.(\d+)\.(.*)", r"layers.\2.\1_norm.\3"),
+    (r"method\.gates\.(\d+)\.(.*)", r"layers.\1.gate.\2"),
+    (r"method\.predictor\.(.*)", r"shared.\1"),
+)
+"""Names of weights before version 0.2, as patterns, and their names since."""
+
+
+def _rename_older_weights(state: dict[str, Any], prefix: str, *, num_layers: int) -> None:
+    """Give the weights of a state dict of before version 0.2 their names, in place.
+
+    The matrices A and C of all layers were parameters then; each layer has its row of them now.
+    """
+    for name in [name for name in state if name.startswith(prefix)]:
+        ours = name.removeprefix(prefix)
+        if match := re.fullmatch(r"method\.mix\.(inner|outer)", ours):
+            matrix = state.pop(name)
+            for layer in range(num_layers):
+                row = matrix[layer + 1, : layer + 2].clone()
+                state[f"{prefix}layers.{layer}.mix.{match[1]}"] = row
+        for pattern, replacement in _OLDER_NAMES:
+            if re.fullmatch(pattern, ours):
+                state[prefix + re.sub(pattern, replacement, ours)] = state.pop(name)

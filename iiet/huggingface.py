@@ -30,12 +30,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from iiet.cache import get_record, set_record
 from iiet.config import ModelConfig
+from iiet.context import get_record, set_record
 from iiet.decoder import Decoder
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
@@ -55,6 +54,8 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     method: str = "iiet"
     """How a layer advances the hidden state."""
+    method_options: dict[str, Any] | None = None
+    """Options of the method that are not its defaults."""
     corrections: list[int] | tuple[int, ...] | str | int | None = None
     """The iteration schedule: corrections per layer, or as text ("1,0,0", "3..0") or one number for
     all layers; None for methods that make none."""
@@ -112,6 +113,7 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 _CORE_NAMES = {
     "method": "method",
+    "method_options": "method_options",
     "corrections": "schedule",
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
@@ -311,14 +313,11 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        # Mixing matrices and coefficients belong to modules that transformers knows nothing about.
-        method = self.decoder.method
-        for name, part in method.named_modules():
-            if part is module and not isinstance(module, nn.Linear | nn.LayerNorm):
-                config = self.decoder.config
-                fresh = type(method)(config.num_layers, config.dim, config.layer_norm_eps)
-                for own, value in fresh.get_submodule(name).named_parameters(recurse=False):
-                    init.copy_(module.get_parameter(own), value)
+        # What methods learn belongs to modules that transformers knows nothing about. Its own
+        # versions of torch's functions leave alone what was loaded.
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset) and not type(module).__module__.startswith("torch."):
+            reset()
 
 
 def fast_tokenizer(

@@ -3,7 +3,8 @@
 The published modelling code follows Hugging Face's Llama names and adds those of the mix, so a
 plain Llama checkpoint is the case without them. Two things differ here: queries, keys and values
 are one matrix, gate and up another. The tables below are the whole translation, in both directions;
-nothing is renamed anywhere else.
+nothing is renamed anywhere else. The published matrices A and C are cut into the rows of their
+layers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import non_finite
 
@@ -42,13 +44,14 @@ _FUSED = {
     "attention.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
     "feed_forward.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 }
-_MIX = {"method.mix.inner": "model.history.weight", "method.mix.outer": "model.history.weight_c"}
+_MIX = {"mix.inner": "model.history.weight", "mix.outer": "model.history.weight_c"}
+"""Rows of a layer -> the lower-triangular matrix that holds them."""
 _MIX_NORMS = {
-    "method.mix.prediction_norms": "model.history.rouge_predictions_norm",
-    "method.mix.correction_norms": "model.history.layer_norms",
+    "prediction_norm": "model.history.rouge_predictions_norm",
+    "correction_norm": "model.history.layer_norms",
 }
-_STAGE_NORMS = {"method.predictor.norms": "model.RK_norm"}
-_ALPHA = {"method.predictor.alpha": "model.alpha"}
+_STAGE_NORMS = {"shared.norms": "model.RK_norm"}
+_ALPHA = {"shared.alpha": "model.alpha"}
 
 _METHOD_OF_ORDER = {2: "pcformer", 4: "pcformer_rk4"}
 _DEFAULT_CONTEXT_LENGTH = 2048
@@ -60,7 +63,7 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     if not config.tie_embeddings:
         names |= {ours: (theirs,) for ours, theirs in _HEAD.items()}
     for layer in range(config.num_layers):
-        here, there = f"fields.{layer}.", f"model.layers.{layer}."
+        here, there = f"layers.{layer}.field.", f"model.layers.{layer}."
         names |= {here + ours: (there + theirs,) for ours, theirs in _FIELD.items()}
         names |= {
             here + ours: tuple(there + part for part in parts) for ours, parts in _FUSED.items()
@@ -69,22 +72,40 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _method_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    names: dict[str, tuple[str, ...]] = {}
     if config.method == "vanilla":
-        return names
+        return {}
     if config.method not in ("iiet", *_METHOD_OF_ORDER.values()):
         raise ValueError(f"there is no published naming for method {config.method!r}")
-    norms = [(pair, config.num_layers) for pair in _MIX_NORMS.items()]
-    names |= {ours: (theirs,) for ours, theirs in _MIX.items()}
+    if config.options != METHODS[config.method].Options():
+        raise ValueError(f"there is no published naming for the options {config.options}")
+    names: dict[str, tuple[str, ...]] = {}
+    norms = {
+        f"layers.{layer}.{ours}": f"{theirs}.{layer}"
+        for layer in range(config.num_layers)
+        for ours, theirs in _MIX_NORMS.items()
+    }
     for order, method in _METHOD_OF_ORDER.items():
         if config.method == method:
-            norms += [(pair, order) for pair in _STAGE_NORMS.items()]
             names |= {ours: (theirs,) for ours, theirs in _ALPHA.items()}
-    for (ours, theirs), count in norms:
-        for index in range(count):
-            for kind in ("weight", "bias"):
-                names[f"{ours}.{index}.{kind}"] = (f"{theirs}.{index}.{kind}",)
+            for ours, theirs in _STAGE_NORMS.items():
+                norms |= {f"{ours}.{stage}": f"{theirs}.{stage}" for stage in range(order)}
+    for ours, theirs in norms.items():
+        names |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for kind in ("weight", "bias")}
     return names
+
+
+def _rows_of_mix(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Map each row of the mix to its published matrix and the row's number there.
+
+    Row 0 of a matrix, and what lies right of the diagonal, belong to no layer.
+    """
+    if not METHODS[config.method].has_mix:
+        return {}
+    return {
+        f"layers.{layer}.{ours}": (theirs, layer + 1)
+        for layer in range(config.num_layers)
+        for ours, theirs in _MIX.items()
+    }
 
 
 def _first(config: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
@@ -224,6 +245,8 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
         ours: torch.cat([weights[name].detach() for name in theirs])
         for ours, theirs in names.items()
     }
+    for ours, (matrix, row) in _rows_of_mix(model_config).items():
+        state[ours] = weights[matrix][row, : row + 1].detach().clone()
     decoder.load_state_dict(state, assign=True)
     return decoder
 
@@ -231,7 +254,8 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
 def _check_weights(
     decoder: Decoder, names: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor]
 ) -> None:
-    wanted = {name for theirs in names.values() for name in theirs}
+    matrices = {matrix for matrix, _ in _rows_of_mix(decoder.config).values()}
+    wanted = {name for theirs in names.values() for name in theirs} | matrices
     # Some writers store the tied head once more.
     ignored = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
     problems = [f"missing {name}" for name in sorted(wanted - set(weights))]
@@ -259,8 +283,12 @@ def _check_weights(
 def _split_shapes(
     decoder: Decoder, names: Mapping[str, tuple[str, ...]]
 ) -> list[tuple[str, tuple[int, ...]]]:
-    shapes: list[tuple[str, tuple[int, ...]]] = []
+    size = decoder.config.num_layers + 1
+    matrices = {matrix for matrix, _ in _rows_of_mix(decoder.config).values()}
+    shapes: list[tuple[str, tuple[int, ...]]] = [(name, (size, size)) for name in sorted(matrices)]
     for ours, parameter in decoder.state_dict().items():
+        if ours not in names:  # A row of one of the matrices.
+            continue
         rows = _rows(decoder.config, ours, parameter.size(0))
         shapes += [
             (name, (count, *parameter.shape[1:]))
@@ -280,9 +308,15 @@ def _rows(config: ModelConfig, name: str, num_rows: int) -> list[int]:
 
 
 def _to_published(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = _names(config)
+    names, rows_of_mix = _names(config), _rows_of_mix(config)
     published: dict[str, Tensor] = {}
+    size = config.num_layers + 1
     for ours, tensor in tensors.items():
+        if ours in rows_of_mix:
+            matrix, row = rows_of_mix[ours]
+            whole = published.setdefault(matrix, tensor.new_zeros(size, size))
+            whole[row, : row + 1] = tensor.detach()
+            continue
         parts = torch.split(tensor.detach(), _rows(config, ours, tensor.size(0)))
         published |= {name: part.clone() for name, part in zip(names[ours], parts, strict=True)}
     return published
@@ -295,7 +329,10 @@ def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
     Raises:
         ValueError: the method has no published naming.
     """
-    return _to_published(decoder.config, decoder.state_dict())
+    published = _to_published(decoder.config, decoder.state_dict())
+    for matrix in {matrix for matrix, _ in _rows_of_mix(decoder.config).values()}:
+        published[matrix][0, 0] = 1.0  # Row 0, which nothing reads, as it starts.
+    return published
 
 
 def published_gradients(decoder: Decoder) -> dict[str, Tensor]:

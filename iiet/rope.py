@@ -1,10 +1,10 @@
 """Rotary position embedding: each pair of a head's channels turns by an angle that grows with the
 token's position.
 
-Channels j and j + head_dim/2 form a pair ("halves", the Llama layout, not neighbours). The angles
-depend on nothing but position, so cosines and sines are made once per device and dtype and looked
-up afterwards; they are no part of the state dict. Rotating works in place on queries and keys,
-which saves a copy of both per evaluation.
+Channels j and j + head_dim/2 form a pair ("halves", the Llama layout, not neighbours). Angles,
+cosines and sines are float32 whatever the precision of the model, and a rotated head is rounded
+once. The tables depend on nothing but position: they are made on first use and looked up
+afterwards, and are no part of the state dict.
 
 Source: Su et al. 2021, RoFormer, section 3.2.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rope", "RopeTables", "rotate", "rotate_"]
+__all__ = ["Rope", "RopeTables", "rotate"]
 
 
 class RopeTables(NamedTuple):
@@ -29,13 +29,22 @@ class RopeTables(NamedTuple):
     sin: Tensor
 
 
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs of `heads`, (batch, time, heads, head_dim).
+
+    The inverse is the rotation with `-sin`.
+    """
+    swapped = heads.roll(heads.size(-1) // 2, dims=-1)
+    return torch.addcmul(heads * cos, swapped, sin).to(heads.dtype)
+
+
 class Rope:
-    """The rotary tables of one model: made on first use, for all positions up to the context's end.
+    """The rotary tables of one model.
 
     Args:
         head_dim: width of a head, even.
         num_positions: positions that are served, in tokens.
-        theta: base of the wavelengths.
+        theta: base of the wavelengths, in tokens.
     """
 
     def __init__(self, head_dim: int, num_positions: int, theta: float) -> None:
@@ -44,48 +53,37 @@ class Rope:
         self.theta = theta
         self._tables: dict[tuple[torch.device, torch.dtype], RopeTables] = {}
 
-    def tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
-        """Return the tables of all positions, each (num_positions, 1, head_dim)."""
-        key = (device, dtype)
-        tables = self._tables.get(key)
+    def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
+        """Look up positions.
+
+        Args:
+            positions: a slice for the same in all rows, or a (batch, time) tensor of integers.
+            device: where the tables are needed.
+            dtype: of the hidden states; the tables are float64 for float64, else float32.
+        """
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        cos, sin = self._all_positions(device, dtype)
+        return RopeTables(cos[positions], sin[positions])
+
+    def _all_positions(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
+        if torch.compiler.is_compiling():  # A graph must not fill a dictionary outside of it.
+            return self._make_tables(device, dtype)
+        tables = self._tables.get((device, dtype))
         if tables is None:
             # Tables first asked for in inference mode must serve training later.
             with torch.inference_mode(False), torch.no_grad():
                 tables = self._make_tables(device, dtype)
             # A fake tensor holds no numbers and is valid only in the mode that made it.
             if type(tables.cos) is Tensor:
-                self._tables[key] = tables
+                self._tables[device, dtype] = tables
         return tables
 
     def _make_tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
-        # Angles in float32 as published; bfloat16 would merge positions beyond 256.
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        channels = torch.arange(0, self.head_dim, 2, dtype=exact, device="cpu") / self.head_dim
-        positions = torch.arange(self.num_positions, dtype=exact, device="cpu")
+        channels = torch.arange(0, self.head_dim, 2, dtype=dtype, device="cpu") / self.head_dim
+        positions = torch.arange(self.num_positions, dtype=dtype, device="cpu")
         angles = torch.outer(positions, 1.0 / self.theta**channels)
         cos, sin = angles.cos(), angles.sin()
         return RopeTables(
-            torch.cat([cos, cos], -1).unsqueeze(1).to(device, dtype),
-            torch.cat([-sin, sin], -1).unsqueeze(1).to(device, dtype),
+            torch.cat([cos, cos], -1).unsqueeze(1).to(device),
+            torch.cat([-sin, sin], -1).unsqueeze(1).to(device),
         )
-
-    def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
-        """Look up positions: a slice for the same in all rows, or a (batch, time) tensor of
-        integers.
-        """
-        cos, sin = self.tables(device, dtype)
-        return RopeTables(cos[positions], sin[positions])
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return what `rotate_` computes, in a new tensor."""
-    return torch.addcmul(heads * cos, heads.roll(heads.size(-1) // 2, dims=-1), sin)
-
-
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs of `heads`, (batch, time, heads, head_dim), in place, and return it.
-
-    The inverse is the rotation with `-sin`.
-    """
-    swapped = heads.roll(heads.size(-1) // 2, dims=-1)
-    return heads.mul_(cos).addcmul_(swapped, sin)

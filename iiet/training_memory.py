@@ -25,7 +25,7 @@ __all__ = ["TrainingMemory", "training_memory"]
 
 _FULL, _HALF = 4, 2
 """Bytes of a float32 and of a bfloat16 value."""
-_FEED_FORWARD_TEMPORARIES = 7
+_FEED_FORWARD_TEMPORARIES = 4
 """Tensors of the inner width that the feed-forward network's backward pass holds at once."""
 _LOGITS_AT_ONCE = 3
 """Log-probabilities and two gradients of their size, in float32, while the loss goes backward."""

@@ -17,7 +17,7 @@ from benchmarks.mix_share import mix_share
 from benchmarks.mix_variants import StepSize, build, largest_difference, written_as
 from benchmarks.report import Goal, Quantity, Row, checked
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
-from iiet.history import Mix
+from iiet.methods.implicit_euler import ImplicitEuler
 
 NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4, "sweep": 5}
 """Of a quick run."""
@@ -157,17 +157,17 @@ def test_the_check_of_the_mix_sees_a_wrong_one(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_variant_ends_with_its_context() -> None:
     decoder, _ = build(StepSize(num_layers=2, dim=16, num_tokens=16, vocab_size=32))
-    lean = Mix.of_layer
+    lean = ImplicitEuler.start
     for variant in ("stacked", "checkpointed"):
         with written_as(variant, decoder):
-            assert (Mix.of_layer is not lean) or decoder.activation_checkpointing
-        assert Mix.of_layer is lean
+            assert (ImplicitEuler.start != lean) or decoder.activation_checkpointing
+        assert ImplicitEuler.start == lean
         assert not decoder.activation_checkpointing
 
 
 def test_the_share_finds_all_parts_of_the_mix_and_leaves_no_marks() -> None:
     decoder, input_ids = build(StepSize(num_layers=2, dim=16, num_tokens=16, vocab_size=32))
     decoder.zero_grad()
-    lean = Mix.of_layer
+    lean = ImplicitEuler.start
     assert 0 < mix_share(decoder, input_ids) < 1
-    assert Mix.of_layer is lean
+    assert ImplicitEuler.start == lean

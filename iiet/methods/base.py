@@ -1,28 +1,49 @@
-"""What a method is: the rule by which a layer advances the hidden state with its field.
+"""What a method is: a kind of layer, that is, a rule by which a layer advances the hidden state
+with its field.
 
-A method owns whatever it learns beside the fields (norms, mixes, coefficients), for all layers
-together. State is passed, never kept: a layer gets the hidden state and the estimates of the layers
-before it, and returns the next hidden state and its own estimate. The class says what a layer
-costs, so that cost follows from a config alone.
+A layer owns its field and whatever the method learns for it (norms, rows of the mix, gates). State
+is passed, never kept: a layer gets the hidden state and what the layers before it left, and returns
+both for the next one. The class says what a layer costs, so that cost follows from a config alone.
 """
 
-# ruff: noqa: ARG002 - all methods share their signatures
+# ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from iiet.context import PassContext
 from iiet.schedule import IterationSchedule
 
-__all__ = ["Advance", "Evaluate", "Method"]
+__all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "NoOptions", "Observer"]
 
-Evaluate = Callable[[Tensor], Tensor]
-"""The field of one layer, (batch, time, dim) to (batch, time, dim); every call is one evaluation.
-"""
+
+class Evaluation(NamedTuple):
+    """One evaluation of one field, as an observer sees it."""
+
+    layer: int
+    """The layer, the first being 0."""
+    k: int
+    """The evaluation within the layer: 0 is the prediction, i the i-th correction."""
+    input: Tensor
+    """Where the field was evaluated, x, (batch, time, dim)."""
+    output: Tensor
+    """What it gave, F(x), (batch, time, dim)."""
+    estimate: Tensor | None
+    """The normalized output, g(e) for a correction, (batch, time, dim); None where the method makes
+    none."""
+    residual: Tensor | None
+    """`g(e) - e`: how far the correction moves the estimate before it; None for predictions."""
+
+
+Observer = Callable[[Evaluation], None]
 
 
 class Advance(NamedTuple):
@@ -30,33 +51,108 @@ class Advance(NamedTuple):
 
     hidden: Tensor
     """The hidden state `h_l`, (batch, time, dim)."""
-    estimate: Tensor | None
-    """The estimate `s_l` for later layers; None where the method has no mix, so that nothing is
-    kept alive.
-    """
+    state: Any
+    """What later layers read beside it, such as the history of estimates; None for nothing."""
 
 
-class Method(nn.Module, ABC):
-    """The base of all methods.
+@dataclass(frozen=True)
+class LayerCall:
+    """How a layer runs in one pass, beside the state that flows through it."""
+
+    num_corrections: int
+    """How many corrections it makes; 0 where its method makes none."""
+    context: PassContext
+    """What all evaluations of the pass share."""
+    slots: tuple[int, ...] | None = None
+    """The cache slot of each of its evaluations; None without a cache."""
+    shared: nn.Module | None = None
+    """What all layers of the method share."""
+    recompute: bool = False
+    """Whether the backward pass recomputes the layer, which then keeps its inputs only."""
+    observe: Observer | None = None
+    """Called after each evaluation."""
+
+
+class Evaluate:
+    """The field of one layer in one pass; every call is one evaluation."""
+
+    def __init__(self, layer: Layer, call: LayerCall) -> None:
+        self._layer = layer
+        self._call = call
+        self._k = 0
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Callable[[Tensor], Tensor] | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
+        """Return `F(x)`, or `norm(F(x))`.
+
+        Args:
+            x: where to evaluate, (batch, time, dim).
+            norm: makes an estimate of the output.
+            previous: the estimate that this evaluation corrects; for observers only.
+        """
+        call, k = self._call, self._k
+        self._k += 1
+        output: Tensor = self._layer.field(
+            x, call.context, None if call.slots is None else call.slots[k]
+        )
+        estimate = None if norm is None else norm(output)
+        if call.observe is not None:
+            moved = None if estimate is None or previous is None else estimate - previous
+            call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved))
+        return output if estimate is None else estimate
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a method that has none."""
+
+
+class Layer(nn.Module, ABC):
+    """One layer of a method, the base of all methods.
+
+    It is the unit of activation checkpointing and of sharding.
 
     Args:
-        num_layers: number of layers L.
+        layer_field: the layer's block, `iiet.layers.Field`.
+        index: the layer, the first being 0.
         dim: width of the hidden state.
         layer_norm_eps: epsilon of the method's LayerNorms.
+        options: an instance of the method's `Options`.
     """
 
+    Options: ClassVar[type[Any]] = NoOptions
+    """A frozen dataclass; its fields are what `ModelConfig.method_options` may say."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule says how often a layer corrects its prediction."""
     has_mix: ClassVar[bool] = False
     """Whether layers read earlier estimates through the learned mix (and have its two LayerNorms
-    each).
-    """
-    num_stage_norms: ClassVar[int] = 0
-    """LayerNorms of Runge-Kutta stages, shared by all layers."""
+    each)."""
 
-    def __init__(self, num_layers: int, dim: int, layer_norm_eps: float) -> None:
+    def __init__(
+        self, layer_field: nn.Module, index: int, *, dim: int, layer_norm_eps: float, options: Any
+    ) -> None:
         super().__init__()
-        self.num_layers = num_layers
+        self.field = layer_field
+        self.index = index
+        self.options = options
+        self.build(dim, layer_norm_eps)
+
+    def build(self, dim: int, layer_norm_eps: float) -> None:
+        """Make what the layer learns beside its field."""
+
+    @classmethod
+    def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module | None:
+        """Make what all layers share; None for nothing."""
+        return None
+
+    @classmethod
+    def start(cls, embeddings: Tensor, num_layers: int) -> Any:
+        """Return the state that the first layer gets beside the embeddings, (batch, time, dim)."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -65,25 +161,46 @@ class Method(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def num_parameters(cls, num_layers: int, dim: int) -> int:
+    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
         """Count the parameters that the method has beside the fields."""
 
     @abstractmethod
     def advance(
         self,
-        layer: int,
-        field: Evaluate,
+        evaluate: Evaluate,
         hidden: Tensor,
-        estimates: Sequence[Tensor],
+        state: Any,
+        *,
         num_corrections: int,
+        shared: nn.Module | None,
     ) -> Advance:
         """Advance the hidden state by one layer.
 
         Args:
-            layer: the layer, the first being 0.
-            field: the layer's field.
+            evaluate: the layer's field.
             hidden: what the layer before left, (batch, time, dim).
-            estimates: `s_0` (the embeddings) to that of the layer before; empty where the method
-                has no mix.
+            state: what the layers before left beside it.
             num_corrections: how many corrections this layer makes; 0 where the method makes none.
+            shared: what all layers share.
         """
+
+    def reset_parameters(self) -> None:
+        """Initialize what the layer learns beside its field and plain norms and linear layers."""
+
+    def forward(self, hidden: Tensor, state: Any, call: LayerCall) -> Advance:
+        """Advance the hidden state, (batch, time, dim), by this layer."""
+        if call.recompute and call.observe is None and torch.is_grad_enabled():
+            advance: Advance = checkpoint(
+                self._advance, hidden, state, call, use_reentrant=False, preserve_rng_state=False
+            )
+            return advance
+        return self._advance(hidden, state, call)
+
+    def _advance(self, hidden: Tensor, state: Any, call: LayerCall) -> Advance:
+        return self.advance(
+            Evaluate(self, call),
+            hidden,
+            state,
+            num_corrections=call.num_corrections,
+            shared=call.shared,
+        )

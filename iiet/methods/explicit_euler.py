@@ -4,17 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from iiet.methods.base import Advance, Evaluate, Method
+from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.schedule import IterationSchedule
 
 __all__ = ["ExplicitEuler"]
 
 
-class ExplicitEuler(Method):
+class ExplicitEuler(Layer):
     """Advance by one evaluation.
 
         h_l = F_l(h_{l-1})
@@ -31,17 +31,18 @@ class ExplicitEuler(Method):
         return 1
 
     @classmethod
-    def num_parameters(cls, num_layers: int, dim: int) -> int:
+    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
         """Return 0."""
         return 0
 
     def advance(
         self,
-        layer: int,
-        field: Evaluate,
+        evaluate: Evaluate,
         hidden: Tensor,
-        estimates: Sequence[Tensor],
+        state: Any,
+        *,
         num_corrections: int,
+        shared: nn.Module | None,
     ) -> Advance:
         """Evaluate the field once."""
-        return Advance(field(hidden), None)
+        return Advance(evaluate(hidden), state)

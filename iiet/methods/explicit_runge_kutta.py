@@ -10,20 +10,20 @@ higher orders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from iiet.methods.base import Advance, Evaluate, Method
+from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.runge_kutta import runge_kutta_stages
 from iiet.schedule import IterationSchedule
 
 __all__ = ["ExplicitRK2", "ExplicitRK4", "GatedRK2"]
 
 
-class ExplicitRK2(Method):
+class ExplicitRK2(Layer):
     """Advance by the Runge-Kutta method of order 2 with fixed coefficients.
 
         k1 = G(h); k2 = G(h + k1);   h_l = h + (k1 + k2) / 2;   h = h_{l-1}, G(x) = F_l(x) - x
@@ -43,23 +43,24 @@ class ExplicitRK2(Method):
         return len(cls.coefficients)
 
     @classmethod
-    def num_parameters(cls, num_layers: int, dim: int) -> int:
+    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
         """Return 0."""
         return 0
 
     def advance(
         self,
-        layer: int,
-        field: Evaluate,
+        evaluate: Evaluate,
         hidden: Tensor,
-        estimates: Sequence[Tensor],
+        state: Any,
+        *,
         num_corrections: int,
+        shared: nn.Module | None,
     ) -> Advance:
         """Add the weighted stages."""
-        stages = runge_kutta_stages(_increments(field), hidden, len(self.coefficients))
+        stages = runge_kutta_stages(_increments(evaluate), hidden, len(self.coefficients))
         for coefficient, stage in zip(self.coefficients, stages, strict=True):
             hidden = torch.add(hidden, stage, alpha=coefficient)
-        return Advance(hidden, None)
+        return Advance(hidden, state)
 
 
 class ExplicitRK4(ExplicitRK2):
@@ -75,7 +76,7 @@ class ExplicitRK4(ExplicitRK2):
     coefficients: ClassVar[tuple[float, ...]] = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
-class GatedRK2(Method):
+class GatedRK2(Layer):
     """Advance by two stages whose weights each token chooses by a gate.
 
         g = sigmoid(W_l [k1, k2] + b_l);   h_l = h + g k1 + (1 - g) k2, stages as in `ExplicitRK2`
@@ -88,9 +89,9 @@ class GatedRK2(Method):
     Not to be confused with: PCformer's learned a, one number for the whole model.
     """
 
-    def __init__(self, num_layers: int, dim: int, layer_norm_eps: float) -> None:
-        super().__init__(num_layers, dim, layer_norm_eps)
-        self.gates = nn.ModuleList(nn.Linear(2 * dim, 1) for _ in range(num_layers))
+    def build(self, dim: int, layer_norm_eps: float) -> None:
+        """Make the gate."""
+        self.gate = nn.Linear(2 * dim, 1)
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
@@ -98,24 +99,25 @@ class GatedRK2(Method):
         return 2
 
     @classmethod
-    def num_parameters(cls, num_layers: int, dim: int) -> int:
+    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
         """Count the gates."""
         return num_layers * (2 * dim + 1)
 
     def advance(
         self,
-        layer: int,
-        field: Evaluate,
+        evaluate: Evaluate,
         hidden: Tensor,
-        estimates: Sequence[Tensor],
+        state: Any,
+        *,
         num_corrections: int,
+        shared: nn.Module | None,
     ) -> Advance:
         """Add the stages as the gate weighs them."""
-        first, second = runge_kutta_stages(_increments(field), hidden, 2)
-        gate = torch.sigmoid(self.gates[layer](torch.cat([first, second], -1)))
-        return Advance(hidden + torch.lerp(second, first, gate.to(first.dtype)), None)
+        first, second = runge_kutta_stages(_increments(evaluate), hidden, 2)
+        gate = torch.sigmoid(self.gate(torch.cat([first, second], -1)))
+        return Advance(hidden + torch.lerp(second, first, gate.to(first.dtype)), state)
 
 
-def _increments(field: Evaluate) -> Callable[[int, Tensor], Tensor]:
+def _increments(evaluate: Evaluate) -> Callable[[int, Tensor], Tensor]:
     """Return the stages' right-hand side `G(x) = F(x) - x`, which is the same for all of them."""
-    return lambda _, point: field(point) - point
+    return lambda _, point: evaluate(point) - point

@@ -1,21 +1,60 @@
 """The implicit Euler method, solved by a fixed number of fixed-point corrections. This is IIET."""
 
+# ruff: noqa: ARG002 - all methods share their signatures
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from iiet.history import Mix
-from iiet.methods.base import Advance, Evaluate, Method
+from iiet.methods.base import Advance, Evaluate, Layer
+from iiet.mix import EstimateNorm, History, Mix, start
 from iiet.schedule import IterationSchedule
-from iiet.solver import iterate
+from iiet.solvers import fixed_point
 
-__all__ = ["ImplicitEuler"]
+__all__ = ["ImplicitEuler", "ImplicitEulerOptions"]
 
 
-class ImplicitEuler(Method):
+@dataclass(frozen=True, kw_only=True)
+class ImplicitEulerOptions:
+    """How the corrections are made.
+
+    Raises:
+        ValueError: naming every field that is out of range.
+    """
+
+    damping: float = 1.0
+    """Share of each correction that is taken, in (0, 1]; 1 takes all of it. 0 is allowed where it
+    is learned: the layer then starts as without corrections."""
+    learn_damping: bool = False
+    """Whether each layer learns its damping, starting from `damping`."""
+    differentiated_corrections: int | None = None
+    """In training, differentiate this many last corrections only, at least 1; None: all."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        learned: object = self.learn_damping
+        if type(learned) is not bool:
+            problems.append(f"learn_damping must be true or false, got {learned!r}")
+        damping = self.damping
+        if type(damping) not in (int, float) or not math.isfinite(damping) or not 0 <= damping <= 1:
+            problems.append(f"damping must be a number from 0 to 1, got {damping!r}")
+        elif damping == 0 and not self.learn_damping:
+            problems.append(
+                "damping 0 takes nothing of a correction; set learn_damping=true with it"
+            )
+        last = self.differentiated_corrections
+        if last is not None and (type(last) is not int or last < 1):
+            problems.append(f"differentiated_corrections must be at least 1 or None, got {last!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class ImplicitEuler(Layer):
     """Predict once, then correct `r_l` times towards the fixed point.
 
         e   = P_l(F_l(h_{l-1}))                                        prediction
@@ -23,17 +62,27 @@ class ImplicitEuler(Method):
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
 
     Cost: `1 + r_l` evaluations per layer.
-    Source: the IIET paper, checked against its published code.
+    Source: the IIET paper, checked against its published code; options: this project.
     Not to be confused with: looping a block (`h = F(F(h))`), which hands each evaluation the one
     before it alone; here each correction starts from the earlier layers' estimates again.
     """
 
+    Options = ImplicitEulerOptions
     has_corrections: ClassVar[bool] = True
     has_mix: ClassVar[bool] = True
 
-    def __init__(self, num_layers: int, dim: int, layer_norm_eps: float) -> None:
-        super().__init__(num_layers, dim, layer_norm_eps)
-        self.mix = Mix(num_layers, dim, layer_norm_eps)
+    def build(self, dim: int, layer_norm_eps: float) -> None:
+        """Make both norms, the rows of the mix and the damping."""
+        self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+        self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+        self.mix = Mix(self.index)
+        self.damping = nn.Parameter(torch.empty(1)) if self.options.learn_damping else None
+        self.reset_parameters()
+
+    @classmethod
+    def start(cls, embeddings: Tensor, num_layers: int) -> History:
+        """Return the history that holds the embeddings."""
+        return start(embeddings, num_layers)
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
@@ -41,26 +90,44 @@ class ImplicitEuler(Method):
         return 1 + schedule[layer]
 
     @classmethod
-    def num_parameters(cls, num_layers: int, dim: int) -> int:
-        """Count the mix."""
-        return Mix.num_parameters(num_layers, dim)
+    def num_parameters(cls, num_layers: int, dim: int, options: ImplicitEulerOptions) -> int:
+        """Count both norms, the rows of the mix and the damping."""
+        rows = sum(map(Mix.num_parameters, range(num_layers)))
+        return rows + num_layers * (4 * dim + options.learn_damping)
+
+    def reset_parameters(self) -> None:
+        """Start the rows of the mix as means, and the damping where the options say."""
+        self.mix.reset_parameters()
+        if self.damping is not None:
+            nn.init.constant_(self.damping, self.options.damping)
 
     def advance(
         self,
-        layer: int,
-        field: Evaluate,
+        evaluate: Evaluate,
         hidden: Tensor,
-        estimates: Sequence[Tensor],
+        state: History,
+        *,
         num_corrections: int,
+        shared: nn.Module | None,
     ) -> Advance:
         """Predict, correct, mix."""
-        mix = self.mix.of_layer(layer, estimates, evaluates=num_corrections > 0)
-        correction_norm = self.mix.correction_norms[layer]
+        mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
 
         def correct(estimate: Tensor) -> Tensor:
-            corrected: Tensor = correction_norm(field(mix.evaluation_point(estimate)))
-            return corrected
+            return evaluate(mix.point(estimate), norm=self.correction_norm, previous=estimate)
 
-        prediction = self.mix.prediction_norms[layer](field(hidden))
-        estimate = iterate(correct, prediction, num_corrections).value
-        return Advance(mix.hidden(estimate), estimate)
+        prediction = evaluate(hidden, norm=self.prediction_norm)
+        estimate = fixed_point(
+            correct,
+            prediction,
+            num_corrections,
+            damping=self._damping(prediction.dtype),
+            num_differentiated=self.options.differentiated_corrections,
+        )
+        return Advance(*mix.leave(estimate))
+
+    def _damping(self, dtype: torch.dtype) -> Tensor | float | None:
+        if self.damping is not None:
+            return self.damping.to(dtype)
+        damping: float = self.options.damping
+        return None if damping == 1.0 else damping

@@ -6,25 +6,26 @@ PCformer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from iiet.history import Mix
-from iiet.methods.base import Advance, Evaluate, Method
+from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.runge_kutta import MovingAverageRungeKutta
+from iiet.mix import EstimateNorm, History, Mix, start
 from iiet.schedule import IterationSchedule
 
 __all__ = ["PredictorCorrectorRK2", "PredictorCorrectorRK4"]
 
 
-class PredictorCorrectorRK2(Method):
+class PredictorCorrectorRK2(Layer):
     """Predict with a Runge-Kutta step of order 2, correct once.
 
         p   = RK2(F_l, h_{l-1}), see `runge_kutta`
         s_l = N_l(F_l(sum_{k<l} A[l,k] s_k + A[l,l] P_l(p)))
         h_l = sum_{k<=l} C[l,k] s_k
+
+    The predictor's norms and coefficient are shared by all layers.
 
     Cost: 3 evaluations per layer.
     Source: Li et al. 2024 (PCformer), checked against its published code.
@@ -33,37 +34,56 @@ class PredictorCorrectorRK2(Method):
     """
 
     has_mix: ClassVar[bool] = True
-    num_stage_norms: ClassVar[int] = 2
+    order: ClassVar[int] = 2
+    """Of the predictor: its evaluations, each with a norm."""
 
-    def __init__(self, num_layers: int, dim: int, layer_norm_eps: float) -> None:
-        super().__init__(num_layers, dim, layer_norm_eps)
-        self.predictor = MovingAverageRungeKutta(self.num_stage_norms, dim, layer_norm_eps)
-        self.mix = Mix(num_layers, dim, layer_norm_eps)
+    def build(self, dim: int, layer_norm_eps: float) -> None:
+        """Make both norms and the rows of the mix."""
+        self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+        self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+        self.mix = Mix(self.index)
+
+    @classmethod
+    def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module:
+        """Make the predictor."""
+        return MovingAverageRungeKutta(cls.order, dim, layer_norm_eps)
+
+    @classmethod
+    def start(cls, embeddings: Tensor, num_layers: int) -> History:
+        """Return the history that holds the embeddings."""
+        return start(embeddings, num_layers)
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         """Return the predictor's stages and the one corrector, whatever the schedule."""
-        return cls.num_stage_norms + 1
+        return cls.order + 1
 
     @classmethod
-    def num_parameters(cls, num_layers: int, dim: int) -> int:
-        """Count the mix and the predictor."""
-        predictor = MovingAverageRungeKutta.num_parameters(cls.num_stage_norms, dim)
-        return Mix.num_parameters(num_layers, dim) + predictor
+    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
+        """Count norms, rows of the mix and the predictor."""
+        rows = sum(map(Mix.num_parameters, range(num_layers)))
+        predictor = MovingAverageRungeKutta.num_parameters(cls.order, dim)
+        return rows + num_layers * 4 * dim + predictor
+
+    def reset_parameters(self) -> None:
+        """Start the rows of the mix as means."""
+        self.mix.reset_parameters()
 
     def advance(
         self,
-        layer: int,
-        field: Evaluate,
+        evaluate: Evaluate,
         hidden: Tensor,
-        estimates: Sequence[Tensor],
+        state: History,
+        *,
         num_corrections: int,
+        shared: nn.Module | None,
     ) -> Advance:
         """Predict, correct once, mix."""
-        prediction = self.mix.prediction_norms[layer](self.predictor(field, hidden))
-        mix = self.mix.of_layer(layer, estimates, evaluates=True)
-        estimate = self.mix.correction_norms[layer](field(mix.evaluation_point(prediction)))
-        return Advance(mix.hidden(estimate), estimate)
+        assert shared is not None
+        prediction = self.prediction_norm(shared(evaluate, hidden))
+        mix = self.mix(state, dtype=hidden.dtype, corrects=True)
+        estimate = evaluate(mix.point(prediction), norm=self.correction_norm, previous=prediction)
+        return Advance(*mix.leave(estimate))
 
 
 class PredictorCorrectorRK4(PredictorCorrectorRK2):
@@ -74,4 +94,4 @@ class PredictorCorrectorRK4(PredictorCorrectorRK2):
     Not to be confused with: `ode_rk4`, which has fixed coefficients and neither corrector nor mix.
     """
 
-    num_stage_norms: ClassVar[int] = 4
+    order: ClassVar[int] = 4

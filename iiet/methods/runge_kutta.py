@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from iiet.methods.base import Evaluate
+from iiet.mix import EstimateNorm, KeepsFloat32
 
 __all__ = ["MovingAverageRungeKutta", "runge_kutta_stages"]
 
@@ -46,7 +46,7 @@ def runge_kutta_stages(
     return stages
 
 
-class MovingAverageRungeKutta(nn.Module):
+class MovingAverageRungeKutta(KeepsFloat32):
     """Predict a layer's output from `order` evaluations.
 
         k_j = R_j(F(...));   p = h + sum_j a (1-a)^(order-j) k_j
@@ -62,8 +62,13 @@ class MovingAverageRungeKutta(nn.Module):
     def __init__(self, order: int, dim: int, layer_norm_eps: float) -> None:
         super().__init__()
         self.order = order
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=layer_norm_eps) for _ in range(order))
-        self.alpha = nn.Parameter(torch.tensor([_INITIAL_ALPHA]))
+        self.norms = nn.ModuleList(EstimateNorm(dim, eps=layer_norm_eps) for _ in range(order))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start a at one half."""
+        nn.init.constant_(self.alpha, _INITIAL_ALPHA)
 
     @staticmethod
     def num_parameters(order: int, dim: int) -> int:
@@ -75,12 +80,11 @@ class MovingAverageRungeKutta(nn.Module):
         powers = torch.arange(self.order - 1, -1, -1, device=self.alpha.device)
         return self.alpha * (1 - self.alpha) ** powers
 
-    def forward(self, field: Evaluate, hidden: Tensor) -> Tensor:
+    def forward(self, evaluate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         """Return the prediction `p`, (batch, time, dim)."""
 
         def stage(number: int, point: Tensor) -> Tensor:
-            normed: Tensor = self.norms[number](field(point))
-            return normed
+            return evaluate(point.to(hidden.dtype), norm=self.norms[number])
 
         prediction = hidden
         stages = runge_kutta_stages(stage, hidden, self.order)

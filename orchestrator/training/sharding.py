@@ -1,10 +1,10 @@
 """Fully sharded training: each worker holds its share of weights, gradients and moments (FSDP2).
 
-PyTorch's `fully_shard` gathers a layer's weights for each evaluation of its field and scatters its
-gradients behind it; what belongs to no layer (embedding, mix, norms, head) is one more group. With
-bf16, fields travel as bf16, half as many bytes, and gradients are summed in float32; embedding, mix
-and norms between layers stay float32, as they do in one process. Autocast decides the arithmetic in
-both cases.
+PyTorch's `fully_shard` gathers a layer's weights once for all evaluations of its field, and
+scatters their gradients once after its backward pass; what belongs to no layer (embedding, norm,
+head) is one more group. With bf16, fields travel as bf16, half as many bytes, and gradients are
+summed in float32; embedding, mix and the method's norms stay float32, as they do in one process:
+they are small groups of their own then. Autocast decides the arithmetic in both cases.
 
 Checkpoints hold whole tensors in the order of an unsharded optimizer, so a run may go on with
 another number of workers, sharded or not. This module is imported only where it is used: FSDP takes
@@ -39,8 +39,12 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for field in decoder.fields:
-        fully_shard(field, mesh=mesh, mp_policy=policy)
+    for layer in decoder.layers:
+        if precision == "bf16":
+            for name, module in layer.named_children():
+                if name != "field":
+                    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(decoder, mesh=mesh)
 
 

@@ -15,6 +15,7 @@ from iiet.config import ModelConfig, preset
 from iiet.cost import inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
+from iiet.plain import plain_formulas
 from iiet.schedule import IterationSchedule
 
 SMALL = ModelConfig(
@@ -58,9 +59,10 @@ def sums_by_hand(method):
 def counted_flops(run):
     """What PyTorch counts; on a CPU it sees attention with this backend only, as full products.
 
-    With gradients on, as the mix is made of plain sums then, which it does not count.
+    With plain formulas, in which the mix is made of sums, which it does not count.
     """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    counter = FlopCounterMode(display=False)
+    with plain_formulas(), counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops()
 
@@ -100,10 +102,10 @@ def test_iiet_by_hand():
 # Columns: evaluations, decode FLOPs, prefill FLOPs, KV bytes, weight bytes, parameters.
 BY_HAND = {
     "vanilla": (3, 3 * 1280 + 800, 3 * 1136 + 80, 96, 7616, 1896),
-    "iiet": (6, 6 * 1280 + 800 + 256, 6 * 1136 + 80 + 256, 192, 13568, 1896 + 32 + 96),
-    "pcformer": (9, 9 * 1280 + 800 + 288, 9 * 1136 + 80 + 288, 288, 19520, 1896 + 32 + 96 + 33),
+    "iiet": (6, 6 * 1280 + 800 + 256, 6 * 1136 + 80 + 256, 192, 13568, 1896 + 18 + 96),
+    "pcformer": (9, 9 * 1280 + 800 + 288, 9 * 1136 + 80 + 288, 288, 19520, 1896 + 18 + 96 + 33),
     "pcformer_rk4": (
-        15, 15 * 1280 + 800 + 288, 15 * 1136 + 80 + 288, 480, 31424, 1896 + 32 + 96 + 65,
+        15, 15 * 1280 + 800 + 288, 15 * 1136 + 80 + 288, 480, 31424, 1896 + 18 + 96 + 65,
     ),
     "ode_rk2": (6, 6 * 1280 + 800, 6 * 1136 + 80, 192, 13568, 1896),
     "ode_rk4": (12, 12 * 1280 + 800, 12 * 1136 + 80, 384, 25472, 1896),
@@ -169,7 +171,8 @@ def test_weight_bytes_equal_what_a_decoding_step_reads(method, tied):
     decoder = Decoder(config).eval()
     cache = KeyValueCache(config, batch_size=1, max_tokens=4)
     # The method's own few values (norms, mix, gates) are left out of the count.
-    parameters = [p for n, p in decoder.named_parameters() if not n.startswith("method.")]
+    own = decoder.method_parameters()
+    parameters = [p for name, p in decoder.named_parameters() if name not in own]
     with torch.no_grad():
         decoder(torch.zeros(1, 3, dtype=torch.long), cache=cache)
         with ReadWeights(parameters) as read:
@@ -296,7 +299,7 @@ def test_parameters_equal_those_of_a_built_model(method, tied):
     config = dataclasses.replace(small(method), tie_embeddings=tied)
     built = sum(parameter.numel() for parameter in Decoder(config).parameters())
     assert num_parameters(config) == built
-    own = sum(parameter.numel() for parameter in Decoder(config).method.parameters())
+    own = sum(parameter.numel() for parameter in Decoder(config).method_parameters().values())
     assert num_parameters(config, include_mix=False) == built - own
 
 

@@ -92,7 +92,10 @@ def test_a_cache_is_refused_after_an_interrupted_pass():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with decoder.fields[2].register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        decoder.layers[2].field.register_forward_pre_hook(interrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         decoder(prompt(2, 1), cache=cache)
     with pytest.raises(ValueError, match=r"hold from 5 to 6 tokens, .* make a new cache"):
         decoder(prompt(2, 1), cache=cache)
@@ -260,3 +263,17 @@ def test_generated_tokens_can_be_trained_on():
     decoder = decoder_of()
     tokens = generate(decoder, prompt(), max_new_tokens=3)
     decoder(tokens).sum().backward()
+
+
+def test_the_mask_of_a_gpu_that_continues_a_cache_is_the_causal_one():
+    from torch.nn.attention.bias import CausalBias
+
+    from iiet.context import _causal, _continuing, attend
+
+    queries, keys = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 7, 8)
+    mask = _continuing(4, 7, torch.device("meta"))
+    assert isinstance(mask, CausalBias)
+    plain = _continuing(4, 7, torch.device("cpu"))
+    assert torch.equal(plain, _causal(4, 7, torch.device("cpu")))
+    results = [attend(queries, keys, keys, mask=m, is_causal=False) for m in (mask, plain)]
+    torch.testing.assert_close(*results)

@@ -205,9 +205,9 @@ def test_errors_are_the_standard_errors_over_batches():
 def test_a_layer_that_changes_nothing_has_no_influence():
     decoder = small_decoder()
     with torch.no_grad():
-        for parameter in decoder.fields[0].parameters():
+        for parameter in decoder.layers[0].field.parameters():
             parameter.zero_()  # F(x) = x, so corrections move as the mix and norms say, and
-        decoder.method.mix.inner[1] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # x = s_0 = h_0.
+        decoder.layers[0].mix.inner.copy_(torch.tensor([1.0, 0.0]))  # x = s_0 = h_0.
     row = influence_table(decoder, random_batches(2)).value_rows[0]
     assert row == pytest.approx((0.0, 0.0), abs=1e-12)
     assert min(row) >= 0

@@ -6,27 +6,50 @@ import pytest
 import torch
 
 from iiet import METHODS, Decoder, IterationSchedule, ModelConfig
+from iiet.methods.base import LayerCall
 from iiet.methods.explicit_runge_kutta import ExplicitRK2, ExplicitRK4, GatedRK2
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.methods.runge_kutta import MovingAverageRungeKutta, runge_kutta_stages
-from iiet.solver import iterate
+from iiet.mix import start
+from iiet.solvers import fixed_point
 
 DIM = 8
 
 
+class FieldOf(torch.nn.Module):
+    """A field that one can solve: any function of the hidden state."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, _context, _slot):
+        return self.function(x)
+
+
+def layer_of(method, function):
+    """The first layer of a model of one layer, in float64."""
+    options = method.Options()
+    field = FieldOf(function)
+    return method(field, 0, dim=DIM, layer_norm_eps=1e-5, options=options).double()
+
+
+def advanced(layer, hidden, num_corrections=0):
+    state = layer.start(hidden, 1)
+    return layer(hidden, state, LayerCall(num_corrections, None)).hidden
+
+
 @torch.no_grad()
-def growth(method, z):
+def growth(layer, z):
     """One layer on `x' = z x`, whose field with the residual inside is `F(x) = x + z x`."""
-    start = torch.ones(1, 1, DIM, dtype=torch.float64)
-    advanced, estimate = method.double().advance(0, lambda x: x + z * x, start, (), 0)
-    assert estimate is None
-    return float(advanced[0, 0, 0])
+    layer.field.function = lambda x: x + z * x
+    return float(advanced(layer, torch.ones(1, 1, DIM, dtype=torch.float64))[0, 0, 0])
 
 
 @pytest.mark.parametrize(("method", "order"), [("vanilla", 1), ("ode_rk2", 2), ("ode_rk4", 4)])
 def test_order_of_convergence(method, order):
     """Halving the step divides the error of one step by `2^(order + 1)`."""
-    stepper = METHODS[method](1, DIM, 1e-5)
+    stepper = layer_of(METHODS[method], None)
     errors = [abs(growth(stepper, z) - math.exp(z)) for z in (0.02, 0.01)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.05)
 
@@ -37,19 +60,19 @@ def test_fixed_coefficients_sum_to_one(method):
 
 
 def test_an_open_gate_is_the_fixed_method():
-    gated = GatedRK2(1, DIM, 1e-5)
-    torch.nn.init.zeros_(gated.gates[0].weight)
-    torch.nn.init.zeros_(gated.gates[0].bias)
-    assert growth(gated, 0.3) == pytest.approx(growth(ExplicitRK2(1, DIM, 1e-5), 0.3), abs=1e-15)
+    gated = layer_of(GatedRK2, None)
+    torch.nn.init.zeros_(gated.gate.weight)
+    torch.nn.init.zeros_(gated.gate.bias)
+    assert growth(gated, 0.3) == pytest.approx(growth(layer_of(ExplicitRK2, None), 0.3), abs=1e-15)
 
 
 def test_the_gate_chooses_between_the_stages():
     """A gate at one takes the first stage alone, Euler; at zero the second."""
-    gated = GatedRK2(1, DIM, 1e-5)
-    torch.nn.init.zeros_(gated.gates[0].weight)
+    gated = layer_of(GatedRK2, None)
+    torch.nn.init.zeros_(gated.gate.weight)
     z = 0.3
     for bias, expected in ((50.0, 1 + z), (-50.0, 1 + z * (1 + z))):
-        torch.nn.init.constant_(gated.gates[0].bias, bias)
+        torch.nn.init.constant_(gated.gate.bias, bias)
         assert growth(gated, z) == pytest.approx(expected, abs=1e-12)
 
 
@@ -80,29 +103,36 @@ def test_moving_average_coefficients(order, expected):
     assert predictor.coefficients().tolist() == pytest.approx(expected)
 
 
-def test_iterate_returns_the_value_and_every_iterate():
-    half = iterate(lambda x: x / 2 + 1, torch.tensor(0.0), 3)
-    assert [float(x) for x in half.iterates] == [0.0, 1.0, 1.5, 1.75]
-    assert half.value is half.iterates[-1]
-    guess = torch.tensor(5.0)
-    assert iterate(lambda x: x / 0, guess, 0) == (guess, (guess,))
+def test_the_solver_applies_the_map_as_often_as_asked():
+    guess = torch.tensor(0.0)
+    values = [float(fixed_point(lambda x: x / 2 + 1, guess, count)) for count in range(4)]
+    assert values == [0.0, 1.0, 1.5, 1.75]
+    assert fixed_point(lambda x: x / 0, guess, 0) is guess
+
+
+@pytest.mark.parametrize("damping", [0.5, torch.tensor([0.5])])
+def test_a_damped_step_goes_part_of_the_way(damping):
+    """`g(x) = 4 - 3 x` runs away from its fixed point 1; half steps turn `3` into `1`, less reach
+    it."""
+    start = torch.tensor([2.0])
+    assert float(fixed_point(lambda x: 4 - 3 * x, start, 1, damping=damping)) == 0.0
+    assert float(fixed_point(lambda x: 4 - 3 * x, start, 8, damping=damping / 2)) == 1.0
+    assert float(fixed_point(lambda x: 4 - 3 * x, start, 8)) == 1.0 + 3.0**8
 
 
 def test_corrections_converge_to_the_implicit_solution():
     """With a contracting field the estimate solves `e = N(F(prefix + a e))`, ever more closely."""
     torch.manual_seed(0)
-    method = ImplicitEuler(1, DIM, 1e-5).double()
     matrix = 0.1 * torch.randn(DIM, DIM, dtype=torch.float64)
     embeddings = torch.randn(1, 4, DIM, dtype=torch.float64)
-
-    def field(x):
-        return embeddings + torch.tanh(x) @ matrix
+    layer = layer_of(ImplicitEuler, lambda x: embeddings + torch.tanh(x) @ matrix)
 
     @torch.no_grad()
     def residual(corrections):
-        _, e = method.advance(0, field, embeddings, (embeddings,), corrections)
-        a, norm = method.mix.inner, method.mix.correction_norms[0]
-        return float((norm(field(a[1, 0] * embeddings + a[1, 1] * e)) - e).norm())
+        seen = []
+        call = LayerCall(corrections + 1, None, observe=seen.append)
+        layer(embeddings, start(embeddings, 1), call)
+        return float(seen[-1].residual.norm())
 
     residuals = [residual(r) for r in (1, 2, 4, 8)]
     assert residuals == sorted(residuals, reverse=True)
@@ -116,27 +146,27 @@ def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model():
     torch.manual_seed(0)
     iiet = Decoder(ModelConfig(method="iiet", schedule=IterationSchedule.none(3), **sizes)).double()
     vanilla = Decoder(ModelConfig(method="vanilla", **sizes)).double()
-    shared = {name: w for name, w in iiet.state_dict().items() if not name.startswith("method.")}
+    own = iiet.method_parameters()
+    shared = {name: weight for name, weight in iiet.state_dict().items() if name not in own}
     vanilla.load_state_dict(shared)
     with torch.no_grad():
-        iiet.method.mix.outer.copy_(torch.eye(4))
-        for norm, field in zip(iiet.method.mix.prediction_norms, vanilla.fields, strict=True):
+        for layer, plain in zip(iiet.layers, vanilla.layers, strict=True):
+            layer.mix.outer.zero_()[-1] = 1.0
+            norm = layer.prediction_norm
             norm.weight.normal_()
-            field.register_forward_hook(lambda _module, _x, y, norm=norm: norm(y))
+            plain.field.register_forward_hook(lambda _module, _x, y, norm=norm: norm(y))
     tokens = torch.randint(19, (2, 7))
     torch.testing.assert_close(iiet(tokens), vanilla(tokens), rtol=0, atol=1e-12)
 
 
 def test_a_layer_alone_in_its_model_starts_from_the_mean_of_embeddings_and_estimate():
-    method = ImplicitEuler(1, DIM, 1e-5).double()
+    layer = layer_of(ImplicitEuler, torch.sin)
     embeddings = torch.randn(1, 3, DIM, dtype=torch.float64)
-    points = []
-
-    def field(x):
-        points.append(x)
-        return x.sin()
-
-    hidden, estimate = method.advance(0, field, embeddings, (embeddings,), 1)
+    seen = []
+    call = LayerCall(1, None, observe=seen.append)
+    hidden, _ = layer(embeddings, start(embeddings, 1), call)
     guess = torch.nn.functional.layer_norm(embeddings.sin(), (DIM,))
-    torch.testing.assert_close(points[1], (embeddings + guess) / 2)
-    torch.testing.assert_close(hidden, (embeddings + estimate) / 2)
+    torch.testing.assert_close(seen[1].input, (embeddings + guess) / 2)
+    torch.testing.assert_close(hidden, (embeddings + seen[1].estimate) / 2)
+    torch.testing.assert_close(seen[1].residual, seen[1].estimate - seen[0].estimate)
+    assert seen[0].residual is None

@@ -80,7 +80,11 @@ def test_weights_come_back_bitwise(name):
     config, tensors, decoder = load(name)
     published = published_from_decoder(decoder)
     assert set(published) == set(within(tensors, "weight."))
-    assert all(torch.equal(published[key], tensors[f"weight.{key}"]) for key in published)
+    for key, ours in published.items():
+        theirs = tensors[f"weight.{key}"]
+        if "model.history.weight" in key:  # Row 0 and right of the diagonal belong to no layer.
+            ours, theirs = ours.tril()[1:], theirs.tril()[1:]
+        assert torch.equal(ours, theirs), key
     again = decoder_from_published(config, published)
     assert isinstance(again, Decoder)
     assert again.config == decoder.config

@@ -118,13 +118,13 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
     assert price.hours == pytest.approx(price.flops / 0.5e9 / 3600)
     assert price.most_hours == pytest.approx(4 * price.hours), "as busy as this machine is now"
-    assert price.checkpoint_bytes == 4 * 12 * 10_146
+    assert price.checkpoint_bytes == 4 * 12 * 10_138
     assert price.teacher_bytes == 40 * STEP * (300 * 4 + 4), "logits in float32, and the token"
     assert told(tiny_plan, chosen, tmp_path)[2:] == [
         "left to train: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs",
         "time: 2 to 8.1 seconds of all CPUs here, at 50% of 0.001 to 0.00025 TFLOP/s (made up); "
         "validation, saving and measuring come on top",
-        "to be written: checkpoints of up to 475.6 KiB and the teacher's answers, 2.9 MiB",
+        "to be written: checkpoints of up to 475.2 KiB and the teacher's answers, 2.9 MiB",
     ]
 
 
@@ -135,7 +135,7 @@ def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_p
     assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     lines = told(tiny_plan, chosen, tmp_path)
     assert "of one GPU" in lines[3]
-    assert lines[4] == "to be written: checkpoints of up to 475.6 KiB"
+    assert lines[4] == "to be written: checkpoints of up to 475.2 KiB"
 
 
 def test_a_plan_says_on_how_many_gpus_its_trials_run(tiny_plan: SweepPlan, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_only_linear_weights_decay(tiny_model: dict[str, Any]) -> None:
     found = groups(decoder)
     assert found[0.5] == linear
     assert "embedding.weight" in found[0.0]
-    assert {"method.mix.inner", "method.mix.outer"} <= found[0.0], "the mix is not decayed"
+    rows = {f"layers.0.mix.{row}" for row in ("inner", "outer")}
+    assert rows <= found[0.0], "the mix is not decayed"
 
 
 def test_decay_does_not_move_the_mix(tiny_model: dict[str, Any]) -> None:

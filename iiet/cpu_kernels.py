@@ -1,0 +1,384 @@
+"""Formulas of the model written by hand, where eager PyTorch wastes time or memory on them.
+
+    rms_norm         a CPU has no fused kernel for it, forward or backward
+    project_heads    queries, keys and values stay in the buffer that their product wrote
+    gated_product    SwiGLU keeps gate and up only, and recomputes the rest in the backward pass
+    evaluate_token   a whole field for one token per row, as a decoding step on a CPU needs it
+
+The two in the middle serve GPUs in eager mode too: they keep half the memory of an evaluation. Each
+equals the plain formula in `iiet.layers`, values and gradients, by test. They read weights instead
+of calling modules, so they serve only bare `nn.Linear` layers: no hooks, adapters, biases,
+parametrizations, quantized or distributed weights. `IIET_CPU_KERNELS=0` turns all of them off.
+
+Source: derivatives by this project.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from iiet.plain import fast_forms_allowed
+
+if TYPE_CHECKING:
+    from iiet.context import PassContext
+    from iiet.layers import Field
+
+__all__ = [
+    "evaluate_token",
+    "gated_product",
+    "is_bare",
+    "project_heads",
+    "rms_norm",
+    "serves_feed_forward",
+    "serves_fields",
+    "serves_heads",
+    "serves_norm",
+    "serves_token_step",
+]
+
+ENABLED = os.environ.get("IIET_CPU_KERNELS", "1") != "0"
+MAX_ROWS: Final = 8
+"""At most so many tokens go through `evaluate_token`; for more, `F.linear` is as fast."""
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module may be read for its weight instead of being called.
+
+    Not so if it was replaced or wrapped, as LoRA does, has a hook, a bias or a forward of its own,
+    or a weight that is more than a parameter (quantized, distributed).
+    """
+    own = module.__dict__
+    return (
+        type(module) is kind
+        and "forward" not in own
+        and own["_parameters"].get("bias") is None
+        and not hasattr(own["_parameters"].get("weight"), "__tensor_flatten__")
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+    )
+
+
+def serves_heads(qkv: nn.Module) -> bool:
+    """Tell whether `project_heads` may stand for this layer and the rotation behind it."""
+    return _serves_linear(qkv)
+
+
+def serves_feed_forward(down: nn.Module) -> bool:
+    """Tell whether `gated_product` may stand for this layer and the activation before it."""
+    return _serves_linear(down)
+
+
+def _serves_linear(linear: nn.Module) -> bool:
+    return (
+        ENABLED
+        and fast_forms_allowed()
+        and is_bare(linear, nn.Linear)
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def serves_norm(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether `rms_norm` may stand for `F.rms_norm`."""
+    return (
+        ENABLED
+        and x.is_cpu
+        and x.dtype == weight.dtype
+        and x.itemsize >= 4
+        and not hasattr(weight, "__tensor_flatten__")
+        and fast_forms_allowed()
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
+    if torch.is_grad_enabled():
+        normed: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return normed
+    return (x * _rstd(x, eps)).mul_(weight)
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    """Return one over the root mean square of each token, (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(_constant(eps, x), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
+
+
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def _constant(value: float, x: Tensor) -> Tensor:
+    """Return a number as a tensor of x's dtype: made anew, it costs as much as a kernel."""
+    key = (value, x.dtype)
+    constant = _constants.get(key) if type(x) is Tensor else None
+    if constant is None:
+        with torch.inference_mode(False):
+            constant = torch.tensor(value, dtype=x.dtype, device="cpu")
+        # A fake tensor holds no number and is valid only in the mode that made it.
+        if type(constant) is Tensor:
+            _constants[key] = constant
+    return constant
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Six passes over the hidden state instead of a dozen; keeps the input and `rstd` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rstd = _rstd(x, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dim = x.size(-1)
+        products = (grad * x).view(-1, dim)
+        weight_grad = rstd.view(1, -1) @ products
+        # d rstd / dx = -x rstd^3 / dim
+        pull = (products @ weight).view_as(rstd) * rstd.pow(3).div_(-dim)
+        x_grad = (grad * weight).mul_(rstd).addcmul_(x, pull)
+        return x_grad, weight_grad.view(-1), None
+
+
+def project_heads(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project to queries, keys and values and rotate the first two, all in one buffer.
+
+    Args:
+        x: (batch, time, dim).
+        weight: (all heads x head_dim, dim); queries, then keys, then values.
+        cos: as in `iiet.rope`; `sin` too.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+
+    Returns:
+        Queries, keys and values, each (batch, its heads, time, head_dim).
+    """
+    if not torch.is_grad_enabled():
+        return _project(x, weight, cos, sin, num_heads, num_kv_heads)
+    heads: tuple[Tensor, Tensor, Tensor] = _ProjectHeads.apply(  # type: ignore[no-untyped-call]
+        x, weight, cos, sin, num_heads, num_kv_heads
+    )
+    return heads
+
+
+def _project(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = F.linear(x, weight).view(x.size(0), x.size(1), -1, cos.size(-1))
+    _rotate_(qkv.narrow(2, 0, num_heads + num_kv_heads), cos, sin)
+    return _split(qkv, num_heads, num_kv_heads)
+
+
+def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """View (batch, time, all heads, head_dim) as queries, keys and values, each (batch, heads,
+    time, head_dim).
+    """
+    heads = qkv.transpose(1, 2)
+    queries, keys, values = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
+    return queries, keys, values
+
+
+def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate in place, as `iiet.rope.rotate`."""
+    swapped = heads.roll(heads.size(-1) // 2, dims=-1)
+    if heads.dtype == cos.dtype:
+        heads.mul_(cos).addcmul_(swapped, sin)
+    else:  # Computed in float32, rounded once, where it is written.
+        torch.addcmul(heads * cos, swapped, sin, out=heads)
+
+
+class _ProjectHeads(torch.autograd.Function):
+    """`_project`, with a backward pass that writes its three gradients into one buffer too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.num_heads, ctx.num_kv_heads = num_heads, num_kv_heads
+        return _project(x, weight, cos, sin, num_heads, num_kv_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, query_grad: Tensor, key_grad: Tensor, value_grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin = ctx.saved_tensors
+        num_turned = ctx.num_heads + ctx.num_kv_heads
+        grad = query_grad.new_empty(*x.shape[:2], num_turned + ctx.num_kv_heads, cos.size(-1))
+        given = (query_grad, key_grad, value_grad)
+        for target, part in zip(_split(grad, ctx.num_heads, ctx.num_kv_heads), given, strict=True):
+            target.copy_(part)
+        _rotate_(grad[:, :, :num_turned], cos, -sin)
+        return *_linear_gradients(ctx, x, weight, grad.flatten(2)), None, None, None, None
+
+
+def _linear_gradients(
+    ctx: Any, x: Tensor, weight: Tensor, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `F.linear(x, weight)`, those that are asked for."""
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    x_grad = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
+    if not needs_weight:
+        return x_grad, None
+    weight_grad = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)
+    return x_grad, weight_grad.to(weight.dtype)
+
+
+def gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
+    """Compute `(silu(gate) * up) @ down.T`.
+
+    Args:
+        gate_up: (..., 2 ffn_dim), gate then up.
+        down: (dim, ffn_dim).
+    """
+    if not torch.is_grad_enabled():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(up), down)
+    result: Tensor = _GatedProduct.apply(gate_up, down)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _GatedProduct(torch.autograd.Function):
+    """`gated_product`, keeping gate and up alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, down)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(up), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gate_up, down = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        inner_grad = grad @ down.to(grad.dtype)
+        gate_up_grad = torch.empty_like(gate_up)
+        gate_grad, up_grad = gate_up_grad.chunk(2, dim=-1)
+        torch.mul(inner_grad, silu, out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(inner_grad.mul_(up), gate, grad_input=gate_grad)
+        if not ctx.needs_input_grad[1]:
+            return gate_up_grad, None
+        down_grad = grad.flatten(0, -2).t() @ silu.mul_(up).flatten(0, -2)
+        return gate_up_grad, down_grad.to(down.dtype)
+
+
+def serves_token_step(hidden: Tensor, *, cached: bool) -> bool:
+    """Tell whether `evaluate_token` may serve this hidden state, (batch, time, dim)."""
+    return (
+        ENABLED
+        and cached
+        and hidden.size(1) == 1
+        and hidden.size(0) <= MAX_ROWS
+        and hidden.is_cpu
+        and hidden.dtype in (torch.float32, torch.float64)
+        and not torch.is_grad_enabled()
+        and fast_forms_allowed()
+        and not torch.is_autocast_enabled("cpu")
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def serves_fields(fields: Iterable[nn.Module]) -> bool:
+    """Tell whether the weights of all these fields may be read instead of calling their modules."""
+    return all(map(_is_bare_field, fields))
+
+
+def _is_bare_field(field: nn.Module) -> bool:
+    kinds = getattr(type(field), "bare_parts", None)
+    if kinds is None or not is_bare(field, type(field)):
+        return False
+    for name, module in field._modules.items():  # Attribute access would take three times as long.
+        if module is None or not is_bare(module, kinds[name]):
+            return False
+        for linear in module._modules.values():
+            if linear is None or not is_bare(linear, nn.Linear):
+                return False
+    return True
+
+
+def evaluate_token(field: Field, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
+    """Evaluate a field as `Field.forward` does, for one token per row, in few operations.
+
+    A decoding step on a CPU reads every weight once, which evicts the interpreter from the
+    processor's cache: each operation, view and module call after it costs several times what it
+    costs in a loop of its own. So this repeats the formulas without modules and transposes.
+
+    Args:
+        field: the layer's block.
+        x: (batch, 1, dim), at most `MAX_ROWS` rows.
+        context: of this pass; it has a cache.
+        slot: the cache slot of this evaluation.
+
+    Returns:
+        F(x), (batch, 1, dim).
+    """
+    attention, network = field.attention, field.feed_forward
+    batch, num_heads, num_kv_heads = x.size(0), attention.num_heads, attention.num_kv_heads
+    normed = _normalized(x, field.attention_norm)
+    qkv = few_rows_product(normed, attention.qkv.weight, batch)
+    # With one token, heads before time is the same memory as time before heads.
+    heads = qkv.view(batch, -1, 1, attention.head_dim)
+    _rotate_(heads.narrow(1, 0, num_heads + num_kv_heads), *context.rope)
+    queries, keys, values = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
+    mixed = context.attend(queries, keys, values, slot)
+    u = _add_few_rows_product(x, mixed, attention.out.weight, batch)
+    normed = _normalized(u, field.feed_forward_norm)
+    gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
+    return _add_few_rows_product(u, F.silu(gate).mul_(up), network.down.weight, batch)
+
+
+def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    assert norm.eps is not None
+    return (x * _rstd(x, norm.eps)).mul_(norm.weight)
+
+
+def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Compute `x @ weight.T` near the speed at which memory gives the weight.
+
+    The CPU's matrix library misses that speed for two to eight rows unless the weight stands on the
+    left: `W @ x.T` takes half the time of `x @ W.T` at four rows. One row is a matrix-vector
+    product.
+
+    Args:
+        x: `rows` vectors of width `in`, one after the other in memory, in any shape.
+        weight: (out, in).
+        rows: at most `MAX_ROWS`.
+
+    Returns:
+        (out,) for one row, else (rows, out); contiguous.
+    """
+    if rows == 1:
+        return torch.mv(weight, x.view(-1))
+    x = x.view(rows, -1)
+    if rows > MAX_ROWS // 2 and weight.size(0) < weight.size(1):
+        return F.linear(x, weight)
+    return torch.mm(weight, x.t()).t().contiguous()
+
+
+def _add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Compute `base + x @ weight.T`, (rows, 1, out), in one operation for one row."""
+    if rows == 1:
+        return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
+    return base + few_rows_product(x, weight, rows).view_as(base)

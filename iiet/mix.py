@@ -1,0 +1,360 @@
+"""The learned multistep mix: how a layer reads what all earlier layers left behind.
+
+Each layer leaves an estimate `s_l`; `s_0` are the embeddings. Layer l owns one row of two
+lower-triangular matrices: A weighs the estimates where it evaluates its field, C in the hidden
+state that it hands on. Both rows start as the mean.
+
+    x   = sum_{k<l} A[l,k] s_k + A[l,l] e        where the field is evaluated; e: current estimate
+    h_l = sum_{k<=l} C[l,k] s_k
+
+While layer l iterates, the sums over k < l do not change, so both are made once per layer.
+Estimates and rows are float32 (or float64) whatever the precision of the model, and so are the
+sums; x and h_l are rounded once.
+
+Two forms compute the same. `PlainHistory` is a sum over a list, differentiable as often as wanted.
+`FusedHistory` keeps all estimates in one buffer, so that both sums are one skinny matrix product
+and their gradients two more. A gradient buffer of the same shape travels backwards through the
+layers, each of which adds its part in place.
+
+Source: the PCformer and IIET papers; the formulation is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from iiet.plain import fast_forms_allowed
+
+__all__ = [
+    "EstimateNorm",
+    "FusedHistory",
+    "History",
+    "LayerMix",
+    "Mix",
+    "PlainHistory",
+    "KeepsFloat32",
+    "start",
+]
+
+
+class History(Protocol):
+    """The estimates `s_0, ..., s_{l-1}` of a pass."""
+
+    def sums(self, rows: Tensor) -> tuple[History, tuple[Tensor, ...]]:
+        """Compute `sum_k rows[i, k] s_k` for each row.
+
+        Args:
+            rows: (rows, number of estimates held).
+
+        Returns:
+            The history to go on with, and a sum for each row, (batch, time, dim).
+        """
+        ...
+
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+        """Compute `base + weight * estimate` for one scalar weight."""
+        ...
+
+    def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, History]:
+        """Compute `base + weight * estimate`, and append the estimate to the history."""
+        ...
+
+
+def start(embeddings: Tensor, num_layers: int) -> History:
+    """Return the history of a pass before its first layer.
+
+    Args:
+        embeddings: `s_0`, (batch, time, dim).
+        num_layers: layers of the pass.
+    """
+    estimate = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    if fast_forms_allowed():
+        return FusedHistory.started(estimate, num_layers)
+    return PlainHistory((estimate,))
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose own parameters stay float32 when the model is moved to half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            halved = result.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(result.device) if halved and tensor.dtype.itemsize > 2 else result
+
+        module: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return module
+
+
+class Mix(KeepsFloat32):
+    """The rows of A and C of one layer.
+
+    Args:
+        layer: the layer, the first being 0; it reads `layer + 1` estimates and its own.
+    """
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.empty(layer + 2))
+        """Row of A: weighs the estimates where the layer evaluates its field."""
+        self.outer = nn.Parameter(torch.empty(layer + 2))
+        """Row of C: weighs the estimates in the hidden state after the layer."""
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start both rows as the mean."""
+        for row in (self.inner, self.outer):
+            nn.init.constant_(row, 1.0 / len(row))
+
+    @staticmethod
+    def num_parameters(layer: int) -> int:
+        """Count the entries of both rows."""
+        return 2 * (layer + 2)
+
+    def forward(self, history: History, *, dtype: torch.dtype, corrects: bool) -> LayerMix:
+        """Sum up the earlier estimates for this layer.
+
+        Args:
+            history: the estimates of the layers before.
+            dtype: of evaluation points and hidden states.
+            corrects: whether the layer asks for evaluation points.
+        """
+        rows = torch.stack([self.inner, self.outer]) if corrects else self.outer[None]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        earlier, own = rows.split_with_sizes([rows.size(1) - 1, 1], 1)
+        history, sums = history.sums(earlier)
+        return LayerMix(history, dtype, sums, own.flatten().unbind())
+
+
+@dataclass(frozen=True)
+class LayerMix:
+    """The mix as one layer sees it: sums over earlier estimates, to which its own is added."""
+
+    history: History
+    """The estimates of the layers before."""
+    dtype: torch.dtype
+    """Of evaluation points and hidden states."""
+    sums: tuple[Tensor, ...]
+    """`sum_{k<l} C[l,k] s_k`, (batch, time, dim), after that with A where the layer corrects."""
+    own: tuple[Tensor, ...]
+    """`C[l,l]`, a scalar, after `A[l,l]` where the layer corrects."""
+
+    def point(self, estimate: Tensor) -> Tensor:
+        """Compute `sum_{k<l} A[l,k] s_k + A[l,l] estimate`, where the field is evaluated."""
+        assert len(self.sums) == 2, "the layer said that it makes no corrections"
+        return self.history.add(self.sums[0], estimate, self.own[0]).to(self.dtype)
+
+    def leave(self, estimate: Tensor) -> tuple[Tensor, History]:
+        """Return the hidden state `sum_{k<l} C[l,k] s_k + C[l,l] estimate`, and the history that
+        holds the estimate too.
+        """
+        hidden, history = self.history.leave(self.sums[-1], estimate, self.own[-1])
+        return hidden.to(self.dtype), history
+
+
+class EstimateNorm(KeepsFloat32, nn.LayerNorm):
+    """The LayerNorm that turns a field's output into an estimate; float32 in a half precision
+    model.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (..., dim)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+@dataclass(frozen=True)
+class PlainHistory:
+    """The estimates as a list, each (batch, time, dim)."""
+
+    estimates: tuple[Tensor, ...]
+
+    def sums(self, rows: Tensor) -> tuple[PlainHistory, tuple[Tensor, ...]]:
+        """Add up the weighted estimates, one after the other."""
+        weighted = [
+            [weight * s for weight, s in zip(row.unbind(), self.estimates, strict=True)]
+            for row in rows.unbind()
+        ]
+        return self, tuple(sum(terms[1:], terms[0]) for terms in weighted)
+
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+        """Compute `base + weight * estimate`."""
+        return base + weight * estimate
+
+    def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, PlainHistory]:
+        """Compute `base + weight * estimate`, and append the estimate."""
+        return self.add(base, estimate, weight), PlainHistory((*self.estimates, estimate))
+
+
+@dataclass(frozen=True)
+class FusedHistory:
+    """The first `count` entries of a buffer of estimates.
+
+    A layer's history is a value of its own over the shared buffer, whose entries are written once.
+    Autograd does not watch the buffer. `link` stands for the entries in its graph: a tensor of
+    their shape and without memory, whose gradient is the buffer's gradient. Every operation takes
+    one link and gives the next, so each gradient buffer has one owner at a time, who may add to it
+    in place.
+    """
+
+    buffer: Tensor
+    """(layers, batch, time, dim): the embeddings, and the estimates of all layers but the last."""
+    count: int
+    """Entries that are written."""
+    link: Tensor | None
+    """(count, batch, time, dim), for autograd; None without gradients."""
+
+    @classmethod
+    def started(cls, embeddings: Tensor, num_layers: int) -> FusedHistory:
+        """Return a history that holds the embeddings and has place for all layers' estimates."""
+        buffer = embeddings.new_empty(num_layers, *embeddings.shape)
+        if torch.is_grad_enabled():
+            return cls(buffer, 1, _Start.apply(embeddings, buffer))  # type: ignore[no-untyped-call]
+        buffer[0].copy_(embeddings)
+        return cls(buffer, 1, None)
+
+    def sums(self, rows: Tensor) -> tuple[FusedHistory, tuple[Tensor, ...]]:
+        """Multiply the rows with the buffer."""
+        estimates = self.buffer[: self.count]
+        if not torch.is_grad_enabled():
+            return self, _products(rows, estimates).unbind()
+        link, *sums = _Sums.apply(self.link, rows, estimates)  # type: ignore[no-untyped-call]
+        return replace(self, link=link), tuple(sums)
+
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+        """Compute `base + weight * estimate`."""
+        if not torch.is_grad_enabled():
+            return torch.addcmul(base, estimate, weight)
+        result: Tensor = _AddScaled.apply(base, estimate, weight)  # type: ignore[no-untyped-call]
+        return result
+
+    def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, FusedHistory]:
+        """Compute `base + weight * estimate`, and write the estimate into the buffer."""
+        if self.count == len(self.buffer):  # Nobody reads the last layer's estimate.
+            return self.add(base, estimate, weight), self
+        entry, link = self.buffer[self.count], None
+        if torch.is_grad_enabled():
+            link, hidden = _Leave.apply(  # type: ignore[no-untyped-call]
+                self.link, base, estimate, weight, entry
+            )
+        else:
+            hidden = torch.addcmul(base, estimate, weight)
+            entry.copy_(estimate)
+        return hidden, FusedHistory(self.buffer, self.count + 1, link)
+
+
+def _products(rows: Tensor, tensors: Tensor) -> Tensor:
+    """Compute `sum_k rows[:, k] tensors[k]`, in full precision also under autocast."""
+    with torch.autocast(tensors.device.type, enabled=False):
+        return (rows @ tensors.flatten(1)).view(len(rows), *tensors.shape[1:])
+
+
+def _inner_products(grads: Tensor, estimates: Tensor) -> Tensor:
+    """Compute the inner product of each gradient with each estimate, (gradients, estimates)."""
+    with torch.autocast(grads.device.type, enabled=False):
+        return grads.flatten(1) @ estimates.flatten(1).t()
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _link(count: int, like: Tensor) -> Tensor:
+    """Return a tensor of the shape (count, *like.shape) that has no memory of that size."""
+    return like.new_empty(()).expand(count, *like.shape)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, buffer: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        buffer[0].copy_(embeddings)
+        return _link(1, embeddings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(_: Any, buffer_grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return (None if buffer_grad is None else buffer_grad[0]), None
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, rows: Tensor, estimates: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(rows)
+        ctx.estimates = estimates
+        return _link(len(estimates), estimates[0]), *_products(rows, estimates).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, buffer_grad: Tensor | None, *sum_grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        used = [number for number, grad in enumerate(sum_grads) if grad is not None]
+        if not used:
+            return buffer_grad, None, None
+        grads = torch.stack([grad for grad in sum_grads if grad is not None])
+        rows_grad = None
+        if ctx.needs_input_grad[1]:
+            rows_grad = _inner_products(grads, ctx.estimates)
+        if len(used) < len(rows):
+            rows = torch.stack([rows[number] for number in used])
+            if rows_grad is not None:
+                of_used = dict(zip(used, rows_grad, strict=True))
+                zero = torch.zeros_like(rows[0])
+                rows_grad = torch.stack([of_used.get(n, zero) for n in range(len(sum_grads))])
+        if not ctx.needs_input_grad[0]:
+            return None, rows_grad, None
+        if buffer_grad is None:
+            return _products(rows.t(), grads), rows_grad, None
+        buffer_grad.flatten(1).addmm_(rows.t(), grads.flatten(1))
+        return buffer_grad, rows_grad, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, link: Tensor, base: Tensor, estimate: Tensor, weight: Tensor, entry: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight)
+        ctx.entry = entry
+        entry.copy_(estimate)
+        return _link(len(link) + 1, entry), torch.addcmul(base, estimate, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, buffer_grad: Tensor | None, hidden_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        earlier = own = weight_grad = None
+        if buffer_grad is not None:
+            earlier, own = buffer_grad[:-1], buffer_grad[-1]
+        if hidden_grad is not None:
+            weight_grad = _inner(hidden_grad, ctx.entry)
+            scaled = hidden_grad * weight if own is None else None
+            own = scaled if own is None else torch.addcmul(own, hidden_grad, weight)
+        return earlier, hidden_grad, own, weight_grad, None
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(estimate, weight)
+        return torch.addcmul(base, estimate, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        estimate, weight = ctx.saved_tensors
+        return grad, grad * weight, _inner(grad, estimate)

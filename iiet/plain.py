@@ -1,0 +1,46 @@
+"""Which form of a formula runs: the plain one, or a faster one written by hand.
+
+Every fast form has a plain one beside it that computes the same. Fast forms are for ordinary
+passes. The plain ones run where a tool looks inside: under `torch.compile`, in the transforms of
+`torch.func`, in forward-mode differentiation, and within `plain_formulas()`, which second
+derivatives need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["fast_forms_allowed", "plain_formulas"]
+
+_plain_contexts = 0
+
+
+@contextmanager
+def plain_formulas() -> Iterator[None]:
+    """Run the plain form of every formula in this context, in the forward and the backward pass.
+
+    Fast forms are differentiable once. A gradient of a gradient needs this context around both:
+
+        with plain_formulas():
+            (slope,) = torch.autograd.grad(loss(decoder), weights, create_graph=True)
+    """
+    global _plain_contexts
+    _plain_contexts += 1
+    try:
+        yield
+    finally:
+        _plain_contexts -= 1
+
+
+def fast_forms_allowed() -> bool:
+    """Tell whether a form written by hand may stand for the plain one."""
+    return (
+        not _plain_contexts
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )

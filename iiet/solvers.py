@@ -1,0 +1,50 @@
+"""Fixed-point iteration, written once: a callable and a guess in, the value out.
+
+The implicit step `e = g(e)` is solved by applying g a fixed number of times. There is no stopping
+rule: the number of applications is the cost, and cost is planned before anything runs. How well an
+iteration converged is for whoever observes the evaluations (`Decoder.forward(observe=)`); an
+ordinary step computes no residual.
+
+Source: this project; damping as in Bai et al. 2019 (deep equilibrium models), the truncated
+backward pass as in truncated backpropagation through time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["fixed_point"]
+
+
+def fixed_point(
+    step: Callable[[Tensor], Tensor],
+    guess: Tensor,
+    num_steps: int,
+    *,
+    damping: Tensor | float | None = None,
+    num_differentiated: int | None = None,
+) -> Tensor:
+    """Iterate `e <- e + damping * (step(e) - e)`, `num_steps` times.
+
+    Args:
+        step: the map g whose fixed point is sought, (batch, time, dim) to the same shape.
+        guess: where to start; the value itself when there are no steps.
+        num_steps: how often to apply the map, at least 0.
+        damping: the share of each step that is taken, a number or a tensor of one; None for all of
+            it, `e <- step(e)`.
+        num_differentiated: gradients flow through this many last steps only; the guess and the
+            steps before count as constants, and nothing is kept for them. None for all.
+    """
+    num_constant = 0 if num_differentiated is None else num_steps - num_differentiated
+    if num_constant > 0 and torch.is_grad_enabled():
+        with torch.no_grad():
+            guess = fixed_point(step, guess, num_constant, damping=damping)
+        torch.clear_autocast_cache()  # It holds weights without their gradients now.
+        num_steps -= num_constant
+    value = guess
+    for _ in range(num_steps):
+        value = step(value) if damping is None else torch.lerp(value, step(value), damping)
+    return value

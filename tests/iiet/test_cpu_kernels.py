@@ -1,0 +1,238 @@
+"""Each form written by hand equals the plain formula, in values and gradients, and serves only bare
+layers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from iiet import Decoder, KeyValueCache, cpu_kernels, next_token_loss, plain_formulas, preset
+from iiet.cpu_kernels import few_rows_product, gated_product, project_heads, rms_norm
+from iiet.layers import Attention, FeedForward, RMSNorm
+from iiet.rope import Rope, rotate
+
+
+def tensor(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def check_equal(fast, plain, *inputs):
+    """Compare values with and without gradients, gradients, and these with finite differences."""
+    torch.testing.assert_close(fast(*inputs), plain(*inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), plain(*inputs))
+    outputs = [f(*inputs) for f in (fast, plain)]
+    pull = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad(output, inputs, pull) for output in outputs]
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradcheck(fast, inputs)
+
+
+def tables(time, head_dim=4, theta=10.0, dtype=torch.float64):
+    return Rope(head_dim, time, theta).at(slice(0, time), torch.device("cpu"), dtype)
+
+
+def test_rms_norm():
+    torch.manual_seed(0)
+
+    def plain(x, weight):
+        return F.rms_norm(x, (6,), weight, 1e-2)
+
+    check_equal(lambda x, weight: rms_norm(x, weight, 1e-2), plain, tensor(2, 3, 6), tensor(6))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_project_heads(num_kv_heads):
+    torch.manual_seed(0)
+    attention = Attention(8, 2, num_kv_heads).double()
+    rope = tables(3)
+
+    def joined(heads):
+        return torch.cat(heads, 1)
+
+    def fast(x, weight):
+        return joined(project_heads(x, weight, *rope, 2, num_kv_heads))
+
+    def plain(x, weight):
+        qkv = F.linear(x, weight).unflatten(-1, (-1, 4))
+        turned, values = qkv.split([2 + num_kv_heads, num_kv_heads], 2)
+        return torch.cat([rotate(turned, *rope), values], 2).transpose(1, 2)
+
+    check_equal(fast, plain, tensor(2, 3, 8), attention.qkv.weight)
+
+
+def test_gated_product():
+    torch.manual_seed(0)
+
+    def plain(gate_up, down):
+        gate, up = gate_up.chunk(2, -1)
+        return F.linear(F.silu(gate) * up, down)
+
+    check_equal(gated_product, plain, tensor(2, 3, 12), tensor(4, 6))
+
+
+def test_rotation_in_half_precision_is_rounded_once():
+    torch.manual_seed(0)
+    rope = tables(5, dtype=torch.bfloat16)
+    assert {table.dtype for table in rope} == {torch.float32}
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    weight = torch.randn(24, 8, dtype=torch.bfloat16)
+    exact = F.linear(x, weight).unflatten(-1, (-1, 4)).float()[:, :, :4]
+    expected = rotate(exact, *rope).bfloat16()
+    queries, keys, _ = project_heads(x, weight, *rope, 2, 2)
+    assert torch.equal(torch.cat([queries, keys], 1).transpose(1, 2), expected)
+    assert torch.equal(rotate(exact.bfloat16(), *rope), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3)])
+@torch.no_grad()
+def test_product_of_few_rows_in_all_its_ways(rows, shape):
+    weight = torch.randn(*shape, dtype=torch.float64)
+    x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
+    product = few_rows_product(x, weight, rows)
+    torch.testing.assert_close(product.view(rows, 1, -1), x @ weight.T)
+    assert product.is_contiguous()
+
+
+def small_decoder(method="iiet"):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 24}
+    config = preset("tiny", method=method, vocab_size=20, initializer_std=0.3, **sizes)
+    return Decoder(config)
+
+
+def tokens():
+    return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def everything(decoder):
+    """Logits of training and of decoding, and all gradients."""
+    decoder.zero_grad()
+    logits = decoder(tokens())
+    next_token_loss(logits, tokens()).backward()
+    gradients = {name: p.grad.clone() for name, p in decoder.named_parameters()}
+    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=torch.float64)
+    with torch.inference_mode():
+        steps = [decoder(part, cache=cache) for part in tokens().split([4, 1, 1, 2], 1)]
+    return {"logits": logits.detach(), "steps": torch.cat(steps, 1), **gradients}
+
+
+@pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
+def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
+    decoder = small_decoder(method).double()
+    fast = everything(decoder)
+    with plain_formulas():
+        plain = everything(decoder)
+    monkeypatch.setattr(cpu_kernels, "ENABLED", False)
+    off = everything(decoder)
+    for name, value in fast.items():
+        torch.testing.assert_close(plain[name], value)
+        torch.testing.assert_close(off[name], value)
+    assert any(not torch.equal(off[name], value) for name, value in fast.items())
+
+
+def test_the_environment_turns_them_off():
+    script = "from iiet import cpu_kernels; print(cpu_kernels.ENABLED)"
+    for value, expected in (("0", "False"), ("1", "True"), (None, "True")):
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            env={} if value is None else {"IIET_CPU_KERNELS": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.strip() == expected
+
+
+class Wrapped(torch.Tensor):
+    """A weight that is more than its numbers, such as a quantized or a distributed one."""
+
+    def __tensor_flatten__(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("change", ["none", "hook", "bias", "kind", "weight", "parametrized"])
+def test_only_a_bare_linear_layer_is_served(change):
+    linear = nn.Linear(4, 4, bias=change == "bias")
+    if change == "hook":
+        linear.register_forward_hook(lambda *_: None)
+    if change == "kind":
+        linear.__class__ = type("Adapter", (nn.Linear,), {})
+    if change == "weight":
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Wrapped))
+    if change == "parametrized":
+        nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
+    served = cpu_kernels.serves_heads(linear), cpu_kernels.serves_feed_forward(linear)
+    assert served == (change == "none",) * 2
+
+
+def test_none_is_used_where_a_hook_watches_all_modules():
+    linear = nn.Linear(4, 4, bias=False)
+    assert cpu_kernels.serves_heads(linear)
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not cpu_kernels.serves_heads(linear)
+    assert cpu_kernels.serves_heads(linear)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("method", ["vanilla", "iiet"])
+def test_a_run_on_fake_tensors_leaves_nothing_behind(with_gradients, method):
+    """They have no numbers; one that is kept makes every later run of the process fail."""
+    cpu_kernels._constants.clear()
+    used, unused = small_decoder(method), small_decoder(method)
+    with torch.set_grad_enabled(with_gradients):
+        expected = used(tokens())
+        cpu_kernels._constants.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(unused(tokens())) is not torch.Tensor
+            loss = next_token_loss(used(tokens()), tokens())
+            assert type(loss) is not torch.Tensor
+            if with_gradients:
+                loss.backward()
+        used.zero_grad()
+        with FakeTensorMode():
+            small_decoder(method)(torch.zeros(1, 4, dtype=torch.long))
+        unused.load_state_dict(used.state_dict())
+        assert torch.equal(used(tokens()), expected)
+        assert torch.equal(unused(tokens()), expected)
+
+
+def test_plain_modules_are_their_formulas():
+    torch.manual_seed(0)
+    network, norm = FeedForward(4, 6).double(), RMSNorm(4, eps=1e-2).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    gate, up = network.gate_up.weight.chunk(2)
+    expected = (F.silu(x @ gate.T) * (x @ up.T)) @ network.down.weight.T
+    root = ((x * x).mean(-1, keepdim=True) + 1e-2).sqrt()
+    for _ in range(2):
+        torch.testing.assert_close(network(x), expected)
+        torch.testing.assert_close(norm(x), x / root)
+        with plain_formulas():
+            torch.testing.assert_close(network(x), expected)
+            torch.testing.assert_close(norm(x), x / root)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distances_alone():
+    cos, sin = tables(32, head_dim=8, theta=100.0)
+    vectors = torch.randn(2, 8, dtype=torch.float64)
+    turned = rotate(vectors.expand(1, 32, 2, 8), cos, sin)
+    torch.testing.assert_close(turned.norm(dim=-1), vectors.norm(dim=-1).expand(1, 32, 2))
+    products = turned[0, :, 0] @ turned[0, :, 1].T
+    torch.testing.assert_close(products[5, 2], products[25, 22])
+    assert abs(products[5, 2] - products[5, 3]) > 1e-6
+    torch.testing.assert_close(turned[0, 0], vectors)
+    torch.testing.assert_close(rotate(turned, cos, -sin), vectors.expand(1, 32, 2, 8))
+
+
+def test_rotation_angles_are_the_formula():
+    cos, _ = tables(10, head_dim=6, theta=50.0)
+    for position in (0, 3, 9):
+        for pair in range(3):
+            angle = torch.tensor(position / 50.0 ** (2 * pair / 6), dtype=torch.float64)
+            torch.testing.assert_close(cos[position, 0, pair], angle.cos())
+            torch.testing.assert_close(cos[position, 0, pair + 3], angle.cos())
