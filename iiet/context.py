@@ -152,14 +152,26 @@ def attend(
         (batch, heads, time, head_dim).
     """
     num_sharing = queries.size(1) // keys.size(1)
-    # A GPU's fused kernels share key heads only without a mask and in half precision.
-    shares = num_sharing > 1 and mask is None and queries.dtype in (torch.bfloat16, torch.float16)
+    shares = num_sharing > 1 and _fused_kernel_shares_heads(queries, mask)
     if num_sharing > 1 and not shares:
         keys = keys.repeat_interleave(num_sharing, dim=1)
         values = values.repeat_interleave(num_sharing, dim=1)
     return F.scaled_dot_product_attention(
         queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
     )
+
+
+_CPU_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+"""Whether the fused kernel of CPUs serves shared key heads (pytorch/pytorch#157893)."""
+
+
+def _fused_kernel_shares_heads(queries: Tensor, mask: Tensor | None) -> bool:
+    """Tell whether a fused kernel serves query heads that share key heads: the math kernel, which
+    would stand in for it, keeps all scores.
+    """
+    if queries.is_cpu:  # Repeating a cache's keys takes ten times as long as attending to them.
+        return _CPU_SHARES_HEADS
+    return mask is None and queries.dtype in (torch.bfloat16, torch.float16)
 
 
 def make_context(
