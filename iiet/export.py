@@ -117,7 +117,7 @@ def flat_sources(method: str) -> dict[str, str]:
         sources[_ADAPTER] += (
             f"\nfrom .{_flat_name(_REGISTRY)} import METHODS\n"
             f"from .{_flat_name(owner)} import {layer.__name__}\n\n"
-            f"METHODS[{method!r}] = {layer.__name__}\n"
+            f"METHODS.register({method!r}, {layer.__name__})\n"
         )
     return {_flat_name(module): source for module, source in sources.items()}
 
