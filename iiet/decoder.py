@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,7 @@ from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
 
 __all__ = ["Decoder"]
 
@@ -84,6 +87,36 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> Decoder:
+        """Load what `save` wrote, or a checkpoint of the orchestrator.
+
+        Args:
+            folder: holds `config.json` and `model.safetensors`.
+            dtype: what the weights are cast to, except that a method's norms and mix are not cast
+                below float32; as the file has them when None.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the weights do not fit the config, are
+                left over, or are not finite.
+        """
+        config, weights = read_folder(folder)
+        with torch.device("meta"):
+            decoder = cls(config)
+        try:
+            decoder.load_state_dict(weights, assign=True)
+        except (RuntimeError, IndexError) as error:
+            first, *others = str(error).splitlines()[1:] or [str(error)]
+            more = f" ({len(others)} more like it)" if others else ""
+            raise ValueError(
+                f"{Path(folder) / WEIGHTS} does not fit {CONFIG}: {first.strip()}{more}"
+            ) from None
+        return decoder if dtype is None else decoder.to(dtype)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors`; the folder is made if missing."""
+        write_folder(folder, self.config, self.state_dict())
 
     @property
     def schedule(self) -> IterationSchedule:

@@ -1,16 +1,26 @@
-"""What can be said of weights before a model is built from them: are all their values numbers?
+"""A decoder in a folder: `config.json`, what `ModelConfig.to_dict` gives, and `model.safetensors`.
 
-A NaN in one matrix makes every output NaN, and nothing in the output tells which matrix it was. So
-whoever loads weights asks here first and names the tensor.
+The checkpoints of the orchestrator are such folders, with more files beside these two. A NaN in one
+matrix makes every output NaN, and nothing in the output tells which matrix it was; so whoever loads
+weights asks for non-finite values first and names the tensor.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["non_finite"]
+from iiet.config import ModelConfig
+
+__all__ = ["CONFIG", "WEIGHTS", "non_finite", "read_folder", "write_folder"]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
@@ -27,3 +37,52 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
         for name, tensor in weights.items()
         if not bool(tensor.isfinite().all())
     ]
+
+
+def write_folder(
+    folder: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Tensor]
+) -> None:
+    """Write both files; the folder is made if missing, and files of these names are replaced."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    # Renamed into place: the weights may be mapped from the very file that is replaced.
+    temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
+    save_file(whole, temporary)
+    temporary.replace(folder / WEIGHTS)
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read both files.
+
+    Returns:
+        The config and the weights by name, which stay mapped from the file until they are changed.
+
+    Raises:
+        ValueError: a file is missing or damaged, or has values that are not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(folder) / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, not an object")
+        if "model_type" in values:
+            raise ValueError(
+                "it is a configuration of transformers; load the folder with "
+                "AutoModelForCausalLM, or its weights with decoder_from_published"
+            )
+        config = ModelConfig.from_dict(values)
+        file = Path(folder) / WEIGHTS
+        weights = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load {file}: {error}") from None
+    if problems := non_finite(weights):
+        raise ValueError(f"cannot load {file}: {'; '.join(problems)}")
+    return config, weights

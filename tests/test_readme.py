@@ -47,12 +47,14 @@ def test_make_targets_in_the_readme_exist() -> None:
     assert {"demo", "test"} <= used <= targets
 
 
-def test_the_python_of_the_readme_runs() -> None:
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = _blocks("python")
     assert len(blocks) == 1
     names: dict[str, object] = {}
     exec(blocks[0], names)
     assert names["tokens"].shape == (1, 24)  # type: ignore[attr-defined]
+    assert (tmp_path / "my-decoder" / "model.safetensors").is_file()
     assert names["cheaper"].schedule.num_corrections == 0  # type: ignore[attr-defined]
 
 

@@ -1,0 +1,169 @@
+"""A decoder in a folder: what was saved is what is loaded, and what does not fit is named."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from iiet import METHODS, Decoder, next_token_loss, preset
+
+
+def decoder_of(method="iiet", **changes):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "vocab_size": 20}
+    return Decoder(preset("tiny", method=method, **sizes, **changes))
+
+
+def tokens():
+    return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def dtypes_of(decoder):
+    return {name: tensor.dtype for name, tensor in decoder.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_saved_is_what_is_loaded(method, tmp_path):
+    decoder = decoder_of(method, tie_embeddings=False)
+    decoder.save(tmp_path / "new" / "folder")
+    again = Decoder.load(tmp_path / "new" / "folder")
+    assert again.config == decoder.config
+    assert torch.equal(again(tokens()), decoder(tokens()))
+    assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
+def test_options_of_the_method_are_saved(tmp_path):
+    decoder = decoder_of(method_options={"damping": 0.5, "learn_damping": True})
+    decoder.save(tmp_path)
+    again = Decoder.load(tmp_path)
+    assert again.config.options.damping == 0.5
+    assert torch.equal(again(tokens()), decoder(tokens()))
+
+
+def test_without_a_dtype_each_weight_keeps_that_of_the_file(tmp_path):
+    decoder = decoder_of().bfloat16()
+    decoder.save(tmp_path)
+    kinds = dtypes_of(Decoder.load(tmp_path))
+    assert kinds == dtypes_of(decoder)
+    own = set(decoder.method_parameters())
+    assert own
+    assert {kinds[name] for name in own} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if name not in own} == {torch.bfloat16}
+    assert torch.equal(Decoder.load(tmp_path)(tokens()), decoder(tokens()))
+
+
+def test_a_dtype_casts_all_but_the_methods_own_weights(tmp_path):
+    decoder = decoder_of()
+    decoder.save(tmp_path)
+    assert dtypes_of(Decoder.load(tmp_path, torch.bfloat16)) == dtypes_of(decoder.bfloat16())
+    assert set(dtypes_of(Decoder.load(tmp_path, torch.float64)).values()) == {torch.float64}
+
+
+def test_a_loaded_decoder_can_be_trained_and_saved_over_itself(tmp_path):
+    decoder_of().save(tmp_path)
+    decoder = Decoder.load(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
+    next_token_loss(decoder(tokens()), tokens()).backward()
+    optimizer.step()
+    on_disk = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(on_disk[name], value) for name, value in before.items())
+    decoder.save(tmp_path)
+    again = Decoder.load(tmp_path)
+    assert torch.equal(again(tokens()), decoder(tokens()))
+    assert not torch.equal(again.embedding.weight, before["embedding.weight"])
+
+
+def changed(name, change):
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights, name)
+        save_file(weights, folder / "model.safetensors")
+
+    return damage
+
+
+def not_finite(weights, name):
+    weights[name][0] = float("nan")
+
+
+def longer(weights, name):
+    weights[name] = torch.cat([weights[name]] * 2)
+
+
+def rewritten(**values):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed("norm.weight", dict.pop), r"Missing key\(s\) in state_dict: \"norm.weight\""),
+        (changed("norm.weight", not_finite), "norm.weight has 1 values that are NaN"),
+        (changed("norm.weight", longer), r"size mismatch for norm.weight.*\[32\].*\[16\]"),
+        (changed("x", lambda weights, x: weights.update(x=torch.ones(1))), 'Unexpected .* "x"'),
+        (rewritten(vocab_size=21), "size mismatch for embedding.weight"),
+        (rewritten(dims=18), r"config.json: .* unknown key 'dims'"),
+        (rewritten(model_type="llama"), "config.json: it is a configuration of transformers"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: it holds a list"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: Expecting"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: .*No such file"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: .*No such"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: Err"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(damage, message, tmp_path):
+    decoder_of().save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as raised:
+        Decoder.load(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_weights_by_older_names_are_loaded(tmp_path):
+    decoder = decoder_of(schedule="1,2")
+    decoder.save(tmp_path)
+    ours = load_file(tmp_path / "model.safetensors")
+    older = {}
+    for matrix in ("inner", "outer"):
+        rows = older[f"method.mix.{matrix}"] = torch.zeros(3, 3)
+        for layer in range(2):
+            rows[layer + 1, : layer + 2] = ours.pop(f"layers.{layer}.mix.{matrix}")
+    for name, tensor in ours.items():
+        kind, layer, *rest = name.split(".", 2)
+        if kind != "layers":
+            older[name] = tensor
+        elif rest[0].startswith("field."):
+            older[f"fields.{layer}.{rest[0].removeprefix('field.')}"] = tensor
+        else:
+            norm, part = rest[0].split(".")
+            older[f"method.mix.{norm}s.{layer}.{part}"] = tensor
+    save_file(older, tmp_path / "model.safetensors")
+    assert torch.equal(Decoder.load(tmp_path)(tokens()), decoder(tokens()))
+    older["method.mix.inner"] = torch.zeros(2, 2)
+    save_file(older, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit config.json: index 2 is out"):
+        Decoder.load(tmp_path)
+
+
+def test_neither_transformers_nor_the_orchestrator_is_imported(tmp_path):
+    decoder_of().save(tmp_path)
+    script = (
+        "import sys; from iiet import Decoder; assert 'safetensors' not in sys.modules; "
+        "Decoder.load(sys.argv[1]).save(sys.argv[1]); "
+        "print({'transformers', 'orchestrator'} & set(sys.modules))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "set()"
