@@ -15,12 +15,12 @@ from typing import Any
 
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG
 from orchestrator.data.tokens import verify_tokens
 from orchestrator.errors import UserError
 from orchestrator.provenance import file_key
 from orchestrator.settings import InfluenceSettings, TrainingSettings, model_label
 from orchestrator.training.checkpoint import (
-    CONFIG,
     check_checkpoint,
     checkpoint_name,
     find_checkpoints,

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from iiet.published import decoder_from_published
-from iiet.weights import non_finite
+from iiet.weights import CONFIG, non_finite
 from orchestrator.data.folder_tokenizer import load_folder_tokenizer
 from orchestrator.data.tokenizer import end_of_text_id, known_end_id, load_tokenizer
 from orchestrator.errors import UserError, shortened
 from orchestrator.provenance import content_key, file_key
 from orchestrator.training.checkpoint import (
-    CONFIG,
     GENERATION_CONFIG,
     TOKEN_IDS,
     TOKENIZER,

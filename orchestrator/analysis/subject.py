@@ -25,12 +25,12 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG
 from orchestrator.catalog import locate, resolve_model
 from orchestrator.errors import UserError
 from orchestrator.foreign import EXPORTED_TYPE, read_foreign
 from orchestrator.provenance import content_key, file_key
 from orchestrator.training.checkpoint import (
-    CONFIG,
     load_config,
     load_decoder,
     resolve_checkpoint,

@@ -16,13 +16,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from iiet.decoder import Decoder
+from iiet.weights import CONFIG
 from orchestrator.analysis.card import ModelCard
 from orchestrator.console import Progress
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.foreign import EXPORTED_TYPE
 from orchestrator.provenance import file_digest
-from orchestrator.training.checkpoint import CONFIG, TOKEN_IDS
+from orchestrator.training.checkpoint import TOKEN_IDS
 from orchestrator.workspace import delete_folder, write_text
 
 CARD = "README.md"

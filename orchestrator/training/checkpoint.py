@@ -12,28 +12,25 @@ weights are safetensors, and the training state loads with `weights_only=True`.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.weights import non_finite
+from iiet.weights import CONFIG, WEIGHTS, write_folder
 from orchestrator.errors import UserError, shortened
 from orchestrator.provenance import KEY_LENGTH, content_key, file_digest, file_key
 from orchestrator.workspace import DAMAGE, read_object, resolved
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
 PROVENANCE = "provenance.json"
@@ -128,9 +125,7 @@ def write_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write(temporary / CONFIG, config.to_dict())
-        whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-        save_file(whole, temporary / WEIGHTS)
+        write_folder(temporary, config, weights)
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
         for name, content in (text_files or {}).items():
@@ -176,17 +171,13 @@ def load_decoder(
     """
     if check:
         check_checkpoint(folder)
-    with torch.device("meta") if frozen else nullcontext():
-        decoder = Decoder(load_config(folder)).requires_grad_(not frozen)
-    weights = load_file(folder / WEIGHTS)
-    problems = non_finite(weights)
-    if problems:
-        raise UserError(f"the weights of {folder} cannot be used: {'; '.join(problems)}")
     try:
-        decoder.load_state_dict(weights, assign=frozen)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} does not fit this version of the program: {error}") from None
-    return decoder.to(device, dtype).eval()
+        decoder = Decoder.load(folder)
+    except ValueError as error:
+        raise UserError(f"this version of the program cannot use {folder}: {error}") from None
+    if not frozen:
+        decoder = copy.deepcopy(decoder)
+    return decoder.requires_grad_(not frozen).to(device, dtype).eval()
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -60,6 +60,7 @@ def test_comes_back_as_it_was(run: Path, decoder: Decoder) -> None:
     assert not loaded.training
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+        assert torch.equal(Decoder.load(folder).state_dict()[name], tensor)
     assert load_training_state(folder)["step"] == 100
     assert load_provenance(folder)["tokens"] == "abc"
 
@@ -209,5 +210,5 @@ def test_weights_of_another_shape_are_refused(run: Path) -> None:
     folder = find_checkpoints(run)[-1]
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"dim": 16', '"dim": 32'))
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"does not fit config.json: size mismatch for embedding"):
         load_decoder(folder, check=False)
