@@ -36,6 +36,7 @@ from transformers.utils.generic import can_return_tuple
 from iiet.config import ModelConfig
 from iiet.context import get_record, set_record
 from iiet.decoder import Decoder
+from iiet.mix import KeepsFloat32
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 
@@ -152,6 +153,10 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         self.decoder = Decoder(config.to_model_config())
         schedule = self.decoder.config.schedule
         config.corrections = None if schedule is None else list(schedule)
+        # Which weights from_pretrained(dtype=torch.bfloat16) leaves in float32.
+        self._keep_in_fp32_modules_strict = {
+            name for name, module in self.named_modules() if isinstance(module, KeepsFloat32)
+        }
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod

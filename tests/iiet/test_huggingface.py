@@ -480,11 +480,23 @@ def test_activation_checkpointing_reaches_the_decoder_and_keeps_gradients():
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_bfloat16_loads_and_generates(tmp_path):
-    IIETForCausalLM.from_decoder(make_decoder()).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_loads_with_the_methods_own_weights_in_float32(method, tmp_path):
+    decoder = make_decoder(method)
+    own = [f"decoder.{name}" for name in decoder.method_parameters() if ".gate." not in name]
+    assert bool(own) == (decoder.method.has_mix)
+    IIETForCausalLM.from_decoder(decoder).save_pretrained(tmp_path / "full")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert generated(model, tokens(1, 4), torch.ones(1, 4)).shape == (1, 16)
+    model.save_pretrained(tmp_path / "half")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    for loaded in (model, again, IIETForCausalLM.from_decoder(make_decoder(method)).bfloat16()):
+        kinds = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+        assert {kinds.pop(name) for name in own} <= {torch.float32}
+        assert set(kinds.values()) == {torch.bfloat16}
+    ids = tokens(1, 4)
+    torch.testing.assert_close(again(ids).logits, decoder.bfloat16()(ids))
+    assert generated(model, ids, torch.ones(1, 4)).shape == (1, 16)
 
 
 def test_tokenizer_knows_its_end_and_refuses_a_wrong_one(tokenizer_file):
