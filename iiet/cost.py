@@ -5,9 +5,10 @@ evaluation is the unit; everything else follows from shapes. So a sweep can orde
 cost before the first training step, and only their quality has to be measured.
 
 Counted: matrix products of m x k by k x n at 2 m k n (projections, feed-forward, head), attention's
-scores and weighted values over the tokens that a token really sees, and the mix's weighted sums.
-Not counted: norms, activations, softmax, rotary angles, residual and Runge-Kutta sums and gates,
-together about a hundredth of the rest. A backward pass is taken as two forward passes.
+scores and weighted values over the tokens that a token really sees, and what a method says that its
+layers do beside their fields (the mix's weighted sums, gates). Not counted: norms, activations,
+softmax, rotary angles, residual and Runge-Kutta sums, together about a hundredth of the rest. The
+backward pass is taken as two forward passes of what is differentiated.
 
 Bytes are what a decoding step has to read from memory: weights once per step, whatever the batch,
 keys and values for each of its rows. An evaluation reads its layer's weights from the processor's
@@ -88,9 +89,9 @@ def inference_cost(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if processor_cache_bytes < 0:
         raise ValueError(f"processor_cache_bytes must be at least 0, got {processor_cache_bytes}")
-    evaluations, num_layers = sum(evaluations_per_layer(config)), config.num_layers
+    evaluations, num_layers = sum(config.evaluations_per_layer()), config.num_layers
     head = 2 * config.dim * config.vocab_size
-    body = _body_flops(config, mean_tokens_seen=(context_length + 1) / 2)
+    body = _body_flops(config, evaluations, mean_tokens_seen=(context_length + 1) / 2)
     kv_bytes = bytes_per_value * 2 * config.num_kv_heads * config.head_dim  # of a token in a slot
     kv_bytes_seen = context_length * kv_bytes
     field_bytes = bytes_per_value * _field_parameters(config)
@@ -101,7 +102,8 @@ def inference_cost(
         evaluations_per_token=evaluations,
         forward_flops_per_token=body + head,
         prefill_flops_per_token=body + head / context_length,
-        decode_flops_per_token=_body_flops(config, mean_tokens_seen=context_length) + head,
+        decode_flops_per_token=head
+        + _body_flops(config, evaluations, mean_tokens_seen=context_length),
         kv_bytes_per_token=kv_bytes * (evaluations if kv_strategy == "exact" else num_layers),
         kv_bytes_read_per_token=kv_bytes_seen * evaluations,
         # Each row reads the embedding of its own token.
@@ -116,7 +118,7 @@ def training_flops_per_token(
     *,
     context_length: int | None = None,
 ) -> float:
-    """Count forward and backward (twice the forward) of a training step, per token.
+    """Count forward and backward (twice what is differentiated) of a training step, per token.
 
     Args:
         config: sizes and method.
@@ -126,8 +128,17 @@ def training_flops_per_token(
     Raises:
         ValueError: as `inference_cost`.
     """
-    cost = inference_cost(config, schedule, context_length=context_length)
-    return 3 * cost.forward_flops_per_token
+    forward = inference_cost(config, schedule, context_length=context_length)
+    config, context_length = _checked(config, schedule, context_length)
+    method = METHODS[config.method]
+    differentiated = sum(
+        method.num_differentiated(config.corrections, layer, config.options)
+        for layer in range(config.num_layers)
+    )
+    constant = _field_flops(config, mean_tokens_seen=(context_length + 1) / 2) * (
+        forward.evaluations_per_token - differentiated
+    )
+    return 3 * forward.forward_flops_per_token - 2 * constant
 
 
 def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
@@ -160,17 +171,6 @@ def _checked(
     return config, context_length
 
 
-def evaluations_per_layer(
-    config: ModelConfig, schedule: IterationSchedule | None = None
-) -> tuple[int, ...]:
-    """Count the field evaluations of each layer under a schedule, the config's own when None."""
-    method = METHODS[config.method]
-    return tuple(
-        method.evaluations_per_layer(schedule or config.corrections, layer)
-        for layer in range(config.num_layers)
-    )
-
-
 def _projection_values(config: ModelConfig) -> int:
     """Entries of a field's matrices: query, key, value, output, gate, up, down."""
     kv_dim = config.num_kv_heads * config.head_dim
@@ -182,25 +182,16 @@ def _field_parameters(config: ModelConfig) -> int:
     return _projection_values(config) + 2 * config.dim
 
 
-def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
-    """Count fields and mix for one token; all but the head."""
-    attention = 4 * config.dim * mean_tokens_seen
-    evaluation = 2 * _projection_values(config) + attention
-    return sum(evaluations_per_layer(config)) * evaluation + _mix_flops(config)
+def _field_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
+    """Count one evaluation of a field for one token."""
+    return 2 * _projection_values(config) + 4 * config.dim * mean_tokens_seen
 
 
-def _mix_flops(config: ModelConfig) -> int:
-    """Count the weighted sums over estimates for one token, two operations per term and channel.
-
-    Layer l reads l earlier estimates: once for the hidden state, together with its own, and once
-    before its first correction; each correction then adds its own estimate.
-    """
+def _body_flops(config: ModelConfig, evaluations: int, *, mean_tokens_seen: float) -> float:
+    """Count fields and what the method adds for one token; all but the head."""
     method = METHODS[config.method]
-    if not method.has_mix:
-        return 0
-    # A method without a schedule that has a mix corrects once.
-    corrections = config.corrections if method.has_corrections else (1,) * config.num_layers
-    terms = 0
-    for layer, count in enumerate(corrections, start=1):
-        terms += (layer + count if count else 0) + layer + 1
-    return 2 * config.dim * terms
+    own = sum(
+        method.flops_beside_fields(config.corrections, layer, config.dim, config.options)
+        for layer in range(config.num_layers)
+    )
+    return evaluations * _field_flops(config, mean_tokens_seen=mean_tokens_seen) + own

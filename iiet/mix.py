@@ -118,6 +118,20 @@ class Mix(KeepsFloat32):
         """Count the entries of both rows."""
         return 2 * (layer + 2)
 
+    @staticmethod
+    def num_flops(layer: int, dim: int, *, num_points: int) -> int:
+        """Count the weighted sums for one token, two operations per term and channel.
+
+        Args:
+            layer: the layer, the first being 0.
+            dim: width of the hidden state.
+            num_points: evaluation points. The first reads the earlier estimates, each adds one;
+                the hidden state reads the earlier ones and the layer's own.
+        """
+        earlier = layer + 1
+        points = earlier + num_points if num_points else 0
+        return 2 * dim * (points + earlier + 1)
+
     def forward(self, history: History, *, dtype: torch.dtype, corrects: bool) -> LayerMix:
         """Sum up the earlier estimates for this layer.
 

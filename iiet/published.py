@@ -99,7 +99,7 @@ def _rows_of_mix(config: ModelConfig) -> dict[str, tuple[str, int]]:
 
     Row 0 of a matrix, and what lies right of the diagonal, belong to no layer.
     """
-    if not METHODS[config.method].has_mix:
+    if config.method == "vanilla":
         return {}
     return {
         f"layers.{layer}.{ours}": (theirs, layer + 1)

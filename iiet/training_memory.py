@@ -6,18 +6,20 @@ feed-forward values for each evaluation of a field, as the modules of this packa
 the logits, which for a moment exist three times. The peak is the larger of two moments: the loss's
 backward pass, and a field's.
 
-An estimate, not a count: what kernels, allocators and libraries take beside it is not in it.
+An estimate, not a count: what kernels, allocators and libraries take beside it is not in it, nor
+the copies of shared keys and values that a GPU makes in float32. It is of eager mode's fast forms;
+the plain formulas keep more.
 `tests/iiet/test_training_memory.py` holds it against the live tensors of real steps.
 Source: shapes of `iiet.decoder`; this project.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from iiet.config import ModelConfig
-from iiet.cost import evaluations_per_layer, num_parameters
+from iiet.cost import num_parameters
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 
@@ -71,6 +73,7 @@ def training_memory(
         num_shards: workers that share weights, gradients and moments; 1 where each has all.
         has_teacher: whether a frozen model of the same size runs beside it.
     """
+    config = config if schedule is None else replace(config, schedule=schedule)
     parameters = num_parameters(config)
     # A layer is gathered from all shards while it runs, and the largest matrix too.
     gathered = 0 if num_shards == 1 else parameters // config.num_layers
@@ -79,54 +82,60 @@ def training_memory(
     copied = parameters // (config.num_layers if activation_checkpointing else 1)
     copies = copied if precision == "bf16" else 0
     tokens = num_sequences * config.context_length
-    per_token = _bytes_per_token(
-        config, schedule or config.corrections, precision, activation_checkpointing
-    )
-    head = config.vocab_size * config.dim * _FULL // num_shards
-    if has_teacher:
-        # Its logits, and the gradient that the divergence keeps.
-        per_token += 2 * config.vocab_size * _FULL
+    # A teacher's logits, and the gradient that the divergence keeps.
+    of_teacher = tokens * 2 * config.vocab_size * _FULL if has_teacher else 0
     return TrainingMemory(
         weights=(held + (parameters if has_teacher else 0)) * _FULL + copies * _HALF,
         gradients=held * _FULL,
         optimizer=2 * (-(-parameters // num_shards)) * _FULL,
-        activations=tokens * per_token + head,
+        activations=of_teacher
+        + _peak_bytes(config, tokens, precision, activation_checkpointing, num_shards),
     )
 
 
-def _bytes_per_token(
+def _peak_bytes(
     config: ModelConfig,
-    schedule: IterationSchedule,
+    tokens: int,
     precision: str,
     activation_checkpointing: bool,
+    num_shards: int,
 ) -> int:
-    dim, layers = config.dim, config.num_layers
-    has_mix = METHODS[config.method].has_mix
-    evaluations = evaluations_per_layer(config, schedule)
-    evaluation = _evaluation_bytes(config, precision)
-    ends = 3 * dim * _FULL  # the embeddings, and the last hidden state before and after its norm
-    logits = _LOGITS_AT_ONCE * config.vocab_size * _FULL
+    """Count activations at the larger of two moments: the loss's backward pass, or a field's."""
+    method = METHODS[config.method]
     width = _FULL if precision == "fp32" else _HALF
-    field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * dim * _FULL
-    # Each layer's estimate gets a gradient of its own while the later layers go backward.
-    field += layers * dim * _FULL if has_mix else 0
+    state = config.dim * _FULL
+    of_layers = [_layer_bytes(config, layer, precision) for layer in range(config.num_layers)]
+    # What layers leave for later ones, and as much for its gradient while they go backward.
+    left = method.num_left * config.num_layers * state
+    # The last hidden state and its norm.
+    loss = _LOGITS_AT_ONCE * config.vocab_size * _FULL + 2 * state
+    # Gradients of its output, of the state between attention and feed-forward network, and of what
+    # its output is added to.
+    field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
     if activation_checkpointing:
-        kept = layers * dim * _FULL * (2 if has_mix else 1)
-        return ends + kept + max(logits, max(evaluations) * evaluation + field)
-    return ends + sum(evaluations) * evaluation + max(logits, field)
+        kept = config.num_layers * state + left  # each layer's input
+        field += max(of_layers) - state + left
+    else:
+        kept = sum(of_layers) + left
+        # The first layer to go backward needs no gradient of `left`, and frees what it kept.
+        field += max(0, left - of_layers[-1])
+    # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
+    matrices = config.ffn_dim * config.dim + config.vocab_size * config.dim // num_shards
+    return tokens * kept + max(tokens * loss, tokens * field + matrices * _FULL)
 
 
-def _evaluation_bytes(config: ModelConfig, precision: str) -> int:
-    """Count what one evaluation keeps for each token.
+def _layer_bytes(config: ModelConfig, layer: int, precision: str) -> int:
+    """Count what a layer keeps for each token.
 
-    In float32: the point, its norm, and the state between attention and feed-forward. In the
-    arithmetic's precision: queries, keys, values, what attention gives, the feed-forward network's
-    input, gate and up. Beside the field: its output and its norm where the method has a mix, and
-    one state more where stages of a Runge-Kutta method are summed.
+    For an evaluation in float32: the point, its norm, and the state between attention and
+    feed-forward. In the arithmetic's precision: queries, keys, values, what attention gives, the
+    feed-forward network's input, gate and up. Then what its method keeps beside the field.
     """
     method, dim = METHODS[config.method], config.dim
     kv_dim = config.num_kv_heads * config.head_dim
     width = _FULL if precision == "fp32" else _HALF
-    is_staged = max(evaluations_per_layer(config, config.corrections)) > 1
-    states = 3 + (2 if method.has_mix else 0) + (is_staged and not method.has_corrections)
-    return states * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    of_layer = config.corrections, layer, config.options
+    return (
+        method.num_differentiated(*of_layer) * evaluation + method.num_kept(*of_layer) * dim * _FULL
+    )

@@ -3,7 +3,8 @@ with its field.
 
 A layer owns its field and whatever the method learns for it (norms, rows of the mix, gates). State
 is passed, never kept: a layer gets the hidden state and what the layers before it left, and returns
-both for the next one. The class says what a layer costs, so that cost follows from a config alone.
+both for the next one. The class says what a layer costs: its field evaluations, the operations and
+the memory beside them. So cost follows from a config alone, and nobody else knows a method by name.
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -128,9 +129,10 @@ class Layer(nn.Module, ABC):
     """A frozen dataclass; its fields are what `ModelConfig.method_options` may say."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule says how often a layer corrects its prediction."""
-    has_mix: ClassVar[bool] = False
-    """Whether layers read earlier estimates through the learned mix (and have its two LayerNorms
-    each)."""
+    is_random: ClassVar[bool] = False
+    """Whether a layer draws random numbers; one that is recomputed then draws the same ones."""
+    num_left: ClassVar[int] = 0
+    """Tensors as large as the hidden state that a layer leaves for all later ones (estimates)."""
 
     def __init__(
         self, layer_field: nn.Module, index: int, *, dim: int, layer_norm_eps: float, options: Any
@@ -158,6 +160,25 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         """Count the field evaluations of a layer, the first layer being 0."""
+
+    @classmethod
+    def num_differentiated(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
+        """Count the evaluations of a layer that training differentiates: usually all."""
+        return cls.evaluations_per_layer(schedule, layer)
+
+    @classmethod
+    def flops_beside_fields(
+        cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
+    ) -> int:
+        """Count a layer's operations for one token, beside evaluations, norms and plain sums."""
+        return 0
+
+    @classmethod
+    def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
+        """Count the tensors as large as the hidden state that a layer keeps for its backward pass,
+        without what its field keeps.
+        """
+        return 0
 
     @classmethod
     @abstractmethod
@@ -191,7 +212,12 @@ class Layer(nn.Module, ABC):
         """Advance the hidden state, (batch, time, dim), by this layer."""
         if call.recompute and call.observe is None and torch.is_grad_enabled():
             advance: Advance = checkpoint(
-                self._advance, hidden, state, call, use_reentrant=False, preserve_rng_state=False
+                self._advance,
+                hidden,
+                state,
+                call,
+                use_reentrant=False,
+                preserve_rng_state=self.is_random,
             )
             return advance
         return self._advance(hidden, state, call)

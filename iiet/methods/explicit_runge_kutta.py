@@ -99,6 +99,18 @@ class GatedRK2(Layer):
         return 2
 
     @classmethod
+    def flops_beside_fields(
+        cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
+    ) -> int:
+        """Count the gate."""
+        return 2 * 2 * dim
+
+    @classmethod
+    def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
+        """Count both stages, as the sum and as the gate keep them."""
+        return 4
+
+    @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
         """Count the gates."""
         return num_layers * (2 * dim + 1)

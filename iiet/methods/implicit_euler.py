@@ -1,6 +1,6 @@
 """The implicit Euler method, solved by a fixed number of fixed-point corrections. This is IIET."""
 
-# ruff: noqa: ARG002 - all methods share their signatures
+# ruff: noqa: ARG002, ARG003 - all methods share their signatures
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ImplicitEuler(Layer):
 
     Options = ImplicitEulerOptions
     has_corrections: ClassVar[bool] = True
-    has_mix: ClassVar[bool] = True
+    num_left: ClassVar[int] = 1
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
         """Make both norms, the rows of the mix and the damping."""
@@ -88,6 +88,32 @@ class ImplicitEuler(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         """Return `1 + r_l`."""
         return 1 + schedule[layer]
+
+    @classmethod
+    def num_differentiated(
+        cls, schedule: IterationSchedule, layer: int, options: ImplicitEulerOptions
+    ) -> int:
+        """Return `1 + r_l`, or the last corrections alone where the options say so."""
+        last = options.differentiated_corrections
+        return 1 + schedule[layer] if last is None or schedule[layer] <= last else last
+
+    @classmethod
+    def flops_beside_fields(
+        cls, schedule: IterationSchedule, layer: int, dim: int, options: ImplicitEulerOptions
+    ) -> int:
+        """Count the mix."""
+        return Mix.num_flops(layer, dim, num_points=schedule[layer])
+
+    @classmethod
+    def num_kept(
+        cls, schedule: IterationSchedule, layer: int, options: ImplicitEulerOptions
+    ) -> int:
+        """Count what each norm normalizes, and the estimate that each correction starts from; where
+        the damping is learned, also where that one would go without it.
+        """
+        norms = cls.num_differentiated(schedule, layer, options)
+        corrections = min(norms, schedule[layer])
+        return norms + corrections * (1 + options.learn_damping)
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: ImplicitEulerOptions) -> int:

@@ -33,7 +33,7 @@ class PredictorCorrectorRK2(Layer):
     evaluation.
     """
 
-    has_mix: ClassVar[bool] = True
+    num_left: ClassVar[int] = 1
     order: ClassVar[int] = 2
     """Of the predictor: its evaluations, each with a norm."""
 
@@ -57,6 +57,20 @@ class PredictorCorrectorRK2(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         """Return the predictor's stages and the one corrector, whatever the schedule."""
         return cls.order + 1
+
+    @classmethod
+    def flops_beside_fields(
+        cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
+    ) -> int:
+        """Count the mix."""
+        return Mix.num_flops(layer, dim, num_points=1)
+
+    @classmethod
+    def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
+        """Count each stage before and after its norm, the prediction likewise, and what the
+        corrector gives.
+        """
+        return 2 * cls.order + 2 + 1
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:

@@ -148,7 +148,7 @@ class _Run:
         )
         trainee = Trainee(
             model=replicate(
-                self.decoder, self.world, has_idle_parameters=self.decoder.method.has_mix
+                self.decoder, self.world, has_idle_parameters=self.decoder.method.has_corrections
             ),
             optimizer=self.optimizer,
             objective=objective_of(self.job, self.schedule_at, self.teacher),
