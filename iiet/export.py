@@ -135,9 +135,12 @@ def _flattened(module: str, packages: set[str]) -> tuple[str, set[str]]:
     """Return a module's source with its imports from these packages rewritten, and what they name.
 
     Raises:
-        ValueError: an import that cannot be rewritten.
+        ValueError: there is no source, or an import that cannot be rewritten.
     """
-    source = inspect.getsource(import_module(module))
+    try:
+        source = inspect.getsource(import_module(module))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"{module} cannot be exported: {error}") from None
     lines, needed = source.splitlines(), set[str]()
     statements = [
         n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)

@@ -55,8 +55,8 @@ def export(
         progress: Told what is going on.
 
     Raises:
-        UserError: If the folder holds something else or cannot be written, or the tokenizer has no
-            token that ends a document.
+        UserError: If the folder holds something else or cannot be written, the tokenizer has no
+            token that ends a document, or the source of the method cannot be copied.
     """
     from iiet.export import export_pretrained
 
@@ -86,6 +86,8 @@ def export(
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
+    except ValueError as error:  # The source of the method of another package.
+        raise UserError(f"cannot export this model: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -17,6 +17,7 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
+from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.analysis.card import REQUIREMENTS, ModelCard
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
@@ -174,6 +175,20 @@ def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_pa
         exported(checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
+
+
+def test_a_method_whose_source_cannot_be_copied_is_refused(
+    tmp_path: Path, tiny_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Local(METHODS["iiet"]):  # type: ignore[misc]
+        pass
+
+    monkeypatch.setattr(METHODS, "_classes", {**METHODS._classes, "local": Local})
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
+    card = ModelCard(name="local", config=decoder.config)
+    with pytest.raises(UserError, match=r"method 'local' .* define it at the top of a module"):
+        export(decoder, tmp_path / "out", tokenizer_file=None, card=card)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("has_manifest", [True, False])
