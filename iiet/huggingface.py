@@ -53,37 +53,25 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     # So that config.json states every value, whatever the defaults of the version that reads it.
     has_no_defaults_at_init = True
 
+    # `_CORE_NAMES` says which fields of `ModelConfig` these are.
     method: str = "iiet"
-    """How a layer advances the hidden state."""
     method_options: dict[str, Any] | None = None
-    """Options of the method that are not its defaults."""
     corrections: list[int] | tuple[int, ...] | str | int | None = None
     """The iteration schedule: corrections per layer, or as text ("1,0,0", "3..0") or one number for
     all layers; None for methods that make none."""
     vocab_size: int = 32000
-    """Number of distinct tokens."""
     hidden_size: int = 512
-    """Width of the hidden state."""
     num_hidden_layers: int = 12
-    """Number of layers; caches get a slot per field evaluation nevertheless."""
     num_attention_heads: int = 4
-    """Query heads."""
     num_key_value_heads: int = 4
-    """Key and value heads."""
     intermediate_size: int = 1408
-    """Inner width of the feed-forward network."""
     max_position_embeddings: int = 2048
-    """Longest sequence, in tokens."""
     tie_word_embeddings: bool = True
-    """Whether the output head is the embedding matrix."""
     rope_theta: float = 10000.0
-    """Base of the rotary embedding's wavelengths, in tokens."""
     rms_norm_eps: float = 1e-6
-    """Added to the mean square inside each RMSNorm."""
     layer_norm_eps: float = 1e-5
-    """Added to the variance inside each LayerNorm of the method."""
     initializer_range: float = 0.02
-    """Standard deviation of freshly made weights."""
+
     use_cache: bool = True
     """Whether generation keeps keys and values."""
     bos_token_id: int | None = None
