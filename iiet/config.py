@@ -97,18 +97,20 @@ class ModelConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: the schedule as a list of integers or None, and of the method's
-        options those that are not defaults, or None.
+        """Return plain JSON values: the schedule as a list of integers or None, and the method's
+        options that are not defaults, if there are any.
         """
         values = asdict(self)
         values["schedule"] = list(self.schedule) if self.schedule else None
+        del values["method_options"]
         default = METHODS[self.method].Options()
         chosen = {
             field.name: getattr(self.options, field.name)
             for field in fields(default)
             if getattr(self.options, field.name) != getattr(default, field.name)
         }
-        return values | {"method_options": chosen or None}
+        # Left out where all are defaults: configs keep the hash they had before there were options.
+        return values | ({"method_options": chosen} if chosen else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:

@@ -87,7 +87,7 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     ) -> "IIETConfig":
         """Translate a core config; the token that ends a document stops generation, and pads."""
         core = config.to_dict()
-        values = {theirs: core[ours] for theirs, ours in _CORE_NAMES.items()}
+        values: dict[str, Any] = {theirs: core.get(ours) for theirs, ours in _CORE_NAMES.items()}
         return cls(**values, eos_token_id=end_of_text_id, pad_token_id=end_of_text_id)
 
     def to_model_config(self) -> ModelConfig:

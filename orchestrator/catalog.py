@@ -245,7 +245,8 @@ def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
     free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *FREE_IN_RECIPE)
     # A checkpoint from before a setting existed was made as its default makes one.
     recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
-    shape = {n: value for n, value in made["model"].items() if n not in ("method", "schedule")}
+    of_method = ("method", "method_options", "schedule")
+    shape = {name: value for name, value in made["model"].items() if name not in of_method}
     return {
         **{f"model.{name}": value for name, value in shape.items()},
         "tokens": provenance.get("tokens"),

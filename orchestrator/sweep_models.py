@@ -104,6 +104,8 @@ def with_model(settings: Settings, **changes: Any) -> Settings:
 
 def with_rates(settings: Settings, **changes: Any) -> list[Settings]:
     """Return the settings of another method or count at each of its own learning rates."""
+    if changes.get("method", settings.model.method) != settings.model.method:
+        changes["method_options"] = {}
     model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
     rates = settings.sweep.learning_rates
     own = rates.get(model.method, settings.training.learning_rate)

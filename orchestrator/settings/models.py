@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -68,6 +68,9 @@ class ModelSettings(Section):
     corrections: int | str | tuple[int, ...] = 2
     """Corrections per layer (the iteration schedule): `3`, or one number a layer, `2,2,1,1,1,1`;
     of a method that makes corrections, such as iiet."""
+    method_options: dict[str, Any] = Field(default={})
+    """Options of the method where they differ from its defaults, by name, such as `damping` of
+    iiet. Models of other methods that a sweep trains beside it have their defaults."""
     dim: int | None = Field(default=None, gt=0)
     """Width of the hidden state; the preset's when unset, like all that follow."""
     num_layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)

@@ -38,7 +38,12 @@ def model_config(model: ModelSettings, *, vocab_size: int) -> ModelConfig:
             else IterationSchedule.none(num_layers)
         )
         return preset(
-            model.preset, method=model.method, vocab_size=vocab_size, schedule=schedule, **sizes
+            model.preset,
+            method=model.method,
+            method_options=model.method_options or None,
+            vocab_size=vocab_size,
+            schedule=schedule,
+            **sizes,
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None

@@ -111,3 +111,14 @@ def test_weights_start_as_said():
 
 def test_a_tied_head_is_stored_once():
     assert "head.weight" not in Decoder(preset("tiny")).state_dict()
+
+
+def test_plain_values_have_the_methods_options_where_they_are_not_its_defaults():
+    options = METHODS["iiet"].Options
+    damped = preset("tiny", method_options={"damping": 0.5})
+    assert damped.method_options == options(damping=0.5)
+    assert damped.to_dict()["method_options"] == {"damping": 0.5}
+    assert ModelConfig.from_dict(damped.to_dict()) == damped
+    # Configs of the time before there were options keep their hashes.
+    for usual in (None, options(), options(damping=1.0)):
+        assert "method_options" not in preset("tiny", method_options=usual).to_dict()

@@ -64,6 +64,17 @@ def test_a_baseline_may_be_saved_and_watched_in_another_way(
     assert not references.left_out
 
 
+def test_a_baseline_needs_none_of_the_options_of_its_teachers_method(
+    workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    damped = {**tiny_model, "method_options": {"damping": 0.5}}
+    teacher = pretrained(workspace, "damped", tiny_tokens, damped)
+    vanilla = pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA})
+    references = find_references(workspace, teacher)
+    assert references.found == {"vanilla": vanilla}
+    assert not references.left_out
+
+
 def test_a_baseline_of_another_recipe_is_left_out_with_the_difference(
     workspace: Workspace, teacher: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:

@@ -9,7 +9,14 @@ from iiet.methods.implicit_euler import ImplicitEuler
 from orchestrator.errors import UserError
 from orchestrator.settings import method_of_label, model_label, resolve_settings
 from orchestrator.sweep_checks import check_sweep
-from orchestrator.sweep_models import check_models, models_of, teacher_and_references, with_rates
+from orchestrator.sweep_models import (
+    check_models,
+    models_of,
+    teacher_and_references,
+    with_model,
+    with_rates,
+)
+from orchestrator.training.shape import model_config
 
 
 class Other(ImplicitEuler):
@@ -96,3 +103,32 @@ def test_a_teacher_of_another_method_stands_beside_the_baseline_and_its_own_star
         "vanilla": ("vanilla", 2),
         "other, r = 0": ("other", 0),
     }
+
+
+def test_options_are_of_the_models_own_method(other: str) -> None:
+    changes = ["model.method_options={damping: 0.5}", "sweep.methods=[vanilla, iiet, other]"]
+    settings = resolve_settings({}, changes)
+    options = {
+        name: model_config(with_model(settings, **own).model, vocab_size=300).to_dict()
+        for name, own in models_of(settings)
+    }
+    damped = [name for name, config in options.items() if "method_options" in config]
+    assert damped == ["r = 0", "r = 1", "r = 2", "r = 3"]
+    assert options["r = 2"]["method_options"] == {"damping": 0.5}
+    check_models(settings, "iterations")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.method_options={dampng: 0.5}"], "no option 'dampng'; its options: damping"),
+        (["model.method_options.damping=2"], "damping must be a number from 0 to 1, got 2"),
+        (
+            ["model.method_options.damping=0.5", "model.method=vanilla"],
+            "method 'vanilla' has no option 'damping'; its options: none",
+        ),
+    ],
+)
+def test_options_that_a_method_has_not_are_named(changes: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model_config(resolve_settings({}, changes).model, vocab_size=300)
