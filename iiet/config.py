@@ -90,10 +90,9 @@ class ModelConfig:
         """
         if schedule is not None and schedule != self.schedule:
             return replace(self, schedule=schedule).evaluations_per_layer()
-        method = METHODS[self.method]
+        method, corrections = METHODS[self.method], self.corrections
         return tuple(
-            method.evaluations_per_layer(self.corrections, layer)
-            for layer in range(self.num_layers)
+            method.evaluations_per_layer(corrections, layer) for layer in range(self.num_layers)
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 class History(Protocol):
     """The estimates `s_0, ..., s_{l-1}` of a pass."""
 
@@ -67,6 +70,11 @@ class History(Protocol):
         ...
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a half precision tensor as float32, and any other as it is."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
 def start(embeddings: Tensor, num_layers: int) -> History:
     """Return the history of a pass before its first layer.
 
@@ -74,7 +82,7 @@ def start(embeddings: Tensor, num_layers: int) -> History:
         embeddings: `s_0`, (batch, time, dim).
         num_layers: layers of the pass.
     """
-    estimate = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    estimate = at_least_float32(embeddings)
     if fast_forms_allowed():
         return FusedHistory.started(estimate, num_layers)
     return PlainHistory((estimate,))
@@ -86,7 +94,7 @@ class KeepsFloat32(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            halved = result.dtype in (torch.bfloat16, torch.float16)
+            halved = result.dtype in HALF
             return tensor.to(result.device) if halved and tensor.dtype.itemsize > 2 else result
 
         module: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
@@ -141,8 +149,7 @@ class Mix(KeepsFloat32):
             corrects: whether the layer asks for evaluation points.
         """
         rows = torch.stack([self.inner, self.outer]) if corrects else self.outer[None]
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        earlier, own = rows.split_with_sizes([rows.size(1) - 1, 1], 1)
+        earlier, own = at_least_float32(rows).split_with_sizes([rows.size(1) - 1, 1], 1)
         history, sums = history.sums(earlier)
         return LayerMix(history, dtype, sums, own.flatten().unbind())
 
@@ -180,9 +187,8 @@ class EstimateNorm(KeepsFloat32, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., dim)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(at_least_float32(x), self.normalized_shape, weight, bias, self.eps)
 
 
 @dataclass(frozen=True)
