@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,29 +45,6 @@ __all__ = [
 
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-class History(Protocol):
-    """The estimates `s_0, ..., s_{l-1}` of a pass."""
-
-    def sums(self, rows: Tensor) -> tuple[History, tuple[Tensor, ...]]:
-        """Compute `sum_k rows[i, k] s_k` for each row.
-
-        Args:
-            rows: (rows, number of estimates held).
-
-        Returns:
-            The history to go on with, and a sum for each row, (batch, time, dim).
-        """
-        ...
-
-    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
-        """Compute `base + weight * estimate` for one scalar weight."""
-        ...
-
-    def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, History]:
-        """Compute `base + weight * estimate`, and append the estimate to the history."""
-        ...
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -193,30 +170,36 @@ class EstimateNorm(KeepsFloat32, nn.LayerNorm):
 
 @dataclass(frozen=True)
 class PlainHistory:
-    """The estimates as a list, each (batch, time, dim)."""
+    """The estimates `s_0, ..., s_{l-1}` of a pass as a list, each (batch, time, dim)."""
 
     estimates: tuple[Tensor, ...]
 
     def sums(self, rows: Tensor) -> tuple[PlainHistory, tuple[Tensor, ...]]:
-        """Add up the weighted estimates, one after the other."""
-        weighted = [
-            [weight * s for weight, s in zip(row.unbind(), self.estimates, strict=True)]
-            for row in rows.unbind()
-        ]
-        return self, tuple(sum(terms[1:], terms[0]) for terms in weighted)
+        """Compute `sum_k rows[i, k] s_k` for each row.
+
+        Args:
+            rows: (rows, number of estimates held).
+
+        Returns:
+            The history to go on with, and a sum for each row, (batch, time, dim).
+        """
+        sums = [torch.zeros_like(self.estimates[0]) for _ in rows]
+        for weights, estimate in zip(rows.unbind(1), self.estimates, strict=True):
+            sums = [total + weight * estimate for total, weight in zip(sums, weights, strict=True)]
+        return self, tuple(sums)
 
     def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
-        """Compute `base + weight * estimate`."""
+        """Compute `base + weight * estimate` for one scalar weight."""
         return base + weight * estimate
 
     def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, PlainHistory]:
-        """Compute `base + weight * estimate`, and append the estimate."""
+        """Compute `base + weight * estimate`, and append the estimate to the history."""
         return self.add(base, estimate, weight), PlainHistory((*self.estimates, estimate))
 
 
 @dataclass(frozen=True)
 class FusedHistory:
-    """The first `count` entries of a buffer of estimates.
+    """What `PlainHistory` is, as the first `count` entries of a buffer of estimates.
 
     A layer's history is a value of its own over the shared buffer, whose entries are written once.
     Autograd does not watch the buffer. `link` stands for the entries in its graph: a tensor of
@@ -271,6 +254,9 @@ class FusedHistory:
         return hidden, FusedHistory(self.buffer, self.count + 1, link)
 
 
+History = PlainHistory | FusedHistory
+
+
 def _products(rows: Tensor, tensors: Tensor) -> Tensor:
     """Compute `sum_k rows[:, k] tensors[k]`, in full precision also under autocast."""
     with torch.autocast(tensors.device.type, enabled=False):
@@ -319,19 +305,11 @@ class _Sums(torch.autograd.Function):
         ctx: Any, buffer_grad: Tensor | None, *sum_grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        used = [number for number, grad in enumerate(sum_grads) if grad is not None]
-        if not used:
+        if all(grad is None for grad in sum_grads):
             return buffer_grad, None, None
-        grads = torch.stack([grad for grad in sum_grads if grad is not None])
-        rows_grad = None
-        if ctx.needs_input_grad[1]:
-            rows_grad = _inner_products(grads, ctx.estimates)
-        if len(used) < len(rows):
-            rows = torch.stack([rows[number] for number in used])
-            if rows_grad is not None:
-                of_used = dict(zip(used, rows_grad, strict=True))
-                zero = torch.zeros_like(rows[0])
-                rows_grad = torch.stack([of_used.get(n, zero) for n in range(len(sum_grads))])
+        like = ctx.estimates[0]
+        grads = torch.stack([torch.zeros_like(like) if g is None else g for g in sum_grads])
+        rows_grad = _inner_products(grads, ctx.estimates) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, rows_grad, None
         if buffer_grad is None:
