@@ -13,6 +13,7 @@ a second to load.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+    # What layers return is never written to in place, of which FSDP warns for each view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     for layer in decoder.layers:
         if precision == "bf16":
             for name, module in layer.named_children():
