@@ -7,10 +7,10 @@ the logits, which for a moment exist three times. The peak is the larger of two 
 backward pass, and a field's.
 
 An estimate, not a count: what kernels, allocators and libraries take beside it is not in it, nor
-the copies of shared keys and values that a GPU makes in float32. It is of eager mode's fast forms;
-the plain formulas keep more.
-`tests/iiet/test_training_memory.py` holds it against the live tensors of real steps.
-Source: shapes of `iiet.decoder`; this project.
+the copies of shared keys and values that a GPU makes in float32. Gradients count as if they were
+there all the time, as they are from a step's second pass on. It is of eager mode's fast forms; the
+plain formulas keep more. `tests/iiet/test_training_memory.py` holds it against the live tensors of
+real steps. Source: shapes of `iiet.decoder`; this project.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -144,6 +144,22 @@ def test_the_estimate_is_what_a_step_takes(
     estimate = memory.activations + copies
     measured = measured_bytes(config, 4, precision, checkpoint)
     assert measured / FACTOR < estimate < measured * FACTOR
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_truncated_backward_pass_takes_less(precision: Literal["fp32", "bf16"]) -> None:
+    sizes = {"num_heads": 4, "context_length": 64, **SHAPES["wide"], "schedule": 3}
+
+    def estimate(**options: Any) -> tuple[ModelConfig, int]:
+        config = preset("tiny", **sizes, method_options=options)
+        memory = training_memory(config, num_sequences=4, precision=precision)
+        return config, memory.activations + memory.weights - memory.gradients
+
+    _, full = estimate()
+    config, truncated = estimate(differentiated_corrections=1)
+    measured = measured_bytes(config, 4, precision, checkpoint=False)
+    assert measured / FACTOR < truncated < measured * FACTOR
+    assert truncated < 0.6 * full
 
 
 def test_what_depends_on_parameters_is_exact() -> None:
