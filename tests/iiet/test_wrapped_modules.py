@@ -6,7 +6,16 @@ answers when it is asked for its weight. Whoever only reads weights never sees w
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from iiet import Decoder, KeyValueCache, next_token_loss, preset
 
@@ -48,9 +57,9 @@ def tokens():
     return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
 
 
-def all_logits(decoder):
+def all_logits(decoder, dtype=torch.float64):
     """Logits with gradients, without, and step by step."""
-    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=torch.float64)
+    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=dtype)
     with_gradients = decoder(tokens())
     with torch.no_grad():
         steps = [decoder(part, cache=cache) for part in tokens().split([4, 1, 1, 1, 1], 1)]
@@ -139,3 +148,47 @@ def test_lora_of_peft_changes_and_learns():
     merged = adapted.merge_and_unload()
     assert isinstance(merged, IIETForCausalLM)
     torch.testing.assert_close(merged(tokens()).logits.detach(), after)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer quantized to eight bits, as quantizing libraries put it in another's place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.scale = base.weight.detach().abs().max() / 127
+        self.register_buffer("weight", (base.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).t()
+
+
+@pytest.mark.parametrize("path", [*LINEARS, "head"])
+def test_a_quantized_linear_layer_is_called(path):
+    decoder = fresh_decoder()
+    exact, *_ = all_logits(decoder)
+    replace(decoder, path, Int8Linear)
+    for logits in all_logits(decoder):
+        assert 0 < (logits - exact).abs().max() < 0.1 * exact.std()
+
+
+def test_tensor_parallel_linear_layers_are_called():
+    """On a mesh of one worker, whose weights are distributed tensors all the same."""
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        decoder = fresh_decoder()
+        expected = all_logits(decoder)
+        columns, rows = (
+            ColwiseParallel(output_layouts=Replicate()),
+            RowwiseParallel(input_layouts=Replicate()),
+        )
+        plan = {path: rows if path.endswith(("out", "down")) else columns for path in LINEARS}
+        for field in decoder.fields:
+            parallelize_module(field, init_device_mesh("cpu", (1,)), plan)
+        assert isinstance(decoder.layers[0].field.attention.qkv.weight, DTensor)
+        for logits, plain in zip(all_logits(decoder), expected, strict=True):
+            torch.testing.assert_close(logits, plain, rtol=0, atol=1e-11)
+        next_token_loss(decoder(tokens()), tokens()).backward()
+        gradient = decoder.layers[0].field.feed_forward.down.weight.grad
+        assert gradient.full_tensor().abs().max() > 0
+    finally:
+        dist.destroy_process_group()
