@@ -68,21 +68,6 @@ def _check_stopping(settings: Settings, kind: Kind) -> None:
             f"sweep.asha compares learning rates, and all trials of a {kind} sweep have the same; "
             "leave it out"
         )
-    if sweep.stop_dominated and kind in ("iterations", "search"):
-        raise UserError(
-            f"sweep.stop_dominated is for students of threshold sweeps, not for {kind}; leave it "
-            "out"
-        )
-    starts = {
-        "distillation.warm_start": settings.distillation.warm_start,
-        "study.warm_start": kind == "study" and settings.study.warm_start,
-    }
-    if sweep.stop_dominated and any(starts.values()):
-        given = " and ".join(name for name, is_set in starts.items() if is_set)
-        raise UserError(
-            f"sweep.stop_dominated would end students that others start from ({given}); leave one "
-            "out"
-        )
 
 
 def _check_warm_start(settings: Settings) -> None:

@@ -1,11 +1,10 @@
-"""Watches one trial's validation losses beside its rivals', and ends it where it cannot win.
+"""Ends a trial early when it is one of a model's worse learning rates (`sweep.asha`).
 
-The rules are in `orchestrator.analysis.early_stop`; here are the files that they are fed from. In a
-sweep over schedules a rival is a trial that needs no more evaluations, and counts once it has
-finished; in one from scratch it is the same model at another learning rate, and counts as far as it
-is. Their losses are those that their own trainings wrote down, of the same held-out tokens. What
-was stopped keeps its checkpoint and has no result, so that a sweep without stopping trains it on;
-the verdict lies beside it. Hence nothing of a rule is lost with the process that applied it.
+The rule is `orchestrator.analysis.early_stop.halve`; here are the files that it is fed from. The
+rivals of a trial are the same model at other learning rates, compared as far as they are. Their
+losses are those that their own trainings wrote down, of the same held-out tokens. A trial that was
+ended keeps its checkpoint and has no result, so that a sweep without ASHA trains it on; the verdict
+lies beside it. Hence nothing of a rule is lost with the process that applied it.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from iiet.cost import inference_cost
-from orchestrator.analysis.early_stop import Verdict, halve, judge
+from orchestrator.analysis.early_stop import Verdict, halve
 from orchestrator.journal import Journal, read_journal
 from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import SweepSettings
-from orchestrator.training.job import DONE_NAME, JOB_NAME
 from orchestrator.workspace import read_object, values_of, write_json
 
 STOPPED_NAME = "stopped-early.json"
@@ -33,29 +30,17 @@ Rivals = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True)
 class StopRule:
-    """When trials of a sweep are ended early; a plain value that travels to where they run."""
+    """Asynchronous successive halving (ASHA); a plain value that travels to where trials run."""
 
-    name: Literal["dominated", "asha"]
-    """Which rule."""
-    from_fraction: float
-    """Share of the steps before which nothing is ended; the lowest rung."""
+    first_rung: float
+    """Share of the steps at which trials are first compared."""
     reduction_factor: int = 2
-    """ASHA's: of so many trials at a rung, one goes on."""
-
-    @property
-    def cheapest_first(self) -> bool:
-        """Whether it gains by cheap trials that have finished early."""
-        return self.name == "dominated"
+    """Of so many trials at a rung, one goes on."""
 
     @property
     def text(self) -> str:
         """What it does, in a sentence for a plan."""
-        if self.name == "dominated":
-            return (
-                f"from {self.from_fraction:.0%} of its steps on a student is ended that cannot "
-                "beat a cheaper one any more: the price is the most that it can be"
-            )
-        rungs, share = [], self.from_fraction
+        rungs, share = [], self.first_rung
         while share < 1:
             rungs.append(f"{share:.3g}")
             share *= self.reduction_factor
@@ -85,36 +70,11 @@ class Stopping:
 
 def stopping_of(plan: SweepPlan, settings: SweepSettings) -> Stopping:
     """Return how a sweep's trials are ended early; where nobody has a rival, not at all."""
-    if plan.kind == "threshold" and settings.stop_dominated:
-        rule = StopRule("dominated", settings.grace_fraction)
-        rivals = {trial.key: rivals_of(trial, plan.trials) for trial in plan.trials}
-    elif plan.kind == "iterations" and settings.asha:
-        rule = StopRule("asha", settings.asha_first_rung, settings.asha_reduction_factor)
-        rivals = {trial.key: other_rates_of(trial, plan.trials) for trial in plan.trials}
-    else:
+    if plan.kind != "iterations" or not settings.asha:
         return Stopping()
+    rule = StopRule(settings.asha_first_rung, settings.asha_reduction_factor)
+    rivals = {trial.key: other_rates_of(trial, plan.trials) for trial in plan.trials}
     return Stopping(rule, rivals) if any(rivals.values()) else Stopping()
-
-
-def rivals_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, str]:
-    """Return label -> folder of the other trials that are trained alike and cost no more.
-
-    A model's other seeds are no rivals of it: the mean would be over the lucky ones. There are none
-    at all where the iterations are switched on in the middle of the training: there the loss jumps.
-    """
-    if not trial.job or _is_staged(trial.job["recipe"]):
-        return {}
-    cost = inference_cost(trial.config()).evaluations_per_token
-    return {
-        other.label: other.folder
-        for other in trials
-        if other.job
-        and other.key != trial.key
-        and other.role == "trial"
-        and other.seed == trial.seed
-        and inference_cost(other.config()).evaluations_per_token <= cost
-        and _validation(other.job) == _validation(trial.job)
-    }
 
 
 def other_rates_of(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, str]:
@@ -134,14 +94,6 @@ def _but_for_the_rate(job: Mapping[str, Any]) -> dict[str, Any]:
     return {**job, "recipe": recipe, "run_folder": None, "first_stages": None}
 
 
-def _is_staged(recipe: Mapping[str, Any]) -> bool:
-    return bool(recipe["iterate_from_fraction"] or recipe.get("iterate_ramp_fraction"))
-
-
-def _validation(job: Mapping[str, Any]) -> tuple[Any, ...]:
-    return job["tokens_folder"], job["recipe"]["num_validation_tokens"], job["model"]["vocab_size"]
-
-
 class Referee:
     """Hears a trial's numbers, and knows when it is lost."""
 
@@ -158,7 +110,6 @@ class Referee:
         """Why the trial is lost; None as long as it is not."""
         self._folder, self._rivals, self._rule = Path(trial.folder), dict(rivals), rule
         self._num_steps = int(trial.job["recipe"]["num_steps"])
-        self._validation = _validation(trial.job)
         self._losses = validation_losses(self._folder)
         if self._losses:
             self.verdict = self._judge()
@@ -180,31 +131,14 @@ class Referee:
         journal.close()
 
     def _judge(self) -> Verdict | None:
-        if self._rule.name == "asha":
-            folders = {label: Path(folder) for label, folder in self._rivals.items()}
-            return halve(
-                self._losses,
-                self._num_steps,
-                {label: validation_losses(folder) for label, folder in folders.items()},
-                first_rung=self._rule.from_fraction,
-                reduction_factor=self._rule.reduction_factor,
-            )
-        return judge(
+        folders = {label: Path(folder) for label, folder in self._rivals.items()}
+        return halve(
             self._losses,
             self._num_steps,
-            self._finished_rivals(),
-            grace_fraction=self._rule.from_fraction,
+            {label: validation_losses(folder) for label, folder in folders.items()},
+            first_rung=self._rule.first_rung,
+            reduction_factor=self._rule.reduction_factor,
         )
-
-    def _finished_rivals(self) -> dict[str, float]:
-        losses = {}
-        for label, folder in self._rivals.items():
-            done, claim = (read_object(Path(folder) / name) for name in (DONE_NAME, JOB_NAME))
-            with values_of(Path(folder)):
-                # An earlier sweep may have looked at other tokens.
-                if done and claim and _validation(claim["job"]) == self._validation:
-                    losses[label] = float(done["validation_loss"])
-        return losses
 
 
 def validation_losses(folder: Path) -> dict[int, float]:

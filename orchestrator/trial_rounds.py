@@ -166,12 +166,8 @@ class TrialRounds:
 
     def _turn(self, trial: PlannedTrial) -> tuple[bool, bool, float]:
         # Those that another process is at last. The teacher first, which spans the box of
-        # hypervolumes. Then the costly ones, so that none runs alone at the end; but where a cheap
-        # one that is finished can end a costly one, the cheap ones.
-        work = _expected_work(trial)
-        rule = self.stopping.rule
-        cheapest_first = rule is not None and rule.cheapest_first
-        return is_busy(trial), trial.role != "teacher", work if cheapest_first else -work
+        # hypervolumes. Then the costly ones, so that none runs alone at the end.
+        return is_busy(trial), trial.role != "teacher", -_expected_work(trial)
 
     def _parameters(self, trial: PlannedTrial) -> dict[str, Any]:
         return {

@@ -59,10 +59,6 @@ def sweep_threshold(
         ),
     ] = None,
     seeds: SeedsOption = None,
-    stop: Annotated[
-        bool | None,
-        typer.Option("--stop/--no-stop", help="End students that cannot win by their loss."),
-    ] = None,
     trials_at_once: TrialsAtOnceOption = None,
     workers_per_trial: WorkersPerTrialOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
@@ -84,7 +80,6 @@ def sweep_threshold(
         influence__metric=metric,
         distillation__control=control,
         distillation__warm_start=warm_start,
-        sweep__stop_dominated=stop,
         sweep__trials_at_once=trials_at_once,
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,

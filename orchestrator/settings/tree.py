@@ -97,11 +97,6 @@ class SweepSettings(Section):
     seeds: Seeds = ()
     """Seeds that every model is trained with, shown with their mean and its error; the recipe's
     alone when empty."""
-    stop_dominated: bool = False
-    """End a trial whose validation loss cannot beat a finished one that costs no more. Off by
-    default: the front is of accuracy, and a trial that is ended is never asked for it."""
-    grace_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Share of a trial's steps before which it is not ended so."""
     asha: bool = False
     """Of one model's learning rates in `sweep-iterations` and in a study, train only the better
     ones to their end, by validation loss: asynchronous successive halving."""

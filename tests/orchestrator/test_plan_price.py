@@ -188,19 +188,24 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
 ) -> None:
     for trial in tiny_plan.trials[:3]:
         finish(trial)
-    costly, cheap = tiny_plan.trials[3:]
-    verdict = Verdict(step=20, num_steps=40, rival=cheap.label, reason="made up")
-    chosen = settings("sweep.stop_dominated=true")
-    rule = StopRule("dominated", chosen.sweep.grace_fraction)
+    better, worse = tiny_plan.trials[3:]
+    assert better.job
+    assert worse.job
+    rates = {**better.job["recipe"], "learning_rate": 1.0}
+    worse = replace(worse, job={**better.job, "recipe": rates})
+    tiny_plan = replace(tiny_plan, kind="iterations", trials=(*tiny_plan.trials[:3], better, worse))
+    chosen = settings("sweep.asha=true")
+    rule = StopRule(chosen.sweep.asha_first_rung, chosen.sweep.asha_reduction_factor)
+    verdict = Verdict(step=20, num_steps=40, rival=better.label, reason="made up")
     stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
-    write_json(Path(costly.folder) / STOPPED_NAME, stored)
+    write_json(Path(worse.folder) / STOPPED_NAME, stored)
     price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
     assert price.num_tokens == 40 * STEP
     assert told(tiny_plan, chosen, tmp_path)[1] == (
         "3 of 5 trials are finished and reused, 1 stopped early and left so"
     )
-    finish(costly)
-    finish(cheap)
+    finish(better)
+    finish(worse)
     assert told(tiny_plan, chosen, tmp_path)[1:] == [
         "5 of 5 trials are finished and reused",
         "nothing is left to train",

@@ -44,15 +44,7 @@ def desk(tmp_path: Path) -> Desk:
         ("threshold", ["sweep.asha=true"], "compares learning rates"),
         ("search", ["sweep.seeds=[0, 1]"], "sweep.seeds is for threshold sweeps"),
         ("search", ["distillation.warm_start=true"], "distillation.warm_start is for threshold"),
-        ("search", ["sweep.stop_dominated=true"], "not for search"),
-        ("iterations", ["sweep.stop_dominated=true"], "not for iterations"),
         ("iterations", ["sweep.asha=true"], "no model has more than one"),
-        (
-            "threshold",
-            ["sweep.stop_dominated=true", "distillation.warm_start=true"],
-            r"distillation\.warm_start",
-        ),
-        ("study", ["sweep.stop_dominated=true"], r"study\.warm_start"),
         (
             "study",
             ["training.iterate_ramp_fraction=0.3", "study.two_stage_from=0.8"],

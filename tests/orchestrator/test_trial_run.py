@@ -26,9 +26,8 @@ from orchestrator.plan import PlannedTrial, SweepPlan
 from orchestrator.settings import resolve_settings
 from orchestrator.training.holding import HOLD_NAME
 from orchestrator.training.job import DONE_NAME
-from orchestrator.trial_referee import StopRule, other_rates_of, rivals_of, verdict_of
+from orchestrator.trial_referee import StopRule, other_rates_of, verdict_of
 from orchestrator.trial_run import is_busy, run_trial
-from orchestrator.workspace import read_json, write_json
 
 WORKER = """
 import json, sys
@@ -277,51 +276,6 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
     assert dtypes == [torch.float32, torch.bfloat16]
 
 
-def test_a_trial_that_cannot_beat_a_cheaper_one_ends_and_can_go_on_later(
-    trials: tuple[PlannedTrial, ...], measured: None
-) -> None:
-    costly, *_, cheap = [with_looks(trial) for trial in trials if trial.role == "trial"]
-    rivals = rivals_of(costly, [costly, cheap])
-    assert rivals == {cheap.label: cheap.folder}
-    assert rivals_of(cheap, [costly, cheap]) == {}, "a costlier one is no rival"
-    seeds = [replace(trial, key=f"{seed}", seed=seed) for seed in (0, 1) for trial in (costly,)]
-    assert rivals_of(seeds[0], [*seeds, replace(cheap, seed=1)]) == {}, "nor is another seed"
-    assert run_trial(cheap.to_dict()).state == "made"
-    done = Path(cheap.folder) / DONE_NAME
-    write_json(done, {**read_json(done), "validation_loss": 0.01})
-
-    rule = StopRule("dominated", 0.5)
-    asked: Any = {"rivals": rivals, "rule": rule}
-    assert run_trial(costly.to_dict(), **asked).state == "lost"
-    assert costly.result() is None, "what was not trained to its end is not finished"
-    verdict = verdict_of(costly, rivals, rule)
-    assert verdict is not None
-    assert 20 <= verdict.step < 40
-    assert cheap.label in verdict.text
-    assert verdict_of(costly, rivals, StopRule("dominated", 0.6)) is None, "nor another rule"
-    assert verdict_of(costly, {}, rule) is None, "a sweep without that rival did not stop it"
-    steps = len(read_journal(Path(costly.folder))[0])
-    assert run_trial(costly.to_dict(), **asked).state == "lost"
-    records = read_journal(Path(costly.folder))[0][steps:]
-    assert not [r for r in records if r["kind"] == "metrics"], "nothing was trained again"
-
-    assert run_trial(costly.to_dict()).state == "made"
-    assert starts(costly) == 1, "it went on from where it was stopped"
-    assert verdict_of(costly, rivals, rule) is None
-
-
-def test_a_trial_that_beats_its_rivals_is_trained_to_its_end(
-    trials: tuple[PlannedTrial, ...], measured: None
-) -> None:
-    costly, *_, cheap = [with_looks(trial) for trial in trials if trial.role == "trial"]
-    assert run_trial(cheap.to_dict()).state == "made"
-    done = Path(cheap.folder) / DONE_NAME
-    write_json(done, {**read_json(done), "validation_loss": 99.0})
-    rivals = rivals_of(costly, [costly, cheap])
-    rule = StopRule("dominated", 0.0)
-    assert run_trial(costly.to_dict(), rivals=rivals, rule=rule).state == "made"
-
-
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
     trials: tuple[PlannedTrial, ...], measured: None, tmp_path: Path
 ) -> None:
@@ -333,16 +287,23 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
     assert rivals == {high.label: high.folder}, "another schedule is no other rate"
     shares = replace(low, job={**(low.job or {}), "first_stages": str(tmp_path)})
     assert other_rates_of(shares, [shares, high]) == rivals, "what it shares changes no model"
-    rule = StopRule("asha", from_fraction=0.25)
+    rule = StopRule(first_rung=0.25)
     told = {"rivals": other_rates_of(high, [low, high]), "rule": rule}
     assert run_trial(high.to_dict(), **told).state == "made", "the first goes on"
     assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
     verdict = verdict_of(low, rivals, rule)
     assert verdict is not None
     assert (verdict.step, verdict.rival) == (10, high.label)
+    assert low.result() is None, "what was not trained to its end is not finished"
+    assert verdict_of(low, rivals, StopRule(first_rung=0.5)) is None, "nor another rule"
+    assert verdict_of(low, {}, rule) is None, "a sweep without that rival did not stop it"
+    steps = len(read_journal(Path(low.folder))[0])
     assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
+    records = read_journal(Path(low.folder))[0][steps:]
+    assert not [r for r in records if r["kind"] == "metrics"], "nothing was trained again"
     assert run_trial(low.to_dict()).state == "made"
     assert starts(low) == 1, "it went on from where it was ended"
+    assert verdict_of(low, rivals, rule) is None
 
 
 def with_rate(trial: PlannedTrial, rate: float, folder: Path) -> PlannedTrial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,12 +59,18 @@ def finish(trial: PlannedTrial) -> None:
 def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped, cheap = tiny_plan.trials[1], tiny_plan.trials[-1]
-    for trial in tiny_plan.trials:
+    stopped, better = tiny_plan.trials[1], tiny_plan.trials[2]
+    assert stopped.job
+    rates = {**stopped.job["recipe"], "learning_rate": 1.0}
+    better = replace(better, job={**stopped.job, "recipe": rates})
+    trials = (tiny_plan.trials[0], stopped, better, *tiny_plan.trials[3:])
+    plan = replace(tiny_plan, kind="iterations", trials=trials)
+    for trial in trials:
         if trial is not stopped:
             finish(trial)
-    verdict = Verdict(step=30, num_steps=40, rival=cheap.label, reason=f"{cheap.label} won")
-    rule = StopRule("dominated", resolve_settings().sweep.grace_fraction)
+    verdict = Verdict(step=30, num_steps=40, rival=better.label, reason=f"{better.label} won")
+    asha = resolve_settings().sweep
+    rule = StopRule(asha.asha_first_rung, asha.asha_reduction_factor)
     stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
     write_json(Path(stopped.folder) / STOPPED_NAME, stored)
     asked: list[str] = []
@@ -78,15 +84,15 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     def outcome_of(*assignments: str) -> SweepOutcome:
         settings = resolve_settings({}, assignments)
         workspace = open_workspace(tmp_path)
-        return sweep(tiny_plan, settings, workspace, tracking=cast("Tracking", tracking))
+        return sweep(plan, settings, workspace, tracking=cast("Tracking", tracking))
 
-    outcome = outcome_of("sweep.stop_dominated=true")
+    outcome = outcome_of("sweep.asha=true")
     assert asked == []
     assert outcome.stopped == {stopped.label: verdict.text}
     assert outcome.failures == {}
     assert stopped.key not in {result.key for result in outcome.results}
-    assert len(outcome.results) == len(tiny_plan.trials) - 1
-    assert cheap.label in tracking.tags[STOPPED_TAG]
+    assert len(outcome.results) == len(trials) - 1
+    assert better.label in tracking.tags[STOPPED_TAG]
     assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
     assert len(tracking.mirrored) == 1, "the front over time, from what was found finished"
 
