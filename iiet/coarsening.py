@@ -1,16 +1,9 @@
-"""A next-token distribution told by its k likeliest tokens and one bucket that holds all others.
+"""Top-k distributions: the k likeliest tokens of each position and one bucket for all others.
 
-In: logits `(batch, time, vocab)`. Out: k + 1 log-probabilities per token, a few hundred bytes where
-the logits have many thousand. The tail keeps its mass, so what remains is a distribution, and a
-divergence between two of them is a true one; without the bucket, a student that guesses the k
-tokens right and is wrong elsewhere would look perfect or even better than that. By the data
-processing inequality it is never above the divergence of the full distributions, and grows to it
-with k.
-
-The tail's mass is a log-sum-exp over what the bucket holds, never one minus the rest, which has no
-digits left where the tail is small. Some tokens at a time: what is computed on the way has several
-times the size of their logits, and those of all would weigh more than a training step. Source: this
-project.
+In: logits (batch, time, vocab). Out: k + 1 log-probabilities per token, a few hundred bytes instead
+of thousands. The bucket keeps the tail's mass, so the divergence between two of them is a true one,
+at most that of the full distributions, and grows to it with k. Without the bucket, a student that
+has the k tokens right and all else wrong would look perfect. Source: this project.
 """
 
 from __future__ import annotations
@@ -38,17 +31,17 @@ class CoarseDistribution:
     """The k likeliest tokens of each position, and the rest as one."""
 
     ids: Tensor
-    """(batch, time, k) of integers: the tokens that have a bucket of their own."""
+    """(batch, time, k): the tokens that have a bucket of their own."""
     log_probs: Tensor
     """(batch, time, k): their log-probabilities at `temperature`."""
     log_tail: Tensor
-    """(batch, time): log of the mass of all others; minus infinity where there are none."""
+    """(batch, time): log of the mass of all others; minus infinity if there are none."""
     temperature: float
-    """What the logits were divided by before any of this."""
+    """What the logits were divided by."""
 
     @classmethod
     def joined(cls, parts: Sequence[CoarseDistribution]) -> CoarseDistribution:
-        """Join distributions over other sequences, one after the other, at least one."""
+        """Concatenate distributions along the batch; at least one."""
         return cls(
             ids=torch.cat([part.ids for part in parts]),
             log_probs=torch.cat([part.log_probs for part in parts]),
@@ -61,31 +54,28 @@ class CoarseDistribution:
 def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDistribution:
     """Reduce `softmax(logits / T)` to its `top_k` likeliest tokens and a tail.
 
-    Args:
-        logits: (batch, time, vocab).
-        top_k: at least 1; all tokens, and an empty tail, if the vocabulary is no larger.
-        temperature: above 0.
+    The tail is empty if the vocabulary has no more tokens than `top_k`.
 
     Raises:
-        ValueError: `top_k` or the temperature is out of range.
+        ValueError: `top_k` is below 1, or the temperature not above 0.
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     check_temperature(temperature)
-    vocab = logits.shape[-1]
-    parts: list[tuple[Tensor, Tensor]] = []
-    for rows in torch.split(logits.reshape(-1, vocab), max(1, CHUNK_ELEMENTS // vocab)):
+    *shape, vocab = logits.shape
+    k = min(top_k, vocab)
+    ids: list[Tensor] = []
+    buckets: list[Tensor] = []
+    # In chunks, since the temporary tensors have several times the size of the logits.
+    for rows in logits.reshape(-1, vocab).split(max(1, CHUNK_ELEMENTS // vocab)):
         scaled = at_least_float32(rows) / temperature
-        ids = scaled.topk(min(top_k, vocab), dim=-1).indices
-        parts.append((ids, _log_buckets(scaled, ids)))
-    ids, buckets = (
-        torch.cat(whole).view(*logits.shape[:-1], whole[0].shape[-1])
-        for whole in zip(*parts, strict=True)
-    )
+        ids.append(scaled.topk(k, dim=-1).indices)
+        buckets.append(_log_buckets(scaled, ids[-1]))
+    log_probs = torch.cat(buckets).view(*shape, k + 1)
     return CoarseDistribution(
-        ids=ids,
-        log_probs=buckets[..., :-1],
-        log_tail=buckets[..., -1],
+        ids=torch.cat(ids).view(*shape, k),
+        log_probs=log_probs[..., :-1],
+        log_tail=log_probs[..., -1],
         temperature=temperature,
     )
 
@@ -97,11 +87,9 @@ def coarse_kl_divergence(
     mask: Tensor | None = None,
     count: float | None = None,
 ) -> Tensor:
-    """Compute the mean KL(teacher || student) per position over the teacher's buckets, times T^2.
+    """Compute the mean KL(teacher || student) over the teacher's buckets, times T^2.
 
-    The student's tokens fall into the same k + 1 buckets, at the teacher's temperature T. Not above
-    the forward `kl_divergence` of the full distributions, and equal to it with a bucket for each
-    token; `mask` and `count` are as there.
+    It is at most the forward `kl_divergence`, and equal to it with a bucket for each token.
 
     Raises:
         ValueError: teacher, student or mask hold different numbers of tokens, or the teacher more
@@ -114,9 +102,9 @@ def coarse_kl_divergence(
             f"positions, the student logits of shape {tuple(student_logits.shape)}; "
             "they need the same tokens and vocabulary"
         )
-    ids = teacher.ids.long().reshape(-1, num_top)
-    log_p = torch.cat([teacher.log_probs, teacher.log_tail.unsqueeze(-1)], dim=-1).detach()
-    log_p = log_p.reshape(-1, num_top + 1)
+    ids = teacher.ids.long().flatten(0, -2)
+    log_p = torch.cat([teacher.log_probs, teacher.log_tail.unsqueeze(-1)], dim=-1)
+    log_p = log_p.detach().flatten(0, -2)
 
     def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
         return _forward_over_buckets(ids[rows], log_p[rows].to(scaled.dtype), scaled)
@@ -125,13 +113,13 @@ def coarse_kl_divergence(
 
 
 def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) over buckets; its slope is q_v - p_v in a bucket of one token, and in the tail
-    q_v (1 - p_tail / q_tail): the tail's own token by token, moved as one."""
+    """KL(p || q) over buckets; slope q_v - p_v for a token with a bucket of its own, and
+    q_v (1 - p_tail / q_tail) for the others."""
     log_q = _log_buckets(scaled, ids)
     p = log_p.exp()
     log_each = torch.log_softmax(scaled, dim=-1)
-    # As logarithms: where q's tail has almost no mass, p_tail / q_tail alone would overflow. Equal
-    # tails leave exactly 0.
+    # In logarithms: p_tail / q_tail overflows where q's tail has almost no mass. Equal tails give
+    # exactly 0.
     gap = log_p[:, -1:] - log_q[:, -1:]
     has_mass = (log_each > -math.inf) & (log_p[:, -1:] > -math.inf)
     slope = log_each.exp() - torch.where(has_mass, log_each + gap, -math.inf).exp()
@@ -140,10 +128,8 @@ def _forward_over_buckets(ids: Tensor, log_p: Tensor, scaled: Tensor) -> tuple[T
 
 
 def _log_buckets(scaled: Tensor, ids: Tensor) -> Tensor:
-    """Return the log-mass of each bucket under `softmax(scaled)`, (..., k + 1), the tail last.
-
-    Equal inputs give equal bits, on which a loss of exactly 0 rests.
-    """
+    """Return the log-mass of each bucket under `softmax(scaled)`, (..., k + 1), the tail last."""
     total = scaled.logsumexp(-1, keepdim=True)
+    # Not log(1 - sum of the others), which has no digits left where the tail is small.
     tail = scaled.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([scaled.gather(-1, ids), tail], dim=-1) - total

@@ -1,19 +1,16 @@
-"""The IIAD objective: a student under a cheaper iteration schedule learns from its full teacher.
+"""Distillation (IIAD): a student under a cheaper iteration schedule learns from its full teacher.
 
-In: student, teacher and a batch. Out: the loss and its parts, for any training loop. The
-student starts as the same weights under fewer corrections; the teacher keeps a copy of its own, so
-that the optimizer, which works in place, cannot move both. Pruning without distillation is this
-objective never applied; training without a teacher is `kl_weight=0`, which runs no teacher at all.
-
-Cost per step: the student's forward and backward, and the teacher's forward.
-Source: IIAD (IIET paper), weight, temperature and the window of steps from the authors' code;
-reverse and Jensen-Shannon divergence, the coarse one and the hidden-state term: this project.
+In: student, teacher and a batch. Out: the loss and its parts, for any training loop. The student
+starts from the teacher's weights; the teacher is a frozen copy of its own, because the optimizer
+changes weights in place. A step costs the student's forward and backward and the teacher's forward.
+Source: IIAD (IIET paper); weight, temperature and the window of steps from the authors' code;
+reverse, Jensen-Shannon and top-k divergence and the hidden-state term: this project.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar, get_args
@@ -35,21 +32,21 @@ __all__ = ["DistillationConfig", "distillation_loss", "frozen_teacher"]
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """How much of what the student learns from its teacher.
+    """What the student learns from its teacher.
 
     Raises:
-        ValueError: naming every field that is out of range.
+        ValueError: names every field that is out of range.
     """
 
     kl_weight: float = 1.0
-    """Weight of the divergence from the teacher beside the cross-entropy; 0 turns it off."""
+    """Weight of the divergence from the teacher; 0 turns it off. That of the cross-entropy is 1."""
     temperature: float = 1.0
     """Softens both distributions of the divergence; above 0."""
     divergence: DivergenceKind = "forward"
     """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
     top_k: int | None = None
-    """Compare the teacher's likeliest tokens, this many, and all others as one bucket; None: each
-    token. Forward divergence only."""
+    """Compare the teacher's k likeliest tokens and all others as one; None: each token. Forward
+    divergence only."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
@@ -82,31 +79,27 @@ class DistillationConfig:
             raise ValueError("; ".join(problems))
 
     def uses_teacher(self, step: int) -> bool:
-        """Tell whether the teacher has a say at this step (counted from 0)."""
+        """Whether the loss of this step, counted from 0, needs the teacher."""
         inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
         return inside and (self.kl_weight > 0 or self.hidden_weight > 0)
 
 
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
-A decoder, one wrapped for several workers, or anything that looks up what a teacher once said:
-logits, or their `CoarseDistribution`."""
-
-
+A decoder, a wrapped one, or a cache of a teacher's answers: logits or `CoarseDistribution`."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """Copy a model for teaching: own storage, eval mode, no gradients.
 
-    `Decoder.with_schedule` shares its parameters; a student made so would drag its teacher along.
-    So would a `forward` that was compiled or wrapped on one module alone, since it still calls the
-    module that was copied: the copy goes without it, and may be compiled again.
+    `Decoder.with_schedule` shares its parameters and would change with the student. A `forward`
+    that was compiled or wrapped on the original is dropped; the copy may be compiled again.
     """
     teacher = copy.deepcopy(decoder)
     for module in teacher.modules():
-        # A copy of a bound method belongs to the copied module; a copied function still calls the
-        # old one. What `torch.compile(module)` returns builds its own function again when copied.
+        # A copied function still calls the original module, a copied bound method its own. The
+        # result of `torch.compile(module)` builds its function again when copied.
         is_function = isinstance(vars(module).get("forward"), FunctionType)
         if is_function and "_orig_mod" not in module._modules:
             del module.forward
@@ -126,20 +119,19 @@ def distillation_loss(
     The cross-entropy is over the targets that count, the other terms are over `batch.taught`.
 
     Args:
-        student: the model in training; called once.
-        teacher: the model under the full schedule; run without gradients, and only at steps where
-            it has a say. May be None if it never has one.
-        batch: what to learn from; a lone tensor, (batch, time) of integers, is text.
+        student: called once.
+        teacher: called without gradients, at the steps that need it; None if no step does.
+        batch: a lone tensor, (batch, time) of token ids, is text.
         config: weights, temperature, divergence and window.
         step: the training step, counted from 0, for the window.
 
     Returns:
-        The loss, a scalar, 0 when no position counts, and its unweighted parts `cross_entropy`,
-        `kl` and `hidden` (those that count at this step), detached scalars on the model's device.
+        The loss, a scalar, and its unweighted parts `cross_entropy`, `kl` and `hidden` (those of
+        this step), detached.
 
     Raises:
-        ValueError: the teacher has a say and is None, or its answers are coarser than the config
-            asks for.
+        ValueError: the step needs a teacher and got None, or its answers were made for another
+        temperature or `top_k`.
     """
     batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
     if not config.uses_teacher(step):
@@ -150,7 +142,10 @@ def distillation_loss(
             f"step {step} needs a teacher, got None; set kl_weight and hidden_weight 0"
         )
     with_hidden = config.hidden_weight > 0
-    answer, teacher_hidden = _run_teacher(teacher, batch.input_ids, with_hidden)
+    if isinstance(teacher, nn.Module):
+        teacher.eval()
+    with torch.no_grad():
+        answer, teacher_hidden = _run(teacher, batch.input_ids, with_hidden)
     logits, hidden = _run(student, batch.input_ids, with_hidden)
 
     parts: dict[str, Tensor] = {}
@@ -158,8 +153,8 @@ def distillation_loss(
     if config.kl_weight > 0:
         parts["kl"] = _divergence(answer, logits, config, batch)
         loss = loss + config.kl_weight * parts["kl"]
-    # With a large vocabulary these logits weigh more than the model: free them before the
-    # cross-entropy stores a tensor of the same size.
+    # The teacher's logits may weigh more than the model: free them before the cross-entropy stores
+    # a tensor of their size.
     del answer
     if with_hidden:
         parts["hidden"] = hidden_state_error(
@@ -171,42 +166,34 @@ def distillation_loss(
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
+def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Any, Sequence[Tensor]]:
+    if not with_hidden:
+        return model(input_ids), ()
+    logits, hidden = model(input_ids, return_hidden=True)
+    return logits, hidden
+
+
 def _divergence(
     answer: Tensor | CoarseDistribution, logits: Tensor, config: DistillationConfig, batch: Batch
 ) -> Tensor:
     mask, count = batch.taught, batch.position_count
+    temperature = config.temperature
     if isinstance(answer, Tensor):
         if config.top_k is None:
             return kl_divergence(
                 answer,
                 logits,
-                temperature=config.temperature,
+                temperature=temperature,
                 kind=config.divergence,
                 mask=mask,
                 count=count,
             )
-        answer = coarsen(answer, config.top_k, temperature=config.temperature)
+        answer = coarsen(answer, config.top_k, temperature=temperature)
     num_wanted = min(config.top_k or logits.shape[-1], logits.shape[-1])
     num_found = answer.ids.shape[-1]
-    if (num_found, answer.temperature) != (num_wanted, config.temperature):
+    if (num_found, answer.temperature) != (num_wanted, temperature):
         raise ValueError(
             f"the teacher's answers hold {num_found} tokens at temperature {answer.temperature}, "
-            f"the loss wants {num_wanted} at {config.temperature}; they must be made for this loss"
+            f"the loss wants {num_wanted} at {temperature}; they must be made for this loss"
         )
     return coarse_kl_divergence(answer, logits, mask=mask, count=count)
-
-
-def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Any, tuple[Tensor, ...]]:
-    if not with_hidden:
-        return model(input_ids), ()
-    logits, hidden = model(input_ids, return_hidden=True)
-    return logits, tuple(hidden)
-
-
-def _run_teacher(
-    teacher: Model, input_ids: Tensor, with_hidden: bool
-) -> tuple[Any, tuple[Tensor, ...]]:
-    if isinstance(teacher, nn.Module) and teacher.training:
-        teacher.eval()
-    with torch.no_grad():
-        return _run(teacher, input_ids, with_hidden)
