@@ -67,7 +67,7 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
     ids: list[Tensor] = []
     buckets: list[Tensor] = []
     # In chunks, since the temporary tensors have several times the size of the logits.
-    for rows in logits.reshape(-1, vocab).split(max(1, CHUNK_ELEMENTS // vocab)):
+    for rows in torch.split(logits.reshape(-1, vocab), max(1, CHUNK_ELEMENTS // vocab)):
         scaled = at_least_float32(rows) / temperature
         ids.append(scaled.topk(k, dim=-1).indices)
         buckets.append(_log_buckets(scaled, ids[-1]))

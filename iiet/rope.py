@@ -1,11 +1,7 @@
 """Rotary position embedding: each pair of a head's channels turns by an angle that grows with the
-token's position.
+token's position. Channels j and j + head_dim/2 are a pair (Llama's layout).
 
-Channels j and j + head_dim/2 form a pair ("halves", the Llama layout, not neighbours). Angles,
-cosines and sines are float32 whatever the precision of the model, and a rotated head is rounded
-once. The tables depend on nothing but position: they are made on first use and looked up
-afterwards, and are no part of the state dict.
-
+Angles, cosines and sines are float32 also in a bf16 model; a rotated head is rounded once.
 Source: Su et al. 2021, RoFormer, section 3.2.
 """
 
@@ -30,21 +26,15 @@ class RopeTables(NamedTuple):
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs of `heads`, (batch, time, heads, head_dim).
-
-    The inverse is the rotation with `-sin`.
-    """
+    """Rotate `heads`, (batch, time, heads, head_dim). With `-sin` it rotates back."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     return torch.addcmul(heads * cos, swapped, sin).to(heads.dtype)
 
 
 class Rope:
-    """The rotary tables of one model.
+    """The rotary tables of one model, made on first use; not part of the state dict.
 
-    Args:
-        head_dim: width of a head, even.
-        num_positions: positions that are served, in tokens.
-        theta: base of the wavelengths, in tokens.
+    `theta` is the base of the wavelengths, in tokens.
     """
 
     def __init__(self, head_dim: int, num_positions: int, theta: float) -> None:
@@ -54,12 +44,9 @@ class Rope:
         self._tables: dict[tuple[torch.device, torch.dtype], RopeTables] = {}
 
     def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
-        """Look up positions.
+        """Look up positions: a slice, or (batch, time) of integers.
 
-        Args:
-            positions: a slice for the same in all rows, or a (batch, time) tensor of integers.
-            device: where the tables are needed.
-            dtype: of the hidden states; the tables are float64 for float64, else float32.
+        `dtype` is that of the hidden states; the tables are float64 for float64, else float32.
         """
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = self._all_positions(device, dtype)
@@ -70,10 +57,10 @@ class Rope:
             return self._make_tables(device, dtype)
         tables = self._tables.get((device, dtype))
         if tables is None:
-            # Tables first asked for in inference mode must serve training later.
+            # Tables made in inference mode could not serve training later.
             with torch.inference_mode(False), torch.no_grad():
                 tables = self._make_tables(device, dtype)
-            # A fake tensor holds no numbers and is valid only in the mode that made it.
+            # Fake tensors (tracing) hold no numbers and are valid in one mode only: do not keep.
             if type(tables.cos) is Tensor:
                 self._tables[device, dtype] = tables
         return tables
