@@ -1,13 +1,15 @@
 """Influence: how much each correction of each layer matters, measured on a calibration set.
 
-In: a decoder and batches of tokens. Out: one number per layer and correction, with its standard
-error over batches. Two metrics compare consecutive evaluations of a layer and cost one forward per
-batch; the third removes one correction at a time and costs one forward per correction, but measures
-what one really wants to know.
+In: a decoder and batches of tokens. Out: for each layer and correction its influence, with its
+standard error over batches, and its residual, whose decline says how well the iteration contracts.
+Two metrics compare consecutive evaluations of a layer and cost one forward per batch; the third
+removes one correction at a time and costs one forward per correction, but measures what one really
+wants to know.
 
-An accumulator keeps one row set per batch, a few hundred numbers, and sums them with `math.fsum`,
+Evaluations are compared as the decoder makes them, so that beside the pass itself only the last
+output is kept. An accumulator holds a few hundred numbers per batch and sums them with `math.fsum`,
 whose result does not depend on the order. So any number of workers, merged in any order, give the
-same table to the last bit. Source: definitions of DESIGN's section 3; this project.
+same table to the last bit. Source: this project.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from iiet.batch import NO_TARGET, Batch
 from iiet.decoder import Decoder
 from iiet.influence_values import InfluenceMetric, InfluenceTable, Rows, checked_metric
 from iiet.losses import batch_cross_entropy
+from iiet.methods import Evaluation
 from iiet.schedule import IterationSchedule
 
 __all__ = ["InfluenceAccumulator", "InfluenceMetric", "InfluenceTable", "influence_table"]
-
 
 BatchLike = Batch | Tensor | Mapping[str, Tensor]
 """A batch; or the tokens of text, (batch, time) of integers; or a mapping with these as `input_ids`
@@ -39,7 +41,8 @@ class _BatchMeans:
     """What one batch contributes."""
 
     num_tokens: int
-    rows: Rows
+    values: Rows
+    residuals: Rows
 
 
 @dataclass
@@ -70,16 +73,22 @@ class InfluenceAccumulator:
             ValueError: the batch has no two axes, or nothing to measure: no tokens, or none to
                 predict with the metric `loss`.
         """
-        chosen, attention_mask = _opened(batch, decoder.device)
-        num_tokens = chosen.num_targets if self.metric == "loss" else chosen.num_positions
+        opened, attention_mask = _opened(batch, decoder.device)
+        counted = _counted(opened, self.metric)
+        num_tokens = int(counted.sum())
         if num_tokens == 0:
-            shape = tuple(chosen.input_ids.shape)
+            shape = tuple(opened.input_ids.shape)
             raise ValueError(f"a batch of shape {shape} holds nothing to measure")
-        if self.metric == "loss":
-            rows = _rises_of_loss(decoder, chosen, attention_mask)
-        else:
-            rows = _comparisons(decoder, chosen, attention_mask, _COMPARISONS[self.metric])
-        self.batches.append(_BatchMeans(num_tokens, rows))
+        compare = _COMPARISONS.get(self.metric)
+        observer = _Comparing(decoder.schedule, counted, num_tokens, compare)
+        if compare is None:
+            values = _rises_of_loss(decoder, opened, attention_mask, observer)
+        else:  # The logits of all tokens would need more memory than everything else.
+            decoder(
+                opened.input_ids, attention_mask=attention_mask, observe=observer, last_only=True
+            )
+            values = _numbers(observer.values)
+        self.batches.append(_BatchMeans(num_tokens, values, _numbers(observer.residuals)))
 
     def merge(self, other: InfluenceAccumulator) -> None:
         """Take over what another worker measured with the same decoder and metric.
@@ -89,7 +98,7 @@ class InfluenceAccumulator:
         """
         if other.metric != self.metric:
             raise ValueError(f"cannot merge influence {other.metric!r} into {self.metric!r}")
-        shapes = {tuple(map(len, batch.rows)) for batch in (*self.batches, *other.batches)}
+        shapes = {tuple(map(len, batch.values)) for batch in (*self.batches, *other.batches)}
         if len(shapes) > 1:
             raise ValueError(f"cannot merge influence under different schedules: {sorted(shapes)}")
         self.batches.extend(other.batches)
@@ -103,14 +112,9 @@ class InfluenceAccumulator:
         if not self.batches:
             raise ValueError("no batch was measured; the influence needs at least one")
         counts = [batch.num_tokens for batch in self.batches]
-        values: list[tuple[float, ...]] = []
-        errors: list[tuple[float, ...]] = []
-        for layer in range(len(self.batches[0].rows)):
-            cells = zip(*(batch.rows[layer] for batch in self.batches), strict=True)
-            pairs = [_mean_and_error(means, counts) for means in cells]
-            values.append(tuple(mean for mean, _ in pairs))
-            errors.append(tuple(error for _, error in pairs))
-        return InfluenceTable(self.metric, tuple(values), tuple(errors), sum(counts))
+        values, errors = _means_and_errors([batch.values for batch in self.batches], counts)
+        residuals, _ = _means_and_errors([batch.residuals for batch in self.batches], counts)
+        return InfluenceTable(self.metric, values, errors, sum(counts), residuals)
 
 
 def influence_table(
@@ -130,16 +134,14 @@ def influence_table(
 
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
-            autocast; the comparisons themselves are made in float64.
+            autocast; the comparisons themselves are made in float64, a sequence at a time.
         batches: the calibration set: batches, whose masks are obeyed, or text, (batch, time) of
             integers each, or mappings that say what is padding; a lone tensor is one batch.
         metric: which of the three.
         progress: called after each batch with the number of batches done.
 
     Returns:
-        The table, with one row per layer; rows are empty where a method makes no corrections. It
-        unpacks into two arrays of (layers, corrections), values and their standard errors, with NaN
-        where a layer makes no such correction.
+        The table, with one row per layer; rows are empty where a method makes no corrections.
 
     Raises:
         ValueError: an unknown metric, or no batches.
@@ -169,24 +171,48 @@ def _opened(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | Non
     return replace(padded, targets=targets), is_real
 
 
-def _comparisons(
-    decoder: Decoder,
-    batch: Batch,
-    attention_mask: Tensor | None,
-    compare: Callable[[Tensor, Tensor], Tensor],
-) -> Rows:
-    """Compare consecutive evaluations of each layer, averaged over the batch's positions."""
-    outputs = decoder.evaluations(batch.input_ids, attention_mask=attention_mask)
-    counted = slice(None) if batch.taught is None else batch.taught
-    rows: list[tuple[float, ...]] = []
-    for layer, num_corrections in enumerate(decoder.schedule):
-        row: list[float] = []
-        for i in range(1, num_corrections + 1):
-            # In float64: of a cosine near one, float32 leaves few digits of the difference.
-            before, after = outputs[layer, i - 1].double(), outputs[layer, i].double()
-            row.append(compare(before, after)[counted].mean().item())
-        rows.append(tuple(row))
-    return tuple(rows)
+def _counted(batch: Batch, metric: InfluenceMetric) -> Tensor:
+    """Return the positions that the means run over, (batch, time) of bool."""
+    if metric != "loss":
+        return torch.ones_like(batch.targets).bool() if batch.taught is None else batch.taught
+    has_target = batch.targets != NO_TARGET
+    return has_target if batch.mask is None else has_target & batch.mask.bool()
+
+
+class _Comparing:
+    """Observer of a pass: compares each evaluation with the one before it, and keeps only means."""
+
+    def __init__(
+        self,
+        schedule: IterationSchedule,
+        counted: Tensor,
+        num_tokens: int,
+        compare: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        self.values: list[list[Tensor]] = [[] for _ in schedule]
+        self.residuals: list[list[Tensor]] = [[] for _ in schedule]
+        self._schedule, self._counted, self._num_tokens = schedule, counted, num_tokens
+        self._compare = compare
+        self._previous: Tensor | None = None
+
+    def __call__(self, seen: Evaluation) -> None:
+        if self._compare is not None and 1 <= seen.k <= self._schedule[seen.layer]:
+            assert self._previous is not None
+            change = self._mean(self._compare, self._previous, seen.output)
+            self.values[seen.layer].append(change)
+        self._previous = seen.output
+        if seen.residual is not None and seen.estimate is not None:
+            size = self._mean(_relative_size, seen.residual, seen.estimate)
+            self.residuals[seen.layer].append(size)
+
+    def _mean(self, measure: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+        """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
+        # In float64: of a cosine near one, float32 leaves few digits of the difference.
+        sums = [
+            torch.where(counted, measure(one.double(), other.double()), 0.0).sum()
+            for one, other, counted in zip(a, b, self._counted, strict=True)
+        ]
+        return torch.stack(sums).sum() / self._num_tokens
 
 
 def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
@@ -196,20 +222,28 @@ def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _relative_change(before: Tensor, after: Tensor) -> Tensor:
-    change: Tensor = (after - before).square().sum(-1) / after.square().sum(-1)
-    return change.sqrt()
+    return _relative_size(after - before, after)
+
+
+def _relative_size(part: Tensor, whole: Tensor) -> Tensor:
+    ratio: Tensor = part.square().sum(-1) / whole.square().sum(-1)
+    return ratio.sqrt()
 
 
 _COMPARISONS = {"cosine": _cosine_distance, "relative": _relative_change}
 
 
-def _rises_of_loss(decoder: Decoder, batch: Batch, attention_mask: Tensor | None) -> Rows:
+def _rises_of_loss(
+    decoder: Decoder, batch: Batch, attention_mask: Tensor | None, observer: _Comparing
+) -> Rows:
     """Measure the loss with each layer stopped before each of its corrections, against full."""
     sequences = replace(batch, target_count=None).split(1)
     counts = [sequence.num_targets for sequence in sequences]
 
-    def loss(schedule: IterationSchedule) -> float:
-        logits = decoder(batch.input_ids, schedule=schedule, attention_mask=attention_mask)
+    def loss(schedule: IterationSchedule, observe: _Comparing | None = None) -> float:
+        logits = decoder(
+            batch.input_ids, schedule=schedule, attention_mask=attention_mask, observe=observe
+        )
         # In float64, because rises are small beside the loss; by sequence, to spare memory.
         losses = [
             batch_cross_entropy(ours[None].double(), sequence).item()
@@ -218,10 +252,22 @@ def _rises_of_loss(decoder: Decoder, batch: Batch, attention_mask: Tensor | None
         return math.fsum(n * each for n, each in zip(counts, losses, strict=True)) / sum(counts)
 
     full = decoder.schedule
-    full_loss = loss(full)
+    full_loss = loss(full, observer)
     return tuple(
         tuple(loss(full.with_layer(layer, i)) - full_loss for i in range(count))
         for layer, count in enumerate(full)
+    )
+
+
+def _means_and_errors(of_batches: Sequence[Rows], counts: Sequence[int]) -> tuple[Rows, Rows]:
+    """Average the batches' rows, and estimate how far each mean may be off."""
+    cells = [
+        [_mean_and_error(means, counts) for means in zip(*rows, strict=True)]
+        for rows in zip(*of_batches, strict=True)
+    ]
+    return (
+        tuple(tuple(mean for mean, _ in row) for row in cells),
+        tuple(tuple(error for _, error in row) for row in cells),
     )
 
 
@@ -233,3 +279,9 @@ def _mean_and_error(means: Sequence[float], counts: Sequence[int]) -> tuple[floa
         return mean, math.nan
     squares = math.fsum((n * (m - mean)) ** 2 for m, n in zip(means, counts, strict=True))
     return mean, math.sqrt(squares * len(means) / (len(means) - 1)) / total
+
+
+def _numbers(rows: Sequence[Sequence[Tensor]]) -> Rows:
+    """Read tensors of one number each."""
+    numbers = iter(torch.stack([n for row in rows for n in row]).tolist() if any(rows) else ())
+    return tuple(tuple(next(numbers) for _ in row) for row in rows)

@@ -9,7 +9,7 @@ project.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -29,9 +29,9 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class InfluenceTable:
-    """The influence of each correction, and how sure it is.
+    """The influence of each correction, how sure it is, and how the iteration converged.
 
-    Unpacks into both arrays: `values, errors = table`.
+    Unpacks into two arrays: `values, errors = table`.
     """
 
     metric: InfluenceMetric
@@ -42,6 +42,10 @@ class InfluenceTable:
     """Standard error of each value over batches; NaN when there was one batch only."""
     num_tokens: int
     """Tokens that the means run over (for `loss`, those that were predicted)."""
+    residual_rows: Rows = ()
+    """Relative residual of each correction, the mean of `|g(e) - e| / |g(e)|` over tokens: `e` is
+    the estimate that it starts from, `g(e)` its normalized output. A method that corrects without
+    a schedule has a row for each layer, too; in tables of before version 0.2 there is none."""
 
     @property
     def schedule(self) -> IterationSchedule:
@@ -51,12 +55,25 @@ class InfluenceTable:
     @property
     def values(self) -> Tensor:
         """The influence as an array, (layers, corrections), float64."""
-        return self._padded(self.value_rows)
+        return _padded(self.value_rows)
 
     @property
     def errors(self) -> Tensor:
         """The standard errors as an array, (layers, corrections), float64."""
-        return self._padded(self.error_rows)
+        return _padded(self.error_rows)
+
+    @property
+    def residuals(self) -> Tensor:
+        """The residuals as an array, (layers, corrections), float64."""
+        return _padded(self.residual_rows)
+
+    @property
+    def contractions(self) -> tuple[float, ...]:
+        """The contraction factor of each layer: by what its residual shrinks from one correction to
+        the next, as a geometric mean. Under 1 the iteration contracts; NaN where a layer makes
+        fewer than two corrections.
+        """
+        return tuple(map(_contraction, self.residual_rows))
 
     def rows(self) -> Rows:
         """Return the values, as `iiet.pruning` takes them."""
@@ -87,30 +104,26 @@ class InfluenceTable:
         array = self.values.numpy()
         return array if dtype is None else array.astype(dtype)
 
-    def _padded(self, rows: Rows) -> Tensor:
-        width = self.schedule.max_corrections
-        padded = [(*row, *[math.nan] * (width - len(row))) for row in rows]
-        return torch.tensor(padded, dtype=torch.float64)
-
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; an unknown error becomes None."""
-        errors = [[None if math.isnan(e) else e for e in row] for row in self.error_rows]
+        """Return plain JSON values; an unknown error or contraction factor becomes None."""
         return {
             "metric": self.metric,
             "values": [list(row) for row in self.value_rows],
-            "errors": errors,
+            "errors": [[_finite(error) for error in row] for row in self.error_rows],
             "num_tokens": self.num_tokens,
+            "residuals": [list(row) for row in self.residual_rows],
+            "contractions": [_finite(factor) for factor in self.contractions],
         }
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> InfluenceTable:
         """Build a table from plain values; the inverse of `to_dict`."""
-        errors = [[math.nan if e is None else float(e) for e in row] for row in table["errors"]]
         return cls(
             metric=checked_metric(table["metric"]),
-            value_rows=tuple(tuple(float(value) for value in row) for row in table["values"]),
-            error_rows=tuple(map(tuple, errors)),
+            value_rows=_rows_of(table["values"]),
+            error_rows=_rows_of(table["errors"]),
             num_tokens=int(table["num_tokens"]),
+            residual_rows=_rows_of(table.get("residuals", ())),
         )
 
 
@@ -124,3 +137,24 @@ def checked_metric(metric: Any) -> InfluenceMetric:
         raise ValueError(f"metric must be one of {get_args(InfluenceMetric)}, got {metric!r}")
     checked: InfluenceMetric = metric
     return checked
+
+
+def _contraction(residuals: Sequence[float]) -> float:
+    if len(residuals) < 2 or residuals[0] <= 0:
+        return math.nan
+    return float((residuals[-1] / residuals[0]) ** (1 / (len(residuals) - 1)))
+
+
+def _padded(rows: Rows) -> Tensor:
+    width = max(map(len, rows), default=0)
+    padded = [(*row, *[math.nan] * (width - len(row))) for row in rows]
+    return torch.tensor(padded, dtype=torch.float64)
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _rows_of(rows: Iterable[Iterable[Any]]) -> Rows:
+    """Read rows of plain JSON, where None stands for NaN."""
+    return tuple(tuple(math.nan if x is None else float(x) for x in row) for row in rows)

@@ -1,13 +1,15 @@
 """Stage `influence`: how much each correction of a checkpoint matters, measured once.
 
-In go a checkpoint and its tokens, out comes a table, stored beside the weights as
-`influence-<metric>.json` with a picture of the same name. The file names all that determined it, so
-that a change of the settings or the data measures anew, and anything else finds it again at once.
-The calibration set is taken evenly from the held-out tokens, which are the same for every model.
+In go a checkpoint and its tokens, out comes a table with influence, residuals and contraction
+factors, stored beside the weights as `influence-<metric>.json` with a picture of the same name. The
+file names all that determined it, so that a change of the settings or the data measures anew, and
+anything else finds it again at once. The calibration set is taken evenly from the held-out tokens,
+which are the same for every model.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.workspace import read_measured, write_json
 
 SEQUENCES_PER_BATCH = 8
-"""The errors are taken over batches, so there should be many; a batch keeps every evaluation."""
+"""The errors are taken over batches, so there should be many."""
 
 
 def measure_influence(
@@ -157,11 +159,15 @@ def _track(
     )
     for correction in range(1, table.schedule.max_corrections + 1):
         values = {
-            f"influence/layer_{layer:02d}": row[correction - 1]
-            for layer, row in enumerate(table.rows(), start=1)
+            f"{name}/layer_{layer:02d}": row[correction - 1]
+            for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
+            for layer, row in enumerate(rows, start=1)
             if len(row) >= correction
         }
         run.log_metrics(values, step=correction)
+    for layer, factor in enumerate(table.contractions, start=1):
+        if not math.isnan(factor):
+            run.log_metrics({"contraction": factor}, step=layer)
     for file in (path, path.with_suffix(".png")):
         if file.is_file():
             run.log_artifact(file, "influence")
@@ -170,7 +176,10 @@ def _track(
 
 def _summary(table: InfluenceTable) -> str:
     values = [value for row in table.rows() for value in row]
+    factors = [factor for factor in table.contractions if not math.isnan(factor)]
+    growing = sum(factor >= 1 for factor in factors)
     return (
         f"{len(values)} corrections, from {max(values):.2g} down to {min(values):.2g}, "
         f"over {table.num_tokens:,} tokens"
+        + (f"; {growing} of {len(factors)} layers do not contract" if growing else "")
     )

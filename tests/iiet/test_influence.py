@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from live_tensors import LiveTensors
 from safetensors.torch import load_file
 
 from iiet.batch import Batch
-from iiet.config import ModelConfig
+from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceAccumulator, InfluenceTable, influence_table
 from iiet.losses import next_token_loss
@@ -246,8 +247,91 @@ def test_a_method_without_corrections_has_empty_rows():
     config = dataclasses.replace(small_decoder().config, method="vanilla", schedule=None)
     table = influence_table(Decoder(config), random_batches(2))
     assert table.value_rows == ((), (), ())
-    assert table.values.shape == table.errors.shape == (3, 0)
+    assert table.values.shape == table.errors.shape == table.residuals.shape == (3, 0)
     assert len(schedule_family(table)) == 1
+
+
+@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
+def test_beside_the_pass_only_the_last_output_is_kept(metric):
+    """What 2 layers need beside an ordinary pass is enough for 8."""
+    size, input_ids = 4 * 4 * 64 * 32, torch.randint(64, (4, 64))
+
+    def beside(num_layers):
+        shape = {"vocab_size": 64, "dim": 32, "ffn_dim": 64, "context_length": 64}
+        config = preset("tiny", num_layers=num_layers, schedule=2, **shape)
+        decoder = Decoder(config).requires_grad_(False)
+        peaks = []
+        for run in (
+            lambda: decoder(input_ids, last_only=True),
+            lambda: influence_table(decoder, [input_ids], metric=metric),
+        ):
+            with torch.no_grad(), LiveTensors(decoder) as live:
+                run()
+            peaks.append(live.peak)
+        return peaks[1] - peaks[0]
+
+    shallow, deep = beside(2), beside(8)
+    assert deep - shallow < 0.05 * size
+    assert deep < 1.5 * size
+
+
+def test_residuals_are_those_of_the_estimates():
+    """|g(e) - e| / |g(e)|, written out over the outputs and the layer's two norms."""
+    decoder, (tokens,) = small_decoder().double(), random_batches(1)
+    outputs = decoder.evaluations(tokens)
+    table = influence_table(decoder, [tokens])
+    assert (
+        table.residual_rows == influence_table(decoder, [tokens], metric="relative").residual_rows
+    )
+    for number, (layer, row) in enumerate(zip(decoder.layers, table.residual_rows, strict=True)):
+        estimate, expected = layer.prediction_norm(outputs[number, 0]), []
+        for k in range(1, len(row) + 1):
+            after = layer.correction_norm(outputs[number, k])
+            sizes = (after - estimate).norm(dim=-1) / after.norm(dim=-1)
+            expected.append(sizes.mean().item())
+            estimate = after
+        assert row == pytest.approx(expected, rel=1e-12)
+    first, second = table.residual_rows[0]
+    assert table.contractions[0] == pytest.approx(second / first)
+    assert math.isnan(table.contractions[1])
+    assert math.isnan(table.contractions[2])
+    assert table.residuals.shape == (3, 2)
+
+
+def test_residuals_count_the_positions_that_count():
+    decoder, (tokens,) = small_decoder().double(), random_batches(1)
+    mask = (torch.arange(8) < 5).expand(2, 8)
+    targets = Batch.of_text(tokens).targets
+    for metric in ("cosine", "loss"):
+        some = influence_table(decoder, [Batch(tokens, targets, mask)], metric=metric)
+        short = influence_table(decoder, [Batch(tokens[:, :5], targets[:, :5])], metric=metric)
+        for row, expected in zip(some.residual_rows, short.residual_rows, strict=True):
+            assert row == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_contraction_factor_is_the_mean_shrinking_of_the_residuals():
+    residuals = ((0.9, 0.3, 0.1), (1.0, 2.0), (0.5,), ())
+    table = InfluenceTable("cosine", residuals, residuals, 8, residuals)
+    assert table.contractions[:2] == pytest.approx((1 / 3, 2.0))
+    assert all(map(math.isnan, table.contractions[2:]))
+
+
+def test_a_method_that_corrects_once_has_residuals_and_no_influence():
+    config = dataclasses.replace(small_decoder().config, method="pcformer", schedule=None)
+    table = influence_table(Decoder(config), random_batches(2))
+    assert table.value_rows == ((), (), ())
+    assert [len(row) for row in table.residual_rows] == [1, 1, 1]
+    assert all(map(math.isnan, table.contractions))
+    assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_a_table_of_before_there_were_residuals_loads():
+    table = influence_table(small_decoder(), random_batches(2))
+    stored = table.to_dict()
+    del stored["residuals"], stored["contractions"]
+    again = InfluenceTable.from_dict(stored)
+    assert again == dataclasses.replace(table, residual_rows=())
+    assert again.contractions == ()
 
 
 def test_table_survives_json():
@@ -257,6 +341,7 @@ def test_table_survives_json():
         again = InfluenceTable.from_dict(json.loads(text))
         assert again.to_dict() == table.to_dict()
         assert again.value_rows == table.value_rows
+        assert again.residual_rows == table.residual_rows
 
 
 def test_wrong_use_is_named():

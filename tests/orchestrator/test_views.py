@@ -92,3 +92,20 @@ def test_an_influence_is_written_as_far_as_its_error_reaches() -> None:
     rows = [line.replace("\u00a0", "").split() for line in captured.get().splitlines()]
     assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in rows
     assert ["2", "0.5±0", "0.012"] in rows, "a single batch has no error"
+
+
+def test_residuals_and_contraction_factors_stand_under_the_influence() -> None:
+    rows = ((0.04, 0.02, 0.01), (0.5,))
+    residuals = ((0.8, 0.4, 0.2), (0.25,))
+    table = InfluenceTable("cosine", rows, rows, 64, residuals)
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(influence_view(table))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    printed = [line.split() for line in lines]
+    assert ["1", "0.8", "0.4", "0.2", "0.5"] in printed
+    assert ["2", "0.25"] in printed
+    with console.capture() as captured:
+        console.print(influence_view(replace(table, residual_rows=())))
+    assert "Residual" not in captured.get(), "a table of before there were residuals has none"

@@ -92,6 +92,8 @@ def test_it_lies_beside_the_weights_with_a_picture(
     found = measure_influence(checkpoint, SETTINGS, tiny_tokens)
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())
     assert InfluenceTable.from_dict(stored) == found
+    assert stored["residuals"] == [list(row) for row in found.residual_rows]
+    assert stored["contractions"] == [found.contractions[0], None]
     assert (checkpoint / "influence-cosine.png").read_bytes().startswith(b"\x89PNG")
     check_checkpoint(checkpoint)  # the checkpoint is still whole
 
@@ -113,6 +115,10 @@ def test_it_is_a_run_with_one_curve_a_layer(
     history = client.get_metric_history(run.info.run_id, "influence/layer_01")
     curve = {point.step: point.value for point in history}
     assert curve == dict(enumerate(found.rows()[0], start=1))
+    residuals = client.get_metric_history(run.info.run_id, "residual/layer_01")
+    assert [point.value for point in residuals] == list(found.residual_rows[0])
+    (factor,) = client.get_metric_history(run.info.run_id, "contraction")
+    assert (factor.step, factor.value) == (1, found.contractions[0])
     names = {file.path for file in client.list_artifacts(run.info.run_id, "influence")}
     assert names == {"influence/influence-cosine.json", "influence/influence-cosine.png"}
 
