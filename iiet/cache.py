@@ -11,7 +11,6 @@ memory at three corrections, and not exact. The published decoding does this.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -25,7 +24,6 @@ __all__ = ["KeyValueCache", "KvStrategy", "evaluation_slots"]
 KvStrategy = Literal["exact", "last"]
 
 
-@lru_cache(maxsize=64)
 def evaluation_slots(evaluations_per_layer: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Number the evaluations: for each layer, the slots of its evaluations."""
     slots: list[tuple[int, ...]] = []

@@ -259,7 +259,7 @@ def _real_tokens(
             f"attention_mask must be (batch, cached + new tokens), here {(batch, past + time)}, "
             f"got {tuple(attention_mask.shape)}"
         )
-    if held is None and bool(attention_mask.all()):
+    if held is None and _is_true(attention_mask.all(), if_unknown=False):
         return None
     real = attention_mask.bool()
     if past:
@@ -273,12 +273,12 @@ def _check_agreement(real: Tensor, held: Tensor | None) -> None:
     Tokens at a row's end may be hidden later: no earlier token attended to them, and no position
     changes.
     """
-    if held is not None and (len(held) != len(real) or torch.equal(real, held)):
+    if held is not None and len(held) != len(real):
         return  # Rows that were repeated since cannot be compared.
     expected = real.flip(-1).cumsum(-1).flip(-1) > 0
     if held is not None:
         expected &= held
-    if not torch.equal(real, expected):
+    if not _is_true((real == expected).all(), if_unknown=True):
         raise ValueError(
             "attention_mask marks other cached tokens as padding than the pass that cached them "
             "did, so their positions and contents would be wrong; use the same mask from the first "
@@ -292,12 +292,19 @@ def _check_positions(position_ids: Tensor, *, batch: int, time: int, num_positio
             f"position_ids must be (batch, new tokens), here {(batch, time)}, "
             f"got {tuple(position_ids.shape)}"
         )
-    first, last = torch.stack(position_ids.aminmax()).tolist()
-    if first < 0 or last >= num_positions:
+    first, last = position_ids.aminmax()
+    if not _is_true((first >= 0) & (last < num_positions), if_unknown=True):
         raise ValueError(
             f"position_ids must lie between 0 and {num_positions - 1} (context_length - 1), "
-            f"got {first} to {last}"
+            f"got {int(first)} to {int(last)}"
         )
+
+
+def _is_true(fact: Tensor, *, if_unknown: bool) -> bool:
+    """Read one boolean. A graph that is being compiled knows no values: there it is `if_unknown`,
+    which skips a check or keeps a mask that may be superfluous.
+    """
+    return if_unknown if torch.compiler.is_compiling() else bool(fact)
 
 
 def _packed(position_ids: Tensor) -> Tensor | None:
@@ -310,7 +317,7 @@ def _packed(position_ids: Tensor) -> Tensor | None:
         (batch or 1, 1, time, time) bool.
     """
     starts = position_ids.diff(dim=-1) != 1
-    if not bool(starts.any()):
+    if not _is_true(starts.any(), if_unknown=True):
         return None
     sequence = torch.cat([starts.new_zeros(len(starts), 1), starts], 1).cumsum(-1)
     same = sequence[:, None, :, None] == sequence[:, None, None, :]

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from iiet import Decoder, IterationSchedule, next_token_loss, preset
 from orchestrator.errors import UserError
 from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
+from orchestrator.training.compiling import compile_fields
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.training.run import run_job
 
@@ -55,6 +58,47 @@ def test_compiled_fields_have_the_losses_of_plain_ones(jobs: list[TrainingJob]) 
     # Of training and of validation; each serves every layer, evaluation and schedule.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Read by the compiler.
+def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
+    """At 24 layers and at 30: one graph of a training step, one of a validation step."""
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    ids = torch.randint(13, (2, 8))
+
+    def train(decoder: Decoder, schedule: IterationSchedule, **mask: torch.Tensor) -> None:
+        next_token_loss(decoder(ids, schedule=schedule, **mask), ids).backward()
+
+    def validate(decoder: Decoder, schedule: IterationSchedule) -> None:
+        with torch.inference_mode():
+            decoder(ids, schedule=schedule)
+
+    deep, deeper = (tiny_decoder(num_layers) for num_layers in (24, 30))
+    for decoder in (deep, deeper):
+        compile_fields(decoder, backend=graphs)
+    train(deep, IterationSchedule.none(24))
+    assert graphs.frame_count == 1
+    train(deep, IterationSchedule.ramp(24, 3, 0))
+    train(deeper, IterationSchedule.uniform(30, 1))
+    assert graphs.frame_count == 1
+    validate(deep, IterationSchedule.uniform(24, 1))
+    validate(deeper, IterationSchedule.none(30))
+    assert graphs.frame_count == 2
+    deep.activation_checkpointing = True
+    train(deep, IterationSchedule.uniform(24, 1))
+    assert graphs.frame_count == 2
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 0] = False
+    train(deep, IterationSchedule.uniform(24, 1), attention_mask=mask)
+    train(deep, IterationSchedule.none(24), attention_mask=mask)
+    assert graphs.frame_count == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def tiny_decoder(num_layers: int) -> Decoder:
+    sizes = {"dim": 8, "num_heads": 2, "ffn_dim": 12, "vocab_size": 13, "context_length": 8}
+    return Decoder(preset("tiny", num_layers=num_layers, **sizes))
 
 
 def test_without_a_compiler_a_run_does_not_start(

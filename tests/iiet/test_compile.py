@@ -1,0 +1,148 @@
+"""A decoder that is compiled as a whole is one graph and computes what the eager one computes."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from iiet import METHODS, Decoder, IterationSchedule, KeyValueCache, ModelConfig, next_token_loss
+
+BATCH, TIME, VOCAB = 2, 6, 29
+GRAPHS = {"backend": "aot_eager", "fullgraph": True}
+FOLDER = Path(__file__).resolve().parent
+
+
+def decoder_of(method, num_layers=1):
+    torch.manual_seed(0)
+    corrections = (1, 0)[:num_layers]
+    config = ModelConfig(
+        method=method,
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=num_layers,
+        num_heads=2,
+        num_kv_heads=1,
+        ffn_dim=24,
+        context_length=8,
+        schedule=IterationSchedule(corrections) if METHODS[method].has_corrections else None,
+        initializer_std=0.3,
+    )
+    return Decoder(config).double()
+
+
+def tokens():
+    return torch.randint(VOCAB, (BATCH, TIME), generator=torch.Generator().manual_seed(1))
+
+
+def masks(masked):
+    """Left padding in one of two rows, or nothing."""
+    mask = torch.ones(BATCH, TIME, dtype=torch.bool)
+    mask[0, :2] = False
+    return {"attention_mask": mask} if masked else {}
+
+
+def trained(decoder, run, **masks):
+    """Return logits and gradients."""
+    decoder.zero_grad()
+    logits = run(tokens(), **masks)
+    next_token_loss(logits, tokens()).backward()
+    return logits.detach(), [parameter.grad for parameter in decoder.parameters()]
+
+
+@torch.inference_mode()
+def decoded(decoder, run, cuts, **masks):
+    """Return the logits of a prefill and of the steps after it."""
+    cache = KeyValueCache(decoder.config, batch_size=BATCH, max_tokens=TIME, dtype=torch.float64)
+    logits, held = [], 0
+    for part in tokens()[:, : sum(cuts)].split(cuts, 1):
+        held += part.size(1)
+        seen = {name: mask[:, :held] for name, mask in masks.items()}
+        logits.append(run(part, cache=cache, **seen))
+    return torch.cat(logits, 1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch._dynamo.reset()
+
+
+def cases(quick):
+    """Return every method with and without a mask; all but the quick ones are marked slow."""
+    every = [(method, masked) for method in METHODS for masked in (False, True)]
+    return [
+        case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in every
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "masked"), cases({("vanilla", False), ("iiet", True), ("pcformer", False)})
+)
+def test_training_and_inference_are_one_graph_each(method, masked):
+    decoder = decoder_of(method, num_layers=2 if method == "iiet" else 1)
+    compiled = torch.compile(decoder, **GRAPHS)
+    given = masks(masked)
+    torch.testing.assert_close(
+        trained(decoder, compiled, **given), trained(decoder, decoder, **given)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens(), **given), decoder(tokens(), **given))
+
+
+@pytest.mark.parametrize(("method", "masked"), cases({("vanilla", True), ("iiet", False)}))
+def test_prefill_and_each_step_are_one_graph(method, masked):
+    decoder = decoder_of(method)
+    compiled = torch.compile(decoder, **GRAPHS)
+    cuts, given = [4, 1, 1], masks(masked)
+    torch.testing.assert_close(
+        decoded(decoder, compiled, cuts, **given), decoded(decoder, decoder, cuts, **given)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+def test_a_fresh_process_compiles(method):
+    """Nothing was run before that could have filled a table or imported a module."""
+    script = f"""
+import torch
+from test_compile import decoded, decoder_of, masks, tokens, trained
+decoder = decoder_of({method!r})
+compiled = torch.compile(decoder, backend="aot_eager")
+for given in (masks(True), masks(False)):
+    found = trained(decoder, compiled, **given), decoded(decoder, compiled, [4, 1], **given)
+    right = trained(decoder, decoder, **given), decoded(decoder, decoder, [4, 1], **given)
+    torch.testing.assert_close(found, right)
+assert not torch._dynamo.utils.counters["graph_break"]
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=FOLDER, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_usual_compiler_gives_the_same(masked):
+    decoder = decoder_of("iiet")
+    compiled = torch.compile(decoder)
+    given = masks(masked)
+    torch.testing.assert_close(
+        trained(decoder, compiled, **given), trained(decoder, decoder, **given)
+    )
+    cuts = [4, 1, 1]
+    torch.testing.assert_close(
+        decoded(decoder, compiled, cuts, **given), decoded(decoder, decoder, cuts, **given)
+    )
+
+
+def test_a_compiled_pass_remembers_and_obeys_the_mask_of_its_cache():
+    """A graph knows no values, so it keeps every mask; eager passes through the cache go on."""
+    decoder = decoder_of("vanilla")
+    compiled = torch.compile(decoder, **GRAPHS)
+    mask = masks(True)["attention_mask"]
+    expected = decoded(decoder, decoder, [4, 2], attention_mask=mask)
+    cache = KeyValueCache(decoder.config, batch_size=BATCH, max_tokens=TIME, dtype=torch.float64)
+    with torch.inference_mode():
+        compiled(tokens()[:, :4], cache=cache, attention_mask=mask[:, :4])
+        torch.testing.assert_close(decoder(tokens()[:, 4:], cache=cache), expected[:, 4:])
