@@ -7,7 +7,7 @@ A study is a row of ordinary sweeps in one workspace, each planned from what the
     tokens    each at its best rate, several seeds: the comparison at equal tokens
     flops     each at its best rate, for as many steps as the same training FLOPs pay for
     fronts    students of the best IIET of most corrections: a front for each measure of influence,
-              and by the first measure without distillation, by other selections, with warm starts
+              and by the first measure without distillation and by other selections
 
 Trials are shared by their keys, so that nothing is trained twice, an interrupted study goes on, and
 a larger one starts from a smaller one. Out come the sweeps' own reports, two pictures that lay the
@@ -305,8 +305,6 @@ def _ways(settings: Settings) -> dict[str, Settings]:
         ways[control.replace("_", " ")] = _with(usual, distillation={"control": control})
     for selection in study.selections:
         ways[selection] = _with(usual, sweep={"selection": selection})
-    if study.warm_start:
-        ways["warm start"] = _with(usual, distillation={"warm_start": True})
     return ways
 
 

@@ -39,8 +39,6 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
         check_teacher_cache(settings.distillation)
     if kind in ("threshold", "search"):
         _check_thresholds(settings)
-    if kind == "threshold":
-        _check_warm_start(settings)
     if kind == "study":
         _check_two_stages(settings)
     _check_stopping(settings, kind)
@@ -70,15 +68,6 @@ def _check_stopping(settings: Settings, kind: Kind) -> None:
         )
 
 
-def _check_warm_start(settings: Settings) -> None:
-    distillation = settings.distillation
-    if distillation.warm_start and not distillation.is_chain:
-        raise UserError(
-            "distillation.warm_start trains students on from one another, and "
-            f"distillation.control={distillation.control} does not; leave one out"
-        )
-
-
 def _check_two_stages(settings: Settings) -> None:
     start, ramp = settings.study.two_stage_from, settings.training.iterate_ramp_fraction
     if start and start + ramp > 1.0 + 1e-9:
@@ -89,11 +78,10 @@ def _check_two_stages(settings: Settings) -> None:
 
 
 def _check_search(settings: Settings) -> None:
-    if settings.sweep.seeds or settings.distillation.warm_start:
-        given = "sweep.seeds" if settings.sweep.seeds else "distillation.warm_start"
+    if settings.sweep.seeds:
         raise UserError(
-            f"a search distills each schedule once, from the teacher's weights; {given} is for "
-            "threshold sweeps, leave it out"
+            "a search distills each schedule once, and sweep.seeds is for threshold sweeps; "
+            "leave it out"
         )
 
 

@@ -62,9 +62,6 @@ class TrialResult:
     """Folder of its weights."""
     parent: str | None = None
     """Key of the model it was distilled from."""
-    started_from: str | None = None
-    """Key of the student whose weights it started from; None where those were its teacher's, or
-    none."""
     recipe: dict[str, str] = field(default_factory=dict)
     """How it was trained, setting by setting; empty where it was measured as it is."""
     run_id: str | None = None
@@ -124,8 +121,8 @@ class TrialResult:
             params["checkpoint"] = self.checkpoint
         if self.seed is not None:
             params |= {"seed": str(self.seed), "group": self.group or ""}
-        origins = {"parent": self.parent, "started_from": self.started_from}
-        params |= {name: key for name, key in origins.items() if key}
+        if self.parent:
+            params["parent"] = self.parent
         return params | {f"recipe/{name}": text for name, text in self.recipe.items()}
 
     def _groups(self) -> dict[str, Mapping[str, float]]:

@@ -3,8 +3,7 @@
 A trial that another process is at is passed over in the first round, so that two sweeps at the same
 time share the work instead of waiting for each other trial by trial. Then this process waits for
 what is left, and takes over what nobody is at any more. Who waits holds neither a folder nor a
-place in the cluster that others wait for, so that there is no circle. Students that start from
-other students come in waves behind them.
+place in the cluster that others wait for, so that there is no circle.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from orchestrator.follow import JournalTail
 from orchestrator.interruption import tell_saved, wait_interruptibly
 from orchestrator.plan import PlannedTrial
 from orchestrator.settings import SweepSettings
-from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.job import TrainingJob
 from orchestrator.training.saved import what_is_saved
 from orchestrator.trial_referee import Stopping
 from orchestrator.trial_room import TrialLimits
@@ -61,7 +60,6 @@ class TrialRounds:
     _found: set[str] = field(default_factory=set)
     _failed_while_stopping: dict[str, str] = field(default_factory=dict)
     _busy: set[str] = field(default_factory=set)
-    _num_later: int = 0
 
     def run(self, waiting: Sequence[PlannedTrial]) -> None:
         """Run what is not finished; what another process is at is waited for.
@@ -74,10 +72,7 @@ class TrialRounds:
         num_found = self.num_all - len(waiting) - len(self.lost)
         if waiting:
             with ray_cluster(say=partial(self.progress.advance, num_found)):
-                self._num_later = len(waiting)
-                for wave in waves_of(waiting):
-                    self._num_later -= len(wave)
-                    self._run_or_wait(self._that_can_start(wave))
+                self._run_or_wait(waiting)
         self.progress.finish(self._summary(num_found))
 
     def _run_or_wait(self, trials: Sequence[PlannedTrial]) -> None:
@@ -103,16 +98,6 @@ class TrialRounds:
             self._found.add(trial.key)
         return trial.key not in self._found
 
-    def _that_can_start(self, wave: Sequence[PlannedTrial]) -> list[PlannedTrial]:
-        """Return the trials whose start is there; who would start from a failure has failed too."""
-        ready = []
-        for trial in wave:
-            if trial.after is None or _start_is_there(trial):
-                ready.append(trial)
-            else:
-                self.failures[trial.label] = "the student that it starts from was not trained"
-        return ready
-
     def _summary(self, num_found: int) -> str:
         counts = {
             "of them found finished": num_found,
@@ -125,7 +110,7 @@ class TrialRounds:
 
     def _round(self, trials: Sequence[PlannedTrial], *, num_elsewhere: int = 0) -> None:
         tails = {trial.key: JournalTail(Path(trial.folder)) for trial in trials}
-        num_done = self.num_all - len(trials) - self._num_later - num_elsewhere
+        num_done = self.num_all - len(trials) - num_elsewhere
 
         def watch() -> None:
             shares = [_share_done(trial, tails[trial.key]) for trial in trials]
@@ -197,23 +182,8 @@ class TrialRounds:
         self.on_end()
 
 
-def waves_of(trials: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
-    """Sort trials into waves: whoever starts from another one of them comes in a later wave."""
-    depth: dict[str, int] = {}
-    for trial in trials:  # A plan names the student that another one starts from before it.
-        depth[trial.key] = depth[trial.after] + 1 if trial.after in depth else 0
-    waves: list[list[PlannedTrial]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
-    for trial in trials:
-        waves[depth[trial.key]].append(trial)
-    return waves
-
-
 def _one_has_ended(trials: Sequence[PlannedTrial]) -> bool:
     return any(trial.result() or not is_busy(trial) for trial in trials)
-
-
-def _start_is_there(trial: PlannedTrial) -> bool:
-    return trial.job is not None and (Path(trial.job["initial_folder"]) / DONE_NAME).is_file()
 
 
 def limits_of(settings: SweepSettings) -> TrialLimits:

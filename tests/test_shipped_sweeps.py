@@ -106,7 +106,7 @@ def test_a_study_runs_all_its_phases_and_trains_nothing_twice(desk: Desk) -> Non
     text = (desk.workspace.overlays / "study" / "results.md").read_text()
     for other in ("vanilla", "r = 0"):
         assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)
-    assert "| evaluations | cosine | pruned | knapsack | warm start |" in text
+    assert "| evaluations | cosine | pruned | knapsack |" in text
     made = {folder: len(done_in(folder) - known) for folder, known in before.items()}
     # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
     assert made[desk.workspace.runs] == 4 + 3 + 2

@@ -52,12 +52,6 @@ def sweep_threshold(
     control: Annotated[
         str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
     ] = None,
-    warm_start: Annotated[
-        bool | None,
-        typer.Option(
-            "--warm-start/--no-warm-start", help="Start each student from the next costlier one."
-        ),
-    ] = None,
     seeds: SeedsOption = None,
     trials_at_once: TrialsAtOnceOption = None,
     workers_per_trial: WorkersPerTrialOption = None,
@@ -79,7 +73,6 @@ def sweep_threshold(
         sweep__seeds=seed_numbers(seeds),
         influence__metric=metric,
         distillation__control=control,
-        distillation__warm_start=warm_start,
         sweep__trials_at_once=trials_at_once,
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,

@@ -55,14 +55,11 @@ def threshold_plan(
     trials = [measured_as_it_is("teacher", "teacher", teacher, full, suite, workspace)]
     is_trained = settings.distillation.control != "pruned"
     for seed in (is_trained and settings.sweep.seeds) or (None,):
-        before = None
         for member in members:
             config = replace(full, schedule=member.schedule)
-            trial = student_trial(
-                settings, workspace, teacher, config, member, suite, before=before, seed=seed
+            trials.append(
+                student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
             )
-            trials.append(trial)
-            before = trial if settings.distillation.is_chain else None
     trials += [
         measured_as_it_is("reference", label, folder, load_config(folder), suite, workspace)
         for label, folder in references
@@ -158,7 +155,6 @@ def student_trial(
     member: FamilyMember,
     suite: dict[str, Any],
     *,
-    before: PlannedTrial | None = None,
     seed: int | None = None,
 ) -> PlannedTrial:
     """Return the trial that distills a teacher into one schedule, or into a control, and measures
@@ -171,7 +167,6 @@ def student_trial(
         config: The student: the teacher's configuration under its own schedule.
         member: The thresholds that lead to it; NaN where none does.
         suite: What is measured.
-        before: The student whose weights it starts from; the teacher's when unset.
         seed: Seed of the training where a sweep has several; the recipe's when unset.
     """
     distillation = settings.distillation
@@ -180,11 +175,12 @@ def student_trial(
     )
     if job and seed is not None:
         job = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
-    if job and before and before.job:
-        job = _started_from(job, before)
     weights = job_key(job) if job else content_key("pruned", weights_key(teacher), config.to_dict())
     folder = str(workspace.trials / weights)
-    group = ", ".join([str(config.corrections), *_notes(distillation, before)])
+    control = distillation.control
+    group = str(config.corrections)
+    if control != "distill":
+        group += f", {control.replace('_', ' ')}"
     has_thresholds = not math.isnan(member.threshold_up_to)
     return PlannedTrial(
         key=content_key("trial", weights, suite_key(suite)),
@@ -198,28 +194,6 @@ def student_trial(
         threshold_above=member.threshold_above if has_thresholds else None,
         threshold_up_to=member.threshold_up_to if has_thresholds else None,
         parent=weights_key(teacher),
-        after=before.key if job and before else None,
         seed=seed,
         group=None if seed is None else group,
     )
-
-
-def _started_from(job: TrainingJob, before: PlannedTrial) -> TrainingJob:
-    """Return the job that starts from what an earlier one comes to."""
-    assert before.job is not None, "a student that is not trained has its teacher's weights"
-    earlier = TrainingJob.from_dict(before.job)
-    return replace(
-        job,
-        initial_folder=before.folder,
-        initial_job=job_key(earlier),
-        provenance={**job.provenance, "started_from": str(earlier.config().corrections)},
-    )
-
-
-def _notes(distillation: DistillationSettings, before: PlannedTrial | None) -> list[str]:
-    notes = []
-    if distillation.control != "distill":
-        notes.append(distillation.control.replace("_", " "))
-    if before:
-        notes.append("warm start")
-    return notes

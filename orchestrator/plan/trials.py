@@ -48,8 +48,6 @@ class PlannedTrial:
     """Largest threshold that gives this schedule."""
     parent: str | None = None
     """Weights key of the teacher."""
-    after: str | None = None
-    """Key of the trial of this plan whose weights it starts from; None if it waits for nobody."""
     seed: int | None = None
     """Seed of its training, where the sweep trains every model with several."""
     group: str | None = None
@@ -91,7 +89,6 @@ class PlannedTrial:
             seed=self.seed,
             group=self.group,
             parent=self.parent,
-            started_from=(self.job or {}).get("initial_job"),
             recipe=_recipe(self.job) if self.job else {},
         )
 

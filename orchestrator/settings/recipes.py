@@ -126,17 +126,8 @@ class DistillationSettings(Section):
     the sweep; else live."""
     cache_top_k: int = Field(default=64, gt=0)
     """Likeliest tokens of `teacher_cache: top_k`."""
-    warm_start: bool = False
-    """Start each student of a sweep from the next costlier one instead of from the teacher; they
-    are then trained one after the other."""
     training: TrainingSettings = Field(default_factory=_distillation_training)
     """The recipe of the distillation."""
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether a sweep's students start from one another: a warm start, and a control that
-        starts from trained weights and trains them."""
-        return self.warm_start and self.control in ("distill", "cross_entropy")
 
     @field_validator("teacher_until_step")
     @classmethod

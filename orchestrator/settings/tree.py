@@ -196,8 +196,6 @@ class StudySettings(Section):
     """Controls of the distillation on the first metric's schedules."""
     selections: tuple[Literal["knapsack"], ...] = ("knapsack",)
     """Other ways to choose schedules by the first metric."""
-    warm_start: bool = True
-    """Whether students along the first metric's family start from one another, too."""
 
 
 def secret_in_storage(uri: str) -> str | None:

@@ -24,8 +24,6 @@ from orchestrator.training.checkpoint import (
     check_checkpoint,
     checkpoint_name,
     load_config,
-    newest_whole_checkpoint,
-    resolve_checkpoint,
     weights_key,
 )
 from orchestrator.training.compiling import check_compiler
@@ -79,11 +77,7 @@ class TrainingJob:
     teacher_folder: str | None = None
     """Checkpoint of the frozen teacher; for `distill`."""
     initial_folder: str | None = None
-    """Checkpoint, or folder of a run, whose weights the run starts from; fresh weights when
-    unset."""
-    initial_job: str | None = None
-    """Key of the job that makes those weights, where they are not there yet when this is
-    planned."""
+    """Checkpoint whose weights the run starts from; fresh weights when unset."""
     distillation: DistillationConfig | None = None
     """Weights and kind of the distillation loss; its defaults when unset."""
     teacher_cache: str | None = None
@@ -135,7 +129,7 @@ class TrainingJob:
 
 _PLAIN_FIELDS = (
     "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
-    "initial_job", "teacher_cache", "first_stages", "storage", "section", "provenance",
+    "teacher_cache", "first_stages", "storage", "section", "provenance",
 )  # fmt: skip
 
 
@@ -190,7 +184,7 @@ def _essence(job: TrainingJob) -> dict[str, Any]:
         "teacher": weights_key(Path(job.teacher_folder))
         if job.teacher_folder and distills
         else None,
-        "initial": _initial_weights(job),
+        "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
         "distillation": loss,
     }
 
@@ -203,12 +197,6 @@ def _recipe_of_key(recipe: TrainingSettings) -> dict[str, Any]:
         if name not in FREE_IN_RECIPE
         and not (name in _LEFT_OUT_AT_DEFAULT and value == getattr(defaults, name))
     }
-
-
-def _initial_weights(job: TrainingJob) -> str | None:
-    if job.initial_job:
-        return f"after {job.initial_job}"
-    return weights_key(Path(job.initial_folder)) if job.initial_folder else None
 
 
 def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
@@ -239,10 +227,8 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
     if job.teacher_folder:
         check_checkpoint(Path(job.teacher_folder))
-    # What another job has yet to make is looked at when it is there.
-    is_there = not job.initial_job or (Path(str(job.initial_folder)) / DONE_NAME).is_file()
-    if job.initial_folder and is_there:
-        folder = initial_checkpoint(job)
+    if job.initial_folder:
+        folder = Path(job.initial_folder)
         check_checkpoint(folder)
         initial = load_config(folder)
         if replace(initial, schedule=config.schedule) != config:
@@ -251,24 +237,6 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
                 "only the iteration schedule may differ"
             )
     _check_claim(job)
-
-
-def initial_checkpoint(job: TrainingJob) -> Path:
-    """Return the checkpoint whose weights a job starts from.
-
-    Raises:
-        UserError: If another job made it and its last checkpoint is damaged.
-    """
-    folder = Path(str(job.initial_folder))
-    if not job.initial_job:
-        return folder
-    newest, damage = newest_whole_checkpoint(folder)
-    if damage:
-        raise UserError(
-            f"{'; '.join(damage)}. Another training starts from it; delete {folder} and run the "
-            "command again, which trains it anew"
-        )
-    return newest or resolve_checkpoint(folder)
 
 
 def sequences_per_step(

@@ -19,7 +19,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.tokens import TokenStore
 from orchestrator.provenance import environment
 from orchestrator.training.checkpoint import load_decoder, weights_key
-from orchestrator.training.job import TrainingJob, initial_checkpoint
+from orchestrator.training.job import TrainingJob
 from orchestrator.training.objective import (
     Objective,
     ScheduleAt,
@@ -36,7 +36,7 @@ def first_weights(job: TrainingJob, config: ModelConfig) -> Decoder:
     torch.manual_seed(job.recipe.seed)
     if job.initial_folder is None:
         return Decoder(config)
-    decoder = load_decoder(initial_checkpoint(job), check=False)
+    decoder = load_decoder(Path(job.initial_folder), check=False)
     return decoder.with_schedule(config.corrections)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from orchestrator.data.tokens import TokenStore
 from orchestrator.errors import StageFailed
-from orchestrator.training.checkpoint import find_checkpoints, read_text_files, write_checkpoint
+from orchestrator.training.checkpoint import read_text_files, write_checkpoint
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.keeping import best_checkpoint, prune_checkpoints, remember_best
@@ -70,7 +70,7 @@ class Saver:
         self._saved_at = time.monotonic()
         # A student reads and writes text as the imported model does that it was made from.
         origin = job.teacher_folder or job.initial_folder
-        self._text_files = read_text_files(_checkpoint_in(Path(origin))) if origin else {}
+        self._text_files = read_text_files(Path(origin)) if origin else {}
         self.first_stage = first_stage_of(job)
         """What this run has in common with others, if anything."""
         self._mirror: Mirror | None = None
@@ -200,11 +200,6 @@ class Saver:
         except COPY_ERRORS as error:
             text = f"no copy in {self._job.storage}: {one_line(error)}"
             self._event("not copied", text=f"{text}; training goes on, the next one is tried again")
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    """Return a run's newest checkpoint, or the folder itself where it is one."""
-    return next(reversed(find_checkpoints(folder)), folder)
 
 
 def _copied(value: Any, *, keep: bool) -> Any:

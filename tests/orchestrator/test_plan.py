@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -251,39 +250,6 @@ def test_pruned_students_have_no_seeds(
     trials = [t for t in _plan(settings, space, teacher, suite).trials if t.role == "trial"]
     assert [(t.seed, t.job) for t in trials] == [(None, None)] * 2
     assert len({t.key for t in trials}) == 2
-
-
-def test_a_warm_start_makes_a_chain_with_keys_of_its_own(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
-) -> None:
-    warm = _plan(resolve_settings({}, ["distillation.warm_start=true"]), space, teacher, suite)
-    cold = _plan(Settings(), space, teacher, suite)
-    students = [t for t in warm.trials if t.role == "trial"]
-    assert [t.after for t in students] == [None, *(t.key for t in students[:-1])]
-    assert all(
-        student.job and before.folder == student.job["initial_folder"]
-        for before, student in pairwise(students)
-    )
-    shared = {t.key for t in warm.trials} & {t.key for t in cold.trials}
-    assert shared == {t.key for t in warm.trials[:2]}, "the teacher, and the first of the chain"
-    longer = _plan(
-        resolve_settings(
-            {}, ["distillation.warm_start=true", "distillation.training.num_steps=61"]
-        ),
-        space, teacher, suite,
-    )  # fmt: skip
-    assert not {t.key for t in longer.trials[1:]} & {t.key for t in warm.trials}
-
-
-@pytest.mark.parametrize("control", ["pruned", "scratch"])
-def test_a_control_that_starts_from_no_student_is_no_part_of_a_chain(
-    space: Workspace, teacher: Path, suite: dict[str, Any], control: str
-) -> None:
-    chosen = f"distillation.control={control}"
-    warm = resolve_settings({}, [chosen, "distillation.warm_start=true"])
-    plan = _plan(warm, space, teacher, suite)
-    assert plan == _plan(resolve_settings({}, [chosen]), space, teacher, suite)
-    assert not any("warm start" in trial.label for trial in plan.trials)
 
 
 @pytest.mark.parametrize(

@@ -43,17 +43,11 @@ def desk(tmp_path: Path) -> Desk:
     [
         ("threshold", ["sweep.asha=true"], "compares learning rates"),
         ("search", ["sweep.seeds=[0, 1]"], "sweep.seeds is for threshold sweeps"),
-        ("search", ["distillation.warm_start=true"], "distillation.warm_start is for threshold"),
         ("iterations", ["sweep.asha=true"], "no model has more than one"),
         (
             "study",
             ["training.iterate_ramp_fraction=0.3", "study.two_stage_from=0.8"],
             r"study\.two_stage_from=0\.8 and training\.iterate_ramp_fraction=0\.3 come to more",
-        ),
-        (
-            "threshold",
-            ["distillation.warm_start=true", "distillation.control=scratch"],
-            r"distillation\.control=scratch does not",
         ),
         (
             "threshold",

@@ -91,13 +91,6 @@ def test_a_student_reads_and_writes_text_as_its_imported_teacher(
     kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
     checkpoint = Path(str(run_job(replace(job, **kept)).checkpoint))
     assert read_text_files(checkpoint) == read_text_files(imported)
-    # A student that starts from another student has them, too.
-    later = student("later", (0, 0), control=control)
-    later = replace(later, initial_folder=job.run_folder, initial_job=job_key(job))
-    if later.teacher_folder:
-        later = replace(later, teacher_folder=str(imported))
-    checkpoint = Path(str(run_job(later).checkpoint))
-    assert read_text_files(checkpoint) == read_text_files(imported)
 
 
 def numbers(job: TrainingJob, metric: str) -> dict[int, float]:

@@ -400,20 +400,6 @@ def test_distillation_starts_from_the_weights_and_leaves_the_teacher_alone(
     )
 
 
-def test_a_student_never_starts_from_an_older_checkpoint_of_the_one_before(
-    make_job: MakeJob,
-) -> None:
-    before = make_job("before")
-    run_job(before)
-    student = make_job("s", initial_folder=before.run_folder, initial_job=job_key(before))
-    check_job(student)
-    newest = find_checkpoints(before.folder)[-1]
-    (newest / WEIGHTS).write_bytes(b"")
-    for start in (check_job, run_job):
-        with pytest.raises(UserError, match=f"{newest} is damaged.*delete {before.folder}"):
-            start(student)
-
-
 def test_distillation_pays_for_its_teacher(make_job: MakeJob, tiny_model: dict[str, Any]) -> None:
     teacher = run_job(make_job("teacher")).checkpoint
     more = {"initial_folder": teacher, "recipe": {"num_steps": 2, "iterate_from_fraction": 0.0}}
