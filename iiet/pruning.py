@@ -163,7 +163,7 @@ def within_cost(
 
     Args:
         family: from `schedule_family`, most corrections first.
-        max_cost: in the units of `cost` (evaluations, FLOPs, bytes, milliseconds).
+        max_cost: in the units of `cost` (evaluations, FLOPs, bytes).
         cost: maps a schedule to its cost; evaluations when not given.
 
     Raises:

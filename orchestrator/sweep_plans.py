@@ -1,8 +1,7 @@
 """From settings and a workspace to the plan of a sweep: what is trained, how it is measured.
 
 A plan takes no training, but all that it follows from is made here where it is missing: tokens,
-held-out tasks, the teacher's influence under each schedule that is asked for, milliseconds where
-budgets are counted in them.
+held-out tasks, the teacher's influence under each schedule that is asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from iiet.pruning import schedule_family
 from orchestrator.analysis.requested import (
     HELDOUT,
     requested_tasks,
@@ -66,11 +64,10 @@ def plan_thresholds(
         references, left_out = known.found.items(), known.left_out
         for run, reason in left_out.items():
             desk.progress.note(f"run {run}: {reason}")
-    family = [member.schedule for member in schedule_family(influence)]
     members = choose_members(
         influence,
         settings.sweep,
-        cost=cost_in(settings.sweep.budget_unit, full, family, desk.workspace, desk.progress),
+        cost=cost_in(settings.sweep.budget_unit, full),
     )
     suite = plan_suite(settings.evaluation, tokens, full, desk.progress)
     return threshold_plan(

@@ -45,7 +45,7 @@ def sweep_threshold(
         str | None, typer.Option(help="Most that each schedule may cost instead: 8,12,16.")
     ] = None,
     unit: Annotated[
-        str | None, typer.Option(help="Of budgets: evaluations, flops, kv (bytes) or ms.")
+        str | None, typer.Option(help="Of budgets: evaluations, flops or kv (bytes).")
     ] = None,
     selection: Annotated[str | None, typer.Option(help="threshold or knapsack.")] = None,
     metric: Annotated[str | None, typer.Option(help="cosine, relative or loss.")] = None,

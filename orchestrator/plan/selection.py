@@ -61,24 +61,7 @@ def _by_knapsack(
         for member in chosen:
             yield knapsack(influence, member.schedule.num_evaluations)
     for budget in sorted(sweep.budgets, reverse=True):
-        if sweep.budget_unit == "ms":
-            # Measured times do not add up over layers; they follow from evaluations.
-            yield knapsack(influence, _most_evaluations(influence, budget, cost))
-        else:
-            yield knapsack(influence, budget, cost=cost)
-
-
-def _most_evaluations(influence: InfluenceTable, budget: float, cost: Cost) -> int:
-    """Return how many evaluations a budget pays for, where they alone decide the cost."""
-    full = influence.schedule
-    schedule = full.none(full.num_layers)
-    for layer, most in enumerate(full):
-        for kept in range(1, most + 1):
-            longer = schedule.with_layer(layer, kept)
-            if cost(longer) > budget:
-                return schedule.num_evaluations
-            schedule = longer
-    return schedule.num_evaluations
+        yield knapsack(influence, budget, cost=cost)
 
 
 def _of_family(

@@ -80,9 +80,9 @@ class SweepSettings(Section):
     budgets: tuple[float, ...] = ()
     """Most that a schedule may cost, to use instead: for each, the member of the family that does
     most for it."""
-    budget_unit: Literal["evaluations", "flops", "kv", "ms"] = "evaluations"
+    budget_unit: Literal["evaluations", "flops", "kv"] = "evaluations"
     """What budgets are counted in, and what `num_schedules` are spread over: evaluations, FLOPs or
-    KV bytes of a token, or its milliseconds as measured here."""
+    KV bytes of a token."""
     selection: Literal["threshold", "knapsack"] = "threshold"
     """Whose schedules: the threshold's nested family, or the knapsack's best one at each of its
     costs."""

@@ -26,6 +26,22 @@ def test_one_setting_of_a_recipe_leaves_its_other_defaults() -> None:
     assert usual.num_steps != Settings().training.num_steps
 
 
+@pytest.mark.parametrize(
+    ("setting", "known"),
+    [
+        ("sweep.stop_dominated=true", "asha, asha_first_rung"),
+        ("distillation.warm_start=true", "teacher_cache, cache_top_k"),
+        ("sweep.budget_unit=ms", "'evaluations', 'flops' or 'kv'"),
+    ],
+)
+def test_a_setting_of_an_earlier_version_is_an_error_that_lists_what_there_is(
+    setting: str, known: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        resolve_settings({}, [setting])
+    assert known in str(refused.value)
+
+
 def test_a_misspelt_name_is_an_error_with_the_nearest_one() -> None:
     with pytest.raises(UserError, match=r"did you mean training\.learning_rate\?"):
         resolve_settings({}, ["training.learning_rat=1e-3"])

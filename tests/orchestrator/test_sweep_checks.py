@@ -11,8 +11,7 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator import procedure, study, sweep_costs, sweep_files, sweep_plans
-from orchestrator.analysis.benchmark import Timing
+from orchestrator import procedure, study, sweep_files, sweep_plans
 from orchestrator.console import Progress
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
@@ -20,7 +19,7 @@ from orchestrator.settings import EvaluationSettings, resolve_settings
 from orchestrator.sweep_checks import Kind, check_sweep
 from orchestrator.sweep_costs import cost_in
 from orchestrator.sweep_plans import plan_suite
-from orchestrator.workspace import Workspace, open_workspace
+from orchestrator.workspace import open_workspace
 
 TASK = """task: {name}
 dataset_path: json
@@ -129,55 +128,15 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> list[list[str]]:
-    """Stand in for the clock, and return what was timed."""
-    asked: list[list[str]] = []
-
-    def time_per_token(decoders: dict[str, object], _: Progress) -> dict[str, Timing]:
-        asked.append(list(decoders))
-        return {
-            name: Timing(
-                median=milliseconds[name],
-                spread=0.0,
-                first_token=0.0,
-                first_token_spread=0.0,
-                repetitions=(),
-                first_token_repetitions=(),
-                batch_size=1,
-                num_threads=1,
-                device="cpu",
-            )
-            for name in decoders
-        }
-
-    monkeypatch.setattr(sweep_costs, "time_per_token", time_per_token)
-    return asked
-
-
-def test_milliseconds_are_measured_once_and_rise_with_evaluations(
-    tmp_path: Path, tiny_model: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    family = [IterationSchedule(r) for r in ((2, 1), (1, 1), (1, 0), (0, 0))]
-    asked = timed(monkeypatch, {"2,1": 5.0, "1,1": 3.0, "1,0": 3.5, "0,0": 2.0})
-    space = Workspace(tmp_path)
+def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> None:
     full = ModelConfig.from_dict(tiny_model)
-    cost = cost_in("ms", full, family, space, Progress())
-    assert [cost(schedule) for schedule in family] == [5.0, 3.5, 3.5, 2.0]
-    assert cost(IterationSchedule((2, 0))) == 3.5, "as long as its equals in evaluations"
-    again = cost_in("ms", full, family, space, Progress())
-    assert [again(schedule) for schedule in family] == [5.0, 3.5, 3.5, 2.0]
-    assert asked == [["2,1", "1,1", "1,0", "0,0"]], "the same command finds the same times"
-
-
-def test_counted_units_follow_from_the_shape(tmp_path: Path, tiny_model: dict[str, object]) -> None:
-    full, space = ModelConfig.from_dict(tiny_model), Workspace(tmp_path)
     most, none = IterationSchedule((2, 1)), IterationSchedule((0, 0))
-    assert cost_in("evaluations", full, [], space, Progress())(most) == 5
-    bytes_of = cost_in("kv", full, [], space, Progress())
+    assert cost_in("evaluations", full)(most) == 5
+    bytes_of = cost_in("kv", full)
     # A key and a value of 16 numbers of 4 bytes in each of 5 slots.
     assert bytes_of(most) == 5 * 2 * 16 * 4
     assert bytes_of(none) == 2 * 2 * 16 * 4
-    flops = cost_in("flops", full, [], space, Progress())
+    flops = cost_in("flops", full)
     assert flops(most) > 1.5 * flops(none) > 0
 
 
