@@ -10,7 +10,6 @@ Evaluations alone stand beside it, to show how far the simplest rule carries.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,8 +37,6 @@ SIMPLEST = "evaluations"
 """The simplest prediction, shown beside it."""
 DECODING = "decoding"
 FIRST_TOKEN = "first token"
-GOAL = 0.10
-"""Largest relative difference between a predicted share and the measured one."""
 STEPS_FOR_MEMORY = 3
 """Steps after which no further memory is taken: the cache is allocated as a whole."""
 
@@ -68,19 +65,12 @@ class Share:
     """Median over repetitions."""
     spread: float
     """Half the distance between the quartiles of the repetitions."""
-    error: float
-    """Standard error of that median, as if times spread like a normal distribution."""
     predicted: dict[str, float]
     """By what it is predicted, to the prediction."""
 
     def residual(self, prediction: str = PREDICTION) -> float:
         """Return by how much the measured share exceeds the predicted one, relative to it."""
         return self.measured / self.predicted[prediction] - 1
-
-    def is_off(self, prediction: str = PREDICTION) -> bool:
-        """Tell whether it misses the goal by more than two of its own standard errors."""
-        error = 2 * self.error / self.predicted[prediction]
-        return abs(self.residual(prediction)) - error > GOAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +205,9 @@ def _costs(
 
 def _share(times: Sequence[float], full: Sequence[float], predicted: dict[str, float]) -> Share:
     ratios = [own / whole for own, whole in zip(times, full, strict=True)]
-    spread = half_quartile_distance(ratios)
     return Share(
         measured=statistics.median(ratios),
-        spread=spread,
-        # Quartiles lie 0.674 deviations from the middle; a median errs by 1.253 / sqrt(n) of one.
-        error=spread / 0.674 * 1.253 / math.sqrt(len(ratios)),
+        spread=half_quartile_distance(ratios),
         predicted=predicted,
     )
 

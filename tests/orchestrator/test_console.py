@@ -183,7 +183,7 @@ def test_an_influence_of_many_corrections_is_shown_in_parts(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_costs_break_no_name_and_no_number(width: int) -> None:
     predicted = {"FLOPs": 0.51, "evaluations": 0.48}
-    share = Share(measured=0.5, spread=0.01, error=0.01, predicted=predicted)
+    share = Share(measured=0.5, spread=0.01, predicted=predicted)
     costs = [
         MeasuredCost(
             model=model, batch_size=8, context=1024, first_token_ms=1234.5, first_token_spread=12.3,

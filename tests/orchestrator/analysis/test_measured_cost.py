@@ -1,4 +1,4 @@
-"""Shares, memory and verdicts of a benchmark; no test asserts how long anything takes."""
+"""Shares and memory of a benchmark; no test asserts how long anything takes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_machine_that_follows_the_cost_model_has_no_residual(
                 assert share.predicted["evaluations"] == 2 / 5
                 assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
     lines = cost_tables.residual_lines(costs)
-    assert "goal 10 %: met" in lines[0]
+    assert lines[0].startswith("decoding: FLOPs predict every share within 0.0 % of it")
 
 
 def test_a_share_that_the_prediction_misses_is_said(
@@ -79,10 +79,12 @@ def test_a_share_that_the_prediction_misses_is_said(
     full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
     costs = measure_by_flops(decoders, monkeypatch, constant=full)
     assert "decoding" in (line := cost_tables.residual_lines(costs)[0])
-    assert "missed" in line
-    none = next(cost for cost in costs if cost.model == "none").shares[DECODING]
+    shares = [cost.shares[DECODING] for cost in costs if cost.model == "none"]
+    none = shares[0]
     assert none.residual() == pytest.approx(none.measured / none.predicted["FLOPs"] - 1)
     assert none.residual("evaluations") > none.residual() > 0.10
+    most = max(share.residual() for share in shares)
+    assert f"within {100 * most:.1f} % of it" in line
 
 
 def test_memory_is_counted_exactly_where_it_can_be() -> None:
