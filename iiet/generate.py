@@ -1,14 +1,13 @@
 """Text generation: prefill once, then one token per step through the cache.
 
-Greedy at temperature 0; otherwise sampling at a temperature, within the k likeliest tokens or the
-smallest set of tokens that holds probability p, from a generator of its own, so that the seed alone
-decides. Prompts of different lengths are padded on the left. A row that has met a stop token goes
-on as padding, and generation ends when all rows have.
+Prompts of different lengths are padded on the left. A row that has met a stop token repeats it
+until all rows have, which ends the generation. The seed alone decides what is sampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,52 +18,16 @@ from iiet.decoder import Decoder
 __all__ = ["generate", "stream"]
 
 
-def generate(
-    decoder: Decoder,
-    input_ids: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    stop_tokens: Collection[int] = (),
-    attention_mask: Tensor | None = None,
-    kv_strategy: KvStrategy = "exact",
-) -> Tensor:
-    """Continue prompts.
-
-    Args:
-        decoder: the model; its own schedule is followed.
-        input_ids: prompts, (batch, time), padded on the left where they differ in length.
-        max_new_tokens: at most so many tokens are added.
-        temperature: 0 takes the likeliest token; larger values sample, flatter the larger.
-        top_k: sample among so many likeliest tokens.
-        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
-        seed: of the sampling; a fresh one when None.
-        stop_tokens: tokens that end a row; they are part of the result, and what follows repeats
-            them.
-        attention_mask: (batch, time), false for padding.
-        kv_strategy: `exact`, or `last` for one slot per layer.
+def generate(decoder: Decoder, input_ids: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
+    """Continue prompts; all arguments are those of `stream`.
 
     Returns:
         Prompts and continuations, (batch, time + new), new at most `max_new_tokens`.
 
     Raises:
-        ValueError: a setting out of range, or more tokens than the context holds.
+        ValueError: as `stream`.
     """
-    tokens = stream(
-        decoder,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop_tokens=stop_tokens,
-        attention_mask=attention_mask,
-        kv_strategy=kv_strategy,
-    )
+    tokens = stream(decoder, input_ids, max_new_tokens=max_new_tokens, **options)
     return torch.cat([input_ids, *(step.unsqueeze(1) for step in tokens)], dim=1)
 
 
@@ -81,13 +44,23 @@ def stream(
     attention_mask: Tensor | None = None,
     kv_strategy: KvStrategy = "exact",
 ) -> Iterator[Tensor]:
-    """Yield the continuation of `generate` one step at a time, each (batch,).
+    """Continue prompts, one step at a time: yield the next tokens, (batch,).
 
     Args:
-        decoder, input_ids and the others: as for `generate`.
+        decoder: the model, under its own schedule.
+        input_ids: prompts, (batch, time).
+        max_new_tokens: at least 1.
+        temperature: 0 takes the likeliest token; above, sample from `softmax(logits / T)`.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
+        seed: random seed for sampling (default: random).
+        stop_tokens: tokens that end a row; they are part of the result.
+        attention_mask: (batch, time), false for padding.
+        kv_strategy: `exact`, or `last` for one cache slot per layer.
 
     Raises:
-        ValueError: as `generate`, at the call and not at the first step.
+        ValueError: a setting out of range, or more tokens than the context holds; at the call, not
+        at the first step.
     """
     _check(decoder, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
     generator = torch.Generator(device=input_ids.device)
@@ -105,16 +78,15 @@ def stream(
     )
     stops = torch.tensor(sorted(stop_tokens), dtype=input_ids.dtype, device=input_ids.device)
 
-    def choose(logits: Tensor) -> Tensor:
-        return sample(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
-
     def steps() -> Iterator[Tensor]:
         mask, current = attention_mask, input_ids
         ended: Tensor | None = None
         for _ in range(max_new_tokens):
             with torch.inference_mode():
                 logits = decoder(current, cache=cache, attention_mask=mask, last_only=True)[:, -1]
-                following = choose(logits)
+                following = sample(
+                    logits, temperature, top_k=top_k, top_p=top_p, generator=generator
+                )
                 if len(stops):
                     if ended is not None:
                         following = torch.where(ended, current[:, -1], following)
@@ -138,18 +110,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Choose a token per row of logits.
-
-    Args:
-        logits: (batch, vocab).
-        temperature: 0 for the likeliest token.
-        top_k: keep so many likeliest tokens.
-        top_p: keep the smallest set of likeliest tokens whose probabilities sum to at least this.
-        generator: source of randomness.
-
-    Returns:
-        Tokens, (batch,).
-    """
+    """Choose a token, (batch,), for each row of logits, (batch, vocab); settings as in `stream`."""
     if temperature == 0.0:
         return logits.argmax(-1)
     values, tokens = (logits.float() / temperature), None
