@@ -1,18 +1,10 @@
-"""From influence to iteration schedules: the threshold's nested family, and the exact knapsack.
+"""From influence to iteration schedules: the threshold's nested family, and an exact knapsack.
 
-In: an influence table, one row per layer, one number per correction, as plain nested floats. Out:
-the nested family of every schedule that some threshold gives, each with its threshold interval. A
-correction can only be kept with those before it, so a threshold acts on suffix maxima; their sorted
-distinct values are the only breakpoints, and the family is complete after one sort, where a sweep
-over threshold values would miss members or repeat them.
-
-`knapsack` is the other way to choose: the schedule of the highest total worth under a budget. A
-layer's corrections are kept as a prefix, so there is one choice per layer, and dynamic programming
-solves it exactly, in about `evaluations * corrections` steps where the budget is of evaluations,
-next to nothing for real tables. The threshold is greedy and nested; the knapsack is optimal, but
-its schedules need not be nested.
-
-Source: this project.
+In: an influence table, one row per layer, one number per correction. Out: schedules.
+A correction can be kept only with those before it, so a threshold acts on suffix maxima. Their
+distinct values are the only breakpoints, so the family of all schedules that some threshold gives
+is known without a sweep over thresholds. `knapsack` finds the schedule of the highest total worth
+under a budget instead; its schedules need not be nested. Source: this project.
 """
 
 from __future__ import annotations
@@ -33,7 +25,6 @@ __all__ = [
     "influence_rows",
     "knapsack",
     "num_evaluations",
-    "num_kept",
     "schedule_at_threshold",
     "schedule_family",
     "spread_over_cost",
@@ -51,13 +42,15 @@ class HasRows(Protocol):
         ...
 
     def worths(self) -> Sequence[Sequence[float]]:
-        """Return what each correction adds when those before it are kept, for sums over them."""
+        """Return what each correction adds if those before it are kept; may be summed."""
         ...
 
 
 Influence = Sequence[Sequence[float]] | HasRows
-"""One row per layer, one number per correction, in lists or arrays of any kind; rows may differ in
-length, or end in NaN for corrections that do not exist."""
+"""Lists or arrays; rows may differ in length, or end in NaN for corrections that do not exist."""
+
+Cost = Callable[[IterationSchedule], float]
+"""In any unit: evaluations, FLOPs, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +58,10 @@ class FamilyMember:
     """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`."""
 
     schedule: IterationSchedule
-    """What these thresholds keep."""
     threshold_above: float
-    """Exclusive lower end; minus infinity for the full schedule."""
+    """Minus infinity for the full schedule."""
     threshold_up_to: float
-    """Inclusive upper end; infinity for the schedule without corrections."""
-
-
-Cost = Callable[[IterationSchedule], float]
+    """Infinity for the schedule without corrections."""
 
 
 def num_evaluations(schedule: IterationSchedule) -> float:
@@ -82,38 +71,31 @@ def num_evaluations(schedule: IterationSchedule) -> float:
 
 def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
     """Compute `M[i] = max_{k>=i} I[k]` of one layer: the most that dropping i and later loses."""
-    maxima: list[float] = []
-    for value in reversed(row):
-        maxima.append(max(value, maxima[-1]) if maxima else value)
-    return tuple(reversed(maxima))
-
-
-def num_kept(row: Sequence[float], threshold: float) -> int:
-    """Count the corrections that one layer keeps: `#{i : M[i] >= threshold}`."""
-    return sum(value >= threshold for value in suffix_maxima(row))
+    return tuple(accumulate(reversed(row), max))[::-1]
 
 
 def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
-    """Drop corrections of influence under the threshold, from each layer's last one backwards.
-
-    Args:
-        influence: see `Influence`.
-        threshold: in the units of the influence.
+    """Keep `#{i : M[i] >= threshold}` corrections in each layer.
 
     Raises:
         ValueError: the table is malformed, or the threshold is NaN.
     """
-    threshold = float(threshold)  # An entry of an array counts otherwise than a number does.
+    threshold = float(threshold)  # An array's entry would make the comparison below an array, too.
     if math.isnan(threshold):
         raise ValueError("the threshold is NaN; give a number")
-    return IterationSchedule(tuple(num_kept(row, threshold) for row in influence_rows(influence)))
+    return IterationSchedule(
+        tuple(
+            sum(value >= threshold for value in suffix_maxima(row))
+            for row in influence_rows(influence)
+        )
+    )
 
 
 def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
     """List every distinct schedule that some threshold gives, from full to no corrections.
 
-    The schedules are nested, and there are at most one more than corrections. Corrections whose
-    suffix maxima are equal fall together, so neighbours may differ by more than one correction.
+    The schedules are nested, and there are at most one more than corrections. Neighbours differ by
+    several corrections where suffix maxima are equal.
 
     Raises:
         ValueError: the table is malformed.
@@ -132,13 +114,10 @@ def spread_over_cost(
 ) -> tuple[FamilyMember, ...]:
     """Choose members spread as evenly over cost as the family allows, both ends included.
 
-    Args:
-        family: from `schedule_family`, dearest first.
-        num_points: how many to choose, at least 2; a smaller family is returned whole.
-        cost: what to spread over; evaluations when not given.
+    A family of at most `num_points` members is returned whole.
 
     Raises:
-        ValueError: fewer than two points are asked for.
+        ValueError: `num_points` is below 2.
     """
     if num_points < 2:
         raise ValueError(f"num_points must be at least 2 (both ends), got {num_points}")
@@ -148,7 +127,7 @@ def spread_over_cost(
     step = (costs[-1] - costs[0]) / (num_points - 1)
     chosen: list[int] = []
     for point in range(num_points):
-        # Leave enough members for the points that follow, so that all chosen ones are distinct.
+        # Each point gets another member: leave enough of them for the points that follow.
         first = chosen[-1] + 1 if chosen else 0
         candidates = range(first, len(family) - (num_points - 1 - point))
         target = costs[0] + point * step
@@ -159,12 +138,7 @@ def spread_over_cost(
 def within_cost(
     family: Sequence[FamilyMember], max_cost: float, *, cost: Cost = num_evaluations
 ) -> FamilyMember:
-    """Choose the member with the most corrections whose cost is at most `max_cost`.
-
-    Args:
-        family: from `schedule_family`, most corrections first.
-        max_cost: in the units of `cost` (evaluations, FLOPs, bytes).
-        cost: maps a schedule to its cost; evaluations when not given.
+    """Choose the first member, the one with the most corrections, that costs at most `max_cost`.
 
     Raises:
         ValueError: no member is that cheap.
@@ -177,7 +151,7 @@ def within_cost(
 
 
 def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
-    """Return the table as ragged tuples of finite floats, the NaN at the end of rows removed.
+    """Return the table as tuples of finite floats, the NaN at the end of rows removed.
 
     Raises:
         ValueError: no layers, or a value that is not finite before a row's end.
@@ -206,11 +180,10 @@ def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
     return tuple(rows)
 
 
+# What rounding adds to or takes from a cost, as a share of it, at most.
 ROUNDING = Fraction(1, 10**12)
-"""What rounding takes from or adds to a cost, as a share of it, at most."""
 State = tuple[Fraction, Fraction, tuple[int, ...]]
-"""Worth so far, minus the cost so far, and the corrections of the layers so far: the larger one is
-better."""
+"""Worth, minus the cost, and corrections of the layers so far; the larger one is better."""
 
 
 def knapsack(
@@ -218,21 +191,19 @@ def knapsack(
 ) -> IterationSchedule:
     """Find the schedule of the highest total worth under a budget, exactly.
 
-    Dynamic programming over layers: of all ways to spend in the first l layers, only those are kept
-    that no cheaper one is worth as much as. Sums are rational numbers, so rounding never decides;
-    only a schedule whose own cost, computed with rounding, is within the budget is returned. Among
-    equals the cheapest wins, then the one with fewer corrections in later layers.
+    Dynamic programming over layers: of all ways to spend in the first l layers, keep those that no
+    cheaper one is worth as much as. Sums are rational, so rounding never decides. Among equals the
+    cheapest wins, then the one with fewer corrections in later layers.
 
     Args:
-        influence: numbers, negative ones allowed, are what each correction adds when those before
-            it are kept; a measured influence knows its own.
-        max_cost: in the units of `cost`.
-        cost: maps a schedule to its cost, which must add up over layers, as FLOPs and bytes do;
-            evaluations when not given.
+        influence: numbers, also negative ones, are worths: what each correction adds if those
+            before it are kept. A measured influence knows its worths.
+        max_cost: in the unit of `cost`.
+        cost: must add up over layers, as FLOPs and bytes do.
 
     Raises:
         ValueError: the table is malformed, the budget does not pay for the predictions, or the cost
-            does not add up.
+        does not add up.
     """
     rows = influence_rows(influence.worths() if isinstance(influence, HasRows) else influence)
     full, none = IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows))

@@ -26,7 +26,7 @@ class IterationSchedule:
     """The number of corrections `r_1, ..., r_L` of each layer; layer l costs `1 + r_l` evaluations.
 
     Raises:
-        ValueError: no layer, or an entry that is not an integer of at least zero.
+        ValueError: no layer, or an entry that is not an integer from 0 to `MAX_CORRECTIONS`.
     """
 
     corrections: tuple[int, ...]
@@ -40,11 +40,9 @@ class IterationSchedule:
             )
         for layer, count in enumerate(self.corrections, start=1):
             if type(count) is not int or not 0 <= count <= MAX_CORRECTIONS:
-                is_large = type(count) is int and count > 0
-                bound = f"most {MAX_CORRECTIONS}" if is_large else "least 0"
                 raise ValueError(
-                    f"corrections of layer {layer} must be an integer of at {bound}, got "
-                    f"{_quoted(count)} in {_quoted(self.corrections)}"
+                    f"corrections of layer {layer} must be an integer from 0 to {MAX_CORRECTIONS}, "
+                    f"got {_quoted(count)} in {_quoted(self.corrections)}"
                 )
 
     @classmethod
@@ -54,15 +52,13 @@ class IterationSchedule:
 
     @classmethod
     def none(cls, num_layers: int) -> IterationSchedule:
-        """Give no layer any correction: predictions and the mix alone."""
+        """Give no layer any correction."""
         return cls.uniform(num_layers, 0)
 
     @classmethod
     def ramp(cls, num_layers: int, first: int, last: int) -> IterationSchedule:
-        """Go evenly from `first` corrections in the first layer to `last` in the last one.
-
-        Layer l gets the nearest integer to the straight line between them, the larger one of two.
-        """
+        """Go evenly from `first` corrections in the first layer to `last` in the last, rounded half
+        up."""
         steps = max(1, num_layers - 1)
         line = (first * (steps - layer) + last * layer for layer in range(num_layers))
         return cls(tuple((2 * height + steps) // (2 * steps) for height in line))
@@ -71,7 +67,7 @@ class IterationSchedule:
     def parse(
         cls, text: str | int | Iterable[int] | IterationSchedule, *, num_layers: int
     ) -> IterationSchedule:
-        """Read a schedule as people write it.
+        """Read a schedule for `num_layers` layers as people write it.
 
         Args:
             text: one number for all layers (`3`, `"3"`), one per layer (`"2,2,1,1"`, `"(2,2,1,1)"`,
@@ -97,11 +93,7 @@ class IterationSchedule:
         else:
             raise ValueError(f"{_quoted(text)} is not an iteration schedule")
         if schedule.num_layers != num_layers:
-            raise ValueError(
-                f"the iteration schedule {_shortened(str(text))} is for {schedule.num_layers} "
-                "layers, "
-                f"the model has {num_layers}"
-            )
+            raise _wrong_length(text, schedule.num_layers, num_layers)
         return schedule
 
     @property
@@ -124,8 +116,13 @@ class IterationSchedule:
         """Field evaluations per forward: one prediction per layer and its corrections."""
         return self.num_layers + self.num_corrections
 
+    @property
+    def num_within(self) -> int:
+        """How many schedules lie within this one, itself and none included."""
+        return math.prod(1 + count for count in self)
+
     def is_within(self, other: IterationSchedule) -> bool:
-        """Tell whether no layer makes more corrections than it does under `other`.
+        """Whether no layer makes more corrections than under `other`.
 
         Raises:
             ValueError: the two have different numbers of layers.
@@ -133,11 +130,6 @@ class IterationSchedule:
         if self.num_layers != other.num_layers:
             raise ValueError(f"({self}) and ({other}) have different numbers of layers")
         return all(mine <= theirs for mine, theirs in zip(self, other, strict=True))
-
-    @property
-    def num_within(self) -> int:
-        """How many schedules lie within this one, itself and none included."""
-        return math.prod(1 + count for count in self)
 
     def with_layer(self, layer: int, count: int) -> IterationSchedule:
         """Return the schedule with another number of corrections in one layer, counted from 0."""
@@ -169,12 +161,16 @@ def _counts_in(text: str, num_layers: int) -> tuple[int, ...]:
         count, star, repeats = part.partition("*")
         runs.append((int(count), int(repeats) if star else 1))
     num_given = sum(times for _, times in runs)
-    if num_given > num_layers:  # Said before a list of so many is made.
-        raise ValueError(
-            f"the iteration schedule {_shortened(text)} is for {num_given} layers, the model has "
-            f"{num_layers}"
-        )
+    if num_given > num_layers:  # Refuse before making a list of, say, 10^9 entries.
+        raise _wrong_length(text, num_given, num_layers)
     return tuple(count for count, times in runs for _ in range(times))
+
+
+def _wrong_length(text: object, num_given: int, num_layers: int) -> ValueError:
+    return ValueError(
+        f"the iteration schedule {_shortened(str(text))} is for {num_given} layers, the model has "
+        f"{num_layers}"
+    )
 
 
 def _quoted(value: object) -> str:

@@ -13,7 +13,6 @@ from iiet.cost import inference_cost
 from iiet.pruning import (
     knapsack,
     num_evaluations,
-    num_kept,
     schedule_at_threshold,
     schedule_family,
     spread_over_cost,
@@ -78,7 +77,7 @@ def test_equal_influences_fall_together():
 
 def test_a_small_correction_before_a_large_one_is_kept():
     assert suffix_maxima([0.1, 0.9, 0.2]) == (0.9, 0.9, 0.2)
-    assert num_kept([0.1, 0.9, 0.2], 0.5) == 2
+    assert schedule_at_threshold([[0.1, 0.9, 0.2]], 0.5).corrections == (2,)
 
 
 def test_nan_ends_a_row_and_is_refused_inside():
