@@ -1,11 +1,7 @@
 """What a decoder is: method, sizes and iteration schedule, as one frozen value that checks itself.
 
-A config holds everything that shapes the weights or the forward pass, and nothing about training.
-It is what a checkpoint folder stores beside its weights, so it converts to plain JSON and back,
-refuses keys it does not know, and reports all its problems in one error. Validation never edits:
-what was written is what runs.
-
-The presets are the sizes of the published configurations, and two of this project's own.
+A config holds what shapes the weights or the forward pass, and nothing about training. A checkpoint
+folder stores it as JSON beside the weights.
 """
 
 from __future__ import annotations
@@ -77,13 +73,12 @@ class ModelConfig:
 
     @property
     def options(self) -> Any:
-        """The options of the method, its defaults where the config says none."""
-        return (
-            METHODS[self.method].Options() if self.method_options is None else self.method_options
-        )
+        """The options of the method; its defaults if `method_options` is None."""
+        default = METHODS[self.method].Options()
+        return default if self.method_options is None else self.method_options
 
     def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
-        """Count the field evaluations of each layer under a schedule, the config's own when None.
+        """Count the field evaluations of each layer under a schedule (default: the config's own).
 
         Raises:
             ValueError: the schedule does not fit the method or the number of layers.
@@ -96,9 +91,7 @@ class ModelConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: the schedule as a list of integers or None, and the method's
-        options that are not defaults, if there are any.
-        """
+        """Return JSON values: the schedule as a list or None, options without their defaults."""
         values = asdict(self)
         values["schedule"] = list(self.schedule) if self.schedule else None
         del values["method_options"]
@@ -108,16 +101,14 @@ class ModelConfig:
             for field in fields(default)
             if getattr(self.options, field.name) != getattr(default, field.name)
         }
-        # Left out where all are defaults: configs keep the hash they had before there were options.
+        # Without options, configs keep the hash that they had before there were any.
         return values | ({"method_options": chosen} if chosen else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Build a config from plain values; the inverse of `to_dict`.
+        """Build a config from JSON values; the inverse of `to_dict`.
 
-        Args:
-            values: field names to values; the schedule in any form that `IterationSchedule.parse`
-                reads, the method's options as names to values.
+        The schedule may have any form that `IterationSchedule.parse` reads.
 
         Raises:
             ValueError: unknown or missing keys, or invalid values, all named at once.
@@ -140,32 +131,17 @@ class ModelConfig:
         return cls(**given)
 
 
-_SIZES = (
-    "vocab_size",
-    "dim",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "ffn_dim",
-    "context_length",
-)
-_SWITCHES = ("tie_embeddings",)
-_REALS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "initializer_std")
-
-
 def _size_problems(config: ModelConfig) -> list[str]:
     problems: list[str] = []
-    for name in _SIZES:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if field.type == "int" and (type(value) is not int or value < 1):
             problems.append(f"{name} must be a positive integer, got {value!r}")
-    for name in _REALS:
-        value = getattr(config, name)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        elif field.type == "float" and not (
+            type(value) in (int, float) and math.isfinite(value) and value > 0
+        ):
             problems.append(f"{name} must be a positive number, got {value!r}")
-    for name in _SWITCHES:
-        value = getattr(config, name)
-        if type(value) is not bool:
+        elif field.type == "bool" and type(value) is not bool:
             problems.append(f"{name} must be true or false, got {value!r}")
     if problems:
         return problems
@@ -225,38 +201,31 @@ def _method_problems(config: ModelConfig) -> list[str]:
     return problems
 
 
-def _preset_sizes(
+def _sizes(
     num_layers: int, dim: int, ffn_dim: int, num_heads: int, **others: Any
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     sizes = {"num_layers": num_layers, "dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads}
     return {"vocab_size": 32000, "context_length": 2048, **sizes, **others}
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # This project's toy: trains on one CPU core in minutes.
-    "tiny": _preset_sizes(6, 128, 352, 4, vocab_size=2048, context_length=128),
+    "tiny": _sizes(6, 128, 352, 4, vocab_size=2048, context_length=128),
     # The published configurations.
-    "55m": _preset_sizes(12, 512, 1408, 4),
-    "340m": _preset_sizes(24, 1024, 2816, 8),
+    "55m": _sizes(12, 512, 1408, 4),
+    "340m": _sizes(24, 1024, 2816, 8),
     # This project's own size between them; no published configuration was at hand.
-    "740m": _preset_sizes(24, 1536, 4096, 12),
-    "1.3b": _preset_sizes(24, 2048, 5432, 16, tie_embeddings=False),
+    "740m": _sizes(24, 1536, 4096, 12),
+    "1.3b": _sizes(24, 2048, 5432, 16, tie_embeddings=False),
 }
-"""Sizes by name: tiny and 740m are this project's, 55m, 340m and 1.3b the published ones."""
-
-_USUAL_CORRECTIONS = 3
+_USUAL_CORRECTIONS = 3  # The paper's number.
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-    """Build the config of a named size, with any field replaced.
+    """Build the config of a named size, a key of `PRESETS`, with any fields replaced.
 
-    Where not overridden, there are as many key/value heads as query heads, and a method that makes
-    corrections makes three in each layer (the paper's number).
-
-    Args:
-        name: a key of `PRESETS`.
-        overrides: fields of `ModelConfig`; the schedule in any form that
-            `IterationSchedule.parse` reads, the method's options as names to values.
+    By default there are as many key/value heads as query heads, and three corrections per layer
+    where the method makes any. `overrides` take the forms that `ModelConfig.from_dict` reads.
 
     Raises:
         ValueError: unknown preset, or fields that do not fit together.
