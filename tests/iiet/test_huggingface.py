@@ -204,6 +204,7 @@ def llama_and_its_copy():
     return llama, IIETForCausalLM.from_decoder(decoder)
 
 
+EMBEDDINGS = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).double()
 LEFT_PADDED = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
 
 ARGUMENTS = {
@@ -214,7 +215,7 @@ ARGUMENTS = {
         "attention_mask": LEFT_PADDED,
         "position_ids": (LEFT_PADDED.cumsum(1) - 1).clamp_min(0),
     },
-    "embeddings": {"input_ids": None, "inputs_embeds": torch.randn(2, 9, 16).double()},
+    "embeddings": {"input_ids": None, "inputs_embeds": EMBEDDINGS},
     "last tokens": {"logits_to_keep": 2},
     "some tokens": {"logits_to_keep": torch.tensor([1, 5])},
     "one type of token": {"token_type_ids": torch.zeros(2, 9, dtype=torch.long)},
