@@ -26,8 +26,7 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss
-from iiet.coarsening import coarsen
-from iiet.distillation import Model, frozen_teacher
+from iiet.distillation import Model, coarsen, frozen_teacher
 from orchestrator.training.teacher_cache import (
     Answer,
     CachedTeacher,

@@ -31,7 +31,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from iiet.coarsening import CoarseDistribution
+from iiet.distillation import CoarseDistribution
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
 from orchestrator.provenance import content_key, file_digest

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from iiet.coarsening import CoarseDistribution, coarsen
-from iiet.distillation import DistillationConfig
+from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.console import Progress
 from orchestrator.data.batches import BatchPlan
 from orchestrator.data.tokens import open_tokens

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iiet import losses
-from iiet.coarsening import coarse_kl_divergence, coarsen
+from iiet.distillation import coarse_kl_divergence, coarsen
 from iiet.losses import kl_divergence
 
 VOCAB = 17
@@ -51,7 +51,7 @@ def test_the_buckets_hold_all_the_mass(top_k, temperature):
 def test_some_tokens_at_a_time_keep_the_bits(dtype, monkeypatch):
     logits = (3 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))).to(dtype)
     whole = coarsen(logits, 4, temperature=2.0)
-    monkeypatch.setattr("iiet.coarsening.CHUNK_ELEMENTS", 3 * 11)
+    monkeypatch.setattr("iiet.distillation.CHUNK_ELEMENTS", 3 * 11)
     parts = coarsen(logits, 4, temperature=2.0)
     for name in ("ids", "log_probs", "log_tail"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from iiet.batch import NO_TARGET, Batch
-from iiet.coarsening import coarse_kl_divergence, coarsen
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.distillation import (
+    DistillationConfig,
+    coarse_kl_divergence,
+    coarsen,
+    distillation_loss,
+    frozen_teacher,
+)
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.schedule import IterationSchedule
 

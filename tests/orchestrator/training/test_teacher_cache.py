@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from iiet.coarsening import CoarseDistribution, coarsen
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig
+from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.console import Progress
 from orchestrator.errors import UserError
 from orchestrator.journal import read_journal
