@@ -32,7 +32,7 @@ from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
+from iiet.weights import CONFIG, WEIGHTS, read_folder, rename_older_weights, write_folder
 
 __all__ = ["Decoder"]
 
@@ -60,13 +60,7 @@ class Decoder(nn.Module):
         method, options = METHODS[config.method], config.options
         self.layers = nn.ModuleList(
             method(
-                Field(
-                    config.dim,
-                    num_heads=config.num_heads,
-                    num_kv_heads=config.num_kv_heads,
-                    ffn_dim=config.ffn_dim,
-                    rms_norm_eps=config.rms_norm_eps,
-                ),
+                Field(config),
                 layer,
                 dim=config.dim,
                 layer_norm_eps=config.layer_norm_eps,
@@ -263,13 +257,15 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
         normed = self.norm(hidden)
-        if self.head is not None and not is_bare(self.head, nn.Linear):
-            logits: Tensor = self.head(normed)
-            return logits
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        if serves_token_step(normed, cached=True):
+        if serves_token_step(normed, cached=True) and (
+            self.head is None or is_bare(self.head, nn.Linear)
+        ):
+            weight = self.embedding.weight if self.head is None else self.head.weight
             return few_rows_product(normed, weight, len(normed)).view(len(normed), 1, -1)
-        return F.linear(normed, weight)
+        if self.head is None:
+            return F.linear(normed, self.embedding.weight)
+        logits: Tensor = self.head(normed)
+        return logits
 
     def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.
@@ -280,7 +276,7 @@ class Decoder(nn.Module):
         return self.config.evaluations_per_layer(schedule)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        _rename_older_weights(state_dict, prefix, num_layers=self.config.num_layers)
+        rename_older_weights(state_dict, prefix, num_layers=self.config.num_layers)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _advances(
@@ -318,29 +314,3 @@ class Decoder(nn.Module):
             )
             hidden, state = layer(hidden, state, call)
             yield hidden
-
-
-_OLDER_NAMES = (
-    (r"fields\.(\d+)\.(.*)", r"layers.\1.field.\2"),
-    (r"method\.mix\.(prediction|correction)_norms\.(\d+)\.(.*)", r"layers.\2.\1_norm.\3"),
-    (r"method\.gates\.(\d+)\.(.*)", r"layers.\1.gate.\2"),
-    (r"method\.predictor\.(.*)", r"shared.\1"),
-)
-"""Names of weights before version 0.2, as patterns, and their names since."""
-
-
-def _rename_older_weights(state: dict[str, Any], prefix: str, *, num_layers: int) -> None:
-    """Give the weights of a state dict of before version 0.2 their names, in place.
-
-    The matrices A and C of all layers were parameters then; each layer has its row of them now.
-    """
-    for name in [name for name in state if name.startswith(prefix)]:
-        ours = name.removeprefix(prefix)
-        if match := re.fullmatch(r"method\.mix\.(inner|outer)", ours):
-            matrix = state.pop(name)
-            for layer in range(num_layers):
-                row = matrix[layer + 1, : layer + 2].clone()
-                state[f"{prefix}layers.{layer}.mix.{match[1]}"] = row
-        for pattern, replacement in _OLDER_NAMES:
-            if re.fullmatch(pattern, ours):
-                state[prefix + re.sub(pattern, replacement, ours)] = state.pop(name)

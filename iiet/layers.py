@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iiet.config import ModelConfig
 from iiet.context import PassContext
 from iiet.cpu_kernels import (
     evaluate_token,
@@ -100,15 +101,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Field(nn.Module):
-    """One layer's block.
-
-    Args:
-        dim: width of the hidden state.
-        num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of `num_heads`.
-        ffn_dim: inner width of the feed-forward network.
-        rms_norm_eps: epsilon of both norms.
-    """
+    """One layer's block."""
 
     bare_parts: ClassVar[Mapping[str, type[nn.Module]]] = {
         "attention_norm": RMSNorm,
@@ -118,14 +111,13 @@ class Field(nn.Module):
     }
     """The modules that `cpu_kernels.evaluate_token` reads; replaced ones are called instead."""
 
-    def __init__(
-        self, dim: int, *, num_heads: int, num_kv_heads: int, ffn_dim: int, rms_norm_eps: float
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(dim, eps=rms_norm_eps)
-        self.attention = Attention(dim, num_heads, num_kv_heads)
-        self.feed_forward_norm = RMSNorm(dim, eps=rms_norm_eps)
-        self.feed_forward = FeedForward(dim, ffn_dim)
+        dim, eps = config.dim, config.rms_norm_eps
+        self.attention_norm = RMSNorm(dim, eps=eps)
+        self.attention = Attention(dim, config.num_heads, config.num_kv_heads)
+        self.feed_forward_norm = RMSNorm(dim, eps=eps)
+        self.feed_forward = FeedForward(dim, config.ffn_dim)
 
     def forward(self, x: Tensor, context: PassContext, slot: int | None = None) -> Tensor:
         """Evaluate F(x), (batch, time, dim) to (batch, time, dim).

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from iiet.config import ModelConfig
 
-__all__ = ["CONFIG", "WEIGHTS", "non_finite", "read_folder", "write_folder"]
+__all__ = ["CONFIG", "WEIGHTS", "non_finite", "read_folder", "rename_older_weights", "write_folder"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -86,3 +88,29 @@ def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Ten
     if problems := non_finite(weights):
         raise ValueError(f"cannot load {file}: {'; '.join(problems)}")
     return config, weights
+
+
+_OLDER_NAMES = (
+    (r"fields\.(\d+)\.(.*)", r"layers.\1.field.\2"),
+    (r"method\.mix\.(prediction|correction)_norms\.(\d+)\.(.*)", r"layers.\2.\1_norm.\3"),
+    (r"method\.gates\.(\d+)\.(.*)", r"layers.\1.gate.\2"),
+    (r"method\.predictor\.(.*)", r"shared.\1"),
+)
+"""Names of weights before version 0.2, as patterns, and their names since."""
+
+
+def rename_older_weights(state: dict[str, Any], prefix: str, *, num_layers: int) -> None:
+    """Give the weights of a state dict of before version 0.2 their names, in place.
+
+    The matrices A and C of all layers were parameters then; each layer has its row of them now.
+    """
+    for name in [name for name in state if name.startswith(prefix)]:
+        ours = name.removeprefix(prefix)
+        if match := re.fullmatch(r"method\.mix\.(inner|outer)", ours):
+            matrix = state.pop(name)
+            for layer in range(num_layers):
+                row = matrix[layer + 1, : layer + 2].clone()
+                state[f"{prefix}layers.{layer}.mix.{match[1]}"] = row
+        for pattern, replacement in _OLDER_NAMES:
+            if re.fullmatch(pattern, ours):
+                state[prefix + re.sub(pattern, replacement, ours)] = state.pop(name)
