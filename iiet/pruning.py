@@ -39,11 +39,9 @@ class HasRows(Protocol):
 
     def rows(self) -> Sequence[Sequence[float]]:
         """Return what thresholds act on."""
-        ...
 
     def worths(self) -> Sequence[Sequence[float]]:
         """Return what each correction adds if those before it are kept; may be summed."""
-        ...
 
 
 Influence = Sequence[Sequence[float]] | HasRows
@@ -55,13 +53,14 @@ Cost = Callable[[IterationSchedule], float]
 
 @dataclass(frozen=True, slots=True)
 class FamilyMember:
-    """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`."""
+    """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`.
+
+    The ends of a family are minus infinity and infinity.
+    """
 
     schedule: IterationSchedule
     threshold_above: float
-    """Minus infinity for the full schedule."""
     threshold_up_to: float
-    """Infinity for the schedule without corrections."""
 
 
 def num_evaluations(schedule: IterationSchedule) -> float:

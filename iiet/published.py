@@ -78,14 +78,7 @@ def config_from_published(
         ValueError: a key is missing, or asks for what the decoder does not do (rope scaling,
         biases).
     """
-    kind = config.get("kind")
-    if kind is None:
-        kind = _kind_by_names(weight_names)
-        model_type = config.get("model_type") or "llama"
-        if kind == "vanilla" and model_type != "llama":
-            raise ValueError(
-                f"of plain transformers only Llama can be read; model_type is {model_type!r}"
-            )
+    method = _method_of(config, weight_names)
     values: dict[str, Any] = {}
     for field, keys in _KEYS.items():
         found = [config[key] for key in keys if config.get(key) is not None]
@@ -100,31 +93,35 @@ def config_from_published(
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_theta"] = float(values["rope_theta"])
     values.setdefault("num_kv_heads", values["num_heads"])
-    if kind == "iiet":
+    if method == "iiet":
         if config.get("corrections") is None:
             raise ValueError("the published config of kind 'iiet' does not say corrections")
         values["schedule"] = IterationSchedule.parse(
             config["corrections"], num_layers=values["num_layers"]
         )
-    return ModelConfig(method=_method_of(kind, config.get("predictor_order")), **_DEFAULTS | values)
+    return ModelConfig(method=method, **_DEFAULTS | values)
 
 
-def _kind_by_names(names: Mapping[str, Any]) -> str:
-    if "model.alpha" in names:
-        return "pcformer"
-    return "iiet" if "model.history.weight" in names else "vanilla"
-
-
-def _method_of(kind: str, order: int | None) -> str:
-    if kind in ("vanilla", "llama"):
-        return "vanilla"
-    if kind == "iiet":
-        return "iiet"
+def _method_of(config: Mapping[str, Any], weight_names: Mapping[str, Any]) -> str:
+    kind, order = config.get("kind"), config.get("predictor_order")
+    if kind is None:
+        if "model.alpha" in weight_names:
+            kind = "pcformer"
+        elif "model.history.weight" in weight_names:
+            kind = "iiet"
+        elif (model_type := config.get("model_type") or "llama") == "llama":
+            kind = "vanilla"
+        else:
+            raise ValueError(
+                f"of plain transformers only Llama can be read; model_type is {model_type!r}"
+            )
     if kind == "pcformer":
         if order not in (None, *_METHOD_OF_ORDER):
             raise ValueError(f"predictor_order must be 2 or 4, got {order!r}")
         return _METHOD_OF_ORDER[order or 2]
-    raise ValueError(f"kind must be vanilla, iiet or pcformer, got {kind!r}")
+    if kind not in ("vanilla", "llama", "iiet"):
+        raise ValueError(f"kind must be vanilla, iiet or pcformer, got {kind!r}")
+    return "iiet" if kind == "iiet" else "vanilla"
 
 
 def _refuse_unsupported(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
