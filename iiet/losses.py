@@ -199,11 +199,9 @@ def mean_divergence(
     count: float | None,
 ) -> Tensor:
     """Compute the mean of the divergence that `compare` gives, times T^2."""
-    counted = _counted(mask, student_logits)
-    divisor = _divisor(count, counted, torch.promote_types(student_logits.dtype, torch.float32))
     keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     divergence: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits, compare, counted.flatten(), divisor, temperature, keep_gradient
+        student_logits, compare, temperature, mask, count, keep_gradient
     )
     return divergence
 
@@ -214,13 +212,15 @@ class _MeanDivergence(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         compare: Compare,
-        counted: Tensor,
-        divisor: Tensor,
         temperature: float,
+        mask: Tensor | None,
+        count: float | None,
         keep_gradient: bool,
     ) -> Tensor:
         vocab = student.shape[-1]
         ours = student.reshape(-1, vocab)
+        counted = _counted(mask, student).flatten()
+        divisor = _divisor(count, counted, torch.promote_types(student.dtype, torch.float32))
         values = ours.new_zeros(len(ours), dtype=divisor.dtype)
         # float16 would round most of the gradient to 0 before the loss scale arrives in `backward`.
         kept = torch.float32 if ours.dtype == torch.float16 else ours.dtype
