@@ -10,14 +10,17 @@ value. Most passes need no mask at all: the kernel knows the causal one by itsel
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iiet.cpu_kernels import serves_fields, serves_token_step
+from iiet.plain import needs_all_derivatives
 from iiet.rope import Rope, RopeTables
 
 __all__ = [
@@ -156,9 +159,11 @@ def attend(
     if num_sharing > 1 and not shares:
         keys = keys.repeat_interleave(num_sharing, dim=1)
         values = values.repeat_interleave(num_sharing, dim=1)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
-    )
+    # PyTorch's fused kernels have a backward pass and no other derivative.
+    with sdpa_kernel(SDPBackend.MATH) if needs_all_derivatives() else nullcontext():
+        return F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
+        )
 
 
 _CPU_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)

@@ -1,9 +1,9 @@
 """Which form of a formula runs: the plain one, or a faster one written by hand.
 
-Every fast form has a plain one beside it that computes the same. Fast forms are for ordinary
-passes. The plain ones run where a tool looks inside: under `torch.compile`, in the transforms of
-`torch.func`, in forward-mode differentiation, and within `plain_formulas()`, which second
-derivatives need.
+Every fast form has a plain one beside it that computes the same; of attention, both are PyTorch's
+own. Fast forms are for ordinary passes. The plain ones run where a tool looks inside: under
+`torch.compile` (which fuses attention itself), in the transforms of `torch.func`, in forward-mode
+differentiation, and within `plain_formulas()`, which second derivatives need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["fast_forms_allowed", "plain_formulas"]
+__all__ = ["fast_forms_allowed", "needs_all_derivatives", "plain_formulas"]
 
 _plain_contexts = 0
 
@@ -38,9 +38,15 @@ def plain_formulas() -> Iterator[None]:
 
 def fast_forms_allowed() -> bool:
     """Tell whether a form written by hand may stand for the plain one."""
-    return (
-        not _plain_contexts
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+    return not torch.compiler.is_compiling() and not needs_all_derivatives()
+
+
+def needs_all_derivatives() -> bool:
+    """Tell whether more may be asked for than one derivative, backwards: a second one, one
+    forwards, or what `torch.func` makes of them.
+    """
+    return not torch.compiler.is_compiling() and (
+        _plain_contexts > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
