@@ -24,11 +24,7 @@ NO_TARGET = -100
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences with their targets; all tensors are (batch, time).
-
-    Raises:
-        ValueError: targets or mask do not have the shape of the tokens.
-    """
+    """Sequences with their targets. All tensors are (batch, time); else a ValueError."""
 
     input_ids: Tensor
     targets: Tensor
@@ -36,8 +32,7 @@ class Batch:
     mask: Tensor | None = None
     """True for the positions that count; None: all that have a target."""
     is_text: bool = field(default=False, kw_only=True)
-    """Whether a next token follows each position, so that a teacher can be asked at the last, too,
-    which has no target."""
+    """Whether a teacher can be asked at the last position, too, which has no target."""
     target_count: float | None = field(default=None, kw_only=True)
     """What a mean over targets divides by; None: `num_targets`. See `split`."""
     position_count: float | None = field(default=None, kw_only=True)
@@ -84,7 +79,7 @@ class Batch:
 
     @property
     def num_positions(self) -> int:
-        """Positions in `taught`. Waits for the device, as `num_targets` does."""
+        """Positions in `taught`. Waits for the device, too."""
         taught = self.taught
         return self.input_ids.numel() if taught is None else int(taught.sum())
 
@@ -102,9 +97,8 @@ class Batch:
     def split(self, num_sequences: int) -> list[Batch]:
         """Cut the batch into parts of this many sequences; the last may have fewer.
 
-        Each part gets its share of the counts, if there are any, by its number of sequences. Then
-        the means over the parts, weighted by these numbers, add up to the mean over the whole,
-        however unevenly the positions that count are spread.
+        Each part gets its share of the counts. Then the means over the parts, weighted by their
+        numbers of sequences, add up to the mean over the whole, however uneven the masks are.
         """
         parts = []
         for start in range(0, len(self), num_sequences):

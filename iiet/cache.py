@@ -35,11 +35,7 @@ def evaluation_slots(evaluations_per_layer: tuple[int, ...]) -> tuple[tuple[int,
 
 
 class KeyValueCache:
-    """Keys and values of at most `max_tokens` tokens, prompt and continuation together.
-
-    Raises:
-        ValueError: unknown strategy.
-    """
+    """Keys and values of at most `max_tokens` tokens, prompt and continuation together."""
 
     def __init__(
         self,
@@ -71,11 +67,7 @@ class KeyValueCache:
         self.num_bytes = storage.nbytes
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens held.
-
-        Raises:
-            ValueError: an interrupted pass left slots of different lengths.
-        """
+        """Return the number of tokens held; a ValueError after an interrupted pass."""
         if min(self._lengths) != max(self._lengths):
             raise ValueError(
                 f"the cache's slots hold from {min(self._lengths)} to {max(self._lengths)} tokens, "
@@ -86,11 +78,8 @@ class KeyValueCache:
     def update(self, keys: Tensor, values: Tensor, slot: int, /) -> tuple[Tensor, Tensor]:
         """Append keys and values, (batch, kv_heads, new, head_dim), to those of a slot.
 
-        Returns:
-            Views of all keys and values of the slot, (batch, kv_heads, held, head_dim).
-
-        Raises:
-            ValueError: more than `max_tokens` tokens.
+        Returns views of all of the slot's, (batch, kv_heads, held, head_dim). More than
+        `max_tokens` tokens are a ValueError.
         """
         start = self._lengths[slot]
         end = start + keys.size(2)

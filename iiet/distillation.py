@@ -44,11 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """What the student learns from its teacher.
-
-    Raises:
-        ValueError: names every field that is out of range.
-    """
+    """What the student learns from its teacher; a ValueError names all fields out of range."""
 
     kl_weight: float = 1.0
     """Weight of the divergence from the teacher; 0 turns it off. That of the cross-entropy is 1."""
@@ -62,7 +58,7 @@ class DistillationConfig:
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
-    """First step with a teacher; plain cross-entropy before."""
+    """First step with a teacher."""
     end_step: int | None = None
     """First step without a teacher again; None: never."""
 
@@ -105,8 +101,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """Copy a model for teaching: own storage, eval mode, no gradients.
 
-    `Decoder.with_schedule` shares its parameters and would change with the student. A `forward`
-    that was compiled or wrapped on the original is dropped; the copy may be compiled again.
+    A `forward` that was compiled or wrapped on the original is dropped; the copy may be compiled
+    again.
     """
     teacher = copy.deepcopy(decoder)
     for module in teacher.modules():
@@ -135,15 +131,14 @@ def distillation_loss(
         teacher: called without gradients, at the steps that need it; None if no step does.
         batch: a lone tensor, (batch, time) of token ids, is text.
         config: weights, temperature, divergence and window.
-        step: the training step, counted from 0, for the window.
+        step: counted from 0.
 
     Returns:
-        The loss, a scalar, and its unweighted parts `cross_entropy`, `kl` and `hidden` (those of
-        this step), detached.
+        The loss, a scalar, and its unweighted parts at this step, detached: `cross_entropy`, `kl`
+        and `hidden`.
 
     Raises:
-        ValueError: the step needs a teacher and got None, or its answers were made for another
-        temperature or `top_k`.
+        ValueError: the teacher is None, or its answers are for another temperature or `top_k`.
     """
     batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
     if not config.uses_teacher(step):
@@ -215,15 +210,14 @@ def _divergence(
 class CoarseDistribution:
     """A next-token distribution by its k likeliest tokens and one bucket for all others.
 
-    A few hundred bytes per token instead of thousands. The bucket keeps the tail's mass, so the
-    divergence between two of them is a true one; without it, a student that has the k tokens right
-    and all else wrong would look perfect.
+    The bucket keeps the tail's mass, so a divergence between two of them is a true one; without it,
+    a student that has the k tokens right and all else wrong would look perfect.
     """
 
     ids: Tensor
     """(batch, time, k): the tokens that have a bucket of their own."""
     log_probs: Tensor
-    """(batch, time, k): their log-probabilities at `temperature`."""
+    """(batch, time, k): their log-probabilities."""
     log_tail: Tensor
     """(batch, time): log of the mass of all others; minus infinity if there are none."""
     temperature: float
@@ -244,10 +238,7 @@ class CoarseDistribution:
 def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDistribution:
     """Reduce `softmax(logits / T)` to its `top_k` likeliest tokens and a tail.
 
-    The tail is empty if the vocabulary has no more tokens than `top_k`.
-
-    Raises:
-        ValueError: `top_k` is below 1, or the temperature not above 0.
+    A vocabulary of at most `top_k` tokens leaves the tail empty.
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
@@ -280,10 +271,6 @@ def coarse_kl_divergence(
     """Compute the mean KL(teacher || student) over the teacher's buckets, times T^2.
 
     It is at most the forward `kl_divergence`, and equal to it with a bucket for each token.
-
-    Raises:
-        ValueError: teacher, student or mask hold different numbers of tokens, or the teacher more
-        buckets than the vocabulary.
     """
     num_top = teacher.ids.shape[-1]
     if teacher.ids.shape[:-1] != student_logits.shape[:-1] or num_top > student_logits.shape[-1]:

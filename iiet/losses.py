@@ -8,6 +8,7 @@ number as the divisor, so that the parts of a batch add up to the whole's mean (
 The divergences are exactly 0, with gradient 0, where teacher and student agree. Logits are the
 largest tensor of a training step; autograd would keep several of that size for a divergence. Its
 gradient has a closed form, is computed chunk by chunk in the forward pass, and alone is kept.
+Shapes that differ, and values out of range, are a ValueError.
 Source: Hinton et al. 2015 (temperature and its square); this project (gradients).
 """
 
@@ -53,9 +54,6 @@ def cross_entropy(
     """Compute the mean of `-log softmax(logits)[target]`, in float32 or better.
 
     Positions whose target is `NO_TARGET` do not count, whatever the mask says.
-
-    Raises:
-        ValueError: logits, targets and mask do not fit together.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
@@ -108,9 +106,6 @@ def kl_divergence(
         jensen_shannon   (KL(p || m) + KL(q || m)) / 2
 
     T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
-
-    Raises:
-        ValueError: shapes that differ, a temperature that is not above 0, or an unknown kind.
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
@@ -140,9 +135,6 @@ def hidden_state_error(
 
     Relative, because hidden states grow with depth and the last layers would decide alone; for each
     position, so that the parts of a batch add up to the whole. The teacher gets no gradient.
-
-    Raises:
-        ValueError: the two have different numbers of layers, or none; a mask of another shape.
     """
     if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
         raise ValueError(

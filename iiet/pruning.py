@@ -4,7 +4,8 @@ In: an influence table, one row per layer, one number per correction. Out: sched
 A correction can be kept only with those before it, so a threshold acts on suffix maxima. Their
 distinct values are the only breakpoints, so the family of all schedules that some threshold gives
 is known without a sweep over thresholds. `knapsack` finds the schedule of the highest total worth
-under a budget instead; its schedules need not be nested. Source: this project.
+under a budget instead; its schedules need not be nested. A malformed table is a ValueError.
+Source: this project.
 """
 
 from __future__ import annotations
@@ -74,11 +75,7 @@ def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
 
 
 def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
-    """Keep `#{i : M[i] >= threshold}` corrections in each layer.
-
-    Raises:
-        ValueError: the table is malformed, or the threshold is NaN.
-    """
+    """Keep `#{i : M[i] >= threshold}` corrections in each layer; NaN is a ValueError."""
     threshold = float(threshold)  # An array's entry would make the comparison below an array, too.
     if math.isnan(threshold):
         raise ValueError("the threshold is NaN; give a number")
@@ -95,9 +92,6 @@ def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
 
     The schedules are nested, and there are at most one more than corrections. Neighbours differ by
     several corrections where suffix maxima are equal.
-
-    Raises:
-        ValueError: the table is malformed.
     """
     rows = influence_rows(influence)
     breakpoints = sorted({value for row in rows for value in suffix_maxima(row)})
@@ -113,10 +107,7 @@ def spread_over_cost(
 ) -> tuple[FamilyMember, ...]:
     """Choose members spread as evenly over cost as the family allows, both ends included.
 
-    A family of at most `num_points` members is returned whole.
-
-    Raises:
-        ValueError: `num_points` is below 2.
+    A family of at most `num_points` members is returned whole; below 2 points are a ValueError.
     """
     if num_points < 2:
         raise ValueError(f"num_points must be at least 2 (both ends), got {num_points}")
@@ -139,8 +130,7 @@ def within_cost(
 ) -> FamilyMember:
     """Choose the first member, the one with the most corrections, that costs at most `max_cost`.
 
-    Raises:
-        ValueError: no member is that cheap.
+    A ValueError if none is that cheap.
     """
     for member in family:
         if cost(member.schedule) <= max_cost:
@@ -150,11 +140,7 @@ def within_cost(
 
 
 def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
-    """Return the table as tuples of finite floats, the NaN at the end of rows removed.
-
-    Raises:
-        ValueError: no layers, or a value that is not finite before a row's end.
-    """
+    """Return the table as tuples of finite floats, the NaN at the end of rows removed."""
     table = influence.rows() if isinstance(influence, HasRows) else influence
     rows: list[tuple[float, ...]] = []
     for layer, given in enumerate(table, start=1):
@@ -201,8 +187,7 @@ def knapsack(
         cost: must add up over layers, as FLOPs and bytes do.
 
     Raises:
-        ValueError: the table is malformed, the budget does not pay for the predictions, or the cost
-        does not add up.
+        ValueError: the budget does not pay for the predictions, or the cost does not add up.
     """
     rows = influence_rows(influence.worths() if isinstance(influence, HasRows) else influence)
     full, none = IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows))

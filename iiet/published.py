@@ -75,8 +75,7 @@ def config_from_published(
         weight_names: anything keyed by the published names.
 
     Raises:
-        ValueError: a key is missing, or asks for what the decoder does not do (rope scaling,
-        biases).
+        ValueError: a key is missing, or asks for what the decoder does not do (rope scaling).
     """
     method = _method_of(config, weight_names)
     values: dict[str, Any] = {}
@@ -196,7 +195,7 @@ def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
     """Return copies of the weights by published name; a tied head is not stored twice.
 
     Raises:
-        ValueError: the method has no published naming.
+        ValueError: the method, or its options, have no published naming.
     """
     published = _to_published(decoder.config, decoder.state_dict())
     for matrix in published.keys() & _MIX_ROWS.values():
@@ -205,11 +204,7 @@ def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def published_gradients(decoder: Decoder) -> dict[str, Tensor]:
-    """Return copies of the gradients by the weights' published names, where there are any.
-
-    Raises:
-        ValueError: the method has no published naming.
-    """
+    """Return copies of the gradients by the weights' published names, where there are any."""
     gradients = {
         name: parameter.grad
         for name, parameter in decoder.named_parameters()

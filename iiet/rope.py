@@ -32,10 +32,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rope:
-    """The rotary tables of one model, made on first use; not part of the state dict.
-
-    `theta` is the base of the wavelengths, in tokens.
-    """
+    """The rotary tables of one model, made on first use; not part of the state dict."""
 
     def __init__(self, head_dim: int, num_positions: int, theta: float) -> None:
         self.head_dim = head_dim
@@ -44,10 +41,8 @@ class Rope:
         self._tables: dict[tuple[torch.device, torch.dtype], RopeTables] = {}
 
     def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
-        """Look up positions: a slice, or (batch, time) of integers.
-
-        `dtype` is that of the hidden states; the tables are float64 for float64, else float32.
-        """
+        """Look up positions: a slice, or (batch, time); `dtype` is that of the hidden states."""
+        # A table as exact as the model, and at least float32.
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = self._all_positions(device, dtype)
         return RopeTables(cos[positions], sin[positions])

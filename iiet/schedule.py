@@ -25,12 +25,10 @@ _LONGEST_QUOTE = 80
 class IterationSchedule:
     """The number of corrections `r_1, ..., r_L` of each layer; layer l costs `1 + r_l` evaluations.
 
-    Raises:
-        ValueError: no layer, or an entry that is not an integer from 0 to `MAX_CORRECTIONS`.
+    At least one layer, each with 0 to `MAX_CORRECTIONS`; all else is a ValueError.
     """
 
     corrections: tuple[int, ...]
-    """Corrections per layer, first layer first."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.corrections, tuple) or not self.corrections:
@@ -122,11 +120,7 @@ class IterationSchedule:
         return math.prod(1 + count for count in self)
 
     def is_within(self, other: IterationSchedule) -> bool:
-        """Whether no layer makes more corrections than under `other`.
-
-        Raises:
-            ValueError: the two have different numbers of layers.
-        """
+        """Whether no layer makes more corrections than under `other`, for as many layers."""
         if self.num_layers != other.num_layers:
             raise ValueError(f"({self}) and ({other}) have different numbers of layers")
         return all(mine <= theirs for mine, theirs in zip(self, other, strict=True))
