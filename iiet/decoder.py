@@ -100,7 +100,7 @@ class Decoder(nn.Module):
             decoder = cls(config)
         try:
             decoder.load_state_dict(weights, assign=True)
-        except (RuntimeError, IndexError) as error:
+        except RuntimeError as error:
             first, *others = str(error).splitlines()[1:] or [str(error)]
             more = f" ({len(others)} more like it)" if others else ""
             raise ValueError(

@@ -104,9 +104,11 @@ def rename_older_weights(state: dict[str, Any], prefix: str, *, num_layers: int)
 
     The matrices A and C of all layers were parameters then; each layer has its row of them now.
     """
+    size = num_layers + 1
     for name in [name for name in state if name.startswith(prefix)]:
         ours = name.removeprefix(prefix)
-        if match := re.fullmatch(r"method\.mix\.(inner|outer)", ours):
+        match = re.fullmatch(r"method\.mix\.(inner|outer)", ours)
+        if match and state[name].shape == (size, size):
             matrix = state.pop(name)
             for layer in range(num_layers):
                 row = matrix[layer + 1, : layer + 2].clone()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from iiet.config import ModelConfig
@@ -200,7 +201,20 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """Load what the optimizer and the loop need to go on; checked by `check_checkpoint` before."""
+    """Load what the optimizer and the loop need to go on; checked by `check_checkpoint` before.
+
+    Raises:
+        UserError: If the optimizer's numbers belong to parameters that have changed places since.
+    """
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        is_older = any(name.startswith("method.") for name in weights.keys())  # noqa: SIM118
+    if is_older:
+        raise UserError(
+            f"the training of {folder.parent} cannot go on: {folder.name} was written before "
+            "version 0.2, and its optimizer state is for the parameters of that version; move "
+            "the folder away to train anew, or choose another name or workspace. As a model the "
+            "checkpoint still serves: it can be evaluated, exported and distilled"
+        )
     state: dict[str, Any] = torch.load(
         folder / TRAINING_STATE, weights_only=True, map_location="cpu"
     )

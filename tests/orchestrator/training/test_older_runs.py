@@ -1,0 +1,163 @@
+"""Runs of before version 0.2: a finished one is found and used, an interrupted one goes on only
+where the optimizer's parameters are still the same.
+
+`tests/fixtures/older` holds two runs of two steps as version 0.1 left them, with a checkpoint after
+each step; its tokens were those of `tiny_tokens`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from iiet.config import ModelConfig
+from iiet.schedule import IterationSchedule
+from orchestrator.errors import UserError
+from orchestrator.settings import TrainingSettings
+from orchestrator.stages.importing import import_model
+from orchestrator.training.checkpoint import check_checkpoint, load_decoder, weights_key
+from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.workspace import open_workspace
+
+RUNS = Path(__file__).parents[2] / "fixtures" / "older"
+RECIPE = {
+    "num_steps": 2,
+    "num_tokens_per_step": 64,
+    "num_validation_tokens": 64,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "iterate_from_fraction": 0.0,
+}
+
+OlderJob = Callable[[str], TrainingJob]
+
+
+@pytest.fixture
+def older_job(tmp_path: Path, tiny_tokens: Path) -> OlderJob:
+    """Makes the job of a finished older run, a copy of whose folder lies there."""
+
+    def make(method: str) -> TrainingJob:
+        folder = tmp_path / f"run_{method}"
+        shutil.copytree(RUNS / folder.name, folder)
+        model = ModelConfig(
+            method=method,
+            vocab_size=300,
+            dim=4,
+            num_layers=2,
+            num_heads=1,
+            num_kv_heads=1,
+            ffn_dim=8,
+            context_length=16,
+            schedule=IterationSchedule((2, 1)) if method == "iiet" else None,
+        )
+        return TrainingJob(
+            run_folder=str(folder),
+            tokens_folder=str(tiny_tokens),
+            model=model.to_dict(),
+            recipe=TrainingSettings(**RECIPE),
+        )
+
+    return make
+
+
+def interrupted(job: TrainingJob) -> TrainingJob:
+    """As it was after its first step."""
+    shutil.rmtree(job.folder / "step_00000002")
+    (job.folder / DONE_NAME).unlink()
+    return job
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("lock", "journal.jsonl")
+    }
+
+
+@pytest.mark.parametrize("method", ["iiet", "vanilla"])
+def test_a_finished_run_is_not_trained_again(older_job: OlderJob, method: str) -> None:
+    job = older_job(method)
+    before = files_of(job.folder)
+    outcome = run_job(job)
+    assert outcome.finished
+    assert files_of(job.folder) == before
+
+
+@pytest.mark.parametrize("method", ["iiet", "vanilla"])
+def test_its_model_has_the_loss_that_it_had(older_job: OlderJob, method: str) -> None:
+    """Training on for no step measures the loss of the same weights with the code of today."""
+    job = older_job(method)
+    known = run_job(job).validation_loss
+    fresh = TrainingJob(
+        run_folder=str(job.folder.with_name("fresh")),
+        tokens_folder=job.tokens_folder,
+        model=job.model,
+        recipe=TrainingSettings(**{**RECIPE, "num_steps": 1, "learning_rate": 1e-30}),
+        initial_folder=str(job.folder / "step_00000002"),
+    )
+    assert run_job(fresh).validation_loss == pytest.approx(known, abs=1e-5)
+
+
+def test_a_run_whose_moments_belong_to_other_parameters_is_refused(older_job: OlderJob) -> None:
+    job = interrupted(older_job("iiet"))
+    before = files_of(job.folder)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"written before version 0\.2.*move the folder away"):
+            run_job(job)
+    assert files_of(job.folder) == before
+    check_checkpoint(job.folder / "step_00000001")
+
+
+def test_a_run_of_the_same_parameters_goes_on(older_job: OlderJob) -> None:
+    finished = load_decoder(older_job("vanilla").folder / "step_00000002").state_dict()
+    shutil.rmtree(older_job("iiet").folder.with_name("run_vanilla"))
+    job = interrupted(older_job("vanilla"))
+    outcome = run_job(job)
+    assert (outcome.finished, outcome.step) == (True, 2)
+    resumed = load_decoder(job.folder / "step_00000002").state_dict()
+    for name, tensor in finished.items():
+        torch.testing.assert_close(resumed[name], tensor)
+
+
+def test_it_serves_as_teacher_and_as_start_of_a_student(older_job: OlderJob) -> None:
+    older = older_job("iiet")
+    teacher = older.folder / "step_00000002"
+    job = TrainingJob(
+        run_folder=str(older.folder.with_name("student")),
+        tokens_folder=older.tokens_folder,
+        model={**older.model, "schedule": [1, 0]},
+        recipe=older.recipe,
+        objective="distill",
+        teacher_folder=str(teacher),
+        initial_folder=str(teacher),
+    )
+    outcome = run_job(job)
+    assert outcome.finished
+    student = load_decoder(Path(str(outcome.checkpoint))).state_dict()
+    assert student.keys() == load_decoder(teacher).state_dict().keys()
+    names = load_file(Path(str(outcome.checkpoint)) / "model.safetensors").keys()
+    assert not any(name.startswith(("method.", "fields.")) for name in names)
+
+
+def test_an_exported_model_is_imported(older_job: OlderJob, tmp_path: Path) -> None:
+    """As version 0.1 wrote one: the same names, `decoder.` before them."""
+    from iiet.huggingface import IIETConfig
+
+    checkpoint = older_job("iiet").folder / "step_00000002"
+    exported = tmp_path / "exported"
+    decoder = load_decoder(checkpoint)
+    IIETConfig.from_model_config(decoder.config).save_pretrained(exported)
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({f"decoder.{n}": w for n, w in weights.items()}, exported / "model.safetensors")
+    shutil.copy(checkpoint / "tokenizer.json", exported)
+    imported = import_model(exported, open_workspace(tmp_path / "workspace"))
+    assert weights_key(imported) != weights_key(checkpoint)
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(load_decoder(imported)(ids), decoder(ids))
