@@ -38,13 +38,17 @@ def fixed_point(
         num_differentiated: gradients flow through this many last steps only; the guess and the
             steps before count as constants, and nothing is kept for them. None for all.
     """
-    num_constant = 0 if num_differentiated is None else num_steps - num_differentiated
-    if num_constant > 0 and torch.is_grad_enabled():
+
+    def iterate(value: Tensor, times: int) -> Tensor:
+        for _ in range(times):
+            value = step(value) if damping is None else torch.lerp(value, step(value), damping)
+        return value
+
+    num_constant = 0 if num_differentiated is None else max(0, num_steps - num_differentiated)
+    if num_constant and torch.is_grad_enabled():
         with torch.no_grad():
-            guess = fixed_point(step, guess, num_constant, damping=damping)
-        torch.clear_autocast_cache()  # It holds weights without their gradients now.
+            guess = iterate(guess, num_constant)
+        # Older versions of PyTorch would use weights again that were cast without gradients here.
+        torch.clear_autocast_cache()
         num_steps -= num_constant
-    value = guess
-    for _ in range(num_steps):
-        value = step(value) if damping is None else torch.lerp(value, step(value), damping)
-    return value
+    return iterate(guess, num_steps)

@@ -1,0 +1,295 @@
+"""How corrections are made: damped, differentiated in part, and measured only for an observer."""
+
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+from live_tensors import LiveTensors
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iiet import Decoder, IterationSchedule, KeyValueCache, next_token_loss, preset
+from iiet.context import make_context
+from iiet.export import export_pretrained
+from iiet.huggingface import IIETForCausalLM
+from iiet.solvers import fixed_point
+
+VOCAB = 29
+OPTIONS = {
+    "damped": {"damping": 0.5},
+    "learned": {"damping": 0.25, "learn_damping": True},
+    "off": {"damping": 0.0, "learn_damping": True},
+    "truncated": {"differentiated_corrections": 1},
+    "all": {"damping": 0.7, "learn_damping": True, "differentiated_corrections": 2},
+}
+
+
+def small_decoder(schedule=(3, 0, 2), dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    config = preset(
+        "tiny",
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=24,
+        context_length=16,
+        schedule=schedule,
+        initializer_std=0.2,
+        method_options=options,
+    )
+    return Decoder(config).to(dtype)
+
+
+def tokens(batch=2, time=11):
+    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(decoder, autocast=None):
+    decoder.zero_grad()
+    with autocast or nullcontext():
+        loss = next_token_loss(decoder(tokens()), tokens())
+    loss.backward()
+    return {name: parameter.grad for name, parameter in decoder.named_parameters()}
+
+
+def assert_same(found, expected):
+    for name, gradient in found.items():
+        assert (gradient is None) == (expected[name] is None), name
+        assert gradient is None or torch.equal(gradient, expected[name]), name
+
+
+@torch.no_grad()
+def test_damped_estimates_go_that_share_of_the_way():
+    decoder = small_decoder(damping=0.25)
+    seen = []
+    decoder(tokens(), observe=seen.append)
+    first = [evaluation for evaluation in seen if evaluation.layer == 0]
+    row = decoder.layers[0].mix.inner
+    embeddings, e = first[0].input, first[0].estimate
+    for correction in first[1:]:
+        torch.testing.assert_close(correction.input, row[0] * embeddings + row[1] * e)
+        torch.testing.assert_close(correction.residual, correction.estimate - e)
+        e = 0.75 * e + 0.25 * correction.estimate
+
+
+def test_a_learned_damping_of_zero_starts_as_the_model_without_corrections():
+    decoder = small_decoder(**OPTIONS["off"])
+    without = decoder(tokens(), schedule=IterationSchedule.none(3))
+    assert torch.equal(decoder(tokens()), without)
+    found = gradients(decoder)
+    assert all(found[f"layers.{layer}.damping"].abs() > 0 for layer in (0, 2))
+    assert found["layers.1.damping"] is None, "a layer without corrections does not use it"
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
+    optimizer.step()
+    assert not torch.equal(decoder(tokens()), decoder(tokens(), schedule=IterationSchedule.none(3)))
+
+
+def test_each_layer_learns_its_own_damping():
+    decoder = small_decoder(schedule=2, **OPTIONS["learned"])
+    names = [name for name in decoder.method_parameters() if name.endswith("damping")]
+    assert names == [f"layers.{layer}.damping" for layer in range(3)]
+    fixed = small_decoder(schedule=2, damping=0.25)
+    assert torch.equal(fixed(tokens()), decoder(tokens()))
+    found = gradients(decoder)
+    step = 1e-6
+    for name in names:
+        losses = []
+        for move in (step, -2 * step):
+            with torch.no_grad():
+                decoder.get_parameter(name).add_(move)
+                losses.append(next_token_loss(decoder(tokens()), tokens()).item())
+        with torch.no_grad():
+            decoder.get_parameter(name).add_(step)
+        assert found[name].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_the_full_forward(options):
+    decoder = small_decoder(**OPTIONS[options])
+    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=11, dtype=torch.float64)
+    parts = [decoder(tokens()[:, :4], cache=cache)]
+    parts += [decoder(tokens()[:, t : t + 1], cache=cache) for t in range(4, 11)]
+    torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens()), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_options_survive_folders_of_both_kinds(options, tmp_path):
+    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options])
+    for layer in decoder.layers:
+        if layer.damping is not None:
+            layer.damping.add_(0.1 * (1 + layer.index))
+    expected = decoder(tokens())
+    decoder.save(tmp_path / "own")
+    again = Decoder.load(tmp_path / "own")
+    assert again.config == decoder.config
+    assert torch.equal(again(tokens()), expected)
+    IIETForCausalLM.from_decoder(decoder).save_pretrained(tmp_path / "transformers")
+    export_pretrained(decoder, tmp_path / "exported")
+    for folder in ("transformers", "exported"):
+        model = IIETForCausalLM.from_pretrained(tmp_path / folder)
+        assert model.config.to_model_config() == decoder.config
+        assert torch.equal(model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dampng": 0.5}, "'iiet' has no option 'dampng'; its options: damping, learn_damping"),
+        ({"damping": 1.5}, "'iiet': damping must be a number from 0 to 1, got 1.5"),
+        ({"damping": "half"}, "damping must be a number from 0 to 1, got 'half'"),
+        ({"damping": True}, "damping must be a number from 0 to 1, got True"),
+        ({"damping": float("nan")}, "damping must be a number from 0 to 1, got nan"),
+        ({"damping": 0}, "damping 0 takes nothing of a correction; set learn_damping=true"),
+        ({"learn_damping": 1}, "learn_damping must be true or false, got 1"),
+        ({"differentiated_corrections": 0}, "must be at least 1 or None, got 0"),
+        ({"damping": 2, "learn_damping": "no"}, "got 'no'; damping must be .* got 2"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        small_decoder(**options)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_residuals_are_computed_for_observers_alone(has_gradients):
+    decoder = small_decoder()
+    decoder(tokens())  # Makes the rotary tables.
+    names = []
+    for observe in (None, lambda _: None):
+        with torch.set_grad_enabled(has_gradients), Operations() as operations:
+            decoder(tokens(), observe=observe)
+        names.append(sorted(operations.names))
+    ordinary, observed = names
+    assert "aten.sub" not in ordinary
+    assert observed == sorted([*ordinary, *["aten.sub"] * 5])
+
+
+def loss_by_hand(decoder, last):
+    """The formulas, in which all but the last corrections of a layer are constants."""
+    hidden = decoder.embedding(tokens())
+    context, estimates = make_context(hidden, decoder.rope), [hidden]
+    for layer, count in zip(decoder.layers, decoder.schedule, strict=True):
+        e = layer.prediction_norm(layer.field(hidden, context))
+        *earlier, own = layer.mix.inner.unbind()
+        for k in range(count):
+            if k == count - last and k > 0:
+                e = e.detach()
+            sums = sum(a * s for a, s in zip(earlier, estimates, strict=True))
+            e = layer.correction_norm(layer.field(sums + own * e, context))
+        estimates.append(e)
+        hidden = sum(c * s for c, s in zip(layer.mix.outer.unbind(), estimates, strict=True))
+    return next_token_loss(decoder.logits(hidden), tokens())
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_truncated_backward_pass_is_that_of_the_truncated_graph(last):
+    """Values are those of the whole pass to the last bit. With 2 corrections of 2, and 3 of 3, the
+    whole layer is differentiated."""
+    truncated, whole = small_decoder(differentiated_corrections=last), small_decoder()
+    assert torch.equal(truncated(tokens()), whole(tokens()))
+    found = gradients(truncated)
+    loss_by_hand(whole, last).backward()
+    for name, parameter in whole.named_parameters():
+        assert (found[name] is None) == (parameter.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    assert (found["layers.0.prediction_norm.weight"] is None) == (last < 3)
+
+
+def test_a_truncated_backward_pass_keeps_less():
+    def kept(**options):
+        decoder = small_decoder(schedule=3, **options)
+        with LiveTensors(decoder) as live:
+            loss = next_token_loss(decoder(tokens()), tokens())
+            assert loss.requires_grad
+            return live.now
+
+    whole, last_two, last = (
+        kept(),
+        kept(differentiated_corrections=2),
+        kept(differentiated_corrections=1),
+    )
+    assert last < 0.4 * whole
+    assert last < last_two < 0.65 * whole
+
+
+@pytest.mark.parametrize("options", ["truncated", "all"])
+def test_a_truncated_backward_pass_under_autocast(options):
+    """Weights that are cast without gradients must not be used again with them."""
+    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options])
+    kept, cast_anew = (
+        gradients(decoder, torch.autocast("cpu", torch.bfloat16, cache_enabled=cached))
+        for cached in (True, False)
+    )
+    exact = gradients(decoder)
+    for name, gradient in kept.items():
+        assert (gradient is None) == (exact[name] is None), name
+        if gradient is not None:
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, cast_anew[name], rtol=0.05, atol=2e-3)
+
+
+def test_the_solver_forgets_weights_that_were_cast_without_gradients():
+    linear = torch.nn.Linear(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = fixed_point(linear, torch.ones(1, 4), 3, num_differentiated=1)
+    value.float().sum().backward()
+    assert linear.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("options", ["truncated", "all"])
+def test_a_truncated_backward_pass_with_activation_checkpointing(options, half):
+    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options])
+
+    def found():
+        return gradients(decoder, torch.autocast("cpu", torch.bfloat16) if half else None)
+
+    kept = found()
+    decoder.activation_checkpointing = True
+    assert_same(found(), kept)
+
+
+def test_parameters_that_a_truncated_backward_pass_leaves_out_do_not_stop_ddp():
+    import torch.distributed as dist
+
+    decoder = small_decoder(schedule=2, dtype=torch.float32, **OPTIONS["truncated"])
+    alone = gradients(decoder)
+    assert alone["layers.0.prediction_norm.weight"] is None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        finds_idle = decoder.method.has_corrections  # As training asks for it.
+        model = DistributedDataParallel(decoder, find_unused_parameters=finds_idle)
+        for _ in range(2):  # The second step fails if the first waits for a gradient.
+            decoder.zero_grad()
+            next_token_loss(model(tokens()), tokens()).backward()
+        for name, parameter in decoder.named_parameters():
+            if alone[name] is not None:
+                torch.testing.assert_close(parameter.grad, alone[name])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_schedules_of_a_call_decide_what_is_truncated():
+    decoder = small_decoder(**OPTIONS["truncated"])
+    config = dataclasses.replace(decoder.config, method_options=None)
+    whole = Decoder(config).double()
+    whole.load_state_dict(decoder.state_dict())
+    one = IterationSchedule.uniform(3, 1)
+    twins = decoder.with_schedule(one), whole.with_schedule(one)
+    assert_same(*(gradients(twin) for twin in twins))
