@@ -16,8 +16,8 @@ Source: derivatives by this project.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from iiet.plain import fast_forms_allowed
-
-if TYPE_CHECKING:
-    from iiet.context import PassContext
-    from iiet.layers import Field
 
 __all__ = [
     "evaluate_token",
@@ -318,7 +314,12 @@ def _is_bare_field(field: nn.Module) -> bool:
     return True
 
 
-def evaluate_token(field: Field, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
+def evaluate_token(
+    field: Any,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
     """Evaluate a field as `Field.forward` does, for one token per row, in few operations.
 
     A decoding step on a CPU reads every weight once, which evicts the interpreter from the
@@ -326,10 +327,11 @@ def evaluate_token(field: Field, x: Tensor, context: PassContext, slot: int | No
     costs in a loop of its own. So this repeats the formulas without modules and transposes.
 
     Args:
-        field: the layer's block.
+        field: the layer's block, an `iiet.layers.Field` that `serves_fields` allows.
         x: (batch, 1, dim), at most `MAX_ROWS` rows.
-        context: of this pass; it has a cache.
-        slot: the cache slot of this evaluation.
+        rope: cosines and sines, as in `iiet.rope`.
+        attend: mixes values by queries and keys, each (batch, its heads, 1, head_dim), with those
+            of earlier tokens.
 
     Returns:
         F(x), (batch, 1, dim).
@@ -340,9 +342,9 @@ def evaluate_token(field: Field, x: Tensor, context: PassContext, slot: int | No
     qkv = few_rows_product(normed, attention.qkv.weight, batch)
     # With one token, heads before time is the same memory as time before heads.
     heads = qkv.view(batch, -1, 1, attention.head_dim)
-    _rotate_(heads.narrow(1, 0, num_heads + num_kv_heads), *context.rope)
+    _rotate_(heads.narrow(1, 0, num_heads + num_kv_heads), *rope)
     queries, keys, values = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
-    mixed = context.attend(queries, keys, values, slot)
+    mixed = attend(queries, keys, values)
     u = _add_few_rows_product(x, mixed, attention.out.weight, batch)
     normed = _normalized(u, field.feed_forward_norm)
     gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)

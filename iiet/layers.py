@@ -15,6 +15,7 @@ Shazeer 2020.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ class Field(nn.Module):
             slot: the cache slot of this evaluation; None without a cache.
         """
         if context.is_token_step:
-            return evaluate_token(self, x, context, slot)
+            return evaluate_token(self, x, context.rope, partial(context.attend, slot=slot))
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
         y: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
         return y

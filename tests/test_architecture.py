@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -141,6 +142,50 @@ def test_imports_point_down_the_layers() -> None:
         for imported in _imports(path):
             if imported in MODULES and imported not in PACKAGES:
                 assert _layer(imported) <= _layer(name), f"{name} imports {imported}, above it"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_through_others(package: str) -> None:
+    """Where types alone are imported, too: who reads a file has to read what it names first."""
+    graph = {name: _module_imports(name) for name in MODULES if name.split(".")[0] == package}
+    _check_no_cycle(graph)
+
+
+def test_no_package_imports_itself_through_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for name in MODULES:
+        imported = {_package(module) for module in _module_imports(name)} - {_package(name)}
+        graph.setdefault(_package(name), set()).update(imported)
+    _check_no_cycle(graph)
+
+
+def test_a_cycle_is_found() -> None:
+    with pytest.raises(AssertionError, match=r"b -> a -> b|a -> b -> a"):
+        _check_no_cycle({"a": {"b"}, "b": {"a"}, "c": {"a"}})
+
+
+def _module_imports(name: str) -> set[str]:
+    """Return the modules that one imports; a package stands for its `__init__.py`."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= names if names <= set(MODULES) else {node.module, *names}
+    return imported & set(MODULES)
+
+
+def _package(module: str) -> str:
+    """Return the package of a module, such as `orchestrator.cli`; at a root it is its own."""
+    return ".".join(module.split(".")[:2])
+
+
+def _check_no_cycle(graph: dict[str, set[str]]) -> None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"imports go in a circle: {' -> '.join(error.args[1])}") from None
 
 
 def test_stages_meet_through_files_only() -> None:
