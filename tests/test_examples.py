@@ -1,0 +1,93 @@
+"""The examples run, and compute what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import spectral_radius as example
+from iiet import Decoder, influence_table, preset
+
+SHAPE = {"vocab_size": 31, "dim": 8, "ffn_dim": 16, "num_heads": 2, "context_length": 16}
+"""Of a model whose whole Jacobian is quickly built."""
+
+
+def small_decoder(**options: object) -> Decoder:
+    """Return a model of three layers, of which the second makes no corrections."""
+    torch.manual_seed(1)
+    config = preset(
+        "tiny", num_layers=3, schedule=[3, 0, 2], initializer_std=0.2, method_options=options,
+        **SHAPE,
+    )  # fmt: skip
+    return Decoder(config).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"damping": 0.4}, {"damping": 0.6, "learn_damping": True}], ids=str
+)
+def test_the_spectral_radius_is_that_of_the_whole_jacobian(options: dict[str, object]) -> None:
+    decoder, input_ids = small_decoder(**options), torch.randint(31, (1, 6))
+    maps = example.correction_maps(decoder, input_ids)
+    assert list(maps) == [0, 2]
+    for step, point in maps.values():
+        size = point.numel()
+        jacobian = torch.func.jacrev(step)(point).reshape(size, size)
+        expected = torch.linalg.eigvals(jacobian).abs().max().item()
+        found = example.spectral_radius(step, point, num_products=size)
+        assert found == pytest.approx(expected, rel=1e-6)
+        # A small part of the products comes close.
+        few = example.spectral_radius(step, point, num_products=size // 2)
+        assert few == pytest.approx(expected, rel=0.05)
+
+
+def test_the_maps_are_those_that_the_layers_iterate() -> None:
+    decoder, input_ids = small_decoder(damping=0.4), torch.randint(31, (1, 6))
+    more = decoder.with_schedule(decoder.schedule.with_layer(0, 4))
+    _, before = example.correction_maps(decoder, input_ids)[0]
+    step, end = example.correction_maps(more, input_ids)[0]
+    torch.testing.assert_close(step(before), end)
+
+
+def test_a_linear_map_with_a_complex_pair() -> None:
+    turn = 0.9 * torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.5]])
+    found = example.spectral_radius(lambda x: x @ turn.T + 1, torch.ones(1, 1, 3))
+    assert found == pytest.approx(0.9, rel=1e-5)
+
+
+def test_the_table_of_a_folder(
+    tmp_path: Path, tiny_tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = small_decoder().float()
+    decoder.save(tmp_path)
+    example.main([str(tmp_path), "--tokens", "8"])
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert title == "iteration schedule 3,0,2, 8 tokens"
+    assert head.split() == ["layer", "spectral", "radius", "contraction", "factor"]
+    torch.manual_seed(0)
+    table = influence_table(decoder, torch.randint(31, (1, 8)))
+    assert [row.split()[0] for row in rows] == ["1", "2", "3"]
+    assert rows[0].split()[2] == f"{table.contractions[0]:.3f}"
+    assert rows[1].split()[1:] == ["no", "corrections"]
+
+
+def test_a_text_is_read_with_the_folders_tokenizer(
+    tmp_path: Path, tiny_tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = preset("tiny", num_layers=1, **{**SHAPE, "vocab_size": 300})
+    Decoder(config).save(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tiny_tokens / "tokenizer.json").read_bytes())
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text")
+    example.main([str(tmp_path), "--text", str(text), "--tokens", "5"])
+    assert capsys.readouterr().out.startswith("iteration schedule 3, 5 tokens\n")
+
+
+def test_a_model_without_corrections_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Decoder(preset("tiny", method="vanilla", num_layers=1, **SHAPE)).save(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        example.main([str(tmp_path)])
+    assert "makes no corrections; take an IIET with r >= 1" in capsys.readouterr().err
