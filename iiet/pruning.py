@@ -49,7 +49,7 @@ Influence = Sequence[Sequence[float]] | HasRows
 """Lists or arrays; rows may differ in length, or end in NaN for corrections that do not exist."""
 
 Cost = Callable[[IterationSchedule], float]
-"""In any unit: evaluations, FLOPs, bytes."""
+"""The cost of a schedule in any unit, such as evaluations, FLOPs or bytes."""
 
 
 @dataclass(frozen=True, slots=True)
