@@ -101,7 +101,7 @@ class ModelConfig:
             for field in fields(default)
             if getattr(self.options, field.name) != getattr(default, field.name)
         }
-        # Without options, configs keep the hash that they had before there were any.
+        # Left out where all are defaults: a config says what was chosen.
         return values | ({"method_options": chosen} if chosen else {})
 
     @classmethod

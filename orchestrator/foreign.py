@@ -1,10 +1,11 @@
-"""Model folders that are not checkpoints of ours: read into a decoder.
+"""Model folders that are not checkpoints of this workspace: read into a decoder.
 
-Three kinds are known by their `config.json`: folders that `iiet-orch export` wrote, folders in the
-published naming of IIET and PCformer, and plain Llama folders of transformers, which become vanilla
-models. Weights are safetensors, in one file or in shards; a pickle is not opened. Nothing of a
-folder's own code runs. What a folder says about text (the tokens that open, end and pad one, how a
-chat is written) comes along, so that the model reads and writes here as it does elsewhere.
+Four kinds are known by their `config.json`: folders that `iiet-orch export` wrote, folders in the
+published naming of IIET and PCformer, plain Llama folders of transformers, which become vanilla
+models, and checkpoints of another workspace, also of an earlier version. Weights are safetensors,
+in one file or in shards; a pickle is not opened. Nothing of a folder's own code runs. What a folder
+says about text (the tokens that open, end and pad one, how a chat is written) comes along, so that
+the model reads and writes here as it does elsewhere.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from orchestrator.errors import UserError, shortened
 from orchestrator.provenance import content_key, file_key
 from orchestrator.training.checkpoint import (
     GENERATION_CONFIG,
+    PROVENANCE,
     TOKEN_IDS,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    check_checkpoint,
     read_text_files,
 )
 
@@ -41,6 +44,7 @@ TOKENIZER_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.j
 SHARDS = "model.safetensors.index.json"
 EXPORTED_TYPE = "iiet"
 EXPORTED = "an exported folder"
+CHECKPOINT = "a checkpoint"
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,17 @@ def read_foreign(folder: Path) -> ForeignModel:
         folder: Holds `config.json` and safetensors.
 
     Raises:
-        UserError: If the folder is none of the three kinds, asks for what a decoder does not do, or
+        UserError: If the folder is none of these kinds, asks for what a decoder does not do, or
             its weights are missing, left over, of the wrong shape or not finite.
     """
     config = _read_json(folder / CONFIG)
     try:
         if config.get("model_type") == EXPORTED_TYPE and "corrections" in config:
             decoder, origin = _exported(folder), EXPORTED
+        elif "method" in config and "model_type" not in config:
+            if (folder / PROVENANCE).is_file():
+                check_checkpoint(folder)
+            decoder, origin = Decoder.load(folder), CHECKPOINT
         else:
             decoder = decoder_from_published(config, _weights(folder))
             is_llama = decoder.config.method == "vanilla"
@@ -115,6 +123,8 @@ def read_model_text_files(
     Raises:
         UserError: If one cannot be read, or the tokenizer cannot be loaded with them.
     """
+    if model.origin == CHECKPOINT:
+        return read_text_files(folder)
     token_ids = dict(model.token_ids)
     files: dict[str, bytes] = {}
     if (generation := folder / GENERATION_CONFIG).is_file():

@@ -15,8 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RECIPE_VERSION = 1
-"""Raised by hand when the code changes what a recipe produces; it is part of every key."""
+RECIPE_VERSION = 2
+"""Raised by hand when the code changes what a recipe produces, or what a key is made of. It is part
+of every key, and a workspace with trainings of another version is refused."""
 
 KEY_LENGTH = 16
 

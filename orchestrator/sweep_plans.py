@@ -136,12 +136,9 @@ def plan_suite(
         "include_folder": "".join(map(str, task_folders(settings))),
         "batch_size": settings.batch_size,
         "limit": settings.limit,
+        "num_fewshot": settings.num_fewshot,
+        "precision": settings.precision,
     }
-    # Left out where unset, so that trials that were measured before the setting existed are found.
-    if settings.num_fewshot is not None:
-        suite["num_fewshot"] = settings.num_fewshot
-    if settings.precision != "fp32":
-        suite["precision"] = settings.precision
     # The held-out tasks are named by their content; others may change under their names.
     if others := tasks_beside_heldout(settings):
         suite["fingerprints"] = others

@@ -12,14 +12,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import UserError, shortened
+from orchestrator.provenance import RECIPE_VERSION
 
 T = TypeVar("T")
 
@@ -183,8 +184,8 @@ def open_workspace(path: Path | None = None) -> Workspace:
         path: The folder; `IIET_WORKSPACE`, or `./iiet-workspace`, when unset.
 
     Raises:
-        UserError: If the folder cannot be made or written, or is a copy whose records name files
-            of the original.
+        UserError: If the folder cannot be made or written, holds trainings of another version, or
+            is a copy whose records name files of the original.
     """
     workspace = locate_workspace(path)
     root = workspace.root
@@ -193,7 +194,7 @@ def open_workspace(path: Path | None = None) -> Workspace:
         root.mkdir(parents=True, exist_ok=True)
         probe.touch()
         try:
-            _refuse_a_copy(root, probe.name)
+            _refuse_a_copy_or_another_version(root, probe.name)
         finally:
             probe.unlink()
     except OSError as error:
@@ -204,12 +205,13 @@ def open_workspace(path: Path | None = None) -> Workspace:
     return workspace
 
 
-def _refuse_a_copy(root: Path, probe: str) -> None:
-    """Refuse a workspace whose records name files in another one.
+def _refuse_a_copy_or_another_version(root: Path, probe: str) -> None:
+    """Refuse a workspace whose records name files in another one, or were made by another version.
 
-    MLflow writes where its database says, and results name their checkpoints by absolute paths; in
-    a copy both lead into the original. Where the original is gone, the workspace was moved, and
-    the work goes on.
+    No key of another version is found again, and no training can go on from it. As for a copy:
+    MLflow writes where its database says, and results name their checkpoints by absolute paths, so
+    both lead into the original. Where the original is gone, the workspace was moved, and the work
+    goes on.
 
     Args:
         root: The workspace.
@@ -220,11 +222,14 @@ def _refuse_a_copy(root: Path, probe: str) -> None:
         UserError: If it does.
     """
     stored = read_json(root / PLACE_NAME)
-    is_known = isinstance(stored, dict) and stored.get("root") == str(root)
+    own = {"root": str(root), "recipe_version": RECIPE_VERSION}
+    is_known = isinstance(stored, dict) and own.items() <= stored.items()
     named = stored.get("records_name") if is_known else None
     if not isinstance(named, list):
         # Only once in each place: a large workspace has thousands of records.
-        named = _places_in_records(root)
+        records = _records(root)
+        _refuse_another_version(root, records)
+        named = _places_in_records(root, records)
     for other in map(Path, named):
         is_workspace = any((other / part).exists() for part in _PARTS)
         if other != root and is_workspace and not (other / probe).exists():
@@ -234,19 +239,41 @@ def _refuse_a_copy(root: Path, probe: str) -> None:
                 f"there. Use {other}; or rename it, and {root} can be used; or start a new "
                 "workspace, and copy only the folder `tokens` into it"
             )
-    place = {"root": str(root), "records_name": named}
+    place = {**own, "records_name": named}
     if stored != place:
         write_json(root / PLACE_NAME, place)
 
 
-def _places_in_records(root: Path) -> list[str]:
-    """Return the workspaces that the paths in a workspace's records lead to, itself apart."""
-    found = {parent for parent in (_place_of_artifacts(root / "mlflow.db"),) if parent}
+def _records(root: Path) -> list[dict[str, Any]]:
+    """Return what trainings of a workspace wrote down when they began, damaged records apart."""
+    found = []
     for path in (*root.glob("runs/*/job.json"), *root.glob("trials/*/job.json")):
         try:
-            found.add(str(Path(json.loads(path.read_text())["job"]["run_folder"]).parent.parent))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            record = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
             continue  # damaged: said where it is needed
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def _refuse_another_version(root: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    versions = {record.get("recipe_version", 1) for record in records if "key" in record}
+    if versions - {RECIPE_VERSION}:
+        raise UserError(
+            f"the workspace {root} holds trainings of another version of this program, which this "
+            "one can neither find nor go on with, and was left as it is; choose a new one with "
+            "--workspace, and take models along with `iiet-orch import OLD_CHECKPOINT`, where "
+            f"OLD_CHECKPOINT is a folder such as {root}/runs/NAME"
+        )
+
+
+def _places_in_records(root: Path, records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the workspaces that the paths in a workspace's records lead to, itself apart."""
+    found = {parent for parent in (_place_of_artifacts(root / "mlflow.db"),) if parent}
+    for record in records:
+        with suppress(KeyError, TypeError):
+            found.add(str(Path(record["job"]["run_folder"]).parent.parent))
     return sorted(found - {str(root)})
 
 

@@ -161,11 +161,6 @@ class _Items:
         lines = _rows_path(self._folder, self._name).read_text(encoding="utf-8").splitlines()
         return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
 
-    def __str__(self) -> str:
-        # A task's fingerprint holds this text. It is that of the function which once lay beside
-        # the items, so that evaluations of that time are found again.
-        return f'def {self._name}(**settings):\n    return _read("{self._name}")\n'
-
 
 def _rows_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.jsonl"
@@ -173,14 +168,14 @@ def _rows_path(folder: Path, name: str) -> Path:
 
 def _stored_suite(folder: Path) -> HeldoutSuite | None:
     """Return the suite of a folder after comparing its files with their checksums; None if there
-    is none, or one from before there were checksums.
+    is none.
 
     Raises:
         UserError: If a file is not what was written.
     """
     path = folder / SUITE_NAME
     found = read_json(path)
-    if found is None or (isinstance(found, dict) and "checksums" not in found):
+    if found is None:
         return None
     try:
         tasks = {name: int(number) for name, number in found["tasks"].items()}

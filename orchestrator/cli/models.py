@@ -120,7 +120,7 @@ def _piped_prompt() -> str:
 @app.command("import", rich_help_panel="Models")
 def import_folder(
     folder: Annotated[
-        Path, typer.Argument(help="Folder with config.json and safetensors, published or Llama.")
+        Path, typer.Argument(help="Model folder, or a checkpoint or run of another workspace.")
     ],
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json, where the folder has none.")
@@ -132,7 +132,7 @@ def import_folder(
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Make a checkpoint of a model folder: published IIET or PCformer, Llama, or exported."""
+    """Make a checkpoint of a published, Llama or exported model, or one of another workspace."""
     with open_session(workspace, "import", verbose=verbose) as session:
         from orchestrator.stages.importing import import_model
 

@@ -67,10 +67,8 @@ def evaluate(
     subject = checkpoint
     progress.start("evaluate")  # Tasks and models take their time to load.
     suite = _load(subject, settings, workspace, progress)
-    model_key = list(subject.key)
-    # Left out where it is the default, so that what was measured before is found.
-    if subject.config is not None and settings.precision != "fp32":
-        model_key.append(settings.precision)
+    # Models that transformers runs keep their own dtype.
+    model_key = [*subject.key, settings.precision if subject.config else None]
     keys = {
         name: content_key("evaluation", model_key, suite.fingerprint(name), settings.limit)
         for name in suite.tasks

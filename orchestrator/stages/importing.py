@@ -13,14 +13,17 @@ import re
 from pathlib import Path
 
 from iiet.cost import num_parameters
+from iiet.weights import CONFIG
 from orchestrator.console import Progress
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.errors import UserError
 from orchestrator.foreign import foreign_key, read_foreign, read_model_text_files
 from orchestrator.provenance import content_key, environment, file_key
 from orchestrator.training.checkpoint import (
+    find_checkpoints,
     load_provenance,
     newest_whole_checkpoint,
+    resolve_checkpoint,
     save_checkpoint,
 )
 from orchestrator.workspace import Workspace, resolved
@@ -37,7 +40,8 @@ def import_model(
     """Return the checkpoint that a model folder was made into.
 
     Args:
-        folder: In the published naming, a plain Llama folder, or one that `export` wrote.
+        folder: In the published naming, a plain Llama folder, one that `export` wrote, or a
+            checkpoint or run of another workspace, also of an earlier version.
         workspace: Where the checkpoint goes.
         tokenizer: A `tokenizer.json` where the folder has none, or not the right one.
         name: Name of the run; the folder's when unset.
@@ -50,6 +54,8 @@ def import_model(
     progress = progress or Progress()
     folder = resolved(folder)
     progress.start("import")
+    if not (folder / CONFIG).is_file() and find_checkpoints(folder):
+        folder = resolve_checkpoint(folder)
     model = read_foreign(folder)
     file = resolved(tokenizer) if tokenizer else model.tokenizer_file
     if file is None:
@@ -60,11 +66,11 @@ def import_model(
     else:
         _check_tokenizer(file, model.decoder.config.vocab_size)
     text_files = read_model_text_files(model, folder, file)
-    run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", folder.name))
+    named = folder.parent.name if folder in find_checkpoints(folder.parent) else folder.name
+    run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
     text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
-    model_key = foreign_key(folder), file_key(file) if file else None
-    source = content_key(*model_key, *([text] if text else []))
-    checkpoint = _imported_before(run_folder, source, source_without_text=content_key(*model_key))
+    source = content_key(foreign_key(folder), file_key(file) if file else None, text)
+    checkpoint = _imported_before(run_folder, source)
     if checkpoint is None:
         checkpoint = save_checkpoint(
             run_folder,
@@ -85,13 +91,12 @@ def import_model(
     return checkpoint
 
 
-def _imported_before(run_folder: Path, source: str, *, source_without_text: str) -> Path | None:
+def _imported_before(run_folder: Path, source: str) -> Path | None:
     """Return the checkpoint of the same import.
 
     Args:
         run_folder: Where the import is to be.
         source: Key of the model, its tokenizer and the other files that are about text.
-        source_without_text: The same as it was before those other files were kept.
 
     Raises:
         UserError: If the name belongs to another model.
@@ -102,12 +107,6 @@ def _imported_before(run_folder: Path, source: str, *, source_without_text: str)
     if damage:
         raise UserError(f"{damage[0]}; delete {run_folder}, and the same command imports it again")
     imported = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}
-    if imported.get("source") == source_without_text != source:
-        raise UserError(
-            f"{run_folder} holds this model as an earlier version imported it, without its own "
-            "end-of-text tokens and chat template; delete the folder to import the model again, or "
-            "choose another name with --name"
-        )
     if imported.get("source") != source:
         raise UserError(
             f"the workspace has another run named {run_folder.name}; choose one with --name"

@@ -22,7 +22,7 @@ from orchestrator.tracking.client import (
     Param,
     RunTag,
 )
-from orchestrator.tracking.flavor import MODEL_FILE, write_flavor
+from orchestrator.tracking.flavor import write_flavor
 
 OFFSET_TAG = "iiet.mirrored_bytes"
 TABLES_TAG = "mlflow.loggedArtifacts"
@@ -142,13 +142,9 @@ def _register(
     place = f"{MODEL_FOLDER}-{key}"
     if not same:
         client.log_artifacts(run_id, folder, place)
-    # A version of before there was a flavor gets it too.
-    there = {file.path for file in client.list_artifacts(run_id, place)}
-    if f"{place}/{MODEL_FILE}" not in there:
         with TemporaryDirectory() as flavor:
             write_flavor(Path(flavor))
             client.log_artifacts(run_id, flavor, place)
-    if not same:
         source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
         same = [
             client.create_model_version(

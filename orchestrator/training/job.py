@@ -18,7 +18,7 @@ from iiet.distillation import DistillationConfig
 from orchestrator.data.batches import check_one_context, check_shares
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
-from orchestrator.provenance import content_key
+from orchestrator.provenance import RECIPE_VERSION, content_key
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import (
     check_checkpoint,
@@ -54,10 +54,6 @@ FREE_IN_RECIPE = frozenset(
     ]
 )
 """Parts of a recipe that no key holds: these, and how a run is saved."""
-
-_LEFT_OUT_AT_DEFAULT = frozenset(["iterate_ramp_fraction", "spike_factor"])
-"""Parts of a recipe that came later: at their defaults they are not there, so that the keys of
-earlier runs stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,31 +167,19 @@ def job_key(job: TrainingJob) -> str:
 def _essence(job: TrainingJob) -> dict[str, Any]:
     distills = job.objective == "distill"
     loss = asdict(job.distillation or DistillationConfig()) if distills else None
-    if loss and loss["top_k"] is None:
-        del loss["top_k"]  # Keys of the time before there was a choice stay as they are.
-    if loss and (job.recipe.iterate_from_fraction or job.recipe.iterate_ramp_fraction):
-        loss["in_stages"] = True  # Distillation once passed over them: not what such a run found.
-    if loss and loss["hidden_weight"]:
-        loss["hidden_error"] = "per token"  # It was relative to the batch once.
     return {
         "model": job.config().to_dict(),
-        "recipe": _recipe_of_key(job.recipe),
+        "recipe": {
+            name: value
+            for name, value in job.recipe.model_dump(mode="json").items()
+            if name not in FREE_IN_RECIPE
+        },
         "tokens": open_tokens(job.tokens_folder).fingerprint,
         "teacher": weights_key(Path(job.teacher_folder))
         if job.teacher_folder and distills
         else None,
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
         "distillation": loss,
-    }
-
-
-def _recipe_of_key(recipe: TrainingSettings) -> dict[str, Any]:
-    defaults = TrainingSettings()
-    return {
-        name: value
-        for name, value in recipe.model_dump(mode="json").items()
-        if name not in FREE_IN_RECIPE
-        and not (name in _LEFT_OUT_AT_DEFAULT and value == getattr(defaults, name))
     }
 
 
@@ -272,11 +256,18 @@ def claim_folder(job: TrainingJob) -> None:
     path = job.folder / JOB_NAME
     if not path.exists():
         essence = _essence(job)
-        write_json(path, {"key": content_key(essence), "essence": essence, "job": job.to_dict()})
+        claim = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
+        write_json(path, {**claim, "essence": essence, "job": job.to_dict()})
 
 
 def _check_claim(job: TrainingJob) -> None:
     earlier = read_object(job.folder / JOB_NAME)
+    if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
+        raise UserError(
+            f"{job.folder} holds a run of another version of this program, which this one cannot "
+            "go on with; choose another name, and take its model along with `iiet-orch import "
+            f"{job.folder}`"
+        )
     essence = _essence(job)
     if earlier is not None and earlier.get("key") != content_key(essence):
         raise UserError(

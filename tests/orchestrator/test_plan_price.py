@@ -7,7 +7,6 @@ under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
@@ -38,7 +37,7 @@ from orchestrator.training.run import run_job
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import STOPPED_NAME, StopRule
 from orchestrator.views import plan_sentences, plan_table
-from orchestrator.workspace import open_workspace, read_json, write_json
+from orchestrator.workspace import open_workspace, write_json
 
 STEP = 64
 """Tokens of a step."""
@@ -366,14 +365,3 @@ def test_the_stored_plan_is_strict_json_with_its_price(
     assert [trial.threshold_text for trial in trials] == [
         "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",
     ]  # fmt: skip
-
-
-def test_plans_that_were_stored_with_infinities_are_read(
-    tiny_plan: SweepPlan, tmp_path: Path
-) -> None:
-    old = {**tiny_plan.trials[1].to_dict(), "threshold_above": -math.inf}
-    write_json(tmp_path / "old.json", old)
-    assert "-Infinity" in (tmp_path / "old.json").read_text()
-    trial = PlannedTrial(**read_json(tmp_path / "old.json"))
-    assert trial.threshold_text == "<=0.1"
-    assert trial.to_dict() == tiny_plan.trials[1].to_dict()

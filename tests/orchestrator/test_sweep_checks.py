@@ -124,7 +124,7 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     assert suite_of("one", "b") == first
     assert suite_of("two", "b") == first, "where the files stand does not matter"
     assert suite_of("two", "c") != first
-    assert suite_of("one", "b", precision="fp32") == first, "as before the setting existed"
+    assert suite_of("one", "b", precision="fp32") == first
     assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator import cli
 from orchestrator.errors import UserError
-from orchestrator.provenance import content_key, file_key
+from orchestrator.provenance import RECIPE_VERSION, content_key, file_key
 from orchestrator.workspace import (
     PLACE_NAME,
     check_name,
@@ -114,6 +115,33 @@ def test_a_record_of_another_form_is_passed_over(used: Path, record: str) -> Non
     (used / PLACE_NAME).write_text(record)
     (used / "runs" / "toy" / "job.json").write_text(record)
     assert open_workspace(used).root == used
+
+
+OLDER_RUN = Path(__file__).parents[1] / "fixtures" / "older" / "run_iiet"
+"""A run as version 0.1 left it."""
+
+
+def test_a_workspace_of_another_version_is_refused_and_left_as_it_is(
+    used: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = used / "runs" / "toy" / "job.json"
+    older = json.loads((OLDER_RUN / "job.json").read_text())
+    record.write_text(json.dumps({**older, "job": {"run_folder": str(record.parent)}}))
+    write_json(used / PLACE_NAME, {"root": str(used), "records_name": []})
+    before = {path: path.read_bytes() for path in used.rglob("*") if path.is_file()}
+    for _ in range(2):
+        assert cli.run(["report", "--workspace", str(used)]) == 2
+        text = " ".join(capfd.readouterr().err.split())
+        assert "trainings of another version of this program" in text
+        assert "`iiet-orch import OLD_CHECKPOINT`" in text
+    assert {path: path.read_bytes() for path in used.rglob("*") if path.is_file()} == before
+    own = {"key": older["key"], "job": {"run_folder": str(record.parent)}}
+    write_json(record, {**own, "recipe_version": RECIPE_VERSION + 1})
+    with pytest.raises(UserError, match="another version"):
+        open_workspace(used)
+    write_json(record, {**own, "recipe_version": RECIPE_VERSION})
+    open_workspace(used)
+    assert read_json(used / PLACE_NAME)["recipe_version"] == RECIPE_VERSION
 
 
 def test_json_is_whole_or_named_as_damaged(tmp_path: Path) -> None:

@@ -90,7 +90,12 @@ class Suite:
     def fingerprint(self, name: str) -> str:
         """Return a hash of all that determines items and metrics, wherever the files stand."""
         task = self.tasks[name]
-        config = {k: v for k, v in task.dump_config().items() if not k.startswith("dataset_")}
+        # Where documents come from does not matter: they stand here themselves.
+        config = {
+            name: value
+            for name, value in task.dump_config().items()
+            if not name.startswith("dataset_") and name != "custom_dataset"
+        }
         notes = config.get("metadata") or {}
         config["metadata"] = {k: v for k, v in notes.items() if k != "config_source"}
         documents = [*task.eval_docs]

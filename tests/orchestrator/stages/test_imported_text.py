@@ -18,8 +18,6 @@ from iiet.huggingface import IIETConfig
 from orchestrator.analysis.card import ModelCard
 from orchestrator.data.tokens import open_tokens
 from orchestrator.errors import UserError
-from orchestrator.foreign import foreign_key
-from orchestrator.provenance import content_key, file_key
 from orchestrator.stages.export import export
 from orchestrator.stages.generate import Sampling, Writer
 from orchestrator.stages.importing import import_model
@@ -183,20 +181,6 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     tokenizer.save(str(llama / "tokenizer.json"))
     write(llama / "tokenizer_config.json", {"bos_token": first, "eos_token": "<|end|>"})
     assert Writer(import_model(llama, workspace))._encode("") == [0]
-
-
-def test_an_import_of_an_earlier_version_is_named_as_such(
-    llama: Path, workspace: Workspace
-) -> None:
-    checkpoint = import_model(llama, workspace)
-    provenance = json.loads((checkpoint / "provenance.json").read_text())
-    # Earlier versions kept model and tokenizer alone.
-    provenance["imported"]["source"] = content_key(
-        foreign_key(llama), file_key(llama / "tokenizer.json")
-    )
-    write(checkpoint / "provenance.json", provenance)
-    with pytest.raises(UserError, match=r"earlier version .* delete the folder"):
-        import_model(llama, workspace)
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: Workspace) -> None:

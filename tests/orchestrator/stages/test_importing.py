@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -118,3 +120,33 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused(
     with pytest.raises(UserError, match="the model only 200"):
         import_model(folder, workspace, tokenizer=tokenizer)
     assert not workspace.runs.exists()
+
+
+OLDER_RUN = Path(__file__).parents[2] / "fixtures" / "older" / "run_iiet"
+"""A run as version 0.1 left it."""
+
+
+@pytest.mark.parametrize("folder", [OLDER_RUN, OLDER_RUN / "step_00000002"])
+def test_a_run_of_an_earlier_version_is_imported_as_the_same_model(
+    folder: Path, workspace: Workspace
+) -> None:
+    checkpoint = import_model(folder, workspace)
+    assert checkpoint.parent == workspace.runs / "run_iiet"
+    assert import_model(folder, workspace) == checkpoint
+    assert tokenizer_file(checkpoint).is_file()
+    weights = load_file(checkpoint / "model.safetensors")
+    assert not [name for name in weights if name.startswith(("fields", "method"))]
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        older = load_decoder(OLDER_RUN / "step_00000002")(tokens)
+        assert torch.equal(load_decoder(checkpoint)(tokens), older)
+    open_workspace(workspace.root)
+
+
+def test_a_damaged_checkpoint_is_not_imported(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(OLDER_RUN / folder.name, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is damaged: tokenizer\.json"):
+        import_model(folder, workspace)
+    assert not list(workspace.runs.glob("*"))

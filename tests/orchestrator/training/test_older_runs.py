@@ -1,5 +1,6 @@
-"""Runs of before version 0.2: a finished one is found and used, an interrupted one goes on only
-where the optimizer's parameters are still the same.
+"""Runs of before version 0.2: this version does not find them nor go on with them, and takes their
+models. Checkpoints without their run's record, as a storage holds them, go on only where the
+optimizer's parameters are still the same.
 
 `tests/fixtures/older` holds two runs of two steps as version 0.1 left them, with a checkpoint after
 each step; its tokens were those of `tiny_tokens`.
@@ -21,9 +22,9 @@ from orchestrator.errors import UserError
 from orchestrator.settings import TrainingSettings
 from orchestrator.stages.importing import import_model
 from orchestrator.training.checkpoint import check_checkpoint, load_decoder, weights_key
-from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.job import DONE_NAME, JOB_NAME, TrainingJob
 from orchestrator.training.run import run_job
-from orchestrator.workspace import open_workspace
+from orchestrator.workspace import open_workspace, read_json
 
 RUNS = Path(__file__).parents[2] / "fixtures" / "older"
 RECIPE = {
@@ -81,12 +82,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("begun", [interrupted, lambda job: job])
 @pytest.mark.parametrize("method", ["iiet", "vanilla"])
-def test_a_finished_run_is_not_trained_again(older_job: OlderJob, method: str) -> None:
-    job = older_job(method)
+def test_a_run_is_refused_with_the_way_out_and_left_as_it_is(
+    older_job: OlderJob, method: str, begun: Callable[[TrainingJob], TrainingJob]
+) -> None:
+    job = begun(older_job(method))
     before = files_of(job.folder)
-    outcome = run_job(job)
-    assert outcome.finished
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"iiet-orch import {job.folder}`"):
+            run_job(job)
     assert files_of(job.folder) == before
 
 
@@ -94,7 +99,7 @@ def test_a_finished_run_is_not_trained_again(older_job: OlderJob, method: str) -
 def test_its_model_has_the_loss_that_it_had(older_job: OlderJob, method: str) -> None:
     """Training on for no step measures the loss of the same weights with the code of today."""
     job = older_job(method)
-    known = run_job(job).validation_loss
+    known = read_json(job.folder / DONE_NAME)["validation_loss"]
     fresh = TrainingJob(
         run_folder=str(job.folder.with_name("fresh")),
         tokens_folder=job.tokens_folder,
@@ -105,20 +110,19 @@ def test_its_model_has_the_loss_that_it_had(older_job: OlderJob, method: str) ->
     assert run_job(fresh).validation_loss == pytest.approx(known, abs=1e-5)
 
 
-def test_a_run_whose_moments_belong_to_other_parameters_is_refused(older_job: OlderJob) -> None:
+def test_moments_that_belong_to_other_parameters_are_refused(older_job: OlderJob) -> None:
     job = interrupted(older_job("iiet"))
-    before = files_of(job.folder)
+    (job.folder / JOB_NAME).unlink()
     for _ in range(2):
         with pytest.raises(UserError, match=r"written before version 0\.2.*move the folder away"):
             run_job(job)
-    assert files_of(job.folder) == before
     check_checkpoint(job.folder / "step_00000001")
 
 
-def test_a_run_of_the_same_parameters_goes_on(older_job: OlderJob) -> None:
-    finished = load_decoder(older_job("vanilla").folder / "step_00000002").state_dict()
-    shutil.rmtree(older_job("iiet").folder.with_name("run_vanilla"))
+def test_moments_of_the_same_parameters_go_on(older_job: OlderJob) -> None:
+    finished = load_decoder(RUNS / "run_vanilla" / "step_00000002").state_dict()
     job = interrupted(older_job("vanilla"))
+    (job.folder / JOB_NAME).unlink()
     outcome = run_job(job)
     assert (outcome.finished, outcome.step) == (True, 2)
     resumed = load_decoder(job.folder / "step_00000002").state_dict()

@@ -16,6 +16,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.errors import UserError
 from orchestrator.journal import read_journal
+from orchestrator.provenance import RECIPE_VERSION
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import (
@@ -35,6 +36,7 @@ from orchestrator.training.job import (
 )
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
+from orchestrator.workspace import read_json, write_json
 
 RECIPE: dict[str, Any] = {
     "num_steps": 12,
@@ -418,6 +420,16 @@ def test_the_key_knows_what_matters(make_job: MakeJob, tiny_model: dict[str, Any
     teacher = run_job(make_job()).checkpoint
     taught = make_job("s", objective="distill", teacher_folder=teacher, initial_folder=teacher)
     assert job_key(taught) != key
+
+
+def test_a_run_says_which_version_of_recipes_made_it(make_job: MakeJob) -> None:
+    job = make_job()
+    run_job(job)
+    claim = read_json(job.folder / "job.json")
+    assert claim.pop("recipe_version") == RECIPE_VERSION
+    write_json(job.folder / "job.json", claim)
+    with pytest.raises(UserError, match=f"iiet-orch import {job.folder}`"):
+        run_job(job)
 
 
 def test_survives_json(make_job: MakeJob) -> None:

@@ -82,21 +82,3 @@ def test_a_run_pays_for_the_schedule_in_force_and_its_key_knows_the_ramp(
     assert logged == pytest.approx([32 * sum(costs[:n]) for n in (1, 2, 3, 4)])
     plain = TrainingJob(**{**vars(job), "recipe": TrainingSettings(**recipe)})
     assert job_key(plain) != job_key(job)
-
-
-def test_keys_from_before_there_was_a_ramp_stay(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
-) -> None:
-    from orchestrator.training.job import _essence
-
-    job = TrainingJob(
-        run_folder=str(tmp_path / "run"),
-        tokens_folder=str(tiny_tokens),
-        model=tiny_model,
-        recipe=TrainingSettings(),
-    )
-    assert sorted(_essence(job)["recipe"]) == [
-        "beta1", "beta2", "clip_norm", "decay", "decay_fraction", "final_learning_rate_fraction",
-        "iterate_from_fraction", "learning_rate", "num_steps", "num_tokens_per_step", "precision",
-        "seed", "warmup_steps", "weight_decay",
-    ]  # fmt: skip
