@@ -33,9 +33,8 @@ __all__ = [
     "is_bare",
     "project_heads",
     "rms_norm",
-    "serves_feed_forward",
     "serves_fields",
-    "serves_heads",
+    "serves_linear",
     "serves_norm",
     "serves_token_step",
 ]
@@ -64,17 +63,8 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def serves_heads(qkv: nn.Module) -> bool:
-    """Tell whether `project_heads` may stand for this layer and the rotation behind it."""
-    return _serves_linear(qkv)
-
-
-def serves_feed_forward(down: nn.Module) -> bool:
-    """Tell whether `gated_product` may stand for this layer and the activation before it."""
-    return _serves_linear(down)
-
-
-def _serves_linear(linear: nn.Module) -> bool:
+def serves_linear(linear: nn.Module) -> bool:
+    """Tell whether `project_heads` or `gated_product` may stand for a formula with this layer."""
     return (
         ENABLED
         and fast_forms_allowed()

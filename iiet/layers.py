@@ -28,8 +28,7 @@ from iiet.cpu_kernels import (
     gated_product,
     project_heads,
     rms_norm,
-    serves_feed_forward,
-    serves_heads,
+    serves_linear,
     serves_norm,
 )
 from iiet.rope import rotate
@@ -60,7 +59,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, context: PassContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
         num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        if serves_heads(self.qkv):
+        if serves_linear(self.qkv):
             return project_heads(x, self.qkv.weight, *context.rope, num_heads, num_kv_heads)
         heads = self.qkv(x).view(x.size(0), x.size(1), -1, self.head_dim)
         turned, values = heads.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], 2)
@@ -82,7 +81,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
         gate_up = self.gate_up(x)
-        if serves_feed_forward(self.down):
+        if serves_linear(self.down):
             return gated_product(gate_up, self.down.weight)
         gate, up = gate_up.chunk(2, dim=-1)
         result: Tensor = self.down(F.silu(gate) * up)

@@ -167,16 +167,15 @@ def test_only_a_bare_linear_layer_is_served(change):
         linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Wrapped))
     if change == "parametrized":
         nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
-    served = cpu_kernels.serves_heads(linear), cpu_kernels.serves_feed_forward(linear)
-    assert served == (change == "none",) * 2
+    assert cpu_kernels.serves_linear(linear) == (change == "none")
 
 
 def test_none_is_used_where_a_hook_watches_all_modules():
     linear = nn.Linear(4, 4, bias=False)
-    assert cpu_kernels.serves_heads(linear)
+    assert cpu_kernels.serves_linear(linear)
     with nn.modules.module.register_module_forward_hook(lambda *_: None):
-        assert not cpu_kernels.serves_heads(linear)
-    assert cpu_kernels.serves_heads(linear)
+        assert not cpu_kernels.serves_linear(linear)
+    assert cpu_kernels.serves_linear(linear)
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
