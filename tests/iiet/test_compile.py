@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from iiet import METHODS, Decoder, IterationSchedule, KeyValueCache, ModelConfig, next_token_loss
 
@@ -99,6 +100,18 @@ def test_prefill_and_each_step_are_one_graph(method, masked):
     torch.testing.assert_close(
         decoded(decoder, compiled, cuts, **given), decoded(decoder, decoder, cuts, **given)
     )
+
+
+@torch.inference_mode()
+def test_decoding_on_and_on_compiles_nothing_anew():
+    """The number of tokens held is a symbol of the graph of a step, from the second step on."""
+    decoder, graphs = decoder_of("vanilla"), CompileCounter()
+    compiled = torch.compile(decoder, backend=graphs, fullgraph=True)
+    ids = torch.randint(VOCAB, (BATCH, 8))
+    cache = KeyValueCache(decoder.config, batch_size=BATCH, max_tokens=8, dtype=torch.float64)
+    steps = [compiled(part, cache=cache) for part in ids.split([3, 1, 1, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), decoder(ids))
+    assert graphs.frame_count <= 3
 
 
 @pytest.mark.parametrize("method", METHODS)
