@@ -181,5 +181,5 @@ def _summary(table: InfluenceTable) -> str:
     return (
         f"{len(values)} corrections, from {max(values):.2g} down to {min(values):.2g}, "
         f"over {table.num_tokens:,} tokens"
-        + (f"; {growing} of {len(factors)} layers do not contract" if growing else "")
+        + (f"; layers that do not contract: {growing} of {len(factors)}" if growing else "")
     )

@@ -135,3 +135,10 @@ def test_tokens_of_another_vocabulary_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="not the tokens it was trained on"):
         measure_influence(make_checkpoint(vocab_size=280), SETTINGS, tiny_tokens)
+
+
+def test_the_last_line_says_where_an_iteration_does_not_contract() -> None:
+    rows = ((0.2, 0.1), (0.2, 0.1), (0.3,))
+    growing = InfluenceTable("cosine", rows, rows, 64, ((0.4, 0.2), (0.4, 0.5), (0.1,)))
+    assert stage._summary(growing).endswith("; layers that do not contract: 1 of 2")
+    assert stage._summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")

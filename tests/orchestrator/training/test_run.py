@@ -86,6 +86,31 @@ def stop_at(step: int) -> Callable[[], bool]:
     return lambda: next(asked) == step
 
 
+def test_options_of_a_method_are_trained_saved_and_part_of_the_key(
+    make_job: MakeJob, tiny_model: dict[str, Any]
+) -> None:
+    options = {"damping": 0.0, "learn_damping": True, "differentiated_corrections": 1}
+    model = {**tiny_model, "method_options": options}
+    recipe = {"iterate_from_fraction": 0.0, "activation_checkpointing": True}
+    whole, split = (make_job(name, model=model, recipe=recipe) for name in ("whole", "split"))
+    fixed = {**tiny_model, "method_options": {"damping": 0.5}}
+    keys = [job_key(job) for job in (make_job(), make_job(model=fixed), whole, split)]
+    assert len(set(keys)) == 3
+    assert keys[2] == keys[3]
+    usual = {**tiny_model, "method_options": {"damping": 1.0}}
+    assert job_key(make_job(model=usual)) == keys[0]
+
+    outcome = run_job(whole)
+    assert not run_job(split, should_stop=stop_at(5)).finished
+    assert run_job(split).finished
+    assert losses(split) == losses(whole)
+    decoder = load_decoder(Path(str(outcome.checkpoint)))
+    assert decoder.config.to_dict()["method_options"] == options
+    dampings = [p for name, p in decoder.named_parameters() if name.endswith("damping")]
+    assert len(dampings) == 2
+    assert all(damping.item() != 0 for damping in dampings)
+
+
 def test_learns_and_reports(make_job: MakeJob) -> None:
     job = make_job(recipe={"num_steps": 60, "iterate_from_fraction": 0.0})
     outcome = run_job(job)
