@@ -19,7 +19,7 @@ from orchestrator.training.teacher_choice import check_teacher_cache
 from orchestrator.trial_room import check_trial_size
 from orchestrator.trial_rounds import limits_of
 
-Kind = Literal["threshold", "iterations", "search", "study"]
+Kind = Literal["threshold", "iterations", "search"]
 
 
 def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None) -> None:
@@ -39,8 +39,6 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
         check_teacher_cache(settings.distillation)
     if kind in ("threshold", "search"):
         _check_thresholds(settings)
-    if kind == "study":
-        _check_two_stages(settings)
     _check_stopping(settings, kind)
     if kind == "search":
         _check_search(settings)
@@ -61,19 +59,10 @@ def _check_stopping(settings: Settings, kind: Kind) -> None:
     sweep = settings.sweep
     if sweep.asha and kind == "iterations":
         _check_there_are_rates_to_end(settings)
-    elif sweep.asha and kind != "study":
+    elif sweep.asha:
         raise UserError(
             f"sweep.asha compares learning rates, and all trials of a {kind} sweep have the same; "
             "leave it out"
-        )
-
-
-def _check_two_stages(settings: Settings) -> None:
-    start, ramp = settings.study.two_stage_from, settings.training.iterate_ramp_fraction
-    if start and start + ramp > 1.0 + 1e-9:
-        raise UserError(
-            f"study.two_stage_from={start} and training.iterate_ramp_fraction={ramp} come to more "
-            "than the whole training, which would end before all corrections are made; lower one"
         )
 
 

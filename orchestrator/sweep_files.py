@@ -17,7 +17,6 @@ from orchestrator.settings import Settings
 from orchestrator.showing import show_plan
 from orchestrator.stages.prepare import prepare
 from orchestrator.stages.pretrain import plan_pretraining
-from orchestrator.study import run_study
 from orchestrator.sweep_checks import Kind, check_sweep
 from orchestrator.sweep_models import TEACHER, check_models, most_students, teacher_and_references
 from orchestrator.sweep_plans import plan_iterations, plan_suite, plan_thresholds
@@ -27,9 +26,7 @@ from orchestrator.views import counted
 
 def run_file(settings: Settings, desk: Desk, *, dry_run: bool = False) -> None:
     """Run the sweep that a settings file describes, its teacher's pretraining included."""
-    if settings.sweep.kind == "study":
-        run_study(settings, desk, dry_run=dry_run)
-    elif settings.sweep.kind == "iterations":
+    if settings.sweep.kind == "iterations":
         if dry_run:
             show_plan(plan_iterations(settings, desk), settings, desk)
         else:

@@ -34,7 +34,7 @@ def check_models(settings: Settings, kind: Kind) -> None:
         UserError: Names what no model can be made of, all at once.
     """
     vocab_size = settings.data.vocab_size
-    if kind in ("iterations", "study"):
+    if kind == "iterations":
         problems = []
         for _, changes in models_of(settings):
             try:
@@ -50,13 +50,10 @@ def check_models(settings: Settings, kind: Kind) -> None:
             )
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
-    if kind == "iterations":
         return
     config = model_config(settings.model, vocab_size=vocab_size)
     if settings.distillation.control != "pruned":
         check_student_batch(settings.distillation, config)
-    if kind == "study":
-        return
     check_budgets(settings.sweep, config)
     if not METHODS[config.method].has_corrections or not sum(config.corrections):
         raise UserError(

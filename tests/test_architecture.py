@@ -56,7 +56,7 @@ LAYERS = (
     "orchestrator.stages",
     "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
     " orchestrator.search_plans orchestrator.sweep_plans orchestrator.sweep_checks"
-    " orchestrator.sweep_costs orchestrator.sweep_models orchestrator.study"
+    " orchestrator.sweep_costs orchestrator.sweep_models"
     " orchestrator.sweep_files",
     "orchestrator.handover",
     "orchestrator.cli",

@@ -202,7 +202,7 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_log(
     os.fstat(2)  # standard error is back in its place
 
 
-@pytest.mark.parametrize("kind", ["threshold", "search", "iterations", "study"])
+@pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
 def test_quickstart_runs_the_kind_of_sweep_that_its_file_describes(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,14 +211,14 @@ def test_quickstart_runs_the_kind_of_sweep_that_its_file_describes(
     def only_name(name: str) -> Callable[..., None]:
         return lambda settings, *_, **__: run.append(f"{name}: {settings.sweep.kind}")
 
-    procedures = {"quickstart": "students", "sweep_iterations": "methods", "run_study": "study"}
+    procedures = {"quickstart": "students", "sweep_iterations": "methods"}
     for function, name in procedures.items():
         monkeypatch.setattr(f"orchestrator.sweep_files.{function}", only_name(name))
     (tmp_path / "s.yaml").write_text(f"sweep:\n  kind: {kind}\n")
     options = ["--config", str(tmp_path / "s.yaml"), "--workspace", str(tmp_path / "space")]
     code, printed = _run(capfd, "quickstart", *options)
     assert code == 0, printed
-    expected = {"iterations": "methods", "study": "study"}.get(kind, "students")
+    expected = "methods" if kind == "iterations" else "students"
     assert run == [f"{expected}: {kind}"]
 
 

@@ -60,7 +60,7 @@ def done_in(folder: Path) -> set[Path]:
 
 
 def test_each_is_run_here() -> None:
-    assert {*FRONTS, "search", "iiad-study"} == set(shipped_sweeps())
+    assert {*FRONTS, "search"} == set(shipped_sweeps())
 
 
 @pytest.mark.parametrize("name", FRONTS)
@@ -71,7 +71,7 @@ def test_a_shipped_sweep_ends_with_its_front(name: str, desk: Desk) -> None:
 
 
 def test_what_is_known_of_a_plan_is_told_and_what_follows_later_is_named(desk: Desk) -> None:
-    for name in ("iterations", "methods", "iiad-study"):
+    for name in ("iterations", "methods"):
         assert "vanilla" in run(desk, name, dry_run=True)
     told = run(desk, "toy", "training.seed=5", dry_run=True)
     assert "teacher" in told
@@ -91,24 +91,3 @@ def test_a_search_goes_on_from_the_family(desk: Desk) -> None:
     assert len(after - before) == 2, "the family was not trained again"
     assert "search-" in run(desk, "search", *options)
     assert done_in(desk.workspace.trials) == after
-
-
-def test_a_study_runs_all_its_phases_and_trains_nothing_twice(desk: Desk) -> None:
-    before = {folder: done_in(folder) for folder in (desk.workspace.runs, desk.workspace.trials)}
-    printed = run(
-        desk, "iiad-study",
-        "sweep.iterations=[0, 1]", "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
-        "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2", "study.seeds=[0, 1]",
-        "study.metrics=[cosine]", "study.controls=[pruned]", "study.selections=[knapsack]",
-        "training.iterate_from_fraction=0.5", "model.num_layers=2",
-    )  # fmt: skip
-    assert "study:" in printed
-    text = (desk.workspace.overlays / "study" / "results.md").read_text()
-    for other in ("vanilla", "r = 0"):
-        assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)
-    assert "| evaluations | cosine | pruned | knapsack |" in text
-    made = {folder: len(done_in(folder) - known) for folder, known in before.items()}
-    # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
-    assert made[desk.workspace.runs] == 4 + 3 + 2
-    # Full and none: distilled, the latter from the former too, and pruned without training.
-    assert made[desk.workspace.trials] == 3

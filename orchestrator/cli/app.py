@@ -7,6 +7,7 @@ fails while it is being interrupted has failed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -31,13 +32,18 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command.
+    """Run one command and return its exit code."""
+    return exit_code_of(lambda: app(arguments, prog_name="iiet-orch"))
+
+
+def exit_code_of(work: Callable[[], object]) -> int:
+    """Do work, and say on standard error why it did not end well.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
     """
     try:
-        app(arguments, prog_name="iiet-orch")
+        work()
     except SystemExit as end:  # Typer's own way to end, after it has shown what was wrong
         return end.code if isinstance(end.code, int) else 0
     except (UserError, StageFailed) as error:

@@ -30,7 +30,6 @@ from orchestrator.settings.tree import (
     InfluenceSettings,
     SearchSettings,
     Settings,
-    StudySettings,
     SweepSettings,
 )
 
@@ -46,7 +45,6 @@ __all__ = [
     "SearchSettings",
     "Section",
     "Settings",
-    "StudySettings",
     "SweepSettings",
     "TrainingSettings",
     "flatten",

@@ -70,7 +70,7 @@ class EvaluationSettings(Section):
 class SweepSettings(Section):
     """Which trials a sweep runs."""
 
-    kind: Literal["threshold", "iterations", "search", "study"] = "threshold"
+    kind: Literal["threshold", "iterations", "search"] = "threshold"
     """`threshold`: students of one teacher; `iterations`: models trained from scratch; `search`:
     the threshold's students and then others under free schedules."""
     num_schedules: int = Field(default=7, ge=2)
@@ -98,7 +98,7 @@ class SweepSettings(Section):
     """Seeds that every model is trained with, shown with their mean and its error; the recipe's
     alone when empty."""
     asha: bool = False
-    """Of one model's learning rates in `sweep-iterations` and in a study, train only the better
+    """Of one model's learning rates in `sweep-iterations`, train only the better
     ones to their end, by validation loss: asynchronous successive halving."""
     asha_first_rung: float = Field(default=0.25, gt=0, lt=1)
     """Share of the steps at which they are first compared; then at each `asha_reduction_factor`
@@ -176,28 +176,6 @@ class SearchSettings(Section):
     """Seed of the suggestions."""
 
 
-class StudySettings(Section):
-    """What `sweep.kind: study` compares beside the methods and rates of `sweep`: each at its best
-    rate, then every way to a cheaper model."""
-
-    two_stage_from: float | None = Field(default=0.75, gt=0.0, lt=1.0)
-    """Also train the IIET of most corrections in two stages, the corrections from this share of the
-    steps on; not if unset. The better of the two is the teacher."""
-    seeds: Seeds = Field(default=(0, 1, 2), min_length=1)
-    """Seeds of the comparison at equal tokens; the first one's models are all that follows uses."""
-    equal_flops: bool = True
-    """Also train each model for as many steps as the costliest one's training FLOPs pay for."""
-    metrics: tuple[Literal["cosine", "relative", "loss"], ...] = ("cosine", "relative", "loss")
-    """Measures of influence, each with a front of its own."""
-    controls: tuple[Literal["cross_entropy", "pruned", "scratch"], ...] = (
-        "cross_entropy",
-        "pruned",
-    )
-    """Controls of the distillation on the first metric's schedules."""
-    selections: tuple[Literal["knapsack"], ...] = ("knapsack",)
-    """Other ways to choose schedules by the first metric."""
-
-
 def secret_in_storage(uri: str) -> str | None:
     """Return why an address of storage is refused: settings are stored with every run, in its
     folder and in MLflow. None if it holds no secret."""
@@ -251,8 +229,6 @@ class Settings(Section):
     """Tasks and their size."""
     sweep: SweepSettings = SweepSettings()
     """Trials of a sweep."""
-    study: StudySettings = StudySettings()
-    """Phases of a study."""
     search: SearchSettings = SearchSettings()
     """Free schedules beside the threshold's."""
     cluster: ClusterSettings = ClusterSettings()

@@ -285,7 +285,7 @@ def models_to_train(settings: Settings, teacher: Path) -> dict[str, list[Trainin
     def config(own: Settings) -> ModelConfig:
         return model_config(own.model, vocab_size=32_000)
 
-    if settings.sweep.kind in ("iterations", "study"):
+    if settings.sweep.kind == "iterations":
         models = [with_model(settings, **changes) for _, changes in models_of(settings)]
         return {"trials": [job_of(config(own), own.training) for own in models]}
     own = teacher_and_references(settings).values()

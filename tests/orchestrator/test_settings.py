@@ -95,7 +95,7 @@ def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
         ("data.vocab_size=1000000000", "less than or equal to 1000000"),
         ("model.num_layers=1000000000", "less than or equal to 1000"),
         ("search.seed=4294967296", "less than or equal to 4294967295"),
-        ("study.seeds=[-1]", "greater than or equal to 0"),
+        ("sweep.seeds=[-1]", "greater than or equal to 0"),
         ("evaluation.include_path=''", "at least 1 character"),
         ("training.num_steps=" + "9" * 5000, "cannot be read as a whole number"),
         ("training.num_steps=" + "[" * 5000, "more than 32 levels deep"),

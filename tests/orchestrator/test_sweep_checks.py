@@ -11,7 +11,7 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator import procedure, study, sweep_files, sweep_plans
+from orchestrator import procedure, sweep_files, sweep_plans
 from orchestrator.console import Progress
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
@@ -44,11 +44,6 @@ def desk(tmp_path: Path) -> Desk:
         ("search", ["sweep.seeds=[0, 1]"], "sweep.seeds is for threshold sweeps"),
         ("iterations", ["sweep.asha=true"], "no model has more than one"),
         (
-            "study",
-            ["training.iterate_ramp_fraction=0.3", "study.two_stage_from=0.8"],
-            r"study\.two_stage_from=0\.8 and training\.iterate_ramp_fraction=0\.3 come to more",
-        ),
-        (
             "threshold",
             ["distillation.teacher_cache=top_k", "distillation.divergence=reverse"],
             "set teacher_cache to auto, or divergence to forward",
@@ -58,12 +53,11 @@ def desk(tmp_path: Path) -> Desk:
             ["distillation.teacher_cache=exact", "distillation.hidden_weight=1"],
             "hidden_weight to 0",
         ),
-        ("study", ["distillation.teacher_from_step=999"], "lies behind the training"),
+        ("search", ["distillation.teacher_from_step=999"], "lies behind the training"),
         ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
         ("search", ["model.corrections=0"], "a search sweep prunes its teacher's corrections"),
         ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),
-        ("iterations", ["sweep.iterations=[0, -1, x]"], "at least 0, got -1.*; model: 'x' is"),
-        ("study", ["sweep.methods=[vanilla]"], "a study needs an IIET with corrections"),
+        ("iterations", ["sweep.iterations=[0, -1, x]"], "from 0 to 1000, got -1.*; model: 'x' is"),
         (
             "iterations",
             ["sweep.iterations=[0, 1]", "sweep.learning_rates={r = 7: 0.001}"],
@@ -71,9 +65,9 @@ def desk(tmp_path: Path) -> Desk:
         ),
         ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
         ("threshold", ["sweep.gpus_per_trial=0", "cluster.num_gpus=8"], "names GPUs"),
-        ("study", ["sweep.gpus_per_trial=9", "cluster.num_gpus=8"], "asks for 9 GPUs"),
+        ("iterations", ["sweep.gpus_per_trial=9", "cluster.num_gpus=8"], "asks for 9 GPUs"),
         ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
-        ("study", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
+        ("iterations", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
         ("iterations", ["evaluation.include_path=/no/such/folder", "evaluation.suite=x"], "folder"),
     ],
 )
@@ -83,7 +77,7 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("something was started")
 
-    for module in (procedure, sweep_plans, study):
+    for module in (procedure, sweep_plans):
         monkeypatch.setattr(module, "prepare", never)
     with pytest.raises(UserError, match=words):
         sweep_files.run_file(resolve_settings({}, [f"sweep.kind={kind}", *settings]), desk)
@@ -93,7 +87,6 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(
     ("setting", "words"),
     [
         ("sweep.seeds=[0, 1, 0]", "a seed stands there twice"),
-        ("study.seeds=[2, 2]", "a seed stands there twice"),
         ("sweep={thresholds: [0.1], budgets: [3]}", "exclude each other"),
         ("sweep.learning_rates={iiet: []}", "a learning rate of iiet is not above 0"),
         ("sweep.methods=[vanila, iiet, pcfrmer]", "no such method: vanila, pcfrmer; known: van"),
@@ -157,7 +150,7 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
     assert not list(desk.workspace.runs.glob("*"))
 
 
-@pytest.mark.parametrize("kind", ["threshold", "search", "iterations", "study"])
+@pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
 def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
     tmp_path: Path, kind: Kind
 ) -> None:

@@ -1,4 +1,4 @@
-"""The study: does IIET beat its rivals, and does IIAD keep that for less? On any text and tasks.
+"""`python examples/iiad_study.py`: does IIET beat its rivals, and does IIAD keep that for less?
 
 A study is a row of ordinary sweeps in one workspace, each planned from what the one before found:
 
@@ -11,27 +11,38 @@ A study is a row of ordinary sweeps in one workspace, each planned from what the
 
 Trials are shared by their keys, so that nothing is trained twice, an interrupted study goes on, and
 a larger one starts from a smaller one. Out come the sweeps' own reports, two pictures that lay the
-fronts over each other, and `results.md` with one table a phase.
+fronts over each other, and `results.md` with one table a phase; docs/results.md is such a page with
+its reading. On your own text and tasks:
+
+    python examples/iiad_study.py --set data.source=files --set 'data.files=[text/*.txt]' \\
+        --set evaluation.suite=heldout,my_task
+
+Hours on a CPU; interrupt it at will, the same command goes on.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from study_tables import Phases, Ways, losses_by_seed, study_markdown
+
 from iiet.methods import METHODS
 from orchestrator.analysis.axes import QUALITIES, Axes
 from orchestrator.analysis.seeds import join_seeds
-from orchestrator.analysis.study_tables import Phases, Ways, losses_by_seed, study_markdown
+from orchestrator.cli.app import exit_code_of
+from orchestrator.cli.session import open_desk
 from orchestrator.cluster import ray_cluster
 from orchestrator.console import print_line
 from orchestrator.desk import Desk
 from orchestrator.errors import UserError
-from orchestrator.plan import Variant, iterations_plan
+from orchestrator.plan import Variant, check_student_batch, iterations_plan, loss_of
 from orchestrator.procedure import raise_failures, run_and_show, sweep_thresholds
-from orchestrator.settings import BASELINE, Settings, model_label
+from orchestrator.settings import BASELINE, Settings, model_label, read_settings
 from orchestrator.showing import show_plan
 from orchestrator.stages.overlay import write_overlay
 from orchestrator.stages.prepare import prepare
@@ -42,23 +53,70 @@ from orchestrator.sweep_plans import plan_suite
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.objective import two_stage
 from orchestrator.training.parts import flops_counter
+from orchestrator.training.teacher_choice import check_teacher_cache
 from orchestrator.trial import TrialResult
 from orchestrator.views import counted
 from orchestrator.workspace import write_text
 
+SETTINGS = Path(__file__).with_suffix(".yaml")
 TWO_STAGES = ", two stages"
 LOSS = "validation_loss"
 _BY_CHOICE = ("cosine", "relative", "loss", "knapsack")
 """Fronts that differ in which schedules they hold; the others differ in how those are trained."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What is compared beside the methods and rates of section `sweep`."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the comparison at equal tokens; the first one's models are all that follows uses."""
+    two_stage_from: float | None = None
+    """Also train the IIET of most corrections in two stages, the corrections from this share of the
+    steps on; the better of the two is the teacher."""
+    equal_flops: bool = True
+    """Also train each model for as many steps as the costliest one's training FLOPs pay for."""
+    metrics: tuple[str, ...] = ("cosine", "relative", "loss")
+    """Measures of influence, each with a front of its own."""
+    controls: tuple[str, ...] = ("cross_entropy", "pruned")
+    """Controls of the distillation on the first metric's schedules."""
+    selections: tuple[str, ...] = ("knapsack",)
+    """Other ways to choose schedules by the first metric."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study, or print what it would do; return the exit code, as the command line's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workspace", type=Path, help="folder for all that is made")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=Choices.seeds, metavar="N")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan")
+    options = parser.parse_args(arguments)
+    choices = Choices(seeds=tuple(options.seeds))
+
+    def study() -> None:
+        settings = read_settings(SETTINGS, options.changes)
+        with open_desk(options.workspace, "iiad-study", verbose=False) as desk:
+            run_study(settings, choices, desk, dry_run=options.dry_run)
+
+    return exit_code_of(study)
+
+
 def run_study(
-    settings: Settings, desk: Desk, *, name: str = "study", dry_run: bool = False
+    settings: Settings,
+    choices: Choices,
+    desk: Desk,
+    *,
+    name: str = "study",
+    dry_run: bool = False,
 ) -> None:
     """Run every phase that is not finished, and write down what came out.
 
     Args:
-        settings: Sections `study`, `sweep` and `training` say what is compared.
+        settings: Sections `sweep` and `training` say which models are compared.
+        choices: And what beside.
         desk: Workspace, tracking and terminal.
         name: What the names of its sweeps start with.
         dry_run: Print the first phase's plan, which all others follow from, and what those are;
@@ -69,14 +127,13 @@ def run_study(
         StageFailed: If a trial failed, after all that needs it not; the same command tries it
             again.
     """
-    check_sweep(settings, "study", desk.progress)
-    check_models(settings, "study")
-    study = _Study(settings, desk, name)
+    _check(settings, choices, desk)
+    study = _Study(settings, choices, desk, name)
     if dry_run:
-        rates = study.variants(study.all_rates(), seeds=settings.study.seeds[:1])
+        rates = study.variants(study.all_rates(), seeds=choices.seeds[:1])
         plan = iterations_plan(rates, suite=study.suite, name=f"{name}-rates")
         show_plan(plan, settings, desk)
-        print_line(desk.console, _later_phases(settings, len(study.contenders)))
+        print_line(desk.console, _later_phases(settings, choices, len(study.contenders)))
         return
     with ray_cluster(say=desk.progress.start):
         phases = study.compare()
@@ -91,6 +148,22 @@ def run_study(
     write_text(folder / "results.md", text)
     print_line(desk.console, f"study: {folder / 'results.md'}")
     raise_failures(study.failures)
+
+
+def _check(settings: Settings, choices: Choices, desk: Desk) -> None:
+    """Find what the settings have wrong together before anything is trained."""
+    check_sweep(settings, "iterations", desk.progress)
+    check_models(settings, "iterations")
+    loss_of(settings.distillation)
+    check_teacher_cache(settings.distillation)
+    if len(set(choices.seeds)) < len(choices.seeds):
+        raise UserError(f"--seeds: a seed stands there twice in {list(choices.seeds)}")
+    start, ramp = choices.two_stage_from, settings.training.iterate_ramp_fraction
+    if start and start + ramp > 1.0 + 1e-9:
+        raise UserError(
+            f"two_stage_from={start} and training.iterate_ramp_fraction={ramp} come to more than "
+            "the whole training, which would end before all corrections are made; lower one"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,13 +185,14 @@ class _Contender:
 class _Study:
     """The phases, in their order."""
 
-    def __init__(self, settings: Settings, desk: Desk, name: str) -> None:
-        self.settings, self.desk, self.name = settings, desk, name
+    def __init__(self, settings: Settings, choices: Choices, desk: Desk, name: str) -> None:
+        self.settings, self.choices, self.desk, self.name = settings, choices, desk, name
         self.failures: dict[str, str] = {}
-        self.contenders = {c.name: c for c in _contenders(settings)}
+        self.contenders = {c.name: c for c in _contenders(settings, choices.two_stage_from)}
         self.tokens = prepare(settings.data, desk.workspace, desk.progress)
         first = next(iter(self.contenders.values()))
         config = self._job(first.at(rate=1.0, seed=0)).config()
+        check_student_batch(settings.distillation, config)
         self.suite = plan_suite(settings.evaluation, self.tokens, config, desk.progress)
 
     def all_rates(self) -> dict[str, Sequence[float]]:
@@ -147,7 +221,7 @@ class _Study:
 
     def compare(self) -> Phases:
         """Run the phases that train from scratch."""
-        first, seeds = self.settings.study.seeds[:1], self.settings.study.seeds
+        first, seeds = self.choices.seeds[:1], self.choices.seeds
         tried = _joined(self._run("rates", self.variants(self.all_rates(), seeds=first)))
         by_rate = {
             name: {
@@ -160,7 +234,7 @@ class _Study:
         chosen: dict[str, Sequence[float]] = {name: (rate,) for name, rate in best.items()}
         of_seeds = self._run("tokens", self.variants(chosen, seeds=seeds))
         flops: Mapping[str, TrialResult] = {}
-        if self.settings.study.equal_flops:
+        if self.choices.equal_flops:
             steps = self._steps_of_equal_flops()
             flops = _joined(self._run("flops", self.variants(chosen, seeds=first, num_steps=steps)))
         at_best = {name: by_rate[name][rate] for name, rate in best.items()}
@@ -188,7 +262,7 @@ class _Study:
             for name in (BASELINE, model_label(teacher.method, 0))
             if name in phases.best
         ]
-        ways = _ways(self.settings)
+        ways = _ways(self.settings, self.choices)
         found = {}
         for way, own in ways.items():
             failures: dict[str, str] = {}
@@ -253,7 +327,7 @@ def _best_rate(tried: Mapping[float, TrialResult]) -> float:
     return min(tried, key=lambda rate: tried[rate].quality[LOSS])
 
 
-def _contenders(settings: Settings) -> Iterable[_Contender]:
+def _contenders(settings: Settings, two_stage_from: float | None) -> Iterable[_Contender]:
     models = []
     for name, changes in models_of(settings):
         own = with_rates(settings, **changes)
@@ -267,26 +341,22 @@ def _contenders(settings: Settings) -> Iterable[_Contender]:
             "a study needs an IIET with corrections: put iiet into sweep.methods and a number "
             "above 0 into sweep.iterations"
         )
-    if settings.study.two_stage_from:
+    if two_stage_from:
         label = model_label(correcting[0], max(counts))
         full = next(model for model in models if model.name == label)
-        recipe = full.settings.training.model_copy(
-            update={"iterate_from_fraction": settings.study.two_stage_from}
-        )
+        recipe = full.settings.training.model_copy(update={"iterate_from_fraction": two_stage_from})
         two_stage = full.settings.model_copy(update={"training": recipe})
         yield _Contender(full.name + TWO_STAGES, two_stage, full.rates)
 
 
-def _later_phases(settings: Settings, num_models: int) -> str:
+def _later_phases(settings: Settings, choices: Choices, num_models: int) -> str:
     """Say what comes after the learning rates, whose results decide on its trials."""
-    study, recipe = settings.study, settings.distillation.training
-    ways = list(_ways(settings))
+    recipe, ways = settings.distillation.training, list(_ways(settings, choices))
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
-    phases = [
-        f"{counted(num_models, 'model')} at the best rate under {counted(len(study.seeds), 'seed')}"
-    ]
-    if study.equal_flops:
-        phases.append(f"{counted(num_models, 'model')} for equal training FLOPs")
+    models, seeds = counted(num_models, "model"), counted(len(choices.seeds), "seed")
+    phases = [f"{models} at the best rate under {seeds}"]
+    if choices.equal_flops:
+        phases.append(f"{models} for equal training FLOPs")
     phases.append(
         f"{counted(len(ways), 'front')} ({', '.join(ways)}) of up to "
         f"{counted(settings.sweep.num_schedules, 'student')}, each on {num_tokens:,} tokens"
@@ -294,16 +364,15 @@ def _later_phases(settings: Settings, num_models: int) -> str:
     return f"  this is the first phase; then {'; then '.join(phases)}"
 
 
-def _ways(settings: Settings) -> dict[str, Settings]:
+def _ways(settings: Settings, choices: Choices) -> dict[str, Settings]:
     """Return the settings of every front, by its name; the first metric's comes first."""
-    study = settings.study
     ways: dict[str, Settings] = {
-        metric: _with(settings, influence={"metric": metric}) for metric in study.metrics
+        metric: _with(settings, influence={"metric": metric}) for metric in choices.metrics
     }
     usual = next(iter(ways.values()))
-    for control in study.controls:
+    for control in choices.controls:
         ways[control.replace("_", " ")] = _with(usual, distillation={"control": control})
-    for selection in study.selections:
+    for selection in choices.selections:
         ways[selection] = _with(usual, sweep={"selection": selection})
     return ways
 
@@ -315,3 +384,7 @@ def _with(settings: Settings, **sections: Mapping[str, object]) -> Settings:
             for name, changes in sections.items()
         }
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

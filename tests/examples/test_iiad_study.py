@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import iiad_study as study
 import pytest
 from rich.console import Console
+from small_size import SMALL
 
 from iiet.cost import training_flops_per_token
-from orchestrator import study
 from orchestrator.console import Progress
 from orchestrator.desk import Desk
-from orchestrator.errors import StageFailed
+from orchestrator.errors import StageFailed, UserError
 from orchestrator.plan import SweepPlan
-from orchestrator.settings import Settings, resolve_settings
+from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.training.objective import two_stage
 from orchestrator.trial import TrialResult
 from orchestrator.workspace import open_workspace
 
+CHOICES = study.Choices(seeds=(0,), two_stage_from=0.75)
 FAILING = {"vanilla, rate 0.004", "pcformer"}
 
 
@@ -80,7 +83,6 @@ def settings() -> Settings:
             "sweep={methods: [vanilla, pcformer, iiet], iterations: [0, 1]}",
             "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
             "model.num_layers=2",
-            "study.seeds=[0]",
         ],
     )
 
@@ -89,7 +91,7 @@ def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
     desk: Desk, settings: Settings
 ) -> None:
     with pytest.raises(StageFailed, match="2 trials failed") as failed:
-        study.run_study(settings, desk)
+        study.run_study(settings, CHOICES, desk)
     assert all(label in str(failed.value) for label in FAILING)
     text = (desk.workspace.overlays / "study" / "results.md").read_text()
     assert "| vanilla | 2 |" in text, "at the rate that did not fail"
@@ -102,9 +104,9 @@ def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
 def test_a_study_without_its_teacher_ends_there(
     desk: Desk, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_study.FAILING", {"r = 1", "r = 1, two stages"})
+    monkeypatch.setattr("test_iiad_study.FAILING", {"r = 1", "r = 1, two stages"})
     with pytest.raises(StageFailed, match="r = 1"):
-        study.run_study(settings, desk)
+        study.run_study(settings, CHOICES, desk)
     assert not (desk.workspace.overlays / "study").exists()
 
 
@@ -116,7 +118,7 @@ def test_equal_flops_are_those_that_the_trainings_count(
     training = settings.training.model_copy(update=recipe)
     sweep = settings.sweep.model_copy(update={"iterations": (0, 3)})
     settings = settings.model_copy(update={"training": training, "sweep": sweep})
-    planned = study._Study(settings, desk, "s")
+    planned = study._Study(settings, CHOICES, desk, "s")
     steps = planned._steps_of_equal_flops()
     totals, largest = {}, 0.0
     for name, contender in planned.contenders.items():
@@ -128,3 +130,73 @@ def test_equal_flops_are_those_that_the_trainings_count(
     assert steps["r = 3"] == 1000, "the costliest"
     assert totals == pytest.approx(dict.fromkeys(totals, totals["r = 3"]), abs=2 * largest)
     assert steps["vanilla"] > 2000
+
+
+@pytest.mark.parametrize(
+    ("changes", "choices", "words"),
+    [
+        ({}, {"seeds": (2, 2)}, "a seed stands there twice"),
+        (
+            {"iterate_ramp_fraction": 0.3, "iterate_from_fraction": 0.0},
+            {"two_stage_from": 0.8},
+            r"two_stage_from=0\.8 and training\.iterate_ramp_fraction=0\.3 come to more",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    desk: Desk,
+    settings: Settings,
+    changes: dict[str, float],
+    choices: dict[str, Any],
+    words: str,
+) -> None:
+    training = settings.training.model_copy(update=changes)
+    settings = settings.model_copy(update={"training": training})
+    with pytest.raises(UserError, match=words):
+        study.run_study(settings, study.Choices(**choices), desk)
+
+
+def test_a_study_without_corrections_is_refused(desk: Desk, settings: Settings) -> None:
+    sweep = settings.sweep.model_copy(update={"methods": ("vanilla",)})
+    with pytest.raises(UserError, match="a study needs an IIET with corrections"):
+        study.run_study(settings.model_copy(update={"sweep": sweep}), CHOICES, desk)
+
+
+def test_a_mistake_on_its_command_line_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--workspace", str(tmp_path), "--set", "training.num_step=3", "--dry-run"]
+    assert study.main(arguments) == 2
+    assert "did you mean training.num_steps?" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_example_runs_all_its_phases_and_trains_nothing_twice(
+    tmp_path: Path, ray_session: None
+) -> None:
+    changes = [
+        *SMALL, "sweep.iterations=[0, 1]", "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
+        "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2",
+        "training.iterate_from_fraction=0.5", "model.num_layers=2",
+    ]  # fmt: skip
+    choices = study.Choices(
+        seeds=(0, 1), metrics=("cosine",), controls=("pruned",), selections=("knapsack",)
+    )
+    workspace = open_workspace(tmp_path)
+    console = Console(file=StringIO(), width=140)
+    desk = Desk(workspace, Progress(), console)
+    settings = read_settings(study.SETTINGS, changes)
+    study.run_study(settings, choices, desk, dry_run=True)
+    assert "this is the first phase; then" in console.file.getvalue()  # type: ignore[attr-defined]
+    study.run_study(settings, choices, desk)
+    text = (workspace.overlays / "study" / "results.md").read_text()
+    for other in ("vanilla", "r = 0"):
+        assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)
+    assert "| evaluations | cosine | pruned | knapsack |" in text
+    made = {
+        folder: len([*folder.glob("*/done.json")]) for folder in (workspace.runs, workspace.trials)
+    }
+    # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
+    assert made[workspace.runs] == 4 + 3 + 2
+    # Full and none, distilled; pruned without training.
+    assert made[workspace.trials] == 2

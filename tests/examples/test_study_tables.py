@@ -6,9 +6,9 @@ import statistics
 from dataclasses import replace
 
 import pytest
+from study_tables import Phases, Ways, losses_by_seed, study_markdown
 
 from orchestrator.analysis.seeds import join_seeds
-from orchestrator.analysis.study_tables import Phases, Ways, losses_by_seed, study_markdown
 from orchestrator.trial import TrialResult
 
 # Seeds differ by more than models do: only differences of one seed show which is better.
