@@ -21,7 +21,7 @@ __all__ = ["fixed_point"]
 
 def fixed_point(
     step: Callable[[Tensor], Tensor],
-    guess: Tensor,
+    guess: Callable[[], Tensor],
     num_steps: int,
     *,
     damping: Tensor | float | None = None,
@@ -31,7 +31,7 @@ def fixed_point(
 
     Args:
         step: the map g whose fixed point is sought, (batch, time, dim) to the same shape.
-        guess: where to start; the value itself when there are no steps.
+        guess: makes the value to start from, which is returned where there are no steps.
         num_steps: how often to apply the map, at least 0.
         damping: the share of each step that is taken, a number or a tensor of one; None for all of
             it, `e <- step(e)`.
@@ -45,10 +45,10 @@ def fixed_point(
         return value
 
     num_constant = 0 if num_differentiated is None else max(0, num_steps - num_differentiated)
-    if num_constant and torch.is_grad_enabled():
-        with torch.no_grad():
-            guess = iterate(guess, num_constant)
-        # Older versions of PyTorch would use weights again that were cast without gradients here.
-        torch.clear_autocast_cache()
-        num_steps -= num_constant
-    return iterate(guess, num_steps)
+    if not num_constant or not torch.is_grad_enabled():
+        return iterate(guess(), num_steps)
+    with torch.no_grad():
+        value = iterate(guess(), num_constant)
+    # Older versions of PyTorch would use weights again that were cast without gradients here.
+    torch.clear_autocast_cache()
+    return iterate(value, num_steps - num_constant)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iiet.methods.base import Advance, Evaluate, Layer
-from iiet.mix import EstimateNorm, History, Mix, start
+from iiet.mix import EstimateNorm, History, Mix, at_least_float32, start
 from iiet.schedule import IterationSchedule
 from iiet.solvers import fixed_point
 
@@ -33,7 +33,8 @@ class ImplicitEulerOptions:
     learn_damping: bool = False
     """Whether each layer learns its damping, starting from `damping`."""
     differentiated_corrections: int | None = None
-    """In training, differentiate this many last corrections only, at least 1; None: all."""
+    """In training, differentiate this many last corrections of each layer only, at least 1; the
+    evaluations before count as constants. None: all."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -60,6 +61,8 @@ class ImplicitEuler(Layer):
         e   = P_l(F_l(h_{l-1}))                                        prediction
         e   = N_l(F_l(sum_{k<l} A[l,k] s_k + A[l,l] e))                correction, r_l times
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
+
+    Damped by d, a correction takes that share of its step: `e + d (N_l(...) - e)`.
 
     Cost: `1 + r_l` evaluations per layer.
     Source: the IIET paper, checked against its published code; options: this project.
@@ -139,21 +142,23 @@ class ImplicitEuler(Layer):
         """Predict, correct, mix."""
         mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
 
+        def predict() -> Tensor:
+            return evaluate(hidden, norm=self.prediction_norm)
+
         def correct(estimate: Tensor) -> Tensor:
             return evaluate(mix.point(estimate), norm=self.correction_norm, previous=estimate)
 
-        prediction = evaluate(hidden, norm=self.prediction_norm)
         estimate = fixed_point(
             correct,
-            prediction,
+            predict,
             num_corrections,
-            damping=self._damping(prediction.dtype),
+            damping=self._damping(),
             num_differentiated=self.options.differentiated_corrections,
         )
         return Advance(*mix.leave(estimate))
 
-    def _damping(self, dtype: torch.dtype) -> Tensor | float | None:
+    def _damping(self) -> Tensor | float | None:
         if self.damping is not None:
-            return self.damping.to(dtype)
+            return at_least_float32(self.damping)
         damping: float = self.options.damping
         return None if damping == 1.0 else damping

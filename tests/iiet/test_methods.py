@@ -105,19 +105,23 @@ def test_moving_average_coefficients(order, expected):
 
 def test_the_solver_applies_the_map_as_often_as_asked():
     guess = torch.tensor(0.0)
-    values = [float(fixed_point(lambda x: x / 2 + 1, guess, count)) for count in range(4)]
+    values = [float(fixed_point(lambda x: x / 2 + 1, lambda: guess, n)) for n in range(4)]
     assert values == [0.0, 1.0, 1.5, 1.75]
-    assert fixed_point(lambda x: x / 0, guess, 0) is guess
+    assert fixed_point(lambda x: x / 0, lambda: guess, 0) is guess
 
 
 @pytest.mark.parametrize("damping", [0.5, torch.tensor([0.5])])
 def test_a_damped_step_goes_part_of_the_way(damping):
     """`g(x) = 4 - 3 x` runs away from its fixed point 1; half steps turn `3` into `1`, less reach
     it."""
-    start = torch.tensor([2.0])
-    assert float(fixed_point(lambda x: 4 - 3 * x, start, 1, damping=damping)) == 0.0
-    assert float(fixed_point(lambda x: 4 - 3 * x, start, 8, damping=damping / 2)) == 1.0
-    assert float(fixed_point(lambda x: 4 - 3 * x, start, 8)) == 1.0 + 3.0**8
+
+    def solved(num_steps, **options):
+        found = fixed_point(lambda x: 4 - 3 * x, lambda: torch.tensor([2.0]), num_steps, **options)
+        return float(found)
+
+    assert solved(1, damping=damping) == 0.0
+    assert solved(8, damping=damping / 2) == 1.0
+    assert solved(8) == 1.0 + 3.0**8
 
 
 def test_corrections_converge_to_the_implicit_solution():

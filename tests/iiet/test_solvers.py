@@ -228,6 +228,29 @@ def test_a_truncated_backward_pass_keeps_less():
     assert last < last_two < 0.65 * whole
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_half_precision_weights(options):
+    exact = small_decoder(dtype=torch.float32, **OPTIONS[options])
+    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options]).bfloat16()
+    assert all(g is None or g.isfinite().all() for g in gradients(decoder).values())
+    with torch.no_grad():
+        expected = exact(tokens())
+        assert (decoder(tokens()).float() - expected).abs().max() < 0.25 * expected.std()
+
+
+def test_a_recomputed_layer_keeps_its_last_correction_alone():
+    """Not the prediction, which counts as a constant."""
+
+    def peak(**options):
+        decoder = small_decoder(schedule=3, **options)
+        decoder.activation_checkpointing = True
+        with LiveTensors(decoder) as live:
+            next_token_loss(decoder(tokens()), tokens()).backward()
+        return live.peak
+
+    assert peak(differentiated_corrections=1) < 0.58 * peak()
+
+
 @pytest.mark.parametrize("options", ["truncated", "all"])
 def test_a_truncated_backward_pass_under_autocast(options):
     """Weights that are cast without gradients must not be used again with them."""
@@ -247,7 +270,7 @@ def test_a_truncated_backward_pass_under_autocast(options):
 def test_the_solver_forgets_weights_that_were_cast_without_gradients():
     linear = torch.nn.Linear(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        value = fixed_point(linear, torch.ones(1, 4), 3, num_differentiated=1)
+        value = fixed_point(linear, lambda: torch.ones(1, 4), 3, num_differentiated=1)
     value.float().sum().backward()
     assert linear.weight.grad.abs().max() > 0
 
