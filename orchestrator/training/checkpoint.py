@@ -211,9 +211,8 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     if is_older:
         raise UserError(
             f"the training of {folder.parent} cannot go on: {folder.name} was written before "
-            "version 0.2, and its optimizer state is for the parameters of that version; move "
-            "the folder away to train anew, or choose another name or workspace. As a model the "
-            "checkpoint still serves: it can be evaluated, exported and distilled"
+            "version 0.2, and its optimizer state is for the parameters of that version; train "
+            f"anew under another name, and take its model along with `iiet-orch import {folder}`"
         )
     state: dict[str, Any] = torch.load(
         folder / TRAINING_STATE, weights_only=True, map_location="cpu"

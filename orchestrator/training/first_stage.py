@@ -31,9 +31,6 @@ from orchestrator.training.checkpoint import (
 from orchestrator.training.job import IN_THE_RECORD, TrainingJob, job_key
 from orchestrator.workspace import delete_folder
 
-FORMAT_VERSION = 2
-"""Counted up when those on disk cannot be gone on from; 2: each layer has its rows of the mix."""
-
 
 @dataclass(frozen=True)
 class FirstStage:
@@ -117,7 +114,7 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
         ),
     )
     watched = {name: getattr(recipe, name) for name in IN_THE_RECORD}
-    key = content_key("first stage", FORMAT_VERSION, job_key(plain), num_steps, watched)
+    key = content_key("first stage", job_key(plain), num_steps, watched)
     return FirstStage(Path(str(job.first_stages)) / key, num_steps)
 
 

@@ -114,7 +114,7 @@ def test_moments_that_belong_to_other_parameters_are_refused(older_job: OlderJob
     job = interrupted(older_job("iiet"))
     (job.folder / JOB_NAME).unlink()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"written before version 0\.2.*move the folder away"):
+        with pytest.raises(UserError, match=r"written before version 0\.2.*iiet-orch import"):
             run_job(job)
     check_checkpoint(job.folder / "step_00000001")
 
