@@ -7,6 +7,7 @@ for a paper's appendix, `front.csv` and `front.json` for machines, `influence.pn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,13 +159,16 @@ def markdown_of(report: SweepReport) -> str:
 
 
 def influence_markdown(table: InfluenceTable) -> str:
-    """Return an influence table in Markdown, one row a layer."""
+    """Return an influence table in Markdown, one row a layer, with its contraction factors."""
     width = max((len(row) for row in table.rows()), default=0)
-    heads = [f"correction {i}" for i in range(1, width + 1)]
-    lines = ["| layer | " + " | ".join(heads) + " |", "| ---: " * (width + 1) + "|"]
+    heads = ["layer", *(f"correction {i}" for i in range(1, width + 1)), "contraction"]
+    lines = [f"| {' | '.join(heads)} |", "| ---: " * len(heads) + "|"]
     for layer, row in enumerate(table.rows(), start=1):
         cells = [f"{value:.3g}" for value in row] + [""] * (width - len(row))
-        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+        # Tables of earlier versions have no factors, and layers of one correction neither.
+        factor = table.contractions[layer - 1] if table.contractions else math.nan
+        cells.append("" if math.isnan(factor) else f"{factor:.3g}")
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

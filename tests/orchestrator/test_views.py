@@ -9,6 +9,7 @@ from rich.console import Console
 
 from iiet.influence import InfluenceTable
 from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
+from orchestrator.analysis.report import influence_markdown
 from orchestrator.views import (
     about_average,
     evaluation_table,
@@ -109,3 +110,16 @@ def test_residuals_and_contraction_factors_stand_under_the_influence() -> None:
     with console.capture() as captured:
         console.print(influence_view(replace(table, residual_rows=())))
     assert "Residual" not in captured.get(), "a table of before there were residuals has none"
+
+
+def test_reports_write_the_contraction_factors_beside_the_influence() -> None:
+    rows = ((0.04, 0.02, 0.01), (0.5,))
+    table = InfluenceTable("cosine", rows, rows, 64, ((0.8, 0.4, 0.2), (0.25,)))
+    assert influence_markdown(table).splitlines() == [
+        "| layer | correction 1 | correction 2 | correction 3 | contraction |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        "| 1 | 0.04 | 0.02 | 0.01 | 0.5 |",
+        "| 2 | 0.5 |  |  |  |",
+    ]
+    older = influence_markdown(replace(table, residual_rows=()))
+    assert older.splitlines()[2] == "| 1 | 0.04 | 0.02 | 0.01 |  |"
