@@ -166,7 +166,7 @@ def _measure(
 
 
 def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:
-    dtype = DTYPES[trial.suite.get("precision", "fp32")]
+    dtype = DTYPES[trial.suite["precision"]]
     decoder = load_decoder(Path(checkpoint), device=device, dtype=dtype)
     decoder = decoder.with_schedule(trial.config().corrections)
     return measure_quality(decoder, trial.suite, Path(trial.folder) / items_name(trial.key))
@@ -195,7 +195,7 @@ def measure_quality(
         folders=[Path(suite["include_folder"])] if suite["include_folder"] else [],
         heldout=Path(suite["suite_folder"]) if suite["suite_folder"] else None,
         planned=suite.get("fingerprints"),
-        num_fewshot=suite.get("num_fewshot"),
+        num_fewshot=suite["num_fewshot"],
         batch_size=suite["batch_size"],
         limit=suite["limit"],
     )

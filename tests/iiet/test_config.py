@@ -119,6 +119,6 @@ def test_plain_values_have_the_methods_options_where_they_are_not_its_defaults()
     assert damped.method_options == options(damping=0.5)
     assert damped.to_dict()["method_options"] == {"damping": 0.5}
     assert ModelConfig.from_dict(damped.to_dict()) == damped
-    # Configs of the time before there were options keep their hashes.
+    # A config says what was chosen.
     for usual in (None, options(), options(damping=1.0)):
         assert "method_options" not in preset("tiny", method_options=usual).to_dict()

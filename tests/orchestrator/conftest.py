@@ -141,5 +141,5 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
         open_workspace(tmp_path),
         teacher=Path(str(outcome.checkpoint)),
         members=choose_members(table, settings.sweep),
-        suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
+        suite={"suite": "x", "tokens_folder": str(tiny_tokens), "precision": "fp32"},
     )

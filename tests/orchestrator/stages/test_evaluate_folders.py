@@ -231,6 +231,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         "suite_folder": "",
         "batch_size": 4,
         "limit": None,
+        "num_fewshot": None,
         "vocabulary_folder": str(checkpoint),
     }
     quality = measure_quality(decoder, suite, tmp_path / "items.json")
