@@ -1,7 +1,7 @@
-"""The methods by name. The shared test suite runs over this registry.
+"""The registry of methods, over which the shared test suite runs.
 
-Methods of other packages join through the entry-point group `iiet.methods`: the entry point's name
-is the method's, its object the class. They are looked up and imported when they are asked for.
+Other packages add methods through the entry-point group `iiet.methods`: the entry point's name is
+the method's, its object the class. An entry point is imported when its method is asked for.
 """
 
 from __future__ import annotations
@@ -23,20 +23,14 @@ ENTRY_POINT_GROUP = "iiet.methods"
 class Methods(Mapping[str, type[Layer]]):
     """Methods by name: this package's, then those of entry points, in alphabetical order.
 
-    Raises:
-        KeyError: from a lookup, no such method.
-        ValueError: from a lookup, an entry point whose object is no subclass of `Layer`.
+    Looking up an entry point whose object is no subclass of `Layer` is a ValueError.
     """
 
     def __init__(self, own: Mapping[str, type[Layer]]) -> None:
         self._classes = dict(own)
 
     def register(self, name: str, method: type[Layer]) -> None:
-        """Add a method for as long as the process lives; an entry point does without this call.
-
-        Raises:
-            ValueError: the name is taken, or the class is no method.
-        """
+        """Add a method to this process; a taken name, or a class that is no method, is refused."""
         if name in self._classes and self._classes[name] is not method:
             raise ValueError(f"there is a method {name!r} already: {self._classes[name]}")
         if not (isinstance(method, type) and issubclass(method, Layer)):
@@ -47,7 +41,7 @@ class Methods(Mapping[str, type[Layer]]):
         if name not in self._classes:
             for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
                 self.register(name, entry.load())
-                break
+                break  # The first of that name wins.
         return self._classes[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -1,10 +1,8 @@
-"""What a method is: a kind of layer, that is, a rule by which a layer advances the hidden state
-with its field.
+"""A method is a kind of layer: a rule by which a layer advances the hidden state with its field.
 
-A layer owns its field and whatever the method learns for it (norms, rows of the mix, gates). State
-is passed, never kept: a layer gets the hidden state and what the layers before it left, and returns
-both for the next one. The class says what a layer costs: its field evaluations, the operations and
-the memory beside them. So cost follows from a config alone, and nobody else knows a method by name.
+A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
+passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
+for the next one. The class states what a layer costs, so cost follows from a config alone.
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -34,14 +32,13 @@ class Evaluation(NamedTuple):
     k: int
     """The evaluation within the layer: 0 is the prediction, i the i-th correction."""
     input: Tensor
-    """Where the field was evaluated, x, (batch, time, dim)."""
+    """x, (batch, time, dim)."""
     output: Tensor
-    """What it gave, F(x), (batch, time, dim)."""
+    """F(x), (batch, time, dim)."""
     estimate: Tensor | None
-    """The normalized output, g(e) for a correction, (batch, time, dim); None where the method makes
-    none."""
+    """The normalized output, g(e) for a correction, (batch, time, dim); None without a norm."""
     residual: Tensor | None
-    """`g(e) - e`: how far the correction moves the estimate before it; None for predictions."""
+    """`g(e) - e`: how far the correction moves the previous estimate; None for predictions."""
 
 
 Observer = Callable[[Evaluation], None]
@@ -53,7 +50,7 @@ class Advance(NamedTuple):
     hidden: Tensor
     """The hidden state `h_l`, (batch, time, dim)."""
     state: Any
-    """What later layers read beside it, such as the history of estimates; None for nothing."""
+    """What else later layers read, such as the history of estimates; None for nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,8 @@ class LayerCall:
     """How a layer runs in one pass, beside the state that flows through it."""
 
     num_corrections: int
-    """How many corrections it makes; 0 where its method makes none."""
+    """Corrections it makes; 0 where its method makes none."""
     context: PassContext
-    """What all evaluations of the pass share."""
     slots: tuple[int, ...] | None = None
     """The cache slot of each of its evaluations; None without a cache."""
     shared: nn.Module | None = None
@@ -88,12 +84,9 @@ class Evaluate:
         norm: Callable[[Tensor], Tensor] | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """Return `F(x)`, or `norm(F(x))`.
+        """Return F(x), or with a norm the estimate norm(F(x)); x is (batch, time, dim).
 
-        Args:
-            x: where to evaluate, (batch, time, dim).
-            norm: makes an estimate of the output.
-            previous: the estimate that this evaluation corrects; for observers only.
+        `previous` is the estimate that this evaluation corrects; only observers need it.
         """
         call, k = self._call, self._k
         self._k += 1
@@ -113,12 +106,10 @@ class NoOptions:
 
 
 class Layer(nn.Module, ABC):
-    """One layer of a method, the base of all methods.
-
-    It is the unit of activation checkpointing and of sharding.
+    """Base of all methods: one layer, the unit of activation checkpointing and of sharding.
 
     Args:
-        layer_field: the layer's block, `iiet.layers.Field`.
+        layer_field: the layer's block, an `iiet.layers.Field`.
         index: the layer, the first being 0.
         dim: width of the hidden state.
         layer_norm_eps: epsilon of the method's LayerNorms.
@@ -126,13 +117,13 @@ class Layer(nn.Module, ABC):
     """
 
     Options: ClassVar[type[Any]] = NoOptions
-    """A frozen dataclass; its fields are what `ModelConfig.method_options` may say."""
+    """A frozen dataclass whose fields are those that `ModelConfig.method_options` may hold."""
     has_corrections: ClassVar[bool] = False
-    """Whether an iteration schedule says how often a layer corrects its prediction."""
+    """Whether an iteration schedule sets how often a layer corrects its prediction."""
     is_random: ClassVar[bool] = False
-    """Whether a layer draws random numbers; one that is recomputed then draws the same ones."""
+    """Whether a layer draws random numbers; a recomputed layer then draws the same ones."""
     num_left: ClassVar[int] = 0
-    """Tensors as large as the hidden state that a layer leaves for all later ones (estimates)."""
+    """Tensors of the hidden state's size that a layer leaves for all later ones (estimates)."""
 
     def __init__(
         self, layer_field: nn.Module, index: int, *, dim: int, layer_norm_eps: float, options: Any
@@ -163,20 +154,20 @@ class Layer(nn.Module, ABC):
 
     @classmethod
     def num_differentiated(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Count the evaluations of a layer that training differentiates: usually all."""
+        """Count the evaluations of a layer that training differentiates."""
         return cls.evaluations_per_layer(schedule, layer)
 
     @classmethod
     def flops_beside_fields(
         cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
     ) -> int:
-        """Count a layer's operations for one token, beside evaluations, norms and plain sums."""
+        """Count a layer's FLOPs for one token, beside evaluations, norms and plain sums."""
         return 0
 
     @classmethod
     def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Count the tensors as large as the hidden state that a layer keeps for its backward pass,
-        without what its field keeps.
+        """Count the tensors of the hidden state's size that a layer keeps for its backward pass,
+        those of its field left out.
         """
         return 0
 
@@ -195,21 +186,21 @@ class Layer(nn.Module, ABC):
         num_corrections: int,
         shared: nn.Module | None,
     ) -> Advance:
-        """Advance the hidden state by one layer.
+        """Advance the hidden state, (batch, time, dim), by one layer. This is the method's formula.
 
         Args:
             evaluate: the layer's field.
-            hidden: what the layer before left, (batch, time, dim).
-            state: what the layers before left beside it.
-            num_corrections: how many corrections this layer makes; 0 where the method makes none.
-            shared: what all layers share.
+            hidden: the previous layer's.
+            state: what else earlier layers left.
+            num_corrections: corrections that this layer makes; 0 where the method makes none.
+            shared: what `make_shared` made.
         """
 
     def reset_parameters(self) -> None:
         """Initialize what the layer learns beside its field and plain norms and linear layers."""
 
     def forward(self, hidden: Tensor, state: Any, call: LayerCall) -> Advance:
-        """Advance the hidden state, (batch, time, dim), by this layer."""
+        """Run `advance`, recomputed in the backward pass where the call asks for it."""
         if call.recompute and call.observe is None and torch.is_grad_enabled():
             advance: Advance = checkpoint(
                 self._advance,

@@ -27,12 +27,10 @@ class ExplicitEuler(Layer):
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        """Return 1, whatever the schedule."""
         return 1
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        """Return 0."""
         return 0
 
     def advance(
@@ -44,5 +42,4 @@ class ExplicitEuler(Layer):
         num_corrections: int,
         shared: nn.Module | None,
     ) -> Advance:
-        """Evaluate the field once."""
         return Advance(evaluate(hidden), state)

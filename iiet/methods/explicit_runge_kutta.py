@@ -1,9 +1,7 @@
-"""Explicit Runge-Kutta methods: several evaluations per layer and no mix. These are the ODE
-Transformer's blocks.
+"""Explicit Runge-Kutta methods, the ODE Transformer's blocks: several evaluations and no mix.
 
-A field holds its residual connections, so that the right-hand side of the differential equation is
-`G(x) = F(x) - x`; explicit Euler, `h + G(h)`, is then the plain decoder exactly, and these are its
-higher orders.
+A field holds its residual connections, so the right-hand side of the differential equation is
+`G(x) = F(x) - x`. Explicit Euler, `h + G(h)`, is the plain decoder; these are its higher orders.
 """
 
 # ruff: noqa: ARG002, ARG003 - all methods share their signatures
@@ -24,27 +22,24 @@ __all__ = ["ExplicitRK2", "ExplicitRK4", "GatedRK2"]
 
 
 class ExplicitRK2(Layer):
-    """Advance by the Runge-Kutta method of order 2 with fixed coefficients.
+    """Advance by the Runge-Kutta method of order 2.
 
         k1 = G(h); k2 = G(h + k1);   h_l = h + (k1 + k2) / 2;   h = h_{l-1}, G(x) = F_l(x) - x
 
     Cost: 2 evaluations per layer; no parameters.
     Source: Li et al. 2022 (ODE Transformer), RK2-block with fixed coefficients.
-    Not to be confused with: the predictor of PCformer, which normalizes each evaluation and learns
-    its coefficients.
+    Not to be confused with: PCformer's predictor, which normalizes its stages and learns weights.
     """
 
     coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)
-    """Weights of the stages, as many as the order; they sum to one."""
+    """Weights of the stages; they sum to one."""
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        """Return the number of stages, whatever the schedule."""
         return len(cls.coefficients)
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        """Return 0."""
         return 0
 
     def advance(
@@ -56,7 +51,6 @@ class ExplicitRK2(Layer):
         num_corrections: int,
         shared: nn.Module | None,
     ) -> Advance:
-        """Add the weighted stages."""
         stages = runge_kutta_stages(_increments(evaluate), hidden, len(self.coefficients))
         for coefficient, stage in zip(self.coefficients, stages, strict=True):
             hidden = torch.add(hidden, stage, alpha=coefficient)
@@ -64,25 +58,24 @@ class ExplicitRK2(Layer):
 
 
 class ExplicitRK4(ExplicitRK2):
-    """Advance by the classical Runge-Kutta method of order 4 with fixed coefficients.
+    """Advance by the classical Runge-Kutta method of order 4.
 
         h_l = h + (k1 + 2 k2 + 2 k3 + k4) / 6, stages as in `runge_kutta`
 
     Cost: 4 evaluations per layer; no parameters.
     Source: Li et al. 2022 (ODE Transformer), RK4-block.
-    Not to be confused with: `pcformer_rk4`, a predictor with a corrector behind it.
+    Not to be confused with: `pcformer_rk4`, a predictor followed by a corrector.
     """
 
     coefficients: ClassVar[tuple[float, ...]] = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
 class GatedRK2(Layer):
-    """Advance by two stages whose weights each token chooses by a gate.
+    """Advance by two stages that a gate weighs for each token.
 
         g = sigmoid(W_l [k1, k2] + b_l);   h_l = h + g k1 + (1 - g) k2, stages as in `ExplicitRK2`
 
-    The gate is one number per token and layer. With W = 0 and b = 0 it is 1/2, and this is
-    `ExplicitRK2`.
+    The gate is one number per token and layer; where it is 1/2, this is `ExplicitRK2`.
 
     Cost: 2 evaluations per layer; `2 dim + 1` parameters per layer.
     Source: Li et al. 2022 (ODE Transformer), RK2-block with learnable coefficients.
@@ -90,29 +83,24 @@ class GatedRK2(Layer):
     """
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
-        """Make the gate."""
         self.gate = nn.Linear(2 * dim, 1)
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        """Return 2, whatever the schedule."""
         return 2
 
     @classmethod
     def flops_beside_fields(
         cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
     ) -> int:
-        """Count the gate."""
-        return 2 * 2 * dim
+        return 2 * 2 * dim  # the gate
 
     @classmethod
     def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Count both stages, as the sum and as the gate keep them."""
-        return 4
+        return 4  # both stages, as the sum and as the gate keep them
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        """Count the gates."""
         return num_layers * (2 * dim + 1)
 
     def advance(
@@ -124,12 +112,10 @@ class GatedRK2(Layer):
         num_corrections: int,
         shared: nn.Module | None,
     ) -> Advance:
-        """Add the stages as the gate weighs them."""
         first, second = runge_kutta_stages(_increments(evaluate), hidden, 2)
         gate = torch.sigmoid(self.gate(torch.cat([first, second], -1)))
         return Advance(hidden + torch.lerp(second, first, gate.to(first.dtype)), state)
 
 
 def _increments(evaluate: Evaluate) -> Callable[[int, Tensor], Tensor]:
-    """Return the stages' right-hand side `G(x) = F(x) - x`, which is the same for all of them."""
-    return lambda _, point: evaluate(point) - point
+    return lambda _, point: evaluate(point) - point  # G(x), the same for all stages

@@ -1,6 +1,4 @@
-"""Predictor and corrector: a Runge-Kutta prediction, corrected once through the mix. This is
-PCformer.
-"""
+"""PCformer: a Runge-Kutta prediction, corrected once through the mix."""
 
 # ruff: noqa: ARG002, ARG003 - all methods share their signatures
 
@@ -29,58 +27,48 @@ class PredictorCorrectorRK2(Layer):
 
     Cost: 3 evaluations per layer.
     Source: Li et al. 2024 (PCformer), checked against its published code.
-    Not to be confused with: IIET with two corrections, the same cost, whose prediction is one plain
-    evaluation.
+    Not to be confused with: IIET with two corrections, whose prediction is one plain evaluation.
     """
 
     num_left: ClassVar[int] = 1
     order: ClassVar[int] = 2
-    """Of the predictor: its evaluations, each with a norm."""
+    """Of the predictor; also the number of its evaluations, each with a norm."""
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
-        """Make both norms and the rows of the mix."""
         self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
         self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
         self.mix = Mix(self.index)
 
     @classmethod
     def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module:
-        """Make the predictor."""
         return MovingAverageRungeKutta(cls.order, dim, layer_norm_eps)
 
     @classmethod
     def start(cls, embeddings: Tensor, num_layers: int) -> History:
-        """Return the history that holds the embeddings."""
         return start(embeddings, num_layers)
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        """Return the predictor's stages and the one corrector, whatever the schedule."""
-        return cls.order + 1
+        return cls.order + 1  # the corrector
 
     @classmethod
     def flops_beside_fields(
         cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
     ) -> int:
-        """Count the mix."""
         return Mix.num_flops(layer, dim, num_points=1)
 
     @classmethod
     def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Count each stage before and after its norm, the prediction likewise, and what the
-        corrector gives.
-        """
+        """Stages and prediction, each before and after its norm, and the corrector's output."""
         return 2 * cls.order + 2 + 1
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        """Count norms, rows of the mix and the predictor."""
         rows = sum(map(Mix.num_parameters, range(num_layers)))
         predictor = MovingAverageRungeKutta.num_parameters(cls.order, dim)
         return rows + num_layers * 4 * dim + predictor
 
     def reset_parameters(self) -> None:
-        """Start the rows of the mix as means."""
         self.mix.reset_parameters()
 
     def advance(
@@ -92,7 +80,6 @@ class PredictorCorrectorRK2(Layer):
         num_corrections: int,
         shared: nn.Module | None,
     ) -> Advance:
-        """Predict, correct once, mix."""
         assert shared is not None
         prediction = self.prediction_norm(shared(evaluate, hidden))
         mix = self.mix(state, dtype=hidden.dtype, corrects=True)
