@@ -19,9 +19,14 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.context import CacheRecord, set_record
 
-__all__ = ["KeyValueCache", "KvStrategy", "evaluation_slots"]
+__all__ = ["KeyValueCache", "KvStrategy", "check_kv_strategy", "evaluation_slots"]
 
 KvStrategy = Literal["exact", "last"]
+
+
+def check_kv_strategy(strategy: str) -> None:
+    if strategy not in ("exact", "last"):
+        raise ValueError(f"KV strategy must be 'exact' or 'last', got {strategy!r}")
 
 
 def evaluation_slots(evaluations_per_layer: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -47,8 +52,7 @@ class KeyValueCache:
         dtype: torch.dtype = torch.float32,
         strategy: KvStrategy = "exact",
     ) -> None:
-        if strategy not in ("exact", "last"):
-            raise ValueError(f"KV strategy must be 'exact' or 'last', got {strategy!r}")
+        check_kv_strategy(strategy)
         evaluations_per_layer = config.evaluations_per_layer()
         set_record(self, CacheRecord(evaluations_per_layer))
         self.max_tokens = max_tokens

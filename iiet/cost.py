@@ -1,20 +1,10 @@
-"""What a model costs, exactly, from its config and iteration schedule; nothing is built or run.
+"""What a model costs, computed from its config and iteration schedule; nothing is built or run.
 
-In: sizes and a schedule. Out: evaluations, floating-point operations, bytes and parameters. A field
-evaluation is the unit; everything else follows from shapes. So a sweep can order its schedules by
-cost before the first training step, and only their quality has to be measured.
-
-Counted: matrix products of m x k by k x n at 2 m k n (projections, feed-forward, head), attention's
-scores and weighted values over the tokens that a token really sees, and what a method says that its
-layers do beside their fields (the mix's weighted sums, gates). Not counted: norms, activations,
-softmax, rotary angles, residual and Runge-Kutta sums, together about a hundredth of the rest. The
-backward pass is taken as two forward passes of what is differentiated.
-
-Bytes are what a decoding step has to read from memory: weights once per step, whatever the batch,
-keys and values for each of its rows. An evaluation reads its layer's weights from the processor's
-cache where the one before it left them there.
-
-`iiet.training_memory` counts what training takes. Source: shapes of `iiet.decoder`; this project.
+FLOPs are those of matrix products (m x k by k x n: 2 m k n), of attention over the tokens that a
+token really sees, and what a method states for its mix or gates. Norms, activations, softmax,
+rotary angles, residual and Runge-Kutta sums are left out, together about a hundredth of the rest.
+Bytes are what a decoding step reads from memory: weights once per step, whatever the batch, keys
+and values for each row. For training's memory see `iiet.training_memory`. Source: this project.
 """
 
 from __future__ import annotations
@@ -22,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from iiet.cache import KvStrategy
+from iiet.cache import KvStrategy, check_kv_strategy
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
@@ -43,16 +33,15 @@ class InferenceCost:
     decode_flops_per_token: float
     """One token decoded with a cache, when it sees the whole context (itself included)."""
     kv_bytes_per_token: int
-    """Keys and values that decoding stores for each token."""
+    """Keys and values that decoding stores."""
     kv_bytes_read_per_token: int
-    """Keys and values read to decode one token that sees the whole context (itself included): by
-    each evaluation those of its slot. Every row of a batch reads its own."""
+    """Keys and values that the evaluations of such a decoded token read, each those of its slot."""
     weight_bytes_per_token: float
-    """Weights read from memory to decode one token: the step's, a field once per evaluation or, if
-    it stays in the processor's cache, once per layer, shared by the rows of the batch. The
-    method's own (norms, mix, gates) are left out, under a thousandth at the published sizes."""
+    """A decoding step's weights, shared by the rows of the batch: a field's once per evaluation or,
+    if they stay in the processor's cache, once per layer. The method's own (norms, mix, gates) are
+    left out, under a thousandth at the published sizes."""
     num_parameters: int
-    """All parameters, the method's own included; the same for all schedules."""
+    """All, the method's own included."""
 
 
 def inference_cost(
@@ -74,17 +63,15 @@ def inference_cost(
         batch_size: rows that a decoding step decodes together.
         bytes_per_value: of weights, keys and values: 4 for float32, 2 for bfloat16.
         kv_strategy: `exact`, a slot per evaluation, or `last`, a slot per layer.
-        processor_cache_bytes: cache between memory and arithmetic (an H100's L2: 50 MB). A layer's
-            weights stay in it from one evaluation to the next if there is room for them beside the
-            keys and values that an evaluation reads. 0 is for none.
+        processor_cache_bytes: cache between memory and arithmetic (an H100's L2: 50 MB), 0 for
+            none. A layer's weights stay in it between evaluations if they fit beside the keys and
+            values that an evaluation reads.
 
     Raises:
-        ValueError: a schedule that the method cannot serve, a context that is not within the
-            config's, an unknown strategy, no row, or a cache of negative size.
+        ValueError: a schedule that the method cannot serve, or a setting out of range.
     """
     config, context_length = _checked(config, schedule, context_length)
-    if kv_strategy not in ("exact", "last"):
-        raise ValueError(f"KV strategy must be 'exact' or 'last', got {kv_strategy!r}")
+    check_kv_strategy(kv_strategy)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if processor_cache_bytes < 0:
@@ -118,15 +105,10 @@ def training_flops_per_token(
     *,
     context_length: int | None = None,
 ) -> float:
-    """Count forward and backward (twice what is differentiated) of a training step, per token.
+    """Count forward and backward pass of a training step, per token.
 
-    Args:
-        config: sizes and method.
-        schedule: the config's own when not given.
-        context_length: tokens per sequence; the config's when not given.
-
-    Raises:
-        ValueError: as `inference_cost`.
+    The backward pass costs two forward passes of what is differentiated. Arguments and errors are
+    those of `inference_cost`.
     """
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)
@@ -142,12 +124,12 @@ def training_flops_per_token(
 
 
 def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
-    """Count the parameters.
+    """Count the parameters, the same for all schedules.
 
     Args:
-        config: sizes and method; the schedule has no say.
-        include_mix: whether to count what the method has beside the fields (mix, norms, stages);
-            published sizes leave it out (and the norms' weights, under a thousandth).
+        config: sizes and method.
+        include_mix: whether to count the method's own (mix, norms, stages), which published sizes
+            leave out.
     """
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     fields = config.num_layers * _field_parameters(config)
@@ -158,8 +140,7 @@ def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
 def _checked(
     config: ModelConfig, schedule: IterationSchedule | None, context_length: int | None
 ) -> tuple[ModelConfig, int]:
-    """Put the schedule into the config, whose own checks then apply, and settle the context."""
-    if schedule is not None:
+    if schedule is not None:  # The config's own checks then apply.
         config = dataclasses.replace(config, schedule=schedule)
     if context_length is None:
         context_length = config.context_length
@@ -178,17 +159,16 @@ def _projection_values(config: ModelConfig) -> int:
 
 
 def _field_parameters(config: ModelConfig) -> int:
-    """Matrices and both RMSNorms of one layer."""
-    return _projection_values(config) + 2 * config.dim
+    return _projection_values(config) + 2 * config.dim  # matrices and both RMSNorms
 
 
 def _field_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
-    """Count one evaluation of a field for one token."""
+    """Count one evaluation for one token; attention's are its scores and weighted values."""
     return 2 * _projection_values(config) + 4 * config.dim * mean_tokens_seen
 
 
 def _body_flops(config: ModelConfig, evaluations: int, *, mean_tokens_seen: float) -> float:
-    """Count fields and what the method adds for one token; all but the head."""
+    """Count all but the head, for one token."""
     method = METHODS[config.method]
     own = sum(
         method.flops_beside_fields(config.corrections, layer, config.dim, config.options)

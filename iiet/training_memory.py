@@ -1,16 +1,12 @@
-"""What training a model takes in memory, counted from shapes before anything is built.
+"""What training a model takes in memory, estimated from shapes before anything is built.
 
-Four parts. Weights, their gradients and AdamW's two moments follow from the number of parameters.
-Activations are what the forward pass keeps for the backward pass: so many hidden states, heads and
-feed-forward values for each evaluation of a field, as the modules of this package keep them, then
-the logits, which for a moment exist three times. The peak is the larger of two moments: the loss's
-backward pass, and a field's.
-
-An estimate, not a count: what kernels, allocators and libraries take beside it is not in it, nor
-the copies of shared keys and values that a GPU makes in float32. Gradients count as if they were
-there all the time, as they are from a step's second pass on. It is of eager mode's fast forms; the
-plain formulas keep more. `tests/iiet/test_training_memory.py` holds it against the live tensors of
-real steps. Source: shapes of `iiet.decoder`; this project.
+Weights, gradients and AdamW's two moments follow from the number of parameters. Activations are
+what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
+Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
+values. Gradients count all the time, as from a step's second pass on. The plain formulas and a
+compiled model keep other tensors than the fast forms of eager mode, which are counted here.
+`tests/iiet/test_training_memory.py` compares with the live tensors of real steps.
+Source: this project.
 """
 
 from __future__ import annotations
@@ -25,12 +21,9 @@ from iiet.schedule import IterationSchedule
 
 __all__ = ["TrainingMemory", "training_memory"]
 
-_FULL, _HALF = 4, 2
-"""Bytes of a float32 and of a bfloat16 value."""
-_FEED_FORWARD_TEMPORARIES = 4
-"""Tensors of the inner width that the feed-forward network's backward pass holds at once."""
-_LOGITS_AT_ONCE = 3
-"""Log-probabilities and two gradients of their size, in float32, while the loss goes backward."""
+_FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
+_FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
+_LOGITS_AT_ONCE = 3  # log-probabilities and two gradients in the loss's backward pass, float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +41,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -100,7 +93,6 @@ def _peak_bytes(
     activation_checkpointing: bool,
     num_shards: int,
 ) -> int:
-    """Count activations at the larger of two moments: the loss's backward pass, or a field's."""
     method = METHODS[config.method]
     width = _FULL if precision == "fp32" else _HALF
     state = config.dim * _FULL
@@ -125,15 +117,12 @@ def _peak_bytes(
 
 
 def _layer_bytes(config: ModelConfig, layer: int, precision: str) -> int:
-    """Count what a layer keeps for each token.
-
-    For an evaluation in float32: the point, its norm, and the state between attention and
-    feed-forward. In the arithmetic's precision: queries, keys, values, what attention gives, the
-    feed-forward network's input, gate and up. Then what its method keeps beside the field.
-    """
     method, dim = METHODS[config.method], config.dim
     kv_dim = config.num_kv_heads * config.head_dim
     width = _FULL if precision == "fp32" else _HALF
+    # In float32: the point, its norm, and the state between attention and feed-forward network. In
+    # the arithmetic's precision: queries, keys, values, attention's output, the network's input,
+    # gate and up.
     evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
     of_layer = config.corrections, layer, config.options
     return (
