@@ -23,7 +23,6 @@ __all__ = [
     "config_from_published",
     "decoder_from_published",
     "published_from_decoder",
-    "published_gradients",
 ]
 
 # Field of ModelConfig -> published keys, of which the first that is there counts.
@@ -201,16 +200,6 @@ def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
     for matrix in published.keys() & _MIX_ROWS.values():
         published[matrix][0, 0] = 1.0  # Row 0, which nothing reads, as it starts.
     return published
-
-
-def published_gradients(decoder: Decoder) -> dict[str, Tensor]:
-    """Return copies of the gradients by the weights' published names, where there are any."""
-    gradients = {
-        name: parameter.grad
-        for name, parameter in decoder.named_parameters()
-        if parameter.grad is not None
-    }
-    return _to_published(decoder.config, gradients)
 
 
 def _to_published(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_gradients import published_gradients
 from safetensors.torch import load_file
 
 from iiet import Decoder, decoder_from_published, next_token_loss, published_from_decoder
-from iiet.published import published_gradients
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.json"))

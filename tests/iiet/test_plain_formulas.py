@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from published_gradients import published_gradients
 from torch.nn.functional import layer_norm, softmax
 
 from iiet import (
@@ -19,7 +20,6 @@ from iiet import (
     next_token_loss,
     published_from_decoder,
 )
-from iiet.published import published_gradients
 
 PUBLISHED = ["vanilla", "iiet", "pcformer", "pcformer_rk4"]
 
