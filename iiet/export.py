@@ -1,11 +1,10 @@
 """Export a decoder to a folder that transformers and lm-eval load without this package.
 
-In: a decoder and, if wanted, its tokenizer. Out: `config.json`, `model.safetensors`, the tokenizer
-and the source of every module that the model needs, those of a method of another package among
-them. transformers loads such code under `trust_remote_code=True`, but copies only modules beside
-each other that are imported by one dot. So the modules are written flat under their full names,
-`iiet/methods/base.py` becomes `iiet_methods_base.py`, and their imports are rewritten to match.
-Nothing else in them changes: exported folders run the same mathematics as here.
+The folder holds the weights, the tokenizer and the source of every module that the model needs,
+those of a method of another package among them. transformers loads such code under
+`trust_remote_code=True`, but copies only modules of one folder that import each other by one dot.
+So `iiet/methods/base.py` becomes `iiet_methods_base.py`, and imports are rewritten to match.
+Nothing else changes: exported folders run the same mathematics.
 """
 
 from __future__ import annotations
@@ -47,17 +46,13 @@ def export_pretrained(
         folder: made if missing; files of the same names are overwritten.
         tokenizer_file: a `tokenizer.json`; without it no tokenizer is written.
         end_of_text: the tokenizer's token that ends a document.
-        token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of a model that has its own;
-            `end_of_text` alone when unset.
-        text_files: name to content of a model's own files that say how its tokenizer is used and
-            how it generates, as transformers writes them; made from `end_of_text` when unset.
-
-    Returns:
-        The folder.
+        token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, instead of `end_of_text`.
+        text_files: name to content of the model's own files for tokenizer and generation, as
+            transformers writes them; made from `end_of_text` when not given.
 
     Raises:
         ValueError: the tokenizer has no such token, or the source of a method of another package
-            cannot be made flat.
+            cannot be rewritten.
     """
     folder = Path(folder)
     sources = flat_sources(decoder.config.method)
@@ -92,12 +87,7 @@ def export_pretrained(
 def flat_sources(method: str) -> dict[str, str]:
     """Return the rewritten source of the adapter and of all it needs, by flat module name.
 
-    Args:
-        method: the model's. Where another package registered it, the modules of that package that
-            it needs are among the sources, and the adapter registers it.
-
-    Raises:
-        ValueError: a module cannot be made flat.
+    For a method of another package, the adapter also registers it.
     """
     layer = METHODS[method]
     owner = layer.__module__
@@ -132,10 +122,8 @@ def _flat_name(module: str) -> str:
 
 
 def _flattened(module: str, packages: set[str]) -> tuple[str, set[str]]:
-    """Return a module's source with its imports from these packages rewritten, and what they name.
-
-    Raises:
-        ValueError: there is no source, or an import that cannot be rewritten.
+    """Return a module's source with its imports from these packages rewritten, and the modules that
+    they name.
     """
     try:
         source = inspect.getsource(import_module(module))
@@ -145,7 +133,7 @@ def _flattened(module: str, packages: set[str]) -> tuple[str, set[str]]:
     statements = [
         n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)
     ]
-    # From the last one up, so that the numbers of the lines above stay true.
+    # From the last one up, so that the line numbers above stay valid.
     for node in sorted(statements, key=lambda node: node.lineno, reverse=True):
         imports = _imports(node, str(import_module(module).__package__), packages)
         if not imports:
@@ -167,14 +155,10 @@ class _Import(NamedTuple):
     """One name that a statement imports."""
 
     module: str
-    """Full name of the module that is imported, or that defines the name."""
-    name: str | None
-    """What of the module; None for the module itself."""
+    name: str | None  # None for the module itself
     known_as: str
-    """The name in the importing module."""
 
     def flat_lines(self) -> list[str]:
-        """Return the import where all modules lie beside each other."""
         flat = _flat_name(self.module)
         if self.name is not None:
             known_as = "" if self.known_as == self.name else f" as {self.known_as}"
@@ -184,7 +168,6 @@ class _Import(NamedTuple):
 
 
 def _imports(node: ast.Import | ast.ImportFrom, package: str, packages: set[str]) -> list[_Import]:
-    """Return what a statement in a module of `package` imports from `packages`."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
         return [_Import(name, None, name) for name in names if _top(name) in packages]

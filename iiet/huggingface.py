@@ -1,12 +1,9 @@
-"""The adapter to transformers: config, language model, tokenizer. All mathematics is `Decoder`'s.
+"""The adapter to transformers 5.24: config, language model and tokenizer. The mathematics is
+`Decoder`'s.
 
-In: a decoder, or a folder that `iiet.export` wrote. Out: a model that `generate`, `Trainer` and
-lm-eval take. The adapter wraps the decoder itself, without a copy, so training and importing the
-core never pay for transformers. Its caches serve a decoder unchanged; they only need more slots
-than there are layers, one per field evaluation, and those are appended on first use.
-
-This file is also copied into exported folders, where nothing of this package is installed.
-Source: transformers 5.24; slots as in `iiet.cache`.
+The model wraps a decoder without a copy and serves `generate`, `Trainer` and lm-eval. Caches of
+transformers have a slot per layer; the adapter appends the others, one per evaluation, on first
+use. This file is also copied into exported folders, where this package is not installed.
 """
 
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
@@ -43,10 +40,10 @@ __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 
 @strict
 class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """A `ModelConfig` under the names that transformers uses.
+    """A `ModelConfig` under the names that transformers uses, checked when a model is built.
 
-    Its values are checked when a model is built, all at once: transformers does not check what
-    `from_pretrained(folder, corrections=[...])` overrides.
+    Not earlier: transformers checks nothing that `from_pretrained(folder, corrections=[...])`
+    overrides.
     """
 
     model_type = "iiet"
@@ -57,8 +54,8 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     method: str = "iiet"
     method_options: dict[str, Any] | None = None
     corrections: list[int] | tuple[int, ...] | str | int | None = None
-    """The iteration schedule: corrections per layer, or as text ("1,0,0", "3..0") or one number for
-    all layers; None for methods that make none."""
+    """The iteration schedule: corrections per layer, text ("1,0,0", "3..0"), or one number for all
+    layers; None for methods without corrections."""
     vocab_size: int = 32000
     hidden_size: int = 512
     num_hidden_layers: int = 12
@@ -73,13 +70,9 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     initializer_range: float = 0.02
 
     use_cache: bool = True
-    """Whether generation keeps keys and values."""
     bos_token_id: int | None = None
-    """Token that opens a document, if any."""
     eos_token_id: int | list[int] | None = None
-    """Token, or tokens, that close a document and stop generation."""
     pad_token_id: int | None = None
-    """Token that fills up a batch."""
 
     @classmethod
     def from_model_config(
@@ -91,11 +84,7 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return cls(**values, eos_token_id=end_of_text_id, pad_token_id=end_of_text_id)
 
     def to_model_config(self) -> ModelConfig:
-        """Translate back.
-
-        Raises:
-            ValueError: everything that is wrong with the values.
-        """
+        """Translate back; a ValueError lists everything that is wrong with the values."""
         values = {ours: getattr(self, theirs) for theirs, ours in _CORE_NAMES.items()}
         return ModelConfig.from_dict(values)
 
@@ -124,7 +113,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     """A decoder as a causal language model of transformers.
 
     Raises:
-        ValueError: the config's values do not fit together, or ask for another attention than sdpa.
+        ValueError: the config's values do not fit together, or ask for other attention than sdpa.
     """
 
     config_class = IIETConfig
@@ -159,9 +148,8 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 
         Args:
             decoder: in any mode and dtype, on any device.
-            end_of_text_id: the token that ends a document.
-            token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of a model that came with
-                its own; they replace `end_of_text_id`.
+            end_of_text_id: the token that ends a document, stops generation and pads.
+            token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` to set instead.
         """
         config = IIETConfig.from_model_config(decoder.config, end_of_text_id=end_of_text_id)
         for name, value in (token_ids or {}).items():
@@ -195,23 +183,22 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         Args:
             input_ids: (batch, time) of integers; with a cache, the tokens after those it holds.
             attention_mask: (batch, cached + time), 0 for padding; positions follow from it.
-            position_ids: (batch or 1, time), where positions shall not follow from the mask.
-                Without mask and cache, a position that does not go on by one starts another
-                sequence of the row, as in packed batches.
+            position_ids: (batch or 1, time), instead of counted positions. Without mask and cache,
+                a position that does not follow the previous one starts another sequence of the row.
             cache: keys and values of earlier tokens, a cache of transformers.
             inputs_embeds: (batch, time, dim), instead of `input_ids`.
             labels: (batch, time), -100 where there is nothing to learn; shifted here.
-            use_cache: whether to make a cache where none is given. Only on request, unlike
+            use_cache: whether to make a cache where none is given. Not by default, unlike
                 elsewhere: scoring would pay for a slot per evaluation and throw them away.
-            logits_to_keep: how many tokens at the end to return logits for, 0 for all; or the
-                numbers of the tokens, (count,).
+            logits_to_keep: the number of tokens at the end to return logits for, 0 for all; or the
+                indices of the tokens, (count,).
             output_hidden_states: whether to return L + 1 hidden states, each (batch, time, dim), as
-                a Llama does: the embeddings, `h_1..h_{L-1}`, and the last layer's `h_L` after the
-                final norm. (`Decoder` returns `h_L` before the norm.)
+                a Llama does: the embeddings, `h_1..h_{L-1}`, and `h_L` after the final norm.
+                (`Decoder` returns `h_L` before the norm.)
             others: `past_key_values`, the older name of `cache`; `num_items_in_batch` and
                 `shift_labels`, for the loss; `cache_position`, which must continue the cache;
-                `token_type_ids` of one type, which some tokenizers return. Whatever else is not
-                None or False is refused.
+                `token_type_ids` of one type, which some tokenizers return. Anything else must be
+                None or False.
 
         Raises:
             ValueError: an argument asks for what the model cannot do.
@@ -269,11 +256,11 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         return self.decoder.head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the head of a model whose head is not the embedding."""
+        """Replace the head."""
         self.decoder.head = value  # type: ignore[assignment]  # Adapters may have wrapped it.
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
-        """Change the number of tokens, as transformers does; see there for the arguments."""
+        """Change the vocabulary's size; the arguments are those of transformers."""
         embedding: nn.Embedding = super().resize_token_embeddings(*args, **options)
         self.decoder.config = dataclasses.replace(
             self.decoder.config, vocab_size=embedding.num_embeddings
@@ -282,7 +269,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """What `activation_checkpointing_enable` sets; layers are then recomputed in training."""
+        """Whether training recomputes the layers; what `activation_checkpointing_enable` sets."""
         return self.decoder.activation_checkpointing
 
     @gradient_checkpointing.setter
@@ -292,11 +279,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], *_: Any, **__: Any
     ) -> None:
-        """Accept "sdpa", which is what the decoder computes.
-
-        Raises:
-            ValueError: any other.
-        """
+        """Accept "sdpa", which is what the decoder computes; refuse any other."""
         _check_attention(attn_implementation)
 
     @staticmethod
@@ -306,15 +289,15 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        # What methods learn belongs to modules that transformers knows nothing about. Its own
-        # versions of torch's functions leave alone what was loaded.
+        # transformers does not know the modules of methods. Its versions of torch's functions
+        # leave loaded weights alone.
         reset = getattr(module, "reset_parameters", None)
         if callable(reset) and not type(module).__module__.startswith("torch."):
             reset()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        # Of these transformers would only warn, and start the layers from fresh weights.
+        # transformers would only warn of these, and start the layers from fresh weights.
         for name in loading_info.unexpected_keys:
             if name.startswith(("decoder.fields.", "decoder.method.")):
                 raise ValueError(
@@ -327,15 +310,13 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 def fast_tokenizer(
     tokenizer_file: str | PathLike[str], *, end_of_text: str, context_length: int
 ) -> PreTrainedTokenizerFast:
-    """Wrap a `tokenizer.json` as transformers and lm-eval want it.
+    """Wrap a `tokenizer.json`, written by the tokenizers library, for transformers and lm-eval.
 
     Args:
-        tokenizer_file: written by the tokenizers library.
-        end_of_text: the token that ends a document; it also pads, and opens an empty context.
+        tokenizer_file: the file.
+        end_of_text: the token that ends a document; it also pads, and opens an empty context. A
+            tokenizer without it is a ValueError.
         context_length: longest input of the model, in tokens.
-
-    Raises:
-        ValueError: the tokenizer has no such token.
     """
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_file=str(tokenizer_file),
@@ -351,11 +332,6 @@ def fast_tokenizer(
 
 
 def _the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the cache, by whichever of its two names it was passed.
-
-    Raises:
-        ValueError: two caches, or none of transformers.
-    """
     if cache is None:
         cache = past_key_values
     elif past_key_values not in (None, cache):
@@ -368,11 +344,7 @@ def _the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
 
 
 def _check_attention(asked: str | dict[str, str] | None) -> None:
-    """Refuse what transformers would set in the config, where the decoder never looks.
-
-    Raises:
-        ValueError: the model is asked for another attention than the one it has.
-    """
+    # transformers would set any other in the config, where the decoder never looks.
     name = asked.get("", "sdpa") if isinstance(asked, dict) else asked
     if name not in (None, "sdpa"):
         raise ValueError(
@@ -383,11 +355,7 @@ def _check_attention(asked: str | dict[str, str] | None) -> None:
 
 
 def _check_others(others: dict[str, Any], *, cache: Cache | None) -> None:
-    """Refuse what would otherwise be ignored without a word.
-
-    Raises:
-        ValueError: an argument asks for what the model cannot do.
-    """
+    """Refuse arguments that would otherwise be silently ignored."""
     given = {name: value for name, value in others.items() if value is not None}
     if given.pop("output_attentions", False):
         raise ValueError(
@@ -415,11 +383,7 @@ def _check_others(others: dict[str, Any], *, cache: Cache | None) -> None:
 
 
 def _prepare_cache(cache: Cache, evaluations_per_layer: tuple[int, ...]) -> None:
-    """Give a cache, made for one slot per layer, one per evaluation.
-
-    Raises:
-        ValueError: nothing says by which evaluations its tokens were cached.
-    """
+    """Give a cache, made with one slot per layer, one slot per evaluation."""
     num_layers, num_slots = len(evaluations_per_layer), sum(evaluations_per_layer)
     if cache.get_seq_length() == 0:
         set_record(cache, None)  # Emptied, it serves any schedule.
