@@ -1,10 +1,8 @@
 """What all evaluations of one forward pass share: angles of the positions, mask and cache.
 
-Positions count the tokens that are no padding. A cache remembers the padding it was filled with, so
-that later passes need no mask, and one that contradicts it is refused.
-
-None of it depends on layer or correction, so it is worked out once per pass and handed down as one
-value. Most passes need no mask at all: the kernel knows the causal one by itself.
+None of it depends on layer or correction, so it is computed once per pass. Positions count the
+tokens that are no padding. A cache remembers its padding, so later passes need no mask, and a mask
+that contradicts the cache is refused. Most passes need no mask: the kernel has a causal one.
 """
 
 from __future__ import annotations
@@ -36,11 +34,9 @@ __all__ = [
 
 
 class DecodingCache(Protocol):
-    """What a decoder asks of a cache; `KeyValueCache` and the caches of transformers satisfy it."""
+    """What a decoder needs of a cache: `KeyValueCache`, or one of transformers."""
 
-    def get_seq_length(self) -> int:
-        """Return the number of tokens held."""
-        ...
+    def get_seq_length(self) -> int: ...
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, /
@@ -54,20 +50,14 @@ class CacheRecord:
     """What later passes through a cache must agree with."""
 
     evaluations_per_layer: tuple[int, ...]
-    """Evaluations of each layer that the slots were made for or filled by."""
     attention_mask: Tensor | None = None
-    """(batch, held) bool, false for padding among the tokens held; None where there is none."""
+    """(batch, held) bool, false for padding among the cached tokens; None where there is none."""
 
 
 def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) -> CacheRecord:
-    """Return a cache's record. A cache without one, such as those of transformers, gets it here.
+    """Return a cache's record; a new cache of transformers gets one here.
 
-    Args:
-        cache: about to be used by a pass.
-        evaluations_per_layer: what that pass makes.
-
-    Raises:
-        ValueError: the cache was made for or filled by other evaluations.
+    A cache made for or filled by other evaluations than this pass's is a ValueError.
     """
     record = get_record(cache)
     if record is None:
@@ -86,18 +76,16 @@ def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) 
 
 
 def get_record(cache: DecodingCache) -> CacheRecord | None:
-    """Return a cache's record; None where a cache of another class has served no pass yet."""
+    """Return a cache's record; None for a cache of transformers that served no pass yet."""
     record: CacheRecord | None = getattr(cache, _RECORD, None)
     return record
 
 
 def set_record(cache: DecodingCache, record: CacheRecord | None) -> None:
-    """Attach a record to a cache of any class; None forgets it."""
     setattr(cache, _RECORD, record)
 
 
-_RECORD = "iiet_record"
-"""Attribute of a cache that holds its record; it stays with copies of the cache."""
+_RECORD = "iiet_record"  # An attribute of the cache, so that copies of the cache keep it.
 
 
 @dataclass(frozen=True)
@@ -105,31 +93,22 @@ class PassContext:
     """What all evaluations of one forward pass share."""
 
     rope: RopeTables
-    """Angles of the tokens of this pass."""
     mask: Tensor | None
-    """(batch or 1, 1, time, total) bool, true where a query may look, or the causal mask of a pass
-    that continues a cache; None for neither.
-    """
+    """(batch or 1, 1, time, total) bool, true where a query may look; or PyTorch's object for the
+    causal mask of a pass that continues a cache; or None."""
     is_causal: bool
-    """Whether a query looks at no later token of this pass; without a mask only."""
+    """Whether the kernel's own causal mask applies; false with a mask."""
     total: int
     """Tokens that queries may see: the cached ones and those of this pass."""
     cache: DecodingCache | None
-    """Where keys and values of earlier tokens lie; None when all tokens are in this pass."""
+    """Keys and values of earlier tokens; None when all tokens are in this pass."""
     is_token_step: bool = False
     """Whether `cpu_kernels.evaluate_token` serves this pass."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, slot: int | None) -> Tensor:
-        """Attend to the tokens of this pass and to those in the cache's `slot`.
+        """Append keys and values to the cache's `slot`, if there is a cache, and attend to all.
 
-        Args:
-            queries: (batch, heads, time, head_dim).
-            keys: (batch, key heads, time, head_dim); they join the cache.
-            values: of the shape of the keys.
-            slot: of this evaluation; None without a cache.
-
-        Returns:
-            (batch, heads, time, head_dim).
+        Shapes are those of `attend` with the tokens of this pass.
         """
         if self.cache is not None:
             assert slot is not None
@@ -145,14 +124,10 @@ def attend(
     """Mix values by how well their keys match the queries; query heads may share key heads.
 
     Args:
-        queries: (batch, heads, time, head_dim).
+        queries: (batch, heads, time, head_dim), as the result.
         keys: (batch, key heads, tokens, head_dim); heads is a multiple of key heads.
         values: of the shape of the keys.
-        mask: as in `PassContext`.
-        is_causal: as in `PassContext`.
-
-    Returns:
-        (batch, heads, time, head_dim).
+        mask: as in `PassContext`; `is_causal` too.
     """
     num_sharing = queries.size(1) // keys.size(1)
     shares = num_sharing > 1 and _fused_kernel_shares_heads(queries, mask)
@@ -171,9 +146,7 @@ _CPU_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 def _fused_kernel_shares_heads(queries: Tensor, mask: Tensor | None) -> bool:
-    """Tell whether a fused kernel serves query heads that share key heads: the math kernel, which
-    would stand in for it, keeps all scores.
-    """
+    # Where none does, PyTorch would use its math kernel, which keeps all scores.
     if queries.is_cpu:  # Repeating a cache's keys takes ten times as long as attending to them.
         return _CPU_SHARES_HEADS
     return mask is None and queries.dtype in (torch.bfloat16, torch.float16)
@@ -189,22 +162,19 @@ def make_context(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> PassContext:
-    """Work out positions and mask of a pass.
+    """Compute positions and mask of a pass; masks and positions are those of `Decoder.forward`.
 
     Args:
-        hidden: the embeddings of the pass's tokens, (batch, time, dim).
-        rope: tables for as many positions as the context has.
+        hidden: the embeddings, (batch, time, dim).
+        rope: tables for the positions of the model's context.
         fields: those that the pass evaluates.
         cache: keys and values of earlier tokens.
-        record: the cache's; the padding is read from it and noted in it.
-        attention_mask: (batch, cached + time), false for padding; None where the cache remembers
-            all padding, or there is none.
-        position_ids: (batch or 1, time); None to count the tokens that are no padding. Without
-            mask and cache, positions that do not go on by one start another sequence, which sees
-            nothing of the one before.
+        record: the cache's; its padding is read and updated.
+        attention_mask: (batch, cached + time), false for padding; None for the cache's own.
+        position_ids: (batch or 1, time); None to count the tokens that are no padding.
 
     Raises:
-        ValueError: more tokens or larger positions than the context has, or a mask or positions of
+        ValueError: more tokens or larger positions than the context has, a mask or positions of
             the wrong shape, or a mask that contradicts the cache.
     """
     batch, time = hidden.shape[:2]
@@ -273,13 +243,10 @@ def _real_tokens(
 
 
 def _check_agreement(real: Tensor, held: Tensor | None) -> None:
-    """Refuse a mask over held tokens, (batch, held), that is not the one they were computed with.
-
-    Tokens at a row's end may be hidden later: no earlier token attended to them, and no position
-    changes.
-    """
+    """Refuse a mask over cached tokens, (batch, held), other than the one of their own pass."""
     if held is not None and len(held) != len(real):
         return  # Rows that were repeated since cannot be compared.
+    # A row's last tokens may be hidden later: no earlier token saw them, and no position changes.
     expected = real.flip(-1).cumsum(-1).flip(-1) > 0
     if held is not None:
         expected &= held
@@ -306,20 +273,16 @@ def _check_positions(position_ids: Tensor, *, batch: int, time: int, num_positio
 
 
 def _is_true(fact: Tensor, *, if_unknown: bool) -> bool:
-    """Read one boolean. A graph that is being compiled knows no values: there it is `if_unknown`,
-    which skips a check or keeps a mask that may be superfluous.
+    """Read one boolean. While a graph is compiled there is no value; `if_unknown` then skips a
+    check, or keeps a mask that may be superfluous.
     """
     return if_unknown if torch.compiler.is_compiling() else bool(fact)
 
 
 def _packed(position_ids: Tensor) -> Tensor | None:
-    """Return the mask of sequences that stand one after the other in a row; None if there is one.
+    """Return the mask, (batch or 1, 1, time, time), of rows that hold several sequences, or None.
 
-    Args:
-        position_ids: (batch or 1, time).
-
-    Returns:
-        (batch or 1, 1, time, time) bool.
+    A sequence starts where positions, (batch or 1, time), do not go on by one.
     """
     starts = position_ids.diff(dim=-1) != 1
     if not _is_true(starts.any(), if_unknown=True):
@@ -330,11 +293,9 @@ def _packed(position_ids: Tensor) -> Tensor | None:
 
 
 def _continuing(past: int, total: int, device: torch.device) -> Tensor:
-    """Return the mask of tokens that continue a cache without padding.
-
-    A GPU's fused kernels serve PyTorch's own value for it, and no array of booleans. On a CPU it
-    would become one, and importing it costs a second.
-    """
+    """Return the mask of tokens that continue a cache without padding."""
+    # A GPU's fused kernels serve PyTorch's own object for it, and no array of booleans. On a CPU it
+    # would become one, and importing it costs a second.
     if device.type == "cpu" or torch.compiler.is_compiling():
         return _causal(past, total, device)
     from torch.nn.attention.bias import causal_lower_right
@@ -343,20 +304,12 @@ def _continuing(past: int, total: int, device: torch.device) -> Tensor:
 
 
 def _causal(past: int, total: int, device: torch.device, real: Tensor | None = None) -> Tensor:
-    """Return which of `total` tokens each of the last `total - past` may see.
-
-    Args:
-        past: tokens before those that look.
-        total: tokens altogether.
-        device: where the mask is needed.
-        real: (batch, total), false for padding, which sees itself alone: a softmax needs at least
-            one.
-
-    Returns:
-        (batch or 1, 1, total - past, total) bool.
+    """Return which of `total` tokens each of the last `total - past` may see, (batch or 1, 1,
+    total - past, total). `real`, (batch, total), is false for padding.
     """
     keys = torch.arange(total, device=device)
     queries = keys[past:, None]
     if real is None:
         return (keys <= queries)[None, None]
+    # Padding sees itself alone: a softmax needs at least one token.
     return ((keys < queries) & real[:, None, None, :]) | (keys == queries)

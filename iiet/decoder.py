@@ -1,13 +1,11 @@
 """The decoder: embed, advance L times, norm, logits. The same for every method.
 
-    s_0    = embedding(input_ids)
+    h_0    = embedding(input_ids)
     h_l    = layer_l(h_{l-1}, ...)        for l = 1..L
     logits = head(RMSNorm(h_L))
 
-The iteration schedule is a property of a call, not of the weights: the same decoder runs without
-corrections in the first stage of training and with them in the second, and a teacher and its
-students differ in nothing else. Therefore a decoder always has all parameters of its method, and an
-unused norm costs nothing but its bytes.
+The iteration schedule belongs to a call, not to the weights: a decoder has all parameters of its
+method and runs under any schedule, so both stages of training, teacher and students share a model.
 """
 
 from __future__ import annotations
@@ -38,20 +36,10 @@ __all__ = ["Decoder"]
 
 
 class Decoder(nn.Module):
-    """A causal language model whose layers are advanced by the config's method.
-
-    Args:
-        config: sizes, method and iteration schedule.
-
-    Raises:
-        ValueError: from `forward`, when the input is longer than the context or a schedule cannot
-        be served.
-    """
+    """A causal language model whose layers are those of the config's method."""
 
     activation_checkpointing: bool = False
-    """Whether training keeps only what passes between layers, and recomputes each layer in the
-    backward pass.
-    """
+    """Whether training keeps the layers' inputs only, and recomputes each in the backward pass."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -88,12 +76,11 @@ class Decoder(nn.Module):
 
         Args:
             folder: holds `config.json` and `model.safetensors`.
-            dtype: what the weights are cast to, except that a method's norms and mix are not cast
-                below float32; as the file has them when None.
+            dtype: what weights are cast to (norms and mix of a method never below float32); the
+                file's when None.
 
         Raises:
-            ValueError: a file is missing or damaged, or the weights do not fit the config, are
-                left over, or are not finite.
+            ValueError: a file is missing or damaged, or the weights do not fit the config.
         """
         config, weights = read_folder(folder)
         with torch.device("meta"):
@@ -109,19 +96,17 @@ class Decoder(nn.Module):
         return decoder if dtype is None else decoder.to(dtype)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors`; the folder is made if missing."""
+        """Write `config.json` and `model.safetensors`; makes the folder."""
         write_folder(folder, self.config, self.state_dict())
 
     @property
     def schedule(self) -> IterationSchedule:
-        """The iteration schedule that a call without `schedule=` follows; all zeros where there are
-        no corrections.
-        """
+        """The schedule of a call without `schedule=`; zeros for a method without corrections."""
         return self.config.corrections
 
     @property
     def method(self) -> type[Layer]:
-        """The kind of layer that the decoder is made of."""
+        """The class of the layers."""
         return METHODS[self.config.method]
 
     @property
@@ -130,7 +115,7 @@ class Decoder(nn.Module):
         return [cast("Layer", layer).field for layer in self.layers]
 
     def method_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what the method learns beside the fields, by name."""
+        """Return the parameters that belong to no field, embedding, final norm or head, by name."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -139,23 +124,18 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.embedding.weight.device
 
     def with_schedule(self, schedule: IterationSchedule) -> Decoder:
-        """Return a decoder with another schedule and the very same parameters. Where this one is
-        compiled as a whole, the new one is not yet.
+        """Return a decoder with another schedule and the very same parameters.
 
-        Args:
-            schedule: what the new decoder follows by default.
-
-        Raises:
-            ValueError: the schedule does not fit the method or the number of layers.
+        Where this one is compiled as a whole, the new one is not. A schedule that does not fit the
+        method or the number of layers is a ValueError.
         """
         config = dataclasses.replace(self.config, schedule=schedule)
         twin = Decoder.__new__(Decoder)
         twin.__dict__.update(self.__dict__, _modules=dict(self._modules), config=config)
-        # What was compiled or wrapped calls this decoder, and would follow its schedule.
+        # A compiled or wrapped forward calls this decoder, and would follow its schedule.
         twin.__dict__.pop("forward", None)
         twin.__dict__.pop("_compiled_call_impl", None)
         return twin
@@ -178,24 +158,20 @@ class Decoder(nn.Module):
         Args:
             input_ids: (batch, time) integers; with a cache, the tokens after those that it holds.
             inputs_embeds: (batch, time, dim), instead of `input_ids`.
-            schedule: corrections of this call instead of the config's.
-            cache: keys and values of earlier tokens, extended by this call. It remembers which of
-                them are padding.
-            attention_mask: (batch, cached + time), false for padding. Positions count the true
-                ones.
+            schedule: corrections of this call, instead of the config's.
+            cache: keys and values of earlier tokens, and which of them are padding; extended here.
+            attention_mask: (batch, cached + time), false for padding. Positions count the others.
             position_ids: (batch or 1, time), instead of counted positions. Without mask and cache,
-                a position that does not go on by one starts another sequence of the row.
+                a position that does not follow the previous one starts another sequence of the row.
             last_only: whether to compute the last token's logits only, (batch, 1, vocab).
-            return_hidden: whether to return the hidden states `h_1..h_L` too; the final norm is not
-                in them.
-            observe: called after each field evaluation with what went in and came out.
+            return_hidden: whether to return the hidden states `h_1..h_L`, without final norm, too.
+            observe: called after each field evaluation.
 
         Returns:
-            Logits, (batch, time, vocab), or a pair of them and L hidden states, each (batch, time,
-            dim).
+            Logits, (batch, time, vocab); or these and L hidden states, each (batch, time, dim).
 
         Raises:
-            ValueError: more tokens than the context, a schedule that the weights cannot serve, a
+            ValueError: more tokens than the context, a schedule that does not fit the model, a
                 cache of another schedule, or a mask or positions that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -223,22 +199,11 @@ class Decoder(nn.Module):
         schedule: IterationSchedule | None = None,
         attention_mask: Tensor | None = None,
     ) -> dict[tuple[int, int], Tensor]:
-        """Return what each evaluation of each field gave.
+        """Return the output (or with `inputs` the input) of each field evaluation by (layer, k).
 
-        Nothing is detached: call under `torch.no_grad()` for measuring.
-
-        Args:
-            input_ids: (batch, time) integers.
-            inputs: whether to return where each field was evaluated instead.
-            schedule: corrections of this call instead of the config's.
-            attention_mask: (batch, time), false for padding.
-
-        Returns:
-            By (layer, k), both from 0, the output (or input) of the layer's k-th evaluation,
-            (batch, time, dim); k = 0 is the prediction.
-
-        Raises:
-            ValueError: as `forward`.
+        Both count from 0, so k = 0 is the prediction; each tensor is (batch, time, dim). Nothing is
+        detached: call under `torch.no_grad()` for measuring. Arguments and errors are those of
+        `forward`.
         """
         record: dict[tuple[int, int], Tensor] = {}
 
@@ -270,8 +235,7 @@ class Decoder(nn.Module):
     def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.
 
-        Raises:
-            ValueError: the schedule does not fit the method or the number of layers.
+        One that does not fit the method or the number of layers is a ValueError.
         """
         return self.config.evaluations_per_layer(schedule)
 
@@ -289,7 +253,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         observe: Observer | None = None,
     ) -> Iterator[Tensor]:
-        """Yield `h_1, ..., h_L`; the one loop over layers. It starts from the embeddings."""
+        """Yield `h_1, ..., h_L`, from the embeddings on; the one loop over layers."""
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         context = make_context(
             hidden,

@@ -1,7 +1,6 @@
 """Which form of a formula runs: the plain one, or a faster one written by hand.
 
-Every fast form has a plain one beside it that computes the same; of attention, both are PyTorch's
-own. Fast forms are for ordinary passes. The plain ones run where a tool looks inside: under
+Both compute the same; of attention, both are PyTorch's own. The plain form runs under
 `torch.compile` (which fuses attention itself), in the transforms of `torch.func`, in forward-mode
 differentiation, and within `plain_formulas()`, which second derivatives need.
 """
@@ -21,9 +20,10 @@ _plain_contexts = 0
 
 @contextmanager
 def plain_formulas() -> Iterator[None]:
-    """Run the plain form of every formula in this context, in the forward and the backward pass.
+    """Run the plain form of every formula in this context.
 
-    Fast forms are differentiable once. A gradient of a gradient needs this context around both:
+    Fast forms are differentiable once. A gradient of a gradient needs this context around both
+    passes:
 
         with plain_formulas():
             (slope,) = torch.autograd.grad(loss(decoder), weights, create_graph=True)
@@ -37,14 +37,11 @@ def plain_formulas() -> Iterator[None]:
 
 
 def fast_forms_allowed() -> bool:
-    """Tell whether a form written by hand may stand for the plain one."""
     return not torch.compiler.is_compiling() and not needs_all_derivatives()
 
 
 def needs_all_derivatives() -> bool:
-    """Tell whether more may be asked for than one derivative, backwards: a second one, one
-    forwards, or what `torch.func` makes of them.
-    """
+    """Tell whether a second derivative, one in forward mode, or one by `torch.func` may follow."""
     return not torch.compiler.is_compiling() and (
         _plain_contexts > 0
         or torch._C._are_functorch_transforms_active()

@@ -1,8 +1,7 @@
-"""A decoder in a folder: `config.json`, what `ModelConfig.to_dict` gives, and `model.safetensors`.
+"""A decoder in a folder: `config.json`, which holds `ModelConfig.to_dict`, and `model.safetensors`.
 
-The checkpoints of the orchestrator are such folders, with more files beside these two. A NaN in one
-matrix makes every output NaN, and nothing in the output tells which matrix it was; so whoever loads
-weights asks for non-finite values first and names the tensor.
+The orchestrator's checkpoints are such folders with more files. Loading refuses non-finite values
+by the tensor's name: one NaN makes every output NaN, which does not show where it came from.
 """
 
 from __future__ import annotations
@@ -26,14 +25,7 @@ WEIGHTS = "model.safetensors"
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
-    """Name the tensors that hold NaN or infinite values.
-
-    Args:
-        weights: tensors by name, of any shape and dtype.
-
-    Returns:
-        One clause for each, with how many values it is; empty if all are finite.
-    """
+    """Describe each tensor that holds NaN or infinite values, and how many."""
     return [
         f"{name} has {int((~tensor.isfinite()).sum())} values that are NaN or infinite"
         for name, tensor in weights.items()
@@ -44,13 +36,13 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
 def write_folder(
     folder: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write both files; the folder is made if missing, and files of these names are replaced."""
+    """Write both files; makes the folder, replaces files of these names."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    # Renamed into place: the weights may be mapped from the very file that is replaced.
+    # Renamed into place: the weights may be mapped from the file that is replaced.
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
     save_file(whole, temporary)
     temporary.replace(folder / WEIGHTS)
@@ -59,10 +51,7 @@ def write_folder(
 
 
 def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read both files.
-
-    Returns:
-        The config and the weights by name, which stay mapped from the file until they are changed.
+    """Read the config and the weights by name, which stay mapped from the file until changed.
 
     Raises:
         ValueError: a file is missing or damaged, or has values that are not finite.
@@ -96,13 +85,13 @@ _OLDER_NAMES = (
     (r"method\.gates\.(\d+)\.(.*)", r"layers.\1.gate.\2"),
     (r"method\.predictor\.(.*)", r"shared.\1"),
 )
-"""Names of weights before version 0.2, as patterns, and their names since."""
+"""Names of weights before version 0.2, as patterns, and their names now."""
 
 
 def rename_older_weights(state: dict[str, Any], prefix: str, *, num_layers: int) -> None:
-    """Give the weights of a state dict of before version 0.2 their names, in place.
+    """Rename the weights of a state dict from before version 0.2, in place.
 
-    The matrices A and C of all layers were parameters then; each layer has its row of them now.
+    The matrices A and C were parameters then; now each layer has its rows of them.
     """
     size = num_layers + 1
     for name in [name for name in state if name.startswith(prefix)]:
