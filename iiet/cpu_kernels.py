@@ -1,16 +1,13 @@
 """Formulas of the model written by hand, where eager PyTorch wastes time or memory on them.
 
-    rms_norm         a CPU has no fused kernel for it, forward or backward
+    rms_norm         PyTorch has no fused kernel for it on a CPU
     project_heads    queries, keys and values stay in the buffer that their product wrote
-    gated_product    SwiGLU keeps gate and up only, and recomputes the rest in the backward pass
-    evaluate_token   a whole field for one token per row, as a decoding step on a CPU needs it
+    gated_product    SwiGLU keeps gate and up only; the backward pass recomputes the rest
+    evaluate_token   a whole field for one token per row, in a decoding step on a CPU
 
-The two in the middle serve GPUs in eager mode too: they keep half the memory of an evaluation. Each
-equals the plain formula in `iiet.layers`, values and gradients, by test. They read weights instead
-of calling modules, so they serve only bare `nn.Linear` layers: no hooks, adapters, biases,
-parametrizations, quantized or distributed weights. `IIET_CPU_KERNELS=0` turns all of them off.
-
-Source: derivatives by this project.
+The two in the middle also halve an evaluation's memory on a GPU in eager mode. Tests hold all equal
+to the plain formulas in `iiet.layers`. They read weights instead of calling modules, so they serve
+bare modules only (`is_bare`). `IIET_CPU_KERNELS=0` turns them off.
 """
 
 from __future__ import annotations
@@ -40,15 +37,14 @@ __all__ = [
 ]
 
 ENABLED = os.environ.get("IIET_CPU_KERNELS", "1") != "0"
-MAX_ROWS: Final = 8
-"""At most so many tokens go through `evaluate_token`; for more, `F.linear` is as fast."""
+MAX_ROWS: Final = 8  # of `evaluate_token`; for more tokens `F.linear` is as fast
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether a module may be read for its weight instead of being called.
+    """Tell whether reading a module's weight may stand for calling the module.
 
-    Not so if it was replaced or wrapped, as LoRA does, has a hook, a bias or a forward of its own,
-    or a weight that is more than a parameter (quantized, distributed).
+    Not if it was replaced or wrapped (LoRA), has a hook, a bias or its own forward, or if its
+    weight is a tensor subclass (quantized, distributed).
     """
     own = module.__dict__
     return (
@@ -94,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
-    """Return one over the root mean square of each token, (..., 1)."""
+    """Compute `1 / sqrt(mean(x^2) + eps)`, (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.addcmul(_constant(eps, x), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
 
@@ -103,7 +99,7 @@ _constants: dict[tuple[float, torch.dtype], Tensor] = {}
 
 
 def _constant(value: float, x: Tensor) -> Tensor:
-    """Return a number as a tensor of x's dtype: made anew, it costs as much as a kernel."""
+    """Return a number as a tensor, cached: making one costs as much as a kernel."""
     key = (value, x.dtype)
     constant = _constants.get(key) if type(x) is Tensor else None
     if constant is None:
@@ -116,7 +112,7 @@ def _constant(value: float, x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Six passes over the hidden state instead of a dozen; keeps the input and `rstd` alone."""
+    """Makes six passes over the hidden state instead of a dozen; keeps only input and `rstd`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -140,17 +136,10 @@ class _RMSNorm(torch.autograd.Function):
 def project_heads(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Project to queries, keys and values and rotate the first two, all in one buffer.
+    """Project x, (batch, time, dim), to queries, keys and values and rotate the first two.
 
-    Args:
-        x: (batch, time, dim).
-        weight: (all heads x head_dim, dim); queries, then keys, then values.
-        cos: as in `iiet.rope`; `sin` too.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-
-    Returns:
-        Queries, keys and values, each (batch, its heads, time, head_dim).
+    All three are views of one buffer, each (batch, its heads, time, head_dim). The rows of `weight`
+    are queries, then keys, then values; `cos` and `sin` are as in `iiet.rope`.
     """
     if not torch.is_grad_enabled():
         return _project(x, weight, cos, sin, num_heads, num_kv_heads)
@@ -169,25 +158,22 @@ def _project(
 
 
 def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """View (batch, time, all heads, head_dim) as queries, keys and values, each (batch, heads,
-    time, head_dim).
-    """
     heads = qkv.transpose(1, 2)
     queries, keys, values = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
     return queries, keys, values
 
 
 def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate in place, as `iiet.rope.rotate`."""
+    """Do `iiet.rope.rotate` in place."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     if heads.dtype == cos.dtype:
         heads.mul_(cos).addcmul_(swapped, sin)
-    else:  # Computed in float32, rounded once, where it is written.
+    else:  # Computed in float32 and rounded once, on writing.
         torch.addcmul(heads * cos, swapped, sin, out=heads)
 
 
 class _ProjectHeads(torch.autograd.Function):
-    """`_project`, with a backward pass that writes its three gradients into one buffer too."""
+    """`_project`; the backward pass, too, writes its three gradients into one buffer."""
 
     @staticmethod
     def forward(
@@ -221,7 +207,7 @@ class _ProjectHeads(torch.autograd.Function):
 def _linear_gradients(
     ctx: Any, x: Tensor, weight: Tensor, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of `F.linear(x, weight)`, those that are asked for."""
+    """Return the gradients of `F.linear(x, weight)` that are needed."""
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     x_grad = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
     if not needs_weight:
@@ -231,12 +217,7 @@ def _linear_gradients(
 
 
 def gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
-    """Compute `(silu(gate) * up) @ down.T`.
-
-    Args:
-        gate_up: (..., 2 ffn_dim), gate then up.
-        down: (dim, ffn_dim).
-    """
+    """Compute `(silu(gate) * up) @ down.T`; `gate_up` is (..., 2 ffn_dim), gate then up."""
     if not torch.is_grad_enabled():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.linear(F.silu(gate).mul_(up), down)
@@ -245,8 +226,6 @@ def gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 class _GatedProduct(torch.autograd.Function):
-    """`gated_product`, keeping gate and up alone."""
-
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, down: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, down)
@@ -271,7 +250,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def serves_token_step(hidden: Tensor, *, cached: bool) -> bool:
-    """Tell whether `evaluate_token` may serve this hidden state, (batch, time, dim)."""
+    """Tell whether `evaluate_token` may serve a pass over (batch, time, dim)."""
     return (
         ENABLED
         and cached
@@ -287,7 +266,7 @@ def serves_token_step(hidden: Tensor, *, cached: bool) -> bool:
 
 
 def serves_fields(fields: Iterable[nn.Module]) -> bool:
-    """Tell whether the weights of all these fields may be read instead of calling their modules."""
+    """Tell whether `evaluate_token` may read the weights of all these fields."""
     return all(map(_is_bare_field, fields))
 
 
@@ -310,21 +289,17 @@ def evaluate_token(
     rope: tuple[Tensor, Tensor],
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Evaluate a field as `Field.forward` does, for one token per row, in few operations.
+    """Compute `Field.forward` for one token per row, (batch, 1, dim), in few operations.
 
     A decoding step on a CPU reads every weight once, which evicts the interpreter from the
-    processor's cache: each operation, view and module call after it costs several times what it
-    costs in a loop of its own. So this repeats the formulas without modules and transposes.
+    processor's cache, so each operation, view and module call then costs several times as much.
+    This repeats the formulas without modules and transposes.
 
     Args:
-        field: the layer's block, an `iiet.layers.Field` that `serves_fields` allows.
-        x: (batch, 1, dim), at most `MAX_ROWS` rows.
+        field: an `iiet.layers.Field` that `serves_fields` allows.
+        x: at most `MAX_ROWS` rows.
         rope: cosines and sines, as in `iiet.rope`.
-        attend: mixes values by queries and keys, each (batch, its heads, 1, head_dim), with those
-            of earlier tokens.
-
-    Returns:
-        F(x), (batch, 1, dim).
+        attend: attends with queries, keys and values, each (batch, its heads, 1, head_dim).
     """
     attention, network = field.attention, field.feed_forward
     batch, num_heads, num_kv_heads = x.size(0), attention.num_heads, attention.num_kv_heads
@@ -347,14 +322,13 @@ def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Compute `x @ weight.T` near the speed at which memory gives the weight.
+    """Compute `x @ weight.T` near the speed at which memory delivers the weight.
 
-    The CPU's matrix library misses that speed for two to eight rows unless the weight stands on the
-    left: `W @ x.T` takes half the time of `x @ W.T` at four rows. One row is a matrix-vector
-    product.
+    The CPU's matrix library is slower for two to eight rows unless the weight stands on the left:
+    `W @ x.T` takes half the time of `x @ W.T` at four rows.
 
     Args:
-        x: `rows` vectors of width `in`, one after the other in memory, in any shape.
+        x: `rows` contiguous vectors, in any shape.
         weight: (out, in).
         rows: at most `MAX_ROWS`.
 
@@ -370,7 +344,7 @@ def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
 
 
 def _add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Compute `base + x @ weight.T`, (rows, 1, out), in one operation for one row."""
+    """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row."""
     if rows == 1:
         return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
     return base + few_rows_product(x, weight, rows).view_as(base)

@@ -1,22 +1,15 @@
-"""The learned multistep mix: how a layer reads what all earlier layers left behind.
+"""The learned multistep mix: how a layer reads the estimates of all earlier layers.
 
-Each layer leaves an estimate `s_l`; `s_0` are the embeddings. Layer l owns one row of two
-lower-triangular matrices: A weighs the estimates where it evaluates its field, C in the hidden
-state that it hands on. Both rows start as the mean.
+Each layer leaves an estimate `s_l`; `s_0` are the embeddings. Layer l owns its rows of two
+lower-triangular matrices, which start as means. A weighs the estimates at the points x where it
+evaluates its field, with the current estimate e as its own; C weighs them in the hidden state:
 
-    x   = sum_{k<l} A[l,k] s_k + A[l,l] e        where the field is evaluated; e: current estimate
+    x   = sum_{k<l} A[l,k] s_k + A[l,l] e
     h_l = sum_{k<=l} C[l,k] s_k
 
-While layer l iterates, the sums over k < l do not change, so both are made once per layer.
-Estimates and rows are float32 (or float64) whatever the precision of the model, and so are the
-sums; x and h_l are rounded once.
-
-Two forms compute the same. `PlainHistory` is a sum over a list, differentiable as often as wanted.
-`FusedHistory` keeps all estimates in one buffer, so that both sums are one skinny matrix product
-and their gradients two more. A gradient buffer of the same shape travels backwards through the
-layers, each of which adds its part in place.
-
-Source: the PCformer and IIET papers; the formulation is this project's.
+The sums over k < l are computed once per layer. Estimates, rows and sums are at least float32; x
+and h_l are rounded once. `PlainHistory` sums over a list; `FusedHistory` computes the same by
+matrix products over one buffer. Source: the PCformer and IIET papers; form by this project.
 """
 
 from __future__ import annotations
@@ -48,17 +41,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a half precision tensor as float32, and any other as it is."""
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def start(embeddings: Tensor, num_layers: int) -> History:
-    """Return the history of a pass before its first layer.
-
-    Args:
-        embeddings: `s_0`, (batch, time, dim).
-        num_layers: layers of the pass.
-    """
+    """Return the history before the first layer; it holds `s_0`, (batch, time, dim)."""
     estimate = at_least_float32(embeddings)
     if fast_forms_allowed():
         return FusedHistory.started(estimate, num_layers)
@@ -79,18 +66,12 @@ class KeepsFloat32(nn.Module):
 
 
 class Mix(KeepsFloat32):
-    """The rows of A and C of one layer.
-
-    Args:
-        layer: the layer, the first being 0; it reads `layer + 1` estimates and its own.
-    """
+    """The rows of A and C of one layer, the first being 0."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()
-        self.inner = nn.Parameter(torch.empty(layer + 2))
-        """Row of A: weighs the estimates where the layer evaluates its field."""
-        self.outer = nn.Parameter(torch.empty(layer + 2))
-        """Row of C: weighs the estimates in the hidden state after the layer."""
+        self.inner = nn.Parameter(torch.empty(layer + 2))  # row of A
+        self.outer = nn.Parameter(torch.empty(layer + 2))  # row of C
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,30 +81,20 @@ class Mix(KeepsFloat32):
 
     @staticmethod
     def num_parameters(layer: int) -> int:
-        """Count the entries of both rows."""
         return 2 * (layer + 2)
 
     @staticmethod
     def num_flops(layer: int, dim: int, *, num_points: int) -> int:
-        """Count the weighted sums for one token, two operations per term and channel.
-
-        Args:
-            layer: the layer, the first being 0.
-            dim: width of the hidden state.
-            num_points: evaluation points. The first reads the earlier estimates, each adds one;
-                the hidden state reads the earlier ones and the layer's own.
-        """
+        """Count the FLOPs of the weighted sums for one token and `num_points` points."""
         earlier = layer + 1
+        # The first point sums the earlier estimates, each adds one; the hidden state sums them too.
         points = earlier + num_points if num_points else 0
         return 2 * dim * (points + earlier + 1)
 
     def forward(self, history: History, *, dtype: torch.dtype, corrects: bool) -> LayerMix:
-        """Sum up the earlier estimates for this layer.
+        """Sum the earlier estimates; points and hidden states are rounded to `dtype`.
 
-        Args:
-            history: the estimates of the layers before.
-            dtype: of evaluation points and hidden states.
-            corrects: whether the layer asks for evaluation points.
+        A layer that makes no corrections needs no evaluation points, and sums with C only.
         """
         rows = torch.stack([self.inner, self.outer]) if corrects else self.outer[None]
         earlier, own = at_least_float32(rows).split_with_sizes([rows.size(1) - 1, 1], 1)
@@ -133,37 +104,30 @@ class Mix(KeepsFloat32):
 
 @dataclass(frozen=True)
 class LayerMix:
-    """The mix as one layer sees it: sums over earlier estimates, to which its own is added."""
+    """The mix in one layer: sums over earlier estimates, to which the layer adds its own."""
 
     history: History
-    """The estimates of the layers before."""
     dtype: torch.dtype
-    """Of evaluation points and hidden states."""
     sums: tuple[Tensor, ...]
-    """`sum_{k<l} C[l,k] s_k`, (batch, time, dim), after that with A where the layer corrects."""
+    """`sum_{k<l} C[l,k] s_k`, (batch, time, dim); where the layer corrects, after that with A."""
     own: tuple[Tensor, ...]
-    """`C[l,l]`, a scalar, after `A[l,l]` where the layer corrects."""
+    """`C[l,l]`, a scalar; where the layer corrects, after `A[l,l]`."""
 
     def point(self, estimate: Tensor) -> Tensor:
-        """Compute `sum_{k<l} A[l,k] s_k + A[l,l] estimate`, where the field is evaluated."""
+        """Return the point x at which to evaluate the field."""
         assert len(self.sums) == 2, "the layer said that it makes no corrections"
         return self.history.add(self.sums[0], estimate, self.own[0]).to(self.dtype)
 
     def leave(self, estimate: Tensor) -> tuple[Tensor, History]:
-        """Return the hidden state `sum_{k<l} C[l,k] s_k + C[l,l] estimate`, and the history that
-        holds the estimate too.
-        """
+        """Return the hidden state `h_l`, and the history with the layer's estimate."""
         hidden, history = self.history.leave(self.sums[-1], estimate, self.own[-1])
         return hidden.to(self.dtype), history
 
 
 class EstimateNorm(KeepsFloat32, nn.LayerNorm):
-    """The LayerNorm that turns a field's output into an estimate; float32 in a half precision
-    model.
-    """
+    """The LayerNorm that makes an estimate of a field's output, at least in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize (..., dim)."""
         weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
         return F.layer_norm(at_least_float32(x), self.normalized_shape, weight, bias, self.eps)
 
@@ -175,13 +139,9 @@ class PlainHistory:
     estimates: tuple[Tensor, ...]
 
     def sums(self, rows: Tensor) -> tuple[PlainHistory, tuple[Tensor, ...]]:
-        """Compute `sum_k rows[i, k] s_k` for each row.
+        """Compute `sum_k rows[i, k] s_k`, (batch, time, dim), for each row i.
 
-        Args:
-            rows: (rows, number of estimates held).
-
-        Returns:
-            The history to go on with, and a sum for each row, (batch, time, dim).
+        Also returns the history to continue with.
         """
         sums = [torch.zeros_like(self.estimates[0]) for _ in rows]
         for weights, estimate in zip(rows.unbind(1), self.estimates, strict=True):
@@ -189,35 +149,32 @@ class PlainHistory:
         return self, tuple(sums)
 
     def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
-        """Compute `base + weight * estimate` for one scalar weight."""
+        """Compute `base + weight * estimate`; the weight is a scalar."""
         return base + weight * estimate
 
     def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, PlainHistory]:
-        """Compute `base + weight * estimate`, and append the estimate to the history."""
+        """Compute `add`, and append the estimate to the history."""
         return self.add(base, estimate, weight), PlainHistory((*self.estimates, estimate))
 
 
 @dataclass(frozen=True)
 class FusedHistory:
-    """What `PlainHistory` is, as the first `count` entries of a buffer of estimates.
+    """`PlainHistory` as the first `count` entries of a buffer that all layers share.
 
-    A layer's history is a value of its own over the shared buffer, whose entries are written once.
-    Autograd does not watch the buffer. `link` stands for the entries in its graph: a tensor of
-    their shape and without memory, whose gradient is the buffer's gradient. Every operation takes
-    one link and gives the next, so each gradient buffer has one owner at a time, who may add to it
-    in place.
+    All sums are then one skinny matrix product, and their gradients two more. Autograd does not
+    watch the buffer. In its graph `link` stands for the entries: a tensor of their shape, without
+    memory, whose gradient is the buffer's gradient. Every operation takes one link and returns the
+    next, so a gradient buffer has one owner at a time, which may add to it in place.
     """
 
     buffer: Tensor
-    """(layers, batch, time, dim): the embeddings, and the estimates of all layers but the last."""
+    """(layers, batch, time, dim): the embeddings and the estimates of all layers but the last."""
     count: int
-    """Entries that are written."""
     link: Tensor | None
-    """(count, batch, time, dim), for autograd; None without gradients."""
+    """(count, batch, time, dim); None without gradients."""
 
     @classmethod
     def started(cls, embeddings: Tensor, num_layers: int) -> FusedHistory:
-        """Return a history that holds the embeddings and has place for all layers' estimates."""
         buffer = embeddings.new_empty(num_layers, *embeddings.shape)
         if torch.is_grad_enabled():
             return cls(buffer, 1, _Start.apply(embeddings, buffer))  # type: ignore[no-untyped-call]
@@ -225,7 +182,6 @@ class FusedHistory:
         return cls(buffer, 1, None)
 
     def sums(self, rows: Tensor) -> tuple[FusedHistory, tuple[Tensor, ...]]:
-        """Multiply the rows with the buffer."""
         estimates = self.buffer[: self.count]
         if not torch.is_grad_enabled():
             return self, _products(rows, estimates).unbind()
@@ -233,14 +189,12 @@ class FusedHistory:
         return replace(self, link=link), tuple(sums)
 
     def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
-        """Compute `base + weight * estimate`."""
         if not torch.is_grad_enabled():
             return torch.addcmul(base, estimate, weight)
         result: Tensor = _AddScaled.apply(base, estimate, weight)  # type: ignore[no-untyped-call]
         return result
 
     def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, FusedHistory]:
-        """Compute `base + weight * estimate`, and write the estimate into the buffer."""
         if self.count == len(self.buffer):  # Nobody reads the last layer's estimate.
             return self.add(base, estimate, weight), self
         entry, link = self.buffer[self.count], None
@@ -258,13 +212,12 @@ History = PlainHistory | FusedHistory
 
 
 def _products(rows: Tensor, tensors: Tensor) -> Tensor:
-    """Compute `sum_k rows[:, k] tensors[k]`, in full precision also under autocast."""
-    with torch.autocast(tensors.device.type, enabled=False):
+    """Compute `sum_k rows[:, k] tensors[k]`."""
+    with torch.autocast(tensors.device.type, enabled=False):  # Autocast would round the sums.
         return (rows @ tensors.flatten(1)).view(len(rows), *tensors.shape[1:])
 
 
 def _inner_products(grads: Tensor, estimates: Tensor) -> Tensor:
-    """Compute the inner product of each gradient with each estimate, (gradients, estimates)."""
     with torch.autocast(grads.device.type, enabled=False):
         return grads.flatten(1) @ estimates.flatten(1).t()
 
@@ -274,8 +227,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _link(count: int, like: Tensor) -> Tensor:
-    """Return a tensor of the shape (count, *like.shape) that has no memory of that size."""
-    return like.new_empty(()).expand(count, *like.shape)
+    return like.new_empty(()).expand(count, *like.shape)  # One value of memory.
 
 
 class _Start(torch.autograd.Function):
