@@ -58,8 +58,9 @@ class KeepsFloat32(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            halved = result.dtype in HALF
-            return tensor.to(result.device) if halved and tensor.dtype.itemsize > 2 else result
+            if result.dtype not in HALF or tensor.dtype in HALF:
+                return result
+            return tensor.to(result.device, torch.float32)
 
         module: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return module

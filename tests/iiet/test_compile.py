@@ -70,16 +70,20 @@ def _nothing_compiled():
     torch._dynamo.reset()
 
 
-def cases(quick):
-    """Return every method with and without a mask; all but the quick ones are marked slow."""
+def cases(quick, *slow):
+    """Return every method with and without a mask: one quick case, some slow, the others long."""
+
+    def marks(case):
+        if case == quick:
+            return ()
+        return pytest.mark.slow if case in slow else pytest.mark.long
+
     every = [(method, masked) for method in METHODS for masked in (False, True)]
-    return [
-        case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in every
-    ]
+    return [pytest.param(*case, marks=marks(case)) for case in every]
 
 
 @pytest.mark.parametrize(
-    ("method", "masked"), cases({("vanilla", False), ("iiet", True), ("pcformer", False)})
+    ("method", "masked"), cases(("iiet", True), ("vanilla", False), ("pcformer", False))
 )
 def test_training_and_inference_are_one_graph_each(method, masked):
     decoder = decoder_of(method, num_layers=2 if method == "iiet" else 1)
@@ -92,7 +96,7 @@ def test_training_and_inference_are_one_graph_each(method, masked):
         torch.testing.assert_close(compiled(tokens(), **given), decoder(tokens(), **given))
 
 
-@pytest.mark.parametrize(("method", "masked"), cases({("vanilla", True), ("iiet", False)}))
+@pytest.mark.parametrize(("method", "masked"), cases(("vanilla", True), ("iiet", False)))
 def test_prefill_and_each_step_are_one_graph(method, masked):
     decoder = decoder_of(method)
     compiled = torch.compile(decoder, **GRAPHS)
@@ -102,6 +106,7 @@ def test_prefill_and_each_step_are_one_graph(method, masked):
     )
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_decoding_on_and_on_compiles_nothing_anew():
     """The number of tokens held is a symbol of the graph of a step, from the second step on."""
@@ -114,8 +119,13 @@ def test_decoding_on_and_on_compiles_nothing_anew():
     assert graphs.frame_count <= 3
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "iiet" else pytest.mark.long)
+        for name in METHODS
+    ],
+)
 def test_a_fresh_process_compiles(method):
     """Nothing was run before that could have filled a table or imported a module."""
     script = f"""
@@ -132,10 +142,12 @@ assert not torch._dynamo.utils.counters["graph_break"]
     subprocess.run([sys.executable, "-c", script], cwd=FOLDER, check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "masked",
+    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.long)],
+)
 def test_the_usual_compiler_gives_the_same(masked):
     decoder = decoder_of("iiet")
     compiled = torch.compile(decoder)

@@ -179,7 +179,7 @@ def test_none_is_used_where_a_hook_watches_all_modules():
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-@pytest.mark.parametrize("method", ["vanilla", "iiet"])
+@pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
 def test_a_run_on_fake_tensors_leaves_nothing_behind(with_gradients, method):
     """They have no numbers; one that is kept makes every later run of the process fail."""
     cpu_kernels._constants.clear()

@@ -156,7 +156,11 @@ def test_in_half_precision_rows_norms_and_sums_stay_float32(method):
     torch.manual_seed(0)
     decoder = Decoder(preset("tiny", method=method, dim=16, num_heads=2, ffn_dim=24))
     exact = {name: p.clone() for name, p in decoder.method_parameters().items()}
-    for move in (decoder.bfloat16, lambda: decoder.to("cpu", torch.bfloat16)):
+    for move in (
+        decoder.bfloat16,
+        lambda: decoder.to("cpu", torch.bfloat16),
+        lambda: decoder.double().bfloat16(),
+    ):
         move()
         for name, parameter in decoder.named_parameters():
             own = name in exact
