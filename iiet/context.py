@@ -162,20 +162,18 @@ def make_context(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> PassContext:
-    """Compute positions and mask of a pass; masks and positions are those of `Decoder.forward`.
+    """Compute positions and mask of a pass over `hidden`, (batch, time, dim).
+
+    Mask, positions and errors are those of `Decoder.forward`.
 
     Args:
-        hidden: the embeddings, (batch, time, dim).
+        hidden: the embeddings.
         rope: tables for the positions of the model's context.
         fields: those that the pass evaluates.
         cache: keys and values of earlier tokens.
         record: the cache's; its padding is read and updated.
-        attention_mask: (batch, cached + time), false for padding; None for the cache's own.
-        position_ids: (batch or 1, time); None to count the tokens that are no padding.
-
-    Raises:
-        ValueError: more tokens or larger positions than the context has, a mask or positions of
-            the wrong shape, or a mask that contradicts the cache.
+        attention_mask: None where only the cache's own padding counts.
+        position_ids: None to count the tokens that are no padding.
     """
     batch, time = hidden.shape[:2]
     device = hidden.device
@@ -259,7 +257,7 @@ def _check_agreement(real: Tensor, held: Tensor | None) -> None:
 
 
 def _check_positions(position_ids: Tensor, *, batch: int, time: int, num_positions: int) -> None:
-    if position_ids.dim() != 2 or position_ids.shape not in ((batch, time), (1, time)):
+    if position_ids.shape not in ((batch, time), (1, time)):
         raise ValueError(
             f"position_ids must be (batch, new tokens), here {(batch, time)}, "
             f"got {tuple(position_ids.shape)}"

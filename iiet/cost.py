@@ -57,10 +57,10 @@ def inference_cost(
     """Count the cost of a model under a schedule.
 
     Args:
-        config: sizes and method.
+        config: the model.
         schedule: the config's own when not given.
         context_length: tokens read (prefill) or seen (decode); the config's when not given.
-        batch_size: rows that a decoding step decodes together.
+        batch_size: rows of a decoding step.
         bytes_per_value: of weights, keys and values: 4 for float32, 2 for bfloat16.
         kv_strategy: `exact`, a slot per evaluation, or `last`, a slot per layer.
         processor_cache_bytes: cache between memory and arithmetic (an H100's L2: 50 MB), 0 for
@@ -126,10 +126,7 @@ def training_flops_per_token(
 def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
     """Count the parameters, the same for all schedules.
 
-    Args:
-        config: sizes and method.
-        include_mix: whether to count the method's own (mix, norms, stages), which published sizes
-            leave out.
+    Published sizes leave out the method's own (mix, norms, stages): `include_mix=False`.
     """
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     fields = config.num_layers * _field_parameters(config)

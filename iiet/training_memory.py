@@ -58,7 +58,7 @@ def training_memory(
     """Estimate the memory of a training step.
 
     Args:
-        config: sizes and method.
+        config: the model.
         schedule: the costliest one that is trained; the config's own when not given.
         num_sequences: sequences of one forward pass, each as long as the context.
         precision: of the arithmetic; weights, gradients and moments are float32.
@@ -74,6 +74,7 @@ def training_memory(
     # The backward pass needs the copies of all layers, or of the one that is recomputed.
     copied = parameters // (config.num_layers if activation_checkpointing else 1)
     copies = copied if precision == "bf16" else 0
+    width = _FULL if precision == "fp32" else _HALF
     tokens = num_sequences * config.context_length
     # A teacher's logits, and the gradient that the divergence keeps.
     of_teacher = tokens * 2 * config.vocab_size * _FULL if has_teacher else 0
@@ -82,21 +83,21 @@ def training_memory(
         gradients=held * _FULL,
         optimizer=2 * (-(-parameters // num_shards)) * _FULL,
         activations=of_teacher
-        + _peak_bytes(config, tokens, precision, activation_checkpointing, num_shards),
+        + _peak_bytes(config, tokens, width, activation_checkpointing, num_shards),
     )
 
 
 def _peak_bytes(
     config: ModelConfig,
     tokens: int,
-    precision: str,
+    width: int,
     activation_checkpointing: bool,
     num_shards: int,
 ) -> int:
+    """Count activations at the peak; `width` is the bytes of a value in the arithmetic."""
     method = METHODS[config.method]
-    width = _FULL if precision == "fp32" else _HALF
     state = config.dim * _FULL
-    of_layers = [_layer_bytes(config, layer, precision) for layer in range(config.num_layers)]
+    of_layers = [_layer_bytes(config, layer, width) for layer in range(config.num_layers)]
     # What layers leave for later ones, and as much for its gradient while they go backward.
     left = method.num_left * config.num_layers * state
     # The last hidden state and its norm.
@@ -116,10 +117,9 @@ def _peak_bytes(
     return tokens * kept + max(tokens * loss, tokens * field + matrices * _FULL)
 
 
-def _layer_bytes(config: ModelConfig, layer: int, precision: str) -> int:
+def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
     method, dim = METHODS[config.method], config.dim
     kv_dim = config.num_kv_heads * config.head_dim
-    width = _FULL if precision == "fp32" else _HALF
     # In float32: the point, its norm, and the state between attention and feed-forward network. In
     # the arithmetic's precision: queries, keys, values, attention's output, the network's input,
     # gate and up.

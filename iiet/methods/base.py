@@ -55,7 +55,7 @@ class Advance(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How a layer runs in one pass, beside the state that flows through it."""
+    """How a layer runs in one pass."""
 
     num_corrections: int
     """Corrections it makes; 0 where its method makes none."""
@@ -84,9 +84,8 @@ class Evaluate:
         norm: Callable[[Tensor], Tensor] | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """Return F(x), or with a norm the estimate norm(F(x)); x is (batch, time, dim).
-
-        `previous` is the estimate that this evaluation corrects; only observers need it.
+        """Return F(x), or norm(F(x)), for (batch, time, dim); observers also need `previous`, the
+        estimate that this evaluation corrects.
         """
         call, k = self._call, self._k
         self._k += 1
@@ -166,9 +165,7 @@ class Layer(nn.Module, ABC):
 
     @classmethod
     def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Count the tensors of the hidden state's size that a layer keeps for its backward pass,
-        those of its field left out.
-        """
+        """Count the tensors of the hidden state's size that a layer keeps beside its field's."""
         return 0
 
     @classmethod
@@ -188,12 +185,7 @@ class Layer(nn.Module, ABC):
     ) -> Advance:
         """Advance the hidden state, (batch, time, dim), by one layer. This is the method's formula.
 
-        Args:
-            evaluate: the layer's field.
-            hidden: the previous layer's.
-            state: what else earlier layers left.
-            num_corrections: corrections that this layer makes; 0 where the method makes none.
-            shared: what `make_shared` made.
+        `state` is what else earlier layers left, `shared` what `make_shared` made.
         """
 
     def reset_parameters(self) -> None:

@@ -28,7 +28,7 @@ class ExplicitRK2(Layer):
 
     Cost: 2 evaluations per layer; no parameters.
     Source: Li et al. 2022 (ODE Transformer), RK2-block with fixed coefficients.
-    Not to be confused with: PCformer's predictor, which normalizes its stages and learns weights.
+    Not to be confused with: PCformer's predictor, which has norms and learned weights.
     """
 
     coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)

@@ -25,12 +25,9 @@ _STEPS: Final = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
 def runge_kutta_stages(
     stage: Callable[[int, Tensor], Tensor], start: Tensor, order: int
 ) -> list[Tensor]:
-    """Compute the stages `k_1, ..., k_order` from h, (batch, time, dim).
+    """Compute `k_1, ..., k_order` from h, (batch, time, dim); the order is 2 or 4.
 
-    Args:
-        stage: computes a stage from its number, the first being 0, and the point to evaluate at.
-        start: h.
-        order: 2 or 4.
+    `stage` computes K from a stage's number, the first being 0, and its point.
     """
     stages = [stage(0, start)]
     for number, step in enumerate(_STEPS[order], start=1):
