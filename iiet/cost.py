@@ -105,10 +105,9 @@ def training_flops_per_token(
     *,
     context_length: int | None = None,
 ) -> float:
-    """Count forward and backward pass of a training step, per token.
+    """Count forward and backward pass of a training step, per token; see `inference_cost`.
 
-    The backward pass costs two forward passes of what is differentiated. Arguments and errors are
-    those of `inference_cost`.
+    The backward pass costs two forward passes of what is differentiated.
     """
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)

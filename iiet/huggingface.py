@@ -1,5 +1,4 @@
-"""The adapter to transformers 5.24: config, language model and tokenizer. The mathematics is
-`Decoder`'s.
+"""The adapter to transformers 5.24: config, language model and tokenizer around a `Decoder`.
 
 The model wraps a decoder without a copy and serves `generate`, `Trainer` and lm-eval. Caches of
 transformers have a slot per layer; the adapter appends the others, one per evaluation, on first
@@ -181,12 +180,11 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         """Compute logits and, given labels, the loss.
 
         Args:
-            input_ids: (batch, time) of integers; with a cache, the tokens after those it holds.
-            attention_mask: (batch, cached + time), 0 for padding; positions follow from it.
-            position_ids: (batch or 1, time), instead of counted positions. Without mask and cache,
-                a position that does not follow the previous one starts another sequence of the row.
-            cache: keys and values of earlier tokens, a cache of transformers.
-            inputs_embeds: (batch, time, dim), instead of `input_ids`.
+            input_ids: this and the next four as in `Decoder.forward`.
+            attention_mask: 0 for padding.
+            position_ids: instead of counted positions.
+            cache: a cache of transformers.
+            inputs_embeds: instead of `input_ids`.
             labels: (batch, time), -100 where there is nothing to learn; shifted here.
             use_cache: whether to make a cache where none is given. Not by default, unlike
                 elsewhere: scoring would pay for a slot per evaluation and throw them away.

@@ -20,10 +20,8 @@ _plain_contexts = 0
 
 @contextmanager
 def plain_formulas() -> Iterator[None]:
-    """Run the plain form of every formula in this context.
-
-    Fast forms are differentiable once. A gradient of a gradient needs this context around both
-    passes:
+    """Run plain formulas only. Fast ones are differentiable once, so a gradient of a gradient needs
+    this context around both passes:
 
         with plain_formulas():
             (slope,) = torch.autograd.grad(loss(decoder), weights, create_graph=True)
