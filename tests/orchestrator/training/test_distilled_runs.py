@@ -198,7 +198,7 @@ def _trial(control: str, teacher: Path, tokens: Path, space: Path) -> PlannedTri
         teacher,
         ModelConfig.from_dict({**MODEL, "schedule": [1, 0]}),
         FamilyMember(schedule=schedule, threshold_above=0.1, threshold_up_to=0.2),
-        {"suite": "x", "tokens_folder": str(tokens)},
+        {"suite": "x", "tokens_folder": str(tokens), "precision": "fp32"},
     )
 
 
