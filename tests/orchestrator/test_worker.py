@@ -94,7 +94,7 @@ def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job:
 
     alone = run_job(make_job("alone"))
     listeners = Listeners(make_job("shared"))
-    scratch = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
+    stores = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/store"))  # Others may have theirs.
     shared = run_train_job(
         make_job("shared", num_sequences_per_pass=1),
         num_workers=2,
@@ -102,7 +102,8 @@ def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job:
         watch=listeners.watch,
     )
     assert listeners.are_local(), listeners.found
-    assert set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")) <= scratch, "where they met is gone"
+    found = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/store"))
+    assert found <= stores, "where they met is gone"
     assert metric(make_job("shared")) == pytest.approx(metric(make_job("alone")), abs=1e-5)
     assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
     assert (shared.num_tokens, shared.training_flops) == (alone.num_tokens, alone.training_flops)
