@@ -8,7 +8,6 @@ that contradicts the cache is refused. Most passes need no mask: the kernel has 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +114,10 @@ class PassContext:
             keys, values = self.cache.update(keys, values, slot)
             if keys.size(2) != self.total:  # A cache of fixed size returns its empty end too.
                 keys, values = keys[:, :, : self.total], values[:, :, : self.total]
+        # PyTorch's fused kernels have a backward pass and no other derivative.
+        if not self.is_token_step and needs_all_derivatives():
+            with sdpa_kernel(SDPBackend.MATH):
+                return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
         return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
 
 
@@ -134,11 +137,9 @@ def attend(
     if num_sharing > 1 and not shares:
         keys = keys.repeat_interleave(num_sharing, dim=1)
         values = values.repeat_interleave(num_sharing, dim=1)
-    # PyTorch's fused kernels have a backward pass and no other derivative.
-    with sdpa_kernel(SDPBackend.MATH) if needs_all_derivatives() else nullcontext():
-        return F.scaled_dot_product_attention(
-            queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
-        )
+    return F.scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
+    )
 
 
 _CPU_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)

@@ -318,7 +318,11 @@ def evaluate_token(
 
 def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     assert norm.eps is not None
-    return (x * _rstd(x, norm.eps)).mul_(norm.weight)
+    if len(x) > 1:
+        return (x * _rstd(x, norm.eps)).mul_(norm.weight)
+    x = x.view(-1)
+    rstd = (torch.dot(x, x).item() / len(x) + norm.eps) ** -0.5
+    return torch.addcmul(_constant(0.0, x), x, norm.weight, value=rstd)
 
 
 def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:

@@ -214,13 +214,18 @@ History = PlainHistory | FusedHistory
 
 def _products(rows: Tensor, tensors: Tensor) -> Tensor:
     """Compute `sum_k rows[:, k] tensors[k]`."""
-    with torch.autocast(tensors.device.type, enabled=False):  # Autocast would round the sums.
-        return (rows @ tensors.flatten(1)).view(len(rows), *tensors.shape[1:])
+    return _exact_product(rows, tensors.flatten(1)).view(len(rows), *tensors.shape[1:])
 
 
 def _inner_products(grads: Tensor, estimates: Tensor) -> Tensor:
-    with torch.autocast(grads.device.type, enabled=False):
-        return grads.flatten(1) @ estimates.flatten(1).t()
+    return _exact_product(grads.flatten(1), estimates.flatten(1).t())
+
+
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(a.device.type):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):  # It would round the sums.
+        return a @ b
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

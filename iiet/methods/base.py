@@ -53,8 +53,7 @@ class Advance(NamedTuple):
     """What else later layers read, such as the history of estimates; None for nothing."""
 
 
-@dataclass(frozen=True)
-class LayerCall:
+class LayerCall(NamedTuple):
     """How a layer runs in one pass."""
 
     num_corrections: int
