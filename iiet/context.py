@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iiet.cpu_kernels import serves_fields, serves_token_step
 from iiet.plain import needs_all_derivatives
+from iiet.precision import HALF
 from iiet.rope import Rope, RopeTables
 
 __all__ = [
@@ -150,7 +151,7 @@ def _fused_kernel_shares_heads(queries: Tensor, mask: Tensor | None) -> bool:
     # Where none does, PyTorch would use its math kernel, which keeps all scores.
     if queries.is_cpu:  # Repeating a cache's keys takes ten times as long as attending to them.
         return _CPU_SHARES_HEADS
-    return mask is None and queries.dtype in (torch.bfloat16, torch.float16)
+    return mask is None and queries.dtype in HALF
 
 
 def make_context(

@@ -23,7 +23,6 @@ from iiet.batch import Batch
 from iiet.losses import (
     CHUNK_ELEMENTS,
     DivergenceKind,
-    at_least_float32,
     batch_cross_entropy,
     check_temperature,
     expected,
@@ -31,6 +30,7 @@ from iiet.losses import (
     kl_divergence,
     mean_divergence,
 )
+from iiet.precision import at_least_float32
 
 __all__ = [
     "CoarseDistribution",

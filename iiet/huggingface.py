@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from iiet.config import ModelConfig
 from iiet.context import get_record, set_record
 from iiet.decoder import Decoder
-from iiet.mix import KeepsFloat32
+from iiet.precision import KeepsFloat32
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 

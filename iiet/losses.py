@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iiet.batch import NO_TARGET, Batch
+from iiet.precision import at_least_float32
 
 __all__ = [
     "CHUNK_ELEMENTS",
@@ -158,10 +159,6 @@ def hidden_state_error(
 def check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _counted(mask: Tensor | None, values: Tensor) -> Tensor:

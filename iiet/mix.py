@@ -14,9 +14,8 @@ matrix products over one buffer. Source: the PCformer and IIET papers; form by t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from iiet.plain import fast_forms_allowed
+from iiet.precision import KeepsFloat32, at_least_float32
 
 __all__ = [
     "EstimateNorm",
@@ -32,16 +32,8 @@ __all__ = [
     "LayerMix",
     "Mix",
     "PlainHistory",
-    "KeepsFloat32",
     "start",
 ]
-
-
-HALF = (torch.bfloat16, torch.float16)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def start(embeddings: Tensor, num_layers: int) -> History:
@@ -50,20 +42,6 @@ def start(embeddings: Tensor, num_layers: int) -> History:
     if fast_forms_allowed():
         return FusedHistory.started(estimate, num_layers)
     return PlainHistory((estimate,))
-
-
-class KeepsFloat32(nn.Module):
-    """A module whose own parameters stay float32 when the model is moved to half precision."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype not in HALF or tensor.dtype in HALF:
-                return result
-            return tensor.to(result.device, torch.float32)
-
-        module: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        return module
 
 
 class Mix(KeepsFloat32):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from iiet.methods.base import Advance, Evaluate, Layer
-from iiet.mix import EstimateNorm, History, Mix, at_least_float32, start
+from iiet.mix import EstimateNorm, History, Mix, start
+from iiet.precision import at_least_float32
 from iiet.schedule import IterationSchedule
 from iiet.solvers import fixed_point
 

@@ -14,7 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from iiet.mix import EstimateNorm, KeepsFloat32
+from iiet.mix import EstimateNorm
+from iiet.precision import KeepsFloat32
 
 __all__ = ["MovingAverageRungeKutta", "runge_kutta_stages"]
 
