@@ -65,17 +65,18 @@ class Batch:
     @property
     def taught(self) -> Tensor | None:
         """The positions at which a student learns from a teacher; None: all."""
-        return self.mask if self.is_text else self._counted
+        return self.mask if self.is_text else self.counted
 
     @property
-    def _counted(self) -> Tensor:
+    def counted(self) -> Tensor:
+        """The positions whose targets count, (batch, time) of bool."""
         has_target = self.targets != NO_TARGET
         return has_target if self.mask is None else has_target & self.mask.bool()
 
     @property
     def num_targets(self) -> int:
         """Targets that count. Waits for the device: ask before the batch is moved to a GPU."""
-        return int(self._counted.sum())
+        return int(self.counted.sum())
 
     @property
     def num_positions(self) -> int:

@@ -175,8 +175,7 @@ def _counted(batch: Batch, metric: InfluenceMetric) -> Tensor:
     """Return the positions that the means run over, (batch, time) of bool."""
     if metric != "loss":
         return torch.ones_like(batch.targets).bool() if batch.taught is None else batch.taught
-    has_target = batch.targets != NO_TARGET
-    return has_target if batch.mask is None else has_target & batch.mask.bool()
+    return batch.counted
 
 
 class _Comparing:
