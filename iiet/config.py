@@ -83,7 +83,7 @@ class ModelConfig:
         Raises:
             ValueError: the schedule does not fit the method or the number of layers.
         """
-        if schedule is not None and schedule != self.schedule:
+        if schedule is not None and schedule != self.corrections:
             return replace(self, schedule=schedule).evaluations_per_layer()
         method, corrections = METHODS[self.method], self.corrections
         return tuple(

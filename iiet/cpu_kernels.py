@@ -219,18 +219,21 @@ def _linear_gradients(
 def gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
     """Compute `(silu(gate) * up) @ down.T`; `gate_up` is (..., 2 ffn_dim), gate then up."""
     if not torch.is_grad_enabled():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), down)
+        return _gated_product(gate_up, down)
     result: Tensor = _GatedProduct.apply(gate_up, down)  # type: ignore[no-untyped-call]
     return result
+
+
+def _gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.linear(F.silu(gate).mul_(up), down)
 
 
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, down: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, down)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), down)
+        return _gated_product(gate_up, down)
 
     @staticmethod
     @once_differentiable
@@ -319,7 +322,7 @@ def evaluate_token(
 def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     assert norm.eps is not None
     if len(x) > 1:
-        return (x * _rstd(x, norm.eps)).mul_(norm.weight)
+        return rms_norm(x, norm.weight, norm.eps)
     x = x.view(-1)
     rstd = (torch.dot(x, x).item() / len(x) + norm.eps) ** -0.5
     return torch.addcmul(_constant(0.0, x), x, norm.weight, value=rstd)
