@@ -17,10 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from iiet.decoder import Decoder
-from iiet.losses import batch_cross_entropy
 from iiet.methods import METHODS
 from orchestrator.analysis.harness import checkpoint_vocabulary, evaluate_decoder
 from orchestrator.analysis.results import items_name
@@ -31,7 +28,9 @@ from orchestrator.plan import PlannedTrial
 from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
 from orchestrator.training.holding import held, is_held
 from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, forget_stop
+from orchestrator.training.parallel import World
 from orchestrator.training.run import Report, run_job
+from orchestrator.training.validation import validation_loss
 from orchestrator.trial import TrialResult
 from orchestrator.trial_referee import Referee, StopRule
 from orchestrator.workspace import read_object, write_json
@@ -202,26 +201,20 @@ def measure_quality(
     write_json(items_path, evaluation.to_dict())
     return {
         **evaluation.quality(),
-        "validation_loss": validation_loss(decoder, store.folder),
+        "validation_loss": heldout_loss(decoder, store.folder),
     }
 
 
-@torch.no_grad()
-def validation_loss(decoder: Decoder, tokens_folder: Path) -> float:
+def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
     """Return the mean next-token loss over held-out tokens, in nats, under the own schedule."""
-    store = open_tokens(tokens_folder)
-    total = count = 0.0
-    for batch in validation_batches(
-        store.validation,
+    batches = validation_batches(
+        open_tokens(tokens_folder).validation,
         context_length=decoder.config.context_length,
         num_tokens=NUM_VALIDATION_TOKENS,
         batch_size=16,
-    ):
-        num_targets = batch.num_targets
-        batch = batch.to(decoder.device)
-        total += float(batch_cross_entropy(decoder(batch.input_ids), batch)) * num_targets
-        count += num_targets
-    return total / count
+    )
+    world = World(device=str(decoder.device))
+    return validation_loss(decoder, list(batches), decoder.schedule, precision="fp32", world=world)
 
 
 def _schedule(trial: PlannedTrial) -> tuple[int, ...] | None:

@@ -176,9 +176,10 @@ def load_decoder(
         decoder = Decoder.load(folder)
     except ValueError as error:
         raise UserError(f"this version of the program cannot use {folder}: {error}") from None
-    if not frozen:
+    decoder = decoder.to(device, dtype)
+    if not frozen and decoder.device.type == "cpu":  # Elsewhere they are a copy already.
         decoder = copy.deepcopy(decoder)
-    return decoder.requires_grad_(not frozen).to(device, dtype).eval()
+    return decoder.requires_grad_(not frozen).eval()
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -29,13 +29,14 @@ def validation_loss(
     """Return the mean loss of a target in nats, the same on all workers; 0 where none counts.
 
     Args:
-        decoder: In training; it is again afterwards.
+        decoder: In training or not; it is so again afterwards.
         batches: The same on every worker, on the CPU.
         schedule: Corrections to make.
         precision: Arithmetic, as in training.
         world: This worker's place.
     """
     total = count = 0.0
+    was_training = decoder.training
     decoder.eval()
     for first in range(0, len(batches), world.size):
         number = first + world.rank
@@ -47,6 +48,6 @@ def validation_loss(
         if number < len(batches):
             total += loss.item() * num_targets
             count += num_targets
-    decoder.train()
+    decoder.train(was_training)
     sums = mean_over_workers({"total": total, "count": count}, world)
     return sums["total"] / (sums["count"] or 1.0)

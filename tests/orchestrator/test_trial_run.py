@@ -37,7 +37,7 @@ from orchestrator import trial_run
 def measure(decoder, suite, items_path):
     with (items_path.parent / "measured").open("a") as file:
         file.write("once\\n")
-    return {"validation_loss": trial_run.validation_loss(decoder, suite["tokens_folder"])}
+    return {"validation_loss": trial_run.heldout_loss(decoder, suite["tokens_folder"])}
 
 trial_run.measure_quality = measure
 print("ready", flush=True)
