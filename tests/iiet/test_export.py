@@ -6,12 +6,10 @@ transformers and lm-eval and an empty cache for remote code.
 
 import ast
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from exported_folder import found_by
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -102,24 +100,7 @@ def test_the_folder_works_in_a_process_without_this_package(decoder, tokenizer_f
     with torch.no_grad():
         save_file({"ids": ids, "logits": decoder(ids)}, folder / "expected.safetensors")
         log_p = decoder(torch.tensor([[1, 2, 3, 4, 5, 6]])).log_softmax(-1)[0]
-    environment = {
-        **os.environ,
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", IN_A_CLEAN_PROCESS, str(folder), str(tmp_path / "copy")],
-        env=environment,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    found = json.loads(process.stdout.splitlines()[-1])
+    found = found_by(IN_A_CLEAN_PROCESS, folder, tmp_path)
     score = sum(log_p[1 + i, word].item() for i, word in enumerate([3, 4, 5, 6]))
     assert found == {
         "module": "transformers_modules",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_folder import found_by
 from safetensors.torch import save_file
 
 from iiet import METHODS, Decoder, preset
@@ -178,24 +179,7 @@ def test_its_export_works_where_neither_package_is_installed(site, tmp_path):
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         save_file({"ids": ids, "logits": decoder(ids)}, folder / "expected.safetensors")
-    environment = {
-        **os.environ,
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS_WITHOUT_BOTH, str(folder), str(tmp_path / "copy")],
-        env=environment,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout.splitlines()[-1]) == {
+    assert found_by(IN_A_PROCESS_WITHOUT_BOTH, folder, tmp_path) == {
         "installed": False,
         "method": "RelaxedEuler",
         "step": 0.25,

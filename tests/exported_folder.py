@@ -1,0 +1,28 @@
+"""Runs a script on an exported folder, in a process with installed packages only."""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def found_by(script, folder, tmp_path):
+    """Return the JSON that a script prints last, given the folder and another for a copy of it."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(tmp_path / "copy")],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
