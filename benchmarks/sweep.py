@@ -28,20 +28,23 @@ from benchmarks.shape import shaped_config
 from benchmarks.timing import Spread
 from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_at_threshold
-from orchestrator.cluster import ray_cluster
-from orchestrator.console import Progress
-from orchestrator.plan import PlannedTrial, SweepPlan, choose_members, threshold_plan
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.data.preparation import prepare
+from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.records.trial import TrialResult
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.stages.prepare import prepare
-from orchestrator.stages.sweep import sweep
-from orchestrator.sweep_plans import plan_suite
+from orchestrator.sweeping.execution import sweep
+from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.students import threshold_plan
+from orchestrator.sweeping.trial_run import measure_quality
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.job import DONE_NAME, TrainingJob
 from orchestrator.training.run import run_job
-from orchestrator.trial import TrialResult
-from orchestrator.trial_run import measure_quality
-from orchestrator.workspace import Workspace, open_workspace, write_json
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import Workspace, open_workspace
 
 __all__ = ["measure"]
 

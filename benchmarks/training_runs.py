@@ -31,12 +31,12 @@ from orchestrator.data.batches import BatchPlan
 from orchestrator.data.corpus import Document
 from orchestrator.data.tokenizing import write_tokens
 from orchestrator.data.tokens import open_tokens
-from orchestrator.journal import read_journal
 from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.training.job import TrainingJob, sequences_per_step
 from orchestrator.training.learning_rate import learning_rate_at
 from orchestrator.training.optimizer import make_optimizer, set_learning_rate
 from orchestrator.training.run import run_job
+from orchestrator.workspace.journal import read_journal
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,8 +13,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
 
 

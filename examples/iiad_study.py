@@ -32,31 +32,32 @@ from pathlib import Path
 from study_tables import Phases, Ways, losses_by_seed, study_markdown
 
 from iiet.methods import METHODS
-from orchestrator.analysis.axes import QUALITIES, Axes
-from orchestrator.analysis.seeds import join_seeds
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import open_desk
-from orchestrator.cluster import ray_cluster
-from orchestrator.console import print_line
-from orchestrator.desk import Desk
-from orchestrator.errors import UserError
-from orchestrator.plan import Variant, check_student_batch, iterations_plan, loss_of
-from orchestrator.procedure import raise_failures, run_and_show, sweep_thresholds
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.data.preparation import prepare
+from orchestrator.pipelines.context import Desk
+from orchestrator.pipelines.pretraining import plan_pretraining
+from orchestrator.pipelines.reports import show_plan
+from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.pipelines.sweeps import raise_failures, run_and_show, sweep_thresholds
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.axes import QUALITIES, Axes
+from orchestrator.reporting.overlay import write_overlay
+from orchestrator.reporting.seeds import join_seeds
 from orchestrator.settings import BASELINE, Settings, model_label, read_settings
-from orchestrator.showing import show_plan
-from orchestrator.stages.overlay import write_overlay
-from orchestrator.stages.prepare import prepare
-from orchestrator.stages.pretrain import plan_pretraining
-from orchestrator.sweep_checks import check_sweep
-from orchestrator.sweep_models import check_models, models_of, with_rates
-from orchestrator.sweep_plans import plan_suite
+from orchestrator.sweeping.checks import check_sweep
+from orchestrator.sweeping.models import check_models, models_of, with_rates
+from orchestrator.sweeping.students import check_student_batch, loss_of
+from orchestrator.sweeping.variants import Variant, iterations_plan
+from orchestrator.terminal.formatting import counted
+from orchestrator.terminal.progress import print_line
+from orchestrator.training.builders import flops_counter
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.objective import two_stage
-from orchestrator.training.parts import flops_counter
 from orchestrator.training.teacher_choice import check_teacher_cache
-from orchestrator.trial import TrialResult
-from orchestrator.views import counted
-from orchestrator.workspace import write_text
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_text
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 TWO_STAGES = ", two stages"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iiet.methods import METHODS
-from orchestrator.analysis.evaluation import STDERR
-from orchestrator.analysis.texts import with_error
+from orchestrator.records.evaluation import STDERR
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.texts import with_error
 from orchestrator.settings import BASELINE, model_label
-from orchestrator.trial import TrialResult
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
 _ERRORS = (

@@ -71,10 +71,43 @@ def tiny_model() -> dict[str, Any]:
     ).to_dict()
 
 
+@pytest.fixture
+def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Any:
+    """A `SweepPlan`: a trained teacher and its students, of 40 steps each, none of them run."""
+    from iiet.influence import InfluenceTable
+    from orchestrator.settings import resolve_settings
+    from orchestrator.sweeping.selection import choose_members
+    from orchestrator.sweeping.students import threshold_plan
+    from orchestrator.training.job import TrainingJob
+    from orchestrator.training.run import run_job
+    from orchestrator.workspace.folders import open_workspace
+
+    recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+    longer = {**recipe, "num_steps": 40}
+    settings = resolve_settings({"training": recipe, "distillation": {"training": longer}})
+    outcome = run_job(
+        TrainingJob(
+            run_folder=str(tmp_path / "teacher"),
+            tokens_folder=str(tiny_tokens),
+            model=tiny_model,
+            recipe=settings.training,
+        )
+    )
+    values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
+    table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
+    return threshold_plan(
+        settings,
+        open_workspace(tmp_path),
+        teacher=Path(str(outcome.checkpoint)),
+        members=choose_members(table, settings.sweep),
+        suite={"suite": "x", "tokens_folder": str(tiny_tokens), "precision": "fp32"},
+    )
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray, started once for all tests that need it, with two CPUs; marked slow by its users."""
-    from orchestrator.cluster import ray_cluster
+    from orchestrator.cluster.start import ray_cluster
 
     with ray_cluster(num_cpus=2):
         yield

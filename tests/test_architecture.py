@@ -17,52 +17,35 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("iiet", "orchestrator", "benchmarks")
 
-DOORS = {
-    "ray": (
-        "orchestrator.cluster",
-        "orchestrator.process_group",
-        "orchestrator.worker",
-        "orchestrator.trial_runner",
-    ),
-    "mlflow": ("orchestrator.tracking", "orchestrator.ui"),
-    "lm_eval": ("orchestrator.analysis.harness", "orchestrator.analysis.heldout"),
+ADAPTERS = {
+    "ray": ("orchestrator.cluster",),
+    "mlflow": ("orchestrator.tracking", "orchestrator.pipelines.ui"),
+    "lm_eval": ("orchestrator.evaluation",),
     "typer": ("orchestrator.cli",),
-    "datasets": ("orchestrator.data", "orchestrator.analysis.heldout"),
-    "matplotlib": ("orchestrator.analysis",),
-    "moocore": ("orchestrator.analysis.pareto",),
-    "optuna": ("orchestrator.search",),
+    "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
+    "matplotlib": ("orchestrator.reporting",),
+    "moocore": ("orchestrator.reporting.pareto",),
+    "optuna": ("orchestrator.sweeping.search",),
 }
-"""Library -> the only rooms that import it."""
+"""Library -> the only packages or modules that import it."""
 
-LAYERS = (
-    "iiet",
-    "orchestrator.errors orchestrator.credentials",
-    "orchestrator.journal orchestrator.console orchestrator.logs orchestrator.shipped"
-    " orchestrator.interruption orchestrator.scratch",
-    "orchestrator.settings orchestrator.workspace orchestrator.provenance orchestrator.resources",
-    "orchestrator.trial",
-    "orchestrator.data",
-    "orchestrator.training",
-    "orchestrator.tracking",
-    "orchestrator.follow orchestrator.cluster orchestrator.plan orchestrator.catalog"
-    " orchestrator.foreign orchestrator.preflight orchestrator.local_run",
-    "orchestrator.process_group",
-    "orchestrator.worker orchestrator.trial_room orchestrator.search",
-    "orchestrator.trial_workers",
-    "orchestrator.trial_runner orchestrator.running",
-    "orchestrator.analysis",
-    "orchestrator.trial_referee orchestrator.trial_run orchestrator.trial_rounds"
-    " orchestrator.views orchestrator.estimate_view orchestrator.plan_price",
-    "orchestrator.stages",
-    "orchestrator.desk orchestrator.showing orchestrator.ui orchestrator.procedure"
-    " orchestrator.search_plans orchestrator.sweep_plans orchestrator.sweep_checks"
-    " orchestrator.sweep_costs orchestrator.sweep_models"
-    " orchestrator.sweep_files",
-    "orchestrator.handover",
-    "orchestrator.cli",
-    "benchmarks",
+ORDER = (
+    "workspace",
+    "records",
+    "terminal",
+    "settings",
+    "data",
+    "tracking",
+    "training",
+    "evaluation",
+    "planning",
+    "cluster",
+    "reporting",
+    "sweeping",
+    "pipelines",
+    "cli",
 )
-"""Rooms from the bottom up: a module imports from its own layer or from those before it."""
+"""Packages of `orchestrator/`: each imports from itself and from those before it."""
 
 
 def _modules() -> dict[str, Path]:
@@ -80,13 +63,6 @@ def _imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _layer(module: str) -> int:
-    for number, rooms in enumerate(LAYERS):
-        if any(module == room or module.startswith(f"{room}.") for room in rooms.split()):
-            return number
-    raise AssertionError(f"{module} has no place in LAYERS; decide in which room it lives")
-
-
 MODULES = _modules()
 
 
@@ -102,16 +78,16 @@ def test_the_core_imports_torch_and_the_standard_library_only() -> None:
             assert not foreign, f"{name} imports {foreign}"
 
 
-@pytest.mark.parametrize("library", DOORS)
-def test_each_outside_library_has_one_door(library: str) -> None:
+@pytest.mark.parametrize("library", ADAPTERS)
+def test_each_outside_library_has_one_adapter(library: str) -> None:
     users = {
         n for n, path in MODULES.items() if any(i.split(".")[0] == library for i in _imports(path))
     }
     assert users, f"nothing imports {library}: is it still needed?"
     strangers = {
-        n for n in users if not any(n == d or n.startswith(f"{d}.") for d in DOORS[library])
+        n for n in users if not any(n == d or n.startswith(f"{d}.") for d in ADAPTERS[library])
     }
-    assert not strangers, f"{library} is imported by {strangers}; its door is {DOORS[library]}"
+    assert not strangers, f"{library} is imported by {strangers}, not only {ADAPTERS[library]}"
 
 
 def test_every_imported_library_is_declared() -> None:
@@ -135,13 +111,25 @@ def _normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def test_imports_point_down_the_layers() -> None:
-    for name, path in MODULES.items():
-        if name == "orchestrator":
+def test_the_root_of_the_orchestrator_holds_packages_only() -> None:
+    files = {path.name for path in (ROOT / "orchestrator").iterdir() if path.is_file()}
+    assert files == {"__init__.py", "py.typed"}
+    packages = {path.parent.name for path in (ROOT / "orchestrator").glob("*/__init__.py")}
+    assert packages == set(ORDER)
+
+
+def test_packages_import_only_from_those_before_them() -> None:
+    for name in MODULES:
+        if "." not in name:
             continue
-        for imported in _imports(path):
-            if imported in MODULES and imported not in PACKAGES:
-                assert _layer(imported) <= _layer(name), f"{name} imports {imported}, above it"
+        for imported in _module_imports(name) - set(PACKAGES):
+            if name.startswith("iiet"):
+                assert imported.startswith("iiet"), f"{name} imports {imported}"
+            elif name.startswith("orchestrator"):
+                assert not imported.startswith("benchmarks"), f"{name} imports {imported}"
+                if imported.startswith("orchestrator"):
+                    own, other = (ORDER.index(m.split(".")[1]) for m in (name, imported))
+                    assert other <= own, f"{name} imports {imported}, which comes after it"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -186,15 +174,6 @@ def _check_no_cycle(graph: dict[str, set[str]]) -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(f"imports go in a circle: {' -> '.join(error.args[1])}") from None
-
-
-def test_stages_meet_through_files_only() -> None:
-    for name, path in MODULES.items():
-        if name.startswith("orchestrator.stages."):
-            others = [
-                i for i in _imports(path) if i.startswith("orchestrator.stages") and i != name
-            ]
-            assert not others, f"{name} imports {others}"
 
 
 def test_every_module_tells_its_story() -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from rich.console import Console
 
 from orchestrator.cli.help import Application
-from orchestrator.console import print_line
-from orchestrator.errors import Interrupted, StageFailed, UserError, unusable_path
+from orchestrator.terminal.progress import print_line
+from orchestrator.workspace.errors import Interrupted, StageFailed, UserError, unusable_path
 
 app = Application(
     name="iiet-orch",

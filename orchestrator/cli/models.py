@@ -21,9 +21,9 @@ from orchestrator.cli.options import (
     read_options,
 )
 from orchestrator.cli.session import open_desk, open_session
-from orchestrator.console import print_line
-from orchestrator.errors import UserError
-from orchestrator.workspace import check_name
+from orchestrator.terminal.progress import print_line
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import check_name
 
 
 @app.command(rich_help_panel="Models")
@@ -73,8 +73,8 @@ def generate(
     """
     prompts = prompt if prompt is not None else [_piped_prompt()]
     with open_session(workspace, "generate", verbose=verbose) as session:
-        from orchestrator.catalog import parse_schedule, resolve_model
-        from orchestrator.stages.generate import Sampling, Writer
+        from orchestrator.pipelines.generating import Sampling, Writer
+        from orchestrator.training.catalog import parse_schedule, resolve_model
 
         # The text goes to standard output, so a warning does not.
         warn = partial(typer.echo, file=session.terminal)
@@ -134,7 +134,7 @@ def import_folder(
 ) -> None:
     """Make a checkpoint of a published, Llama or exported model, or one of another workspace."""
     with open_session(workspace, "import", verbose=verbose) as session:
-        from orchestrator.stages.importing import import_model
+        from orchestrator.pipelines.importing import import_model
 
         checkpoint = import_model(
             folder,
@@ -164,7 +164,7 @@ def export(
     """Write a folder that transformers and lm-eval load without this package."""
     settings: Any = read_options(config, set_)
     with open_desk(workspace, "export", verbose=verbose) as desk:
-        from orchestrator import handover
+        from orchestrator.pipelines import picking as handover
 
         folder = handover.export_model(
             settings, desk, checkpoint, to=to, schedule=schedule, measure=measure
@@ -202,7 +202,7 @@ def pick(
     verbose: VerboseOption = False,
 ) -> None:
     """Choose a model from a sweep's front; export it and register it in MLflow."""
-    from orchestrator.analysis.axes import named_axes
+    from orchestrator.reporting.axes import named_axes
 
     rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
     dry_run = dry_run or only_name  # The option's name before other commands had it.
@@ -210,7 +210,7 @@ def pick(
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
     axes = named_axes(cost, quality)
     with open_desk(workspace, "pick", verbose=verbose) as desk:
-        from orchestrator.handover import pick_model
+        from orchestrator.pipelines.picking import pick_model
 
         choice = pick_model(desk, sweep, rule, axes=axes, to=to, hand_over=not dry_run)
         lines = [f"{rule.alias}: {choice.sentence}"]
@@ -228,7 +228,7 @@ def _rule(keep: float | None, confidence: float, budget: float | None, **flags: 
     Raises:
         UserError: If several were.
     """
-    from orchestrator.analysis.choice import Rule
+    from orchestrator.reporting.choice import Rule
 
     asked = [name for name, is_set in flags.items() if is_set]
     asked += [name for name, value in (("keep", keep), ("budget", budget)) if value is not None]

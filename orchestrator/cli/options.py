@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import UserError, quoted, shortened
-from orchestrator.workspace import check_name
+from orchestrator.workspace.errors import UserError, quoted, shortened
+from orchestrator.workspace.folders import check_name
 
 MOST = 2**31 - 1
 """Largest count that an option takes; libraries below hold counts in 32 bits."""
@@ -95,8 +95,8 @@ def read_options(config: str | None, assignments: list[str] | None, **shortcuts:
         UserError: Everything that is wrong with them.
     """
     from orchestrator.settings import read_settings
-    from orchestrator.shipped import find_settings_file
-    from orchestrator.workspace import is_folder
+    from orchestrator.settings.shipped import find_settings_file
+    from orchestrator.workspace.files import is_folder
 
     path = find_settings_file(config) if config else None
     named = [

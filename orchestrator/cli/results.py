@@ -7,10 +7,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.app import app
-from orchestrator.cli.options import (
-    VerboseOption,
-    WorkspaceOption,
-)
+from orchestrator.cli.options import VerboseOption, WorkspaceOption
 from orchestrator.cli.session import open_desk
 
 
@@ -34,8 +31,8 @@ def show_report(
 ) -> None:
     """Write and show the front of a sweep, or of several: table, pictures, one HTML page."""
     with open_desk(workspace, "report", verbose=verbose) as desk:
-        from orchestrator.analysis.axes import named_axes
-        from orchestrator.showing import report_and_show
+        from orchestrator.pipelines.reports import report_and_show
+        from orchestrator.reporting.axes import named_axes
 
         report_and_show(desk, sweeps or [], named_axes(cost, quality))
 
@@ -46,8 +43,8 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """Open MLflow on 127.0.0.1 and print links that land on the runs and fronts."""
-    from orchestrator.ui import serve
-    from orchestrator.workspace import open_workspace
+    from orchestrator.pipelines.ui import serve
+    from orchestrator.workspace.folders import open_workspace
 
     serve(open_workspace(workspace), port=port)
 

@@ -70,9 +70,9 @@ def search(
         sweep__gpus_per_trial=gpus_per_trial,
     )
     with open_desk(workspace, "search", verbose=verbose) as desk:
-        from orchestrator import procedure
-        from orchestrator.catalog import resolve_teacher
-        from orchestrator.sweep_checks import check_sweep
+        from orchestrator.pipelines import sweeps as procedure
+        from orchestrator.sweeping.checks import check_sweep
+        from orchestrator.training.catalog import resolve_teacher
 
         check_sweep(settings, "search", desk.progress)
         teacher = resolve_teacher(desk.workspace, checkpoint)

@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from orchestrator.credentials import without_secrets
-from orchestrator.errors import Interrupted, StageFailed, UserError, unusable_path
+from orchestrator.workspace.credentials import without_secrets
+from orchestrator.workspace.errors import Interrupted, StageFailed, UserError, unusable_path
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Session:
 @contextmanager
 def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Session]:
     """Open the workspace, send noise to its log, and say on failure where the log lies."""
-    from orchestrator.console import terminal_progress
-    from orchestrator.logs import command_log
-    from orchestrator.workspace import open_workspace
+    from orchestrator.terminal.logs import command_log
+    from orchestrator.terminal.progress import terminal_progress
+    from orchestrator.workspace.folders import open_workspace
 
     space = open_workspace(workspace)
     # Standard output of now: libraries that are kept quiet replace it for a while.
@@ -76,6 +76,6 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
 def open_desk(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Any]:
     """Open a session with MLflow's store, for commands that track what they do."""
     with open_session(workspace, command, verbose=verbose) as session:
-        from orchestrator.desk import Desk
+        from orchestrator.pipelines.context import Desk
 
         yield Desk(session.workspace, session.progress, session.console)

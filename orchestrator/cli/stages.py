@@ -19,7 +19,7 @@ from orchestrator.cli.options import (
     whole_numbers,
 )
 from orchestrator.cli.session import open_desk
-from orchestrator.console import print_line
+from orchestrator.terminal.progress import print_line
 
 
 @app.command(rich_help_panel="Stages")
@@ -34,9 +34,9 @@ def influence(
     """Measure how much each correction of each layer matters."""
     settings = read_options(config, set_, influence__metric=metric)
     with open_desk(workspace, "influence", verbose=verbose) as desk:
-        from orchestrator.catalog import resolve_teacher, tokens_of
-        from orchestrator.stages.influence import measure_influence
-        from orchestrator.views import influence_view
+        from orchestrator.pipelines.influence import measure_influence
+        from orchestrator.reporting.influence_table import influence_view
+        from orchestrator.training.catalog import resolve_teacher, tokens_of
 
         teacher = resolve_teacher(desk.workspace, checkpoint)
         table = measure_influence(
@@ -95,7 +95,7 @@ def evaluate(
         evaluation__batch_size=batch_size,
     )
     with open_desk(workspace, "evaluate", verbose=verbose) as desk:
-        from orchestrator import procedure
+        from orchestrator.pipelines import sweeps as procedure
 
         procedure.evaluate_and_show(
             settings, desk, checkpoints, schedule, trust_remote_code=trust_remote_code
@@ -137,11 +137,11 @@ def benchmark(
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts, "--contexts")
     with open_desk(workspace, "benchmark", verbose=verbose) as desk:
-        from orchestrator.analysis import cost_tables
-        from orchestrator.analysis.measured_cost import Conditions
-        from orchestrator.analysis.subject import open_subjects
-        from orchestrator.stages.benchmark import benchmark as stage
-        from orchestrator.stages.benchmark import family_of, usual_contexts
+        from orchestrator.evaluation.measured_cost import Conditions
+        from orchestrator.evaluation.subject import open_subjects
+        from orchestrator.pipelines.benchmarking import benchmark as stage
+        from orchestrator.pipelines.benchmarking import family_of, usual_contexts
+        from orchestrator.reporting import cost_tables
 
         subjects = open_subjects(desk.workspace, checkpoints, schedule, warn=desk.progress.note)
         if len(subjects) == 1 and not schedule:

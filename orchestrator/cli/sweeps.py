@@ -78,11 +78,11 @@ def sweep_threshold(
         sweep__gpus_per_trial=gpus_per_trial,
     )
     with open_desk(workspace, "sweep-threshold", verbose=verbose) as desk:
-        from orchestrator import procedure
-        from orchestrator.catalog import resolve_teacher
-        from orchestrator.showing import show_plan
-        from orchestrator.sweep_checks import check_sweep
-        from orchestrator.sweep_plans import plan_thresholds
+        from orchestrator.pipelines import sweeps as procedure
+        from orchestrator.pipelines.reports import show_plan
+        from orchestrator.pipelines.sweep_plans import plan_thresholds
+        from orchestrator.sweeping.checks import check_sweep
+        from orchestrator.training.catalog import resolve_teacher
 
         check_sweep(settings, "threshold", desk.progress)
         teacher = resolve_teacher(desk.workspace, checkpoint)
@@ -135,9 +135,9 @@ def sweep_iterations(
         training__num_steps=steps,
     )
     with open_desk(workspace, "sweep-iterations", verbose=verbose) as desk:
-        from orchestrator import procedure
-        from orchestrator.showing import show_plan
-        from orchestrator.sweep_plans import plan_iterations
+        from orchestrator.pipelines import sweeps as procedure
+        from orchestrator.pipelines.reports import show_plan
+        from orchestrator.pipelines.sweep_plans import plan_iterations
 
         if dry_run:
             show_plan(plan_iterations(settings, desk, name=name), settings, desk)
@@ -156,6 +156,6 @@ def run_sweep_file(
     """Run a whole sweep from its file, pretraining included."""
     settings = read_options(file, set_)
     with open_desk(workspace, "sweep", verbose=verbose) as desk:
-        from orchestrator.sweep_files import run_file
+        from orchestrator.pipelines.sweep_files import run_file
 
         run_file(settings, desk, dry_run=dry_run)

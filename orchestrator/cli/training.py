@@ -21,9 +21,9 @@ from orchestrator.cli.options import (
     read_options,
 )
 from orchestrator.cli.session import open_desk, open_session
-from orchestrator.console import print_line
-from orchestrator.errors import UserError
-from orchestrator.workspace import check_name
+from orchestrator.terminal.progress import print_line
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import check_name
 
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray; for debuggers.")
@@ -43,7 +43,7 @@ def quickstart(
     """
     settings = read_options(config, set_)
     with open_desk(workspace, "quickstart", verbose=verbose) as desk:
-        from orchestrator.sweep_files import run_file
+        from orchestrator.pipelines.sweep_files import run_file
 
         run_file(settings, desk)  # What the file says; the toy's is a threshold sweep.
 
@@ -63,7 +63,7 @@ def prepare(
     shortcuts = {"data__source": "files", "data__files": files} if files else {}
     settings = read_options(config, set_, **shortcuts)
     with open_session(workspace, "prepare", verbose=verbose) as session:
-        from orchestrator.stages.prepare import prepare as stage
+        from orchestrator.data.preparation import prepare as stage
 
         folder = stage(settings.data, session.workspace, session.progress, verify=True)
         print_line(session.console, f"tokens: {folder}")
@@ -123,9 +123,9 @@ def pretrain(
         raise UserError("--mfu is an assumption of the plan; it goes with --dry-run")
     _check_places(settings, local=local)
     with open_desk(workspace, "pretrain", verbose=verbose) as desk:
-        from orchestrator.preflight import check_preflight
-        from orchestrator.stages.prepare import prepare as prepare_stage
-        from orchestrator.stages.pretrain import pretrain as stage
+        from orchestrator.data.preparation import prepare as prepare_stage
+        from orchestrator.pipelines.pretraining import pretrain as stage
+        from orchestrator.planning.preflight import check_preflight
 
         check_preflight(settings, desk.workspace)
         tokens = prepare_stage(settings.data, desk.workspace, desk.progress)
@@ -160,8 +160,8 @@ def distill(
     settings = read_options(config, set_, distillation__control=control)
     _check_places(settings, local=local)
     with open_desk(workspace, "distill", verbose=verbose) as desk:
-        from orchestrator.catalog import resolve_teacher, tokens_of
-        from orchestrator.stages.distill import distill as stage
+        from orchestrator.pipelines.distilling import distill as stage
+        from orchestrator.training.catalog import resolve_teacher, tokens_of
 
         teacher = resolve_teacher(desk.workspace, checkpoint)
         tokens = tokens_of(teacher, desk.workspace)
@@ -182,11 +182,11 @@ def _check_places(settings: Any, *, local: bool) -> None:
     """Refuse too few CPUs or GPUs before anything heavy is imported."""
     cluster = settings.cluster
     if local:
-        from orchestrator.local_run import check_local
+        from orchestrator.cluster.local import check_local
 
         check_local(cluster.num_workers, cluster.num_gpus)
     else:
-        from orchestrator.resources import check_resources
+        from orchestrator.planning.resources import check_resources
 
         check_resources(cluster.num_workers, cluster.num_gpus)
 
@@ -194,9 +194,9 @@ def _check_places(settings: Any, *, local: bool) -> None:
 def _show_plan(settings: Any, workspace: Path | None, mfu: float | None) -> None:
     from rich.console import Console
 
-    from orchestrator.estimate_view import assumed_rate, estimate_table
-    from orchestrator.preflight import preflight
-    from orchestrator.workspace import locate_workspace
+    from orchestrator.planning.preflight import preflight
+    from orchestrator.reporting.estimate_table import assumed_rate, estimate_table
+    from orchestrator.workspace.folders import locate_workspace
 
     found = preflight(settings, locate_workspace(workspace))
     Console(highlight=False).print(estimate_table(found, assumed_rate(settings, mfu)))

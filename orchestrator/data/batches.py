@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from iiet.batch import Batch
-from orchestrator.errors import UserError
+from orchestrator.workspace.errors import UserError
 
 FEISTEL_ROUNDS = 6
 _MASK = (1 << 64) - 1

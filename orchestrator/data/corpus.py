@@ -23,12 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from orchestrator.console import Progress
 from orchestrator.data.embedded import EMBEDDED_VERSION, embedded_documents, embedded_state
 from orchestrator.data.hub import require_hub
-from orchestrator.errors import UserError, quoted
 from orchestrator.settings import DataSettings
-from orchestrator.workspace import expanded
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.workspace.files import expanded
 
 DOCUMENT_MARK = "<|endoftext|>"
 LONG_DOCUMENT_CHARACTERS = 8000

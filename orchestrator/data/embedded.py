@@ -18,8 +18,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.console import Progress
 from orchestrator.data.prose import Novelty, paragraphs
+from orchestrator.terminal.progress import Progress
 
 EMBEDDED_VERSION = 2
 """Raised by hand when the text taken from the same Python changes."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.hub import offline
-from orchestrator.errors import UserError
+from orchestrator.workspace.errors import UserError
 
 
 def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

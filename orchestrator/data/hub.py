@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from orchestrator.credentials import without_secrets
-from orchestrator.errors import UserError
+from orchestrator.workspace.credentials import without_secrets
+from orchestrator.workspace.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 1.5

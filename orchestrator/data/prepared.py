@@ -14,10 +14,11 @@ from pathlib import Path
 from orchestrator.data.corpus import find_files, source_state
 from orchestrator.data.tokenizer import HUB_PREFIX, load_tokenizer, num_token_ids
 from orchestrator.data.tokens import is_complete, open_tokens
-from orchestrator.errors import UserError
-from orchestrator.provenance import content_key
 from orchestrator.settings import DataSettings
-from orchestrator.workspace import expanded, is_name, read_json
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import expanded, read_json
+from orchestrator.workspace.folders import is_name
+from orchestrator.workspace.provenance import content_key
 
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, which is not asked: those of the published models."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from orchestrator.errors import UserError
-from orchestrator.workspace import read_object, write_json
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_object, write_json
 
 RECORD_NAME = "progress.json"
 TRAIN, VALIDATION, TEXTS = "train.bin", "validation.bin", "validation.jsonl"

@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from orchestrator.data.hub import require_hub
-from orchestrator.errors import UserError
-from orchestrator.workspace import expanded
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import expanded
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from orchestrator.console import Progress
 from orchestrator.data.corpus import Document, hash_share, is_validation
 from orchestrator.data.shards import RECORD_NAME, ShardWriter, StaleWork
 from orchestrator.data.tokenizer import (
@@ -36,16 +35,12 @@ from orchestrator.data.tokenizer import (
     num_token_ids,
     train_tokenizer,
 )
-from orchestrator.data.tokens import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    is_complete,
-    verify_tokens,
-)
-from orchestrator.errors import UserError
-from orchestrator.provenance import content_key, file_digest
+from orchestrator.data.tokens import FORMAT_VERSION, MANIFEST_NAME, is_complete, verify_tokens
 from orchestrator.settings import DataSettings
-from orchestrator.workspace import write_json
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.provenance import content_key, file_digest
 
 TEMPORARY_PREFIX = ".writing-"
 TOKENIZER_CHARACTERS = 50_000_000

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.errors import UserError
-from orchestrator.provenance import file_digest
-from orchestrator.workspace import read_json, read_object, values_of, write_json
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, read_object, values_of, write_json
+from orchestrator.workspace.provenance import file_digest
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

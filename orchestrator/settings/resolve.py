@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.errors import UserError, quoted, shortened
 from orchestrator.settings.section import Section
 from orchestrator.settings.tree import Settings
 from orchestrator.settings.yaml_text import MAX_CHARACTERS, YamlProblem, parse_yaml
+from orchestrator.workspace.errors import UserError, quoted, shortened
 
 MAX_PROBLEMS_SHOWN = 50
 """Of a file that is none of ours, the first tell enough."""

@@ -9,8 +9,6 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from iiet.methods import METHODS
-from orchestrator.credentials import has_secret
-from orchestrator.errors import quoted, shortened
 from orchestrator.settings.models import (
     BASELINE,
     USUAL_METHOD,
@@ -20,6 +18,8 @@ from orchestrator.settings.models import (
 )
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
 from orchestrator.settings.section import MOST, Section
+from orchestrator.workspace.credentials import has_secret
+from orchestrator.workspace.errors import quoted, shortened
 
 LARGEST_SEED = 2**32 - 1
 """What every library's generator takes."""

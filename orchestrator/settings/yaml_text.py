@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.errors import quoted, shortened
+from orchestrator.workspace.errors import quoted, shortened
 
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32

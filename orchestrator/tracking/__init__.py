@@ -1,7 +1,7 @@
 """The only door to MLflow: runs found again by their key, written to in batches, never in
 training's way.
 
-Losses go to a journal on disk first (`orchestrator.journal`); `TrackedRun.mirror` copies what is
+Losses go to a journal on disk first (`workspace.journal`); `TrackedRun.mirror` copies what is
 new into MLflow, from an offset that is stored in the run itself, so that a lost store is simply
 filled again. When a server does not answer, the caller is told once, the operation goes to the
 outbox and the work goes on; `Tracking.replay` delivers it later. `store.py` alone imports MLflow.

@@ -13,16 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.journal import read_journal
-from orchestrator.tracking.client import (
-    Dataset,
-    DatasetInput,
-    Metric,
-    MlflowClient,
-    Param,
-    RunTag,
-)
+from orchestrator.tracking.client import Dataset, DatasetInput, Metric, MlflowClient, Param, RunTag
 from orchestrator.tracking.flavor import write_flavor
+from orchestrator.workspace.journal import read_journal
 
 OFFSET_TAG = "iiet.mirrored_bytes"
 TABLES_TAG = "mlflow.loggedArtifacts"

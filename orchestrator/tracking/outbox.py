@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from orchestrator.workspace import write_text
+from orchestrator.workspace.files import write_text
 
 OUTBOX_NAME = "tracking-outbox.jsonl"
 

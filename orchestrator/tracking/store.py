@@ -17,12 +17,12 @@ from typing import Any
 from filelock import FileLock
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.credentials import public_address, without_secrets
 from orchestrator.tracking.client import MlflowClient, MlflowException, Run
 from orchestrator.tracking.identity import RunIdentity
 from orchestrator.tracking.links import as_query
 from orchestrator.tracking.operations import OPERATIONS
-from orchestrator.workspace import Workspace
+from orchestrator.workspace.credentials import public_address, without_secrets
+from orchestrator.workspace.folders import Workspace
 
 EXPERIMENT_NAME = "iiet-orch"
 SQLITE = "sqlite:///"

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import Interrupted, UserError
+from orchestrator.records.trial import TrialResult
 from orchestrator.tracking.identity import RunIdentity
 from orchestrator.tracking.links import VIEW_TAG_PREFIX, ChartView, Links
 from orchestrator.tracking.outbox import Outbox, Record
 from orchestrator.tracking.store import FAILURES, Store, first_line, is_refusal
-from orchestrator.trial import TrialResult
-from orchestrator.workspace import Workspace
+from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.workspace.folders import Workspace
 
 NOTE_TAG = "mlflow.note.content"
 VIEW_TAG = "iiet.chart_view"

@@ -28,9 +28,9 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import CONFIG, WEIGHTS, write_folder
-from orchestrator.errors import UserError, shortened
-from orchestrator.provenance import KEY_LENGTH, content_key, file_digest, file_key
-from orchestrator.workspace import DAMAGE, read_object, resolved
+from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.files import DAMAGE, read_object, resolved
+from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_digest, file_key
 
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"

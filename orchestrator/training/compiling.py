@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from iiet.decoder import Decoder
-from orchestrator.errors import UserError
+from orchestrator.workspace.errors import UserError
 
 
 def compile_fields(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> None:

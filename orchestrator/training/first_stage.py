@@ -19,9 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iiet.methods import METHODS
-from orchestrator.errors import UserError
-from orchestrator.journal import Journal, read_journal
-from orchestrator.provenance import content_key
 from orchestrator.training.checkpoint import (
     PROVENANCE,
     check_checkpoint,
@@ -29,7 +26,10 @@ from orchestrator.training.checkpoint import (
     load_provenance,
 )
 from orchestrator.training.job import IN_THE_RECORD, TrainingJob, job_key
-from orchestrator.workspace import delete_folder
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import delete_folder
+from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.provenance import content_key
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from orchestrator.data.batches import check_one_context, check_shares
 from orchestrator.data.tokens import open_tokens
-from orchestrator.errors import UserError
-from orchestrator.provenance import RECIPE_VERSION, content_key
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import (
     check_checkpoint,
@@ -27,7 +25,9 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.compiling import check_compiler
-from orchestrator.workspace import read_object, values_of, write_json
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_object, values_of, write_json
+from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
 
 STOP_NAME = "stop"
 DONE_NAME = "done.json"
@@ -194,7 +194,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     if job.recipe.compile:
         check_compiler(job.section)
     if job.storage:
-        from orchestrator.training.mirror import Mirror  # pyarrow takes a moment
+        from orchestrator.training.remote_copy import Mirror  # pyarrow takes a moment
 
         Mirror(job.storage, job.folder)
     store = open_tokens(job.tokens_folder)

@@ -19,18 +19,18 @@ import torch
 from torch import nn
 
 from iiet.batch import Batch
-from orchestrator.errors import StageFailed
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.learning_rate import learning_rate_at
-from orchestrator.training.objective import Objective
-from orchestrator.training.optimizer import set_learning_rate
-from orchestrator.training.parallel import (
+from orchestrator.training.distributed import (
     World,
     autocast,
     clip_gradients,
     mean_over_workers,
     without_averaging,
 )
+from orchestrator.training.learning_rate import learning_rate_at
+from orchestrator.training.objective import Objective
+from orchestrator.training.optimizer import set_learning_rate
+from orchestrator.workspace.errors import StageFailed
 
 NUM_RECORDED_POINTS = 250
 """A run records about this many points of its loss, however long it is."""

@@ -21,14 +21,16 @@ from filelock import FileLock, Timeout
 from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.tokens import open_tokens
-from orchestrator.errors import StageFailed, UserError
-from orchestrator.journal import Journal
-from orchestrator.training.checkpoint import (
-    load_decoder,
-    load_training_state,
-    newest_checkpoint,
+from orchestrator.training.builders import (
+    first_weights,
+    flops_counter,
+    load_teacher,
+    objective_of,
+    set_random_state,
 )
+from orchestrator.training.checkpoint import load_decoder, load_training_state, newest_checkpoint
 from orchestrator.training.compiling import compile_fields
+from orchestrator.training.distributed import World, decided_by_first, replicate
 from orchestrator.training.job import (
     DONE_NAME,
     TrainingJob,
@@ -39,27 +41,17 @@ from orchestrator.training.job import (
     sequences_per_step,
     stop_asked,
 )
-from orchestrator.training.keeping import remove_leftovers
 from orchestrator.training.loop import Diverged, Hooks, Position, Trainee, train
 from orchestrator.training.objective import two_stage
 from orchestrator.training.optimizer import make_optimizer
-from orchestrator.training.pace import Pace
-from orchestrator.training.parallel import (
-    World,
-    decided_by_first,
-    replicate,
-)
-from orchestrator.training.parts import (
-    first_weights,
-    flops_counter,
-    load_teacher,
-    objective_of,
-    set_random_state,
-)
+from orchestrator.training.retention import remove_leftovers
 from orchestrator.training.saving import Saver
 from orchestrator.training.teacher_cache import CachedTeacher
+from orchestrator.training.throughput import Pace
 from orchestrator.training.validation import validation_loss
-from orchestrator.workspace import write_json
+from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.journal import Journal
 
 LOCK_NAME = "lock"
 LOCK_SECONDS = 20.0

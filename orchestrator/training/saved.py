@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
-from orchestrator.errors import UserError
 from orchestrator.training.checkpoint import find_checkpoints, step_of
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.workspace.errors import UserError
 
 
 def saved_step(job: TrainingJob) -> int | None:

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from orchestrator.data.tokens import TokenStore
-from orchestrator.errors import StageFailed
+from orchestrator.training.builders import provenance_of, random_state
 from orchestrator.training.checkpoint import read_text_files, write_checkpoint
+from orchestrator.training.distributed import World, decided_by_first, whole
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.keeping import best_checkpoint, prune_checkpoints, remember_best
 from orchestrator.training.loop import Position
-from orchestrator.training.parallel import World, decided_by_first, whole
-from orchestrator.training.parts import provenance_of, random_state
+from orchestrator.training.retention import best_checkpoint, prune_checkpoints, remember_best
+from orchestrator.workspace.errors import StageFailed
 
 if TYPE_CHECKING:
-    from orchestrator.training.mirror import Mirror
+    from orchestrator.training.remote_copy import Mirror
 
 Event = Callable[..., None]
 
@@ -75,7 +75,7 @@ class Saver:
         """What this run has in common with others, if anything."""
         self._mirror: Mirror | None = None
         if job.storage and world.is_first:
-            from orchestrator.training.mirror import Mirror  # pyarrow takes a moment
+            from orchestrator.training.remote_copy import Mirror  # pyarrow takes a moment
 
             self._mirror = Mirror(job.storage, job.folder)
 
@@ -87,7 +87,7 @@ class Saver:
         """
         if self._mirror is None:
             return None
-        from orchestrator.training.mirror import COPY_ERRORS, one_line
+        from orchestrator.training.remote_copy import COPY_ERRORS, one_line
 
         try:
             return self._mirror.fetch(lambda sentence: self._event("damaged", text=sentence))
@@ -193,7 +193,7 @@ class Saver:
     def _copy(self, mirror: Mirror | None) -> None:
         if mirror is None:
             return
-        from orchestrator.training.mirror import COPY_ERRORS, one_line
+        from orchestrator.training.remote_copy import COPY_ERRORS, one_line
 
         try:
             mirror.send()

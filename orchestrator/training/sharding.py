@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from iiet.decoder import Decoder
-from orchestrator.training.parallel import World
+from orchestrator.training.distributed import World
 
 
 def shard(decoder: Decoder, world: World, *, precision: str) -> None:

@@ -32,10 +32,10 @@ from filelock import FileLock
 from torch import Tensor
 
 from iiet.distillation import CoarseDistribution
-from orchestrator.console import Progress
-from orchestrator.errors import UserError
-from orchestrator.provenance import content_key, file_digest
-from orchestrator.workspace import read_json, write_json
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.provenance import content_key, file_digest
 
 MANIFEST_NAME = "manifest.json"
 TEMPORARY_PREFIX = ".writing-"

@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
-from orchestrator.console import Progress
 from orchestrator.data.batches import BatchPlan
 from orchestrator.data.tokens import open_tokens
-from orchestrator.errors import StageFailed, UserError
 from orchestrator.settings import DistillationSettings
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, load_decoder, weights_key
+from orchestrator.training.distributed import World, autocast
 from orchestrator.training.job import TrainingJob, sequences_per_step
-from orchestrator.training.parallel import World, autocast
 from orchestrator.training.teacher_cache import (
     Answer,
     Answers,
@@ -35,7 +34,8 @@ from orchestrator.training.teacher_cache import (
     damage,
     write_cache,
 )
-from orchestrator.workspace import delete_folder
+from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.files import delete_folder
 
 LARGEST_BYTES = 2 << 30
 """`auto` stores no more than this."""

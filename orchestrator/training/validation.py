@@ -14,7 +14,7 @@ from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
-from orchestrator.training.parallel import World, autocast, mean_over_workers
+from orchestrator.training.distributed import World, autocast, mean_over_workers
 
 
 @torch.no_grad()

@@ -15,14 +15,14 @@ from rich.console import Console
 from small_size import SMALL
 
 from iiet.cost import training_flops_per_token
-from orchestrator.console import Progress
-from orchestrator.desk import Desk
-from orchestrator.errors import StageFailed, UserError
-from orchestrator.plan import SweepPlan
+from orchestrator.pipelines.context import Desk
+from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, read_settings, resolve_settings
+from orchestrator.sweeping.trials import SweepPlan
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.objective import two_stage
-from orchestrator.trial import TrialResult
-from orchestrator.workspace import open_workspace
+from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.folders import open_workspace
 
 CHOICES = study.Choices(seeds=(0,), two_stage_from=0.75)
 FAILING = {"vanilla, rate 0.004", "pcformer"}

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from study_tables import Phases, Ways, losses_by_seed, study_markdown
 
-from orchestrator.analysis.seeds import join_seeds
-from orchestrator.trial import TrialResult
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.seeds import join_seeds
 
 # Seeds differ by more than models do: only differences of one seed show which is better.
 LOSSES = {"vanilla": [4.1, 3.9, 4.3], "r = 0": [4.0, 3.81, 4.19], "r = 1": [4.01, 3.82, 4.2]}

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
-from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_family
 from iiet.schedule import IterationSchedule
-from orchestrator.analysis.evaluation import EvaluationResult, TaskResult
-from orchestrator.plan import SweepPlan, choose_members, threshold_plan
-from orchestrator.settings import resolve_settings
-from orchestrator.training.job import TrainingJob
-from orchestrator.training.run import run_job
-from orchestrator.trial import TrialResult
-from orchestrator.workspace import open_workspace
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.trial import TrialResult
 
 Influence = tuple[tuple[float, ...], ...]
 
@@ -118,28 +109,3 @@ def sample_evaluations(sample_results: list[TrialResult]) -> dict[str, Evaluatio
             )
         found[result.key] = EvaluationResult(results=tasks)
     return found
-
-
-@pytest.fixture
-def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> SweepPlan:
-    """A trained teacher and its students, of 40 steps each, none of them run."""
-    recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
-    longer = {**recipe, "num_steps": 40}
-    settings = resolve_settings({"training": recipe, "distillation": {"training": longer}})
-    outcome = run_job(
-        TrainingJob(
-            run_folder=str(tmp_path / "teacher"),
-            tokens_folder=str(tiny_tokens),
-            model=tiny_model,
-            recipe=settings.training,
-        )
-    )
-    values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
-    table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
-    return threshold_plan(
-        settings,
-        open_workspace(tmp_path),
-        teacher=Path(str(outcome.checkpoint)),
-        members=choose_members(table, settings.sweep),
-        suite={"suite": "x", "tokens_folder": str(tiny_tokens), "precision": "fp32"},
-    )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, permute, validation_batches
-from orchestrator.errors import UserError
+from orchestrator.workspace.errors import UserError
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**70))

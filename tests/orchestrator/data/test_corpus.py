@@ -20,8 +20,8 @@ from orchestrator.data.corpus import (
     source_state,
     split_text_file,
 )
-from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings
+from orchestrator.workspace.errors import UserError
 
 SHARED_TEXT = Path(__file__).resolve().parents[4] / "shared" / "data" / "text"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.console import Progress
 from orchestrator.data import embedded
 from orchestrator.data.corpus import is_validation
 from orchestrator.data.embedded import embedded_documents, embedded_files, embedded_state
 from orchestrator.data.prose import plain_share
+from orchestrator.terminal.progress import Progress
 
 
 def test_docstrings_and_comments_are_read_in_their_order(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from orchestrator.data.tokenizer import (
     num_token_ids,
     train_tokenizer,
 )
-from orchestrator.errors import UserError
+from orchestrator.workspace.errors import UserError
 
 TEXTS = ["The cat sat on the mat, and the dog sat on the cat.", "A dog and a cat are not one."] * 9
 

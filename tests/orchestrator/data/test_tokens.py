@@ -21,8 +21,8 @@ from orchestrator.data.tokens import (
     open_tokens,
     verify_tokens,
 )
-from orchestrator.errors import UserError
 from orchestrator.settings import DataSettings
+from orchestrator.workspace.errors import UserError
 
 SETTINGS = DataSettings(vocab_size=300, validation_fraction=0.2)
 DOCUMENTS = [

@@ -12,11 +12,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.errors import UserError
-from orchestrator.journal import Journal
+from orchestrator.records.trial import TrialResult
 from orchestrator.tracking import TrackedRun, Tracking, open_tracking
-from orchestrator.trial import TrialResult
-from orchestrator.workspace import Workspace, open_workspace
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.journal import Journal
 
 
 @pytest.fixture(scope="module")

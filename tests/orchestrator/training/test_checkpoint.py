@@ -9,7 +9,6 @@ import torch
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
-from orchestrator.errors import UserError
 from orchestrator.training.checkpoint import (
     check_checkpoint,
     find_checkpoints,
@@ -22,7 +21,8 @@ from orchestrator.training.checkpoint import (
     save_checkpoint,
     weights_key,
 )
-from orchestrator.training.keeping import prune_checkpoints
+from orchestrator.training.retention import prune_checkpoints
+from orchestrator.workspace.errors import UserError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "training_state.pt")
 

@@ -17,19 +17,19 @@ import torch.multiprocessing as mp
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
-from orchestrator import trial_run
-from orchestrator.errors import UserError
-from orchestrator.journal import read_journal
-from orchestrator.plan import PlannedTrial, student_job
-from orchestrator.plan.students import student_trial
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
-from orchestrator.training import parts
+from orchestrator.sweeping import trial_run
+from orchestrator.sweeping.students import student_job, student_trial
+from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trials import PlannedTrial
+from orchestrator.training import builders as parts
 from orchestrator.training.checkpoint import load_decoder, read_text_files
+from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob, job_key
-from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
-from orchestrator.trial_run import run_trial
-from orchestrator.workspace import open_workspace
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.journal import read_journal
 
 RECIPE: dict[str, Any] = {
     "num_steps": 6,

@@ -14,16 +14,12 @@ import pytest
 from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
-from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import PROVENANCE, WEIGHTS, checkpoint_name, weights_key
-from orchestrator.training.first_stage import (
-    FirstStage,
-    first_stage_of,
-    with_common_first_stages,
-)
+from orchestrator.training.first_stage import FirstStage, first_stage_of, with_common_first_stages
 from orchestrator.training.job import TrainingJob, TrainingOutcome, job_key
 from orchestrator.training.run import run_job
+from orchestrator.workspace.journal import read_journal
 
 RECIPE: dict[str, Any] = {
     "num_steps": 8,

@@ -17,13 +17,9 @@ from iiet.distillation import DistillationConfig, distillation_loss, frozen_teac
 from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
+from orchestrator.training.distributed import World
 from orchestrator.training.loop import Hooks, Position, Trainee, train
-from orchestrator.training.objective import (
-    Objective,
-    distillation_objective,
-    pretraining_objective,
-)
-from orchestrator.training.parallel import World
+from orchestrator.training.objective import Objective, distillation_objective, pretraining_objective
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
 from orchestrator.training.validation import validation_loss
 

@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.errors import UserError
+from orchestrator.pipelines.importing import import_model
 from orchestrator.settings import TrainingSettings
-from orchestrator.stages.importing import import_model
 from orchestrator.training.checkpoint import check_checkpoint, load_decoder, weights_key
 from orchestrator.training.job import DONE_NAME, JOB_NAME, TrainingJob
 from orchestrator.training.run import run_job
-from orchestrator.workspace import open_workspace, read_json
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.folders import open_workspace
 
 RUNS = Path(__file__).parents[2] / "fixtures" / "older"
 RECIPE = {

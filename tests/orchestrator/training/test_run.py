@@ -14,9 +14,6 @@ from safetensors.torch import load_file
 
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
-from orchestrator.errors import UserError
-from orchestrator.journal import read_journal
-from orchestrator.provenance import RECIPE_VERSION
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import (
@@ -36,7 +33,10 @@ from orchestrator.training.job import (
 )
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
-from orchestrator.workspace import read_json, write_json
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.provenance import RECIPE_VERSION
 
 RECIPE: dict[str, Any] = {
     "num_steps": 12,

@@ -15,19 +15,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import StageFailed
-from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training import saving as saving_module
-from orchestrator.training.checkpoint import (
-    check_checkpoint,
-    find_checkpoints,
-    load_training_state,
-)
+from orchestrator.training.checkpoint import check_checkpoint, find_checkpoints, load_training_state
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.keeping import best_checkpoint
+from orchestrator.training.retention import best_checkpoint
 from orchestrator.training.run import run_job
+from orchestrator.workspace.errors import StageFailed
+from orchestrator.workspace.journal import read_journal
 
 MakeJob = Callable[..., TrainingJob]
 

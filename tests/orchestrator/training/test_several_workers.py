@@ -13,13 +13,13 @@ import torch
 import torch.multiprocessing as mp
 
 from iiet.batch import Batch
-from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import find_checkpoints, load_decoder, load_training_state
+from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.parallel import World
 from orchestrator.training.run import run_job
+from orchestrator.workspace.journal import read_journal
 
 RECIPE = {
     "num_steps": 8,

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, next_token_loss, preset
-from orchestrator.training.parallel import World
+from orchestrator.training.distributed import World
 from orchestrator.training.sharding import shard
 
 LAYERS = 4

@@ -11,12 +11,12 @@ import pytest
 from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
-from orchestrator.errors import UserError
-from orchestrator.journal import read_journal
 from orchestrator.settings import TrainingSettings, resolve_settings
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.training.objective import two_stage
 from orchestrator.training.run import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import read_journal
 
 
 def stages(corrections: tuple[int, ...], **recipe: Any) -> list[tuple[tuple[int, ...], int]]:

@@ -13,15 +13,13 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
-from orchestrator.console import Progress
-from orchestrator.errors import UserError
-from orchestrator.journal import read_journal
 from orchestrator.settings import DistillationSettings, TrainingSettings
+from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache, teacher_choice
+from orchestrator.training.builders import load_teacher
 from orchestrator.training.checkpoint import load_decoder, weights_key
+from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob, job_key
-from orchestrator.training.parallel import World
-from orchestrator.training.parts import load_teacher
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import (
     CachedTeacher,
@@ -38,7 +36,9 @@ from orchestrator.training.teacher_choice import (
     teacher_answers,
     teacher_work,
 )
-from orchestrator.workspace import delete_folder
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import delete_folder
+from orchestrator.workspace.journal import read_journal
 
 RECIPE: dict[str, Any] = {
     "num_steps": 6,
@@ -153,7 +153,7 @@ def test_a_job_that_reads_loads_no_teacher(
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("orchestrator.training.parts.load_decoder", forbidden)
+    monkeypatch.setattr("orchestrator.training.builders.load_decoder", forbidden)
     assert isinstance(load_teacher(job, World()), CachedTeacher)
     with pytest.raises(AssertionError, match="was loaded"):
         load_teacher(replace(job, teacher_cache=None), World())

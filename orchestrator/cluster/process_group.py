@@ -1,0 +1,107 @@
+"""How the workers of a training job meet: not at all, on one machine, or over the network.
+
+Ray's way has the first worker listen on every address of its machine, without a secret, even where
+it is the only one. Here a single worker opens nothing. Workers of one machine meet in a file that
+only this user can read, and talk over loopback. Workers of several machines have to reach each
+other over the network; for them it is Ray's way.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+import orchestrator.cluster  # noqa: F401 - it sets the environment that Ray reads when imported
+from orchestrator.workspace.scratch import Scratch, make_scratch
+
+# isort: split
+import ray
+import ray.train.torch
+
+_RayBackend: Any = ray.train.torch.TorchConfig().backend_cls
+
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Name the interface that PyTorch's backends listen on; what the user has set stays."""
+
+_meeting_place: Scratch | None = None
+"""Of the first worker; here, because it belongs to the worker's process."""
+
+
+@dataclass
+class PrivateTorchConfig(ray.train.torch.TorchConfig):
+    """A process group that nobody outside this machine can reach, where its workers are here."""
+
+    @property
+    def backend_cls(self) -> Any:
+        """What sets it up, inside Ray's controller of the job."""
+        return _PrivateBackend
+
+
+class _PrivateBackend(_RayBackend):  # type: ignore[misc]
+    """Sets the group up when the workers have started, and removes it before they end."""
+
+    _has_meeting_place = False
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if len(worker_group) == 1:
+            return
+        if len(set(worker_group.execute(_node))) > 1:
+            super().on_start(worker_group, backend_config)
+            return
+        self._has_meeting_place = True
+        path = worker_group.execute_single(0, _make_meeting_place)
+        joining = [
+            worker_group.execute_single_async(
+                rank,
+                _join,
+                rank,
+                path=path,
+                backend=backend_config.backend,
+                size=len(worker_group),
+                timeout=timedelta(seconds=backend_config.timeout_s),
+            )
+            for rank in range(len(worker_group))
+        ]
+        ray.get(joining)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_shutdown(worker_group, backend_config)
+        if self._has_meeting_place:
+            worker_group.execute_single(0, _delete_meeting_place)
+
+
+def _node() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def _make_meeting_place() -> str:
+    global _meeting_place
+    _meeting_place = make_scratch()
+    return str(_meeting_place.folder / "store")
+
+
+def _delete_meeting_place() -> None:
+    if _meeting_place:
+        _meeting_place.delete()
+
+
+def _join(rank: int, *, path: str, backend: str, size: int, timeout: timedelta) -> None:
+    for variable in INTERFACE_VARIABLES:
+        os.environ.setdefault(variable, _loopback())
+    store = dist.FileStore(path, size)  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _loopback() -> str:
+    """Return the name of the loopback interface: `lo` on Linux, `lo0` on macOS."""
+    addresses = psutil.net_if_addrs()
+    return next(
+        (name for name, own in addresses.items() if any(a.address == "127.0.0.1" for a in own)),
+        "lo",
+    )

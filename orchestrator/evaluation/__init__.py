@@ -1,0 +1,1 @@
+"""Measures models: lm-eval and held-out tasks, decoding time, memory; reads models of any kind."""

@@ -1,0 +1,218 @@
+"""Time per decoded token, measured so that models can be compared.
+
+In go decoders by name; out comes for each the median over repetitions and their spread. All models
+take turns within a repetition, so that a machine that slows down or is disturbed for a while does
+so to all of them; every model is warmed up first; the generation is the cached one that users
+run, greedy, over the same random prompts. What is timed is one step of all rows together: the time
+of `new_tokens` steps behind a prefill, which is timed apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iiet.decoder import Decoder
+from iiet.generate import stream
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+
+WARM_UP_TOKENS = 4
+SWEEP_PROMPT_TOKENS = 16
+SWEEP_NEW_TOKENS = 32
+SWEEP_REPETITIONS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long a model takes, in milliseconds."""
+
+    median: float
+    """Median over repetitions of the time per decoding step: one new token in every row."""
+    spread: float
+    """Half the distance between the quartiles of those times."""
+    first_token: float
+    """Median time of the prefill, up to the first new token."""
+    first_token_spread: float
+    """Half the distance between the quartiles of those times."""
+    repetitions: tuple[float, ...]
+    """Time per step of each repetition, in order, for paired comparisons."""
+    first_token_repetitions: tuple[float, ...]
+    """Time to the first token of each repetition, likewise."""
+    batch_size: int
+    """Rows decoded together."""
+    num_threads: int
+    """Threads of PyTorch while it was measured."""
+    device: str
+    """Where it was measured."""
+
+
+def decode_milliseconds(
+    decoders: Mapping[str, Decoder],
+    *,
+    prompt_tokens: int = 32,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    repetitions: int = 7,
+    on_done: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Measure decoding of several models side by side.
+
+    Args:
+        decoders: Name to model; each follows its own schedule.
+        prompt_tokens: Tokens of each prompt, read in one pass.
+        new_tokens: Tokens decoded one by one; at least 2, the first is part of the prefill.
+        batch_size: Rows decoded together.
+        repetitions: How often each model is measured, in turns.
+        on_done: Called with the measurements done and the measurements in all.
+
+    Raises:
+        UserError: If a setting is out of range, or prompt and new tokens do not fit a model.
+    """
+    _check(decoders, prompt_tokens, new_tokens, batch_size, repetitions)
+    prompts = {name: random_prompt(d, batch_size, prompt_tokens) for name, d in decoders.items()}
+    for name, decoder in decoders.items():
+        _time_steps(decoder, prompts[name], min(WARM_UP_TOKENS, new_tokens))
+    steps: dict[str, list[float]] = {name: [] for name in decoders}
+    firsts: dict[str, list[float]] = {name: [] for name in decoders}
+    names = list(decoders)
+    done = 0
+    for repetition in range(repetitions):
+        # Each repetition begins with another model, so that none always follows the slowest.
+        shift = repetition % len(names)
+        for name in names[shift:] + names[:shift]:
+            first, per_step = _time_steps(decoders[name], prompts[name], new_tokens)
+            firsts[name].append(first)
+            steps[name].append(per_step)
+            done += 1
+            if on_done:
+                on_done(done, repetitions * len(names))
+    return {
+        name: Timing(
+            median=statistics.median(steps[name]),
+            spread=half_quartile_distance(steps[name]),
+            first_token=statistics.median(firsts[name]),
+            first_token_spread=half_quartile_distance(firsts[name]),
+            repetitions=tuple(steps[name]),
+            first_token_repetitions=tuple(firsts[name]),
+            batch_size=batch_size,
+            num_threads=torch.get_num_threads(),
+            device=str(decoder.device),
+        )
+        for name, decoder in decoders.items()
+    }
+
+
+def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[str, Timing]:
+    """Time how a sweep's models decode one row, side by side, and say how far that is.
+
+    Args:
+        decoders: Name to model.
+        progress: Told how far it is.
+    """
+    progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
+    prompt_tokens, new_tokens = _lengths_within(
+        min(decoder.config.context_length for decoder in decoders.values())
+    )
+    # One row at a time is too little work to share: more threads only wait for each other.
+    with threads(1):
+        timings = decode_milliseconds(
+            decoders,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repetitions=SWEEP_REPETITIONS,
+            on_done=lambda done, _: progress.advance(done),
+        )
+    slowest = max(timing.median for timing in timings.values())
+    progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
+    return timings
+
+
+def _lengths_within(context_length: int) -> tuple[int, int]:
+    """Return how many tokens a sweep's prompt and continuation have: the usual ones, or a third and
+    the rest of a context that is shorter."""
+    prompt_tokens = min(SWEEP_PROMPT_TOKENS, context_length // 3)
+    return prompt_tokens, min(SWEEP_NEW_TOKENS, context_length - prompt_tokens)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads until the block ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
+    """Return the same random tokens each time, (batch_size, prompt_tokens), where the model is."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, prompt_tokens)
+    prompt = torch.randint(decoder.config.vocab_size, shape, generator=generator)
+    return prompt.to(decoder.device)
+
+
+def _check(
+    decoders: Mapping[str, Decoder],
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_size: int,
+    repetitions: int,
+) -> None:
+    smallest = {
+        "prompt_tokens": (prompt_tokens, 1),
+        "new_tokens": (new_tokens, 2),
+        "batch_size": (batch_size, 1),
+        "repetitions": (repetitions, 1),
+    }
+    problems = [f"{k} must be at least {n}, got {v}" for k, (v, n) in smallest.items() if v < n]
+    if not decoders:
+        problems.append("there is no model to measure")
+    longest = min((d.config.context_length for d in decoders.values()), default=0)
+    if decoders and prompt_tokens + new_tokens > longest:
+        short = next(n for n, d in decoders.items() if d.config.context_length == longest)
+        problems.append(
+            f"{short} reads {longest} tokens, not the {prompt_tokens} + {new_tokens} of prompt and "
+            "new tokens"
+        )
+    if problems:
+        raise UserError("benchmark: " + "; ".join(problems))
+
+
+def _time_steps(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Return milliseconds to the first token, and per step after it."""
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        started = _now(decoder.device)
+        steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+        next(steps)
+        first = _now(decoder.device)
+        for _ in steps:
+            pass
+        ended = _now(decoder.device)
+    finally:
+        decoder.train(was_training)
+    return 1e3 * (first - started), 1e3 * (ended - first) / (new_tokens - 1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def half_quartile_distance(values: Sequence[float]) -> float:
+    """Return half the distance between the quartiles; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2

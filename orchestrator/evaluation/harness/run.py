@@ -1,0 +1,180 @@
+"""Runs a suite on a decoder and keeps metrics, their errors and one value per item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval import evaluator, utils
+from lm_eval.api.model import LM
+from lm_eval.api.registry import AGGREGATION_REGISTRY
+from lm_eval.api.task import Task
+
+from iiet.decoder import Decoder
+from orchestrator.data.hub import offline
+from orchestrator.evaluation.harness.model import ScoredDecoder
+from orchestrator.evaluation.harness.quiet import quiet
+from orchestrator.evaluation.harness.suite import Suite, load_suite
+from orchestrator.evaluation.harness.vocabulary import TrainedVocabulary, Vocabulary
+from orchestrator.evaluation.heldout import heldout_configs
+from orchestrator.records.evaluation import STDERR, EvaluationResult, TaskResult, standard_error
+from orchestrator.terminal.progress import Progress
+
+OnResult = Callable[[TaskResult], None]
+
+
+def run_suite(
+    suite: Suite,
+    decoder: Decoder,
+    tokenizer: Path | Vocabulary,
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    on_result: OnResult | None = None,
+) -> dict[str, TaskResult]:
+    """Run the tasks of a suite on a decoder, one after the other.
+
+    Args:
+        suite: The loaded tasks.
+        decoder: The model; its own schedule is followed.
+        tokenizer: The `tokenizer.json` that it was trained with, or a vocabulary.
+        batch_size: Sequences of full length in one forward pass.
+        limit: Items of each task, from its first on; all when unset.
+        progress: Told how many items are done; the caller ends the stage.
+        on_result: Called with each task's result when it is there.
+
+    Raises:
+        UserError: If the tokenizer is missing or damaged.
+    """
+    progress = progress or Progress()
+    vocabulary = TrainedVocabulary(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    model = ScoredDecoder(decoder, vocabulary, batch_size, progress)
+    results = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
+    if model.num_cut:
+        progress.note(
+            f"{model.num_cut} prompts lost their beginning: they are longer than the "
+            f"{decoder.config.context_length} tokens of the model's context"
+        )
+    return results
+
+
+def run_model(
+    suite: Suite,
+    model: LM,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    on_result: OnResult | None = None,
+) -> dict[str, TaskResult]:
+    """Run the tasks of a suite on any model of lm-eval, one after the other.
+
+    Args:
+        suite: The loaded tasks.
+        model: A decoder as lm-eval sees it, or a model of lm-eval's own.
+        limit: Items of each task, from its first on; all when unset.
+        progress: Told how many items are done; the caller ends the stage.
+        on_result: Called with each task's result when it is there.
+    """
+    progress = progress or Progress()
+    progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
+    results: dict[str, TaskResult] = {}
+    for name, task in suite.tasks.items():
+        with quiet(), offline(), _templates_compiled_once():
+            output = evaluator.evaluate(
+                lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0
+            )
+        results[name] = _task_result(task, name, output)
+        progress.advance(sum(result.num_items for result in results.values()))
+        if on_result:
+            on_result(results[name])
+    return results
+
+
+def evaluate_decoder(
+    decoder: Decoder,
+    tokenizer: Path | Vocabulary,
+    *,
+    tasks: Sequence[str] = (),
+    folders: Sequence[Path] = (),
+    heldout: Path | None = None,
+    planned: Collection[str] | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+) -> EvaluationResult:
+    """Load tasks and run them.
+
+    Args:
+        decoder: The model; its own schedule is followed.
+        tokenizer: The `tokenizer.json` that it was trained with, or a vocabulary.
+        tasks: Names of tasks, groups or tags; all tasks in `folders` and `heldout` when empty.
+        folders: Folders of task files, which come before lm-eval's own.
+        heldout: Folder with the items of held-out tasks, which come before all others.
+        planned: Names of the tasks that can be loaded, beside those of `heldout`, as found before;
+            exactly these are run, so that all models have an average over the same tasks.
+        num_fewshot: Solved examples before each item, where a task does not fix it at 0.
+        batch_size: Sequences of full length in one forward pass.
+        limit: Items of each task; all when unset.
+
+    Raises:
+        UserError: If no such tasks exist, or the tokenizer is missing or damaged.
+        StageFailed: If the tasks exist and none can be loaded, or a planned one cannot.
+    """
+    suite = load_suite(tasks, folders=folders, heldout=heldout, num_fewshot=num_fewshot)
+    if planned is not None:
+        suite = suite.as_planned({*planned, *(heldout_configs(heldout) if heldout else ())})
+    results = run_suite(suite, decoder, tokenizer, batch_size=batch_size, limit=limit)
+    return EvaluationResult(results=results, groups=suite.groups, skipped=suite.skipped)
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """Keep compiled prompts: lm-eval compiles each anew for each item, which takes longer than a
+    small model takes to answer."""
+    environment = utils.env
+    environment.from_string = lru_cache(maxsize=256)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # the class's own is seen again
+
+
+def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
+    """Keep of lm-eval's output what later work needs: one value per metric and item."""
+    samples = output["samples"][name]
+    first_filter = samples[0]["filter"] if samples else "none"
+    samples = [sample for sample in samples if sample["filter"] == first_filter]
+    aggregations = {function: key for key, function in AGGREGATION_REGISTRY.items()}
+    metrics: dict[str, float] = {}
+    values: dict[str, list[Any]] = {}
+    for metric, aggregate in task.aggregation().items():
+        total = output["results"][name].get(f"{metric},{first_filter}")
+        if not isinstance(total, int | float):
+            continue
+        metrics[metric] = float(total)
+        values[metric] = [_plain(sample[metric]) for sample in samples if metric in sample]
+        error = standard_error(aggregations.get(aggregate, ""), values[metric])
+        if error is not None:
+            metrics[metric + STDERR] = error
+    return TaskResult(
+        name=name,
+        version=str(task.VERSION),
+        num_items=len(samples),
+        num_fewshot=int(task.get_config("num_fewshot") or 0),
+        metrics=metrics,
+        items=[sample["doc_hash"][:16] for sample in samples],
+        values=values,
+        log_likelihoods=[[_plain_score(r[0]) for r in sample["resps"]] for sample in samples],
+    )
+
+
+def _plain(value: Any) -> Any:
+    return [float(part) for part in value] if isinstance(value, tuple | list) else float(value)
+
+
+def _plain_score(response: Any) -> float:
+    return float(response[0] if isinstance(response, tuple | list) else response)

@@ -1,0 +1,285 @@
+"""Tasks by name: found, loaded and fingerprinted.
+
+A name that no task has, and a task of this machine that cannot be loaded or scored, are errors: an
+average over the rest would be another number under the same name. Only what the hub does not give
+is left out, and named with the reason.
+
+Names are looked up in the user's folders first, then among lm-eval's own. Whether the hub can be
+reached is asked once, and only if a task reads from it; everything else is loaded offline, so that
+nothing waits for a network that a local task does not need.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import lm_eval.tasks
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from orchestrator.data.hub import hub_problem, offline
+from orchestrator.evaluation.harness.index import index_names, nearest_name
+from orchestrator.evaluation.harness.quiet import quiet
+from orchestrator.evaluation.heldout import heldout_configs
+from orchestrator.records.evaluation import ACCURACY_METRICS
+from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.provenance import content_key
+
+FEWSHOT_SEED = 1234
+"""lm-eval's own default, so that prompts are the usual ones."""
+
+SUITES = {
+    "paper": (
+        "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
+    ),
+}  # fmt: skip
+"""Names that stand for several tasks; each counts in the average as if it had been named."""
+
+LOCAL_FORMATS = ("json", "csv", "text", "parquet", "arrow")
+"""What `dataset_path` says where a task reads files of this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Tasks, loaded and ready to run, and what the hub did not give."""
+
+    tasks: dict[str, Task]
+    """By name, in the order asked for."""
+    groups: dict[str, tuple[str, ...]]
+    """What was asked for by the name of a group or tag, and its tasks."""
+    skipped: dict[str, str]
+    """Name to reason."""
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether a task reports a metric that counts as accuracy."""
+        return any(set(ACCURACY_METRICS) & set(t.aggregation()) for t in self.tasks.values())
+
+    def only(self, names: Collection[str]) -> Suite:
+        """Return the suite with these of its tasks alone."""
+        return replace(self, tasks={k: task for k, task in self.tasks.items() if k in names})
+
+    def as_planned(self, names: Collection[str]) -> Suite:
+        """Return the suite with exactly these tasks.
+
+        Raises:
+            StageFailed: If one of them could not be loaded this time.
+        """
+        if missing := [name for name in names if name not in self.tasks]:
+            reasons = f" ({_as_text(self.skipped)})" if self.skipped else ""
+            raise StageFailed(
+                f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
+                f"cannot now{reasons}; the same command tries again"
+            )
+        others = [name for name in self.tasks if name not in names]
+        reason = "it could not be loaded when the sweep was planned"
+        return replace(self.only(names), skipped=self.skipped | dict.fromkeys(others, reason))
+
+    def num_items(self, name: str, limit: int | None = None) -> int:
+        """Return how many items of a task a run with this limit scores."""
+        available = len(self.tasks[name].eval_docs)
+        return available if limit is None else min(available, limit)
+
+    def fingerprint(self, name: str) -> str:
+        """Return a hash of all that determines items and metrics, wherever the files stand."""
+        task = self.tasks[name]
+        # Where documents come from does not matter: they stand here themselves.
+        config = {
+            name: value
+            for name, value in task.dump_config().items()
+            if not name.startswith("dataset_") and name != "custom_dataset"
+        }
+        notes = config.get("metadata") or {}
+        config["metadata"] = {k: v for k, v in notes.items() if k != "config_source"}
+        documents = [*task.eval_docs]
+        if config.get("num_fewshot"):
+            documents += task.fewshot_docs() or []
+        text = json.dumps([config, documents], default=str, sort_keys=True)
+        # A function without source prints as its address.
+        return content_key(
+            re.sub(r" at 0x[0-9a-f]+", "", text), str(task.VERSION), metadata.version("lm_eval")
+        )
+
+
+def load_suite(
+    names: Sequence[str] = (),
+    *,
+    folders: Sequence[Path] = (),
+    heldout: Path | None = None,
+    num_fewshot: int | None = None,
+) -> Suite:
+    """Load tasks by name.
+
+    Args:
+        names: Tasks, groups, tags, or a key of `SUITES`; all tasks in `folders` and `heldout` when
+            empty.
+        folders: Folders of task files, which come before lm-eval's own.
+        heldout: Folder with the items of held-out tasks, which come before all others.
+        num_fewshot: Solved examples before each item, where a task does not fix it at 0; as the
+            task says when unset.
+
+    Returns:
+        The suite; it has at least one task.
+
+    Raises:
+        UserError: If there is no task of a name, or one of this machine cannot be loaded or
+            scored.
+        StageFailed: If the hub gives none of them.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder} to find lm-eval task files in")
+    own = _heldout_tasks(heldout) if heldout else {}
+    manager = TaskManager(include_path=list(folders), include_defaults=False)
+    wanted = [part for name in names for part in SUITES.get(name, (name,))]
+    wanted = list(dict.fromkeys(wanted)) or sorted({*manager.all_subtasks, *own})
+    if not wanted:
+        places = ", ".join(map(str, folders))
+        raise UserError(
+            f"there are no lm-eval task files in {places}" if folders else "no task was named"
+        )
+    _check_files(manager, folders)
+    manager, problems = _find(manager, [name for name in wanted if name not in own], folders)
+    known = [name for name in wanted if name not in problems]
+    tasks, groups, skipped, unusable = _load_tasks(manager, known, own)
+    if problems := problems | unusable:
+        raise UserError(
+            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
+            "cannot be evaluated (an average over the rest alone would be another number)"
+        )
+    if not tasks:
+        raise StageFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
+    for task in tasks.values():
+        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return Suite(tasks=tasks, groups=groups, skipped=skipped)
+
+
+def _heldout_tasks(folder: Path) -> dict[str, Task]:
+    configs = heldout_configs(folder)
+    with quiet():
+        return {name: ConfigurableTask(config=config) for name, config in configs.items()}
+
+
+def _check_files(manager: TaskManager, folders: Sequence[Path]) -> None:
+    """Refuse a damaged task file: lm-eval passes over it without a word.
+
+    Raises:
+        UserError: Names it.
+    """
+    known = {entry.yaml_path for entry in manager.task_index.values()}
+    files = [file for folder in folders for file in sorted(folder.glob("**/*.yaml"))]
+    for file in (file for file in files if file not in known):
+        try:
+            config = load_yaml(file, resolve_func=False)
+        except Exception as error:
+            raise UserError(f"cannot read the task file {file}: {_first_line(error)}") from None
+        if not config:
+            raise UserError(f"the task file {file} is empty")
+
+
+def _find(
+    manager: TaskManager, names: Sequence[str], folders: Sequence[Path]
+) -> tuple[TaskManager, dict[str, str]]:
+    """Widen the manager by the folders of lm-eval that have the names; say which have none."""
+    if all(name in manager.task_index for name in names):
+        return manager, {}
+    builtin = index_names(Path(lm_eval.tasks.__file__).parent)
+    having: set[str] = set().union(*(builtin.get(name, set()) for name in names))
+    with quiet():
+        manager = TaskManager(include_path=[*sorted(having), *folders], include_defaults=False)
+    unknown: dict[str, str] = {}
+    for name in names:
+        if name not in manager.task_index:
+            near = nearest_name(name, [*manager.task_index, *builtin])
+            hint = f"; did you mean {near}?" if near else ""
+            unknown[name] = f"there is no such task{hint}"
+    return manager, unknown
+
+
+def _load_tasks(
+    manager: TaskManager, names: Sequence[str], own: Mapping[str, Task]
+) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
+    """Load one name after the other; `own` are loaded.
+
+    Returns:
+        Tasks, groups, what the hub does not give with the reason, and what cannot be used.
+    """
+    tasks: dict[str, Task] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    skipped: dict[str, str] = {}
+    unusable: dict[str, str] = {}
+    needing_hub = {name for name in names if name not in own and _reads_hub(manager, name)}
+    problem = hub_problem() if needing_hub else None
+    for name in names:
+        if name in own:
+            tasks[name] = own[name]
+            continue
+        online = name in needing_hub and problem is None
+        try:
+            with quiet(), nullcontext() if online else offline():
+                loaded = manager.load([name])["tasks"]
+        except (
+            Exception
+        ) as error:  # tasks run code of their own, and data sets raise dozens of kinds
+            if name not in needing_hub:
+                file = manager.task_index[name].yaml_path
+                unusable[name] = f"{_first_line(error)}{f' ({file})' if file else ''}"
+            else:
+                skipped[name] = (
+                    f"it needs the hub, and {problem}" if problem else _first_line(error)
+                )
+            continue
+        unfit = [why for task in loaded.values() if (why := _why_unfit(task))]
+        if unfit:
+            unusable[name] = unfit[0]
+            continue
+        tasks |= loaded
+        if list(loaded) != [name]:
+            groups[name] = tuple(loaded)
+    return tasks, groups, skipped, unusable
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _reads_hub(manager: TaskManager, name: str) -> bool:
+    """Tell whether a task, or one of a group or tag, takes its data from the hub."""
+    entry = manager.task_index[name]
+    members = entry.tags if entry.cfg is None else entry.cfg.get("task")
+    if entry.cfg is None or not isinstance(members, str | None):
+        known = [str(member) for member in members or () if str(member) in manager.task_index]
+        # A member that is written out in the group, or not known by name, may be of the hub.
+        return len(known) < len(members or [1]) or any(_reads_hub(manager, n) for n in known)
+    config = entry.cfg
+    if "dataset_path" not in config:
+        return not {"custom_dataset", "class"} & set(config)
+    path = str(config["dataset_path"])
+    return "custom_dataset" not in config and path not in LOCAL_FORMATS and not Path(path).exists()
+
+
+def _why_unfit(task: Task) -> str | None:
+    if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice"):
+        return f"it needs {task.OUTPUT_TYPE}; only tasks scored by log-likelihoods are supported"
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        return "it runs code that a model wrote, or needs more than text"
+    return None
+
+
+def _as_text(skipped: dict[str, str]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())

@@ -1,0 +1,113 @@
+"""Models that are no decoder of ours, through lm-eval's class for transformers.
+
+Its cache of logits is off: with it, a text that occurs with two different splits into context and
+continuation gets wrong scores. Weights that a folder lacks are an error here; transformers makes
+random ones and only warns. Code in a folder runs only where the user says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from orchestrator.data.hub import offline
+from orchestrator.evaluation.harness.model import num_items
+from orchestrator.evaluation.harness.quiet import quiet
+from orchestrator.evaluation.harness.vocabulary import FolderVocabulary
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+
+
+class _WatchedModel(HFLM):  # type: ignore[misc]
+    """Reports how many items are done after each forward pass."""
+
+    progress = Progress()
+    _num_before = _num_items = _num_requests = _num_done = 0
+
+    def loglikelihood(self, requests: list[Instance], **options: Any) -> Any:
+        """Score (context, continuation) texts."""
+        self._begin(requests)
+        return super().loglikelihood(requests, **options)
+
+    def loglikelihood_rolling(self, requests: list[Instance], **options: Any) -> Any:
+        """Score whole texts."""
+        self._begin(requests)
+        return super().loglikelihood_rolling(requests, **options)
+
+    def _begin(self, requests: list[Instance]) -> None:
+        self._num_before += self._num_items
+        self._num_items, self._num_requests, self._num_done = num_items(requests), len(requests), 0
+
+    def _model_call(self, inps: torch.Tensor, **options: Any) -> Any:
+        logits = super()._model_call(inps, **options)
+        self._num_done += len(inps)
+        # A text of several windows is more than one sequence.
+        share = min(1.0, self._num_done / max(1, self._num_requests))
+        self.progress.advance(self._num_before + self._num_items * share)
+        return logits
+
+
+def transformers_model(
+    folder: Path,
+    *,
+    batch_size: int,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> HFLM:
+    """Load a folder of transformers as a model of lm-eval.
+
+    Args:
+        folder: `config.json`, weights and tokenizer.
+        batch_size: Sequences in one forward pass.
+        trust_remote_code: Whether code that lies in the folder may run.
+        device: Where it runs; a GPU if there is one when unset.
+        progress: Told how many items are done.
+
+    Raises:
+        UserError: If transformers cannot load it, needs code that is not trusted, or weights are
+            missing.
+    """
+    vocabulary = FolderVocabulary(folder, trust_remote_code=trust_remote_code)
+    with quiet(), offline():
+        model = _load(folder, trust_remote_code)
+        model.config.use_cache = False  # scoring would fill one and throw it away
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        watched = _WatchedModel(
+            pretrained=model.to(device).eval(),
+            tokenizer=vocabulary.tokenizer,
+            batch_size=batch_size,
+            logits_cache=False,
+        )
+    watched.progress = progress or Progress()
+    return watched
+
+
+def _load(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, found = load(
+            folder,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (
+        Exception
+    ) as error:  # its files can be wrong in many ways, and so can code that comes with them
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = ""
+        if "trust_remote_code" in str(error):
+            line, hint = "it needs code that lies in the folder", "; --trust-remote-code runs it"
+        raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
+    missing = sorted(found.get("missing_keys", ()))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
+    return model

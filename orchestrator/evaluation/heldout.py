@@ -1,0 +1,274 @@
+"""The offline test suite: lm-eval tasks made from the documents that were held out of training.
+
+In goes a folder of prepared tokens, out comes a folder `heldout-<key>` beside them with the items
+of three tasks as JSON lines: `lastword`, `continuation` and `bits_per_byte`. `heldout_items` says
+how the items are chosen. A suite that exists is found again at once.
+
+The folder holds data only, and what is read from it is compared with the checksums in `suite.json`.
+How a task asks and scores is said here (`TASK_CONFIGS`). The YAML files are for the stock command
+alone: `cd FOLDER; lm_eval run --include_path . --tasks heldout ...`; this program never reads them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.data.corpus import Document, hash_share
+from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.data.tokens import TokenStore, open_tokens
+from orchestrator.evaluation.heldout_items import ItemBuilder
+from orchestrator.evaluation.text_counts import TokenCounts, WordCounts
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, write_text
+from orchestrator.workspace.provenance import content_key, file_digest
+
+SUITE_VERSION = 1
+"""Raised by hand when the same documents give other items; it is part of the tasks' version."""
+
+GROUP = "heldout"
+ACCURACY_TASKS = ("lastword", "continuation")
+TASKS = (*ACCURACY_TASKS, "bits_per_byte")
+SUITE_NAME = "suite.json"
+
+MAX_ITEM_TOKENS = 64
+"""Longest passage with its ending: the length of two or three sentences, whatever the context."""
+MAX_ROLLING_BYTES = 80_000
+SOURCE_BYTES_PER_ITEM = 400
+"""Held-out text that is searched for an item; about a quarter of the sentences give one."""
+KNOWN_TEXT_TOKENS = 2_000_000
+LARGEST_STANDARD_ERROR = 0.02
+
+TASK_CONFIGS: dict[str, dict[str, Any]] = {
+    "lastword": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{' ' + word}}",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        ],
+    },
+    "continuation": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "endings",
+        "doc_to_target": "label",
+        "target_delimiter": " ",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+    },
+    "bits_per_byte": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": name, "aggregation": aggregation, "higher_is_better": False}
+            for name, aggregation in (
+                ("bits_per_byte", "bits_per_byte"),
+                ("byte_perplexity", "weighted_perplexity"),
+                ("word_perplexity", "weighted_perplexity"),
+            )
+        ],
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutSuite:
+    """A folder of tasks."""
+
+    folder: Path
+    tasks: dict[str, int]
+    """Name of each task to its number of items; a task without items is left out."""
+    notes: tuple[str, ...]
+    """What a reader of the results should know, such as too few items for a small error."""
+
+
+def build_heldout(
+    tokens: Path | str, *, num_items: int, context_length: int, progress: Progress | None = None
+) -> HeldoutSuite:
+    """Return the suite of a folder of tokens, made if it is missing.
+
+    Args:
+        tokens: Folder of prepared tokens.
+        num_items: Most items of each accuracy task.
+        context_length: Tokens that the model reads; every item fits.
+        progress: Told what is going on when the suite is made.
+
+    Raises:
+        UserError: If the tokens or the suite are damaged, or the documents give not a single item.
+    """
+    store = open_tokens(tokens)
+    max_tokens = min(context_length, MAX_ITEM_TOKENS)
+    key = content_key("heldout", SUITE_VERSION, store.fingerprint, num_items, max_tokens)
+    folder = store.folder / f"heldout-{key}"
+    suite = _stored_suite(folder)
+    if suite is None:
+        progress = progress or Progress()
+        progress.start("held-out tasks")
+        items = _items(store, num_items, max_tokens)
+        suite = _write(folder, items, _notes(items))
+        progress.finish(", ".join(f"{n:,} {name}" for name, n in suite.tasks.items()))
+    return suite
+
+
+def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the tasks of a suite as lm-eval's task class takes them, by name.
+
+    Raises:
+        UserError: If the folder holds no suite, or a file of it is not what was written.
+    """
+    suite = _stored_suite(folder)
+    if suite is None:
+        raise UserError(
+            f"{folder} holds no held-out tasks of this version; run the command again, and it "
+            "makes them"
+        )
+    return {
+        name: {
+            "task": name,
+            "custom_dataset": _Items(suite.folder, name),
+            "test_split": "test",
+            **copy.deepcopy(TASK_CONFIGS[name]),
+            "metadata": {"version": SUITE_VERSION},
+        }
+        for name in suite.tasks
+    }
+
+
+class _Items:
+    """Reads the items of a task, for its `custom_dataset`."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def __call__(self, **_settings: Any) -> dict[str, Any]:
+        import datasets  # Takes a second.
+
+        lines = _rows_path(self._folder, self._name).read_text(encoding="utf-8").splitlines()
+        return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+
+
+def _rows_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.jsonl"
+
+
+def _stored_suite(folder: Path) -> HeldoutSuite | None:
+    """Return the suite of a folder after comparing its files with their checksums; None if there
+    is none.
+
+    Raises:
+        UserError: If a file is not what was written.
+    """
+    path = folder / SUITE_NAME
+    found = read_json(path)
+    if found is None:
+        return None
+    try:
+        tasks = {name: int(number) for name, number in found["tasks"].items()}
+        notes = tuple(str(note) for note in found["notes"])
+        checksums = {name: str(found["checksums"][_rows_path(folder, name).name]) for name in tasks}
+        is_whole = set(tasks) <= set(TASKS)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is damaged; delete it and run the command again")
+    for name, checksum in checksums.items():
+        rows = _rows_path(folder, name)
+        if not rows.is_file() or file_digest(rows) != checksum:
+            state = "is not what was written" if rows.exists() else "is missing"
+            raise UserError(
+                f"the held-out tasks are damaged: {rows} {state}; delete the folder {folder} and "
+                "run the command again, which makes the same tasks anew"
+            )
+    return HeldoutSuite(folder=folder, tasks=tasks, notes=notes)
+
+
+def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
+    documents = _sample(store, SOURCE_BYTES_PER_ITEM * num_items)
+    tokenizer = load_tokenizer(store.tokenizer_path)
+    known = store.train[:KNOWN_TEXT_TOKENS]
+    builder = ItemBuilder(
+        documents,
+        words=WordCounts(tokenizer.decode(known.tolist())),
+        tokens=TokenCounts(known, store.vocab_size),
+        encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
+        max_tokens=max_tokens,
+    )
+    return {
+        "lastword": [asdict(i) for i in builder.last_words(num_items)],
+        "continuation": [asdict(i) for i in builder.continuations(num_items)],
+        "bits_per_byte": [asdict(d) for d in _sample(store, MAX_ROLLING_BYTES)],
+    }
+
+
+def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
+    """Return about so much of the held-out text, chosen by hash, in its order."""
+    share = min(1.0, num_bytes / store.num_validation_bytes)
+    with store.validation_documents.open(encoding="utf-8") as lines:
+        documents = (Document(**json.loads(line)) for line in lines)
+        return [document for document in documents if hash_share(document.text, "test") < share]
+
+
+def _notes(items: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    if not any(items[name] for name in ACCURACY_TASKS):
+        raise UserError(
+            "the held-out documents give no test items: they hold too little English prose; "
+            "give more text, or set evaluation.suite to tasks of lm-eval"
+        )
+    notes = []
+    for name in ACCURACY_TASKS:
+        error = 0.5 / math.sqrt(max(1, len(items[name])))
+        if error > LARGEST_STANDARD_ERROR:
+            notes.append(
+                f"{name} has only {len(items[name])} items; one standard error may reach "
+                f"{100 * error:.1f} points"
+            )
+    return notes
+
+
+def _write(
+    folder: Path, items: Mapping[str, list[dict[str, Any]]], notes: list[str]
+) -> HeldoutSuite:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    tasks = {name: len(items[name]) for name in TASKS if items[name]}
+    checksums = {}
+    for name in tasks:
+        rows = _rows_path(temporary, name)
+        write_text(rows, "".join(json.dumps(row) + "\n" for row in items[name]))
+        checksums[rows.name] = file_digest(rows)
+        write_text(temporary / f"{name}.yaml", _stock_task(name, rows.name))
+    write_text(temporary / f"{GROUP}.yaml", yaml.safe_dump({"group": GROUP, "task": list(tasks)}))
+    suite = {"tasks": tasks, "notes": notes, "checksums": checksums}
+    write_text(temporary / SUITE_NAME, json.dumps(suite, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+    return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes))
+
+
+def _stock_task(name: str, file_name: str) -> str:
+    """Return the task file for the stock command, which reads the items by a relative path."""
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": file_name}},
+        "test_split": "test",
+        **TASK_CONFIGS[name],
+        "metadata": {"version": SUITE_VERSION},
+    }
+    return yaml.safe_dump(config, sort_keys=False)

@@ -1,0 +1,240 @@
+"""What models cost on this machine, beside what the cost model says.
+
+In go decoders by name; out come, for each batch size and context, the time to the first token, the
+time per decoded token, memory, and the share of the full model's time. Shares are taken within each
+repetition, where the models ran one after the other, so a machine that is slow for a while is slow
+in both. The prediction is known before anything runs: the share of floating-point operations, which
+counts evaluations together with what no schedule changes (head, mix, attention over the context).
+Evaluations alone stand beside it, to show how far the simplest rule carries.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from iiet.cost import inference_cost
+from iiet.decoder import Decoder
+from iiet.generate import stream
+from orchestrator.evaluation.decode_timing import (
+    Timing,
+    decode_milliseconds,
+    half_quartile_distance,
+    random_prompt,
+    threads,
+)
+from orchestrator.evaluation.peak_memory import peak_bytes
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+
+PREDICTION = "FLOPs"
+"""The prediction that is held against the measurement."""
+SIMPLEST = "evaluations"
+"""The simplest prediction, shown beside it."""
+DECODING = "decoding"
+FIRST_TOKEN = "first token"
+STEPS_FOR_MEMORY = 3
+"""Steps after which no further memory is taken: the cache is allocated as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Under which models are measured."""
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Rows decoded together."""
+    contexts: tuple[int, ...] = (32,)
+    """Tokens of the prompt."""
+    new_tokens: int = 32
+    """Tokens decoded behind it, one by one."""
+    repetitions: int = 7
+    """How often each model is measured, in turns."""
+    num_threads: int = 1
+    """Threads of PyTorch on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A time as a share of the full model's, measured and predicted."""
+
+    measured: float
+    """Median over repetitions."""
+    spread: float
+    """Half the distance between the quartiles of the repetitions."""
+    predicted: dict[str, float]
+    """By what it is predicted, to the prediction."""
+
+    def residual(self, prediction: str = PREDICTION) -> float:
+        """Return by how much the measured share exceeds the predicted one, relative to it."""
+        return self.measured / self.predicted[prediction] - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCost:
+    """One model under one condition."""
+
+    model: str
+    """Its name."""
+    batch_size: int
+    """Rows decoded together."""
+    context: int
+    """Tokens of the prompt."""
+    first_token_ms: float
+    """Median time to the first token, all rows together."""
+    first_token_spread: float
+    """Half the distance between the quartiles."""
+    decode_ms: float
+    """Median time per decoding step: one new token in every row."""
+    decode_spread: float
+    """Half the distance between the quartiles."""
+    tokens_per_second: float
+    """New tokens of all rows while decoding."""
+    weight_bytes: int
+    """All parameters, each once."""
+    kv_bytes: int
+    """Keys and values of prompt and new tokens, all rows; exact."""
+    peak_bytes: int
+    """Most that was allocated at once, weights included; see `memory`."""
+    shares: dict[str, Share]
+    """Of the full model's time: `decoding` a token, and `first token`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers under the names that are tracked, the condition in each."""
+        prefix = f"cost/batch_{self.batch_size}_context_{self.context}"
+        names = ("first_token_ms", "decode_ms", "tokens_per_second", "kv_bytes", "peak_bytes")
+        numbers = {f"{prefix}/{name}": float(getattr(self, name)) for name in names}
+        return numbers | {
+            f"{prefix}/decode_spread": self.decode_spread,
+            f"{prefix}/decode_share": self.shares[DECODING].measured,
+            f"{prefix}/decode_share_predicted": self.shares[DECODING].predicted[PREDICTION],
+        }
+
+
+def measure_costs(
+    decoders: Mapping[str, Decoder], conditions: Conditions, progress: Progress | None = None
+) -> list[MeasuredCost]:
+    """Measure models side by side under each batch size and context.
+
+    Args:
+        decoders: Name to model; each follows its own schedule. The one with most operations per
+            token is the full one.
+        conditions: Batch sizes, contexts, and how thoroughly.
+        progress: Told how many measurements are done; the caller ends the stage.
+
+    Raises:
+        UserError: If there is no model, or a condition does not fit one.
+    """
+    progress = progress or Progress()
+    for batch_size in conditions.batch_sizes:
+        if batch_size < 1:
+            raise UserError(f"benchmark: batch_size must be at least 1, got {batch_size}")
+    pairs = [(b, c) for b in conditions.batch_sizes for c in conditions.contexts]
+    progress.start("benchmark", len(pairs) * len(decoders) * conditions.repetitions)
+    costs: list[MeasuredCost] = []
+    with threads(conditions.num_threads):
+        for number, (batch_size, context) in enumerate(pairs):
+            before = number * len(decoders) * conditions.repetitions
+            text = f"batch {batch_size}, context {context}"
+            timings = decode_milliseconds(
+                decoders,
+                prompt_tokens=context,
+                new_tokens=conditions.new_tokens,
+                batch_size=batch_size,
+                repetitions=conditions.repetitions,
+                on_done=lambda done, _, before=before, text=text: progress.advance(  # type: ignore[misc]
+                    before + done, text
+                ),
+            )
+            costs += _costs(decoders, timings, context, conditions.new_tokens)
+    return costs
+
+
+def _costs(
+    decoders: Mapping[str, Decoder], timings: Mapping[str, Timing], context: int, new_tokens: int
+) -> list[MeasuredCost]:
+    first: dict[str, dict[str, float]] = {}
+    steps: dict[str, dict[str, float]] = {}
+    for name, decoder in decoders.items():
+        prompt = inference_cost(decoder.config, context_length=context)
+        # The steps behind the prompt see one token more each; the middle one stands for all.
+        step = inference_cost(decoder.config, context_length=context + new_tokens // 2)
+        evaluations = {SIMPLEST: float(step.evaluations_per_token)}
+        first[name] = {PREDICTION: prompt.prefill_flops_per_token, **evaluations}
+        steps[name] = {PREDICTION: step.decode_flops_per_token, **evaluations}
+    full = max(decoders, key=lambda name: steps[name][PREDICTION])
+    costs = []
+    for name, decoder in decoders.items():
+        timing = timings[name]
+        costs.append(
+            MeasuredCost(
+                model=name,
+                batch_size=timing.batch_size,
+                context=context,
+                first_token_ms=timing.first_token,
+                first_token_spread=timing.first_token_spread,
+                decode_ms=timing.median,
+                decode_spread=timing.spread,
+                tokens_per_second=1e3 * timing.batch_size / timing.median,
+                weight_bytes=sum(p.nbytes for p in decoder.parameters()),
+                kv_bytes=_kv_bytes(decoder, timing.batch_size * (context + new_tokens)),
+                peak_bytes=_peak_bytes(decoder, timing.batch_size, context, new_tokens),
+                shares={
+                    DECODING: _share(
+                        timing.repetitions,
+                        timings[full].repetitions,
+                        {key: value / steps[full][key] for key, value in steps[name].items()},
+                    ),
+                    FIRST_TOKEN: _share(
+                        timing.first_token_repetitions,
+                        timings[full].first_token_repetitions,
+                        {key: value / first[full][key] for key, value in first[name].items()},
+                    ),
+                },
+            )
+        )
+    return costs
+
+
+def _share(times: Sequence[float], full: Sequence[float], predicted: dict[str, float]) -> Share:
+    ratios = [own / whole for own, whole in zip(times, full, strict=True)]
+    return Share(
+        measured=statistics.median(ratios),
+        spread=half_quartile_distance(ratios),
+        predicted=predicted,
+    )
+
+
+def _kv_bytes(decoder: Decoder, num_tokens: int) -> int:
+    bytes_per_value = next(decoder.parameters()).element_size()
+    cost = inference_cost(decoder.config, bytes_per_value=bytes_per_value)
+    return cost.kv_bytes_per_token * num_tokens
+
+
+def _peak_bytes(decoder: Decoder, batch_size: int, context: int, new_tokens: int) -> int:
+    prompt = random_prompt(decoder, batch_size, context)
+
+    def work() -> None:
+        steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+        for _ in range(min(STEPS_FOR_MEMORY, new_tokens)):
+            next(steps)
+
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        beyond = peak_bytes(work, decoder.device)
+    finally:
+        decoder.train(was_training)
+    return beyond + sum(p.nbytes for p in decoder.parameters())
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called, for tables."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

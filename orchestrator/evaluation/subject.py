@@ -1,0 +1,287 @@
+"""The model that an evaluation or a benchmark is about: a checkpoint of ours, or a model folder of
+transformers beside it.
+
+A checkpoint, and every folder that a decoder can read (an exported model, the published naming, a
+plain Llama), is scored as a decoder. Any other architecture is left to transformers: it can be
+evaluated, but has no iteration schedule and no cost model here. What a subject's scores depend on
+is in its key: weights, configuration with schedule, tokenizer, and who computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.published import config_from_published
+from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG
+from orchestrator.evaluation.model_folders import EXPORTED_TYPE, read_foreign
+from orchestrator.training.catalog import locate, resolve_model
+from orchestrator.training.checkpoint import (
+    load_config,
+    load_decoder,
+    resolve_checkpoint,
+    text_files_key,
+    tokenizer_file,
+    weights_key,
+)
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import resolved
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.provenance import content_key, file_key
+
+_FOREIGN_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
+"""Each tells that a config.json is not one of our checkpoints'."""
+_PUBLISHED_KEYS = ("kind", "num_heads")
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+_PICKLED = "pytorch_model*.bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model on disk, under one iteration schedule."""
+
+    path: Path
+    """Its folder."""
+    name: str
+    """What tables call it."""
+    key: tuple[Any, ...]
+    """JSON-able: all that its scores depend on."""
+    config: ModelConfig | None
+    """Sizes, method and schedule; None where the model is no decoder."""
+    architecture: str
+    """The method's registry key, or transformers' name of the architecture."""
+    context_length: int
+    """Tokens that it reads."""
+    is_foreign: bool
+    """Whether it is a folder of transformers and no checkpoint of ours."""
+
+    def decoder(self, dtype: torch.dtype = torch.float32) -> Decoder:
+        """Load the model with weights of this dtype, on a GPU if there is one.
+
+        Raises:
+            UserError: If the model is no decoder, or its weights are missing or damaged.
+        """
+        if self.config is None:
+            raise UserError(
+                f"{self.path} is a {self.architecture} model; only IIET, PCformer and Llama models "
+                "can be loaded as a decoder"
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.is_foreign:
+            decoder = read_foreign(self.path).decoder.to(device, dtype)
+        else:
+            decoder = load_decoder(self.path, device=device, dtype=dtype)
+        return decoder.with_schedule(self.config.corrections)
+
+
+def open_subject(
+    path: Path,
+    schedule: str | IterationSchedule | None = None,
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> Subject:
+    """Return the model that a path means.
+
+    Args:
+        path: A checkpoint, a run (its newest checkpoint), or a model folder of transformers.
+        schedule: Another iteration schedule than the model's own.
+        warn: Called where a run's newest checkpoint is damaged and an older one is used; without
+            it that is an error.
+
+    Raises:
+        UserError: If there is no model, it is damaged, or the schedule does not fit.
+    """
+    path = resolved(path)
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
+    values = _config_values(path)
+    if any(key in values for key in _FOREIGN_KEYS):
+        return _foreign(path, values, schedule)
+    checkpoint = resolve_checkpoint(path, warn)
+    config = _with_schedule(load_config(checkpoint), schedule, checkpoint)
+    text = text_files_key(checkpoint)
+    key = (
+        weights_key(checkpoint),
+        config.to_dict(),
+        file_key(tokenizer_file(checkpoint)),
+        *([text] if text else []),
+    )
+    return Subject(
+        path=checkpoint,
+        name=_named(checkpoint.parent.name, config, schedule),
+        key=key,
+        config=config,
+        architecture=config.method,
+        context_length=config.context_length,
+        is_foreign=False,
+    )
+
+
+def open_subjects(
+    workspace: Workspace,
+    paths: Sequence[Path] | None,
+    schedules: Sequence[str] | None,
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> list[Subject]:
+    """Return the models that a user names, each under each of the schedules.
+
+    Args:
+        workspace: Its newest model is meant where no path is given; runs are found by name.
+        paths: Checkpoints, runs, their names, or model folders.
+        schedules: Iteration schedules; each model's own when empty.
+        warn: As in `open_subject`.
+
+    Raises:
+        UserError: If one is missing or damaged, or a schedule does not fit it.
+    """
+    wanted: Sequence[str | None] = schedules or [None]
+    if paths:
+        folders = [locate(workspace, path, model_folders=True) for path in paths]
+    else:
+        folders = [resolve_model(workspace, None, warn)]
+    return [open_subject(folder, schedule, warn=warn) for folder in folders for schedule in wanted]
+
+
+def _config_values(folder: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # no folder, a run, or damaged: said where a checkpoint is looked for
+    return values if isinstance(values, dict) else {}
+
+
+def _foreign(
+    path: Path, values: Mapping[str, Any], schedule: str | IterationSchedule | None
+) -> Subject:
+    config = _decoder_config(path, values)
+    architecture = str(values.get("model_type") or "unknown")
+    if config is not None:
+        config = _with_schedule(config, schedule, path)
+    elif schedule is not None:
+        raise UserError(f"{path} is a {architecture} model, which has no iteration schedule")
+    # Hashing reads everything once; the weights of a large model take longer to load than this.
+    files = sorted(f for f in path.iterdir() if f.suffix in _MODEL_FILES and f.is_file())
+    digests = content_key([(file.name, file_key(file)) for file in files])
+    how = "transformers" if config is None else config.to_dict()
+    length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
+    return Subject(
+        path=path,
+        name=_named(path.name, config, schedule),
+        key=(digests, how),
+        config=config,
+        architecture=architecture if config is None else config.method,
+        context_length=config.context_length if config else int(length),
+        is_foreign=True,
+    )
+
+
+def _decoder_config(path: Path, values: Mapping[str, Any]) -> ModelConfig | None:
+    """Return the configuration as a decoder's; None where transformers has to run the model.
+
+    Raises:
+        UserError: If the folder has no weights.
+    """
+    has_safetensors = any(path.glob("*.safetensors"))
+    if not has_safetensors and not any(path.glob(_PICKLED)):
+        raise UserError(
+            f"{path} has a {CONFIG} of transformers but no weights beside it (*.safetensors)"
+        )
+    is_exported = values.get("model_type") == EXPORTED_TYPE and "corrections" in values
+    is_known = values.get("model_type") == "llama" or any(k in values for k in _PUBLISHED_KEYS)
+    if not has_safetensors or not (is_exported or is_known):
+        return None
+    names = [name for file in path.glob("*.safetensors") for name in _weight_names(file)]
+    try:
+        if is_exported:
+            from iiet.huggingface import IIETConfig
+
+            return IIETConfig.from_pretrained(path).to_model_config()
+        return config_from_published(values, dict.fromkeys(names))
+    except (ValueError, TypeError):
+        return None  # scaled rotary angles, biases and the like: transformers knows them
+
+
+def _weight_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+
+
+def _with_schedule(
+    config: ModelConfig, schedule: str | IterationSchedule | None, path: Path
+) -> ModelConfig:
+    if schedule is None:
+        return config
+    try:
+        if isinstance(schedule, str):
+            schedule = IterationSchedule.parse(schedule, num_layers=config.num_layers)
+        return dataclasses.replace(config, schedule=schedule)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _named(name: str, config: ModelConfig | None, schedule: str | IterationSchedule | None) -> str:
+    if schedule is None or config is None:
+        return name
+    return f"{name} r={typed_schedule(config.corrections)}"
+
+
+def typed_schedule(schedule: IterationSchedule) -> str:
+    """Write a schedule as short as people may type it: `3`, or `2*4,0*20`, or in full."""
+    runs = [(count, len(list(same))) for count, same in groupby(schedule)]
+    if len(runs) == 1:
+        return str(runs[0][0])
+    parts = [str(count) if times == 1 else f"{count}*{times}" for count, times in runs]
+    return min(str(schedule), ",".join(parts), key=len)
+
+
+def short_names(subjects: Sequence[Subject]) -> list[str]:
+    """Return a label for each model, no two of them alike.
+
+    Of one model under several schedules they are the schedules. Else they are names, lengthened
+    where two are alike: by the checkpoint, by the folders around it, at last by a number.
+    """
+    schedules = [subject.config.corrections for subject in subjects if subject.config]
+    is_one_model = len({subject.path for subject in subjects}) == 1
+    if len(subjects) > 1 and is_one_model and len(set(schedules)) == len(subjects):
+        return [f"r={typed_schedule(schedule)}" for schedule in schedules]
+    label_of = _labels(subjects)
+    labels: list[str] = []
+    for subject in subjects:
+        label = label_of[subject.path, subject.name]
+        numbered, number = label, 1
+        while numbered in labels:  # The same model was given twice.
+            number += 1
+            numbered = f"{label} ({number})"
+        labels.append(numbered)
+    return labels
+
+
+def _labels(subjects: Sequence[Subject]) -> dict[tuple[Path, str], str]:
+    """Return a label for each path and name, with as many folders of the path as it takes."""
+    labels = {(subject.path, subject.name): subject.name for subject in subjects}
+    longest = max(len(path.parts) for path, _ in labels)
+    for num_parts in range(2, longest + 1):
+        counts = Counter(labels.values())
+        for subject in subjects:
+            path = subject.path
+            if counts[labels[path, subject.name]] > 1:
+                folder = path.name if subject.is_foreign else path.parent.name
+                schedule = subject.name.removeprefix(folder)
+                labels[path, subject.name] = "/".join(path.parts[-num_parts:]) + schedule
+    return labels

@@ -1,0 +1,183 @@
+"""Stage `generate`: text from a checkpoint, as it comes.
+
+One prompt is streamed piece by piece, whole characters only: a byte-level token may end in the
+middle of one. Several prompts run as one batch, padded on the left, and come back whole, because
+their pieces would interleave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from iiet.cache import KvStrategy
+from iiet.decoder import Decoder
+from iiet.generate import generate, stream
+from iiet.schedule import IterationSchedule
+from orchestrator.data.folder_tokenizer import load_folder_tokenizer
+from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
+from orchestrator.evaluation.model_folders import stop_token_ids
+from orchestrator.training.checkpoint import TOKENIZER_CONFIG, load_decoder, tokenizer_file
+from orchestrator.workspace.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen, and when to stop."""
+
+    max_new_tokens: int = 128
+    """At most so many are added."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample among so many likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability."""
+    seed: int | None = None
+    """Of the sampling; a fresh one when unset."""
+    stop: tuple[str, ...] = ()
+    """Tokens, as texts, that end a row beside the end of text."""
+    kv_strategy: KvStrategy = "exact"
+    """A cache slot per evaluation, or one per layer."""
+
+
+class Writer:
+    """A checkpoint that writes.
+
+    Args:
+        checkpoint: The model with its tokenizer.
+        schedule: Another iteration schedule than the checkpoint's.
+
+    Raises:
+        UserError: If the checkpoint is damaged, has no tokenizer, or cannot serve the schedule.
+    """
+
+    def __init__(self, checkpoint: Path, schedule: IterationSchedule | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file(checkpoint))
+        # Of an imported model: its tokenizer as transformers loads it, and all that may end a text.
+        self._imported: Any = None
+        if (checkpoint / TOKENIZER_CONFIG).is_file():
+            self._imported = load_folder_tokenizer(checkpoint)
+            self.tokenizer = self._imported.backend_tokenizer
+        self._ends = self._tokens_that_end(checkpoint)
+        self.end_of_text = min(self._ends)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.decoder: Decoder = load_decoder(checkpoint, device=device)
+        if schedule is not None:
+            try:
+                self.decoder = self.decoder.with_schedule(schedule)
+            except ValueError as error:
+                raise UserError(f"{checkpoint}: {error}") from None
+
+    def chat(self, prompt: str) -> str:
+        """Return a user's message as the model's chat template writes it, ready to be answered.
+
+        Raises:
+            UserError: If the model has no chat template, or it fails.
+        """
+        if self._imported is None or not self._imported.chat_template:
+            raise UserError(
+                f"{self.checkpoint} has no chat template, which --chat needs; without it the model "
+                "continues the prompt as it is"
+            )
+        try:
+            text = self._imported.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # A template is a program and can fail in any way.
+            raise UserError(f"the chat template of {self.checkpoint} fails: {error}") from None
+        return str(text)
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the continuation of a prompt in pieces of whole characters.
+
+        Raises:
+            UserError: At the call: a setting is out of range, or prompt and new tokens do not fit
+                the context.
+        """
+        ids = torch.tensor([self._encode(prompt)], device=self.decoder.device)
+        stops = self._stop_tokens(sampling)
+        try:
+            steps = stream(self.decoder, ids, stop_tokens=stops, **_options(sampling))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return self._pieces((int(step) for step in steps), stops)
+
+    def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """Return the continuation of each prompt, all decoded as one batch.
+
+        Raises:
+            UserError: As `stream`.
+        """
+        encoded = [self._encode(prompt) for prompt in prompts]
+        length = max(map(len, encoded))
+        rows = [[self.end_of_text] * (length - len(row)) + row for row in encoded]
+        mask = [[False] * (length - len(row)) + [True] * len(row) for row in encoded]
+        stops, device = self._stop_tokens(sampling), self.decoder.device
+        try:
+            written = generate(
+                self.decoder,
+                torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                stop_tokens=stops,
+                **_options(sampling),
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return ["".join(self._pieces(row, stops)) for row in written[:, length:].tolist()]
+
+    def _pieces(self, tokens: Iterable[int], stops: Collection[int]) -> Iterator[str]:
+        decoding = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            if token in stops:
+                return
+            piece = decoding.step(self.tokenizer, token)
+            if piece:
+                yield piece
+
+    def _tokens_that_end(self, checkpoint: Path) -> set[int]:
+        if self._imported is None:
+            return {end_of_text_id(self.tokenizer)}
+        own = self._imported.eos_token_id
+        stops = stop_token_ids(checkpoint) | (set() if own is None else {own})
+        return stops or {end_of_text_id(self.tokenizer)}
+
+    def _encode(self, prompt: str) -> list[int]:
+        """Encode as the beginning of a document: behind an end-of-text token, as in training,
+        unless the tokenizer puts a token of its own there. For an imported model as transformers
+        does, where a text that has its opening token already, as from a chat template, gets no
+        second one."""
+        if self._imported is not None:
+            first = self._imported.bos_token
+            has_first = bool(first) and prompt.startswith(first)
+            first_id = self._imported.bos_token_id
+            return list(self._imported.encode(prompt, add_special_tokens=not has_first)) or [
+                self.end_of_text if first_id is None else first_id
+            ]
+        ids = self.tokenizer.encode(prompt).ids
+        plain = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        return ids if ids[:1] != plain[:1] else [self.end_of_text, *plain]
+
+    def _stop_tokens(self, sampling: Sampling) -> set[int]:
+        stops = set(self._ends)
+        for text in sampling.stop:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            if len(ids) != 1:
+                raise UserError(
+                    f"--stop takes texts that are one token; {text!r} is {len(ids)} of them"
+                )
+            stops.add(ids[0])
+        return stops
+
+
+def _options(sampling: Sampling) -> dict[str, Any]:
+    values = asdict(sampling)
+    del values["stop"]
+    return values

@@ -1,0 +1,124 @@
+"""Stage `import`: a model folder from elsewhere becomes a checkpoint of the workspace.
+
+From then on it is a checkpoint like any other: to evaluate, to generate from, to measure, to
+distill. It keeps what its folder says about text: the tokens that open, end and pad one, and how a
+chat is written. It has no optimizer state to go on from and no tokens that it was trained on;
+commands that need tokens take those of the workspace that were made with its tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from iiet.cost import num_parameters
+from iiet.weights import CONFIG
+from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
+from orchestrator.evaluation.model_folders import foreign_key, read_foreign, read_model_text_files
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import (
+    find_checkpoints,
+    load_provenance,
+    newest_whole_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import resolved
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.provenance import content_key, environment, file_key
+
+
+def import_model(
+    folder: Path,
+    workspace: Workspace,
+    *,
+    tokenizer: Path | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the checkpoint that a model folder was made into.
+
+    Args:
+        folder: In the published naming, a plain Llama folder, one that `export` wrote, or a
+            checkpoint or run of another workspace, also of an earlier version.
+        workspace: Where the checkpoint goes.
+        tokenizer: A `tokenizer.json` where the folder has none, or not the right one.
+        name: Name of the run; the folder's when unset.
+        progress: Told what is going on, and warned of a missing tokenizer.
+
+    Raises:
+        UserError: If the folder cannot be read, the tokenizer does not fit the model, or another
+            model has the name.
+    """
+    progress = progress or Progress()
+    folder = resolved(folder)
+    progress.start("import")
+    if not (folder / CONFIG).is_file() and find_checkpoints(folder):
+        folder = resolve_checkpoint(folder)
+    model = read_foreign(folder)
+    file = resolved(tokenizer) if tokenizer else model.tokenizer_file
+    if file is None:
+        progress.note(
+            f"{folder} has no tokenizer.json: the model can be used with token ids only; "
+            "import it with --tokenizer FILE to generate and evaluate"
+        )
+    else:
+        _check_tokenizer(file, model.decoder.config.vocab_size)
+    text_files = read_model_text_files(model, folder, file)
+    named = folder.parent.name if folder in find_checkpoints(folder.parent) else folder.name
+    run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
+    text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
+    source = content_key(foreign_key(folder), file_key(file) if file else None, text)
+    checkpoint = _imported_before(run_folder, source)
+    if checkpoint is None:
+        checkpoint = save_checkpoint(
+            run_folder,
+            0,
+            decoder=model.decoder,
+            training_state={},
+            tokenizer_path=file,
+            text_files=text_files,
+            provenance={
+                "objective": "import",
+                "imported": {"from": folder.name, "read as": model.origin, "source": source},
+                "environment": environment(),
+            },
+        )
+    config = model.decoder.config
+    count = num_parameters(config)
+    progress.finish(f"{model.origin}: {config.method}, {count / 1e6:.3g} million parameters")
+    return checkpoint
+
+
+def _imported_before(run_folder: Path, source: str) -> Path | None:
+    """Return the checkpoint of the same import.
+
+    Args:
+        run_folder: Where the import is to be.
+        source: Key of the model, its tokenizer and the other files that are about text.
+
+    Raises:
+        UserError: If the name belongs to another model.
+    """
+    if not run_folder.exists():
+        return None
+    checkpoint, damage = newest_whole_checkpoint(run_folder)
+    if damage:
+        raise UserError(f"{damage[0]}; delete {run_folder}, and the same command imports it again")
+    imported = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}
+    if imported.get("source") != source:
+        raise UserError(
+            f"the workspace has another run named {run_folder.name}; choose one with --name"
+        )
+    os.utime(run_folder)  # The newest run is what the next command takes.
+    return checkpoint
+
+
+def _check_tokenizer(file: Path, vocab_size: int) -> None:
+    found = load_tokenizer(file)
+    if num_token_ids(found) > vocab_size:
+        raise UserError(
+            f"the tokenizer {file} has {num_token_ids(found)} entries, the model only {vocab_size}"
+        )

@@ -1,0 +1,185 @@
+"""Stage `influence`: how much each correction of a checkpoint matters, measured once.
+
+In go a checkpoint and its tokens, out comes a table with influence, residuals and contraction
+factors, stored beside the weights as `influence-<metric>.json` with a picture of the same name. The
+file names all that determined it, so that a change of the settings or the data measures anew, and
+anything else finds it again at once. The calibration set is taken evenly from the held-out tokens,
+which are the same for every model.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iiet.decoder import Decoder
+from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
+from orchestrator.data.batches import validation_batches
+from orchestrator.data.tokens import TokenStore, open_tokens
+from orchestrator.reporting.influence_figure import draw_influence
+from orchestrator.settings import InfluenceSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.tracking import Tracking
+from orchestrator.training.checkpoint import load_decoder, weights_key
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_measured, write_json
+from orchestrator.workspace.provenance import content_key
+
+SEQUENCES_PER_BATCH = 8
+"""The errors are taken over batches, so there should be many."""
+
+
+def measure_influence(
+    checkpoint: Path,
+    settings: InfluenceSettings,
+    tokens_folder: Path,
+    *,
+    tracking: Tracking | None = None,
+    progress: Progress | None = None,
+    device: str | None = None,
+) -> InfluenceTable:
+    """Return the influence table of a checkpoint, measured if it is not there yet.
+
+    Args:
+        checkpoint: The model.
+        settings: Metric and size of the calibration set.
+        tokens_folder: Prepared tokens that the model was trained on.
+        tracking: Where the table is shown as a run of its own.
+        progress: Told how many tokens are done.
+        device: Where it is measured; a GPU if there is one when unset.
+
+    Raises:
+        UserError: If the checkpoint or the tokens are damaged, do not go together, or the model
+            makes no corrections.
+    """
+    progress = progress or Progress()
+    decoder = load_decoder(
+        checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    store = open_tokens(tokens_folder)
+    _check(decoder, checkpoint, store)
+    num_tokens = min(settings.num_tokens, len(store.validation))
+    key = content_key(
+        "influence",
+        weights_key(checkpoint),
+        list(decoder.schedule),
+        store.fingerprint,
+        settings.metric,
+        num_tokens,
+    )
+    path = checkpoint / f"influence-{settings.metric}.json"
+    found = _stored(path, key, progress)
+    progress.start(f"influence ({settings.metric})", num_tokens)
+    if found is None:
+        found = _measured(decoder, store, settings.metric, num_tokens, progress)
+        _store(path, key, found, progress)
+        progress.finish(_summary(found))
+    else:
+        progress.finish(f"{_summary(found)}, found again")
+    if tracking:
+        _track(tracking, key, found, path, checkpoint)
+    return found
+
+
+def _check(decoder: Decoder, checkpoint: Path, store: TokenStore) -> None:
+    """Refuse a model without corrections, and tokens that it does not know."""
+    if not decoder.schedule.num_corrections:
+        raise UserError(
+            f"{checkpoint} is a model ({decoder.config.method}) without corrections, so there is "
+            "no influence to measure; take an IIET with r >= 1"
+        )
+    if store.vocab_size > decoder.config.vocab_size:
+        raise UserError(
+            f"{checkpoint} knows {decoder.config.vocab_size} tokens, but {store.folder} uses "
+            f"{store.vocab_size}: these are not the tokens it was trained on"
+        )
+
+
+def _measured(
+    decoder: Decoder,
+    store: TokenStore,
+    metric: InfluenceMetric,
+    num_tokens: int,
+    progress: Progress,
+) -> InfluenceTable:
+    context_length = decoder.config.context_length
+    batches = validation_batches(
+        store.validation,
+        context_length=context_length,
+        num_tokens=num_tokens,
+        batch_size=SEQUENCES_PER_BATCH,
+    )
+    per_batch = SEQUENCES_PER_BATCH * context_length
+    return influence_table(
+        decoder,
+        batches,
+        metric=metric,
+        progress=lambda done: progress.advance(min(done * per_batch, num_tokens)),
+    )
+
+
+def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
+    def parse(found: dict[str, Any]) -> InfluenceTable | None:
+        if found.get("key") != key:
+            return None
+        table = InfluenceTable.from_dict(found)
+        table.schedule  # noqa: B018  # a layer without a row is found here
+        return table
+
+    return read_measured(path, parse, progress.note)
+
+
+def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:
+    picture = path.with_suffix(".png")
+    try:
+        draw_influence(
+            table.rows(), metric=table.metric, title="Influence of each correction"
+        ).savefig(picture)
+        write_json(path, {"key": key, **table.to_dict()})
+    except OSError as error:
+        progress.note(f"cannot store the influence beside the weights: {error}")
+
+
+def _track(
+    tracking: Tracking, key: str, table: InfluenceTable, path: Path, checkpoint: Path
+) -> None:
+    run = tracking.run(
+        key,
+        name=f"influence {table.metric}",
+        kind="influence",
+        params={
+            "metric": table.metric,
+            "schedule": table.schedule,
+            "num_tokens": table.num_tokens,
+            "checkpoint": checkpoint,
+        },
+    )
+    for correction in range(1, table.schedule.max_corrections + 1):
+        values = {
+            f"{name}/layer_{layer:02d}": row[correction - 1]
+            for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
+            for layer, row in enumerate(rows, start=1)
+            if len(row) >= correction
+        }
+        run.log_metrics(values, step=correction)
+    for layer, factor in enumerate(table.contractions, start=1):
+        if not math.isnan(factor):
+            run.log_metrics({"contraction": factor}, step=layer)
+    for file in (path, path.with_suffix(".png")):
+        if file.is_file():
+            run.log_artifact(file, "influence")
+    run.finish()
+
+
+def _summary(table: InfluenceTable) -> str:
+    values = [value for row in table.rows() for value in row]
+    factors = [factor for factor in table.contractions if not math.isnan(factor)]
+    growing = sum(factor >= 1 for factor in factors)
+    return (
+        f"{len(values)} corrections, from {max(values):.2g} down to {min(values):.2g}, "
+        f"over {table.num_tokens:,} tokens"
+        + (f"; layers that do not contract: {growing} of {len(factors)}" if growing else "")
+    )

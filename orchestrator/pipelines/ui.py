@@ -1,0 +1,219 @@
+"""Opens MLflow's pages for a workspace: one small server on the loopback interface, and links that
+land on the training view, on a sweep's run and on its chart view instead of MLflow's front door.
+
+The server is MLflow's own command in a process group of its own, with one worker and without its
+job runner (half a gigabyte instead of three). It is stopped as a group, so that nothing stays
+behind after Ctrl-C. Where `MLFLOW_TRACKING_URI` names a server that others run, only the links are
+printed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+
+from orchestrator.terminal.logs import hide_secrets
+from orchestrator.tracking import Tracking, open_tracking
+from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.folders import Workspace
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 5000
+LOG_NAME = "mlflow-server.log"
+START_TIMEOUT_SECONDS = 120.0
+STOP_TIMEOUT_SECONDS = 2.0
+MAX_SWEEPS_SHOWN = 5
+
+Say = Callable[[str], None]
+
+
+def serve(
+    workspace: Workspace,
+    *,
+    port: int = DEFAULT_PORT,
+    say: Say = print,
+    should_stop: Callable[[], bool] | None = None,
+) -> None:
+    """Serve MLflow's pages until Ctrl-C, SIGTERM or `should_stop`; a stopped server is a normal
+    end.
+
+    Args:
+        workspace: Whose runs are shown.
+        port: Port on the loopback interface.
+        say: Called with each line for the user, links included.
+        should_stop: Asked a few times a second.
+
+    Raises:
+        UserError: If the port is taken, or the store cannot be opened.
+        StageFailed: If the server does not come up, or one elsewhere does not answer.
+    """
+    tracking = open_tracking(workspace, warn=say)
+    if tracking.store.is_remote:
+        if tracking.links(tracking.store.place).training_view is None:
+            raise StageFailed(
+                f"there are no pages to show: nothing answers at {tracking.store.place} "
+                "(MLFLOW_TRACKING_URI); start that server, or unset the variable to see the "
+                "workspace's own runs"
+            )
+        for line in link_lines(tracking, tracking.store.place):
+            say(line)
+        return
+    check_port(port)
+    url = f"http://{HOST}:{port}"
+    say(f"starting MLflow on {url} (takes some seconds)")
+    # Python imports from the current directory first: the server's is an empty one, so that a file
+    # in a shared workspace is never taken for a module.
+    with _stop_signals() as stopped, TemporaryDirectory(prefix="iiet-ui-") as empty:
+        server = _start(workspace, tracking.store.uri, port, Path(empty))
+        try:
+            _wait_until_healthy(server, url, workspace.logs / LOG_NAME, stopped)
+            for line in link_lines(tracking, url):
+                say(line)
+            say("Ctrl-C stops the server")
+            while server.poll() is None and not (should_stop and should_stop()):
+                if stopped.wait(0.2):
+                    return
+            if server.poll() is not None:
+                raise _failed(server, workspace.logs / LOG_NAME)
+        finally:
+            stop_group(server)
+            hide_secrets(workspace.logs / LOG_NAME)
+
+
+def link_lines(tracking: Tracking, url: str) -> list[str]:
+    """Return lines with links to the training view and, for each recent sweep, to chart and run."""
+    lines = [f"training runs: {tracking.links(url).training_view}"]
+    for sweep in tracking.sweeps(MAX_SWEEPS_SHOWN):
+        links = tracking.links(url, run_id=sweep.run_id, view=sweep.view)
+        if links.chart_view:
+            lines.append(f"sweep {sweep.name}, charts: {links.chart_view}")
+            lines.append(f"sweep {sweep.name}, table:  {links.table_view}")
+        lines.append(f"sweep {sweep.name}, report: {links.run}")
+    return lines
+
+
+def check_port(port: int) -> None:
+    """Check that a port can be listened on.
+
+    Raises:
+        UserError: If it is taken or out of range; names one that is free.
+    """
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port takes a number from 1 to 65535, got {port}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            with socket.socket() as other:
+                other.bind((HOST, 0))
+                free = other.getsockname()[1]
+            reason = error.strerror or str(error)
+            raise UserError(f"port {port} cannot be used ({reason}); try --port {free}") from None
+
+
+def stop_group(server: subprocess.Popen[bytes]) -> None:
+    """End the server and all its children: ask, wait, then kill."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, how)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
+        while _group_lives(server) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not _group_lives(server):
+            break
+    server.wait()
+
+
+def _group_lives(server: subprocess.Popen[bytes]) -> bool:
+    # A zombie still answers to signals: in a container nobody may collect it, so it does not count.
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            in_group = os.getpgid(process.pid) == server.pid
+            if in_group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def _start(workspace: Workspace, uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+        *("--host", HOST, "--port", str(port)),
+        *("--no-serve-artifacts", "--default-artifact-root", workspace.artifacts.as_uri()),
+    ]
+    environment = {
+        **os.environ,
+        # Not an argument, which every user of the machine can read: it may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    workspace.logs.mkdir(parents=True, exist_ok=True)
+    with (workspace.logs / LOG_NAME).open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+        )
+
+
+def _wait_until_healthy(
+    server: subprocess.Popen[bytes], url: str, log: Path, stopped: threading.Event
+) -> None:
+    # The address is ours: a proxy that the environment names must not be asked for it.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while not stopped.is_set():
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise _failed(server, log)
+        try:
+            with opener.open(f"{url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            stopped.wait(0.2)
+
+
+def _failed(server: subprocess.Popen[bytes], log: Path) -> StageFailed:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    state = "did not answer in time" if server.poll() is None else f"ended ({server.returncode})"
+    last = f"; its last line: {lines[-1].strip()}" if lines else ""
+    return StageFailed(f"MLflow's server {state}{last}; see {log}")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn SIGINT and SIGTERM into an event while the server runs; only the main thread can."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {
+        kind: signal.signal(kind, lambda *_: stopped.set())
+        for kind in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stopped
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

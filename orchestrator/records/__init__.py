@@ -1,0 +1,1 @@
+"""What travels between packages and is stored as JSON: trial results and evaluations."""

@@ -1,0 +1,151 @@
+"""A pretraining's plan as people read it: what `iiet-orch pretrain --dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from rich import box
+from rich.table import Table
+
+from iiet.schedule import IterationSchedule
+from orchestrator.planning.memory import needed_memory
+from orchestrator.planning.preflight import HERE, Preflight
+from orchestrator.settings import Settings
+from orchestrator.terminal.formatting import counted, durations, gib, teraflops
+from orchestrator.training.speed import ASSUMED_GPU, gpu_peak, installed_gpu, measured_cpu_speeds
+
+USUAL_SHARE = 0.4
+"""Of the peak; what well-tuned training reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """How fast one worker is taken to train."""
+
+    peak_flops: float
+    """FLOP/s at best."""
+    share: float
+    """Share of it that training reaches (MFU), assumed."""
+    of_what: str
+    """Whose peak it is, for people."""
+    usual_flops: float | None = None
+    """FLOP/s as this machine is just now, beside what else runs on it; None where that is the
+    peak."""
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """FLOP/s that the shortest and the longest time rest on."""
+        return self.peak_flops, self.usual_flops or self.peak_flops
+
+
+def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
+    """Return the rate that a plan's hours rest on.
+
+    Args:
+        settings: On GPUs, their peak in the recipe's precision, an H100's where none is here or its
+            peak is not known; on CPUs, one measured for a moment.
+        share: Share of the peak; a usual one when unset.
+    """
+    share = share or USUAL_SHARE
+    if not settings.cluster.num_gpus:
+        speeds = [speed / settings.cluster.num_workers for speed in measured_cpu_speeds()]
+        return Rate(
+            peak_flops=speeds[0],
+            usual_flops=median(speeds),
+            share=share,
+            of_what="matrix products measured here just now, the best and the median",
+        )
+    name, precision = installed_gpu() or ASSUMED_GPU, settings.training.precision
+    known = gpu_peak(name, precision)
+    if known is None:
+        name, known = ASSUMED_GPU, gpu_peak(ASSUMED_GPU, precision)
+    assert known is not None
+    return Rate(peak_flops=known, share=share, of_what=f"{name}, {precision}, dense")
+
+
+def estimate_table(found: Preflight, rate: Rate) -> Table:
+    """Return the plan, a line for each thing that it takes."""
+    config = found.estimate.config
+    model = found.settings.model
+    table = Table(
+        title=f"Plan: {model.preset} {config.method}, {_workers(found)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+    )
+    table.add_column("what", no_wrap=True)
+    table.add_column("how much", overflow="fold")
+    for name, text in _lines(found, rate):
+        table.add_row(name, text)
+    return table
+
+
+def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
+    estimate, tokens = found.estimate, found.tokens
+    recipe, config = estimate.recipe, estimate.config
+    yield "parameters", f"{estimate.num_parameters:,}"
+    yield "vocabulary", f"{config.vocab_size:,} ({tokens.origin})"
+    epochs = (
+        f", {estimate.num_tokens / tokens.num_train_tokens:.3g} epochs of the prepared ones"
+        if tokens.num_train_tokens
+        else ""
+    )
+    yield (
+        "tokens",
+        f"{estimate.num_tokens:,} in {recipe.num_steps:,} steps of {recipe.num_tokens_per_step:,}"
+        f"{epochs}",
+    )
+    yield (
+        "a step",
+        f"{estimate.sequences_per_worker * estimate.num_workers:,} sequences of "
+        f"{config.context_length:,} tokens; {estimate.sequences_per_worker:,} for each worker, in "
+        f"{counted(estimate.num_passes, 'pass', 'passes')} of at most "
+        f"{estimate.sequences_per_pass}",
+    )
+    yield (
+        "corrections",
+        ", then ".join(
+            f"{_short(stretch.schedule)} for {stretch.num_steps:,} steps"
+            for stretch in estimate.stretches
+        ),
+    )
+    yield "training FLOPs", f"{estimate.training_flops:.3g}"
+    least, most = (estimate.hours(peak * rate.share) for peak in rate.peaks)
+    yield (
+        "time",
+        f"{durations(least, most)} at {rate.share:.0%} of {teraflops(*rate.peaks)} a worker "
+        f"({rate.of_what}); validation and saving come on top",
+    )
+    memory, snapshot = estimate.memory, estimate.snapshot_bytes
+    copy = f", a copy for the checkpoint {gib(snapshot)}" if snapshot else ""
+    yield (
+        "memory",
+        f"{gib(needed_memory(estimate))} for each worker: weights {gib(memory.weights)}, "
+        f"gradients {gib(memory.gradients)}, AdamW {gib(memory.optimizer)}, activations "
+        f"{gib(memory.activations)}{copy}, and what PyTorch takes",
+    )
+    yield (
+        "checkpoints",
+        f"{gib(estimate.checkpoint_bytes)} each, {gib(estimate.disk_bytes)} with all that are kept",
+    )
+    if tokens.new_bytes:
+        yield "token files", f"about {gib(tokens.new_bytes)}, to be written"
+    for place, problem in found.verdicts.items():
+        is_known = found.is_memory_known or place != HERE
+        fits = (
+            "there is room for it" if is_known else "enough disk; the cluster's memory is unknown"
+        )
+        yield f"on {place}", problem or fits
+
+
+def _workers(found: Preflight) -> str:
+    if found.settings.cluster.num_gpus:
+        return counted(found.num_workers, "GPU")
+    return counted(found.num_workers, "CPU worker")
+
+
+def _short(schedule: IterationSchedule) -> str:
+    counts = set(schedule)
+    return f"r = {counts.pop()}" if len(counts) == 1 else f"r = {schedule}"

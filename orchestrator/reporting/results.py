@@ -1,0 +1,163 @@
+"""The results of a sweep as one value, kept in `sweeps/NAME/results.json`.
+
+A sweep stores it when trials finish; reports are made from it, so that `report` works long after,
+without Ray or MLflow's answer. The values of single items lie in the trials' folders, in a file
+that a result's key finds; where they are gone, a report has no paired errors, and all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from iiet.influence import InfluenceTable
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import TrialResult
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, read_object, values_of, write_json
+from orchestrator.workspace.folders import Workspace, checked_name
+
+RESULTS_NAME = "results.json"
+LEFT_OUT = "Left out"
+"""Title of the list of models that are left out of the front, with the reasons."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResults:
+    """What a sweep found."""
+
+    name: str
+    """Name of the sweep's folder, and of its run in MLflow."""
+    key: str
+    """Content key of the sweep's plan; finds its run again."""
+    results: tuple[TrialResult, ...]
+    """Teacher, trials and references, as far as they are finished."""
+    influence: InfluenceTable | None = None
+    """The teacher's influence table, if the sweep had one."""
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Title of a list -> names and values: settings, provenance, what was reused or stopped."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be known before the front is read."""
+        return [f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT, {}).items()]
+
+    def with_results(self, results: tuple[TrialResult, ...]) -> SweepResults:
+        """Return the same sweep with other results."""
+        return replace(self, results=results)
+
+    def folder(self, workspace: Workspace) -> Path:
+        """Return the sweep's folder."""
+        return workspace.sweeps / self.name
+
+    def store(self, workspace: Workspace) -> Path:
+        """Write the results as a whole file, and return its path."""
+        path = self.folder(workspace) / RESULTS_NAME
+        write_json(path, self.to_dict())
+        return path
+
+    def journal_of(self, result: TrialResult) -> Path | None:
+        """Return the folder with the journal of a result's own training; None if it has none.
+
+        A model that was only measured, such as a pruned teacher, shares its checkpoint with another
+        result, and the training was not its own.
+        """
+        if result.checkpoint is None:
+            return None
+        same = [other for other in self.results if other.checkpoint == result.checkpoint]
+        owner = next((other for other in same if other.role != "trial"), same[0])
+        return Path(result.checkpoint).parent if owner.key == result.key else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping."""
+        return {
+            "name": self.name,
+            "key": self.key,
+            "results": [result.to_dict() for result in self.results],
+            "influence": self.influence.to_dict() if self.influence is not None else None,
+            "facts": {title: dict(values) for title, values in self.facts.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SweepResults:
+        """Rebuild stored results.
+
+        Raises:
+            KeyError: If a part is missing.
+        """
+        influence = values["influence"]
+        return cls(
+            name=values["name"],
+            key=values["key"],
+            results=tuple(TrialResult.from_dict(result) for result in values["results"]),
+            influence=None if influence is None else InfluenceTable.from_dict(influence),
+            facts=values["facts"],
+        )
+
+
+def load_results(workspace: Workspace, name: str) -> SweepResults:
+    """Read the stored results of a sweep.
+
+    Returns:
+        The results, under the name of their folder: a folder that was copied or renamed is a sweep
+        of that name, and nothing is written into another one.
+
+    Raises:
+        UserError: If there is no such sweep, it has no result yet, or its file is damaged.
+    """
+    checked_name(name, "the sweep")
+    path = workspace.sweeps / name / RESULTS_NAME
+    cure = "delete it and run the sweep again, which finds its trials finished"
+    stored = read_object(path, cure=cure)
+    if stored is None:
+        raise UserError(_missing(workspace, name))
+    with values_of(path, cure=cure):
+        found = SweepResults.from_dict(stored)
+    checked_name(found.name, f"{path} is damaged: name")
+    checked_name(found.key, f"{path} is damaged: key")
+    return replace(found, name=name)
+
+
+def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str, EvaluationResult]:
+    """Read the values of single items, by the key of the result; a missing file is left out."""
+    folders = (workspace.trials, workspace.runs)
+    paths = {path.name: path for folder in folders for path in folder.glob("*/items-*.json")}
+    found = {}
+    for result in results:
+        path = paths.get(items_name(result.key))
+        try:
+            stored = read_json(path) if path else None
+            if stored is not None:
+                found[result.key] = EvaluationResult.from_dict(stored)
+        except UserError:
+            continue  # damaged: the numbers that a report needs are in the results
+    return found
+
+
+def about_items(results: Iterable[TrialResult], items: Mapping[str, EvaluationResult]) -> list[str]:
+    """Name the tasks that were asked for and are in no average, and the models that cannot be
+    compared item by item although others can."""
+    skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
+    said = [f"Averages are without {name}: {reason}." for name, reason in skipped.items()]
+    lacking = [result.name for result in results if result.key not in items]
+    if items and lacking:
+        said.append(
+            "No paired errors, because the files of their single items are missing or damaged: "
+            f"{', '.join(lacking)}."
+        )
+    return said
+
+
+def items_name(key: str) -> str:
+    """Return the name of the file with a result's values of single items."""
+    return f"items-{key}.json"
+
+
+def _missing(workspace: Workspace, name: str) -> str:
+    if (workspace.sweeps / name).is_dir():
+        return f"the sweep {name} has no result yet; run it again, it goes on where it stopped"
+    known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_NAME}"))
+    offer = f"there are: {', '.join(known)}" if known else "run `iiet-orch sweep-threshold` first"
+    return f"no sweep is called {name!r} in {workspace.root}; {offer}"

@@ -1,0 +1,83 @@
+"""The front for machines: every number of every result in full, as rows, CSV and strict JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.reporting.confidence import confidence_metrics
+from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.texts import verdict
+
+
+def full_rows(front: Front) -> list[dict[str, Any]]:
+    """Return every number of every result, one mapping a row, all with the same names.
+
+    Placed results come first, cheapest first; those without a place follow. Missing numbers are
+    None, so that the rows are strict JSON.
+    """
+    results = [(p.result, p) for p in front.placed] + [(r, None) for r in front.unplaced]
+    paired = {p.result.key: confidence_metrics(p) for p in front.placed}
+    metrics = sorted({name for result, _ in results for name in result.metrics()})
+    metrics += sorted({name for numbers in paired.values() for name in numbers})
+    rows = []
+    for result, point in results:
+        row: dict[str, Any] = {
+            "name": result.name,
+            **({"sweep": front.series[result.key]} if front.series else {}),
+            "role": result.role,
+            "method": result.method,
+            "schedule": result.schedule_text,
+            "threshold": result.threshold_text,
+            "on_front": bool(point and point.on_front),
+            "verdict": verdict(front, point) if point else "not measured",
+            "share_of_full": _rounded(front.share(point)) if point else None,
+        }
+        numbers = {**result.metrics(), **paired.get(result.key, {})}
+        row |= {name: _rounded(numbers.get(name)) for name in metrics}
+        row |= {"key": result.key, "checkpoint": result.checkpoint, "run_id": result.run_id}
+        rows.append(row)
+    return rows
+
+
+def csv_text(front: Front) -> str:
+    """Return `full_rows` as CSV with a header."""
+    rows = full_rows(front)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def json_text(front: Front) -> str:
+    """Return axes, picks, hypervolume with its box, and every result, as strict JSON."""
+    picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
+    area = front.box
+    results = [*(point.result for point in front.placed), *front.unplaced]
+    return json.dumps(
+        {
+            "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
+            "hypervolume": front.hypervolume,
+            "hypervolume_box": area
+            and {"cost": area.cost, "quality": [area.quality, area.full_quality]},
+            "picks": {name: point and point.result.key for name, point in picks.items()},
+            "front": [point.result.key for point in front.members],
+            "confidence_basis": front.basis and asdict(front.basis),
+            "results": [
+                {**row, "details": result.to_dict()}
+                for row, result in zip(full_rows(front), results, strict=True)
+            ],
+        },
+        indent=2,
+        allow_nan=False,
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    # Twelve digits keep every measured number and drop the noise of binary fractions.
+    return None if value is None or not math.isfinite(value) else float(f"{value:.12g}")

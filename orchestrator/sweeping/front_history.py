@@ -1,0 +1,67 @@
+"""The front over time: its hypervolume after each finished trial, against what the training took.
+
+In: a sweep's plan, whose finished trials lie on disk. Out: a journal in the sweep's folder, from
+which MLflow and the report take two curves: against the number of models finished (trials, teacher
+and references), and against the FLOPs of the sweep's own training, what it found finished included.
+
+The axes are evaluations and accuracy, because milliseconds are measured when all is trained. The
+hypervolume is a share of a box that the full model spans, so the curves start when that model is
+measured, and the box stays the same from there on; a sweep measures its teacher first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.curves import BY_COMPUTE, BY_TRIALS
+from orchestrator.reporting.pareto import find_front
+from orchestrator.reporting.seeds import join_seeds
+from orchestrator.sweeping.trials import SweepPlan, exact_cost, full_trial
+from orchestrator.workspace.journal import Journal, read_journal
+
+FLOPS_PER_STEP = 1e9
+
+
+def record_front(plan: SweepPlan, folder: Path) -> bool:
+    """Write down the hypervolume of what is finished by now.
+
+    Args:
+        plan: The sweep.
+        folder: Of the journal; see `history_folder`.
+
+    Returns:
+        Whether there was anything new: False while the full model is not measured yet, if it has no
+        accuracy, or if nothing was finished since the last time.
+    """
+    full = full_trial(plan)
+    config = full.config()
+    found = [(trial, result) for trial in plan.trials if (result := trial.result())]
+    joined = join_seeds([replace(r, cost=exact_cost(t.config(), config)) for t, r in found])
+    front = find_front(joined.results)
+    volume = front.hypervolume
+    spans_box = front.full is not None and full.key in joined.members[front.full.result.key]
+    if volume is None or not spans_box or len(found) <= _last_step(folder):
+        return False
+    flops = sum(_flops_spent(result) for trial, result in found if trial.job)
+    numbers = {
+        BY_TRIALS: volume,
+        "sweep/front_size": len(front.members),
+        "sweep/training_flops": flops,
+    }
+    journal = Journal(folder)
+    journal.metrics(len(found), numbers)
+    journal.metrics(round(flops / FLOPS_PER_STEP), {BY_COMPUTE: volume})
+    journal.close()
+    return True
+
+
+def _flops_spent(result: TrialResult) -> float:
+    # A first stage in common counts for the model that made it.
+    return result.train.get("flops", 0.0) - result.train.get("shared_flops", 0.0)
+
+
+def _last_step(folder: Path) -> int:
+    records, _ = read_journal(folder)
+    return max((r["step"] for r in records if BY_TRIALS in r.get("values", {})), default=0)

@@ -1,0 +1,200 @@
+"""What is left of a sweep's plan, and what that takes: tokens, FLOPs, hours, bytes.
+
+In: a plan, the settings, and what lies in the trials' folders. Out: how far each trial is, and
+plain numbers. A dry run prints them, and they are stored with the sweep. Only training is priced:
+validation, saving and measuring come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from iiet.cost import inference_cost
+from orchestrator.planning.training_cost import estimate_training
+from orchestrator.reporting.estimate_table import assumed_rate
+from orchestrator.settings import ClusterSettings, Settings, SweepSettings
+from orchestrator.sweeping.stopping import stopping_of
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, full_config
+from orchestrator.training.builders import flops_counter
+from orchestrator.training.checkpoint import find_checkpoints, load_provenance, newest_checkpoint
+from orchestrator.training.first_stage import first_stage_of
+from orchestrator.training.job import TrainingJob, finished_outcome
+from orchestrator.training.objective import two_stage
+from orchestrator.training.teacher_choice import teacher_work
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialState:
+    """How far a trial is."""
+
+    trial: PlannedTrial
+    """The trial."""
+    name: Literal["finished", "stopped early", "to measure", "to train"]
+    """What it is, or what is to be done first."""
+    steps_done: int = 0
+    """Training steps after which it goes on."""
+
+    @property
+    def text(self) -> str:
+        """The state in a table."""
+        return f"from step {self.steps_done:,}" if self.steps_done else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanPrice:
+    """What the training takes that is left of a plan."""
+
+    num_tokens: int
+    """Tokens that the trials train on."""
+    num_teacher_tokens: int
+    """Tokens that their teacher reads."""
+    flops: float
+    """Of both."""
+    hours: float
+    """Of all CPUs of this machine together, or of one GPU, at the assumed rate."""
+    most_hours: float
+    """The same while this machine is as busy as it is now."""
+    uses_gpus: bool
+    """Whether the hours are a GPU's."""
+    peak_flops: float
+    """FLOP/s at best of what the hours are of; 0 where nothing is left."""
+    usual_flops: float
+    """FLOP/s of the same as busy as it is now."""
+    share: float
+    """Share of it that training is taken to reach."""
+    of_what: str
+    """Whose peak it is, for people."""
+    checkpoint_bytes: int
+    """Most that the trials' checkpoints will take, beyond those that are there."""
+    teacher_bytes: int
+    """Of the teacher's answers that will be stored."""
+
+
+def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
+    """Return how far each trial of a plan is.
+
+    Args:
+        plan: The sweep.
+        sweep: Says whether trials are ended early.
+    """
+    stopping = stopping_of(plan, sweep)
+    states = []
+    for trial in plan.trials:
+        if trial.result():
+            states.append(TrialState(trial=trial, name="finished"))
+        elif stopping.verdict_of(trial):
+            states.append(TrialState(trial=trial, name="stopped early"))
+        else:
+            states.append(_waiting(trial))
+    return states
+
+
+def _waiting(trial: PlannedTrial) -> TrialState:
+    job = TrainingJob.from_dict(trial.job) if trial.job else None
+    if job is None or finished_outcome(job):
+        return TrialState(trial=trial, name="to measure")
+    newest = newest_checkpoint(job.folder)
+    stage = first_stage_of(job)
+    done = int(load_provenance(newest)["step"]) if newest else 0
+    if stage and stage.is_there:
+        done = max(done, stage.num_steps)
+    return TrialState(trial=trial, name="to train", steps_done=done)
+
+
+def price_of(
+    plan: SweepPlan, states: Sequence[TrialState], settings: Settings, teachers: Path
+) -> PlanPrice:
+    """Return what is left to train, and what that takes.
+
+    Args:
+        plan: The sweep.
+        states: How far its trials are.
+        settings: Whether the teacher runs once for all, and on what trials run.
+        teachers: Folder of what teachers were stored to say.
+
+    Raises:
+        UserError: If a step is no whole number of sequences, or the disk has no room for what a
+            teacher says.
+    """
+    left = [state for state in states if state.name == "to train"]
+    jobs = [TrainingJob.from_dict(state.trial.job) for state in left if state.trial.job]
+    done = _steps_made([state.steps_done for state in left], jobs)
+    teacher = teacher_work(jobs, settings.distillation, teachers, steps_done=done)
+    forward = inference_cost(full_config(plan)).forward_flops_per_token
+    flops = sum(map(_training_flops, jobs, done)) + teacher.num_tokens * forward
+    num_gpus = int(settings.trials_use_gpus)
+    peak, usual, share, of_what = 0.0, 0.0, 0.0, ""
+    if jobs:
+        # CPU trials share the CPUs whole, however many run at once; a GPU's hours do not depend on
+        # how many work.
+        own = {"cluster": ClusterSettings(num_gpus=num_gpus), "training": jobs[0].recipe}
+        rate = assumed_rate(settings.model_copy(update=own))
+        (peak, usual), share, of_what = rate.peaks, rate.share, rate.of_what
+    return PlanPrice(
+        num_tokens=sum(
+            (job.recipe.num_steps - steps) * job.recipe.num_tokens_per_step
+            for job, steps in zip(jobs, done, strict=True)
+        ),
+        num_teacher_tokens=teacher.num_tokens,
+        flops=flops,
+        hours=flops / (peak * share) / 3600 if peak else 0.0,
+        most_hours=flops / (usual * share) / 3600 if peak else 0.0,
+        uses_gpus=num_gpus > 0,
+        peak_flops=peak,
+        usual_flops=usual,
+        share=share,
+        of_what=of_what,
+        checkpoint_bytes=sum(map(_new_checkpoint_bytes, jobs)),
+        teacher_bytes=teacher.num_bytes,
+    )
+
+
+def stored_plan(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
+    """Return a plan as it is stored with its sweep: with what was found finished, and the price of
+    the rest, when it was last started.
+    """
+    states = trial_states(plan, settings.sweep)
+    values = plan.to_dict()
+    return {
+        **{name: value for name, value in values.items() if name != "trials"},
+        "requested": requested_noun(plan, settings.sweep) + "s",
+        "reused": [state.trial.label for state in states if state.name == "finished"],
+        "price": asdict(price_of(plan, states, settings, teachers)),
+        "trials": values["trials"],
+    }
+
+
+def requested_noun(plan: SweepPlan, sweep: SweepSettings) -> str:
+    """Return what `num_requested` of a plan counts."""
+    if plan.kind == "iterations":
+        return "model"
+    return "threshold" if sweep.thresholds else "budget" if sweep.budgets else "schedule"
+
+
+def _steps_made(done: Sequence[int], jobs: Sequence[TrainingJob]) -> list[int]:
+    """Return the steps after which each job goes on, first stages in common made by one of them."""
+    made: set[Path] = set()
+    found = []
+    for steps, job in zip(done, jobs, strict=True):
+        stage = first_stage_of(job)
+        found.append(max(steps, stage.num_steps) if stage and stage.folder in made else steps)
+        if stage:
+            made.add(stage.folder)
+    return found
+
+
+def _training_flops(job: TrainingJob, steps_done: int) -> float:
+    """Return the FLOPs of the steps that are left, each under its own schedule."""
+    config, recipe = job.config(), job.recipe
+    flops_at = flops_counter(job, config, two_stage(config.corrections, recipe), None)
+    steps = range(steps_done, recipe.num_steps)
+    return sum(map(flops_at, steps)) * recipe.num_tokens_per_step
+
+
+def _new_checkpoint_bytes(job: TrainingJob) -> int:
+    estimate = estimate_training(job.config(), job.recipe)
+    present = len(find_checkpoints(job.folder)) * estimate.checkpoint_bytes
+    return max(0, estimate.disk_bytes - present)

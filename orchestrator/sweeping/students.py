@@ -1,0 +1,199 @@
+"""Plans of students: one teacher under the schedules that a threshold sweep chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from iiet.config import ModelConfig
+from iiet.distillation import DistillationConfig
+from iiet.pruning import FamilyMember
+from orchestrator.settings import DistillationSettings, Settings
+from orchestrator.sweeping.trials import (
+    PlannedTrial,
+    SweepPlan,
+    finish_plan,
+    measured_as_it_is,
+    suite_key,
+)
+from orchestrator.training.checkpoint import load_config, weights_key
+from orchestrator.training.job import TrainingJob, job_key, sequences_per_step
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.provenance import content_key
+
+
+def threshold_plan(
+    settings: Settings,
+    workspace: Workspace,
+    *,
+    teacher: Path,
+    members: Sequence[FamilyMember],
+    suite: dict[str, Any],
+    references: Sequence[tuple[str, Path]] = (),
+    left_out: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> SweepPlan:
+    """Plan a threshold sweep: the teacher, its students under the chosen schedules, references.
+
+    Students that are pruned and not trained have no seeds: each schedule is one trial.
+
+    Args:
+        settings: Sections `sweep` and `distillation` count.
+        workspace: Where trials live.
+        teacher: Checkpoint of the full model.
+        members: The schedules, costliest first; see `choose_members`.
+        suite: What is measured.
+        references: Label and checkpoint of models to show beside the sweep.
+        left_out: Run and reason of models that could have stood there.
+        name: Name of the sweep; made from its key when unset.
+    """
+    full = load_config(teacher)
+    trials = [measured_as_it_is("teacher", "teacher", teacher, full, suite, workspace)]
+    is_trained = settings.distillation.control != "pruned"
+    for seed in (is_trained and settings.sweep.seeds) or (None,):
+        for member in members:
+            config = replace(full, schedule=member.schedule)
+            trials.append(
+                student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
+            )
+    trials += [
+        measured_as_it_is("reference", label, folder, load_config(folder), suite, workspace)
+        for label, folder in references
+    ]
+    sweep = settings.sweep
+    num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    plan = finish_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
+    return replace(plan, left_out=dict(left_out or {}))
+
+
+def student_job(
+    distillation: DistillationSettings,
+    *,
+    teacher: Path,
+    config: ModelConfig,
+    tokens_folder: str,
+    run_folder: str = "",
+) -> TrainingJob | None:
+    """Return the job that makes a student of a teacher; None for the control without training.
+
+    Args:
+        distillation: Recipe, loss, and which control.
+        teacher: Checkpoint of the full model.
+        config: The student: the teacher's configuration under its own schedule.
+        tokens_folder: Prepared tokens.
+        run_folder: Where it is trained.
+
+    Raises:
+        UserError: If the parts of the loss do not go together.
+    """
+    if distillation.control == "pruned":
+        return None
+    check_student_batch(distillation, config)
+    is_scratch = distillation.control == "scratch"
+    is_distilled = distillation.control == "distill"
+    return TrainingJob(
+        run_folder=run_folder,
+        tokens_folder=tokens_folder,
+        model=config.to_dict(),
+        recipe=distillation.training,
+        objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
+        teacher_folder=str(teacher) if is_distilled else None,
+        initial_folder=None if is_scratch else str(teacher),
+        distillation=loss_of(distillation) if is_distilled else None,
+        section="distillation.training",
+        provenance={"teacher": weights_key(teacher)},
+    )
+
+
+def check_student_batch(distillation: DistillationSettings, config: ModelConfig) -> None:
+    """Check that a step of the students' training is a whole number of sequences.
+
+    Raises:
+        UserError: If it is none.
+    """
+    sequences_per_step(distillation.training, config, section="distillation.training")
+
+
+def loss_of(distillation: DistillationSettings) -> DistillationConfig:
+    """Return the loss that students are trained on.
+
+    Raises:
+        UserError: If its parts do not go together.
+    """
+    first, num_steps = distillation.teacher_from_step, distillation.training.num_steps
+    if first >= num_steps:
+        raise UserError(
+            f"distillation.teacher_from_step={first} lies behind the training, whose steps are 0 "
+            f"to {num_steps - 1}; set it lower, distillation.training.num_steps higher, or "
+            "distillation.control to cross_entropy"
+        )
+    try:
+        return DistillationConfig(
+            kl_weight=distillation.kl_weight,
+            temperature=distillation.temperature,
+            divergence=distillation.divergence,
+            top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
+            hidden_weight=distillation.hidden_weight,
+            start_step=first,
+            end_step=distillation.teacher_until_step,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"distillation: {error}; set teacher_cache to auto, or divergence to forward"
+        ) from None
+
+
+def student_trial(
+    settings: Settings,
+    workspace: Workspace,
+    teacher: Path,
+    config: ModelConfig,
+    member: FamilyMember,
+    suite: dict[str, Any],
+    *,
+    seed: int | None = None,
+) -> PlannedTrial:
+    """Return the trial that distills a teacher into one schedule, or into a control, and measures
+    it.
+
+    Args:
+        settings: Section `distillation` counts.
+        workspace: Where trials live.
+        teacher: Checkpoint of the full model.
+        config: The student: the teacher's configuration under its own schedule.
+        member: The thresholds that lead to it; NaN where none does.
+        suite: What is measured.
+        seed: Seed of the training where a sweep has several; the recipe's when unset.
+    """
+    distillation = settings.distillation
+    job = student_job(
+        distillation, teacher=teacher, config=config, tokens_folder=suite["tokens_folder"]
+    )
+    if job and seed is not None:
+        job = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
+    weights = job_key(job) if job else content_key("pruned", weights_key(teacher), config.to_dict())
+    folder = str(workspace.trials / weights)
+    control = distillation.control
+    group = str(config.corrections)
+    if control != "distill":
+        group += f", {control.replace('_', ' ')}"
+    has_thresholds = not math.isnan(member.threshold_up_to)
+    return PlannedTrial(
+        key=content_key("trial", weights, suite_key(suite)),
+        role="trial",
+        label=group if seed is None else f"{group}, seed {seed}",
+        model=config.to_dict(),
+        folder=folder,
+        job=replace(job, run_folder=folder).to_dict() if job else None,
+        checkpoint=None if job else str(teacher),
+        suite=suite,
+        threshold_above=member.threshold_above if has_thresholds else None,
+        threshold_up_to=member.threshold_up_to if has_thresholds else None,
+        parent=weights_key(teacher),
+        seed=seed,
+        group=None if seed is None else group,
+    )

@@ -1,0 +1,249 @@
+"""Runs one planned trial in this process, from whatever is on disk: train, measure, write the
+result.
+
+This is what a Ray Tune trial calls, and what a debugger can call without Ray. It is idempotent: a
+finished trial returns its result, a trained one is only measured, an interrupted one goes on from
+its checkpoint. The trial's folder is held meanwhile (`training/holding.py`), so that two processes
+at the same time never make one trial twice. Cost in milliseconds is not measured here, because
+trials that run side by side would disturb each other's clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from iiet.decoder import Decoder
+from iiet.methods import METHODS
+from orchestrator.data.batches import validation_batches
+from orchestrator.data.tokens import open_tokens
+from orchestrator.evaluation.harness import checkpoint_vocabulary, evaluate_decoder
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.results import items_name
+from orchestrator.sweeping.stopping import Referee, StopRule
+from orchestrator.sweeping.trials import PlannedTrial
+from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
+from orchestrator.training.distributed import World
+from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, forget_stop
+from orchestrator.training.run import Report, run_job
+from orchestrator.training.run_lock import held, is_held
+from orchestrator.training.validation import validation_loss
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_object, write_json
+
+NUM_VALIDATION_TOKENS = 65_536
+"""Tokens of the validation loss that stands in the tables."""
+
+Train = Callable[[TrainingJob, Callable[[], bool], Report], TrainingOutcome]
+"""As `run_job`: a job, whether to stop, and who is told the numbers."""
+Measure = Callable[[str], dict[str, float]]
+"""From a device's name to quality."""
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """How a call of `run_trial` ended."""
+
+    state: Literal["made", "found", "busy", "stopped", "lost"]
+    """`made` by this call, `found` finished, `busy` in another process, `stopped` on request, or
+    `lost`: ended by the rule."""
+    result: TrialResult | None = None
+    """The result, where it was made or found."""
+
+
+def run_trial(
+    spec: Mapping[str, Any],
+    *,
+    wait: bool = True,
+    should_stop: Callable[[], bool] | None = None,
+    report: Report | None = None,
+    rivals: Mapping[str, str] | None = None,
+    rule: StopRule | None = None,
+    train: Train | None = None,
+    on_device: Callable[[Measure], dict[str, float]] | None = None,
+) -> TrialRun:
+    """Run a trial to its result, or take the result of the process that is at it.
+
+    Args:
+        spec: `PlannedTrial.to_dict()`.
+        wait: Whether to wait for another process that is at this trial; else it ends as `busy`.
+        should_stop: Asked before each training step, and while waiting.
+        report: Told the training step and its numbers.
+        rivals: Label -> folder of the trials that it has to beat; none lets it train to its end.
+        rule: When it has lost to them; None, too, lets it train to its end.
+        train: Trains its job; in this process, on the CPU, when unset.
+        on_device: Measures on some device; here, on the CPU, when unset.
+
+    Returns:
+        How it ended. A result also lies in the trial's folder.
+    """
+    trial = PlannedTrial(**spec)
+    finished = trial.result()
+    if finished:
+        return TrialRun("found", finished)
+    asked = should_stop or (lambda: False)
+    with held(Path(trial.folder), wait=wait, should_stop=asked) as is_ours:
+        if not is_ours:
+            return TrialRun("stopped" if wait else "busy")
+        # Once more: who held the lock before us may have finished it.
+        finished = trial.result()
+        if finished:
+            return TrialRun("found", finished)
+        forget_stop(Path(trial.folder))  # Of a driver that was killed while it waited for workers.
+        referee = Referee(trial, rivals, rule) if rivals and rule else None
+        outcome = _train(trial, train or _train_here, asked, report, referee)
+        result = None
+        if outcome is None or (outcome.finished and not asked()):
+            result = _measure(trial, outcome, on_device or (lambda measure: measure("cpu")))
+        if referee and referee.verdict and not result:
+            referee.write_verdict()
+            return TrialRun("lost")
+        return TrialRun("made", result) if result else TrialRun("stopped")
+
+
+def is_busy(trial: PlannedTrial) -> bool:
+    """Return whether a process is at a trial at this moment."""
+    return is_held(Path(trial.folder))
+
+
+def _train_here(
+    job: TrainingJob, should_stop: Callable[[], bool], report: Report
+) -> TrainingOutcome:
+    return run_job(job, should_stop=should_stop, report=report)
+
+
+def _train(
+    trial: PlannedTrial,
+    train: Train,
+    should_stop: Callable[[], bool],
+    report: Report | None,
+    referee: Referee | None,
+) -> TrainingOutcome | None:
+    """Train until the end, a stop, or the referee's verdict; None if there is nothing to train."""
+
+    def hear(step: int, numbers: Mapping[str, float]) -> None:
+        if referee:
+            referee.hear(step, numbers)
+        if report:
+            report(step, numbers)
+
+    def shall_end() -> bool:
+        return should_stop() or bool(referee and referee.verdict)
+
+    return train(TrainingJob.from_dict(trial.job), shall_end, hear) if trial.job else None
+
+
+def _measure(
+    trial: PlannedTrial,
+    outcome: TrainingOutcome | None,
+    on_device: Callable[[Measure], dict[str, float]],
+) -> TrialResult:
+    """Measure what was trained, or a checkpoint as it is, and write down the result."""
+    checkpoint = outcome.checkpoint if outcome else trial.checkpoint
+    assert checkpoint is not None
+    result = TrialResult(
+        key=trial.key,
+        role=trial.role,
+        method=trial.config().method,
+        schedule=_schedule(trial),
+        label=trial.label,
+        threshold_above=trial.threshold_above,
+        threshold_up_to=trial.threshold_up_to,
+        quality=on_device(partial(_quality, trial, checkpoint)),
+        train=_training_numbers(outcome) if outcome else _numbers_of_run(Path(checkpoint)),
+        checkpoint=checkpoint,
+        parent=trial.parent,
+    )
+    write_json(trial.result_path, result.to_dict())
+    written = trial.result()
+    assert written is not None
+    return written
+
+
+def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:
+    dtype = DTYPES[trial.suite["precision"]]
+    decoder = load_decoder(Path(checkpoint), device=device, dtype=dtype)
+    decoder = decoder.with_schedule(trial.config().corrections)
+    return measure_quality(decoder, trial.suite, Path(trial.folder) / items_name(trial.key))
+
+
+def measure_quality(
+    decoder: Decoder, suite: Mapping[str, Any], items_path: Path
+) -> dict[str, float]:
+    """Measure a decoder's accuracy and losses.
+
+    Args:
+        decoder: The model under the schedule that is measured.
+        suite: Tokens, tasks and batch size, as planned.
+        items_path: Where the values of single items go, for paired comparisons.
+
+    Returns:
+        `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where known.
+    """
+    store = open_tokens(suite["tokens_folder"])
+    # Students of an imported model read text as it does.
+    imported = suite.get("vocabulary_folder")
+    evaluation = evaluate_decoder(
+        decoder,
+        checkpoint_vocabulary(Path(imported)) if imported else store.tokenizer_path,
+        tasks=suite["tasks"],
+        folders=[Path(suite["include_folder"])] if suite["include_folder"] else [],
+        heldout=Path(suite["suite_folder"]) if suite["suite_folder"] else None,
+        planned=suite.get("fingerprints"),
+        num_fewshot=suite["num_fewshot"],
+        batch_size=suite["batch_size"],
+        limit=suite["limit"],
+    )
+    write_json(items_path, evaluation.to_dict())
+    return {
+        **evaluation.quality(),
+        "validation_loss": heldout_loss(decoder, store.folder),
+    }
+
+
+def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
+    """Return the mean next-token loss over held-out tokens, in nats, under the own schedule."""
+    batches = validation_batches(
+        open_tokens(tokens_folder).validation,
+        context_length=decoder.config.context_length,
+        num_tokens=NUM_VALIDATION_TOKENS,
+        batch_size=16,
+    )
+    world = World(device=str(decoder.device))
+    return validation_loss(decoder, list(batches), decoder.schedule, precision="fp32", world=world)
+
+
+def _schedule(trial: PlannedTrial) -> tuple[int, ...] | None:
+    config = trial.config()
+    return tuple(config.corrections) if METHODS[config.method].has_corrections else None
+
+
+def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
+    numbers = {
+        "steps": outcome.step,
+        "tokens": outcome.num_tokens,
+        "flops": outcome.training_flops,
+        "seconds": outcome.train_seconds,
+    }
+    if outcome.shared_flops:
+        numbers["shared_flops"] = outcome.shared_flops
+    return numbers
+
+
+def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
+    """Return what a checkpoint's own run took, if its record still lies beside it.
+
+    A record that is damaged, or that of another step, says nothing about this checkpoint.
+    """
+    step = load_provenance(checkpoint).get("step", 0)
+    known = {field.name for field in dataclasses.fields(TrainingOutcome)}
+    try:
+        done = read_object(checkpoint.parent / DONE_NAME)
+        outcome = TrainingOutcome(**{k: v for k, v in (done or {}).items() if k in known})
+        return _training_numbers(outcome) if outcome.step == step else {"steps": float(step)}
+    except (UserError, TypeError, AttributeError):
+        return {"steps": float(step)}

@@ -1,0 +1,241 @@
+"""What a plan is made of: trials with their keys, and the sweep that holds them.
+
+A trial has a key, the hash of all that determines its result, and a folder named by the hash of all
+that determines its weights; so a second sweep, another range of thresholds or a restart finds what
+is finished, and other tasks can be put to the same weights without training again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from orchestrator.records.trial import Role, TrialResult, finite, full_model, threshold_range
+from orchestrator.training.checkpoint import weights_key
+from orchestrator.workspace.files import read_object, values_of
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.provenance import content_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTrial:
+    """One trial, as it will be run by any process that can see the workspace."""
+
+    key: str
+    """Hash of all that determines the result; the same trial in another sweep has the same key."""
+    role: Role
+    """`trial`, `teacher` or `reference`."""
+    label: str
+    """What tables and pictures call it."""
+    model: dict[str, Any]
+    """`ModelConfig.to_dict()` with the schedule that is measured."""
+    folder: str
+    """Where it is trained (if it is), and where its result lies."""
+    job: dict[str, Any] | None
+    """`TrainingJob.to_dict()`; None when the checkpoint is measured as it is."""
+    checkpoint: str | None
+    """Checkpoint to measure when nothing is trained."""
+    suite: dict[str, Any]
+    """What is measured: evaluation settings, suite folder, tokens folder."""
+    threshold_above: float | None = None
+    """Thresholds above this, and up to `threshold_up_to`, give this schedule; None of both where no
+    threshold leads to it."""
+    threshold_up_to: float | None = None
+    """Largest threshold that gives this schedule."""
+    parent: str | None = None
+    """Weights key of the teacher."""
+    seed: int | None = None
+    """Seed of its training, where the sweep trains every model with several."""
+    group: str | None = None
+    """What it is called apart from its seed; trials of one group are seeds of one model."""
+
+    def __post_init__(self) -> None:
+        # Strict JSON has no infinity: there, a bound that is missing beside the other is one.
+        if self.threshold_above is None and self.threshold_up_to is not None:
+            object.__setattr__(self, "threshold_above", -math.inf)
+        if self.threshold_up_to is None and self.threshold_above is not None:
+            object.__setattr__(self, "threshold_up_to", math.inf)
+
+    def config(self) -> ModelConfig:
+        """Return the model's configuration."""
+        return ModelConfig.from_dict(self.model)
+
+    @property
+    def result_path(self) -> Path:
+        """File of the result; it exists when the trial is finished."""
+        return Path(self.folder) / f"result-{self.key}.json"
+
+    def result(self) -> TrialResult | None:
+        """Return the finished result; None while there is none.
+
+        The label and the thresholds are this sweep's: another sweep may have measured the same
+        trial under other names.
+        """
+        found = read_object(self.result_path)
+        if not found:
+            return None
+        with values_of(self.result_path):
+            result = TrialResult.from_dict(found)
+        return replace(
+            result,
+            role=self.role,
+            label=self.label,
+            threshold_above=self.threshold_above,
+            threshold_up_to=self.threshold_up_to,
+            seed=self.seed,
+            group=self.group,
+            parent=self.parent,
+            recipe=_recipe(self.job) if self.job else {},
+        )
+
+    @property
+    def threshold_text(self) -> str:
+        """The thresholds that give this schedule; see `threshold_range`."""
+        return threshold_range(self.threshold_above, self.threshold_up_to)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a mapping that strict JSON can hold, infinite thresholds as None.
+
+        `PlannedTrial(**mapping)` is its inverse.
+        """
+        return asdict(self) | {
+            "threshold_above": finite(self.threshold_above),
+            "threshold_up_to": finite(self.threshold_up_to),
+        }
+
+
+def _recipe(job: Mapping[str, Any]) -> dict[str, str]:
+    """Return how a job trains, setting by setting, what it takes from its teacher included."""
+    settings = {**job["recipe"], "objective": job["objective"]}
+    loss = job.get("distillation") or {}
+    settings |= {f"distillation.{name}": value for name, value in loss.items()}
+    return {name: str(value) for name, value in settings.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """All trials of a sweep, and what it is called."""
+
+    key: str
+    """Hash of the trials' keys: the same sweep has the same key."""
+    name: str
+    """Name of its folder and of its run in MLflow."""
+    kind: str
+    """`threshold`, `iterations` or `search`."""
+    tokens_folder: str
+    """Prepared tokens that it trains and measures on."""
+    teacher: str | None
+    """Checkpoint of the teacher; None for `iterations`."""
+    num_requested: int
+    """Thresholds, budgets, schedules or models asked for, before those that coincide were merged;
+    seeds do not count."""
+    trials: tuple[PlannedTrial, ...]
+    """Trials, teacher and references, each once."""
+    num_distinct: int = 0
+    """Schedules or models that those asked for come to; what a search adds does not count."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Run and reason of models that could have stood beside the others; not part of the key."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a mapping that strict JSON can hold."""
+        return asdict(self) | {"trials": [trial.to_dict() for trial in self.trials]}
+
+
+def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
+    """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
+    cost, most = inference_cost(config), inference_cost(full)
+    return {
+        "evaluations": cost.evaluations_per_token,
+        "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
+        "flops_per_token": cost.decode_flops_per_token,
+        "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
+        "prefill_flops_per_token": cost.prefill_flops_per_token,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "weight_bytes_per_token": cost.weight_bytes_per_token,
+        "num_parameters": cost.num_parameters,
+    }
+
+
+def full_trial(plan: SweepPlan) -> PlannedTrial:
+    """Return the trial of a plan that the others are compared with, as a front does; see
+    `orchestrator.records.trial.full_model`."""
+    found = full_model(
+        plan.trials,
+        role=lambda trial: trial.role,
+        cost=lambda trial: inference_cost(trial.config()).evaluations_per_token,
+    )
+    assert found is not None, "a plan has trials"
+    return found
+
+
+def full_config(plan: SweepPlan) -> ModelConfig:
+    """Return the model that relative costs relate to."""
+    return full_trial(plan).config()
+
+
+def measured_as_it_is(
+    role: Role,
+    label: str,
+    checkpoint: Path,
+    config: ModelConfig,
+    suite: dict[str, Any],
+    workspace: Workspace,
+) -> PlannedTrial:
+    """Return the trial that measures a checkpoint without training it."""
+    weights = content_key("as it is", weights_key(checkpoint), config.to_dict())
+    return PlannedTrial(
+        key=content_key("trial", weights, suite_key(suite)),
+        role=role,
+        label=label,
+        model=config.to_dict(),
+        folder=str(workspace.trials / weights),
+        job=None,
+        checkpoint=str(checkpoint),
+        suite=suite,
+    )
+
+
+def finish_plan(
+    kind: str,
+    name: str | None,
+    trials: Sequence[PlannedTrial],
+    suite: dict[str, Any],
+    num_requested: int,
+    *,
+    teacher: Path | None,
+) -> SweepPlan:
+    """Return the plan of these trials, named by their keys where the user gave no name."""
+    # Two measures of influence may lead to the same schedules by other thresholds.
+    shown = [[t.key, finite(t.threshold_above), finite(t.threshold_up_to)] for t in trials]
+    key = content_key("sweep", kind, shown)
+    return SweepPlan(
+        key=key,
+        name=name or f"{kind}-{key[:8]}",
+        kind=kind,
+        tokens_folder=suite["tokens_folder"],
+        teacher=str(teacher) if teacher else None,
+        num_requested=num_requested,
+        trials=tuple(trials),
+        num_distinct=num_models(trials),
+    )
+
+
+def num_models(trials: Sequence[PlannedTrial]) -> int:
+    """Return how many models, seeds apart, trials are of that a sweep makes itself: all but the
+    teacher and references that were there before.
+    """
+    own = [trial for trial in trials if trial.role == "trial" or trial.job]
+    return len({trial.group or trial.key for trial in own})
+
+
+def suite_key(suite: dict[str, Any]) -> str:
+    """Return the hash of what is measured."""
+    # Folders differ between machines; the suite's own key and the settings do not.
+    return content_key(
+        {name: value for name, value in suite.items() if not name.endswith("_folder")}
+    )

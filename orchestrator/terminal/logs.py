@@ -1,0 +1,83 @@
+"""Keeps the libraries' noise out of the terminal: it goes to a log file in the workspace.
+
+Ray's raylet, gloo and others write to file descriptor 2 from C++ and from child processes, so the
+descriptor itself is pointed at the log while a command runs; `sys.stderr` objects made before would
+not catch them. What the program itself has to say to the user goes through the descriptor that was
+saved.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from orchestrator.workspace.credentials import without_secrets
+
+NUM_LOGS_KEPT = 20
+
+
+@dataclass(frozen=True)
+class CommandLog:
+    """Where the noise goes, and the way to the user's terminal."""
+
+    path: Path | None
+    terminal: TextIO
+
+
+@contextmanager
+def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[CommandLog]:
+    """Send everything that is written to standard error to a new log file until the block ends.
+
+    Args:
+        folder: Folder of the log files; the oldest beyond `NUM_LOGS_KEPT` are deleted.
+        command: Name of the command, part of the file's name.
+        verbose: Leave standard error alone.
+    """
+    if verbose:
+        yield CommandLog(None, sys.stderr)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.glob("*.log"))[: -NUM_LOGS_KEPT + 1]:
+        old.unlink(missing_ok=True)
+    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}-{os.getpid()}.log"
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(_Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    terminal = io.TextIOWrapper(os.fdopen(os.dup(saved), "wb"), write_through=True)
+    try:
+        yield CommandLog(path, terminal)
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+        terminal.close()
+        hide_secrets(path)
+
+
+def hide_secrets(path: Path) -> None:
+    """Rewrite a log without passwords, where it holds any: what libraries and child processes write
+    goes past the logging of this process."""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    if (public := without_secrets(text)) != text:
+        path.write_text(public, encoding="utf-8", errors="surrogateescape")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))

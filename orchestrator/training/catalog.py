@@ -1,0 +1,372 @@
+"""What a workspace holds: the teacher that a command means, models to show beside it, their tokens,
+sweeps.
+
+Commands that get no path look here. Everything is read from the folders themselves, so a workspace
+that was copied or half deleted says what it still has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG
+from orchestrator.data.tokens import verify_tokens
+from orchestrator.settings import InfluenceSettings, TrainingSettings, model_label
+from orchestrator.training.checkpoint import (
+    check_checkpoint,
+    checkpoint_name,
+    find_checkpoints,
+    is_checkpoint,
+    load_config,
+    load_provenance,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+    report_older,
+    resolve_checkpoint,
+    tokenizer_file,
+    weights_key,
+)
+from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import DAMAGE, expanded, read_json, values_of
+from orchestrator.workspace.folders import Workspace, is_name
+from orchestrator.workspace.provenance import file_key
+
+MOST_RUNS_NAMED = 20
+"""A message names no more runs than these."""
+
+
+Warn = Callable[[str], None]
+
+
+def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
+    """Return the checkpoint that the user means: see `locate`; without a path the newest IIET with
+    corrections.
+
+    Args:
+        workspace: Where names are looked up.
+        path: A checkpoint, or a run, whose newest checkpoint is meant.
+        warn: Called where the newest checkpoint is damaged and an older one is used; without it
+            that is an error. Only commands that leave nothing behind may take another model.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    if path is None:
+        return find_teacher(workspace, warn)
+    return resolve_checkpoint(locate(workspace, path), warn)
+
+
+def resolve_model(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
+    """Return the checkpoint that the user means, of any method: see `locate`; without a path the
+    newest IIET with corrections or imported model, else the newest of any other method.
+
+    Args and Raises: as `resolve_teacher`.
+    """
+    if path is None:
+        found = _newest(workspace, _may_be_teacher_or_imported, warn)
+        return found or _newest(workspace, lambda _: True, warn) or find_teacher(workspace, warn)
+    return resolve_checkpoint(locate(workspace, path), warn)
+
+
+def locate(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:
+    """Return the folder that a user names: by its path, or as a name inside the workspace, such as
+    `NAME` of a run, `runs/NAME` or `runs/NAME/step_00000100`.
+
+    Args:
+        workspace: Where names are looked up.
+        path: As typed.
+        model_folders: Whether a folder of transformers will do, too.
+
+    Raises:
+        UserError: If there is no such folder; names the runs that there are.
+    """
+    path = expanded(path)
+    places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
+    for place in places:
+        # A folder without a model must not hide a run: what was imported has its folder's name.
+        has_model = is_checkpoint(place) or bool(find_checkpoints(place))
+        if has_model or (model_folders and (place / CONFIG).is_file()):
+            return place.resolve()
+    if places:
+        return places[0].resolve()
+    runs = _newest_runs(workspace)
+    names = ", ".join(sorted(run.name for run in runs[:MOST_RUNS_NAMED]))
+    newest = "newest " if len(runs) > MOST_RUNS_NAMED else ""
+    known = f"its {newest}runs are {names}" if runs else "it has no runs yet"
+    raise UserError(
+        f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
+        f"{known}"
+    )
+
+
+def find_teacher(workspace: Workspace, warn: Warn | None = None) -> Path:
+    """Return the newest checkpoint of an IIET with corrections; see `resolve_teacher`.
+
+    Raises:
+        UserError: If the workspace has none, which says how to make one; or it is damaged.
+    """
+    if found := _newest(workspace, _may_be_teacher, warn):
+        return found
+    others = [
+        f"{run.name} ({load_config(checkpoint).method})"
+        for run in _newest_runs(workspace)
+        if (checkpoint := newest_checkpoint(run))
+    ]
+    raise UserError(
+        f"{workspace.root} has no IIET checkpoint with corrections"
+        + (f", only {', '.join(others)}" if others else "")
+        + "; `iiet-orch pretrain` makes one, `iiet-orch quickstart` does the whole job, and a path "
+        "or a run's name as argument takes another"
+    )
+
+
+def _newest(
+    workspace: Workspace, may_be_meant: Callable[[Sequence[Path]], bool], warn: Warn | None
+) -> Path | None:
+    """Return the newest checkpoint of the newest run that may be meant; None if there is none.
+
+    Raises:
+        UserError: If all that may be meant are damaged, or the newest is and nobody is warned.
+    """
+    all_damage: list[str] = []
+    for run in _newest_runs(workspace):
+        checkpoint, damage = newest_whole_checkpoint(run)
+        if (checkpoint or damage) and may_be_meant(
+            [checkpoint] if checkpoint else find_checkpoints(run)
+        ):
+            all_damage += damage
+            if checkpoint:
+                if all_damage:
+                    report_older(checkpoint, all_damage, warn)
+                return checkpoint
+    if all_damage:
+        raise UserError(
+            f"{workspace.root} has no checkpoint that is whole ({'; '.join(all_damage)}); "
+            "`iiet-orch pretrain` makes one, and a path as argument takes another"
+        )
+    return None
+
+
+def _newest_runs(workspace: Workspace) -> list[Path]:
+    return sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+
+
+def _may_be_teacher(checkpoints: Sequence[Path]) -> bool:
+    """Whether they are an IIET's with corrections; without readable configuration they may be."""
+    for folder in checkpoints:
+        with suppress(UserError):
+            return bool(load_config(folder).corrections.num_corrections)
+    return True
+
+
+def _may_be_teacher_or_imported(checkpoints: Sequence[Path]) -> bool:
+    for folder in checkpoints:
+        with suppress(UserError):
+            return "imported" in load_provenance(folder) or _may_be_teacher([folder])
+    return True
+
+
+@dataclass(frozen=True)
+class References:
+    """Models that stand beside a teacher."""
+
+    found: dict[str, Path]
+    """Label to checkpoint."""
+    left_out: dict[str, str]
+    """Name of a run that was looked at and left out, to the reason."""
+
+
+def find_references(workspace: Workspace, teacher: Path) -> References:
+    """Return the workspace's models without corrections that can stand beside a teacher: same
+    tokens, shape, recipe. Of several the newest.
+
+    What is damaged is named. What was trained in another way is named where there is no other model
+    of its kind.
+    """
+    found: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    unlike: dict[str, tuple[str, str]] = {}
+    full = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
+    wanted = _comparable(full)
+    for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
+        label, made = _made(run)
+        if damage := made.get("damage"):
+            left_out[run.name] = f"the run {run.name} is left out: {damage}"
+        if label is None or "imported" in made.get("provenance", {}):
+            continue
+        reason = _difference(_comparable(made), wanted) or _why_unfinished(run)
+        if reason:
+            unlike[label] = (run.name, f"{label} is left out: {reason}")
+            continue
+        try:
+            found[label] = _finished_checkpoint(run)
+        except UserError as error:
+            left_out[run.name] = f"{label} is left out: {error}"
+    left_out |= dict(pair for label, pair in unlike.items() if label not in found)
+    return References(found, left_out)
+
+
+def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return what a front calls a model without corrections (None: it has some, or is none), and
+    how it was made, by the newest checkpoint that says so."""
+    damage = ""
+    for folder in reversed(find_checkpoints(run)):
+        try:
+            config = load_config(folder)
+            made = {"model": config.to_dict(), "provenance": load_provenance(folder)}
+        except UserError as error:
+            damage = damage or str(error)
+            continue
+        label = model_label(config.method, 0)
+        return None if config.corrections.num_corrections else label, made
+    return None, {"damage": damage}
+
+
+def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Name what differs between a model and a teacher beside corrections; empty if nothing does."""
+    parts = [
+        f"{name} is {own.get(name)!r} and the teacher's {wanted.get(name)!r}"
+        for name in dict.fromkeys([*own, *wanted])
+        if own.get(name) != wanted.get(name)
+    ]
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return ", ".join(parts[:3]) + more
+
+
+def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = made["provenance"]
+    # Each method may have its own best learning rate, and only corrections have two stages.
+    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *FREE_IN_RECIPE)
+    # A checkpoint from before a setting existed was made as its default makes one.
+    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
+    of_method = ("method", "method_options", "schedule")
+    shape = {name: value for name, value in made["model"].items() if name not in of_method}
+    return {
+        **{f"model.{name}": value for name, value in shape.items()},
+        "tokens": provenance.get("tokens"),
+        **{f"training.{name}": value for name, value in recipe.items() if name not in free},
+    }
+
+
+def _why_unfinished(run: Path) -> str:
+    return "" if (run / DONE_NAME).exists() else "its training is not finished"
+
+
+def _finished_checkpoint(run: Path) -> Path:
+    """Return the last checkpoint of a finished run.
+
+    Raises:
+        UserError: If it, or the record of its end, is damaged.
+    """
+    path, cure = run / DONE_NAME, "delete it, and the same training again writes it"
+    done = read_json(path, cure=cure)
+    with values_of(path, cure=cure):
+        checkpoint = run / checkpoint_name(done["step"])
+    check_checkpoint(checkpoint)
+    return checkpoint
+
+
+def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
+    """Return the folder of the tokens that a checkpoint was trained on; for an imported one, the
+    newest that were made with its tokenizer.
+
+    Raises:
+        UserError: If they are not in this workspace, or not what was written.
+    """
+    provenance = load_provenance(checkpoint)
+    if "imported" in provenance:
+        return _tokens_by_tokenizer(tokenizer_file(checkpoint), workspace)
+    fingerprint = provenance.get("tokens", "")
+    folder = workspace.tokens / str(fingerprint)
+    if not is_name(fingerprint) or not folder.is_dir():
+        raise UserError(
+            f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
+            f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
+        )
+    verify_tokens(folder)
+    return folder
+
+
+def find_by_weights(workspace: Workspace, key: str) -> Path | None:
+    """Return the checkpoint of the workspace's runs with these weights; None if it is not there."""
+    for run in _runs(workspace):
+        for checkpoint in find_checkpoints(run):
+            with suppress(UserError):  # A damaged record is not the one that is looked for.
+                if key and weights_key(checkpoint) == key:
+                    return checkpoint
+    return None
+
+
+def stored_influence(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
+    """Return an influence table that lies beside a checkpoint, of its own schedule.
+
+    Args:
+        checkpoint: The model that was measured.
+        metric: Which measure of influence; the usual one when unset.
+
+    Returns:
+        The table of that metric; where it is missing, the only other one. None if there is none
+        to read, or if it could be one of several.
+    """
+    own = load_config(checkpoint).corrections
+    tables: dict[str, InfluenceTable] = {}
+    for path in sorted(checkpoint.glob("influence-*.json")):
+        with suppress(*DAMAGE):
+            table = InfluenceTable.from_dict(read_json(path))
+            if table.schedule == own:
+                tables[table.metric] = table
+    wanted = tables.get(metric or InfluenceSettings().metric)
+    return wanted or (next(iter(tables.values())) if len(tables) == 1 else None)
+
+
+def parse_schedule(text: str | None, checkpoint: Path) -> IterationSchedule | None:
+    """Read the schedule that a user typed for a checkpoint; None stays None.
+
+    Raises:
+        UserError: If it is none for a model of so many layers.
+    """
+    if text is None:
+        return None
+    try:
+        return IterationSchedule.parse(text, num_layers=load_config(checkpoint).num_layers)
+    except ValueError as error:
+        raise UserError(f"--schedule: {error}") from None
+
+
+def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
+    wanted = file_key(tokenizer)
+    files = [f for f in workspace.tokens.glob("*/tokenizer.json") if file_key(f) == wanted]
+    if not files:
+        raise UserError(
+            f"{workspace.root} has no tokens of this model's tokenizer; "
+            f"`iiet-orch prepare --set data.tokenizer={tokenizer}` makes them"
+        )
+    folder = max(files, key=lambda file: file.stat().st_mtime).parent
+    verify_tokens(folder)
+    return folder
+
+
+def newest_sweep(workspace: Workspace) -> str:
+    """Return the name of the newest sweep that has results.
+
+    Raises:
+        UserError: If there is none.
+    """
+    paths = [path for path in workspace.sweeps.glob("*/results.json") if is_name(path.parent.name)]
+    found = sorted(paths, key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(
+            f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
+        )
+    return found[-1].parent.name
+
+
+def _runs(workspace: Workspace) -> list[Path]:
+    return [path for path in workspace.runs.glob("*") if path.is_dir()]

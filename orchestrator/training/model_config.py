@@ -1,0 +1,49 @@
+"""From the `model` section of the settings to the core's `ModelConfig`.
+
+A section names a preset and what differs from it; the vocabulary comes from the prepared tokens.
+Mistakes in names and sizes turn into one sentence here, before anything is started.
+"""
+
+from __future__ import annotations
+
+from iiet.config import PRESETS, ModelConfig, preset
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
+from orchestrator.settings import ModelSettings
+from orchestrator.workspace.errors import UserError
+
+_SIZES = (
+    "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "context_length", "tie_embeddings",
+)  # fmt: skip
+
+
+def model_config(model: ModelSettings, *, vocab_size: int) -> ModelConfig:
+    """Return the configuration that the settings describe for a tokenizer of `vocab_size` entries.
+
+    Raises:
+        UserError: If the preset or the method is unknown, or the sizes do not go together.
+    """
+    if model.preset not in PRESETS:
+        raise UserError(f"model.preset: {model.preset!r} is unknown; known: {', '.join(PRESETS)}")
+    if model.method not in METHODS:
+        raise UserError(f"model.method: {model.method!r} is unknown; known: {', '.join(METHODS)}")
+    sizes = {name: getattr(model, name) for name in _SIZES if getattr(model, name) is not None}
+    if "num_heads" in sizes:
+        sizes.setdefault("num_kv_heads", sizes["num_heads"])
+    num_layers: int = sizes.get("num_layers", PRESETS[model.preset]["num_layers"])
+    try:
+        schedule = (
+            IterationSchedule.parse(model.corrections, num_layers=num_layers)
+            if METHODS[model.method].has_corrections
+            else IterationSchedule.none(num_layers)
+        )
+        return preset(
+            model.preset,
+            method=model.method,
+            method_options=model.method_options or None,
+            vocab_size=vocab_size,
+            schedule=schedule,
+            **sizes,
+        )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None

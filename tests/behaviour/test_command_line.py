@@ -1,0 +1,229 @@
+"""Bad input: one clear sentence, exit code 2, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.main import get_command
+
+from orchestrator import cli
+from orchestrator.pipelines.context import Desk
+from orchestrator.pipelines.sweeps import quickstart
+from orchestrator.settings import resolve_settings
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import open_workspace
+
+
+def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = cli.run(list(arguments))
+    captured = capfd.readouterr()
+    printed = " ".join((captured.out + captured.err).split())
+    assert "Traceback" not in printed
+    return code, printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrain", "--set", "training.num_step=3"], "did you mean training.num_steps?"),
+        (["pretrain", "--set", "training.num_steps=many"], "got 'many'"),
+        (["pretrain", "--set", "training.num_steps=-1"], "greater than 0"),
+        (["pretrain", "--config", "toi"], "did you mean toy?"),
+        (["pretrain", "--gpus", "8"], "GPU"),
+        (["pretrain", "--workers", "0"], "--workers"),
+        (["pretrain", "--gpu", "8"], "--gpus"),
+        (["prepare", "no-such-file.txt"], "no-such-file.txt"),
+        (["pretrain", "--set", "data.files=[a.txt]"], "set data.source=files"),
+        (["sweep-threshold"], "iiet-orch pretrain"),
+        (["sweep-threshold", "missing-folder"], "missing-folder"),
+        (["sweep-threshold", "--thresholds", "a,b"], "--thresholds"),
+        (["sweep-threshold", "--thresholds", "nan"], "--thresholds takes numbers"),
+        (["sweep-threshold", "--thresholds", "1_0"], "--thresholds takes numbers"),
+        (["sweep-threshold", "--thresholds", "-1"], "sweep.thresholds: -1 is below 0"),
+        (["sweep", "toy", "--set", "sweep.thresholds=[-1]"], "sweep.thresholds: -1 is below 0"),
+        (["sweep-threshold", "--seeds", "4294967296"], "--seeds takes whole numbers from 0 to"),
+        (["sweep-iterations", "--iterations", "²"], "'²' is not an iteration schedule"),
+        (["sweep-iterations", "--iterations", "9" * 5000], "is not an iteration schedule"),
+        (["sweep-iterations", "--iterations", "1000000000"], "is not an iteration schedule"),
+        (["sweep-iterations", "--iterations", "3*1000000000"], "is not an iteration schedule"),
+        (["pretrain", "--corrections", "3*999999999"], "is for 999999999 layers"),
+        (["pretrain", "--corrections", "1001"], "must be an integer from 0 to 1000"),
+        (["search", "--seed", "4294967296"], "--seed"),
+        (["search", "--trials", "9" * 5000], "--trials"),
+        (["pretrain", "--config", "x" * 5000], "there is no settings file"),
+        (["pretrain", "--config", "~no-such-user/a.yaml"], "there is no settings file"),
+        (["pretrain", "--workspace", "x" * 5000], "cannot write to the workspace"),
+        (["evaluate", "~no-such-user/a"], "cannot use the path ~no-such-user/a"),
+        (["evaluate", "x" * 5000], "is longer than this machine's names may be"),
+        (["evaluate", "--include-path", "nowhere"], "there is no folder nowhere"),
+        (["pretrain", "--set", "evaluation.include_path=nowhere"], "there is no folder nowhere"),
+        (["generate", "--seed", "4294967296"], "--seed"),
+        (["generate", "--top-k", "99999999999999999999"], "--top-k"),
+        (["benchmark", "--batch-sizes", "1,²"], "--batch-sizes"),
+        (["benchmark", "--contexts", "99999999999"], "--contexts takes whole numbers from 1 to"),
+        (["sweep-iterations", "--rates", "fast"], "--rates takes numbers"),
+        (["sweep-iterations", "--rates", "1e-3,-2"], "sweep.learning_rates"),
+        (["sweep-iterations", "--set", "sweep.learning_rates={vanila: 1}"], "'vanila' is no model"),
+        (["sweep-iterations", "--asha"], "no model has more than one; name several"),
+        (["sweep-iterations", "--asha", "--seeds", "0,1"], "leave sweep.seeds out"),
+        (["sweep-threshold", "--name", "../runs"], "begins with a letter or a digit"),
+        (["pretrain", "--name", "a/b"], "--name 'a/b'"),
+        (["import", "folder", "--name", ""], "--name ''"),
+        (
+            ["sweep", "toy", "--set", "distillation.training.num_tokens_per_step=100"],
+            "distillation.training.num_tokens_per_step must be a multiple",
+        ),
+        (["sweep", "toy", "--set", "sweep.budgets=[2]"], "the cheapest costs 6"),
+        (["sweep", "toy", "--set", "evaluation.include_path=nowhere"], "there is no folder"),
+        (["evaluate"], "iiet-orch pretrain"),
+        (["evaluate", "missing-folder"], "there is no folder"),
+        (["evaluate", "--limit", "0"], "evaluation.limit"),
+        (["evaluate", "--batch-size", "0"], "evaluation.batch_size"),
+        (["benchmark"], "iiet-orch pretrain"),
+        (["benchmark", "--batch-sizes", "1,x"], "--batch-sizes"),
+        (["benchmark", "--contexts", "0"], "--contexts"),
+        (["benchmark", "missing-folder"], "there is no folder"),
+        (["report"], "iiet-orch sweep-threshold"),
+        (["report", "nothing"], "nothing"),
+        (["report", "nothing", "other"], "nothing"),
+        (["report", "../../outside"], "the sweep '../../outside': a name has letters"),
+        (["report", "../a", "../b"], "the sweep '../a': a name has letters"),
+        (["pick", "../../outside"], "the sweep '../../outside': a name has letters"),
+        (["report", "--cost", "time"], "--cost is one of evaluations, flops, ms, kv; got 'time'"),
+        (["report", "--quality", "f1"], "accuracy, bits, perplexity, loss; got 'f1'"),
+        (["sweep", "nothing"], "shipped"),
+        (["no-such-command"], "no-such-command"),
+        (["generate", "--prompt", "x"], "iiet-orch pretrain"),
+        (["generate", "--temperature", "-1"], "--temperature"),
+        (["generate", "--kv", "none"], "--kv"),
+        (["import", "missing-folder"], "is no model folder"),
+        (["import"], "folder"),
+        (["export"], "iiet-orch pretrain"),
+        (["export", "missing-folder"], "missing-folder"),
+        (["pick"], "iiet-orch sweep-threshold"),
+        (["pick", "--knee", "--best"], "--knee and --best"),
+        (["pick", "--dry-run", "--to", "there"], "--dry-run exports nothing"),
+        (["pick", "--keep", "99"], "--keep"),
+        (["pick", "--knee", "--confidence", "0.5"], "--confidence goes with --keep"),
+    ],
+)
+def test_a_mistake_costs_one_sentence_and_code_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
+    code, printed = _run(capfd, *arguments)
+    assert code == 2, printed
+    assert words in printed
+    left = [
+        path for path in (tmp_path / "space").glob("*/*") if path.parent.name in ("runs", "sweeps")
+    ]
+    assert not left
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))
+def test_help_shows_every_option_whole(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert cli.run([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert all(len(line) <= width for line in printed.splitlines())
+    words = set(printed.replace("/", " ").replace(",", " ").split())
+    command = get_command(cli.app).commands[name]
+    for parameter in command.params:
+        for option in [*parameter.opts, *parameter.secondary_opts]:
+            names = {option, f"{option}...", f"{parameter.metavar}..."}
+            assert bool(names & words) != getattr(parameter, "hidden", False), option
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "empty"), ("   \n\n ", "empty"), ("Too short to be a corpus.\n", "text")],
+)
+def test_a_text_that_is_no_corpus_is_refused(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
+    (tmp_path / "text.txt").write_text(text)
+    code, printed = _run(capfd, "prepare", str(tmp_path / "text.txt"))
+    assert code == 2, printed
+    assert words in printed
+    assert not list((tmp_path / "space" / "tokens").glob("*/manifest.json"))
+
+
+def test_a_workspace_that_is_a_file_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path / "file"))
+    assert (code, "--workspace" in printed) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["logs", "tokens"])
+@pytest.mark.parametrize("how", ["a file", "a link to itself"])
+def test_what_lies_in_the_way_of_a_folder_is_named(
+    name: str, how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "space" / name
+    path.parent.mkdir()
+    (tmp_path / "a.txt").write_text("A text.")
+    if how == "a file":
+        path.write_text("")
+    else:
+        path.symlink_to(path)
+    options = ["--workspace", str(path.parent)]
+    code, printed = _run(capfd, "prepare", str(tmp_path / "a.txt"), *options)
+    assert code == 2, printed
+    assert f"cannot use {path}" in printed
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def break_down(*_: object, **__: object) -> None:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr("orchestrator.data.preparation.prepare", break_down)
+    code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
+    assert code == 1
+    assert "the disk is on fire" in printed
+    [log] = (tmp_path / "logs").glob("*.log")
+    assert "Traceback" in log.read_text()
+    os.fstat(2)  # standard error is back in its place
+
+
+@pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
+def test_quickstart_runs_the_kind_of_sweep_that_its_file_describes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run: list[str] = []
+
+    def only_name(name: str) -> Callable[..., None]:
+        return lambda settings, *_, **__: run.append(f"{name}: {settings.sweep.kind}")
+
+    procedures = {"quickstart": "students", "sweep_iterations": "methods"}
+    for function, name in procedures.items():
+        monkeypatch.setattr(f"orchestrator.pipelines.sweep_files.{function}", only_name(name))
+    (tmp_path / "s.yaml").write_text(f"sweep:\n  kind: {kind}\n")
+    options = ["--config", str(tmp_path / "s.yaml"), "--workspace", str(tmp_path / "space")]
+    code, printed = _run(capfd, "quickstart", *options)
+    assert code == 0, printed
+    expected = "methods" if kind == "iterations" else "students"
+    assert run == [f"{expected}: {kind}"]
+
+
+def test_the_whole_job_refuses_a_kind_that_has_no_students(tmp_path: Path) -> None:
+    desk = Desk(open_workspace(tmp_path), Progress(), Console())
+    settings = resolve_settings({"sweep": {"kind": "iterations"}})
+    with pytest.raises(UserError, match="`iiet-orch sweep FILE` runs what the file says"):
+        quickstart(settings, desk)

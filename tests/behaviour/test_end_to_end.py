@@ -1,0 +1,287 @@
+"""The program as a user meets it: whole commands in processes of their own, at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from small_size import SMALL
+
+from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.workspace.journal import read_journal
+
+pytestmark = pytest.mark.slow
+
+
+def command(*arguments: str, workspace: Path) -> list[str]:
+    """Return the command line of the program under test."""
+    call = [sys.executable, "-m", "orchestrator.cli"]
+    return [*call, *arguments, "--workspace", str(workspace)]
+
+
+def small(*more: str) -> list[str]:
+    """Return `--set` options for the small size."""
+    return [part for setting in [*SMALL, *more] for part in ("--set", setting)]
+
+
+def run(*arguments: str, workspace: Path, code: int = 0) -> str:
+    """Run a command to its end and return what it printed."""
+    done = subprocess.run(
+        command(*arguments, workspace=workspace), capture_output=True, text=True, timeout=400
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed + _newest_log(workspace)
+    return printed
+
+
+def _newest_log(workspace: Path) -> str:
+    logs = sorted((workspace / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+    return f"\n--- {logs[-1].name}\n{logs[-1].read_text()[-4000:]}" if logs else ""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A workspace in which the whole job is done, and what the command printed."""
+    workspace = tmp_path_factory.mktemp("whole-job")
+    return workspace, run("quickstart", *small(), workspace=workspace)
+
+
+def test_the_whole_job_ends_with_a_front(finished: tuple[Path, str]) -> None:
+    workspace, printed = finished
+    for word in ("vanilla", "r = 0", "teacher", "iiet-orch ui", "front.html"):
+        assert word in printed
+    folder = next((workspace / "sweeps").iterdir())
+    names = {path.name for path in folder.iterdir()}
+    assert {"plan.json", "results.json", "settings.yaml"} <= names
+    assert {f"front.{kind}" for kind in ("png", "svg", "json", "csv", "md", "html")} <= names
+    results = json.loads((folder / "results.json").read_text())["results"]
+    roles = [result["role"] for result in results]
+    assert roles == ["teacher", "trial", "trial", "trial", "reference", "reference"]
+    for result in results:
+        assert {"accuracy", "accuracy_stderr", "bits_per_byte"} <= set(result["quality"])
+        assert {"evaluations", "flops_per_token", "kv_bytes_per_token"} <= set(result["cost"])
+        assert result["cost"]["decode_ms_per_token"] > 0
+    evaluations = [r["cost"]["evaluations"] for r in results if r["role"] == "trial"]
+    assert evaluations[0] == 9
+    assert evaluations[-1] == 3
+    assert "the teacher's answers are stored once" in printed
+    trials = [r for r in results if r["role"] == "trial"]
+    journals = [Path(r["checkpoint"]).parent / "journal.jsonl" for r in trials]
+    assert all('"reads_teacher": true' in journal.read_text() for journal in journals)
+    assert not list((workspace / "teachers").glob("*/")), "and not kept behind the sweep"
+
+
+def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    script = (
+        "import sys; from mlflow import MlflowClient\n"
+        "client = MlflowClient(f'sqlite:///{sys.argv[1]}/mlflow.db')\n"
+        "ids = [e.experiment_id for e in client.search_experiments()]\n"
+        "runs = client.search_runs(ids, max_results=100)\n"
+        "kinds = [run.data.tags.get('iiet.kind') for run in runs]\n"
+        "[sweep] = [run for run in runs if run.data.tags.get('iiet.kind') == 'sweep']\n"
+        "parent = 'mlflow.parentRunId'\n"
+        "children = [r for r in runs if r.data.tags.get(parent) == sweep.info.run_id]\n"
+        "trial = next(r for r in children if r.data.tags['iiet.kind'] == 'trial')\n"
+        "losses = client.get_metric_history(trial.info.run_id, 'train/loss')\n"
+        "files = [f.path for f in client.list_artifacts(sweep.info.run_id, 'front')]\n"
+        "import json; print(json.dumps({'kinds': kinds, 'children': len(children),\n"
+        "  'note': sweep.data.tags['mlflow.note.content'], 'files': files, 'losses': len(losses),\n"
+        "  'status': sorted({r.info.status for r in runs}), 'params': trial.data.params,\n"
+        "  'metrics': sorted(trial.data.metrics)}))\n"
+    )
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(workspace)],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["kinds"].count("trial") == 3
+    assert found["kinds"].count("pretrain") == 3
+    assert found["kinds"].count("influence") == 1
+    assert found["children"] == 6
+    assert found["status"] == ["FINISHED"]
+    assert found["losses"] == 3
+    assert "front/front." in found["note"]
+    assert {f"front/front.{kind}" for kind in ("png", "html", "json", "csv")} <= set(found["files"])
+    assert {"schedule", "r_01", "threshold"} <= set(found["params"])
+    assert {"quality/accuracy", "cost/flops_per_token", "train/loss"} <= set(found["metrics"])
+
+
+def test_a_second_call_reuses_everything(finished: tuple[Path, str]) -> None:
+    workspace, first = finished
+    before = _checkpoints(workspace)
+    second = run("quickstart", *small(), workspace=workspace)
+    assert "found again" in second
+    assert _checkpoints(workspace) == before, "nothing was trained again"
+    assert _table(second) == _table(first)
+
+
+def test_another_range_of_thresholds_reuses_what_is_the_same(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    options = small("sweep.num_schedules=2")
+    plan = run("sweep-threshold", "--dry-run", *options, workspace=workspace)
+    assert "5 of 5 trials are finished and reused" in plan
+
+
+def test_stages_stand_alone(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    assert "correction 2" in run("influence", "--metric", "relative", *small(), workspace=workspace)
+    assert "lastword" in run("evaluate", "--schedule", "1", *small(), workspace=workspace)
+    assert "front.html" in run("report", workspace=workspace)
+    assert "checkpoint:" in run("distill", "1,0,1", *small(), workspace=workspace)
+
+
+def _checkpoints(workspace: Path) -> dict[str, float]:
+    return {
+        str(path.relative_to(workspace)): path.stat().st_mtime
+        for path in workspace.rglob("model.safetensors")
+    }
+
+
+def _table(printed: str) -> list[str]:
+    """Return the rows of the front's table, the times among them, which are measured once."""
+    rows = printed.partition("ms/token")[2].partition("Cheapest")[0].splitlines()
+    assert [row for row in rows if row.split()[:1] == ["teacher"]], printed
+    return rows
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    options = small("training.num_steps=4000", "training.checkpoint_every_steps=1000000")
+    process = subprocess.Popen(
+        command("pretrain", *options, workspace=tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    _wait_for(lambda: any(_journal_steps(tmp_path)), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, f"left behind: {alive}"
+    saved = sorted(path.name for path in tmp_path.glob("runs/*/step_*"))
+    assert len(saved) == 1
+    step = int(saved[0].removeprefix("step_"))
+    assert 0 < step < 4000
+    again = subprocess.Popen(
+        command("pretrain", *options, workspace=tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    _wait_for(lambda: max(_journal_steps(tmp_path)) > step + 100, again)
+    again.send_signal(signal.SIGINT)
+    printed, _ = again.communicate(timeout=60)
+    assert again.returncode == 130, printed
+    steps = _journal_steps(tmp_path)
+    assert min(steps[len([s for s in steps if s <= step]) :]) > step, "it went on, not over"
+
+
+def _journal_steps(workspace: Path) -> list[int]:
+    journals = [path.read_text() for path in workspace.glob("runs/*/journal.jsonl")]
+    lines = [line for journal in journals for line in journal.splitlines()]
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [r["step"] for r in records if r["kind"] == "metrics"]
+
+
+def _wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 150.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < give_up, "it did not come that far in time"
+        time.sleep(0.1)
+
+
+def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path: Path) -> None:
+    options = small(
+        "sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]",
+        "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
+    )  # fmt: skip
+    plan = run("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
+    assert "one of 2 learning rates of a model goes on at 0.25, 0.5 of the steps (ASHA)" in plan
+    printed = run("sweep-iterations", "--asha", *options, workspace=tmp_path)
+    for label in ("vanilla, rate 0.01", "pcformer", "r = 0", "r = 1"):
+        assert label in printed
+    assert "trial vanilla, rate 1e-05 stopped early at step 6 of 12" in printed
+    assert "5 trials, 1 stopped early" in printed
+
+
+SWEEP_TO_END = small(
+    "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
+    "training.num_steps=500", "training.checkpoint_every_steps=20",
+)  # fmt: skip
+
+
+def _sweep_in_its_second_trial(workspace: Path) -> subprocess.Popen[str]:
+    """Start a sweep and return when one trial is finished and another one has a checkpoint."""
+    process = subprocess.Popen(
+        command("sweep-iterations", *SWEEP_TO_END, workspace=workspace),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+    def one_is_finished_and_one_is_running() -> bool:
+        finished = {path.parent for path in workspace.glob("runs/*/done.json")}
+        saved = {path for path in workspace.glob("runs/*") if find_checkpoints(path)}
+        running = saved - finished
+        return bool(finished and running)
+
+    _wait_for(one_is_finished_and_one_is_running, process)
+    return process
+
+
+def _ends_from_where_it_was(workspace: Path) -> None:
+    """Run the sweep again and see that it trained nothing twice."""
+    finished = {path.parent for path in workspace.glob("runs/*/done.json")}
+    newest = {p: find_checkpoints(p)[-1] for p in workspace.glob("runs/*") if find_checkpoints(p)}
+    assert len(finished) < len(newest) == 2
+    printed = run("sweep-iterations", *SWEEP_TO_END, workspace=workspace)
+    assert "of them found finished" in printed
+    assert len(list(workspace.glob("runs/*/done.json"))) == 2
+    for folder, checkpoint in newest.items():
+        records = read_journal(folder)[0]
+        resumed = [r["path"] for r in records if r.get("name") == "resumed"]
+        assert resumed == ([] if folder in finished else [str(checkpoint)])
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    process = _sweep_in_its_second_trial(tmp_path)
+    trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if _trains(p)]
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(trainers, timeout=30)
+    assert trainers
+    assert not alive, "who trains ends with the driver"
+    _ends_from_where_it_was(tmp_path)
+
+
+def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    process = _sweep_in_its_second_trial(tmp_path)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, f"left behind: {alive}"
+    (stopped,) = [
+        (folder, record["step"])
+        for folder in tmp_path.glob("runs/*")
+        for record in read_journal(folder)[0]
+        if record.get("name") == "stopped"
+    ]
+    folder, step = stopped
+    assert 20 <= step < 500
+    assert find_checkpoints(folder)[-1].name == f"step_{step:08}", "all of its steps are saved"
+    assert re.search(rf"iiet-orch: interrupted; .* of 2 trials .*: saved at step {step};", printed)
+    _ends_from_where_it_was(tmp_path)
+
+
+def _trains(process: psutil.Process) -> bool:
+    return "ImplicitFunc.train" in " ".join(process.cmdline())  # Tune's, around a trial

@@ -1,0 +1,89 @@
+"""A trial whose process is killed under Tune goes on from its checkpoint to the same result."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.settings import resolve_settings
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import find_checkpoints, weights_key
+from orchestrator.workspace.journal import read_journal
+
+
+def long_trial(trial: PlannedTrial, folder: Path) -> PlannedTrial:
+    """Return a trial of another folder that saves its state now and then."""
+    assert trial.job is not None
+    recipe = {**trial.job["recipe"], "num_steps": 400, "checkpoint_every_steps": 20}
+    job = {**trial.job, "recipe": recipe, "run_folder": str(folder)}
+    return replace(trial, key=folder.name, label=folder.name, folder=str(folder), job=job)
+
+
+def events(trial: PlannedTrial, name: str) -> list[dict[str, Any]]:
+    return [r for r in read_journal(Path(trial.folder))[0] if r.get("name") == name]
+
+
+def losses(trial: PlannedTrial) -> dict[int, float]:
+    """Return the loss of each step, as it was recorded last."""
+    return {
+        record["step"]: record["values"]["train/loss"]
+        for record in read_journal(Path(trial.folder))[0]
+        if "train/loss" in record.get("values", {})
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
+    tiny_plan: SweepPlan, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.sweeping import rounds as trial_rounds
+
+    killed, whole = (long_trial(tiny_plan.trials[1], tmp_path / n) for n in ("killed", "whole"))
+    run_one = trial_rounds.trial_function
+
+    def measure_losses_only(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
+        from orchestrator.sweeping import trial_run
+
+        def measure(decoder: Any, suite: Any, items_path: Path) -> dict[str, float]:
+            loss = trial_run.heldout_loss(decoder, Path(suite["tokens_folder"]))
+            return {"validation_loss": loss}
+
+        trial_run.measure_quality = measure
+        return run_one(parameters, context)
+
+    class Killer(Progress):
+        saved = 0
+
+        def advance(self, *_: Any, **__: Any) -> None:
+            if not self.saved and (found := find_checkpoints(Path(killed.folder))):
+                os.kill(events(killed, "started")[0]["pid"], signal.SIGKILL)
+                self.saved = int(found[-1].name.removeprefix("step_"))
+
+    monkeypatch.setattr(trial_rounds, "trial_function", measure_losses_only)
+    killer = Killer()
+    settings = resolve_settings({}).sweep
+    rounds = trial_rounds.TrialRounds(tmp_path / "sweep", settings, killer, num_all=2)
+    rounds.run([killed, whole])
+    assert rounds.failures == {}
+    assert rounds.made == {"killed", "whole"}
+    (started,), (resumed,) = events(killed, "started"), events(killed, "resumed")
+    assert resumed["pid"] != started["pid"]
+    assert killer.saved <= resumed["step"] < 400
+    assert resumed["step"] % 20 == 0
+    assert not events(whole, "resumed")
+
+    results = [killed.result(), whole.result()]
+    assert results[0]
+    assert results[1]
+    assert results[0].quality == results[1].quality
+    for name in ("steps", "tokens", "flops"):
+        assert results[0].train[name] == results[1].train[name]
+    assert losses(killed) == losses(whole)
+    weights = [weights_key(Path(str(result.checkpoint))) for result in results if result]
+    assert weights[0] == weights[1]

@@ -1,0 +1,123 @@
+"""A job or a sweep's trial whose Ray node is lost goes on elsewhere: two nodes in one machine, one
+of them removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.workspace.journal import read_journal
+
+DRIVER = """
+import json, os, pathlib, sys
+import orchestrator.cluster  # sets what Ray reads when it is imported
+from ray.cluster_utils import Cluster
+
+small = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
+# A node is given up after about two seconds instead of half a minute.
+patience = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+head = {**small, "num_cpus": 0, "include_dashboard": False, "_system_config": patience}
+nodes = Cluster(initialize_head=True, head_node_args=head)
+doomed = nodes.add_node(num_cpus=1, **small)
+os.environ["RAY_ADDRESS"] = nodes.address
+
+from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.job import TrainingJob
+from orchestrator.trial_runner import run_trials
+from orchestrator.worker import run_train_job
+
+job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+lost = []
+
+def watch():
+    if not lost and find_checkpoints(job.folder):
+        lost.append(True)
+        nodes.remove_node(doomed, allow_graceful=False)
+        nodes.add_node(num_cpus=1, **small)
+
+def train(parameters, context):
+    return {"finished": context.train(TrainingJob.from_dict(parameters), lambda: False).finished}
+
+try:
+    if sys.argv[2] == "job":
+        run_train_job(job, watch=watch)
+    else:
+        folder = job.folder.with_name("sweep")
+        [report] = run_trials(train, [job.to_dict()], folder, watch=watch)
+        assert report.result == {"finished": True}, report
+finally:
+    nodes.shutdown()
+assert lost
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["job", "trial"])
+def test_a_lost_node_changes_no_loss(
+    kind: str, tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    def job(name: str) -> TrainingJob:
+        return TrainingJob(
+            run_folder=str(tmp_path / name),
+            tokens_folder=str(tiny_tokens),
+            model=tiny_model,
+            recipe=TrainingSettings(
+                num_steps=300,
+                num_tokens_per_step=64,
+                validate_every_steps=300,
+                num_validation_tokens=64,
+                checkpoint_every_steps=20,
+            ),
+        )
+
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job("lost").to_dict()))
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    # Short: a socket's path has little room.
+    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, str(path), kind],
+            env={**environment, "RAY_TMPDIR": scratch},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = read_journal(tmp_path / "lost")[0]
+    started, resumed = (r for r in records if r.get("name") in ("started", "resumed"))
+    assert (started["name"], resumed["name"]) == ("started", "resumed")
+    assert started["pid"] != resumed["pid"]
+    assert resumed["step"] >= 20
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(started["num_threads"])
+    try:
+        run_job(job("whole"))
+    finally:
+        torch.set_num_threads(before)
+    assert losses(tmp_path / "lost") == losses(tmp_path / "whole")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {
+        record["step"]: record["values"]["train/loss"]
+        for record in read_journal(folder)[0]
+        if "train/loss" in record.get("values", {})
+    }

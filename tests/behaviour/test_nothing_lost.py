@@ -1,0 +1,130 @@
+"""Sweeps that meet a full disk or a silent MLflow: what is done stays done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.publishing import write_report
+from orchestrator.reporting.results import SweepResults
+from orchestrator.settings import resolve_settings
+from orchestrator.sweeping.execution import sweep
+from orchestrator.sweeping.rounds import TrialRounds
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.tracking import open_tracking
+from orchestrator.tracking.store import Store
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import open_workspace
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_a_trial_with_its_reason_and_the_rest_goes_on(
+    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+) -> None:
+    from orchestrator.cluster.placement import TrialLimits
+    from orchestrator.cluster.tune import TrialContext, run_trials
+
+    victim, other = tiny_plan.trials[1:3]
+
+    def run(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+        import resource
+
+        from orchestrator.sweeping import trial_run
+
+        trial_run.measure_quality = lambda *_: {"accuracy": 0.5}  # type: ignore[assignment]
+        # No file may grow beyond this, as on a disk that is full.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = 4096 if parameters["is_full"] else limits[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            return {"state": trial_run.run_trial(parameters["trial"]).state}
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def reports(is_full: bool) -> list[Any]:
+        given = [
+            {"trial": trial.to_dict(), "is_full": is_full and trial is victim}
+            for trial in (victim, other)
+        ]
+        return run_trials(run, given, tmp_path / "s", limits=TrialLimits(max_failures=1))
+
+    failed, made = reports(is_full=True)
+    assert failed.result is None
+    assert "File too large" in failed.error
+    assert made.result == {"state": "made"}
+    assert victim.result() is None
+    again, found = reports(is_full=False)
+    assert again.result == {"state": "made"}, again.error
+    assert found.result == {"state": "found"}
+
+
+def finish(trial: PlannedTrial) -> None:
+    result = TrialResult(
+        key=trial.key, role=trial.role, method="iiet", schedule=tuple(trial.config().corrections),
+        quality={"accuracy": 0.5}, train={"flops": 1},
+    )  # fmt: skip
+    write_json(trial.result_path, result.to_dict())
+
+
+def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
+    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, is_down, connect = open_workspace(tmp_path), [False], Store.connect
+
+    def connect_if_up(store: Store) -> Any:
+        if is_down[0]:
+            raise ConnectionRefusedError("nobody answers")
+        return connect(store)
+
+    def run_rounds(then: Callable[[], None]) -> Callable[..., None]:
+        def run(rounds: TrialRounds, waiting: list[PlannedTrial]) -> None:
+            for number, trial in enumerate(waiting):
+                finish(trial)
+                rounds.on_end()
+                if number == 1:
+                    then()
+
+        return run
+
+    monkeypatch.setattr(Store, "connect", connect_if_up)
+    monkeypatch.setattr(Store, "is_remote", True)
+    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
+    for when in ("start", "middle", "end"):
+        for trial in tiny_plan.trials:
+            trial.result_path.unlink(missing_ok=True)
+        is_down[0] = when == "start"
+
+        def go_down(when: str = when) -> None:
+            is_down[0] |= when == "middle"
+
+        monkeypatch.setattr(TrialRounds, "run", run_rounds(go_down))
+        plan = replace(tiny_plan, key=f"down at {when}", name=f"down-{when}")
+        told: list[str] = []
+        tracking = open_tracking(workspace, warn=told.append)
+        settings = resolve_settings({})
+        outcome = sweep(plan, settings, workspace, tracking=tracking)
+        assert len(outcome.results) == len(plan.trials), "no trial knows"
+        is_down[0] = True
+        found = SweepResults(name=plan.name, key=plan.key, results=outcome.results)
+        written = write_report(workspace, found, tracking=tracking)
+        assert written.page is not None
+        assert written.page.is_file()
+        assert len(told) == 1, told
+
+        is_down[0] = False
+        back = open_tracking(workspace, warn=pytest.fail)
+        back.replay()
+        assert back.outbox.records() == []
+        [run] = back.store.connect().search_runs(
+            [str(back.store.experiment_id)], f"tags.`iiet.key` = '{plan.key}'"
+        )
+        assert run.info.status == "FINISHED"
+        assert "sweep/hypervolume" in run.data.metrics
+        assert "mlflow.note.content" in run.data.tags

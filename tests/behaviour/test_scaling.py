@@ -1,0 +1,85 @@
+"""docs/scaling.md says what is true: its commands exist, its table is what they print, its YAML is
+whole."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from orchestrator import cli
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+ROWS = re.findall(
+    r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$", TEXT, flags=re.MULTILINE
+)
+FIRST = re.compile(r"[\d.,]+ ?\w*")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def printed_cells(command: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Run a command of the table and return the figures that it prints for the cells."""
+    assert cli.run([*shlex.split(command)[1:], "-w", str(workspace)]) == 0
+    output = capsys.readouterr().out
+    cells = []
+    for name in ("parameters", "memory", "time", "checkpoints"):
+        (text,) = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
+        found = FIRST.match(text)
+        assert found
+        cells.append(found[0].strip())
+    return cells
+
+
+def test_the_table_is_what_its_commands_print(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Machines with a GPU of their own would plan for that one.
+    monkeypatch.setattr("orchestrator.reporting.estimate_table.installed_gpu", lambda: None)
+    assert len(ROWS) == 10
+    for command, row in ROWS:
+        assert row.split(" | ") == printed_cells(command, tmp_path, capsys), command
+
+
+def test_what_the_text_says_of_fitting_is_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.planning.preflight.installed_gpu", lambda: None)
+    for command, _ in ROWS:
+        assert cli.run([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
+        assert re.search(r"on an H100 +there is room for it", capsys.readouterr().out), command
+
+
+def test_the_commands_and_their_options_exist() -> None:
+    text = "\n".join([*blocks("bash"), *(command for command, _ in ROWS), *blocks("yaml")])
+    found = re.findall(r"iiet-orch ([a-z-]+)((?: [^\n#]*)?)", text)
+    assert len(found) >= 18
+    for name, rest in found:
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        used = {word for word in shlex.split(rest) if word.startswith("--")}
+        assert used <= known, f"{name}{rest}: unknown {used - known}"
+
+
+def test_the_job_for_kuberay_is_yaml_with_the_fields_of_a_ray_job() -> None:
+    (text,) = blocks("yaml")
+    job = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    gpus = workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert f"--gpus {gpus}" in job["spec"]["entrypoint"]
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
+
+
+def test_what_it_points_to_is_there() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for path in re.findall(r"`(tests/[\w/.]+)`", TEXT):
+        assert (root / path).exists(), path

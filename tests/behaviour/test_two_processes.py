@@ -1,0 +1,321 @@
+"""One job, two processes: trained once, waited for, taken over from the dead; a wait that is
+interrupted leaves the other alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator.cluster import local as local_run
+from orchestrator.cluster.local import run_local_jobs
+from orchestrator.planning.resources import Resources
+from orchestrator.settings import TrainingSettings
+from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.training.checkpoint import find_checkpoints, weights_key
+from orchestrator.training.job import STOP_NAME, TrainingJob, ask_to_stop, finished_outcome
+from orchestrator.training.run import run_job
+from orchestrator.training.run_lock import held, is_held, run_each_once
+from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.journal import read_journal
+
+# Holds still after its first checkpoint until its standard input ends, if it is asked to.
+DRIVER = """
+import json, sys
+from orchestrator import local_run, resources
+from orchestrator.errors import Interrupted
+from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.job import TrainingJob
+
+jobs = [TrainingJob.from_dict(value) for value in json.loads(sys.argv[1])]
+local_run.POLL_SECONDS = 0.0
+local_run.local_resources = lambda **_: resources.Resources(cpus=1, gpus=0)
+
+def watch():
+    if sys.argv[2] == "hold" and find_checkpoints(jobs[0].folder):
+        sys.stdin.read()
+
+def note(text):
+    print(text, flush=True)
+
+try:
+    outcomes = local_run.run_local_jobs(jobs, watch=watch, note=note)
+except Interrupted as error:
+    print(error, flush=True)
+    sys.exit(130)
+print(json.dumps([outcome.to_dict() for outcome in outcomes]), flush=True)
+"""
+
+UNDER_RAY = """
+import json, sys
+from orchestrator.training.job import TrainingJob
+from orchestrator.worker import run_train_jobs
+
+def note(text):
+    print(text, flush=True)
+
+if __name__ == "__main__":
+    jobs = [TrainingJob.from_dict(value) for value in json.loads(sys.argv[1])]
+    outcomes = run_train_jobs(jobs, note=note)
+    print(json.dumps([outcome.to_dict() for outcome in outcomes]), flush=True)
+"""
+
+WAITING = "waiting for another process, which is at: run\n"
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> TrainingJob:
+    return TrainingJob(
+        run_folder=str(tmp_path / "run"),
+        tokens_folder=str(tiny_tokens),
+        model=tiny_model,
+        recipe=TrainingSettings(
+            num_steps=40,
+            num_tokens_per_step=64,
+            validate_every_steps=40,
+            num_validation_tokens=64,
+            checkpoint_every_steps=10,
+        ),
+    )
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a script on jobs; what is left ends with the test."""
+    started = []
+
+    def start(*jobs: TrainingJob, hold: bool = False, script: str = DRIVER) -> Any:
+        asked = json.dumps([job.to_dict() for job in jobs])
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, asked, "hold" if hold else ""],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def first(job: TrainingJob, start: Start) -> subprocess.Popen[str]:
+    """A process that trains the job and holds still after its first checkpoint."""
+    process = start(job, hold=True)
+    wait_for(lambda: find_checkpoints(job.folder), process)
+    return process
+
+
+@pytest.fixture
+def second(job: TrainingJob, start: Start, first: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    """A process that waits for the first one."""
+    process = start(job)
+    assert line(process) == WAITING
+    return process
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    give_up_at = time.monotonic() + 150.0
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up_at, "it did not come that far in time"
+        time.sleep(0.02)
+
+
+def events(job: TrainingJob, *names: str) -> list[dict[str, Any]]:
+    return [r for r in read_journal(job.folder)[0] if r.get("name") in names]
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+
+
+def result(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Return what a process ends with; it says nothing else before."""
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    outcomes: list[dict[str, Any]] = json.loads(printed)
+    return outcomes
+
+
+Process = subprocess.Popen[str]
+
+
+@pytest.mark.slow
+def test_both_have_the_outcome_of_one_training(
+    job: TrainingJob, first: Process, second: Process
+) -> None:
+    assert not finished_outcome(job)
+    go_on(first)
+    assert result(first) == result(second)
+    assert len(events(job, "started", "resumed")) == 1
+
+
+def test_who_waits_takes_over_from_one_that_is_killed(
+    job: TrainingJob, first: Process, second: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first.kill()
+    (outcome,) = result(second)
+    (resumed,) = events(job, "resumed")
+    assert resumed["step"] >= 10
+    assert resumed["pid"] == second.pid
+    monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources(cpus=1, gpus=0))
+    (whole,) = run_local_jobs([replace(job, run_folder=f"{job.run_folder}-whole")])
+    assert outcome["validation_loss"] == whole.validation_loss
+    assert weights_key(Path(outcome["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_wait_that_is_interrupted_leaves_the_other_alone(
+    number: int, job: TrainingJob, first: Process, second: Process
+) -> None:
+    second.send_signal(number)
+    assert "waiting for another process" in line(second)
+    assert second.wait(timeout=30) == 130
+    assert not (job.folder / STOP_NAME).exists()
+    go_on(first)
+    assert result(first)
+    assert len(events(job, "started", "resumed")) == 1
+
+
+@pytest.mark.slow
+def test_who_interrupts_the_first_lets_the_second_go_on(
+    job: TrainingJob, first: Process, second: Process
+) -> None:
+    first.send_signal(signal.SIGINT)
+    go_on(first)
+    assert "interrupted; saved at step " in line(first)
+    assert first.wait(timeout=30) == 130
+    assert result(second)
+    (stopped,) = events(job, "stopped")
+    (resumed,) = events(job, "resumed")
+    assert resumed["step"] == stopped["step"] < 40
+
+
+@pytest.mark.slow
+def test_jobs_asked_for_in_opposite_orders_are_each_trained_once(
+    job: TrainingJob, start: Start
+) -> None:
+    jobs = [replace(job, run_folder=f"{job.run_folder}-{name}") for name in "abc"]
+    first = start(*jobs[:2], hold=True)
+    wait_for(lambda: find_checkpoints(jobs[0].folder), first)
+    second = start(*reversed(jobs))
+    assert line(second) == WAITING.replace("run", "run-b, run-a")
+    assert finished_outcome(jobs[2]), "it trained what was free"
+    go_on(first)
+    assert result(second)[::-1][:2] == result(first)
+    for each in jobs:
+        assert len(events(each, "started", "resumed")) == 1
+
+
+def test_a_stop_file_of_a_held_folder_is_its_holders(job: TrainingJob) -> None:
+    """A request to stop is withdrawn by who holds the folder, not by who waits for it."""
+    waits: list[bool] = []
+
+    def stop_waiting() -> None:
+        waits.append((job.folder / STOP_NAME).exists())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with held(job.folder) as is_ours:
+        assert is_ours
+        ask_to_stop(job.folder)
+        with pytest.raises(Interrupted, match="waiting for another process"):
+            run_local_jobs([job], watch=stop_waiting)
+    assert set(waits) == {True}
+    assert (job.folder / STOP_NAME).exists()
+    assert not is_held(job.folder)
+    assert run_local_jobs([job])[0].finished
+
+
+def test_a_job_named_twice_is_trained_once(job: TrainingJob) -> None:
+    asked: list[list[TrainingJob]] = []
+
+    def run(jobs: list[TrainingJob]) -> None:
+        asked.append(jobs)
+        for each in jobs:
+            run_job(each)
+
+    first, second = run_each_once([job, job], run)
+    assert first == second
+    assert asked == [[job]]
+
+
+@pytest.mark.slow
+def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
+    tiny_plan: SweepPlan, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.sweeping import trial_run
+
+    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+    trial = with_checkpoints(tiny_plan.trials[1])
+    job = TrainingJob.from_dict(trial.job or {})
+    driver = start(job, hold=True)
+    wait_for(lambda: find_checkpoints(job.folder), driver)
+    assert run_trial(trial.to_dict(), wait=False).state == "busy"
+    go_on(driver)
+    assert run_trial(trial.to_dict()).state == "made", "measured; trained by the other one"
+    assert result(driver)
+    assert len(events(job, "started", "resumed")) == 1
+
+    other = with_checkpoints(tiny_plan.trials[2])
+    job = TrainingJob.from_dict(other.job or {})
+    drivers = []
+
+    def begin(*_: Any) -> None:
+        if not drivers:
+            drivers.append(start(job))
+            assert line(drivers[0]).startswith("waiting")
+
+    assert run_trial(other.to_dict(), report=begin).state == "made"
+    assert result(drivers[0])
+    assert len(events(job, "started", "resumed")) == 1
+
+
+def with_checkpoints(trial: PlannedTrial) -> PlannedTrial:
+    assert trial.job is not None
+    recipe = {**trial.job["recipe"], "checkpoint_every_steps": 10}
+    return replace(trial, job={**trial.job, "recipe": recipe})
+
+
+@pytest.mark.slow
+def test_under_ray_a_killed_driver_is_taken_over_by_one_of_those_that_wait(
+    job: TrainingJob, start: Start
+) -> None:
+    job = replace(job, recipe=job.recipe.model_copy(update={"num_steps": 400}))
+    killed = start(job, script=UNDER_RAY)
+    wait_for(lambda: events(job, "started"), killed)
+    trainer = psutil.Process(events(job, "started")[0]["pid"])
+    wait_for(lambda: find_checkpoints(job.folder), killed)
+    trainer.suspend()
+    processes = [start(job, script=UNDER_RAY) for _ in range(2)]
+    assert [line(process) for process in processes] == [WAITING, WAITING]
+    killed.kill()
+    killed.wait()
+    trainer.resume()
+    first, second = (result(process) for process in processes)
+    assert first == second
+    (resumed,) = events(job, "resumed")
+    assert resumed["step"] >= 10

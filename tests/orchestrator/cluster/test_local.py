@@ -1,0 +1,195 @@
+"""Training in this process is the same training: same losses, same way to stop and go on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import cli
+from orchestrator.cluster import local as local_run
+from orchestrator.cluster.local import check_local, run_local_jobs
+from orchestrator.planning.resources import Resources
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import find_checkpoints, step_of, weights_key
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.saving import NotSaved
+from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.workspace.journal import read_journal
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> TrainingJob:
+    return TrainingJob(
+        run_folder=str(tmp_path / "run"),
+        tokens_folder=str(tiny_tokens),
+        model=tiny_model,
+        recipe=TrainingSettings(
+            num_steps=30,
+            num_tokens_per_step=64,
+            validate_every_steps=15,
+            num_validation_tokens=64,
+            checkpoint_every_steps=10,
+            iterate_from_fraction=0.5,
+        ),
+    )
+
+
+def said(job: TrainingJob) -> list[tuple[int, str, float]]:
+    """Return all that a journal says about losses, gradients and FLOPs."""
+    return [
+        (record["step"], name, value)
+        for record in read_journal(job.folder)[0]
+        for name, value in record.get("values", {}).items()
+        if name in ("train/loss", "train/gradient_norm", "train/flops", "validation/loss")
+    ]
+
+
+def weights(job: TrainingJob) -> str:
+    return weights_key(find_checkpoints(job.folder)[-1])
+
+
+def at_step(job: TrainingJob, step: int, act: Callable[[], None]) -> Callable[[], None]:
+    """Return a watch that acts once, when the journal has come to a step."""
+    done: list[bool] = []
+
+    def watch() -> None:
+        steps = [r["step"] for r in read_journal(job.folder)[0] if r["kind"] == "metrics"]
+        if steps and steps[-1] >= step and not done:
+            done.append(True)
+            act()
+
+    return watch
+
+
+@pytest.mark.slow
+def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
+    ray_session: None, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.cluster.train import run_train_job
+
+    # As many threads as the one worker of the session's Ray.
+    monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources(cpus=2, gpus=0))
+    under_ray = replace(job, run_folder=f"{job.run_folder}-ray")
+    expected = run_train_job(under_ray)
+    (outcome,) = run_local_jobs([job])
+    assert said(job) == said(under_ray)
+    assert weights(job) == weights(under_ray)
+    assert outcome.validation_loss == expected.validation_loss
+
+
+def test_ctrl_c_saves_and_the_same_call_goes_on(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_run, "POLL_SECONDS", 0.0)
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = at_step(job, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted) as caught:
+        run_local_jobs([job], watch=interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    stopped = find_checkpoints(job.folder)[-1]
+    assert f"interrupted; saved at step {step_of(stopped)}; " in str(caught.value)
+    assert "00000007" <= stopped.name.removeprefix("step_") < "00000010"
+    looks: list[int] = []
+    (outcome,) = run_local_jobs([job], watch=lambda: looks.append(1))
+    assert outcome.finished
+    assert len(looks) > 10, "progress is shown between steps"
+
+    whole = replace(job, run_folder=f"{job.run_folder}-whole")
+    run_local_jobs([whole])
+    assert said(job) == said(whole)
+    assert weights(job) == weights(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_run, "POLL_SECONDS", 0.0)
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="not saved in time; nothing was saved"):
+        run_local_jobs([job], watch=at_step(job, 3, twice))
+    assert not find_checkpoints(job.folder)
+
+
+@pytest.mark.parametrize(
+    ("num_saved", "saved"), [(0, "nothing was saved"), (1, "saved at step 10")]
+)
+def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
+    num_saved: int, saved: str, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_run, "POLL_SECONDS", 0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def interrupt_and_refuse_to_save() -> None:
+        if len(find_checkpoints(job.folder)) == num_saved:
+            # The system refuses to write more into one file, as a full disk does.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, hard))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    # The first checkpoint is written beside the steps after it.
+    at_once = interrupt_and_refuse_to_save
+    watch = at_once if num_saved else at_step(job, 3, at_once)
+    try:
+        with pytest.raises(NotSaved, match=f"while the run was stopping; {saved}$"):
+            run_local_jobs([job], watch=watch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("workers", "gpus", "words"), [(2, 0, "--workers 2"), (1, 8, "--gpus 8")])
+def test_several_workers_are_refused(workers: int, gpus: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_local(workers, gpus)
+
+
+@pytest.mark.parametrize("command", [["pretrain"], ["distill", "1"]])
+def test_the_commands_refuse_them_too(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = [*command, "--local", "--set", "cluster.num_workers=2", "-w", str(tmp_path / "ws")]
+    assert cli.run(several) == 2
+    assert "--local trains in this process alone" in capsys.readouterr().err
+    assert not (tmp_path / "ws").exists()
+
+
+LOCAL = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from orchestrator.settings import resolve_settings
+from orchestrator.stages.distill import distill
+from orchestrator.stages.pretrain import pretrain
+from orchestrator.workspace import Workspace
+
+nothing = lambda *_, **__: None
+run = SimpleNamespace(set_tags=nothing, log_dataset=nothing, mirror=nothing, finish=nothing)
+tracking = SimpleNamespace(run=lambda *_, **__: run)
+recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+sizes = {"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 32, "context_length": 16}
+settings = resolve_settings(
+    {"model": sizes, "training": recipe, "distillation": {"training": recipe}}
+)
+workspace, tokens = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
+options = {"tracking": tracking, "local": True}
+teacher = pretrain({"iiet": settings}, workspace, tokens, **options)["iiet"]
+distill(settings, workspace, teacher, "1", tokens, **options)
+print(*{"ray"} & set(sys.modules))
+"""
+
+
+def test_ray_is_not_imported(tmp_path: Path, tiny_tokens: Path) -> None:
+    arguments = [sys.executable, "-c", LOCAL, str(tmp_path), str(tiny_tokens)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+    assert len(list(tmp_path.rglob("done.json"))) == 2

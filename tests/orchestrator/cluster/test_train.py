@@ -1,0 +1,258 @@
+"""Ray Train runs the same jobs with the same results, whatever happens to its workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.loop import Diverged
+from orchestrator.training.run import run_job
+from orchestrator.training.saving import NotSaved
+from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.scratch import PREFIX
+
+MakeJob = Callable[..., TrainingJob]
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> MakeJob:
+    def make(name: str, **recipe: Any) -> TrainingJob:
+        values = {
+            "num_steps": 12,
+            "num_tokens_per_step": 64,
+            "learning_rate": 1e-2,
+            "warmup_steps": 2,
+            "validate_every_steps": 6,
+            "num_validation_tokens": 320,
+            "checkpoint_every_steps": 6,
+            "iterate_from_fraction": 0.5,
+        }
+        return TrainingJob(
+            run_folder=str(tmp_path / name),
+            tokens_folder=str(tiny_tokens),
+            model=tiny_model,
+            recipe=TrainingSettings(**{**values, **recipe}),
+        )
+
+    return make
+
+
+def metric(job: TrainingJob, name: str = "train/loss") -> list[float]:
+    values = {
+        record["step"]: record["values"][name]
+        for record in read_journal(job.folder)[0]
+        if name in record.get("values", {})
+    }
+    return [values[step] for step in sorted(values)]
+
+
+def events(job: TrainingJob, name: str) -> list[dict[str, Any]]:
+    return [r for r in read_journal(job.folder)[0] if r.get("name") == name]
+
+
+class Listeners:
+    """Watches the addresses that this process and its children listen on."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.found: set[str] = set()
+        self.workers: set[int] = set()
+        """Processes of the job that were looked at while it trained."""
+
+    def watch(self) -> None:
+        trains = {record["pid"] for record in events(self.job, "started")}
+        if self.workers or not trains:
+            return  # One look while it trains is enough.
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                connections = process.net_connections(kind="inet")
+            except psutil.NoSuchProcess:
+                continue
+            self.found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+            self.workers |= trains & {process.pid}
+
+    def are_local(self) -> bool:
+        assert self.workers, "nobody looked while it trained"
+        return self.found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job: MakeJob) -> None:
+    from orchestrator.cluster.train import run_train_job
+
+    alone = run_job(make_job("alone"))
+    listeners = Listeners(make_job("shared"))
+    stores = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/store"))  # Others may have theirs.
+    shared = run_train_job(
+        make_job("shared", num_sequences_per_pass=1),
+        num_workers=2,
+        parallel="fsdp",
+        watch=listeners.watch,
+    )
+    assert listeners.are_local(), listeners.found
+    found = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/store"))
+    assert found <= stores, "where they met is gone"
+    assert metric(make_job("shared")) == pytest.approx(metric(make_job("alone")), abs=1e-5)
+    assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
+    assert (shared.num_tokens, shared.training_flops) == (alone.num_tokens, alone.training_flops)
+    (started,) = events(make_job("shared"), "started")
+    assert (started["num_workers"], started["num_threads"]) == (2, 1)
+    assert started["parallel"] == "fsdp"
+
+
+@pytest.mark.slow
+def test_jobs_run_side_by_side_on_a_thread_each(ray_session: None, make_job: MakeJob) -> None:
+    from orchestrator.cluster.train import run_train_jobs
+
+    jobs = [make_job("a"), make_job("b", seed=1)]
+    listeners = Listeners(jobs[0])
+    outcomes = run_train_jobs(jobs, watch=listeners.watch)
+    assert listeners.are_local(), listeners.found
+    assert [outcome.finished for outcome in outcomes] == [True, True]
+    assert [Path(o.checkpoint or "").parent for o in outcomes] == [job.folder for job in jobs]
+    for job in jobs:
+        (started,) = events(job, "started")
+        assert started["num_threads"] == 1
+        assert not (job.folder / "ray").exists()
+
+
+def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.cluster import train as worker
+
+    outcome = run_job(make_job("done"))
+    monkeypatch.setattr(worker, "ray_cluster", None)
+    assert worker.run_train_jobs([make_job("done")]) == [outcome]
+
+
+def kill_worker_once(job: TrainingJob) -> Callable[[], None]:
+    """Return a watch that kills the job's worker after its first checkpoint."""
+    killed: list[int] = []
+
+    def watch() -> None:
+        if not killed and find_checkpoints(job.folder):
+            killed.append(events(job, "started")[0]["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    return watch
+
+
+LONG = {"num_steps": 400, "checkpoint_every_steps": 20, "validate_every_steps": 400}
+
+
+@pytest.mark.slow
+def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
+    ray_session: None, make_job: MakeJob
+) -> None:
+    from orchestrator.cluster.train import run_train_jobs
+
+    killed, whole = make_job("killed", **LONG), make_job("whole", **LONG)
+    outcomes = run_train_jobs([killed, whole], num_workers=2, watch=kill_worker_once(killed))
+    (resumed,) = events(killed, "resumed")
+    assert resumed["step"] >= 20
+    assert resumed["num_workers"] == 2
+    assert not events(whole, "resumed")
+    assert metric(killed) == metric(whole)
+    assert outcomes[0].validation_loss == outcomes[1].validation_loss
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_too_often_fails_the_stage(ray_session: None, make_job: MakeJob) -> None:
+    from orchestrator.cluster.train import run_train_job
+
+    job = make_job("killed", **LONG)
+    with pytest.raises(StageFailed, match=str(job.folder)):
+        run_train_job(job, max_failures=0, watch=kill_worker_once(job))
+    assert find_checkpoints(job.folder)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
+    ray_session: None, make_job: MakeJob
+) -> None:
+    from orchestrator.cluster.train import run_train_job
+
+    job = make_job("full", num_steps=4000, checkpoint_every_steps=4000)
+    pressed: list[int] = []
+
+    def watch() -> None:
+        if not pressed and metric(job):
+            pressed.append(events(job, "started")[0]["pid"])
+            # The system refuses to write more into one file of the worker, as a full disk does.
+            psutil.Process(pressed[0]).rlimit(psutil.RLIMIT_FSIZE, (15_000, 15_000))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(NotSaved, match=r"while the run was stopping; nothing was saved$"):
+        run_train_job(job, watch=watch)
+    assert pressed
+    assert not find_checkpoints(job.folder)
+
+
+def test_after_a_stop_any_error_is_an_answer() -> None:
+    from orchestrator.cluster.train import answer_of
+
+    def fail() -> dict[str, Any]:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        answer_of(fail)
+    expected = {"error": "StageFailed", "text": "OSError: no room"}
+    assert answer_of(fail, is_stopping=lambda: True) == expected
+
+
+@pytest.mark.slow
+def test_what_trying_again_cannot_help_is_not_tried_again(
+    ray_session: None, make_job: MakeJob
+) -> None:
+    from orchestrator.cluster.train import run_train_jobs
+
+    diverging, fine = make_job("diverging", learning_rate=1e30), make_job("fine")
+    with pytest.raises(Diverged, match="diverged at step"):
+        run_train_jobs([diverging, fine], max_failures=5)
+    assert len(events(diverging, "started")) == 1
+    assert events(fine, "finished"), "one job's end must not take the others along"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "sentence"),
+    [
+        ({}, {"num_gpus": 512}, "--gpus 512"),
+        ({}, {"num_workers": 3000}, "type --workers"),
+        ({"num_tokens_per_step": 65}, {}, "multiple of the context length"),
+    ],
+)
+def test_mistakes_are_found_before_ray_starts(
+    make_job: MakeJob,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: dict[str, Any],
+    options: dict[str, Any],
+    sentence: str,
+) -> None:
+    from orchestrator.cluster import train as worker
+
+    monkeypatch.setattr(worker, "ray_cluster", None)
+    with pytest.raises(UserError, match=sentence):
+        worker.run_train_job(make_job("x", **recipe), **options)
+    assert not make_job("x").folder.exists()
+
+
+def test_a_folder_of_another_job_is_refused_before_ray_starts(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.cluster import train as worker
+
+    run_job(make_job("taken"))
+    monkeypatch.setattr(worker, "ray_cluster", None)
+    with pytest.raises(UserError, match=r"recipe\.seed was 0, is 5"):
+        worker.run_train_job(make_job("taken", seed=5))

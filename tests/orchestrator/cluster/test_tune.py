@@ -1,0 +1,156 @@
+"""Trials under Ray Tune: side by side, tried again, reported, and none takes the others along."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.workspace.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+
+def attempts(folder: str, name: str) -> int:
+    return len(list(Path(folder).glob(f"{name}.*")))
+
+
+def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> None:
+    from orchestrator.cluster.tune import TrialContext, TrialReport, run_trials
+
+    def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+        import torch
+
+        return {
+            "square": parameters["x"] ** 2,
+            "pid": os.getpid(),
+            "threads": torch.get_num_threads(),
+            "device": context.world.device,
+        }
+
+    heard: list[TrialReport] = []
+    threads: set[int] = set()
+
+    def on_result(report: TrialReport) -> None:
+        heard.append(report)
+        threads.add(threading.get_ident())
+
+    reports = run_trials(trial, [{"x": x} for x in range(5)], tmp_path, on_result=on_result)
+    results = [report.result or {} for report in reports]
+    assert [report.number for report in reports] == list(range(5))
+    assert [result["square"] for result in results] == [0, 1, 4, 9, 16]
+    assert {result["threads"] for result in results} == {1}, "two CPUs, two trials, a thread each"
+    assert {result["device"] for result in results} == {"cpu"}
+    assert len({result["pid"] for result in results}) <= 2, "processes serve again"
+    assert sorted(heard, key=lambda report: report.number) == reports
+    assert threads == {threading.get_ident()}
+    assert not (tmp_path / "ray").exists()
+
+
+def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
+    ray_session: None, tmp_path: Path
+) -> None:
+    from orchestrator.cluster.placement import TrialLimits
+    from orchestrator.cluster.tune import TrialContext, run_trials
+
+    folder = str(tmp_path)
+
+    def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+        name = parameters["name"]
+        earlier = len(list(Path(folder).glob(f"{name}.*")))
+        (Path(folder) / f"{name}.{earlier}").touch()
+        if name == "once" and earlier == 0:
+            raise RuntimeError("a hiccup")
+        if name == "killed" and earlier == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "always":
+            raise ValueError("bad luck")
+        if name == "mistaken":
+            raise UserError("type something else")
+        return {"name": name}
+
+    names = ["always", "once", "killed", "mistaken", "fine", "also fine"]
+    reports = run_trials(
+        trial,
+        [{"name": name} for name in names],
+        tmp_path,
+        limits=TrialLimits(max_failures=2),
+    )
+    by_name = {report.parameters["name"]: report for report in reports}
+    for name in ("once", "killed", "fine", "also fine"):
+        assert by_name[name].result == {"name": name}
+        assert by_name[name].error is None
+    assert by_name["always"].result is None
+    assert by_name["always"].error == "ValueError: bad luck"
+    assert by_name["mistaken"].error == "type something else"
+    assert attempts(folder, "always") == 3
+    assert attempts(folder, "once") == attempts(folder, "killed") == 2
+    assert attempts(folder, "mistaken") == attempts(folder, "fine") == 1
+
+
+def test_a_stop_waits_for_running_trials_and_starts_no_other(
+    ray_session: None, tmp_path: Path
+) -> None:
+    from orchestrator.cluster.tune import TrialContext, TrialReport, run_trials
+    from orchestrator.workspace.errors import Interrupted
+
+    folder = str(tmp_path)
+
+    def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+        import time
+
+        path = Path(folder) / f"trial.{parameters['x']}"
+        path.touch()
+        while not context.should_stop():
+            time.sleep(0.01)
+        path.write_text("saved")
+        if parameters["x"] == 0:
+            raise OSError("no room")
+        if parameters["x"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    pressed: list[bool] = []
+
+    def watch() -> None:
+        if attempts(folder, "trial") == 2 and not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    heard: list[TrialReport] = []
+    with pytest.raises(Interrupted, match="interrupted; 18 are left"):
+        run_trials(
+            trial,
+            [{"x": x} for x in range(20)],
+            tmp_path,
+            on_result=heard.append,
+            watch=watch,
+            saved=lambda: "18 are left",
+        )
+    assert attempts(folder, "trial") == 2
+    raised, died = sorted(heard, key=lambda report: report.number)
+    assert (raised.error, raised.after_stop) == ("OSError: no room", True)
+    assert "died" in str(died.error)
+    assert died.after_stop, "what fails while it stops is told, not tried again"
+    assert {path.read_text() for path in tmp_path.glob("trial.*")} == {"saved"}
+
+
+def test_no_trials_are_no_work(tmp_path: Path) -> None:
+    from orchestrator.cluster.tune import run_trials
+
+    assert run_trials(lambda parameters, context: {}, [], tmp_path) == []
+
+
+def test_more_at_once_than_cpus_is_cut_down(ray_session: None, tmp_path: Path) -> None:
+    from orchestrator.cluster.placement import TrialLimits
+    from orchestrator.cluster.tune import TrialContext, run_trials
+
+    def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+        return {"done": True}
+
+    reports = run_trials(trial, [{}] * 3, tmp_path, limits=TrialLimits(at_once=50))
+    assert all(report.result == {"done": True} for report in reports)

@@ -1,0 +1,118 @@
+"""A trial of two workers makes the model that one worker makes, also through a stop or a death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.training.checkpoint import load_decoder
+from orchestrator.training.job import STOP_NAME, TrainingJob, job_key
+from orchestrator.training.run import run_job
+from orchestrator.workspace.journal import read_journal
+
+pytestmark = pytest.mark.slow
+
+
+def parameters(trial: PlannedTrial) -> dict[str, Any]:
+    return {"trial": trial.to_dict(), "wait": False, "rivals": {}, "rule": None}
+
+
+def shared(trial: PlannedTrial, tmp_path: Path, *, num_steps: int = 12) -> PlannedTrial:
+    """Return a trial whose batch two workers can share, and the validation of which is quick."""
+    assert trial.job is not None
+    recipe = {**trial.job["recipe"], "num_steps": num_steps, "checkpoint_every_steps": 10**6}
+    job = {**trial.job, "recipe": recipe, "run_folder": str(tmp_path / "trial")}
+    return replace(trial, folder=job["run_folder"], job=job)
+
+
+def weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
+    return load_decoder(Path(str(checkpoint))).state_dict()
+
+
+def run_with_two(
+    trials: list[PlannedTrial], folder: Path, watch: Callable[[], None] | None = None
+) -> list[Any]:
+    from orchestrator.cluster.placement import TrialLimits
+    from orchestrator.cluster.tune import TrialContext, run_trials
+
+    def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+        from orchestrator.sweeping import trial_run
+        from orchestrator.sweeping.rounds import trial_function
+
+        trial_run.measure_quality = lambda *_: {"accuracy": 0.5}  # type: ignore[assignment]
+        return trial_function(parameters, context)
+
+    limits = TrialLimits(workers_per_trial=2, at_once=5)
+    given = [parameters(trial) for trial in trials]
+    return run_trials(trial, given, folder, limits=limits, watch=watch)
+
+
+def test_two_workers_make_what_one_makes_also_through_a_stop(
+    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+) -> None:
+    from orchestrator.workspace.errors import Interrupted
+
+    trial = shared(tiny_plan.trials[1], tmp_path, num_steps=300)
+    assert trial.job is not None
+    folder = Path(trial.folder)
+    pressed: list[int] = []
+
+    def press() -> None:
+        steps = [r["step"] for r in read_journal(folder)[0] if r["kind"] == "metrics"]
+        if steps and not pressed:
+            pressed.append(steps[-1])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run_with_two([trial], tmp_path / "first", press)
+    give_up = time.monotonic() + 20
+    while not (saved := list(folder.glob("step_*"))):
+        assert time.monotonic() < give_up, "the workers did not save their state"
+    step = int(saved[0].name.removeprefix("step_"))
+    assert 0 < step < 300
+    (folder / STOP_NAME).touch()  # As a driver leaves it that is killed while it waits.
+
+    [report] = run_with_two([trial], tmp_path / "second")
+    assert report.result == {"state": "made"}, report.error
+    result = trial.result()
+    assert result is not None
+    events = [r for r in read_journal(folder)[0] if r["kind"] == "event"]
+    resumed = next(r for r in events if r["name"] == "resumed")
+    assert (resumed["num_workers"], resumed["step"]) == (2, step)
+
+    job = TrainingJob.from_dict({**trial.job, "run_folder": str(tmp_path / "alone")})
+    assert job_key(job) == job_key(TrainingJob.from_dict(trial.job))
+    alone = weights(run_job(job).checkpoint)
+    for name, tensor in weights(result.checkpoint).items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
+    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+) -> None:
+    trials = [shared(tiny_plan.trials[n], tmp_path / str(n)) for n in (1, 2)]
+    victim = replace(trials[0], job={**(trials[0].job or {})})
+    recipe = {**victim.job["recipe"], "num_steps": 400, "checkpoint_every_steps": 20}  # type: ignore[index]
+    victim = replace(victim, job={**victim.job, "recipe": recipe})  # type: ignore[dict-item]
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        records, _ = read_journal(Path(victim.folder))
+        if not killed and any(r.get("name") == "checkpoint" for r in records):
+            killed.append(next(r["pid"] for r in records if r.get("name") == "started"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    reports = run_with_two([victim, trials[1]], tmp_path / "sweep", kill_a_worker)
+    assert killed
+    assert [r.result for r in reports] == [{"state": "made"}] * 2, [r.error for r in reports]
+    names = [r.get("name") for r in read_journal(Path(victim.folder))[0]]
+    assert "resumed" in names, "it went on from its checkpoint"

@@ -1,0 +1,243 @@
+"""Stage `prepare`: done once, found again, redone cleanly after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.data import preparation as stage
+from orchestrator.data import tokenizing
+from orchestrator.data.corpus import Document
+from orchestrator.data.preparation import describe, prepare
+from orchestrator.data.shards import RECORD_NAME
+from orchestrator.data.tokenizing import TEMPORARY_PREFIX
+from orchestrator.data.tokens import open_tokens
+from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> DataSettings:
+    texts = [f"Text {i} says that the sea has {i * 13} kinds of fish." for i in range(200)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    return DataSettings(source="files", files=(str(tmp_path / "*.txt"),), vocab_size=300)
+
+
+def no_reading(*arguments: object) -> None:
+    raise AssertionError("the source was read again")
+
+
+def test_finished_work_is_found_again(
+    workspace: Workspace, settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare(settings, workspace)
+    assert folder == workspace.tokens / open_tokens(folder, verify=True).fingerprint
+    monkeypatch.setattr(stage, "read_documents", no_reading)
+    assert prepare(settings, workspace) == folder
+    assert "200 documents" in describe(folder)
+    with pytest.raises(AssertionError, match="read again"):
+        prepare(settings.model_copy(update={"vocab_size": 301}), workspace)
+
+
+@pytest.mark.parametrize("record", ['{"fingerprint": "../../elsewhere"}', "{}", "[]", "7"])
+def test_a_record_that_names_no_folder_is_refused(
+    workspace: Workspace, settings: DataSettings, record: str
+) -> None:
+    prepare(settings, workspace)
+    [path] = (workspace.tokens / "sources").iterdir()
+    path.write_text(record)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged .*delete it"):
+        prepare(settings, workspace)
+    path.unlink()
+    prepare(settings, workspace)
+
+
+def test_a_changed_file_is_read_again(
+    workspace: Workspace, settings: DataSettings, tmp_path: Path
+) -> None:
+    first = prepare(settings, workspace)
+    (tmp_path / "b.txt").write_text("Another text is here for the fish to read.")
+    second = prepare(settings, workspace)
+    assert second != first
+    (tmp_path / "b.txt").unlink()
+    assert prepare(settings, workspace) == first
+
+
+def test_damaged_tokens_are_made_again(workspace: Workspace, settings: DataSettings) -> None:
+    folder = prepare(settings, workspace)
+    (folder / "train.bin").write_bytes(b"")
+    said: list[str] = []
+    progress = Progress()
+    progress.note = said.append  # type: ignore[method-assign]
+    assert prepare(settings, workspace, progress) == folder
+    assert "missing or damaged; they are made anew" in said[0]
+    assert open_tokens(folder, verify=True)
+
+
+def test_a_mistake_leaves_no_tokens(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(UserError, match="the corpus is empty"):
+        prepare(DataSettings(source="files", files=(str(tmp_path / "empty.txt"),)), workspace)
+    with pytest.raises(UserError, match="no file matches"):
+        prepare(DataSettings(source="files", files=("nowhere/*.txt",)), workspace)
+    assert not list(workspace.tokens.rglob("*.bin"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from orchestrator.data import shards, tokenizing
+from orchestrator.settings import DataSettings
+from orchestrator.stages.prepare import prepare
+from orchestrator.workspace import open_workspace
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored behind a shell's &.
+tokenizing.SHARD_BYTES, tokenizing.DOCUMENTS_PER_BATCH = 2000, 5
+class Dying(shards.ShardWriter):
+    safe = 0
+    def make_safe(self):
+        self.safe += 1
+        return super().make_safe()
+    def add(self, *document):
+        super().add(*document)
+        if self.safe == 2 and self.unsafe_bytes > 500:
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+tokenizing.ShardWriter = Dying
+prepare(DataSettings.model_validate_json(sys.argv[2]), open_workspace(Path(sys.argv[3])))
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    names = ("train.bin", "validation.bin", "validation.jsonl", "tokenizer.json", "manifest.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_an_interrupted_preparation_goes_on_and_ends_the_same_to_the_last_byte(
+    workspace: Workspace,
+    settings: DataSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    arguments = [name, settings.model_dump_json(), str(workspace.root)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -getattr(signal, name), done.stderr
+    (left,) = workspace.tokens.glob(f"{TEMPORARY_PREFIX}*")
+    safe = json.loads((left / RECORD_NAME).read_text())["documents"]
+    assert safe > 0
+
+    encoded: list[int] = []
+    encode = tokenizing._encoded
+
+    def counting(tokenizer: Any, documents: Iterator[Document]) -> Iterator[Any]:
+        for batch, ids in encode(tokenizer, documents):
+            encoded.append(len(batch))
+            yield batch, ids
+
+    monkeypatch.setattr(tokenizing, "_encoded", counting)
+    monkeypatch.setattr(tokenizing, "train_tokenizer", None)  # it is there already
+    folder = prepare(settings, workspace)
+    manifest = open_tokens(folder, verify=True).manifest
+    num_documents = manifest["train"]["documents"] + manifest["validation"]["documents"]
+    assert sum(encoded) == num_documents - safe, "what is safe is not tokenized again"
+    assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))
+    monkeypatch.undo()
+    whole = prepare(settings, open_workspace(tmp_path / "whole"))
+    assert contents(folder) == contents(whole)
+
+
+def interrupted(workspace: Workspace, settings: DataSettings) -> Path:
+    arguments = ["SIGKILL", settings.model_dump_json(), str(workspace.root)]
+    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    (left,) = workspace.tokens.glob(f"{TEMPORARY_PREFIX}*")
+    return left
+
+
+def test_a_shard_with_a_wrong_checksum_is_refused_by_name(
+    workspace: Workspace, settings: DataSettings
+) -> None:
+    left = interrupted(workspace, settings)
+    data = bytearray((left / "train.bin").read_bytes())
+    data[0] ^= 1
+    (left / "train.bin").write_bytes(data)
+    with pytest.raises(UserError, match=r"train\.bin is damaged.*starts over"):
+        prepare(settings, workspace)
+    assert not left.exists()
+    assert open_tokens(prepare(settings, workspace), verify=True)
+
+
+def test_tokens_with_a_wrong_checksum_are_refused_by_name(
+    workspace: Workspace, settings: DataSettings
+) -> None:
+    folder = prepare(settings, workspace)
+    path = folder / "train.bin"
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"train\.bin is damaged.*delete the folder"):
+        prepare(settings, workspace)
+    # A change that leaves size and time alone is found where all is compared.
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepare(settings, workspace) == folder
+    with pytest.raises(UserError, match=r"train\.bin is damaged"):
+        prepare(settings, workspace, verify=True)
+
+
+def test_all_cores_encode(workspace: Workspace, settings: DataSettings) -> None:
+    code = (
+        "import psutil, sys\n"
+        "from pathlib import Path\n"
+        "from orchestrator.settings import DataSettings\n"
+        "from orchestrator.data.preparation import prepare\n"
+        "from orchestrator.workspace.folders import open_workspace\n"
+        "settings = DataSettings.model_validate_json(sys.argv[1])\n"
+        "before = psutil.Process().num_threads()\n"
+        "prepare(settings, open_workspace(Path(sys.argv[2])))\n"
+        "print(psutil.Process().num_threads() - before)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, settings.model_dump_json(), str(workspace.root)],
+        env={**environment, "RAYON_NUM_THREADS": "5"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) >= 5, "the tokenizers library's own threads"
+
+
+class Texts(Progress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def advance(self, done: float, text: str = "", **_: Any) -> None:
+        self.texts.append(text)
+
+
+def test_progress_shows_rates(
+    workspace: Workspace, settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "DOCUMENTS_PER_BATCH", 10)
+    progress = Texts()
+    prepare(settings, workspace, progress)
+    assert any(re.search(r"M tokens, [\d,]+ tokens/s, [\d.]+ MB/s", t) for t in progress.texts)

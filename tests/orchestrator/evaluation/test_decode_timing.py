@@ -1,0 +1,116 @@
+"""The benchmark takes turns, and says what it measured; no test asserts how long anything takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.evaluation.decode_timing import decode_milliseconds, time_per_token
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+
+
+@pytest.fixture
+def decoder(tiny_model: dict[str, Any]) -> Decoder:
+    return Decoder(ModelConfig.from_dict(tiny_model))
+
+
+def test_models_take_turns_and_the_median_ignores_one_disturbance(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins = {name: decoder.with_schedule(decoder.schedule) for name in "abc"}
+    names = {id(twin): name for name, twin in twins.items()}
+    order: list[str] = []
+
+    def timed(model: Decoder, prompt: Any, new_tokens: int) -> tuple[float, float]:
+        order.append(names[id(model)])
+        disturbed = len(order) == 6
+        return 5.0, {"a": 1.0, "b": 2.0, "c": 4.0}[order[-1]] * (100 if disturbed else 1)
+
+    monkeypatch.setattr(benchmark, "_time_steps", timed)
+    timings = decode_milliseconds(twins, prompt_tokens=4, new_tokens=4, repetitions=3)
+    assert order == list("abc") + list("abc") + list("bca") + list("cab")  # warm-up first
+    assert {name: t.median for name, t in timings.items()} == {"a": 1.0, "b": 2.0, "c": 4.0}
+    assert timings["c"].repetitions == (400.0, 4.0, 4.0)
+    assert timings["a"].spread == 0.0
+    assert timings["c"].spread == pytest.approx((202.0 - 4.0) / 2)
+
+
+def test_a_real_measurement_states_its_conditions(decoder: Decoder) -> None:
+    done: list[tuple[int, int]] = []
+    decoder.train()
+    timing = decode_milliseconds(
+        {"model": decoder},
+        prompt_tokens=3,
+        new_tokens=5,
+        batch_size=2,
+        repetitions=2,
+        on_done=lambda *counts: done.append(counts),
+    )["model"]
+    assert timing.median > 0
+    assert timing.first_token > 0
+    assert done == [(1, 2), (2, 2)]
+    stated = asdict(timing)
+    assert stated["num_threads"] == torch.get_num_threads()
+    assert (stated["batch_size"], stated["device"]) == (2, "cpu")
+    assert decoder.training
+
+
+def test_every_step_of_decoding_is_timed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that counts evaluations of the model: one tick a forward pass.
+    passes: list[int] = []
+    decoder.embedding.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(benchmark, "_now", lambda _: float(len(passes)))
+    timing = decode_milliseconds({"model": decoder}, prompt_tokens=3, new_tokens=5, repetitions=1)[
+        "model"
+    ]
+    assert timing.first_token == 1000.0  # the prefill is one pass
+    assert timing.median == 1000.0  # and every further token one more
+
+
+@pytest.mark.parametrize(
+    ("context_length", "lengths"), [(2048, (16, 32)), (48, (16, 32)), (32, (10, 22)), (3, (1, 2))]
+)
+def test_a_sweep_of_short_contexts_is_timed_within_them(
+    tiny_model: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    context_length: int,
+    lengths: tuple[int, int],
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+        asked.append((prompt.shape[1], new_tokens))
+        return 1.0, 1.0
+
+    monkeypatch.setattr(benchmark, "_time_steps", timed)
+    short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
+    long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
+    time_per_token({"long": Decoder(long), "short": Decoder(short)}, Progress())
+    assert set(asked[2:]) == {lengths}, "behind the warm-up"
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"new_tokens": 1}, "new_tokens must be at least 2, got 1"),
+        ({"prompt_tokens": 0, "repetitions": 0}, "prompt_tokens .* repetitions"),
+        ({"prompt_tokens": 12, "new_tokens": 12}, r"model reads 16 tokens, not the 12 \+ 12"),
+    ],
+)
+def test_impossible_settings_are_named(
+    decoder: Decoder, settings: dict[str, int], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        decode_milliseconds({"model": decoder}, **{"prompt_tokens": 2, "new_tokens": 2, **settings})
+
+
+def test_no_model_is_no_benchmark() -> None:
+    with pytest.raises(UserError, match="no model"):
+        decode_milliseconds({})

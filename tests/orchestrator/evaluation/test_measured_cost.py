@@ -1,0 +1,139 @@
+"""Shares and memory of a benchmark; no test asserts how long anything takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from iiet.cache import KeyValueCache
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from iiet.decoder import Decoder
+from iiet.schedule import IterationSchedule
+from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.evaluation.measured_cost import (
+    DECODING,
+    FIRST_TOKEN,
+    Conditions,
+    MeasuredCost,
+    measure_costs,
+)
+from orchestrator.evaluation.peak_memory import peak_bytes
+from orchestrator.reporting import cost_tables
+from orchestrator.workspace.errors import UserError
+
+
+@pytest.fixture
+def decoders(tiny_model: dict[str, Any]) -> dict[str, Decoder]:
+    decoder = Decoder(ModelConfig.from_dict(tiny_model))
+    none = decoder.with_schedule(IterationSchedule.none(2))
+    return {"none": none, "full": decoder}
+
+
+CONDITIONS = Conditions(batch_sizes=(1, 3), contexts=(4, 6), new_tokens=4, repetitions=3)
+
+
+def measure_by_flops(
+    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch, constant: float = 0.0
+) -> list[MeasuredCost]:
+    """Measure with a clock that runs with the operations counted, and a constant beside them."""
+    calls = iter(range(1000))
+
+    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+        context = prompt.size(1)
+        first = inference_cost(model.config, context_length=context).prefill_flops_per_token
+        step = inference_cost(model.config, context_length=context + new_tokens // 2)
+        # The machine gets slower between repetitions; within one, both models see the same.
+        factor = 1.0 + next(calls) // len(decoders)
+        return factor * context * first, factor * (constant + step.decode_flops_per_token)
+
+    monkeypatch.setattr(benchmark, "_time_steps", timed)
+    return measure_costs(decoders, CONDITIONS)
+
+
+def test_a_machine_that_follows_the_cost_model_has_no_residual(
+    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = measure_by_flops(decoders, monkeypatch)
+    assert [(c.batch_size, c.context) for c in costs] == [
+        pair for pair in [(1, 4), (1, 6), (3, 4), (3, 6)] for _ in decoders
+    ]
+    for cost in costs:
+        for part in (DECODING, FIRST_TOKEN):
+            share = cost.shares[part]
+            if cost.model == "full":
+                assert share.measured == 1.0
+                assert set(share.predicted.values()) == {1.0}
+            else:
+                assert share.predicted["evaluations"] == 2 / 5
+                assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
+    lines = cost_tables.residual_lines(costs)
+    assert lines[0].startswith("decoding: FLOPs predict every share within 0.0 % of it")
+
+
+def test_a_share_that_the_prediction_misses_is_said(
+    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
+    costs = measure_by_flops(decoders, monkeypatch, constant=full)
+    assert "decoding" in (line := cost_tables.residual_lines(costs)[0])
+    shares = [cost.shares[DECODING] for cost in costs if cost.model == "none"]
+    none = shares[0]
+    assert none.residual() == pytest.approx(none.measured / none.predicted["FLOPs"] - 1)
+    assert none.residual("evaluations") > none.residual() > 0.10
+    most = max(share.residual() for share in shares)
+    assert f"within {100 * most:.1f} % of it" in line
+
+
+def test_memory_is_counted_exactly_where_it_can_be() -> None:
+    def work() -> None:
+        first = torch.zeros(1000)
+        second = torch.zeros(500)
+        del first
+        third = torch.zeros(600)
+        assert len(second) + len(third) == 1100
+
+    # 4 bytes each; at the end 1,100 numbers are held, at the peak 1,500 were.
+    assert peak_bytes(work) == pytest.approx(6000, abs=128)
+
+
+def test_the_peak_holds_weights_cache_and_more(decoders: dict[str, Decoder]) -> None:
+    costs = measure_costs(decoders, CONDITIONS)
+    for cost in costs:
+        decoder = decoders[cost.model]
+        cache = KeyValueCache(
+            decoder.config, batch_size=cost.batch_size, max_tokens=cost.context + 4
+        )
+        assert cost.kv_bytes == cache.num_bytes
+        assert cost.weight_bytes == sum(p.nbytes for p in decoder.parameters())
+        assert cost.peak_bytes > cost.kv_bytes + cost.weight_bytes
+        assert cost.tokens_per_second == pytest.approx(1e3 * cost.batch_size / cost.decode_ms)
+    by_name = {(c.model, c.batch_size, c.context): c.peak_bytes for c in costs}
+    assert by_name["none", 3, 6] < by_name["full", 3, 6]
+    assert by_name["full", 1, 6] < by_name["full", 3, 6]
+
+
+def test_tables_name_models_conditions_and_numbers(
+    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = measure_by_flops(decoders, monkeypatch)
+    console = Console(width=120)
+    with console.capture() as printed:
+        for table in cost_tables.all_tables(costs):
+            console.print(table)
+    text = printed.get()
+    assert text.count("3 x 6") == 2 * 3
+    assert "40.0" in text
+    assert len(cost_tables.all_tables([c for c in costs if c.model == "full"])) == 1
+    metrics = costs[0].metrics()
+    assert metrics["cost/batch_1_context_4/decode_ms"] == costs[0].decode_ms
+
+
+def test_impossible_conditions_are_named(decoders: dict[str, Decoder]) -> None:
+    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
+        measure_costs(decoders, Conditions(batch_sizes=(0,), contexts=(4,)))
+    with pytest.raises(UserError, match=r"reads 16 tokens, not the 15 \+ 32"):
+        measure_costs(decoders, Conditions(contexts=(15,)))

@@ -1,0 +1,145 @@
+"""The stage chooses schedules, writes its file, and shows one run a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.schedule import IterationSchedule
+from orchestrator.data.tokens import open_tokens
+from orchestrator.evaluation.measured_cost import Conditions
+from orchestrator.evaluation.subject import open_subject, open_subjects, short_names, typed_schedule
+from orchestrator.pipelines.benchmarking import benchmark, family_of, usual_contexts
+from orchestrator.pipelines.influence import measure_influence
+from orchestrator.settings import InfluenceSettings
+from orchestrator.tracking import open_tracking
+from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+CONDITIONS = Conditions(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+def saved(
+    folder: Path, tokens: Path, model: dict[str, Any], *, step: int = 1, **changes: Any
+) -> Path:
+    torch.manual_seed(0)
+    return save_checkpoint(
+        folder,
+        step,
+        decoder=Decoder(ModelConfig.from_dict({**model, **changes})),
+        training_state={},
+        tokenizer_path=open_tokens(tokens).tokenizer_path,
+        provenance={"tokens": tokens.name},
+    )
+
+
+def test_without_an_influence_table_the_family_is_uniform(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    iiet = open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model))
+    family = family_of(iiet)
+    assert short_names(family) == ["r=2,1", "r=1", "r=0"]
+    vanilla = saved(tmp_path / "plain", tiny_tokens, tiny_model, method="vanilla", schedule=None)
+    assert family_of(open_subject(vanilla)) == [open_subject(vanilla)]
+    assert short_names([iiet, open_subject(vanilla)]) == ["run", "plain"]
+
+
+def test_the_family_is_that_of_the_stored_influence(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    checkpoint = saved(tmp_path / "run", tiny_tokens, {**tiny_model, "initializer_std": 0.3})
+    measure_influence(checkpoint, InfluenceSettings(num_tokens=64), tiny_tokens)
+    schedules = [
+        subject.config.corrections
+        for subject in family_of(open_subject(checkpoint))
+        if subject.config
+    ]
+    assert schedules[0] == IterationSchedule((2, 1))
+    assert schedules[-1] == IterationSchedule.none(2)
+    assert len(schedules) == 4  # three corrections: each is dropped by a threshold of its own
+
+
+def test_no_two_labels_are_alike_and_none_is_dropped(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], workspace: Workspace
+) -> None:
+    def folder(name: str, step: int = 1) -> Path:
+        return saved(tmp_path / name, tiny_tokens, tiny_model, step=step)
+
+    def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
+        return short_names(open_subjects(workspace, paths, schedules))
+
+    first, second, other = folder("a/run"), folder("a/run", 2), folder("b/run")
+    assert labels(first, second) == ["run/step_00000001", "run/step_00000002"]
+    assert labels(first, other) == ["a/run/step_00000001", "b/run/step_00000001"]
+    assert labels(first, folder("plain"), second) == [
+        "run/step_00000001", "plain", "run/step_00000002",
+    ]  # fmt: skip
+    assert labels(first.parent, second) == ["run", "run (2)"]
+    assert labels(first, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]
+    assert labels(first, second, schedules=["1", "0"]) == [
+        "run/step_00000001 r=1", "run/step_00000001 r=0",
+        "run/step_00000002 r=1", "run/step_00000002 r=0",
+    ]  # fmt: skip
+    subjects = open_subjects(workspace, [first, second, other, other], None)
+    found = benchmark(subjects, workspace, CONDITIONS)
+    assert [cost.model for cost in found.costs] == short_names(subjects)
+    assert len(found.costs) == 4
+
+
+def test_what_was_measured_is_written_with_its_conditions(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], workspace: Workspace
+) -> None:
+    family = family_of(open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model)))
+    found = benchmark(family, workspace, CONDITIONS)
+    written = json.loads(found.path.read_text())
+    assert [cost["model"] for cost in written["costs"]] == ["r=2,1", "r=1", "r=0"]
+    assert written["conditions"]["num_threads"] == 1
+    assert (written["device"], written["dtype"]) == (found.device, "float32")
+    assert written["machine"]["torch"]
+
+
+@pytest.mark.slow
+def test_each_model_is_a_run_with_its_costs(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], workspace: Workspace
+) -> None:
+    import mlflow
+
+    tracking = open_tracking(workspace)
+    family = family_of(open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model)))
+    found = benchmark(family, workspace, CONDITIONS, tracking=tracking)
+    runs = mlflow.MlflowClient(workspace.tracking_uri).search_runs([tracking.experiment_id])
+    assert {run.data.params["schedule"] for run in runs} == {"2,1", "1,1", "0,0"}
+    full = next(run for run in runs if run.data.params["schedule"] == "2,1")
+    assert full.data.tags["iiet.kind"] == "benchmark"
+    name = "cost/batch_1_context_4/decode_ms"
+    assert full.data.metrics[name] == pytest.approx(found.costs[0].decode_ms)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [((3, 3, 3), "3"), ((2, 1, 0), "2,1,0"), ((2, 2, 2, 2, 0, 0), "2*4,0*2"), ((1, 1, 0), "1,1,0")],
+)
+def test_typed_schedules_can_be_typed_again(schedule: tuple[int, ...], text: str) -> None:
+    assert typed_schedule(IterationSchedule(schedule)) == text
+    parsed = IterationSchedule.parse(text, num_layers=len(schedule))
+    assert parsed == IterationSchedule(schedule)
+
+
+def test_usual_contexts_fit(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> None:
+    small = [open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model))]
+    assert usual_contexts(small, new_tokens=8) == (8,)
+    assert usual_contexts(small, new_tokens=12) == (4,)
+    large = saved(tmp_path / "large", tiny_tokens, {**tiny_model, "context_length": 256})
+    assert usual_contexts([open_subject(large)], new_tokens=32) == (32, 128)

@@ -1,0 +1,421 @@
+"""Model folders of transformers: recognized, scored as lm-eval's own class scores them, refused in
+one sentence where something is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator.data.tokens import open_tokens
+from orchestrator.evaluation import requested_tasks as requested
+from orchestrator.evaluation.harness import load_suite
+from orchestrator.evaluation.heldout import HeldoutSuite
+from orchestrator.evaluation.subject import open_subject
+from orchestrator.pipelines.evaluating import evaluate
+from orchestrator.pipelines.exporting import export
+from orchestrator.pipelines.importing import import_model
+from orchestrator.reporting.card import ModelCard
+from orchestrator.settings import EvaluationSettings
+from orchestrator.sweeping.trial_run import measure_quality
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import (
+    load_decoder,
+    read_text_files,
+    save_checkpoint,
+    tokenizer_file,
+)
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+TASKS = {
+    "choices": """\
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "splits": """\
+output_type: loglikelihood
+doc_to_text: "{{parts[0]}}"
+doc_to_target: "{{parts[1]}}"
+target_delimiter: ""
+metric_list: [{metric: acc}]
+""",
+    "opening": """\
+output_type: loglikelihood
+doc_to_text: ""
+doc_to_target: context
+metric_list: [{metric: acc}]
+""",
+    "rolling": """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{context * 12}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+}
+READER = """\
+import datasets
+
+
+def read(**settings):
+    words = ["bag", "fog", "hen", "pig", "cab", "deed"]
+    rows = [
+        {"context": f"a {w} and the {w} had", "endings": [f"{w} gone", "end", "fed a dog"],
+         "label": 0, "parts": parts}
+        for w in words
+        # One text, cut in two places: a cache of logits by text alone confuses them.
+        for parts in ([f"a {w} and", " the bag had"], [f"a {w}", " and the bag had"])
+    ]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> EvaluationSettings:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "items.py").write_text(READER)
+    for name, text in TASKS.items():
+        head = f"task: {name}\ncustom_dataset: !function items.read\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(head + text)
+    return EvaluationSettings(suite=",".join(TASKS), include_path=str(folder), batch_size=4)
+
+
+@pytest.fixture
+def tokenizer_path(tiny_tokens: Path) -> Path:
+    return open_tokens(tiny_tokens).tokenizer_path
+
+
+def save_llama(folder: Path, tokenizer_path: Path, **changes: Any) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        **changes,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_path), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def add_opening_token(folder: Path) -> None:
+    """Let the folder's tokenizer put a token of its own before every text, as Llama's does."""
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<s>"])
+    first = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[first]
+    )
+    tokenizer.save(str(path))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>"}))
+
+
+def save_llama_of_kind(folder: Path, tokenizer_path: Path, kind: str) -> Path:
+    """Save a Llama; of the kind `transformers`, one whose positions our decoder does not know."""
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    return save_llama(folder, tokenizer_path, **(scaled if kind == "transformers" else {}))
+
+
+def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[list[float]]]:
+    """Log-likelihoods per task and item by lm-eval's class, called as its documentation says."""
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    from orchestrator.evaluation.harness.quiet import quiet
+
+    suite = load_suite(list(TASKS), folders=[Path(settings.include_path or "")])
+    with quiet():
+        model = HFLM(pretrained=str(folder), device="cpu", batch_size=3, logits_cache=False)
+        output = evaluator.evaluate(
+            lm=model, task_dict={"tasks": suite.tasks}, bootstrap_iters=0, log_samples=True
+        )
+    return {
+        name: [
+            [r[0][0] if isinstance(r[0], tuple | list) else r[0] for r in sample["resps"]]
+            for sample in samples
+        ]
+        for name, samples in output["samples"].items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "opening token", "transformers"])
+def test_a_folder_scores_as_with_lm_evals_own_class(
+    kind: str,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    folder = save_llama_of_kind(tmp_path / "llama", tokenizer_path, kind)
+    if kind == "opening token":
+        add_opening_token(folder)
+    subject = open_subject(folder)
+    assert (subject.config is None) == (kind == "transformers")
+    ours = evaluate(subject, settings, workspace)
+    theirs = by_lm_eval(folder, settings)
+    for name, result in ours.results.items():
+        for mine, other in zip(result.log_likelihoods, theirs[name], strict=True):
+            assert mine == pytest.approx(other, abs=2e-3)
+    again = evaluate(folder, settings, workspace)
+    assert again == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["opens every text", "names a first token"])
+def test_an_imported_llama_scores_as_with_lm_evals_own_class(
+    kind: str,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    folder = save_llama(tmp_path / "llama", tokenizer_path)
+    add_opening_token(folder)
+    if kind == "names a first token":  # And puts it before texts without context only.
+        shutil.copy(tokenizer_path, folder / "tokenizer.json")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
+    theirs = by_lm_eval(folder, settings)
+    checkpoint = import_model(folder, workspace)
+    decoder = load_decoder(checkpoint)
+    exported = export(
+        decoder,
+        tmp_path / "exported",
+        tokenizer_file=tokenizer_file(checkpoint),
+        text_files=read_text_files(checkpoint),
+        card=ModelCard(name="tiny", config=decoder.config),
+    )
+    for place in (checkpoint, exported):
+        ours = evaluate(place, settings, workspace)
+        for name, result in ours.results.items():
+            for mine, other in zip(result.log_likelihoods, theirs[name], strict=True):
+                assert mine == pytest.approx(other, abs=2e-3)
+    # As in a sweep, whose students are measured as the model is that they were made from.
+    suite = {
+        "tokens_folder": str(tokenizer_path.parent),
+        "tasks": list(TASKS),
+        "include_folder": settings.include_path,
+        "suite_folder": "",
+        "batch_size": 4,
+        "limit": None,
+        "num_fewshot": None,
+        "vocabulary_folder": str(checkpoint),
+    }
+    quality = measure_quality(decoder, suite, tmp_path / "items.json")
+    assert quality["accuracy"] == pytest.approx(ours.accuracy)
+    assert quality["bits_per_byte"] == pytest.approx(ours.bits_per_byte, rel=1e-6)
+
+
+def test_an_exported_folder_scores_as_its_checkpoint(
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    tokenizer_path: Path,
+    tiny_model: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    from iiet.export import export_pretrained
+
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3}))
+    checkpoint = save_checkpoint(
+        tmp_path / "run",
+        1,
+        decoder=decoder,
+        training_state={},
+        tokenizer_path=tokenizer_path,
+        provenance={},
+    )
+    exported = export_pretrained(decoder, tmp_path / "exported", tokenizer_path)
+    first = evaluate(checkpoint, settings, workspace)
+    second = evaluate(open_subject(exported), settings, workspace)
+    for name, result in first.results.items():
+        for one, other in zip(
+            result.log_likelihoods, second.results[name].log_likelihoods, strict=True
+        ):
+            assert one == pytest.approx(other, abs=1e-5)
+    cheaper = open_subject(exported, "1,0")
+    assert cheaper.config is not None
+    assert tuple(cheaper.config.corrections) == (1, 0)
+    assert cheaper.name == "exported r=1,0"
+    assert cheaper.key != open_subject(exported).key
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_path: Path) -> Path:
+    return save_llama(tmp_path / "llama", tokenizer_path)
+
+
+def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
+    folder: Path, workspace: Workspace, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        evaluate(folder, EvaluationSettings(), workspace)
+    shutil.copytree(tiny_tokens, workspace.tokens / "older")
+    os.utime(workspace.tokens / "older" / "manifest.json", (1, 1))
+    shutil.copytree(tiny_tokens, workspace.tokens / "newer")
+    asked: list[Path | str] = []
+
+    def build(tokens: Path | str, **_: Any) -> HeldoutSuite:
+        asked.append(tokens)
+        tasks = Path(__file__).parent  # without any: what follows is another test's
+        return HeldoutSuite(folder=tasks, tasks={}, notes=())
+
+    monkeypatch.setattr(requested, "build_heldout", build)
+    with pytest.raises(UserError, match="no held-out tasks"):
+        evaluate(folder, EvaluationSettings(), workspace)
+    assert asked == [workspace.tokens / "newer"]
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def with_cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    changes = {"model_type": "own", "architectures": ["Own"], "auto_map": own}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    (folder / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
+
+
+def with_code_that_runs(folder: Path) -> None:
+    with_code(folder)
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+
+
+def with_missing_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = {n: w for n, w in load_file(path).items() if not n.endswith("q_proj.weight")}
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "complaint"),
+    [
+        (without_weights, "no weights beside it"),
+        (without_tokenizer, "cannot load a tokenizer"),
+        (with_cut_weights, "cannot read .*model.safetensors"),
+        (with_code, "--trust-remote-code runs it"),
+        (with_missing_weights, "q_proj.weight and 1 more missing"),
+    ],
+)
+def test_what_is_missing_is_named(
+    harm: Any, complaint: str, folder: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    harm(folder)
+    with pytest.raises(UserError, match=complaint):
+        evaluate(folder, settings, workspace)
+    assert not list(workspace.evaluations.glob("*"))
+
+
+def test_a_llama_has_no_schedule_and_its_key_follows_its_files(folder: Path) -> None:
+    with pytest.raises(UserError, match="makes no corrections"):
+        open_subject(folder, "1")
+    before = open_subject(folder).key
+    moved = folder.with_name("moved")
+    shutil.copytree(folder, moved)
+    assert open_subject(moved).key == before
+    (moved / "README.md").write_text("no part of the model")
+    assert open_subject(moved).key == before
+    (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    assert open_subject(moved).key != before
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.said: list[float] = []
+
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+        self.said.append(done)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "transformers"])
+def test_progress_is_told_within_a_task(
+    kind: str,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    folder = save_llama_of_kind(tmp_path / "other", tokenizer_path, kind)
+    heard = Heard()
+    evaluate(folder, settings, workspace, progress=heard)
+    assert heard.said == sorted(heard.said)
+    assert heard.said[-1] == 12 * len(TASKS)
+    assert any(0 < done < 12 for done in heard.said), heard.said
+
+
+def test_trusted_code_of_a_folder_runs(
+    folder: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from transformers import dynamic_module_utils
+
+    modules = tmp_path / "modules"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr("sys.path", [*sys.path, str(modules)])
+    plain = evaluate(folder, settings, workspace)
+    with_code_that_runs(folder)
+    subject = open_subject(folder)
+    assert (subject.architecture, subject.config) == ("own", None)
+    own = evaluate(folder, settings, workspace, trust_remote_code=True)
+    for name, result in plain.results.items():
+        for one, other in zip(
+            result.log_likelihoods, own.results[name].log_likelihoods, strict=True
+        ):
+            assert one == pytest.approx(other, abs=2e-3)

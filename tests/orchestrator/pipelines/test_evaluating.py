@@ -1,0 +1,289 @@
+"""An evaluation is run once for each task and model, and found again by its content alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.schedule import IterationSchedule
+from orchestrator.data.tokens import open_tokens
+from orchestrator.evaluation.harness import suite
+from orchestrator.pipelines import evaluating as stage
+from orchestrator.pipelines.evaluating import evaluate
+from orchestrator.records.evaluation import TaskResult
+from orchestrator.settings import EvaluationSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.tracking import open_tracking
+from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+TASK = """\
+task: {name}
+custom_dataset: !function {name}_items.read
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+ITEMS = """\
+import datasets
+
+
+def read(**settings):
+    rows = [{{"context": c, "endings": ["bag", "fog"], "label": 0}} for c in {words}]
+    return {{"test": datasets.Dataset.from_list(rows)}}
+"""
+
+
+def write_task(folder: Path, name: str, words: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name))
+    (folder / f"{name}_items.py").write_text(ITEMS.format(words=words))
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
+    torch.manual_seed(0)
+    return save_checkpoint(
+        tmp_path / "run",
+        1,
+        decoder=Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3})),
+        training_state={},
+        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+        provenance={"tokens": tiny_tokens.name},
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> EvaluationSettings:
+    write_task(tmp_path / "tasks", "first", ["a b", "c d", "e f"])
+    write_task(tmp_path / "tasks", "second", ["g h", "i j"])
+    return EvaluationSettings(suite="first, second", include_path=str(tmp_path / "tasks"))
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tasks that were run, in order."""
+    names: list[str] = []
+    real = stage.run_suite
+
+    def recorded(suite: Any, *arguments: Any, **options: Any) -> dict[str, TaskResult]:
+        names.extend(suite.tasks)
+        return real(suite, *arguments, **options)
+
+    monkeypatch.setattr(stage, "run_suite", recorded)
+    return names
+
+
+class Lines(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.summary = ""
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def finish(self, summary: str) -> None:
+        self.summary = summary
+
+
+def test_each_task_is_run_once(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
+) -> None:
+    only_first = settings.model_copy(update={"suite": "first"})
+    evaluate(checkpoint, only_first, workspace)
+    fresh = evaluate(checkpoint, settings, workspace)
+    lines = Lines()
+    again = evaluate(checkpoint, settings, workspace, progress=lines)
+    assert runs == ["first", "second"]
+    assert again == fresh
+    assert "5 items, found again" in lines.summary
+    assert again.results["first"].values["acc"]
+    assert len(list(workspace.evaluations.glob("*.json"))) == 2
+
+
+def test_a_change_of_model_or_items_is_another_evaluation(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
+) -> None:
+    settings = settings.model_copy(update={"suite": "first"})
+    full = evaluate(checkpoint, settings, workspace)
+    none = evaluate(checkpoint, settings, workspace, schedule=IterationSchedule.none(2))
+    same = evaluate(checkpoint, settings, workspace, schedule=IterationSchedule((2, 1)))
+    assert runs == ["first"] * 2
+    assert full == same
+    assert full.results["first"].log_likelihoods != none.results["first"].log_likelihoods
+    evaluate(checkpoint, settings.model_copy(update={"limit": 2}), workspace)
+    write_task(Path(settings.include_path or ""), "first", ["a b", "c d", "e k"])
+    evaluate(checkpoint, settings, workspace)
+    assert runs == ["first"] * 4
+
+
+def test_precision_is_what_the_model_computes_in_and_part_of_the_key(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    runs: list[str],
+) -> None:
+    in_full = settings.model_copy(update={"suite": "first"})
+    in_half = in_full.model_copy(update={"precision": "bf16"})
+    full = evaluate(checkpoint, in_full, workspace).results["first"]
+    half = evaluate(checkpoint, in_half, workspace).results["first"]
+    assert runs == ["first"] * 2
+    assert half.items == full.items
+    assert half.log_likelihoods != full.log_likelihoods
+    for rounded, exact in zip(half.log_likelihoods, full.log_likelihoods, strict=True):
+        assert rounded == pytest.approx(exact, rel=0.02)
+    for known in (in_full, in_half):
+        evaluate(checkpoint, known, workspace)
+    assert runs == ["first"] * 2
+
+
+def test_a_damaged_result_is_measured_again(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
+) -> None:
+    first = evaluate(checkpoint, settings, workspace)
+    for path in workspace.evaluations.glob("*.json"):
+        name = json.loads(path.read_text())["name"]
+        path.write_text("{" if name == "first" else '{"name": "second"}')
+    assert evaluate(checkpoint, settings, workspace) == first
+    assert runs == ["first", "second"] * 2
+
+
+@pytest.mark.parametrize("how", ["deep", "a folder", "a link to itself", "flipped", "no object"])
+def test_any_damage_to_a_result_is_said_and_its_task_is_measured_again(
+    how: str, checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
+) -> None:
+    first = evaluate(checkpoint, settings, workspace)
+    path = next(p for p in workspace.evaluations.iterdir() if '"first"' in p.read_text())
+    text = path.read_text()
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    elif how == "a link to itself":
+        path.symlink_to(path)
+    else:
+        damaged = {"deep": "[" * 100_000, "no object": "[]", "flipped": _flipped(text)}
+        path.write_text(damaged[how])
+    lines = Lines()
+    assert evaluate(checkpoint, settings, workspace, progress=lines) == first
+    assert runs == ["first", "second", "first"]
+    assert any(f"{path} is damaged" in note for note in lines.notes)
+    assert any("it is measured again" in note for note in lines.notes)
+    if how == "a folder":
+        assert any("cannot store the result of first" in note for note in lines.notes)
+
+
+def _flipped(text: str) -> str:
+    """Change a digit of the task's accuracy."""
+    before, name, after = text.partition('"acc": ')
+    return before + name + ("1" if after[0] == "0" else "0") + after[1:]
+
+
+def test_an_interrupted_evaluation_keeps_the_tasks_that_were_done(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop_after_first(path: Path, value: Any) -> None:
+        write(path, value)
+        raise KeyboardInterrupt
+
+    write = stage.write_json
+    monkeypatch.setattr(stage, "write_json", stop_after_first)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, settings, workspace)
+    monkeypatch.setattr(stage, "write_json", write)
+    evaluate(checkpoint, settings, workspace)
+    assert runs == ["first", "second", "second"]
+
+
+def test_what_the_hub_does_not_give_is_said(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(suite, "hub_problem", lambda: "it is far away")
+    lines = Lines()
+    both = settings.model_copy(update={"suite": "first,piqa"})
+    found = evaluate(checkpoint, both, workspace, progress=lines)
+    assert list(found.results) == ["first"]
+    assert lines.notes == ["skipped piqa: it needs the hub, and it is far away"]
+    assert "without piqa" in lines.summary
+
+
+def test_a_task_that_is_missing_or_damaged_is_refused(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    wrong = settings.model_copy(update={"suite": "first,secnd"})
+    with pytest.raises(UserError, match=r"secnd: there is no such task; did you mean second\?"):
+        evaluate(checkpoint, wrong, workspace)
+    file = Path(str(settings.include_path)) / "second.yaml"
+    file.write_text("task: [")
+    with pytest.raises(UserError, match=str(file)):
+        evaluate(checkpoint, settings, workspace)
+    assert not list(workspace.evaluations.glob("*")), "nothing was measured"
+
+
+@pytest.mark.slow
+def test_the_evaluation_is_a_run_with_its_quality(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    import mlflow
+
+    tracking = open_tracking(workspace)
+    for _ in range(2):
+        found = evaluate(checkpoint, settings, workspace, tracking=tracking)
+    runs = mlflow.MlflowClient(workspace.tracking_uri).search_runs([tracking.experiment_id])
+    assert len(runs) == 1
+    assert runs[0].data.tags["iiet.kind"] == "evaluation"
+    assert runs[0].data.metrics["quality/accuracy"] == pytest.approx(found.accuracy)
+    assert runs[0].data.params["schedule"] == "2,1"
+
+
+def test_held_out_tasks_need_the_tokens_of_the_checkpoint(
+    checkpoint: Path, workspace: Workspace
+) -> None:
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        evaluate(checkpoint, EvaluationSettings(), workspace)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "complaint"),
+    [(IterationSchedule((1, 1, 1)), "num_layers"), (IterationSchedule((1,)), "num_layers")],
+)
+def test_a_schedule_that_does_not_fit_is_refused(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    schedule: IterationSchedule,
+    complaint: str,
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        evaluate(checkpoint, settings, workspace, schedule=schedule)
+
+
+def test_no_checkpoint_is_the_users_mistake(
+    tmp_path: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        evaluate(tmp_path, settings, workspace)

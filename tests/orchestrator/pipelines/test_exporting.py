@@ -1,0 +1,297 @@
+"""An exported folder stands on its own: the stock lm_eval gives the numbers of our `evaluate`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.influence import InfluenceTable
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
+from orchestrator.data.tokens import open_tokens
+from orchestrator.pipelines.evaluating import evaluate
+from orchestrator.pipelines.exporting import CARD, MANIFEST, export
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.reporting.card import REQUIREMENTS, ModelCard
+from orchestrator.settings import EvaluationSettings
+from orchestrator.training.checkpoint import load_decoder, save_checkpoint, tokenizer_file
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+TASKS = {
+    "choice": """\
+task: choice
+custom_dataset: !function items.choices
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    "rolling": """\
+task: rolling
+custom_dataset: !function items.texts
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list:
+  - {metric: bits_per_byte}
+""",
+}
+ITEMS = """\
+import random
+
+import datasets
+
+draw = random.Random(1)
+
+
+def words(count):
+    return " ".join("".join(draw.choice("abcdefgh") for _ in range(4)) for _ in range(count))
+
+
+def choices(**settings):
+    rows = [
+        {"context": words(3), "endings": [" " + words(n) for n in (1, 2, 1)], "label": i % 3}
+        for i in range(40)
+    ]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def texts(**settings):
+    return {"test": datasets.Dataset.from_list([{"text": words(30)} for _ in range(5)])}
+"""
+STOCK = """
+import sys
+
+sys.modules["iiet"] = sys.modules["orchestrator"] = None  # Any import of them fails from here on.
+snippet = open("README.md").read().split("```python")[1].split("```")[0]
+exec(snippet)  # Whoever reads the card runs this, and should meet no question.
+
+from lm_eval.__main__ import cli_evaluate
+
+cli_evaluate()
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
+    torch.manual_seed(0)
+    config = {**tiny_model, "initializer_std": 0.3, "context_length": 64}
+    return save_checkpoint(
+        tmp_path / "run",
+        1,
+        decoder=Decoder(ModelConfig.from_dict(config)),
+        training_state={},
+        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+        provenance={"tokens": tiny_tokens.name},
+    )
+
+
+def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None = None) -> Path:
+    decoder = load_decoder(checkpoint)
+    card = ModelCard(name="tiny", config=decoder.config, evaluation=evaluation)
+    return export(decoder, folder, tokenizer_file=tokenizer_file(checkpoint), card=card)
+
+
+@pytest.mark.slow
+def test_stock_lm_eval_gives_our_numbers(
+    checkpoint: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "items.py").write_text(ITEMS)
+    for name, text in TASKS.items():
+        (tasks / f"{name}.yaml").write_text(text)
+    settings = EvaluationSettings(suite="choice,rolling", include_path=str(tasks))
+    ours = evaluate(checkpoint, settings, workspace)
+    folder = exported(checkpoint, tmp_path / "a model", ours)
+    options = {
+        "--model": "hf",
+        "--model_args": f"pretrained={folder},trust_remote_code=True",
+        "--tasks": "choice,rolling",
+        "--include_path": str(tasks),
+        "--output_path": str(tmp_path / "found"),
+        "--device": "cpu",
+    }
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, *(part for pair in options.items() for part in pair)],
+        env=environment,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "[y/N]" not in done.stdout + done.stderr
+    file = next((tmp_path / "found").rglob("results_*.json"))
+    theirs = json.loads(file.read_text())["results"]
+    for task, metrics in ours.tasks.items():
+        for name, value in metrics.items():
+            if not name.endswith("_stderr"):
+                assert theirs[task][f"{name},none"] == pytest.approx(value, rel=1e-5), (task, name)
+    assert theirs["choice"]["acc_stderr,none"] == pytest.approx(
+        ours.tasks["choice"]["acc_stderr"], rel=1e-5
+    )
+    card = (folder / CARD).read_text()
+    assert f"| choice | acc | {ours.tasks['choice']['acc']:.4f} |" in card
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+    folder = exported(checkpoint, tmp_path / "out")
+    (folder / MANIFEST).unlink()  # As exports were before they had one.
+    exported(checkpoint, folder)
+    exported(checkpoint, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").touch()
+    with pytest.raises(UserError, match="no earlier export"):
+        exported(checkpoint, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
+
+
+def test_a_method_whose_source_cannot_be_copied_is_refused(
+    tmp_path: Path, tiny_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Local(METHODS["iiet"]):  # type: ignore[misc]
+        pass
+
+    monkeypatch.setattr(METHODS, "_classes", {**METHODS._classes, "local": Local})
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
+    card = ModelCard(name="local", config=decoder.config)
+    with pytest.raises(UserError, match=r"method 'local' .* define it at the top of a module"):
+        export(decoder, tmp_path / "out", tokenizer_file=None, card=card)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("name", ["notes.md", "results/table.csv", CARD])
+def test_a_users_own_file_in_an_export_is_never_lost(
+    checkpoint: Path, tmp_path: Path, name: str, has_manifest: bool
+) -> None:
+    folder = exported(checkpoint, tmp_path / "out")
+    if not has_manifest:
+        if name == CARD:
+            pytest.skip("only the manifest knows what the card said")
+        (folder / MANIFEST).unlink()
+    own = folder / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("an afternoon's work")
+    with pytest.raises(UserError, match=rf"not as the export wrote.*{name.split('/')[0]}.*--to"):
+        exported(checkpoint, folder)
+    assert own.read_text() == "an afternoon's work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_the_manifest_is_one_that_sha256sum_reads(checkpoint: Path, tmp_path: Path) -> None:
+    folder = exported(checkpoint, tmp_path / "out")
+    lines = [line.split("  ") for line in (folder / MANIFEST).read_text().splitlines()]
+    assert {name for _, name in lines} == {p.name for p in folder.iterdir()} - {MANIFEST}
+    for digest, name in lines:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+    text = ModelCard(name="tiny", config=config).to_markdown()
+    assert text.startswith("---\nlibrary_name: transformers\n")
+    assert "`2,1`" in text
+    assert "| field evaluations per token | 5 |" in text
+    # Each evaluation reads keys and values of all tokens that it sees.
+    read = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
+    assert f"| key/value bytes read per token (float32) | {read:,} |" in text
+    assert "Not measured." in text
+    assert "Influence" not in text
+
+
+def test_the_card_names_the_versions_that_this_project_declares(
+    tiny_model: dict[str, Any],
+) -> None:
+    file = Path(__file__).parents[3] / "pyproject.toml"
+    declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert set(REQUIREMENTS) <= set(declared)
+    text = ModelCard(name="tiny", config=ModelConfig.from_dict(tiny_model)).to_markdown()
+    assert '`pip install "torch>=' in text
+    assert '"transformers>=' in text
+
+
+def measured(*names: str) -> EvaluationResult:
+    results = {
+        name: TaskResult(
+            name=name,
+            version="1",
+            num_items=9,
+            num_fewshot=0,
+            metrics={"acc": 0.5},
+            items=[],
+            values={},
+            log_likelihoods=[],
+        )
+        for name in names
+    }
+    return EvaluationResult(results=results)
+
+
+def test_the_card_calls_only_lm_evals_tasks_lm_evals(tiny_model: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+
+    def card(*names: str) -> str:
+        return ModelCard(name="tiny", config=config, evaluation=measured(*names)).to_markdown()
+
+    own, both = card("lastword", "continuation"), card("lastword", "arc_easy")
+    assert "Tasks of the project that trained this model" in own
+    assert "`lastword`, `continuation`. lm-eval has no tasks of these names" in own
+    assert "lm_eval --model" not in own
+    assert "held out of its training: `lastword`. lm-eval" in both
+    assert "--tasks arc_easy` gives the same numbers" in both
+    assert "Tasks of the project" not in card("arc_easy")
+
+
+def test_the_card_of_a_student_compares_it_with_its_teacher(tiny_model: dict[str, Any]) -> None:
+    full = ModelConfig.from_dict(tiny_model)
+    table = InfluenceTable(
+        metric="cosine",
+        value_rows=((0.3, 0.1), (0.2,)),
+        error_rows=((0.0, 0.0), (0.0,)),
+        num_tokens=64,
+    )
+    card = ModelCard(
+        name="student",
+        config=ModelConfig.from_dict({**tiny_model, "schedule": [1, 0]}),
+        full=full,
+        influence=table,
+        provenance={"teacher": "abc", "recipe": {"num_steps": 7}, "checksums": {"x": "y"}},
+    )
+    text = card.to_markdown()
+    assert "3 field evaluations per token, 60% of the 5 of the full model" in text
+    assert "| 1 | 0.3 | 0.1 |" in text
+    assert "num_steps 7" in text
+    assert "checksums" not in text
+    assert IterationSchedule((1, 0)) == card.config.corrections

@@ -1,0 +1,118 @@
+"""Texts from a checkpoint: streamed as they come, batched without a change, stopped where asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.generate import generate
+from iiet.schedule import IterationSchedule
+from orchestrator.data.tokens import open_tokens
+from orchestrator.pipelines.generating import Sampling, Writer
+from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.workspace.errors import UserError
+
+FEW = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Writer:
+    config = ModelConfig(
+        vocab_size=300,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        ffn_dim=32,
+        context_length=32,
+        schedule=IterationSchedule((2, 1)),
+        initializer_std=0.4,
+    )
+    torch.manual_seed(1)
+    return Writer(write(Decoder(config), tmp_path_factory.mktemp("run"), tiny_tokens))
+
+
+def write(decoder: Decoder, folder: Path, tokens: Path) -> Path:
+    return save_checkpoint(
+        folder,
+        1,
+        decoder=decoder,
+        training_state={},
+        tokenizer_path=open_tokens(tokens).tokenizer_path,
+        provenance={},
+    )
+
+
+def test_the_pieces_are_the_decoded_tokens(writer: Writer) -> None:
+    ids = [writer.end_of_text, *writer.tokenizer.encode("abc def").ids]
+    tokens = generate(
+        writer.decoder,
+        torch.tensor([ids]),
+        max_new_tokens=8,
+        stop_tokens=[writer.end_of_text],
+    )[0, len(ids) :]
+    text = "".join(writer.stream("abc def", FEW))
+    assert text
+    assert text == writer.tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
+
+
+def test_a_batch_of_different_lengths_says_what_each_says_alone(writer: Writer) -> None:
+    prompts = ["a", "abc def ghi", "lmno pa"]
+    alone = ["".join(writer.stream(prompt, FEW)) for prompt in prompts]
+    assert writer.continue_all(prompts, FEW) == alone
+
+
+def test_a_seed_decides_and_no_seed_does_not(writer: Writer) -> None:
+    sampled = replace(FEW, temperature=1.5, top_k=50, seed=3)
+    first = "".join(writer.stream("abc", sampled))
+    assert "".join(writer.stream("abc", sampled)) == first
+    others = {"".join(writer.stream("abc", replace(sampled, seed=seed))) for seed in range(4, 9)}
+    assert others != {first}
+
+
+def test_text_ends_before_the_stop_token(writer: Writer) -> None:
+    ids = [writer.end_of_text, *writer.tokenizer.encode("abc def").ids]
+    tokens = generate(writer.decoder, torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
+    stop = next(t for t in tokens[1:] if t != tokens[0] and writer.tokenizer.decode([t]).isascii())
+    expected = writer.tokenizer.decode(tokens[: tokens.index(stop)])
+    sampling = replace(FEW, stop=(writer.tokenizer.decode([stop]),))
+    assert "".join(writer.stream("abc def", sampling)) == expected
+
+
+def test_characters_come_whole(writer: Writer) -> None:
+    ids = writer.tokenizer.encode("é 好 你").ids
+    pieces = list(writer._pieces(ids, ()))
+    assert "".join(pieces) == "é 好 你"
+    assert "\ufffd" not in "".join(pieces)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_new_tokens": 500}, "context_length of 32"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
+        ({"stop": ("two words",)}, "--stop"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_written(
+    writer: Writer, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        writer.stream("abc", replace(FEW, **change))
+
+
+def test_another_schedule_writes_as_that_model_does(
+    writer: Writer, tiny_tokens: Path, tmp_path: Path
+) -> None:
+    none = IterationSchedule((0, 0))
+    checkpoint = write(writer.decoder, tmp_path, tiny_tokens)
+    pruned = Writer(checkpoint, none)
+    assert pruned.decoder.schedule == none
+    with pytest.raises(UserError, match="layers"):
+        Writer(checkpoint, IterationSchedule((0, 0, 0)))

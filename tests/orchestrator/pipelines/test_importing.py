@@ -1,0 +1,152 @@
+"""An imported model is a checkpoint like any other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.export import export_pretrained
+from orchestrator.data.tokens import open_tokens
+from orchestrator.pipelines.importing import import_model
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.catalog import resolve_model, tokens_of
+from orchestrator.training.checkpoint import load_decoder, resolve_checkpoint, tokenizer_file
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def tokenizer(tiny_tokens: Path) -> Path:
+    return open_tokens(tiny_tokens).tokenizer_path
+
+
+@pytest.fixture
+def decoder(tiny_model: dict[str, Any]) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(ModelConfig.from_dict(tiny_model)).eval()
+
+
+def test_an_imported_model_is_the_same_model(
+    decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = export_pretrained(decoder, tmp_path / "my model", tokenizer)
+    checkpoint = import_model(folder, workspace)
+    assert checkpoint.parent == workspace.runs / "my-model"
+    assert resolve_checkpoint(checkpoint.parent) == checkpoint
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(load_decoder(checkpoint)(tokens), decoder(tokens))
+
+
+def test_importing_again_finds_it_and_another_model_needs_another_name(
+    decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
+    first = import_model(folder, workspace)
+    assert import_model(folder, workspace) == first
+    with torch.no_grad():
+        decoder.norm.weight.mul_(2)
+    export_pretrained(decoder, folder, tokenizer)
+    with pytest.raises(UserError, match="--name"):
+        import_model(folder, workspace)
+    assert import_model(folder, workspace, name="other") != first
+
+
+def test_an_imported_model_is_the_newest_also_when_it_is_found_again(
+    decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
+    first = import_model(folder, workspace, name="first")
+    second = import_model(folder, workspace, name="second")
+    os.utime(first.parent, (1, 1))
+    assert resolve_model(workspace, None) == second
+    os.utime(second.parent, (2, 2))
+    import_model(folder, workspace, name="first")
+    assert resolve_model(workspace, None) == first
+
+
+def test_tokens_are_those_of_its_tokenizer(
+    decoder: Decoder, tokenizer: Path, tiny_tokens: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
+    checkpoint = import_model(folder, workspace, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"prepare --set data\.tokenizer="):
+        tokens_of(checkpoint, workspace)
+    workspace.tokens.mkdir()
+    (workspace.tokens / tiny_tokens.name).symlink_to(tiny_tokens)
+    assert tokens_of(checkpoint, workspace).resolve() == tiny_tokens.resolve()
+
+
+class Notes(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_without_a_tokenizer_it_says_what_is_missing(
+    decoder: Decoder, workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = export_pretrained(decoder, tmp_path / "model")
+    notes = Notes()
+    checkpoint = import_model(folder, workspace, progress=notes)
+    assert "--tokenizer FILE" in notes.notes[0]
+    assert load_decoder(checkpoint).config == decoder.config
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        tokenizer_file(checkpoint)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(
+    tiny_model: dict[str, Any], tokenizer: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
+    folder = export_pretrained(small, tmp_path / "model")
+    with pytest.raises(UserError, match="the model only 200"):
+        import_model(folder, workspace, tokenizer=tokenizer)
+    assert not workspace.runs.exists()
+
+
+OLDER_RUN = Path(__file__).parents[2] / "fixtures" / "older" / "run_iiet"
+"""A run as version 0.1 left it."""
+
+
+@pytest.mark.parametrize("folder", [OLDER_RUN, OLDER_RUN / "step_00000002"])
+def test_a_run_of_an_earlier_version_is_imported_as_the_same_model(
+    folder: Path, workspace: Workspace
+) -> None:
+    checkpoint = import_model(folder, workspace)
+    assert checkpoint.parent == workspace.runs / "run_iiet"
+    assert import_model(folder, workspace) == checkpoint
+    assert tokenizer_file(checkpoint).is_file()
+    weights = load_file(checkpoint / "model.safetensors")
+    assert not [name for name in weights if name.startswith(("fields", "method"))]
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        older = load_decoder(OLDER_RUN / "step_00000002")(tokens)
+        assert torch.equal(load_decoder(checkpoint)(tokens), older)
+    open_workspace(workspace.root)
+
+
+def test_a_damaged_checkpoint_is_not_imported(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(OLDER_RUN / folder.name, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is damaged: tokenizer\.json"):
+        import_model(folder, workspace)
+    assert not list(workspace.runs.glob("*"))

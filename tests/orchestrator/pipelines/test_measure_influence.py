@@ -1,0 +1,144 @@
+"""Influence is measured once for what determines it, stored beside the weights, and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.influence import InfluenceTable, influence_table
+from orchestrator.data.batches import validation_batches
+from orchestrator.data.tokens import open_tokens
+from orchestrator.pipelines import influence as stage
+from orchestrator.pipelines.influence import measure_influence
+from orchestrator.settings import InfluenceSettings
+from orchestrator.tracking import open_tracking
+from orchestrator.training.checkpoint import check_checkpoint, load_decoder, save_checkpoint
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import open_workspace
+
+SETTINGS = InfluenceSettings(num_tokens=512)
+
+
+@pytest.fixture
+def make_checkpoint(
+    tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path
+) -> Callable[..., Path]:
+    def make(**changes: Any) -> Path:
+        torch.manual_seed(0)
+        return save_checkpoint(
+            tmp_path / "run",
+            1,
+            decoder=Decoder(ModelConfig.from_dict({**tiny_model, **changes})),
+            training_state={},
+            tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+            provenance={"tokens": tiny_tokens.name},
+        )
+
+    return make
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Metric of each measurement that was really made."""
+    metrics: list[str] = []
+
+    def recorded(*arguments: Any, **options: Any) -> InfluenceTable:
+        metrics.append(options["metric"])
+        return influence_table(*arguments, **options)
+
+    monkeypatch.setattr(stage, "influence_table", recorded)
+    return metrics
+
+
+def test_the_table_is_the_cores_over_the_calibration_set(
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+) -> None:
+    checkpoint = make_checkpoint()
+    found = measure_influence(checkpoint, SETTINGS, tiny_tokens)
+    batches = validation_batches(
+        open_tokens(tiny_tokens).validation, context_length=16, num_tokens=512, batch_size=8
+    )
+    assert found == influence_table(load_decoder(checkpoint), batches)
+    assert found.num_tokens == 512
+    assert [len(row) for row in found.rows()] == [2, 1]
+
+
+def test_it_is_found_again_until_something_changes(
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path, measured: list[str]
+) -> None:
+    checkpoint = make_checkpoint()
+    first = measure_influence(checkpoint, SETTINGS, tiny_tokens)
+    assert measure_influence(checkpoint, SETTINGS, tiny_tokens) == first
+    assert measured == ["cosine"]
+    measure_influence(checkpoint, InfluenceSettings(num_tokens=256), tiny_tokens)
+    measure_influence(checkpoint, InfluenceSettings(metric="loss", num_tokens=64), tiny_tokens)
+    assert measured == ["cosine", "cosine", "loss"]
+    (checkpoint / "influence-cosine.json").write_text('{"key"')
+    assert measure_influence(checkpoint, SETTINGS, tiny_tokens) == first
+    assert len(measured) == 4
+
+
+def test_it_lies_beside_the_weights_with_a_picture(
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+) -> None:
+    checkpoint = make_checkpoint()
+    found = measure_influence(checkpoint, SETTINGS, tiny_tokens)
+    stored = json.loads((checkpoint / "influence-cosine.json").read_text())
+    assert InfluenceTable.from_dict(stored) == found
+    assert stored["residuals"] == [list(row) for row in found.residual_rows]
+    assert stored["contractions"] == [found.contractions[0], None]
+    assert (checkpoint / "influence-cosine.png").read_bytes().startswith(b"\x89PNG")
+    check_checkpoint(checkpoint)  # the checkpoint is still whole
+
+
+@pytest.mark.slow
+def test_it_is_a_run_with_one_curve_a_layer(
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    import mlflow
+
+    workspace = open_workspace(tmp_path / "workspace")
+    tracking = open_tracking(workspace)
+    checkpoint = make_checkpoint()
+    for _ in range(2):
+        found = measure_influence(checkpoint, SETTINGS, tiny_tokens, tracking=tracking)
+    client = mlflow.MlflowClient(workspace.tracking_uri)
+    (run,) = client.search_runs([tracking.experiment_id])
+    assert run.data.tags["iiet.kind"] == "influence"
+    history = client.get_metric_history(run.info.run_id, "influence/layer_01")
+    curve = {point.step: point.value for point in history}
+    assert curve == dict(enumerate(found.rows()[0], start=1))
+    residuals = client.get_metric_history(run.info.run_id, "residual/layer_01")
+    assert [point.value for point in residuals] == list(found.residual_rows[0])
+    (factor,) = client.get_metric_history(run.info.run_id, "contraction")
+    assert (factor.step, factor.value) == (1, found.contractions[0])
+    names = {file.path for file in client.list_artifacts(run.info.run_id, "influence")}
+    assert names == {"influence/influence-cosine.json", "influence/influence-cosine.png"}
+
+
+def test_a_model_without_corrections_has_no_influence(
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+) -> None:
+    with pytest.raises(UserError, match="without corrections"):
+        measure_influence(make_checkpoint(schedule=0), SETTINGS, tiny_tokens)
+
+
+def test_tokens_of_another_vocabulary_are_refused(
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+) -> None:
+    with pytest.raises(UserError, match="not the tokens it was trained on"):
+        measure_influence(make_checkpoint(vocab_size=280), SETTINGS, tiny_tokens)
+
+
+def test_the_last_line_says_where_an_iteration_does_not_contract() -> None:
+    rows = ((0.2, 0.1), (0.2, 0.1), (0.3,))
+    growing = InfluenceTable("cosine", rows, rows, 64, ((0.4, 0.2), (0.4, 0.5), (0.1,)))
+    assert stage._summary(growing).endswith("; layers that do not contract: 1 of 2")
+    assert stage._summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")

@@ -1,0 +1,284 @@
+"""From a front to a folder that transformers load, and to a version in MLflow's registry."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas
+import pytest
+import torch
+from mlflow.types import DataType
+from rich.console import Console
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.huggingface import IIETForCausalLM
+from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
+from orchestrator.data.tokens import open_tokens
+from orchestrator.pipelines.context import Desk
+from orchestrator.pipelines.generating import Sampling, Writer
+from orchestrator.pipelines.picking import export_model, pick_model
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.choice import Rule
+from orchestrator.reporting.results import SweepResults, items_name
+from orchestrator.settings import read_settings
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.catalog import stored_influence
+from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import open_workspace
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    # One store for all tests of the module: making a database takes seconds.
+    workspace = open_workspace(tmp_path_factory.mktemp("workspace"))
+    return Desk(workspace, Progress(), Console(quiet=True))
+
+
+def checkpoint_of(
+    desk: Desk, name: str, model: dict[str, Any], tokens: Path, seed: int, **provenance: Any
+) -> Path:
+    torch.manual_seed(seed)
+    return save_checkpoint(
+        desk.workspace.runs / name,
+        1,
+        decoder=Decoder(ModelConfig.from_dict(model)),
+        training_state={},
+        tokenizer_path=open_tokens(tokens).tokenizer_path,
+        provenance={"tokens": tokens.name, **provenance},
+    )
+
+
+@pytest.fixture
+def sweep(desk: Desk, tiny_model: dict[str, Any], tiny_tokens: Path) -> SweepResults:
+    teacher = checkpoint_of(desk, "teacher", tiny_model, tiny_tokens, 0)
+    student = checkpoint_of(desk, "student", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1)
+    full = TrialResult(
+        key="full",
+        role="teacher",
+        method="iiet",
+        schedule=(2, 1),
+        label="teacher",
+        cost={"evaluations": 5},
+        quality={"accuracy": 0.5},
+        checkpoint=str(teacher),
+    )
+    found = SweepResults(
+        name="two-models",
+        key="sweep-key",
+        results=(
+            full,
+            replace(full, key="cheap", role="trial", label="1,0", schedule=(1, 0),
+                    cost={"evaluations": 3}, quality={"accuracy": 0.498}, checkpoint=str(student)),
+            replace(full, key="pruned", role="trial", label="0,0", schedule=(0, 0),
+                    cost={"evaluations": 2}, quality={"accuracy": 0.3}),
+        ),
+    )  # fmt: skip
+    found.store(desk.workspace)
+    return found
+
+
+def version_of(desk: Desk, name: str, alias: str) -> Any:
+    return desk.tracking.store.connect().get_model_version_by_alias(name, alias)
+
+
+def test_the_pick_is_exported_and_registered(desk: Desk, sweep: SweepResults) -> None:
+    choice = pick_model(desk, None, Rule(name="keep"))
+    assert choice.point.result.key == "cheap"
+    assert "99.6% of the full model's, at 60% of its evaluations (3 of 5)" in choice.sentence
+    version = version_of(desk, "two-models", "keep-99")
+    assert choice.version == "models:/two-models@keep-99"
+    assert version.description == choice.sentence
+    assert choice.folder is not None
+    card = (choice.folder / "README.md").read_text()
+    assert f"Chosen as `keep-99` of the sweep `two-models`: {choice.sentence}." in card
+    registered = IIETForCausalLM.from_pretrained(version.source.removeprefix("file://"))
+    student = load_decoder(Path(str(choice.point.result.checkpoint)))
+    tokens = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(registered(tokens).logits, student(tokens))
+
+
+@pytest.mark.slow
+def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
+    desk: Desk, sweep: SweepResults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    choice = pick_model(desk, None, Rule(name="keep"))
+    monkeypatch.setattr(mlflow, "set_tracking_uri", pytest.fail)
+    source = version_of(desk, "two-models", "keep-99").source
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of what other libraries do while they load.
+        model = mlflow.pyfunc.load_model(source)
+    prompts = ["abc def", "ghi", ""]
+    found = model.predict(prompts, params={"max_new_tokens": 5})
+    student = Writer(Path(str(choice.point.result.checkpoint)))
+    sampling = Sampling(max_new_tokens=5, temperature=0.0)
+    assert found[:2] == ["".join(student.stream(text, sampling)) for text in prompts[:2]]
+    table = pandas.DataFrame({"prompt": prompts})
+    assert list(model.predict(table, params={"max_new_tokens": 5})) == found
+    assert len(set(model.predict(3 * ["abc"], params={"temperature": 5.0}))) > 1
+    assert model.predict([50 * "abc def "]) == model.predict([49 * "abc def "])  # Its end counts.
+    with pytest.raises(ValueError, match=r"at least 1; got 0"):
+        model.predict(prompts, params={"max_new_tokens": 0})
+    assert model.metadata.get_input_schema().input_types() == [DataType.string]
+    requirements = (Path(source.removeprefix("file://")) / "requirements.txt").read_text()
+    assert "transformers==" in requirements
+    assert "+" not in requirements
+
+
+def test_nothing_of_a_model_runs_when_it_is_registered(
+    desk: Desk, sweep: SweepResults, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    run = desk.tracking.run("registering", name="r", kind="sweep")
+    run.register("other", folder, key="k", alias="best")
+    version = version_of(desk, "other", "best")
+    place = Path(version.source.removeprefix("file://"))
+    assert (place / "MLmodel").is_file()
+    run.register("other", folder, key="k", alias="best")
+    assert version_of(desk, "other", "best").version == version.version
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pruned_model_is_the_teacher_under_its_schedule(
+    desk: Desk, sweep: SweepResults, tmp_path: Path
+) -> None:
+    choice = pick_model(desk, "two-models", Rule(name="cheapest"), to=tmp_path / "cheapest")
+    assert choice.folder == tmp_path / "cheapest"
+    model = IIETForCausalLM.from_pretrained(choice.folder)
+    assert model.to_decoder().schedule == IterationSchedule((0, 0))
+
+
+def test_picking_again_makes_no_second_version(desk: Desk, sweep: SweepResults) -> None:
+    for _ in range(2):
+        pick_model(desk, "two-models", Rule(name="best"))
+    pick_model(desk, "two-models", Rule(name="keep", share=1.0))
+    client = desk.tracking.store.connect()
+    keys = [v.tags["iiet.key"] for v in client.search_model_versions("name = 'two-models'")]
+    assert keys.count("full") == 1
+    assert version_of(desk, "two-models", "best").version == (
+        version_of(desk, "two-models", "keep-100").version
+    )
+
+
+def test_of_several_seeds_one_is_handed_over_with_its_own_numbers(
+    desk: Desk, sweep: SweepResults, tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    full, student, _ = sweep.results
+    model = {**tiny_model, "schedule": [1, 0]}
+    seeds = []
+    for seed, accuracy in ((1, 0.52), (0, 0.48)):
+        folder = checkpoint_of(desk, f"seed{seed}", model, tiny_tokens, seed)
+        result = replace(
+            student,
+            key=f"cheap-{seed}",
+            label=f"1,0, seed {seed}",
+            seed=seed,
+            group="1,0",
+            quality={"accuracy": accuracy},
+            checkpoint=str(folder),
+        )
+        seeds.append(result)
+        task = TaskResult(
+            name="choices", version="1", num_items=100, num_fewshot=0,
+            metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
+        )  # fmt: skip
+        items = EvaluationResult(results={"choices": task})
+        write_json(desk.workspace.trials / "t" / items_name(result.key), items.to_dict())
+    replace(sweep, name="seeds", results=(full, *seeds)).store(desk.workspace)
+    choice = pick_model(desk, "seeds", Rule(name="cheapest"), to=tmp_path / "seeds")
+    assert choice.point.quality == pytest.approx(0.5)
+    assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
+    card = (tmp_path / "seeds" / "README.md").read_text()
+    assert "| choices | acc | 0.4800 |" in card
+    assert "iiet seed0" in card
+    assert version_of(desk, "seeds", "cheapest").tags["iiet.key"] == "cheap-0"
+
+
+def test_only_the_name_leaves_nothing_behind(desk: Desk, sweep: SweepResults) -> None:
+    choice = pick_model(desk, "two-models", Rule(name="budget", budget=2), hand_over=False)
+    assert choice.point.result.key == "pruned"
+    assert choice.folder is None
+    assert not (desk.workspace.exports / "two-models" / "budget-2").exists()
+
+
+def test_an_export_without_its_tokens_says_so_and_goes_on(
+    desk: Desk, sweep: SweepResults, tmp_path: Path
+) -> None:
+    path = Path(str(sweep.results[0].checkpoint))
+    folder = export_model(read_settings(None, []), desk, path, to=tmp_path / "out", schedule="1,1")
+    card = (folder / "README.md").read_text()
+    assert "Not measured." in card
+    assert "Corrections per layer: `1,1`" in card
+    with pytest.raises(UserError, match="--schedule"):
+        export_model(read_settings(None, []), desk, path, schedule="1,1,1")
+
+
+def table_of(metric: str, schedule: tuple[int, ...]) -> InfluenceTable:
+    rows: Any = tuple(tuple(0.5**i for i in range(count)) for count in schedule)
+    return InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64)  # type: ignore[arg-type]
+
+
+def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
+    desk: Desk, sweep: SweepResults, tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    teacher = Path(str(sweep.results[0].checkpoint))
+    student = checkpoint_of(
+        desk, "taught", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1,
+        teacher=weights_key(teacher),
+    )  # fmt: skip
+    write_json(student / "influence-cosine.json", table_of("cosine", (1, 0)).to_dict())
+    for metric in ("cosine", "loss", "relative"):
+        write_json(teacher / f"influence-{metric}.json", table_of(metric, (2, 1)).to_dict())
+
+    def card(name: str, *settings: str) -> str:
+        chosen = read_settings(None, settings)
+        folder = export_model(chosen, desk, student, to=tmp_path / name, measure=False)
+        return (folder / "README.md").read_text()
+
+    assert "Influence of each correction (cosine)\n\nMeasured over 64 tokens" in card("usual")
+    assert "under the schedule `2,1`" in card("again")
+    assert "Influence of each correction (loss)" in card("loss", "influence.metric=loss")
+    result = replace(sweep.results[1], checkpoint=str(student))
+    found = replace(
+        sweep,
+        name="by-relative",
+        results=(sweep.results[0], result),
+        influence=table_of("relative", (2, 1)),
+    )
+    found.store(desk.workspace)
+    choice = pick_model(desk, "by-relative", Rule(name="cheapest"))
+    assert choice.folder is not None
+    assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
+
+
+def test_which_influence_is_meant(
+    desk: Desk, tiny_model: dict[str, Any], tiny_tokens: Path
+) -> None:
+    checkpoint = checkpoint_of(desk, "measured", tiny_model, tiny_tokens, 0)
+
+    def metric(wanted: str | None = None) -> str | None:
+        found = stored_influence(checkpoint, wanted)
+        return found.metric if found else None
+
+    assert metric() is None
+    write_json(checkpoint / "influence-relative.json", table_of("relative", (2, 1)).to_dict())
+    assert metric() == metric("loss") == "relative", "there is no other"
+    write_json(checkpoint / "influence-loss.json", table_of("loss", (2, 1)).to_dict())
+    assert metric("loss") == "loss"
+    assert metric() is None, "it could be either"
+    write_json(checkpoint / "influence-cosine.json", table_of("cosine", (1, 1)).to_dict())
+    assert metric("cosine") is None, "it is another schedule's"
+    (checkpoint / "influence-loss.json").write_text("{")
+    assert metric() == "relative"

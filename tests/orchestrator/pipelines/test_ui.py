@@ -1,0 +1,123 @@
+"""The server starts small, answers on loopback, stops with all its children, and refuses a taken
+port."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
+from orchestrator.tracking import VIEW_TAG, open_tracking
+from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return open_workspace(tmp_path / "ws")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_taken_port_is_named_with_a_free_one() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} cannot be used.*try --port \d+"):
+            check_port(port)
+    check_port(port)
+    with pytest.raises(UserError, match="from 1 to 65535, got 70000"):
+        check_port(70000)
+
+
+def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:sesame@127.0.0.1:9")
+    said: list[str] = []
+    with pytest.raises(StageFailed, match=r"nothing answers at http://127\.0\.0\.1:9 ") as failed:
+        serve(workspace, say=said.append)
+    assert not any(word in line for line in said for word in ("starting", "None", "sesame"))
+    assert "sesame" not in str(failed.value)
+
+
+@pytest.mark.slow
+def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = open_tracking(workspace, warn=pytest.fail)
+    run = tracking.run("key", name="toy", kind="sweep", tags={VIEW_TAG: "front-toy"})
+    ran = workspace.root / "ran"
+    for name in ("mlflow", "random", "sqlalchemy", "uvicorn"):
+        code = f"open({str(ran)!r}, 'a').write({name!r}); raise SystemExit('code of the workspace')"
+        (workspace.root / f"{name}.py").write_text(code)
+    port, said, seen = free_port(), [], []
+    linked: list[str] = []
+
+    def look_once() -> bool:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+            seen.append(answer.status)
+        if BROWSER is not None:
+            seen.append(page_text(said[1].partition(": ")[2], workspace.root / "profile"))
+        # To another command this server is one elsewhere: it links to its pages and starts none.
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            serve(workspace, say=linked.append)
+        return True
+
+    serve(workspace, port=port, say=said.append, should_stop=look_once)
+    assert not ran.exists()
+    assert seen[0] == 200
+    assert said[1].startswith("training runs: http://127.0.0.1:")
+    assert any(f"/runs/{run.run_id}?workflowType=machine_learning" in line for line in said)
+    assert any("viewStateShareKey=front-toy" in line for line in said)
+    assert linked == [line for line in said if "http://" in line][1:]
+    if BROWSER is not None:
+        assert "Model training" in seen[1]
+        assert "toy" in seen[1]
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(port) in (p.info["cmdline"] or [])]
+    assert left == []
+    check_port(port)
+
+
+@pytest.mark.slow
+def test_a_server_that_ends_names_its_last_line_and_its_log(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(workspace: Workspace, uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
+        workspace.logs.mkdir(exist_ok=True)
+        with (workspace.logs / LOG_NAME).open("wb") as log:
+            command = [sys.executable, "-c", "print('no such host'); raise SystemExit(3)"]
+            return subprocess.Popen(command, stdout=log, start_new_session=True)
+
+    monkeypatch.setattr("orchestrator.pipelines.ui._start", start)
+    with pytest.raises(StageFailed, match=r"ended \(3\); its last line: no such host; see .*log"):
+        serve(workspace, port=free_port(), say=lambda line: None)
+
+
+def page_text(url: str, profile: Path) -> str:
+    assert BROWSER is not None
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+        *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=30000"),
+        *("--dump-dom", url),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

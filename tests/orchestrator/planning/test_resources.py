@@ -1,0 +1,117 @@
+"""Whether a job fits is said at once, with what there is and what to type instead."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.planning.resources import Resources, check_resources, free_memory, local_resources
+from orchestrator.workspace.errors import UserError
+
+TWO_CPUS = Resources(cpus=2, gpus=0)
+TWO_GPUS = Resources(cpus=16, gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_gpus", "resources", "expected"),
+    [
+        (1, 0, TWO_CPUS, 1),
+        (2, 0, TWO_CPUS, 2),
+        (1, 2, TWO_GPUS, 2),
+        (2, 2, TWO_GPUS, 2),
+        (4, 0, TWO_GPUS, 4),
+    ],
+)
+def test_what_fits_gives_the_number_of_workers(
+    num_workers: int, num_gpus: int, resources: Resources, expected: int
+) -> None:
+    assert check_resources(num_workers, num_gpus, resources) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_gpus", "resources", "words"),
+    [
+        (1, 8, TWO_CPUS, ["--gpus 8", "no GPU", "leave out --gpus", "2 CPUs", "RAY_ADDRESS"]),
+        (1, 8, TWO_GPUS, ["--gpus 8", "has 2", "type --gpus 2", "RAY_ADDRESS"]),
+        (3, 0, TWO_CPUS, ["3 workers", "2 CPUs", "type --workers 2"]),
+        (3, 2, TWO_GPUS, ["3 workers", "2 GPUs", "leave out --workers"]),
+        (2, 0, Resources(cpus=1, gpus=0, place="the cluster at x"), ["the cluster at x", "1 CPU,"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_way_out(
+    num_workers: int, num_gpus: int, resources: Resources, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_resources(num_workers, num_gpus, resources)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_this_machine_is_asked_when_nothing_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="this machine"):
+        check_resources(100_000, 0)
+
+
+def test_a_cluster_elsewhere_is_not_judged_by_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
+    assert check_resources(1, 800) == 800
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
+def test_cpus_are_those_this_process_may_use() -> None:
+    found = local_resources(count_gpus=False).cpus
+    assert 1 <= found <= len(os.sched_getaffinity(0))
+
+
+def test_asking_for_cpus_imports_neither_ray_nor_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys; from orchestrator.planning.resources import check_resources; "
+        "check_resources(1, 0); "
+        "sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+MIB = 2**20
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def make_group(
+    folder: Path, names: tuple[str, str, str], limit: str, used: int, inactive: int | None
+) -> Path:
+    folder.mkdir()
+    limit_name, used_name, cache_name = names
+    (folder / limit_name).write_text(f"{limit}\n")
+    (folder / used_name).write_text(f"{used}\n")
+    if inactive is not None:
+        text = f"anon {5 * MIB}\n{cache_name} {inactive}\nactive_file {7 * MIB}\n"
+        (folder / "memory.stat").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("names", [VERSION_2, VERSION_1])
+def test_cached_files_of_a_container_are_free_memory(
+    tmp_path: Path, names: tuple[str, str, str]
+) -> None:
+    limit = str(100 * MIB)
+    full_of_files = make_group(tmp_path / "files", names, limit, 95 * MIB, 60 * MIB)
+    assert free_memory([full_of_files]) == 65 * MIB
+    assert free_memory([make_group(tmp_path / "x", names, limit, 95 * MIB, None)]) == 5 * MIB
+    assert free_memory([make_group(tmp_path / "y", names, limit, 101 * MIB, 0)]) == 0
+    # Of a group inside another one, the smaller room counts.
+    outer = make_group(tmp_path / "outer", names, limit, 90 * MIB, 0)
+    assert free_memory([full_of_files, outer]) == 10 * MIB
+
+
+def test_without_a_limit_the_free_memory_of_the_machine_counts(tmp_path: Path) -> None:
+    no_limit = make_group(tmp_path / "no limit", VERSION_2, "max", 5 * MIB, 0)
+    nothing = tmp_path / "nothing"
+    for groups in ([], [no_limit], [nothing], None):
+        assert free_memory(groups) > 100 * MIB

@@ -1,0 +1,117 @@
+"""Standard errors against independent ones, averages, and the way to disk and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable
+
+import pytest
+
+from orchestrator.records.evaluation import (
+    EvaluationResult,
+    TaskResult,
+    mean_of_independent,
+    standard_error,
+)
+from orchestrator.workspace.errors import UserError
+
+
+def task(name: str, **metrics: float) -> TaskResult:
+    return TaskResult(
+        name=name,
+        version="1",
+        num_items=10,
+        num_fewshot=0,
+        metrics=metrics,
+        items=["a", "b"],
+        values={"acc": [1.0, 0.0]},
+        log_likelihoods=[[-1.0], [-2.0]],
+    )
+
+
+def evaluation(*results: TaskResult, **groups: tuple[str, ...]) -> EvaluationResult:
+    return EvaluationResult(results={r.name: r for r in results}, groups=groups)
+
+
+def test_error_of_a_mean() -> None:
+    values = [1.0, 0.0, 0.0, 1.0, 1.0]
+    expected = statistics.stdev(values) / math.sqrt(5)
+    assert standard_error("mean", values) == pytest.approx(expected)
+
+
+def ratio(pairs: list[tuple[float, float]]) -> float:
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "aggregate"),
+    [
+        ("perplexity", lambda pairs: math.exp(-statistics.fmean(a for a, _ in pairs))),
+        ("weighted_perplexity", lambda pairs: math.exp(-ratio(pairs))),
+        ("bits_per_byte", lambda pairs: -ratio(pairs) / math.log(2)),
+    ],
+)
+def test_errors_of_functions_of_means_agree_with_the_bootstrap(
+    aggregation: str, aggregate: Callable[[list[tuple[float, float]]], float]
+) -> None:
+    draw = random.Random(0)
+    weights = [draw.uniform(5, 40) for _ in range(400)]
+    pairs = [(-w * draw.uniform(0.1, 0.3), w) for w in weights]
+    if aggregation == "perplexity":
+        pairs = [(a / 10, w) for a, w in pairs]
+    resampled = [aggregate(draw.choices(pairs, k=len(pairs))) for _ in range(600)]
+    values = [a for a, _ in pairs] if aggregation == "perplexity" else pairs
+    assert standard_error(aggregation, values) == pytest.approx(
+        statistics.stdev(resampled), rel=0.12
+    )
+
+
+def test_no_error_is_known_of_one_item_or_of_another_aggregation() -> None:
+    assert standard_error("mean", [1.0]) is None
+    assert standard_error("median", [1.0, 2.0]) is None
+
+
+def test_accuracy_averages_normalised_accuracy_where_there_is_one() -> None:
+    found = evaluation(
+        task("piqa", acc=0.6, acc_norm=0.5, acc_norm_stderr=0.03),
+        task("lambada", acc=0.3, acc_stderr=0.04, perplexity=20.0),
+        task("text", bits_per_byte=1.25, bits_per_byte_stderr=0.01),
+    )
+    assert found.accuracies == {"piqa": (0.5, 0.03), "lambada": (0.3, 0.04)}
+    assert found.accuracy == pytest.approx(0.4)
+    assert found.accuracy_stderr == pytest.approx(0.05 / 2)
+    assert (found.bits_per_byte, found.bits_per_byte_stderr) == (1.25, 0.01)
+    assert found.num_items == 30
+
+
+def test_a_group_counts_as_one_task() -> None:
+    found = evaluation(
+        task("b1", acc=0.2, acc_stderr=0.0),
+        task("b2", acc=0.4, acc_stderr=0.0),
+        task("piqa", acc=0.5, acc_stderr=0.0),
+        blimp=("b1", "b2"),
+    )
+    assert found.accuracy == pytest.approx((0.3 + 0.5) / 2)
+
+
+def test_quality_leaves_out_what_was_not_measured() -> None:
+    quality = evaluation(task("text", bits_per_byte=1.0)).quality()
+    assert quality == {"bits_per_byte": 1.0, "text/bits_per_byte": 1.0}
+
+
+def test_nothing_has_no_mean() -> None:
+    assert all(math.isnan(number) for number in mean_of_independent([]))
+
+
+def test_results_survive_the_way_through_json() -> None:
+    found = evaluation(task("b1", acc=0.2), task("b2", acc=0.4), blimp=("b1", "b2"))
+    assert EvaluationResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize("stored", [{}, {"results": {"a": {"name": "a"}}, "groups": {}}])
+def test_a_result_of_another_form_is_the_users_to_delete(stored: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="no readable evaluation"):
+        EvaluationResult.from_dict(stored)

@@ -1,0 +1,96 @@
+"""A trial result keeps its numbers through JSON and gives MLflow what it can take."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from orchestrator.records.trial import TrialResult
+from orchestrator.workspace.errors import UserError
+
+
+def a_trial() -> TrialResult:
+    return TrialResult(
+        key="0123",
+        role="trial",
+        method="iiet",
+        schedule=(2, 1, 0),
+        label="threshold 0.004",
+        threshold_above=0.003,
+        threshold_up_to=0.004,
+        cost={"evaluations": 6, "relative_flops": 0.5},
+        quality={"accuracy": 0.42, "accuracy_stderr": 0.01, "lastword/acc": 0.3},
+        train={"steps": 150},
+    )
+
+
+def test_json_round_trip_changes_nothing() -> None:
+    trial = a_trial()
+    assert TrialResult.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
+
+
+def test_metrics_and_params_carry_every_number_and_each_layer() -> None:
+    metrics, params = a_trial().metrics(), a_trial().params()
+    assert metrics["cost/evaluations"] == 6.0
+    assert metrics["quality/lastword/acc"] == 0.3
+    assert set(metrics) == {
+        "cost/evaluations",
+        "cost/relative_flops",
+        "quality/accuracy",
+        "quality/accuracy_stderr",
+        "quality/lastword/acc",
+        "train/steps",
+    }
+    assert params["schedule"] == "2,1,0"
+    assert [params[f"r_{layer:02d}"] for layer in (1, 2, 3)] == ["2", "1", "0"]
+    assert params["threshold"] == "0.004"
+
+
+@pytest.mark.parametrize(
+    ("above", "up_to", "text", "threshold"),
+    [
+        (0.003, 0.004, "0.003 to 0.004", "0.004"),
+        (-math.inf, 0.0003, "<=0.0003", "0.0003"),
+        (None, 0.0003, "<=0.0003", "0.0003"),
+        (0.0266, math.inf, ">0.027", "inf"),
+        (None, None, "", None),
+    ],
+)
+def test_an_open_end_of_the_thresholds_survives_strict_json(
+    above: float | None, up_to: float | None, text: str, threshold: str | None
+) -> None:
+    trial = TrialResult(
+        key="k", role="trial", method="iiet", threshold_above=above, threshold_up_to=up_to
+    )
+    again = TrialResult.from_dict(json.loads(json.dumps(trial.to_dict(), allow_nan=False)))
+    assert again.threshold_text == trial.threshold_text == text
+    assert again.params().get("threshold") == threshold
+
+
+def test_value_answers_none_for_what_was_not_measured() -> None:
+    trial = TrialResult(key="k", role="reference", method="vanilla", quality={"accuracy": math.nan})
+    assert trial.value("quality/accuracy") is None
+    assert trial.value("cost/evaluations") is None
+    assert trial.value("nonsense") is None
+    assert trial.schedule_text == ""
+
+
+def test_from_dict_names_what_is_unknown_or_missing() -> None:
+    with pytest.raises(UserError, match=r"unknown: colour.*missing: key.*missing: role"):
+        TrialResult.from_dict({"method": "iiet", "colour": "blue"})
+
+
+def test_a_misspelt_role_is_named() -> None:
+    with pytest.raises(ValueError, match=r"trial, teacher, reference, got 'student'"):
+        TrialResult(key="k", role="student", method="iiet")  # type: ignore[arg-type]
+
+
+def test_perplexity_is_the_loss_in_other_words() -> None:
+    trial = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 2.0})
+    assert trial.value("quality/perplexity") == pytest.approx(math.exp(2.0))
+    assert trial.metrics()["quality/perplexity"] == pytest.approx(math.exp(2.0))
+    assert "perplexity" not in trial.to_dict()["quality"]
+    endless = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
+    assert endless.value("quality/perplexity") is None

@@ -1,0 +1,236 @@
+"""Evaluations matched by item, and what a front says about how sure its places are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
+from orchestrator.records.trial import Role, TrialResult
+from orchestrator.reporting.axes import Axes
+from orchestrator.reporting.confidence import confidence_metrics, with_confidence
+from orchestrator.reporting.paired import draw_again, match_items
+from orchestrator.reporting.pareto import Front, Placed, find_front
+
+NUM_ITEMS = 400
+
+
+def task(name: str, right: Sequence[float], items: Sequence[str] | None = None) -> TaskResult:
+    values = [float(v) for v in right]
+    metrics = {"acc": float(np.mean(values)), "acc_stderr": standard_error("mean", values) or 0.0}
+    return TaskResult(
+        name=name,
+        version="1",
+        num_items=len(values),
+        num_fewshot=0,
+        metrics=metrics,
+        items=list(items) if items else [f"{name}-{n}" for n in range(len(values))],
+        values={"acc": list(values)},
+        log_likelihoods=[],
+    )
+
+
+def bits_task(bits: float, num_documents: int = 40) -> TaskResult:
+    pairs = [[-bits * math.log(2) * 100 * (1 + n % 3), 100.0 * (1 + n % 3)] for n in range(40)]
+    return TaskResult(
+        name="bits_per_byte",
+        version="1",
+        num_items=num_documents,
+        num_fewshot=0,
+        metrics={"bits_per_byte": bits},
+        items=[f"document-{n}" for n in range(num_documents)],
+        values={"bits_per_byte": pairs},
+        log_likelihoods=[],
+    )
+
+
+def answers(share: float, num_items: int = NUM_ITEMS) -> list[float]:
+    """Right on the first items, so that a better model is right wherever a worse one is."""
+    return [float(n < share * num_items) for n in range(num_items)]
+
+
+def evaluation(
+    *tasks: TaskResult, groups: dict[str, tuple[str, ...]] | None = None
+) -> EvaluationResult:
+    return EvaluationResult(results={t.name: t for t in tasks}, groups=groups or {})
+
+
+def front_of(
+    points: dict[str, tuple[Role, float, EvaluationResult]], axes: Axes | None = None
+) -> Front:
+    results = [
+        TrialResult(
+            key=name,
+            role=role,
+            method="iiet",
+            label=name,
+            cost={"evaluations": cost},
+            quality=found.quality(),
+        )
+        for name, (role, cost, found) in points.items()
+    ]
+    evaluations = {name: found for name, (_, _, found) in points.items()}
+    return with_confidence(find_front(results, axes), evaluations, num_resamples=2000)
+
+
+def at(front: Front, name: str) -> Placed:
+    return next(point for point in front.placed if point.result.key == name)
+
+
+@pytest.fixture
+def front() -> Front:
+    def measured(share: float, bits: float) -> EvaluationResult:
+        return evaluation(task("words", answers(share)), bits_task(bits))
+
+    return front_of(
+        {
+            "teacher": ("teacher", 24.0, measured(0.500, 2.0)),
+            "close": ("trial", 12.0, measured(0.4975, 2.01)),
+            "poor": ("trial", 6.0, measured(0.25, 2.5)),
+            "worse": ("trial", 10.0, measured(0.20, 2.6)),
+            "vanilla": ("reference", 6.0, measured(0.30, 2.4)),
+        }
+    )
+
+
+def test_scores_are_those_of_the_evaluation() -> None:
+    tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
+    found = evaluation(*tasks, bits_task(2.2), groups={"both": ("a", "b")})
+    matched = match_items({"one": [found], "two": [found]})
+    assert matched is not None
+    draws = draw_again(matched, num_resamples=50)
+    accuracy, bits = draws.quality("quality/accuracy"), draws.quality("quality/bits_per_byte")
+    assert accuracy is not None
+    assert bits is not None
+    assert accuracy.observed == pytest.approx([found.accuracy] * 2)
+    assert found.accuracy == pytest.approx((0.4 + 0.9) / 2)
+    assert bits.observed == pytest.approx([2.2, 2.2])
+    of_task = draws.quality("quality/c/acc")
+    assert of_task is not None
+    assert of_task.observed == pytest.approx([0.9, 0.9])
+    assert draws.quality("quality/validation_loss") is None
+
+
+def test_items_are_matched_by_hash_and_the_others_counted() -> None:
+    one = evaluation(task("words", [1, 0, 1, 0], items=["a", "b", "c", "a"]))
+    other = evaluation(
+        task("words", [0, 1, 1], items=["c", "a", "x"]), task("more", [1, 1], items=["p", "q"])
+    )
+    matched = match_items({"one": [one], "other": [other]})
+    assert matched is not None
+    # Shared: `c` and the first `a`. Left out: `b`, the second `a`, `x`, and all of `more`.
+    assert matched.samples["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
+    assert (matched.num_items, matched.num_left_out) == (2, 5)
+    assert match_items({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
+
+
+def test_another_task_does_not_change_a_tasks_draws() -> None:
+    def drawn(*tasks: TaskResult) -> list[float]:
+        matched = match_items({"one": [evaluation(*tasks)]})
+        assert matched is not None
+        return list(draw_again(matched, num_resamples=20).tasks["words"].drawn[:, 0])
+
+    words = task("words", answers(0.5))
+    assert drawn(words) == drawn(task("other", answers(0.2)), words)
+
+
+def test_runs_of_several_seeds_are_one_model() -> None:
+    seeds = [evaluation(task("words", answers(share))) for share in (0.4, 0.6)]
+    matched = match_items({"several": seeds, "one": seeds[:1]})
+    assert matched is not None
+    scores = draw_again(matched, num_resamples=2000).tasks["words"]
+    assert scores.observed == pytest.approx([0.5, 0.4])
+    assert scores.drawn[:, 0].std() > 2 * scores.drawn[:, 1].std()
+
+
+def test_places_far_apart_are_certain(front: Front) -> None:
+    for name, share in (("poor", 1.0), ("worse", 0.0), ("close", 1.0)):
+        sure = at(front, name).confidence
+        assert sure is not None
+        assert sure.on_front == share
+    poor, teacher = at(front, "poor").confidence, at(front, "teacher").confidence
+    assert poor is not None
+    assert teacher is not None
+    assert (poor.keeps, teacher.keeps) == (0.0, 1.0)
+    assert teacher.share is not None
+    assert (teacher.share.low, teacher.share.high) == (1.0, 1.0)
+
+
+def test_a_close_call_is_told_as_one(front: Front) -> None:
+    close = at(front, "close").confidence
+    assert close is not None
+    assert close.share is not None
+    assert close.overall is not None
+    # It lacks one item that the teacher has. The teacher is better where that item is drawn at all;
+    # 99% are kept where it is drawn no more often than once in a hundred right answers.
+    sure = at(front, "teacher").confidence
+    assert sure is not None
+    assert sure.on_front == pytest.approx(1 - (1 - 1 / NUM_ITEMS) ** NUM_ITEMS, abs=0.03)
+    assert close.keeps == pytest.approx(0.83, abs=0.03)
+    assert close.share.value == pytest.approx(0.995)
+    difference = close.overall.against["teacher"]
+    assert difference.value == pytest.approx(-0.0025)
+    assert -0.01 <= difference.low < difference.high == 0.0
+    assert at(front, "close").error == pytest.approx(0.025, abs=0.001)
+
+
+def test_references_are_rivals_and_have_no_place(front: Front) -> None:
+    vanilla, close = at(front, "vanilla").confidence, at(front, "close").confidence
+    assert vanilla is not None
+    assert close is not None
+    assert close.overall is not None
+    assert vanilla.on_front is None
+    assert list(close.overall.against) == ["teacher", "vanilla"]
+    assert close.overall.against["vanilla"].excludes_zero
+    assert close.tasks["bits_per_byte"].against["vanilla"].value == pytest.approx(-0.39)
+
+
+def test_a_loss_keeps_the_other_way_round() -> None:
+    points: dict[str, tuple[Role, float, EvaluationResult]] = {
+        "teacher": ("teacher", 24.0, evaluation(bits_task(2.0))),
+        "close": ("trial", 12.0, evaluation(bits_task(2.01))),
+        "poor": ("trial", 6.0, evaluation(bits_task(2.5))),
+    }
+    front = front_of(points, Axes(quality="quality/bits_per_byte"))
+    close, poor = at(front, "close").confidence, at(front, "poor").confidence
+    assert close is not None
+    assert poor is not None
+    assert (close.keeps, poor.keeps) == (1.0, 0.0)
+    assert close.share is not None
+    assert close.share.value == pytest.approx(2.0 / 2.01)
+    assert (close.on_front, poor.on_front) == (1.0, 1.0)
+
+
+def test_what_has_no_items_stays_without_and_makes_no_claims() -> None:
+    words = {name: evaluation(task("words", answers(s))) for name, s in (("a", 0.5), ("b", 0.4))}
+    results = [
+        TrialResult(
+            key=name,
+            role="trial",
+            method="iiet",
+            cost={"evaluations": n},
+            quality={"accuracy": 0.4},
+        )
+        for n, name in enumerate(("a", "b", "lost"))
+    ]
+    front = find_front(results)
+    assert with_confidence(front, {}) is front
+    partly = with_confidence(front, words, num_resamples=100)
+    assert at(partly, "lost").confidence is None
+    a = at(partly, "a").confidence
+    assert a is not None
+    # The lost one competes for the front and is the full model: neither can be told.
+    assert (a.on_front, a.keeps, a.share) == (None, None, None)
+
+
+def test_metrics_are_flat_and_named_by_rival(front: Front) -> None:
+    metrics = confidence_metrics(at(front, "close"))
+    assert metrics["paired/vs_teacher"] == pytest.approx(-0.0025)
+    assert metrics["paired/vs_teacher_low"] <= metrics["paired/vs_teacher"]
+    assert {"paired/words/vs_vanilla_high", "paired/share_of_full"} <= set(metrics)
+    assert {"paired/confidence_keeps_99", "paired/confidence_on_front"} <= set(metrics)
+    assert confidence_metrics(front.placed[0])["paired/confidence_keeps_99"] == 0.0
+    assert all(math.isfinite(value) for value in metrics.values())

@@ -1,0 +1,89 @@
+"""The sentences say what the numbers carry, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.findings import findings, front_metrics
+from orchestrator.reporting.pareto import find_front
+
+
+def with_accuracy(result: TrialResult, accuracy: float) -> TrialResult:
+    return replace(result, quality={**result.quality, "accuracy": accuracy})
+
+
+def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
+    sample_results: list[TrialResult],
+) -> None:
+    first = findings(find_front(sample_results))[0]
+    assert first.startswith("Cheapest that keeps 99% of the full model's quality: 0,1,1,1,1,1")
+    assert "99.4% of the full model's, at 46% of its evaluations (11 of 24)" in first
+
+
+def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialResult]) -> None:
+    def about_vanilla(accuracy: float) -> str:
+        results = [
+            with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
+        ]
+        return next(s for s in findings(find_front(results)) if s.startswith("vanilla"))
+
+    # Both have an error of 1.21 points; that of the difference is 1.71, and 1.96 times it 3.35.
+    said = about_vanilla(0.4437 - 0.034)
+    assert "is worse than 0,1,1,1,1,1 by 3.4 points, 0.046 to 6.8 at 95%, unpaired" in said
+    for accuracy in (0.4437 - 0.033, 0.4176, 0.44, 0.4437 + 0.033):
+        assert "differ by less than these items can tell" in about_vanilla(accuracy)
+    assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
+    # It costs as little as the cheapest, so it beats every member that is not better.
+    assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
+
+
+def test_claims_have_their_confidence(
+    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=1000)
+    said = findings(front)
+    kept = front.cheapest_keeping(0.99)
+    assert kept is not None
+    assert kept.confidence is not None
+    assert 0.8 < (kept.confidence.keeps or 0) < 0.95
+    assert f"it keeps 99% with confidence {kept.confidence.keeps:.2f}" in said[0]
+    # The likely one is not sure; a dearer one with hardly a wrong answer more is.
+    assert said[1].startswith("Cheapest that surely keeps it: ")
+    assert "with confidence >0.99" in said[1]
+    vanilla = next(s for s in said if s.startswith("vanilla"))
+    # Over the same items: separate errors make it 1.7.
+    assert "is worse than 0,1,1,1,1,1 by 2.6 points, 2.0 to 3.3 in 95% of the draws" in vanilla
+    assert "1,000 draws, with replacement, of the 2,000 items" in said[-1]
+    assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == kept.confidence.keeps
+
+
+def test_what_these_items_cannot_tell_is_said(
+    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    kept, vanilla = (
+        next(r for r in sample_results if r.label == label) for label in ("0,1,1,1,1,1", "vanilla")
+    )
+    evaluations = {**sample_evaluations, vanilla.key: sample_evaluations[kept.key]}
+    front = with_confidence(find_front(sample_results), evaluations, num_resamples=200)
+    said = next(s for s in findings(front) if s.startswith("vanilla"))
+    assert "differ by less than these items can tell (0.0 points, 0.0 to 0.0 in" in said
+
+
+def test_nothing_kept_is_said(sample_results: list[TrialResult]) -> None:
+    results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
+    assert findings(find_front(results))[0] == (
+        "No model that is cheaper than the full one keeps 99% of the full model's quality."
+    )
+    assert findings(find_front([])) == ["No trial has been measured on both axes yet."]
+
+
+def test_metrics_of_the_front_are_finite_numbers(sample_results: list[TrialResult]) -> None:
+    metrics = front_metrics(find_front(sample_results))
+    assert metrics["front/size"] == 6
+    assert metrics["front/knee_cost"] == 11
+    assert 0.7 < metrics["front/hypervolume"] < 0.8
+    assert metrics["front/reference_cost"] == 24
+    assert metrics["front/keeping_99_share_of_full"] > 0.99

@@ -1,0 +1,87 @@
+"""Several sweeps on one front: shared results once, sweeps told apart, different tasks said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.axes import named_axes
+from orchestrator.reporting.overlay import write_overlay
+from orchestrator.reporting.results import SweepResults
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, sample_results: list[TrialResult]) -> Workspace:
+    """Two sweeps that share the teacher and the references; the second one's trials are better."""
+    space = open_workspace(tmp_path / "ws")
+    trials = [result for result in sample_results if result.role == "trial"]
+    others = [result for result in sample_results if result.role != "trial"]
+    better = [
+        replace(t, key=f"b{t.key}", quality={**t.quality, "accuracy": t.quality["accuracy"] + 0.01})
+        for t in trials[::2]
+    ]
+    for name, own in (("first", trials), ("second", better)):
+        facts = {"Settings": {"training.seed": "0", "name": name}}
+        SweepResults(name=name, key=name, results=(*others, *own), facts=facts).store(space)
+        plan = {"trials": [{"suite": {"suite": "heldout-1", "tokens_folder": name}}]}
+        write_json(space.sweeps / name / "plan.json", plan)
+    return space
+
+
+def test_sweeps_share_a_front_and_are_told_apart(workspace: Workspace) -> None:
+    written = write_overlay(workspace, ["first", "second", "first"])
+    assert written.folder == workspace.overlays / "first+second"
+    assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
+    front = written.report.front
+    assert len(front.placed) == 3 + 9 + 5
+    # A trial of the first sweep stays where the second one has none as cheap.
+    better = [point.cost for point in front.members if front.series[point.result.key] == "second"]
+    assert {6.0, 10.0} <= set(better)
+    assert {name: len(part.members) > 1 for name, part in front.parts.items()} == {
+        "first": True,
+        "second": True,
+    }
+    assert written.report.notes == []
+    facts = written.report.facts
+    assert facts["Settings: the same in all"] == {"training.seed": "0"}
+    assert facts["Settings: second"] == {"name": "second"}
+    rows = json.loads((written.folder / "front.json").read_text("utf-8"))["results"]
+    assert sum(row["role"] == "teacher" for row in rows) == 1
+
+
+def test_other_axes_have_a_folder_of_their_own(workspace: Workspace) -> None:
+    written = write_overlay(workspace, ["first", "second"], axes=named_axes("kv", "bits"))
+    assert written.folder.name == "first+second-bits-kv"
+    assert written.report.front.axes.cost == "cost/kv_bytes_per_token"
+
+
+def test_different_tasks_are_said(workspace: Workspace) -> None:
+    suite = {"suite": "heldout-2", "tokens_folder": "elsewhere"}
+    write_json(workspace.sweeps / "second" / "plan.json", {"trials": [{"suite": suite}]})
+    written = write_overlay(workspace, ["first", "second"])
+    [note] = written.report.notes
+    assert "not measured on the same tasks and texts (suite heldout-1 / heldout-2)" in note
+    assert written.report.sentences[0] == note
+
+
+def test_an_unknown_sweep_is_a_clear_error(workspace: Workspace) -> None:
+    with pytest.raises(UserError, match=r"'third'.*first, second"):
+        write_overlay(workspace, ["first", "third"])
+
+
+def test_milliseconds_of_different_sweeps_come_with_a_warning(workspace: Workspace) -> None:
+    [note] = write_overlay(workspace, ["first", "second"], axes=named_axes("ms")).report.notes
+    assert "measured sweep by sweep" in note
+
+
+def test_only_names_that_two_sweeps_share_carry_the_sweep(workspace: Workspace) -> None:
+    said = " ".join(write_overlay(workspace, ["first", "second"]).report.sentences)
+    assert "vanilla (accuracy" in said
+    assert "0,1,1,1,0,1 (second)" in said

@@ -1,0 +1,123 @@
+"""The page stands alone, escapes what it is given, and its script does what the picture
+promises."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.page import report_page
+from orchestrator.reporting.page_tables import schedule_strip
+from orchestrator.reporting.pareto import Front, find_front
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def front(sample_results: list[TrialResult]) -> Front:
+    return find_front(sample_results)
+
+
+def data_in(page: str) -> dict[str, Any]:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found[1]))
+
+
+def test_the_page_needs_no_network(front: Front) -> None:
+    page = report_page(front, title="toy")
+    without_names = page.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|src=|@import|url\(", without_names)
+    assert page.count("<tr class=") == len(front.placed)
+
+
+def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult]) -> None:
+    bad = "</script><script>alert(1)</script>"
+    renamed = TrialResult.from_dict({**sample_results[1].to_dict(), "label": bad})
+    page = report_page(
+        find_front([renamed]),
+        title=bad,
+        sentences=[bad],
+        influence=(bad, [[0.1]]),
+        curves={bad: [(bad, [(0, 1.0), (1, 2.0)])]},
+        facts={bad: {bad: bad}},
+    )
+    assert "<script>alert" not in page
+    assert page.count("</script>") == 2
+    assert bad in json.dumps(data_in(page)["curves"])
+
+
+def test_tasks_and_sweeps_are_told_apart(
+    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    series = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, series=series)
+    page = report_page(with_confidence(front, sample_evaluations, num_resamples=100), title="toy")
+    assert page.count("<details") == 3
+    assert page.count("<tr class=") == 4 * len(front.placed)
+    assert "a &amp; b" in page
+    data = data_in(page)
+    assert set(data["series"]) == {"a & b", "second"}
+    assert {"paired/vs_teacher", "paired/confidence_on_front"} <= set(data["hover"])
+    assert all(name in data["rows"][0] for name in data["hover"] if name.startswith("paired/"))
+
+
+def test_a_strip_has_a_cell_for_each_layer() -> None:
+    assert re.findall(r">(\d)</i>", schedule_strip((2, 0, 1))) == ["2", "0", "1"]
+    assert schedule_strip(None) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_tells_sweeps_apart_and_marks_the_paper(
+    sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    series = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, series=series)
+    path = tmp_path / "front.html"
+    path.write_text(report_page(front, title="toy", mark_paper=True), encoding="utf-8")
+    dom = read_in_browser(path.as_uri(), tmp_path / "profile")
+    assert 'data-ready="yes"' in dom
+    paths = re.findall(r'<path d="M[^"]*H[^"]*" fill="none"([^>]*)>', dom)
+    assert len(paths) == 3  # the front of each sweep, and that of all
+    assert sum('opacity="0.45"' in look for look in paths) == 2
+    assert dom.count('class="paper"') == 1
+    assert re.search(r'id="series">.*first.*second', dom) or re.search(
+        r'id="series">.*second.*first', dom
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_draws_front_and_curves(front: Front, tmp_path: Path) -> None:
+    curves = {"Validation loss": [("a", [(0, 3.0), (10, 2.0)]), ("b", [(0, 3.0), (10, 1.0)])]}
+    path = tmp_path / "front.html"
+    path.write_text(report_page(front, title="toy", curves=curves), encoding="utf-8")
+    dom = read_in_browser(path.as_uri(), tmp_path / "profile")
+    assert 'data-ready="yes"' in dom
+    assert dom.count('class="point"') == len(front.placed)
+    assert dom.count("<polygon") == 1  # the full model's star
+    assert dom.count("<polyline") == 2
+    assert re.search(r'<path d="M[\d.]+,[\d.]+(H[\d.]+V[\d.]+)+H[\d.]+"', dom)
+
+
+def read_in_browser(url: str, profile: Path) -> str:
+    """Return the page's elements after its scripts ran."""
+    assert BROWSER is not None
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+        *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=5000"),
+        *("--dump-dom", url),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout

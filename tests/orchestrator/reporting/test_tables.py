@@ -1,0 +1,192 @@
+"""Tables say the same in every form, fit the terminal, and are strict JSON and CSV for machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.axes import Axes
+from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.rows import csv_text, full_rows, json_text
+from orchestrator.reporting.tables import markdown_table, terminal_table
+from orchestrator.reporting.task_tables import markdown_of_table, task_tables
+from orchestrator.reporting.texts import confidence_text, cost_text, short_schedule
+
+
+@pytest.fixture
+def front(sample_results: list[TrialResult]) -> Front:
+    return find_front(sample_results)
+
+
+def printed(front: Front, width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(terminal_table(front, width=width))
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (120, "schedule threshold evals FLOPs KV/token ms/token accuracy bits/byte of front"),
+        (100, "schedule threshold evals FLOPs ms/token accuracy bits/byte of front"),
+        (80, "schedule evals FLOPs ms/token accuracy of front"),
+        (60, "schedule evals accuracy front"),
+    ],
+)
+def test_the_terminal_table_fits_and_keeps_what_matters(
+    front: Front, width: int, titles: str
+) -> None:
+    head, _, *rows = printed(front, width)
+    assert max(len(line) for line in [head, *rows]) <= width
+    assert [word for word in head.split() if word not in ("%", "full")] == titles.split()
+    assert len(rows) == 12
+    assert not any("…" in line for line in rows)
+    costs = [float(row["cost/evaluations"]) for row in full_rows(front)]
+    assert costs == sorted(costs)
+    knee = next(line for line in rows if "knee" in line)
+    assert knee.split()[0] == "0,1,1,1,1,1"
+    assert "44.4 ± 1.2" in knee
+
+
+def test_references_say_what_they_beat(front: Front) -> None:
+    vanilla = next(line for line in printed(front, 100) if "vanilla" in line)
+    assert "beats 1 ●" in vanilla
+
+
+def test_long_schedules_are_counted(front: Front) -> None:
+    assert short_schedule((2, 2, 1, 1, 1, 1)) == "2,2,1,1,1,1"
+    assert short_schedule((3,) * 4 + (1,) * 19 + (0,)) == "3*4,1*19,0"
+    assert short_schedule(None) == ""
+
+
+def test_a_table_for_another_pair_of_numbers_shows_them(
+    sample_results: list[TrialResult],
+) -> None:
+    axes = Axes("cost/flops_per_token", "quality/bits_per_byte")
+    head = printed(find_front(sample_results, axes), 110)[0]
+    assert "FLOPs/token" in head
+    assert head.count("bits/byte") == 1
+    assert "accuracy" not in head
+
+
+def test_csv_and_json_hold_every_number(front: Front, sample_results: list[TrialResult]) -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_text(front))))
+    values = json.loads(json_text(front))
+    by_key = {row["key"]: row for row in rows}
+    for result in sample_results:
+        for name, number in result.metrics().items():
+            assert float(by_key[result.key][name]) == pytest.approx(number)
+    assert {row["key"] for row in values["results"]} == set(by_key)
+    assert values["picks"]["knee"] == next(r["key"] for r in rows if "knee" in r["verdict"])
+    assert values["hypervolume"] == front.hypervolume
+    assert values["results"][0]["details"] in [result.to_dict() for result in sample_results]
+
+
+def test_what_was_not_measured_is_listed_and_null(sample_results: list[TrialResult]) -> None:
+    lacking = replace(sample_results[1], key="lacking", quality={"accuracy": float("nan")})
+    front = find_front([*sample_results, lacking])
+    row = full_rows(front)[-1]
+    assert row["verdict"] == "not measured"
+    assert row["quality/accuracy"] is None
+    assert "NaN" not in json_text(front)
+
+
+def test_markdown_has_a_row_for_each_model_and_bold_members(front: Front) -> None:
+    lines = markdown_table(front).splitlines()
+    assert len(lines) == 2 + len(front.placed)
+    assert len({line.count("|") for line in lines}) == 1
+    assert sum(line.startswith("| **") for line in lines) == len(front.members)
+
+
+def test_an_empty_front_has_tables_too() -> None:
+    front = find_front([])
+    assert full_rows(front) == []
+    assert csv_text(front).strip() == ""
+    assert json.loads(json_text(front))["front"] == []
+    assert printed(front, 80)
+
+
+@pytest.fixture
+def sure_front(front: Front, sample_evaluations: dict[str, EvaluationResult]) -> Front:
+    return with_confidence(front, sample_evaluations, num_resamples=500)
+
+
+def test_confidence_has_columns_that_go_first(sure_front: Front) -> None:
+    head, _, *rows = printed(sure_front, 160)
+    assert "vs teacher  P(99%)  P(front)  front" in head
+    knee = next(line for line in rows if "knee" in line)
+    assert "-0.3 (-0.5 to -0.1)" in knee
+    teacher = next(line for line in rows if line.startswith(" teacher") or "teacher" in line)
+    assert " to " not in teacher
+    assert "P(front)" not in printed(sure_front, 145)[0]
+    assert "vs teacher" not in printed(sure_front, 110)[0]
+    assert "vs teacher" in markdown_table(sure_front)
+
+
+def test_certainty_is_never_claimed() -> None:
+    assert [confidence_text(p) for p in (None, 0.0, 0.62, 1.0)] == ["", "<0.01", "0.62", ">0.99"]
+
+
+def test_costs_read_as_people_write_them() -> None:
+    assert [cost_text(cost) for cost in (11.0, 6.2745, 16384.0, 8.94e6, 2.5e9)] == [
+        "11",
+        "6.274",
+        "16,384",
+        "8,940,000",
+        "2.5e+09",
+    ]
+
+
+def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front) -> None:
+    tables = task_tables(sure_front)
+    assert [table.title for table in tables] == [
+        "Accuracy",
+        "lastword (acc)",
+        "continuation (acc)",
+    ]
+    for table in tables:
+        assert table.heads[3:] == ("vs teacher", "vs vanilla", "vs r = 0 from scratch")
+        assert len(table.rows) == 12
+    lines = markdown_of_table(tables[1]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    knee = next(line for line in lines if "0,1,1,1,1,1" in line)
+    assert knee.split(" | ")[1] == "32.4"
+    assert knee.split(" | ")[3].startswith("-0.3 (-0.7 to ")
+    assert task_tables(find_front([])) == []
+
+
+def test_machines_get_the_paired_numbers(sure_front: Front) -> None:
+    values = json.loads(json_text(sure_front))
+    row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
+    assert row["paired/vs_teacher"] == pytest.approx(-0.003)
+    assert row["paired/vs_teacher_low"] < row["paired/vs_teacher"] < row["paired/vs_teacher_high"]
+    assert 0 < row["paired/confidence_keeps_99"] < 1
+    assert values["confidence_basis"]["num_items"] == 2000
+    header = csv_text(sure_front).splitlines()[0]
+    assert "paired/lastword/vs_r_0_from_scratch_high" in header
+
+
+def test_several_sweeps_have_a_column_and_full_names(sample_results: list[TrialResult]) -> None:
+    series = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, series=series)
+    head, _, *rows = printed(front, 120)
+    assert head.split()[:2] == ["schedule", "sweep"]
+    assert all(("first" in row) != ("second" in row) for row in rows)
+    assert {row["sweep"] for row in full_rows(front)} == {"first", "second"}
+
+
+def test_the_cost_that_the_front_lies_on_is_never_dropped(
+    sample_results: list[TrialResult],
+) -> None:
+    for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):
+        front = find_front(sample_results, Axes(cost=f"cost/{cost}"))
+        assert title in printed(front, 60)[0]

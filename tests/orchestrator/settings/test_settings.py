@@ -1,0 +1,235 @@
+"""Settings: one road, all problems at once, the nearest known name."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.settings import Settings, flatten, read_settings, resolve_settings, to_yaml
+from orchestrator.workspace.errors import UserError
+
+
+def test_later_sources_win() -> None:
+    settings = resolve_settings({"training": {"num_steps": 7, "seed": 3}}, ["training.num_steps=9"])
+    assert (settings.training.num_steps, settings.training.seed) == (9, 3)
+    assert settings.training.learning_rate == Settings().training.learning_rate
+
+
+def test_one_setting_of_a_recipe_leaves_its_other_defaults() -> None:
+    settings = resolve_settings({}, ["distillation.training.seed=3"])
+    usual = Settings().distillation.training
+    assert settings.distillation.training == usual.model_copy(update={"seed": 3})
+    assert usual.num_steps != Settings().training.num_steps
+
+
+@pytest.mark.parametrize(
+    ("setting", "known"),
+    [
+        ("sweep.stop_dominated=true", "asha, asha_first_rung"),
+        ("distillation.warm_start=true", "teacher_cache, cache_top_k"),
+        ("sweep.budget_unit=ms", "'evaluations', 'flops' or 'kv'"),
+    ],
+)
+def test_a_setting_of_an_earlier_version_is_an_error_that_lists_what_there_is(
+    setting: str, known: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        resolve_settings({}, [setting])
+    assert known in str(refused.value)
+
+
+def test_a_misspelt_name_is_an_error_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"did you mean training\.learning_rate\?"):
+        resolve_settings({}, ["training.learning_rat=1e-3"])
+    with pytest.raises(UserError, match=r"did you mean training\?"):
+        resolve_settings({"trainin": {}})
+
+
+def test_all_problems_are_reported_at_once_with_what_was_received() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_settings(
+            {"training": {"num_steps": 0, "decay": "slow"}, "data": {"vocab_size": "many"}}
+        )
+    text = str(caught.value)
+    assert "3 problems" in text
+    for part in (
+        "training.num_steps",
+        "got 0",
+        "training.decay",
+        "'slow'",
+        "data.vocab_size",
+        "'many'",
+    ):
+        assert part in text
+
+
+def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
+    with pytest.raises(UserError, match="4 problems") as caught:
+        resolve_settings({}, ["training", "model.dim=[", "a.b=&x [*x]", "training.num_steps=0"])
+    for part in ("got 'training'", "--set model.dim", "--set a.b", "training.num_steps: "):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("training.num_steps=on", "this is a number, and YAML reads true, yes and on as a switch"),
+        ("cluster.num_workers=true", "this is a number"),
+        ("sweep.thresholds=[0.1, yes]", "this is a number"),
+        ("sweep.learning_rates={iiet: on}", "this is a number"),
+        ("model.corrections=yes", "this is a number"),
+        ("training.compile=1", "this is a switch: true or false"),
+        ("evaluation.num_fewshot=017", "begins with 0, which YAML reads as octal; write '17'"),
+        ("evaluation.num_fewshot='017'", "a number does not begin with 0"),
+        ("training.num_steps=1:30", "base 60"),
+        ("training.num_steps=2026-02-30", "'2026-02-30' cannot be read as a date"),
+        ("training.num_steps=18446744073709551616", "this number is too large"),
+        ("training.num_steps=!!int ''", "cannot be read as a whole number"),
+        ("training.compile=!!bool maybe", "cannot be read as a bool"),
+        ("training.seed=!!timestamp x", "cannot be read as a date"),
+        ("training.num_steps=1000000000", "less than or equal to 1000000"),
+        ("data.vocab_size=1000000000", "less than or equal to 1000000"),
+        ("model.num_layers=1000000000", "less than or equal to 1000"),
+        ("search.seed=4294967296", "less than or equal to 4294967295"),
+        ("sweep.seeds=[-1]", "greater than or equal to 0"),
+        ("evaluation.include_path=''", "at least 1 character"),
+        ("training.num_steps=" + "9" * 5000, "cannot be read as a whole number"),
+        ("training.num_steps=" + "[" * 5000, "more than 32 levels deep"),
+        ("training.num_steps=" + "x" * 5000, "training.num_steps: input should be"),
+        ("x" * 5000 + "=1", "is no setting"),
+        ("sweep.selection=remeasured", "input should be 'threshold' or 'knapsack'"),
+    ],
+)
+def test_a_value_that_is_read_otherwise_than_meant_is_refused_in_few_words(
+    assignment: str, words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_settings({}, [assignment])
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def _bomb() -> str:
+    """Nine levels of nine aliases each: 387 million values in 20 lines."""
+    lines = ["a: &a [" + ", ".join("x" * 9) + "]"]
+    for below, above in pairwise("abcdefghi"):
+        lines.append(f"{above}: &{above} [" + ", ".join([f"*{below}"] * 9) + "]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (_bomb(), "more than 20,000 values"),
+        ("a: 1\n" * 100_000, "more than 20,000 values"),
+        ("a: &a [*a]", "stands within itself"),
+        ("a: &a {<<: *a}", "stands within itself"),
+        ("a: " + "[" * 50 + "]" * 50, "more than 32 levels deep"),
+        (
+            "\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 1}]" for i in range(50)),
+            "32 levels",
+        ),
+        ("a: " + "x" * 1_000_000, "more than 1,000,000 characters"),
+        ("training:\n  num_steps: " + "9" * 5000, "cannot be read as a whole number"),
+        ("a: 2026-13-01", "cannot be read as a date"),
+        ("a: \0", "special characters are not allowed"),
+    ],
+)
+def test_a_file_that_breaks_a_limit_is_refused_in_few_words(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_settings(tmp_path / "s.yaml")
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_bytes("training:\n  num_steps: 3\n".encode("utf-16"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_settings(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    ["training", "=3", "training.=3", "training.num_steps.x=3", "a=[", "model.dim=1.5"],
+)
+def test_a_bad_assignment_is_named(assignment: str) -> None:
+    with pytest.raises(UserError, match=r"--set|no setting|model\.dim|num_steps"):
+        resolve_settings({}, [assignment])
+
+
+def test_numbers_in_exponent_form_are_numbers() -> None:
+    assert resolve_settings({}, ["training.learning_rate=3e-4"]).training.learning_rate == 3e-4
+
+
+def test_a_schedule_may_be_a_number_a_text_or_a_list() -> None:
+    for text, value in (("3", 3), ("'2,2,1'", "2,2,1"), ("[2,2,1]", (2, 2, 1))):
+        assert resolve_settings({}, [f"model.corrections={text}"]).model.corrections == value
+    with pytest.raises(UserError, match=r"model\.corrections"):
+        resolve_settings({}, ["model.corrections={a: 1}"])
+
+
+def test_settings_are_frozen_and_survive_yaml(tmp_path: Path) -> None:
+    settings = resolve_settings(
+        {}, ["sweep.thresholds=[0.1, 0.01]", "model.corrections=[1,2,3,1,1,1]"]
+    )
+    with pytest.raises(ValidationError):
+        settings.training.num_steps = 3  # type: ignore[misc]
+    (tmp_path / "s.yaml").write_text(to_yaml(settings))
+    assert read_settings(tmp_path / "s.yaml") == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "must hold names")]
+)
+def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_settings(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_settings(tmp_path / "missing.yaml")
+
+
+def test_flatten_names_every_leaf() -> None:
+    flat = flatten(Settings())
+    assert flat["distillation.training.learning_rate"] == str(
+        Settings().distillation.training.learning_rate
+    )
+    assert len(flat) == sum(1 for _ in _leaves(yaml.safe_load(to_yaml(Settings()))))
+
+
+def _leaves(tree: object) -> list[object]:
+    if isinstance(tree, dict) and tree:
+        return [leaf for value in tree.values() for leaf in _leaves(value)]
+    return [tree]
+
+
+def test_every_setting_says_what_it_is() -> None:
+    def walk(section: type) -> None:
+        for name, field in section.model_fields.items():  # type: ignore[attr-defined]
+            assert field.description, f"{section.__name__}.{name} has no sentence"
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                walk(field.annotation)
+
+    walk(Settings)
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  num_steps: 5\ndata:\n  seed: 1\ntraining:\n  num_steps: 7\n")
+    with pytest.raises(UserError, match="training is there more than once"):
+        read_settings(path)
+
+
+def test_a_section_with_nothing_in_it_keeps_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("sweep:\ntraining:\n  num_steps: 5\n")
+    assert read_settings(path).sweep == Settings().sweep
+    assert read_settings(path, ["sweep.trials_at_once=3"]).sweep.trials_at_once == 3

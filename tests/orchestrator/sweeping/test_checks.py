@@ -1,0 +1,175 @@
+"""What does not go together, or does not exist, is refused before anything is trained on."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from iiet.config import ModelConfig
+from iiet.schedule import IterationSchedule
+from orchestrator.pipelines import sweep_files, sweep_plans
+from orchestrator.pipelines import sweeps as procedure
+from orchestrator.pipelines.context import Desk
+from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.settings import EvaluationSettings, resolve_settings
+from orchestrator.sweeping.budgets import cost_in
+from orchestrator.sweeping.checks import Kind, check_sweep
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import open_workspace
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{target}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(open_workspace(tmp_path / "space"), Progress(), Console(file=StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("threshold", ["sweep.asha=true"], "compares learning rates"),
+        ("search", ["sweep.seeds=[0, 1]"], "sweep.seeds is for threshold sweeps"),
+        ("iterations", ["sweep.asha=true"], "no model has more than one"),
+        (
+            "threshold",
+            ["distillation.teacher_cache=top_k", "distillation.divergence=reverse"],
+            "set teacher_cache to auto, or divergence to forward",
+        ),
+        (
+            "search",
+            ["distillation.teacher_cache=exact", "distillation.hidden_weight=1"],
+            "hidden_weight to 0",
+        ),
+        ("search", ["distillation.teacher_from_step=999"], "lies behind the training"),
+        ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
+        ("search", ["model.corrections=0"], "a search sweep prunes its teacher's corrections"),
+        ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),
+        ("iterations", ["sweep.iterations=[0, -1, x]"], "from 0 to 1000, got -1.*; model: 'x' is"),
+        (
+            "iterations",
+            ["sweep.iterations=[0, 1]", "sweep.learning_rates={r = 7: 0.001}"],
+            "a rate of r = 7, which is not swept; swept are vanilla, r = 0, r = 1",
+        ),
+        ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
+        ("threshold", ["sweep.gpus_per_trial=0", "cluster.num_gpus=8"], "names GPUs"),
+        ("iterations", ["sweep.gpus_per_trial=9", "cluster.num_gpus=8"], "asks for 9 GPUs"),
+        ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
+        ("iterations", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
+        ("iterations", ["evaluation.include_path=/no/such/folder", "evaluation.suite=x"], "folder"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(
+    kind: str, settings: list[str], words: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was started")
+
+    for module in (procedure, sweep_plans):
+        monkeypatch.setattr(module, "prepare", never)
+    with pytest.raises(UserError, match=words):
+        sweep_files.run_file(resolve_settings({}, [f"sweep.kind={kind}", *settings]), desk)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("sweep.seeds=[0, 1, 0]", "a seed stands there twice"),
+        ("sweep={thresholds: [0.1], budgets: [3]}", "exclude each other"),
+        ("sweep.learning_rates={iiet: []}", "a learning rate of iiet is not above 0"),
+        ("sweep.methods=[vanila, iiet, pcfrmer]", "no such method: vanila, pcfrmer; known: van"),
+        ("sweep.methods=[]", r"sweep\.methods: .* at least 1 item"),
+        ("sweep.iterations=[]", r"sweep\.iterations: .* at least 1 item"),
+    ],
+)
+def test_what_no_sweep_can_have_is_refused_where_it_is_read(setting: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_settings({}, [setting])
+
+
+def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
+) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+
+    def suite_of(folder: str, words: str, **options: Any) -> dict[str, object]:
+        file = tmp_path / folder / "first.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'{{"context": "a", "target": " {words}"}}\n')
+        (file.parent / "first.yaml").write_text(TASK.format(name="first", file=file))
+        settings = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
+        suite = plan_suite(settings, tiny_tokens, config, Progress())
+        return {name: value for name, value in suite.items() if not name.endswith("_folder")}
+
+    first = suite_of("one", "b")
+    assert suite_of("one", "b") == first
+    assert suite_of("two", "b") == first, "where the files stand does not matter"
+    assert suite_of("two", "c") != first
+    assert suite_of("one", "b", precision="fp32") == first
+    assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
+
+
+def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> None:
+    full = ModelConfig.from_dict(tiny_model)
+    most, none = IterationSchedule((2, 1)), IterationSchedule((0, 0))
+    assert cost_in("evaluations", full)(most) == 5
+    bytes_of = cost_in("kv", full)
+    # A key and a value of 16 numbers of 4 bytes in each of 5 slots.
+    assert bytes_of(most) == 5 * 2 * 16 * 4
+    assert bytes_of(none) == 2 * 2 * 16 * 4
+    flops = cost_in("flops", full)
+    assert flops(most) > 1.5 * flops(none) > 0
+
+
+@pytest.mark.parametrize("kind", ["threshold", "search"])
+def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training(
+    desk: Desk, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sweep_files, "prepare", lambda *_: tiny_tokens)
+    suite = {"tokens_folder": str(tiny_tokens)}
+    monkeypatch.setattr(sweep_files, "plan_suite", lambda *_: suite)
+    assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
+    sweep_files.run_file(resolve_settings({}, assignments), desk, dry_run=True)
+    assert isinstance(desk.console.file, StringIO)
+    told = " ".join(desk.console.file.getvalue().split())
+    assert all(f"{name} " in told for name in ("teacher", "vanilla", "r = 0"))
+    assert "3 models asked for, 3 distinct 0 of 3 trials are finished" in told
+    assert f"then at most {2 if kind == 'threshold' else 7} students" in told
+    assert not list(desk.workspace.runs.glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
+def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
+    tmp_path: Path, kind: Kind
+) -> None:
+    file = tmp_path / "items.json"
+    file.write_text('{"context": "a", "target": "b"}\n')
+    plain = TASK.format(name="plain", file=file)
+    rolling = plain.replace("output_type: loglikelihood", "output_type: loglikelihood_rolling")
+    rolling = rolling.replace("task: plain", "task: bits").replace(
+        "metric: acc", "metric: bits_per_byte"
+    )
+    (tmp_path / "bits.yaml").write_text(rolling)
+    (tmp_path / "right.yaml").write_text(TASK.format(name="right", file=file))
+
+    def check(suite: str) -> None:
+        chosen = [f"evaluation.suite={suite}", f"evaluation.include_path={tmp_path}"]
+        check_sweep(resolve_settings({}, chosen), kind, Progress())
+
+    with pytest.raises(UserError, match=r"evaluation\.suite=bits has no task with one; .*heldout"):
+        check("bits")
+    check("bits,right")
+    check("bits,heldout")

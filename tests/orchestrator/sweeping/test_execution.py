@@ -1,0 +1,122 @@
+"""A sweep says what was stopped early and why, and goes on with it when asked to stop nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from iiet.cost import inference_cost
+from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.records.trial import TrialResult
+from orchestrator.settings import resolve_settings
+from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, sweep
+from orchestrator.sweeping.halving import Verdict
+from orchestrator.sweeping.rounds import TrialRounds
+from orchestrator.sweeping.stopping import STOPPED_NAME, StopRule
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.tracking import Tracking
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import open_workspace
+
+
+class FakeTracking:
+    """Stands for MLflow, and for the sweep's run in it."""
+
+    def __init__(self) -> None:
+        self.tags: dict[str, str] = {}
+        self.metrics: dict[str, float] = {}
+        self.mirrored: list[Path] = []
+
+    def run(self, key: str, **_: Any) -> FakeTracking:
+        return self
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.tags |= tags
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.metrics |= values
+
+    def mirror(self, folder: Path) -> None:
+        self.mirrored.append(folder)
+
+    def log_dataset(self, *_: Any) -> None:
+        pass
+
+    def finish(self, *_: Any) -> None:
+        pass
+
+
+def finish(trial: PlannedTrial) -> None:
+    result = TrialResult(
+        key=trial.key, role=trial.role, method="iiet", quality={"accuracy": 0.5}, train={"flops": 1}
+    )
+    write_json(trial.result_path, result.to_dict())
+
+
+def test_what_was_stopped_is_told_and_trained_on_without_stopping(
+    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, better = tiny_plan.trials[1], tiny_plan.trials[2]
+    assert stopped.job
+    rates = {**stopped.job["recipe"], "learning_rate": 1.0}
+    better = replace(better, job={**stopped.job, "recipe": rates})
+    trials = (tiny_plan.trials[0], stopped, better, *tiny_plan.trials[3:])
+    plan = replace(tiny_plan, kind="iterations", trials=trials)
+    for trial in trials:
+        if trial is not stopped:
+            finish(trial)
+    verdict = Verdict(step=30, num_steps=40, rival=better.label, reason=f"{better.label} won")
+    asha = resolve_settings().sweep
+    rule = StopRule(asha.asha_first_rung, asha.asha_reduction_factor)
+    stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
+    write_json(Path(stopped.folder) / STOPPED_NAME, stored)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        TrialRounds, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
+    )
+    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
+    tracking = FakeTracking()
+
+    def outcome_of(*assignments: str) -> SweepOutcome:
+        settings = resolve_settings({}, assignments)
+        workspace = open_workspace(tmp_path)
+        return sweep(plan, settings, workspace, tracking=cast("Tracking", tracking))
+
+    outcome = outcome_of("sweep.asha=true")
+    assert asked == []
+    assert outcome.stopped == {stopped.label: verdict.text}
+    assert outcome.failures == {}
+    assert stopped.key not in {result.key for result in outcome.results}
+    assert len(outcome.results) == len(trials) - 1
+    assert better.label in tracking.tags[STOPPED_TAG]
+    assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
+    assert len(tracking.mirrored) == 1, "the front over time, from what was found finished"
+
+    assert outcome_of().stopped == {}
+    assert asked == [stopped.key]
+
+
+def test_what_a_stored_teacher_costs_is_counted_once(
+    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(rounds: TrialRounds, waiting: list[PlannedTrial]) -> None:
+        assert all(trial.job and trial.job["teacher_cache"] for trial in waiting if trial.job)
+        for trial in waiting:
+            finish(trial)
+
+    monkeypatch.setattr(TrialRounds, "run", run)
+    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
+    tracking, settings = FakeTracking(), resolve_settings({}, [])
+    sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
+    job = tiny_plan.trials[-1].job
+    assert job
+    num_tokens = job["recipe"]["num_steps"] * job["recipe"]["num_tokens_per_step"]
+    forward = inference_cost(tiny_plan.trials[0].config()).forward_flops_per_token
+    assert tracking.metrics["sweep/teacher_tokens"] == num_tokens
+    assert tracking.metrics["sweep/teacher_flops"] == num_tokens * forward

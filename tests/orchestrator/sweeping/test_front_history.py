@@ -1,0 +1,134 @@
+"""The front over time ends at the front, never shrinks, and is written down once."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from iiet.config import ModelConfig
+from iiet.schedule import IterationSchedule
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.curves import BY_COMPUTE, BY_TRIALS, HISTORY_CHARTS, history_curves
+from orchestrator.reporting.pareto import find_front
+from orchestrator.sweeping.front_history import record_front
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.journal import read_journal
+
+
+def planned(result: TrialResult, folder: Path) -> PlannedTrial:
+    schedule = None if result.schedule is None else IterationSchedule(result.schedule)
+    config = ModelConfig(
+        vocab_size=300, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=32,
+        context_length=16, method=result.method, schedule=schedule,
+    )  # fmt: skip
+    return PlannedTrial(
+        key=result.key,
+        role=result.role,
+        label=result.label,
+        model=config.to_dict(),
+        folder=str(folder),
+        job={"recipe": {}, "objective": "distill"} if result.role == "trial" else None,
+        checkpoint=None,
+        suite={},
+    )
+
+
+@pytest.fixture
+def plan(tmp_path: Path, sample_results: list[TrialResult]) -> SweepPlan:
+    trials = tuple(planned(result, tmp_path / result.key) for result in sample_results)
+    return SweepPlan(
+        key="k", name="n", kind="threshold", tokens_folder="", teacher="t", num_requested=9,
+        trials=trials,
+    )  # fmt: skip
+
+
+def finish(plan: SweepPlan, result: TrialResult) -> None:
+    trial = next(trial for trial in plan.trials if trial.key == result.key)
+    write_json(trial.result_path, replace(result, cost={}).to_dict())
+
+
+def series(folder: Path, metric: str) -> list[tuple[int, float]]:
+    records = [r for r in read_journal(folder)[0] if metric in r["values"]]
+    return [(record["step"], record["values"][metric]) for record in records]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_grows_in_any_order_and_ends_at_the_front(
+    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path, seed: int
+) -> None:
+    teacher, *others = sample_results
+    random.Random(seed).shuffle(others)
+    for result in [teacher, *others]:
+        finish(plan, result)
+        assert record_front(plan, tmp_path / "history")
+    found = series(tmp_path / "history", BY_TRIALS)
+    assert [step for step, _ in found] == list(range(1, len(sample_results) + 1))
+    volumes = [volume for _, volume in found]
+    assert volumes == sorted(volumes), "the box is the same all along"
+    assert volumes[0] < volumes[-1]
+    assert volumes[-1] == pytest.approx(find_front(sample_results).hypervolume)
+    spent = series(tmp_path / "history", "sweep/training_flops")
+    assert spent[-1][1] == pytest.approx(9 * 1.2e12), "that of the students; no one else has a job"
+    assert series(tmp_path / "history", BY_COMPUTE)[-1] == (10_800, volumes[-1])
+
+
+def test_what_two_models_have_in_common_is_spent_once(
+    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    teacher, first, second, *_ = sample_results
+    for result in (teacher, first, replace(second, train={**second.train, "shared_flops": 0.9e12})):
+        finish(plan, result)
+    assert record_front(plan, tmp_path / "history")
+    [(_, spent)] = series(tmp_path / "history", "sweep/training_flops")
+    assert spent == pytest.approx(1.2e12 + 0.3e12)
+
+
+def test_a_lucky_seed_is_no_front(
+    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    teacher, cheap = sample_results[0], sample_results[5]
+    trial = plan.trials[5]
+    seeds = [
+        replace(trial, key=f"seed{n}", folder=f"{trial.folder}-{n}", seed=n, group="cheap")
+        for n in range(2)
+    ]
+    plan = replace(plan, trials=(plan.trials[0], *seeds))
+    finish(plan, teacher)
+    for seed, accuracy in zip(seeds, (0.1, 0.5), strict=True):
+        finish(plan, replace(cheap, key=seed.key, quality={"accuracy": accuracy}))
+    assert record_front(plan, tmp_path / "history")
+    [(_, volume)] = series(tmp_path / "history", BY_TRIALS)
+    usual = replace(cheap, quality={"accuracy": 0.3})
+    assert volume == pytest.approx(find_front([teacher, usual]).hypervolume)
+
+
+def test_nothing_is_said_before_the_full_model_is_measured(
+    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    teacher, *others = sample_results
+    for result in others[:3]:
+        finish(plan, result)
+        assert not record_front(plan, tmp_path / "history")
+    finish(plan, teacher)
+    assert record_front(plan, tmp_path / "history")
+    assert [step for step, _ in series(tmp_path / "history", BY_TRIALS)] == [4]
+
+
+def test_what_is_known_is_not_written_again(
+    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+) -> None:
+    for result in sample_results[:2]:
+        finish(plan, result)
+    assert record_front(plan, tmp_path / "history")
+    assert not record_front(plan, tmp_path / "history")
+    assert history_curves(tmp_path / "history") == {}, "one point is no curve"
+    finish(plan, sample_results[5])
+    assert record_front(plan, tmp_path / "history")
+    curves = history_curves(tmp_path / "history")
+    assert set(curves) == set(HISTORY_CHARTS)
+    [[(name, points)]] = [curves["Hypervolume against trials finished"]]
+    assert (name, [step for step, _ in points]) == ("front", [2, 3])

@@ -1,0 +1,134 @@
+"""Models that a sweep trains are called by what their methods are, not by known names."""
+
+from __future__ import annotations
+
+import pytest
+
+from iiet.methods import METHODS
+from iiet.methods.implicit_euler import ImplicitEuler
+from orchestrator.settings import method_of_label, model_label, resolve_settings
+from orchestrator.sweeping.checks import check_sweep
+from orchestrator.sweeping.models import (
+    check_models,
+    models_of,
+    teacher_and_references,
+    with_model,
+    with_rates,
+)
+from orchestrator.training.model_config import model_config
+from orchestrator.workspace.errors import UserError
+
+
+class Other(ImplicitEuler):
+    """A method with corrections that this project does not know by name."""
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(METHODS, "_classes", {**METHODS._classes, "other": Other})
+    return "other"
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("vanilla", "vanilla"),
+        ("pcformer", "pcformer"),
+        ("iiet", "r = 3"),
+        ("other", "other, r = 3"),
+    ],
+)
+def test_labels_name_the_method_unless_it_is_the_usual_one(
+    other: str, method: str, label: str
+) -> None:
+    assert model_label(method, 3) == label
+    assert method_of_label(label) == method
+
+
+def test_corrections_of_any_method_that_makes_some_are_swept(other: str) -> None:
+    settings = resolve_settings(
+        {}, ["sweep.methods=[vanilla, iiet, other]", "sweep.iterations=[0, 2]"]
+    )
+    assert dict(models_of(settings)) == {
+        "vanilla": {"method": "vanilla"},
+        "r = 0": {"method": "iiet", "corrections": 0},
+        "r = 2": {"method": "iiet", "corrections": 2},
+        "other, r = 0": {"method": "other", "corrections": 0},
+        "other, r = 2": {"method": "other", "corrections": 2},
+    }
+    check_models(settings, "iterations")
+
+
+def test_learning_rates_are_of_a_method_or_of_a_number_of_its_corrections(other: str) -> None:
+    rates = "sweep.learning_rates={other: 3.0e-3, 'other, r = 2': [1.0e-3, 5.0e-4], r = 2: 7.0e-3}"
+    settings = resolve_settings({}, [rates, "training.learning_rate=2e-3"])
+
+    def of(method: str, corrections: int) -> list[float]:
+        own = with_rates(settings, method=method, corrections=corrections)
+        return [each.training.learning_rate for each in own]
+
+    assert of("other", 1) == [3e-3]
+    assert of("other", 2) == [1e-3, 5e-4]
+    assert of("iiet", 2) == [7e-3]
+    assert of("iiet", 1) == [2e-3]
+
+
+@pytest.mark.parametrize("name", ["none, r = 2", "r = x", "other r = 2"])
+def test_a_rate_of_no_model_is_refused(other: str, name: str) -> None:
+    with pytest.raises(UserError, match="is no model"):
+        resolve_settings({}, [f"sweep.learning_rates={{'{name}': 0.001}}"])
+
+
+def test_a_rate_of_a_model_that_is_not_swept_is_named(other: str) -> None:
+    settings = resolve_settings({}, ["sweep.learning_rates={'other, r = 2': 0.001}"])
+    with pytest.raises(UserError, match=r"has a rate of other, r = 2, which is not swept"):
+        check_models(settings, "iterations")
+
+
+def test_rates_to_end_may_be_those_of_another_method(other: str) -> None:
+    changes = ["sweep.asha=true", "sweep.learning_rates={'other, r = 2': [0.001, 0.002]}"]
+    with pytest.raises(UserError, match="no model has more than one"):
+        check_sweep(resolve_settings({}, changes), "iterations")
+    check_sweep(resolve_settings({}, [*changes, "sweep.methods=[vanilla, other]"]), "iterations")
+
+
+def test_a_teacher_of_another_method_stands_beside_the_baseline_and_its_own_start(
+    other: str,
+) -> None:
+    settings = resolve_settings({}, ["model.method=other", "model.corrections=2"])
+    check_models(settings, "threshold")
+    models = {name: own.model for name, own in teacher_and_references(settings).items()}
+    assert {name: (model.method, model.corrections) for name, model in models.items()} == {
+        "teacher": ("other", 2),
+        "vanilla": ("vanilla", 2),
+        "other, r = 0": ("other", 0),
+    }
+
+
+def test_options_are_of_the_models_own_method(other: str) -> None:
+    changes = ["model.method_options={damping: 0.5}", "sweep.methods=[vanilla, iiet, other]"]
+    settings = resolve_settings({}, changes)
+    options = {
+        name: model_config(with_model(settings, **own).model, vocab_size=300).to_dict()
+        for name, own in models_of(settings)
+    }
+    damped = [name for name, config in options.items() if "method_options" in config]
+    assert damped == ["r = 0", "r = 1", "r = 2", "r = 3"]
+    assert options["r = 2"]["method_options"] == {"damping": 0.5}
+    check_models(settings, "iterations")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.method_options={dampng: 0.5}"], "no option 'dampng'; its options: damping"),
+        (["model.method_options.damping=2"], "damping must be a number from 0 to 1, got 2"),
+        (
+            ["model.method_options.damping=0.5", "model.method=vanilla"],
+            "method 'vanilla' has no option 'damping'; its options: none",
+        ),
+    ],
+)
+def test_options_that_a_method_has_not_are_named(changes: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model_config(resolve_settings({}, changes).model, vocab_size=300)

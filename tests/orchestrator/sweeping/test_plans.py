@@ -1,0 +1,352 @@
+"""Plans: thresholds are labels, schedules are trials, keys say what is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iiet.config import ModelConfig
+from iiet.influence import InfluenceTable
+from orchestrator.pipelines.sweep_plans import text_of_teacher
+from orchestrator.records.trial import TrialResult
+from orchestrator.settings import DistillationSettings, Settings, resolve_settings
+from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.students import student_job, threshold_plan
+from orchestrator.sweeping.trials import exact_cost, suite_key
+from orchestrator.sweeping.variants import Variant, iterations_plan
+from orchestrator.training.catalog import tokens_of
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path:
+    model = ModelConfig.from_dict(
+        {
+            "vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+            "ffn_dim": 32, "context_length": 16, "schedule": [2, 1],
+        }
+    ).to_dict()  # fmt: skip
+    recipe = resolve_settings({}, ["training.num_steps=2", "training.num_tokens_per_step=64"])
+    outcome = run_job(
+        TrainingJob(
+            run_folder=str(tmp_path_factory.mktemp("runs") / "teacher"),
+            tokens_folder=str(tiny_tokens),
+            model=model,
+            recipe=recipe.training,
+        )
+    )
+    return Path(str(outcome.checkpoint))
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path)
+
+
+TABLE = InfluenceTable(
+    metric="cosine",
+    value_rows=((0.5, 0.1), (0.3,)),
+    error_rows=((0.0, 0.0), (0.0,)),
+    num_tokens=64,
+)
+
+
+def _plan(settings: Settings, space: Workspace, teacher: Path, suite: dict[str, Any], **more: Any):
+    members = choose_members(TABLE, settings.sweep)
+    return threshold_plan(settings, space, teacher=teacher, members=members, suite=suite, **more)
+
+
+@pytest.fixture
+def suite(tiny_tokens: Path) -> dict[str, Any]:
+    return {"suite": "heldout-x", "suite_folder": "/a", "tokens_folder": str(tiny_tokens)}
+
+
+def test_a_plan_runs_from_all_corrections_to_none(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    plan = _plan(Settings(), space, teacher, suite)
+    assert [t.role for t in plan.trials] == ["teacher", *["trial"] * 4]
+    schedules = [t.model["schedule"] for t in plan.trials if t.role == "trial"]
+    assert schedules == [[2, 1], [1, 1], [1, 0], [0, 0]]
+    assert len({t.key for t in plan.trials}) == 5
+
+
+def test_thresholds_that_lead_to_one_schedule_are_one_trial(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    asked = resolve_settings({}, ["sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]"])
+    plan = _plan(asked, space, teacher, suite)
+    trials = [t for t in plan.trials if t.role == "trial"]
+    assert [t.model["schedule"] for t in trials] == [[1, 1], [1, 0]]
+    assert plan.num_requested == 5
+    for trial, low, high in zip(trials, (0.1, 0.3), (0.3, 0.5), strict=True):
+        assert (trial.threshold_above, trial.threshold_up_to) == (low, high)
+
+
+def test_a_trial_of_another_sweep_has_the_same_key_and_folder(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    few = _plan(resolve_settings({}, ["sweep.num_schedules=2"]), space, teacher, suite)
+    many = _plan(Settings(), space, teacher, suite)
+    assert {t.key for t in few.trials} < {t.key for t in many.trials}
+    assert few.key != many.key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "distillation.kl_weight=0.5",
+        "distillation.training.num_steps=7",
+        "distillation.training.seed=1",
+        "distillation.teacher_cache=top_k",
+    ],
+)
+def test_what_changes_the_weights_changes_the_folder(
+    change: str, space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    usual = _plan(Settings(), space, teacher, suite)
+    other = _plan(resolve_settings({}, [change]), space, teacher, suite)
+    pairs = [(a, b) for a, b in zip(usual.trials, other.trials, strict=True) if a.role == "trial"]
+    assert all(a.folder != b.folder and a.key != b.key for a, b in pairs)
+    assert usual.trials[0].key == other.trials[0].key, "the teacher is measured as it is"
+
+
+def test_other_tasks_are_put_to_the_same_weights(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    usual = _plan(Settings(), space, teacher, suite)
+    other = _plan(Settings(), space, teacher, {**suite, "suite": "heldout-y"})
+    moved = _plan(Settings(), space, teacher, {**suite, "suite_folder": "/b"})
+    for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
+        assert a.folder == b.folder == c.folder
+        assert a.key != b.key
+        assert a.key == c.key, "where files stand does not matter"
+
+
+def test_how_often_a_run_looks_and_saves_changes_no_key(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    usual = _plan(Settings(), space, teacher, suite)
+    other = _plan(
+        resolve_settings({}, ["distillation.training.checkpoint_every_steps=3"]),
+        space,
+        teacher,
+        suite,
+    )
+    assert [t.key for t in usual.trials] == [t.key for t in other.trials]
+
+
+def test_where_a_teacher_is_asked_changes_no_key_and_how_roughly_does(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    def keys(*assignments: str) -> list[str]:
+        plan = _plan(resolve_settings({}, assignments), space, teacher, suite)
+        return [trial.key for trial in plan.trials if trial.role == "trial"]
+
+    for mode in ("live", "exact"):
+        assert keys(f"distillation.teacher_cache={mode}", "distillation.cache_top_k=8") == keys()
+    rough = "distillation.teacher_cache=top_k"
+    assert not set(keys(rough)) & set(keys(rough, "distillation.cache_top_k=8"))
+    with pytest.raises(UserError, match="set teacher_cache to auto, or divergence to forward"):
+        keys(rough, "distillation.divergence=reverse")
+
+
+def test_a_finished_result_is_found_under_the_names_of_this_sweep(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    trial = _plan(Settings(), space, teacher, suite).trials[1]
+    assert trial.result() is None
+    stored = TrialResult(key=trial.key, role="reference", method="iiet", label="another name")
+    write_json(trial.result_path, stored.to_dict())
+    found = trial.result()
+    assert found is not None
+    assert (found.role, found.label) == ("trial", trial.label)
+
+
+def test_controls_differ_in_what_they_train(teacher: Path) -> None:
+    config = ModelConfig.from_dict({**_config(teacher), "schedule": [1, 0]})
+    jobs = {
+        control: student_job(
+            DistillationSettings(control=control), teacher=teacher, config=config, tokens_folder="t"
+        )
+        for control in ("distill", "cross_entropy", "pruned", "scratch")
+    }
+    assert jobs["pruned"] is None
+    kinds = {
+        name: (j.objective, bool(j.teacher_folder), bool(j.initial_folder))
+        for name, j in jobs.items()
+        if j
+    }
+    assert kinds == {
+        "distill": ("distill", True, True),
+        "cross_entropy": ("cross_entropy", False, True),
+        "scratch": ("pretrain", False, False),
+    }
+    # So that advice names the settings that they are trained by.
+    assert {job.section for job in jobs.values() if job} == {"distillation.training"}
+
+
+def test_relative_costs_relate_to_the_full_model(teacher: Path) -> None:
+    full = ModelConfig.from_dict(_config(teacher))
+    none = ModelConfig.from_dict({**_config(teacher), "schedule": [0, 0]})
+    cost = exact_cost(none, full)
+    assert (cost["evaluations"], cost["relative_evaluations"]) == (2, 2 / 5)
+    assert exact_cost(full, full)["relative_flops"] == 1.0
+
+
+def test_an_iterations_plan_has_each_model_once(
+    teacher: Path, tiny_tokens: Path, suite: dict[str, Any]
+) -> None:
+    def job(method: str, schedule: list[int] | None) -> TrainingJob:
+        model = {**_config(teacher), "method": method, "schedule": schedule}
+        recipe = Settings().training
+        return TrainingJob(
+            run_folder=f"/runs/{method}", tokens_folder=str(tiny_tokens), model=model, recipe=recipe
+        )
+
+    variants = [
+        Variant(label="vanilla", job=job("vanilla", None)),
+        Variant(label="r = 1", job=job("iiet", [1, 1])),
+        Variant(label="again", job=job("iiet", [1, 1])),
+    ]
+    plan = iterations_plan(variants, suite=suite)
+    assert [t.role for t in plan.trials] == ["reference", "trial"]
+    assert plan.num_requested == 3
+
+
+def test_seeds_are_trials_of_one_group(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    settings = resolve_settings({}, ["sweep.seeds=[0, 1]", "sweep.num_schedules=2"])
+    trials = [t for t in _plan(settings, space, teacher, suite).trials if t.role == "trial"]
+    assert [(t.group, t.seed) for t in trials] == [
+        ("2,1", 0), ("0,0", 0), ("2,1", 1), ("0,0", 1)
+    ]  # fmt: skip
+    assert len({t.key for t in trials}) == 4
+    alone = _plan(resolve_settings({}, ["sweep.num_schedules=2"]), space, teacher, suite)
+    # The recipe's own seed is 0: what a sweep without seeds has trained is found again.
+    assert alone.trials[1].key == trials[0].key
+
+
+def test_pruned_students_have_no_seeds(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    settings = resolve_settings(
+        {}, ["sweep.seeds=[0, 1, 2]", "sweep.num_schedules=2", "distillation.control=pruned"]
+    )
+    trials = [t for t in _plan(settings, space, teacher, suite).trials if t.role == "trial"]
+    assert [(t.seed, t.job) for t in trials] == [(None, None)] * 2
+    assert len({t.key for t in trials}) == 2
+
+
+@pytest.mark.parametrize(
+    ("assignments", "schedules"),
+    [
+        (["sweep.budgets=[2, 4.5]"], ["1,1", "0,0"]),
+        (["sweep.selection=knapsack", "sweep.num_schedules=3"], ["2,1", "1,1", "0,0"]),
+        (["sweep.selection=knapsack", "sweep.budgets=[3]"], ["1,0"]),
+        (["sweep.selection=knapsack", "sweep.budgets=[2, 99, 4.5]"], ["2,1", "1,1", "0,0"]),
+    ],
+)
+def test_schedules_by_budget_and_by_knapsack(assignments: list[str], schedules: list[str]) -> None:
+    members = choose_members(TABLE, resolve_settings({}, assignments).sweep)
+    assert [str(member.schedule) for member in members] == schedules
+
+
+TIED = InfluenceTable(
+    metric="cosine",
+    value_rows=((0.3, 0.3), (0.3, 0.1)),
+    error_rows=((0.0, 0.0), (0.0, 0.0)),
+    num_tokens=64,
+)
+
+
+@pytest.mark.parametrize("unit", ["evaluations", "kv"])
+def test_a_knapsack_spends_a_budget_that_ties_keep_from_the_threshold(unit: str) -> None:
+    chosen = {}
+    for selection in ("threshold", "knapsack"):
+        settings = resolve_settings(
+            {}, [f"sweep.selection={selection}", "sweep.budgets=[4]", f"sweep.budget_unit={unit}"]
+        )
+        (member,) = choose_members(TIED, settings.sweep)
+        chosen[selection] = member.schedule.corrections
+    assert chosen == {"threshold": (0, 0), "knapsack": (2, 0)}
+
+
+def test_a_knapsack_of_losses_weighs_what_each_correction_adds() -> None:
+    # Without both corrections of layer 1 the loss rises by 0.5, without the second by 0.45: the
+    # first one is worth 0.05, less than the only one of layer 2.
+    table = InfluenceTable(
+        metric="loss", value_rows=((0.5, 0.45), (0.1,)), error_rows=((0.0,) * 2, (0.0,)),
+        num_tokens=64,
+    )  # fmt: skip
+    settings = resolve_settings({}, ["sweep.selection=knapsack", "sweep.budgets=[3, 4]"])
+    members = choose_members(table, settings.sweep)
+    assert [member.schedule.corrections for member in members] == [(2, 0), (0, 1)]
+
+
+def test_a_budget_that_nothing_fits_is_named() -> None:
+    with pytest.raises(UserError, match=r"sweep\.budgets, in evaluations.*cheapest costs 2"):
+        choose_members(TABLE, resolve_settings({}, ["sweep.budgets=[1]"]).sweep)
+
+
+def test_tokens_that_are_missing_are_named(teacher: Path, space: Workspace) -> None:
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        tokens_of(teacher, space)
+
+
+def test_tokens_outside_the_workspace_are_none(
+    teacher: Path, space: Workspace, tiny_tokens: Path
+) -> None:
+    space.tokens.mkdir()
+    for name in ("..", f"../../{tiny_tokens.name}", str(tiny_tokens)):
+        record = json.loads((teacher / "provenance.json").read_text())
+        (teacher / "provenance.json").write_text(json.dumps({**record, "tokens": name}))
+        with pytest.raises(UserError, match="iiet-orch prepare"):
+            tokens_of(teacher, space)
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    return values
+
+
+def test_what_was_left_out_is_in_the_plan_and_not_in_its_key(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    left_out = {"v-1": "vanilla is left out: its training is not finished"}
+    plan = _plan(Settings(), space, teacher, suite, left_out=left_out)
+    assert plan.to_dict()["left_out"] == left_out
+    assert plan.key == _plan(Settings(), space, teacher, suite).key
+
+
+def test_planned_trials_survive_json(
+    space: Workspace, teacher: Path, suite: dict[str, Any]
+) -> None:
+    trial = _plan(Settings(), space, teacher, suite).trials[1]
+    again = type(trial)(**json.loads(json.dumps(trial.to_dict())))
+    assert dataclasses.asdict(again) == dataclasses.asdict(trial)
+
+
+def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(
+    teacher: Path, tmp_path: Path
+) -> None:
+    assert text_of_teacher(teacher) == {}, "trained here: the tokens say it all"
+    imported = tmp_path / "imported" / teacher.name
+    shutil.copytree(teacher, imported)
+    (imported / "token_ids.json").write_text('{"eos_token_id": 2}')
+    suite = text_of_teacher(imported)
+    assert suite["vocabulary_folder"] == str(imported)
+    moved = {**suite, "vocabulary_folder": "elsewhere"}
+    (imported / "token_ids.json").write_text('{"eos_token_id": 7}')
+    other = text_of_teacher(imported)
+    assert suite_key(suite) == suite_key(moved) != suite_key(other)

@@ -1,0 +1,364 @@
+"""What a dry run tells of a sweep, and what is stored with it, against numbers made by hand.
+
+The tiny model's training FLOPs of a token are 114,816 under 2,1, then 97,728, 80,448 and 63,264
+under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from iiet.influence import InfluenceTable
+from orchestrator.pipelines.context import Desk
+from orchestrator.pipelines.reports import show_plan
+from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.estimate_table import Rate
+from orchestrator.settings import Settings, resolve_settings
+from orchestrator.sweeping import price as plan_price
+from orchestrator.sweeping.halving import Verdict
+from orchestrator.sweeping.plan_table import plan_sentences, plan_table
+from orchestrator.sweeping.price import price_of, requested_noun, stored_plan, trial_states
+from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.stopping import STOPPED_NAME, StopRule
+from orchestrator.sweeping.students import threshold_plan
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.variants import Variant, iterations_plan
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import open_workspace
+
+STEP = 64
+"""Tokens of a step."""
+ALL_FOUR = 114_816 + 97_728 + 80_448 + 63_264
+TEACHER = 38_272
+
+
+@pytest.fixture(autouse=True)
+def rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Rate(peak_flops=1e9, usual_flops=0.25e9, share=0.5, of_what="made up")
+    monkeypatch.setattr(plan_price, "assumed_rate", lambda _: known)
+
+
+def settings(*assignments: str) -> Settings:
+    return resolve_settings({}, assignments)
+
+
+def told(plan: SweepPlan, chosen: Settings, teachers: Path) -> list[str]:
+    states = trial_states(plan, chosen.sweep)
+    price = price_of(plan, states, chosen, teachers)
+    return plan_sentences(plan, requested_noun(plan, chosen.sweep), states, price)
+
+
+def rows(plan: SweepPlan, chosen: Settings, width: int = 80) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(plan_table(plan, trial_states(plan, chosen.sweep)))
+    return [" ".join(line.split()) for line in captured.get().splitlines()]
+
+
+def finish(trial: PlannedTrial) -> None:
+    result = TrialResult(key=trial.key, role=trial.role, method="iiet", label="another sweep's")
+    write_json(trial.result_path, result.to_dict())
+
+
+def begin(trial: PlannedTrial, num_steps: int) -> float:
+    """Train a trial until it is stopped, and return the FLOPs so far."""
+    done = 0
+
+    def should_stop() -> bool:
+        nonlocal done
+        done += 1
+        return done > num_steps
+
+    assert trial.job
+    outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=should_stop)
+    assert outcome.step == num_steps
+    return outcome.training_flops
+
+
+def of_one(plan: SweepPlan, **recipe: Any) -> SweepPlan:
+    """A plan of the costliest student alone, trained as a control without teacher."""
+    student = plan.trials[1]
+    assert student.job
+    job = {**student.job, "objective": "cross_entropy", "teacher_folder": None}
+    job["recipe"] = {**student.job["recipe"], **recipe}
+    return replace(plan, trials=(replace(student, job=job),))
+
+
+def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
+    finish(tiny_plan.trials[-1])
+    found = rows(tiny_plan, settings())
+    assert "model thresholds evals FLOPs KV/token state" in found
+    # Keys and values of 16 numbers in each evaluation; FLOPs beside the 40,672 of the full model.
+    assert "teacher 5 100 % 0.6 KiB to measure" in found
+    assert "2,1 <=0.1 5 100 % 0.6 KiB to train" in found
+    assert "1,1 0.1 to 0.3 4 85 % 0.5 KiB to train" in found
+    assert "1,0 0.3 to 0.5 3 69 % 0.4 KiB to train" in found
+    assert "0,0 >0.5 2 54 % 0.2 KiB finished" in found
+
+
+def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings()
+    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    assert price.num_tokens == 4 * 40 * STEP
+    assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
+    assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
+    assert price.hours == pytest.approx(price.flops / 0.5e9 / 3600)
+    assert price.most_hours == pytest.approx(4 * price.hours), "as busy as this machine is now"
+    assert price.checkpoint_bytes == 4 * 12 * 10_138
+    assert price.teacher_bytes == 40 * STEP * (300 * 4 + 4), "logits in float32, and the token"
+    assert told(tiny_plan, chosen, tmp_path)[2:] == [
+        "left to train: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs",
+        "time: 2 to 8.1 seconds of all CPUs here, at 50% of 0.001 to 0.00025 TFLOP/s (made up); "
+        "validation, saving and measuring come on top",
+        "to be written: checkpoints of up to 475.2 KiB and the teacher's answers, 2.9 MiB",
+    ]
+
+
+def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings("distillation.teacher_cache=live", "sweep.gpus_per_trial=1")
+    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    assert (price.num_teacher_tokens, price.teacher_bytes) == (4 * 40 * STEP, 0)
+    assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
+    lines = told(tiny_plan, chosen, tmp_path)
+    assert "of one GPU" in lines[3]
+    assert lines[4] == "to be written: checkpoints of up to 475.2 KiB"
+
+
+def test_a_plan_says_on_how_many_gpus_its_trials_run(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    desk = Desk(open_workspace(tmp_path), Progress(), Console(file=StringIO(), width=120))
+    show_plan(tiny_plan, settings("cluster.num_gpus=8"), desk)
+    show_plan(tiny_plan, settings(), desk)
+    assert isinstance(desk.console.file, StringIO)
+    printed = desk.console.file.getvalue()
+    assert printed.count("each trial runs on 1 GPU, at most 8 at once") == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flops"),
+    [
+        ({"iterate_from_fraction": 0.0}, 10 * 114_816),
+        ({"iterate_from_fraction": 0.6}, 6 * 63_264 + 4 * 114_816),
+        (
+            {"iterate_from_fraction": 0.6, "iterate_ramp_fraction": 0.2},
+            6 * 63_264 + 97_728 + 3 * 114_816,
+        ),
+    ],
+)
+def test_each_stage_has_its_own_price(
+    tiny_plan: SweepPlan, tmp_path: Path, recipe: dict[str, float], flops: int
+) -> None:
+    plan, chosen = of_one(tiny_plan, num_steps=10, **recipe), settings()
+    assert price_of(plan, trial_states(plan, chosen.sweep), chosen, tmp_path).flops == STEP * flops
+
+
+def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings("distillation.teacher_cache=live")
+    student = tiny_plan.trials[1]
+    spent = begin(student, 30)
+    states = trial_states(tiny_plan, chosen.sweep)
+    assert [state.steps_done for state in states] == [0, 30, 0, 0, 0]
+    price = price_of(tiny_plan, states, chosen, tmp_path)
+    assert price.num_tokens == (3 * 40 + 10) * STEP
+    assert spent == 30 * STEP * (114_816 + TEACHER)
+    assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
+    assert "2,1 <=0.1 5 100 % 0.6 KiB from step 30" in rows(tiny_plan, chosen)
+    assert told(tiny_plan, chosen, tmp_path)[1] == (
+        "0 of 5 trials are finished and reused, 1 partly trained"
+    )
+    begin(student, 40)
+    assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"
+
+
+def test_what_is_finished_or_was_stopped_costs_nothing(
+    tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    for trial in tiny_plan.trials[:3]:
+        finish(trial)
+    better, worse = tiny_plan.trials[3:]
+    assert better.job
+    assert worse.job
+    rates = {**better.job["recipe"], "learning_rate": 1.0}
+    worse = replace(worse, job={**better.job, "recipe": rates})
+    tiny_plan = replace(tiny_plan, kind="iterations", trials=(*tiny_plan.trials[:3], better, worse))
+    chosen = settings("sweep.asha=true")
+    rule = StopRule(chosen.sweep.asha_first_rung, chosen.sweep.asha_reduction_factor)
+    verdict = Verdict(step=20, num_steps=40, rival=better.label, reason="made up")
+    stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
+    write_json(Path(worse.folder) / STOPPED_NAME, stored)
+    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    assert price.num_tokens == 40 * STEP
+    assert told(tiny_plan, chosen, tmp_path)[1] == (
+        "3 of 5 trials are finished and reused, 1 stopped early and left so"
+    )
+    finish(better)
+    finish(worse)
+    assert told(tiny_plan, chosen, tmp_path)[1:] == [
+        "5 of 5 trials are finished and reused",
+        "nothing is left to train",
+    ]
+
+
+def test_fifty_thresholds_come_to_nine_schedules(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    recipe = settings("training.num_steps=1", "training.num_tokens_per_step=64").training
+    model = {**tiny_model, "num_layers": 4, "schedule": [2, 2, 2, 2]}
+    folder = str(tmp_path / "teacher")
+    job = TrainingJob(run_folder=folder, tokens_folder=str(tiny_tokens), model=model, recipe=recipe)
+    teacher = Path(str(run_job(job).checkpoint))
+    table = InfluenceTable(
+        metric="cosine",
+        value_rows=((0.8, 0.4), (0.7, 0.3), (0.6, 0.2), (0.5, 0.1)),
+        error_rows=((0.0, 0.0),) * 4,
+        num_tokens=64,
+    )
+
+    def first_line(*assignments: str) -> str:
+        chosen = settings("distillation.training.num_tokens_per_step=64", *assignments)
+        plan = threshold_plan(
+            chosen,
+            open_workspace(tmp_path),
+            teacher=teacher,
+            members=choose_members(table, chosen.sweep),
+            suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
+            references=[("vanilla", teacher)],
+        )
+        return told(plan, chosen, tmp_path)[0]
+
+    fifty = f"sweep.thresholds={[round(0.02 * n, 2) for n in range(50)]}"
+    assert first_line(fifty) == "50 thresholds asked for, 9 distinct schedules"
+    assert first_line(fifty, "sweep.seeds=[0, 1, 2]") == (
+        "50 thresholds asked for, 9 distinct schedules, each under 3 seeds"
+    )
+    assert first_line("sweep.budgets=[12]") == "1 budget asked for, 1 distinct schedule"
+    assert first_line("sweep.num_schedules=20") == "20 schedules asked for, 9 distinct schedules"
+
+
+def test_models_from_scratch_are_counted_with_references_and_without_seeds(
+    tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")
+
+    def variants(label: str, changes: dict[str, Any], seeds: tuple[int, ...]) -> list[Variant]:
+        return [
+            Variant(
+                label=f"{label}, seed {seed}",
+                group=label if len(seeds) > 1 else None,
+                job=TrainingJob(
+                    run_folder=str(tmp_path / f"{changes}-{seed}"),
+                    tokens_folder=str(tiny_tokens),
+                    model={**tiny_model, **changes},
+                    recipe=chosen.training.model_copy(update={"seed": seed}),
+                ),
+            )
+            for seed in seeds
+        ]
+
+    def plan_under(*seeds: int) -> SweepPlan:
+        models = {
+            "vanilla": {"method": "vanilla", "schedule": None},
+            "r = 1": {"schedule": [1, 1]},
+            "1,1": {"schedule": [1, 1]},
+        }
+        every = [variant for name in models for variant in variants(name, models[name], seeds)]
+        return iterations_plan(every, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+
+    alone, seeded = plan_under(0), plan_under(0, 1)
+    assert told(alone, chosen, tmp_path)[0] == "3 models asked for, 2 distinct"
+    assert told(seeded, chosen, tmp_path)[0] == "3 models asked for, 2 distinct, each under 2 seeds"
+    assert "thresholds" not in " ".join(rows(alone, chosen))
+
+
+def test_learning_rates_are_shown_where_they_differ(
+    tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")
+
+    def plan_at(*rates: float) -> SweepPlan:
+        models = [
+            Variant(
+                label=f"r = {number}",
+                job=TrainingJob(
+                    run_folder=str(tmp_path / f"{number}"),
+                    tokens_folder=str(tiny_tokens),
+                    model={**tiny_model, "schedule": [number, number]},
+                    recipe=chosen.training.model_copy(update={"learning_rate": rate}),
+                ),
+            )
+            for number, rate in enumerate(rates)
+        ]
+        return iterations_plan(models, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+
+    found = rows(plan_at(2e-3, 4e-3), chosen)
+    assert "model rate evals FLOPs KV/token state" in found
+    assert any(row.startswith("r = 1 0.004 4 ") for row in found), found
+    assert "model evals FLOPs KV/token state" in rows(plan_at(2e-3, 2e-3), chosen)
+
+
+def test_a_first_stage_in_common_is_paid_once(
+    tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+) -> None:
+    chosen = settings("training.num_steps=10", "training.iterate_from_fraction=0.6")
+
+    def variant(schedule: list[int]) -> Variant:
+        job = TrainingJob(
+            run_folder=str(tmp_path / str(schedule)),
+            tokens_folder=str(tiny_tokens),
+            model={**tiny_model, "schedule": schedule},
+            recipe=chosen.training.model_copy(update={"num_tokens_per_step": STEP}),
+            first_stages=str(tmp_path / "first_stages"),
+        )
+        return Variant(label=str(schedule), job=job)
+
+    variants = [variant(schedule) for schedule in ([2, 1], [1, 1], [0, 0])]
+    plan = iterations_plan(variants, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+    price = price_of(plan, trial_states(plan, chosen.sweep), chosen, tmp_path)
+    behind = 4 * (114_816 + 97_728 + 63_264)
+    assert price.num_tokens == (6 + 3 * 4) * STEP
+    assert price.flops == STEP * (6 * 63_264 + behind)
+    first = plan.trials[0]
+    assert first.job
+    run_job(TrainingJob.from_dict(first.job))
+    states = trial_states(plan, chosen.sweep)
+    assert [state.text for state in states] == ["to measure", "from step 6", "from step 6"]
+    price = price_of(plan, states, chosen, tmp_path)
+    assert price.flops == STEP * 4 * (97_728 + 63_264)
+
+
+def test_what_a_search_adds_is_told_apart(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    first = replace(tiny_plan, kind="search", num_requested=3, num_distinct=3)
+    assert told(first, settings("sweep.num_schedules=3"), tmp_path)[0] == (
+        "3 schedules asked for, 3 distinct schedules; 1 more that the search suggested"
+    )
+
+
+def test_the_stored_plan_is_strict_json_with_its_price(
+    tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    finish(tiny_plan.trials[-1])
+    path = tmp_path / "plan.json"
+    write_json(path, stored_plan(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    stored = json.loads(path.read_text(), parse_constant=refuse)
+    assert (stored["requested"], stored["num_distinct"]) == ("thresholds", 4)
+    assert stored["reused"] == ["0,0"]
+    assert stored["price"]["num_tokens"] == 3 * 40 * STEP
+    assert stored["price"]["flops"] == 40 * STEP * (ALL_FOUR - 63_264 + TEACHER)
+    trials = [PlannedTrial(**values) for values in stored["trials"]]
+    assert trials == list(tiny_plan.trials), "-infinity is back"
+    assert [trial.threshold_text for trial in trials] == [
+        "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",
+    ]  # fmt: skip

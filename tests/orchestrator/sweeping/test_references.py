@@ -1,0 +1,128 @@
+"""Baselines beside a teacher: found by what makes a result, left out only with a reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.catalog import find_references
+from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.run import run_job
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "ws")
+
+
+def damage_newest(run: Path) -> None:
+    weights = find_checkpoints(run)[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
+@pytest.fixture
+def teacher(workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Path:
+    return pretrained(workspace, "teacher", tiny_tokens, tiny_model)
+
+
+def pretrained(
+    workspace: Workspace, name: str, tokens: Path, model: dict[str, Any], **recipe: Any
+) -> Path:
+    """Train a run of two steps and return its checkpoint."""
+    usual = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+    job = TrainingJob(
+        run_folder=str(workspace.runs / name),
+        tokens_folder=str(tokens),
+        model=model,
+        recipe=TrainingSettings(**{**usual, **recipe}),
+    )
+    return Path(str(run_job(job).checkpoint))
+
+
+VANILLA = {"method": "vanilla", "schedule": None}
+
+
+def test_a_baseline_may_be_saved_and_watched_in_another_way(
+    workspace: Workspace, teacher: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    ways = {
+        "checkpoint_every_steps": 1, "num_checkpoints_kept": 1, "keep_best": True,
+        "validate_every_steps": 1, "num_sequences_per_pass": 1, "activation_checkpointing": True,
+        "skip_bad_steps": 3, "checkpoint_every_minutes": 9.0, "learning_rate": 1e-3,
+    }  # fmt: skip
+    vanilla = pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA}, **ways)
+    none = pretrained(workspace, "n", tiny_tokens, {**tiny_model, "schedule": [0, 0]})
+    references = find_references(workspace, teacher)
+    assert references.found == {"vanilla": vanilla, "r = 0": none}
+    assert not references.left_out
+
+
+def test_a_baseline_needs_none_of_the_options_of_its_teachers_method(
+    workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    damped = {**tiny_model, "method_options": {"damping": 0.5}}
+    teacher = pretrained(workspace, "damped", tiny_tokens, damped)
+    vanilla = pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA})
+    references = find_references(workspace, teacher)
+    assert references.found == {"vanilla": vanilla}
+    assert not references.left_out
+
+
+def test_a_baseline_of_another_recipe_is_left_out_with_the_difference(
+    workspace: Workspace, teacher: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    pretrained(workspace, "long", tiny_tokens, {**tiny_model, **VANILLA}, num_steps=3)
+    references = find_references(workspace, teacher)
+    assert not references.found
+    assert references.left_out == {
+        "long": "vanilla is left out: training.num_steps is 3 and the teacher's 2"
+    }
+    pretrained(workspace, "alike", tiny_tokens, {**tiny_model, **VANILLA})
+    assert not find_references(workspace, teacher).left_out, "another one stands there"
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda run: (run / "done.json").write_text("{"), "done.json is damaged"),
+        (lambda run: (run / "done.json").write_text("[]"), "done.json is damaged"),
+        (lambda run: (run / "done.json").write_text('{"step": 7}'), "no checkpoint folder .*07"),
+        (lambda run: (run / "done.json").unlink(), "its training is not finished"),
+        (damage_newest, "step_00000002 is damaged"),
+    ],
+)
+def test_a_baseline_that_cannot_be_used_is_left_out_with_the_reason(
+    workspace: Workspace,
+    teacher: Path,
+    tiny_tokens: Path,
+    tiny_model: dict[str, Any],
+    harm: Callable[[Path], None],
+    words: str,
+) -> None:
+    recipe = {"checkpoint_every_steps": 1}
+    pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA}, **recipe)
+    harm(workspace.runs / "v")
+    references = find_references(workspace, teacher)
+    assert not references.found
+    assert list(references.left_out) == ["v"]
+    assert re.search(f"^vanilla is left out: .*{words}", references.left_out["v"])
+
+
+def test_a_run_whose_only_checkpoint_says_nothing_is_left_out_with_the_reason(
+    workspace: Workspace, teacher: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA})
+    for config in (workspace.runs / "v").glob("step_*/config.json"):
+        config.unlink()
+        config.symlink_to(config)
+    references = find_references(workspace, teacher)
+    assert not references.found
+    assert "the run v is left out: " in references.left_out["v"]
+    assert "config.json is damaged" in references.left_out["v"]

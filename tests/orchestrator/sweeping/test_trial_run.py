@@ -1,0 +1,332 @@
+"""One trial, several processes: made once, waited for, taken over from the dead; and ended where it
+cannot win."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from iiet.decoder import Decoder
+from orchestrator.settings import resolve_settings
+from orchestrator.sweeping import trial_run
+from orchestrator.sweeping.stopping import StopRule, other_rates_of, verdict_of
+from orchestrator.sweeping.trial_run import is_busy, run_trial
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.signals import interruption_text
+from orchestrator.training.job import DONE_NAME
+from orchestrator.training.run_lock import HOLD_NAME
+from orchestrator.workspace.errors import Interrupted, StageFailed
+from orchestrator.workspace.journal import read_journal
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from orchestrator import trial_run
+
+def measure(decoder, suite, items_path):
+    with (items_path.parent / "measured").open("a") as file:
+        file.write("once\\n")
+    return {"validation_loss": trial_run.heldout_loss(decoder, suite["tokens_folder"])}
+
+trial_run.measure_quality = measure
+print("ready", flush=True)
+for line in sys.stdin:
+    run = trial_run.run_trial(json.loads(line))
+    print(json.dumps([run.state, run.result.to_dict()]), flush=True)
+"""
+
+HOLDER = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def trials(tiny_plan: SweepPlan) -> tuple[PlannedTrial, ...]:
+    """A teacher that is measured as it is, and its students."""
+    return tiny_plan.trials
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure nothing, which would take tasks."""
+    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+
+
+def starts(trial: PlannedTrial) -> int:
+    return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a script and return when it has said its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() in ("ready\n", "held\n")
+    return process
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_trial_once(trials: tuple[PlannedTrial, ...]) -> None:
+    processes = [start(WORKER) for _ in range(2)]
+    for trial in trials[:2]:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(trial.to_dict()) + "\n")
+            process.stdin.flush()
+        answers = [json.loads(p.stdout.readline()) for p in processes if p.stdout]
+        assert sorted(state for state, _ in answers) == ["found", "made"]
+        assert answers[0][1] == answers[1][1]
+        assert starts(trial) == (1 if trial.job else 0)
+        assert (Path(trial.folder) / "measured").read_text() == "once\n"
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[1]",
+        '{"step": 2}',
+        '{"checkpoint": null, "step": 7, "finished": true, "num_tokens": 9}',
+    ],
+)
+def test_a_damaged_record_of_a_training_costs_only_its_numbers(
+    trials: tuple[PlannedTrial, ...], measured: None, record: str
+) -> None:
+    (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
+    run = run_trial(trials[0].to_dict())
+    assert run.result is not None
+    assert run.result.train == {"steps": 2.0}, "another step's record says nothing of this one"
+
+
+def test_a_trial_is_taken_over_from_a_process_that_died(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    folder = Path(trial.folder)
+    folder.mkdir(parents=True)
+    with start(HOLDER, str(folder / HOLD_NAME)) as holder:
+        assert is_busy(trial)
+        assert run_trial(trial.to_dict(), wait=False).state == "busy"
+        assert run_trial(trial.to_dict(), should_stop=lambda: True).state == "stopped"
+        assert starts(trial) == 0
+
+        def kill_what_it_waits_for() -> bool:
+            holder.kill()
+            return False
+
+        run = run_trial(trial.to_dict(), should_stop=kill_what_it_waits_for)
+    assert run.state == "made"
+    assert starts(trial) == 1
+    assert not is_busy(trial)
+    assert run_trial(trial.to_dict()).state == "found"
+
+
+def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    folder = Path(trial.folder)
+    made = run_trial(trial.to_dict())
+    text = trial.result_path.read_text()
+    trial.result_path.unlink()
+    lock = FileLock(folder / HOLD_NAME)
+    lock.acquire()
+
+    def finish_it() -> bool:
+        trial.result_path.write_text(text)
+        lock.release()
+        return False
+
+    run = run_trial(trial.to_dict(), should_stop=finish_it)
+    assert run.state == "found"
+    assert run.result == made.result
+
+
+def test_a_stopped_trial_lets_another_process_go_on(
+    trials: tuple[PlannedTrial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    asked = iter([False, False, True, True])
+    assert run_trial(trial.to_dict(), should_stop=lambda: next(asked)).state == "stopped"
+    assert not is_busy(trial)
+    assert run_trial(trial.to_dict()).state == "made"
+    assert starts(trial) == 1, "it went on from its checkpoint"
+
+
+@pytest.mark.parametrize("error", [None, "OSError: no room"])
+def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhile(
+    error: str | None,
+    trials: tuple[PlannedTrial, ...],
+    tmp_path: Path,
+    measured: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from orchestrator.cluster.tune import TrialReport
+    from orchestrator.sweeping import rounds as trial_rounds
+
+    finished, begun, waits = trials[:3]
+    run_trial(finished.to_dict())
+
+    def run_trials(
+        _: Any, given: list[dict[str, Any]], *__: Any, on_result: Any, watch: Any, **more: Any
+    ) -> None:
+        asked = iter([False] * 5 + [True] * 2)
+        run_trial(begun.to_dict(), should_stop=lambda: next(asked))
+        watch()
+        if error:
+            parameters = next(p for p in given if p["trial"]["key"] == begun.key)
+            on_result(TrialReport(0, parameters, error=error, after_stop=True))
+        raise Interrupted(interruption_text(more["saved"]()))
+
+    monkeypatch.setattr(trial_rounds, "ray_cluster", lambda **_: nullcontext())
+    monkeypatch.setattr(trial_rounds, "run_trials", run_trials)
+    sweep = resolve_settings({}).sweep
+    rounds = trial_rounds.TrialRounds(tmp_path / "sweep", sweep, Progress(), num_all=3)
+    with pytest.raises(StageFailed if error else Interrupted) as caught:
+        rounds.run([begun, waits])
+    saved = f"1 of 3 trials are finished; trial {begun.label}: saved at step 5"
+    assert saved in str(caught.value)
+    if error:
+        assert str(caught.value).startswith(f"trial {begun.label} failed: OSError: no room; ")
+
+
+@pytest.mark.slow
+def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
+    trials: tuple[PlannedTrial, ...],
+    tmp_path: Path,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from orchestrator.sweeping import rounds as trial_rounds
+    from orchestrator.terminal.progress import Progress
+
+    asked, finished_meanwhile = trials[:4], trials[3]
+    lock = FileLock(Path(trials[2].folder) / HOLD_NAME)
+    Path(trials[2].folder).mkdir(parents=True)
+    lock.acquire()
+    rounds_function = trial_rounds.trial_function
+
+    def measure_nothing(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
+        from orchestrator.sweeping import trial_run
+
+        trial_run.measure_quality = lambda *_: {"accuracy": 0.5}
+        return rounds_function(parameters, context)
+
+    class Told(Progress):
+        summary = ""
+
+        def note(self, text: str) -> None:
+            assert text == f"waiting for another process, which is at: {trials[2].label}"
+            assert [trial.result() is not None for trial in asked] == [True, True, False, True]
+            lock.release()
+
+        def finish(self, summary: str) -> None:
+            self.summary = summary
+
+    monkeypatch.setattr(trial_rounds, "trial_function", measure_nothing)
+    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+    run_trial(finished_meanwhile.to_dict())
+    progress = Told()
+    rounds = trial_rounds.TrialRounds(
+        tmp_path / "sweep", resolve_settings({}).sweep, progress, num_all=4
+    )
+    rounds.run(asked)
+    assert progress.summary == "4 trials, 1 made by another process meanwhile"
+    assert rounds.made == {trial.key for trial in trials[:3]}
+    assert rounds.failures == {}
+    assert [starts(trial) for trial in asked] == [0, 1, 1, 1]
+
+
+def test_the_precision_of_the_suite_is_that_of_the_measured_model(
+    trials: tuple[PlannedTrial, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = []
+
+    def measure(decoder: Decoder, *_: object) -> dict[str, float]:
+        dtypes.append(decoder.embedding.weight.dtype)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(trial_run, "measure_quality", measure)
+    teacher = trials[0]
+    for suite in (teacher.suite, {**teacher.suite, "precision": "bf16"}):
+        trial = replace(teacher, suite=suite)
+        trial.result_path.unlink(missing_ok=True)
+        run_trial(trial.to_dict())
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
+def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
+    trials: tuple[PlannedTrial, ...], measured: None, tmp_path: Path
+) -> None:
+    low, high = (
+        with_rate(trials[1], rate, tmp_path / name)
+        for name, rate in (("low", 1e-5), ("high", 1e-2))
+    )
+    rivals = other_rates_of(low, [low, high, trials[2]])
+    assert rivals == {high.label: high.folder}, "another schedule is no other rate"
+    shares = replace(low, job={**(low.job or {}), "first_stages": str(tmp_path)})
+    assert other_rates_of(shares, [shares, high]) == rivals, "what it shares changes no model"
+    rule = StopRule(first_rung=0.25)
+    told = {"rivals": other_rates_of(high, [low, high]), "rule": rule}
+    assert run_trial(high.to_dict(), **told).state == "made", "the first goes on"
+    assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
+    verdict = verdict_of(low, rivals, rule)
+    assert verdict is not None
+    assert (verdict.step, verdict.rival) == (10, high.label)
+    assert low.result() is None, "what was not trained to its end is not finished"
+    assert verdict_of(low, rivals, StopRule(first_rung=0.5)) is None, "nor another rule"
+    assert verdict_of(low, {}, rule) is None, "a sweep without that rival did not stop it"
+    steps = len(read_journal(Path(low.folder))[0])
+    assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
+    records = read_journal(Path(low.folder))[0][steps:]
+    assert not [r for r in records if r["kind"] == "metrics"], "nothing was trained again"
+    assert run_trial(low.to_dict()).state == "made"
+    assert starts(low) == 1, "it went on from where it was ended"
+    assert verdict_of(low, rivals, rule) is None
+
+
+def with_rate(trial: PlannedTrial, rate: float, folder: Path) -> PlannedTrial:
+    seen = with_looks(trial)
+    assert seen.job is not None
+    recipe = {**seen.job["recipe"], "learning_rate": rate}
+    job = {**seen.job, "recipe": recipe, "run_folder": str(folder)}
+    return replace(seen, key=folder.name, label=folder.name, folder=str(folder), job=job)
+
+
+def with_looks(trial: PlannedTrial) -> PlannedTrial:
+    """Return a trial that is validated every five steps."""
+    assert trial.job is not None
+    recipe = {**trial.job["recipe"], "validate_every_steps": 5, "learning_rate": 1e-6}
+    return replace(trial, job={**trial.job, "recipe": recipe})
+
+
+def test_what_travels_to_a_trial_is_small(trials: tuple[PlannedTrial, ...]) -> None:
+    from orchestrator.sweeping.rounds import TrialRounds, trial_function
+
+    rounds = TrialRounds(Path(), resolve_settings({}).sweep, Progress(), num_all=len(trials))
+    given = [rounds._parameters(trial) for trial in trials]
+    sent = len(pickle.dumps((trial_function, given)))
+    tokens = Path(given[0]["trial"]["suite"]["tokens_folder"])
+    assert sent < 4096 * len(trials), "paths and settings; no weights, no tokens, no answers"
+    assert sum(path.stat().st_size for path in tokens.rglob("*")) > sent

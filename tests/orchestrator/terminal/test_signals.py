@@ -1,0 +1,109 @@
+"""Signals become requests: asked once, waited for, and never for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from orchestrator.terminal.signals import run_interruptibly
+from orchestrator.workspace.errors import Interrupted, StageFailed, UserError
+
+
+def saved() -> str:
+    return "saved at step 40"
+
+
+def press(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_returns_what_the_work_returns_and_restores_the_handlers() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert run_interruptibly(lambda: 42, ask_to_stop=lambda: True, saved=saved) == 42
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_raises_what_the_work_raises() -> None:
+    def fail() -> None:
+        raise ValueError("the work's own")
+
+    with pytest.raises(ValueError, match="the work's own"):
+        run_interruptibly(fail, ask_to_stop=lambda: True, saved=saved)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_once_and_waits_for_the_state(number: int) -> None:
+    asked = threading.Event()
+    requests: list[bool] = []
+    pressed: list[int] = []
+
+    def ask() -> bool:
+        requests.append(True)
+        asked.set()
+        return True
+
+    def watch() -> None:
+        if not pressed:
+            pressed.append(number)
+            press(number)
+
+    with pytest.raises(Interrupted, match=r"^interrupted; saved at step 40; "):
+        run_interruptibly(asked.wait, ask_to_stop=ask, watch=watch, saved=saved)
+    assert len(requests) == 1
+
+
+def test_a_second_signal_ends_the_wait() -> None:
+    never = threading.Event()
+    with pytest.raises(Interrupted, match="not saved in time; saved at step 40"):
+        run_interruptibly(
+            never.wait, ask_to_stop=lambda: True, watch=press, saved=saved, grace_seconds=3600.0
+        )
+    never.set()
+
+
+def test_nothing_to_save_is_not_waited_for() -> None:
+    never = threading.Event()
+    pressed = iter([press])
+
+    def press_once() -> None:
+        next(pressed, lambda: None)()
+
+    with pytest.raises(Interrupted, match=r"^interrupted; nothing was saved; "):
+        run_interruptibly(
+            never.wait,
+            ask_to_stop=lambda: False,
+            watch=press_once,
+            saved=lambda: "nothing was saved",
+            grace_seconds=3600.0,
+        )
+    never.set()
+
+
+@pytest.mark.parametrize("error", [UserError, StageFailed, OSError])
+@pytest.mark.parametrize("what_fails", ["the job", "the request"])
+def test_an_error_after_a_signal_is_reported_as_that_error_with_what_is_saved(
+    error: type[Exception], what_fails: str
+) -> None:
+    asked = threading.Event()
+    pressed = iter([press])
+
+    def ask() -> bool:
+        if what_fails == "the request":
+            raise error("the disk is full")
+        asked.set()
+        return True
+
+    def fail() -> None:
+        asked.wait()
+        raise error("the disk is full")
+
+    with pytest.raises(error) as caught:
+        run_interruptibly(
+            fail, ask_to_stop=ask, watch=lambda: next(pressed, lambda: None)(), saved=saved
+        )
+    asked.set()
+    told = "; ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert told == "the disk is full; it happened while the run was stopping; saved at step 40"

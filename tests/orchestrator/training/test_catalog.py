@@ -1,0 +1,224 @@
+"""Which checkpoint a command means: by path, by name, or the newest that it can use; an older one
+is never taken in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator import cli
+from orchestrator.data.tokens import open_tokens
+from orchestrator.evaluation.subject import open_subjects
+from orchestrator.training.catalog import find_teacher, locate, resolve_model, resolve_teacher
+from orchestrator.training.checkpoint import checkpoint_name, find_checkpoints, save_checkpoint
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "ws")
+
+
+def save(run: Path, tokens: Path, model: dict[str, Any], *steps: int) -> Path:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict(model))
+    store = open_tokens(tokens)
+    for step in steps:
+        save_checkpoint(
+            run,
+            step,
+            decoder=decoder,
+            training_state={},
+            tokenizer_path=store.tokenizer_path,
+            provenance={"tokens": store.fingerprint},
+        )
+    return run
+
+
+def damage_newest(run: Path) -> Path:
+    newest = find_checkpoints(run)[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    return newest
+
+
+@pytest.fixture
+def damaged(workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Path:
+    """A run whose newest checkpoint is damaged."""
+    run = save(workspace.runs / "full", tiny_tokens, tiny_model, 5, 10)
+    damage_newest(run)
+    return run
+
+
+@pytest.mark.parametrize("with_path", [True, False])
+@pytest.mark.parametrize("command", ["sweep-threshold", "search", "influence", "distill", "export"])
+def test_what_is_made_of_a_model_is_never_made_of_an_older_one(
+    workspace: Workspace,
+    damaged: Path,
+    command: str,
+    with_path: bool,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*(["1"] if command == "distill" else []), *([str(damaged)] if with_path else [])]
+    before = sorted(workspace.root.glob("[!l]*/**"))
+    code = cli.run([command, *arguments, "--workspace", str(workspace.root)])
+    said = " ".join(capfd.readouterr().err.split())
+    assert code == 2
+    newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
+    assert f"{newest} is damaged: model.safetensors" in said
+    assert f"The newest whole one is {older}" in said
+    assert "give that path" in said
+    assert sorted(workspace.root.glob("[!l]*/**")) == before, "nothing was written"
+
+
+@pytest.mark.parametrize("with_path", [True, False])
+def test_who_only_reads_a_model_is_warned(
+    workspace: Workspace,
+    damaged: Path,
+    with_path: bool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As outside of tests: a command sends this file to its log.
+    monkeypatch.setattr(sys, "stderr", os.fdopen(2, "w", closefd=False))
+    newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
+    said: list[str] = []
+    paths = [damaged] if with_path else None
+    (subject,) = open_subjects(workspace, paths, None, warn=said.append)
+    assert subject.path == older
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    assert f"{older} is used instead" in said[0]
+    arguments = ["generate", *map(str, paths or ()), "--workspace", str(workspace.root)]
+    assert cli.run([*arguments, "--prompt", "abc", "-n", "1"]) == 0
+    printed = capfd.readouterr()
+    assert f"{older} is used instead" in " ".join(printed.err.split())
+    assert "damaged" not in printed.out, "the text alone is on standard output"
+
+
+def test_a_path_of_the_older_one_is_an_answer(workspace: Workspace, damaged: Path) -> None:
+    older = damaged / checkpoint_name(5)
+    (subject,) = open_subjects(workspace, [older], None)
+    assert subject.path == older
+
+
+def test_a_run_without_any_whole_checkpoint_does_not_give_way_to_an_older_run(
+    workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    older = save(workspace.runs / "older", tiny_tokens, tiny_model, 5)
+    newer = save(workspace.runs / "newer", tiny_tokens, tiny_model, 5)
+    newest = damage_newest(newer)
+    os.utime(older, (1, 1))
+    with pytest.raises(UserError, match=f"{newest} is damaged.* {older}"):
+        find_teacher(workspace)
+    said: list[str] = []
+    assert find_teacher(workspace, said.append) == older / checkpoint_name(5)
+    assert len(said) == 1
+    damage_newest(older)
+    with pytest.raises(UserError, match=f"has no checkpoint that is whole .*{newest}"):
+        find_teacher(workspace)
+
+
+def test_a_damaged_model_without_corrections_is_no_matter(
+    workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    run = save(workspace.runs / "full", tiny_tokens, tiny_model, 5)
+    vanilla = {**tiny_model, "method": "vanilla", "schedule": None}
+    damage_newest(save(workspace.runs / "vanilla", tiny_tokens, vanilla, 5))
+    os.utime(run, (1, 1))
+    assert find_teacher(workspace) == run / checkpoint_name(5)
+
+
+@pytest.fixture
+def save_run(workspace: Workspace, tiny_model: dict[str, Any], tiny_tokens: Path) -> Any:
+    """Write a run's checkpoint; each one is newer than those before."""
+    ages = iter(range(1, 100))
+
+    def write(name: str, *, method: str = "iiet", imported: bool = False) -> Path:
+        schedule = tiny_model["schedule"] if method == "iiet" else None
+        config = ModelConfig.from_dict({**tiny_model, "method": method, "schedule": schedule})
+        checkpoint = save_checkpoint(
+            workspace.runs / name,
+            1,
+            decoder=Decoder(config),
+            training_state={},
+            tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+            provenance={"imported": {"from": name}} if imported else {},
+        )
+        age = next(ages)
+        os.utime(workspace.runs / name, (age, age))
+        return checkpoint
+
+    return write
+
+
+def test_a_run_is_found_by_name_and_by_its_path_inside_the_workspace(
+    workspace: Workspace, save_run: Any
+) -> None:
+    checkpoint = save_run("teacher")
+    for typed in ("teacher", "runs/teacher", "runs/teacher/step_00000001", str(checkpoint)):
+        assert resolve_model(workspace, Path(typed)) == checkpoint
+        assert resolve_teacher(workspace, Path(typed)) == checkpoint
+        assert [subject.path for subject in open_subjects(workspace, [Path(typed)], None)] == [
+            checkpoint
+        ]
+
+
+def test_an_unknown_name_lists_the_runs(workspace: Workspace, save_run: Any) -> None:
+    with pytest.raises(UserError, match="has no runs yet"):
+        locate(workspace, Path("teacher"))
+    save_run("one")
+    save_run("two")
+    with pytest.raises(UserError, match=r"no folder teacher.* its runs are one, two"):
+        resolve_model(workspace, Path("teacher"))
+
+
+def test_an_unknown_name_lists_no_more_runs_than_people_read(workspace: Workspace) -> None:
+    for number in range(30):
+        folder = workspace.runs / f"run{number:02}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (number, number))
+    with pytest.raises(UserError, match=r"its newest runs are run10, .*, run29$"):
+        locate(workspace, Path("teacher"))
+
+
+def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
+    workspace: Workspace, save_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_run("llama", method="vanilla", imported=True)
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(workspace, Path("llama")) == checkpoint
+    # What can read both takes the nearer one.
+    assert locate(workspace, Path("llama"), model_folders=True) == tmp_path / "llama"
+
+
+def test_the_newest_is_what_was_imported_last(workspace: Workspace, save_run: Any) -> None:
+    teacher = save_run("teacher")
+    save_run("reference", method="vanilla")
+    assert resolve_model(workspace, None) == teacher
+    llama = save_run("llama", method="vanilla", imported=True)
+    assert resolve_model(workspace, None) == llama
+    # What needs corrections passes over a model without them.
+    assert resolve_teacher(workspace, None) == teacher
+
+
+def test_a_workspace_without_corrections_says_what_it_has(
+    workspace: Workspace, save_run: Any
+) -> None:
+    with pytest.raises(UserError, match="no IIET checkpoint"):
+        resolve_model(workspace, None)
+    plain = save_run("plain", method="vanilla")
+    assert resolve_model(workspace, None) == plain
+    with pytest.raises(UserError, match=r"with corrections, only plain \(vanilla\); .*pretrain"):
+        resolve_teacher(workspace, None)

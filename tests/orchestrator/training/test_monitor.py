@@ -1,0 +1,85 @@
+"""What the person at the terminal hears while jobs train: speed, time left, and what went wrong."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from orchestrator.settings import TrainingSettings
+from orchestrator.terminal.progress import BarProgress, PlainProgress, Progress
+from orchestrator.tracking import Tracking
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.monitor import JournalFollower
+from orchestrator.workspace.journal import Journal
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.said: list[tuple[float, str, float | None]] = []
+        self.notes: list[str] = []
+
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+        self.said.append((done, text, seconds_left))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: dict[str, Any]) -> TrainingJob:
+    return TrainingJob(
+        run_folder=str(tmp_path / "run"),
+        tokens_folder="unused",
+        model=tiny_model,
+        recipe=TrainingSettings(num_steps=100, num_tokens_per_step=64, iterate_from_fraction=0.5),
+    )
+
+
+def test_time_left_knows_that_corrections_take_longer(job: TrainingJob) -> None:
+    heard, journal = Heard(), Journal(job.folder)
+    follower = JournalFollower({"iiet": job}, cast("Tracking", None), heard)
+    follower.look()
+    assert heard.said[-1] == (0, "waiting for the first step", None)
+    speed = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
+    journal.metrics(10, speed)
+    follower.look()
+    done, text, first = heard.said[-1]
+    assert (done, text) == (10, "loss iiet 5.50, 640 tokens/s")
+    # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
+    assert first is not None
+    assert 40 * 0.1 + 50 * 0.1 < first < 40 * 0.1 + 50 * 0.25
+    journal.metrics(60, speed)
+    follower.look()
+    assert heard.said[-1][2] == pytest.approx(40 * 0.1)
+    journal.metrics(100, speed)
+    follower.look()
+    assert heard.said[-1] == (100, "", None)
+    journal.close()
+
+
+def test_a_skipped_step_and_damage_are_told(job: TrainingJob) -> None:
+    heard, journal = Heard(), Journal(job.folder)
+    follower = JournalFollower({"iiet": job}, cast("Tracking", None), heard)
+    journal.event("skipped", step=7, loss=float("nan"), gradient_norm=2.0)
+    journal.event("damaged", text="a sentence")
+    follower.look()
+    assert heard.notes == ["iiet: step 7 was skipped: loss nan, gradient norm 2", "a sentence"]
+    journal.close()
+
+
+def test_lines_and_bar_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.terminal.progress.PLAIN_SECONDS_BETWEEN_LINES", -1.0)
+    out = io.StringIO()
+    with PlainProgress(Console(file=out, width=100)) as plain:
+        plain.start("pretrain", 100)
+        plain.advance(10, "loss 5.5", seconds_left=150.0)
+    assert "pretrain: 10/100 loss 5.5, 2 min left" in out.getvalue()
+    out = io.StringIO()
+    with BarProgress(Console(file=out, width=100, force_terminal=True)) as bar:
+        bar.start("pretrain", 100)
+        bar.advance(10, "loss 5.5", seconds_left=7200.0)
+    assert "2.0 h left" in out.getvalue()

@@ -1,0 +1,158 @@
+"""A password in an address is used and never shown, logged or stored."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import cli
+from orchestrator.settings import TrainingSettings
+from orchestrator.terminal.logs import command_log
+from orchestrator.training.job import TrainingJob, check_job
+from orchestrator.workspace.credentials import has_secret, public_address, without_secrets
+from orchestrator.workspace.errors import Interrupted, StageFailed, UserError, quoted
+
+SECRET = "geh3im"
+ADDRESSES = {
+    f"http://user:{SECRET}@host:5000/x": "http://***@host:5000/x",
+    f"http://{SECRET}@host/": "http://***@host/",
+    f"postgresql+psycopg2://user:a@{SECRET}@host/db": "postgresql+psycopg2://***@host/db",
+    f"s3://KEY:{SECRET}@bucket/runs": "s3://***@bucket/runs",
+    f"s3://KEY:a/b+{SECRET}/c@bucket/runs": "s3://***@bucket/runs",
+    f"abfs://:{SECRET}@account.dfs.core.windows.net/c": "abfs://***@account.dfs.core.windows.net/c",
+    f"https://host/c?sv=1&sig={SECRET}%2B&se=2": "https://host/c?sv=1&sig=***&se=2",
+    f"https://host/?X-Amz-Signature={SECRET}": "https://host/?X-Amz-Signature=***",
+    f"s3://bucket/p?access_key=A&secret_key={SECRET}": "s3://bucket/p?access_key=***&secret_key=***",
+    f"mysql://host/db?password={SECRET}": "mysql://host/db?password=***",
+}  # fmt: skip
+HARMLESS = [
+    "s3://bucket/runs", "file:///a/b@c", "hdfs://user@host:8020/x", "http://host:5000/a@b",
+    "abfss://container@account.dfs.core.windows.net/x", "/a/path@2", "models:/toy@keep-99",
+    "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=a&viewStateShareKey=front-toy",
+    "--set takes section.key=value",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_secret_is_hidden_wherever_it_stands(address: str) -> None:
+    shown = ADDRESSES[address]
+    assert without_secrets(address) == shown
+    text = f"API request to '{address}' failed: (Caused by 'x@y')"
+    assert without_secrets(text) == text.replace(address, shown)
+    assert SECRET not in quoted(address + 500 * "x")
+    assert SECRET not in public_address(address)
+    assert "***@" not in public_address(address)
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_is_no_secret_is_no_reason_to_refuse(text: str) -> None:
+    assert not has_secret(text)
+
+
+def test_other_texts_stay_as_they_are() -> None:
+    for text in HARMLESS:
+        user = "://user@" in text or "://container@" in text
+        assert (without_secrets(text) == text) == (not user)
+
+
+def test_a_long_word_of_many_addresses_is_no_hang() -> None:
+    text = "x://" * 50_000
+    assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize("kind", [UserError, StageFailed, Interrupted])
+def test_no_error_holds_a_secret(kind: type[Exception]) -> None:
+    error = kind(f"no answer from http://user:{SECRET}@host")
+    for one in (error, pickle.loads(pickle.dumps(error))):
+        assert str(one) == "no answer from http://***@host"
+        assert SECRET not in repr(one.args)
+
+
+def test_a_log_holds_no_secret(tmp_path: Path) -> None:
+    address = f"http://user:{SECRET}@host"
+    with command_log(tmp_path, "test", verbose=False) as log:
+        assert log.path is not None
+        try:
+            raise RuntimeError(address)
+        except RuntimeError:
+            logging.getLogger("urllib3").exception("no answer from %s", address)
+        assert SECRET not in log.path.read_text(), "a kill would leave it there"
+        os.write(2, b"\xff of a child process: " + address.encode())
+    assert SECRET not in log.path.read_text(errors="replace")
+    assert b"\xff of a child process: http://***@host" in log.path.read_bytes()
+
+
+def everything(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("command", "expected_code"), [("sync", 0), ("report", 2), ("ui", 1)])
+def test_a_server_that_is_away_is_named_without_its_password(
+    command: str,
+    expected_code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9/mlflow")
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
+    code = cli.run([command])
+    printed = "".join(capfd.readouterr())
+    assert code == expected_code, printed
+    if command != "report":
+        assert "127.0.0.1:9/mlflow" in printed
+    assert SECRET not in printed
+    assert SECRET.encode() not in everything(tmp_path)
+
+
+@pytest.mark.parametrize("uri", [uri for uri in ADDRESSES if has_secret(uri)])
+def test_storage_with_a_secret_is_refused_before_anything_is_written(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
+    (tmp_path / "settings.yaml").write_text(f"cluster: {{storage: '{uri}'}}\n")
+    for options in (
+        ["--storage", uri],
+        ["--set", f"cluster.storage={uri}"],
+        ["--config", str(tmp_path / "settings.yaml")],
+    ):
+        code = cli.run(["pretrain", *options])
+        printed = "".join(capfd.readouterr())
+        assert code == 2, printed
+        assert "cluster.storage: the address holds a password or a key" in printed
+        assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment" in printed
+        assert SECRET not in printed
+    for option in (f"cluster.storge={uri}", uri):  # Misspelt, or without its name.
+        assert cli.run(["pretrain", "--set", option]) == 2
+        assert SECRET not in "".join(capfd.readouterr())
+    assert not (tmp_path / "space").exists()
+
+
+def test_a_job_with_a_secret_is_refused_too(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    job = TrainingJob(
+        run_folder=str(tmp_path / "run"),
+        tokens_folder=str(tiny_tokens),
+        model=tiny_model,
+        recipe=TrainingSettings(),
+        storage=f"s3://KEY:{SECRET}@bucket/runs",
+    )
+    with pytest.raises(UserError) as caught:
+        check_job(job)
+    assert "AWS_SECRET_ACCESS_KEY" in str(caught.value)
+    assert SECRET not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reason_of_a_failed_trial_holds_no_secret() -> None:
+    from orchestrator.cluster.train import failure_reason  # Brings Ray along: seconds.
+
+    error = OSError(f"cannot reach s3://KEY:{SECRET}@bucket\nsecond line")
+    assert failure_reason(error) == "OSError: cannot reach s3://***@bucket"

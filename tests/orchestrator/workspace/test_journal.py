@@ -1,0 +1,56 @@
+"""The journal: what was written is read, whatever a crash left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.workspace.journal import JOURNAL_NAME, Journal, read_journal
+
+
+def test_records_are_read_from_any_offset(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"loss": 2.5})
+    first, offset = read_journal(tmp_path)
+    journal.event("checkpoint", step=1)
+    second, end = read_journal(tmp_path, offset)
+    journal.close()
+    assert [r["values"] for r in first] == [{"loss": 2.5}]
+    assert [(r["name"], r["step"]) for r in second] == [("checkpoint", 1)]
+    assert read_journal(tmp_path, end) == ([], end)
+
+
+def test_a_line_cut_off_by_a_crash_is_skipped_and_spoils_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"loss": 1.0})
+    journal.close()
+    path = tmp_path / JOURNAL_NAME
+    path.write_bytes(path.read_bytes() + b'{"kind": "metr')
+    records, offset = read_journal(tmp_path)
+    assert len(records) == 1
+    journal = Journal(tmp_path)
+    journal.metrics(2, {"loss": 0.5})
+    journal.close()
+    again, _ = read_journal(tmp_path, offset)
+    assert [r["step"] for r in again] == [2]
+
+
+def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "nothing") == ([], 0)
+
+
+def test_a_line_without_the_parts_of_a_record_is_skipped(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"loss": 2.0})
+    journal.event("finished")
+    journal.close()
+    path = tmp_path / JOURNAL_NAME
+    whole = path.read_bytes()
+    flips = [(b'"values"', b'"valuec"'), (b'"step": 1', b'"rtep": 1'), (b'"kind"', b'"kine"')]
+    flips += [(b"2.0", b"[2]"), (b'"name"', b'"nama"'), (b'{"time"', b'["time"')]
+    flips += [(b'"time"', b'"time\x7f"')]
+    in_both = (b'"kind"', b'{"time"', b'"time"')
+    for old, new in flips:
+        path.write_bytes(whole.replace(old, new))
+        assert len(read_journal(tmp_path)[0]) == (0 if old in in_both else 1)
+    path.write_bytes(b"[" * 100_000 + b"\n" + whole)
+    assert len(read_journal(tmp_path)[0]) == 2
