@@ -258,7 +258,7 @@ class _Study:
             raise_failures(self.failures)
         fullest = [r for r in phases.best.values() if sum(r.schedule or ()) == most]
         teacher = min(fullest, key=lambda result: result.quality[LOSS])
-        references = [
+        baselines = [
             (name, Path(str(phases.best[name].checkpoint)))
             for name in (BASELINE, model_label(teacher.method, 0))
             if name in phases.best
@@ -271,7 +271,7 @@ class _Study:
                 own,
                 self.desk,
                 Path(str(teacher.checkpoint)),
-                references=references,
+                baselines=baselines,
                 name=self._sweep_name(way),
                 failures=failures,
             ).results

@@ -24,12 +24,11 @@ from orchestrator.reporting.choice import Rule, choose
 from orchestrator.reporting.findings import describe
 from orchestrator.reporting.pareto import Placed
 from orchestrator.reporting.publishing import front_of
-from orchestrator.reporting.results import about_items, load_items, load_results
+from orchestrator.reporting.results import about_items, load_items, load_results, newest_sweep
 from orchestrator.reporting.seeds import join_seeds, lowest_seed
 from orchestrator.settings import Settings
 from orchestrator.training.catalog import (
     find_by_weights,
-    newest_sweep,
     parse_schedule,
     resolve_model,
     stored_influence,

@@ -10,7 +10,7 @@ from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.overlay import write_overlay
 from orchestrator.reporting.publishing import write_report
 from orchestrator.reporting.report import WrittenReport
-from orchestrator.reporting.results import load_results
+from orchestrator.reporting.results import load_results, newest_sweep
 from orchestrator.reporting.tables import terminal_table
 from orchestrator.settings import Settings
 from orchestrator.sweeping.plan_table import plan_sentences, plan_table
@@ -19,7 +19,6 @@ from orchestrator.sweeping.stopping import stopping_of
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.formatting import counted
 from orchestrator.terminal.progress import print_line
-from orchestrator.training.catalog import newest_sweep
 from orchestrator.training.job import TrainingJob
 
 

@@ -27,7 +27,7 @@ def plan_search(
     teacher: Path,
     *,
     influence: InfluenceTable | None = None,
-    references: Iterable[tuple[str, Path]] | None = None,
+    baselines: Iterable[tuple[str, Path]] | None = None,
     name: str | None = None,
 ) -> tuple[SweepPlan, ScheduleSearch]:
     """Plan what a search starts with, and make the search that goes on from there.
@@ -37,14 +37,14 @@ def plan_search(
         desk: Workspace, tracking and terminal.
         teacher: Checkpoint of the full model.
         influence: Its influence, if it is at hand.
-        references: As those of a threshold sweep.
+        baselines: As those of a threshold sweep.
         name: Name of the sweep; made from its content when unset.
 
     Raises:
         UserError: If something does not go together.
     """
     check_sweep(settings, "search")
-    family = plan_thresholds(settings, desk, teacher, influence=influence, references=references)
+    family = plan_thresholds(settings, desk, teacher, influence=influence, baselines=baselines)
     suite, full = family.trials[0].suite, load_config(teacher)
 
     def make_trial(schedule: IterationSchedule) -> PlannedTrial:

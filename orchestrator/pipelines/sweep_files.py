@@ -17,12 +17,7 @@ from orchestrator.pipelines.sweep_plans import plan_iterations, plan_suite, plan
 from orchestrator.pipelines.sweeps import quickstart, show_search_plan, sweep_iterations
 from orchestrator.settings import Settings
 from orchestrator.sweeping.checks import Kind, check_sweep
-from orchestrator.sweeping.models import (
-    TEACHER,
-    check_models,
-    most_students,
-    teacher_and_references,
-)
+from orchestrator.sweeping.models import TEACHER, check_models, most_students, teacher_and_baselines
 from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.terminal.formatting import counted
 from orchestrator.terminal.progress import print_line
@@ -49,7 +44,7 @@ def _show_plan(settings: Settings, desk: Desk, kind: Kind) -> None:
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     jobs = {
         name: plan_pretraining(own, desk.workspace, tokens)
-        for name, own in teacher_and_references(settings).items()
+        for name, own in teacher_and_baselines(settings).items()
     }
     outcomes = {name: finished_outcome(job, desk.progress.note) for name, job in jobs.items()}
     outcome = outcomes[TEACHER]
@@ -67,7 +62,7 @@ def _show_pretraining(settings: Settings, desk: Desk, jobs: Mapping[str, Trainin
     plan = iterations_plan(
         [Variant(label=name, job=job) for name, job in jobs.items()],
         suite=plan_suite(settings.evaluation, tokens, config, desk.progress),
-        name="the teacher and its references",
+        name="the teacher and its baselines",
     )
     # They are pretrained on the cluster's places, not on those of the sweep's trials.
     places = settings.sweep.model_copy(update={"gpus_per_trial": settings.cluster.num_gpus})

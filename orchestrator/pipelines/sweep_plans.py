@@ -24,6 +24,7 @@ from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.influence import measure_influence
 from orchestrator.pipelines.pretraining import plan_pretraining
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.budgets import cost_in
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.models import check_models, models_of, with_rates
@@ -32,7 +33,7 @@ from orchestrator.sweeping.students import threshold_plan
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.catalog import find_references, tokens_of
+from orchestrator.training.catalog import tokens_of
 from orchestrator.training.checkpoint import load_config, text_files_key
 
 
@@ -42,7 +43,7 @@ def plan_thresholds(
     teacher: Path,
     *,
     influence: InfluenceTable | None = None,
-    references: Iterable[tuple[str, Path]] | None = None,
+    baselines: Iterable[tuple[str, Path]] | None = None,
     name: str | None = None,
 ) -> SweepPlan:
     """Plan a threshold sweep.
@@ -52,7 +53,7 @@ def plan_thresholds(
         desk: Workspace, tracking and terminal.
         teacher: Checkpoint of the full model.
         influence: Its influence, if it is at hand.
-        references: Label and checkpoint of models to show beside it; those of the workspace that
+        baselines: Label and checkpoint of models to show beside it; those of the workspace that
             were trained on the same tokens in the same shape when unset.
         name: Name of the sweep; made from its content when unset.
 
@@ -62,9 +63,9 @@ def plan_thresholds(
     tokens, full = tokens_of(teacher, desk.workspace), load_config(teacher)
     influence = influence or influence_of(settings, desk, teacher)
     left_out: dict[str, str] = {}
-    if references is None:
-        known = find_references(desk.workspace, teacher)
-        references, left_out = known.found.items(), known.left_out
+    if baselines is None:
+        known = find_baselines(desk.workspace, teacher)
+        baselines, left_out = known.found.items(), known.left_out
         for run, reason in left_out.items():
             desk.progress.note(f"run {run}: {reason}")
     members = choose_members(
@@ -79,7 +80,7 @@ def plan_thresholds(
         teacher=teacher,
         members=members,
         suite=suite | text_of_teacher(teacher),
-        references=list(references),
+        baselines=list(baselines),
         left_out=left_out,
         name=name,
     )

@@ -35,12 +35,7 @@ from orchestrator.reporting.results import LEFT_OUT, SweepResults
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.checks import Kind, check_sweep
 from orchestrator.sweeping.execution import Grow, SweepOutcome, sweep
-from orchestrator.sweeping.models import (
-    TEACHER,
-    check_models,
-    most_students,
-    teacher_and_references,
-)
+from orchestrator.sweeping.models import TEACHER, check_models, most_students, teacher_and_baselines
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import print_line
 from orchestrator.training.job import finished_outcome
@@ -49,7 +44,7 @@ from orchestrator.workspace.provenance import environment
 
 
 def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
-    """Do the whole job: tokens, teacher and references, influence, threshold sweep, front.
+    """Do the whole job: tokens, teacher and baselines, influence, threshold sweep, front.
 
     Args:
         settings: Section `model` is the teacher's; vanilla and r = 0 share its shape and recipe.
@@ -68,7 +63,7 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
     check_sweep(settings, kind, desk.progress)
     check_models(settings, kind)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
-    every = teacher_and_references(settings)
+    every = teacher_and_baselines(settings)
     jobs = [plan_pretraining(own, desk.workspace, tokens) for own in every.values()]
     # Students of a teacher that is there are looked at when they are planned.
     if settings.distillation.control != "pruned" and finished_outcome(jobs[0]) is None:
@@ -79,7 +74,7 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
         )
         teacher = checkpoints.pop(TEACHER)
         procedure = search_schedules if is_search else sweep_thresholds
-        return procedure(settings, desk, teacher, references=list(checkpoints.items()))
+        return procedure(settings, desk, teacher, baselines=list(checkpoints.items()))
 
 
 def sweep_thresholds(
@@ -87,7 +82,7 @@ def sweep_thresholds(
     desk: Desk,
     teacher: Path,
     *,
-    references: Iterable[tuple[str, Path]] | None = None,
+    baselines: Iterable[tuple[str, Path]] | None = None,
     name: str | None = None,
     failures: dict[str, str] | None = None,
 ) -> SweepOutcome:
@@ -97,14 +92,14 @@ def sweep_thresholds(
         settings: Sections `influence`, `sweep`, `distillation` and `evaluation` count.
         desk: Workspace, tracking and terminal.
         teacher: Checkpoint of the full model.
-        references: Label and checkpoint of models to show beside it; those of the workspace that
+        baselines: Label and checkpoint of models to show beside it; those of the workspace that
             were trained on the same tokens in the same shape when unset.
         name: Name of the sweep; made from its content when unset.
         failures: As in `run_and_show`.
     """
     influence = influence_of(settings, desk, teacher)
     plan = plan_thresholds(
-        settings, desk, teacher, influence=influence, references=references, name=name
+        settings, desk, teacher, influence=influence, baselines=baselines, name=name
     )
     return run_and_show(plan, settings, desk, influence, failures=failures)
 
@@ -114,7 +109,7 @@ def search_schedules(
     desk: Desk,
     teacher: Path,
     *,
-    references: Iterable[tuple[str, Path]] | None = None,
+    baselines: Iterable[tuple[str, Path]] | None = None,
     name: str | None = None,
 ) -> SweepOutcome:
     """Distill the threshold's schedules, then those that a sampler suggests; show all on one front.
@@ -123,12 +118,12 @@ def search_schedules(
         settings: As those of a threshold sweep, and section `search`.
         desk: Workspace, tracking and terminal.
         teacher: Checkpoint of the full model.
-        references: As those of a threshold sweep.
+        baselines: As those of a threshold sweep.
         name: Name of the sweep; made from its content when unset.
     """
     influence = influence_of(settings, desk, teacher)
     plan, search = plan_search(
-        settings, desk, teacher, influence=influence, references=references, name=name
+        settings, desk, teacher, influence=influence, baselines=baselines, name=name
     )
     return run_and_show(plan, settings, desk, influence, grow=search.grow)
 

@@ -1,7 +1,7 @@
 """What a trial leaves behind: one value that tables, fronts, reports and MLflow all read.
 
 A trial is one iteration schedule distilled and measured once; the full model (`teacher`) and models
-trained from scratch for comparison (`reference`: vanilla, r = 0) have the same form, so that a
+trained from scratch for comparison (`baseline`: vanilla, r = 0) have the same form, so that a
 front can hold all three. Numbers lie in three flat mappings whose names are those of the tracked
 metrics: `cost["evaluations"]` is the metric `cost/evaluations`. A name that a trial lacks stays
 out; readers ask with `value`, which answers None.
@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeVar
 
 from orchestrator.workspace.errors import UserError
 
-Role = Literal["trial", "teacher", "reference"]
-ROLES = ("trial", "teacher", "reference")
+Role = Literal["trial", "teacher", "baseline"]
+ROLES = ("trial", "teacher", "baseline")
 T = TypeVar("T")
 LARGEST_EXPONENT = 700.0
 """Above it `exp` leaves the numbers of a float."""
@@ -40,7 +40,7 @@ class TrialResult:
     key: str
     """Content key of all that determines the result."""
     role: Role
-    """`trial`, `teacher` (the full model) or `reference` (trained from scratch for comparison)."""
+    """`trial`, `teacher` (the full model) or `baseline` (trained from scratch for comparison)."""
     method: str
     """Registry key of the method: iiet, vanilla, pcformer."""
     schedule: tuple[int, ...] | None = None
@@ -180,7 +180,7 @@ def full_model(
     models: Sequence[T], *, role: Callable[[T], str], cost: Callable[[T], float]
 ) -> T | None:
     """Return the model that others are compared with: the teacher, else the costliest that is no
-    reference, else the costliest; None of none.
+    baseline, else the costliest; None of none.
 
     Args:
         models: Planned or measured ones.

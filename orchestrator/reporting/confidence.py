@@ -113,7 +113,7 @@ class _Sureness:
         self._quality = draws.quality(front.axes.quality)
         full = front.full
         self._full = next((n for n, point in enumerate(points) if point is full), None)
-        rivals = [n for n, p in enumerate(points) if n == self._full or p.is_reference]
+        rivals = [n for n, p in enumerate(points) if n == self._full or p.is_baseline]
         # The full model first: it is what everything is compared with.
         rivals.sort(key=lambda n: n != self._full)
         self._rivals = {full_name(front, points[n]): n for n in rivals}

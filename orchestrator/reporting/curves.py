@@ -2,7 +2,7 @@
 
 Students are shown by their validation loss; where they were validated too seldom for a curve, by
 their divergence from the teacher, else by the loss they were trained with. Full model and
-references have a chart of their own: they start from nothing and would flatten all else.
+baselines have a chart of their own: they start from nothing and would flatten all else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STUDENT_CHARTS = {
     "Loss while training": "train/loss",
 }
 """Title and metric; the first that there is a curve for."""
-REFERENCE_CHART = "Validation loss of full model and references"
+BASELINE_CHART = "Validation loss of full model and baselines"
 HISTORY_CHARTS = {
     "Hypervolume against trials finished": BY_TRIALS,
     "Hypervolume against training in GFLOPs": BY_COMPUTE,
@@ -59,7 +59,7 @@ def curves_of(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]
             charts[title] = series
             break
     if series := _series(others, VALIDATION_METRIC):
-        charts[REFERENCE_CHART] = series
+        charts[BASELINE_CHART] = series
     return charts
 
 

@@ -45,8 +45,8 @@ def findings(front: Front) -> list[str]:
     if front.best is not None and front.best not in (kept, front.knee, full):
         sentences.append(f"Best: {describe(front, front.best)}.")
     choice = kept or full
-    references = [point for point in front.placed if point.is_reference and point is not choice]
-    sentences += [_against(front, reference, choice) for reference in references]
+    baselines = [point for point in front.placed if point.is_baseline and point is not choice]
+    sentences += [_against(front, baseline, choice) for baseline in baselines]
     if front.unplaced:
         names = listed([result.name for result in front.unplaced])
         sentences.append(f"Not on the picture, for lack of a measurement: {names}.")
@@ -165,8 +165,8 @@ def _how_sure(front: Front, point: Placed, kept_share: float) -> str:
     return f"; it {' and '.join(claims)}" if claims else ""
 
 
-def _against(front: Front, reference: Placed, choice: Placed) -> str:
-    better, size, is_told = _difference(front, reference, choice)
+def _against(front: Front, baseline: Placed, choice: Placed) -> str:
+    better, size, is_told = _difference(front, baseline, choice)
     rival = full_name(front, choice)
     if not is_told:
         said = f"and {rival} differ by less than these items can tell ({size})"
@@ -174,21 +174,19 @@ def _against(front: Front, reference: Placed, choice: Placed) -> str:
         said = f"is worse than {rival} by {size}"
     else:
         said = f"is better than {rival} by {size}"
-    beaten = front.beaten_by(reference)
+    beaten = front.beaten_by(baseline)
     also = f"; it beats {_names(front, beaten)} on the front" if beaten else ""
-    return f"{full_name(front, reference)} ({_quality(front, reference)}) {said}{also}."
+    return f"{full_name(front, baseline)} ({_quality(front, baseline)}) {said}{also}."
 
 
-def _difference(front: Front, reference: Placed, choice: Placed) -> tuple[float, str, bool]:
+def _difference(front: Front, baseline: Placed, choice: Placed) -> tuple[float, str, bool]:
     """Return how much better the choice is, that as text with its error, and whether it is told
     apart from nothing.
     """
     scale, unit = (100, " points") if is_accuracy(front.axes.quality) else (1, "")
     sign = 1 if front.axes.higher_is_better else -1
     sure = choice.confidence
-    paired = (
-        sure.overall.against.get(full_name(front, reference)) if sure and sure.overall else None
-    )
+    paired = sure.overall.against.get(full_name(front, baseline)) if sure and sure.overall else None
     if paired is not None:
         bounds = sorted(sign * scale * bound for bound in (paired.low, paired.high))
         better = sign * paired.value
@@ -198,8 +196,8 @@ def _difference(front: Front, reference: Placed, choice: Placed) -> tuple[float,
         value = f"{abs(scale * better):.{digits}f}{unit}"
         limits = f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} in {LEVEL:.0%} of the draws"
         return better, f"{value}, {limits}", paired.excludes_zero
-    better = front.goodness(choice) - front.goodness(reference)
-    error = math.hypot(choice.error or 0.0, reference.error or 0.0)
+    better = front.goodness(choice) - front.goodness(baseline)
+    error = math.hypot(choice.error or 0.0, baseline.error or 0.0)
     size = f"{abs(scale * better):.2g}{unit}"
     if not error:
         return better, size, better != 0

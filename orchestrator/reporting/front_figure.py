@@ -1,7 +1,7 @@
 """The picture of a front: what each model costs and how good it is, with errors, for a paper.
 
 The line is a staircase, because it says what a budget buys: the best model that costs no more.
-Dominated trials stay in the picture, faint; the teacher and the references have shapes of their
+Dominated trials stay in the picture, faint; the teacher and the baselines have shapes of their
 own; the axes on the far sides read as shares of the full model. Bars are one standard error.
 
 Several sweeps share a picture by color and shape: the front of each is faint, the front of all is
@@ -34,7 +34,7 @@ from orchestrator.reporting.style import (
 from orchestrator.reporting.texts import full_name
 
 LONGEST_LABELED_SCHEDULE = 12
-REFERENCE_MARKERS = "Ds^vP<"
+BASELINE_MARKERS = "Ds^vP<"
 SERIES_MARKERS = "oshpd8"
 INK = "#1c1c1c"
 
@@ -125,17 +125,17 @@ def _draw_trials(
 
 
 def _draw_others(panel: Panel, front: Front) -> None:
-    """Draw the full models and the references, which have shapes of their own."""
+    """Draw the full models and the baselines, which have shapes of their own."""
     teachers = [point for point in front.placed if point.result.role == "teacher"]
     star = {"marker": "*", "markersize": 14, "mfc": ORANGE, "mec": "black", "zorder": 5}
     _draw_bars(panel, front, teachers, "teacher", {**star, "ecolor": ORANGE})
-    references = [point for point in front.placed if point.is_reference]
+    baselines = [point for point in front.placed if point.is_baseline]
     hollow = {"markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY, "zorder": 4}
-    if len(references) > len(REFERENCE_MARKERS):
-        look = {**hollow, "marker": REFERENCE_MARKERS[0]}
-        _draw_bars(panel, front, references, "reference", look)
+    if len(baselines) > len(BASELINE_MARKERS):
+        look = {**hollow, "marker": BASELINE_MARKERS[0]}
+        _draw_bars(panel, front, baselines, "baseline", look)
         return
-    for point, marker in zip(references, REFERENCE_MARKERS, strict=False):
+    for point, marker in zip(baselines, BASELINE_MARKERS, strict=False):
         _draw_bars(panel, front, [point], full_name(front, point), {**hollow, "marker": marker})
 
 
@@ -215,7 +215,7 @@ def _percent_of(whole: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any
 
 
 def _ask_for_labels(labels: LabelPlacer, front: Front) -> None:
-    """Queue the labels, the most important first; references are named in the legend."""
+    """Queue the labels, the most important first; baselines are named in the legend."""
     scale, knee = _scale(front), front.knee
     for point in front.placed:
         labels.avoid_point(point.cost, scale * point.quality, scale * (point.error or 0.0))

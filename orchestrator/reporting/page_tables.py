@@ -129,7 +129,7 @@ def _heat_cell(value: float, low: float, high: float) -> str:
 
 def _kind(point: Placed) -> str:
     if not point.is_candidate:
-        return "reference"
+        return "baseline"
     if point.on_front:
         return "member"
     return "full" if point.result.role == "teacher" else "dominated"

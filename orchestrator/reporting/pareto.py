@@ -2,7 +2,7 @@
 
 In: trial results and the names of two of their numbers. Out: every result placed, told on the front
 or off it, with its picks: best, cheapest, the knee, the cheapest that keeps a share of the full
-model's quality. Beside a teacher and its students, references trained from scratch are placed but
+model's quality. Beside a teacher and its students, baselines trained from scratch are placed but
 do not push trials off the front, so that it answers "which schedule", and `beaten_by` answers "and
 was it worth it". Without a teacher all were trained from scratch, and vanilla competes like any
 other: there the front answers "which method".
@@ -40,7 +40,7 @@ class Compared:
     own: Interval
     """The quality itself."""
     against: Mapping[str, Interval]
-    """Name of the full model or of a reference -> this model's quality minus that one's."""
+    """Name of the full model or of a baseline -> this model's quality minus that one's."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Confidence:
     keeps: float | None
     """In which share of the draws at least `KEPT_SHARE` is kept."""
     on_front: float | None
-    """In which share of the draws the model is on the front; None for references."""
+    """In which share of the draws the model is on the front; None for baselines."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ class Placed:
     confidence: Confidence | None = None
     """How sure that is; None where no values of single items are at hand."""
     is_candidate: bool = True
-    """Whether the result competes for the front; beside a teacher, references do not."""
+    """Whether the result competes for the front; beside a teacher, baselines do not."""
 
     @property
-    def is_reference(self) -> bool:
+    def is_baseline(self) -> bool:
         """Whether the others are to be compared with it: a method without corrections."""
-        return self.result.role == "reference"
+        return self.result.role == "baseline"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Front:
 
     @property
     def full(self) -> Placed | None:
-        """The model to compare with: the teacher, else the costliest but for references."""
+        """The model to compare with: the teacher, else the costliest but for baselines."""
         return full_model(self.placed, role=lambda p: p.result.role, cost=lambda p: p.cost)
 
     @property
@@ -202,14 +202,14 @@ class Front:
         kept = [point for point in self.members if (self.share(point) or 0.0) >= share]
         return min(kept, key=lambda point: point.cost, default=None)
 
-    def beaten_by(self, reference: Placed) -> tuple[Placed, ...]:
-        """Return the members that a reference beats: no better, no cheaper, and worse in one."""
+    def beaten_by(self, baseline: Placed) -> tuple[Placed, ...]:
+        """Return the members that a baseline beats: no better, no cheaper, and worse in one."""
         return tuple(
             point
             for point in self.members
-            if reference.cost <= point.cost
-            and self.goodness(reference) >= self.goodness(point)
-            and (reference.cost, reference.quality) != (point.cost, point.quality)
+            if baseline.cost <= point.cost
+            and self.goodness(baseline) >= self.goodness(point)
+            and (baseline.cost, baseline.quality) != (point.cost, point.quality)
         )
 
     @property
@@ -248,7 +248,7 @@ def find_front(
     """Place results on two axes and find those that no other candidate beats.
 
     Args:
-        results: Trials, teacher and references, in any order.
+        results: Trials, teacher and baselines, in any order.
         axes: Which two numbers; evaluations and accuracy when unset.
         series: Key of a result -> the sweep it is from, where several share the front.
     """
@@ -262,7 +262,7 @@ def find_front(
         else:
             found.append((result, cost, quality))
     has_teacher = any(result.role == "teacher" for result in results)
-    competing = [not has_teacher or result.role != "reference" for result, _, _ in found]
+    competing = [not has_teacher or result.role != "baseline" for result, _, _ in found]
     on_front = _not_dominated(found, axes, competing)
     placed = [
         Placed(result, cost, quality, result.value(axes.error), member, is_candidate=candidate)

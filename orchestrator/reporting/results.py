@@ -17,7 +17,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, read_object, values_of, write_json
-from orchestrator.workspace.folders import Workspace, checked_name
+from orchestrator.workspace.folders import Workspace, checked_name, is_name
 
 RESULTS_NAME = "results.json"
 LEFT_OUT = "Left out"
@@ -33,7 +33,7 @@ class SweepResults:
     key: str
     """Content key of the sweep's plan; finds its run again."""
     results: tuple[TrialResult, ...]
-    """Teacher, trials and references, as far as they are finished."""
+    """Teacher, trials and baselines, as far as they are finished."""
     influence: InfluenceTable | None = None
     """The teacher's influence table, if the sweep had one."""
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -161,3 +161,18 @@ def _missing(workspace: Workspace, name: str) -> str:
     known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_NAME}"))
     offer = f"there are: {', '.join(known)}" if known else "run `iiet-orch sweep-threshold` first"
     return f"no sweep is called {name!r} in {workspace.root}; {offer}"
+
+
+def newest_sweep(workspace: Workspace) -> str:
+    """Return the name of the newest sweep that has results.
+
+    Raises:
+        UserError: If there is none.
+    """
+    paths = [path for path in workspace.sweeps.glob("*/results.json") if is_name(path.parent.name)]
+    found = sorted(paths, key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(
+            f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
+        )
+    return found[-1].parent.name

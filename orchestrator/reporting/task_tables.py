@@ -1,5 +1,5 @@
 """Each task by itself: every model's score, its interval, and paired differences to the full model
-and the references.
+and the baselines.
 
 One value, read by the page and by Markdown. The average stands first; where the quality of the
 front has no values by item, only the tasks are shown.

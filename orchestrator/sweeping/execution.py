@@ -56,7 +56,7 @@ class SweepOutcome:
     folder: Path
     """The sweep's folder."""
     results: tuple[TrialResult, ...]
-    """Finished trials, the teacher and the references among them, in the plan's order."""
+    """Finished trials, the teacher and the baselines among them, in the plan's order."""
     failures: dict[str, str]
     """Label -> reason of trials that failed for good."""
     stopped: dict[str, str]

@@ -2,7 +2,7 @@
 
 In: a sweep's plan, whose finished trials lie on disk. Out: a journal in the sweep's folder, from
 which MLflow and the report take two curves: against the number of models finished (trials, teacher
-and references), and against the FLOPs of the sweep's own training, what it found finished included.
+and baselines), and against the FLOPs of the sweep's own training, what it found finished included.
 
 The axes are evaluations and accuracy, because milliseconds are measured when all is trained. The
 hypervolume is a share of a box that the full model spans, so the curves start when that model is

@@ -63,7 +63,7 @@ def check_models(settings: Settings, kind: Kind) -> None:
         )
 
 
-def teacher_and_references(settings: Settings) -> dict[str, Settings]:
+def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the models that the students of a sweep are measured against."""
     return {
         TEACHER: with_model(settings),

@@ -33,11 +33,11 @@ def threshold_plan(
     teacher: Path,
     members: Sequence[FamilyMember],
     suite: dict[str, Any],
-    references: Sequence[tuple[str, Path]] = (),
+    baselines: Sequence[tuple[str, Path]] = (),
     left_out: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan a threshold sweep: the teacher, its students under the chosen schedules, references.
+    """Plan a threshold sweep: the teacher, its students under the chosen schedules, baselines.
 
     Students that are pruned and not trained have no seeds: each schedule is one trial.
 
@@ -47,7 +47,7 @@ def threshold_plan(
         teacher: Checkpoint of the full model.
         members: The schedules, costliest first; see `choose_members`.
         suite: What is measured.
-        references: Label and checkpoint of models to show beside the sweep.
+        baselines: Label and checkpoint of models to show beside the sweep.
         left_out: Run and reason of models that could have stood there.
         name: Name of the sweep; made from its key when unset.
     """
@@ -61,8 +61,8 @@ def threshold_plan(
                 student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
             )
     trials += [
-        measured_as_it_is("reference", label, folder, load_config(folder), suite, workspace)
-        for label, folder in references
+        measured_as_it_is("baseline", label, folder, load_config(folder), suite, workspace)
+        for label, folder in baselines
     ]
     sweep = settings.sweep
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules

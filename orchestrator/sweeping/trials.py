@@ -29,7 +29,7 @@ class PlannedTrial:
     key: str
     """Hash of all that determines the result; the same trial in another sweep has the same key."""
     role: Role
-    """`trial`, `teacher` or `reference`."""
+    """`trial`, `teacher` or `baseline`."""
     label: str
     """What tables and pictures call it."""
     model: dict[str, Any]
@@ -135,7 +135,7 @@ class SweepPlan:
     """Thresholds, budgets, schedules or models asked for, before those that coincide were merged;
     seeds do not count."""
     trials: tuple[PlannedTrial, ...]
-    """Trials, teacher and references, each once."""
+    """Trials, teacher and baselines, each once."""
     num_distinct: int = 0
     """Schedules or models that those asked for come to; what a search adds does not count."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -227,7 +227,7 @@ def finish_plan(
 
 def num_models(trials: Sequence[PlannedTrial]) -> int:
     """Return how many models, seeds apart, trials are of that a sweep makes itself: all but the
-    teacher and references that were there before.
+    teacher and baselines that were there before.
     """
     own = [trial for trial in trials if trial.role == "trial" or trial.job]
     return len({trial.group or trial.key for trial in own})

@@ -43,7 +43,7 @@ def iterations_plan(
         trials.append(
             PlannedTrial(
                 key=content_key("trial", job_key(job), suite_key(suite)),
-                role="reference" if is_baseline else "trial",
+                role="baseline" if is_baseline else "trial",
                 label=variant.label,
                 model=config.to_dict(),
                 folder=job.run_folder,

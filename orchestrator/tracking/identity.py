@@ -19,7 +19,7 @@ class RunIdentity:
     key: str
     """Content key, or the name of a sweep."""
     kind: str
-    """Becomes the tag `iiet.kind`: pretrain, influence, sweep, trial, teacher, reference."""
+    """Becomes the tag `iiet.kind`: pretrain, influence, sweep, trial, teacher, baseline."""
     name: str
     """What the user interface shows; not part of the search."""
     parent: RunIdentity | str | None = None

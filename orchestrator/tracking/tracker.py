@@ -103,7 +103,7 @@ class Tracking:
         """Track a finished trial as a nested run: parameters, metrics, and its journal's losses.
 
         Args:
-            result: The trial; a teacher or a reference is nested in the same way, under its role as
+            result: The trial; a teacher or a baseline is nested in the same way, under its role as
                 kind.
             parent: The sweep's run.
             sweep: The sweep's name, by which the chart view filters.

@@ -1,5 +1,4 @@
-"""What a workspace holds: the teacher that a command means, models to show beside it, their tokens,
-sweeps.
+"""What a workspace holds: the model that a command means, and the tokens it was trained on.
 
 Commands that get no path look here. Everything is read from the folders themselves, so a workspace
 that was copied or half deleted says what it still has.
@@ -7,20 +6,16 @@ that was copied or half deleted says what it still has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.data.tokens import verify_tokens
-from orchestrator.settings import InfluenceSettings, TrainingSettings, model_label
+from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import (
-    check_checkpoint,
-    checkpoint_name,
     find_checkpoints,
     is_checkpoint,
     load_config,
@@ -32,9 +27,8 @@ from orchestrator.training.checkpoint import (
     tokenizer_file,
     weights_key,
 )
-from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import DAMAGE, expanded, read_json, values_of
+from orchestrator.workspace.files import DAMAGE, expanded, read_json
 from orchestrator.workspace.folders import Workspace, is_name
 from orchestrator.workspace.provenance import file_key
 
@@ -155,7 +149,7 @@ def _newest(
 
 
 def _newest_runs(workspace: Workspace) -> list[Path]:
-    return sorted(_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+    return sorted(all_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
 
 
 def _may_be_teacher(checkpoints: Sequence[Path]) -> bool:
@@ -171,106 +165,6 @@ def _may_be_teacher_or_imported(checkpoints: Sequence[Path]) -> bool:
         with suppress(UserError):
             return "imported" in load_provenance(folder) or _may_be_teacher([folder])
     return True
-
-
-@dataclass(frozen=True)
-class References:
-    """Models that stand beside a teacher."""
-
-    found: dict[str, Path]
-    """Label to checkpoint."""
-    left_out: dict[str, str]
-    """Name of a run that was looked at and left out, to the reason."""
-
-
-def find_references(workspace: Workspace, teacher: Path) -> References:
-    """Return the workspace's models without corrections that can stand beside a teacher: same
-    tokens, shape, recipe. Of several the newest.
-
-    What is damaged is named. What was trained in another way is named where there is no other model
-    of its kind.
-    """
-    found: dict[str, Path] = {}
-    left_out: dict[str, str] = {}
-    unlike: dict[str, tuple[str, str]] = {}
-    full = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
-    wanted = _comparable(full)
-    for run in sorted(_runs(workspace), key=lambda run: run.stat().st_mtime):
-        label, made = _made(run)
-        if damage := made.get("damage"):
-            left_out[run.name] = f"the run {run.name} is left out: {damage}"
-        if label is None or "imported" in made.get("provenance", {}):
-            continue
-        reason = _difference(_comparable(made), wanted) or _why_unfinished(run)
-        if reason:
-            unlike[label] = (run.name, f"{label} is left out: {reason}")
-            continue
-        try:
-            found[label] = _finished_checkpoint(run)
-        except UserError as error:
-            left_out[run.name] = f"{label} is left out: {error}"
-    left_out |= dict(pair for label, pair in unlike.items() if label not in found)
-    return References(found, left_out)
-
-
-def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
-    """Return what a front calls a model without corrections (None: it has some, or is none), and
-    how it was made, by the newest checkpoint that says so."""
-    damage = ""
-    for folder in reversed(find_checkpoints(run)):
-        try:
-            config = load_config(folder)
-            made = {"model": config.to_dict(), "provenance": load_provenance(folder)}
-        except UserError as error:
-            damage = damage or str(error)
-            continue
-        label = model_label(config.method, 0)
-        return None if config.corrections.num_corrections else label, made
-    return None, {"damage": damage}
-
-
-def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name what differs between a model and a teacher beside corrections; empty if nothing does."""
-    parts = [
-        f"{name} is {own.get(name)!r} and the teacher's {wanted.get(name)!r}"
-        for name in dict.fromkeys([*own, *wanted])
-        if own.get(name) != wanted.get(name)
-    ]
-    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
-    return ", ".join(parts[:3]) + more
-
-
-def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = made["provenance"]
-    # Each method may have its own best learning rate, and only corrections have two stages.
-    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *FREE_IN_RECIPE)
-    # A checkpoint from before a setting existed was made as its default makes one.
-    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
-    of_method = ("method", "method_options", "schedule")
-    shape = {name: value for name, value in made["model"].items() if name not in of_method}
-    return {
-        **{f"model.{name}": value for name, value in shape.items()},
-        "tokens": provenance.get("tokens"),
-        **{f"training.{name}": value for name, value in recipe.items() if name not in free},
-    }
-
-
-def _why_unfinished(run: Path) -> str:
-    return "" if (run / DONE_NAME).exists() else "its training is not finished"
-
-
-def _finished_checkpoint(run: Path) -> Path:
-    """Return the last checkpoint of a finished run.
-
-    Raises:
-        UserError: If it, or the record of its end, is damaged.
-    """
-    path, cure = run / DONE_NAME, "delete it, and the same training again writes it"
-    done = read_json(path, cure=cure)
-    with values_of(path, cure=cure):
-        checkpoint = run / checkpoint_name(done["step"])
-    check_checkpoint(checkpoint)
-    return checkpoint
 
 
 def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
@@ -296,7 +190,7 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
 
 def find_by_weights(workspace: Workspace, key: str) -> Path | None:
     """Return the checkpoint of the workspace's runs with these weights; None if it is not there."""
-    for run in _runs(workspace):
+    for run in all_runs(workspace):
         for checkpoint in find_checkpoints(run):
             with suppress(UserError):  # A damaged record is not the one that is looked for.
                 if key and weights_key(checkpoint) == key:
@@ -353,20 +247,6 @@ def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
     return folder
 
 
-def newest_sweep(workspace: Workspace) -> str:
-    """Return the name of the newest sweep that has results.
-
-    Raises:
-        UserError: If there is none.
-    """
-    paths = [path for path in workspace.sweeps.glob("*/results.json") if is_name(path.parent.name)]
-    found = sorted(paths, key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(
-            f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
-        )
-    return found[-1].parent.name
-
-
-def _runs(workspace: Workspace) -> list[Path]:
+def all_runs(workspace: Workspace) -> list[Path]:
+    """Return the folders of the workspace's runs."""
     return [path for path in workspace.runs.glob("*") if path.is_dir()]

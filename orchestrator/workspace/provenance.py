@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Raised by hand when the code changes what a recipe produces, or what a key is made of. It is part
 of every key, and a workspace with trainings of another version is refused."""
 

@@ -64,7 +64,7 @@ def test_the_whole_job_ends_with_a_front(finished: tuple[Path, str]) -> None:
     assert {f"front.{kind}" for kind in ("png", "svg", "json", "csv", "md", "html")} <= names
     results = json.loads((folder / "results.json").read_text())["results"]
     roles = [result["role"] for result in results]
-    assert roles == ["teacher", "trial", "trial", "trial", "reference", "reference"]
+    assert roles == ["teacher", "trial", "trial", "trial", "baseline", "baseline"]
     for result in results:
         assert {"accuracy", "accuracy_stderr", "bits_per_byte"} <= set(result["quality"])
         assert {"evaluations", "flops_per_token", "kv_bytes_per_token"} <= set(result["cost"])

@@ -19,7 +19,7 @@ def results(losses: dict[str, list[float]]) -> list[TrialResult]:
     return [
         TrialResult(
             key=f"{group} {seed}",
-            role="reference" if group == "vanilla" else "trial",
+            role="baseline" if group == "vanilla" else "trial",
             method="vanilla" if group == "vanilla" else "iiet",
             label=f"{group}, seed {seed}" if len(own) > 1 else group,
             group=group if len(own) > 1 else None,

@@ -83,8 +83,8 @@ def sample_results(sample_influence: Influence) -> list[TrialResult]:
     return [
         made_up("7e1c0ffee0000000", "teacher", family[0].schedule, 0.4465, label="teacher"),
         *trials,
-        made_up("vanilla000000000", "reference", None, 0.4176, label="vanilla"),
-        made_up("rzero00000000000", "reference", none, 0.4205, label="r = 0 from scratch"),
+        made_up("vanilla000000000", "baseline", None, 0.4176, label="vanilla"),
+        made_up("rzero00000000000", "baseline", none, 0.4205, label="r = 0 from scratch"),
     ]
 
 

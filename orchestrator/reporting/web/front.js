@@ -30,7 +30,7 @@ function mark(row, member, x, y) {
     shape = star(x, y, 12);
     shape.setAttribute("fill", "#e69f00");
     shape.setAttribute("stroke", "#1c1c1c");
-  } else if (row.role === "reference") {
+  } else if (row.role === "baseline") {
     const turn = `rotate(45 ${x} ${y})`;
     shape = node("rect", { x: x - 6, y: y - 6, width: 12, height: 12, transform: turn });
     shape.setAttribute("fill", "#fff");
@@ -49,7 +49,7 @@ function mark(row, member, x, y) {
 
 function frontOf(rows, cost, quality, sign) {
   const hasTeacher = rows.some((row) => row.role === "teacher");
-  const candidates = rows.filter((row) => !hasTeacher || row.role !== "reference");
+  const candidates = rows.filter((row) => !hasTeacher || row.role !== "baseline");
   const beats = (a, b) => a[cost] <= b[cost] && sign * a[quality] >= sign * b[quality]
     && (a[cost] < b[cost] || sign * a[quality] > sign * b[quality]);
   return candidates.filter((row) => !candidates.some((other) => beats(other, row)))
@@ -57,7 +57,7 @@ function frontOf(rows, cost, quality, sign) {
 }
 
 function fullModel(rows, cost) {
-  const own = rows.filter((row) => row.role !== "reference");
+  const own = rows.filter((row) => row.role !== "baseline");
   const others = own.length ? own : rows;
   const teachers = others.filter((row) => row.role === "teacher");
   return (teachers.length ? teachers : others).reduce(
@@ -145,14 +145,14 @@ function drawFront(holder, cost, quality) {
   const tip = document.createElement("div");
   tip.className = "tip";
   tip.hidden = true;
-  // Trials first: full models and references lie above them.
+  // Trials first: full models and baselines lie above them.
   for (const row of [...rows].sort((a, b) => (a.role !== "trial") - (b.role !== "trial"))) {
     const x = plot.x(row[cost]), y = plot.y(row[quality]);
     const group = node("g", { class: "point", tabindex: 0, "data-key": row.key });
     const member = front.includes(row);
     if (error(row)) group.append(node("line", { x1: x, x2: x,
       y1: plot.y(row[quality] - error(row)), y2: plot.y(row[quality] + error(row)),
-      stroke: row.role === "reference" ? "#757575" : colorOf(row),
+      stroke: row.role === "baseline" ? "#757575" : colorOf(row),
       opacity: member || row.role === "teacher" ? 0.8 : 0.35 }));
     group.append(node("circle", { cx: x, cy: y, r: 15, fill: "transparent" }));
     group.append(mark(row, member, x, y));

@@ -30,7 +30,7 @@ from orchestrator.settings import (
     resolve_settings,
 )
 from orchestrator.settings.shipped import shipped_sweeps
-from orchestrator.sweeping.models import models_of, teacher_and_references, with_model
+from orchestrator.sweeping.models import models_of, teacher_and_baselines, with_model
 from orchestrator.sweeping.rounds import limits_of
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
@@ -288,7 +288,7 @@ def models_to_train(settings: Settings, teacher: Path) -> dict[str, list[Trainin
     if settings.sweep.kind == "iterations":
         models = [with_model(settings, **changes) for _, changes in models_of(settings)]
         return {"trials": [job_of(config(own), own.training) for own in models]}
-    own = teacher_and_references(settings).values()
+    own = teacher_and_baselines(settings).values()
     full = config(settings)
     (teacher / "config.json").write_text(json.dumps(full.to_dict()))
     # The costliest student makes all corrections, beside its teacher.

@@ -70,7 +70,7 @@ def test_an_open_end_of_the_thresholds_survives_strict_json(
 
 
 def test_value_answers_none_for_what_was_not_measured() -> None:
-    trial = TrialResult(key="k", role="reference", method="vanilla", quality={"accuracy": math.nan})
+    trial = TrialResult(key="k", role="baseline", method="vanilla", quality={"accuracy": math.nan})
     assert trial.value("quality/accuracy") is None
     assert trial.value("cost/evaluations") is None
     assert trial.value("nonsense") is None
@@ -83,7 +83,7 @@ def test_from_dict_names_what_is_unknown_or_missing() -> None:
 
 
 def test_a_misspelt_role_is_named() -> None:
-    with pytest.raises(ValueError, match=r"trial, teacher, reference, got 'student'"):
+    with pytest.raises(ValueError, match=r"trial, teacher, baseline, got 'student'"):
         TrialResult(key="k", role="student", method="iiet")  # type: ignore[arg-type]
 
 

@@ -91,7 +91,7 @@ def front() -> Front:
             "close": ("trial", 12.0, measured(0.4975, 2.01)),
             "poor": ("trial", 6.0, measured(0.25, 2.5)),
             "worse": ("trial", 10.0, measured(0.20, 2.6)),
-            "vanilla": ("reference", 6.0, measured(0.30, 2.4)),
+            "vanilla": ("baseline", 6.0, measured(0.30, 2.4)),
         }
     )
 
@@ -177,7 +177,7 @@ def test_a_close_call_is_told_as_one(front: Front) -> None:
     assert at(front, "close").error == pytest.approx(0.025, abs=0.001)
 
 
-def test_references_are_rivals_and_have_no_place(front: Front) -> None:
+def test_baselines_are_rivals_and_have_no_place(front: Front) -> None:
     vanilla, close = at(front, "vanilla").confidence, at(front, "close").confidence
     assert vanilla is not None
     assert close is not None

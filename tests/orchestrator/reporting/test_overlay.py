@@ -19,7 +19,7 @@ from orchestrator.workspace.folders import Workspace, open_workspace
 
 @pytest.fixture
 def workspace(tmp_path: Path, sample_results: list[TrialResult]) -> Workspace:
-    """Two sweeps that share the teacher and the references; the second one's trials are better."""
+    """Two sweeps that share the teacher and the baselines; the second one's trials are better."""
     space = open_workspace(tmp_path / "ws")
     trials = [result for result in sample_results if result.role == "trial"]
     others = [result for result in sample_results if result.role != "trial"]

@@ -63,21 +63,21 @@ def test_a_loss_gives_the_same_front_as_the_accuracy_it_mirrors(
     assert {p.result.key for p in by_loss.members} == {p.result.key for p in by_accuracy.members}
 
 
-def test_a_reference_beside_a_teacher_is_placed_but_pushes_no_trial_off() -> None:
+def test_a_baseline_beside_a_teacher_is_placed_but_pushes_no_trial_off() -> None:
     results = [
         result(6, 0.30, key="none"),
         result(24, 0.50, "teacher", key="full"),
-        result(6, 0.40, "reference", key="vanilla"),
+        result(6, 0.40, "baseline", key="vanilla"),
     ]
     front = find_front(results)
-    (vanilla,) = (p for p in front.placed if p.is_reference)
+    (vanilla,) = (p for p in front.placed if p.is_baseline)
     assert not vanilla.on_front
     assert {p.result.key for p in front.members} == {"none", "full"}
     assert [p.result.key for p in front.beaten_by(vanilla)] == ["none"]
 
 
-def test_where_all_are_trained_from_scratch_a_reference_competes() -> None:
-    vanilla = result(6, 0.40, "reference", key="vanilla")
+def test_where_all_are_trained_from_scratch_a_baseline_competes() -> None:
+    vanilla = result(6, 0.40, "baseline", key="vanilla")
     results = [result(6, 0.30, key="none"), result(24, 0.50, key="full"), vanilla]
     front = find_front(results)
     assert [p.result.key for p in front.members] == ["vanilla", "full"]
@@ -91,7 +91,7 @@ def test_where_all_are_trained_from_scratch_a_reference_competes() -> None:
 
 
 def test_methods_without_corrections_have_a_front_of_their_own() -> None:
-    methods = [result(6, 0.4, "reference", key="vanilla"), result(18, 0.5, "reference", key="rk2")]
+    methods = [result(6, 0.4, "baseline", key="vanilla"), result(18, 0.5, "baseline", key="rk2")]
     front = find_front(methods)
     assert len(front.members) == 2
     assert front.full is not None

@@ -224,7 +224,7 @@ def test_mlflow_holds_the_sweep_once(
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{first.run_id}'")
     assert len(nested) == 12
     assert sorted({run.data.tags["iiet.kind"] for run in nested}) == [
-        "reference",
+        "baseline",
         "teacher",
         "trial",
     ]

@@ -57,7 +57,7 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     assert "44.4 ± 1.2" in knee
 
 
-def test_references_say_what_they_beat(front: Front) -> None:
+def test_baselines_say_what_they_beat(front: Front) -> None:
     vanilla = next(line for line in printed(front, 100) if "vanilla" in line)
     assert "beats 1 ●" in vanilla
 

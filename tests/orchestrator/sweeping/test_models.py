@@ -11,7 +11,7 @@ from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.models import (
     check_models,
     models_of,
-    teacher_and_references,
+    teacher_and_baselines,
     with_model,
     with_rates,
 )
@@ -97,7 +97,7 @@ def test_a_teacher_of_another_method_stands_beside_the_baseline_and_its_own_star
 ) -> None:
     settings = resolve_settings({}, ["model.method=other", "model.corrections=2"])
     check_models(settings, "threshold")
-    models = {name: own.model for name, own in teacher_and_references(settings).items()}
+    models = {name: own.model for name, own in teacher_and_baselines(settings).items()}
     assert {name: (model.method, model.corrections) for name, model in models.items()} == {
         "teacher": ("other", 2),
         "vanilla": ("vanilla", 2),

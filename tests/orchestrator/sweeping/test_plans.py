@@ -165,7 +165,7 @@ def test_a_finished_result_is_found_under_the_names_of_this_sweep(
 ) -> None:
     trial = _plan(Settings(), space, teacher, suite).trials[1]
     assert trial.result() is None
-    stored = TrialResult(key=trial.key, role="reference", method="iiet", label="another name")
+    stored = TrialResult(key=trial.key, role="baseline", method="iiet", label="another name")
     write_json(trial.result_path, stored.to_dict())
     found = trial.result()
     assert found is not None
@@ -219,7 +219,7 @@ def test_an_iterations_plan_has_each_model_once(
         Variant(label="again", job=job("iiet", [1, 1])),
     ]
     plan = iterations_plan(variants, suite=suite)
-    assert [t.role for t in plan.trials] == ["reference", "trial"]
+    assert [t.role for t in plan.trials] == ["baseline", "trial"]
     assert plan.num_requested == 3
 
 

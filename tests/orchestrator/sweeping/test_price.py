@@ -231,7 +231,7 @@ def test_fifty_thresholds_come_to_nine_schedules(
             teacher=teacher,
             members=choose_members(table, chosen.sweep),
             suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
-            references=[("vanilla", teacher)],
+            baselines=[("vanilla", teacher)],
         )
         return told(plan, chosen, tmp_path)[0]
 
@@ -244,7 +244,7 @@ def test_fifty_thresholds_come_to_nine_schedules(
     assert first_line("sweep.num_schedules=20") == "20 schedules asked for, 9 distinct schedules"
 
 
-def test_models_from_scratch_are_counted_with_references_and_without_seeds(
+def test_models_from_scratch_are_counted_with_baselines_and_without_seeds(
     tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
 ) -> None:
     chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")

@@ -205,7 +205,7 @@ def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
 
 def test_the_newest_is_what_was_imported_last(workspace: Workspace, save_run: Any) -> None:
     teacher = save_run("teacher")
-    save_run("reference", method="vanilla")
+    save_run("baseline", method="vanilla")
     assert resolve_model(workspace, None) == teacher
     llama = save_run("llama", method="vanilla", imported=True)
     assert resolve_model(workspace, None) == llama

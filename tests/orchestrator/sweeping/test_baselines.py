@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.catalog import find_references
+from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.training.checkpoint import find_checkpoints
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
@@ -59,9 +59,9 @@ def test_a_baseline_may_be_saved_and_watched_in_another_way(
     }  # fmt: skip
     vanilla = pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA}, **ways)
     none = pretrained(workspace, "n", tiny_tokens, {**tiny_model, "schedule": [0, 0]})
-    references = find_references(workspace, teacher)
-    assert references.found == {"vanilla": vanilla, "r = 0": none}
-    assert not references.left_out
+    baselines = find_baselines(workspace, teacher)
+    assert baselines.found == {"vanilla": vanilla, "r = 0": none}
+    assert not baselines.left_out
 
 
 def test_a_baseline_needs_none_of_the_options_of_its_teachers_method(
@@ -70,22 +70,22 @@ def test_a_baseline_needs_none_of_the_options_of_its_teachers_method(
     damped = {**tiny_model, "method_options": {"damping": 0.5}}
     teacher = pretrained(workspace, "damped", tiny_tokens, damped)
     vanilla = pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA})
-    references = find_references(workspace, teacher)
-    assert references.found == {"vanilla": vanilla}
-    assert not references.left_out
+    baselines = find_baselines(workspace, teacher)
+    assert baselines.found == {"vanilla": vanilla}
+    assert not baselines.left_out
 
 
 def test_a_baseline_of_another_recipe_is_left_out_with_the_difference(
     workspace: Workspace, teacher: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     pretrained(workspace, "long", tiny_tokens, {**tiny_model, **VANILLA}, num_steps=3)
-    references = find_references(workspace, teacher)
-    assert not references.found
-    assert references.left_out == {
+    baselines = find_baselines(workspace, teacher)
+    assert not baselines.found
+    assert baselines.left_out == {
         "long": "vanilla is left out: training.num_steps is 3 and the teacher's 2"
     }
     pretrained(workspace, "alike", tiny_tokens, {**tiny_model, **VANILLA})
-    assert not find_references(workspace, teacher).left_out, "another one stands there"
+    assert not find_baselines(workspace, teacher).left_out, "another one stands there"
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_a_baseline_that_cannot_be_used_is_left_out_with_the_reason(
     recipe = {"checkpoint_every_steps": 1}
     pretrained(workspace, "v", tiny_tokens, {**tiny_model, **VANILLA}, **recipe)
     harm(workspace.runs / "v")
-    references = find_references(workspace, teacher)
-    assert not references.found
-    assert list(references.left_out) == ["v"]
-    assert re.search(f"^vanilla is left out: .*{words}", references.left_out["v"])
+    baselines = find_baselines(workspace, teacher)
+    assert not baselines.found
+    assert list(baselines.left_out) == ["v"]
+    assert re.search(f"^vanilla is left out: .*{words}", baselines.left_out["v"])
 
 
 def test_a_run_whose_only_checkpoint_says_nothing_is_left_out_with_the_reason(
@@ -122,7 +122,7 @@ def test_a_run_whose_only_checkpoint_says_nothing_is_left_out_with_the_reason(
     for config in (workspace.runs / "v").glob("step_*/config.json"):
         config.unlink()
         config.symlink_to(config)
-    references = find_references(workspace, teacher)
-    assert not references.found
-    assert "the run v is left out: " in references.left_out["v"]
-    assert "config.json is damaged" in references.left_out["v"]
+    baselines = find_baselines(workspace, teacher)
+    assert not baselines.found
+    assert "the run v is left out: " in baselines.left_out["v"]
+    assert "config.json is damaged" in baselines.left_out["v"]

@@ -1,0 +1,122 @@
+"""Finds the models of a workspace that can stand beside a teacher: same tokens, shape, recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.settings import TrainingSettings, model_label
+from orchestrator.training.catalog import all_runs
+from orchestrator.training.checkpoint import (
+    check_checkpoint,
+    checkpoint_name,
+    find_checkpoints,
+    load_config,
+    load_provenance,
+)
+from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, values_of
+from orchestrator.workspace.folders import Workspace
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Models that stand beside a teacher."""
+
+    found: dict[str, Path]
+    """Label to checkpoint."""
+    left_out: dict[str, str]
+    """Name of a run that was looked at and left out, to the reason."""
+
+
+def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
+    """Return the workspace's models without corrections that can stand beside a teacher: same
+    tokens, shape, recipe. Of several the newest.
+
+    What is damaged is named. What was trained in another way is named where there is no other model
+    of its kind.
+    """
+    found: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    unlike: dict[str, tuple[str, str]] = {}
+    full = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
+    wanted = _comparable(full)
+    for run in sorted(all_runs(workspace), key=lambda run: run.stat().st_mtime):
+        label, made = _made(run)
+        if damage := made.get("damage"):
+            left_out[run.name] = f"the run {run.name} is left out: {damage}"
+        if label is None or "imported" in made.get("provenance", {}):
+            continue
+        reason = _difference(_comparable(made), wanted) or _why_unfinished(run)
+        if reason:
+            unlike[label] = (run.name, f"{label} is left out: {reason}")
+            continue
+        try:
+            found[label] = _finished_checkpoint(run)
+        except UserError as error:
+            left_out[run.name] = f"{label} is left out: {error}"
+    left_out |= dict(pair for label, pair in unlike.items() if label not in found)
+    return Baselines(found, left_out)
+
+
+def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return what a front calls a model without corrections (None: it has some, or is none), and
+    how it was made, by the newest checkpoint that says so."""
+    damage = ""
+    for folder in reversed(find_checkpoints(run)):
+        try:
+            config = load_config(folder)
+            made = {"model": config.to_dict(), "provenance": load_provenance(folder)}
+        except UserError as error:
+            damage = damage or str(error)
+            continue
+        label = model_label(config.method, 0)
+        return None if config.corrections.num_corrections else label, made
+    return None, {"damage": damage}
+
+
+def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Name what differs between a model and a teacher beside corrections; empty if nothing does."""
+    parts = [
+        f"{name} is {own.get(name)!r} and the teacher's {wanted.get(name)!r}"
+        for name in dict.fromkeys([*own, *wanted])
+        if own.get(name) != wanted.get(name)
+    ]
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return ", ".join(parts[:3]) + more
+
+
+def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = made["provenance"]
+    # Each method may have its own best learning rate, and only corrections have two stages.
+    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *FREE_IN_RECIPE)
+    # A checkpoint from before a setting existed was made as its default makes one.
+    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
+    of_method = ("method", "method_options", "schedule")
+    shape = {name: value for name, value in made["model"].items() if name not in of_method}
+    return {
+        **{f"model.{name}": value for name, value in shape.items()},
+        "tokens": provenance.get("tokens"),
+        **{f"training.{name}": value for name, value in recipe.items() if name not in free},
+    }
+
+
+def _why_unfinished(run: Path) -> str:
+    return "" if (run / DONE_NAME).exists() else "its training is not finished"
+
+
+def _finished_checkpoint(run: Path) -> Path:
+    """Return the last checkpoint of a finished run.
+
+    Raises:
+        UserError: If it, or the record of its end, is damaged.
+    """
+    path, cure = run / DONE_NAME, "delete it, and the same training again writes it"
+    done = read_json(path, cure=cure)
+    with values_of(path, cure=cure):
+        checkpoint = run / checkpoint_name(done["step"])
+    check_checkpoint(checkpoint)
+    return checkpoint
