@@ -125,7 +125,7 @@ def run_study(
 
     Raises:
         UserError: If there is no IIET with corrections among the models.
-        StageFailed: If a trial failed, after all that needs it not; the same command tries it
+        RunFailed: If a trial failed, after all that needs it not; the same command tries it
             again.
     """
     _check(settings, choices, desk)

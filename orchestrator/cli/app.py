@@ -13,7 +13,7 @@ from rich.console import Console
 
 from orchestrator.cli.help import Application
 from orchestrator.terminal.progress import print_line
-from orchestrator.workspace.errors import Interrupted, StageFailed, UserError, unusable_path
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, unusable_path
 
 app = Application(
     name="iiet-orch",
@@ -46,7 +46,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
         work()
     except SystemExit as end:  # Typer's own way to end, after it has shown what was wrong
         return end.code if isinstance(end.code, int) else 0
-    except (UserError, StageFailed) as error:
+    except (UserError, RunFailed) as error:
         _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
     except OSError as error:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from orchestrator.workspace.credentials import without_secrets
-from orchestrator.workspace.errors import Interrupted, StageFailed, UserError, unusable_path
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, unusable_path
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
             raise
         except KeyboardInterrupt:
             raise Interrupted from None
-        except StageFailed as error:
+        except RunFailed as error:
             where = f"\nThe log is {log.path}" if log.path else ""
-            raise StageFailed(f"{error}{where}") from error
+            raise RunFailed(f"{error}{where}") from error
         except Exception as error:
             notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise StageFailed(
+                raise RunFailed(
                     f"no room is left on the disk of {space.root} (or on that of temporary files); "
                     f"make room, then the same command goes on from what was saved{notes}"
                 ) from error
@@ -67,7 +67,7 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
                 raise UserError(sentence) from error
             if log.path is None:
                 raise
-            raise StageFailed(
+            raise RunFailed(
                 f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log.path}"
             ) from error
 

@@ -59,7 +59,7 @@ def run_jobs(
     Raises:
         UserError: If a job cannot run as described.
         Interrupted: After Ctrl-C; says at which step the state is saved.
-        StageFailed: If a job failed or diverged.
+        RunFailed: If a job failed or diverged.
     """
     if local:
         from orchestrator.cluster.local import run_local_jobs

@@ -30,7 +30,7 @@ import psutil
 
 from orchestrator.planning.resources import Resources, local_resources
 from orchestrator.terminal.signals import POLL_SECONDS, SIGNALS, handling, raise_interrupt
-from orchestrator.workspace.errors import Interrupted, StageFailed, UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.scratch import Scratch, make_scratch
 
 # Ray reads these when it is imported; what the user has set stays.
@@ -104,7 +104,7 @@ def ray_cluster(
 
     Raises:
         UserError: If nothing answers at `RAY_ADDRESS`.
-        StageFailed: If Ray does not start.
+        RunFailed: If Ray does not start.
     """
     global _running
     if _running is not None:
@@ -213,7 +213,7 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except Exception as error:
-        raise StageFailed(f"Ray did not start ({address}): {error}") from error
+        raise RunFailed(f"Ray did not start ({address}): {error}") from error
     if address != "local":
         found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))

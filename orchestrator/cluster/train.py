@@ -36,7 +36,7 @@ from orchestrator.training.run_lock import run_each_once
 from orchestrator.training.saved import what_is_saved
 from orchestrator.training.saving import NotSaved
 from orchestrator.workspace.credentials import without_secrets
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import JOURNAL_NAME
 
 # isort: split
@@ -53,7 +53,7 @@ FINAL_ERRORS: dict[str, type[Exception]] = {
     "Diverged": Diverged,
     "NotSaved": NotSaved,
 }
-ANSWERED_ERRORS = {**FINAL_ERRORS, "StageFailed": StageFailed}
+ANSWERED_ERRORS = {**FINAL_ERRORS, "RunFailed": RunFailed}
 
 Watch = Callable[[], None]
 
@@ -89,7 +89,7 @@ def run_train_jobs(
     Raises:
         UserError: If a job cannot run as described; nothing is started then.
         Diverged: If a loss is no number any more.
-        StageFailed: If a job failed more often than it may. The others have ended before.
+        RunFailed: If a job failed more often than it may. The others have ended before.
         Interrupted: After Ctrl-C or SIGTERM.
     """
     num_workers = check_train_jobs(jobs, num_workers=num_workers, num_gpus=num_gpus)
@@ -190,7 +190,7 @@ def fit_job(
     Raises:
         UserError: If the job cannot run as described.
         Diverged: If a loss is no number any more.
-        StageFailed: If it failed more often than it may.
+        RunFailed: If it failed more often than it may.
     """
     _fit(job, _scaled(num_workers, cpus_per_worker, use_gpu=use_gpu, max_failures=max_failures))
 
@@ -260,7 +260,7 @@ def _fit(job: TrainingJob, plan: _Plan) -> None:
     try:
         answer = trainer.fit().return_value
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        raise StageFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
+        raise RunFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     if "error" in answer:
@@ -305,9 +305,9 @@ def answer_of(
     except Exception as error:
         if not is_stopping():
             raise
-        is_ours = isinstance(error, StageFailed)
+        is_ours = isinstance(error, RunFailed)
         text = str(error) if is_ours else f"{type(error).__name__}: {error}"
-        return {"error": "StageFailed", "text": text}
+        return {"error": "RunFailed", "text": text}
 
 
 def _ask_all_to_stop(jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:

@@ -43,7 +43,7 @@ def train_with_workers(
     Raises:
         UserError: If the job cannot run as described.
         Diverged: If a loss is no number any more.
-        StageFailed: If a worker failed.
+        RunFailed: If a worker failed.
     """
     outcome = finished_outcome(job)
     if outcome:

@@ -122,7 +122,7 @@ def tasks_beside_heldout(
     Raises:
         UserError: If a task does not exist or cannot be read, or none has the accuracy that is
             needed.
-        StageFailed: If the hub gives none of them.
+        RunFailed: If the hub gives none of them.
     """
     folders = task_folders(settings)
     names = [name.strip() for name in settings.suite.split(",")]

@@ -53,7 +53,7 @@ def distill(
     Raises:
         UserError: If the schedule does not fit the teacher, or the control trains nothing.
         Interrupted: After Ctrl-C; says at which step the state is saved.
-        StageFailed: If the run failed or diverged.
+        RunFailed: If the run failed or diverged.
     """
     progress = progress or Progress()
     config = _student_config(teacher, schedule)

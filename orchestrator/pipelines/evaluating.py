@@ -60,7 +60,7 @@ def evaluate(
     Raises:
         UserError: If the model is damaged, the schedule does not fit it, its tokens are not in the
             workspace, or a task does not exist or cannot be read.
-        StageFailed: If the hub gives none of the tasks.
+        RunFailed: If the hub gives none of the tasks.
     """
     progress = progress or Progress()
     if isinstance(checkpoint, Path):

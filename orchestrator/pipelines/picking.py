@@ -42,7 +42,7 @@ from orchestrator.training.checkpoint import (
     resolve_checkpoint,
     weights_key,
 )
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import resolved
 
 
@@ -87,7 +87,7 @@ def export_model(
                 tracking=desk.tracking,
                 progress=desk.progress,
             )
-        except (UserError, StageFailed) as error:
+        except (UserError, RunFailed) as error:
             desk.progress.note(f"the card is without quality: {error}")
     return export(
         decoder,

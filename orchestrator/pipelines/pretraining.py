@@ -90,7 +90,7 @@ def pretrain(
     Raises:
         UserError: If something does not go together; nothing is started then.
         Interrupted: After Ctrl-C; says at which step the state is saved.
-        StageFailed: If a run failed or diverged.
+        RunFailed: If a run failed or diverged.
     """
     progress = progress or Progress()
     planned = [plan_pretraining(own, workspace, tokens, name) for own in variants.values()]

@@ -39,7 +39,7 @@ from orchestrator.sweeping.models import TEACHER, check_models, most_students, t
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import print_line
 from orchestrator.training.job import finished_outcome
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.provenance import environment
 
 
@@ -170,7 +170,7 @@ def run_and_show(
         failures: Takes up label and reason of the trials that failed, instead of an error.
 
     Raises:
-        StageFailed: If a trial failed; the others are shown.
+        RunFailed: If a trial failed; the others are shown.
     """
     outcome = sweep(
         plan,
@@ -203,9 +203,9 @@ def run_and_show(
 
 
 def raise_failures(failures: Mapping[str, str]) -> None:
-    """Raise `StageFailed` that names the trials that failed, if there are any."""
+    """Raise `RunFailed` that names the trials that failed, if there are any."""
     if failures:
-        raise StageFailed(
+        raise RunFailed(
             f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
             "again"
         )

@@ -27,7 +27,7 @@ import psutil
 
 from orchestrator.terminal.logs import hide_secrets
 from orchestrator.tracking import Tracking, open_tracking
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import Workspace
 
 HOST = "127.0.0.1"
@@ -58,12 +58,12 @@ def serve(
 
     Raises:
         UserError: If the port is taken, or the store cannot be opened.
-        StageFailed: If the server does not come up, or one elsewhere does not answer.
+        RunFailed: If the server does not come up, or one elsewhere does not answer.
     """
     tracking = open_tracking(workspace, warn=say)
     if tracking.store.is_remote:
         if tracking.links(tracking.store.place).training_view is None:
-            raise StageFailed(
+            raise RunFailed(
                 f"there are no pages to show: nothing answers at {tracking.store.place} "
                 "(MLFLOW_TRACKING_URI); start that server, or unset the variable to see the "
                 "workspace's own runs"
@@ -194,11 +194,11 @@ def _wait_until_healthy(
             stopped.wait(0.2)
 
 
-def _failed(server: subprocess.Popen[bytes], log: Path) -> StageFailed:
+def _failed(server: subprocess.Popen[bytes], log: Path) -> RunFailed:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     state = "did not answer in time" if server.poll() is None else f"ended ({server.returncode})"
     last = f"; its last line: {lines[-1].strip()}" if lines else ""
-    return StageFailed(f"MLflow's server {state}{last}; see {log}")
+    return RunFailed(f"MLflow's server {state}{last}; see {log}")
 
 
 @contextmanager

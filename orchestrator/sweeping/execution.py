@@ -34,7 +34,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import DONE_NAME, TrainingJob, check_job, finished_outcome
 from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_work
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import read_measured, read_object, write_json, write_text
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
@@ -88,7 +88,7 @@ def sweep(
     Raises:
         UserError: If one trial has no room, or a batch cannot be shared by its workers.
         Interrupted: After Ctrl-C; finished trials stay finished.
-        StageFailed: If no trial at all could be finished.
+        RunFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
     placed = _placed(plan.trials, settings, workspace)
@@ -230,7 +230,7 @@ def _finished(
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
     if not found:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
-        raise StageFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
+        raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
     return found
 
 

@@ -32,7 +32,7 @@ from orchestrator.terminal.signals import tell_saved, wait_interruptibly
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.monitor import JournalTail
 from orchestrator.training.saved import what_is_saved
-from orchestrator.workspace.errors import Interrupted, StageFailed
+from orchestrator.workspace.errors import Interrupted, RunFailed
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TrialRounds:
 
         Raises:
             Interrupted: After Ctrl-C; finished trials stay finished.
-            StageFailed: If a trial failed while it was stopping after Ctrl-C.
+            RunFailed: If a trial failed while it was stopping after Ctrl-C.
         """
         self.progress.start("sweep", self.num_all)
         num_found = self.num_all - len(waiting) - len(self.lost)
@@ -141,7 +141,7 @@ class TrialRounds:
             if not self._failed_while_stopping:
                 raise
             failed = self._failed_while_stopping.items()
-            error = StageFailed("; ".join(f"trial {label} failed: {why}" for label, why in failed))
+            error = RunFailed("; ".join(f"trial {label} failed: {why}" for label, why in failed))
             tell_saved(error, saved())
             raise error from None
         # After an interruption it stays: what still ends reads in it that it shall.

@@ -17,7 +17,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from orchestrator.workspace.errors import Interrupted, StageFailed, UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 4.0
@@ -97,7 +97,7 @@ def tell_saved(error: Exception, saved: str) -> None:
         saved: What is saved, such as "saved at step 40".
     """
     text = f"it happened while the run was stopping; {saved}"
-    if isinstance(error, UserError | StageFailed):
+    if isinstance(error, UserError | RunFailed):
         error.args = (f"{error}; {text}",)
     else:
         error.add_note(text)

@@ -30,7 +30,7 @@ from orchestrator.training.distributed import (
 from orchestrator.training.learning_rate import learning_rate_at
 from orchestrator.training.objective import Objective
 from orchestrator.training.optimizer import set_learning_rate
-from orchestrator.workspace.errors import StageFailed
+from orchestrator.workspace.errors import RunFailed
 
 NUM_RECORDED_POINTS = 250
 """A run records about this many points of its loss, however long it is."""
@@ -38,7 +38,7 @@ SPIKE_WINDOW = 64
 """A spike is held against the median gradient norm of so many steps; a quarter of them will do."""
 
 
-class Diverged(StageFailed):
+class Diverged(RunFailed):
     """The loss or the gradient is no number any more, or spiked; trying again would end the same
     way."""
 

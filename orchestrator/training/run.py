@@ -49,7 +49,7 @@ from orchestrator.training.saving import Saver
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import Pace
 from orchestrator.training.validation import validation_loss
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
 
@@ -271,7 +271,7 @@ class _Run:
         return common
 
     def _with_last_checkpoint(self, error: Diverged) -> Diverged:
-        with suppress(StageFailed):  # One reason to end is enough.
+        with suppress(RunFailed):  # One reason to end is enough.
             self.saver.finish()
         self.event("diverged", step=self.position.step, text=str(error))
         last = f"the last good checkpoint is {self.saver.checkpoint or 'none'}"

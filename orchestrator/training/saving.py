@@ -29,7 +29,7 @@ from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Position
 from orchestrator.training.retention import best_checkpoint, prune_checkpoints, remember_best
-from orchestrator.workspace.errors import StageFailed
+from orchestrator.workspace.errors import RunFailed
 
 if TYPE_CHECKING:
     from orchestrator.training.remote_copy import Mirror
@@ -40,7 +40,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a disk that takes no more looks like, from Python, PyTorch and safetensors."""
 
 
-class NotSaved(StageFailed):
+class NotSaved(RunFailed):
     """A checkpoint could not be written; trying again at once would end the same way."""
 
 
@@ -83,7 +83,7 @@ class Saver:
         """Bring back the newest checkpoint from the run's storage; None if it has none there.
 
         Raises:
-            StageFailed: If the storage does not answer.
+            RunFailed: If the storage does not answer.
         """
         if self._mirror is None:
             return None
@@ -92,7 +92,7 @@ class Saver:
         try:
             return self._mirror.fetch(lambda sentence: self._event("damaged", text=sentence))
         except COPY_ERRORS as error:
-            raise StageFailed(
+            raise RunFailed(
                 f"{self._job.storage} may hold checkpoints to go on from, and does not answer "
                 f"({one_line(error)}); try again, or unset cluster.storage to start "
                 "anew"

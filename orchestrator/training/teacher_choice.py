@@ -34,7 +34,7 @@ from orchestrator.training.teacher_cache import (
     damage,
     write_cache,
 )
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import delete_folder
 
 LARGEST_BYTES = 2 << 30
@@ -138,7 +138,7 @@ def share_teacher(
 
     Raises:
         UserError: If the settings ask for a cache that is impossible.
-        StageFailed: If the disk filled up meanwhile.
+        RunFailed: If the disk filled up meanwhile.
     """
     progress = progress or Progress()
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
@@ -292,7 +292,7 @@ def _stored(
     try:
         folder = write_cache(plan, parent, _when_asked(job, device), progress=progress)
     except OSError as error:
-        raise StageFailed(
+        raise RunFailed(
             f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
             "free some disk, or set distillation.teacher_cache=live"
         ) from None

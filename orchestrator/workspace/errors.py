@@ -32,8 +32,8 @@ class Interrupted(Exception):
         super().__init__(without_secrets(text))
 
 
-class StageFailed(RuntimeError):
-    """A stage that could not finish for a reason outside the user's input. Exit code 1."""
+class RunFailed(RuntimeError):
+    """A failure that is not the user's mistake, such as a worker that died. Exit code 1."""
 
     def __init__(self, text: str = "") -> None:
         super().__init__(without_secrets(text))

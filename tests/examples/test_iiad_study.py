@@ -21,7 +21,7 @@ from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.objective import two_stage
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import open_workspace
 
 CHOICES = study.Choices(seeds=(0,), two_stage_from=0.75)
@@ -90,7 +90,7 @@ def settings() -> Settings:
 def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
     desk: Desk, settings: Settings
 ) -> None:
-    with pytest.raises(StageFailed, match="2 trials failed") as failed:
+    with pytest.raises(RunFailed, match="2 trials failed") as failed:
         study.run_study(settings, CHOICES, desk)
     assert all(label in str(failed.value) for label in FAILING)
     text = (desk.workspace.overlays / "study" / "results.md").read_text()
@@ -105,7 +105,7 @@ def test_a_study_without_its_teacher_ends_there(
     desk: Desk, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_iiad_study.FAILING", {"r = 1", "r = 1, two stages"})
-    with pytest.raises(StageFailed, match="r = 1"):
+    with pytest.raises(RunFailed, match="r = 1"):
         study.run_study(settings, CHOICES, desk)
     assert not (desk.workspace.overlays / "study").exists()
 

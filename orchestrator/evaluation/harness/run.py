@@ -122,7 +122,7 @@ def evaluate_decoder(
 
     Raises:
         UserError: If no such tasks exist, or the tokenizer is missing or damaged.
-        StageFailed: If the tasks exist and none can be loaded, or a planned one cannot.
+        RunFailed: If the tasks exist and none can be loaded, or a planned one cannot.
     """
     suite = load_suite(tasks, folders=folders, heldout=heldout, num_fewshot=num_fewshot)
     if planned is not None:

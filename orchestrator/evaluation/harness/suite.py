@@ -29,7 +29,7 @@ from orchestrator.evaluation.harness.index import index_names, nearest_name
 from orchestrator.evaluation.harness.quiet import quiet
 from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.records.evaluation import ACCURACY_METRICS
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.provenance import content_key
 
 FEWSHOT_SEED = 1234
@@ -70,11 +70,11 @@ class Suite:
         """Return the suite with exactly these tasks.
 
         Raises:
-            StageFailed: If one of them could not be loaded this time.
+            RunFailed: If one of them could not be loaded this time.
         """
         if missing := [name for name in names if name not in self.tasks]:
             reasons = f" ({_as_text(self.skipped)})" if self.skipped else ""
-            raise StageFailed(
+            raise RunFailed(
                 f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
                 f"cannot now{reasons}; the same command tries again"
             )
@@ -131,7 +131,7 @@ def load_suite(
     Raises:
         UserError: If there is no task of a name, or one of this machine cannot be loaded or
             scored.
-        StageFailed: If the hub gives none of them.
+        RunFailed: If the hub gives none of them.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -155,7 +155,7 @@ def load_suite(
             "cannot be evaluated (an average over the rest alone would be another number)"
         )
     if not tasks:
-        raise StageFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
+        raise RunFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
     for task in tasks.values():
         if num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", num_fewshot)

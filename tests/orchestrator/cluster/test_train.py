@@ -18,7 +18,7 @@ from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
 from orchestrator.training.saving import NotSaved
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.scratch import PREFIX
 
@@ -172,7 +172,7 @@ def test_a_worker_that_dies_too_often_fails_the_stage(ray_session: None, make_jo
     from orchestrator.cluster.train import run_train_job
 
     job = make_job("killed", **LONG)
-    with pytest.raises(StageFailed, match=str(job.folder)):
+    with pytest.raises(RunFailed, match=str(job.folder)):
         run_train_job(job, max_failures=0, watch=kill_worker_once(job))
     assert find_checkpoints(job.folder)
 
@@ -207,7 +207,7 @@ def test_after_a_stop_any_error_is_an_answer() -> None:
 
     with pytest.raises(OSError, match="no room"):
         answer_of(fail)
-    expected = {"error": "StageFailed", "text": "OSError: no room"}
+    expected = {"error": "RunFailed", "text": "OSError: no room"}
     assert answer_of(fail, is_stopping=lambda: True) == expected
 
 

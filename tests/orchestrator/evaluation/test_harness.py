@@ -27,7 +27,7 @@ from orchestrator.data.tokens import open_tokens
 from orchestrator.evaluation.harness import evaluate_decoder, load_suite, run_suite, suite
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 OFFICIAL_TASKS = ROOT.parent / "shared" / "data" / "tasks"
@@ -338,7 +338,7 @@ def test_all_models_of_a_sweep_are_measured_by_the_planned_tasks(
     found = measured("lastword")
     assert list(found.results) == ["lastword"]
     assert found.skipped["choices"] == "it could not be loaded when the sweep was planned"
-    with pytest.raises(StageFailed, match=r"piqa could be loaded when .*huggingface.co cannot be"):
+    with pytest.raises(RunFailed, match=r"piqa could be loaded when .*huggingface.co cannot be"):
         measured("lastword", "choices", "piqa")
 
 
@@ -360,7 +360,7 @@ def test_hub_tasks_are_skipped_at_once_without_network(
         ["piqa", "blimp"], "it needs the hub, and huggingface.co cannot be reached"
     )
     assert asked == [1]
-    with pytest.raises(StageFailed, match=r"lambada_openai, piqa, .*winogrande: it needs the hub"):
+    with pytest.raises(RunFailed, match=r"lambada_openai, piqa, .*winogrande: it needs the hub"):
         load_suite(["paper"])
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
 from orchestrator.tracking import VIEW_TAG, open_tracking
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -51,7 +51,7 @@ def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:sesame@127.0.0.1:9")
     said: list[str] = []
-    with pytest.raises(StageFailed, match=r"nothing answers at http://127\.0\.0\.1:9 ") as failed:
+    with pytest.raises(RunFailed, match=r"nothing answers at http://127\.0\.0\.1:9 ") as failed:
         serve(workspace, say=said.append)
     assert not any(word in line for line in said for word in ("starting", "None", "sesame"))
     assert "sesame" not in str(failed.value)
@@ -108,7 +108,7 @@ def test_a_server_that_ends_names_its_last_line_and_its_log(
             return subprocess.Popen(command, stdout=log, start_new_session=True)
 
     monkeypatch.setattr("orchestrator.pipelines.ui._start", start)
-    with pytest.raises(StageFailed, match=r"ended \(3\); its last line: no such host; see .*log"):
+    with pytest.raises(RunFailed, match=r"ended \(3\); its last line: no such host; see .*log"):
         serve(workspace, port=free_port(), say=lambda line: None)
 
 

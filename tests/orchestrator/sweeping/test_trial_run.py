@@ -26,7 +26,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
 from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run_lock import HOLD_NAME
-from orchestrator.workspace.errors import Interrupted, StageFailed
+from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import read_journal
 
 WORKER = """
@@ -203,7 +203,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     monkeypatch.setattr(trial_rounds, "run_trials", run_trials)
     sweep = resolve_settings({}).sweep
     rounds = trial_rounds.TrialRounds(tmp_path / "sweep", sweep, Progress(), num_all=3)
-    with pytest.raises(StageFailed if error else Interrupted) as caught:
+    with pytest.raises(RunFailed if error else Interrupted) as caught:
         rounds.run([begun, waits])
     saved = f"1 of 3 trials are finished; trial {begun.label}: saved at step 5"
     assert saved in str(caught.value)

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from orchestrator.terminal.signals import run_interruptibly
-from orchestrator.workspace.errors import Interrupted, StageFailed, UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 
 def saved() -> str:
@@ -82,7 +82,7 @@ def test_nothing_to_save_is_not_waited_for() -> None:
     never.set()
 
 
-@pytest.mark.parametrize("error", [UserError, StageFailed, OSError])
+@pytest.mark.parametrize("error", [UserError, RunFailed, OSError])
 @pytest.mark.parametrize("what_fails", ["the job", "the request"])
 def test_an_error_after_a_signal_is_reported_as_that_error_with_what_is_saved(
     error: type[Exception], what_fails: str

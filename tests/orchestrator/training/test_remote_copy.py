@@ -13,7 +13,7 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import PROVENANCE, find_checkpoints, weights_key
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.training.run import run_job
-from orchestrator.workspace.errors import StageFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 
 RECIPE = {
@@ -79,7 +79,7 @@ def test_a_store_that_takes_nothing_does_not_stop_training(make_job: Make, tmp_p
     job = make_job("run", storage=str(tmp_path / "store"))
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "run").write_text("a file where the folder would be")
-    with pytest.raises(StageFailed, match="does not answer"):
+    with pytest.raises(RunFailed, match="does not answer"):
         run_job(job)
     (tmp_path / "store" / "run").unlink()
 

@@ -22,7 +22,7 @@ from orchestrator.training.checkpoint import check_checkpoint, find_checkpoints,
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.retention import best_checkpoint
 from orchestrator.training.run import run_job
-from orchestrator.workspace.errors import StageFailed
+from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
 
 MakeJob = Callable[..., TrainingJob]
@@ -112,7 +112,7 @@ def test_a_full_disk_ends_the_run_clearly_and_leaves_what_was_saved(make_job: Ma
     job = make_job()
     run_job(job, should_stop=iter([False] * 3 + [True]).__next__)
     assert names(job) == ["step_00000002", "step_00000003"]
-    with largest_file(20_000), pytest.raises(StageFailed) as caught:
+    with largest_file(20_000), pytest.raises(RunFailed) as caught:
         run_job(job)
     text = str(caught.value)
     assert f"after step 4 could not be written to {job.folder}" in text

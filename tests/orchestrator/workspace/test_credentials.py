@@ -15,7 +15,7 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.logs import command_log
 from orchestrator.training.job import TrainingJob, check_job
 from orchestrator.workspace.credentials import has_secret, public_address, without_secrets
-from orchestrator.workspace.errors import Interrupted, StageFailed, UserError, quoted
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, quoted
 
 SECRET = "geh3im"
 ADDRESSES = {
@@ -65,7 +65,7 @@ def test_a_long_word_of_many_addresses_is_no_hang() -> None:
     assert without_secrets(text) == text
 
 
-@pytest.mark.parametrize("kind", [UserError, StageFailed, Interrupted])
+@pytest.mark.parametrize("kind", [UserError, RunFailed, Interrupted])
 def test_no_error_holds_a_secret(kind: type[Exception]) -> None:
     error = kind(f"no answer from http://user:{SECRET}@host")
     for one in (error, pickle.loads(pickle.dumps(error))):
