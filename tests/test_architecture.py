@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
@@ -180,6 +181,43 @@ def test_every_module_tells_its_story() -> None:
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"
+
+
+def test_programs_inside_tests_import_names_that_exist() -> None:
+    """No tool renames what stands in a string, and slow tests would notice last."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for program in _programs(path):
+            for module, name in _imported_names(program):
+                place = f"{path.relative_to(ROOT)}: from {module} import {name}"
+                assert module in MODULES, place
+                assert f"{module}.{name}" in MODULES or name in _names_in(module), place
+
+
+def _programs(path: Path) -> Iterator[ast.Module]:
+    """Parse the strings of a file that hold a program of several lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
+            with suppress(SyntaxError, ValueError):
+                yield ast.parse(node.value)
+
+
+def _imported_names(program: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(program):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def _names_in(module: str) -> set[str]:
+    """Return the names that a module defines or imports at its top level."""
+    names: set[str] = set()
+    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        else:
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return names
 
 
 def test_the_core_loads_without_the_libraries_around_it() -> None:

@@ -37,10 +37,10 @@ nodes = Cluster(initialize_head=True, head_node_args=head)
 doomed = nodes.add_node(num_cpus=1, **small)
 os.environ["RAY_ADDRESS"] = nodes.address
 
+from orchestrator.cluster.train import run_train_job
+from orchestrator.cluster.tune import run_trials
 from orchestrator.training.checkpoint import find_checkpoints
 from orchestrator.training.job import TrainingJob
-from orchestrator.trial_runner import run_trials
-from orchestrator.worker import run_train_job
 
 job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 lost = []

@@ -33,14 +33,15 @@ from orchestrator.workspace.journal import read_journal
 # Holds still after its first checkpoint until its standard input ends, if it is asked to.
 DRIVER = """
 import json, sys
-from orchestrator import local_run, resources
-from orchestrator.errors import Interrupted
+from orchestrator.cluster import local
+from orchestrator.planning.resources import Resources
 from orchestrator.training.checkpoint import find_checkpoints
 from orchestrator.training.job import TrainingJob
+from orchestrator.workspace.errors import Interrupted
 
 jobs = [TrainingJob.from_dict(value) for value in json.loads(sys.argv[1])]
-local_run.POLL_SECONDS = 0.0
-local_run.local_resources = lambda **_: resources.Resources(cpus=1, gpus=0)
+local.POLL_SECONDS = 0.0
+local.local_resources = lambda **_: Resources(cpus=1, gpus=0)
 
 def watch():
     if sys.argv[2] == "hold" and find_checkpoints(jobs[0].folder):
@@ -50,7 +51,7 @@ def note(text):
     print(text, flush=True)
 
 try:
-    outcomes = local_run.run_local_jobs(jobs, watch=watch, note=note)
+    outcomes = local.run_local_jobs(jobs, watch=watch, note=note)
 except Interrupted as error:
     print(error, flush=True)
     sys.exit(130)
@@ -59,8 +60,8 @@ print(json.dumps([outcome.to_dict() for outcome in outcomes]), flush=True)
 
 UNDER_RAY = """
 import json, sys
+from orchestrator.cluster.train import run_train_jobs
 from orchestrator.training.job import TrainingJob
-from orchestrator.worker import run_train_jobs
 
 def note(text):
     print(text, flush=True)

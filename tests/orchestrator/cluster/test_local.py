@@ -166,10 +166,10 @@ LOCAL = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from orchestrator.pipelines.distilling import distill
+from orchestrator.pipelines.pretraining import pretrain
 from orchestrator.settings import resolve_settings
-from orchestrator.stages.distill import distill
-from orchestrator.stages.pretrain import pretrain
-from orchestrator.workspace import Workspace
+from orchestrator.workspace.folders import Workspace
 
 nothing = lambda *_, **__: None
 run = SimpleNamespace(set_tags=nothing, log_dataset=nothing, mirror=nothing, finish=nothing)

@@ -103,9 +103,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from orchestrator.data import shards, tokenizing
+from orchestrator.data.preparation import prepare
 from orchestrator.settings import DataSettings
-from orchestrator.stages.prepare import prepare
-from orchestrator.workspace import open_workspace
+from orchestrator.workspace.folders import open_workspace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored behind a shell's &.
 tokenizing.SHARD_BYTES, tokenizing.DOCUMENTS_PER_BATCH = 2000, 5

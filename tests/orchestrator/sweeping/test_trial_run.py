@@ -32,7 +32,7 @@ from orchestrator.workspace.journal import read_journal
 WORKER = """
 import json, sys
 from pathlib import Path
-from orchestrator import trial_run
+from orchestrator.sweeping import trial_run
 
 def measure(decoder, suite, items_path):
     with (items_path.parent / "measured").open("a") as file:

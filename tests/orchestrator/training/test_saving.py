@@ -161,7 +161,6 @@ KILLED = """
 import json, pathlib, sys, time
 from orchestrator.training import checkpoint
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.keeping import best_checkpoint
 from orchestrator.training.run import run_job
 
 flush = checkpoint._flush_to_disk

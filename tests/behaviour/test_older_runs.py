@@ -27,7 +27,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
 from orchestrator.workspace.folders import open_workspace
 
-RUNS = Path(__file__).parents[2] / "fixtures" / "older"
+RUNS = Path(__file__).parents[1] / "fixtures" / "older"
 RECIPE = {
     "num_steps": 2,
     "num_tokens_per_step": 64,
