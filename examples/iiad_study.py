@@ -45,13 +45,13 @@ from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.axes import QUALITIES, Axes
 from orchestrator.reporting.overlay import write_overlay
 from orchestrator.reporting.seeds import join_seeds
-from orchestrator.settings import BASELINE, Settings, model_label, read_settings
+from orchestrator.settings import BASELINE_METHOD, Settings, model_label, read_settings
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.models import check_models, models_of, with_rates
 from orchestrator.sweeping.students import check_student_batch, loss_of
 from orchestrator.sweeping.variants import Variant, iterations_plan
-from orchestrator.terminal.formatting import counted
-from orchestrator.terminal.progress import print_line
+from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.layout import print_line
 from orchestrator.training.builders import flops_counter
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.objective import two_stage
@@ -260,7 +260,7 @@ class _Study:
         teacher = min(fullest, key=lambda result: result.quality[LOSS])
         baselines = [
             (name, Path(str(phases.best[name].checkpoint)))
-            for name in (BASELINE, model_label(teacher.method, 0))
+            for name in (BASELINE_METHOD, model_label(teacher.method, 0))
             if name in phases.best
         ]
         ways = _ways(self.settings, self.choices)
@@ -354,13 +354,13 @@ def _later_phases(settings: Settings, choices: Choices, num_models: int) -> str:
     """Say what comes after the learning rates, whose results decide on its trials."""
     recipe, ways = settings.distillation.training, list(_ways(settings, choices))
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
-    models, seeds = counted(num_models, "model"), counted(len(choices.seeds), "seed")
+    models, seeds = format_count(num_models, "model"), format_count(len(choices.seeds), "seed")
     phases = [f"{models} at the best rate under {seeds}"]
     if choices.equal_flops:
         phases.append(f"{models} for equal training FLOPs")
     phases.append(
-        f"{counted(len(ways), 'front')} ({', '.join(ways)}) of up to "
-        f"{counted(settings.sweep.num_schedules, 'student')}, each on {num_tokens:,} tokens"
+        f"{format_count(len(ways), 'front')} ({', '.join(ways)}) of up to "
+        f"{format_count(settings.sweep.num_schedules, 'student')}, each on {num_tokens:,} tokens"
     )
     return f"  this is the first phase; then {'; then '.join(phases)}"
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iiet.methods import METHODS
-from orchestrator.records.evaluation import STDERR
+from orchestrator.records.evaluation import STDERR_SUFFIX
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.texts import with_error
-from orchestrator.settings import BASELINE, model_label
+from orchestrator.settings import BASELINE_METHOD, model_label
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
 _ERRORS = (
@@ -90,7 +90,7 @@ def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
 
 
 def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
-    against = [(name, BASELINE) for name in phases.tokens]
+    against = [(name, BASELINE_METHOD) for name in phases.tokens]
     against += [
         (name, model_label(result.method, 0))
         for name, result in phases.tokens.items()
@@ -130,7 +130,7 @@ def _difference(phases: Phases, name: str, other: str) -> str:
         error = statistics.stdev(by_seed) / math.sqrt(len(by_seed))
         loss = f"{statistics.mean(by_seed):+.3f} ± {error:.3f}"
     accuracy = f"{100 * (mine.quality[ACCURACY] - theirs.quality[ACCURACY]):+.2f}"
-    errors = [each.quality.get(ACCURACY + STDERR) for each in (mine, theirs)]
+    errors = [each.quality.get(ACCURACY + STDERR_SUFFIX) for each in (mine, theirs)]
     known = [error for error in errors if error is not None]
     if len(known) == len(errors):  # Taken as independent.
         accuracy += f" ± {100 * math.hypot(*known):.2f}"
@@ -195,7 +195,7 @@ def _cell(result: TrialResult | None, name: str | None) -> str:
 def _number(result: TrialResult, name: str, *, with_errors: bool = True) -> str:
     if name not in result.quality:
         return ""
-    error = result.quality.get(name + STDERR) if with_errors else None
+    error = result.quality.get(name + STDERR_SUFFIX) if with_errors else None
     return with_error(result.quality[name], error, is_percent=name == ACCURACY)
 
 

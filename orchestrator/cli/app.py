@@ -12,8 +12,8 @@ from collections.abc import Callable
 from rich.console import Console
 
 from orchestrator.cli.help import Application
-from orchestrator.terminal.progress import print_line
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, unusable_path
+from orchestrator.terminal.layout import print_line
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 
 app = Application(
     name="iiet-orch",
@@ -50,7 +50,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
         _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
     except OSError as error:
-        if not (sentence := unusable_path(error)):
+        if not (sentence := path_error_message(error)):
             raise
         _complain(sentence)
         return 2

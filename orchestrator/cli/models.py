@@ -10,8 +10,8 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
-    LARGEST_SEED,
-    MOST,
+    MAX_COUNT,
+    MAX_SEED,
     ConfigOption,
     ModelArgument,
     ScheduleOption,
@@ -21,9 +21,9 @@ from orchestrator.cli.options import (
     read_options,
 )
 from orchestrator.cli.session import open_desk, open_session
-from orchestrator.terminal.progress import print_line
+from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import check_name
+from orchestrator.workspace.folders import check_name_option
 
 
 @app.command(rich_help_panel="Models")
@@ -41,20 +41,20 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[
         int,
-        typer.Option("--max-new-tokens", "-n", min=1, max=MOST, help="Most tokens to write."),
+        typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT, help="Most tokens to write."),
     ] = 64,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
     ] = 0.0,
     top_k: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Sample among so many tokens.")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Sample among so many tokens.")
     ] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Sample among the tokens that hold this probability.")
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling; fresh when left out."),
+        typer.Option(min=0, max=MAX_SEED, help="Of the sampling; fresh when left out."),
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="A token that ends the text, beside the end of text.")
@@ -127,7 +127,9 @@ def import_folder(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the run; the folder's when left out.", callback=check_name),
+        typer.Option(
+            help="Name of the run; the folder's when left out.", callback=check_name_option
+        ),
     ] = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.workspace.errors import UserError, quoted, shortened
-from orchestrator.workspace.folders import check_name
+from orchestrator.workspace.folders import check_name_option
 
-MOST = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 """Largest count that an option takes; libraries below hold counts in 32 bits."""
-LARGEST_SEED = 2**32 - 1
+MAX_SEED = 2**32 - 1
 """What every library's generator takes."""
 
 WorkspaceOption = Annotated[
@@ -39,10 +39,10 @@ VerboseOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=1, max=MOST, help="Data-parallel workers."),
+    typer.Option("--workers", min=1, max=MAX_COUNT, help="Data-parallel workers."),
 ]
 GpusOption = Annotated[
-    int | None, typer.Option("--gpus", min=0, max=MOST, help="GPUs, one worker each.")
+    int | None, typer.Option("--gpus", min=0, max=MAX_COUNT, help="GPUs, one worker each.")
 ]
 CheckpointArgument = Annotated[
     Path | None,
@@ -62,23 +62,25 @@ ScheduleOption = Annotated[
 ]
 TrialsAtOnceOption = Annotated[
     int | None,
-    typer.Option(min=1, max=MOST, help="Most trials side by side; as many as fit if left out."),
+    typer.Option(
+        min=1, max=MAX_COUNT, help="Most trials side by side; as many as fit if left out."
+    ),
 ]
 WorkersPerTrialOption = Annotated[
-    int | None, typer.Option(min=1, max=MOST, help="Data-parallel workers inside each trial.")
+    int | None, typer.Option(min=1, max=MAX_COUNT, help="Data-parallel workers inside each trial.")
 ]
 GpusPerTrialOption = Annotated[
     int | None,
     typer.Option(
         min=0,
-        max=MOST,
+        max=MAX_COUNT,
         help="GPUs of each trial; if left out, the fewest that it fits on, or none on CPUs.",
     ),
 ]
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds of every model, with commas: 0,1,2.")]
 NameOption = Annotated[
     str | None,
-    typer.Option(help="Name of the sweep; made up if left out.", callback=check_name),
+    typer.Option(help="Name of the sweep; made up if left out.", callback=check_name_option),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its price.")]
 
@@ -144,7 +146,7 @@ def rates_of_all(text: str | None) -> dict[str, list[float]] | None:
 
 
 def whole_numbers(
-    text: str | None, option: str, *, at_least: int = 1, at_most: int = MOST
+    text: str | None, option: str, *, at_least: int = 1, at_most: int = MAX_COUNT
 ) -> tuple[int, ...] | None:
     """Read whole numbers with commas between them, each once; None stays None.
 
@@ -171,7 +173,7 @@ def seed_numbers(text: str | None) -> list[int] | None:
     Raises:
         UserError: If they are no seeds.
     """
-    found = whole_numbers(text, "--seeds", at_least=0, at_most=LARGEST_SEED)
+    found = whole_numbers(text, "--seeds", at_least=0, at_most=MAX_SEED)
     return None if found is None else list(found)
 
 

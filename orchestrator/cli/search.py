@@ -8,8 +8,8 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
-    LARGEST_SEED,
-    MOST,
+    MAX_COUNT,
+    MAX_SEED,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
@@ -33,7 +33,7 @@ def search(
     trials: Annotated[
         int | None,
         typer.Option(
-            min=0, max=MOST, help="Most schedules to try beside those of the threshold sweep."
+            min=0, max=MAX_COUNT, help="Most schedules to try beside those of the threshold sweep."
         ),
     ] = None,
     objective: Annotated[
@@ -42,11 +42,11 @@ def search(
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="nsga2 or tpe.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the suggestions.")
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the suggestions.")
     ] = None,
     schedules: Annotated[
         int | None,
-        typer.Option(min=2, max=MOST, help="Schedules of the threshold sweep to start from."),
+        typer.Option(min=2, max=MAX_COUNT, help="Schedules of the threshold sweep to start from."),
     ] = None,
     trials_at_once: TrialsAtOnceOption = None,
     workers_per_trial: WorkersPerTrialOption = None,

@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from orchestrator.workspace.credentials import without_secrets
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, unusable_path
+from orchestrator.workspace.credentials import mask_secrets
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
                 ) from error
             if log.path is not None:
                 with log.path.open("a", encoding="utf-8") as file:
-                    file.write(without_secrets("".join(traceback.format_exception(error))))
-            if isinstance(error, OSError) and (sentence := unusable_path(error)):
+                    file.write(mask_secrets("".join(traceback.format_exception(error))))
+            if isinstance(error, OSError) and (sentence := path_error_message(error)):
                 raise UserError(sentence) from error
             if log.path is None:
                 raise

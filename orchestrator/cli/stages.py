@@ -9,7 +9,7 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
-    MOST,
+    MAX_COUNT,
     CheckpointArgument,
     ConfigOption,
     SetOption,
@@ -19,7 +19,7 @@ from orchestrator.cli.options import (
     whole_numbers,
 )
 from orchestrator.cli.session import open_desk
-from orchestrator.terminal.progress import print_line
+from orchestrator.terminal.layout import print_line
 
 
 @app.command(rich_help_panel="Stages")
@@ -125,7 +125,7 @@ def benchmark(
         str | None, typer.Option(help="Tokens of the prompt: 32 and half the context if left out.")
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(min=2, max=MOST, help="Tokens decoded behind it.")
+        int, typer.Option(min=2, max=MAX_COUNT, help="Tokens decoded behind it.")
     ] = 32,
     repetitions: Annotated[
         int, typer.Option(min=1, max=10_000, help="Measurements of each, in turns.")

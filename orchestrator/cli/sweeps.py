@@ -8,7 +8,7 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
-    MOST,
+    MAX_COUNT,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
@@ -36,7 +36,7 @@ def sweep_threshold(
     config: ConfigOption = None,
     schedules: Annotated[
         int | None,
-        typer.Option(min=2, max=MOST, help="How many schedules, spread evenly over cost."),
+        typer.Option(min=2, max=MAX_COUNT, help="How many schedules, spread evenly over cost."),
     ] = None,
     thresholds: Annotated[
         str | None, typer.Option(help="Thresholds instead, with commas: 0.001,0.01.")
@@ -102,7 +102,7 @@ def sweep_iterations(
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Optimizer steps of each.")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of each.")
     ] = None,
     rates: Annotated[
         str | None, typer.Option(help="Peak learning rates of every model: 1e-3,2e-3,4e-3.")

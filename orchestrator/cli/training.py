@@ -9,7 +9,7 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
-    MOST,
+    MAX_COUNT,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
@@ -21,9 +21,9 @@ from orchestrator.cli.options import (
     read_options,
 )
 from orchestrator.cli.session import open_desk, open_session
-from orchestrator.terminal.progress import print_line
+from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import check_name
+from orchestrator.workspace.folders import check_name_option
 
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray; for debuggers.")
@@ -80,17 +80,21 @@ def pretrain(
     corrections: Annotated[
         str | None, typer.Option("--corrections", "-r", help="3, or one a layer: 2,2,1,1,1,1.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=MOST, help="Optimizer steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps.")
+    ] = None,
     skip_bad_steps: Annotated[
         int | None,
-        typer.Option(min=0, max=MOST, help="Steps in a row without a finite loss to pass over."),
+        typer.Option(
+            min=0, max=MAX_COUNT, help="Steps in a row without a finite loss to pass over."
+        ),
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help="URI for copies of the checkpoints: s3://bucket/runs.")
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the run; made up if left out.", callback=check_name),
+        typer.Option(help="Name of the run; made up if left out.", callback=check_name_option),
     ] = None,
     local: LocalOption = False,
     dry_run: DryRunOption = False,

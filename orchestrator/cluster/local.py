@@ -21,9 +21,9 @@ from orchestrator.planning.resources import check_resources, local_resources
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
     SIGNALS,
-    handling,
     interruption_text,
-    tell_saved,
+    note_saved_state,
+    signal_handlers,
 )
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob, TrainingOutcome, check_job, forget_stop
@@ -102,7 +102,7 @@ def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], Non
         return what_is_saved({job.folder.name: job for job in jobs})
 
     try:
-        with handling(SIGNALS, on_signal), _threads(local_resources(count_gpus=False).cpus):
+        with signal_handlers(SIGNALS, on_signal), _threads(local_resources(count_gpus=False).cpus):
             for job in jobs:
                 forget_stop(job.folder)
                 outcome = run_job(job, world=world, should_stop=should_stop)
@@ -114,7 +114,7 @@ def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], Non
         raise Interrupted(interruption_text(saved(), in_time=False)) from None
     except Exception as error:
         if signals:
-            tell_saved(error, saved())
+            note_saved_state(error, saved())
         raise
     if signals:
         raise Interrupted(interruption_text(saved()))

@@ -17,7 +17,7 @@ import psutil
 import torch.distributed as dist
 
 import orchestrator.cluster  # noqa: F401 - it sets the environment that Ray reads when imported
-from orchestrator.workspace.scratch import Scratch, make_scratch
+from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
 
 # isort: split
 import ray
@@ -28,7 +28,7 @@ _RayBackend: Any = ray.train.torch.TorchConfig().backend_cls
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Name the interface that PyTorch's backends listen on; what the user has set stays."""
 
-_meeting_place: Scratch | None = None
+_meeting_place: ScratchFolder | None = None
 """Of the first worker; here, because it belongs to the worker's process."""
 
 
@@ -81,7 +81,7 @@ def _node() -> str:
 
 def _make_meeting_place() -> str:
     global _meeting_place
-    _meeting_place = make_scratch()
+    _meeting_place = make_scratch_folder()
     return str(_meeting_place.folder / "store")
 
 

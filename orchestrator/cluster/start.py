@@ -29,9 +29,14 @@ from typing import Any
 import psutil
 
 from orchestrator.planning.resources import Resources, local_resources
-from orchestrator.terminal.signals import POLL_SECONDS, SIGNALS, handling, raise_interrupt
+from orchestrator.terminal.signals import (
+    POLL_SECONDS,
+    SIGNALS,
+    raise_keyboard_interrupt,
+    signal_handlers,
+)
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.scratch import Scratch, make_scratch
+from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
 
 # Ray reads these when it is imported; what the user has set stays.
 _ENVIRONMENT = {
@@ -112,10 +117,10 @@ def ray_cluster(
         return
     if say:
         say("starting Ray")
-    cluster = _RayThread(make_scratch(longest_path=LONGEST_TEMPORARY_FOLDER), num_cpus)
+    cluster = _RayThread(make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER), num_cpus)
     patience = SHUTDOWN_SECONDS
     try:
-        with handling((signal.SIGTERM,), raise_interrupt):
+        with signal_handlers((signal.SIGTERM,), raise_keyboard_interrupt):
             _running = cluster.started()
             yield _running
     except (KeyboardInterrupt, Interrupted):
@@ -123,7 +128,7 @@ def ray_cluster(
         raise
     finally:
         _running = None
-        with handling(SIGNALS, signal.SIG_IGN):
+        with signal_handlers(SIGNALS, signal.SIG_IGN):
             cluster.end(patience)
 
 
@@ -135,7 +140,7 @@ class _RayThread:
     crashes the interpreter.
     """
 
-    def __init__(self, scratch: Scratch, num_cpus: int | None) -> None:
+    def __init__(self, scratch: ScratchFolder, num_cpus: int | None) -> None:
         self.scratch, self.num_cpus = scratch, num_cpus
         self._earlier = {process.pid for process in psutil.Process().children()}
         self._resources: Future[Resources] = Future()
@@ -149,7 +154,7 @@ class _RayThread:
             KeyboardInterrupt: After a signal, once Ray runs and can be ended, or patience is over.
         """
         signals: list[int] = []
-        with handling(SIGNALS, lambda number, _: signals.append(number)):
+        with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
             self._thread.start()
             give_up_at = math.inf
             while not self._resources.done() and time.monotonic() < give_up_at:
@@ -257,7 +262,7 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def _leave(family: list[psutil.Process], scratch: Scratch) -> None:
+def _leave(family: list[psutil.Process], scratch: ScratchFolder) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     _kill(family)

@@ -35,7 +35,7 @@ from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import run_each_once
 from orchestrator.training.saved import what_is_saved
 from orchestrator.training.saving import NotSaved
-from orchestrator.workspace.credentials import without_secrets
+from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import JOURNAL_NAME
 
@@ -330,4 +330,4 @@ def failure_reason(error: BaseException) -> str:
         error = error.controller_failure
     cause = getattr(error, "cause", None) or error
     first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
-    return without_secrets(f"{type(cause).__name__}: {first}")
+    return mask_secrets(f"{type(cause).__name__}: {first}")

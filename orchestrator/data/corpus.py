@@ -28,7 +28,7 @@ from orchestrator.data.hub import require_hub
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, quoted
-from orchestrator.workspace.files import expanded
+from orchestrator.workspace.files import expand_user
 
 DOCUMENT_MARK = "<|endoftext|>"
 LONG_DOCUMENT_CHARACTERS = 8000
@@ -148,7 +148,7 @@ def _files_of(pattern: str) -> list[Path]:
     """Return the files that a path or pattern names; a folder stands for the texts within."""
     if not pattern:
         raise UserError("data.files: a name is empty; name a file, a folder or a pattern")
-    path = Path.cwd() / expanded(pattern)
+    path = Path.cwd() / expand_user(pattern)
     if path.is_dir():
         files = [f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
         if not files:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from orchestrator.workspace.credentials import without_secrets
+from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -37,7 +37,7 @@ def hub_problem() -> str | None:
         host = endpoint.hostname or ""
         port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     except ValueError as error:
-        return without_secrets(f"HF_ENDPOINT={address} is no address ({error})")
+        return mask_secrets(f"HF_ENDPOINT={address} is no address ({error})")
     try:
         socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
     except OSError as error:

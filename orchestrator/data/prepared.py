@@ -16,8 +16,8 @@ from orchestrator.data.tokenizer import HUB_PREFIX, load_tokenizer, num_token_id
 from orchestrator.data.tokens import is_complete, open_tokens
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import expanded, read_json
-from orchestrator.workspace.folders import is_name
+from orchestrator.workspace.files import expand_user, read_json
+from orchestrator.workspace.folders import is_valid_name
 from orchestrator.workspace.provenance import content_key
 
 ASSUMED_VOCABULARY = 32000
@@ -48,7 +48,7 @@ def source_key(settings: DataSettings) -> str:
         UserError: If the source's files do not exist.
     """
     tokenizer_state = None
-    path = expanded(settings.tokenizer)
+    path = expand_user(settings.tokenizer)
     if (
         settings.tokenizer != "train"
         and not settings.tokenizer.startswith(HUB_PREFIX)
@@ -78,7 +78,7 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     if found is None:
         return None
     fingerprint = found.get("fingerprint") if isinstance(found, dict) else None
-    if not is_name(fingerprint):
+    if not is_valid_name(fingerprint):
         raise UserError(
             f"{path} is damaged (fingerprint: {fingerprint!r}); delete it and run the command again"
         )

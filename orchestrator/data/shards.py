@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_object, write_json
+from orchestrator.workspace.files import read_json_object, write_json
 
 RECORD_NAME = "progress.json"
 TRAIN, VALIDATION, TEXTS = "train.bin", "validation.bin", "validation.jsonl"
@@ -58,7 +58,7 @@ class ShardWriter:
     def __init__(self, folder: Path) -> None:
         self._record_path = folder / RECORD_NAME
         try:
-            record = read_object(self._record_path) or {}
+            record = read_json_object(self._record_path) or {}
         except UserError as error:
             raise StaleWork(
                 f"{error}: what the interrupted call wrote is deleted, and the same command starts "

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from orchestrator.data.hub import require_hub
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import expanded
+from orchestrator.workspace.files import expand_user
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -56,7 +56,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             return Tokenizer.from_pretrained(repository)
         except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"cannot load the tokenizer {text}: {error}") from None
-    path = expanded(text)
+    path = expand_user(text)
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():

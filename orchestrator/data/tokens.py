@@ -16,14 +16,19 @@ from typing import Any
 import numpy as np
 
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, read_object, values_of, write_json
+from orchestrator.workspace.files import (
+    damage_as_user_error,
+    read_json,
+    read_json_object,
+    write_json,
+)
 from orchestrator.workspace.provenance import file_digest
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 STAMP_NAME = "verified.json"
 """Sizes and times of the files when their hashes were last found right."""
-_CURE = "delete its folder and run `iiet-orch prepare` again"
+_REMEDY = "delete its folder and run `iiet-orch prepare` again"
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
     problem = _problem(folder, manifest, verify=verify)
     if problem:
         raise UserError(f"{problem}; run `iiet-orch prepare` again")
-    with values_of(folder / MANIFEST_NAME, cure=_CURE):
+    with damage_as_user_error(folder / MANIFEST_NAME, remedy=_REMEDY):
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         return TokenStore(
             folder=folder,
@@ -130,9 +135,9 @@ def verify_tokens(folder: Path, *, always: bool = False) -> None:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST_NAME
-    manifest = read_object(path, cure=_CURE)
+    manifest = read_json_object(path, remedy=_REMEDY)
     if manifest is not None and manifest.get("format") == FORMAT_VERSION:
-        with values_of(path, cure=_CURE):
+        with damage_as_user_error(path, remedy=_REMEDY):
             for name in manifest["sha256"]:
                 int(manifest["sizes"][name])
             for side in ("train", "validation"):

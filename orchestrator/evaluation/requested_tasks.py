@@ -16,7 +16,7 @@ from orchestrator.evaluation.heldout import TASKS, build_heldout
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import expanded
+from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.folders import Workspace
 
 HELDOUT = "heldout"
@@ -94,7 +94,7 @@ def task_folders(settings: EvaluationSettings) -> list[Path]:
     """
     if not settings.include_path:
         return []
-    folder = expanded(settings.include_path).absolute()
+    folder = expand_user(settings.include_path).absolute()
     if not folder.is_dir():
         raise UserError(
             f"evaluation.include_path: there is no folder {folder} to find lm-eval task files in"

@@ -37,7 +37,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import resolved
+from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, file_key
 
@@ -103,7 +103,7 @@ def open_subject(
     Raises:
         UserError: If there is no model, it is damaged, or the schedule does not fit.
     """
-    path = resolved(path)
+    path = resolve_path(path)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
     values = _config_values(path)

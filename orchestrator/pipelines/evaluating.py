@@ -31,7 +31,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.catalog import tokens_of
 from orchestrator.training.checkpoint import DTYPES
-from orchestrator.workspace.files import read_measured, write_json
+from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -78,7 +78,7 @@ def evaluate(
     results = {
         name: found
         for name, path in paths.items()
-        if (found := read_measured(path, TaskResult.from_dict, progress.note)) is not None
+        if (found := read_cached(path, TaskResult.from_dict, progress.note)) is not None
     }
     missing = [name for name in suite.tasks if name not in results]
     if missing:

@@ -25,7 +25,7 @@ from orchestrator.training.checkpoint import (
     save_checkpoint,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import resolved
+from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment, file_key
 
@@ -53,12 +53,12 @@ def import_model(
             model has the name.
     """
     progress = progress or Progress()
-    folder = resolved(folder)
+    folder = resolve_path(folder)
     progress.start("import")
     if not (folder / CONFIG).is_file() and find_checkpoints(folder):
         folder = resolve_checkpoint(folder)
     model = read_foreign(folder)
-    file = resolved(tokenizer) if tokenizer else model.tokenizer_file
+    file = resolve_path(tokenizer) if tokenizer else model.tokenizer_file
     if file is None:
         progress.note(
             f"{folder} has no tokenizer.json: the model can be used with token ids only; "

@@ -25,7 +25,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_measured, write_json
+from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.provenance import content_key
 
 SEQUENCES_PER_BATCH = 8
@@ -129,7 +129,7 @@ def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
         table.schedule  # noqa: B018  # a layer without a row is found here
         return table
 
-    return read_measured(path, parse, progress.note)
+    return read_cached(path, parse, progress.note)
 
 
 def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:

@@ -43,7 +43,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import resolved
+from orchestrator.workspace.files import resolve_path
 
 
 def export_model(
@@ -71,7 +71,7 @@ def export_model(
     checkpoint = resolve_model(desk.workspace, path)
     wanted = parse_schedule(schedule, checkpoint)
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
-    folder = resolved(to) if to else desk.workspace.exports / name
+    folder = resolve_path(to) if to else desk.workspace.exports / name
     check_target(folder)
     decoder = load_decoder(checkpoint)
     if wanted is not None:
@@ -158,7 +158,7 @@ def pick_model(
     decoder = load_decoder(checkpoint)
     if result.schedule is not None:
         decoder = decoder.with_schedule(IterationSchedule(result.schedule))
-    folder = resolved(to) if to else desk.workspace.exports / sweep.name / rule.alias
+    folder = resolve_path(to) if to else desk.workspace.exports / sweep.name / rule.alias
     card = card_of(
         desk, checkpoint, decoder.config, items.get(result.key), influence=sweep.influence
     )

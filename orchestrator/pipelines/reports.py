@@ -17,8 +17,8 @@ from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.price import price_of, requested_noun, trial_states
 from orchestrator.sweeping.stopping import stopping_of
 from orchestrator.sweeping.trials import SweepPlan
-from orchestrator.terminal.formatting import counted
-from orchestrator.terminal.progress import print_line
+from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.layout import print_line
 from orchestrator.training.job import TrainingJob
 
 
@@ -70,7 +70,7 @@ def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
         sweep = place_trials(settings, wishes).sweep
         gpus, at_once = sweep.gpus_per_trial or 0, sweep.trials_at_once
         most = f", at most {at_once} at once" if at_once else ""
-        lines.append(f"each trial runs on {counted(gpus, 'GPU')}{most}")
+        lines.append(f"each trial runs on {format_count(gpus, 'GPU')}{most}")
     rule = stopping_of(plan, settings.sweep).rule
     desk.console.print(plan_table(plan, states))
     for line in [*lines, rule.text] if rule else lines:

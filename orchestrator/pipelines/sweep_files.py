@@ -19,8 +19,8 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.checks import Kind, check_sweep
 from orchestrator.sweeping.models import TEACHER, check_models, most_students, teacher_and_baselines
 from orchestrator.sweeping.variants import Variant, iterations_plan
-from orchestrator.terminal.formatting import counted
-from orchestrator.terminal.progress import print_line
+from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.layout import print_line
 from orchestrator.training.job import TrainingJob, finished_outcome
 
 
@@ -73,6 +73,6 @@ def _show_pretraining(settings: Settings, desk: Desk, jobs: Mapping[str, Trainin
     training = "none of them trained" if is_pruned else f"each on {num_tokens:,} tokens"
     print_line(
         desk.console,
-        f"  then at most {counted(most, 'student')}, {training}; their schedules follow from the "
-        "teacher's influence, and stand in this plan once it is trained",
+        f"  then at most {format_count(most, 'student')}, {training}; their schedules follow "
+        "from the teacher's influence, and stand in this plan once it is trained",
     )

@@ -37,7 +37,7 @@ from orchestrator.sweeping.checks import Kind, check_sweep
 from orchestrator.sweeping.execution import Grow, SweepOutcome, sweep
 from orchestrator.sweeping.models import TEACHER, check_models, most_students, teacher_and_baselines
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
-from orchestrator.terminal.progress import print_line
+from orchestrator.terminal.layout import print_line
 from orchestrator.training.job import finished_outcome
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.provenance import environment

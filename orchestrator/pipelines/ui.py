@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from orchestrator.terminal.logs import hide_secrets
+from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import Workspace
@@ -90,7 +90,7 @@ def serve(
                 raise _failed(server, workspace.logs / LOG_NAME)
         finally:
             stop_group(server)
-            hide_secrets(workspace.logs / LOG_NAME)
+            mask_secrets_in_file(workspace.logs / LOG_NAME)
 
 
 def link_lines(tracking: Tracking, url: str) -> list[str]:

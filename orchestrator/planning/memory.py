@@ -16,7 +16,7 @@ from iiet.cost import num_parameters
 from orchestrator.planning.resources import Room
 from orchestrator.planning.training_cost import TrainingEstimate, estimate_training
 from orchestrator.settings import ModelSettings, TrainingSettings
-from orchestrator.terminal.formatting import gib
+from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.model_config import model_config
 from orchestrator.workspace.errors import UserError
 
@@ -153,7 +153,7 @@ def _too_little_memory(wish: Wish, estimate: TrainingEstimate, free: int, place:
     memory = estimate.memory
     each = f" for each of {wish.num_workers} workers" if wish.num_workers > 1 else ""
     parts = ", ".join(
-        f"{name} {gib(value)}"
+        f"{name} {format_bytes(value)}"
         for name, value in (
             ("weights", memory.weights), ("gradients", memory.gradients),
             ("AdamW", memory.optimizer), ("activations", memory.activations),
@@ -164,14 +164,14 @@ def _too_little_memory(wish: Wish, estimate: TrainingEstimate, free: int, place:
     words = nearest_fit(wish, lambda other: needed_memory(other) <= free)
     way_out = f"the nearest setting that fits: {words}" if words else "no preset fits"
     return (
-        f"training would take about {gib(needed_memory(estimate))}{each} ({parts}), and {place} "
-        f"has {gib(free)} free{' for each' if each else ''}; {way_out}"
+        f"training would take about {format_bytes(needed_memory(estimate))}{each} ({parts}), "
+        f"and {place} has {format_bytes(free)} free{' for each' if each else ''}; {way_out}"
     )
 
 
 def _too_little_disk(wish: Wish, estimate: TrainingEstimate, free: int, new_bytes: int) -> str:
     kept = wish.recipe.num_checkpoints_kept
-    tokens = f", tokens {gib(new_bytes)}" if new_bytes else ""
+    tokens = f", tokens {format_bytes(new_bytes)}" if new_bytes else ""
 
     def fits(other: TrainingEstimate) -> bool:
         return other.disk_bytes + new_bytes <= free
@@ -183,7 +183,8 @@ def _too_little_disk(wish: Wish, estimate: TrainingEstimate, free: int, new_byte
     words = words or nearest_fit(wish, fits)
     way_out = f"the nearest setting that fits: {words}; or " if words else ""
     return (
-        f"the run would write about {gib(estimate.disk_bytes + new_bytes)} (checkpoints of "
-        f"{gib(estimate.checkpoint_bytes)}, {kept} kept and one in writing{tokens}), and the "
-        f"workspace's disk has {gib(free)} free; {way_out}choose another place with --workspace"
+        f"the run would write about {format_bytes(estimate.disk_bytes + new_bytes)} "
+        f"(checkpoints of {format_bytes(estimate.checkpoint_bytes)}, {kept} kept and one in "
+        f"writing{tokens}), and the workspace's disk has {format_bytes(free)} free; {way_out}"
+        "choose another place with --workspace"
     )

@@ -16,7 +16,7 @@ from orchestrator.planning.memory import Wish, check_fit, needed_memory
 from orchestrator.planning.resources import Room, check_resources, local_resources, local_room
 from orchestrator.planning.training_cost import TrainingEstimate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
-from orchestrator.terminal.formatting import gib
+from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.checkpoint import find_checkpoints, load_config
 from orchestrator.training.job import DONE_NAME, TrainingJob, finished_outcome
 from orchestrator.training.model_config import model_config
@@ -226,9 +226,10 @@ def check_trials_fit(
         most = alone.memory // needed
         if most < at_once:
             raise UserError(
-                f"{at_once} trials at once would take about {gib(at_once * workers * needed)} of "
-                f"memory, and this machine has {gib(workers * alone.memory)} free; the nearest "
-                f"setting that fits: --set sweep.trials_at_once={most}"
+                f"{at_once} trials at once would take about "
+                f"{format_bytes(at_once * workers * needed)} of "
+                f"memory, and this machine has {format_bytes(workers * alone.memory)} free; the "
+                f"nearest setting that fits: --set sweep.trials_at_once={most}"
             )
     _check_disk_for_all(wishes, at_once=at_once, teacher_bytes=teacher_bytes)
 
@@ -304,11 +305,12 @@ def _check_disk_for_all(
     if checkpoints <= disk:
         settings.append("--set distillation.teacher_cache=live")
     way_out = f"the nearest setting that fits: {settings[0]}; or " if settings else ""
-    answers = f" and the teacher's answers {gib(teacher_bytes)}" if teacher_bytes else ""
+    answers = f" and the teacher's answers {format_bytes(teacher_bytes)}" if teacher_bytes else ""
     raise UserError(
-        f"{len(wishes)} trainings would write about {gib(checkpoints + teacher_bytes)} together "
-        f"(checkpoints {gib(checkpoints)}{answers}), and the workspace's disk has {gib(disk)} "
-        f"free; {way_out}make room, or choose another place with --workspace"
+        f"{len(wishes)} trainings would write about {format_bytes(checkpoints + teacher_bytes)} "
+        f"together (checkpoints {format_bytes(checkpoints)}{answers}), and the workspace's disk "
+        f"has {format_bytes(disk)} free; {way_out}make room, or choose another place with "
+        "--workspace"
     )
 
 

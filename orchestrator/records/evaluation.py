@@ -24,7 +24,7 @@ ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
 """Which of a task's metrics is its accuracy: the first that it reports."""
 
 BITS_METRIC = "bits_per_byte"
-STDERR = "_stderr"
+STDERR_SUFFIX = "_stderr"
 
 Values = Sequence[float] | Sequence[tuple[float, float]]
 
@@ -113,18 +113,18 @@ class EvaluationResult:
         for name, members in parts.items():
             pairs = [pair for member in members if (pair := self._accuracy_of(member))]
             if pairs:
-                found[name] = mean_of_independent(pairs)
+                found[name] = mean_and_error(pairs)
         return found
 
     @property
     def accuracy(self) -> float:
         """Mean accuracy; NaN if no task has one."""
-        return mean_of_independent(list(self.accuracies.values()))[0]
+        return mean_and_error(list(self.accuracies.values()))[0]
 
     @property
     def accuracy_stderr(self) -> float:
         """Standard error of the mean accuracy; NaN if no task has one."""
-        return mean_of_independent(list(self.accuracies.values()))[1]
+        return mean_and_error(list(self.accuracies.values()))[1]
 
     @property
     def bits_per_byte(self) -> float:
@@ -140,7 +140,7 @@ class EvaluationResult:
         """Return flat numbers for a trial's result: averages, `TASK/METRIC` of each; no NaN."""
         numbers = {
             name: getattr(self, name)
-            for name in ("accuracy", "accuracy_stderr", BITS_METRIC, BITS_METRIC + STDERR)
+            for name in ("accuracy", "accuracy_stderr", BITS_METRIC, BITS_METRIC + STDERR_SUFFIX)
         }
         for task, metrics in self.tasks.items():
             numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
@@ -171,15 +171,15 @@ class EvaluationResult:
         metric = result.accuracy_metric if result else None
         if result is None or metric is None:
             return None
-        return result.metrics[metric], result.metrics.get(metric + STDERR, math.nan)
+        return result.metrics[metric], result.metrics.get(metric + STDERR_SUFFIX, math.nan)
 
     def _bits(self) -> tuple[float, float]:
         having = [metrics for metrics in self.tasks.values() if BITS_METRIC in metrics]
-        pairs = [(m[BITS_METRIC], m.get(BITS_METRIC + STDERR, math.nan)) for m in having]
-        return mean_of_independent(pairs)
+        pairs = [(m[BITS_METRIC], m.get(BITS_METRIC + STDERR_SUFFIX, math.nan)) for m in having]
+        return mean_and_error(pairs)
 
 
-def mean_of_independent(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Average values with independent standard errors; NaN and NaN if there are none."""
     if not pairs:
         return math.nan, math.nan

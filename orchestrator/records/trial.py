@@ -25,7 +25,7 @@ from orchestrator.workspace.errors import UserError
 Role = Literal["trial", "teacher", "baseline"]
 ROLES = ("trial", "teacher", "baseline")
 T = TypeVar("T")
-LARGEST_EXPONENT = 700.0
+MAX_EXPONENT = 700.0
 """Above it `exp` leaves the numbers of a float."""
 
 
@@ -94,7 +94,7 @@ class TrialResult:
     @property
     def threshold_text(self) -> str:
         """The thresholds that give this schedule, as `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
-        return threshold_range(self.threshold_above, self.threshold_up_to)
+        return threshold_range_text(self.threshold_above, self.threshold_up_to)
 
     def metrics(self) -> dict[str, float]:
         """Return every number under its tracked name: `cost/*`, `quality/*`, `train/*`."""
@@ -114,9 +114,9 @@ class TrialResult:
             params["schedule"] = self.schedule_text
             params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(self.schedule, start=1)}
         if self.threshold_text:
-            up_to = finite(self.threshold_up_to)
+            up_to = finite_or_none(self.threshold_up_to)
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"
-            params["threshold_range"] = self.threshold_text
+            params["threshold_range_text"] = self.threshold_text
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
         if self.seed is not None:
@@ -127,8 +127,8 @@ class TrialResult:
 
     def _groups(self) -> dict[str, Mapping[str, float]]:
         """Return the numbers by group, with the perplexity, which is the loss in other words."""
-        quality, loss = self.quality, finite(self.quality.get("validation_loss"))
-        if loss is not None and loss < LARGEST_EXPONENT:
+        quality, loss = self.quality, finite_or_none(self.quality.get("validation_loss"))
+        if loss is not None and loss < MAX_EXPONENT:
             quality = {"perplexity": math.exp(loss), **quality}
         return {"cost": self.cost, "quality": quality, "train": self.train}
 
@@ -138,7 +138,7 @@ class TrialResult:
         `from_dict` is its inverse.
         """
         numbers = {
-            group: {n: v for n, v in values.items() if finite(v) is not None}
+            group: {n: v for n, v in values.items() if finite_or_none(v) is not None}
             for group, values in (
                 ("cost", self.cost),
                 ("quality", self.quality),
@@ -150,8 +150,8 @@ class TrialResult:
             | numbers
             | {
                 "schedule": None if self.schedule is None else list(self.schedule),
-                "threshold_above": finite(self.threshold_above),
-                "threshold_up_to": finite(self.threshold_up_to),
+                "threshold_above": finite_or_none(self.threshold_above),
+                "threshold_up_to": finite_or_none(self.threshold_up_to),
             }
         )
 
@@ -176,7 +176,7 @@ class TrialResult:
         return cls(**{**values, "schedule": None if schedule is None else tuple(schedule)})
 
 
-def full_model(
+def teacher_or_costliest(
     models: Sequence[T], *, role: Callable[[T], str], cost: Callable[[T], float]
 ) -> T | None:
     """Return the model that others are compared with: the teacher, else the costliest that is no
@@ -193,16 +193,16 @@ def full_model(
     return None
 
 
-def threshold_range(above: float | None, up_to: float | None) -> str:
+def threshold_range_text(above: float | None, up_to: float | None) -> str:
     """Write the thresholds that give a schedule, above one and up to another; None or infinite:
     no bound. Empty where there is neither.
     """
-    above, up_to = finite(above), finite(up_to)
+    above, up_to = finite_or_none(above), finite_or_none(up_to)
     if above is None:
         return "" if up_to is None else f"<={up_to:.2g}"
     return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
 
 
-def finite(number: float | None) -> float | None:
+def finite_or_none(number: float | None) -> float | None:
     """Return a number that strict JSON can hold, or None."""
     return number if number is not None and math.isfinite(number) else None

@@ -14,7 +14,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from orchestrator.evaluation.heldout import TASKS as HELDOUT_TASKS
-from orchestrator.records.evaluation import STDERR, EvaluationResult
+from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.report import influence_markdown
 
 LEFT_OUT = ("checksums", "environment", "recipe", "distillation", "imported")
@@ -108,9 +108,9 @@ class ModelCard:
         lines.append("| --- | --- | ---: | ---: | ---: |")
         for name, result in self.evaluation.results.items():
             for metric, value in result.metrics.items():
-                if metric.endswith(STDERR):
+                if metric.endswith(STDERR_SUFFIX):
                     continue
-                error = result.metrics.get(metric + STDERR)
+                error = result.metrics.get(metric + STDERR_SUFFIX)
                 spread = "" if error is None else f"{error:.4f}"
                 lines.append(f"| {name} | {metric} | {value:.4f} | {spread} | {result.num_items} |")
         return "\n".join([*lines, "", *_origins(self.evaluation)])

@@ -18,14 +18,14 @@ from orchestrator.evaluation.measured_cost import (
     MeasuredCost,
 )
 from orchestrator.evaluation.peak_memory import HOW_MEASURED
-from orchestrator.terminal.progress import FirstThatFits
+from orchestrator.terminal.layout import ResponsiveLayout
 
 Columns = Sequence[tuple[str, Callable[[MeasuredCost], str]]]
 
 CONDITION = "rows x\nprompt"
 
 
-def all_tables(costs: Sequence[MeasuredCost]) -> list[FirstThatFits]:
+def all_tables(costs: Sequence[MeasuredCost]) -> list[ResponsiveLayout]:
     """Return the table of costs, and those of shares where there are models to compare."""
     if len({cost.model for cost in costs}) < 2:
         return [cost_table(costs)]
@@ -38,7 +38,7 @@ def sentences(costs: Sequence[MeasuredCost]) -> list[str]:
     return [f"weights: {', '.join(sizes)} MiB, part of each peak", *residual_lines(costs)]
 
 
-def cost_table(costs: Sequence[MeasuredCost]) -> FirstThatFits:
+def cost_table(costs: Sequence[MeasuredCost]) -> ResponsiveLayout:
     """Return time and memory, one row a model and condition; spreads are half quartile ranges.
     On narrow terminals these are two tables.
     """
@@ -51,13 +51,13 @@ def cost_table(costs: Sequence[MeasuredCost]) -> FirstThatFits:
         ("KV", lambda cost: _mebibytes(cost.kv_bytes)),
         ("peak", lambda cost: _mebibytes(cost.peak_bytes)),
     ]
-    return FirstThatFits(
+    return ResponsiveLayout(
         _table("Milliseconds and MiB", costs, [*times, *others]),
         Group(_table("Milliseconds", costs, times), _table("Speed and MiB", costs, others)),
     )
 
 
-def share_table(costs: Sequence[MeasuredCost], part: str) -> FirstThatFits:
+def share_table(costs: Sequence[MeasuredCost], part: str) -> ResponsiveLayout:
     """Return shares of the full model's time in percent, predicted and measured.
 
     Args:
@@ -69,7 +69,7 @@ def share_table(costs: Sequence[MeasuredCost], part: str) -> FirstThatFits:
         columns.append((title, partial(_predicted, part=part, prediction=prediction)))
         columns.append(("off", partial(_off, part=part, prediction=prediction)))
     title = f"Share of the full model's time, {part}, in percent"
-    return FirstThatFits(_table(title, costs, columns), _table(title, costs, columns[:3]))
+    return ResponsiveLayout(_table(title, costs, columns), _table(title, costs, columns[:3]))
 
 
 def _measured(cost: MeasuredCost, *, part: str) -> str:

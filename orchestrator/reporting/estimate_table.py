@@ -13,7 +13,12 @@ from iiet.schedule import IterationSchedule
 from orchestrator.planning.memory import needed_memory
 from orchestrator.planning.preflight import HERE, Preflight
 from orchestrator.settings import Settings
-from orchestrator.terminal.formatting import counted, durations, gib, teraflops
+from orchestrator.terminal.formatting import (
+    format_bytes,
+    format_count,
+    format_flop_rates,
+    format_hours_range,
+)
 from orchestrator.training.speed import ASSUMED_GPU, gpu_peak, installed_gpu, measured_cpu_speeds
 
 USUAL_SHARE = 0.4
@@ -101,7 +106,7 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
         "a step",
         f"{estimate.sequences_per_worker * estimate.num_workers:,} sequences of "
         f"{config.context_length:,} tokens; {estimate.sequences_per_worker:,} for each worker, in "
-        f"{counted(estimate.num_passes, 'pass', 'passes')} of at most "
+        f"{format_count(estimate.num_passes, 'pass', 'passes')} of at most "
         f"{estimate.sequences_per_pass}",
     )
     yield (
@@ -115,23 +120,26 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
     least, most = (estimate.hours(peak * rate.share) for peak in rate.peaks)
     yield (
         "time",
-        f"{durations(least, most)} at {rate.share:.0%} of {teraflops(*rate.peaks)} a worker "
+        f"{format_hours_range(least, most)} at {rate.share:.0%} of "
+        f"{format_flop_rates(*rate.peaks)} a worker "
         f"({rate.of_what}); validation and saving come on top",
     )
     memory, snapshot = estimate.memory, estimate.snapshot_bytes
-    copy = f", a copy for the checkpoint {gib(snapshot)}" if snapshot else ""
+    copy = f", a copy for the checkpoint {format_bytes(snapshot)}" if snapshot else ""
     yield (
         "memory",
-        f"{gib(needed_memory(estimate))} for each worker: weights {gib(memory.weights)}, "
-        f"gradients {gib(memory.gradients)}, AdamW {gib(memory.optimizer)}, activations "
-        f"{gib(memory.activations)}{copy}, and what PyTorch takes",
+        f"{format_bytes(needed_memory(estimate))} for each worker: weights "
+        f"{format_bytes(memory.weights)}, "
+        f"gradients {format_bytes(memory.gradients)}, AdamW {format_bytes(memory.optimizer)}, "
+        f"activations {format_bytes(memory.activations)}{copy}, and what PyTorch takes",
     )
     yield (
         "checkpoints",
-        f"{gib(estimate.checkpoint_bytes)} each, {gib(estimate.disk_bytes)} with all that are kept",
+        f"{format_bytes(estimate.checkpoint_bytes)} each, {format_bytes(estimate.disk_bytes)} "
+        "with all that are kept",
     )
     if tokens.new_bytes:
-        yield "token files", f"about {gib(tokens.new_bytes)}, to be written"
+        yield "token files", f"about {format_bytes(tokens.new_bytes)}, to be written"
     for place, problem in found.verdicts.items():
         is_known = found.is_memory_known or place != HERE
         fits = (
@@ -142,8 +150,8 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
 
 def _workers(found: Preflight) -> str:
     if found.settings.cluster.num_gpus:
-        return counted(found.num_workers, "GPU")
-    return counted(found.num_workers, "CPU worker")
+        return format_count(found.num_workers, "GPU")
+    return format_count(found.num_workers, "CPU worker")
 
 
 def _short(schedule: IterationSchedule) -> str:

@@ -9,8 +9,8 @@ from itertools import groupby
 from rich import box
 from rich.table import Table
 
-from orchestrator.records.evaluation import STDERR, EvaluationResult
-from orchestrator.terminal.progress import FirstThatFits
+from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
+from orchestrator.terminal.layout import ResponsiveLayout
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Measured:
     num_items: str
 
 
-def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> FirstThatFits:
+def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> ResponsiveLayout:
     """Return every task's metrics with their standard errors: one column a model, or where these
     are too wide, one line a model.
 
@@ -31,7 +31,7 @@ def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> FirstThatFi
         evaluations: Name of the model to what was measured; the tasks may differ.
     """
     names, rows = list(evaluations), _measured(list(evaluations.values()))
-    return FirstThatFits(
+    return ResponsiveLayout(
         _side_by_side(names, rows),
         _side_by_side(names, rows, with_items=False),
         _grouped(names, rows),
@@ -46,7 +46,7 @@ def _measured(models: Sequence[EvaluationResult]) -> list[_Measured]:
         results = [model.results.get(task) for model in models]
         known = [result for result in results if result]
         for metric in dict.fromkeys(name for result in known for name in result.metrics):
-            if not metric.endswith(STDERR):
+            if not metric.endswith(STDERR_SUFFIX):
                 cells = [
                     _metric_cell(result.metrics if result else {}, metric) for result in results
                 ]
@@ -133,7 +133,7 @@ def about_average(evaluations: Mapping[str, EvaluationResult]) -> list[str]:
 def _metric_cell(metrics: Mapping[str, float], name: str) -> str:
     if name not in metrics:
         return ""
-    error = metrics.get(name + STDERR)
+    error = metrics.get(name + STDERR_SUFFIX)
     # Held together, so that narrow terminals fold the names and not the numbers.
     return _number(metrics[name]) + ("" if error is None else f"\u00a0±\u00a0{_number(error)}")
 

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from iiet.influence import InfluenceTable
-from orchestrator.terminal.progress import FirstThatFits
+from orchestrator.terminal.layout import ResponsiveLayout
 
 
 def influence_view(influence: InfluenceTable) -> Group:
@@ -38,7 +38,7 @@ def influence_view(influence: InfluenceTable) -> Group:
     return Group(*parts)
 
 
-def _by_layer(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> FirstThatFits:
+def _by_layer(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> ResponsiveLayout:
     """Return a table with a row for each layer, in as few parts as the width allows."""
 
     def part(first: int, count: int) -> Table:
@@ -53,7 +53,7 @@ def _by_layer(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -
         Group(*(part(first, count) for first in range(0, len(heads), count)))
         for count in range(len(heads), 0, -1)
     )
-    return FirstThatFits(*layouts)
+    return ResponsiveLayout(*layouts)
 
 
 def _factor(contraction: float) -> str:

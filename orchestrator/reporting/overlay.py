@@ -20,7 +20,7 @@ from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.report import SweepReport, WrittenReport, write_files
 from orchestrator.reporting.results import SweepResults, about_items, load_items, load_results
 from orchestrator.reporting.seeds import join_seeds
-from orchestrator.workspace.files import read_object, values_of
+from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -123,8 +123,8 @@ def _about_tasks(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
     """Return what a sweep's plan says it measures, without what only costs time."""
     path = sweep.folder(workspace) / "plan.json"
-    plan = read_object(path) or {}
-    with values_of(path):
+    plan = read_json_object(path) or {}
+    with damage_as_user_error(path):
         trials = plan.get("trials", [])
         suite: dict[str, Any] = dict(next((trial.get("suite", {}) for trial in trials), {}))
     return {

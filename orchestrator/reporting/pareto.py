@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import moocore
 import numpy as np
 
-from orchestrator.records.trial import TrialResult, full_model
+from orchestrator.records.trial import TrialResult, teacher_or_costliest
 from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.bootstrap import Interval
 
@@ -131,7 +131,9 @@ class Front:
     @property
     def full(self) -> Placed | None:
         """The model to compare with: the teacher, else the costliest but for baselines."""
-        return full_model(self.placed, role=lambda p: p.result.role, cost=lambda p: p.cost)
+        return teacher_or_costliest(
+            self.placed, role=lambda p: p.result.role, cost=lambda p: p.cost
+        )
 
     @property
     def best(self) -> Placed | None:

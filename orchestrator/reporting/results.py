@@ -16,8 +16,13 @@ from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, read_object, values_of, write_json
-from orchestrator.workspace.folders import Workspace, checked_name, is_name
+from orchestrator.workspace.files import (
+    damage_as_user_error,
+    read_json,
+    read_json_object,
+    write_json,
+)
+from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
 
 RESULTS_NAME = "results.json"
 LEFT_OUT = "Left out"
@@ -107,16 +112,16 @@ def load_results(workspace: Workspace, name: str) -> SweepResults:
     Raises:
         UserError: If there is no such sweep, it has no result yet, or its file is damaged.
     """
-    checked_name(name, "the sweep")
+    check_name(name, "the sweep")
     path = workspace.sweeps / name / RESULTS_NAME
-    cure = "delete it and run the sweep again, which finds its trials finished"
-    stored = read_object(path, cure=cure)
+    remedy = "delete it and run the sweep again, which finds its trials finished"
+    stored = read_json_object(path, remedy=remedy)
     if stored is None:
         raise UserError(_missing(workspace, name))
-    with values_of(path, cure=cure):
+    with damage_as_user_error(path, remedy=remedy):
         found = SweepResults.from_dict(stored)
-    checked_name(found.name, f"{path} is damaged: name")
-    checked_name(found.key, f"{path} is damaged: key")
+    check_name(found.name, f"{path} is damaged: name")
+    check_name(found.key, f"{path} is damaged: key")
     return replace(found, name=name)
 
 
@@ -169,7 +174,9 @@ def newest_sweep(workspace: Workspace) -> str:
     Raises:
         UserError: If there is none.
     """
-    paths = [path for path in workspace.sweeps.glob("*/results.json") if is_name(path.parent.name)]
+    paths = [
+        path for path in workspace.sweeps.glob("*/results.json") if is_valid_name(path.parent.name)
+    ]
     found = sorted(paths, key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(

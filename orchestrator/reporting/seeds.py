@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.records.evaluation import STDERR, EvaluationResult
+from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.workspace.provenance import content_key
 
@@ -74,12 +74,12 @@ def _join(group: Sequence[TrialResult]) -> TrialResult:
 def _quality(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     means = _means(numbers)
     found = {}
-    for name in (name for name in means if not name.endswith(STDERR)):
+    for name in (name for name in means if not name.endswith(STDERR_SUFFIX)):
         found[name] = means[name]
         values = [each[name] for each in numbers]
         over_seeds = math.fsum((v - means[name]) ** 2 for v in values) / (len(values) - 1)
-        over_items = means.get(name + STDERR, 0.0) ** 2
-        found[name + STDERR] = math.sqrt(over_seeds / len(values) + over_items)
+        over_items = means.get(name + STDERR_SUFFIX, 0.0) ** 2
+        found[name + STDERR_SUFFIX] = math.sqrt(over_seeds / len(values) + over_items)
     return found
 
 

@@ -8,8 +8,8 @@ defaults are those of the shipped sweep `toy`: they make a model in minutes on a
 """
 
 from orchestrator.settings.models import (
-    BASELINE,
-    USUAL_METHOD,
+    BASELINE_METHOD,
+    DEFAULT_METHOD,
     DataSettings,
     ModelSettings,
     method_of_label,
@@ -34,8 +34,8 @@ from orchestrator.settings.tree import (
 )
 
 __all__ = [
-    "BASELINE",
-    "USUAL_METHOD",
+    "BASELINE_METHOD",
+    "DEFAULT_METHOD",
     "ClusterSettings",
     "DataSettings",
     "DistillationSettings",

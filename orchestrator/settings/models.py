@@ -10,12 +10,12 @@ from pydantic_core import PydanticCustomError
 from iiet.methods import METHODS
 from orchestrator.settings.section import Section
 
-USUAL_METHOD, BASELINE = "iiet", "vanilla"
+DEFAULT_METHOD, BASELINE_METHOD = "iiet", "vanilla"
 """What models and teachers are, and what they are compared with, where settings say nothing."""
-MOST_ENTRIES = 1_000_000
+MAX_VOCAB_SIZE = 1_000_000
 """The tokenizers library takes the memory for all entries at once, and ends the process if there is
 none."""
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 """A number beyond this is a slip of the keyboard, and would only fill the memory."""
 
 
@@ -41,7 +41,7 @@ class DataSettings(Section):
     """Share of the documents held out for validation and tasks, chosen by content hash."""
     tokenizer: str = "train"
     """`train` a byte-level BPE, or the path of a `tokenizer.json`, or `hub:NAME`."""
-    vocab_size: int = Field(default=2048, ge=258, le=MOST_ENTRIES)
+    vocab_size: int = Field(default=2048, ge=258, le=MAX_VOCAB_SIZE)
     """Entries of a trained tokenizer."""
 
     @field_validator("files")
@@ -63,7 +63,7 @@ class ModelSettings(Section):
 
     preset: str = "tiny"
     """Name of a preset: tiny, 55m, 340m, 740m, 1.3b."""
-    method: str = USUAL_METHOD
+    method: str = DEFAULT_METHOD
     """How a layer advances the hidden state: iiet, vanilla, pcformer, or another known method."""
     corrections: int | str | tuple[int, ...] = 2
     """Corrections per layer (the iteration schedule): `3`, or one number a layer, `2,2,1,1,1,1`;
@@ -73,7 +73,7 @@ class ModelSettings(Section):
     iiet. Models of other methods that a sweep trains beside it have their defaults."""
     dim: int | None = Field(default=None, gt=0)
     """Width of the hidden state; the preset's when unset, like all that follow."""
-    num_layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
+    num_layers: int | None = Field(default=None, gt=0, le=MAX_LAYERS)
     """Number of layers."""
     num_heads: int | None = Field(default=None, gt=0)
     """Query heads."""
@@ -99,9 +99,9 @@ def model_label(method: str, corrections: object) -> str:
     """
     if not METHODS[method].has_corrections:
         return method
-    return f"r = {corrections}" if method == USUAL_METHOD else f"{method}, r = {corrections}"
+    return f"r = {corrections}" if method == DEFAULT_METHOD else f"{method}, r = {corrections}"
 
 
 def method_of_label(label: str) -> str:
     """Return the method of a label, or of a method's own name."""
-    return USUAL_METHOD if label.startswith("r = ") else label.split(", r = ")[0]
+    return DEFAULT_METHOD if label.startswith("r = ") else label.split(", r = ")[0]

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.section import Section
 
-MOST_STEPS = 1_000_000
+MAX_STEPS = 1_000_000
 """Plans look at each step; a number beyond this is a slip of the keyboard and would look like a
 hang."""
 
@@ -17,7 +17,7 @@ hang."""
 class TrainingSettings(Section):
     """One recipe: how many tokens, which learning rates, how it is watched and saved."""
 
-    num_steps: int = Field(default=500, gt=0, le=MOST_STEPS)
+    num_steps: int = Field(default=500, gt=0, le=MAX_STEPS)
     """Optimizer steps."""
     num_tokens_per_step: int = Field(default=1024, gt=0)
     """Tokens of the global batch; the same whatever the number of workers."""

@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-LARGEST_WHOLE_NUMBER = 2**53
+MAX_WHOLE_NUMBER = 2**53
 """Beyond it, whole numbers are not whole any more where they meet real ones."""
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9_]")
 
-MOST = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 """Largest count where libraries below hold it in 32 bits."""
 
 
@@ -45,7 +45,7 @@ class Section(BaseModel):
                     raise PydanticCustomError(
                         "leading_zero", "a number does not begin with 0; leave the 0 out"
                     )
-            elif isinstance(part, int) and takes_number and abs(part) > LARGEST_WHOLE_NUMBER:
+            elif isinstance(part, int) and takes_number and abs(part) > MAX_WHOLE_NUMBER:
                 raise PydanticCustomError("too_large", "this number is too large")
         return value
 

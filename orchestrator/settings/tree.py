@@ -10,18 +10,18 @@ from pydantic_core import PydanticCustomError
 
 from iiet.methods import METHODS
 from orchestrator.settings.models import (
-    BASELINE,
-    USUAL_METHOD,
+    BASELINE_METHOD,
+    DEFAULT_METHOD,
     DataSettings,
     ModelSettings,
     method_of_label,
 )
 from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
-from orchestrator.settings.section import MOST, Section
+from orchestrator.settings.section import MAX_COUNT, Section
 from orchestrator.workspace.credentials import has_secret
 from orchestrator.workspace.errors import quoted, shortened
 
-LARGEST_SEED = 2**32 - 1
+MAX_SEED = 2**32 - 1
 """What every library's generator takes."""
 
 
@@ -31,9 +31,7 @@ def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Seeds = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...], AfterValidator(_each_once)
-]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...], AfterValidator(_each_once)]
 
 
 class InfluenceSettings(Section):
@@ -54,11 +52,11 @@ class EvaluationSettings(Section):
     (the seven tasks of the papers), and any task of lm-eval or of `include_path`."""
     num_items: int = Field(default=700, gt=0)
     """Items that each held-out task is made with; 700 keep one standard error under 1.9 points."""
-    limit: int | None = Field(default=None, gt=0, le=MOST)
+    limit: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     """Items of each task that are scored, from its first on; all when unset."""
-    num_fewshot: int | None = Field(default=None, ge=0, le=MOST)
+    num_fewshot: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     """Solved examples before each item, where a task does not fix it at 0; as it says if unset."""
-    batch_size: int = Field(default=32, gt=0, le=MOST)
+    batch_size: int = Field(default=32, gt=0, le=MAX_COUNT)
     """Sequences in one forward pass of the evaluation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Weights and arithmetic of the evaluated model. `bf16` is faster on GPUs and moves scores a
@@ -89,9 +87,9 @@ class SweepSettings(Section):
     iterations: tuple[int | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections that `sweep-iterations` pretrains an IIET with: a number for all layers, a ramp
     over the depth (`3..0`), or one number a layer (`2,2,1,1,1,1`)."""
-    methods: tuple[str, ...] = Field(default=(BASELINE, USUAL_METHOD), min_length=1)
+    methods: tuple[str, ...] = Field(default=(BASELINE_METHOD, DEFAULT_METHOD), min_length=1)
     """Methods that `sweep-iterations` pretrains."""
-    learning_rates: dict[str, float | tuple[float, ...]] = Field(default={BASELINE: 4e-3})
+    learning_rates: dict[str, float | tuple[float, ...]] = Field(default={BASELINE_METHOD: 4e-3})
     """Peak learning rate of a method where it differs from `training.learning_rate`, by name; of an
     IIET also by its corrections (`r = 3`). Of several, each is a trial."""
     seeds: Seeds = ()
@@ -172,11 +170,11 @@ class SearchSettings(Section):
     """Optuna's sampler: the genetic one, or the tree-structured Parzen estimator."""
     trials_per_round: int = Field(default=8, ge=2)
     """Schedules that the sampler suggests before it hears of their results; a generation."""
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of the suggestions."""
 
 
-def secret_in_storage(uri: str) -> str | None:
+def storage_problem(uri: str) -> str | None:
     """Return why an address of storage is refused: settings are stored with every run, in its
     folder and in MLflow. None if it holds no secret."""
     if not has_secret(uri):
@@ -207,7 +205,7 @@ class ClusterSettings(Section):
     @field_validator("storage")
     @classmethod
     def _storage_holds_no_secret(cls, storage: str | None) -> str | None:
-        if problem := secret_in_storage(storage or ""):
+        if problem := storage_problem(storage or ""):
             raise PydanticCustomError("secret", problem)
         return storage
 

@@ -18,7 +18,7 @@ from orchestrator.training.checkpoint import (
 )
 from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, values_of
+from orchestrator.workspace.files import damage_as_user_error, read_json
 from orchestrator.workspace.folders import Workspace
 
 
@@ -114,9 +114,9 @@ def _finished_checkpoint(run: Path) -> Path:
     Raises:
         UserError: If it, or the record of its end, is damaged.
     """
-    path, cure = run / DONE_NAME, "delete it, and the same training again writes it"
-    done = read_json(path, cure=cure)
-    with values_of(path, cure=cure):
+    path, remedy = run / DONE_NAME, "delete it, and the same training again writes it"
+    done = read_json(path, remedy=remedy)
+    with damage_as_user_error(path, remedy=remedy):
         checkpoint = run / checkpoint_name(done["step"])
     check_checkpoint(checkpoint)
     return checkpoint

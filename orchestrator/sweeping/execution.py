@@ -35,7 +35,7 @@ from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import DONE_NAME, TrainingJob, check_job, finished_outcome
 from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_work
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import read_measured, read_object, write_json, write_text
+from orchestrator.workspace.files import read_cached, read_json_object, write_json, write_text
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
@@ -94,7 +94,7 @@ def sweep(
     placed = _placed(plan.trials, settings, workspace)
     folder = workspace.sweeps / plan.name
     try:
-        earlier = read_object(folder / PLAN_NAME, cure="it is written anew") or {}
+        earlier = read_json_object(folder / PLAN_NAME, remedy="it is written anew") or {}
     except UserError as error:
         progress.note(str(error))
         earlier = {}
@@ -292,7 +292,7 @@ def _decode_times(
             return None
         return {trial.key: found["milliseconds"][shapes[trial.key]] for trial in trials}
 
-    if (known := read_measured(path, parse, progress.note)) is not None:
+    if (known := read_cached(path, parse, progress.note)) is not None:
         return known
     decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
     timings = time_per_token(decoders, progress)

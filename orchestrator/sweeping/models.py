@@ -13,7 +13,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
-from orchestrator.settings import BASELINE, ModelSettings, Settings, model_label
+from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
 from orchestrator.sweeping.budgets import check_budgets
 from orchestrator.sweeping.checks import Kind
 from orchestrator.sweeping.students import check_student_batch
@@ -67,7 +67,7 @@ def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the models that the students of a sweep are measured against."""
     return {
         TEACHER: with_model(settings),
-        BASELINE: with_model(settings, method=BASELINE),
+        BASELINE_METHOD: with_model(settings, method=BASELINE_METHOD),
         model_label(settings.model.method, 0): with_model(settings, corrections=0),
     }
 

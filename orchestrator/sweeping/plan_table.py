@@ -11,18 +11,23 @@ from rich.table import Table
 
 from orchestrator.sweeping.price import PlanPrice, TrialState
 from orchestrator.sweeping.trials import SweepPlan, exact_cost, full_config, num_models
-from orchestrator.terminal.formatting import counted, durations, gib, teraflops
-from orchestrator.terminal.progress import FirstThatFits
+from orchestrator.terminal.formatting import (
+    format_bytes,
+    format_count,
+    format_flop_rates,
+    format_hours_range,
+)
+from orchestrator.terminal.layout import ResponsiveLayout
 
 
-def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> FirstThatFits:
+def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayout:
     """Return a plan's trials with how far they are, in their order; with their learning rates where
     these differ. Narrow terminals show fewer columns.
     """
     without: list[set[str]] = [set()]
     for title in ("KV/token", "FLOPs", "thresholds", "rate"):
         without.append({*without[-1], title})
-    return FirstThatFits(*(_plan_table(plan, states, titles) for titles in without))
+    return ResponsiveLayout(*(_plan_table(plan, states, titles) for titles in without))
 
 
 def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Container[str]) -> Table:
@@ -35,7 +40,7 @@ def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Contain
         "rate": ["" if rate is None else f"{rate:g}" for rate in rates],
         "evals": [f"{cost['evaluations']:.0f}" for cost in costs],
         "FLOPs": [f"{100 * cost['relative_flops']:.0f} %" for cost in costs],
-        "KV/token": [gib(cost["kv_bytes_per_token"]) for cost in costs],
+        "KV/token": [format_bytes(cost["kv_bytes_per_token"]) for cost in costs],
         "state": [state.text for state in states],
     }
     if not any(columns["thresholds"]):
@@ -77,9 +82,11 @@ def plan_sentences(
 
 def _asked_for(plan: SweepPlan, noun: str) -> str:
     made = "" if noun == "model" else " schedule" if plan.num_distinct == 1 else " schedules"
-    text = f"{counted(plan.num_requested, noun)} asked for, {plan.num_distinct:,} distinct{made}"
+    text = (
+        f"{format_count(plan.num_requested, noun)} asked for, {plan.num_distinct:,} distinct{made}"
+    )
     num_seeds = len({trial.seed for trial in plan.trials if trial.seed is not None})
-    text += f", each under {counted(num_seeds, 'seed')}" if num_seeds else ""
+    text += f", each under {format_count(num_seeds, 'seed')}" if num_seeds else ""
     num_more = num_models(plan.trials) - plan.num_distinct
     return text + (f"; {num_more:,} more that the search suggested" if num_more else "")
 
@@ -87,7 +94,9 @@ def _asked_for(plan: SweepPlan, noun: str) -> str:
 def _found(states: Sequence[TrialState]) -> str:
     names = Counter(state.name for state in states)
     are = "is" if len(states) == 1 else "are"
-    text = f"{names['finished']:,} of {counted(len(states), 'trial')} {are} finished and reused"
+    text = (
+        f"{names['finished']:,} of {format_count(len(states), 'trial')} {are} finished and reused"
+    )
     if num_stopped := names["stopped early"]:
         text += f", {num_stopped:,} stopped early and left so"
     if num_begun := sum(bool(state.steps_done) for state in states):
@@ -99,13 +108,13 @@ def _left_to_train(price: PlanPrice) -> list[str]:
     told = price.num_teacher_tokens
     teacher = f", and the teacher reads {told:,}" if told else ""
     clock = "of one GPU" if price.uses_gpus else "of all CPUs here"
-    written = [f"checkpoints of up to {gib(price.checkpoint_bytes)}"]
+    written = [f"checkpoints of up to {format_bytes(price.checkpoint_bytes)}"]
     if price.teacher_bytes:
-        written.append(f"the teacher's answers, {gib(price.teacher_bytes)}")
+        written.append(f"the teacher's answers, {format_bytes(price.teacher_bytes)}")
     return [
         f"left to train: {price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
-        f"time: {durations(price.hours, price.most_hours)} {clock}, at {price.share:.0%} of "
-        f"{teraflops(price.peak_flops, price.usual_flops)} ({price.of_what}); validation, saving "
-        "and measuring come on top",
+        f"time: {format_hours_range(price.hours, price.most_hours)} {clock}, at "
+        f"{price.share:.0%} of {format_flop_rates(price.peak_flops, price.usual_flops)} "
+        f"({price.of_what}); validation, saving and measuring come on top",
         f"to be written: {' and '.join(written)}",
     ]

@@ -28,7 +28,7 @@ from orchestrator.sweeping.stopping import Stopping
 from orchestrator.sweeping.trial_run import is_busy, run_trial
 from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.signals import tell_saved, wait_interruptibly
+from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.monitor import JournalTail
 from orchestrator.training.saved import what_is_saved
@@ -142,7 +142,7 @@ class TrialRounds:
                 raise
             failed = self._failed_while_stopping.items()
             error = RunFailed("; ".join(f"trial {label} failed: {why}" for label, why in failed))
-            tell_saved(error, saved())
+            note_saved_state(error, saved())
             raise error from None
         # After an interruption it stays: what still ends reads in it that it shall.
         shutil.rmtree(own_folder, ignore_errors=True)

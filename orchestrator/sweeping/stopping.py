@@ -17,7 +17,7 @@ from typing import Any
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.halving import Verdict, halve
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
-from orchestrator.workspace.files import read_object, values_of, write_json
+from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.journal import Journal, read_journal
 
 STOPPED_NAME = "stopped-early.json"
@@ -153,9 +153,9 @@ def validation_losses(folder: Path) -> dict[int, float]:
 def verdict_of(trial: PlannedTrial, rivals: Mapping[str, str], rule: StopRule) -> Verdict | None:
     """Return why a trial was ended early, if it was, by this rule and for one of these rivals."""
     path = Path(trial.folder) / STOPPED_NAME
-    stored = None if trial.result() else read_object(path)
+    stored = None if trial.result() else read_json_object(path)
     if not stored or stored.get("rule") != asdict(rule):
         return None
-    with values_of(path):
+    with damage_as_user_error(path):
         verdict = Verdict(**stored["verdict"])
     return verdict if verdict.rival in rivals else None

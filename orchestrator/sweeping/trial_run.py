@@ -33,7 +33,7 @@ from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import held, is_held
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_object, write_json
+from orchestrator.workspace.files import read_json_object, write_json
 
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss that stands in the tables."""
@@ -242,7 +242,7 @@ def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
     step = load_provenance(checkpoint).get("step", 0)
     known = {field.name for field in dataclasses.fields(TrainingOutcome)}
     try:
-        done = read_object(checkpoint.parent / DONE_NAME)
+        done = read_json_object(checkpoint.parent / DONE_NAME)
         outcome = TrainingOutcome(**{k: v for k, v in (done or {}).items() if k in known})
         return _training_numbers(outcome) if outcome.step == step else {"steps": float(step)}
     except (UserError, TypeError, AttributeError):

@@ -15,9 +15,15 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from orchestrator.records.trial import Role, TrialResult, finite, full_model, threshold_range
+from orchestrator.records.trial import (
+    Role,
+    TrialResult,
+    finite_or_none,
+    teacher_or_costliest,
+    threshold_range_text,
+)
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.workspace.files import read_object, values_of
+from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -76,10 +82,10 @@ class PlannedTrial:
         The label and the thresholds are this sweep's: another sweep may have measured the same
         trial under other names.
         """
-        found = read_object(self.result_path)
+        found = read_json_object(self.result_path)
         if not found:
             return None
-        with values_of(self.result_path):
+        with damage_as_user_error(self.result_path):
             result = TrialResult.from_dict(found)
         return replace(
             result,
@@ -95,8 +101,8 @@ class PlannedTrial:
 
     @property
     def threshold_text(self) -> str:
-        """The thresholds that give this schedule; see `threshold_range`."""
-        return threshold_range(self.threshold_above, self.threshold_up_to)
+        """The thresholds that give this schedule; see `threshold_range_text`."""
+        return threshold_range_text(self.threshold_above, self.threshold_up_to)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping that strict JSON can hold, infinite thresholds as None.
@@ -104,8 +110,8 @@ class PlannedTrial:
         `PlannedTrial(**mapping)` is its inverse.
         """
         return asdict(self) | {
-            "threshold_above": finite(self.threshold_above),
-            "threshold_up_to": finite(self.threshold_up_to),
+            "threshold_above": finite_or_none(self.threshold_above),
+            "threshold_up_to": finite_or_none(self.threshold_up_to),
         }
 
 
@@ -163,8 +169,8 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
 
 def full_trial(plan: SweepPlan) -> PlannedTrial:
     """Return the trial of a plan that the others are compared with, as a front does; see
-    `orchestrator.records.trial.full_model`."""
-    found = full_model(
+    `orchestrator.records.trial.teacher_or_costliest`."""
+    found = teacher_or_costliest(
         plan.trials,
         role=lambda trial: trial.role,
         cost=lambda trial: inference_cost(trial.config()).evaluations_per_token,
@@ -211,7 +217,10 @@ def finish_plan(
 ) -> SweepPlan:
     """Return the plan of these trials, named by their keys where the user gave no name."""
     # Two measures of influence may lead to the same schedules by other thresholds.
-    shown = [[t.key, finite(t.threshold_above), finite(t.threshold_up_to)] for t in trials]
+    shown = [
+        [t.key, finite_or_none(t.threshold_above), finite_or_none(t.threshold_up_to)]
+        for t in trials
+    ]
     key = content_key("sweep", kind, shown)
     return SweepPlan(
         key=key,

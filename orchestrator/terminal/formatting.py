@@ -1,14 +1,14 @@
-"""Numbers as people read them: counts with their noun, durations, bytes and FLOP rates."""
+"""Numbers as people read them: counts with their noun, format_hours_range, bytes and FLOP rates."""
 
 from __future__ import annotations
 
 
-def counted(number: int, noun: str, plural: str | None = None) -> str:
+def format_count(number: int, noun: str, plural: str | None = None) -> str:
     """Write a number of things; the plural is the noun with an s unless given."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def gib(value: float) -> str:
+def format_bytes(value: float) -> str:
     """Write bytes for people."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if value >= size:
@@ -16,12 +16,12 @@ def gib(value: float) -> str:
     return f"{value / 1024:.1f} KiB"
 
 
-def durations(least: float, most: float) -> str:
+def format_hours_range(least: float, most: float) -> str:
     """Write a range of hours for people."""
-    return _range(duration(least), duration(most))
+    return _range(format_hours(least), format_hours(most))
 
 
-def duration(hours: float) -> str:
+def format_hours(hours: float) -> str:
     """Write hours for people, in seconds, minutes or days where that reads better."""
     if hours < 1 / 60:
         return f"{hours * 3600:.2g} seconds"
@@ -30,7 +30,7 @@ def duration(hours: float) -> str:
     return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
 
 
-def teraflops(best: float, usual: float) -> str:
+def format_flop_rates(best: float, usual: float) -> str:
     """Write a range of FLOP/s for people."""
     return _range(*(f"{speed / 1e12:,.3g} TFLOP/s" for speed in (best, usual)))
 

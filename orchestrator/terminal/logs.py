@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from orchestrator.workspace.credentials import without_secrets
+from orchestrator.workspace.credentials import mask_secrets
 
 NUM_LOGS_KEPT = 20
 
@@ -67,17 +67,17 @@ def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[Comman
         os.dup2(saved, 2)
         os.close(saved)
         terminal.close()
-        hide_secrets(path)
+        mask_secrets_in_file(path)
 
 
-def hide_secrets(path: Path) -> None:
+def mask_secrets_in_file(path: Path) -> None:
     """Rewrite a log without passwords, where it holds any: what libraries and child processes write
     goes past the logging of this process."""
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    if (public := without_secrets(text)) != text:
+    if (public := mask_secrets(text)) != text:
         path.write_text(public, encoding="utf-8", errors="surrogateescape")
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        return mask_secrets(super().format(record))

@@ -8,20 +8,18 @@ readable, and also while a stage has nothing to report, so that nobody takes it 
 
 from __future__ import annotations
 
-import re
 import sys
-import textwrap
 import threading
 import time
 from types import TracebackType
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.measure import Measurement
+from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from orchestrator.workspace.credentials import without_secrets
+from orchestrator.terminal.layout import print_line
+from orchestrator.workspace.credentials import mask_secrets
 
 PLAIN_SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -58,64 +56,6 @@ class Progress:
         """Leave the terminal in order, whatever happened."""
 
 
-NullProgress = Progress
-
-
-class FirstThatFits:
-    """Layouts of the same content, widest first: the first is printed that is not too wide.
-
-    So a narrow terminal shows less, or puts it differently, and breaks no name and no number.
-    """
-
-    def __init__(self, *layouts: RenderableType) -> None:
-        self.layouts = layouts
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the layout for this width; the last one where none fits."""
-        unlimited = options.update(width=10_000)
-        for layout in self.layouts[:-1]:
-            if Measurement.get(console, unlimited, layout).maximum <= options.max_width:
-                yield layout
-                return
-        yield self.layouts[-1]
-
-
-def print_line(console: Console, line: str | Text) -> None:
-    """Print a line that a terminal folds between words; elsewhere it stays one line.
-
-    A word that is too long for the terminal, such as a path, stays whole, so that it can be copied.
-    """
-    line = line if isinstance(line, Text) else Text(line)
-    parts = _folded(line, console.width) if console.is_terminal else [line]
-    for part in parts:
-        console.print(part, highlight=False, soft_wrap=True)
-
-
-def _folded(line: Text, width: int) -> list[Text]:
-    parts = []
-    end = 0
-    # A number and its error stay together, as in `44.5 ± 1.2 %`.
-    text = re.sub(" (?=± |%)|(?<=±) ", "\u00a0", line.plain)
-    for paragraph in text.split("\n"):
-        # Rich would break long words as well.
-        indent = " " * (len(paragraph) - len(paragraph.lstrip(" ")))
-        wrapped = textwrap.wrap(
-            paragraph,
-            width,
-            subsequent_indent=indent,
-            expand_tabs=False,
-            replace_whitespace=False,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for number, part in enumerate(wrapped or [""]):
-            added = indent if number else ""
-            start = text.index(part.removeprefix(added), end)
-            end = start + len(part) - len(added)
-            parts.append(Text(added) + line[start:end])
-    return parts
-
-
 class PlainProgress(Progress):
     """Plain lines for pipes, log files and CI.
 
@@ -145,7 +85,7 @@ class PlainProgress(Progress):
         self._tell()
 
     def note(self, text: str) -> None:
-        self._print(f"  {without_secrets(text)}")
+        self._print(f"  {mask_secrets(text)}")
 
     def finish(self, summary: str) -> None:
         self.close()
@@ -220,7 +160,7 @@ class BarProgress(Progress):
         self._bar.update(self._task, left="" if left is None else f"{_duration(left)} left")
 
     def note(self, text: str) -> None:
-        print_line(self.console, f"  {without_secrets(text)}")
+        print_line(self.console, f"  {mask_secrets(text)}")
 
     def finish(self, summary: str) -> None:
         seconds = time.monotonic() - self._started

@@ -56,7 +56,7 @@ def run_interruptibly(
     signals: list[int] = []
     has_state = False
     try:
-        with handling(SIGNALS, lambda number, _: signals.append(number)):
+        with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
             threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
             give_up_at = math.inf
             while not future.done() and len(signals) < 2 and time.monotonic() < give_up_at:
@@ -70,7 +70,7 @@ def run_interruptibly(
             result = future.result()
     except Exception as error:
         if signals:
-            tell_saved(error, saved())
+            note_saved_state(error, saved())
         raise
     if not signals:
         return result
@@ -89,7 +89,7 @@ def interruption_text(saved: str, *, in_time: bool = True) -> str:
     return f"interrupted{late}; {saved}; start the same command again to go on"
 
 
-def tell_saved(error: Exception, saved: str) -> None:
+def note_saved_state(error: Exception, saved: str) -> None:
     """Let an error that came after Ctrl-C say what is saved, too.
 
     Args:
@@ -120,7 +120,7 @@ def wait_interruptibly(
         Interrupted: After a signal.
     """
     signals: list[int] = []
-    with handling(SIGNALS, lambda number, _: signals.append(number)):
+    with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
         if begin:
             begin()
         while True:
@@ -143,13 +143,13 @@ def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
-def raise_interrupt(*_: Any) -> None:
+def raise_keyboard_interrupt(*_: Any) -> None:
     """Do as Python does on Ctrl-C; a handler."""
     raise KeyboardInterrupt
 
 
 @contextmanager
-def handling(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
     """Handle signals so until the block ends; in the main thread only, as Python wants it."""
     if not _in_main_thread():
         yield

@@ -21,7 +21,7 @@ from orchestrator.tracking.client import MlflowClient, MlflowException, Run
 from orchestrator.tracking.identity import RunIdentity
 from orchestrator.tracking.links import as_query
 from orchestrator.tracking.operations import OPERATIONS
-from orchestrator.workspace.credentials import public_address, without_secrets
+from orchestrator.workspace.credentials import mask_secrets, strip_credentials
 from orchestrator.workspace.folders import Workspace
 
 EXPERIMENT_NAME = "iiet-orch"
@@ -52,7 +52,7 @@ class Store:
     @property
     def place(self) -> str:
         """The address as it may be shown: without user and password."""
-        return public_address(self.uri)
+        return strip_credentials(self.uri)
 
     @property
     def is_remote(self) -> bool:
@@ -144,5 +144,5 @@ def is_refusal(error: Exception) -> bool:
 
 def first_line(error: Exception) -> str:
     """Return the error's text, short enough for one line and without passwords."""
-    lines = without_secrets(str(error)).strip().splitlines()
+    lines = mask_secrets(str(error)).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -28,8 +28,8 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import DAMAGE, expanded, read_json
-from orchestrator.workspace.folders import Workspace, is_name
+from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
+from orchestrator.workspace.folders import Workspace, is_valid_name
 from orchestrator.workspace.provenance import file_key
 
 MOST_RUNS_NAMED = 20
@@ -81,7 +81,7 @@ def locate(workspace: Workspace, path: Path, *, model_folders: bool = False) -> 
     Raises:
         UserError: If there is no such folder; names the runs that there are.
     """
-    path = expanded(path)
+    path = expand_user(path)
     places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
     for place in places:
         # A folder without a model must not hide a run: what was imported has its folder's name.
@@ -179,7 +179,7 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
         return _tokens_by_tokenizer(tokenizer_file(checkpoint), workspace)
     fingerprint = provenance.get("tokens", "")
     folder = workspace.tokens / str(fingerprint)
-    if not is_name(fingerprint) or not folder.is_dir():
+    if not is_valid_name(fingerprint) or not folder.is_dir():
         raise UserError(
             f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
@@ -212,7 +212,7 @@ def stored_influence(checkpoint: Path, metric: str | None = None) -> InfluenceTa
     own = load_config(checkpoint).corrections
     tables: dict[str, InfluenceTable] = {}
     for path in sorted(checkpoint.glob("influence-*.json")):
-        with suppress(*DAMAGE):
+        with suppress(*INVALID_VALUE_ERRORS):
             table = InfluenceTable.from_dict(read_json(path))
             if table.schedule == own:
                 tables[table.metric] = table

@@ -29,7 +29,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import CONFIG, WEIGHTS, write_folder
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import DAMAGE, read_object, resolved
+from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object, resolve_path
 from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_digest, file_key
 
 TOKENIZER = "tokenizer.json"
@@ -54,7 +54,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtype of a precision, as settings name it."""
 
 _NAME = re.compile(r"step_(\d{8,})")
-CURE = (
+REMEDY = (
     "copy the checkpoint here again, or move its folder away; a run that is started again goes on "
     "from the checkpoint before"
 )
@@ -189,12 +189,12 @@ def load_config(folder: Path) -> ModelConfig:
         UserError: If the file is missing, or not one of this version of the program.
     """
     try:
-        values = read_object(folder / CONFIG, cure=CURE)
+        values = read_json_object(folder / CONFIG, remedy=REMEDY)
         if values is not None:
             return ModelConfig.from_dict(values)
     except UserError:
         raise
-    except DAMAGE as error:
+    except INVALID_VALUE_ERRORS as error:
         raise UserError(
             f"cannot read the model's configuration in {folder}: {shortened(str(error))}"
         ) from None
@@ -228,7 +228,7 @@ def load_provenance(folder: Path) -> dict[str, Any]:
         UserError: If the file is missing or damaged.
     """
     try:
-        provenance = read_object(folder / PROVENANCE, cure=CURE)
+        provenance = read_json_object(folder / PROVENANCE, remedy=REMEDY)
     except UserError as error:
         raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {error}") from None
     if provenance is None:
@@ -236,7 +236,7 @@ def load_provenance(folder: Path) -> dict[str, Any]:
     if not isinstance(provenance.get("checksums", {}), dict):
         raise UserError(
             f"the checkpoint {folder} is damaged: {PROVENANCE}: checksums are no mapping of names; "
-            f"{CURE}"
+            f"{REMEDY}"
         )
     return provenance
 
@@ -352,7 +352,7 @@ def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) ->
     Raises:
         UserError: If there is none, or it is damaged.
     """
-    path = resolved(path)
+    path = resolve_path(path)
     if is_checkpoint(path):
         check_checkpoint(path)
         return path

@@ -26,7 +26,7 @@ from orchestrator.training.checkpoint import (
 )
 from orchestrator.training.compiling import check_compiler
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_object, values_of, write_json
+from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
 
 STOP_NAME = "stop"
@@ -261,7 +261,7 @@ def claim_folder(job: TrainingJob) -> None:
 
 
 def _check_claim(job: TrainingJob) -> None:
-    earlier = read_object(job.folder / JOB_NAME)
+    earlier = read_json_object(job.folder / JOB_NAME)
     if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
         raise UserError(
             f"{job.folder} holds a run of another version of this program, which this one cannot "
@@ -297,10 +297,10 @@ def finished_outcome(
         warn: Called where the job was finished, and its last checkpoint is damaged.
     """
     path = job.folder / DONE_NAME
-    done = read_object(path)
+    done = read_json_object(path)
     if not done:
         return None
-    with values_of(path):
+    with damage_as_user_error(path):
         folder = job.folder / checkpoint_name(done["step"])  # The workspace may have been moved.
         outcome = TrainingOutcome(**{**done, "checkpoint": str(folder)})
     try:

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from pyarrow import fs
 from pyarrow.lib import ArrowException
 
-from orchestrator.settings.tree import secret_in_storage
+from orchestrator.settings.tree import storage_problem
 from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint, find_checkpoints
-from orchestrator.workspace.credentials import without_secrets
+from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
 
 COPY_ERRORS = (OSError, ArrowException)
@@ -38,7 +38,7 @@ class Mirror:
         Raises:
             UserError: If no file system goes by that URI, it does not answer, or it holds a secret.
         """
-        if problem := secret_in_storage(uri):
+        if problem := storage_problem(uri):
             raise UserError(f"cluster.storage: {problem}")
         try:
             self._store, root = fs.FileSystem.from_uri(uri)
@@ -112,4 +112,4 @@ class Mirror:
 
 def one_line(error: Exception) -> str:
     """Return what a store says, without its line breaks and without passwords."""
-    return " ".join(without_secrets(str(error)).split())
+    return " ".join(mask_secrets(str(error)).split())

@@ -10,8 +10,13 @@ import shutil
 from pathlib import Path
 
 from orchestrator.training.checkpoint import find_checkpoints
-from orchestrator.workspace.files import delete_folder, read_object, values_of, write_json
-from orchestrator.workspace.folders import is_name
+from orchestrator.workspace.files import (
+    damage_as_user_error,
+    delete_folder,
+    read_json_object,
+    write_json,
+)
+from orchestrator.workspace.folders import is_valid_name
 
 BEST = "best.json"
 
@@ -19,8 +24,8 @@ BEST = "best.json"
 def remember_best(checkpoint: Path, step: int, validation_loss: float) -> None:
     """Name a checkpoint in its run's `best.json`, unless an earlier one there is as good."""
     path = checkpoint.parent / BEST
-    best = read_object(path) if best_checkpoint(checkpoint.parent) else None
-    with values_of(path):
+    best = read_json_object(path) if best_checkpoint(checkpoint.parent) else None
+    with damage_as_user_error(path):
         is_better = best is None or validation_loss < best["validation_loss"]
     if is_better:
         found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
@@ -33,8 +38,10 @@ def best_checkpoint(run_folder: Path) -> Path | None:
     Raises:
         UserError: If the file is damaged.
     """
-    best = read_object(run_folder / BEST)
-    folder = run_folder / best["checkpoint"] if best and is_name(best.get("checkpoint")) else None
+    best = read_json_object(run_folder / BEST)
+    folder = (
+        run_folder / best["checkpoint"] if best and is_valid_name(best.get("checkpoint")) else None
+    )
     return folder if folder and folder.is_dir() else None
 
 

@@ -25,7 +25,7 @@ _QUERY = re.compile(
 )
 
 
-def without_secrets(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """Return a text with the users, passwords and keys of its addresses replaced by `***`."""
     return _QUERY.sub(rf"\g<1>{MASK}", _USER.sub(f"{MASK}@", text))
 
@@ -36,6 +36,6 @@ def has_secret(address: str) -> bool:
     return bool(user and ":" in user[0].rstrip("@")) or _QUERY.search(address) is not None
 
 
-def public_address(address: str) -> str:
+def strip_credentials(address: str) -> str:
     """Return an address without its user and password, as a link that others may see."""
     return _QUERY.sub(rf"\g<1>{MASK}", _USER.sub("", address))

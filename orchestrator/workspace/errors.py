@@ -15,31 +15,31 @@ from __future__ import annotations
 import errno
 import os
 
-from orchestrator.workspace.credentials import without_secrets
+from orchestrator.workspace.credentials import mask_secrets
 
 
 class UserError(ValueError):
     """A mistake that the user can put right; its text says how. Exit code 2."""
 
     def __init__(self, text: str = "") -> None:
-        super().__init__(without_secrets(text))
+        super().__init__(mask_secrets(text))
 
 
 class Interrupted(Exception):
     """A stop asked for by the user (Ctrl-C, SIGTERM); says what is saved. Exit code 130."""
 
     def __init__(self, text: str = "") -> None:
-        super().__init__(without_secrets(text))
+        super().__init__(mask_secrets(text))
 
 
 class RunFailed(RuntimeError):
     """A failure that is not the user's mistake, such as a worker that died. Exit code 1."""
 
     def __init__(self, text: str = "") -> None:
-        super().__init__(without_secrets(text))
+        super().__init__(mask_secrets(text))
 
 
-LONGEST_QUOTE = 200
+MAX_QUOTE_CHARACTERS = 200
 """Characters of a value that a message shows at most."""
 
 
@@ -53,10 +53,10 @@ def quoted(value: object) -> str:
 
 def shortened(text: str) -> str:
     """Return a text, cut in the middle where it is longer than a message may show."""
-    text = without_secrets(text)  # First: half an address is no address any more.
-    if len(text) <= LONGEST_QUOTE:
+    text = mask_secrets(text)  # First: half an address is no address any more.
+    if len(text) <= MAX_QUOTE_CHARACTERS:
         return text
-    half = LONGEST_QUOTE // 2 - 3
+    half = MAX_QUOTE_CHARACTERS // 2 - 3
     return f"{text[:half]} ... {text[-half:]}"
 
 
@@ -72,7 +72,7 @@ _WAYS_OF_A_PATH = {
 }
 
 
-def unusable_path(error: OSError) -> str | None:
+def path_error_message(error: OSError) -> str | None:
     """Return a sentence on a file or folder that is not what it should be; None where the error is
     another one."""
     reason = _WAYS_OF_A_PATH.get(error.errno or 0)

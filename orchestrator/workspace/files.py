@@ -19,12 +19,12 @@ from orchestrator.workspace.errors import UserError, shortened
 
 T = TypeVar("T")
 
-CHECKSUM = "sha256_of_content"
+_CHECKSUM_KEY = "sha256_of_content"
 """Key of a stored object's checksum: a flipped bit would be another number and valid JSON."""
-DELETE = "delete it and run the command again"
+_DELETE_AND_RERUN = "delete it and run the command again"
 
 
-def expanded(path: Path | str) -> Path:
+def expand_user(path: Path | str) -> Path:
     """Return a path that a user typed, `~` written out.
 
     Raises:
@@ -36,13 +36,13 @@ def expanded(path: Path | str) -> Path:
         raise UserError(f"cannot use the path {shortened(str(path))}: {error}") from None
 
 
-def resolved(path: Path | str) -> Path:
+def resolve_path(path: Path | str) -> Path:
     """Return the absolute path that a user means.
 
     Raises:
         UserError: If it can be none: its links lead to themselves, or its user is not known.
     """
-    path = expanded(path)
+    path = expand_user(path)
     try:
         return path.resolve()
     except (RuntimeError, OSError, ValueError) as error:  # The first: a link without an end.
@@ -52,7 +52,7 @@ def resolved(path: Path | str) -> Path:
 def is_folder(path: Path | str) -> bool:
     """Tell whether a path that a user typed is a folder; also of a text that can be no path."""
     try:
-        return expanded(path).is_dir()
+        return expand_user(path).is_dir()
     except (OSError, ValueError):
         return False
 
@@ -82,47 +82,47 @@ def delete_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON as a whole file (see `write_text`); an object with a checksum of its content."""
     if isinstance(value, Mapping):
-        value = {**value, CHECKSUM: _checksum(value)}
+        value = {**value, _CHECKSUM_KEY: _checksum(value)}
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, *, cure: str = DELETE) -> Any:
+def read_json(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Any:
     """Read JSON; None if the file is missing. An object's checksum is compared and left out.
 
     Args:
         path: The file.
-        cure: What a user should do if it is damaged.
+        remedy: What a user should do if it is damaged.
 
     Raises:
-        UserError: If the file is damaged; names it, and says the cure.
+        UserError: If the file is damaged; names it, and says the remedy.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, error, cure=cure) from None
-    if isinstance(value, dict) and CHECKSUM in value:
-        written = value.pop(CHECKSUM)
+        raise damaged_file_error(path, error, remedy=remedy) from None
+    if isinstance(value, dict) and _CHECKSUM_KEY in value:
+        written = value.pop(_CHECKSUM_KEY)
         if written != _checksum(value):
-            raise damaged(path, "its content is not what was written", cure=cure)
+            raise damaged_file_error(path, "its content is not what was written", remedy=remedy)
     return value
 
 
-def read_object(path: Path, *, cure: str = DELETE) -> dict[str, Any] | None:
+def read_json_object(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> dict[str, Any] | None:
     """Read a JSON object; None if the file is missing.
 
     Raises:
-        UserError: If the file is damaged, or holds something else; names it, and says the cure.
+        UserError: If the file is damaged, or holds something else; names it, and says the remedy.
     """
-    value = read_json(path, cure=cure)
+    value = read_json(path, remedy=remedy)
     if value is not None and not isinstance(value, dict):
-        raise damaged(path, "it holds no object", cure=cure)
+        raise damaged_file_error(path, "it holds no object", remedy=remedy)
     return value
 
 
 @contextmanager
-def values_of(path: Path, *, cure: str = DELETE) -> Iterator[None]:
+def damage_as_user_error(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Iterator[None]:
     """Turn what goes wrong with a file's values into one sentence that names the file.
 
     Raises:
@@ -132,11 +132,11 @@ def values_of(path: Path, *, cure: str = DELETE) -> Iterator[None]:
         yield
     except UserError as error:
         raise (error if str(path) in str(error) else UserError(f"{path}: {error}")) from None
-    except DAMAGE as error:
-        raise damaged(path, error, cure=cure) from None
+    except INVALID_VALUE_ERRORS as error:
+        raise damaged_file_error(path, error, remedy=remedy) from None
 
 
-def read_measured(
+def read_cached(
     path: Path, parse: Callable[[dict[str, Any]], T | None], note: Callable[[str], None]
 ) -> T | None:
     """Read what was measured before; a damaged file costs nothing but measuring again.
@@ -149,24 +149,26 @@ def read_measured(
     Returns:
         The values; None where they have to be measured.
     """
-    cure = "it is measured again"
+    remedy = "it is measured again"
     try:
-        found = read_object(path, cure=cure)
-        with values_of(path, cure=cure):
+        found = read_json_object(path, remedy=remedy)
+        with damage_as_user_error(path, remedy=remedy):
             return None if found is None else parse(found)
     except UserError as error:
         note(str(error))
         return None
 
 
-DAMAGE = (
+INVALID_VALUE_ERRORS = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
 """What reading a value raises that is missing or of another kind than was written."""
 
 
-def damaged(path: Path, problem: Exception | str, *, cure: str = DELETE) -> UserError:
-    """Return the error for a file that cannot be read: what is wrong with it, and the cure."""
+def damaged_file_error(
+    path: Path, problem: Exception | str, *, remedy: str = _DELETE_AND_RERUN
+) -> UserError:
+    """Return the error for a file that cannot be read: what is wrong with it, and the remedy."""
     in_the_way = next((p for p in reversed(path.parents) if _is_no_folder(p)), None)
     if isinstance(problem, OSError) and in_the_way is not None:
         return UserError(
@@ -185,7 +187,7 @@ def damaged(path: Path, problem: Exception | str, *, cure: str = DELETE) -> User
         reason = f"it has no {shortened(str(problem))}"
     else:
         reason = shortened(" ".join(str(problem).split()))
-    return UserError(f"{path} is damaged ({reason}); {cure}")
+    return UserError(f"{path} is damaged ({reason}); {remedy}")
 
 
 def _is_no_folder(path: Path) -> bool:

@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, resolved, write_json
+from orchestrator.workspace.files import read_json, resolve_path, write_json
 from orchestrator.workspace.provenance import RECIPE_VERSION
 
 T = TypeVar("T")
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
-PLACE_NAME = "workspace.json"
+WORKSPACE_FILE_NAME = "workspace.json"
 """Where the workspace lies, and the other workspaces that its records name files in."""
-_PARTS = ("mlflow.db", "runs", "trials", "sweeps", "tokens", PLACE_NAME)
+_PARTS = ("mlflow.db", "runs", "trials", "sweeps", "tokens", WORKSPACE_FILE_NAME)
 """What tells a workspace from a folder that only has artifacts, as MLflow makes one anew."""
 MAX_NAME_BYTES = 200
 """File systems take 255; a temporary name is a little longer than the name."""
@@ -106,22 +106,22 @@ class Workspace:
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
 
 
-def is_name(text: Any) -> bool:
+def is_valid_name(text: Any) -> bool:
     """Tell whether a value can be the name of a folder, and leads nowhere else as a path."""
     is_plain = isinstance(text, str) and re.fullmatch(r"\w[\w .,+=-]*", text) is not None
     return is_plain and len(text.encode()) <= MAX_NAME_BYTES
 
 
-def check_name(name: str | None) -> str | None:
+def check_name_option(name: str | None) -> str | None:
     """Return the value of an option `--name`; None stays None.
 
     Raises:
-        UserError: If it is none; see `checked_name`.
+        UserError: If it is none; see `check_name`.
     """
-    return None if name is None else checked_name(name, "--name")
+    return None if name is None else check_name(name, "--name")
 
 
-def checked_name(name: Any, what: str) -> str:
+def check_name(name: Any, what: str) -> str:
     """Return the name of a run or sweep, which is that of its folder.
 
     Args:
@@ -131,7 +131,7 @@ def checked_name(name: Any, what: str) -> str:
     Raises:
         UserError: If it could lead elsewhere, or is none.
     """
-    if not is_name(name):
+    if not is_valid_name(name):
         raise UserError(
             f"{what} {name!r}: a name has letters, digits, spaces and . , + = - _, begins with a "
             f"letter or a digit, and takes at most {MAX_NAME_BYTES} bytes"
@@ -183,7 +183,7 @@ def _refuse_a_copy_or_another_version(root: Path, probe: str) -> None:
     Raises:
         UserError: If it does.
     """
-    stored = read_json(root / PLACE_NAME)
+    stored = read_json(root / WORKSPACE_FILE_NAME)
     own = {"root": str(root), "recipe_version": RECIPE_VERSION}
     is_known = isinstance(stored, dict) and own.items() <= stored.items()
     named = stored.get("records_name") if is_known else None
@@ -203,7 +203,7 @@ def _refuse_a_copy_or_another_version(root: Path, probe: str) -> None:
             )
     place = {**own, "records_name": named}
     if stored != place:
-        write_json(root / PLACE_NAME, place)
+        write_json(root / WORKSPACE_FILE_NAME, place)
 
 
 def _records(root: Path) -> list[dict[str, Any]]:
@@ -255,4 +255,4 @@ def _place_of_artifacts(database: Path) -> str | None:
 def locate_workspace(path: Path | None = None) -> Workspace:
     """Return the workspace without making or touching it; see `open_workspace`."""
     root = path or Path(os.environ.get(ENVIRONMENT_NAME) or DEFAULT_NAME)
-    return Workspace(resolved(root))
+    return Workspace(resolve_path(root))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,6 @@ def file_digest(path: Path) -> str:
 def file_key(path: Path) -> str:
     """Return a short hash of a file's bytes."""
     return file_digest(path)[:KEY_LENGTH]
-
-
-def text_key(texts: Iterable[str]) -> str:
-    """Return a short hash of texts in their order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()[:KEY_LENGTH]
 
 
 def environment() -> dict[str, str]:

@@ -23,7 +23,7 @@ _MARK = "Scratch files of iiet-orch; deleted when the process that locks this fi
 
 
 @dataclass(frozen=True)
-class Scratch:
+class ScratchFolder:
     """A temporary folder of this process."""
 
     folder: Path
@@ -38,7 +38,7 @@ class Scratch:
             os.close(self.owner_file)
 
 
-def make_scratch(*, longest_path: int | None = None) -> Scratch:
+def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
     """Make a temporary folder for this process, and delete those whose owners have ended.
 
     Args:
@@ -48,7 +48,7 @@ def make_scratch(*, longest_path: int | None = None) -> Scratch:
     parent = Path(tempfile.gettempdir())
     if longest_path and len(str(parent / PREFIX)) + 8 > longest_path:  # 8 random characters follow
         parent = Path("/tmp")
-    delete_abandoned(parent)
+    delete_abandoned_folders(parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     # Locked before it gets its name, so that nobody ever sees it unlocked while this process lives.
     unnamed = folder / f"{OWNER_NAME}.new"
@@ -56,10 +56,10 @@ def make_scratch(*, longest_path: int | None = None) -> Scratch:
     fcntl.flock(owner_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.write(owner_file, _MARK.encode())
     unnamed.rename(folder / OWNER_NAME)
-    return Scratch(folder, owner_file)
+    return ScratchFolder(folder, owner_file)
 
 
-def delete_abandoned(parent: Path) -> None:
+def delete_abandoned_folders(parent: Path) -> None:
     """Delete scratch folders of this user whose owners have ended, and nothing else.
 
     A folder of that name without our owner file is somebody else's, and links are not followed.

@@ -20,7 +20,12 @@ from orchestrator.evaluation.harness.quiet import quiet
 from orchestrator.evaluation.harness.suite import Suite, load_suite
 from orchestrator.evaluation.harness.vocabulary import TrainedVocabulary, Vocabulary
 from orchestrator.evaluation.heldout import heldout_configs
-from orchestrator.records.evaluation import STDERR, EvaluationResult, TaskResult, standard_error
+from orchestrator.records.evaluation import (
+    STDERR_SUFFIX,
+    EvaluationResult,
+    TaskResult,
+    standard_error,
+)
 from orchestrator.terminal.progress import Progress
 
 OnResult = Callable[[TaskResult], None]
@@ -159,7 +164,7 @@ def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
         values[metric] = [_plain(sample[metric]) for sample in samples if metric in sample]
         error = standard_error(aggregations.get(aggregate, ""), values[metric])
         if error is not None:
-            metrics[metric + STDERR] = error
+            metrics[metric + STDERR_SUFFIX] = error
     return TaskResult(
         name=name,
         version=str(task.VERSION),

@@ -10,7 +10,7 @@ from iiet.config import preset
 from orchestrator.planning.memory import Wish, check_fit, needed_memory
 from orchestrator.planning.resources import Room
 from orchestrator.settings import ModelSettings, Settings, resolve_settings
-from orchestrator.terminal.formatting import gib
+from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.model_config import model_config
 from orchestrator.workspace.errors import UserError
 
@@ -88,7 +88,7 @@ def test_a_full_disk_is_seen_before_the_first_checkpoint() -> None:
     message = refused(asked, room)
     assert "training.num_checkpoints_kept=2" in message
     assert "--workspace" in message
-    assert gib(one) in message
+    assert format_bytes(one) in message
     settings, _ = follow(message)
     check_fit(wish("training.num_steps=100000", *settings), room)
     # What this run has written already is replaced, not added to.

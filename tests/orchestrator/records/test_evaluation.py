@@ -13,7 +13,7 @@ import pytest
 from orchestrator.records.evaluation import (
     EvaluationResult,
     TaskResult,
-    mean_of_independent,
+    mean_and_error,
     standard_error,
 )
 from orchestrator.workspace.errors import UserError
@@ -103,7 +103,7 @@ def test_quality_leaves_out_what_was_not_measured() -> None:
 
 
 def test_nothing_has_no_mean() -> None:
-    assert all(math.isnan(number) for number in mean_of_independent([]))
+    assert all(math.isnan(number) for number in mean_and_error([]))
 
 
 def test_results_survive_the_way_through_json() -> None:

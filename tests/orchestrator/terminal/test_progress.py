@@ -18,7 +18,8 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.cost_tables import all_tables
 from orchestrator.reporting.evaluation_table import evaluation_table
 from orchestrator.reporting.influence_table import influence_view
-from orchestrator.terminal.progress import BarProgress, PlainProgress, print_line
+from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.progress import BarProgress, PlainProgress
 
 WIDTHS = (60, 80, 200)
 SUMMARY = "accuracy 44.5 ± 1.2 %, 2.345 bits per byte, 12,345 items of all the tasks together"

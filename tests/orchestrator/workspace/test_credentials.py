@@ -14,7 +14,7 @@ from orchestrator import cli
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.logs import command_log
 from orchestrator.training.job import TrainingJob, check_job
-from orchestrator.workspace.credentials import has_secret, public_address, without_secrets
+from orchestrator.workspace.credentials import has_secret, mask_secrets, strip_credentials
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, quoted
 
 SECRET = "geh3im"
@@ -41,12 +41,12 @@ HARMLESS = [
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_secret_is_hidden_wherever_it_stands(address: str) -> None:
     shown = ADDRESSES[address]
-    assert without_secrets(address) == shown
+    assert mask_secrets(address) == shown
     text = f"API request to '{address}' failed: (Caused by 'x@y')"
-    assert without_secrets(text) == text.replace(address, shown)
+    assert mask_secrets(text) == text.replace(address, shown)
     assert SECRET not in quoted(address + 500 * "x")
-    assert SECRET not in public_address(address)
-    assert "***@" not in public_address(address)
+    assert SECRET not in strip_credentials(address)
+    assert "***@" not in strip_credentials(address)
 
 
 @pytest.mark.parametrize("text", HARMLESS)
@@ -57,12 +57,12 @@ def test_what_is_no_secret_is_no_reason_to_refuse(text: str) -> None:
 def test_other_texts_stay_as_they_are() -> None:
     for text in HARMLESS:
         user = "://user@" in text or "://container@" in text
-        assert (without_secrets(text) == text) == (not user)
+        assert (mask_secrets(text) == text) == (not user)
 
 
 def test_a_long_word_of_many_addresses_is_no_hang() -> None:
     text = "x://" * 50_000
-    assert without_secrets(text) == text
+    assert mask_secrets(text) == text
 
 
 @pytest.mark.parametrize("kind", [UserError, RunFailed, Interrupted])

@@ -13,8 +13,18 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, read_object, values_of, write_json
-from orchestrator.workspace.folders import PLACE_NAME, check_name, is_name, open_workspace
+from orchestrator.workspace.files import (
+    damage_as_user_error,
+    read_json,
+    read_json_object,
+    write_json,
+)
+from orchestrator.workspace.folders import (
+    WORKSPACE_FILE_NAME,
+    check_name_option,
+    is_valid_name,
+    open_workspace,
+)
 from orchestrator.workspace.provenance import RECIPE_VERSION, content_key, file_key
 
 
@@ -63,7 +73,7 @@ def used(tmp_path: Path) -> Path:
 def test_a_copied_workspace_is_refused(used: Path, tmp_path: Path, is_recorded: bool) -> None:
     copy = Path(shutil.copytree(used, tmp_path / "copy"))
     if not is_recorded:  # As workspaces were before they knew their place.
-        (copy / PLACE_NAME).unlink()
+        (copy / WORKSPACE_FILE_NAME).unlink()
     before = sorted(copy.rglob("*"))
     for _ in range(2):
         with pytest.raises(UserError, match=f"{copy} was copied or moved from {used}"):
@@ -96,7 +106,7 @@ def test_tokens_alone_can_be_copied(used: Path, tmp_path: Path) -> None:
 def test_the_same_folder_under_two_paths_is_no_copy(used: Path, tmp_path: Path) -> None:
     # As a second mount of it would look.
     other = tmp_path / "mount"
-    (used / PLACE_NAME).unlink()
+    (used / WORKSPACE_FILE_NAME).unlink()
     write_json(used / "runs" / "b" / "job.json", {"job": {"run_folder": f"{other}/runs/b"}})
     other.symlink_to(used)
     assert open_workspace(used).root == used
@@ -104,7 +114,7 @@ def test_the_same_folder_under_two_paths_is_no_copy(used: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("record", ["7", "[]", '{"root": 7}', '{"job": {"run_folder": 7}}'])
 def test_a_record_of_another_form_is_passed_over(used: Path, record: str) -> None:
-    (used / PLACE_NAME).write_text(record)
+    (used / WORKSPACE_FILE_NAME).write_text(record)
     (used / "runs" / "toy" / "job.json").write_text(record)
     assert open_workspace(used).root == used
 
@@ -119,7 +129,7 @@ def test_a_workspace_of_another_version_is_refused_and_left_as_it_is(
     record = used / "runs" / "toy" / "job.json"
     older = json.loads((OLDER_RUN / "job.json").read_text())
     record.write_text(json.dumps({**older, "job": {"run_folder": str(record.parent)}}))
-    write_json(used / PLACE_NAME, {"root": str(used), "records_name": []})
+    write_json(used / WORKSPACE_FILE_NAME, {"root": str(used), "records_name": []})
     before = {path: path.read_bytes() for path in used.rglob("*") if path.is_file()}
     for _ in range(2):
         assert cli.run(["report", "--workspace", str(used)]) == 2
@@ -133,7 +143,7 @@ def test_a_workspace_of_another_version_is_refused_and_left_as_it_is(
         open_workspace(used)
     write_json(record, {**own, "recipe_version": RECIPE_VERSION})
     open_workspace(used)
-    assert read_json(used / PLACE_NAME)["recipe_version"] == RECIPE_VERSION
+    assert read_json(used / WORKSPACE_FILE_NAME)["recipe_version"] == RECIPE_VERSION
 
 
 def test_json_is_whole_or_named_as_damaged(tmp_path: Path) -> None:
@@ -149,15 +159,15 @@ def test_json_is_whole_or_named_as_damaged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["toy", "A b", "1,1,0", "r=2 + x", "überschau", "a..b"])
 def test_a_name_is_that_of_a_folder(name: str) -> None:
-    assert is_name(name)
-    assert check_name(name) == name
+    assert is_valid_name(name)
+    assert check_name_option(name) == name
 
 
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a\n", "-x", "é" * 101, 7, None]
 )
 def test_what_could_lead_elsewhere_is_no_name(name: object) -> None:
-    assert not is_name(name)
+    assert not is_valid_name(name)
 
 
 def _damage(path: Path, how: str) -> None:
@@ -189,7 +199,7 @@ def test_a_damaged_object_is_named_with_its_cure(tmp_path: Path, how: str) -> No
     path = tmp_path / "a.json"
     _damage(path, how)
     with pytest.raises(UserError) as caught:
-        read_object(path, cure="do this")
+        read_json_object(path, remedy="do this")
     text = str(caught.value)
     assert text.startswith(f"{path} is damaged (")
     assert text.endswith("; do this")
@@ -216,7 +226,10 @@ def test_a_flipped_bit_in_a_number_is_damage(tmp_path: Path) -> None:
 def test_a_value_of_another_kind_is_named_with_its_file(
     tmp_path: Path, read: Callable[[Any], object]
 ) -> None:
-    with pytest.raises(UserError, match=r"a\.json is damaged"), values_of(tmp_path / "a.json"):
+    with (
+        pytest.raises(UserError, match=r"a\.json is damaged"),
+        damage_as_user_error(tmp_path / "a.json"),
+    ):
         read({"a": "text"})
 
 

@@ -12,9 +12,9 @@ from orchestrator.workspace import scratch
 from orchestrator.workspace.scratch import (
     OWNER_NAME,
     PREFIX,
-    Scratch,
-    delete_abandoned,
-    make_scratch,
+    ScratchFolder,
+    delete_abandoned_folders,
+    make_scratch_folder,
 )
 
 
@@ -25,17 +25,17 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def end_owner(made: Scratch) -> None:
+def end_owner(made: ScratchFolder) -> None:
     """Do as the system does when the owner is killed: the folder stays, the lock goes."""
     os.close(made.owner_file)
 
 
 def test_a_folder_is_deleted_by_the_next_start_after_its_owner_has_ended(parent: Path) -> None:
-    left = make_scratch()
+    left = make_scratch_folder()
     (left.folder / "session").mkdir()
     (left.folder / "session" / "log").write_text("of a process that was killed")
     end_owner(left)
-    other = make_scratch()
+    other = make_scratch_folder()
     assert list(parent.iterdir()) == [other.folder]
     assert other.folder.stat().st_mode & 0o077 == 0, "nobody else may enter it"
     other.delete()
@@ -43,8 +43,8 @@ def test_a_folder_is_deleted_by_the_next_start_after_its_owner_has_ended(parent:
 
 
 def test_a_folder_whose_owner_lives_stays(parent: Path) -> None:
-    made = make_scratch()
-    delete_abandoned(parent)
+    made = make_scratch_folder()
+    delete_abandoned_folders(parent)
     assert (made.folder / OWNER_NAME).is_file()
 
 
@@ -67,13 +67,13 @@ def test_folders_of_users_that_are_named_alike_stay(parent: Path) -> None:
     (parent / f"{PREFIX}mine").mkdir()
     (parent / f"{PREFIX}mine" / OWNER_NAME).symlink_to(ours / OWNER_NAME)
     before = sorted(parent.rglob("*"))
-    delete_abandoned(parent)
-    make_scratch().delete()
+    delete_abandoned_folders(parent)
+    make_scratch_folder().delete()
     assert sorted(parent.rglob("*")) == before
 
 
 def test_a_socket_in_it_has_a_path_of_at_most_107_characters(parent: Path) -> None:
-    made = make_scratch(longest_path=40)
+    made = make_scratch_folder(longest_path=40)
     assert len(str(parent)) > 40
     assert made.folder.parent == Path("/tmp")
     assert len(str(made.folder)) <= 40
