@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,14 @@ def run_job(
         outcome = decided_by_first(lambda: _open_folder(job), world)
         if outcome:
             return outcome
-        run = _Run(job, world, report)
-        try:
-            return run.to_the_end(should_stop or (lambda: False))
-        finally:
-            run.close()
+        with closing(_Run(job, world, report)) as run:
+            run.prepare(decided_by_first(run.newest_checkpoint, world))
+            try:
+                finished = train(run.trainee(), run.position, run.hooks(should_stop))
+                decided_by_first(run.saver.finish, world)
+            except Diverged as error:
+                raise run.with_last_checkpoint(error) from None
+            return run.end(finished)
 
 
 def _open_folder(job: TrainingJob) -> TrainingOutcome | None:
@@ -123,11 +126,22 @@ class _Run:
         if self.journal:
             self.journal.close()
 
-    def to_the_end(self, should_stop: Callable[[], bool]) -> TrainingOutcome:
-        """Resume, train, and write down what came out."""
-        self._prepare(decided_by_first(self._newest_checkpoint, self.world))
-        folder = self.job.folder
-        hooks = Hooks(
+    def trainee(self) -> Trainee:
+        """Return what is trained, and how."""
+        has_idle_parameters = self.decoder.method.has_corrections
+        return Trainee(
+            model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
+            optimizer=self.optimizer,
+            objective=objective_of(self.job, self.schedule_at, self.teacher),
+            recipe=self.job.recipe,
+            world=self.world,
+        )
+
+    def hooks(self, should_stop: Callable[[], bool] | None) -> Hooks:
+        """Return what the loop calls; `should_stop` is asked beside the job's stop file."""
+        folder, is_first = self.job.folder, self.world.is_first
+        asked = should_stop or (lambda: False)
+        return Hooks(
             batch=self.batch,
             flops_per_token=self._flops,
             validate=self.validate,
@@ -135,27 +149,16 @@ class _Run:
             event=self.event,
             pace=Pace(self.position, self.world, self.job.recipe.precision).numbers,
             save=self.save,
-            should_stop=lambda: self.world.is_first and (stop_asked(folder) or should_stop()),
-            should_save=lambda: self.world.is_first and self.saver.is_due(self.position.step),
+            should_stop=lambda: is_first and (stop_asked(folder) or asked()),
+            should_save=lambda: is_first and self.saver.is_due(self.position.step),
         )
-        trainee = Trainee(
-            model=replicate(
-                self.decoder, self.world, has_idle_parameters=self.decoder.method.has_corrections
-            ),
-            optimizer=self.optimizer,
-            objective=objective_of(self.job, self.schedule_at, self.teacher),
-            recipe=self.job.recipe,
-            world=self.world,
-        )
-        try:
-            finished = train(trainee, self.position, hooks)
-            decided_by_first(self.saver.finish, self.world)
-        except Diverged as error:
-            raise self._with_last_checkpoint(error) from None
+
+    def end(self, finished: bool) -> TrainingOutcome:
+        """Write down what the run has come to, and return it."""
         outcome = self.outcome(finished)
         if self.journal:
             if finished:
-                write_json(folder / DONE_NAME, outcome.to_dict())
+                write_json(self.job.folder / DONE_NAME, outcome.to_dict())
             self.journal.event("finished" if finished else "stopped", step=outcome.step)
         return outcome
 
@@ -215,7 +218,7 @@ class _Run:
             shared_flops=self.position.shared_flops,
         )
 
-    def _prepare(self, checkpoint: Path | None) -> None:
+    def prepare(self, checkpoint: Path | None) -> None:
         """Make decoder and optimizer, fresh or as the checkpoint left them."""
         recipe, world = self.job.recipe, self.world
         decoder = first_weights(self.job, self.config)
@@ -257,7 +260,9 @@ class _Run:
             "pid": os.getpid(),
         }
 
-    def _newest_checkpoint(self) -> Path | None:
+    def newest_checkpoint(self) -> Path | None:
+        """Return the checkpoint that the run continues from, if any."""
+
         def warn(sentence: str) -> None:
             self.event("damaged", text=sentence)
 
@@ -270,7 +275,8 @@ class _Run:
             self.report(step, numbers)
         return common
 
-    def _with_last_checkpoint(self, error: Diverged) -> Diverged:
+    def with_last_checkpoint(self, error: Diverged) -> Diverged:
+        """Return the error with the last good checkpoint and advice in its text."""
         with suppress(RunFailed):  # One reason to end is enough.
             self.saver.finish()
         self.event("diverged", step=self.position.step, text=str(error))
