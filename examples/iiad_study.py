@@ -37,7 +37,7 @@ from orchestrator.cli.session import open_desk
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
 from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.pretraining import plan_pretraining
+from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.pipelines.reports import show_plan
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.pipelines.sweeps import raise_failures, run_and_show, sweep_thresholds
@@ -313,7 +313,7 @@ class _Study:
         return math.fsum(map(flops_at, range(num_steps))) / num_steps
 
     def _job(self, settings: Settings) -> TrainingJob:
-        return plan_pretraining(settings, self.desk.workspace, self.tokens)
+        return pretraining_job(settings, self.desk.workspace, self.tokens)
 
 
 def _joined(results: Sequence[TrialResult]) -> dict[str, TrialResult]:

@@ -63,9 +63,9 @@ def prepare(
     shortcuts = {"data__source": "files", "data__files": files} if files else {}
     settings = read_options(config, set_, **shortcuts)
     with open_session(workspace, "prepare", verbose=verbose) as session:
-        from orchestrator.data.preparation import prepare as stage
+        from orchestrator.pipelines import preparing
 
-        folder = stage(settings.data, session.workspace, session.progress, verify=True)
+        folder = preparing.prepare(settings, workspace=session.workspace, progress=session.progress)
         print_line(session.console, f"tokens: {folder}")
 
 
@@ -121,28 +121,22 @@ def pretrain(
         cluster__storage=storage,
     )
     if dry_run:
-        _show_plan(settings, workspace, mfu)
+        _print_plan(settings, workspace, mfu)
         return
     if mfu is not None:
         raise UserError("--mfu is an assumption of the plan; it goes with --dry-run")
     _check_places(settings, local=local)
-    with open_desk(workspace, "pretrain", verbose=verbose) as desk:
-        from orchestrator.data.preparation import prepare as prepare_stage
-        from orchestrator.pipelines.pretraining import pretrain as stage
-        from orchestrator.planning.preflight import check_preflight
+    with open_session(workspace, "pretrain", verbose=verbose) as session:
+        from orchestrator.pipelines import pretraining
 
-        check_preflight(settings, desk.workspace)
-        tokens = prepare_stage(settings.data, desk.workspace, desk.progress)
-        checkpoint = stage(
-            {settings.model.method: settings},
-            desk.workspace,
-            tokens,
-            tracking=desk.tracking,
+        result = pretraining.pretrain(
+            settings,
+            workspace=session.workspace,
             name=name,
             local=local,
-            progress=desk.progress,
-        )[settings.model.method]
-        print_line(desk.console, f"checkpoint: {checkpoint}")
+            progress=session.progress,
+        )
+        print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
 @app.command(rich_help_panel="Stages")
@@ -163,23 +157,18 @@ def distill(
     """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
     settings = read_options(config, set_, distillation__control=control)
     _check_places(settings, local=local)
-    with open_desk(workspace, "distill", verbose=verbose) as desk:
-        from orchestrator.pipelines.distilling import distill as stage
-        from orchestrator.training.catalog import resolve_teacher, tokens_of
+    with open_session(workspace, "distill", verbose=verbose) as session:
+        from orchestrator.pipelines import distilling
 
-        teacher = resolve_teacher(desk.workspace, checkpoint)
-        tokens = tokens_of(teacher, desk.workspace)
-        student = stage(
+        result = distilling.distill(
             settings,
-            desk.workspace,
-            teacher,
-            schedule,
-            tokens,
-            tracking=desk.tracking,
+            workspace=session.workspace,
+            schedule=schedule,
+            teacher=checkpoint,
             local=local,
-            progress=desk.progress,
+            progress=session.progress,
         )
-        print_line(desk.console, f"checkpoint: {student}")
+        print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
 def _check_places(settings: Any, *, local: bool) -> None:
@@ -195,12 +184,11 @@ def _check_places(settings: Any, *, local: bool) -> None:
         check_resources(cluster.num_workers, cluster.num_gpus)
 
 
-def _show_plan(settings: Any, workspace: Path | None, mfu: float | None) -> None:
+def _print_plan(settings: Any, workspace: Path | None, mfu: float | None) -> None:
     from rich.console import Console
 
-    from orchestrator.planning.preflight import preflight
-    from orchestrator.reporting.estimate_table import assumed_rate, estimate_table
-    from orchestrator.workspace.folders import locate_workspace
+    from orchestrator.pipelines.pretraining import plan_pretrain
+    from orchestrator.reporting.estimate_table import estimate_table
 
-    found = preflight(settings, locate_workspace(workspace))
-    Console(highlight=False).print(estimate_table(found, assumed_rate(settings, mfu)))
+    plan = plan_pretrain(settings, workspace=workspace, mfu=mfu)
+    Console(highlight=False).print(estimate_table(plan.preflight, plan.rate))

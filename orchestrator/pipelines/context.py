@@ -1,35 +1,57 @@
-"""What procedures work with: the workspace, MLflow's store, and the terminal."""
+"""What every pipeline needs: the workspace, a progress display and MLflow's store."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 
 from rich.console import Console
 
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking, open_tracking
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.folders import Workspace, open_workspace
 
 
-@dataclass(frozen=True)
-class Desk:
-    """What every procedure works with."""
+class Context:
+    """The workspace, a progress display and MLflow's store, passed from function to function."""
 
-    workspace: Workspace
-    """Where everything lives."""
-    progress: Progress
-    """Told what is going on."""
-    console: Console
-    """Where tables are printed."""
+    def __init__(
+        self,
+        workspace: Workspace,
+        progress: Progress | None = None,
+        *,
+        tracking: Tracking | None = None,
+    ) -> None:
+        """Name the workspace; the store is opened at first use unless `tracking` is given."""
+        self.workspace = workspace
+        self.progress = progress or Progress()
+        self._tracking = tracking
 
-    @cached_property
+    @property
     def tracking(self) -> Tracking:
-        """Where runs are shown; opened at first use, so that a mistake is answered before a
-        database is made, which takes seconds.
+        """MLflow's store. Making its database takes seconds, so mistakes are reported before.
 
         Raises:
-            UserError: From its first use: MLflow does not know the store's address, or a local
-                store is damaged.
+            UserError: If MLflow does not know the store's address, or a local store is damaged.
         """
-        return open_tracking(self.workspace, warn=self.progress.note)
+        if self._tracking is None:
+            self._tracking = open_tracking(self.workspace, warn=self.progress.note)
+        return self._tracking
+
+
+def open_context(workspace: Workspace | Path | str, progress: Progress | None = None) -> Context:
+    """Open the workspace; its folder is made if it is missing.
+
+    Raises:
+        UserError: If the folder cannot be used; see `open_workspace`.
+    """
+    if not isinstance(workspace, Workspace):
+        workspace = open_workspace(Path(workspace))
+    return Context(workspace, progress)
+
+
+class Desk(Context):
+    """A context with the console that tables are printed on."""
+
+    def __init__(self, workspace: Workspace, progress: Progress, console: Console) -> None:
+        super().__init__(workspace, progress)
+        self.console = console

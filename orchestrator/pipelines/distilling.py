@@ -1,61 +1,95 @@
-"""Stage `distill`: one student, the teacher's weights under a cheaper schedule, trained with the
-IIAD loss.
+"""Distill one student: the teacher's weights under a cheaper schedule, trained with the IIAD loss.
 
-A student lies where a sweep would put it, so a sweep that comes to the same schedule finds it
-trained. The controls (cross-entropy only, from scratch) run in the same way with the same recipe;
-the control without training needs no stage: `evaluate --schedule` measures it.
+A student is stored where a sweep would store it, so a sweep that plans the same schedule finds it
+trained. The controls (cross-entropy only, from scratch) use the same recipe. The control without
+training needs no command of its own: `evaluate --schedule` measures it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import check_jobs, run_jobs
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.pretraining import journal_table
 from orchestrator.planning.preflight import check_jobs_fit
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.students import student_job
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.training.catalog import resolve_teacher, tokens_of
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key
 from orchestrator.training.monitor import JournalFollower
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillResult:
+    """A distilled student."""
+
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    validation_loss: float
+    """Nats per token at the last step; NaN if it was not measured."""
+    schedule: IterationSchedule
+    """The student's corrections."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per logged training step."""
+        return journal_table(self.checkpoint.parent)
+
 
 def distill(
     settings: Settings,
-    workspace: Workspace,
+    *,
+    workspace: Workspace | Path | str,
+    schedule: str | IterationSchedule,
+    teacher: Path | str | None = None,
+    local: bool = False,
+    progress: Progress | None = None,
+) -> DistillResult:
+    """Distill a teacher into itself under a cheaper schedule; a finished student is found again.
+
+    Args:
+        settings: Sections `distillation` and `cluster`.
+        workspace: A workspace or its folder.
+        schedule: The student's corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
+        teacher: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
+        local: Train in this process, without Ray.
+        progress: Progress display.
+
+    Raises:
+        UserError: If there is no such teacher, the schedule does not fit it, or the control trains
+            nothing.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If the run failed or diverged.
+    """
+    context = open_context(workspace, progress)
+    checkpoint = resolve_teacher(context.workspace, Path(teacher) if teacher else None)
+    tokens = tokens_of(checkpoint, context.workspace)
+    return distill_teacher(settings, context, checkpoint, str(schedule), tokens, local=local)
+
+
+def distill_teacher(
+    settings: Settings,
+    context: Context,
     teacher: Path,
     schedule: str,
     tokens: Path,
     *,
-    tracking: Tracking,
     local: bool = False,
-    progress: Progress | None = None,
-) -> Path:
-    """Train a student and return its checkpoint; a finished one is found again.
-
-    Args:
-        settings: Sections `distillation` and `cluster` count.
-        workspace: Where the student lives.
-        teacher: Checkpoint of the full model.
-        schedule: The student's corrections, as typed: `1`, or one number a layer.
-        tokens: Folder of prepared tokens.
-        tracking: Where the run is shown.
-        local: Train in this process, without Ray.
-        progress: Told what is going on.
-
-    Raises:
-        UserError: If the schedule does not fit the teacher, or the control trains nothing.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If the run failed or diverged.
-    """
-    progress = progress or Progress()
+) -> DistillResult:
+    """Distill a teacher on these tokens; as `distill`."""
+    progress = context.progress
     config = _student_config(teacher, schedule)
     job = student_job(
         settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
@@ -65,11 +99,11 @@ def distill(
             "distillation.control=pruned trains nothing; "
             "`iiet-orch evaluate --schedule` measures it"
         )
-    job = replace(job, run_folder=str(workspace.trials / job_key(job)))
+    job = replace(job, run_folder=str(context.workspace.trials / job_key(job)))
     check_jobs([job], settings.cluster, local=local)
     check_jobs_fit([job], settings.cluster)
     label = str(config.corrections)
-    follower = JournalFollower({label: job}, tracking, progress)
+    follower = JournalFollower({label: job}, context.tracking, progress)
     follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
     progress.start("distill", job.recipe.num_steps)
     with follower:
@@ -82,11 +116,14 @@ def distill(
             say=partial(progress.advance, 0),
         )
     progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
-    return Path(str(outcome.checkpoint))
+    return DistillResult(
+        checkpoint=Path(str(outcome.checkpoint)),
+        validation_loss=outcome.validation_loss,
+        schedule=config.corrections,
+    )
 
 
 def _student_config(teacher: Path, schedule: str) -> ModelConfig:
-    """Return the teacher's configuration under a cheaper schedule, as typed."""
     full = load_config(teacher)
     try:
         wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)

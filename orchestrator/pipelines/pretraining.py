@@ -1,45 +1,167 @@
-"""Stage `pretrain`: one model or several from fresh weights, through Ray Train or in this process.
+"""Pretrain one model or several from fresh weights, under Ray Train or in this process.
 
-A run's folder is named after what it is and the hash of all that determines its result, so the same
-settings find the same run: finished, it returns at once; interrupted, it goes on. Several models of
-one shape share the machine side by side. The workers write only journals; this process follows them
-for the progress bar and copies them into MLflow, so that a tracking server can neither slow
-training nor stop it.
+A run's folder is named after the model and the hash of all that determines the result. So the same
+settings find the same run: a finished one returns at once, an interrupted one resumes. Workers
+write only journals; this process reads them for the progress bar and copies them into MLflow, so a
+tracking server can neither slow training nor stop it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from iiet.methods import METHODS
 from orchestrator.cluster.launch import check_jobs, run_jobs
+from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.tokens import open_tokens
-from orchestrator.planning.preflight import check_jobs_fit
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.planning.preflight import Preflight, check_jobs_fit, check_preflight, preflight
+from orchestrator.reporting.estimate_table import Rate, assumed_rate
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
 from orchestrator.training.first_stage import with_common_first_stages
 from orchestrator.training.job import TrainingJob, finished_outcome, job_key
 from orchestrator.training.model_config import model_config
 from orchestrator.training.monitor import JournalFollower
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.folders import Workspace, locate_workspace
+from orchestrator.workspace.journal import read_journal
+
+if TYPE_CHECKING:
+    import pandas
 
 KEY_CHARACTERS = 8
 
 
-def plan_pretraining(
-    settings: Settings, workspace: Workspace, tokens: Path, name: str | None = None
-) -> TrainingJob:
-    """Return the job that pretrains the model of these settings.
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """A finished training."""
+
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    validation_loss: float
+    """Nats per token at the last step; NaN if it was not measured."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per logged training step."""
+        return journal_table(self.checkpoint.parent)
+
+
+def journal_table(run_folder: Path) -> pandas.DataFrame:
+    """Return the logged metrics of a run, one row per step."""
+    import pandas
+
+    rows: dict[int, dict[str, float]] = {}
+    for record in read_journal(run_folder)[0]:
+        if record["kind"] == "metrics":
+            rows.setdefault(record["step"], {}).update(record["values"])
+    return pandas.DataFrame([{"step": step, **rows[step]} for step in sorted(rows)])
+
+
+def pretrain(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    name: str | None = None,
+    local: bool = False,
+    progress: Progress | None = None,
+) -> PretrainResult:
+    """Pretrain one model, tokens included; a finished run is found again.
 
     Args:
-        settings: Sections `model` and `training` count.
-        workspace: Where the run lives.
+        settings: Sections `data`, `model`, `training` and `cluster`.
+        workspace: A workspace or its folder.
+        name: Name of the run's folder; made from method, schedule and content when unset.
+        local: Train in this process, without Ray.
+        progress: Progress display.
+
+    Raises:
+        UserError: If the settings do not go together or do not fit this machine.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If the run failed or diverged.
+    """
+    context = open_context(workspace, progress)
+    check_preflight(settings, context.workspace)
+    tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+    method = settings.model.method
+    return pretrain_models({method: settings}, context, tokens, name=name, local=local)[method]
+
+
+def pretrain_models(
+    models: Mapping[str, Settings],
+    context: Context,
+    tokens: Path,
+    *,
+    name: str | None = None,
+    local: bool = False,
+) -> dict[str, PretrainResult]:
+    """Train every model that is not finished; models of one shape share the machine.
+
+    Args:
+        models: Label to settings; section `cluster` of the first says where all of them run.
+        context: Workspace, progress and tracking.
+        tokens: Folder of prepared tokens.
+        name: Name of the run, for a single model.
+        local: Train in this process, without Ray.
+
+    Returns:
+        Label to result.
+
+    Raises:
+        UserError: If the settings do not go together; nothing is started then.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If a run failed or diverged.
+    """
+    progress = context.progress
+    planned = [pretraining_job(own, context.workspace, tokens, name) for own in models.values()]
+    jobs = dict(zip(models, with_common_first_stages(planned), strict=True))
+    cluster = next(iter(models.values())).cluster
+    check_jobs(list(jobs.values()), cluster, local=local)
+    check_jobs_fit(list(jobs.values()), cluster, settings=list(models.values()))
+    was_finished = all(finished_outcome(job) for job in jobs.values())
+    for label, job in jobs.items():
+        write_text(job.folder / "settings.yaml", to_yaml(models[label]))
+    follower = JournalFollower(jobs, context.tracking, progress)
+    runs = follower.open_runs("pretrain", {label: flatten(s) for label, s in models.items()})
+    progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
+    with follower:
+        outcomes = run_jobs(
+            list(jobs.values()),
+            cluster,
+            local=local,
+            watch=follower.look,
+            note=progress.note,
+            say=partial(progress.advance, 0),
+        )
+    results = {}
+    for (label, run), outcome in zip(runs.items(), outcomes, strict=True):
+        run.set_tags({"iiet.checkpoint": str(outcome.checkpoint)})
+        results[label] = PretrainResult(
+            checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss
+        )
+    losses = [
+        f"{label} {result.validation_loss:.3f}"
+        for label, result in results.items()
+        if not math.isnan(result.validation_loss)
+    ]
+    found = ", found again" if was_finished else ""
+    progress.finish(f"validation loss {', '.join(losses)}{found}")
+    return results
+
+
+def pretraining_job(
+    settings: Settings, workspace: Workspace, tokens: Path, name: str | None = None
+) -> TrainingJob:
+    """Return the job that pretrains the model of these settings; starts nothing.
+
+    Args:
+        settings: Sections `model`, `training` and `cluster`.
+        workspace: Where the run is stored.
         tokens: Folder of prepared tokens.
         name: Name of the run's folder; made from method, schedule and content when unset.
 
@@ -63,63 +185,34 @@ def plan_pretraining(
     return replace(job, run_folder=str(workspace.runs / name))
 
 
-def pretrain(
-    variants: Mapping[str, Settings],
-    workspace: Workspace,
-    tokens: Path,
+@dataclass(frozen=True, kw_only=True)
+class PretrainDryRun:
+    """What a pretraining will take; nothing was read, written or started for it."""
+
+    preflight: Preflight
+    """Tokens, memory, disk, and whether the run fits."""
+    rate: Rate
+    """FLOP/s that the hours are computed with."""
+
+
+def plan_pretrain(
+    settings: Settings,
     *,
-    tracking: Tracking,
-    name: str | None = None,
-    local: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Path]:
-    """Train every model that is not finished, and return their checkpoints.
+    workspace: Workspace | Path | str | None = None,
+    mfu: float | None = None,
+) -> PretrainDryRun:
+    """Return what a pretraining will take.
 
     Args:
-        variants: Label to settings; section `cluster` of the first says on what they run.
-        workspace: Where the runs live.
-        tokens: Folder of prepared tokens.
-        tracking: Where the runs are shown.
-        name: Name of the run, for a single model.
-        local: Train in this process, without Ray.
-        progress: Told what is going on.
-
-    Returns:
-        Label to the folder of the last checkpoint.
+        settings: Sections `data`, `model`, `training` and `cluster`.
+        workspace: A workspace or its folder, which need not exist.
+        mfu: Share of the peak FLOP/s that training is assumed to reach; measured or usual if unset.
 
     Raises:
-        UserError: If something does not go together; nothing is started then.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If a run failed or diverged.
+        UserError: If the settings do not go together on any machine.
     """
-    progress = progress or Progress()
-    planned = [plan_pretraining(own, workspace, tokens, name) for own in variants.values()]
-    jobs = dict(zip(variants, with_common_first_stages(planned), strict=True))
-    cluster = next(iter(variants.values())).cluster
-    check_jobs(list(jobs.values()), cluster, local=local)
-    check_jobs_fit(list(jobs.values()), cluster, settings=list(variants.values()))
-    was_finished = all(finished_outcome(job) for job in jobs.values())
-    for label, job in jobs.items():
-        write_text(job.folder / "settings.yaml", to_yaml(variants[label]))
-    follower = JournalFollower(jobs, tracking, progress)
-    runs = follower.open_runs("pretrain", {label: flatten(s) for label, s in variants.items()})
-    progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
-    with follower:
-        outcomes = run_jobs(
-            list(jobs.values()),
-            cluster,
-            local=local,
-            watch=follower.look,
-            note=progress.note,
-            say=partial(progress.advance, 0),
-        )
-    losses = []
-    checkpoints = {}
-    for (label, run), outcome in zip(runs.items(), outcomes, strict=True):
-        run.set_tags({"iiet.checkpoint": str(outcome.checkpoint)})
-        if not math.isnan(outcome.validation_loss):
-            losses.append(f"{label} {outcome.validation_loss:.3f}")
-        checkpoints[label] = Path(str(outcome.checkpoint))
-    found = ", found again" if was_finished else ""
-    progress.finish(f"validation loss {', '.join(losses)}{found}")
-    return checkpoints
+    if not isinstance(workspace, Workspace):
+        workspace = locate_workspace(None if workspace is None else Path(workspace))
+    return PretrainDryRun(
+        preflight=preflight(settings, workspace), rate=assumed_rate(settings, mfu)
+    )

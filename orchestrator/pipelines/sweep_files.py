@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.data.preparation import prepare
 from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.pretraining import plan_pretraining
+from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.pipelines.reports import show_plan
 from orchestrator.pipelines.sweep_plans import plan_iterations, plan_suite, plan_thresholds
 from orchestrator.pipelines.sweeps import quickstart, show_search_plan, sweep_iterations
@@ -43,7 +43,7 @@ def _show_plan(settings: Settings, desk: Desk, kind: Kind) -> None:
     check_models(settings, kind)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     jobs = {
-        name: plan_pretraining(own, desk.workspace, tokens)
+        name: pretraining_job(own, desk.workspace, tokens)
         for name, own in teacher_and_baselines(settings).items()
     }
     outcomes = {name: finished_outcome(job, desk.progress.note) for name, job in jobs.items()}

@@ -22,7 +22,7 @@ from orchestrator.evaluation.requested_tasks import (
 )
 from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.influence import measure_influence
-from orchestrator.pipelines.pretraining import plan_pretraining
+from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.budgets import cost_in
@@ -112,7 +112,7 @@ def plan_iterations(settings: Settings, desk: Desk, *, name: str | None = None) 
     check_models(settings, "iterations")
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     variants = [
-        Variant(label=label, job=plan_pretraining(own, desk.workspace, tokens), group=group)
+        Variant(label=label, job=pretraining_job(own, desk.workspace, tokens), group=group)
         for label, own, group in _variants(settings)
     ]
     config = variants[0].job.config()

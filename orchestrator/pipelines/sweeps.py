@@ -20,7 +20,7 @@ from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.subject import open_subjects, short_names
 from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.evaluating import evaluate
-from orchestrator.pipelines.pretraining import plan_pretraining, pretrain
+from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
 from orchestrator.pipelines.reports import show_plan, show_report
 from orchestrator.pipelines.searching import plan_search, search_price
 from orchestrator.pipelines.sweep_plans import influence_of, plan_iterations, plan_thresholds
@@ -64,14 +64,13 @@ def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
     check_models(settings, kind)
     tokens = prepare(settings.data, desk.workspace, desk.progress)
     every = teacher_and_baselines(settings)
-    jobs = [plan_pretraining(own, desk.workspace, tokens) for own in every.values()]
+    jobs = [pretraining_job(own, desk.workspace, tokens) for own in every.values()]
     # Students of a teacher that is there are looked at when they are planned.
     if settings.distillation.control != "pruned" and finished_outcome(jobs[0]) is None:
         check_students_fit(settings, jobs, most_students(settings, jobs[0].config()))
     with ray_cluster(say=desk.progress.start):
-        checkpoints = pretrain(
-            every, desk.workspace, tokens, tracking=desk.tracking, progress=desk.progress
-        )
+        results = pretrain_models(every, desk, tokens)
+        checkpoints = {label: result.checkpoint for label, result in results.items()}
         teacher = checkpoints.pop(TEACHER)
         procedure = search_schedules if is_search else sweep_thresholds
         return procedure(settings, desk, teacher, baselines=list(checkpoints.items()))

@@ -166,8 +166,9 @@ LOCAL = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from orchestrator.pipelines.distilling import distill
-from orchestrator.pipelines.pretraining import pretrain
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.distilling import distill_teacher
+from orchestrator.pipelines.pretraining import pretrain_models
 from orchestrator.settings import resolve_settings
 from orchestrator.workspace.folders import Workspace
 
@@ -180,9 +181,9 @@ settings = resolve_settings(
     {"model": sizes, "training": recipe, "distillation": {"training": recipe}}
 )
 workspace, tokens = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
-options = {"tracking": tracking, "local": True}
-teacher = pretrain({"iiet": settings}, workspace, tokens, **options)["iiet"]
-distill(settings, workspace, teacher, "1", tokens, **options)
+context = Context(workspace, tracking=tracking)
+teacher = pretrain_models({"iiet": settings}, context, tokens, local=True)["iiet"].checkpoint
+distill_teacher(settings, context, teacher, "1", tokens, local=True)
 print(*{"ray"} & set(sys.modules))
 """
 

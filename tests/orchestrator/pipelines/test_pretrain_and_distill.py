@@ -1,4 +1,4 @@
-"""Stages that train: found again by content, told to the tracker, nothing left by a mistake."""
+"""Pretraining and distilling: found again by content, tracked, and a mistake leaves nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator.pipelines import distilling as distill_module
-from orchestrator.pipelines import pretraining as pretrain_module
-from orchestrator.pipelines.distilling import distill
-from orchestrator.pipelines.pretraining import plan_pretraining, pretrain
+from orchestrator.pipelines import distilling, pretraining
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.distilling import distill_teacher
+from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
@@ -102,47 +102,50 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         watch()
         return outcomes
 
-    for module in (pretrain_module, distill_module):
+    for module in (pretraining, distilling):
         monkeypatch.setattr(module, "run_jobs", run_here)
 
 
-def fake() -> tuple[FakeTracking, Tracking]:
-    tracking = FakeTracking()
-    return tracking, cast("Tracking", tracking)
+@pytest.fixture
+def tracking() -> FakeTracking:
+    return FakeTracking()
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+@pytest.fixture
+def context(workspace: Workspace, notes: Notes, tracking: FakeTracking) -> Context:
+    return Context(workspace, notes, tracking=cast("Tracking", tracking))
 
 
 def test_several_models_are_trained_and_found_again(
-    workspace: Workspace, tiny_tokens: Path
+    context: Context, tiny_tokens: Path, tracking: FakeTracking, notes: Notes
 ) -> None:
-    fake_tracking, tracking = fake()
-    variants = {"teacher": settings(), "vanilla": settings("vanilla")}
-    notes = Notes()
-    first = pretrain(variants, workspace, tiny_tokens, tracking=tracking, progress=notes)
+    models = {"teacher": settings(), "vanilla": settings("vanilla")}
+    first = pretrain_models(models, context, tiny_tokens)
     assert list(first) == ["teacher", "vanilla"]
-    assert [load_config(folder).method for folder in first.values()] == ["iiet", "vanilla"]
-    assert first["teacher"].parent.name.startswith("iiet-r2-")
-    assert first["vanilla"].parent.name.startswith("vanilla-")
-    assert (first["teacher"].parent / "settings.yaml").is_file()
-    assert fake_tracking.statuses == [("pretrain", "FINISHED")] * 2
+    folders = {label: result.checkpoint for label, result in first.items()}
+    assert [load_config(folder).method for folder in folders.values()] == ["iiet", "vanilla"]
+    assert folders["teacher"].parent.name.startswith("iiet-r2-")
+    assert folders["vanilla"].parent.name.startswith("vanilla-")
+    assert (folders["teacher"].parent / "settings.yaml").is_file()
+    assert tracking.statuses == [("pretrain", "FINISHED")] * 2
     assert "teacher" in notes.summaries[0]
 
-    assert pretrain(variants, workspace, tiny_tokens, tracking=tracking, progress=notes) == first
+    assert pretrain_models(models, context, tiny_tokens) == first
     assert "found again" in notes.summaries[1]
 
 
-def test_a_name_that_is_taken_changes_nothing(workspace: Workspace, tiny_tokens: Path) -> None:
-    _, tracking = fake()
-    pretrain({"a": settings()}, workspace, tiny_tokens, tracking=tracking, name="mine")
-    before = (workspace.runs / "mine" / "settings.yaml").read_text()
+def test_a_name_that_is_taken_changes_nothing(context: Context, tiny_tokens: Path) -> None:
+    pretrain_models({"a": settings()}, context, tiny_tokens, name="mine")
+    stored = context.workspace.runs / "mine" / "settings.yaml"
+    before = stored.read_text()
     with pytest.raises(UserError, match=r"recipe\.learning_rate was 0\.\d+, is 0\.5"):
-        pretrain(
-            {"a": settings(learning_rate=0.5)},
-            workspace,
-            tiny_tokens,
-            tracking=tracking,
-            name="mine",
-        )
-    assert (workspace.runs / "mine" / "settings.yaml").read_text() == before
+        pretrain_models({"a": settings(learning_rate=0.5)}, context, tiny_tokens, name="mine")
+    assert stored.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -154,25 +157,29 @@ def test_a_name_that_is_taken_changes_nothing(workspace: Workspace, tiny_tokens:
     ],
 )
 def test_a_mistake_writes_nothing(
-    workspace: Workspace, tiny_tokens: Path, changes: dict[str, Any], sentence: str
+    context: Context,
+    tiny_tokens: Path,
+    tracking: FakeTracking,
+    changes: dict[str, Any],
+    sentence: str,
 ) -> None:
-    fake_tracking, tracking = fake()
     tree = settings().model_dump(mode="json")
     for section, values in changes.items():
         tree[section] |= values
     with pytest.raises(UserError, match=sentence):
-        pretrain({"a": resolve_settings(tree)}, workspace, tiny_tokens, tracking=tracking)
-    assert not workspace.runs.exists()
-    assert fake_tracking.statuses == []
+        pretrain_models({"a": resolve_settings(tree)}, context, tiny_tokens)
+    assert not context.workspace.runs.exists()
+    assert tracking.statuses == []
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
     [(Interrupted("x"), "KILLED"), (KeyboardInterrupt(), "KILLED"), (OSError("x"), "FAILED")],
 )
-def test_the_tracker_hears_how_it_ended(
-    workspace: Workspace,
+def test_the_tracked_run_ends_with_the_status_of_the_training(
+    context: Context,
     tiny_tokens: Path,
+    tracking: FakeTracking,
     monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
     status: str,
@@ -180,36 +187,49 @@ def test_the_tracker_hears_how_it_ended(
     def end(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pretrain_module, "run_jobs", end)
-    fake_tracking, tracking = fake()
+    monkeypatch.setattr(pretraining, "run_jobs", end)
     with pytest.raises(type(error)):
-        pretrain({"a": settings()}, workspace, tiny_tokens, tracking=tracking)
-    assert fake_tracking.statuses == [("pretrain", status)]
+        pretrain_models({"a": settings()}, context, tiny_tokens)
+    assert tracking.statuses == [("pretrain", status)]
 
 
-def test_a_damaged_checkpoint_is_told_once(workspace: Workspace, tiny_tokens: Path) -> None:
-    _, tracking = fake()
-    job = plan_pretraining(settings(), workspace, tiny_tokens)
+def test_a_damaged_checkpoint_is_reported_once(
+    context: Context, tiny_tokens: Path, notes: Notes
+) -> None:
+    job = pretraining_job(settings(), context.workspace, tiny_tokens)
     steps = iter(range(100))
     run_job(job, should_stop=lambda: next(steps) == 5)
     newest = find_checkpoints(job.folder)[-1]
     (newest / "training_state.pt").write_bytes(b"")
-    notes = Notes()
     for _ in range(2):
-        pretrain({"a": settings()}, workspace, tiny_tokens, tracking=tracking, progress=notes)
+        pretrain_models({"a": settings()}, context, tiny_tokens)
     assert len(notes.notes) == 1
     assert str(newest) in notes.notes[0]
 
 
-def test_a_student_is_trained_and_found_again(workspace: Workspace, tiny_tokens: Path) -> None:
-    fake_tracking, tracking = fake()
-    teacher = pretrain({"a": settings()}, workspace, tiny_tokens, tracking=tracking)["a"]
-    student = distill(settings(), workspace, teacher, "1,0", tiny_tokens, tracking=tracking)
-    assert load_config(student).corrections.corrections == (1, 0)
-    assert student.parent.parent == workspace.trials
-    assert fake_tracking.statuses[-1] == ("distill", "FINISHED")
-    again = distill(settings(), workspace, teacher, "1,0", tiny_tokens, tracking=tracking)
-    assert again == student
+def test_a_result_has_a_row_for_each_logged_step(context: Context, tiny_tokens: Path) -> None:
+    result = pretrain_models({"a": settings()}, context, tiny_tokens)["a"]
+    table = result.to_pandas()
+    assert list(table["step"]) == sorted(set(table["step"]))
+    assert table["step"].iloc[-1] == RECIPE["num_steps"]
+    assert table["train/loss"].notna().any()
+    assert table["validation/loss"].dropna().iloc[-1] == pytest.approx(result.validation_loss)
+
+
+@pytest.fixture
+def teacher(context: Context, tiny_tokens: Path) -> Path:
+    return pretrain_models({"a": settings()}, context, tiny_tokens)["a"].checkpoint
+
+
+def test_a_student_is_trained_and_found_again(
+    context: Context, teacher: Path, tiny_tokens: Path, tracking: FakeTracking
+) -> None:
+    student = distill_teacher(settings(), context, teacher, "1,0", tiny_tokens)
+    assert student.schedule == load_config(student.checkpoint).corrections
+    assert student.schedule.corrections == (1, 0)
+    assert student.checkpoint.parent.parent == context.workspace.trials
+    assert tracking.statuses[-1] == ("distill", "FINISHED")
+    assert distill_teacher(settings(), context, teacher, "1,0", tiny_tokens) == student
 
 
 @pytest.mark.parametrize(
@@ -217,10 +237,8 @@ def test_a_student_is_trained_and_found_again(workspace: Workspace, tiny_tokens:
     [("3", "more corrections than the teacher"), ("1,1,1", "2"), ("many", "many")],
 )
 def test_a_schedule_that_does_not_fit_is_refused(
-    workspace: Workspace, tiny_tokens: Path, schedule: str, sentence: str
+    context: Context, teacher: Path, tiny_tokens: Path, schedule: str, sentence: str
 ) -> None:
-    _, tracking = fake()
-    teacher = pretrain({"a": settings()}, workspace, tiny_tokens, tracking=tracking)["a"]
     with pytest.raises(UserError, match=sentence):
-        distill(settings(), workspace, teacher, schedule, tiny_tokens, tracking=tracking)
-    assert not workspace.trials.exists()
+        distill_teacher(settings(), context, teacher, schedule, tiny_tokens)
+    assert not context.workspace.trials.exists()

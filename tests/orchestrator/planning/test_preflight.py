@@ -335,7 +335,7 @@ def test_students_without_room_are_refused_before_their_teacher_is_trained(
         ],
     )  # fmt: skip
     desk = Desk(open_workspace(tmp_path / "ws"), Progress(), Console(file=StringIO()))
-    monkeypatch.setattr(procedure, "pretrain", never)
+    monkeypatch.setattr(procedure, "pretrain_models", never)
     monkeypatch.setattr(procedure, "ray_cluster", lambda **_: nullcontext())
     config = model_config(settings.model, vocab_size=300)
     one = job_of(config, settings.training)
