@@ -29,8 +29,8 @@ from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
 from orchestrator.data.batches import BatchPlan
 from orchestrator.data.corpus import Document
-from orchestrator.data.tokenizing import write_tokens
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
+from orchestrator.data.tokenization import write_tokens
 from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.training.job import TrainingJob, sequences_per_step
 from orchestrator.training.learning_rate import learning_rate_at

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of prepared tokens: a few thousand of them, made of English-looking sentences."""
     from orchestrator.data.corpus import Document
-    from orchestrator.data.tokenizing import write_tokens
+    from orchestrator.data.tokenization import write_tokens
     from orchestrator.settings import DataSettings
 
     draw = random.Random(0)

@@ -53,4 +53,4 @@ def ui(
 def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = False) -> None:
     """Tell MLflow what it missed while it did not answer."""
     with open_desk(workspace, "sync", verbose=verbose) as desk:
-        desk.console.print(f"{desk.tracking.replay()} records delivered")
+        desk.console.print(f"{desk.tracking.sync()} records delivered")

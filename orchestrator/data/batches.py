@@ -45,7 +45,7 @@ class BatchPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_one_context(self.num_tokens, self.context_length, "training")
+        check_text_length(self.num_tokens, self.context_length, "training")
 
     @property
     def num_windows(self) -> int:
@@ -67,7 +67,7 @@ class BatchPlan:
         Raises:
             UserError: If the workers cannot share the batch evenly.
         """
-        check_shares(global_batch, world_size)
+        check_even_split(global_batch, world_size)
         share = global_batch // world_size
         first = step * global_batch + rank * share
         positions = np.arange(first, first + share, dtype=np.int64)
@@ -105,7 +105,7 @@ class BatchPlan:
         return _mix(key) % (min(slack, self.context_length - 1) + 1)
 
 
-def check_shares(global_batch: int, num_workers: int, *, section: str = "training") -> None:
+def check_even_split(global_batch: int, num_workers: int, *, section: str = "training") -> None:
     """Check that workers can share a batch evenly.
 
     Args:
@@ -138,7 +138,7 @@ def validation_batches(
     Raises:
         UserError: If there are fewer tokens than one sequence.
     """
-    check_one_context(len(tokens), context_length, "validation")
+    check_text_length(len(tokens), context_length, "validation")
     available = len(tokens) // context_length
     wanted = min(max(1, num_tokens // context_length), available)
     starts = np.arange(wanted, dtype=np.int64) * available // wanted * context_length
@@ -146,7 +146,7 @@ def validation_batches(
         yield Batch.of_text(gather(tokens, starts[first : first + batch_size], context_length))
 
 
-def check_one_context(num_tokens: int, context_length: int, name: str) -> None:
+def check_text_length(num_tokens: int, context_length: int, name: str) -> None:
     """Refuse a text that does not fill one sequence.
 
     Raises:

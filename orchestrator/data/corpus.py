@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from orchestrator.data.embedded import EMBEDDED_VERSION, embedded_documents, embedded_state
 from orchestrator.data.hub import require_hub
+from orchestrator.data.python_docs import PYTHON_DOCS_VERSION, python_documents, python_state
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, quoted
@@ -91,10 +91,10 @@ def read_documents(settings: DataSettings, progress: Progress | None = None) -> 
 
 def is_validation(text: str, fraction: float) -> bool:
     """Tell whether a document is held out."""
-    return hash_share(text, "split") < fraction
+    return hash_fraction(text, "split") < fraction
 
 
-def hash_share(text: str, purpose: str) -> float:
+def hash_fraction(text: str, purpose: str) -> float:
     """Return a hash of a text as a number in [0, 1), another one for each purpose."""
     data = text.encode("utf-8", "replace")
     digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode()).digest()
@@ -109,7 +109,7 @@ def source_state(settings: DataSettings) -> Any:
         UserError: If the files do not exist, or the settings name no source.
     """
     if settings.source == "python":
-        return ["python", EMBEDDED_VERSION, embedded_state()]
+        return ["python", PYTHON_DOCS_VERSION, python_state()]
     if settings.source == "hub":
         _check_hub_settings(settings)
         return ["hub", settings.hub_name, settings.hub_config]
@@ -169,7 +169,7 @@ def _files_of(pattern: str) -> list[Path]:
 
 def _read_source(settings: DataSettings, progress: Progress) -> Iterator[Document]:
     if settings.source == "python":
-        for text, source in embedded_documents(progress):
+        for text, source in python_documents(progress):
             yield Document(text, source)
     elif settings.source == "hub":
         yield from _read_hub(settings, progress)

@@ -105,13 +105,13 @@ def is_prose(text: str) -> bool:
     letters = sum(1 for character in text if character.isalpha() or character in " ,.'-")
     grammar = sum(1 for word in words if word.lower().strip(".,;:!?()\"'") in GRAMMAR_WORDS)
     return (
-        plain_share(text) >= MIN_PLAIN_SHARE
+        plain_word_fraction(text) >= MIN_PLAIN_SHARE
         and letters >= MIN_LETTER_SHARE * len(text)
         and grammar * WORDS_PER_GRAMMAR_WORD >= len(words)
     )
 
 
-def plain_share(text: str) -> float:
+def plain_word_fraction(text: str) -> float:
     """Return the share of plain words, punctuation allowed; names of code and numbers are none."""
     words = text.split()
     return sum(1 for word in words if _PLAIN_WORD.fullmatch(word)) / max(1, len(words))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from orchestrator.data.hub import require_hub
+from orchestrator.data.hub import offline, require_hub
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user
 
@@ -72,13 +73,34 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         ) from None
 
 
+def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return a `PreTrainedTokenizerFast`, or what the folder says instead.
+
+    Args:
+        folder: `tokenizer.json`, and `tokenizer_config.json` if it has one.
+        trust_remote_code: Whether code that lies in the folder may run.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    # Imported here: it takes seconds, and models that are trained here do without it.
+    from transformers import AutoTokenizer
+
+    try:
+        with offline():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise dozens of kinds
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load a tokenizer from {folder}: {line}") from None
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """Return the id of the token that ends a document.
 
     Raises:
         UserError: If the tokenizer has none of the known ones.
     """
-    token_id = known_end_id(tokenizer)
+    token_id = find_end_of_text_id(tokenizer)
     if token_id is None:
         raise UserError(
             f"the tokenizer has no end-of-text token; one of {', '.join(KNOWN_ENDS)} is needed"
@@ -86,7 +108,7 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return token_id
 
 
-def known_end_id(tokenizer: Tokenizer) -> int | None:
+def find_end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the first of the known end-of-text tokens that a tokenizer has, or None."""
     found = (tokenizer.token_to_id(token) for token in KNOWN_ENDS)
     return next((int(token_id) for token_id in found if token_id is not None), None)

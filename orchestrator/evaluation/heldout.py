@@ -23,9 +23,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.data.corpus import Document, hash_share
+from orchestrator.data.corpus import Document, hash_fraction
+from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.data.tokens import TokenStore, open_tokens
 from orchestrator.evaluation.heldout_items import ItemBuilder
 from orchestrator.evaluation.text_counts import TokenCounts, WordCounts
 from orchestrator.terminal.progress import Progress
@@ -218,9 +218,9 @@ def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list
 def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
     """Return about so much of the held-out text, chosen by hash, in its order."""
     share = min(1.0, num_bytes / store.num_validation_bytes)
-    with store.validation_documents.open(encoding="utf-8") as lines:
+    with store.validation_documents_path.open(encoding="utf-8") as lines:
         documents = (Document(**json.loads(line)) for line in lines)
-        return [document for document in documents if hash_share(document.text, "test") < share]
+        return [document for document in documents if hash_fraction(document.text, "test") < share]
 
 
 def _notes(items: Mapping[str, list[dict[str, Any]]]) -> list[str]:

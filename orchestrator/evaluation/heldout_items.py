@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from orchestrator.data.corpus import Document
-from orchestrator.data.prose import GRAMMAR_WORDS, plain_share
+from orchestrator.data.prose import GRAMMAR_WORDS, plain_word_fraction
 from orchestrator.evaluation.sentences import (
     MIN_PLAIN_SHARE,
     Sentence,
@@ -184,7 +184,11 @@ class ItemBuilder:
         context = text[sentences[first].start : sentences[index].start] + head
         fits = self._num_tokens(context + ending) <= self._max_tokens
         is_long = len(context.split()) >= MIN_CONTEXT_WORDS
-        return context if fits and is_long and plain_share(context) >= MIN_PLAIN_SHARE else None
+        return (
+            context
+            if fits and is_long and plain_word_fraction(context) >= MIN_PLAIN_SHARE
+            else None
+        )
 
     def _items_of(self, ring: list[_Cut]) -> Iterator[ContinuationItem]:
         for position, cut in enumerate(ring):

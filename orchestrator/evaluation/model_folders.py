@@ -25,8 +25,12 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from iiet.published import decoder_from_published
 from iiet.weights import CONFIG, non_finite
-from orchestrator.data.folder_tokenizer import load_folder_tokenizer
-from orchestrator.data.tokenizer import end_of_text_id, known_end_id, load_tokenizer
+from orchestrator.data.tokenizer import (
+    end_of_text_id,
+    find_end_of_text_id,
+    load_tokenizer,
+    load_transformers_tokenizer,
+)
 from orchestrator.training.checkpoint import (
     GENERATION_CONFIG,
     PROVENANCE,
@@ -135,7 +139,7 @@ def read_model_text_files(
     else:
         loaded, beside = _load_tokenizer(folder, tokenizer)
         files |= beside
-        end = known_end_id(load_tokenizer(tokenizer))
+        end = find_end_of_text_id(load_tokenizer(tokenizer))
         if token_ids["eos_token_id"] is None:
             token_ids["eos_token_id"] = end if loaded.eos_token_id is None else loaded.eos_token_id
         if token_ids["eos_token_id"] is None:
@@ -164,7 +168,7 @@ def _load_tokenizer(folder: Path, tokenizer: Path) -> tuple[Any, dict[str, bytes
         model_type = _read_json(folder / CONFIG).get("model_type", "llama")
         (place / CONFIG).write_bytes(_json({"model_type": model_type}))
         try:
-            return load_folder_tokenizer(place), files
+            return load_transformers_tokenizer(place), files
         except UserError as error:
             raise UserError(str(error).replace(name, str(tokenizer.parent))) from None
 

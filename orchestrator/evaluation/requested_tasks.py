@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.tokens import MANIFEST_NAME, verify_tokens
+from orchestrator.data.token_store import MANIFEST_NAME, verify_tokens
 from orchestrator.evaluation.heldout import TASKS, build_heldout
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.data.prose import GRAMMAR_WORDS, plain_share
+from orchestrator.data.prose import GRAMMAR_WORDS, plain_word_fraction
 
 MIN_SENTENCE_WORDS = 7
 MIN_ENDING_WORDS = 3
@@ -51,7 +51,7 @@ def is_plain(text: str) -> bool:
         and text[0].isupper()
         and text[-1] in ".!?"
         and "\n" not in text
-        and plain_share(text) >= MIN_PLAIN_SHARE
+        and plain_word_fraction(text) >= MIN_PLAIN_SHARE
         and text.count('"') % 2 == 0
         and text.count("(") == text.count(")")
     )

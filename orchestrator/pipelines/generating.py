@@ -20,8 +20,7 @@ from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
 from iiet.generate import generate, stream
 from iiet.schedule import IterationSchedule
-from orchestrator.data.folder_tokenizer import load_folder_tokenizer
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
+from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
 from orchestrator.evaluation.model_folders import stop_token_ids
 from orchestrator.training.checkpoint import TOKENIZER_CONFIG, load_decoder, tokenizer_file
 from orchestrator.workspace.errors import UserError
@@ -64,7 +63,7 @@ class Writer:
         # Of an imported model: its tokenizer as transformers loads it, and all that may end a text.
         self._imported: Any = None
         if (checkpoint / TOKENIZER_CONFIG).is_file():
-            self._imported = load_folder_tokenizer(checkpoint)
+            self._imported = load_transformers_tokenizer(checkpoint)
             self.tokenizer = self._imported.backend_tokenizer
         self._ends = self._tokens_that_end(checkpoint)
         self.end_of_text = min(self._ends)

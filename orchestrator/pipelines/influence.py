@@ -18,7 +18,7 @@ import torch
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
 from orchestrator.data.batches import validation_batches
-from orchestrator.data.tokens import TokenStore, open_tokens
+from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.settings import InfluenceSettings
 from orchestrator.terminal.progress import Progress

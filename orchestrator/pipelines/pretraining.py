@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from iiet.methods import METHODS
 from orchestrator.cluster.launch import check_jobs, run_jobs
 from orchestrator.data.preparation import prepare as prepare_tokens
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.planning.preflight import Preflight, check_jobs_fit, check_preflight, preflight
 from orchestrator.reporting.estimate_table import Rate, assumed_rate

@@ -13,7 +13,7 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from orchestrator.data.preparation import prepare
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.requested_tasks import (
     HELDOUT,
     requested_tasks,

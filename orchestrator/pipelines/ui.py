@@ -62,13 +62,13 @@ def serve(
     """
     tracking = open_tracking(workspace, warn=say)
     if tracking.store.is_remote:
-        if tracking.links(tracking.store.place).training_view is None:
+        if tracking.links(tracking.store.public_uri).training_view is None:
             raise RunFailed(
-                f"there are no pages to show: nothing answers at {tracking.store.place} "
+                f"there are no pages to show: nothing answers at {tracking.store.public_uri} "
                 "(MLFLOW_TRACKING_URI); start that server, or unset the variable to see the "
                 "workspace's own runs"
             )
-        for line in link_lines(tracking, tracking.store.place):
+        for line in link_lines(tracking, tracking.store.public_uri):
             say(line)
         return
     check_port(port)

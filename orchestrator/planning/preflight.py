@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.data.prepared import ExpectedTokens, expected_tokens, find_prepared
+from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.planning.memory import Wish, check_fit, needed_memory
 from orchestrator.planning.resources import Room, check_resources, local_resources, local_room
 from orchestrator.planning.training_cost import TrainingEstimate

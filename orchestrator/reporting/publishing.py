@@ -31,7 +31,7 @@ from orchestrator.reporting.results import SweepResults, about_items, load_items
 from orchestrator.reporting.rows import full_rows
 from orchestrator.reporting.seeds import join_seeds
 from orchestrator.reporting.tables import markdown_table
-from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, as_query
+from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, tag_filter
 from orchestrator.workspace.folders import Workspace
 
 ARTIFACT_FOLDER = "front"
@@ -130,7 +130,7 @@ def track_results(
     }
     tracked = {}
     for result in sweep.results:
-        nested = tracking.trial(
+        nested = tracking.log_trial(
             result, parent=run, sweep=sweep.name, journal_folder=sweep.journal_of(result)
         )
         if paired.get(result.key):
@@ -152,7 +152,7 @@ def track_front(
     for path in files:
         run.log_artifact(path, ARTIFACT_FOLDER)
     run.log_table(full_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
-    run.note(note_of(report, run.run_id))
+    run.set_note(note_of(report, run.run_id))
     view = front_view(report)
     tracking.save_view(view)
     run.set_tags({VIEW_TAG: view.key})
@@ -216,7 +216,7 @@ def front_view(report: SweepReport) -> ChartView:
         key=view_key(report.name),
         name=f"Front of {report.name}",
         # The sweep's own run has no cost; in the charts it would be an empty row.
-        run_filter=as_query({"iiet.sweep": report.name}) + " and tags.`iiet.kind` != 'sweep'",
+        run_filter=tag_filter({"iiet.sweep": report.name}) + " and tags.`iiet.kind` != 'sweep'",
         order_by=front.axes.cost,
         columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
         scatters=scatters,

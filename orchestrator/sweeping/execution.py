@@ -18,7 +18,7 @@ from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from orchestrator.cluster.placement import check_trial_size
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.planning.preflight import check_trials_fit, place_trials, wish_of
 from orchestrator.records.trial import TrialResult
@@ -206,7 +206,7 @@ class _Work:
     def _tell_front(self) -> None:
         history = history_folder(self.folder, self.plan.key)
         if record_front(self.plan, history):
-            self.run.mirror(history)
+            self.run.log_journal(history)
 
 
 def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Workspace) -> Settings:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from orchestrator.data.batches import validation_batches
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import checkpoint_vocabulary, evaluate_decoder
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.results import items_name

@@ -1,17 +1,17 @@
 """The only door to MLflow: runs found again by their key, written to in batches, never in
 training's way.
 
-Losses go to a journal on disk first (`workspace.journal`); `TrackedRun.mirror` copies what is
+Losses go to a journal on disk first (`workspace.journal`); `TrackedRun.log_journal` copies what is
 new into MLflow, from an offset that is stored in the run itself, so that a lost store is simply
 filled again. When a server does not answer, the caller is told once, the operation goes to the
-outbox and the work goes on; `Tracking.replay` delivers it later. `store.py` alone imports MLflow.
+outbox and the work goes on; `Tracking.sync` delivers it later. `store.py` alone imports MLflow.
 
 Own client calls instead of MLflow's fluent API or Ray's callback: those raise into training, block
 for minutes on a dead server, and make a second run of every trial that is resumed.
 """
 
 from orchestrator.tracking.identity import RunIdentity
-from orchestrator.tracking.links import ChartView, Links, as_query
+from orchestrator.tracking.links import ChartView, Links, tag_filter
 from orchestrator.tracking.tracker import (
     VIEW_TAG,
     TrackedRun,
@@ -29,7 +29,7 @@ __all__ = [
     "TrackedRun",
     "TrackedSweep",
     "Tracking",
-    "as_query",
+    "tag_filter",
     "open_tracking",
     "status_after",
 ]

@@ -203,7 +203,7 @@ def _column(name: str) -> str:
     return f"{group}.`{key}`"
 
 
-def as_query(parts: Mapping[str, str]) -> str:
+def tag_filter(parts: Mapping[str, str]) -> str:
     """Return a search expression that asks for all of the tags, in quotes that fit their values."""
     quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in parts.items()}
     return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items())

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.tracking.client import MlflowClient, MlflowException, Run
 from orchestrator.tracking.identity import RunIdentity
-from orchestrator.tracking.links import as_query
+from orchestrator.tracking.links import tag_filter
 from orchestrator.tracking.operations import OPERATIONS
 from orchestrator.workspace.credentials import mask_secrets, strip_credentials
 from orchestrator.workspace.folders import Workspace
@@ -42,7 +42,7 @@ class Store:
 
     def __init__(self, workspace: Workspace) -> None:
         """Name the store; nothing is opened before `connect`."""
-        self.uri = workspace.tracking_uri  # May hold a password: show `place` instead.
+        self.uri = workspace.tracking_uri  # May hold a password: show `public_uri` instead.
         self.experiment_name = os.environ.get(EXPERIMENT_VARIABLE) or EXPERIMENT_NAME
         self.experiment_id: str | None = None
         self._artifacts = workspace.artifacts
@@ -50,7 +50,7 @@ class Store:
         self._client: MlflowClient | None = None
 
     @property
-    def place(self) -> str:
+    def public_uri(self) -> str:
         """The address as it may be shown: without user and password."""
         return strip_credentials(self.uri)
 
@@ -79,7 +79,7 @@ class Store:
         wanted = {KEY_TAG: identity.key, KIND_TAG: identity.kind}
         if identity.parent:
             wanted[PARENT_TAG] = self.run_id(identity.parent)
-        query = as_query(wanted)
+        query = tag_filter(wanted)
         with self._lock:
             for found in client.search_runs([str(self.experiment_id)], query, max_results=1):
                 return str(found.info.run_id)
@@ -96,7 +96,7 @@ class Store:
         client = self.connect()
         found = client.search_runs(
             [str(self.experiment_id)],
-            as_query({KIND_TAG: kind}),
+            tag_filter({KIND_TAG: kind}),
             max_results=limit,
             order_by=["attributes.start_time DESC"],
         )

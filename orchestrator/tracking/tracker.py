@@ -92,7 +92,7 @@ class Tracking:
         run.describe(params=params, tags=tags)
         return run
 
-    def trial(
+    def log_trial(
         self,
         result: TrialResult,
         *,
@@ -118,7 +118,7 @@ class Tracking:
             tags={"iiet.sweep": sweep, "iiet.method": result.method},
         )
         if journal_folder is not None:
-            run.mirror(journal_folder)
+            run.log_journal(journal_folder)
         run.log_metrics(result.metrics())
         run.finish()
         return run
@@ -143,7 +143,7 @@ class Tracking:
             for run in runs
         ]
 
-    def replay(self) -> int:
+    def sync(self) -> int:
         """Deliver what waits in the outbox.
 
         Returns:
@@ -161,8 +161,8 @@ class Tracking:
         except OSError as error:
             if not self._has_lost:
                 self._warn(
-                    f"what MLflow was not told cannot be kept in {self.outbox.path} ({error}); the "
-                    "work goes on, and the same command tells MLflow again"
+                    f"cannot store records for MLflow in {self.outbox.path} ({error}); training "
+                    "continues, and running the same command again sends them"
                 )
             self._has_lost = True
 
@@ -195,8 +195,8 @@ class Tracking:
         """Leave the store alone for a while; the first time, say so."""
         if not self._pause_seconds:
             self._warn(
-                f"MLflow at {self.store.place} does not answer ({first_line(error)}); the work "
-                "goes on, and what MLflow was not told waits for `iiet-orch sync`"
+                f"MLflow at {self.store.public_uri} does not respond ({first_line(error)}); "
+                "training continues, and `iiet-orch sync` delivers the missing records later"
             )
         longer = max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS)
         self._pause_seconds = min(longer, LONGEST_PAUSE_SECONDS)
@@ -238,11 +238,11 @@ class TrackedRun:
         """Set or change tags."""
         self.describe(tags=tags)
 
-    def note(self, markdown: str) -> None:
+    def set_note(self, markdown: str) -> None:
         """Set the description that the run's page shows first."""
         self.describe(tags={NOTE_TAG: markdown})
 
-    def mirror(self, folder: Path) -> None:
+    def log_journal(self, folder: Path) -> None:
         """Copy what is new in the folder's journal into the run; repeating it changes nothing."""
         self._write("mirror", folder=str(folder))
 
@@ -322,14 +322,15 @@ def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking
         tracking.store.connect()
     except ModuleNotFoundError as error:
         raise UserError(
-            f"MLflow's store {tracking.store.place} needs the module {error.name}; install it, or "
-            "set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// address"
+            f"MLflow's store {tracking.store.public_uri} needs the module {error.name}; "
+            "install it, or set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// address"
         ) from None
     except FAILURES as error:
         if not tracking.store.is_remote:
             raise UserError(
-                f"cannot open MLflow's store {tracking.store.place}: {first_line(error)}; move the "
-                "file away, or set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// address"
+                f"cannot open MLflow's store {tracking.store.public_uri}: {first_line(error)}; "
+                "move the file away, or set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// "
+                "address"
             ) from None
         tracking.pause(error)
     return tracking

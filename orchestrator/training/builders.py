@@ -16,7 +16,7 @@ from iiet.cost import inference_cost, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, Model
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokens import TokenStore
+from orchestrator.data.token_store import TokenStore
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob

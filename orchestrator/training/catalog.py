@@ -13,7 +13,7 @@ from pathlib import Path
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
-from orchestrator.data.tokens import verify_tokens
+from orchestrator.data.token_store import verify_tokens
 from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import (
     find_checkpoints,

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from orchestrator.data.batches import check_one_context, check_shares
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.batches import check_even_split, check_text_length
+from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import (
     check_checkpoint,
@@ -203,10 +203,10 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
             f"the tokens use {store.vocab_size} entries, the model has a vocab_size of "
             f"{config.vocab_size}"
         )
-    check_one_context(len(store.train), config.context_length, "training")
-    check_one_context(len(store.validation), config.context_length, "validation")
+    check_text_length(len(store.train), config.context_length, "training")
+    check_text_length(len(store.validation), config.context_length, "validation")
     global_batch = sequences_per_step(job.recipe, config, section=job.section)
-    check_shares(global_batch, num_workers, section=job.section)
+    check_even_split(global_batch, num_workers, section=job.section)
     if job.objective == "distill" and not job.teacher_folder:
         raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
     if job.teacher_folder:

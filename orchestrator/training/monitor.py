@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.builders import flops_counter
@@ -146,7 +146,7 @@ class JournalFollower:
 
     def _copy(self) -> None:
         for label, run in self._runs.items():
-            run.mirror(self._jobs[label].folder)
+            run.log_journal(self._jobs[label].folder)
         self._copied_at = time.monotonic()
 
 

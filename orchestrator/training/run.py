@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.training.builders import (
     first_weights,
     flops_counter,

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from iiet.decoder import Decoder
-from orchestrator.data.tokens import TokenStore
+from orchestrator.data.token_store import TokenStore
 from orchestrator.training.builders import provenance_of, random_state
 from orchestrator.training.checkpoint import read_text_files, write_checkpoint
 from orchestrator.training.distributed import World, decided_by_first, whole

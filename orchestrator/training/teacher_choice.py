@@ -20,7 +20,7 @@ import torch
 
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.data.batches import BatchPlan
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import DistillationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, load_decoder, weights_key

@@ -120,7 +120,7 @@ def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
 
         is_down[0] = False
         back = open_tracking(workspace, warn=pytest.fail)
-        back.replay()
+        back.sync()
         assert back.outbox.records() == []
         [run] = back.store.connect().search_runs(
             [str(back.store.experiment_id)], f"tags.`iiet.key` = '{plan.key}'"

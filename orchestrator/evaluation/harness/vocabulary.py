@@ -12,8 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.data.folder_tokenizer import load_folder_tokenizer
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
+from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
 from orchestrator.training.checkpoint import TOKENIZER_CONFIG, tokenizer_file
 from orchestrator.workspace.errors import UserError
 
@@ -60,7 +59,7 @@ class FolderVocabulary:
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        self.tokenizer = load_folder_tokenizer(folder, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_transformers_tokenizer(folder, trust_remote_code=trust_remote_code)
         first = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if first is None else first
         if first is None:

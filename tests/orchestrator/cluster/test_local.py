@@ -173,7 +173,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.workspace.folders import Workspace
 
 nothing = lambda *_, **__: None
-run = SimpleNamespace(set_tags=nothing, log_dataset=nothing, mirror=nothing, finish=nothing)
+run = SimpleNamespace(set_tags=nothing, log_dataset=nothing, log_journal=nothing, finish=nothing)
 tracking = SimpleNamespace(run=lambda *_, **__: run)
 recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
 sizes = {"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 32, "context_length": 16}

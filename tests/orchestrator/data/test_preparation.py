@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from orchestrator.data import preparation as stage
-from orchestrator.data import tokenizing
+from orchestrator.data import tokenization
 from orchestrator.data.corpus import Document
 from orchestrator.data.preparation import describe, prepare
-from orchestrator.data.shards import RECORD_NAME
-from orchestrator.data.tokenizing import TEMPORARY_PREFIX
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
+from orchestrator.data.token_writer import RECORD_NAME
+from orchestrator.data.tokenization import TEMPORARY_PREFIX
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -102,14 +102,14 @@ def test_a_mistake_leaves_no_tokens(workspace: Workspace, tmp_path: Path) -> Non
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from orchestrator.data import shards, tokenizing
+from orchestrator.data import token_writer, tokenization
 from orchestrator.data.preparation import prepare
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.folders import open_workspace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored behind a shell's &.
-tokenizing.SHARD_BYTES, tokenizing.DOCUMENTS_PER_BATCH = 2000, 5
-class Dying(shards.ShardWriter):
+tokenization.SHARD_BYTES, tokenization.DOCUMENTS_PER_BATCH = 2000, 5
+class Dying(token_writer.TokenWriter):
     safe = 0
     def make_safe(self):
         self.safe += 1
@@ -118,7 +118,7 @@ class Dying(shards.ShardWriter):
         super().add(*document)
         if self.safe == 2 and self.unsafe_bytes > 500:
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-tokenizing.ShardWriter = Dying
+tokenization.TokenWriter = Dying
 prepare(DataSettings.model_validate_json(sys.argv[2]), open_workspace(Path(sys.argv[3])))
 """
 
@@ -146,15 +146,15 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same_to_the_last_byte(
     assert safe > 0
 
     encoded: list[int] = []
-    encode = tokenizing._encoded
+    encode = tokenization._encoded
 
     def counting(tokenizer: Any, documents: Iterator[Document]) -> Iterator[Any]:
         for batch, ids in encode(tokenizer, documents):
             encoded.append(len(batch))
             yield batch, ids
 
-    monkeypatch.setattr(tokenizing, "_encoded", counting)
-    monkeypatch.setattr(tokenizing, "train_tokenizer", None)  # it is there already
+    monkeypatch.setattr(tokenization, "_encoded", counting)
+    monkeypatch.setattr(tokenization, "train_tokenizer", None)  # it is there already
     folder = prepare(settings, workspace)
     manifest = open_tokens(folder, verify=True).manifest
     num_documents = manifest["train"]["documents"] + manifest["validation"]["documents"]
@@ -237,7 +237,7 @@ class Texts(Progress):
 def test_progress_shows_rates(
     workspace: Workspace, settings: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "DOCUMENTS_PER_BATCH", 10)
+    monkeypatch.setattr(tokenization, "DOCUMENTS_PER_BATCH", 10)
     progress = Texts()
     prepare(settings, workspace, progress)
     assert any(re.search(r"M tokens, [\d,]+ tokens/s, [\d.]+ MB/s", t) for t in progress.texts)

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from orchestrator.data.corpus import read_documents
-from orchestrator.data.tokenizing import write_tokens
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
+from orchestrator.data.tokenization import write_tokens
 from orchestrator.settings import DataSettings
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from it again "

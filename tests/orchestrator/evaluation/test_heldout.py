@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from orchestrator.data.corpus import Document
+from orchestrator.data.token_store import open_tokens
+from orchestrator.data.tokenization import write_tokens
 from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.data.tokenizing import write_tokens
-from orchestrator.data.tokens import open_tokens
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import TASKS, HeldoutSuite, build_heldout, heldout_configs
 from orchestrator.evaluation.requested_tasks import requested_tasks

@@ -13,7 +13,7 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.measured_cost import Conditions
 from orchestrator.evaluation.subject import open_subject, open_subjects, short_names, typed_schedule
 from orchestrator.pipelines.benchmarking import benchmark, family_of, usual_contexts

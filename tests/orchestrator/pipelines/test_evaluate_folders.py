@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation import requested_tasks as requested
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite

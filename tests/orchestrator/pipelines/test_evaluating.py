@@ -12,7 +12,7 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines import evaluating as stage
 from orchestrator.pipelines.evaluating import evaluate

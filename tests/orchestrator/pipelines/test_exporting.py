@@ -19,7 +19,7 @@ from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.exporting import CARD, MANIFEST, export
 from orchestrator.records.evaluation import EvaluationResult, TaskResult

@@ -13,7 +13,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generate import generate
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.generating import Sampling, Writer
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from iiet.huggingface import IIETConfig
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.generating import Sampling, Writer
 from orchestrator.pipelines.importing import import_model

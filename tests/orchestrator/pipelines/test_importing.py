@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.importing import import_model
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.catalog import resolve_model, tokens_of

@@ -14,7 +14,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable, influence_table
 from orchestrator.data.batches import validation_batches
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines import influence as stage
 from orchestrator.pipelines.influence import measure_influence
 from orchestrator.settings import InfluenceSettings

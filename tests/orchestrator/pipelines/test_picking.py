@@ -19,7 +19,7 @@ from iiet.decoder import Decoder
 from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.generating import Sampling, Writer
 from orchestrator.pipelines.picking import export_model, pick_model

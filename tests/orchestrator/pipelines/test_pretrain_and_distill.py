@@ -44,7 +44,7 @@ class FakeRun:
         assert (name, len(digest)) == ("tokens", 16)
         assert profile["train_tokens"]
 
-    def mirror(self, folder: Path) -> None:
+    def log_journal(self, folder: Path) -> None:
         assert folder.is_dir()
 
     def finish(self, status: str) -> None:

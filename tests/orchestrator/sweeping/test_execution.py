@@ -40,7 +40,7 @@ class FakeTracking:
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         self.metrics |= values
 
-    def mirror(self, folder: Path) -> None:
+    def log_journal(self, folder: Path) -> None:
         self.mirrored.append(folder)
 
     def log_dataset(self, *_: Any) -> None:

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from orchestrator.tracking.links import ChartView, Links, as_query
+from orchestrator.tracking.links import ChartView, Links, tag_filter
 
 
 def a_view(**changes: object) -> ChartView:
     values: dict[str, object] = {
         "key": "front-toy",
         "name": "Front of toy",
-        "run_filter": as_query({"iiet.sweep": "toy"}),
+        "run_filter": tag_filter({"iiet.sweep": "toy"}),
         "order_by": "cost/evaluations",
         "columns": ("metrics.cost/evaluations", "params.schedule"),
         "scatters": (("cost/evaluations", "quality/accuracy"),),

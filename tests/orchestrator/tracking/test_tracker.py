@@ -78,10 +78,10 @@ def test_mirror_copies_each_record_once(tracking: Tracking, tmp_path: Path) -> N
     journal = Journal(tmp_path)
     journal.metrics(10, {"train/loss": 5.0, "train/acc,none": 0.5})
     journal.event("checkpoint", step=10)
-    run.mirror(tmp_path)
-    run.mirror(tmp_path)
+    run.log_journal(tmp_path)
+    run.log_journal(tmp_path)
     journal.metrics(20, {"train/loss": 4.0})
-    run.mirror(tmp_path)
+    run.log_journal(tmp_path)
     journal.close()
     assert run.run_id is not None
     history = client(tracking).get_metric_history(run.run_id, "train/loss")
@@ -101,7 +101,7 @@ def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
         quality={"accuracy": 0.5},
     )
     for _ in range(2):
-        run = tracking.trial(result, parent=sweep, sweep="nesting")
+        run = tracking.log_trial(result, parent=sweep, sweep="nesting")
     found = stored(tracking, run)
     assert found.data.params["r_01"] == "1"
     assert found.data.params["schedule"] == "1,0"
@@ -152,7 +152,7 @@ def test_artifacts_and_note(tracking: Tracking, tmp_path: Path) -> None:
     run = tracking.run("artifacts", name="a", kind="sweep")
     (tmp_path / "front.csv").write_text("a,b\n")
     run.log_artifact(tmp_path / "front.csv", "front")
-    run.note("**hello**")
+    run.set_note("**hello**")
     assert run.run_id is not None
     paths = [file.path for file in client(tracking).list_artifacts(run.run_id, "front")]
     assert paths == ["front/front.csv"]
@@ -183,8 +183,8 @@ def test_where_nothing_can_be_kept_the_work_goes_on_all_the_same(
     run.log_metrics({"loss": 1.0})
     run.finish()
     assert [text.split(";")[0].split(" (")[0] for text in told] == [
-        "MLflow at http://127.0.0.1:9 does not answer",
-        f"what MLflow was not told cannot be kept in {tracking.outbox.path}",
+        "MLflow at http://127.0.0.1:9 does not respond",
+        f"cannot store records for MLflow in {tracking.outbox.path}",
     ]
 
 
@@ -200,8 +200,8 @@ def test_a_dead_server_costs_one_warning_and_replay_delivers(
     with_journal = Journal(tmp_path)
     with_journal.metrics(1, {"train/loss": 2.0})
     with_journal.close()
-    trial.mirror(tmp_path)
-    trial.mirror(tmp_path)
+    trial.log_journal(tmp_path)
+    trial.log_journal(tmp_path)
     trial.finish()
     assert trial.run_id is None
     assert len(told) == 1
@@ -209,7 +209,7 @@ def test_a_dead_server_costs_one_warning_and_replay_delivers(
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     back = open_tracking(workspace, warn=pytest.fail)
-    assert back.replay() == 4
+    assert back.sync() == 4
     assert back.outbox.records() == []
     found = stored(back, back.run("dead-trial", name="trial", kind="trial", parent=sweep.identity))
     assert found.info.status == "FINISHED"

@@ -15,7 +15,7 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator import cli
-from orchestrator.data.tokens import open_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.subject import open_subjects
 from orchestrator.training.catalog import find_teacher, locate, resolve_model, resolve_teacher
 from orchestrator.training.checkpoint import checkpoint_name, find_checkpoints, save_checkpoint

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.data import tokenizing
+from orchestrator.data import tokenization
 from orchestrator.data.corpus import Document, is_validation
-from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.data.tokenizing import write_tokens
-from orchestrator.data.tokens import (
+from orchestrator.data.token_store import (
     MANIFEST_NAME,
     STAMP_NAME,
     TokenStore,
     open_tokens,
     verify_tokens,
 )
+from orchestrator.data.tokenization import write_tokens
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
 
@@ -48,7 +48,7 @@ def test_the_tokens_are_the_documents(tmp_path: Path) -> None:
     assert split_documents(store, store.train) == train
     assert split_documents(store, store.validation) == [d.text for d in validation]
     assert store.num_validation_bytes == sum(len(d.text.encode()) for d in validation)
-    lines = store.validation_documents.read_text().splitlines()
+    lines = store.validation_documents_path.read_text().splitlines()
     assert [Document(**json.loads(line)) for line in lines] == validation
     assert store.train.dtype == np.uint16
     assert store.vocab_size == 300
@@ -92,8 +92,8 @@ def test_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
 def test_a_corpus_larger_than_the_sample_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "TOKENIZER_CHARACTERS", 1000)
-    monkeypatch.setattr(tokenizing, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr(tokenization, "TOKENIZER_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenization, "DOCUMENTS_PER_BATCH", 7)
     store = open_tokens(write_tokens(tmp_path, iter(DOCUMENTS), SETTINGS))
     counts = store.manifest
     assert counts["train"]["documents"] + counts["validation"]["documents"] == len(DOCUMENTS)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data import embedded
+from orchestrator.data import python_docs
 from orchestrator.data.corpus import is_validation
-from orchestrator.data.embedded import embedded_documents, embedded_files, embedded_state
-from orchestrator.data.prose import plain_share
+from orchestrator.data.prose import plain_word_fraction
+from orchestrator.data.python_docs import python_documents, python_files, python_state
 from orchestrator.terminal.progress import Progress
 
 
@@ -28,8 +28,8 @@ def test_docstrings_and_comments_are_read_in_their_order(tmp_path: Path, monkeyp
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "unread.py").write_text('"""Nobody should read this sentence."""')
     (tmp_path / "broken.py").write_text("def (")
-    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(tmp_path))
-    documents = [d for d in embedded_documents(Progress()) if not d[1].startswith("topics/")]
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
+    documents = [d for d in python_documents(Progress()) if not d[1].startswith("topics/")]
     assert documents == [
         (
             "This module holds everything that a bird needs to fly over the sea.\n\n"
@@ -43,21 +43,21 @@ def test_docstrings_and_comments_are_read_in_their_order(tmp_path: Path, monkeyp
 
 
 def test_the_state_is_that_of_the_files() -> None:
-    state = embedded_state()
-    assert len(state) == len(embedded_files()) > 300
-    assert state == embedded_state()
+    state = python_state()
+    assert len(state) == len(python_files()) > 300
+    assert state == python_state()
     assert not [name for name, _ in state if "test" in str(name).split("/")]
 
 
 @pytest.mark.slow
-def test_the_embedded_text_is_large_and_is_prose() -> None:
-    documents = list(embedded_documents(Progress()))
+def test_the_python_documentation_is_large_and_is_prose() -> None:
+    documents = list(python_documents(Progress()))
     texts = [text for text, _ in documents]
     assert len(set(texts)) == len(texts) > 800
     assert sum(map(len, texts)) > 1_200_000
     # A paragraph counts with the blank line behind it.
-    assert all(len(text) + 2 >= embedded.MIN_DOCUMENT_CHARACTERS for text in texts)
-    assert plain_share(" ".join(texts)) > 0.9
+    assert all(len(text) + 2 >= python_docs.MIN_DOCUMENT_CHARACTERS for text in texts)
+    assert plain_word_fraction(" ".join(texts)) > 0.9
     held_out = sum(len(text) for text in texts if is_validation(text, 0.1))
     assert 0.06 < held_out / sum(map(len, texts)) < 0.14
     paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]

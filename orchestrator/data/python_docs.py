@@ -21,7 +21,7 @@ from pathlib import Path
 from orchestrator.data.prose import Novelty, paragraphs
 from orchestrator.terminal.progress import Progress
 
-EMBEDDED_VERSION = 2
+PYTHON_DOCS_VERSION = 2
 """Raised by hand when the text taken from the same Python changes."""
 
 DOCUMENT_CHARACTERS = 1500
@@ -37,7 +37,7 @@ _COMMENT = re.compile(r"^\s*#+(?: (.*)|)$")
 _TOPIC_HEADING = re.compile(r"^(\S.*)\n([*=\-~^])\2{3,}$", re.MULTILINE)
 
 
-def embedded_files() -> list[Path]:
+def python_files() -> list[Path]:
     """Return the standard library's source files in a fixed order."""
     found = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
@@ -46,13 +46,13 @@ def embedded_files() -> list[Path]:
     return sorted(found)
 
 
-def embedded_state() -> list[list[str | int]]:
+def python_state() -> list[list[str | int]]:
     """Return names and sizes of the files, which stand for their content in the source's key."""
     root = Path(sysconfig.get_path("stdlib"))
-    return [[path.relative_to(root).as_posix(), path.stat().st_size] for path in embedded_files()]
+    return [[path.relative_to(root).as_posix(), path.stat().st_size] for path in python_files()]
 
 
-def embedded_documents(progress: Progress) -> Iterator[tuple[str, str]]:
+def python_documents(progress: Progress) -> Iterator[tuple[str, str]]:
     """Yield (text, source) of every document, paragraphs separated by a blank line.
 
     Args:
@@ -60,7 +60,7 @@ def embedded_documents(progress: Progress) -> Iterator[tuple[str, str]]:
     """
     novelty = Novelty()
     root = Path(sysconfig.get_path("stdlib"))
-    files = embedded_files()
+    files = python_files()
     progress.start("corpus", len(files))
     yield from _documents(_topic_units(), novelty)
     for done, path in enumerate(files):

@@ -3,7 +3,7 @@
 The folder's name is the fingerprint, a hash of every document, its side of the split and the
 tokenizer; it names the data in every later key. Opening checks the files' sizes always. Their
 hashes take minutes for a large corpus, so they are checked once, and again when a file's time or
-size has changed, or on demand. `orchestrator.data.tokenizing` writes such folders.
+size has changed, or on demand. `orchestrator.data.tokenization` writes such folders.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TokenStore:
     manifest: dict[str, Any]
 
     @property
-    def validation_documents(self) -> Path:
+    def validation_documents_path(self) -> Path:
         """JSON lines of the held-out documents: `text`, `source`."""
         return self.folder / "validation.jsonl"
 

@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from orchestrator.data.corpus import Document, hash_share, is_validation
-from orchestrator.data.shards import RECORD_NAME, ShardWriter, StaleWork
+from orchestrator.data.corpus import Document, hash_fraction, is_validation
+from orchestrator.data.token_store import FORMAT_VERSION, MANIFEST_NAME, is_complete, verify_tokens
+from orchestrator.data.token_writer import RECORD_NAME, StaleTokens, TokenWriter
 from orchestrator.data.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     num_token_ids,
     train_tokenizer,
 )
-from orchestrator.data.tokens import FORMAT_VERSION, MANIFEST_NAME, is_complete, verify_tokens
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -84,8 +84,8 @@ def write_tokens(
     if resume_key is None:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(exist_ok=True)
-    if not isinstance(progress, RatedProgress):
-        progress = RatedProgress(progress or Progress())
+    if not isinstance(progress, TokenProgress):
+        progress = TokenProgress(progress or Progress())
     try:
         fingerprint = _write_folder(work, documents, settings, progress)
         final = parent / fingerprint
@@ -95,7 +95,7 @@ def write_tokens(
             verify_tokens(final)
     except BaseException as error:
         # The network's failures are the user's too: what is tokenized by then is kept.
-        if resume_key is None or isinstance(error, StaleWork) or not is_unfinished(work):
+        if resume_key is None or isinstance(error, StaleTokens) or not is_unfinished(work):
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
@@ -108,13 +108,13 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def _write_folder(
-    folder: Path, documents: Iterable[Document], settings: DataSettings, progress: RatedProgress
+    folder: Path, documents: Iterable[Document], settings: DataSettings, progress: TokenProgress
 ) -> str:
     fraction, stream = _effective_fraction(iter(documents), settings.validation_fraction)
     tokenizer, stream = _choose_tokenizer(folder, settings, stream, fraction, progress)
     end, vocab_size = end_of_text_id(tokenizer), num_token_ids(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    with ShardWriter(folder) as writer:
+    with TokenWriter(folder) as writer:
         if writer.num_documents:
             progress.note(f"going on behind {writer.num_documents:,} documents that are tokenized")
         before = islice(stream, writer.num_documents)
@@ -175,7 +175,7 @@ def _encoded(
             yield batch, [encoding.ids for encoding in future.result()]
 
 
-class RatedProgress(Progress):
+class TokenProgress(Progress):
     """Adds to another progress how much text has become tokens, and how fast.
 
     Args:
@@ -219,7 +219,7 @@ def _effective_fraction(
     """Return the share of validation, raised where a handful of documents would leave it empty."""
     head = list(islice(documents, FEW_DOCUMENTS))
     if 1 < len(head) < FEW_DOCUMENTS:
-        smallest = min(hash_share(document.text, "split") for document in head)
+        smallest = min(hash_fraction(document.text, "split") for document in head)
         fraction = max(fraction, math.nextafter(smallest, 1.0))
     return fraction, chain(head, documents)
 

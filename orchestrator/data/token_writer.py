@@ -23,7 +23,7 @@ TRAIN, VALIDATION, TEXTS = "train.bin", "validation.bin", "validation.jsonl"
 _BLOCK = 1 << 20
 
 
-class StaleWork(UserError):
+class StaleTokens(UserError):
     """What an interrupted call has written cannot be gone on from."""
 
 
@@ -48,7 +48,7 @@ class _File:
         return {"bytes": self.file.tell(), "sha256": self.digest.hexdigest()}
 
 
-class ShardWriter:
+class TokenWriter:
     """Writes both sides of the split into a folder, behind what an earlier one has made safe.
 
     Args:
@@ -60,7 +60,7 @@ class ShardWriter:
         try:
             record = read_json_object(self._record_path) or {}
         except UserError as error:
-            raise StaleWork(
+            raise StaleTokens(
                 f"{error}: what the interrupted call wrote is deleted, and the same command starts "
                 "over"
             ) from None
@@ -96,12 +96,12 @@ class ShardWriter:
         """Take note of the documents that are in the files: text, and whether it is held out.
 
         Raises:
-            StaleWork: If they are not the same any more.
+            StaleTokens: If they are not the same any more.
         """
         for text, is_held_out in documents:
             self._note(text, is_held_out)
         if self._corpus_safe not in (None, self.corpus_digest):
-            raise StaleWork(
+            raise StaleTokens(
                 "the source has changed since the interruption; what was written is deleted, and "
                 "the same command starts over"
             )
@@ -149,15 +149,15 @@ class ShardWriter:
         """Delete the record: the folder is whole."""
         self._record_path.unlink()
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> TokenWriter:
         """Check what is there.
 
         Raises:
-            StaleWork: If what was made safe has changed since; names the file.
+            StaleTokens: If what was made safe has changed since; names the file.
         """
         try:
             self._check()
-        except StaleWork:
+        except StaleTokens:
             self.close()
             raise
         return self
@@ -178,7 +178,7 @@ class ShardWriter:
     def _check(self) -> None:
         for name, known in self._known.items():
             if self._files[name].digest.hexdigest() != known["sha256"]:
-                raise StaleWork(
+                raise StaleTokens(
                     f"{self._folder / name} is damaged: it is not what was written before the "
                     "interruption; it is deleted, and the same command starts over"
                 )
