@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -85,28 +84,24 @@ NameOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its price.")]
 
 
-def read_options(config: str | None, assignments: list[str] | None, **shortcuts: Any) -> Any:
+def read_options(config: str | None, assignments: list[str] | None, **options: Any) -> Any:
     """Read the settings: file, then --set, then the command's own options.
 
     Args:
-        config: A YAML file, or the name of a shipped sweep; defaults when unset.
+        config: A YAML file, or the name of a shipped sweep.
         assignments: `KEY=VALUE` texts.
-        **shortcuts: `section__key` to the option's value; None means that it was not given.
+        **options: `section__key` to the option's value; None means that it was not given.
 
     Raises:
-        UserError: Everything that is wrong with them.
+        UserError: Names everything that is wrong.
     """
     from orchestrator.settings import read_settings
     from orchestrator.settings.shipped import find_settings_file
     from orchestrator.workspace.files import is_folder
 
     path = find_settings_file(config) if config else None
-    named = [
-        f"{name.replace('__', '.')}={_as_yaml(value)}"
-        for name, value in shortcuts.items()
-        if value is not None
-    ]
-    settings = read_settings(path, [*(assignments or []), *named])
+    given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
+    settings = read_settings(path, assignments or [], given)
     folder = settings.evaluation.include_path
     if folder is not None and not is_folder(folder):
         raise UserError(
@@ -199,8 +194,3 @@ def _parts_of_numbers(text: str) -> list[str]:
     if not all(re.fullmatch("[-+.0-9eE]{1,40}", part) for part in found):
         raise ValueError(text)
     return found
-
-
-def _as_yaml(value: Any) -> str:
-    # JSON is YAML: texts that look like numbers or lists keep their type.
-    return json.dumps(value)

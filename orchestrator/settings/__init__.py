@@ -19,7 +19,6 @@ from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
 from orchestrator.settings.resolve import (
     flatten,
     read_settings,
-    read_yaml,
     resolve_settings,
     to_yaml,
 )
@@ -51,7 +50,6 @@ __all__ = [
     "method_of_label",
     "model_label",
     "read_settings",
-    "read_yaml",
     "resolve_settings",
     "to_yaml",
 ]

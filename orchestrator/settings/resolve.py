@@ -1,9 +1,12 @@
-"""From defaults, a YAML file and `--set a.b=c` to the settings; every mistake is named at once."""
+"""Build the settings from defaults, a YAML file, `--set a.b=c` and option values, in this order.
+
+All values end in one nested mapping, which pydantic validates once. Every mistake is reported at
+once, each in one sentence.
+"""
 
 from __future__ import annotations
 
 import difflib
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,63 +19,68 @@ from orchestrator.settings.tree import Settings
 from orchestrator.settings.yaml_text import MAX_CHARACTERS, YamlProblem, parse_yaml
 from orchestrator.workspace.errors import UserError, quoted, shortened
 
+DEFAULTS = Settings()
 MAX_PROBLEMS_SHOWN = 50
-"""Of a file that is none of ours, the first tell enough."""
 
 
 def resolve_settings(
     tree: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
     *,
     origin: str = "settings",
 ) -> Settings:
-    """Build the settings from a YAML tree and `a.b=c` assignments, in this order.
+    """Build the settings; later sources win.
 
     Args:
         tree: Nested mapping as read from YAML; missing keys keep their defaults.
-        assignments: Texts of the form `section.key=value`; the value is read as YAML.
-        origin: What the tree came from; it stands in the error.
+        assignments: Texts `section.key=value`; the value is read as YAML.
+        options: Values by `section.key`.
+        origin: Source of the tree, for the error message.
 
     Raises:
         UserError: Names every unknown key and every bad value at once.
     """
-    merged = _deep_copy(tree or {})
+    merged = _unshared_copy(tree or {})
     problems: list[str] = []
     for assignment in assignments:
         try:
-            _assign(merged, assignment)
+            _set_value(merged, *_parse_assignment(assignment))
         except UserError as error:
             problems.append(str(error))
-    # Over the defaults of this very tree: the two recipes have one type and different defaults.
-    merged = _merge(Settings().model_dump(), merged)
+    for name, value in (options or {}).items():
+        try:
+            _set_value(merged, name.split("."), value)
+        except UserError as error:
+            problems.append(str(error))
     try:
-        settings = Settings.model_validate(merged)
+        # Merged here, not by pydantic: both recipes have one type, but different defaults.
+        settings = Settings.model_validate(_merge(DEFAULTS.model_dump(), merged))
     except ValidationError as error:
         problems += [_describe(problem) for problem in error.errors()]
     if problems:
-        raise UserError(_as_list(origin, problems))
+        raise UserError(_join_problems(origin, problems))
     return settings
 
 
-def read_settings(path: Path | None, assignments: Iterable[str] = ()) -> Settings:
-    """Read a YAML file (or none) and apply assignments.
+def read_settings(
+    path: Path | None,
+    assignments: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read a YAML file (or none) and apply assignments and options; see `resolve_settings`.
 
     Raises:
         UserError: If the file is missing or is not a YAML mapping, or a setting is wrong.
     """
-    tree = read_yaml(path) if path else {}
-    return resolve_settings(tree, assignments, origin=str(path) if path else "settings")
+    tree = _read_yaml(path) if path else {}
+    return resolve_settings(tree, assignments, options, origin=str(path) if path else "settings")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        UserError: If the file is missing, unreadable, too large, or no mapping of names to values.
-    """
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            text = file.read(MAX_CHARACTERS + 1)  # No more, however large the file is.
+            text = file.read(MAX_CHARACTERS + 1)  # Limits memory, however large the file is.
         if len(text) > MAX_CHARACTERS:
             raise YamlProblem(f"it has more than {MAX_CHARACTERS:,} characters")
         tree = parse_yaml(text)
@@ -109,7 +117,7 @@ def flatten(settings: Section, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _assign(tree: dict[str, Any], assignment: str) -> None:
+def _parse_assignment(assignment: str) -> tuple[list[str], Any]:
     name, separator, text = assignment.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not separator or not all(keys):
@@ -118,78 +126,71 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
             f"{quoted(assignment)}"
         )
     try:
-        value = parse_yaml(text)
+        return keys, parse_yaml(text)
     except YamlProblem as error:
         raise UserError(
             f"--set {shortened(name)}: cannot read the value {quoted(text)}: {error}"
         ) from None
+
+
+def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         child = tree[key] = {} if tree.get(key) is None else tree[key]
         if not isinstance(child, dict):
             raise UserError(
-                f"--set {shortened(assignment)}: {shortened(key)} is a value, not a section"
+                f"cannot set {shortened('.'.join(keys))}: {shortened(key)} is a value, "
+                "not a section"
             )
         tree = child
     tree[keys[-1]] = value
 
 
-def _deep_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+def _unshared_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    # `copy.deepcopy` would keep one mapping for all aliases of a YAML anchor.
+    return {k: _unshared_copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        lower = merged.get(name)
-        if not isinstance(lower, Mapping):
-            merged[name] = value
-        elif isinstance(value, Mapping):
-            merged[name] = _merge(lower, value)
-        elif value is not None:  # A section with nothing in it keeps its defaults.
-            merged[name] = value
+def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(defaults)
+    for name, value in values.items():
+        default = merged.get(name)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            merged[name] = _merge(default, value)
+        elif value is not None or not isinstance(default, Mapping):
+            merged[name] = value  # An empty section keeps its defaults.
     return merged
 
 
 def _describe(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
-    section = _section_at(location[:-1])
-    known = list(section.model_fields) if section else []
     if problem["type"] == "extra_forbidden":
+        known = _keys_of(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = (
-            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
-            if near
-            else f"known: {', '.join(known)}"
-        )
+        if near:
+            hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+        else:
+            hint = f"known: {', '.join(known)}"
         return f"{shortened('.'.join(location))} is no setting; {hint}"
-    # A union or a tuple adds parts of its own behind the field's name; the user knows only the
-    # field.
-    while len(location) > 1 and location[-1] not in known:
+    # A union or a list adds parts after the field's name; the user knows only the field.
+    while len(location) > 1 and location[-1] not in _keys_of(location[:-1]):
         location.pop()
-        section = _section_at(location[:-1])
-        known = list(section.model_fields) if section else []
-    # YAML has lists; that the settings keep them as tuples is nobody's concern.
+    # YAML has lists; the settings keep them as tuples.
     message = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
     return f"{shortened('.'.join(location))}: {message}; got {quoted(problem['input'])}"
 
 
-def _section_at(location: list[str]) -> type[Section] | None:
-    section: type[Section] = Settings
+def _keys_of(location: list[str]) -> list[str]:
+    """Return the keys of the section at a location; empty if it is no section."""
+    section: Any = DEFAULTS
     for name in location:
-        field = section.model_fields.get(name)
-        kind = field.annotation if field else None
-        if not (
-            isinstance(kind, type)
-            and not isinstance(kind, types.GenericAlias)
-            and issubclass(kind, Section)
-        ):
-            return None
-        section = kind
-    return section
+        section = getattr(section, name, None)
+        if not isinstance(section, Section):
+            return []
+    return list(type(section).model_fields)
 
 
-def _as_list(origin: str, problems: list[str]) -> str:
-    unique = list(dict.fromkeys(problems))  # The branches of a union say the same thing.
+def _join_problems(origin: str, problems: list[str]) -> str:
+    unique = list(dict.fromkeys(problems))  # The branches of a union report the same problem.
     if len(unique) == 1:
         return f"{origin}: {unique[0]}"
     shown = [f"  - {text}" for text in unique[:MAX_PROBLEMS_SHOWN]]

@@ -19,6 +19,14 @@ def test_later_sources_win() -> None:
     assert settings.training.learning_rate == Settings().training.learning_rate
 
 
+def test_options_win_over_assignments_and_keep_their_types() -> None:
+    options = {"training.num_steps": 9, "sweep.seeds": [0, 1], "model.corrections": "017"}
+    settings = resolve_settings({}, ["training.num_steps=7"], options)
+    assert settings.training.num_steps == 9
+    assert settings.sweep.seeds == (0, 1)
+    assert settings.model.corrections == "017", "YAML would read it as octal"
+
+
 def test_one_setting_of_a_recipe_leaves_its_other_defaults() -> None:
     settings = resolve_settings({}, ["distillation.training.seed=3"])
     usual = Settings().distillation.training
@@ -71,6 +79,10 @@ def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
     with pytest.raises(UserError, match="4 problems") as caught:
         resolve_settings({}, ["training", "model.dim=[", "a.b=&x [*x]", "training.num_steps=0"])
     for part in ("got 'training'", "--set model.dim", "--set a.b", "training.num_steps: "):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match="3 problems") as caught:
+        resolve_settings({"data": 7}, ["data.seed=1"], {"training.num_steps": 0})
+    for part in ("cannot set data.seed: data is a value", "data: input", "training.num_steps: "):
         assert part in str(caught.value)
 
 
