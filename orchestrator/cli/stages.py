@@ -137,24 +137,24 @@ def benchmark(
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts, "--contexts")
     with open_desk(workspace, "benchmark", verbose=verbose) as desk:
-        from orchestrator.evaluation.measured_cost import Conditions
-        from orchestrator.evaluation.subject import open_subjects
+        from orchestrator.evaluation.cost_measurement import MeasurementSettings
+        from orchestrator.evaluation.evaluated_model import open_models
         from orchestrator.pipelines.benchmarking import benchmark as stage
         from orchestrator.pipelines.benchmarking import family_of, usual_contexts
         from orchestrator.reporting import cost_tables
 
-        subjects = open_subjects(desk.workspace, checkpoints, schedule, warn=desk.progress.note)
-        if len(subjects) == 1 and not schedule:
-            subjects = family_of(subjects[0])
-        conditions = Conditions(
+        models = open_models(desk.workspace, checkpoints, schedule, warn=desk.progress.note)
+        if len(models) == 1 and not schedule:
+            models = family_of(models[0])
+        conditions = MeasurementSettings(
             batch_sizes=batches or (),
-            contexts=prompts or usual_contexts(subjects, new_tokens),
+            contexts=prompts or usual_contexts(models, new_tokens),
             new_tokens=new_tokens,
             repetitions=repetitions,
             num_threads=threads,
         )
         found = stage(
-            subjects,
+            models,
             desk.workspace,
             conditions,
             tracking=desk.tracking,

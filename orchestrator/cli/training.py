@@ -191,4 +191,4 @@ def _print_plan(settings: Any, workspace: Path | None, mfu: float | None) -> Non
     from orchestrator.reporting.estimate_table import estimate_table
 
     plan = plan_pretrain(settings, workspace=workspace, mfu=mfu)
-    Console(highlight=False).print(estimate_table(plan.preflight, plan.rate))
+    Console(highlight=False).print(estimate_table(plan.estimate, plan.rate))

@@ -52,7 +52,7 @@ CHECKPOINT = "a checkpoint"
 
 
 @dataclass(frozen=True)
-class ForeignModel:
+class ExternalModel:
     """A model that came from elsewhere."""
 
     decoder: Decoder
@@ -65,7 +65,7 @@ class ForeignModel:
     """`bos_token_id`, `eos_token_id` (one or a list) and `pad_token_id` of its `config.json`."""
 
 
-def read_foreign(folder: Path) -> ForeignModel:
+def read_model_folder(folder: Path) -> ExternalModel:
     """Read a folder into a decoder.
 
     Args:
@@ -90,7 +90,7 @@ def read_foreign(folder: Path) -> ForeignModel:
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
     file = folder / TOKENIZER
-    return ForeignModel(
+    return ExternalModel(
         decoder.float().eval(),
         file if file.is_file() else None,
         origin,
@@ -101,7 +101,7 @@ def read_foreign(folder: Path) -> ForeignModel:
     )
 
 
-def foreign_key(folder: Path) -> str:
+def model_folder_key(folder: Path) -> str:
     """Return the hash of all files that determine a folder's model: config and weights.
 
     Raises:
@@ -112,7 +112,7 @@ def foreign_key(folder: Path) -> str:
 
 
 def read_model_text_files(
-    model: ForeignModel, folder: Path, tokenizer: Path | None
+    model: ExternalModel, folder: Path, tokenizer: Path | None
 ) -> dict[str, bytes]:
     """Return the `TEXT_FILES` that a checkpoint of this model shall have.
 

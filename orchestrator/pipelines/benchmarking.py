@@ -16,14 +16,14 @@ from pathlib import Path
 from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.measured_cost import (
-    Conditions,
+from orchestrator.evaluation.cost_measurement import (
+    HOW_MEASURED,
     MeasuredCost,
+    MeasurementSettings,
     device_name,
     measure_costs,
 )
-from orchestrator.evaluation.peak_memory import HOW_MEASURED
-from orchestrator.evaluation.subject import Subject, open_subject, short_names
+from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model, short_names
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.catalog import stored_influence
@@ -43,7 +43,7 @@ class BenchmarkResult:
 
     costs: list[MeasuredCost]
     """Condition after condition, models in the order given."""
-    conditions: Conditions
+    conditions: MeasurementSettings
     """Batch sizes, contexts, repetitions, threads."""
     device: str
     """Where it was measured."""
@@ -54,9 +54,9 @@ class BenchmarkResult:
 
 
 def benchmark(
-    subjects: Sequence[Subject],
+    models: Sequence[EvaluatedModel],
     workspace: Workspace,
-    conditions: Conditions,
+    conditions: MeasurementSettings,
     *,
     tracking: Tracking | None = None,
     progress: Progress | None = None,
@@ -64,7 +64,7 @@ def benchmark(
     """Measure models side by side.
 
     Args:
-        subjects: The models; those with the same weights share them.
+        models: The models; those with the same weights share them.
         workspace: Where the result is written.
         conditions: Batch sizes, contexts, repetitions, threads.
         tracking: Where each model is shown as a run of its own.
@@ -74,12 +74,12 @@ def benchmark(
         UserError: If a model is no decoder or damaged, or a condition does not fit it.
     """
     progress = progress or Progress()
-    names = short_names(subjects)
-    decoders = dict(zip(names, _decoders(subjects), strict=True))
+    names = short_names(models)
+    decoders = dict(zip(names, _decoders(models), strict=True))
     some = next(iter(decoders.values()))
     costs = measure_costs(decoders, conditions, progress)
     device = device_name(some.device)
-    keys = [list(subject.key) for subject in subjects]
+    keys = [list(model.key) for model in models]
     key = content_key("benchmark", keys, asdict(conditions), device, environment())
     result = BenchmarkResult(
         costs=costs,
@@ -91,21 +91,21 @@ def benchmark(
     _write(result)
     progress.finish(f"{len(decoders)} models, {len(costs)} measurements")
     if tracking:
-        for name, subject in zip(names, subjects, strict=True):
-            _track(tracking, subject, [c for c in costs if c.model == name], result)
+        for name, model in zip(names, models, strict=True):
+            _track(tracking, model, [c for c in costs if c.model == name], result)
     return result
 
 
-def family_of(subject: Subject) -> list[Subject]:
+def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
     """Return an IIET under schedules from full to none; any other model alone.
 
     They are those that its influence table proposes, spread evenly over cost; without a table, the
     same number of corrections in all layers.
     """
-    config = subject.config
+    config = model.config
     if config is None or not config.corrections.num_corrections:
-        return [subject]
-    influence = None if subject.is_foreign else stored_influence(subject.path)
+        return [model]
+    influence = None if model.is_external else stored_influence(model.path)
     if influence is not None and influence.schedule == config.corrections:
         family = schedule_family(influence)
         members = spread_over_cost(family, min(NUM_SCHEDULES, len(family)))
@@ -114,26 +114,26 @@ def family_of(subject: Subject) -> list[Subject]:
         most = config.corrections.max_corrections
         lower = [IterationSchedule.uniform(config.num_layers, r) for r in range(most - 1, -1, -1)]
         schedules = [config.corrections, *lower]
-    return [open_subject(subject.path, schedule) for schedule in schedules]
+    return [open_model(model.path, schedule) for schedule in schedules]
 
 
-def usual_contexts(subjects: Sequence[Subject], new_tokens: int) -> tuple[int, ...]:
+def usual_contexts(models: Sequence[EvaluatedModel], new_tokens: int) -> tuple[int, ...]:
     """Return a short prompt and one of half the context that all models read, as far as both fit
     with the new tokens behind them."""
-    longest = min(subject.context_length for subject in subjects)
+    longest = min(model.context_length for model in models)
     wanted = sorted({min(SHORT_CONTEXT, longest // 2), longest // 2})
     fitting = tuple(context for context in wanted if 1 <= context <= longest - new_tokens)
     return fitting or (max(1, longest - new_tokens),)
 
 
-def _decoders(subjects: Sequence[Subject]) -> list[Decoder]:
+def _decoders(models: Sequence[EvaluatedModel]) -> list[Decoder]:
     loaded: dict[Path, Decoder] = {}
     decoders: list[Decoder] = []
-    for subject in subjects:
-        if subject.path not in loaded:
-            loaded[subject.path] = subject.decoder()
-        assert subject.config is not None, "Subject.decoder refuses what is no decoder"
-        decoders.append(loaded[subject.path].with_schedule(subject.config.corrections))
+    for model in models:
+        if model.path not in loaded:
+            loaded[model.path] = model.decoder()
+        assert model.config is not None, "EvaluatedModel.decoder refuses what is no decoder"
+        decoders.append(loaded[model.path].with_schedule(model.config.corrections))
     return decoders
 
 
@@ -151,17 +151,20 @@ def _write(result: BenchmarkResult) -> None:
 
 
 def _track(
-    tracking: Tracking, subject: Subject, costs: Sequence[MeasuredCost], result: BenchmarkResult
+    tracking: Tracking,
+    model: EvaluatedModel,
+    costs: Sequence[MeasuredCost],
+    result: BenchmarkResult,
 ) -> None:
-    assert subject.config is not None, "what was measured is a decoder"
+    assert model.config is not None, "what was measured is a decoder"
     run = tracking.run(
-        content_key("benchmark", list(subject.key), asdict(result.conditions), result.device),
-        name=f"benchmark {subject.name}"[:80],
+        content_key("benchmark", list(model.key), asdict(result.conditions), result.device),
+        name=f"benchmark {model.name}"[:80],
         kind="benchmark",
         params={
-            "method": subject.architecture,
-            "schedule": subject.config.corrections,
-            "checkpoint": subject.path,
+            "method": model.architecture,
+            "schedule": model.config.corrections,
+            "checkpoint": model.path,
             "device": result.device,
             "dtype": result.dtype,
             "num_threads": result.conditions.num_threads,

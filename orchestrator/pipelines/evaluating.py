@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from iiet.schedule import IterationSchedule
+from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import (
-    FolderVocabulary,
+    FolderTokenizer,
     Suite,
-    checkpoint_vocabulary,
+    checkpoint_tokenizer,
     load_suite,
     run_model,
     run_suite,
 )
-from orchestrator.evaluation.requested_tasks import newest_tokens, requested_tasks
-from orchestrator.evaluation.subject import Subject, open_subject
+from orchestrator.evaluation.task_selection import newest_tokens, select_tasks
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
@@ -37,7 +37,7 @@ from orchestrator.workspace.provenance import content_key
 
 
 def evaluate(
-    checkpoint: Path | Subject,
+    checkpoint: Path | EvaluatedModel,
     settings: EvaluationSettings,
     workspace: Workspace,
     *,
@@ -64,12 +64,12 @@ def evaluate(
     """
     progress = progress or Progress()
     if isinstance(checkpoint, Path):
-        checkpoint = open_subject(checkpoint, schedule, warn=progress.note)
-    subject = checkpoint
+        checkpoint = open_model(checkpoint, schedule, warn=progress.note)
+    model = checkpoint
     progress.start("evaluate")  # Tasks and models take their time to load.
-    suite = _load(subject, settings, workspace, progress)
+    suite = _load(model, settings, workspace, progress)
     # Models that transformers runs keep their own dtype.
-    model_key = [*subject.key, settings.precision if subject.config else None]
+    model_key = [*model.key, settings.precision if model.config else None]
     keys = {
         name: content_key("evaluation", model_key, suite.fingerprint(name), settings.limit)
         for name in suite.tasks
@@ -84,7 +84,7 @@ def evaluate(
     if missing:
         results |= _run(
             suite.only(missing),
-            subject,
+            model,
             settings,
             progress,
             trust_remote_code=trust_remote_code,
@@ -98,25 +98,23 @@ def evaluate(
     )
     progress.finish(_summary(evaluation) + ("" if missing else ", found again"))
     if tracking:
-        _track(tracking, keys, evaluation, subject, settings.precision)
+        _track(tracking, keys, evaluation, model, settings.precision)
     return evaluation
 
 
 def _load(
-    subject: Subject, settings: EvaluationSettings, workspace: Workspace, progress: Progress
+    model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, progress: Progress
 ) -> Suite:
     """Load the tasks, and say which are skipped."""
 
     def tokens() -> Path:
-        if not subject.is_foreign:
-            return tokens_of(subject.path, workspace)
+        if not model.is_external:
+            return tokens_of(model.path, workspace)
         folder = newest_tokens(workspace)
-        progress.note(f"held-out tasks for {subject.name} are made from the tokens {folder.name}")
+        progress.note(f"held-out tasks for {model.name} are made from the tokens {folder.name}")
         return folder
 
-    asked = requested_tasks(
-        settings, tokens, context_length=subject.context_length, progress=progress
-    )
+    asked = select_tasks(settings, tokens, context_length=model.context_length, progress=progress)
     suite = load_suite(
         asked.names,
         folders=asked.folders,
@@ -130,29 +128,31 @@ def _load(
 
 def _run(
     suite: Suite,
-    subject: Subject,
+    model: EvaluatedModel,
     settings: EvaluationSettings,
     progress: Progress,
     *,
     trust_remote_code: bool,
     on_result: Callable[[TaskResult], None],
 ) -> dict[str, TaskResult]:
-    if subject.config is None:
+    if model.config is None:
         # Imported here: transformers takes seconds, and our own models do without it.
-        from orchestrator.evaluation.harness.transformers_model import transformers_model
+        from orchestrator.evaluation.harness.transformers_model import load_transformers_model
 
-        model = transformers_model(
-            subject.path,
+        runner = load_transformers_model(
+            model.path,
             batch_size=settings.batch_size,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        return run_model(suite, model, limit=settings.limit, progress=progress, on_result=on_result)
-    path = subject.path
+        return run_model(
+            suite, runner, limit=settings.limit, progress=progress, on_result=on_result
+        )
+    path = model.path
     return run_suite(
         suite,
-        subject.decoder(DTYPES[settings.precision]),
-        FolderVocabulary(path) if subject.is_foreign else checkpoint_vocabulary(path),
+        model.decoder(DTYPES[settings.precision]),
+        FolderTokenizer(path) if model.is_external else checkpoint_tokenizer(path),
         batch_size=settings.batch_size,
         limit=settings.limit,
         progress=progress,
@@ -173,20 +173,20 @@ def _track(
     tracking: Tracking,
     keys: Mapping[str, str],
     evaluation: EvaluationResult,
-    subject: Subject,
+    model: EvaluatedModel,
     precision: str,
 ) -> None:
     of_decoder: dict[str, Any] = {}
-    if subject.config is not None:
-        of_decoder = {"schedule": subject.config.corrections, "precision": precision}
+    if model.config is not None:
+        of_decoder = {"schedule": model.config.corrections, "precision": precision}
     run = tracking.run(
         content_key("evaluation", dict(keys)),
         name=f"evaluate {', '.join(keys)}"[:80],
         kind="evaluation",
         params={
-            "method": subject.architecture,
+            "method": model.architecture,
             **of_decoder,
-            "checkpoint": subject.path,
+            "checkpoint": model.path,
             "num_items": evaluation.num_items,
         },
     )

@@ -15,7 +15,11 @@ from pathlib import Path
 from iiet.cost import num_parameters
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
-from orchestrator.evaluation.model_folders import foreign_key, read_foreign, read_model_text_files
+from orchestrator.evaluation.model_folders import (
+    model_folder_key,
+    read_model_folder,
+    read_model_text_files,
+)
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import (
     find_checkpoints,
@@ -57,7 +61,7 @@ def import_model(
     progress.start("import")
     if not (folder / CONFIG).is_file() and find_checkpoints(folder):
         folder = resolve_checkpoint(folder)
-    model = read_foreign(folder)
+    model = read_model_folder(folder)
     file = resolve_path(tokenizer) if tokenizer else model.tokenizer_file
     if file is None:
         progress.note(
@@ -70,7 +74,7 @@ def import_model(
     named = folder.parent.name if folder in find_checkpoints(folder.parent) else folder.name
     run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
     text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
-    source = content_key(foreign_key(folder), file_key(file) if file else None, text)
+    source = content_key(model_folder_key(folder), file_key(file) if file else None, text)
     checkpoint = _imported_before(run_folder, source)
     if checkpoint is None:
         checkpoint = save_checkpoint(

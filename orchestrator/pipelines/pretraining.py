@@ -20,7 +20,12 @@ from orchestrator.cluster.launch import check_jobs, run_jobs
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.planning.preflight import Preflight, check_jobs_fit, check_preflight, preflight
+from orchestrator.planning.preflight import (
+    PretrainingEstimate,
+    check_jobs_fit,
+    check_pretraining,
+    estimate_pretraining,
+)
 from orchestrator.reporting.estimate_table import Rate, assumed_rate
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
@@ -86,7 +91,7 @@ def pretrain(
         RunFailed: If the run failed or diverged.
     """
     context = open_context(workspace, progress)
-    check_preflight(settings, context.workspace)
+    check_pretraining(settings, context.workspace)
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     method = settings.model.method
     return pretrain_models({method: settings}, context, tokens, name=name, local=local)[method]
@@ -189,7 +194,7 @@ def pretraining_job(
 class PretrainDryRun:
     """What a pretraining will take; nothing was read, written or started for it."""
 
-    preflight: Preflight
+    estimate: PretrainingEstimate
     """Tokens, memory, disk, and whether the run fits."""
     rate: Rate
     """FLOP/s that the hours are computed with."""
@@ -214,5 +219,5 @@ def plan_pretrain(
     if not isinstance(workspace, Workspace):
         workspace = locate_workspace(None if workspace is None else Path(workspace))
     return PretrainDryRun(
-        preflight=preflight(settings, workspace), rate=assumed_rate(settings, mfu)
+        estimate=estimate_pretraining(settings, workspace), rate=assumed_rate(settings, mfu)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.pipelines.context import Desk
-from orchestrator.planning.preflight import place_trials, wish_of
+from orchestrator.planning.preflight import assign_trial_gpus, request_of
 from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.overlay import write_overlay
 from orchestrator.reporting.publishing import write_report
@@ -66,8 +66,8 @@ def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
     lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
     if settings.trials_use_gpus:
         jobs = [s.trial.job for s in states if s.name == "to train" and s.trial.job]
-        wishes = [wish_of(TrainingJob.from_dict(job)) for job in jobs]
-        sweep = place_trials(settings, wishes).sweep
+        requests = [request_of(TrainingJob.from_dict(job)) for job in jobs]
+        sweep = assign_trial_gpus(settings, requests).sweep
         gpus, at_once = sweep.gpus_per_trial or 0, sweep.trials_at_once
         most = f", at most {at_once} at once" if at_once else ""
         lines.append(f"each trial runs on {format_count(gpus, 'GPU')}{most}")

@@ -14,11 +14,11 @@ from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from orchestrator.data.preparation import prepare
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.requested_tasks import (
+from orchestrator.evaluation.task_selection import (
     HELDOUT,
-    requested_tasks,
-    task_folders,
-    tasks_beside_heldout,
+    lm_eval_task_fingerprints,
+    select_tasks,
+    user_task_folders,
 )
 from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.influence import measure_influence
@@ -126,7 +126,7 @@ def plan_suite(
     """Return what is measured as a plain value: the held-out tasks, made if need be, or tasks by
     name.
     """
-    asked = requested_tasks(
+    asked = select_tasks(
         settings, lambda: tokens, context_length=config.context_length, progress=progress
     )
     # Alone they need no names: they are all tasks of their folder.
@@ -137,14 +137,14 @@ def plan_suite(
         "tasks": [] if is_heldout_alone else list(asked.names),
         "suite": asked.heldout.name if asked.heldout else "",
         "suite_folder": str(asked.heldout or ""),
-        "include_folder": "".join(map(str, task_folders(settings))),
+        "include_folder": "".join(map(str, user_task_folders(settings))),
         "batch_size": settings.batch_size,
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "precision": settings.precision,
     }
     # The held-out tasks are named by their content; others may change under their names.
-    if others := tasks_beside_heldout(settings):
+    if others := lm_eval_task_fingerprints(settings):
         suite["fingerprints"] = others
     return suite
 

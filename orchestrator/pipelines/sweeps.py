@@ -17,7 +17,7 @@ from typing import Any
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
-from orchestrator.evaluation.subject import open_subjects, short_names
+from orchestrator.evaluation.evaluated_model import open_models, short_names
 from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
@@ -258,19 +258,19 @@ def evaluate_and_show(
         trust_remote_code: Whether code that lies in a model folder may run.
     """
     # All are opened first: a mistake in the last shall not cost the time of the others.
-    subjects = open_subjects(desk.workspace, paths, schedules, warn=desk.progress.note)
+    models = open_models(desk.workspace, paths, schedules, warn=desk.progress.note)
     evaluations = [
         evaluate(
-            subject,
+            model,
             settings.evaluation,
             desk.workspace,
             trust_remote_code=trust_remote_code,
             tracking=desk.tracking,
             progress=desk.progress,
         )
-        for subject in subjects
+        for model in models
     ]
-    named = dict(zip(short_names(subjects), evaluations, strict=True))
+    named = dict(zip(short_names(models), evaluations, strict=True))
     desk.console.print(evaluation_table(named))
     for sentence in about_average(named):
         print_line(desk.console, f"  {sentence}")

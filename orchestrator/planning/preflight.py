@@ -12,9 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
-from orchestrator.planning.memory import Wish, check_fit, needed_memory
-from orchestrator.planning.resources import Room, check_resources, local_resources, local_room
-from orchestrator.planning.training_cost import TrainingEstimate
+from orchestrator.planning.fit import ResourceRequest, check_fit, needed_memory
+from orchestrator.planning.resources import (
+    FreeBytes,
+    check_resources,
+    local_free_bytes,
+    local_resources,
+)
+from orchestrator.planning.training_estimate import TrainingEstimate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.checkpoint import find_checkpoints, load_config
@@ -24,16 +29,16 @@ from orchestrator.training.speed import ASSUMED_GPU, ASSUMED_GPU_BYTES, installe
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
-HERE = "this machine"
+THIS_MACHINE = "this machine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preflight:
+class PretrainingEstimate:
     """What is known of a pretraining before it begins."""
 
     settings: Settings
     tokens: ExpectedTokens
-    wish: Wish
+    request: ResourceRequest
     estimate: TrainingEstimate
     verdicts: dict[str, str | None]
     """By place, why it does not fit there; None where it does. The first is this machine."""
@@ -43,10 +48,10 @@ class Preflight:
     @property
     def num_workers(self) -> int:
         """Data-parallel workers."""
-        return self.wish.num_workers
+        return self.request.num_workers
 
 
-def preflight(settings: Settings, workspace: Workspace) -> Preflight:
+def estimate_pretraining(settings: Settings, workspace: Workspace) -> PretrainingEstimate:
     """Look at a pretraining, and start nothing.
 
     Args:
@@ -58,35 +63,35 @@ def preflight(settings: Settings, workspace: Workspace) -> Preflight:
             are missing.
     """
     tokens = expected_tokens(settings.data, find_prepared(settings.data, workspace.tokens))
-    wish = pretraining_wish(settings, tokens.vocab_size)
-    estimate = wish.estimate()
-    return Preflight(
+    request = pretraining_request(settings, tokens.vocab_size)
+    estimate = request.estimate()
+    return PretrainingEstimate(
         settings=settings,
         tokens=tokens,
-        wish=wish,
+        request=request,
         estimate=estimate,
-        verdicts=_verdicts(settings, workspace, wish, tokens),
-        is_memory_known=local_room(workspace.root).memory is not None,
+        verdicts=_verdicts(settings, workspace, request, tokens),
+        is_memory_known=local_free_bytes(workspace.root).memory is not None,
     )
 
 
-def check_preflight(settings: Settings, workspace: Workspace) -> None:
+def check_pretraining(settings: Settings, workspace: Workspace) -> None:
     """Refuse a pretraining that has no room here, before its text is read.
 
     Raises:
         UserError: If it does not fit, or cannot be met anywhere; says what would fit.
     """
-    found = preflight(settings, workspace)
-    problem = found.verdicts[HERE]
+    found = estimate_pretraining(settings, workspace)
+    problem = found.verdicts[THIS_MACHINE]
     # With its tokens there, the run itself is known: what it has on disk counts for it.
     if problem and not found.tokens.num_train_tokens:
         raise UserError(problem)
 
 
-def pretraining_wish(settings: Settings, vocab_size: int) -> Wish:
+def pretraining_request(settings: Settings, vocab_size: int) -> ResourceRequest:
     """Return what the settings ask for, for a tokenizer of so many entries."""
     cluster = settings.cluster
-    return Wish(
+    return ResourceRequest(
         config=model_config(settings.model, vocab_size=vocab_size),
         recipe=settings.training,
         num_workers=cluster.num_gpus or cluster.num_workers,
@@ -117,22 +122,24 @@ def check_jobs_fit(
     # On GPUs, each job has its own; on CPUs, those that run at the same time share the memory.
     places = local_resources(count_gpus=False).cpus // num_workers
     at_once = max(1, min(len(waiting), places))
-    wishes = []
+    requests = []
     for number, job in enumerate(jobs):
         if job not in waiting:
             continue
-        wish = replace(
-            _on(wish_of(job), num_workers, on_gpus=cluster.num_gpus > 0),
+        request = replace(
+            _on(request_of(job), num_workers, on_gpus=cluster.num_gpus > 0),
             parallel=cluster.parallel,
             model=settings[number].model if settings else None,
         )
-        room = local_room(job.folder, num_workers=num_workers * at_once, num_gpus=cluster.num_gpus)
-        check_fit(wish, room, present_bytes=_checkpoint_bytes(job.folder))
-        wishes.append((job.folder, wish))
-    _check_disk_for_all(wishes, at_once=at_once)
+        free = local_free_bytes(
+            job.folder, num_workers=num_workers * at_once, num_gpus=cluster.num_gpus
+        )
+        check_fit(request, free, present_bytes=_checkpoint_bytes(job.folder))
+        requests.append((job.folder, request))
+    _check_disk_for_all(requests, at_once=at_once)
 
 
-def place_trials(settings: Settings, wishes: Sequence[Wish] = ()) -> Settings:
+def assign_trial_gpus(settings: Settings, requests: Sequence[ResourceRequest] = ()) -> Settings:
     """Return the settings with the GPUs of a sweep's trials filled in.
 
     On a run that has GPUs, a trial takes the fewest on which every trial fits, and no more trials
@@ -140,7 +147,7 @@ def place_trials(settings: Settings, wishes: Sequence[Wish] = ()) -> Settings:
 
     Args:
         settings: The whole tree.
-        wishes: Of the trials that wait; a trial takes one GPU as long as they are not known.
+        requests: Of the trials that wait; a trial takes one GPU as long as they are not known.
 
     Raises:
         UserError: If trials are sent to CPUs though the run has GPUs, or ask for more than it has.
@@ -157,7 +164,7 @@ def place_trials(settings: Settings, wishes: Sequence[Wish] = ()) -> Settings:
         )
     if own is None:
         several = sweep.workers_per_trial > 1
-        own = sweep.workers_per_trial if several else _fewest_gpus(wishes, num_gpus)
+        own = sweep.workers_per_trial if several else _fewest_gpus(requests, num_gpus)
     if own > num_gpus:
         raise UserError(
             f"a trial asks for {own} GPUs (sweep.gpus_per_trial, sweep.workers_per_trial), and the "
@@ -171,26 +178,28 @@ def _with_sweep(settings: Settings, **changes: int) -> Settings:
     return settings.model_copy(update={"sweep": settings.sweep.model_copy(update=changes)})
 
 
-def _fewest_gpus(wishes: Sequence[Wish], most: int) -> int:
+def _fewest_gpus(requests: Sequence[ResourceRequest], most: int) -> int:
     """Return the fewest GPUs on which each trial fits; all if none are enough."""
-    free = local_room(Path.cwd(), num_gpus=1).memory or ASSUMED_GPU_BYTES
-    return next((n for n in range(1, most) if all(_fits(wish, n, free) for wish in wishes)), most)
+    free = local_free_bytes(Path.cwd(), num_gpus=1).memory or ASSUMED_GPU_BYTES
+    return next(
+        (n for n in range(1, most) if all(_fits(request, n, free) for request in requests)), most
+    )
 
 
-def _fits(wish: Wish, num_gpus: int, free: int) -> bool:
+def _fits(request: ResourceRequest, num_gpus: int, free: int) -> bool:
     try:
-        return needed_memory(_on(wish, num_gpus, on_gpus=True).estimate()) <= free
+        return needed_memory(_on(request, num_gpus, on_gpus=True).estimate()) <= free
     except UserError:
         return False  # So many workers cannot share a step evenly.
 
 
-def _on(wish: Wish, num_workers: int, *, on_gpus: bool) -> Wish:
-    return replace(wish, num_workers=num_workers, on_gpus=on_gpus)
+def _on(request: ResourceRequest, num_workers: int, *, on_gpus: bool) -> ResourceRequest:
+    return replace(request, num_workers=num_workers, on_gpus=on_gpus)
 
 
-def wish_of(job: TrainingJob) -> Wish:
+def request_of(job: TrainingJob) -> ResourceRequest:
     """Return what a training asks for, before it is known on what it runs."""
-    return Wish(
+    return ResourceRequest(
         config=job.config(),
         recipe=job.recipe,
         section=job.section,
@@ -213,16 +222,16 @@ def check_trials_fit(
         UserError: If one does not fit, or not all; says what would.
     """
     gpus, workers, at_once = _places(sweep, len(jobs))
-    wishes = []
+    requests = []
     for job in jobs:
-        wish = _on(wish_of(job), workers, on_gpus=gpus > 0)
-        alone = local_room(job.folder, num_workers=workers, num_gpus=gpus)
-        check_fit(wish, alone, present_bytes=_checkpoint_bytes(job.folder))
+        request = _on(request_of(job), workers, on_gpus=gpus > 0)
+        alone = local_free_bytes(job.folder, num_workers=workers, num_gpus=gpus)
+        check_fit(request, alone, present_bytes=_checkpoint_bytes(job.folder))
         if not (job.folder / DONE_NAME).is_file():  # Trained, and only measured now.
-            wishes.append((job.folder, wish))
+            requests.append((job.folder, request))
         if alone.memory is None or gpus:
             continue
-        needed = needed_memory(wish.estimate())
+        needed = needed_memory(request.estimate())
         most = alone.memory // needed
         if most < at_once:
             raise UserError(
@@ -231,7 +240,7 @@ def check_trials_fit(
                 f"memory, and this machine has {format_bytes(workers * alone.memory)} free; the "
                 f"nearest setting that fits: --set sweep.trials_at_once={most}"
             )
-    _check_disk_for_all(wishes, at_once=at_once, teacher_bytes=teacher_bytes)
+    _check_disk_for_all(requests, at_once=at_once, teacher_bytes=teacher_bytes)
 
 
 def _places(sweep: SweepSettings, num_trials: int) -> tuple[int, int, int]:
@@ -254,37 +263,37 @@ def check_students_fit(settings: Settings, jobs: Sequence[TrainingJob], most: in
         UserError: If one does not fit, or not all beside what is pretrained; says what would.
     """
     teacher, distillation = jobs[0].config(), settings.distillation
-    wish = Wish(
+    request = ResourceRequest(
         config=teacher,
         recipe=distillation.training,
         section="distillation.training",
         teacher=teacher if distillation.control == "distill" else None,
     )
-    gpus, workers, at_once = _places(place_trials(settings, [wish]).sweep, most)
-    student = _on(wish, workers, on_gpus=gpus > 0)
+    gpus, workers, at_once = _places(assign_trial_gpus(settings, [request]).sweep, most)
+    student = _on(request, workers, on_gpus=gpus > 0)
     folder = jobs[0].folder.parent  # Where no run has checkpoints.
-    check_fit(student, local_room(folder, num_workers=workers, num_gpus=gpus))
-    pretrained = [(job.folder, wish_of(job)) for job in jobs if finished_outcome(job) is None]
+    check_fit(student, local_free_bytes(folder, num_workers=workers, num_gpus=gpus))
+    pretrained = [(job.folder, request_of(job)) for job in jobs if finished_outcome(job) is None]
     _check_disk_for_all([*pretrained, *[(folder, student)] * most], at_once=at_once)
 
 
 def _check_disk_for_all(
-    wishes: Sequence[tuple[Path, Wish]], *, at_once: int, teacher_bytes: int = 0
+    requests: Sequence[tuple[Path, ResourceRequest]], *, at_once: int, teacher_bytes: int = 0
 ) -> None:
     """Refuse trainings that find room on the disk one by one, and not together.
 
     Args:
-        wishes: Folder and wish of each.
+        requests: Folder and request of each.
         at_once: How many run, and so write a checkpoint, at the same time.
         teacher_bytes: Of the teacher's answers that will be stored for them.
     """
-    disk = local_room(wishes[0][0]).disk if wishes else None
+    disk = local_free_bytes(requests[0][0]).disk if requests else None
     if disk is None:
         return
 
     def checkpoint_bytes(num_kept: int | None = None) -> int:
         estimates = []
-        for folder, own in wishes:
+        for folder, own in requests:
             kept = own.recipe.num_checkpoints_kept
             number = min(kept, num_kept or kept)
             estimates.append((folder, own.estimate(num_checkpoints_kept=number)))
@@ -295,8 +304,8 @@ def _check_disk_for_all(
     checkpoints = checkpoint_bytes()
     if checkpoints + teacher_bytes <= disk:
         return
-    sections = dict.fromkeys(wish.section for _, wish in wishes)
-    most = max(wish.recipe.num_checkpoints_kept for _, wish in wishes)
+    sections = dict.fromkeys(request.section for _, request in requests)
+    most = max(request.recipe.num_checkpoints_kept for _, request in requests)
     settings = [
         " ".join(f"--set {section}.num_checkpoints_kept={number}" for section in sections)
         for number in range(most - 1, 0, -1)
@@ -307,28 +316,30 @@ def _check_disk_for_all(
     way_out = f"the nearest setting that fits: {settings[0]}; or " if settings else ""
     answers = f" and the teacher's answers {format_bytes(teacher_bytes)}" if teacher_bytes else ""
     raise UserError(
-        f"{len(wishes)} trainings would write about {format_bytes(checkpoints + teacher_bytes)} "
-        f"together (checkpoints {format_bytes(checkpoints)}{answers}), and the workspace's disk "
-        f"has {format_bytes(disk)} free; {way_out}make room, or choose another place with "
-        "--workspace"
+        f"{len(requests)} trainings would write about "
+        f"{format_bytes(checkpoints + teacher_bytes)} together (checkpoints "
+        f"{format_bytes(checkpoints)}{answers}), and the workspace's disk has "
+        f"{format_bytes(disk)} free; {way_out}make room, or choose another place with --workspace"
     )
 
 
 def _verdicts(
-    settings: Settings, workspace: Workspace, wish: Wish, tokens: ExpectedTokens
+    settings: Settings, workspace: Workspace, request: ResourceRequest, tokens: ExpectedTokens
 ) -> dict[str, str | None]:
     cluster = settings.cluster
 
     def here() -> None:
         check_resources(cluster.num_workers, cluster.num_gpus)
-        room = local_room(workspace.root, num_workers=wish.num_workers, num_gpus=cluster.num_gpus)
-        check_fit(wish, room, new_bytes=tokens.new_bytes)
+        free = local_free_bytes(
+            workspace.root, num_workers=request.num_workers, num_gpus=cluster.num_gpus
+        )
+        check_fit(request, free, new_bytes=tokens.new_bytes)
 
-    verdicts = {HERE: _problem(here)}
+    verdicts = {THIS_MACHINE: _problem(here)}
     if cluster.num_gpus and installed_gpu() is None:
         place = f"an {ASSUMED_GPU}"
-        elsewhere = Room(memory=ASSUMED_GPU_BYTES, disk=None, place=place)
-        verdicts[place] = _problem(lambda: check_fit(wish, elsewhere))
+        elsewhere = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=place)
+        verdicts[place] = _problem(lambda: check_fit(request, elsewhere))
     return verdicts
 
 

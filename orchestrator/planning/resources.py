@@ -78,7 +78,7 @@ def check_resources(num_workers: int, num_gpus: int, resources: Resources | None
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeBytes:
     """Bytes that are free where a job would run; None where this process cannot tell."""
 
     memory: int | None
@@ -89,7 +89,7 @@ class Room:
     """Whose memory it is, for messages."""
 
 
-def local_room(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> Room:
+def local_free_bytes(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> FreeBytes:
     """Return what is free for each of a job's workers, and on the disk.
 
     Args:
@@ -99,10 +99,12 @@ def local_room(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> Room
     """
     disk = shutil.disk_usage(_existing(folder)).free
     if os.environ.get("RAY_ADDRESS"):
-        return Room(memory=None, disk=disk, place=f"the cluster at {os.environ['RAY_ADDRESS']}")
+        return FreeBytes(
+            memory=None, disk=disk, place=f"the cluster at {os.environ['RAY_ADDRESS']}"
+        )
     if num_gpus:
-        return Room(memory=_gpu_memory(num_gpus), disk=disk, place="a GPU of this machine")
-    return Room(memory=free_memory() // num_workers, disk=disk)
+        return FreeBytes(memory=_gpu_memory(num_gpus), disk=disk, place="a GPU of this machine")
+    return FreeBytes(memory=free_memory() // num_workers, disk=disk)
 
 
 def _existing(folder: Path) -> Path:

@@ -9,15 +9,15 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from orchestrator.evaluation.measured_cost import (
+from orchestrator.evaluation.cost_measurement import (
     DECODING,
     FIRST_TOKEN,
+    HOW_MEASURED,
     PREDICTION,
     SIMPLEST,
-    Conditions,
     MeasuredCost,
+    MeasurementSettings,
 )
-from orchestrator.evaluation.peak_memory import HOW_MEASURED
 from orchestrator.terminal.layout import ResponsiveLayout
 
 Columns = Sequence[tuple[str, Callable[[MeasuredCost], str]]]
@@ -85,7 +85,7 @@ def _off(cost: MeasuredCost, *, part: str, prediction: str) -> str:
     return f"{100 * cost.shares[part].residual(prediction):+.1f} %"
 
 
-def conditions_line(conditions: Conditions, *, device: str, dtype: str) -> str:
+def conditions_line(conditions: MeasurementSettings, *, device: str, dtype: str) -> str:
     """Say in a sentence how it was measured."""
     threads = f"{conditions.num_threads} thread{'s' if conditions.num_threads > 1 else ''}"
     return (

@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.memory import needed_memory
-from orchestrator.planning.preflight import HERE, Preflight
+from orchestrator.planning.fit import needed_memory
+from orchestrator.planning.preflight import THIS_MACHINE, PretrainingEstimate
 from orchestrator.settings import Settings
 from orchestrator.terminal.formatting import (
     format_bytes,
@@ -70,7 +70,7 @@ def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
     return Rate(peak_flops=known, share=share, of_what=f"{name}, {precision}, dense")
 
 
-def estimate_table(found: Preflight, rate: Rate) -> Table:
+def estimate_table(found: PretrainingEstimate, rate: Rate) -> Table:
     """Return the plan, a line for each thing that it takes."""
     config = found.estimate.config
     model = found.settings.model
@@ -87,7 +87,7 @@ def estimate_table(found: Preflight, rate: Rate) -> Table:
     return table
 
 
-def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
+def _lines(found: PretrainingEstimate, rate: Rate) -> Iterator[tuple[str, str]]:
     estimate, tokens = found.estimate, found.tokens
     recipe, config = estimate.recipe, estimate.config
     yield "parameters", f"{estimate.num_parameters:,}"
@@ -112,8 +112,7 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
     yield (
         "corrections",
         ", then ".join(
-            f"{_short(stretch.schedule)} for {stretch.num_steps:,} steps"
-            for stretch in estimate.stretches
+            f"{_short(stage.schedule)} for {stage.num_steps:,} steps" for stage in estimate.stages
         ),
     )
     yield "training FLOPs", f"{estimate.training_flops:.3g}"
@@ -141,14 +140,14 @@ def _lines(found: Preflight, rate: Rate) -> Iterator[tuple[str, str]]:
     if tokens.new_bytes:
         yield "token files", f"about {format_bytes(tokens.new_bytes)}, to be written"
     for place, problem in found.verdicts.items():
-        is_known = found.is_memory_known or place != HERE
+        is_known = found.is_memory_known or place != THIS_MACHINE
         fits = (
             "there is room for it" if is_known else "enough disk; the cluster's memory is unknown"
         )
         yield f"on {place}", problem or fits
 
 
-def _workers(found: Preflight) -> str:
+def _workers(found: PretrainingEstimate) -> str:
     if found.settings.cluster.num_gpus:
         return format_count(found.num_workers, "GPU")
     return format_count(found.num_workers, "CPU worker")

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.cluster.placement import check_trial_size
-from orchestrator.evaluation.requested_tasks import tasks_beside_heldout
-from orchestrator.planning.preflight import place_trials
+from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
+from orchestrator.planning.preflight import assign_trial_gpus
 from orchestrator.settings import Settings, method_of_label
 from orchestrator.sweeping.rounds import limits_of
 from orchestrator.sweeping.students import loss_of
@@ -33,7 +33,7 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     Raises:
         UserError: Says which settings do not go together and what to change.
     """
-    check_trial_size(limits_of(place_trials(settings).sweep))
+    check_trial_size(limits_of(assign_trial_gpus(settings).sweep))
     if kind != "iterations" and settings.distillation.control == "distill":
         loss_of(settings.distillation)
         check_teacher_cache(settings.distillation)
@@ -43,7 +43,7 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     if kind == "search":
         _check_search(settings)
     if progress:
-        tasks_beside_heldout(settings.evaluation, progress, needs_accuracy=True)
+        lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
 
 
 def _check_thresholds(settings: Settings) -> None:

@@ -20,7 +20,7 @@ from orchestrator.cluster.placement import check_trial_size
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
-from orchestrator.planning.preflight import check_trials_fit, place_trials, wish_of
+from orchestrator.planning.preflight import assign_trial_gpus, check_trials_fit, request_of
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.curves import history_folder
 from orchestrator.settings import Settings, flatten, to_yaml
@@ -214,7 +214,7 @@ def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Works
     waiting = [
         TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
     ]
-    settings = place_trials(settings, [wish_of(job) for job in waiting])
+    settings = assign_trial_gpus(settings, [request_of(job) for job in waiting])
     num_workers = check_trial_size(limits_of(settings.sweep))
     for job in waiting:
         check_job(job, num_workers=num_workers)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iiet.cost import inference_cost
-from orchestrator.planning.training_cost import estimate_training
+from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.reporting.estimate_table import assumed_rate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.sweeping.stopping import stopping_of

@@ -21,7 +21,7 @@ from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.harness import checkpoint_vocabulary, evaluate_decoder
+from orchestrator.evaluation.harness import checkpoint_tokenizer, evaluate_decoder
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.results import items_name
 from orchestrator.sweeping.stopping import Referee, StopRule
@@ -189,7 +189,7 @@ def measure_quality(
     imported = suite.get("vocabulary_folder")
     evaluation = evaluate_decoder(
         decoder,
-        checkpoint_vocabulary(Path(imported)) if imported else store.tokenizer_path,
+        checkpoint_tokenizer(Path(imported)) if imported else store.tokenizer_path,
         tasks=suite["tasks"],
         folders=[Path(suite["include_folder"])] if suite["include_folder"] else [],
         heldout=Path(suite["suite_folder"]) if suite["suite_folder"] else None,

@@ -11,18 +11,18 @@ and left out; what else cannot be run is an error.
 """
 
 from orchestrator.evaluation.harness.run import evaluate_decoder, run_model, run_suite
-from orchestrator.evaluation.harness.suite import Suite, load_suite
-from orchestrator.evaluation.harness.vocabulary import (
-    FolderVocabulary,
-    Vocabulary,
-    checkpoint_vocabulary,
+from orchestrator.evaluation.harness.scoring_tokenizer import (
+    FolderTokenizer,
+    ScoringTokenizer,
+    checkpoint_tokenizer,
 )
+from orchestrator.evaluation.harness.suite import Suite, load_suite
 
 __all__ = [
-    "FolderVocabulary",
+    "FolderTokenizer",
     "Suite",
-    "Vocabulary",
-    "checkpoint_vocabulary",
+    "ScoringTokenizer",
+    "checkpoint_tokenizer",
     "evaluate_decoder",
     "load_suite",
     "run_model",

@@ -15,10 +15,10 @@ from lm_eval.api.task import Task
 
 from iiet.decoder import Decoder
 from orchestrator.data.hub import offline
-from orchestrator.evaluation.harness.model import ScoredDecoder
-from orchestrator.evaluation.harness.quiet import quiet
+from orchestrator.evaluation.harness.decoder_model import DecoderModel
+from orchestrator.evaluation.harness.scoring_tokenizer import PlainTokenizer, ScoringTokenizer
 from orchestrator.evaluation.harness.suite import Suite, load_suite
-from orchestrator.evaluation.harness.vocabulary import TrainedVocabulary, Vocabulary
+from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
@@ -34,7 +34,7 @@ OnResult = Callable[[TaskResult], None]
 def run_suite(
     suite: Suite,
     decoder: Decoder,
-    tokenizer: Path | Vocabulary,
+    tokenizer: Path | ScoringTokenizer,
     *,
     batch_size: int = 32,
     limit: int | None = None,
@@ -56,8 +56,8 @@ def run_suite(
         UserError: If the tokenizer is missing or damaged.
     """
     progress = progress or Progress()
-    vocabulary = TrainedVocabulary(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-    model = ScoredDecoder(decoder, vocabulary, batch_size, progress)
+    vocabulary = PlainTokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    model = DecoderModel(decoder, vocabulary, batch_size, progress)
     results = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
     if model.num_cut:
         progress.note(
@@ -88,7 +88,7 @@ def run_model(
     progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
     results: dict[str, TaskResult] = {}
     for name, task in suite.tasks.items():
-        with quiet(), offline(), _templates_compiled_once():
+        with suppress_output(), offline(), _templates_compiled_once():
             output = evaluator.evaluate(
                 lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0
             )
@@ -101,7 +101,7 @@ def run_model(
 
 def evaluate_decoder(
     decoder: Decoder,
-    tokenizer: Path | Vocabulary,
+    tokenizer: Path | ScoringTokenizer,
     *,
     tasks: Sequence[str] = (),
     folders: Sequence[Path] = (),

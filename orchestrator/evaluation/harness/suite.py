@@ -25,8 +25,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from orchestrator.data.hub import hub_problem, offline
-from orchestrator.evaluation.harness.index import index_names, nearest_name
-from orchestrator.evaluation.harness.quiet import quiet
+from orchestrator.evaluation.harness.suppressed_output import suppress_output
+from orchestrator.evaluation.harness.task_index import index_names, nearest_name
 from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.records.evaluation import ACCURACY_METRICS
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -167,7 +167,7 @@ def load_suite(
 
 def _heldout_tasks(folder: Path) -> dict[str, Task]:
     configs = heldout_configs(folder)
-    with quiet():
+    with suppress_output():
         return {name: ConfigurableTask(config=config) for name, config in configs.items()}
 
 
@@ -196,7 +196,7 @@ def _find(
         return manager, {}
     builtin = index_names(Path(lm_eval.tasks.__file__).parent)
     having: set[str] = set().union(*(builtin.get(name, set()) for name in names))
-    with quiet():
+    with suppress_output():
         manager = TaskManager(include_path=[*sorted(having), *folders], include_defaults=False)
     unknown: dict[str, str] = {}
     for name in names:
@@ -227,7 +227,7 @@ def _load_tasks(
             continue
         online = name in needing_hub and problem is None
         try:
-            with quiet(), nullcontext() if online else offline():
+            with suppress_output(), nullcontext() if online else offline():
                 loaded = manager.load([name])["tasks"]
         except (
             Exception

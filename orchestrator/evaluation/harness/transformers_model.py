@@ -15,9 +15,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from orchestrator.data.hub import offline
-from orchestrator.evaluation.harness.model import num_items
-from orchestrator.evaluation.harness.quiet import quiet
-from orchestrator.evaluation.harness.vocabulary import FolderVocabulary
+from orchestrator.evaluation.harness.decoder_model import num_items
+from orchestrator.evaluation.harness.scoring_tokenizer import FolderTokenizer
+from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
@@ -51,7 +51,7 @@ class _WatchedModel(HFLM):  # type: ignore[misc]
         return logits
 
 
-def transformers_model(
+def load_transformers_model(
     folder: Path,
     *,
     batch_size: int,
@@ -72,8 +72,8 @@ def transformers_model(
         UserError: If transformers cannot load it, needs code that is not trusted, or weights are
             missing.
     """
-    vocabulary = FolderVocabulary(folder, trust_remote_code=trust_remote_code)
-    with quiet(), offline():
+    vocabulary = FolderTokenizer(folder, trust_remote_code=trust_remote_code)
+    with suppress_output(), offline():
         model = _load(folder, trust_remote_code)
         model.config.use_cache = False  # scoring would fill one and throw it away
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

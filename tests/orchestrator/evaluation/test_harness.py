@@ -405,13 +405,13 @@ def test_lm_evals_own_class_for_hugging_face_models_agrees(
     from lm_eval.models.huggingface import HFLM
 
     from iiet.huggingface import IIETForCausalLM, fast_tokenizer
-    from orchestrator.evaluation.harness.quiet import quiet
+    from orchestrator.evaluation.harness.suppressed_output import suppress_output
 
     loaded = load_suite(folders=[tasks])
     ours = run_suite(loaded, decoder, tokenizer_path)
     model = IIETForCausalLM.from_decoder(decoder)
     model.config.use_cache = False
-    with quiet():
+    with suppress_output():
         theirs = evaluator.evaluate(
             lm=HFLM(
                 pretrained=model,

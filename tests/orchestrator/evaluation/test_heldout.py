@@ -17,9 +17,13 @@ from orchestrator.data.tokenization import write_tokens
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import TASKS, HeldoutSuite, build_heldout, heldout_configs
-from orchestrator.evaluation.requested_tasks import requested_tasks
-from orchestrator.evaluation.sentences import cut_position, find_sentences, is_plain
-from orchestrator.evaluation.text_counts import TokenCounts, WordCounts
+from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
+from orchestrator.evaluation.heldout.sentence_splitting import (
+    cut_position,
+    find_sentences,
+    is_plain,
+)
+from orchestrator.evaluation.task_selection import select_tasks
 from orchestrator.settings import DataSettings, EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -119,13 +123,13 @@ def test_last_words_vary(suite: HeldoutSuite) -> None:
 def test_a_suite_is_found_again_and_depends_on_its_settings(
     tokens: Path, suite: HeldoutSuite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.evaluation import heldout
+    from orchestrator.evaluation.heldout import suite as suite_module
 
     other = build_heldout(tokens, num_items=20, context_length=CONTEXT_LENGTH)
     assert other.folder != suite.folder
     assert other.tasks["lastword"] <= 20
     assert any("standard error" in note for note in other.notes)
-    monkeypatch.setattr(heldout, "_items", None)
+    monkeypatch.setattr(suite_module, "_items", None)
     again = build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
     assert again == suite
 
@@ -215,12 +219,12 @@ def test_a_cut_leaves_a_phrase() -> None:
 
 
 def test_counts_prefer_what_was_seen() -> None:
-    words = WordCounts("the cat sat on the mat. the cat sat on the dog. a cat ran.")
+    words = WordTrigrams("the cat sat on the mat. the cat sat on the dog. a cat ran.")
     assert words.expectation(["the", "cat"], "sat") > words.expectation(["the", "cat"], "ran") > 0
     assert words.expectation(["the", "cat"], "flew") == 0
     import numpy as np
 
-    tokens = TokenCounts(np.array([1, 2, 3, 1, 2, 3, 1, 2, 4], dtype=np.uint16), 5)
+    tokens = TokenBigrams(np.array([1, 2, 3, 1, 2, 3, 1, 2, 4], dtype=np.uint16), 5)
     assert tokens.log_likelihood([1, 2, 3]) > tokens.log_likelihood([1, 2, 4])
     assert tokens.log_likelihood([1, 0, 0]) < tokens.log_likelihood([3, 1, 1])
 
@@ -268,7 +272,7 @@ def test_held_out_tasks_stand_beside_others_in_one_suite(
     settings = EvaluationSettings(
         suite="first, heldout, last", num_items=NUM_ITEMS, include_path=str(tmp_path)
     )
-    asked = requested_tasks(
+    asked = select_tasks(
         settings, lambda: tokens, context_length=CONTEXT_LENGTH, progress=Progress()
     )
     assert asked.names == ("first", *suite.tasks, "last")

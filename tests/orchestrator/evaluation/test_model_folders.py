@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
-from orchestrator.evaluation.model_folders import foreign_key, read_foreign
+from orchestrator.evaluation.model_folders import model_folder_key, read_model_folder
 from orchestrator.workspace.errors import UserError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -47,7 +47,7 @@ def test_published_folders_give_the_published_logits(
     name: str, origin: str, tmp_path: Path
 ) -> None:
     tensors = published_folder(tmp_path / name, name)
-    model = read_foreign(tmp_path / name)
+    model = read_model_folder(tmp_path / name)
     with torch.no_grad():
         logits = model.decoder(tensors["input_ids"])
     torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-5)
@@ -77,7 +77,7 @@ def llama_folder(folder: Path, **options: Any) -> LlamaForCausalLM:
 def test_a_llama_folder_becomes_a_vanilla_model(shards: dict[str, str], tmp_path: Path) -> None:
     llama = llama_folder(tmp_path / "llama", **shards)
     assert (len(list((tmp_path / "llama").glob("*.safetensors"))) > 1) == bool(shards)
-    model = read_foreign(tmp_path / "llama")
+    model = read_model_folder(tmp_path / "llama")
     tokens = torch.arange(20).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(model.decoder(tokens), llama(tokens).logits, rtol=0, atol=1e-5)
@@ -86,7 +86,7 @@ def test_a_llama_folder_becomes_a_vanilla_model(shards: dict[str, str], tmp_path
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     llama_folder(tmp_path / "llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    model = read_foreign(tmp_path / "half")
+    model = read_model_folder(tmp_path / "half")
     assert model.decoder.embedding.weight.dtype == torch.float32
 
 
@@ -99,7 +99,7 @@ def exported(folder: Path) -> Decoder:
 
 def test_an_exported_folder_comes_back(tmp_path: Path) -> None:
     decoder = exported(tmp_path / "out")
-    model = read_foreign(tmp_path / "out")
+    model = read_model_folder(tmp_path / "out")
     assert model.decoder.config == decoder.config
     state = decoder.state_dict()
     assert all(
@@ -114,7 +114,7 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     del weights["decoder.norm.weight"]
     save_file(weights, file)
     with pytest.raises(UserError, match=r"norm\.weight"):
-        read_foreign(tmp_path / "out")
+        read_model_folder(tmp_path / "out")
 
 
 def spoil(folder: Path, name: str) -> None:
@@ -165,12 +165,12 @@ def test_what_cannot_be_read_is_named(damage: str, words: str, tmp_path: Path) -
     llama_folder(tmp_path / "llama")
     spoil(tmp_path / "llama", damage)
     with pytest.raises(UserError, match=words):
-        read_foreign(tmp_path / "llama")
+        read_model_folder(tmp_path / "llama")
 
 
 def test_the_key_follows_the_content(tmp_path: Path) -> None:
     llama_folder(tmp_path / "one")
     llama_folder(tmp_path / "two")
-    assert foreign_key(tmp_path / "one") == foreign_key(tmp_path / "two")
+    assert model_folder_key(tmp_path / "one") == model_folder_key(tmp_path / "two")
     spoil(tmp_path / "two", "no number")
-    assert foreign_key(tmp_path / "one") != foreign_key(tmp_path / "two")
+    assert model_folder_key(tmp_path / "one") != model_folder_key(tmp_path / "two")

@@ -14,8 +14,13 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.measured_cost import Conditions
-from orchestrator.evaluation.subject import open_subject, open_subjects, short_names, typed_schedule
+from orchestrator.evaluation.cost_measurement import MeasurementSettings
+from orchestrator.evaluation.evaluated_model import (
+    compact_schedule,
+    open_model,
+    open_models,
+    short_names,
+)
 from orchestrator.pipelines.benchmarking import benchmark, family_of, usual_contexts
 from orchestrator.pipelines.influence import measure_influence
 from orchestrator.settings import InfluenceSettings
@@ -23,7 +28,7 @@ from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.folders import Workspace, open_workspace
 
-CONDITIONS = Conditions(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
+CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
 
 
 @pytest.fixture
@@ -48,12 +53,12 @@ def saved(
 def test_without_an_influence_table_the_family_is_uniform(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
-    iiet = open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model))
+    iiet = open_model(saved(tmp_path / "run", tiny_tokens, tiny_model))
     family = family_of(iiet)
     assert short_names(family) == ["r=2,1", "r=1", "r=0"]
     vanilla = saved(tmp_path / "plain", tiny_tokens, tiny_model, method="vanilla", schedule=None)
-    assert family_of(open_subject(vanilla)) == [open_subject(vanilla)]
-    assert short_names([iiet, open_subject(vanilla)]) == ["run", "plain"]
+    assert family_of(open_model(vanilla)) == [open_model(vanilla)]
+    assert short_names([iiet, open_model(vanilla)]) == ["run", "plain"]
 
 
 def test_the_family_is_that_of_the_stored_influence(
@@ -62,9 +67,7 @@ def test_the_family_is_that_of_the_stored_influence(
     checkpoint = saved(tmp_path / "run", tiny_tokens, {**tiny_model, "initializer_std": 0.3})
     measure_influence(checkpoint, InfluenceSettings(num_tokens=64), tiny_tokens)
     schedules = [
-        subject.config.corrections
-        for subject in family_of(open_subject(checkpoint))
-        if subject.config
+        model.config.corrections for model in family_of(open_model(checkpoint)) if model.config
     ]
     assert schedules[0] == IterationSchedule((2, 1))
     assert schedules[-1] == IterationSchedule.none(2)
@@ -78,7 +81,7 @@ def test_no_two_labels_are_alike_and_none_is_dropped(
         return saved(tmp_path / name, tiny_tokens, tiny_model, step=step)
 
     def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
-        return short_names(open_subjects(workspace, paths, schedules))
+        return short_names(open_models(workspace, paths, schedules))
 
     first, second, other = folder("a/run"), folder("a/run", 2), folder("b/run")
     assert labels(first, second) == ["run/step_00000001", "run/step_00000002"]
@@ -92,16 +95,16 @@ def test_no_two_labels_are_alike_and_none_is_dropped(
         "run/step_00000001 r=1", "run/step_00000001 r=0",
         "run/step_00000002 r=1", "run/step_00000002 r=0",
     ]  # fmt: skip
-    subjects = open_subjects(workspace, [first, second, other, other], None)
-    found = benchmark(subjects, workspace, CONDITIONS)
-    assert [cost.model for cost in found.costs] == short_names(subjects)
+    models = open_models(workspace, [first, second, other, other], None)
+    found = benchmark(models, workspace, CONDITIONS)
+    assert [cost.model for cost in found.costs] == short_names(models)
     assert len(found.costs) == 4
 
 
 def test_what_was_measured_is_written_with_its_conditions(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], workspace: Workspace
 ) -> None:
-    family = family_of(open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model)))
+    family = family_of(open_model(saved(tmp_path / "run", tiny_tokens, tiny_model)))
     found = benchmark(family, workspace, CONDITIONS)
     written = json.loads(found.path.read_text())
     assert [cost["model"] for cost in written["costs"]] == ["r=2,1", "r=1", "r=0"]
@@ -117,7 +120,7 @@ def test_each_model_is_a_run_with_its_costs(
     import mlflow
 
     tracking = open_tracking(workspace)
-    family = family_of(open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model)))
+    family = family_of(open_model(saved(tmp_path / "run", tiny_tokens, tiny_model)))
     found = benchmark(family, workspace, CONDITIONS, tracking=tracking)
     runs = mlflow.MlflowClient(workspace.tracking_uri).search_runs([tracking.experiment_id])
     assert {run.data.params["schedule"] for run in runs} == {"2,1", "1,1", "0,0"}
@@ -132,14 +135,14 @@ def test_each_model_is_a_run_with_its_costs(
     [((3, 3, 3), "3"), ((2, 1, 0), "2,1,0"), ((2, 2, 2, 2, 0, 0), "2*4,0*2"), ((1, 1, 0), "1,1,0")],
 )
 def test_typed_schedules_can_be_typed_again(schedule: tuple[int, ...], text: str) -> None:
-    assert typed_schedule(IterationSchedule(schedule)) == text
+    assert compact_schedule(IterationSchedule(schedule)) == text
     parsed = IterationSchedule.parse(text, num_layers=len(schedule))
     assert parsed == IterationSchedule(schedule)
 
 
 def test_usual_contexts_fit(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> None:
-    small = [open_subject(saved(tmp_path / "run", tiny_tokens, tiny_model))]
+    small = [open_model(saved(tmp_path / "run", tiny_tokens, tiny_model))]
     assert usual_contexts(small, new_tokens=8) == (8,)
     assert usual_contexts(small, new_tokens=12) == (4,)
     large = saved(tmp_path / "large", tiny_tokens, {**tiny_model, "context_length": 256})
-    assert usual_contexts([open_subject(large)], new_tokens=32) == (32, 128)
+    assert usual_contexts([open_model(large)], new_tokens=32) == (32, 128)

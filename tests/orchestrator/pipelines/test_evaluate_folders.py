@@ -19,10 +19,10 @@ from tokenizers.processors import TemplateProcessing
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation import requested_tasks as requested
+from orchestrator.evaluation import task_selection
+from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite
-from orchestrator.evaluation.subject import open_subject
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.importing import import_model
@@ -153,10 +153,10 @@ def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[lis
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from orchestrator.evaluation.harness.quiet import quiet
+    from orchestrator.evaluation.harness.suppressed_output import suppress_output
 
     suite = load_suite(list(TASKS), folders=[Path(settings.include_path or "")])
-    with quiet():
+    with suppress_output():
         model = HFLM(pretrained=str(folder), device="cpu", batch_size=3, logits_cache=False)
         output = evaluator.evaluate(
             lm=model, task_dict={"tasks": suite.tasks}, bootstrap_iters=0, log_samples=True
@@ -182,9 +182,9 @@ def test_a_folder_scores_as_with_lm_evals_own_class(
     folder = save_llama_of_kind(tmp_path / "llama", tokenizer_path, kind)
     if kind == "opening token":
         add_opening_token(folder)
-    subject = open_subject(folder)
-    assert (subject.config is None) == (kind == "transformers")
-    ours = evaluate(subject, settings, workspace)
+    model = open_model(folder)
+    assert (model.config is None) == (kind == "transformers")
+    ours = evaluate(model, settings, workspace)
     theirs = by_lm_eval(folder, settings)
     for name, result in ours.results.items():
         for mine, other in zip(result.log_likelihoods, theirs[name], strict=True):
@@ -260,17 +260,17 @@ def test_an_exported_folder_scores_as_its_checkpoint(
     )
     exported = export_pretrained(decoder, tmp_path / "exported", tokenizer_path)
     first = evaluate(checkpoint, settings, workspace)
-    second = evaluate(open_subject(exported), settings, workspace)
+    second = evaluate(open_model(exported), settings, workspace)
     for name, result in first.results.items():
         for one, other in zip(
             result.log_likelihoods, second.results[name].log_likelihoods, strict=True
         ):
             assert one == pytest.approx(other, abs=1e-5)
-    cheaper = open_subject(exported, "1,0")
+    cheaper = open_model(exported, "1,0")
     assert cheaper.config is not None
     assert tuple(cheaper.config.corrections) == (1, 0)
     assert cheaper.name == "exported r=1,0"
-    assert cheaper.key != open_subject(exported).key
+    assert cheaper.key != open_model(exported).key
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
         tasks = Path(__file__).parent  # without any: what follows is another test's
         return HeldoutSuite(folder=tasks, tasks={}, notes=())
 
-    monkeypatch.setattr(requested, "build_heldout", build)
+    monkeypatch.setattr(task_selection, "build_heldout", build)
     with pytest.raises(UserError, match="no held-out tasks"):
         evaluate(folder, EvaluationSettings(), workspace)
     assert asked == [workspace.tokens / "newer"]
@@ -362,15 +362,15 @@ def test_what_is_missing_is_named(
 
 def test_a_llama_has_no_schedule_and_its_key_follows_its_files(folder: Path) -> None:
     with pytest.raises(UserError, match="makes no corrections"):
-        open_subject(folder, "1")
-    before = open_subject(folder).key
+        open_model(folder, "1")
+    before = open_model(folder).key
     moved = folder.with_name("moved")
     shutil.copytree(folder, moved)
-    assert open_subject(moved).key == before
+    assert open_model(moved).key == before
     (moved / "README.md").write_text("no part of the model")
-    assert open_subject(moved).key == before
+    assert open_model(moved).key == before
     (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
-    assert open_subject(moved).key != before
+    assert open_model(moved).key != before
 
 
 class Heard(Progress):
@@ -411,8 +411,8 @@ def test_trusted_code_of_a_folder_runs(
     monkeypatch.setattr("sys.path", [*sys.path, str(modules)])
     plain = evaluate(folder, settings, workspace)
     with_code_that_runs(folder)
-    subject = open_subject(folder)
-    assert (subject.architecture, subject.config) == ("own", None)
+    model = open_model(folder)
+    assert (model.architecture, model.config) == ("own", None)
     own = evaluate(folder, settings, workspace, trust_remote_code=True)
     for name, result in plain.results.items():
         for one, other in zip(

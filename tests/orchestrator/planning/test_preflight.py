@@ -18,9 +18,14 @@ from orchestrator import cli
 from orchestrator.data.preparation import prepare
 from orchestrator.pipelines import sweeps as procedure
 from orchestrator.pipelines.context import Desk
-from orchestrator.planning.memory import Wish, check_fit
-from orchestrator.planning.preflight import check_jobs_fit, check_trials_fit, place_trials, wish_of
-from orchestrator.planning.resources import Resources, Room, local_room
+from orchestrator.planning.fit import ResourceRequest, check_fit
+from orchestrator.planning.preflight import (
+    assign_trial_gpus,
+    check_jobs_fit,
+    check_trials_fit,
+    request_of,
+)
+from orchestrator.planning.resources import FreeBytes, Resources, local_free_bytes
 from orchestrator.settings import (
     ClusterSettings,
     Settings,
@@ -122,8 +127,11 @@ def test_a_run_without_room_ends_before_text_is_read(
     what: str,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    little = {"memory": Room(memory=2**30, disk=None), "disk": Room(memory=None, disk=2**20)}[what]
-    monkeypatch.setattr("orchestrator.planning.preflight.local_room", lambda *_, **__: little)
+    little = {
+        "memory": FreeBytes(memory=2**30, disk=None),
+        "disk": FreeBytes(memory=None, disk=2**20),
+    }[what]
+    monkeypatch.setattr("orchestrator.planning.preflight.local_free_bytes", lambda *_, **__: little)
     options = ["--preset", "55m", "--set", "training.num_tokens_per_step=65536"]
     assert cli.run(["pretrain", "-w", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
@@ -141,13 +149,13 @@ def test_room_is_that_of_the_machine_and_of_the_folders_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    one, two = (local_room(tmp_path / "not" / "there", num_workers=n) for n in (1, 2))
+    one, two = (local_free_bytes(tmp_path / "not" / "there", num_workers=n) for n in (1, 2))
     assert one.memory is not None
     assert two.memory is not None
     assert two.memory == pytest.approx(one.memory / 2, rel=0.2)
     assert one.disk
     monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
-    assert local_room(tmp_path).memory is None
+    assert local_free_bytes(tmp_path).memory is None
 
 
 def test_peaks() -> None:
@@ -173,9 +181,9 @@ def test_trials_that_do_not_fit_side_by_side_are_counted_before_they_start(
         (1.3, SweepSettings(trials_at_once=2), None),
         (0.1, SweepSettings(), "training would take"),
     ):
-        room = Room(memory=int(gigabytes * 2**30), disk=None)
+        free = FreeBytes(memory=int(gigabytes * 2**30), disk=None)
         monkeypatch.setattr(
-            "orchestrator.planning.preflight.local_room", lambda *_, r=room, **__: r
+            "orchestrator.planning.preflight.local_free_bytes", lambda *_, r=free, **__: r
         )
         if words is None:
             check_trials_fit(jobs, sweep)
@@ -192,8 +200,10 @@ def test_trainings_that_fit_on_the_disk_one_by_one_are_refused_together(
     one = 12 * 10_146  # bytes of a checkpoint
 
     def check(num_checkpoints: float, *, teacher_bytes: int = 0, **recipe: int) -> None:
-        room = Room(memory=None, disk=int(num_checkpoints * one))
-        monkeypatch.setattr("orchestrator.planning.preflight.local_room", lambda *_, **__: room)
+        free = FreeBytes(memory=None, disk=int(num_checkpoints * one))
+        monkeypatch.setattr(
+            "orchestrator.planning.preflight.local_free_bytes", lambda *_, **__: free
+        )
         own = [replace(job, recipe=job.recipe.model_copy(update=recipe)) for job in jobs]
         check_trials_fit(own, SweepSettings(), teacher_bytes=teacher_bytes)
         if not teacher_bytes:
@@ -232,7 +242,9 @@ def job_of(
 def placed(*assignments: str, jobs: tuple[TrainingJob, ...] = ()) -> tuple[int, int | None]:
     """Return the GPUs of a trial, and how many trials run at once."""
     limits = limits_of(
-        place_trials(resolve_settings({}, assignments), [wish_of(job) for job in jobs]).sweep
+        assign_trial_gpus(
+            resolve_settings({}, assignments), [request_of(job) for job in jobs]
+        ).sweep
     )
     return limits.gpus_per_trial, limits.at_once
 
@@ -249,17 +261,20 @@ def test_trials_take_the_gpus_of_the_run() -> None:
 
 def test_a_trial_takes_the_fewest_gpus_on_which_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "orchestrator.planning.preflight.local_room", lambda *_, **__: Room(None, None)
+        "orchestrator.planning.preflight.local_free_bytes", lambda *_, **__: FreeBytes(None, None)
     )
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
     config = model_config(settings.model, vocab_size=32_000)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=16 * 2048, precision="bf16")
     # All sequences of a worker go through one pass: 16 on one GPU, 8 on each of two, 4, 2.
-    room = Room(memory=ASSUMED_GPU_BYTES, disk=None)
+    free = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None)
     for number in (1, 2):
         with pytest.raises(UserError, match="would take about"):
-            check_fit(Wish(config=config, recipe=recipe, num_workers=number, on_gpus=True), room)
-    check_fit(Wish(config=config, recipe=recipe, num_workers=4, on_gpus=True), room)
+            check_fit(
+                ResourceRequest(config=config, recipe=recipe, num_workers=number, on_gpus=True),
+                free,
+            )
+    check_fit(ResourceRequest(config=config, recipe=recipe, num_workers=4, on_gpus=True), free)
     jobs = (job_of(config, recipe),)
     # Three cannot share 16 sequences evenly.
     assert placed("cluster.num_gpus=8", jobs=jobs) == (4, 2)
@@ -304,15 +319,19 @@ def test_a_shipped_sweep_trains_where_it_says_and_fits_there(name: str, tmp_path
     on_gpus = settings.cluster.num_gpus > 0
     assert on_gpus == name.startswith("paper-")
     jobs = models_to_train(settings, tmp_path)
-    limits = limits_of(place_trials(settings, [wish_of(job) for job in jobs["trials"]]).sweep)
+    limits = limits_of(
+        assign_trial_gpus(settings, [request_of(job) for job in jobs["trials"]]).sweep
+    )
     assert limits.gpus_per_trial == int(on_gpus), "each trial fits on one GPU"
     assert limits.at_once == (settings.cluster.num_gpus if on_gpus else None)
     if on_gpus:
-        room = Room(memory=ASSUMED_GPU_BYTES, disk=None)
+        free = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None)
         for job in [*jobs["run"], *jobs["trials"]]:
             teacher = job.config() if job.teacher_folder else None
-            wish = Wish(config=job.config(), recipe=job.recipe, on_gpus=True, teacher=teacher)
-            check_fit(wish, room)
+            request = ResourceRequest(
+                config=job.config(), recipe=job.recipe, on_gpus=True, teacher=teacher
+            )
+            check_fit(request, free)
 
 
 def test_students_without_room_are_refused_before_their_teacher_is_trained(
@@ -339,15 +358,15 @@ def test_students_without_room_are_refused_before_their_teacher_is_trained(
     monkeypatch.setattr(procedure, "ray_cluster", lambda **_: nullcontext())
     config = model_config(settings.model, vocab_size=300)
     one = job_of(config, settings.training)
-    checkpoint = wish_of(one).estimate().checkpoint_bytes
+    checkpoint = request_of(one).estimate().checkpoint_bytes
     # Three are pretrained, and five students at most follow.
     for num_checkpoints, error, words in (
         (8, AssertionError, "the teacher is trained"),
         (7.5, UserError, "8 trainings would write about"),
     ):
-        room = Room(memory=None, disk=int(num_checkpoints * checkpoint))
+        free = FreeBytes(memory=None, disk=int(num_checkpoints * checkpoint))
         monkeypatch.setattr(
-            "orchestrator.planning.preflight.local_room", lambda *_, r=room, **__: r
+            "orchestrator.planning.preflight.local_free_bytes", lambda *_, r=free, **__: r
         )
         with pytest.raises(error, match=words):
             procedure.quickstart(settings, desk)

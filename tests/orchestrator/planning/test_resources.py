@@ -105,7 +105,7 @@ def test_cached_files_of_a_container_are_free_memory(
     assert free_memory([full_of_files]) == 65 * MIB
     assert free_memory([make_group(tmp_path / "x", names, limit, 95 * MIB, None)]) == 5 * MIB
     assert free_memory([make_group(tmp_path / "y", names, limit, 101 * MIB, 0)]) == 0
-    # Of a group inside another one, the smaller room counts.
+    # Of a group inside another one, the smaller one counts.
     outer = make_group(tmp_path / "outer", names, limit, 90 * MIB, 0)
     assert free_memory([full_of_files, outer]) == 10 * MIB
 

@@ -12,8 +12,13 @@ from rich.text import Text
 
 from iiet.influence import InfluenceTable
 from orchestrator.cli.session import open_session
-from orchestrator.evaluation.harness.quiet import quiet
-from orchestrator.evaluation.measured_cost import DECODING, FIRST_TOKEN, MeasuredCost, Share
+from orchestrator.evaluation.cost_measurement import (
+    DECODING,
+    FIRST_TOKEN,
+    MeasuredCost,
+    RelativeTime,
+)
+from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.cost_tables import all_tables
 from orchestrator.reporting.evaluation_table import evaluation_table
@@ -115,7 +120,7 @@ def test_what_is_told_while_libraries_are_quiet_is_seen(
     monkeypatch.setattr("orchestrator.terminal.progress.PLAIN_SECONDS_BETWEEN_LINES", -1.0)
     with open_session(tmp_path, "evaluate", verbose=True) as session:
         session.progress.start("evaluate", 10)
-        with quiet():
+        with suppress_output():
             session.progress.advance(5)
     assert "evaluate: 5/10" in capsys.readouterr().out
 
@@ -185,7 +190,7 @@ def test_an_influence_of_many_corrections_is_shown_in_parts(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_costs_break_no_name_and_no_number(width: int) -> None:
     predicted = {"FLOPs": 0.51, "evaluations": 0.48}
-    share = Share(measured=0.5, spread=0.01, predicted=predicted)
+    share = RelativeTime(measured=0.5, spread=0.01, predicted=predicted)
     costs = [
         MeasuredCost(
             model=model, batch_size=8, context=1024, first_token_ms=1234.5, first_token_spread=12.3,

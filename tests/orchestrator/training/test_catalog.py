@@ -16,7 +16,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.subject import open_subjects
+from orchestrator.evaluation.evaluated_model import open_models
 from orchestrator.training.catalog import find_teacher, locate, resolve_model, resolve_teacher
 from orchestrator.training.checkpoint import checkpoint_name, find_checkpoints, save_checkpoint
 from orchestrator.workspace.errors import UserError
@@ -93,8 +93,8 @@ def test_who_only_reads_a_model_is_warned(
     newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
     said: list[str] = []
     paths = [damaged] if with_path else None
-    (subject,) = open_subjects(workspace, paths, None, warn=said.append)
-    assert subject.path == older
+    (model,) = open_models(workspace, paths, None, warn=said.append)
+    assert model.path == older
     assert len(said) == 1
     assert str(newest) in said[0]
     assert f"{older} is used instead" in said[0]
@@ -107,8 +107,8 @@ def test_who_only_reads_a_model_is_warned(
 
 def test_a_path_of_the_older_one_is_an_answer(workspace: Workspace, damaged: Path) -> None:
     older = damaged / checkpoint_name(5)
-    (subject,) = open_subjects(workspace, [older], None)
-    assert subject.path == older
+    (model,) = open_models(workspace, [older], None)
+    assert model.path == older
 
 
 def test_a_run_without_any_whole_checkpoint_does_not_give_way_to_an_older_run(
@@ -168,9 +168,7 @@ def test_a_run_is_found_by_name_and_by_its_path_inside_the_workspace(
     for typed in ("teacher", "runs/teacher", "runs/teacher/step_00000001", str(checkpoint)):
         assert resolve_model(workspace, Path(typed)) == checkpoint
         assert resolve_teacher(workspace, Path(typed)) == checkpoint
-        assert [subject.path for subject in open_subjects(workspace, [Path(typed)], None)] == [
-            checkpoint
-        ]
+        assert [model.path for model in open_models(workspace, [Path(typed)], None)] == [checkpoint]
 
 
 def test_an_unknown_name_lists_the_runs(workspace: Workspace, save_run: Any) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from iiet.config import PRESETS, ModelConfig
 from iiet.cost import num_parameters
-from orchestrator.planning.resources import Room
-from orchestrator.planning.training_cost import TrainingEstimate, estimate_training
+from orchestrator.planning.resources import FreeBytes
+from orchestrator.planning.training_estimate import TrainingEstimate, estimate_training
 from orchestrator.settings import ModelSettings, TrainingSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.model_config import model_config
@@ -27,7 +27,7 @@ ALLOCATOR_FACTOR = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class ResourceRequest:
     """A run as it was asked for."""
 
     config: ModelConfig
@@ -69,51 +69,57 @@ def needed_memory(estimate: TrainingEstimate) -> int:
     return memory.total + spare + estimate.snapshot_bytes + PROCESS_BYTES
 
 
-def check_fit(wish: Wish, room: Room, *, present_bytes: int = 0, new_bytes: int = 0) -> None:
+def check_fit(
+    request: ResourceRequest, free: FreeBytes, *, present_bytes: int = 0, new_bytes: int = 0
+) -> None:
     """Refuse what would run out of memory or disk.
 
     Args:
-        wish: The run.
-        room: What is free.
+        request: The run.
+        free: What is free.
         present_bytes: Of checkpoints of this run, which new ones replace.
         new_bytes: That will be written beside the checkpoints.
 
     Raises:
         UserError: If it does not fit; says what would.
     """
-    estimate = wish.estimate()
-    if room.memory is not None and needed_memory(estimate) > room.memory:
-        raise UserError(_too_little_memory(wish, estimate, room.memory, room.place))
-    if room.disk is not None and estimate.disk_bytes + new_bytes > room.disk + present_bytes:
-        raise UserError(_too_little_disk(wish, estimate, room.disk + present_bytes, new_bytes))
+    estimate = request.estimate()
+    if free.memory is not None and needed_memory(estimate) > free.memory:
+        raise UserError(_too_little_memory(request, estimate, free.memory, free.place))
+    if free.disk is not None and estimate.disk_bytes + new_bytes > free.disk + present_bytes:
+        raise UserError(_too_little_disk(request, estimate, free.disk + present_bytes, new_bytes))
 
 
-def nearest_fit(wish: Wish, fits: Callable[[TrainingEstimate], bool]) -> str | None:
+def nearest_fit(request: ResourceRequest, fits: Callable[[TrainingEstimate], bool]) -> str | None:
     """Return what to type so that the run fits, or None if nothing known does."""
-    for words, estimate in _alternatives(wish):
+    for words, estimate in _alternatives(request):
         if fits(estimate):
             return words
     return None
 
 
-def _alternatives(wish: Wish) -> Iterator[tuple[str, TrainingEstimate]]:
+def _alternatives(request: ResourceRequest) -> Iterator[tuple[str, TrainingEstimate]]:
     """Yield what to type and its estimate, the least change first."""
-    yield from _leaner(wish)
-    if wish.parallel not in (None, "fsdp") and wish.num_workers > 1:
-        yield from _leaner(wish, "--set cluster.parallel=fsdp", parallel="fsdp")
-    for name, config in _smaller(wish):
-        yield from _leaner(wish, f"--preset {name}", config=config)
+    yield from _leaner(request)
+    if request.parallel not in (None, "fsdp") and request.num_workers > 1:
+        yield from _leaner(request, "--set cluster.parallel=fsdp", parallel="fsdp")
+    for name, config in _smaller(request):
+        yield from _leaner(request, f"--preset {name}", config=config)
 
 
 def _leaner(
-    wish: Wish, words: str = "", *, config: ModelConfig | None = None, parallel: str | None = None
+    request: ResourceRequest,
+    words: str = "",
+    *,
+    config: ModelConfig | None = None,
+    parallel: str | None = None,
 ) -> Iterator[tuple[str, TrainingEstimate]]:
     """Yield a run as it is, with fewer sequences in a pass, and both with layers recomputed."""
     if words:
-        yield words, wish.estimate(config, parallel=parallel)
-    per_pass = wish.estimate(config).sequences_per_pass
+        yield words, request.estimate(config, parallel=parallel)
+    per_pass = request.estimate(config).sequences_per_pass
     halves = [per_pass >> n for n in range(per_pass.bit_length())]
-    key = f"--set {wish.section}."
+    key = f"--set {request.section}."
     for recomputes in (False, True):
         for sequences in halves:
             if sequences == per_pass and not recomputes:
@@ -124,34 +130,36 @@ def _leaner(
                 f"{key}activation_checkpointing=true" if recomputes else "",
                 narrower if sequences < per_pass else "",
             )
-            estimate = wish.estimate(
+            estimate = request.estimate(
                 config,
                 parallel=parallel,
                 num_sequences_per_pass=sequences,
-                activation_checkpointing=recomputes or wish.recipe.activation_checkpointing,
+                activation_checkpointing=recomputes or request.recipe.activation_checkpointing,
             )
             yield " ".join(filter(None, texts)), estimate
 
 
-def _smaller(wish: Wish) -> list[tuple[str, ModelConfig]]:
+def _smaller(request: ResourceRequest) -> list[tuple[str, ModelConfig]]:
     """Return the presets that make the model smaller, the largest first."""
     found = []
-    for name in PRESETS if wish.model else ():
-        assert wish.model is not None
-        changed = wish.model.model_copy(update={"preset": name})
+    for name in PRESETS if request.model else ():
+        assert request.model is not None
+        changed = request.model.model_copy(update={"preset": name})
         try:
-            config = model_config(changed, vocab_size=wish.config.vocab_size)
-            wish.estimate(config)
+            config = model_config(changed, vocab_size=request.config.vocab_size)
+            request.estimate(config)
         except UserError:
             continue  # sizes of the settings' own, or a step, that this preset cannot have
-        if num_parameters(config) < num_parameters(wish.config):
+        if num_parameters(config) < num_parameters(request.config):
             found.append((name, config))
     return sorted(found, key=lambda entry: -num_parameters(entry[1]))
 
 
-def _too_little_memory(wish: Wish, estimate: TrainingEstimate, free: int, place: str) -> str:
+def _too_little_memory(
+    request: ResourceRequest, estimate: TrainingEstimate, free: int, place: str
+) -> str:
     memory = estimate.memory
-    each = f" for each of {wish.num_workers} workers" if wish.num_workers > 1 else ""
+    each = f" for each of {request.num_workers} workers" if request.num_workers > 1 else ""
     parts = ", ".join(
         f"{name} {format_bytes(value)}"
         for name, value in (
@@ -161,7 +169,7 @@ def _too_little_memory(wish: Wish, estimate: TrainingEstimate, free: int, place:
         )
         if value
     )  # fmt: skip
-    words = nearest_fit(wish, lambda other: needed_memory(other) <= free)
+    words = nearest_fit(request, lambda other: needed_memory(other) <= free)
     way_out = f"the nearest setting that fits: {words}" if words else "no preset fits"
     return (
         f"training would take about {format_bytes(needed_memory(estimate))}{each} ({parts}), "
@@ -169,18 +177,20 @@ def _too_little_memory(wish: Wish, estimate: TrainingEstimate, free: int, place:
     )
 
 
-def _too_little_disk(wish: Wish, estimate: TrainingEstimate, free: int, new_bytes: int) -> str:
-    kept = wish.recipe.num_checkpoints_kept
+def _too_little_disk(
+    request: ResourceRequest, estimate: TrainingEstimate, free: int, new_bytes: int
+) -> str:
+    kept = request.recipe.num_checkpoints_kept
     tokens = f", tokens {format_bytes(new_bytes)}" if new_bytes else ""
 
     def fits(other: TrainingEstimate) -> bool:
         return other.disk_bytes + new_bytes <= free
 
     fewer = next(
-        (n for n in range(kept - 1, 0, -1) if fits(wish.estimate(num_checkpoints_kept=n))), None
+        (n for n in range(kept - 1, 0, -1) if fits(request.estimate(num_checkpoints_kept=n))), None
     )
-    words = f"--set {wish.section}.num_checkpoints_kept={fewer}" if fewer else None
-    words = words or nearest_fit(wish, fits)
+    words = f"--set {request.section}.num_checkpoints_kept={fewer}" if fewer else None
+    words = words or nearest_fit(request, fits)
     way_out = f"the nearest setting that fits: {words}; or " if words else ""
     return (
         f"the run would write about {format_bytes(estimate.disk_bytes + new_bytes)} "

@@ -14,14 +14,14 @@ from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import decode_timing as benchmark
-from orchestrator.evaluation.measured_cost import (
+from orchestrator.evaluation.cost_measurement import (
     DECODING,
     FIRST_TOKEN,
-    Conditions,
     MeasuredCost,
+    MeasurementSettings,
     measure_costs,
+    peak_bytes,
 )
-from orchestrator.evaluation.peak_memory import peak_bytes
 from orchestrator.reporting import cost_tables
 from orchestrator.workspace.errors import UserError
 
@@ -33,7 +33,7 @@ def decoders(tiny_model: dict[str, Any]) -> dict[str, Decoder]:
     return {"none": none, "full": decoder}
 
 
-CONDITIONS = Conditions(batch_sizes=(1, 3), contexts=(4, 6), new_tokens=4, repetitions=3)
+CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens=4, repetitions=3)
 
 
 def measure_by_flops(
@@ -134,6 +134,6 @@ def test_tables_name_models_conditions_and_numbers(
 
 def test_impossible_conditions_are_named(decoders: dict[str, Decoder]) -> None:
     with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
-        measure_costs(decoders, Conditions(batch_sizes=(0,), contexts=(4,)))
+        measure_costs(decoders, MeasurementSettings(batch_sizes=(0,), contexts=(4,)))
     with pytest.raises(UserError, match=r"reads 16 tokens, not the 15 \+ 32"):
-        measure_costs(decoders, Conditions(contexts=(15,)))
+        measure_costs(decoders, MeasurementSettings(contexts=(15,)))

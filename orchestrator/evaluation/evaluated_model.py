@@ -3,7 +3,7 @@ transformers beside it.
 
 A checkpoint, and every folder that a decoder can read (an exported model, the published naming, a
 plain Llama), is scored as a decoder. Any other architecture is left to transformers: it can be
-evaluated, but has no iteration schedule and no cost model here. What a subject's scores depend on
+evaluated, but has no iteration schedule and no cost model here. What a model's scores depend on
 is in its key: weights, configuration with schedule, tokenizer, and who computes.
 """
 
@@ -26,7 +26,7 @@ from iiet.decoder import Decoder
 from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
-from orchestrator.evaluation.model_folders import EXPORTED_TYPE, read_foreign
+from orchestrator.evaluation.model_folders import EXPORTED_TYPE, read_model_folder
 from orchestrator.training.catalog import locate, resolve_model
 from orchestrator.training.checkpoint import (
     load_config,
@@ -49,7 +49,7 @@ _PICKLED = "pytorch_model*.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvaluatedModel:
     """A model on disk, under one iteration schedule."""
 
     path: Path
@@ -64,7 +64,7 @@ class Subject:
     """The method's registry key, or transformers' name of the architecture."""
     context_length: int
     """Tokens that it reads."""
-    is_foreign: bool
+    is_external: bool
     """Whether it is a folder of transformers and no checkpoint of ours."""
 
     def decoder(self, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -79,19 +79,19 @@ class Subject:
                 "can be loaded as a decoder"
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.is_foreign:
-            decoder = read_foreign(self.path).decoder.to(device, dtype)
+        if self.is_external:
+            decoder = read_model_folder(self.path).decoder.to(device, dtype)
         else:
             decoder = load_decoder(self.path, device=device, dtype=dtype)
         return decoder.with_schedule(self.config.corrections)
 
 
-def open_subject(
+def open_model(
     path: Path,
     schedule: str | IterationSchedule | None = None,
     *,
     warn: Callable[[str], None] | None = None,
-) -> Subject:
+) -> EvaluatedModel:
     """Return the model that a path means.
 
     Args:
@@ -118,31 +118,31 @@ def open_subject(
         file_key(tokenizer_file(checkpoint)),
         *([text] if text else []),
     )
-    return Subject(
+    return EvaluatedModel(
         path=checkpoint,
         name=_named(checkpoint.parent.name, config, schedule),
         key=key,
         config=config,
         architecture=config.method,
         context_length=config.context_length,
-        is_foreign=False,
+        is_external=False,
     )
 
 
-def open_subjects(
+def open_models(
     workspace: Workspace,
     paths: Sequence[Path] | None,
     schedules: Sequence[str] | None,
     *,
     warn: Callable[[str], None] | None = None,
-) -> list[Subject]:
+) -> list[EvaluatedModel]:
     """Return the models that a user names, each under each of the schedules.
 
     Args:
         workspace: Its newest model is meant where no path is given; runs are found by name.
         paths: Checkpoints, runs, their names, or model folders.
         schedules: Iteration schedules; each model's own when empty.
-        warn: As in `open_subject`.
+        warn: As in `open_model`.
 
     Raises:
         UserError: If one is missing or damaged, or a schedule does not fit it.
@@ -152,7 +152,7 @@ def open_subjects(
         folders = [locate(workspace, path, model_folders=True) for path in paths]
     else:
         folders = [resolve_model(workspace, None, warn)]
-    return [open_subject(folder, schedule, warn=warn) for folder in folders for schedule in wanted]
+    return [open_model(folder, schedule, warn=warn) for folder in folders for schedule in wanted]
 
 
 def _config_values(folder: Path) -> Mapping[str, Any]:
@@ -165,7 +165,7 @@ def _config_values(folder: Path) -> Mapping[str, Any]:
 
 def _foreign(
     path: Path, values: Mapping[str, Any], schedule: str | IterationSchedule | None
-) -> Subject:
+) -> EvaluatedModel:
     config = _decoder_config(path, values)
     architecture = str(values.get("model_type") or "unknown")
     if config is not None:
@@ -177,14 +177,14 @@ def _foreign(
     digests = content_key([(file.name, file_key(file)) for file in files])
     how = "transformers" if config is None else config.to_dict()
     length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
-    return Subject(
+    return EvaluatedModel(
         path=path,
         name=_named(path.name, config, schedule),
         key=(digests, how),
         config=config,
         architecture=architecture if config is None else config.method,
         context_length=config.context_length if config else int(length),
-        is_foreign=True,
+        is_external=True,
     )
 
 
@@ -238,10 +238,10 @@ def _with_schedule(
 def _named(name: str, config: ModelConfig | None, schedule: str | IterationSchedule | None) -> str:
     if schedule is None or config is None:
         return name
-    return f"{name} r={typed_schedule(config.corrections)}"
+    return f"{name} r={compact_schedule(config.corrections)}"
 
 
-def typed_schedule(schedule: IterationSchedule) -> str:
+def compact_schedule(schedule: IterationSchedule) -> str:
     """Write a schedule as short as people may type it: `3`, or `2*4,0*20`, or in full."""
     runs = [(count, len(list(same))) for count, same in groupby(schedule)]
     if len(runs) == 1:
@@ -250,20 +250,20 @@ def typed_schedule(schedule: IterationSchedule) -> str:
     return min(str(schedule), ",".join(parts), key=len)
 
 
-def short_names(subjects: Sequence[Subject]) -> list[str]:
+def short_names(models: Sequence[EvaluatedModel]) -> list[str]:
     """Return a label for each model, no two of them alike.
 
     Of one model under several schedules they are the schedules. Else they are names, lengthened
     where two are alike: by the checkpoint, by the folders around it, at last by a number.
     """
-    schedules = [subject.config.corrections for subject in subjects if subject.config]
-    is_one_model = len({subject.path for subject in subjects}) == 1
-    if len(subjects) > 1 and is_one_model and len(set(schedules)) == len(subjects):
-        return [f"r={typed_schedule(schedule)}" for schedule in schedules]
-    label_of = _labels(subjects)
+    schedules = [model.config.corrections for model in models if model.config]
+    is_one_model = len({model.path for model in models}) == 1
+    if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
+        return [f"r={compact_schedule(schedule)}" for schedule in schedules]
+    label_of = _labels(models)
     labels: list[str] = []
-    for subject in subjects:
-        label = label_of[subject.path, subject.name]
+    for model in models:
+        label = label_of[model.path, model.name]
         numbered, number = label, 1
         while numbered in labels:  # The same model was given twice.
             number += 1
@@ -272,16 +272,16 @@ def short_names(subjects: Sequence[Subject]) -> list[str]:
     return labels
 
 
-def _labels(subjects: Sequence[Subject]) -> dict[tuple[Path, str], str]:
+def _labels(models: Sequence[EvaluatedModel]) -> dict[tuple[Path, str], str]:
     """Return a label for each path and name, with as many folders of the path as it takes."""
-    labels = {(subject.path, subject.name): subject.name for subject in subjects}
+    labels = {(model.path, model.name): model.name for model in models}
     longest = max(len(path.parts) for path, _ in labels)
     for num_parts in range(2, longest + 1):
         counts = Counter(labels.values())
-        for subject in subjects:
-            path = subject.path
-            if counts[labels[path, subject.name]] > 1:
-                folder = path.name if subject.is_foreign else path.parent.name
-                schedule = subject.name.removeprefix(folder)
-                labels[path, subject.name] = "/".join(path.parts[-num_parts:]) + schedule
+        for model in models:
+            path = model.path
+            if counts[labels[path, model.name]] > 1:
+                folder = path.name if model.is_external else path.parent.name
+                schedule = model.name.removeprefix(folder)
+                labels[path, model.name] = "/".join(path.parts[-num_parts:]) + schedule
     return labels

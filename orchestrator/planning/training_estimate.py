@@ -24,7 +24,7 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class TrainingStage:
     """Steps that are trained under one iteration schedule."""
 
     schedule: IterationSchedule
@@ -48,7 +48,7 @@ class TrainingEstimate:
     """Forward and backward passes of one worker in one step (gradient accumulation)."""
     sequences_per_pass: int
     """Most sequences of one such pass."""
-    stretches: tuple[Stretch, ...]
+    stages: tuple[TrainingStage, ...]
     """What is trained when."""
     training_flops: float
     """Of all steps, forward and backward, a teacher's forward passes included."""
@@ -106,8 +106,8 @@ def estimate_training(
     """
     share = _sequences_per_worker(config, recipe, num_workers)
     per_pass = min(share, recipe.num_sequences_per_pass or share)
-    stretches = _stretches(config, recipe)
-    costliest = max(stretches, key=lambda stretch: stretch.schedule.num_corrections)
+    stages = _stretches(config, recipe)
+    costliest = max(stages, key=lambda stage: stage.schedule.num_corrections)
     parameters = num_parameters(config)
     return TrainingEstimate(
         config=config,
@@ -118,8 +118,8 @@ def estimate_training(
         sequences_per_worker=share,
         num_passes=-(-share // per_pass),
         sequences_per_pass=per_pass,
-        stretches=stretches,
-        training_flops=_training_flops(config, recipe, stretches, teacher),
+        stages=stages,
+        training_flops=_training_flops(config, recipe, stages, teacher),
         memory=training_memory(
             config,
             costliest.schedule,
@@ -146,19 +146,19 @@ def _sequences_per_worker(config: ModelConfig, recipe: TrainingSettings, num_wor
     return sequences // num_workers
 
 
-def _stretches(config: ModelConfig, recipe: TrainingSettings) -> tuple[Stretch, ...]:
+def _stretches(config: ModelConfig, recipe: TrainingSettings) -> tuple[TrainingStage, ...]:
     schedule_at = two_stage(config.corrections, recipe)
     counts: dict[IterationSchedule, int] = {}
     for step in range(recipe.num_steps):
         schedule = schedule_at(step)
         counts[schedule] = counts.get(schedule, 0) + 1
-    return tuple(Stretch(schedule=s, num_steps=count) for s, count in counts.items())
+    return tuple(TrainingStage(schedule=s, num_steps=count) for s, count in counts.items())
 
 
 def _training_flops(
     config: ModelConfig,
     recipe: TrainingSettings,
-    stretches: tuple[Stretch, ...],
+    stages: tuple[TrainingStage, ...],
     teacher: ModelConfig | None,
 ) -> float:
     @lru_cache
@@ -168,7 +168,7 @@ def _training_flops(
     forward = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
     return float(
         sum(
-            stretch.num_steps * recipe.num_tokens_per_step * (per_token(stretch.schedule) + forward)
-            for stretch in stretches
+            stage.num_steps * recipe.num_tokens_per_step * (per_token(stage.schedule) + forward)
+            for stage in stages
         )
     )

@@ -26,8 +26,8 @@ import yaml
 from orchestrator.data.corpus import Document, hash_fraction
 from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.evaluation.heldout_items import ItemBuilder
-from orchestrator.evaluation.text_counts import TokenCounts, WordCounts
+from orchestrator.evaluation.heldout.items import ItemBuilder
+from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, write_text
@@ -203,8 +203,8 @@ def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list
     known = store.train[:KNOWN_TEXT_TOKENS]
     builder = ItemBuilder(
         documents,
-        words=WordCounts(tokenizer.decode(known.tolist())),
-        tokens=TokenCounts(known, store.vocab_size),
+        words=WordTrigrams(tokenizer.decode(known.tolist())),
+        tokens=TokenBigrams(known, store.vocab_size),
         encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
         max_tokens=max_tokens,
     )

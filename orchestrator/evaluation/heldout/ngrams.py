@@ -28,7 +28,7 @@ def words_of(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
-class WordCounts:
+class WordTrigrams:
     """Words, pairs and triples of words of a text.
 
     Args:
@@ -56,7 +56,7 @@ class WordCounts:
         return (pair_share + triple_share) / 2 + bonus
 
 
-class TokenCounts:
+class TokenBigrams:
     """Tokens and pairs of tokens of a text.
 
     Args:

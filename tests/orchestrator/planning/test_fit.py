@@ -7,8 +7,8 @@ import re
 import pytest
 
 from iiet.config import preset
-from orchestrator.planning.memory import Wish, check_fit, needed_memory
-from orchestrator.planning.resources import Room
+from orchestrator.planning.fit import ResourceRequest, check_fit, needed_memory
+from orchestrator.planning.resources import FreeBytes
 from orchestrator.settings import ModelSettings, Settings, resolve_settings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.model_config import model_config
@@ -17,10 +17,12 @@ from orchestrator.workspace.errors import UserError
 GIB = 2**30
 
 
-def wish(*assignments: str, num_workers: int = 1, parallel: str | None = None) -> Wish:
+def request(
+    *assignments: str, num_workers: int = 1, parallel: str | None = None
+) -> ResourceRequest:
     given = ["model.preset=340m", "training.num_tokens_per_step=65536", *assignments]
     settings = resolve_settings({}, given)
-    return Wish(
+    return ResourceRequest(
         config=model_config(settings.model, vocab_size=32000),
         recipe=settings.training,
         num_workers=num_workers,
@@ -29,9 +31,9 @@ def wish(*assignments: str, num_workers: int = 1, parallel: str | None = None) -
     )
 
 
-def refused(asked: Wish, room: Room) -> str:
+def refused(asked: ResourceRequest, free: FreeBytes) -> str:
     with pytest.raises(UserError) as caught:
-        check_fit(asked, room)
+        check_fit(asked, free)
     return str(caught.value)
 
 
@@ -44,73 +46,75 @@ def follow(message: str) -> tuple[list[str], str]:
 
 @pytest.mark.parametrize("gigabytes", [160, 80, 40, 24, 12, 8, 4, 2])
 def test_what_is_proposed_fits(gigabytes: int) -> None:
-    room = Room(memory=gigabytes * GIB, disk=None)
-    message = refused(wish(), room)
+    free = FreeBytes(memory=gigabytes * GIB, disk=None)
+    message = refused(request(), free)
     assert "weights" in message
     assert "activations" in message
     assert f"{gigabytes}.0 GiB free" in message
     settings, name = follow(message)
     assert settings or name != "340m"
-    check_fit(wish(*settings, f"model.preset={name}"), room)
+    check_fit(request(*settings, f"model.preset={name}"), free)
 
 
 def test_the_least_change_comes_first() -> None:
     def proposal(gigabytes: float) -> str:
-        room = Room(memory=int(gigabytes * GIB), disk=None)
-        return refused(wish(), room).partition("fits: ")[2]
+        free = FreeBytes(memory=int(gigabytes * GIB), disk=None)
+        return refused(request(), free).partition("fits: ")[2]
 
     per_pass = {
-        n: needed_memory(wish().estimate(num_sequences_per_pass=n)) / GIB for n in (1, 2, 16)
+        n: needed_memory(request().estimate(num_sequences_per_pass=n)) / GIB for n in (1, 2, 16)
     }
     assert proposal(per_pass[16]) == "--set training.num_sequences_per_pass=16"
     assert proposal(per_pass[1]) == "--set training.num_sequences_per_pass=1"
     assert "activation_checkpointing=true" in proposal(per_pass[1] - 0.5)
     assert proposal(4).startswith("--preset 55m")
-    room = Room(memory=GIB // 2, disk=None)
-    assert "no preset fits" in refused(wish(), room)
+    free = FreeBytes(memory=GIB // 2, disk=None)
+    assert "no preset fits" in refused(request(), free)
 
 
 def test_workers_that_share_the_model_are_proposed_where_the_settings_know_them() -> None:
-    asked = wish("training.num_sequences_per_pass=1", num_workers=8, parallel="ddp")
+    asked = request("training.num_sequences_per_pass=1", num_workers=8, parallel="ddp")
     alone = asked.estimate(activation_checkpointing=True)
-    room = Room(memory=needed_memory(alone) - GIB // 2, disk=None)
-    message = refused(asked, room)
+    free = FreeBytes(memory=needed_memory(alone) - GIB // 2, disk=None)
+    message = refused(asked, free)
     assert "for each of 8 workers" in message
     assert "--set cluster.parallel=fsdp" in message
-    without = wish("training.num_sequences_per_pass=1", num_workers=8)
-    assert "fsdp" not in refused(without, room)
+    without = request("training.num_sequences_per_pass=1", num_workers=8)
+    assert "fsdp" not in refused(without, free)
 
 
 def test_a_full_disk_is_seen_before_the_first_checkpoint() -> None:
-    asked = wish("training.num_checkpoints_kept=4", "training.num_steps=100000")
+    asked = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
     one = asked.estimate().checkpoint_bytes
-    room = Room(memory=None, disk=3 * one)
-    message = refused(asked, room)
+    free = FreeBytes(memory=None, disk=3 * one)
+    message = refused(asked, free)
     assert "training.num_checkpoints_kept=2" in message
     assert "--workspace" in message
     assert format_bytes(one) in message
     settings, _ = follow(message)
-    check_fit(wish("training.num_steps=100000", *settings), room)
+    check_fit(request("training.num_steps=100000", *settings), free)
     # What this run has written already is replaced, not added to.
-    check_fit(asked, room, present_bytes=2 * one)
+    check_fit(asked, free, present_bytes=2 * one)
     with pytest.raises(UserError, match="tokens"):
-        check_fit(asked, Room(memory=None, disk=5 * one), new_bytes=one)
+        check_fit(asked, FreeBytes(memory=None, disk=5 * one), new_bytes=one)
 
 
 def test_what_nobody_can_tell_is_not_judged() -> None:
-    check_fit(wish(), Room(memory=None, disk=None, place="the cluster at x"))
+    check_fit(request(), FreeBytes(memory=None, disk=None, place="the cluster at x"))
 
 
 def test_sizes_of_the_settings_own_are_kept_in_proposals() -> None:
     model = ModelSettings(preset="1.3b", dim=2048, num_heads=16, num_layers=24, ffn_dim=5432)
-    asked = Wish(config=model_config(model, vocab_size=32000), recipe=wish().recipe, model=model)
+    asked = ResourceRequest(
+        config=model_config(model, vocab_size=32000), recipe=request().recipe, model=model
+    )
     # No preset makes a model of these own sizes smaller, so none is proposed.
-    assert "no preset fits" in refused(asked, Room(memory=2 * GIB, disk=None))
+    assert "no preset fits" in refused(asked, FreeBytes(memory=2 * GIB, disk=None))
 
 
 def test_a_teacher_counts() -> None:
     recipe = Settings().distillation.training
     config = preset("tiny")
-    with_teacher = Wish(config=config, recipe=recipe, teacher=config).estimate().memory
-    without = Wish(config=config, recipe=recipe).estimate().memory
+    with_teacher = ResourceRequest(config=config, recipe=recipe, teacher=config).estimate().memory
+    without = ResourceRequest(config=config, recipe=recipe).estimate().memory
     assert with_teacher.weights == 2 * without.weights

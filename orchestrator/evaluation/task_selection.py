@@ -23,7 +23,7 @@ HELDOUT = "heldout"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestedTasks:
+class TaskSelection:
     """Names, and where they are looked up."""
 
     names: tuple[str, ...]
@@ -51,13 +51,13 @@ def newest_tokens(workspace: Workspace) -> Path:
     return folder
 
 
-def requested_tasks(
+def select_tasks(
     settings: EvaluationSettings,
     tokens: Callable[[], Path],
     *,
     context_length: int,
     progress: Progress,
-) -> RequestedTasks:
+) -> TaskSelection:
     """Return what is to be measured; held-out tasks are made if they are missing.
 
     Args:
@@ -70,9 +70,9 @@ def requested_tasks(
         UserError: If held-out tasks are wanted, and there are no tokens or they give none.
     """
     names = [name.strip() for name in settings.suite.split(",") if name.strip()]
-    folders = task_folders(settings)
+    folders = user_task_folders(settings)
     if HELDOUT not in names:
-        return RequestedTasks(names=tuple(names), folders=tuple(folders))
+        return TaskSelection(names=tuple(names), folders=tuple(folders))
     built = build_heldout(
         tokens(),
         num_items=settings.num_items,
@@ -83,10 +83,10 @@ def requested_tasks(
         progress.note(note)
     place = names.index(HELDOUT)
     names[place : place + 1] = [name for name in TASKS if name in built.tasks]
-    return RequestedTasks(names=tuple(names), folders=tuple(folders), heldout=built.folder)
+    return TaskSelection(names=tuple(names), folders=tuple(folders), heldout=built.folder)
 
 
-def task_folders(settings: EvaluationSettings) -> list[Path]:
+def user_task_folders(settings: EvaluationSettings) -> list[Path]:
     """Return the user's own folder of task files, as an absolute path, if there is one.
 
     Raises:
@@ -102,7 +102,7 @@ def task_folders(settings: EvaluationSettings) -> list[Path]:
     return [folder]
 
 
-def tasks_beside_heldout(
+def lm_eval_task_fingerprints(
     settings: EvaluationSettings,
     progress: Progress | None = None,
     *,
@@ -124,7 +124,7 @@ def tasks_beside_heldout(
             needed.
         RunFailed: If the hub gives none of them.
     """
-    folders = task_folders(settings)
+    folders = user_task_folders(settings)
     names = [name.strip() for name in settings.suite.split(",")]
     others = [name for name in names if name and name != HELDOUT]
     if not others and not (settings.include_path and HELDOUT not in names):

@@ -17,7 +17,7 @@ from orchestrator.training.checkpoint import TOKENIZER_CONFIG, tokenizer_file
 from orchestrator.workspace.errors import UserError
 
 
-class Vocabulary(Protocol):
+class ScoringTokenizer(Protocol):
     """What scoring asks of a tokenizer."""
 
     @property
@@ -30,7 +30,7 @@ class Vocabulary(Protocol):
         ...
 
 
-class TrainedVocabulary:
+class PlainTokenizer:
     """The tokenizer of a checkpoint of ours; it adds nothing to a text.
 
     Raises:
@@ -46,7 +46,7 @@ class TrainedVocabulary:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-class FolderVocabulary:
+class FolderTokenizer:
     """The tokenizer of a folder of transformers, whatever it adds to a text.
 
     Args:
@@ -78,12 +78,12 @@ class FolderVocabulary:
         )
 
 
-def checkpoint_vocabulary(checkpoint: Path) -> Vocabulary:
+def checkpoint_tokenizer(checkpoint: Path) -> ScoringTokenizer:
     """Return how a checkpoint reads text: as it was trained here, or as where it came from.
 
     Raises:
         UserError: If it has no tokenizer, or one that cannot be used.
     """
     if (checkpoint / TOKENIZER_CONFIG).is_file():
-        return FolderVocabulary(checkpoint)
-    return TrainedVocabulary(tokenizer_file(checkpoint))
+        return FolderTokenizer(checkpoint)
+    return PlainTokenizer(tokenizer_file(checkpoint))

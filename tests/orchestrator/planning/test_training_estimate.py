@@ -10,7 +10,7 @@ import pytest
 from iiet.config import ModelConfig, preset
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.training_cost import estimate_training
+from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import TRAINING_STATE, WEIGHTS
 from orchestrator.training.job import TrainingJob
@@ -26,7 +26,7 @@ def test_batches_passes_and_tokens() -> None:
     assert estimate.num_tokens == 15_728_640_000
     assert estimate.sequences_per_worker == 32
     assert (estimate.num_passes, estimate.sequences_per_pass) == (3, 12)
-    assert sum(stretch.num_steps for stretch in estimate.stretches) == 30000
+    assert sum(stage.num_steps for stage in estimate.stages) == 30000
 
 
 def test_two_stages_are_counted_each_at_its_own_price() -> None:
@@ -34,13 +34,13 @@ def test_two_stages_are_counted_each_at_its_own_price() -> None:
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=1024, iterate_from_fraction=0.6)
     estimate = estimate_training(config, recipe)
     none = IterationSchedule.none(6)
-    assert [(str(s.schedule), s.num_steps) for s in estimate.stretches] == [
+    assert [(str(s.schedule), s.num_steps) for s in estimate.stages] == [
         ("0,0,0,0,0,0", 6),
         ("2,2,2,2,2,2", 4),
     ]
     per_token = 6 * training_flops_per_token(config, none) + 4 * training_flops_per_token(config)
     assert estimate.training_flops == pytest.approx(1024 * per_token)
-    # Memory is the costliest stretch's.
+    # Memory is the costliest stage's.
     full = estimate_training(config, recipe.model_copy(update={"iterate_from_fraction": 0.0}))
     assert estimate.memory == full.memory
 

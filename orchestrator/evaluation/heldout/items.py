@@ -22,14 +22,14 @@ from typing import TypeVar
 
 from orchestrator.data.corpus import Document
 from orchestrator.data.prose import GRAMMAR_WORDS, plain_word_fraction
-from orchestrator.evaluation.sentences import (
+from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams, words_of
+from orchestrator.evaluation.heldout.sentence_splitting import (
     MIN_PLAIN_SHARE,
     Sentence,
     cut_position,
     find_sentences,
     is_plain,
 )
-from orchestrator.evaluation.text_counts import TokenCounts, WordCounts, words_of
 
 Item = TypeVar("Item")
 
@@ -97,8 +97,8 @@ class ItemBuilder:
         self,
         documents: Sequence[Document],
         *,
-        words: WordCounts,
-        tokens: TokenCounts,
+        words: WordTrigrams,
+        tokens: TokenBigrams,
         encode: Callable[[str], list[int]],
         max_tokens: int,
     ) -> None:

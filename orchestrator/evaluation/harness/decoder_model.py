@@ -16,16 +16,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from iiet.decoder import Decoder
-from orchestrator.evaluation.harness.vocabulary import Vocabulary
+from orchestrator.evaluation.harness.scoring_tokenizer import ScoringTokenizer
 from orchestrator.evaluation.scoring import Score, score_continuations
 from orchestrator.terminal.progress import Progress
 
 
-class ScoredDecoder(TemplateLM):  # type: ignore[misc]
+class DecoderModel(TemplateLM):  # type: ignore[misc]
     """A decoder as lm-eval sees a model: text in, log-likelihoods out."""
 
     def __init__(
-        self, decoder: Decoder, vocabulary: Vocabulary, batch_size: int, progress: Progress
+        self, decoder: Decoder, vocabulary: ScoringTokenizer, batch_size: int, progress: Progress
     ) -> None:
         super().__init__()
         self.num_cut = 0

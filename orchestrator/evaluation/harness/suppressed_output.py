@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Keep lm-eval's prints, bars, warnings and log lines away."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

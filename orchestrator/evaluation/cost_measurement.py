@@ -11,11 +11,12 @@ Evaluations alone stand beside it, to show how far the simplest rule carries.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
@@ -27,7 +28,6 @@ from orchestrator.evaluation.decode_timing import (
     random_prompt,
     threads,
 )
-from orchestrator.evaluation.peak_memory import peak_bytes
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
@@ -37,12 +37,13 @@ SIMPLEST = "evaluations"
 """The simplest prediction, shown beside it."""
 DECODING = "decoding"
 FIRST_TOKEN = "first token"
+HOW_MEASURED = "bytes that PyTorch's allocator handed out at once, weights included"
 STEPS_FOR_MEMORY = 3
 """Steps after which no further memory is taken: the cache is allocated as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class MeasurementSettings:
     """Under which models are measured."""
 
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -58,7 +59,7 @@ class Conditions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RelativeTime:
     """A time as a share of the full model's, measured and predicted."""
 
     measured: float
@@ -99,7 +100,7 @@ class MeasuredCost:
     """Keys and values of prompt and new tokens, all rows; exact."""
     peak_bytes: int
     """Most that was allocated at once, weights included; see `memory`."""
-    shares: dict[str, Share]
+    shares: dict[str, RelativeTime]
     """Of the full model's time: `decoding` a token, and `first token`."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +120,9 @@ class MeasuredCost:
 
 
 def measure_costs(
-    decoders: Mapping[str, Decoder], conditions: Conditions, progress: Progress | None = None
+    decoders: Mapping[str, Decoder],
+    conditions: MeasurementSettings,
+    progress: Progress | None = None,
 ) -> list[MeasuredCost]:
     """Measure models side by side under each batch size and context.
 
@@ -203,9 +206,11 @@ def _costs(
     return costs
 
 
-def _share(times: Sequence[float], full: Sequence[float], predicted: dict[str, float]) -> Share:
+def _share(
+    times: Sequence[float], full: Sequence[float], predicted: dict[str, float]
+) -> RelativeTime:
     ratios = [own / whole for own, whole in zip(times, full, strict=True)]
-    return Share(
+    return RelativeTime(
         measured=statistics.median(ratios),
         spread=half_quartile_distance(ratios),
         predicted=predicted,
@@ -233,6 +238,36 @@ def _peak_bytes(decoder: Decoder, batch_size: int, context: int, new_tokens: int
     finally:
         decoder.train(was_training)
     return beyond + sum(p.nbytes for p in decoder.parameters())
+
+
+def peak_bytes(work: Callable[[], None], device: torch.device | str = "cpu") -> int:
+    """Return the most bytes that were allocated at once during the work, beyond those before it.
+
+    Args:
+        work: Run once.
+        device: Where it allocates.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    results = record.profiler.kineto_results if record.profiler else None
+    assert results is not None, "a profile that has ended has results"
+    # The public tables sum over operations and lose the order, in which alone there is a peak.
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]"
+    ]
+    live = most = 0
+    for _, num_bytes in sorted(changes, key=lambda change: change[0]):
+        live += num_bytes
+        most = max(most, live)
+    return most
 
 
 def device_name(device: torch.device) -> str:
