@@ -52,10 +52,9 @@ from orchestrator.sweeping.students import check_student_batch, loss_of
 from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
-from orchestrator.training.builders import flops_counter
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.objective import two_stage
-from orchestrator.training.teacher_choice import check_teacher_cache
+from orchestrator.training.schedules import flops_per_token_by_step
+from orchestrator.training.teacher_cache_policy import check_teacher_cache
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 
@@ -308,8 +307,7 @@ class _Study:
     def _flops_per_token(self, name: str) -> float:
         """Return the mean over the steps, as the training counts them, stages and ramp included."""
         job = self._job(self.contenders[name].at(rate=1.0, seed=0))
-        config, num_steps = job.config(), job.recipe.num_steps
-        flops_at = flops_counter(job, config, two_stage(config.corrections, job.recipe), None)
+        num_steps, flops_at = job.recipe.num_steps, flops_per_token_by_step(job)
         return math.fsum(map(flops_at, range(num_steps))) / num_steps
 
     def _job(self, settings: Settings) -> TrainingJob:

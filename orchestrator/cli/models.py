@@ -74,7 +74,7 @@ def generate(
     prompts = prompt if prompt is not None else [_piped_prompt()]
     with open_session(workspace, "generate", verbose=verbose) as session:
         from orchestrator.pipelines.generating import Sampling, Writer
-        from orchestrator.training.catalog import parse_schedule, resolve_model
+        from orchestrator.training.model_lookup import parse_schedule, resolve_model
 
         # The text goes to standard output, so a warning does not.
         warn = partial(typer.echo, file=session.terminal)

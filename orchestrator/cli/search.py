@@ -72,7 +72,7 @@ def search(
     with open_desk(workspace, "search", verbose=verbose) as desk:
         from orchestrator.pipelines import sweeps as procedure
         from orchestrator.sweeping.checks import check_sweep
-        from orchestrator.training.catalog import resolve_teacher
+        from orchestrator.training.model_lookup import resolve_teacher
 
         check_sweep(settings, "search", desk.progress)
         teacher = resolve_teacher(desk.workspace, checkpoint)

@@ -36,13 +36,13 @@ def influence(
     with open_desk(workspace, "influence", verbose=verbose) as desk:
         from orchestrator.pipelines.influence import measure_influence
         from orchestrator.reporting.influence_table import influence_view
-        from orchestrator.training.catalog import resolve_teacher, tokens_of
+        from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 
         teacher = resolve_teacher(desk.workspace, checkpoint)
         table = measure_influence(
             teacher,
             settings.influence,
-            tokens_of(teacher, desk.workspace),
+            tokens_folder_of(teacher, desk.workspace),
             tracking=desk.tracking,
             progress=desk.progress,
         )

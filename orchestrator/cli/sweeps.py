@@ -82,7 +82,7 @@ def sweep_threshold(
         from orchestrator.pipelines.reports import show_plan
         from orchestrator.pipelines.sweep_plans import plan_thresholds
         from orchestrator.sweeping.checks import check_sweep
-        from orchestrator.training.catalog import resolve_teacher
+        from orchestrator.training.model_lookup import resolve_teacher
 
         check_sweep(settings, "threshold", desk.progress)
         teacher = resolve_teacher(desk.workspace, checkpoint)

@@ -26,10 +26,10 @@ from orchestrator.terminal.signals import (
     signal_handlers,
 )
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob, TrainingOutcome, check_job, forget_stop
+from orchestrator.training.job import TrainingJob, TrainingOutcome, check_job, clear_stop_request
+from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import run_each_once
-from orchestrator.training.saved import what_is_saved
 from orchestrator.workspace.errors import Interrupted, UserError
 
 
@@ -99,12 +99,12 @@ def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], Non
         return bool(signals)
 
     def saved() -> str:
-        return what_is_saved({job.folder.name: job for job in jobs})
+        return describe_saved_state({job.folder.name: job for job in jobs})
 
     try:
         with signal_handlers(SIGNALS, on_signal), _threads(local_resources(count_gpus=False).cpus):
             for job in jobs:
-                forget_stop(job.folder)
+                clear_stop_request(job.folder)
                 outcome = run_job(job, world=world, should_stop=should_stop)
                 if watch:
                     watch()

@@ -21,20 +21,20 @@ from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.planning.resources import Resources, check_resources
 from orchestrator.terminal.signals import run_interruptibly
+from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.distributed import World
 from orchestrator.training.job import (
     TrainingJob,
     TrainingOutcome,
-    ask_to_stop,
     check_job,
-    forget_stop,
-    stop_asked,
+    clear_stop_request,
+    is_stop_requested,
+    request_stop,
 )
 from orchestrator.training.loop import Diverged
+from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import run_each_once
-from orchestrator.training.saved import what_is_saved
-from orchestrator.training.saving import NotSaved
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import JOURNAL_NAME
@@ -51,7 +51,7 @@ CONTROLLER_FAILURES = 3  # unlimited by default: a job that finds no place would
 FINAL_ERRORS: dict[str, type[Exception]] = {
     "UserError": UserError,
     "Diverged": Diverged,
-    "NotSaved": NotSaved,
+    "CheckpointWriteFailed": CheckpointWriteFailed,
 }
 ANSWERED_ERRORS = {**FINAL_ERRORS, "RunFailed": RunFailed}
 
@@ -117,7 +117,7 @@ def _run_held(
 ) -> None:
     """Run jobs whose folders are held until all have ended; as `run_train_jobs`."""
     for job in jobs:
-        forget_stop(job.folder)
+        clear_stop_request(job.folder)
     before = [_journal_bytes(job) for job in jobs]
     with ray_cluster(say=say) as cluster:
         check_resources(num_workers, num_gpus, cluster.resources)
@@ -132,7 +132,7 @@ def _run_held(
         run_interruptibly(
             lambda: _fit_all(jobs, plan),
             ask_to_stop=lambda: _ask_all_to_stop(jobs, before),
-            saved=lambda: what_is_saved({job.folder.name: job for job in jobs}),
+            saved=lambda: describe_saved_state({job.folder.name: job for job in jobs}),
             watch=watch,
         )
 
@@ -236,7 +236,7 @@ def _fit_all(jobs: Sequence[TrainingJob], plan: _Plan) -> None:
 
 
 def _fit(job: TrainingJob, plan: _Plan) -> None:
-    if stop_asked(job.folder):
+    if is_stop_requested(job.folder):
         return
     storage = job.folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
@@ -283,7 +283,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return answer_of(
         lambda: run_job(job, world=world).to_dict(),
         # One of several workers that fails alone must die: the others wait for it for ever.
-        is_stopping=lambda: world.size == 1 and stop_asked(job.folder),
+        is_stopping=lambda: world.size == 1 and is_stop_requested(job.folder),
     )
 
 
@@ -312,7 +312,7 @@ def answer_of(
 
 def _ask_all_to_stop(jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:
     for job in jobs:
-        ask_to_stop(job.folder)
+        request_stop(job.folder)
     # A job that has written nothing since it was started has nothing to save.
     return any(_journal_bytes(job) > size for job, size in zip(jobs, before, strict=True))
 

@@ -31,9 +31,9 @@ from orchestrator.training.distributed import World
 from orchestrator.training.job import (
     TrainingJob,
     TrainingOutcome,
-    ask_to_stop,
-    forget_stop,
-    stop_asked,
+    clear_stop_request,
+    is_stop_requested,
+    request_stop,
 )
 from orchestrator.training.run import Report, run_job
 from orchestrator.workspace.errors import Interrupted
@@ -133,7 +133,7 @@ def run_trials(
     limits = limits or TrialLimits()
     if not trials:
         return []
-    forget_stop(stop_folder)
+    clear_stop_request(stop_folder)
     reports: dict[int, TrialReport] = {}
     with ray_cluster() as cluster:
         room = find_room(limits, len(trials), cluster.resources)
@@ -202,7 +202,7 @@ def _tune_trial(
     room: Room,
 ) -> None:
     torch.set_num_threads(room.cpus * room.workers)
-    context = TrialContext(room, lambda: stop_asked(stop_folder))
+    context = TrialContext(room, lambda: is_stop_requested(stop_folder))
     # One that was not begun reports nothing, too: Tune prints of a trial that it ended unheard.
     asked = context.should_stop()
     answer = {}
@@ -232,7 +232,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
     def ask_to_stop(self) -> bool:
         """Ask running trials to save and return; True if there are any."""
-        ask_to_stop(self.stop_folder)
+        request_stop(self.stop_folder)
         return bool(self._running)
 
     def ended(self) -> Iterator[TrialReport]:
@@ -247,7 +247,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         """Tell Tune to end once the trials that ran at the stop have returned, or took too long."""
         if self._to_wait_for is None:
-            if not stop_asked(self.stop_folder):
+            if not is_stop_requested(self.stop_folder):
                 return False
             self._to_wait_for = set(self._running)
             self._give_up_at = time.monotonic() + GRACE_SECONDS
@@ -269,7 +269,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
         One that dies before is tried again, and reported when it ends.
         """
-        if stop_asked(self.stop_folder):
+        if is_stop_requested(self.stop_folder):
             self.on_trial_error(trial=trial)
 
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
@@ -280,7 +280,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def _report(
         self, number: int, result: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
-        after_stop = stop_asked(self.stop_folder)
+        after_stop = is_stop_requested(self.stop_folder)
         parameters = dict(self.trials[number])
         self._reports.put(TrialReport(number, parameters, result, error, after_stop))
 

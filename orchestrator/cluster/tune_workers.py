@@ -18,11 +18,11 @@ from orchestrator.terminal.signals import POLL_SECONDS
 from orchestrator.training.job import (
     TrainingJob,
     TrainingOutcome,
-    ask_to_stop,
+    clear_stop_request,
     finished_outcome,
-    forget_stop,
+    request_stop,
 )
-from orchestrator.training.monitor import JournalTail
+from orchestrator.training.monitor import JournalReader
 
 
 def train_with_workers(
@@ -48,9 +48,9 @@ def train_with_workers(
     outcome = finished_outcome(job)
     if outcome:
         return outcome
-    tail = JournalTail(job.folder)
+    tail = JournalReader(job.folder)
     tail.read()  # What it says already was heard by who goes on with it.
-    forget_stop(job.folder)
+    clear_stop_request(job.folder)
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(
             fit_job,
@@ -63,13 +63,13 @@ def train_with_workers(
             wait((training,), timeout=POLL_SECONDS)
             _tell(tail, report)
             if should_stop():
-                ask_to_stop(job.folder)
-    forget_stop(job.folder)
+                request_stop(job.folder)
+    clear_stop_request(job.folder)
     training.result()
     return finished_outcome(job) or TrainingOutcome(checkpoint=None, step=tail.step, finished=False)
 
 
-def _tell(tail: JournalTail, report: Callable[[int, Mapping[str, float]], None] | None) -> None:
+def _tell(tail: JournalReader, report: Callable[[int, Mapping[str, float]], None] | None) -> None:
     for record in tail.read():
         if report and record["kind"] == "metrics":
             report(record["step"], record["values"])

@@ -27,15 +27,14 @@ from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.evaluation.model_folders import EXPORTED_TYPE, read_model_folder
-from orchestrator.training.catalog import locate, resolve_model
 from orchestrator.training.checkpoint import (
     load_config,
     load_decoder,
-    resolve_checkpoint,
     text_files_key,
     tokenizer_file,
     weights_key,
 )
+from orchestrator.training.model_lookup import find_model_folder, resolve_checkpoint, resolve_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
@@ -149,7 +148,7 @@ def open_models(
     """
     wanted: Sequence[str | None] = schedules or [None]
     if paths:
-        folders = [locate(workspace, path, model_folders=True) for path in paths]
+        folders = [find_model_folder(workspace, path, model_folders=True) for path in paths]
     else:
         folders = [resolve_model(workspace, None, warn)]
     return [open_model(folder, schedule, warn=warn) for folder in folders for schedule in wanted]

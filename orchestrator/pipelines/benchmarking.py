@@ -26,7 +26,7 @@ from orchestrator.evaluation.cost_measurement import (
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model, short_names
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.catalog import stored_influence
+from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
@@ -105,7 +105,7 @@ def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
     config = model.config
     if config is None or not config.corrections.num_corrections:
         return [model]
-    influence = None if model.is_external else stored_influence(model.path)
+    influence = None if model.is_external else load_influence_table(model.path)
     if influence is not None and influence.schedule == config.corrections:
         family = schedule_family(influence)
         members = spread_over_cost(family, min(NUM_SCHEDULES, len(family)))

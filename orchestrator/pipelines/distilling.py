@@ -21,10 +21,10 @@ from orchestrator.planning.preflight import check_jobs_fit
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.students import student_job
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.catalog import resolve_teacher, tokens_of
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key
-from orchestrator.training.monitor import JournalFollower
+from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
+from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
@@ -75,7 +75,7 @@ def distill(
     """
     context = open_context(workspace, progress)
     checkpoint = resolve_teacher(context.workspace, Path(teacher) if teacher else None)
-    tokens = tokens_of(checkpoint, context.workspace)
+    tokens = tokens_folder_of(checkpoint, context.workspace)
     return distill_teacher(settings, context, checkpoint, str(schedule), tokens, local=local)
 
 
@@ -103,15 +103,15 @@ def distill_teacher(
     check_jobs([job], settings.cluster, local=local)
     check_jobs_fit([job], settings.cluster)
     label = str(config.corrections)
-    follower = JournalFollower({label: job}, context.tracking, progress)
-    follower.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
+    monitor = RunMonitor({label: job}, context.tracking, progress)
+    monitor.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
     progress.start("distill", job.recipe.num_steps)
-    with follower:
+    with monitor:
         (outcome,) = run_jobs(
             [job],
             settings.cluster,
             local=local,
-            watch=follower.look,
+            watch=monitor.poll,
             note=progress.note,
             say=partial(progress.advance, 0),
         )

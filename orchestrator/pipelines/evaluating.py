@@ -29,8 +29,8 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.catalog import tokens_of
 from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -109,7 +109,7 @@ def _load(
 
     def tokens() -> Path:
         if not model.is_external:
-            return tokens_of(model.path, workspace)
+            return tokens_folder_of(model.path, workspace)
         folder = newest_tokens(workspace)
         progress.note(f"held-out tasks for {model.name} are made from the tokens {folder.name}")
         return folder

@@ -21,13 +21,9 @@ from orchestrator.evaluation.model_folders import (
     read_model_text_files,
 )
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import (
-    find_checkpoints,
-    load_provenance,
-    newest_whole_checkpoint,
-    resolve_checkpoint,
-    save_checkpoint,
-)
+from orchestrator.training.checkpoint import load_provenance, save_checkpoint
+from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_intact_checkpoint
+from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
@@ -108,7 +104,7 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
     """
     if not run_folder.exists():
         return None
-    checkpoint, damage = newest_whole_checkpoint(run_folder)
+    checkpoint, damage = newest_intact_checkpoint(run_folder)
     if damage:
         raise UserError(f"{damage[0]}; delete {run_folder}, and the same command imports it again")
     imported = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}

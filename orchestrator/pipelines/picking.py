@@ -27,20 +27,20 @@ from orchestrator.reporting.publishing import front_of
 from orchestrator.reporting.results import about_items, load_items, load_results, newest_sweep
 from orchestrator.reporting.seeds import join_seeds, lowest_seed
 from orchestrator.settings import Settings
-from orchestrator.training.catalog import (
-    find_by_weights,
-    parse_schedule,
-    resolve_model,
-    stored_influence,
-)
 from orchestrator.training.checkpoint import (
     TOKENIZER,
     load_config,
     load_decoder,
     load_provenance,
     read_text_files,
-    resolve_checkpoint,
     weights_key,
+)
+from orchestrator.training.model_lookup import (
+    find_checkpoint_by_weights,
+    load_influence_table,
+    parse_schedule,
+    resolve_checkpoint,
+    resolve_model,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import resolve_path
@@ -202,7 +202,7 @@ def card_of(
         metric: The measure of influence that is looked for then.
     """
     provenance = load_provenance(checkpoint)
-    teacher = find_by_weights(desk.workspace, str(provenance.get("teacher") or ""))
+    teacher = find_checkpoint_by_weights(desk.workspace, str(provenance.get("teacher") or ""))
     origin = teacher or checkpoint
     full = load_config(origin)
     is_cheaper = full.corrections != config.corrections
@@ -212,7 +212,7 @@ def card_of(
         provenance={**provenance, "weights": weights_key(checkpoint)},
         evaluation=evaluation,
         influence=influence
-        or stored_influence(origin, metric)
-        or stored_influence(checkpoint, metric),
+        or load_influence_table(origin, metric)
+        or load_influence_table(checkpoint, metric),
         full=full if is_cheaper else None,
     )

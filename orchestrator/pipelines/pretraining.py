@@ -29,10 +29,10 @@ from orchestrator.planning.preflight import (
 from orchestrator.reporting.estimate_table import Rate, assumed_rate
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.first_stage import with_common_first_stages
+from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import TrainingJob, finished_outcome, job_key
-from orchestrator.training.model_config import model_config
-from orchestrator.training.monitor import JournalFollower
+from orchestrator.training.model_config import build_model_config
+from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace, locate_workspace
 from orchestrator.workspace.journal import read_journal
@@ -124,22 +124,22 @@ def pretrain_models(
     """
     progress = context.progress
     planned = [pretraining_job(own, context.workspace, tokens, name) for own in models.values()]
-    jobs = dict(zip(models, with_common_first_stages(planned), strict=True))
+    jobs = dict(zip(models, share_first_stages(planned), strict=True))
     cluster = next(iter(models.values())).cluster
     check_jobs(list(jobs.values()), cluster, local=local)
     check_jobs_fit(list(jobs.values()), cluster, settings=list(models.values()))
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
         write_text(job.folder / "settings.yaml", to_yaml(models[label]))
-    follower = JournalFollower(jobs, context.tracking, progress)
-    runs = follower.open_runs("pretrain", {label: flatten(s) for label, s in models.items()})
+    monitor = RunMonitor(jobs, context.tracking, progress)
+    runs = monitor.open_runs("pretrain", {label: flatten(s) for label, s in models.items()})
     progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
-    with follower:
+    with monitor:
         outcomes = run_jobs(
             list(jobs.values()),
             cluster,
             local=local,
-            watch=follower.look,
+            watch=monitor.poll,
             note=progress.note,
             say=partial(progress.advance, 0),
         )
@@ -173,7 +173,7 @@ def pretraining_job(
     Raises:
         UserError: If the model's sizes do not go together.
     """
-    config = model_config(settings.model, vocab_size=open_tokens(tokens).vocab_size)
+    config = build_model_config(settings.model, vocab_size=open_tokens(tokens).vocab_size)
     job = TrainingJob(
         run_folder="",
         tokens_folder=str(tokens),

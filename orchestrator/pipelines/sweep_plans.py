@@ -33,8 +33,8 @@ from orchestrator.sweeping.students import threshold_plan
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.catalog import tokens_of
 from orchestrator.training.checkpoint import load_config, text_files_key
+from orchestrator.training.model_lookup import tokens_folder_of
 
 
 def plan_thresholds(
@@ -60,7 +60,7 @@ def plan_thresholds(
     Raises:
         UserError: If something does not go together.
     """
-    tokens, full = tokens_of(teacher, desk.workspace), load_config(teacher)
+    tokens, full = tokens_folder_of(teacher, desk.workspace), load_config(teacher)
     influence = influence or influence_of(settings, desk, teacher)
     left_out: dict[str, str] = {}
     if baselines is None:
@@ -91,7 +91,7 @@ def influence_of(settings: Settings, desk: Desk, teacher: Path) -> InfluenceTabl
     return measure_influence(
         teacher,
         settings.influence,
-        tokens_of(teacher, desk.workspace),
+        tokens_folder_of(teacher, desk.workspace),
         tracking=desk.tracking,
         progress=desk.progress,
     )

@@ -17,7 +17,7 @@ from orchestrator.planning.resources import FreeBytes
 from orchestrator.planning.training_estimate import TrainingEstimate, estimate_training
 from orchestrator.settings import ModelSettings, TrainingSettings
 from orchestrator.terminal.formatting import format_bytes
-from orchestrator.training.model_config import model_config
+from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
 PROCESS_BYTES = 512 * 2**20
@@ -146,7 +146,7 @@ def _smaller(request: ResourceRequest) -> list[tuple[str, ModelConfig]]:
         assert request.model is not None
         changed = request.model.model_copy(update={"preset": name})
         try:
-            config = model_config(changed, vocab_size=request.config.vocab_size)
+            config = build_model_config(changed, vocab_size=request.config.vocab_size)
             request.estimate(config)
         except UserError:
             continue  # sizes of the settings' own, or a step, that this preset cannot have

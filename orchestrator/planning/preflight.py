@@ -22,10 +22,11 @@ from orchestrator.planning.resources import (
 from orchestrator.planning.training_estimate import TrainingEstimate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.terminal.formatting import format_bytes
-from orchestrator.training.checkpoint import find_checkpoints, load_config
+from orchestrator.training.checkpoint import load_config
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import DONE_NAME, TrainingJob, finished_outcome
-from orchestrator.training.model_config import model_config
-from orchestrator.training.speed import ASSUMED_GPU, ASSUMED_GPU_BYTES, installed_gpu
+from orchestrator.training.model_config import build_model_config
+from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES, installed_gpu
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
@@ -92,7 +93,7 @@ def pretraining_request(settings: Settings, vocab_size: int) -> ResourceRequest:
     """Return what the settings ask for, for a tokenizer of so many entries."""
     cluster = settings.cluster
     return ResourceRequest(
-        config=model_config(settings.model, vocab_size=vocab_size),
+        config=build_model_config(settings.model, vocab_size=vocab_size),
         recipe=settings.training,
         num_workers=cluster.num_gpus or cluster.num_workers,
         parallel=cluster.parallel,

@@ -16,7 +16,7 @@ from iiet.schedule import IterationSchedule
 from iiet.training_memory import TrainingMemory, training_memory
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.objective import two_stage
+from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import UserError
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -147,7 +147,7 @@ def _sequences_per_worker(config: ModelConfig, recipe: TrainingSettings, num_wor
 
 
 def _stretches(config: ModelConfig, recipe: TrainingSettings) -> tuple[TrainingStage, ...]:
-    schedule_at = two_stage(config.corrections, recipe)
+    schedule_at = schedule_by_step(config.corrections, recipe)
     counts: dict[IterationSchedule, int] = {}
     for step in range(recipe.num_steps):
         schedule = schedule_at(step)

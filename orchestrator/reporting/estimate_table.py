@@ -19,7 +19,12 @@ from orchestrator.terminal.formatting import (
     format_flop_rates,
     format_hours_range,
 )
-from orchestrator.training.speed import ASSUMED_GPU, gpu_peak, installed_gpu, measured_cpu_speeds
+from orchestrator.training.peak_flops import (
+    ASSUMED_GPU,
+    gpu_peak_flops,
+    installed_gpu,
+    measure_cpu_flops,
+)
 
 USUAL_SHARE = 0.4
 """Of the peak; what well-tuned training reaches."""
@@ -55,7 +60,7 @@ def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
     """
     share = share or USUAL_SHARE
     if not settings.cluster.num_gpus:
-        speeds = [speed / settings.cluster.num_workers for speed in measured_cpu_speeds()]
+        speeds = [speed / settings.cluster.num_workers for speed in measure_cpu_flops()]
         return Rate(
             peak_flops=speeds[0],
             usual_flops=median(speeds),
@@ -63,9 +68,9 @@ def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
             of_what="matrix products measured here just now, the best and the median",
         )
     name, precision = installed_gpu() or ASSUMED_GPU, settings.training.precision
-    known = gpu_peak(name, precision)
+    known = gpu_peak_flops(name, precision)
     if known is None:
-        name, known = ASSUMED_GPU, gpu_peak(ASSUMED_GPU, precision)
+        name, known = ASSUMED_GPU, gpu_peak_flops(ASSUMED_GPU, precision)
     assert known is not None
     return Rate(peak_flops=known, share=share, of_what=f"{name}, {precision}, dense")
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.settings import TrainingSettings, model_label
-from orchestrator.training.catalog import all_runs
 from orchestrator.training.checkpoint import (
     check_checkpoint,
     checkpoint_name,
-    find_checkpoints,
     load_config,
     load_provenance,
 )
-from orchestrator.training.job import DONE_NAME, FREE_IN_RECIPE
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.job import DONE_NAME, NON_KEY_FIELDS
+from orchestrator.training.model_lookup import run_folders
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error, read_json
 from orchestrator.workspace.folders import Workspace
@@ -44,7 +44,7 @@ def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
     unlike: dict[str, tuple[str, str]] = {}
     full = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
     wanted = _comparable(full)
-    for run in sorted(all_runs(workspace), key=lambda run: run.stat().st_mtime):
+    for run in sorted(run_folders(workspace), key=lambda run: run.stat().st_mtime):
         label, made = _made(run)
         if damage := made.get("damage"):
             left_out[run.name] = f"the run {run.name} is left out: {damage}"
@@ -92,7 +92,7 @@ def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
     provenance = made["provenance"]
     # Each method may have its own best learning rate, and only corrections have two stages.
-    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *FREE_IN_RECIPE)
+    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *NON_KEY_FIELDS)
     # A checkpoint from before a setting existed was made as its default makes one.
     recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
     of_method = ("method", "method_options", "schedule")

@@ -16,7 +16,7 @@ from orchestrator.settings import Settings, method_of_label
 from orchestrator.sweeping.rounds import limits_of
 from orchestrator.sweeping.students import loss_of
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.teacher_choice import check_teacher_cache
+from orchestrator.training.teacher_cache_policy import check_teacher_cache
 from orchestrator.workspace.errors import UserError
 
 Kind = Literal["threshold", "iterations", "search"]

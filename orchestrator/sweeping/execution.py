@@ -33,7 +33,11 @@ from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, fu
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import DONE_NAME, TrainingJob, check_job, finished_outcome
-from orchestrator.training.teacher_choice import forget_teacher, share_teacher, teacher_work
+from orchestrator.training.teacher_cache_policy import (
+    delete_teacher_caches,
+    estimate_teacher_work,
+    store_teacher_outputs,
+)
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import read_cached, read_json_object, write_json, write_text
 from orchestrator.workspace.folders import Workspace
@@ -115,7 +119,7 @@ def sweep(
                 held.enter_context(ray_cluster(say=progress.start))
             work.do(more)
         plan = work.plan
-        work.forget_teacher()
+        work.delete_teacher_caches()
         verdicts = {t.label: v for t in plan.trials if (v := work.stopping.verdict_of(t))}
         _tell_stopped(run, verdicts, len(plan.trials))
         found = _finished(plan, work.failures)
@@ -181,8 +185,8 @@ class _Work:
         jobs = {key: job for key, job in jobs.items() if finished_outcome(job) is None}
         asked = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
-        num_tokens = teacher_work(asked, distillation, teachers).num_stored_tokens
-        shared = share_teacher(
+        num_tokens = estimate_teacher_work(asked, distillation, teachers).num_stored_tokens
+        shared = store_teacher_outputs(
             asked,
             distillation,
             teachers,
@@ -198,10 +202,10 @@ class _Work:
         jobs = dict(zip(jobs, shared, strict=True))
         return [replace(t, job=jobs[t.key].to_dict()) if t.key in jobs else t for t in waiting]
 
-    def forget_teacher(self) -> None:
+    def delete_teacher_caches(self) -> None:
         """Delete what was stored of the teacher, unless a failed student will ask for it again."""
         if not self.failures:
-            forget_teacher(self._jobs, self.settings.distillation)
+            delete_teacher_caches(self._jobs, self.settings.distillation)
 
     def _tell_front(self) -> None:
         history = history_folder(self.folder, self.plan.key)
@@ -219,7 +223,7 @@ def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Works
     for job in waiting:
         check_job(job, num_workers=num_workers)
     to_train = [job for job in waiting if not (job.folder / DONE_NAME).is_file()]
-    answers = teacher_work(to_train, settings.distillation, workspace.teachers).num_bytes
+    answers = estimate_teacher_work(to_train, settings.distillation, workspace.teachers).num_bytes
     check_trials_fit(waiting, settings.sweep, teacher_bytes=answers)
     return settings
 

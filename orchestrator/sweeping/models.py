@@ -17,7 +17,7 @@ from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, mode
 from orchestrator.sweeping.budgets import check_budgets
 from orchestrator.sweeping.checks import Kind
 from orchestrator.sweeping.students import check_student_batch
-from orchestrator.training.model_config import model_config
+from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
 TEACHER = "teacher"
@@ -38,7 +38,7 @@ def check_models(settings: Settings, kind: Kind) -> None:
         problems = []
         for _, changes in models_of(settings):
             try:
-                model_config(with_model(settings, **changes).model, vocab_size=vocab_size)
+                build_model_config(with_model(settings, **changes).model, vocab_size=vocab_size)
             except UserError as error:
                 problems.append(str(error))
         names = [name for name, _ in models_of(settings)]
@@ -51,7 +51,7 @@ def check_models(settings: Settings, kind: Kind) -> None:
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
         return
-    config = model_config(settings.model, vocab_size=vocab_size)
+    config = build_model_config(settings.model, vocab_size=vocab_size)
     if settings.distillation.control != "pruned":
         check_student_batch(settings.distillation, config)
     check_budgets(settings.sweep, config)

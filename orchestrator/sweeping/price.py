@@ -18,12 +18,12 @@ from orchestrator.reporting.estimate_table import assumed_rate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.sweeping.stopping import stopping_of
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, full_config
-from orchestrator.training.builders import flops_counter
-from orchestrator.training.checkpoint import find_checkpoints, load_provenance, newest_checkpoint
+from orchestrator.training.checkpoint import load_provenance
+from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob, finished_outcome
-from orchestrator.training.objective import two_stage
-from orchestrator.training.teacher_choice import teacher_work
+from orchestrator.training.schedules import flops_per_token_by_step
+from orchestrator.training.teacher_cache_policy import estimate_teacher_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def price_of(
     left = [state for state in states if state.name == "to train"]
     jobs = [TrainingJob.from_dict(state.trial.job) for state in left if state.trial.job]
     done = _steps_made([state.steps_done for state in left], jobs)
-    teacher = teacher_work(jobs, settings.distillation, teachers, steps_done=done)
+    teacher = estimate_teacher_work(jobs, settings.distillation, teachers, steps_done=done)
     forward = inference_cost(full_config(plan)).forward_flops_per_token
     flops = sum(map(_training_flops, jobs, done)) + teacher.num_tokens * forward
     num_gpus = int(settings.trials_use_gpus)
@@ -188,8 +188,7 @@ def _steps_made(done: Sequence[int], jobs: Sequence[TrainingJob]) -> list[int]:
 
 def _training_flops(job: TrainingJob, steps_done: int) -> float:
     """Return the FLOPs of the steps that are left, each under its own schedule."""
-    config, recipe = job.config(), job.recipe
-    flops_at = flops_counter(job, config, two_stage(config.corrections, recipe), None)
+    recipe, flops_at = job.recipe, flops_per_token_by_step(job)
     steps = range(steps_done, recipe.num_steps)
     return sum(map(flops_at, steps)) * recipe.num_tokens_per_step
 

@@ -30,8 +30,8 @@ from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.monitor import JournalTail
-from orchestrator.training.saved import what_is_saved
+from orchestrator.training.monitor import JournalReader
+from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted, RunFailed
 
 
@@ -109,7 +109,7 @@ class TrialRounds:
         return f"{self.num_all} trials{''.join(parts)}"
 
     def _round(self, trials: Sequence[PlannedTrial], *, num_elsewhere: int = 0) -> None:
-        tails = {trial.key: JournalTail(Path(trial.folder)) for trial in trials}
+        tails = {trial.key: JournalReader(Path(trial.folder)) for trial in trials}
         num_done = self.num_all - len(trials) - num_elsewhere
 
         def watch() -> None:
@@ -125,7 +125,7 @@ class TrialRounds:
             jobs = {f"trial {t.label}": TrainingJob.from_dict(t.job) for t in begun if t.job}
             num_finished = num_done + sum(trial.result() is not None for trial in trials)
             text = f"{num_finished} of {self.num_all} trials are finished"
-            return f"{text}; {what_is_saved(jobs, named=True)}" if jobs else text
+            return f"{text}; {describe_saved_state(jobs, named=True)}" if jobs else text
 
         try:
             run_trials(
@@ -216,7 +216,7 @@ def _expected_work(trial: PlannedTrial) -> float:
     return evaluations * (3.0 if trial.job else 1.0)
 
 
-def _share_done(trial: PlannedTrial, tail: JournalTail) -> float:
+def _share_done(trial: PlannedTrial, tail: JournalReader) -> float:
     """Tell how far a trial is, from its files: training counts nine tenths, measuring the rest."""
     if trial.result_path.exists():
         return 1.0

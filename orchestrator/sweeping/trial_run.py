@@ -3,7 +3,7 @@ result.
 
 This is what a Ray Tune trial calls, and what a debugger can call without Ray. It is idempotent: a
 finished trial returns its result, a trained one is only measured, an interrupted one goes on from
-its checkpoint. The trial's folder is held meanwhile (`training/holding.py`), so that two processes
+its checkpoint. The trial's folder is held meanwhile (`training/run_lock.py`), so that two processes
 at the same time never make one trial twice. Cost in milliseconds is not measured here, because
 trials that run side by side would disturb each other's clock.
 """
@@ -28,9 +28,9 @@ from orchestrator.sweeping.stopping import Referee, StopRule
 from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
 from orchestrator.training.distributed import World
-from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, forget_stop
+from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, clear_stop_request
 from orchestrator.training.run import Report, run_job
-from orchestrator.training.run_lock import held, is_held
+from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
@@ -86,14 +86,14 @@ def run_trial(
     if finished:
         return TrialRun("found", finished)
     asked = should_stop or (lambda: False)
-    with held(Path(trial.folder), wait=wait, should_stop=asked) as is_ours:
+    with lock_run_folder(Path(trial.folder), wait=wait, should_stop=asked) as is_ours:
         if not is_ours:
             return TrialRun("stopped" if wait else "busy")
         # Once more: who held the lock before us may have finished it.
         finished = trial.result()
         if finished:
             return TrialRun("found", finished)
-        forget_stop(Path(trial.folder))  # Of a driver that was killed while it waited for workers.
+        clear_stop_request(Path(trial.folder))  # Left by a driver that was killed.
         referee = Referee(trial, rivals, rule) if rivals and rule else None
         outcome = _train(trial, train or _train_here, asked, report, referee)
         result = None
@@ -107,7 +107,7 @@ def run_trial(
 
 def is_busy(trial: PlannedTrial) -> bool:
     """Return whether a process is at a trial at this moment."""
-    return is_held(Path(trial.folder))
+    return is_run_locked(Path(trial.folder))
 
 
 def _train_here(

@@ -8,7 +8,7 @@ from typing import Any
 
 from iiet.methods import METHODS
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, finish_plan, suite_key
-from orchestrator.training.first_stage import with_common_first_stages
+from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.workspace.provenance import content_key
 
@@ -36,7 +36,7 @@ def iterations_plan(
         name: Name of the sweep; made from its key when unset.
     """
     trials = []
-    jobs = with_common_first_stages([variant.job for variant in variants])
+    jobs = share_first_stages([variant.job for variant in variants])
     for variant, job in zip(variants, jobs, strict=True):
         config = job.config()
         is_baseline = not METHODS[config.method].has_corrections

@@ -15,9 +15,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import CONFIG, WEIGHTS, write_folder
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object, resolve_path
+from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object
 from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_digest, file_key
 
 TOKENIZER = "tokenizer.json"
@@ -53,7 +52,6 @@ files of transformers; models that are trained here have none of them."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtype of a precision, as settings name it."""
 
-_NAME = re.compile(r"step_(\d{8,})")
 REMEDY = (
     "copy the checkpoint here again, or move its folder away; a run that is started again goes on "
     "from the checkpoint before"
@@ -296,94 +294,6 @@ def text_files_key(folder: Path) -> str | None:
     """Return the hash of a checkpoint's `TEXT_FILES`; None if it has none of them."""
     files = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
     return content_key([(file.name, file_key(file)) for file in files]) if files else None
-
-
-def find_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first, unchecked."""
-    if not run_folder.is_dir():
-        return []
-    names = {path: _NAME.fullmatch(path.name) for path in run_folder.iterdir()}
-    found = [(int(match[1]), path) for path, match in names.items() if match]
-    return [path for _, path in sorted(found)]
-
-
-def newest_checkpoint(run_folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None.
-
-    Args:
-        run_folder: The run's folder.
-        warn: Called with one sentence for each damaged checkpoint that is passed over; it names
-            the checkpoint that is used instead.
-    """
-    newest, damage = newest_whole_checkpoint(run_folder)
-    if warn is not None:
-        instead = f"{newest} is used instead" if newest else "no older one is left"
-        for problem in damage:
-            warn(f"{problem}; {instead}")
-    return newest
-
-
-def newest_whole_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint of a run, or None, and what is wrong with newer ones."""
-    damage = []
-    for folder in reversed(find_checkpoints(run_folder)):
-        try:
-            check_checkpoint(folder)
-        except UserError as error:
-            damage.append(str(error))
-        else:
-            return folder, damage
-    return None, damage
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is meant as a checkpoint, whole or damaged, and not as a run's."""
-    return (path / PROVENANCE).is_file() or bool(_NAME.fullmatch(path.name))
-
-
-def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Path:
-    """Return the checkpoint that a user means by a path: itself, or a run's newest one.
-
-    Args:
-        path: A checkpoint or a run.
-        warn: Called where a run's newest checkpoint is damaged and an older one is used. Without
-            it that is an error: an older checkpoint is another model.
-
-    Raises:
-        UserError: If there is none, or it is damaged.
-    """
-    path = resolve_path(path)
-    if is_checkpoint(path):
-        check_checkpoint(path)
-        return path
-    newest, damage = newest_whole_checkpoint(path)
-    if newest is None:
-        if not damage and (path / CONFIG).is_file():
-            raise UserError(
-                f"{path} is a model folder and no checkpoint; `iiet-orch import` makes one of it"
-            )
-        found = f" ({damage[0]})" if damage else ""
-        raise UserError(f"{path} holds no whole checkpoint{found}; `iiet-orch pretrain` makes one")
-    if damage:
-        report_older(newest, damage, warn)
-    return newest
-
-
-def report_older(
-    checkpoint: Path, damage: Sequence[str], warn: Callable[[str], None] | None
-) -> None:
-    """Say that an older checkpoint stands in for damaged ones.
-
-    Raises:
-        UserError: If there is nobody to warn.
-    """
-    problems = "; ".join(damage)
-    if warn is None:
-        raise UserError(
-            f"{problems}. The newest whole one is {checkpoint}, which is another model; give that "
-            "path to use it, or restore the damaged one"
-        )
-    warn(f"{problems}; {checkpoint} is used instead")
 
 
 def _write(path: Path, value: Any) -> None:

@@ -65,7 +65,7 @@ def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> n
     )
 
 
-def without_averaging(model: nn.Module, world: World) -> AbstractContextManager[None]:
+def without_gradient_sync(model: nn.Module, world: World) -> AbstractContextManager[None]:
     """Return a context in which backward passes only accumulate, for all but the last pass of a
     step."""
     if isinstance(model, DistributedDataParallel):
@@ -84,10 +84,10 @@ def _without_scattering(model: Any) -> Iterator[None]:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients down to a norm of `max_norm` if it is larger, and return what it was."""
-    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor that the workers hold in shards as a whole on each of them, and any other as
     it is; every worker calls it."""
     gather = getattr(tensor, "full_tensor", None)
@@ -112,7 +112,7 @@ def mean_over_workers(values: Mapping[str, float], world: World) -> dict[str, fl
     return dict(zip(names, (numbers / world.size).tolist(), strict=True))
 
 
-def decided_by_first(decide: Callable[[], T], world: World) -> T:
+def run_on_first(decide: Callable[[], T], world: World) -> T:
     """Run a decision on the first worker and return its result on all.
 
     Raises:

@@ -25,7 +25,7 @@ from orchestrator.training.checkpoint import (
     checkpoint_name,
     load_provenance,
 )
-from orchestrator.training.job import IN_THE_RECORD, TrainingJob, job_key
+from orchestrator.training.job import JOURNAL_ONLY_FIELDS, TrainingJob, job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import delete_folder
 from orchestrator.workspace.journal import Journal, read_journal
@@ -113,12 +113,12 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
             update={"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
         ),
     )
-    watched = {name: getattr(recipe, name) for name in IN_THE_RECORD}
+    watched = {name: getattr(recipe, name) for name in JOURNAL_ONLY_FIELDS}
     key = content_key("first stage", job_key(plain), num_steps, watched)
     return FirstStage(Path(str(job.first_stages)) / key, num_steps)
 
 
-def with_common_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
+def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
     """Return the jobs, those without `first_stages` that have no first stage in common with another
     one of them, nor one that is there already.
     """

@@ -33,7 +33,7 @@ STOP_NAME = "stop"
 DONE_NAME = "done.json"
 JOB_NAME = "job.json"
 
-IN_THE_RECORD = (
+JOURNAL_ONLY_FIELDS = (
     "num_sequences_per_pass",
     "activation_checkpointing",
     "compile",
@@ -44,9 +44,9 @@ IN_THE_RECORD = (
 """Parts of a recipe that change how a run is watched or fitted into memory only, and so its record
 and its rounding; or, as `skip_bad_steps`, whether it gets to its end, not what stands there."""
 
-FREE_IN_RECIPE = frozenset(
+NON_KEY_FIELDS = frozenset(
     [
-        *IN_THE_RECORD,
+        *JOURNAL_ONLY_FIELDS,
         "checkpoint_every_steps",
         "checkpoint_every_minutes",
         "num_checkpoints_kept",
@@ -172,7 +172,7 @@ def _essence(job: TrainingJob) -> dict[str, Any]:
         "recipe": {
             name: value
             for name, value in job.recipe.model_dump(mode="json").items()
-            if name not in FREE_IN_RECIPE
+            if name not in NON_KEY_FIELDS
         },
         "tokens": open_tokens(job.tokens_folder).fingerprint,
         "teacher": weights_key(Path(job.teacher_folder))
@@ -194,9 +194,9 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     if job.recipe.compile:
         check_compiler(job.section)
     if job.storage:
-        from orchestrator.training.remote_copy import Mirror  # pyarrow takes a moment
+        from orchestrator.training.remote_copy import RemoteCopy  # pyarrow takes a moment
 
-        Mirror(job.storage, job.folder)
+        RemoteCopy(job.storage, job.folder)
     store = open_tokens(job.tokens_folder)
     if store.vocab_size > config.vocab_size:
         raise UserError(
@@ -246,7 +246,7 @@ def sequences_per_step(
     return sequences
 
 
-def claim_folder(job: TrainingJob) -> None:
+def write_job_file(job: TrainingJob) -> None:
     """Write the job into its folder, so that a run of other settings cannot go on in it by mistake.
 
     Raises:
@@ -312,17 +312,17 @@ def finished_outcome(
     return outcome
 
 
-def ask_to_stop(run_folder: Path) -> None:
+def request_stop(run_folder: Path) -> None:
     """Ask a job to save its state and return after its current step, whatever process it is in."""
     run_folder.mkdir(parents=True, exist_ok=True)
     (run_folder / STOP_NAME).touch()
 
 
-def forget_stop(run_folder: Path) -> None:
+def clear_stop_request(run_folder: Path) -> None:
     """Withdraw the request; what starts or continues a job does so first."""
     (run_folder / STOP_NAME).unlink(missing_ok=True)
 
 
-def stop_asked(run_folder: Path) -> bool:
+def is_stop_requested(run_folder: Path) -> bool:
     """Return whether a stop was asked for."""
     return (run_folder / STOP_NAME).exists()

@@ -25,7 +25,7 @@ from orchestrator.training.distributed import (
     autocast,
     clip_gradients,
     mean_over_workers,
-    without_averaging,
+    without_gradient_sync,
 )
 from orchestrator.training.learning_rate import learning_rate_at
 from orchestrator.training.objective import Objective
@@ -71,7 +71,7 @@ class Position:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainee:
+class TrainingSetup:
     """What is trained, and how."""
 
     model: nn.Module
@@ -100,7 +100,7 @@ class Hooks:
     """Steps done, numbers by name; called on every worker."""
     event: Callable[..., None]
     """Name and details of something out of the ordinary; called on every worker."""
-    pace: Callable[[Position], Mapping[str, float]]
+    throughput: Callable[[Position], Mapping[str, float]]
     """How fast it goes since the last call, and what it takes: numbers by name."""
     save: Callable[[Position], None]
     """Write a checkpoint; called on every worker."""
@@ -110,7 +110,7 @@ class Hooks:
     """Whether this worker wants a checkpoint now, beside those at the recipe's steps."""
 
 
-def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
+def train(trainee: TrainingSetup, position: Position, hooks: Hooks) -> bool:
     """Train from `position` to the recipe's last step, moving `position` along.
 
     Returns:
@@ -157,7 +157,7 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
             numbers["tokens"] = position.num_tokens
             numbers["flops"] = position.flops
             named = {f"train/{name}": number for name, number in numbers.items()}
-            hooks.report(position.step, {**named, **hooks.pace(position)})
+            hooks.report(position.step, {**named, **hooks.throughput(position)})
         if is_last or position.step % recipe.validate_every_steps == 0:
             position.validation_loss = hooks.validate(position.step)
             position.validated_step = position.step
@@ -167,7 +167,7 @@ def train(trainee: Trainee, position: Position, hooks: Hooks) -> bool:
     return True
 
 
-def _step(trainee: Trainee, batch: Batch, position: Position) -> dict[str, float]:
+def _step(trainee: TrainingSetup, batch: Batch, position: Position) -> dict[str, float]:
     # One step of the optimizer; none if the workers agree that loss or gradient are bad.
     recipe = trainee.recipe
     learning_rate = learning_rate_at(position.step, recipe)
@@ -218,7 +218,7 @@ def _pass_over(
     position.num_skipped_in_row += 1
 
 
-def _accumulate_gradients(trainee: Trainee, batch: Batch, step: int) -> dict[str, float]:
+def _accumulate_gradients(trainee: TrainingSetup, batch: Batch, step: int) -> dict[str, float]:
     # In as many passes as memory asks for; the gradients are those of one pass up to rounding, as
     # each pass divides by its share of what counts in the passes of all workers.
     passes = batch.split(trainee.recipe.num_sequences_per_pass or len(batch))
@@ -226,7 +226,7 @@ def _accumulate_gradients(trainee: Trainee, batch: Batch, step: int) -> dict[str
     for number, part in enumerate(passes, start=1):
         share = len(part) / len(batch)
         is_last = number == len(passes)
-        with nullcontext() if is_last else without_averaging(trainee.model, trainee.world):
+        with nullcontext() if is_last else without_gradient_sync(trainee.model, trainee.world):
             with autocast(trainee.recipe.precision, trainee.world):
                 loss, parts = trainee.objective(trainee.model, part, step)
             torch.autograd.backward(loss * share)

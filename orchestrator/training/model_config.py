@@ -17,7 +17,7 @@ _SIZES = (
 )  # fmt: skip
 
 
-def model_config(model: ModelSettings, *, vocab_size: int) -> ModelConfig:
+def build_model_config(model: ModelSettings, *, vocab_size: int) -> ModelConfig:
     """Return the configuration that the settings describe for a tokenizer of `vocab_size` entries.
 
     Raises:

@@ -17,16 +17,15 @@ from typing import Any
 from orchestrator.data.token_store import open_tokens
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.builders import flops_counter
 from orchestrator.training.job import TrainingJob, job_key
-from orchestrator.training.objective import two_stage
-from orchestrator.training.run_lock import is_held
+from orchestrator.training.run_lock import is_run_locked
+from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.journal import read_journal
 
 SECONDS_BETWEEN_COPIES = 5.0
 
 
-class JournalTail:
+class JournalReader:
     """The end of one folder's journal: each call reads only what is new."""
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +42,7 @@ class JournalTail:
         return records
 
 
-class JournalFollower:
+class RunMonitor:
     """Reads what running jobs write, for the progress bar and for MLflow.
 
     As a context manager it ends the tracked runs with the status that fits how the block ended.
@@ -54,7 +53,7 @@ class JournalFollower:
     ) -> None:
         """Name the jobs to follow, by label."""
         self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
-        self._tails = {label: JournalTail(job.folder) for label, job in jobs.items()}
+        self._tails = {label: JournalReader(job.folder) for label, job in jobs.items()}
         self._costs = {label: _costs_to_come(job) for label, job in jobs.items()}
         self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
         self._runs: dict[str, TrackedRun] = {}
@@ -77,7 +76,7 @@ class JournalFollower:
             self._runs[label].log_dataset("tokens", tokens.fingerprint, tokens.profile)
         return self._runs
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Read what is new; called a few times a second."""
         for label, tail in self._tails.items():
             for record in tail.read():
@@ -129,7 +128,7 @@ class JournalFollower:
                 f"gradient norm {event['gradient_norm']:g}"
             )
 
-    def __enter__(self) -> JournalFollower:
+    def __enter__(self) -> RunMonitor:
         return self
 
     def __exit__(
@@ -141,7 +140,7 @@ class JournalFollower:
         """Copy the rest into MLflow and end the runs; not those that another process is at."""
         self._copy()
         for label, run in self._runs.items():
-            if error is None or not is_held(self._jobs[label].folder):
+            if error is None or not is_run_locked(self._jobs[label].folder):
                 run.finish(status_after(error))
 
     def _copy(self) -> None:
@@ -152,7 +151,6 @@ class JournalFollower:
 
 def _costs_to_come(job: TrainingJob) -> list[float]:
     """Return, for each number of steps done, what the others cost by their FLOPs."""
-    config = job.config()
-    flops_at = flops_counter(job, config, two_stage(config.corrections, job.recipe), None)
+    flops_at = flops_per_token_by_step(job)
     steps = range(job.recipe.num_steps)
     return [0.0, *accumulate(flops_at(step) for step in reversed(steps))][::-1]

@@ -17,7 +17,8 @@ from pyarrow import fs
 from pyarrow.lib import ArrowException
 
 from orchestrator.settings.tree import storage_problem
-from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint, find_checkpoints
+from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
 
@@ -25,7 +26,7 @@ COPY_ERRORS = (OSError, ArrowException)
 """What a store that does not answer, or refuses, looks like."""
 
 
-class Mirror:
+class RemoteCopy:
     """The copies of one run."""
 
     def __init__(self, uri: str, run_folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.workspace.files import (
     damage_as_user_error,
     delete_folder,
@@ -21,7 +21,7 @@ from orchestrator.workspace.folders import is_valid_name
 BEST = "best.json"
 
 
-def remember_best(checkpoint: Path, step: int, validation_loss: float) -> None:
+def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
     """Name a checkpoint in its run's `best.json`, unless an earlier one there is as good."""
     path = checkpoint.parent / BEST
     best = read_json_object(path) if best_checkpoint(checkpoint.parent) else None
@@ -50,10 +50,10 @@ def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = No
     for folder in find_checkpoints(run_folder)[:-num_kept]:
         if folder != keep:
             delete_folder(folder)
-    remove_leftovers(run_folder)
+    remove_partial_checkpoints(run_folder)
 
 
-def remove_leftovers(run_folder: Path) -> None:
+def remove_partial_checkpoints(run_folder: Path) -> None:
     """Delete what a crash left half-written or half-deleted."""
     for leftover in run_folder.glob("step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)

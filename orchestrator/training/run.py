@@ -21,33 +21,29 @@ from filelock import FileLock, Timeout
 from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.token_store import open_tokens
-from orchestrator.training.builders import (
-    first_weights,
-    flops_counter,
-    load_teacher,
-    objective_of,
-    set_random_state,
-)
-from orchestrator.training.checkpoint import load_decoder, load_training_state, newest_checkpoint
+from orchestrator.training.checkpoint import load_decoder, load_training_state
+from orchestrator.training.checkpoint_lookup import newest_checkpoint
+from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random_state
 from orchestrator.training.compiling import compile_fields
-from orchestrator.training.distributed import World, decided_by_first, replicate
+from orchestrator.training.distributed import World, replicate, run_on_first
 from orchestrator.training.job import (
     DONE_NAME,
     TrainingJob,
     TrainingOutcome,
     check_job,
-    claim_folder,
     finished_outcome,
+    is_stop_requested,
     sequences_per_step,
-    stop_asked,
+    write_job_file,
 )
-from orchestrator.training.loop import Diverged, Hooks, Position, Trainee, train
-from orchestrator.training.objective import two_stage
+from orchestrator.training.job_models import initial_decoder, load_teacher
+from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
+from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import make_optimizer
-from orchestrator.training.retention import remove_leftovers
-from orchestrator.training.saving import Saver
+from orchestrator.training.retention import remove_partial_checkpoints
+from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
 from orchestrator.training.teacher_cache import CachedTeacher
-from orchestrator.training.throughput import Pace
+from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_json
@@ -82,24 +78,24 @@ def run_job(
     """
     world = world or World()
     num_workers = world.size
-    decided_by_first(lambda: check_job(job, num_workers=num_workers), world)
+    run_on_first(lambda: check_job(job, num_workers=num_workers), world)
     with _locked(job.folder, world):
-        outcome = decided_by_first(lambda: _open_folder(job), world)
+        outcome = run_on_first(lambda: _open_folder(job), world)
         if outcome:
             return outcome
         with closing(_Run(job, world, report)) as run:
-            run.prepare(decided_by_first(run.newest_checkpoint, world))
+            run.prepare(run_on_first(run.newest_checkpoint, world))
             try:
                 finished = train(run.trainee(), run.position, run.hooks(should_stop))
-                decided_by_first(run.saver.finish, world)
+                run_on_first(run.saver.finish, world)
             except Diverged as error:
                 raise run.with_last_checkpoint(error) from None
             return run.end(finished)
 
 
 def _open_folder(job: TrainingJob) -> TrainingOutcome | None:
-    claim_folder(job)
-    remove_leftovers(job.folder)
+    write_job_file(job)
+    remove_partial_checkpoints(job.folder)
     return finished_outcome(job)
 
 
@@ -112,13 +108,13 @@ class _Run:
         self.store = open_tokens(job.tokens_folder)
         self.journal = Journal(job.folder) if world.is_first else None
         self._report = report
-        self.schedule_at = two_stage(self.config.corrections, job.recipe)
+        self.schedule_at = schedule_by_step(self.config.corrections, job.recipe)
         self.plan = BatchPlan(len(self.store.train), self.config.context_length, job.recipe.seed)
         self.global_batch = sequences_per_step(job.recipe, self.config)
         self.teacher = load_teacher(job, world)
-        self.saver = Saver(job, world, self.store, self.event)
+        self.saver = CheckpointWriter(job, world, self.store, self.event)
         self.position = Position()
-        self._flops = flops_counter(job, self.config, self.schedule_at, self.teacher)
+        self._flops = flops_per_token_by_step(job, self.teacher)
 
     def close(self) -> None:
         """Let the last checkpoint be written, and close the journal."""
@@ -126,13 +122,13 @@ class _Run:
         if self.journal:
             self.journal.close()
 
-    def trainee(self) -> Trainee:
+    def trainee(self) -> TrainingSetup:
         """Return what is trained, and how."""
         has_idle_parameters = self.decoder.method.has_corrections
-        return Trainee(
+        return TrainingSetup(
             model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
             optimizer=self.optimizer,
-            objective=objective_of(self.job, self.schedule_at, self.teacher),
+            objective=make_objective(self.job, self.schedule_at, self.teacher),
             recipe=self.job.recipe,
             world=self.world,
         )
@@ -147,9 +143,11 @@ class _Run:
             validate=self.validate,
             report=self.report,
             event=self.event,
-            pace=Pace(self.position, self.world, self.job.recipe.precision).numbers,
+            throughput=ThroughputMeter(
+                self.position, self.world, self.job.recipe.precision
+            ).measure,
             save=self.save,
-            should_stop=lambda: is_first and (stop_asked(folder) or asked()),
+            should_stop=lambda: is_first and (is_stop_requested(folder) or asked()),
             should_save=lambda: is_first and self.saver.is_due(self.position.step),
         )
 
@@ -221,7 +219,7 @@ class _Run:
     def prepare(self, checkpoint: Path | None) -> None:
         """Make decoder and optimizer, fresh or as the checkpoint left them."""
         recipe, world = self.job.recipe, self.world
-        decoder = first_weights(self.job, self.config)
+        decoder = initial_decoder(self.job, self.config)
         if checkpoint:
             decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
         self.decoder = decoder.to(world.device).train()
@@ -303,7 +301,7 @@ def _locked(folder: Path, world: World) -> Iterator[None]:
                 f"another process trains in {folder}; wait for it, stop it, or choose another name"
             ) from None
 
-    decided_by_first(acquire, world)
+    run_on_first(acquire, world)
     try:
         yield
     finally:

@@ -17,17 +17,17 @@ from filelock import FileLock, Timeout
 
 from orchestrator.terminal.signals import interruption_text, wait_interruptibly
 from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, finished_outcome
-from orchestrator.training.saved import what_is_saved
+from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted
 
-HOLD_NAME = "trial.lock"
+RUN_LOCK_NAME = "trial.lock"
 """Of the folder, not of the trial: trials that put other tasks to the same weights share it."""
 POLL_SECONDS = 0.5
 """How long one who waits goes without asking whether to stop."""
 
 
 @contextmanager
-def held(
+def lock_run_folder(
     folder: Path, *, wait: bool = False, should_stop: Callable[[], bool] | None = None
 ) -> Iterator[bool]:
     """Hold a folder in the block; False if another process has it, or a stop was asked for.
@@ -38,7 +38,7 @@ def held(
         should_stop: Asked a few times a second while waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / HOLD_NAME, timeout=POLL_SECONDS if wait else 0)
+    lock = FileLock(folder / RUN_LOCK_NAME, timeout=POLL_SECONDS if wait else 0)
     while not lock.is_locked:
         try:
             lock.acquire()
@@ -51,9 +51,9 @@ def held(
         lock.release()
 
 
-def is_held(folder: Path) -> bool:
+def is_run_locked(folder: Path) -> bool:
     """Return whether a process is at a folder at this moment."""
-    path = folder / HOLD_NAME
+    path = folder / RUN_LOCK_NAME
     if not path.exists():
         return False
     try:
@@ -91,14 +91,14 @@ def run_each_once(
             return [outcomes[job.run_folder] for job in jobs]
         stamps = [_done_stamp(job) for job in left]
         with ExitStack() as stack:
-            ours = [job for job in left if stack.enter_context(held(job.folder))]
+            ours = [job for job in left if stack.enter_context(lock_run_folder(job.folder))]
             # Once more: who held it before us may have finished it.
             unfinished = [job for job in ours if not _note_finished(job, outcomes)]
             if unfinished:
                 run(unfinished)
                 if not all(_note_finished(job, outcomes) for job in unfinished):
                     named = {job.folder.name: job for job in unfinished}
-                    raise Interrupted(interruption_text(what_is_saved(named)))
+                    raise Interrupted(interruption_text(describe_saved_state(named)))
         if ours:
             continue
         _wait_for_one(left, stamps, watch, note)
@@ -121,7 +121,7 @@ def _wait_for_one(
 
     def is_over() -> bool:
         return any(
-            _done_stamp(job) != stamp or not is_held(job.folder)
+            _done_stamp(job) != stamp or not is_run_locked(job.folder)
             for job, stamp in zip(jobs, stamps, strict=True)
         )
 

@@ -171,7 +171,7 @@ def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
 
     Sizes are compared here, contents by `write_cache`, once for all readers.
     """
-    if damage(folder, plan, read=False):
+    if find_cache_damage(folder, plan, read=False):
         return None
     try:
         arrays = {
@@ -211,7 +211,7 @@ def write_cache(
     temporary = parent / f"{TEMPORARY_PREFIX}{plan.key}"
     parent.mkdir(parents=True, exist_ok=True)
     with FileLock(parent / f".{plan.key}.lock"):
-        problem = damage(folder, plan)
+        problem = find_cache_damage(folder, plan)
         if problem is None:
             return folder
         if folder.exists():
@@ -227,7 +227,7 @@ def write_cache(
     return folder
 
 
-def damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
+def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
     """Say what keeps a folder from being the plan's cache; None if nothing does.
 
     Args:
@@ -254,9 +254,9 @@ def damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
     return None
 
 
-def bytes_left(plan: CachePlan, parent: Path) -> int:
+def bytes_to_write(plan: CachePlan, parent: Path) -> int:
     """Return the bytes of a cache that are yet to be written into `parent`."""
-    if damage(parent / plan.key, plan, read=False) is None:
+    if find_cache_damage(parent / plan.key, plan, read=False) is None:
         return 0
     temporary = parent / f"{TEMPORARY_PREFIX}{plan.key}"
     paths = [column.path(temporary) for column in plan.columns()]

@@ -15,12 +15,12 @@ import torch
 
 from orchestrator.training.distributed import World
 from orchestrator.training.loop import Position
-from orchestrator.training.speed import gpu_peak
+from orchestrator.training.peak_flops import gpu_peak_flops
 
 MEGABYTE, GIGABYTE = 1e6, 1e9
 
 
-class Pace:
+class ThroughputMeter:
     """Measures from one call to the next."""
 
     def __init__(self, position: Position, world: World, precision: str) -> None:
@@ -28,10 +28,10 @@ class Pace:
         self._last, self._world = replace(position), world
         self._gpu = torch.device(world.device) if world.device.startswith("cuda") else None
         name = torch.cuda.get_device_name(self._gpu) if self._gpu else ""
-        self._peak = gpu_peak(name, precision) if self._gpu else None
+        self._peak = gpu_peak_flops(name, precision) if self._gpu else None
         psutil.cpu_percent()  # The first call only starts its clock.
 
-    def numbers(self, position: Position) -> dict[str, float]:
+    def measure(self, position: Position) -> dict[str, float]:
         """Return the numbers since the last call, by name; `train/memory_gb` is the most so far on
         a GPU, and the present resident set on a CPU."""
         last, self._last = self._last, replace(position)

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import find_checkpoints, weights_key
+from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import DONE_NAME, STOP_NAME, TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal

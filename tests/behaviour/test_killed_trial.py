@@ -13,7 +13,8 @@ import pytest
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import find_checkpoints, weights_key
+from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
 

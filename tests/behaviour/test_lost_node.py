@@ -39,7 +39,7 @@ os.environ["RAY_ADDRESS"] = nodes.address
 
 from orchestrator.cluster.train import run_train_job
 from orchestrator.cluster.tune import run_trials
-from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import TrainingJob
 
 job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))

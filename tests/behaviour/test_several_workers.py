@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from iiet.batch import Batch
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import find_checkpoints, load_decoder, load_training_state
+from orchestrator.training.checkpoint import load_decoder, load_training_state
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
@@ -45,9 +46,9 @@ def stop_after(step: int | None) -> Callable[[], bool]:
     return lambda: next(asked) == step
 
 
-def spoiled(objective_of: Callable[..., Any]) -> Callable[..., Any]:
+def spoiled(make_objective: Callable[..., Any]) -> Callable[..., Any]:
     def spoil(*arguments: Any) -> Any:
-        inner = objective_of(*arguments)
+        inner = make_objective(*arguments)
 
         def compute(model: Any, batch: Any, step: int) -> Any:
             loss, parts = inner(model, batch, step)
@@ -75,10 +76,10 @@ def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    objective, batch = run_module.objective_of, run_module.BatchPlan.batch
+    objective, batch = run_module.make_objective, run_module.BatchPlan.batch
     for job, parallel, step in calls:
         is_bad = rank == 1 and job["run_folder"].endswith("-bad")
-        run_module.objective_of = spoiled(objective) if is_bad else objective
+        run_module.make_objective = spoiled(objective) if is_bad else objective
         is_masked = job["run_folder"].endswith("-masked")
         run_module.BatchPlan.batch = completions_only(batch) if is_masked else batch
         world = World(rank=rank, size=2, parallel=parallel)

@@ -23,10 +23,11 @@ from orchestrator.planning.resources import Resources
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
-from orchestrator.training.checkpoint import find_checkpoints, weights_key
-from orchestrator.training.job import STOP_NAME, TrainingJob, ask_to_stop, finished_outcome
+from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.job import STOP_NAME, TrainingJob, finished_outcome, request_stop
 from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import held, is_held, run_each_once
+from orchestrator.training.run_lock import is_run_locked, lock_run_folder, run_each_once
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 
@@ -35,7 +36,7 @@ DRIVER = """
 import json, sys
 from orchestrator.cluster import local
 from orchestrator.planning.resources import Resources
-from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.errors import Interrupted
 
@@ -240,14 +241,14 @@ def test_a_stop_file_of_a_held_folder_is_its_holders(job: TrainingJob) -> None:
         waits.append((job.folder / STOP_NAME).exists())
         os.kill(os.getpid(), signal.SIGINT)
 
-    with held(job.folder) as is_ours:
+    with lock_run_folder(job.folder) as is_ours:
         assert is_ours
-        ask_to_stop(job.folder)
+        request_stop(job.folder)
         with pytest.raises(Interrupted, match="waiting for another process"):
             run_local_jobs([job], watch=stop_waiting)
     assert set(waits) == {True}
     assert (job.folder / STOP_NAME).exists()
-    assert not is_held(job.folder)
+    assert not is_run_locked(job.folder)
     assert run_local_jobs([job])[0].finished
 
 

@@ -20,7 +20,7 @@ from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.objective import two_stage
+from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import open_workspace
 
@@ -124,7 +124,7 @@ def test_equal_flops_are_those_that_the_trainings_count(
     for name, contender in planned.contenders.items():
         own = contender.at(rate=1.0, seed=0, num_steps=steps[name])
         config = planned._job(own).config()
-        schedule_at = two_stage(config.corrections, own.training)
+        schedule_at = schedule_by_step(config.corrections, own.training)
         at_step = [training_flops_per_token(config, schedule_at(n)) for n in range(steps[name])]
         totals[name], largest = sum(at_step), max(largest, *at_step)
     assert steps["r = 3"] == 1000, "the costliest"

@@ -19,9 +19,10 @@ from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import check_local, run_local_jobs
 from orchestrator.planning.resources import Resources
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import find_checkpoints, step_of, weights_key
+from orchestrator.training.checkpoint import step_of, weights_key
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.saving import NotSaved
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.journal import read_journal
 
@@ -140,7 +141,7 @@ def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
     at_once = interrupt_and_refuse_to_save
     watch = at_once if num_saved else at_step(job, 3, at_once)
     try:
-        with pytest.raises(NotSaved, match=f"while the run was stopping; {saved}$"):
+        with pytest.raises(CheckpointWriteFailed, match=f"while the run was stopping; {saved}$"):
             run_local_jobs([job], watch=watch)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

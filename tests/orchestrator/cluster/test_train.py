@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import find_checkpoints
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
-from orchestrator.training.saving import NotSaved
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.scratch import PREFIX
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
             psutil.Process(pressed[0]).rlimit(psutil.RLIMIT_FSIZE, (15_000, 15_000))
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(NotSaved, match=r"while the run was stopping; nothing was saved$"):
+    with pytest.raises(CheckpointWriteFailed, match=r"run was stopping; nothing was saved$"):
         run_train_job(job, watch=watch)
     assert pressed
     assert not find_checkpoints(job.folder)

@@ -17,8 +17,8 @@ from iiet.export import export_pretrained
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.importing import import_model
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.catalog import resolve_model, tokens_of
-from orchestrator.training.checkpoint import load_decoder, resolve_checkpoint, tokenizer_file
+from orchestrator.training.checkpoint import load_decoder, tokenizer_file
+from orchestrator.training.model_lookup import resolve_checkpoint, resolve_model, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -84,10 +84,10 @@ def test_tokens_are_those_of_its_tokenizer(
     folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
     checkpoint = import_model(folder, workspace, tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"prepare --set data\.tokenizer="):
-        tokens_of(checkpoint, workspace)
+        tokens_folder_of(checkpoint, workspace)
     workspace.tokens.mkdir()
     (workspace.tokens / tiny_tokens.name).symlink_to(tiny_tokens)
-    assert tokens_of(checkpoint, workspace).resolve() == tiny_tokens.resolve()
+    assert tokens_folder_of(checkpoint, workspace).resolve() == tiny_tokens.resolve()
 
 
 class Notes(Progress):

@@ -29,8 +29,8 @@ from orchestrator.reporting.choice import Rule
 from orchestrator.reporting.results import SweepResults, items_name
 from orchestrator.settings import read_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.catalog import stored_influence
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
+from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
@@ -269,7 +269,7 @@ def test_which_influence_is_meant(
     checkpoint = checkpoint_of(desk, "measured", tiny_model, tiny_tokens, 0)
 
     def metric(wanted: str | None = None) -> str | None:
-        found = stored_influence(checkpoint, wanted)
+        found = load_influence_table(checkpoint, wanted)
         return found.metric if found else None
 
     assert metric() is None

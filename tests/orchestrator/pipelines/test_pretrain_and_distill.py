@@ -15,7 +15,8 @@ from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.checkpoint import find_checkpoints, load_config
+from orchestrator.training.checkpoint import load_config
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import TrainingJob, TrainingOutcome
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, UserError

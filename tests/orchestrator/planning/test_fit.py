@@ -11,7 +11,7 @@ from orchestrator.planning.fit import ResourceRequest, check_fit, needed_memory
 from orchestrator.planning.resources import FreeBytes
 from orchestrator.settings import ModelSettings, Settings, resolve_settings
 from orchestrator.terminal.formatting import format_bytes
-from orchestrator.training.model_config import model_config
+from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
 GIB = 2**30
@@ -23,7 +23,7 @@ def request(
     given = ["model.preset=340m", "training.num_tokens_per_step=65536", *assignments]
     settings = resolve_settings({}, given)
     return ResourceRequest(
-        config=model_config(settings.model, vocab_size=32000),
+        config=build_model_config(settings.model, vocab_size=32000),
         recipe=settings.training,
         num_workers=num_workers,
         parallel=parallel,
@@ -106,7 +106,7 @@ def test_what_nobody_can_tell_is_not_judged() -> None:
 def test_sizes_of_the_settings_own_are_kept_in_proposals() -> None:
     model = ModelSettings(preset="1.3b", dim=2048, num_heads=16, num_layers=24, ffn_dim=5432)
     asked = ResourceRequest(
-        config=model_config(model, vocab_size=32000), recipe=request().recipe, model=model
+        config=build_model_config(model, vocab_size=32000), recipe=request().recipe, model=model
     )
     # No preset makes a model of these own sizes smaller, so none is proposed.
     assert "no preset fits" in refused(asked, FreeBytes(memory=2 * GIB, disk=None))

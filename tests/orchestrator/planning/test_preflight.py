@@ -40,8 +40,8 @@ from orchestrator.sweeping.rounds import limits_of
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.model_config import model_config
-from orchestrator.training.speed import ASSUMED_GPU_BYTES, gpu_peak, measured_cpu_speeds
+from orchestrator.training.model_config import build_model_config
+from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES, gpu_peak_flops, measure_cpu_flops
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import open_workspace
 
@@ -159,10 +159,10 @@ def test_room_is_that_of_the_machine_and_of_the_folders_disk(
 
 
 def test_peaks() -> None:
-    assert gpu_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
-    assert gpu_peak("NVIDIA H100 80GB HBM3", "fp32") == 67e12
-    assert gpu_peak("GeForce", "bf16") is None
-    speeds = measured_cpu_speeds(count=3, seconds=0.005)
+    assert gpu_peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert gpu_peak_flops("NVIDIA H100 80GB HBM3", "fp32") == 67e12
+    assert gpu_peak_flops("GeForce", "bf16") is None
+    speeds = measure_cpu_flops(count=3, seconds=0.005)
     assert len(speeds) == 3
     assert speeds == sorted(speeds, reverse=True)
     assert speeds[0] > 1e8
@@ -264,7 +264,7 @@ def test_a_trial_takes_the_fewest_gpus_on_which_it_fits(monkeypatch: pytest.Monk
         "orchestrator.planning.preflight.local_free_bytes", lambda *_, **__: FreeBytes(None, None)
     )
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
-    config = model_config(settings.model, vocab_size=32_000)
+    config = build_model_config(settings.model, vocab_size=32_000)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=16 * 2048, precision="bf16")
     # All sequences of a worker go through one pass: 16 on one GPU, 8 on each of two, 4, 2.
     free = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None)
@@ -298,7 +298,7 @@ def models_to_train(settings: Settings, teacher: Path) -> dict[str, list[Trainin
     """Return what a sweep file trains: by the run itself, and in trials."""
 
     def config(own: Settings) -> ModelConfig:
-        return model_config(own.model, vocab_size=32_000)
+        return build_model_config(own.model, vocab_size=32_000)
 
     if settings.sweep.kind == "iterations":
         models = [with_model(settings, **changes) for _, changes in models_of(settings)]
@@ -356,7 +356,7 @@ def test_students_without_room_are_refused_before_their_teacher_is_trained(
     desk = Desk(open_workspace(tmp_path / "ws"), Progress(), Console(file=StringIO()))
     monkeypatch.setattr(procedure, "pretrain_models", never)
     monkeypatch.setattr(procedure, "ray_cluster", lambda **_: nullcontext())
-    config = model_config(settings.model, vocab_size=300)
+    config = build_model_config(settings.model, vocab_size=300)
     one = job_of(config, settings.training)
     checkpoint = request_of(one).estimate().checkpoint_bytes
     # Three are pretrained, and five students at most follow.

@@ -15,7 +15,7 @@ from orchestrator.sweeping.models import (
     with_model,
     with_rates,
 )
-from orchestrator.training.model_config import model_config
+from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
 
@@ -109,7 +109,7 @@ def test_options_are_of_the_models_own_method(other: str) -> None:
     changes = ["model.method_options={damping: 0.5}", "sweep.methods=[vanilla, iiet, other]"]
     settings = resolve_settings({}, changes)
     options = {
-        name: model_config(with_model(settings, **own).model, vocab_size=300).to_dict()
+        name: build_model_config(with_model(settings, **own).model, vocab_size=300).to_dict()
         for name, own in models_of(settings)
     }
     damped = [name for name, config in options.items() if "method_options" in config]
@@ -131,4 +131,4 @@ def test_options_are_of_the_models_own_method(other: str) -> None:
 )
 def test_options_that_a_method_has_not_are_named(changes: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        model_config(resolve_settings({}, changes).model, vocab_size=300)
+        build_model_config(resolve_settings({}, changes).model, vocab_size=300)

@@ -19,8 +19,8 @@ from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.students import student_job, threshold_plan
 from orchestrator.sweeping.trials import exact_cost, suite_key
 from orchestrator.sweeping.variants import Variant, iterations_plan
-from orchestrator.training.catalog import tokens_of
 from orchestrator.training.job import TrainingJob
+from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
@@ -301,7 +301,7 @@ def test_a_budget_that_nothing_fits_is_named() -> None:
 
 def test_tokens_that_are_missing_are_named(teacher: Path, space: Workspace) -> None:
     with pytest.raises(UserError, match="iiet-orch prepare"):
-        tokens_of(teacher, space)
+        tokens_folder_of(teacher, space)
 
 
 def test_tokens_outside_the_workspace_are_none(
@@ -312,7 +312,7 @@ def test_tokens_outside_the_workspace_are_none(
         record = json.loads((teacher / "provenance.json").read_text())
         (teacher / "provenance.json").write_text(json.dumps({**record, "tokens": name}))
         with pytest.raises(UserError, match="iiet-orch prepare"):
-            tokens_of(teacher, space)
+            tokens_folder_of(teacher, space)
 
 
 def _config(checkpoint: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
 from orchestrator.training.job import DONE_NAME
-from orchestrator.training.run_lock import HOLD_NAME
+from orchestrator.training.run_lock import RUN_LOCK_NAME
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import read_journal
 
@@ -125,7 +125,7 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
     trial = trials[1]
     folder = Path(trial.folder)
     folder.mkdir(parents=True)
-    with start(HOLDER, str(folder / HOLD_NAME)) as holder:
+    with start(HOLDER, str(folder / RUN_LOCK_NAME)) as holder:
         assert is_busy(trial)
         assert run_trial(trial.to_dict(), wait=False).state == "busy"
         assert run_trial(trial.to_dict(), should_stop=lambda: True).state == "stopped"
@@ -150,7 +150,7 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
     made = run_trial(trial.to_dict())
     text = trial.result_path.read_text()
     trial.result_path.unlink()
-    lock = FileLock(folder / HOLD_NAME)
+    lock = FileLock(folder / RUN_LOCK_NAME)
     lock.acquire()
 
     def finish_it() -> bool:
@@ -222,7 +222,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     from orchestrator.terminal.progress import Progress
 
     asked, finished_meanwhile = trials[:4], trials[3]
-    lock = FileLock(Path(trials[2].folder) / HOLD_NAME)
+    lock = FileLock(Path(trials[2].folder) / RUN_LOCK_NAME)
     Path(trials[2].folder).mkdir(parents=True)
     lock.acquire()
     rounds_function = trial_rounds.trial_function

@@ -11,16 +11,15 @@ from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from orchestrator.training.checkpoint import (
     check_checkpoint,
-    find_checkpoints,
     load_config,
     load_decoder,
     load_provenance,
     load_training_state,
-    newest_checkpoint,
-    resolve_checkpoint,
     save_checkpoint,
     weights_key,
 )
+from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
+from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.training.retention import prune_checkpoints
 from orchestrator.workspace.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Runs that distill, and their controls, really trained: what journals say of the loss's parts."""
+"""Distillation runs and their controls, trained for real; journals name the parts of the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.students import student_job, student_trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial
-from orchestrator.training import builders as parts
+from orchestrator.training import job_models
 from orchestrator.training.checkpoint import load_decoder, read_text_files
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob, job_key
@@ -214,10 +214,10 @@ def test_a_control_is_trained_without_a_teacher(
     trial = _trial(control, teacher, tiny_tokens, tmp_path)
     started_from: list[Decoder] = []
     loaded: list[Path] = []
-    first_weights, load = parts.first_weights, parts.load_decoder
+    initial_decoder, load = job_models.initial_decoder, job_models.load_decoder
 
     def watched(job: TrainingJob, config: ModelConfig) -> Decoder:
-        decoder = first_weights(job, config)
+        decoder = initial_decoder(job, config)
         started_from.append(load_like(decoder))
         return decoder
 
@@ -225,15 +225,15 @@ def test_a_control_is_trained_without_a_teacher(
         loaded.append(folder)
         return load(folder, **options)
 
-    monkeypatch.setattr("orchestrator.training.run.first_weights", watched)
-    monkeypatch.setattr(parts, "load_decoder", counted)
+    monkeypatch.setattr("orchestrator.training.run.initial_decoder", watched)
+    monkeypatch.setattr(job_models, "load_decoder", counted)
     run = run_trial(trial.to_dict())
     assert run.state == "made"
     assert run.result
     assert run.result.train["steps"] == RECIPE["num_steps"]
 
     job = TrainingJob.from_dict(trial.job or {})
-    assert parts.load_teacher(job, World()) is None
+    assert job_models.load_teacher(job, World()) is None
     assert numbers(job, "train/kl") == {}
     assert len(numbers(job, "train/loss")) == RECIPE["num_steps"]
     torch.manual_seed(job.recipe.seed)

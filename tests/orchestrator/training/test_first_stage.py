@@ -16,7 +16,7 @@ from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import PROVENANCE, WEIGHTS, checkpoint_name, weights_key
-from orchestrator.training.first_stage import FirstStage, first_stage_of, with_common_first_stages
+from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
 from orchestrator.training.job import TrainingJob, TrainingOutcome, job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
@@ -224,16 +224,16 @@ def test_it_is_shared_by_who_is_trained_alike_and_by_nobody_else(make_job: MakeJ
         make_job((1, 1), iterate_from_fraction=0.0),
         vanilla,
     ]
-    common = with_common_first_stages(jobs)
+    common = share_first_stages(jobs)
     assert [bool(job.first_stages) for job in common] == [True, True, *[False] * 6]
     assert [job_key(job) for job in common] == [job_key(job) for job in jobs]
     assert stage_of(jobs[0]) == stage_of(jobs[1])
     assert len({stage_of(job).folder for job in jobs[:6]}) == 5
-    assert not any(job.first_stages for job in with_common_first_stages([jobs[0], jobs[0]]))
+    assert not any(job.first_stages for job in share_first_stages([jobs[0], jobs[0]]))
 
 
 def test_one_that_is_there_serves_a_single_run(make_job: MakeJob) -> None:
     alone = make_job((1, 1))
-    assert with_common_first_stages([alone])[0].first_stages is None
+    assert share_first_stages([alone])[0].first_stages is None
     run_job(make_job((2, 1)))
-    assert with_common_first_stages([alone]) == [alone]
+    assert share_first_stages([alone]) == [alone]

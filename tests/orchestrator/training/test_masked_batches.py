@@ -18,7 +18,7 @@ from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.distributed import World
-from orchestrator.training.loop import Hooks, Position, Trainee, train
+from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import Objective, distillation_objective, pretraining_objective
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
 from orchestrator.training.validation import validation_loss
@@ -75,7 +75,7 @@ def trained(
     recipe = TrainingSettings(
         num_steps=NUM_STEPS, learning_rate=0.1, warmup_steps=0, num_sequences_per_pass=per_pass
     )
-    trainee = Trainee(
+    trainee = TrainingSetup(
         model=decoder,
         optimizer=torch.optim.SGD(decoder.parameters(), lr=0.1),
         objective=objective,
@@ -88,7 +88,7 @@ def trained(
         validate=lambda _: 0.0,
         report=lambda _, numbers: reported.append(numbers),
         event=never,
-        pace=lambda _: {},
+        throughput=lambda _: {},
         save=never,
         should_stop=never,
         should_save=never,

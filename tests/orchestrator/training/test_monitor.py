@@ -13,7 +13,7 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import BarProgress, PlainProgress, Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.monitor import JournalFollower
+from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.journal import Journal
 
 
@@ -41,32 +41,32 @@ def job(tmp_path: Path, tiny_model: dict[str, Any]) -> TrainingJob:
 
 def test_time_left_knows_that_corrections_take_longer(job: TrainingJob) -> None:
     heard, journal = Heard(), Journal(job.folder)
-    follower = JournalFollower({"iiet": job}, cast("Tracking", None), heard)
-    follower.look()
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), heard)
+    monitor.poll()
     assert heard.said[-1] == (0, "waiting for the first step", None)
     speed = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
     journal.metrics(10, speed)
-    follower.look()
+    monitor.poll()
     done, text, first = heard.said[-1]
     assert (done, text) == (10, "loss iiet 5.50, 640 tokens/s")
     # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
     assert first is not None
     assert 40 * 0.1 + 50 * 0.1 < first < 40 * 0.1 + 50 * 0.25
     journal.metrics(60, speed)
-    follower.look()
+    monitor.poll()
     assert heard.said[-1][2] == pytest.approx(40 * 0.1)
     journal.metrics(100, speed)
-    follower.look()
+    monitor.poll()
     assert heard.said[-1] == (100, "", None)
     journal.close()
 
 
 def test_a_skipped_step_and_damage_are_told(job: TrainingJob) -> None:
     heard, journal = Heard(), Journal(job.folder)
-    follower = JournalFollower({"iiet": job}, cast("Tracking", None), heard)
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), heard)
     journal.event("skipped", step=7, loss=float("nan"), gradient_norm=2.0)
     journal.event("damaged", text="a sentence")
-    follower.look()
+    monitor.poll()
     assert heard.notes == ["iiet: step 7 was skipped: loss nan, gradient norm 2", "a sentence"]
     journal.close()
 

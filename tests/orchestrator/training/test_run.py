@@ -16,20 +16,15 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import (
-    WEIGHTS,
-    find_checkpoints,
-    load_decoder,
-    load_training_state,
-    weights_key,
-)
+from orchestrator.training.checkpoint import WEIGHTS, load_decoder, load_training_state, weights_key
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import (
     TrainingJob,
-    ask_to_stop,
     check_job,
+    clear_stop_request,
     finished_outcome,
-    forget_stop,
     job_key,
+    request_stop,
 )
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
@@ -219,9 +214,9 @@ def test_a_damaged_last_checkpoint_is_made_again(make_job: MakeJob) -> None:
 
 def test_the_stop_file_is_honoured_and_withdrawn(make_job: MakeJob) -> None:
     job = make_job()
-    ask_to_stop(job.folder)
+    request_stop(job.folder)
     assert run_job(job).step == 0
-    forget_stop(job.folder)
+    clear_stop_request(job.folder)
     assert run_job(job).finished
 
 
@@ -273,7 +268,7 @@ def test_first_stage_makes_no_corrections(
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") -> None:
     """Make the loss, or the gradient alone, no number at these steps, counted from 0."""
-    objective = run_module.objective_of
+    objective = run_module.make_objective
 
     def spoiled(*arguments: Any) -> Any:
         inner = objective(*arguments)
@@ -290,7 +285,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") 
 
         return compute
 
-    monkeypatch.setattr(run_module, "objective_of", spoiled)
+    monkeypatch.setattr(run_module, "make_objective", spoiled)
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient"])

@@ -15,27 +15,26 @@ from iiet.decoder import Decoder
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.settings import DistillationSettings, TrainingSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training import teacher_cache, teacher_choice
-from orchestrator.training.builders import load_teacher
+from orchestrator.training import teacher_cache, teacher_cache_policy, teacher_outputs
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job_models import load_teacher
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import (
     CachedTeacher,
     CachePlan,
-    bytes_left,
-    damage,
+    bytes_to_write,
+    find_cache_damage,
     open_cache,
     write_cache,
 )
-from orchestrator.training.teacher_choice import (
-    cache_plan,
-    forget_teacher,
-    share_teacher,
-    teacher_answers,
-    teacher_work,
+from orchestrator.training.teacher_cache_policy import (
+    delete_teacher_caches,
+    estimate_teacher_work,
+    store_teacher_outputs,
 )
+from orchestrator.training.teacher_outputs import cache_plan, teacher_answers
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import delete_folder
 from orchestrator.workspace.journal import read_journal
@@ -153,7 +152,7 @@ def test_a_job_that_reads_loads_no_teacher(
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("orchestrator.training.builders.load_decoder", forbidden)
+    monkeypatch.setattr("orchestrator.training.job_models.load_decoder", forbidden)
     assert isinstance(load_teacher(job, World()), CachedTeacher)
     with pytest.raises(AssertionError, match="was loaded"):
         load_teacher(replace(job, teacher_cache=None), World())
@@ -262,7 +261,7 @@ def test_a_damaged_cache_is_named_and_made_again_and_never_read(
     notes = Notes()
     for bad in (good[:-4], good[:-4] + b"\0\1\2\3"):
         logits.write_bytes(bad)
-        assert damage(folder, plan)
+        assert find_cache_damage(folder, plan)
         assert write_cache(plan, tmp_path / "t", teacher_answers(job), progress=notes) == folder
         assert logits.read_bytes() == good
     assert [note.partition("(")[2].partition(")")[0] for note in notes.notes] == [
@@ -288,7 +287,7 @@ def test_another_plan_does_not_open_it(student: MakeStudent, tmp_path: Path) -> 
     other = cache_plan(student(recipe={"seed": 1}))
     assert other
     assert open_cache(Path(str(job.teacher_cache)), other) is None
-    assert "something else" in str(damage(Path(str(job.teacher_cache)), other))
+    assert "something else" in str(find_cache_damage(Path(str(job.teacher_cache)), other))
 
 
 def test_auto_stores_for_two_students_and_not_for_one(
@@ -298,19 +297,21 @@ def test_auto_stores_for_two_students_and_not_for_one(
     two = student("b", model={**tiny_model, "schedule": [0, 0]})
     plain = student("c", objective="cross_entropy", teacher_folder=None)
     notes = Notes()
-    alone = share_teacher([one, plain], DistillationSettings(), tmp_path / "t", progress=notes)
+    alone = store_teacher_outputs(
+        [one, plain], DistillationSettings(), tmp_path / "t", progress=notes
+    )
     assert alone == [one, plain]
     assert not (tmp_path / "t").exists()
-    shared = share_teacher(
+    shared = store_teacher_outputs(
         [one, plain, two], DistillationSettings(), tmp_path / "t", progress=notes
     )
     assert [bool(job.teacher_cache) for job in shared] == [True, False, True]
     assert shared[0].teacher_cache == shared[2].teacher_cache
-    again = share_teacher([one], DistillationSettings(), tmp_path / "t", progress=notes)
+    again = store_teacher_outputs([one], DistillationSettings(), tmp_path / "t", progress=notes)
     assert again[0].teacher_cache == shared[0].teacher_cache, "what is there is used"
     assert ["runs in each" in notes.notes[0], "stored once" in notes.notes[1]] == [True, True]
     assert "there already" in notes.notes[2]
-    assert share_teacher([plain], DistillationSettings(), tmp_path / "t") == [plain]
+    assert store_teacher_outputs([plain], DistillationSettings(), tmp_path / "t") == [plain]
 
 
 @pytest.mark.parametrize(
@@ -327,10 +328,10 @@ def test_the_teacher_runs_on_a_gpu_where_its_students_do(
         asked.append(device)
         return teacher_answers(job)
 
-    monkeypatch.setattr(teacher_choice, "teacher_answers", answers)
+    monkeypatch.setattr(teacher_cache_policy, "teacher_answers", answers)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     jobs = [student("a"), student("b")]
-    share_teacher(jobs, DistillationSettings(), tmp_path / "t", on_gpu=on_gpu)
+    store_teacher_outputs(jobs, DistillationSettings(), tmp_path / "t", on_gpu=on_gpu)
     assert asked == [device]
 
 
@@ -338,19 +339,20 @@ def test_the_price_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: 
     jobs = [student("a"), student("b"), student("c", objective="cross_entropy")]
     own = RECIPE["num_steps"] * RECIPE["num_tokens_per_step"]
     live, shared = (DistillationSettings(teacher_cache=mode) for mode in ("live", "exact"))
-    assert teacher_work(jobs, live, tmp_path / "t").num_tokens == 2 * own
-    assert teacher_work(jobs, shared, tmp_path / "t").num_tokens == own
-    share_teacher(jobs, shared, tmp_path / "t")
-    assert teacher_work(jobs, shared, tmp_path / "t").num_tokens == 0
+    assert estimate_teacher_work(jobs, live, tmp_path / "t").num_tokens == 2 * own
+    assert estimate_teacher_work(jobs, shared, tmp_path / "t").num_tokens == own
+    store_teacher_outputs(jobs, shared, tmp_path / "t")
+    assert estimate_teacher_work(jobs, shared, tmp_path / "t").num_tokens == 0
 
 
 def test_auto_deletes_what_it_stored_and_a_later_job_asks_the_teacher(
     student: MakeStudent, tmp_path: Path
 ) -> None:
-    shared = share_teacher([student("a"), student("b")], DistillationSettings(), tmp_path / "t")
-    forget_teacher(shared, DistillationSettings(teacher_cache="exact"))
+    jobs = [student("a"), student("b")]
+    shared = store_teacher_outputs(jobs, DistillationSettings(), tmp_path / "t")
+    delete_teacher_caches(shared, DistillationSettings(teacher_cache="exact"))
     assert Path(str(shared[0].teacher_cache)).is_dir(), "what was asked for by name stays"
-    forget_teacher(shared, DistillationSettings())
+    delete_teacher_caches(shared, DistillationSettings())
     assert not Path(str(shared[0].teacher_cache)).exists()
     assert isinstance(load_teacher(shared[0], World()), Decoder)
 
@@ -360,10 +362,10 @@ def test_auto_reads_what_was_asked_for_by_name_and_leaves_it(
 ) -> None:
     jobs = [student("a"), student("b")]
     exact, auto = (DistillationSettings(teacher_cache=mode) for mode in ("exact", "auto"))
-    [named, _] = share_teacher(jobs, exact, tmp_path / "t")
-    shared = share_teacher(jobs, auto, tmp_path / "t")
+    [named, _] = store_teacher_outputs(jobs, exact, tmp_path / "t")
+    shared = store_teacher_outputs(jobs, auto, tmp_path / "t")
     assert shared[0] == named
-    forget_teacher(shared, auto)
+    delete_teacher_caches(shared, auto)
     assert opened(shared[0])
 
 
@@ -373,15 +375,15 @@ def test_auto_spares_the_disk_and_says_so(
     jobs = [student("a"), student("b")]
     plan = plan_of(jobs[0])
     for free, is_stored in ((10 * plan.num_bytes + 10, True), (10 * plan.num_bytes - 10, False)):
-        monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(teacher_cache_policy, "_free_bytes", lambda _, free=free: free)
         notes, parent = Notes(), tmp_path / str(free)
-        shared = share_teacher(jobs, DistillationSettings(), parent, progress=notes)
+        shared = store_teacher_outputs(jobs, DistillationSettings(), parent, progress=notes)
         assert [bool(job.teacher_cache) for job in shared] == [is_stored] * 2
         assert len(notes.notes) == 1
     assert "10% of the free disk" in notes.notes[0]
-    monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _: plan.num_bytes - 1)
+    monkeypatch.setattr(teacher_cache_policy, "_free_bytes", lambda _: plan.num_bytes - 1)
     with pytest.raises(UserError, match=r"distillation\.teacher_cache=exact needs"):
-        share_teacher(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
+        store_teacher_outputs(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
 
 
 def test_what_is_written_already_needs_no_more_room(
@@ -398,14 +400,14 @@ def test_what_is_written_already_needs_no_more_room(
 
     with pytest.raises(OSError, match="No space"):
         write_cache(plan, tmp_path / "t", full_after_half)
-    left = bytes_left(plan, tmp_path / "t")
+    left = bytes_to_write(plan, tmp_path / "t")
     assert left == plan.num_bytes - plan.num_steps // 2 * (plan.num_bytes // plan.num_steps)
-    monkeypatch.setattr(teacher_choice, "_free_bytes", lambda _: left + 1)
+    monkeypatch.setattr(teacher_cache_policy, "_free_bytes", lambda _: left + 1)
     exact = DistillationSettings(teacher_cache="exact")
-    assert teacher_work(jobs, exact, tmp_path / "t").num_bytes == left
-    shared = share_teacher(jobs, exact, tmp_path / "t")
+    assert estimate_teacher_work(jobs, exact, tmp_path / "t").num_bytes == left
+    shared = store_teacher_outputs(jobs, exact, tmp_path / "t")
     assert opened(shared[0])
-    assert bytes_left(plan, tmp_path / "t") == 0
+    assert bytes_to_write(plan, tmp_path / "t") == 0
 
 
 def test_auto_stores_no_more_than_its_limit_for_all_seeds_together(
@@ -413,11 +415,11 @@ def test_auto_stores_no_more_than_its_limit_for_all_seeds_together(
 ) -> None:
     jobs = [student(f"{name}{seed}", recipe={"seed": seed}) for seed in range(3) for name in "ab"]
     plan = plan_of(jobs[0])
-    monkeypatch.setattr(teacher_choice, "LARGEST_BYTES", int(2.5 * plan.num_bytes))
+    monkeypatch.setattr(teacher_cache_policy, "LARGEST_BYTES", int(2.5 * plan.num_bytes))
     auto, own = DistillationSettings(), plan.num_rows * plan.context_length
-    work = teacher_work(jobs, auto, tmp_path / "t")
+    work = estimate_teacher_work(jobs, auto, tmp_path / "t")
     assert (work.num_stored_tokens, work.num_tokens) == (2 * own, 4 * own)
-    shared = share_teacher(jobs, auto, tmp_path / "t")
+    shared = store_teacher_outputs(jobs, auto, tmp_path / "t")
     assert [bool(job.teacher_cache) for job in shared] == [True] * 4 + [False] * 2
 
 
@@ -431,8 +433,9 @@ def test_what_was_stored_a_moment_ago_is_not_counted_twice(
         written = sum(path.stat().st_size for path in parent.rglob("*.bin"))
         return 3 * size - written
 
-    monkeypatch.setattr(teacher_choice, "_free_bytes", free_bytes)
-    shared = share_teacher(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
+    monkeypatch.setattr(teacher_cache_policy, "_free_bytes", free_bytes)
+    exact = DistillationSettings(teacher_cache="exact")
+    shared = store_teacher_outputs(jobs, exact, tmp_path / "t")
     assert all(job.teacher_cache for job in shared)
 
 
@@ -445,7 +448,7 @@ def test_no_more_than_one_pass_of_logits_is_held(
         sizes.append(len(logits))
         return coarsen(logits, *args, **more)
 
-    monkeypatch.setattr(teacher_choice, "coarsen", watched)
+    monkeypatch.setattr(teacher_outputs, "coarsen", watched)
     coarse = DistillationConfig(top_k=3)
     job = student(recipe={"num_sequences_per_pass": 3}, distillation=coarse)
     sequences, answer = teacher_answers(job)(0)
@@ -463,7 +466,7 @@ def test_who_comes_while_it_is_deleted_finds_none(
     def whole_until_now(folder: Path, *_: Any, **__: Any) -> None:
         delete_folder(folder)
 
-    monkeypatch.setattr(teacher_cache, "damage", whole_until_now)
+    monkeypatch.setattr(teacher_cache, "find_cache_damage", whole_until_now)
     assert open_cache(Path(str(job.teacher_cache)), plan) is None
     assert not list((tmp_path / "t").glob("*/"))
 
@@ -471,13 +474,13 @@ def test_who_comes_while_it_is_deleted_finds_none(
 def test_live_is_live_and_hidden_states_need_it(student: MakeStudent, tmp_path: Path) -> None:
     jobs, notes = [student("a"), student("b")], Notes()
     live = DistillationSettings(teacher_cache="live")
-    assert share_teacher(jobs, live, tmp_path / "t", progress=notes) == jobs
+    assert store_teacher_outputs(jobs, live, tmp_path / "t", progress=notes) == jobs
     assert notes.notes == []
     jobs = [replace(j, distillation=DistillationConfig(hidden_weight=0.5)) for j in jobs]
     auto = DistillationSettings(hidden_weight=0.5)
-    assert share_teacher(jobs, auto, tmp_path / "t", progress=notes) == jobs
+    assert store_teacher_outputs(jobs, auto, tmp_path / "t", progress=notes) == jobs
     assert "hidden_weight" in notes.notes[0]
     for mode in ("exact", "top_k"):
         asked = DistillationSettings(hidden_weight=0.5, teacher_cache=mode)
         with pytest.raises(UserError, match=f"teacher_cache={mode} cannot be"):
-            share_teacher(jobs, asked, tmp_path / "t")
+            store_teacher_outputs(jobs, asked, tmp_path / "t")

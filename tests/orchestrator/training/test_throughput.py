@@ -10,25 +10,25 @@ import pytest
 import torch
 
 from orchestrator.settings import TrainingSettings
-from orchestrator.training import throughput as pace_module
+from orchestrator.training import throughput as throughput_module
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Position
 from orchestrator.training.run import run_job
-from orchestrator.training.throughput import Pace
+from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.workspace.journal import read_journal
 
 
 def test_speed_is_that_of_the_steps_since_the_last_call() -> None:
     position = Position(step=3, num_tokens=1000, flops=5e9, seconds=10.0)
-    pace = Pace(position, World(), "fp32")
+    meter = ThroughputMeter(position, World(), "fp32")
     position.num_tokens, position.flops, position.seconds = 1600, 11e9, 12.0
-    found = pace.numbers(position)
+    found = meter.measure(position)
     assert found["train/tokens_per_second"] == pytest.approx(300.0)
     assert found["train/gflops_per_second"] == pytest.approx(3.0)
     assert "train/mfu" not in found
     position.num_tokens, position.flops, position.seconds = 1700, 12e9, 12.5
-    assert pace.numbers(position)["train/tokens_per_second"] == pytest.approx(200.0)
+    assert meter.measure(position)["train/tokens_per_second"] == pytest.approx(200.0)
 
 
 def test_mfu_is_the_share_of_all_gpus_best_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,11 +38,11 @@ def test_mfu_is_the_share_of_all_gpus_best_figure(monkeypatch: pytest.MonkeyPatc
         "mem_get_info": (60 * 10**9, 80 * 10**9),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    monkeypatch.setattr(pace_module, "gpu_peak", lambda name, precision: 1e15)
+    monkeypatch.setattr(throughput_module, "gpu_peak_flops", lambda name, precision: 1e15)
     position = Position()
-    pace = Pace(position, World(size=4, device="cuda:0"), "bf16")
+    meter = ThroughputMeter(position, World(size=4, device="cuda:0"), "bf16")
     position.num_tokens, position.flops, position.seconds = 10, 8e15, 5.0
-    found = pace.numbers(position)
+    found = meter.measure(position)
     assert found["train/mfu"] == pytest.approx(0.4)
     assert found["train/memory_gb"] == 3.0
     assert found["system/gpu_0_memory_usage_percentage"] == 25.0

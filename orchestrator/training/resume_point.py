@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
-from orchestrator.training.checkpoint import find_checkpoints, step_of
+from orchestrator.training.checkpoint import step_of
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import DONE_NAME, TrainingJob
 from orchestrator.workspace.errors import UserError
 
 
-def saved_step(job: TrainingJob) -> int | None:
+def resume_step(job: TrainingJob) -> int | None:
     """Return the step that a run goes on from; None if it begins anew."""
     if checkpoints := find_checkpoints(job.folder):
         return step_of(checkpoints[-1])
@@ -22,7 +23,7 @@ def saved_step(job: TrainingJob) -> int | None:
     return None
 
 
-def what_is_saved(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
+def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
     """Say what each of these runs has saved.
 
     Args:
@@ -38,5 +39,5 @@ def what_is_saved(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> st
 def _what_is_saved(job: TrainingJob) -> str:
     if (job.folder / DONE_NAME).is_file():
         return "the training is finished"
-    step = saved_step(job)
+    step = resume_step(job)
     return "nothing was saved" if step is None else f"saved at step {step}"

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from orchestrator.settings import TrainingSettings
+from orchestrator.training import checkpoint_writer as writer_module
 from orchestrator.training import run as run_module
-from orchestrator.training import saving as saving_module
-from orchestrator.training.checkpoint import check_checkpoint, find_checkpoints, load_training_state
+from orchestrator.training.checkpoint import check_checkpoint, load_training_state
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.retention import best_checkpoint
 from orchestrator.training.run import run_job
@@ -63,7 +64,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_job(make_job("plain"))
-    write, may_write = saving_module.write_checkpoint, threading.Event()
+    write, may_write = writer_module.write_checkpoint, threading.Event()
     steps: list[int] = []
 
     def slow(folder: Path, step: int, **parts: Any) -> Path:
@@ -78,7 +79,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             assert names(job) == []
             may_write.set()
 
-    monkeypatch.setattr(saving_module, "write_checkpoint", slow)
+    monkeypatch.setattr(writer_module, "write_checkpoint", slow)
     job = make_job("slow")
     run_job(job, report=report)
     assert steps == list(range(1, 9))
@@ -129,7 +130,7 @@ def test_a_checkpoint_comes_after_minutes_too(
 ) -> None:
     seldom = {"checkpoint_every_steps": 100, "num_checkpoints_kept": 9}
     clock = iter(range(0, 10**6, 45))  # Seconds; it is asked before each step and when saving.
-    monkeypatch.setattr(saving_module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(writer_module.time, "monotonic", lambda: float(next(clock)))
     run_job(make_job("timed", checkpoint_every_minutes=1.5, **seldom))
     assert names(make_job("timed")) == [f"step_{n:08d}" for n in (1, 3, 5, 7, 8)]
 

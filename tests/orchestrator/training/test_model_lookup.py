@@ -17,8 +17,14 @@ from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_models
-from orchestrator.training.catalog import find_teacher, locate, resolve_model, resolve_teacher
-from orchestrator.training.checkpoint import checkpoint_name, find_checkpoints, save_checkpoint
+from orchestrator.training.checkpoint import checkpoint_name, save_checkpoint
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.model_lookup import (
+    find_model_folder,
+    find_newest_teacher,
+    resolve_model,
+    resolve_teacher,
+)
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -119,13 +125,13 @@ def test_a_run_without_any_whole_checkpoint_does_not_give_way_to_an_older_run(
     newest = damage_newest(newer)
     os.utime(older, (1, 1))
     with pytest.raises(UserError, match=f"{newest} is damaged.* {older}"):
-        find_teacher(workspace)
+        find_newest_teacher(workspace)
     said: list[str] = []
-    assert find_teacher(workspace, said.append) == older / checkpoint_name(5)
+    assert find_newest_teacher(workspace, said.append) == older / checkpoint_name(5)
     assert len(said) == 1
     damage_newest(older)
     with pytest.raises(UserError, match=f"has no checkpoint that is whole .*{newest}"):
-        find_teacher(workspace)
+        find_newest_teacher(workspace)
 
 
 def test_a_damaged_model_without_corrections_is_no_matter(
@@ -135,7 +141,7 @@ def test_a_damaged_model_without_corrections_is_no_matter(
     vanilla = {**tiny_model, "method": "vanilla", "schedule": None}
     damage_newest(save(workspace.runs / "vanilla", tiny_tokens, vanilla, 5))
     os.utime(run, (1, 1))
-    assert find_teacher(workspace) == run / checkpoint_name(5)
+    assert find_newest_teacher(workspace) == run / checkpoint_name(5)
 
 
 @pytest.fixture
@@ -173,7 +179,7 @@ def test_a_run_is_found_by_name_and_by_its_path_inside_the_workspace(
 
 def test_an_unknown_name_lists_the_runs(workspace: Workspace, save_run: Any) -> None:
     with pytest.raises(UserError, match="has no runs yet"):
-        locate(workspace, Path("teacher"))
+        find_model_folder(workspace, Path("teacher"))
     save_run("one")
     save_run("two")
     with pytest.raises(UserError, match=r"no folder teacher.* its runs are one, two"):
@@ -186,7 +192,7 @@ def test_an_unknown_name_lists_no_more_runs_than_people_read(workspace: Workspac
         folder.mkdir(parents=True)
         os.utime(folder, (number, number))
     with pytest.raises(UserError, match=r"its newest runs are run10, .*, run29$"):
-        locate(workspace, Path("teacher"))
+        find_model_folder(workspace, Path("teacher"))
 
 
 def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
@@ -198,7 +204,7 @@ def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
     monkeypatch.chdir(tmp_path)
     assert resolve_model(workspace, Path("llama")) == checkpoint
     # What can read both takes the nearer one.
-    assert locate(workspace, Path("llama"), model_folders=True) == tmp_path / "llama"
+    assert find_model_folder(workspace, Path("llama"), model_folders=True) == tmp_path / "llama"
 
 
 def test_the_newest_is_what_was_imported_last(workspace: Workspace, save_run: Any) -> None:

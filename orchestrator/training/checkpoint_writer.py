@@ -10,7 +10,7 @@ temporary folder is left, and the next start removes it. What keeps a checkpoint
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,17 +22,17 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import TokenStore
-from orchestrator.training.builders import provenance_of, random_state
-from orchestrator.training.checkpoint import read_text_files, write_checkpoint
-from orchestrator.training.distributed import World, decided_by_first, whole
+from orchestrator.training.checkpoint import read_text_files, weights_key, write_checkpoint
+from orchestrator.training.distributed import World, full_tensor, run_on_first
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Position
-from orchestrator.training.retention import best_checkpoint, prune_checkpoints, remember_best
+from orchestrator.training.retention import best_checkpoint, prune_checkpoints, record_best
 from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.provenance import environment
 
 if TYPE_CHECKING:
-    from orchestrator.training.remote_copy import Mirror
+    from orchestrator.training.remote_copy import RemoteCopy
 
 Event = Callable[..., None]
 
@@ -40,7 +40,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a disk that takes no more looks like, from Python, PyTorch and safetensors."""
 
 
-class NotSaved(RunFailed):
+class CheckpointWriteFailed(RunFailed):
     """A checkpoint could not be written; trying again at once would end the same way."""
 
 
@@ -56,7 +56,7 @@ class Snapshot:
     """Optimizer, position, random numbers."""
 
 
-class Saver:
+class CheckpointWriter:
     """Saves one run; every worker has one and calls it at the same steps, the first writes."""
 
     def __init__(self, job: TrainingJob, world: World, store: TokenStore, event: Event) -> None:
@@ -73,11 +73,11 @@ class Saver:
         self._text_files = read_text_files(Path(origin)) if origin else {}
         self.first_stage = first_stage_of(job)
         """What this run has in common with others, if anything."""
-        self._mirror: Mirror | None = None
+        self._remote: RemoteCopy | None = None
         if job.storage and world.is_first:
-            from orchestrator.training.remote_copy import Mirror  # pyarrow takes a moment
+            from orchestrator.training.remote_copy import RemoteCopy  # pyarrow takes a moment
 
-            self._mirror = Mirror(job.storage, job.folder)
+            self._remote = RemoteCopy(job.storage, job.folder)
 
     def fetch(self) -> Path | None:
         """Bring back the newest checkpoint from the run's storage; None if it has none there.
@@ -85,12 +85,12 @@ class Saver:
         Raises:
             RunFailed: If the storage does not answer.
         """
-        if self._mirror is None:
+        if self._remote is None:
             return None
         from orchestrator.training.remote_copy import COPY_ERRORS, one_line
 
         try:
-            return self._mirror.fetch(lambda sentence: self._event("damaged", text=sentence))
+            return self._remote.fetch(lambda sentence: self._event("damaged", text=sentence))
         except COPY_ERRORS as error:
             raise RunFailed(
                 f"{self._job.storage} may hold checkpoints to go on from, and does not answer "
@@ -115,11 +115,11 @@ class Saver:
         """Begin to write a checkpoint, unless this step has one or nothing is trained yet.
 
         Raises:
-            NotSaved: If the one before could not be written.
+            CheckpointWriteFailed: If the one before could not be written.
         """
         if position.step in (0, self._saved_step):
             return
-        decided_by_first(self.finish, self._world)
+        run_on_first(self.finish, self._world)
         self._saved_step, self._saved_at = position.step, time.monotonic()
         is_first = self._world.is_first
         if not (is_first or self._world.is_sharded):
@@ -140,14 +140,14 @@ class Saver:
         """Wait for the checkpoint in flight.
 
         Raises:
-            NotSaved: If it could not be written; those before it are as they were.
+            CheckpointWriteFailed: If it could not be written; those before it are as they were.
         """
         writing, self._writing = self._writing, None
         try:
             if writing:
                 writing.result()
         except WRITE_ERRORS as error:
-            raise NotSaved(
+            raise CheckpointWriteFailed(
                 f"the checkpoint after step {self._saved_step} could not be written to "
                 f"{self._job.folder} ({error}); make room there, then the same command goes on "
                 f"from {self.checkpoint or 'the start'}"
@@ -166,16 +166,16 @@ class Saver:
             weights=snapshot.weights,
             training_state=snapshot.training_state,
             tokenizer_path=self._store.tokenizer_path,
-            provenance=provenance_of(self._job, self._store),
+            provenance=checkpoint_provenance(self._job, self._store),
             text_files=self._text_files,
         )
         if recipe.keep_best and position.validated_step == position.step:
-            remember_best(self.checkpoint, position.step, position.validation_loss)
+            record_best(self.checkpoint, position.step, position.validation_loss)
         best = best_checkpoint(folder) if recipe.keep_best else None
         prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=best)
         self._event("checkpoint", step=position.step, path=str(self.checkpoint))
         self._share(position.step)
-        self._copy(self._mirror)
+        self._copy(self._remote)
 
     def _ends_first_stage(self, step: int) -> bool:
         stage = self.first_stage
@@ -190,7 +190,7 @@ class Saver:
         except OSError as error:
             self._event("not shared", text=f"no first stage for others to go on from: {error}")
 
-    def _copy(self, mirror: Mirror | None) -> None:
+    def _copy(self, mirror: RemoteCopy | None) -> None:
         if mirror is None:
             return
         from orchestrator.training.remote_copy import COPY_ERRORS, one_line
@@ -208,10 +208,41 @@ def _copied(value: Any, *, keep: bool) -> Any:
     All workers that hold shards take part; who does not `keep` gets None in their places.
     """
     if isinstance(value, Tensor):
-        tensor = whole(value.detach())
+        tensor = full_tensor(value.detach())
         return tensor.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
         return {name: _copied(part, keep=keep) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_copied(part, keep=keep) for part in value)
     return value
+
+
+def checkpoint_provenance(job: TrainingJob, store: TokenStore) -> dict[str, Any]:
+    """Return what a checkpoint says about its origin; weights and checksums are added on saving."""
+    return {
+        "tokens": store.fingerprint,
+        "objective": job.objective,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "distillation": asdict(job.distillation) if job.distillation else None,
+        "teacher": weights_key(Path(job.teacher_folder)) if job.teacher_folder else None,
+        "environment": environment(),
+        **job.provenance,
+    }
+
+
+def random_state(world: World) -> dict[str, Tensor]:
+    """Return the state of the random numbers.
+
+    Nothing draws any after the weights are made; it is kept so that dropout could come.
+    """
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.startswith("cuda"):
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and world.device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["cuda"], world.device)

@@ -13,15 +13,15 @@ from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings, resolve_settings
 from orchestrator.training.job import TrainingJob, job_key
-from orchestrator.training.objective import two_stage
 from orchestrator.training.run import run_job
+from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 
 
 def stages(corrections: tuple[int, ...], **recipe: Any) -> list[tuple[tuple[int, ...], int]]:
     settings = TrainingSettings(num_steps=100, **recipe)
-    schedule_at = two_stage(IterationSchedule(corrections), settings)
+    schedule_at = schedule_by_step(IterationSchedule(corrections), settings)
     schedules = [schedule_at(step).corrections for step in range(100)]
     return [(schedule, len(list(steps))) for schedule, steps in groupby(schedules)]
 

@@ -26,7 +26,7 @@ _PEAK_TFLOPS = {
 _SIZE = 512
 
 
-def gpu_peak(name: str, precision: str) -> float | None:
+def gpu_peak_flops(name: str, precision: str) -> float | None:
     """Return the largest FLOP/s of a GPU; None for one that is not known.
 
     Args:
@@ -42,7 +42,7 @@ def installed_gpu() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
-def measured_cpu_speeds(count: int = 9, seconds: float = 0.03) -> list[float]:
+def measure_cpu_flops(count: int = 9, seconds: float = 0.03) -> list[float]:
     """Return the FLOP/s of float32 matrix products on this CPU, with all threads of PyTorch.
 
     Args:

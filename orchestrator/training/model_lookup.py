@@ -16,19 +16,20 @@ from iiet.weights import CONFIG
 from orchestrator.data.token_store import verify_tokens
 from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import (
-    find_checkpoints,
-    is_checkpoint,
+    check_checkpoint,
     load_config,
     load_provenance,
-    newest_checkpoint,
-    newest_whole_checkpoint,
-    report_older,
-    resolve_checkpoint,
     tokenizer_file,
     weights_key,
 )
+from orchestrator.training.checkpoint_lookup import (
+    find_checkpoints,
+    is_checkpoint,
+    newest_checkpoint,
+    newest_intact_checkpoint,
+)
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
+from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
 from orchestrator.workspace.folders import Workspace, is_valid_name
 from orchestrator.workspace.provenance import file_key
 
@@ -40,8 +41,9 @@ Warn = Callable[[str], None]
 
 
 def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
-    """Return the checkpoint that the user means: see `locate`; without a path the newest IIET with
-    corrections.
+    """Return the checkpoint that the user means: see `find_model_folder`.
+
+    Without a path: the newest IIET with corrections.
 
     Args:
         workspace: Where names are looked up.
@@ -53,23 +55,28 @@ def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None =
         UserError: If there is none, or it is damaged.
     """
     if path is None:
-        return find_teacher(workspace, warn)
-    return resolve_checkpoint(locate(workspace, path), warn)
+        return find_newest_teacher(workspace, warn)
+    return resolve_checkpoint(find_model_folder(workspace, path), warn)
 
 
 def resolve_model(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
-    """Return the checkpoint that the user means, of any method: see `locate`; without a path the
-    newest IIET with corrections or imported model, else the newest of any other method.
+    """Return the checkpoint that the user means, of any method: see `find_model_folder`.
+
+    Without a path: the newest IIET with corrections or imported model, else the newest of any other
+    method.
 
     Args and Raises: as `resolve_teacher`.
     """
     if path is None:
-        found = _newest(workspace, _may_be_teacher_or_imported, warn)
-        return found or _newest(workspace, lambda _: True, warn) or find_teacher(workspace, warn)
-    return resolve_checkpoint(locate(workspace, path), warn)
+        return (
+            _newest(workspace, _may_be_teacher_or_imported, warn)
+            or _newest(workspace, lambda _: True, warn)
+            or find_newest_teacher(workspace, warn)
+        )
+    return resolve_checkpoint(find_model_folder(workspace, path), warn)
 
 
-def locate(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:
+def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:
     """Return the folder that a user names: by its path, or as a name inside the workspace, such as
     `NAME` of a run, `runs/NAME` or `runs/NAME/step_00000100`.
 
@@ -100,7 +107,7 @@ def locate(workspace: Workspace, path: Path, *, model_folders: bool = False) -> 
     )
 
 
-def find_teacher(workspace: Workspace, warn: Warn | None = None) -> Path:
+def find_newest_teacher(workspace: Workspace, warn: Warn | None = None) -> Path:
     """Return the newest checkpoint of an IIET with corrections; see `resolve_teacher`.
 
     Raises:
@@ -131,7 +138,7 @@ def _newest(
     """
     all_damage: list[str] = []
     for run in _newest_runs(workspace):
-        checkpoint, damage = newest_whole_checkpoint(run)
+        checkpoint, damage = newest_intact_checkpoint(run)
         if (checkpoint or damage) and may_be_meant(
             [checkpoint] if checkpoint else find_checkpoints(run)
         ):
@@ -149,7 +156,7 @@ def _newest(
 
 
 def _newest_runs(workspace: Workspace) -> list[Path]:
-    return sorted(all_runs(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+    return sorted(run_folders(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
 
 
 def _may_be_teacher(checkpoints: Sequence[Path]) -> bool:
@@ -167,7 +174,7 @@ def _may_be_teacher_or_imported(checkpoints: Sequence[Path]) -> bool:
     return True
 
 
-def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
+def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
     """Return the folder of the tokens that a checkpoint was trained on; for an imported one, the
     newest that were made with its tokenizer.
 
@@ -188,9 +195,9 @@ def tokens_of(checkpoint: Path, workspace: Workspace) -> Path:
     return folder
 
 
-def find_by_weights(workspace: Workspace, key: str) -> Path | None:
+def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
     """Return the checkpoint of the workspace's runs with these weights; None if it is not there."""
-    for run in all_runs(workspace):
+    for run in run_folders(workspace):
         for checkpoint in find_checkpoints(run):
             with suppress(UserError):  # A damaged record is not the one that is looked for.
                 if key and weights_key(checkpoint) == key:
@@ -198,7 +205,7 @@ def find_by_weights(workspace: Workspace, key: str) -> Path | None:
     return None
 
 
-def stored_influence(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
+def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
     """Return an influence table that lies beside a checkpoint, of its own schedule.
 
     Args:
@@ -247,6 +254,51 @@ def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
     return folder
 
 
-def all_runs(workspace: Workspace) -> list[Path]:
+def run_folders(workspace: Workspace) -> list[Path]:
     """Return the folders of the workspace's runs."""
     return [path for path in workspace.runs.glob("*") if path.is_dir()]
+
+
+def resolve_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Path:
+    """Return the checkpoint that a user means by a path: itself, or a run's newest one.
+
+    Args:
+        path: A checkpoint or a run.
+        warn: Called where a run's newest checkpoint is damaged and an older one is used. Without
+            it that is an error: an older checkpoint is another model.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    path = resolve_path(path)
+    if is_checkpoint(path):
+        check_checkpoint(path)
+        return path
+    newest, damage = newest_intact_checkpoint(path)
+    if newest is None:
+        if not damage and (path / CONFIG).is_file():
+            raise UserError(
+                f"{path} is a model folder and no checkpoint; `iiet-orch import` makes one of it"
+            )
+        found = f" ({damage[0]})" if damage else ""
+        raise UserError(f"{path} holds no whole checkpoint{found}; `iiet-orch pretrain` makes one")
+    if damage:
+        report_older(newest, damage, warn)
+    return newest
+
+
+def report_older(
+    checkpoint: Path, damage: Sequence[str], warn: Callable[[str], None] | None
+) -> None:
+    """Say that an older checkpoint stands in for damaged ones.
+
+    Raises:
+        UserError: If there is nobody to warn.
+    """
+    problems = "; ".join(damage)
+    if warn is None:
+        raise UserError(
+            f"{problems}. The newest whole one is {checkpoint}, which is another model; give that "
+            "path to use it, or restore the damaged one"
+        )
+    warn(f"{problems}; {checkpoint} is used instead")

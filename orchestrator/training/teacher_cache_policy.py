@@ -18,22 +18,18 @@ from pathlib import Path
 
 import torch
 
-from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
-from orchestrator.data.batches import BatchPlan
-from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import DistillationSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config, load_decoder, weights_key
-from orchestrator.training.distributed import World, autocast
-from orchestrator.training.job import TrainingJob, sequences_per_step
+from orchestrator.training.job import TrainingJob
 from orchestrator.training.teacher_cache import (
     Answer,
     Answers,
     CachePlan,
-    bytes_left,
-    damage,
+    bytes_to_write,
+    find_cache_damage,
     write_cache,
 )
+from orchestrator.training.teacher_outputs import cache_plan, teacher_answers, teaching_steps
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import delete_folder
 
@@ -48,74 +44,7 @@ _KEPT_NAME = "kept"
 _WHY_LIVE = "distillation.hidden_weight needs its hidden states, which are not stored"
 
 
-def cache_plan(job: TrainingJob) -> CachePlan | None:
-    """Return what a cache for a job would hold; None if its teacher has nothing that can be stored.
-
-    Raises:
-        UserError: If tokens or teacher are missing, or the batch is no whole number of sequences.
-    """
-    loss = job.distillation or DistillationConfig()
-    num_steps = len(_teaching_steps(job))
-    if job.objective != "distill" or not job.teacher_folder or loss.hidden_weight or not num_steps:
-        return None
-    config, recipe = job.config(), job.recipe
-    teacher = load_config(Path(job.teacher_folder))
-    return CachePlan(
-        origin={
-            "teacher": weights_key(Path(job.teacher_folder)),
-            "model": teacher.to_dict(),
-            "tokens": open_tokens(job.tokens_folder).fingerprint,
-            "seed": recipe.seed,
-            "first_step": _teaching_steps(job)[0],
-            # The last bits of a row can depend on how many rows are computed together.
-            "sequences_per_pass": recipe.num_sequences_per_pass,
-        },
-        num_steps=num_steps,
-        num_sequences=sequences_per_step(recipe, config),
-        context_length=config.context_length,
-        vocab_size=teacher.vocab_size,
-        precision=recipe.precision,
-        top_k=loss.top_k,
-        temperature=loss.temperature if loss.top_k else 1.0,
-    )
-
-
-def teacher_answers(job: TrainingJob, *, device: str = "cpu") -> Answers:
-    """Return what the teacher of a job says, computed as the job itself would, step by step.
-
-    Args:
-        job: One that distills.
-        device: Where the teacher runs.
-    """
-    assert job.teacher_folder
-    teacher = load_decoder(Path(job.teacher_folder), device=device, frozen=True)
-    store, config = open_tokens(job.tokens_folder), job.config()
-    plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
-    global_batch = sequences_per_step(job.recipe, config)
-    loss, steps = job.distillation or DistillationConfig(), _teaching_steps(job)
-    world = World(device=device)
-
-    @torch.no_grad()
-    def answers(number: int) -> tuple[torch.Tensor, Answer]:
-        batch = plan.batch(steps[number], store.train, global_batch=global_batch)
-        sequences = batch.input_ids
-        passes = torch.split(sequences, job.recipe.num_sequences_per_pass or len(sequences))
-        exact: list[torch.Tensor] = []
-        coarse: list[CoarseDistribution] = []
-        for part in passes:
-            with autocast(job.recipe.precision, world):
-                logits = teacher(part.to(device))
-                # The device holds the logits of one pass, as it does while a student learns.
-                if loss.top_k is None:
-                    exact.append(logits.cpu())
-                else:
-                    coarse.append(coarsen(logits, loss.top_k, temperature=loss.temperature))
-        return sequences, torch.cat(exact) if exact else CoarseDistribution.joined(coarse)
-
-    return answers
-
-
-def share_teacher(
+def store_teacher_outputs(
     jobs: Sequence[TrainingJob],
     settings: DistillationSettings,
     parent: Path,
@@ -177,7 +106,7 @@ class TeacherWork:
     """Of these answers."""
 
 
-def teacher_work(
+def estimate_teacher_work(
     jobs: Sequence[TrainingJob],
     settings: DistillationSettings,
     parent: Path,
@@ -197,7 +126,7 @@ def teacher_work(
     students: dict[str, tuple[CachePlan, list[int]]] = {}
     num_tokens = num_stored = num_bytes = 0
     for job, done in zip(jobs, steps_done or [0] * len(jobs), strict=True):
-        plan, steps = cache_plan(job), _teaching_steps(job)
+        plan, steps = cache_plan(job), teaching_steps(job)
         tokens_left = sum(step >= done for step in steps) * job.recipe.num_tokens_per_step
         if plan:
             students.setdefault(plan.key, (plan, []))[1].append(tokens_left)
@@ -208,9 +137,9 @@ def teacher_work(
         is_stored, _ = room.choice(plan, len(left))
         if not is_stored:
             num_tokens += sum(left)
-        elif damage(parent / plan.key, plan, read=False) is not None:
+        elif find_cache_damage(parent / plan.key, plan, read=False) is not None:
             num_stored += plan.num_rows * plan.context_length
-            num_bytes += bytes_left(plan, parent)
+            num_bytes += bytes_to_write(plan, parent)
     return TeacherWork(
         num_tokens=num_tokens + num_stored, num_stored_tokens=num_stored, num_bytes=num_bytes
     )
@@ -229,7 +158,7 @@ def check_teacher_cache(settings: DistillationSettings) -> None:
         )
 
 
-def forget_teacher(jobs: Sequence[TrainingJob], settings: DistillationSettings) -> None:
+def delete_teacher_caches(jobs: Sequence[TrainingJob], settings: DistillationSettings) -> None:
     """Delete the stored answers that finished jobs have read, if nobody but `auto` chose to store
     them.
 
@@ -255,9 +184,9 @@ class _Room:
         mode = self.mode
         if mode == "live":
             return False, ""
-        size, needed = plan.num_bytes, bytes_left(plan, self.parent)
+        size, needed = plan.num_bytes, bytes_to_write(plan, self.parent)
         free = self._free - self._promised
-        is_there = damage(self.parent / plan.key, plan, read=False) is None
+        is_there = find_cache_damage(self.parent / plan.key, plan, read=False) is None
         if is_there or mode != "auto":
             if not is_there and needed > free:
                 raise UserError(
@@ -313,11 +242,6 @@ def _when_asked(job: TrainingJob, device: str) -> Answers:
         return loaded[0](number)
 
     return answers
-
-
-def _teaching_steps(job: TrainingJob) -> list[int]:
-    loss = job.distillation or DistillationConfig()
-    return [step for step in range(job.recipe.num_steps) if loss.uses_teacher(step)]
 
 
 def _free_bytes(folder: Path) -> int:

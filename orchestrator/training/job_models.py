@@ -1,0 +1,37 @@
+"""The models of a job: the decoder that is trained, and its frozen teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator.training.checkpoint import load_decoder
+from orchestrator.training.distributed import World
+from orchestrator.training.job import TrainingJob
+from orchestrator.training.teacher_cache import CachedTeacher, open_cache
+from orchestrator.training.teacher_outputs import cache_plan
+
+
+def initial_decoder(job: TrainingJob, config: ModelConfig) -> Decoder:
+    """Return the decoder before the first step: fresh by the seed, or a checkpoint's."""
+    torch.manual_seed(job.recipe.seed)
+    if job.initial_folder is None:
+        return Decoder(config)
+    decoder = load_decoder(Path(job.initial_folder), check=False)
+    return decoder.with_schedule(config.corrections)
+
+
+def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
+    """Return the frozen teacher on this worker's device; None if the job has none.
+
+    Where its answers are stored and whole, they stand for it; what is damaged is not used.
+    """
+    if job.objective != "distill" or job.teacher_folder is None:
+        return None
+    plan = cache_plan(job) if job.teacher_cache else None
+    if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
+        return cached
+    return load_decoder(Path(job.teacher_folder), device=world.device, check=False, frozen=True)
