@@ -42,9 +42,9 @@ from orchestrator.pipelines.reports import show_plan
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.pipelines.sweeps import raise_failures, run_and_show, sweep_thresholds
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.axes import QUALITIES, Axes
-from orchestrator.reporting.overlay import write_overlay
-from orchestrator.reporting.seeds import join_seeds
+from orchestrator.reporting.front_axes import QUALITIES, FrontAxes
+from orchestrator.reporting.overlay_report import write_overlay_report
+from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.settings import BASELINE_METHOD, Settings, model_label, read_settings
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.models import check_models, models_of, with_rates
@@ -140,7 +140,7 @@ def run_study(
         ways = study.distill(phases)
     folder = desk.workspace.overlays / name
     overlays = [
-        write_overlay(desk.workspace, names, axes=Axes(quality=QUALITIES["loss"]))
+        write_overlay_report(desk.workspace, names, axes=FrontAxes(quality=QUALITIES["loss"]))
         for names in (ways.of_choosing, ways.of_training)
         if len(names) > 1
     ]
@@ -315,7 +315,7 @@ class _Study:
 
 
 def _joined(results: Sequence[TrialResult]) -> dict[str, TrialResult]:
-    return {result.label: result for result in join_seeds(results).results}
+    return {result.label: result for result in average_seeds(results).results}
 
 
 def _label(name: str, rate: float, rates: Sequence[float]) -> str:

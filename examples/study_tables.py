@@ -17,8 +17,8 @@ from pathlib import Path
 from iiet.methods import METHODS
 from orchestrator.records.evaluation import STDERR_SUFFIX
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.texts import with_error
 from orchestrator.settings import BASELINE_METHOD, model_label
+from orchestrator.terminal.formatting import format_with_error
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
 _ERRORS = (
@@ -196,7 +196,7 @@ def _number(result: TrialResult, name: str, *, with_errors: bool = True) -> str:
     if name not in result.quality:
         return ""
     error = result.quality.get(name + STDERR_SUFFIX) if with_errors else None
-    return with_error(result.quality[name], error, is_percent=name == ACCURACY)
+    return format_with_error(result.quality[name], error, is_percent=name == ACCURACY)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -204,13 +204,13 @@ def pick(
     verbose: VerboseOption = False,
 ) -> None:
     """Choose a model from a sweep's front; export it and register it in MLflow."""
-    from orchestrator.reporting.axes import named_axes
+    from orchestrator.reporting.front_axes import parse_axes
 
     rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
     dry_run = dry_run or only_name  # The option's name before other commands had it.
     if dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
-    axes = named_axes(cost, quality)
+    axes = parse_axes(cost, quality)
     with open_desk(workspace, "pick", verbose=verbose) as desk:
         from orchestrator.pipelines.picking import pick_model
 
@@ -230,7 +230,7 @@ def _rule(keep: float | None, confidence: float, budget: float | None, **flags: 
     Raises:
         UserError: If several were.
     """
-    from orchestrator.reporting.choice import Rule
+    from orchestrator.reporting.pick_rules import PickRule
 
     asked = [name for name, is_set in flags.items() if is_set]
     asked += [name for name, value in (("keep", keep), ("budget", budget)) if value is not None]
@@ -241,4 +241,4 @@ def _rule(keep: float | None, confidence: float, budget: float | None, **flags: 
         raise UserError("--confidence goes with --keep only")
     numbers = {"share": keep, "budget": budget}
     given = {key: value for key, value in numbers.items() if value is not None}
-    return Rule(name=name, confidence=confidence, **given)
+    return PickRule(name=name, confidence=confidence, **given)

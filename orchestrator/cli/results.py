@@ -32,9 +32,9 @@ def show_report(
     """Write and show the front of a sweep, or of several: table, pictures, one HTML page."""
     with open_desk(workspace, "report", verbose=verbose) as desk:
         from orchestrator.pipelines.reports import report_and_show
-        from orchestrator.reporting.axes import named_axes
+        from orchestrator.reporting.front_axes import parse_axes
 
-        report_and_show(desk, sweeps or [], named_axes(cost, quality))
+        report_and_show(desk, sweeps or [], parse_axes(cost, quality))
 
 
 @app.command(rich_help_panel="Results")

@@ -35,7 +35,7 @@ def influence(
     settings = read_options(config, set_, influence__metric=metric)
     with open_desk(workspace, "influence", verbose=verbose) as desk:
         from orchestrator.pipelines.influence import measure_influence
-        from orchestrator.reporting.influence_table import influence_view
+        from orchestrator.reporting.influence_tables import influence_terminal_table
         from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 
         teacher = resolve_teacher(desk.workspace, checkpoint)
@@ -46,7 +46,7 @@ def influence(
             tracking=desk.tracking,
             progress=desk.progress,
         )
-        desk.console.print(influence_view(table))
+        desk.console.print(influence_terminal_table(table))
 
 
 @app.command(rich_help_panel="Stages")
@@ -141,7 +141,7 @@ def benchmark(
         from orchestrator.evaluation.evaluated_model import open_models
         from orchestrator.pipelines.benchmarking import benchmark as stage
         from orchestrator.pipelines.benchmarking import family_of, usual_contexts
-        from orchestrator.reporting import cost_tables
+        from orchestrator.reporting import benchmark_tables
 
         models = open_models(desk.workspace, checkpoints, schedule, warn=desk.progress.note)
         if len(models) == 1 and not schedule:
@@ -161,8 +161,14 @@ def benchmark(
             progress=desk.progress,
         )
         console = desk.console
-        for table in cost_tables.all_tables(found.costs):
+        for table in benchmark_tables.cost_and_share_tables(found.costs):
             console.print(table)
-        how = cost_tables.conditions_line(conditions, device=found.device, dtype=found.dtype)
-        for line in [*cost_tables.sentences(found.costs), how, f"written to {found.path}"]:
+        how = benchmark_tables.conditions_sentence(
+            conditions, device=found.device, dtype=found.dtype
+        )
+        for line in [
+            *benchmark_tables.benchmark_sentences(found.costs),
+            how,
+            f"written to {found.path}",
+        ]:
             print_line(console, f"  {line}")

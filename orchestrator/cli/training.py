@@ -188,7 +188,7 @@ def _print_plan(settings: Any, workspace: Path | None, mfu: float | None) -> Non
     from rich.console import Console
 
     from orchestrator.pipelines.pretraining import plan_pretrain
-    from orchestrator.reporting.estimate_table import estimate_table
+    from orchestrator.reporting.pretraining_plan import pretraining_plan_table
 
     plan = plan_pretrain(settings, workspace=workspace, mfu=mfu)
-    Console(highlight=False).print(estimate_table(plan.estimate, plan.rate))
+    Console(highlight=False).print(pretraining_plan_table(plan.estimate, plan.rate))

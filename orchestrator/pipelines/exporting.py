@@ -19,7 +19,7 @@ from iiet.decoder import Decoder
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.evaluation.model_folders import EXPORTED_TYPE
-from orchestrator.reporting.card import ModelCard
+from orchestrator.reporting.model_card import ModelCard
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import TOKEN_IDS
 from orchestrator.workspace.errors import UserError

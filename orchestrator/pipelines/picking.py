@@ -18,14 +18,19 @@ from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.exporting import check_target, export
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.reporting.axes import Axes
-from orchestrator.reporting.card import ModelCard
-from orchestrator.reporting.choice import Rule, choose
-from orchestrator.reporting.findings import describe
-from orchestrator.reporting.pareto import Placed
-from orchestrator.reporting.publishing import front_of
-from orchestrator.reporting.results import about_items, load_items, load_results, newest_sweep
-from orchestrator.reporting.seeds import join_seeds, lowest_seed
+from orchestrator.reporting.findings import describe_point
+from orchestrator.reporting.front_axes import FrontAxes
+from orchestrator.reporting.model_card import ModelCard
+from orchestrator.reporting.pareto import FrontPoint
+from orchestrator.reporting.pick_rules import PickRule, pick_from_front
+from orchestrator.reporting.seed_averages import average_seeds, lowest_seed
+from orchestrator.reporting.sweep_report import sweep_front
+from orchestrator.reporting.sweep_results import (
+    item_notes,
+    load_item_values,
+    load_sweep_results,
+    newest_sweep,
+)
 from orchestrator.settings import Settings
 from orchestrator.training.checkpoint import (
     TOKENIZER,
@@ -105,7 +110,7 @@ def export_model(
 class Choice:
     """What was picked from a sweep."""
 
-    point: Placed
+    point: FrontPoint
     """The model with its place."""
     sentence: str
     """What it is, how good, at what cost, how surely."""
@@ -118,9 +123,9 @@ class Choice:
 def pick_model(
     desk: Desk,
     name: str | None,
-    rule: Rule,
+    rule: PickRule,
     *,
-    axes: Axes | None = None,
+    axes: FrontAxes | None = None,
     to: Path | None = None,
     hand_over: bool = True,
 ) -> Choice:
@@ -138,14 +143,14 @@ def pick_model(
         UserError: If there is no such sweep, no model meets the rule, or the model's weights are
             gone.
     """
-    sweep = load_results(desk.workspace, name or newest_sweep(desk.workspace))
-    items = load_items(desk.workspace, sweep.results)
-    for line in about_items(sweep.results, items):
+    sweep = load_sweep_results(desk.workspace, name or newest_sweep(desk.workspace))
+    items = load_item_values(desk.workspace, sweep.results)
+    for line in item_notes(sweep.results, items):
         desk.progress.note(line)
-    front = front_of(sweep, items, axes or Axes(), kept_share=rule.share)
-    point = choose(front, rule)
-    sentence = describe(front, point, kept_share=rule.share)
-    keys = join_seeds(sweep.results).members[point.result.key]
+    front = sweep_front(sweep, items, axes or FrontAxes(), kept_share=rule.share)
+    point = pick_from_front(front, rule)
+    sentence = describe_point(front, point, kept_share=rule.share)
+    keys = average_seeds(sweep.results).keys_of_seeds[point.result.key]
     result = lowest_seed([result for result in sweep.results if result.key in keys])
     if len(keys) > 1:
         number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"

@@ -26,7 +26,7 @@ from orchestrator.planning.preflight import (
     check_pretraining,
     estimate_pretraining,
 )
-from orchestrator.reporting.estimate_table import Rate, assumed_rate
+from orchestrator.planning.training_rate import TrainingRate, assumed_training_rate
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.first_stage import share_first_stages
@@ -196,7 +196,7 @@ class PretrainDryRun:
 
     estimate: PretrainingEstimate
     """Tokens, memory, disk, and whether the run fits."""
-    rate: Rate
+    rate: TrainingRate
     """FLOP/s that the hours are computed with."""
 
 
@@ -219,5 +219,6 @@ def plan_pretrain(
     if not isinstance(workspace, Workspace):
         workspace = locate_workspace(None if workspace is None else Path(workspace))
     return PretrainDryRun(
-        estimate=estimate_pretraining(settings, workspace), rate=assumed_rate(settings, mfu)
+        estimate=estimate_pretraining(settings, workspace),
+        rate=assumed_training_rate(settings, mfu),
     )

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from orchestrator.pipelines.context import Desk
 from orchestrator.planning.preflight import assign_trial_gpus, request_of
-from orchestrator.reporting.axes import Axes
-from orchestrator.reporting.overlay import write_overlay
-from orchestrator.reporting.publishing import write_report
-from orchestrator.reporting.report import WrittenReport
-from orchestrator.reporting.results import load_results, newest_sweep
-from orchestrator.reporting.tables import terminal_table
+from orchestrator.reporting.front_axes import FrontAxes
+from orchestrator.reporting.front_tables import terminal_table
+from orchestrator.reporting.overlay_report import write_overlay_report
+from orchestrator.reporting.report_files import WrittenReport
+from orchestrator.reporting.sweep_report import write_sweep_report
+from orchestrator.reporting.sweep_results import load_sweep_results, newest_sweep
 from orchestrator.settings import Settings
 from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.price import price_of, requested_noun, trial_states
@@ -22,7 +22,7 @@ from orchestrator.terminal.layout import print_line
 from orchestrator.training.job import TrainingJob
 
 
-def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) -> None:
+def report_and_show(desk: Desk, names: Sequence[str], axes: FrontAxes | None = None) -> None:
     """Write the report of one sweep, or of several on one front, again and show it.
 
     Args:
@@ -35,11 +35,11 @@ def report_and_show(desk: Desk, names: Sequence[str], axes: Axes | None = None) 
     """
     names = list(dict.fromkeys(names)) or [newest_sweep(desk.workspace)]
     if len(names) > 1:
-        show_report(write_overlay(desk.workspace, names, axes=axes), desk)
+        show_report(write_overlay_report(desk.workspace, names, axes=axes), desk)
     else:
         # Before MLflow's store is opened, which takes seconds: the name may be wrong.
-        sweep = load_results(desk.workspace, names[0])
-        written = write_report(desk.workspace, sweep, axes=axes, tracking=desk.tracking)
+        sweep = load_sweep_results(desk.workspace, names[0])
+        written = write_sweep_report(desk.workspace, sweep, axes=axes, tracking=desk.tracking)
         show_report(written, desk)
 
 

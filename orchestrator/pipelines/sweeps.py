@@ -25,13 +25,13 @@ from orchestrator.pipelines.reports import show_plan, show_report
 from orchestrator.pipelines.searching import plan_search, search_price
 from orchestrator.pipelines.sweep_plans import influence_of, plan_iterations, plan_thresholds
 from orchestrator.planning.preflight import check_students_fit
-from orchestrator.reporting.evaluation_table import (
-    about_average,
+from orchestrator.reporting.evaluation_tables import (
+    average_notes,
     evaluation_table,
     tasks_with_other_items,
 )
-from orchestrator.reporting.publishing import write_report
-from orchestrator.reporting.results import LEFT_OUT, SweepResults
+from orchestrator.reporting.sweep_report import write_sweep_report
+from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, SweepResults
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.checks import Kind, check_sweep
 from orchestrator.sweeping.execution import Grow, SweepOutcome, sweep
@@ -186,13 +186,13 @@ def run_and_show(
         results=outcome.results,
         influence=influence,
         facts={
-            **({LEFT_OUT: plan.left_out} if plan.left_out else {}),
+            **({LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
             "Trials": _states(plan, outcome),
             "Settings": flatten(settings),
             "Provenance": _provenance(plan),
         },
     )
-    written = write_report(desk.workspace, found, tracking=desk.tracking)
+    written = write_sweep_report(desk.workspace, found, tracking=desk.tracking)
     show_report(written, desk)
     if failures is None:
         raise_failures(outcome.failures)
@@ -272,7 +272,7 @@ def evaluate_and_show(
     ]
     named = dict(zip(short_names(models), evaluations, strict=True))
     desk.console.print(evaluation_table(named))
-    for sentence in about_average(named):
+    for sentence in average_notes(named):
         print_line(desk.console, f"  {sentence}")
     if different := tasks_with_other_items(evaluations):
         desk.progress.note(

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_RESAMPLES = 10_000
-LEVEL = 0.95
+INTERVAL_LEVEL = 0.95
 """Share of the draws that an interval holds; the rest lies outside in equal parts."""
-MOST_COUNTS_AT_ONCE = 2_000_000
+MAX_COUNTS_PER_BLOCK = 2_000_000
 
 Floats = NDArray[np.float64]
 
@@ -42,7 +42,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ItemValues:
     """The same items of one task under every run of every model."""
 
     values: Floats
@@ -84,7 +84,7 @@ class Scores:
         return interval_of(self.observed[model] / self.observed[rival], drawn), drawn
 
 
-def interval_of(value: float, drawn: Floats, *, level: float = LEVEL) -> Interval:
+def interval_of(value: float, drawn: Floats, *, level: float = INTERVAL_LEVEL) -> Interval:
     """Return a number with the percentile interval of its draws."""
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))
@@ -99,13 +99,13 @@ def mean_scores(parts: Sequence[Scores]) -> Scores:
 
 
 def resample(
-    sample: Sample, seed_weights: Floats, owners: NDArray[np.int64], rng: np.random.Generator
+    sample: ItemValues, seed_weights: Floats, owners: NDArray[np.int64], rng: np.random.Generator
 ) -> Scores:
     """Score every model on draws of one task's items.
 
     Args:
         sample: The items under every run.
-        seed_weights: (resamples, runs): how much each run counts in a draw; see `draw_seeds`.
+        seed_weights: (resamples, runs): weight of each run in a draw; see `draw_seed_weights`.
         owners: (runs,): which model each run belongs to.
         rng: Draws the items.
     """
@@ -116,7 +116,7 @@ def resample(
     row_of = row_of.reshape(-1)
     columns = np.vstack([distinct, sample.weights]).T
     sums = np.vstack(
-        [counts @ columns for counts in draw_counts(len(sample.weights), num_resamples, rng)]
+        [counts @ columns for counts in draw_item_counts(len(sample.weights), num_resamples, rng)]
     )
     by_run = (sums[:, :-1] / sums[:, -1:])[:, row_of]
     whole = columns.sum(axis=0)
@@ -124,9 +124,11 @@ def resample(
     return Scores((measured @ of_model) / of_model.sum(axis=0), (by_run * seed_weights) @ of_model)
 
 
-def draw_counts(num_items: int, num_resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
+def draw_item_counts(
+    num_items: int, num_resamples: int, rng: np.random.Generator
+) -> Iterator[Floats]:
     """Yield how often each item is drawn, in blocks of (resamples, items); rows sum to `items`."""
-    at_once = max(1, MOST_COUNTS_AT_ONCE // num_items)
+    at_once = max(1, MAX_COUNTS_PER_BLOCK // num_items)
     for start in range(0, num_resamples, at_once):
         rows = min(at_once, num_resamples - start)
         drawn = rng.integers(num_items, size=(rows, num_items))
@@ -135,7 +137,9 @@ def draw_counts(num_items: int, num_resamples: int, rng: np.random.Generator) ->
         yield counts.reshape(rows, num_items).astype(float)
 
 
-def draw_seeds(owners: NDArray[np.int64], num_resamples: int, rng: np.random.Generator) -> Floats:
+def draw_seed_weights(
+    owners: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
+) -> Floats:
     """Return how much each run counts in each draw, (resamples, runs); a model's sum to one.
 
     Args:

@@ -16,9 +16,16 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.bootstrap import NUM_RESAMPLES, Interval, Scores, front_shares
-from orchestrator.reporting.paired import Draws, draw_again, match_items
-from orchestrator.reporting.pareto import KEPT_SHARE, Basis, Compared, Confidence, Front, Placed
-from orchestrator.reporting.texts import full_name
+from orchestrator.reporting.front_text import full_name
+from orchestrator.reporting.paired_bootstrap import ResampledScores, match_items, resample_scores
+from orchestrator.reporting.pareto import (
+    KEPT_SHARE,
+    Confidence,
+    ConfidenceBasis,
+    Front,
+    FrontPoint,
+    PairedComparison,
+)
 
 CONFIDENCES = (
     f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}",
@@ -38,24 +45,24 @@ def with_confidence(
     """Return the front with the confidence of each place.
 
     Args:
-        front: Placed results.
+        front: FrontPoint results.
         evaluations: Key of a result to what it was measured by, several where it stands for
             several seeds; those that lack stay without.
         kept_share: The share of the full model's quality that `keeps` asks for.
-        num_resamples: Draws of the items.
+        num_resamples: ResampledScores of the items.
         seed: The same seed gives the same draws.
 
     Returns:
         The front itself if no two of its models answered the same items.
     """
-    points = [point for point in front.placed if point.result.key in evaluations]
+    points = [point for point in front.points if point.result.key in evaluations]
     matched = match_items({p.result.key: _runs(evaluations[p.result.key]) for p in points})
     full = front.full
     if matched is None or full is None or len(points) < 2:
         return front
-    draws = draw_again(matched, num_resamples=num_resamples, seed=seed)
+    draws = resample_scores(matched, num_resamples=num_resamples, seed=seed)
     sure = _Sureness(front, points, draws, kept_share)
-    basis = Basis(
+    basis = ConfidenceBasis(
         full=full_name(front, full),
         metrics=matched.metrics,
         num_items=matched.num_items,
@@ -63,8 +70,8 @@ def with_confidence(
         num_resamples=num_resamples,
     )
     found = {point.result.key: sure.of(number) for number, point in enumerate(points)}
-    placed = (replace(p, confidence=found.get(p.result.key)) for p in front.placed)
-    return replace(front, placed=tuple(placed), basis=basis)
+    placed = (replace(p, confidence=found.get(p.result.key)) for p in front.points)
+    return replace(front, points=tuple(placed), basis=basis)
 
 
 def _runs(
@@ -73,7 +80,7 @@ def _runs(
     return [found] if isinstance(found, EvaluationResult) else found
 
 
-def confidence_metrics(point: Placed) -> dict[str, float]:
+def confidence_metrics(point: FrontPoint) -> dict[str, float]:
     """Return a point's confidence as flat numbers under `paired/`.
 
     `paired/vs_RIVAL` with `_low` and `_high` is the difference on the front's quality,
@@ -105,7 +112,7 @@ class _Sureness:
     """Reads confidences off the draws; models go by their number among the points."""
 
     def __init__(
-        self, front: Front, points: Sequence[Placed], draws: Draws, kept_share: float
+        self, front: Front, points: Sequence[FrontPoint], draws: ResampledScores, kept_share: float
     ) -> None:
         self._kept_share = kept_share
         self._higher = front.axes.higher_is_better
@@ -129,9 +136,9 @@ class _Sureness:
             on_front=self._on_front.get(number),
         )
 
-    def _compared(self, scores: Scores, number: int) -> Compared:
+    def _compared(self, scores: Scores, number: int) -> PairedComparison:
         others = {name: rival for name, rival in self._rivals.items() if rival != number}
-        return Compared(
+        return PairedComparison(
             own=scores.interval(number),
             against={name: scores.difference(number, rival) for name, rival in others.items()},
         )
@@ -147,10 +154,10 @@ class _Sureness:
         share, drawn = ratio
         return share, float((drawn >= self._kept_share).mean())
 
-    def _front_shares(self, front: Front, points: Sequence[Placed]) -> dict[int, float]:
+    def _front_shares(self, front: Front, points: Sequence[FrontPoint]) -> dict[int, float]:
         """Return the candidates' shares by number; none if a candidate could not be drawn."""
         candidates = [number for number, point in enumerate(points) if point.is_candidate]
-        num_all = sum(point.is_candidate for point in front.placed)
+        num_all = sum(point.is_candidate for point in front.points)
         if self._quality is None or not candidates or len(candidates) < num_all:
             return {}
         drawn = self._quality.drawn[:, candidates]

@@ -13,10 +13,11 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-from orchestrator.reporting.bootstrap import LEVEL
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, Placed
-from orchestrator.reporting.style import is_accuracy, title_of
-from orchestrator.reporting.texts import confidence_text, cost_text, full_name, listed, quality_text
+from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
+from orchestrator.reporting.front_axes import is_accuracy, metric_title
+from orchestrator.reporting.front_text import confidence_text, cost_text, full_name, quality_text
+from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
+from orchestrator.terminal.formatting import join_names
 
 COST_NOUNS = {
     "cost/evaluations": "evaluations",
@@ -41,69 +42,40 @@ def findings(front: Front) -> list[str]:
         kept = None
     sentences = _about_keeping(front, kept)
     if front.knee is not None and front.knee is not kept:
-        sentences.append(f"Knee: {describe(front, front.knee)}.")
+        sentences.append(f"Knee: {describe_point(front, front.knee)}.")
     if front.best is not None and front.best not in (kept, front.knee, full):
-        sentences.append(f"Best: {describe(front, front.best)}.")
+        sentences.append(f"Best: {describe_point(front, front.best)}.")
     choice = kept or full
-    baselines = [point for point in front.placed if point.is_baseline and point is not choice]
+    baselines = [point for point in front.points if point.is_baseline and point is not choice]
     sentences += [_against(front, baseline, choice) for baseline in baselines]
-    if front.unplaced:
-        names = listed([result.name for result in front.unplaced])
+    if front.unmeasured:
+        names = join_names([result.name for result in front.unmeasured])
         sentences.append(f"Not on the picture, for lack of a measurement: {names}.")
     return [*sentences, *_about_basis(front)]
 
 
-def picks(front: Front) -> dict[str, Placed]:
-    """Return the named choices that the front offers: knee, best, cheapest; those that exist."""
-    found = {"knee": front.knee, "best": front.best, "cheapest": front.cheapest}
-    return {name: point for name, point in found.items() if point is not None}
-
-
-def front_metrics(front: Front) -> dict[str, float]:
-    """Return the numbers of a sweep's run: hypervolume with its box, sizes, the picks' numbers."""
-    values: dict[str, float | None] = {
-        "front/hypervolume": front.hypervolume,
-        "front/size": len(front.members),
-        "front/num_results": len(front.placed) + len(front.unplaced),
-    }
-    box = front.box
-    if box is not None:
-        values["front/reference_cost"] = box.cost
-        values["front/reference_quality"] = box.quality
-    kept = front.cheapest_keeping(KEPT_SHARE)
-    choices = {**picks(front), **({"keeping_99": kept} if kept else {})}
-    for name, point in choices.items():
-        values[f"front/{name}_cost"] = point.cost
-        values[f"front/{name}_quality"] = point.quality
-        values[f"front/{name}_share_of_full"] = front.share(point)
-        if point.confidence is not None:
-            values[f"front/{name}_confidence_on_front"] = point.confidence.on_front
-            values[f"front/{name}_confidence_keeps_99"] = point.confidence.keeps
-    return {name: float(value) for name, value in values.items() if value is not None}
-
-
-def _about_keeping(front: Front, kept: Placed | None) -> list[str]:
+def _about_keeping(front: Front, kept: FrontPoint | None) -> list[str]:
     """Say which cheaper model keeps the quality, how surely, and which one does so surely."""
     likely = {
         point.result.key: point.confidence.keeps
-        for point in front.placed
+        for point in front.points
         if point.is_candidate and point.confidence and point.confidence.keeps is not None
     }
     full = front.full
     assert full is not None, "only a front with a model has sentences"
-    cheaper = [p for p in front.placed if p.result.key in likely and p.cost < full.cost]
+    cheaper = [p for p in front.points if p.result.key in likely and p.cost < full.cost]
     if kept is not None:
-        sentences = [f"Cheapest that keeps {_KEPT}: {describe(front, kept)}."]
+        sentences = [f"Cheapest that keeps {_KEPT}: {describe_point(front, kept)}."]
     else:
         sentences = [f"No model that is cheaper than the full one keeps {_KEPT}."]
         likeliest = max(cheaper, key=lambda point: likely[point.result.key], default=None)
         if likeliest is not None:
-            sentences.append(f"Likeliest to keep it: {describe(front, likeliest)}.")
+            sentences.append(f"Likeliest to keep it: {describe_point(front, likeliest)}.")
     if likely and not (kept is not None and likely.get(kept.result.key, 0.0) >= SURE):
         safe = [point for point in cheaper if likely[point.result.key] >= SURE]
         if safe:
             choice = min(safe, key=lambda point: point.cost)
-            sentences.append(f"Cheapest that surely keeps it: {describe(front, choice)}.")
+            sentences.append(f"Cheapest that surely keeps it: {describe_point(front, choice)}.")
         elif kept is not None:
             sentences.append(
                 f"No model that is cheaper than the full one keeps {_KEPT} with a "
@@ -114,10 +86,10 @@ def _about_keeping(front: Front, kept: Placed | None) -> list[str]:
 
 def _about_basis(front: Front) -> list[str]:
     basis = front.basis
-    if basis is None or not any(p.confidence and p.confidence.overall for p in front.placed):
+    if basis is None or not any(p.confidence and p.confidence.overall for p in front.points):
         return []
     left_out = f"; {basis.num_left_out:,} that only some answered are left out"
-    with_seeds = any(point.result.train.get("seeds", 1) > 1 for point in front.placed)
+    with_seeds = any(point.result.train.get("seeds", 1) > 1 for point in front.points)
     seeds = (
         "It covers the seeds of models that have several, and no"
         if with_seeds
@@ -130,7 +102,7 @@ def _about_basis(front: Front) -> list[str]:
     ]
 
 
-def describe(front: Front, point: Placed, *, kept_share: float = KEPT_SHARE) -> str:
+def describe_point(front: Front, point: FrontPoint, *, kept_share: float = KEPT_SHARE) -> str:
     """Return one clause on a model: what it is, how good, at what cost, how surely.
 
     Args:
@@ -143,7 +115,7 @@ def describe(front: Front, point: Placed, *, kept_share: float = KEPT_SHARE) -> 
     text = f"{full_name(front, point)} with {_quality(front, point)}"
     if full is not None and share is not None and full.cost:
         part = f"{cost_text(point.cost)} of {cost_text(full.cost)}"
-        noun = COST_NOUNS.get(front.axes.cost, title_of(front.axes.cost))
+        noun = COST_NOUNS.get(front.axes.cost, metric_title(front.axes.cost))
         text += (
             f", {share:.1%} of the full model's, at {point.cost / full.cost:.0%} of its {noun} "
             f"({part})"
@@ -151,7 +123,7 @@ def describe(front: Front, point: Placed, *, kept_share: float = KEPT_SHARE) -> 
     return text + _how_sure(front, point, kept_share)
 
 
-def _how_sure(front: Front, point: Placed, kept_share: float) -> str:
+def _how_sure(front: Front, point: FrontPoint, kept_share: float) -> str:
     sure = point.confidence
     if sure is None or point is front.full:
         return ""
@@ -165,7 +137,7 @@ def _how_sure(front: Front, point: Placed, kept_share: float) -> str:
     return f"; it {' and '.join(claims)}" if claims else ""
 
 
-def _against(front: Front, baseline: Placed, choice: Placed) -> str:
+def _against(front: Front, baseline: FrontPoint, choice: FrontPoint) -> str:
     better, size, is_told = _difference(front, baseline, choice)
     rival = full_name(front, choice)
     if not is_told:
@@ -174,12 +146,12 @@ def _against(front: Front, baseline: Placed, choice: Placed) -> str:
         said = f"is worse than {rival} by {size}"
     else:
         said = f"is better than {rival} by {size}"
-    beaten = front.beaten_by(baseline)
+    beaten = front.members_beaten_by(baseline)
     also = f"; it beats {_names(front, beaten)} on the front" if beaten else ""
     return f"{full_name(front, baseline)} ({_quality(front, baseline)}) {said}{also}."
 
 
-def _difference(front: Front, baseline: Placed, choice: Placed) -> tuple[float, str, bool]:
+def _difference(front: Front, baseline: FrontPoint, choice: FrontPoint) -> tuple[float, str, bool]:
     """Return how much better the choice is, that as text with its error, and whether it is told
     apart from nothing.
     """
@@ -194,24 +166,26 @@ def _difference(front: Front, baseline: Placed, choice: Placed) -> tuple[float, 
             bounds = [-bound for bound in reversed(bounds)]
         digits = 1 if unit else 3
         value = f"{abs(scale * better):.{digits}f}{unit}"
-        limits = f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} in {LEVEL:.0%} of the draws"
+        limits = (
+            f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} in {INTERVAL_LEVEL:.0%} of the draws"
+        )
         return better, f"{value}, {limits}", paired.excludes_zero
     better = front.goodness(choice) - front.goodness(baseline)
     error = math.hypot(choice.error or 0.0, baseline.error or 0.0)
     size = f"{abs(scale * better):.2g}{unit}"
     if not error:
         return better, size, better != 0
-    reach = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+    reach = NormalDist().inv_cdf((1 + INTERVAL_LEVEL) / 2) * error
     low, high = (scale * (abs(better) + side * reach) for side in (-1, 1))
-    size += f", {low:.2g} to {high:.2g} at {LEVEL:.0%}, unpaired"
+    size += f", {low:.2g} to {high:.2g} at {INTERVAL_LEVEL:.0%}, unpaired"
     return better, size, abs(better) > reach
 
 
-def _quality(front: Front, point: Placed) -> str:
-    name = title_of(front.axes.quality).lower()
+def _quality(front: Front, point: FrontPoint) -> str:
+    name = metric_title(front.axes.quality).lower()
     percent = " %" if is_accuracy(front.axes.quality) else ""
     return f"{name} {quality_text(front, point)}{percent}"
 
 
-def _names(front: Front, points: Sequence[Placed]) -> str:
-    return listed([full_name(front, point) for point in points])
+def _names(front: Front, points: Sequence[FrontPoint]) -> str:
+    return join_names([full_name(front, point) for point in points])

@@ -17,21 +17,17 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from orchestrator.reporting.labels import LabelPlacer
-from orchestrator.reporting.pareto import Front, Placed
-from orchestrator.reporting.style import (
-    DOTS_PER_INCH,
-    GRAY,
-    GRID,
-    ORANGE,
+from orchestrator.reporting.figure_style import DOTS_PER_INCH, GRAY, GRID, ORANGE, SERIES
+from orchestrator.reporting.front_axes import (
     PAPER_COST_SHARE,
     PAPER_MARK,
     PAPER_QUALITY_SHARE,
-    SERIES,
     is_accuracy,
-    title_of,
+    metric_title,
 )
-from orchestrator.reporting.texts import full_name
+from orchestrator.reporting.front_text import full_name
+from orchestrator.reporting.label_placement import LabelPlacer
+from orchestrator.reporting.pareto import Front, FrontPoint
 
 LONGEST_LABELED_SCHEDULE = 12
 BASELINE_MARKERS = "Ds^vP<"
@@ -51,16 +47,16 @@ def draw_front(front: Front, *, title: str = "", mark_paper: bool = False) -> Fi
     Raises:
         ValueError: If there is nothing to draw.
     """
-    if not front.placed:
+    if not front.points:
         raise ValueError("a front needs at least one result with a cost and a quality")
     figure = Figure(figsize=(7.0, 4.6), layout="constrained", dpi=DOTS_PER_INCH)
     panel = figure.add_subplot()
     labels = LabelPlacer(panel)
-    if front.series:
+    if front.sweep_of:
         _draw_series(panel, labels, front)
     else:
         _draw_steps(panel, labels, front, {"color": SERIES[0], "lw": 1.6, "label": "front"})
-        _draw_trials(panel, front, front.placed, color=SERIES[0])
+        _draw_trials(panel, front, front.points, color=SERIES[0])
     _draw_others(panel, front)
     if mark_paper and is_accuracy(front.axes.quality):
         _draw_paper_mark(panel, front)
@@ -76,10 +72,10 @@ def draw_front(front: Front, *, title: str = "", mark_paper: bool = False) -> Fi
 
 def _draw_series(panel: Panel, labels: LabelPlacer, front: Front) -> None:
     _draw_steps(panel, labels, front, {"color": INK, "lw": 1.8, "label": "front of all"})
-    for number, (name, part) in enumerate(front.parts.items()):
+    for number, (name, part) in enumerate(front.by_sweep.items()):
         color = SERIES[number % len(SERIES)]
         marker = SERIES_MARKERS[number % len(SERIES_MARKERS)]
-        own = [point for point in front.placed if front.series[point.result.key] == name]
+        own = [point for point in front.points if front.sweep_of[point.result.key] == name]
         _draw_steps(panel, labels, part, {"color": color, "lw": 1.2, "alpha": 0.45})
         _draw_trials(panel, front, own, color=color, marker=marker, is_named=False)
         panel.plot([], [], color=color, marker=marker, lw=1.2, label=name)
@@ -89,7 +85,7 @@ def _scale(front: Front) -> float:
     return 100.0 if is_accuracy(front.axes.quality) else 1.0
 
 
-def _is_trial(point: Placed) -> bool:
+def _is_trial(point: FrontPoint) -> bool:
     return point.result.role == "trial"
 
 
@@ -100,7 +96,7 @@ def _draw_steps(panel: Panel, labels: LabelPlacer, front: Front, look: Mapping[s
     costs = [point.cost for point in members]
     heights = [_scale(front) * point.quality for point in members]
     # Flat behind the last member: spending more buys nothing more.
-    costs.append(max(point.cost for point in front.placed))
+    costs.append(max(point.cost for point in front.points))
     heights.append(heights[-1])
     panel.step(costs, heights, where="post", zorder=2, **look)
     labels.avoid_steps(costs, heights)
@@ -109,7 +105,7 @@ def _draw_steps(panel: Panel, labels: LabelPlacer, front: Front, look: Mapping[s
 def _draw_trials(
     panel: Panel,
     front: Front,
-    points: Sequence[Placed],
+    points: Sequence[FrontPoint],
     *,
     color: str,
     marker: str = "o",
@@ -126,10 +122,10 @@ def _draw_trials(
 
 def _draw_others(panel: Panel, front: Front) -> None:
     """Draw the full models and the baselines, which have shapes of their own."""
-    teachers = [point for point in front.placed if point.result.role == "teacher"]
+    teachers = [point for point in front.points if point.result.role == "teacher"]
     star = {"marker": "*", "markersize": 14, "mfc": ORANGE, "mec": "black", "zorder": 5}
     _draw_bars(panel, front, teachers, "teacher", {**star, "ecolor": ORANGE})
-    baselines = [point for point in front.placed if point.is_baseline]
+    baselines = [point for point in front.points if point.is_baseline]
     hollow = {"markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY, "zorder": 4}
     if len(baselines) > len(BASELINE_MARKERS):
         look = {**hollow, "marker": BASELINE_MARKERS[0]}
@@ -140,7 +136,7 @@ def _draw_others(panel: Panel, front: Front) -> None:
 
 
 def _draw_bars(
-    panel: Panel, front: Front, points: Sequence[Placed], name: str, look: Mapping[str, Any]
+    panel: Panel, front: Front, points: Sequence[FrontPoint], name: str, look: Mapping[str, Any]
 ) -> None:
     """Draw points with their standard errors, where there are any."""
     errors = [_scale(front) * (point.error or 0.0) for point in points]
@@ -175,8 +171,8 @@ def _draw_paper_mark(panel: Panel, front: Front) -> None:
 
 
 def _dress(panel: Panel, front: Front) -> None:
-    quality = title_of(front.axes.quality)
-    panel.set_xlabel(title_of(front.axes.cost))
+    quality = metric_title(front.axes.quality)
+    panel.set_xlabel(metric_title(front.axes.cost))
     panel.set_ylabel(f"{quality} (%)" if is_accuracy(front.axes.quality) else quality)
     panel.grid(True, color=GRID, lw=0.6)
     panel.set_axisbelow(True)
@@ -184,7 +180,7 @@ def _dress(panel: Panel, front: Front) -> None:
     panel.spines[["top", "right"]].set_color("#bbbbbb")
     if not front.axes.higher_is_better:
         panel.invert_yaxis()
-    if all(point.cost == int(point.cost) for point in front.placed):
+    if all(point.cost == int(point.cost) for point in front.points):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend = panel.legend(
         fontsize=8,
@@ -217,18 +213,18 @@ def _percent_of(whole: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any
 def _ask_for_labels(labels: LabelPlacer, front: Front) -> None:
     """Queue the labels, the most important first; baselines are named in the legend."""
     scale, knee = _scale(front), front.knee
-    for point in front.placed:
+    for point in front.points:
         labels.avoid_point(point.cost, scale * point.quality, scale * (point.error or 0.0))
     for point in sorted(front.members, key=lambda member: member is not knee):
         if _is_trial(point):
             text = f"{_short(point)} (knee)" if point is knee else _short(point)
             labels.add(point.cost, scale * point.quality, text, important=point is knee)
-    for point in front.placed:
+    for point in front.points:
         if _is_trial(point) and not point.on_front:
             labels.add(point.cost, scale * point.quality, _short(point), color=GRAY)
 
 
-def _short(point: Placed) -> str:
+def _short(point: FrontPoint) -> str:
     schedule = point.result.schedule
     if schedule is None or len(schedule) > LONGEST_LABELED_SCHEDULE:
         return point.result.name

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from orchestrator.reporting.style import DOTS_PER_INCH, RED
+from orchestrator.reporting.figure_style import DOTS_PER_INCH, RED
 
 
 def draw_influence(

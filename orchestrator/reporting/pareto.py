@@ -26,15 +26,15 @@ import moocore
 import numpy as np
 
 from orchestrator.records.trial import TrialResult, teacher_or_costliest
-from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.bootstrap import Interval
+from orchestrator.reporting.front_axes import FrontAxes
 
 KEPT_SHARE = 0.99
 """The share of the full model's quality that is worth calling kept."""
 
 
 @dataclass(frozen=True)
-class Compared:
+class PairedComparison:
     """One quality of a model over the items that all models answered."""
 
     own: Interval
@@ -47,9 +47,9 @@ class Compared:
 class Confidence:
     """How sure a model's place is, when its items are drawn again."""
 
-    overall: Compared | None
+    overall: PairedComparison | None
     """On the front's quality; None if that has no values by item."""
-    tasks: Mapping[str, Compared]
+    tasks: Mapping[str, PairedComparison]
     """On each task."""
     share: Interval | None
     """Share of the full model's quality that is kept."""
@@ -60,7 +60,7 @@ class Confidence:
 
 
 @dataclass(frozen=True)
-class Basis:
+class ConfidenceBasis:
     """What confidences rest on."""
 
     full: str
@@ -76,7 +76,7 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Placed:
+class FrontPoint:
     """A result with its place."""
 
     result: TrialResult
@@ -98,7 +98,7 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Box:
+class HypervolumeBox:
     """What the hypervolume is a share of."""
 
     cost: float
@@ -113,40 +113,40 @@ class Box:
 class Front:
     """Results placed on two axes, cheapest first."""
 
-    axes: Axes
-    placed: tuple[Placed, ...]
+    axes: FrontAxes
+    points: tuple[FrontPoint, ...]
     """Every result that has both numbers."""
-    unplaced: tuple[TrialResult, ...] = ()
+    unmeasured: tuple[TrialResult, ...] = ()
     """Results that lack one of them."""
-    series: Mapping[str, str] = field(default_factory=dict)
+    sweep_of: Mapping[str, str] = field(default_factory=dict)
     """Key of a result -> the sweep it is from, where several share the front."""
-    basis: Basis | None = None
+    basis: ConfidenceBasis | None = None
     """What the confidences rest on; None if there are none."""
 
     @property
-    def members(self) -> tuple[Placed, ...]:
+    def members(self) -> tuple[FrontPoint, ...]:
         """Those on the front, cheapest first; of equal ones, all."""
-        return tuple(point for point in self.placed if point.on_front)
+        return tuple(point for point in self.points if point.on_front)
 
     @property
-    def full(self) -> Placed | None:
+    def full(self) -> FrontPoint | None:
         """The model to compare with: the teacher, else the costliest but for baselines."""
         return teacher_or_costliest(
-            self.placed, role=lambda p: p.result.role, cost=lambda p: p.cost
+            self.points, role=lambda p: p.result.role, cost=lambda p: p.cost
         )
 
     @property
-    def best(self) -> Placed | None:
+    def best(self) -> FrontPoint | None:
         """The member of highest quality; of equal ones the cheapest."""
         return max(self.members, key=lambda p: (self.goodness(p), -p.cost), default=None)
 
     @property
-    def cheapest(self) -> Placed | None:
+    def cheapest(self) -> FrontPoint | None:
         """The member of lowest cost; of equal ones the best."""
         return min(self.members, key=lambda p: (p.cost, -self.goodness(p)), default=None)
 
     @property
-    def knee(self) -> Placed | None:
+    def knee(self) -> FrontPoint | None:
         """The member farthest above the chord from cheapest to best, both axes scaled to one.
 
         Returns:
@@ -160,7 +160,7 @@ class Front:
         if height <= 0:
             return None
 
-        def above_chord(point: Placed) -> float:
+        def above_chord(point: FrontPoint) -> float:
             gain = (self.goodness(point) - self.goodness(cheapest)) / height
             return (gain - (point.cost - cheapest.cost) / width) / math.sqrt(2)
 
@@ -168,25 +168,25 @@ class Front:
         return knee if above_chord(knee) > 1e-12 else None
 
     @property
-    def parts(self) -> dict[str, Front]:
+    def by_sweep(self) -> dict[str, Front]:
         """The front of each sweep by itself, by its name; empty where there is only one."""
-        results = [*(point.result for point in self.placed), *self.unplaced]
+        results = [*(point.result for point in self.points), *self.unmeasured]
         return {
-            name: find_front([r for r in results if self.series[r.key] == name], self.axes)
-            for name in dict.fromkeys(self.series.values())
+            name: find_front([r for r in results if self.sweep_of[r.key] == name], self.axes)
+            for name in dict.fromkeys(self.sweep_of.values())
         }
 
     def with_results(self, results: Mapping[str, TrialResult]) -> Front:
         """Return the same front with other values of its results, by key, where there are any."""
-        placed = (replace(p, result=results.get(p.result.key, p.result)) for p in self.placed)
-        unplaced = (results.get(result.key, result) for result in self.unplaced)
-        return replace(self, placed=tuple(placed), unplaced=tuple(unplaced))
+        placed = (replace(p, result=results.get(p.result.key, p.result)) for p in self.points)
+        unmeasured = (results.get(result.key, result) for result in self.unmeasured)
+        return replace(self, points=tuple(placed), unmeasured=tuple(unmeasured))
 
-    def goodness(self, point: Placed) -> float:
+    def goodness(self, point: FrontPoint) -> float:
         """Return the quality so that more is better."""
         return point.quality if self.axes.higher_is_better else -point.quality
 
-    def share(self, point: Placed) -> float | None:
+    def share(self, point: FrontPoint) -> float | None:
         """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
 
         For a loss it is the full model's loss over this one's.
@@ -199,12 +199,12 @@ class Front:
             part, whole = whole, part
         return part / whole if whole else None
 
-    def cheapest_keeping(self, share: float) -> Placed | None:
+    def cheapest_keeping(self, share: float) -> FrontPoint | None:
         """Return the cheapest member that keeps this share of the full model's quality, if any."""
         kept = [point for point in self.members if (self.share(point) or 0.0) >= share]
         return min(kept, key=lambda point: point.cost, default=None)
 
-    def beaten_by(self, baseline: Placed) -> tuple[Placed, ...]:
+    def members_beaten_by(self, baseline: FrontPoint) -> tuple[FrontPoint, ...]:
         """Return the members that a baseline beats: no better, no cheaper, and worse in one."""
         return tuple(
             point
@@ -215,15 +215,15 @@ class Front:
         )
 
     @property
-    def box(self) -> Box | None:
+    def hypervolume_box(self) -> HypervolumeBox | None:
         """The box that the hypervolume is a share of."""
         full = self.full
         if full is None:
             return None
         worst = 0.0
         if not self.axes.higher_is_better:
-            worst = max(point.quality for point in self.placed)
-        return Box(full.cost, worst, full.quality)
+            worst = max(point.quality for point in self.points)
+        return HypervolumeBox(full.cost, worst, full.quality)
 
     @property
     def hypervolume(self) -> float | None:
@@ -232,7 +232,7 @@ class Front:
         Returns:
             None if the box is empty.
         """
-        box = self.box
+        box = self.hypervolume_box
         if box is None or box.cost <= 0 or box.full_quality == box.quality:
             return None
         sign = -1.0 if self.axes.higher_is_better else 1.0
@@ -243,42 +243,42 @@ class Front:
 
 def find_front(
     results: Sequence[TrialResult],
-    axes: Axes | None = None,
+    axes: FrontAxes | None = None,
     *,
-    series: Mapping[str, str] | None = None,
+    sweep_of: Mapping[str, str] | None = None,
 ) -> Front:
     """Place results on two axes and find those that no other candidate beats.
 
     Args:
         results: Trials, teacher and baselines, in any order.
         axes: Which two numbers; evaluations and accuracy when unset.
-        series: Key of a result -> the sweep it is from, where several share the front.
+        sweep_of: Key of a result -> the sweep it is from, where several share the front.
     """
-    axes = axes or Axes()
+    axes = axes or FrontAxes()
     found: list[tuple[TrialResult, float, float]] = []
-    unplaced = []
+    unmeasured = []
     for result in results:
         cost, quality = result.value(axes.cost), result.value(axes.quality)
         if cost is None or quality is None:
-            unplaced.append(result)
+            unmeasured.append(result)
         else:
             found.append((result, cost, quality))
     has_teacher = any(result.role == "teacher" for result in results)
     competing = [not has_teacher or result.role != "baseline" for result, _, _ in found]
     on_front = _not_dominated(found, axes, competing)
     placed = [
-        Placed(result, cost, quality, result.value(axes.error), member, is_candidate=candidate)
+        FrontPoint(result, cost, quality, result.value(axes.error), member, is_candidate=candidate)
         for (result, cost, quality), member, candidate in zip(
             found, on_front, competing, strict=True
         )
     ]
     sign = 1.0 if axes.higher_is_better else -1.0
     placed.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
-    return Front(axes, tuple(placed), tuple(unplaced), series or {})
+    return Front(axes, tuple(placed), tuple(unmeasured), sweep_of or {})
 
 
 def _not_dominated(
-    found: Sequence[tuple[TrialResult, float, float]], axes: Axes, competing: Sequence[bool]
+    found: Sequence[tuple[TrialResult, float, float]], axes: FrontAxes, competing: Sequence[bool]
 ) -> list[bool]:
     candidates = [i for i, competes in enumerate(competing) if competes]
     member = [False] * len(found)

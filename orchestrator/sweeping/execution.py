@@ -22,7 +22,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.planning.preflight import assign_trial_gpus, check_trials_fit, request_of
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.curves import history_folder
+from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.halving import Verdict

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.curves import BY_COMPUTE, BY_TRIALS
 from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.seeds import join_seeds
+from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.training_curves import HYPERVOLUME_BY_GFLOPS, HYPERVOLUME_BY_TRIALS
 from orchestrator.sweeping.trials import SweepPlan, exact_cost, full_trial
 from orchestrator.workspace.journal import Journal, read_journal
 
@@ -38,21 +38,21 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     full = full_trial(plan)
     config = full.config()
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
-    joined = join_seeds([replace(r, cost=exact_cost(t.config(), config)) for t, r in found])
+    joined = average_seeds([replace(r, cost=exact_cost(t.config(), config)) for t, r in found])
     front = find_front(joined.results)
     volume = front.hypervolume
-    spans_box = front.full is not None and full.key in joined.members[front.full.result.key]
+    spans_box = front.full is not None and full.key in joined.keys_of_seeds[front.full.result.key]
     if volume is None or not spans_box or len(found) <= _last_step(folder):
         return False
     flops = sum(_flops_spent(result) for trial, result in found if trial.job)
     numbers = {
-        BY_TRIALS: volume,
+        HYPERVOLUME_BY_TRIALS: volume,
         "sweep/front_size": len(front.members),
         "sweep/training_flops": flops,
     }
     journal = Journal(folder)
     journal.metrics(len(found), numbers)
-    journal.metrics(round(flops / FLOPS_PER_STEP), {BY_COMPUTE: volume})
+    journal.metrics(round(flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
     journal.close()
     return True
 
@@ -64,4 +64,6 @@ def _flops_spent(result: TrialResult) -> float:
 
 def _last_step(folder: Path) -> int:
     records, _ = read_journal(folder)
-    return max((r["step"] for r in records if BY_TRIALS in r.get("values", {})), default=0)
+    return max(
+        (r["step"] for r in records if HYPERVOLUME_BY_TRIALS in r.get("values", {})), default=0
+    )

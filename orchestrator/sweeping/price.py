@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from iiet.cost import inference_cost
 from orchestrator.planning.training_estimate import estimate_training
-from orchestrator.reporting.estimate_table import assumed_rate
+from orchestrator.planning.training_rate import assumed_training_rate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.sweeping.stopping import stopping_of
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, full_config
@@ -131,8 +131,8 @@ def price_of(
         # CPU trials share the CPUs whole, however many run at once; a GPU's hours do not depend on
         # how many work.
         own = {"cluster": ClusterSettings(num_gpus=num_gpus), "training": jobs[0].recipe}
-        rate = assumed_rate(settings.model_copy(update=own))
-        (peak, usual), share, of_what = rate.peaks, rate.share, rate.of_what
+        rate = assumed_training_rate(settings.model_copy(update=own))
+        (peak, usual), share, of_what = rate.flops_range, rate.utilization, rate.peak_source
     return PlanPrice(
         num_tokens=sum(
             (job.recipe.num_steps - steps) * job.recipe.num_tokens_per_step

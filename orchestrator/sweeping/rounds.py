@@ -22,11 +22,11 @@ from iiet.cost import inference_cost
 from orchestrator.cluster.placement import TrialLimits
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.tune import TrialContext, TrialReport, run_trials
-from orchestrator.reporting.texts import listed
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.stopping import Stopping
 from orchestrator.sweeping.trial_run import is_busy, run_trial
 from orchestrator.sweeping.trials import PlannedTrial
+from orchestrator.terminal.formatting import join_names
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
 from orchestrator.training.job import TrainingJob
@@ -89,7 +89,7 @@ class TrialRounds:
             left = [t for t in left if self._is_to_do(t)]
 
     def _tell_waiting(self, trials: Sequence[PlannedTrial]) -> None:
-        names = listed([trial.label for trial in trials])
+        names = join_names([trial.label for trial in trials])
         self.progress.note(f"waiting for another process, which is at: {names}")
 
     def _is_to_do(self, trial: PlannedTrial) -> bool:

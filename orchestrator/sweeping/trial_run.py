@@ -23,7 +23,7 @@ from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import checkpoint_tokenizer, evaluate_decoder
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.results import items_name
+from orchestrator.reporting.sweep_results import items_file_name
 from orchestrator.sweeping.stopping import Referee, StopRule
 from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
@@ -168,7 +168,7 @@ def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, flo
     dtype = DTYPES[trial.suite["precision"]]
     decoder = load_decoder(Path(checkpoint), device=device, dtype=dtype)
     decoder = decoder.with_schedule(trial.config().corrections)
-    return measure_quality(decoder, trial.suite, Path(trial.folder) / items_name(trial.key))
+    return measure_quality(decoder, trial.suite, Path(trial.folder) / items_file_name(trial.key))
 
 
 def measure_quality(

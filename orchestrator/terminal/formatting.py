@@ -1,6 +1,9 @@
-"""Numbers as people read them: counts with their noun, format_hours_range, bytes and FLOP rates."""
+"""Text for numbers: counts with their noun, durations, bytes, FLOP rates, errors, schedules."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
 
 
 def format_count(number: int, noun: str, plural: str | None = None) -> str:
@@ -40,3 +43,34 @@ def _range(first: str, second: str) -> str:
         return first
     number, unit = first.split(" ", 1)
     return f"{number if second.endswith(f' {unit}') else first} to {second}"
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Join names by commas, or by semicolons if a name (such as a schedule) contains a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
+MAX_PLAIN_SCHEDULE_LENGTH = 16
+
+
+def format_schedule(schedule: Sequence[int] | None) -> str:
+    """Write a schedule as it is typed; a long one with repetitions counted: `3*4,1*20`."""
+    plain = ",".join(str(r) for r in schedule or ())
+    if len(plain) <= MAX_PLAIN_SCHEDULE_LENGTH:
+        return plain
+    groups = [(r, len(list(same))) for r, same in groupby(schedule or ())]
+    return ",".join(f"{r}*{count}" if count > 1 else str(r) for r, count in groups)
+
+
+def format_with_error(value: float, error: float | None, *, is_percent: bool) -> str:
+    """Write a number with its standard error: `44.4 ± 1.2`; a share in percent without the sign."""
+    scale, digits = scale_and_digits(value, is_percent=is_percent)
+    text = f"{scale * value:.{digits}f}"
+    return text if not error else f"{text} ± {scale * error:.{digits}f}"
+
+
+def scale_and_digits(value: float, *, is_percent: bool) -> tuple[float, int]:
+    """Return the factor and the number of decimals that a number is printed with."""
+    if is_percent:
+        return 100.0, 1
+    return 1.0, 3 if abs(value) < 10 else 1

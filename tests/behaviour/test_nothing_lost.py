@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.publishing import write_report
-from orchestrator.reporting.results import SweepResults
+from orchestrator.reporting.sweep_report import write_sweep_report
+from orchestrator.reporting.sweep_results import SweepResults
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.execution import sweep
 from orchestrator.sweeping.rounds import TrialRounds
@@ -113,7 +113,7 @@ def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
         assert len(outcome.results) == len(plan.trials), "no trial knows"
         is_down[0] = True
         found = SweepResults(name=plan.name, key=plan.key, results=outcome.results)
-        written = write_report(workspace, found, tracking=tracking)
+        written = write_sweep_report(workspace, found, tracking=tracking)
         assert written.page is not None
         assert written.page.is_file()
         assert len(told) == 1, told

@@ -71,7 +71,9 @@ def desk(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(study, "ray_cluster", lambda **_: nullcontext())
     monkeypatch.setattr(study, "run_and_show", run_and_show)
     monkeypatch.setattr(study, "sweep_thresholds", sweep_thresholds)
-    monkeypatch.setattr(study, "write_overlay", lambda *_, **__: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(
+        study, "write_overlay_report", lambda *_, **__: SimpleNamespace(folder=tmp_path)
+    )
     return Desk(open_workspace(tmp_path / "space"), Progress(), Console(file=StringIO()))
 
 

@@ -26,7 +26,7 @@ from orchestrator.evaluation.heldout import HeldoutSuite
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.importing import import_model
-from orchestrator.reporting.card import ModelCard
+from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial_run import measure_quality
 from orchestrator.terminal.progress import Progress

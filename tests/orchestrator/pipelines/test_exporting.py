@@ -23,7 +23,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.exporting import CARD, MANIFEST, export
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.reporting.card import REQUIREMENTS, ModelCard
+from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint, tokenizer_file
 from orchestrator.workspace.errors import UserError

@@ -19,7 +19,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.generating import Sampling, Writer
 from orchestrator.pipelines.importing import import_model
-from orchestrator.reporting.card import ModelCard
+from orchestrator.reporting.model_card import ModelCard
 from orchestrator.training.checkpoint import (
     TEXT_FILES,
     load_decoder,

@@ -25,8 +25,8 @@ from orchestrator.pipelines.generating import Sampling, Writer
 from orchestrator.pipelines.picking import export_model, pick_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.choice import Rule
-from orchestrator.reporting.results import SweepResults, items_name
+from orchestrator.reporting.pick_rules import PickRule
+from orchestrator.reporting.sweep_results import SweepResults, items_file_name
 from orchestrator.settings import read_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
@@ -91,7 +91,7 @@ def version_of(desk: Desk, name: str, alias: str) -> Any:
 
 
 def test_the_pick_is_exported_and_registered(desk: Desk, sweep: SweepResults) -> None:
-    choice = pick_model(desk, None, Rule(name="keep"))
+    choice = pick_model(desk, None, PickRule(name="keep"))
     assert choice.point.result.key == "cheap"
     assert "99.6% of the full model's, at 60% of its evaluations (3 of 5)" in choice.sentence
     version = version_of(desk, "two-models", "keep-99")
@@ -111,7 +111,7 @@ def test_the_pick_is_exported_and_registered(desk: Desk, sweep: SweepResults) ->
 def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
     desk: Desk, sweep: SweepResults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    choice = pick_model(desk, None, Rule(name="keep"))
+    choice = pick_model(desk, None, PickRule(name="keep"))
     monkeypatch.setattr(mlflow, "set_tracking_uri", pytest.fail)
     source = version_of(desk, "two-models", "keep-99").source
     with warnings.catch_warnings():
@@ -154,7 +154,7 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
 def test_a_pruned_model_is_the_teacher_under_its_schedule(
     desk: Desk, sweep: SweepResults, tmp_path: Path
 ) -> None:
-    choice = pick_model(desk, "two-models", Rule(name="cheapest"), to=tmp_path / "cheapest")
+    choice = pick_model(desk, "two-models", PickRule(name="cheapest"), to=tmp_path / "cheapest")
     assert choice.folder == tmp_path / "cheapest"
     model = IIETForCausalLM.from_pretrained(choice.folder)
     assert model.to_decoder().schedule == IterationSchedule((0, 0))
@@ -162,8 +162,8 @@ def test_a_pruned_model_is_the_teacher_under_its_schedule(
 
 def test_picking_again_makes_no_second_version(desk: Desk, sweep: SweepResults) -> None:
     for _ in range(2):
-        pick_model(desk, "two-models", Rule(name="best"))
-    pick_model(desk, "two-models", Rule(name="keep", share=1.0))
+        pick_model(desk, "two-models", PickRule(name="best"))
+    pick_model(desk, "two-models", PickRule(name="keep", share=1.0))
     client = desk.tracking.store.connect()
     keys = [v.tags["iiet.key"] for v in client.search_model_versions("name = 'two-models'")]
     assert keys.count("full") == 1
@@ -195,9 +195,9 @@ def test_of_several_seeds_one_is_handed_over_with_its_own_numbers(
             metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
         )  # fmt: skip
         items = EvaluationResult(results={"choices": task})
-        write_json(desk.workspace.trials / "t" / items_name(result.key), items.to_dict())
+        write_json(desk.workspace.trials / "t" / items_file_name(result.key), items.to_dict())
     replace(sweep, name="seeds", results=(full, *seeds)).store(desk.workspace)
-    choice = pick_model(desk, "seeds", Rule(name="cheapest"), to=tmp_path / "seeds")
+    choice = pick_model(desk, "seeds", PickRule(name="cheapest"), to=tmp_path / "seeds")
     assert choice.point.quality == pytest.approx(0.5)
     assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
     card = (tmp_path / "seeds" / "README.md").read_text()
@@ -207,7 +207,7 @@ def test_of_several_seeds_one_is_handed_over_with_its_own_numbers(
 
 
 def test_only_the_name_leaves_nothing_behind(desk: Desk, sweep: SweepResults) -> None:
-    choice = pick_model(desk, "two-models", Rule(name="budget", budget=2), hand_over=False)
+    choice = pick_model(desk, "two-models", PickRule(name="budget", budget=2), hand_over=False)
     assert choice.point.result.key == "pruned"
     assert choice.folder is None
     assert not (desk.workspace.exports / "two-models" / "budget-2").exists()
@@ -258,7 +258,7 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
         influence=table_of("relative", (2, 1)),
     )
     found.store(desk.workspace)
-    choice = pick_model(desk, "by-relative", Rule(name="cheapest"))
+    choice = pick_model(desk, "by-relative", PickRule(name="cheapest"))
     assert choice.folder is not None
     assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
 

@@ -9,10 +9,10 @@ import pytest
 
 from orchestrator.reporting.bootstrap import (
     Floats,
-    Sample,
+    ItemValues,
     Scores,
-    draw_counts,
-    draw_seeds,
+    draw_item_counts,
+    draw_seed_weights,
     front_shares,
     interval_of,
     mean_scores,
@@ -25,12 +25,12 @@ def drawn(values: Floats, weights: Floats | None = None, seed: int = 0, num: int
     owners = np.arange(len(values))
     weights = np.ones(values.shape[1]) if weights is None else weights
     seed_weights = np.ones((num, len(values)))
-    return resample(Sample(values, weights), seed_weights, owners, np.random.default_rng(seed))
+    return resample(ItemValues(values, weights), seed_weights, owners, np.random.default_rng(seed))
 
 
 def test_a_draw_has_as_many_items_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.reporting.bootstrap.MOST_COUNTS_AT_ONCE", 50)
-    blocks = list(draw_counts(7, 40, np.random.default_rng(0)))
+    monkeypatch.setattr("orchestrator.reporting.bootstrap.MAX_COUNTS_PER_BLOCK", 50)
+    blocks = list(draw_item_counts(7, 40, np.random.default_rng(0)))
     assert len(blocks) > 1
     counts = np.vstack(blocks)
     assert counts.shape == (40, 7)
@@ -94,10 +94,10 @@ def test_seeds_are_drawn_before_items() -> None:
     values = np.repeat(seeds[:, None], 50, axis=1)
     owners = np.array([0, 0, 0, 0, 1])
     values = np.vstack([values, np.full((1, 50), 0.3)])
-    weights = draw_seeds(owners, 8000, np.random.default_rng(5))
+    weights = draw_seed_weights(owners, 8000, np.random.default_rng(5))
     assert np.allclose(weights[:, :4].sum(axis=1), 1.0)
     assert np.all(weights[:, 4] == 1.0)
-    scores = resample(Sample(values, np.ones(50)), weights, owners, np.random.default_rng(6))
+    scores = resample(ItemValues(values, np.ones(50)), weights, owners, np.random.default_rng(6))
     assert scores.observed == pytest.approx([seeds.mean(), 0.3])
     assert scores.drawn[:, 0].std() == pytest.approx(seeds.std() / 2, rel=0.05)
     assert scores.drawn[:, 1].std() == pytest.approx(0.0, abs=1e-12)
@@ -109,8 +109,8 @@ def test_seeds_and_items_add_up() -> None:
     items = 0.3 * rng.standard_normal(80)
     values = seeds[:, None] + items[None, :]
     owners = np.zeros(6, dtype=np.int64)
-    weights = draw_seeds(owners, 8000, rng)
-    scores = resample(Sample(values, np.ones(80)), weights, owners, rng)
+    weights = draw_seed_weights(owners, 8000, rng)
+    scores = resample(ItemValues(values, np.ones(80)), weights, owners, rng)
     expected = math.hypot(seeds.std() / math.sqrt(6), items.std() / math.sqrt(80))
     assert scores.drawn.std() == pytest.approx(expected, rel=0.05)
 

@@ -10,10 +10,10 @@ import pytest
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
 from orchestrator.records.trial import Role, TrialResult
-from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.confidence import confidence_metrics, with_confidence
-from orchestrator.reporting.paired import draw_again, match_items
-from orchestrator.reporting.pareto import Front, Placed, find_front
+from orchestrator.reporting.front_axes import FrontAxes
+from orchestrator.reporting.paired_bootstrap import match_items, resample_scores
+from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 
 NUM_ITEMS = 400
 
@@ -59,7 +59,7 @@ def evaluation(
 
 
 def front_of(
-    points: dict[str, tuple[Role, float, EvaluationResult]], axes: Axes | None = None
+    points: dict[str, tuple[Role, float, EvaluationResult]], axes: FrontAxes | None = None
 ) -> Front:
     results = [
         TrialResult(
@@ -76,8 +76,8 @@ def front_of(
     return with_confidence(find_front(results, axes), evaluations, num_resamples=2000)
 
 
-def at(front: Front, name: str) -> Placed:
-    return next(point for point in front.placed if point.result.key == name)
+def at(front: Front, name: str) -> FrontPoint:
+    return next(point for point in front.points if point.result.key == name)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_scores_are_those_of_the_evaluation() -> None:
     found = evaluation(*tasks, bits_task(2.2), groups={"both": ("a", "b")})
     matched = match_items({"one": [found], "two": [found]})
     assert matched is not None
-    draws = draw_again(matched, num_resamples=50)
+    draws = resample_scores(matched, num_resamples=50)
     accuracy, bits = draws.quality("quality/accuracy"), draws.quality("quality/bits_per_byte")
     assert accuracy is not None
     assert bits is not None
@@ -131,7 +131,7 @@ def test_another_task_does_not_change_a_tasks_draws() -> None:
     def drawn(*tasks: TaskResult) -> list[float]:
         matched = match_items({"one": [evaluation(*tasks)]})
         assert matched is not None
-        return list(draw_again(matched, num_resamples=20).tasks["words"].drawn[:, 0])
+        return list(resample_scores(matched, num_resamples=20).tasks["words"].drawn[:, 0])
 
     words = task("words", answers(0.5))
     assert drawn(words) == drawn(task("other", answers(0.2)), words)
@@ -141,7 +141,7 @@ def test_runs_of_several_seeds_are_one_model() -> None:
     seeds = [evaluation(task("words", answers(share))) for share in (0.4, 0.6)]
     matched = match_items({"several": seeds, "one": seeds[:1]})
     assert matched is not None
-    scores = draw_again(matched, num_resamples=2000).tasks["words"]
+    scores = resample_scores(matched, num_resamples=2000).tasks["words"]
     assert scores.observed == pytest.approx([0.5, 0.4])
     assert scores.drawn[:, 0].std() > 2 * scores.drawn[:, 1].std()
 
@@ -194,7 +194,7 @@ def test_a_loss_keeps_the_other_way_round() -> None:
         "close": ("trial", 12.0, evaluation(bits_task(2.01))),
         "poor": ("trial", 6.0, evaluation(bits_task(2.5))),
     }
-    front = front_of(points, Axes(quality="quality/bits_per_byte"))
+    front = front_of(points, FrontAxes(quality="quality/bits_per_byte"))
     close, poor = at(front, "close").confidence, at(front, "poor").confidence
     assert close is not None
     assert poor is not None
@@ -232,5 +232,5 @@ def test_metrics_are_flat_and_named_by_rival(front: Front) -> None:
     assert metrics["paired/vs_teacher_low"] <= metrics["paired/vs_teacher"]
     assert {"paired/words/vs_vanilla_high", "paired/share_of_full"} <= set(metrics)
     assert {"paired/confidence_keeps_99", "paired/confidence_on_front"} <= set(metrics)
-    assert confidence_metrics(front.placed[0])["paired/confidence_keeps_99"] == 0.0
+    assert confidence_metrics(front.points[0])["paired/confidence_keeps_99"] == 0.0
     assert all(math.isfinite(value) for value in metrics.values())

@@ -7,7 +7,8 @@ from dataclasses import replace
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.confidence import with_confidence
-from orchestrator.reporting.findings import findings, front_metrics
+from orchestrator.reporting.findings import findings
+from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.pareto import find_front
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.records.trial import Role, TrialResult
-from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.findings import findings
+from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.pareto import Front, find_front
 
 
@@ -58,7 +58,7 @@ def test_a_loss_gives_the_same_front_as_the_accuracy_it_mirrors(
     points: list[tuple[float, float]],
 ) -> None:
     results = [result(*point, key=str(i)) for i, point in enumerate(points)]
-    by_loss = find_front(results, Axes(quality="quality/validation_loss"))
+    by_loss = find_front(results, FrontAxes(quality="quality/validation_loss"))
     by_accuracy = find_front(results)
     assert {p.result.key for p in by_loss.members} == {p.result.key for p in by_accuracy.members}
 
@@ -70,10 +70,10 @@ def test_a_baseline_beside_a_teacher_is_placed_but_pushes_no_trial_off() -> None
         result(6, 0.40, "baseline", key="vanilla"),
     ]
     front = find_front(results)
-    (vanilla,) = (p for p in front.placed if p.is_baseline)
+    (vanilla,) = (p for p in front.points if p.is_baseline)
     assert not vanilla.on_front
     assert {p.result.key for p in front.members} == {"none", "full"}
-    assert [p.result.key for p in front.beaten_by(vanilla)] == ["none"]
+    assert [p.result.key for p in front.members_beaten_by(vanilla)] == ["none"]
 
 
 def test_where_all_are_trained_from_scratch_a_baseline_competes() -> None:
@@ -85,7 +85,7 @@ def test_where_all_are_trained_from_scratch_a_baseline_competes() -> None:
         vanilla,
         24,
     )
-    assert front.beaten_by(front.members[0]) == ()
+    assert front.members_beaten_by(front.members[0]) == ()
     told = findings(front)
     assert "vanilla (accuracy 40.0 ± 1.0 %) is worse than full by 10" in " ".join(told)
 
@@ -125,8 +125,12 @@ def test_hypervolume_is_the_kept_share_averaged_over_budgets() -> None:
     # Half of the accuracy from a quarter of the cost on, all of it from three quarters on.
     front = front_of((6, 0.25), (18, 0.5), teacher=(24, 0.5))
     assert front.hypervolume == pytest.approx(0.5 * 0.5 + 1.0 * 0.25)
-    assert front.box is not None
-    assert (front.box.cost, front.box.quality, front.box.full_quality) == (24, 0.0, 0.5)
+    assert front.hypervolume_box is not None
+    assert (
+        front.hypervolume_box.cost,
+        front.hypervolume_box.quality,
+        front.hypervolume_box.full_quality,
+    ) == (24, 0.0, 0.5)
     assert front_of().hypervolume is None
 
 
@@ -140,9 +144,9 @@ def test_a_better_trial_never_lowers_the_hypervolume() -> None:
 
 def test_hypervolume_of_a_loss_counts_from_the_worst() -> None:
     results = [result(6, 0.3), result(12, 0.5), result(24, 0.5, "teacher")]
-    front = find_front(results, Axes(quality="quality/validation_loss"))
-    assert front.box is not None
-    assert front.box.quality == pytest.approx(0.7)
+    front = find_front(results, FrontAxes(quality="quality/validation_loss"))
+    assert front.hypervolume_box is not None
+    assert front.hypervolume_box.quality == pytest.approx(0.7)
     assert front.hypervolume == pytest.approx(0.5)
     assert front.share(front.members[0]) == pytest.approx(0.5 / 0.7)
 
@@ -151,5 +155,5 @@ def test_what_was_not_measured_is_unplaced() -> None:
     lacking = TrialResult(key="x", role="trial", method="iiet", cost={"evaluations": 3})
     unsure = result(3, math.nan)
     front = find_front([lacking, unsure, result(6, 0.5)])
-    assert {r.key for r in front.unplaced} == {"x", unsure.key}
+    assert {r.key for r in front.unmeasured} == {"x", unsure.key}
     assert places(front) == [(6, 0.5)]

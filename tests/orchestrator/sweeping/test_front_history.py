@@ -11,8 +11,13 @@ import pytest
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.curves import BY_COMPUTE, BY_TRIALS, HISTORY_CHARTS, history_curves
 from orchestrator.reporting.pareto import find_front
+from orchestrator.reporting.training_curves import (
+    HISTORY_CHARTS,
+    HYPERVOLUME_BY_GFLOPS,
+    HYPERVOLUME_BY_TRIALS,
+    read_history_curves,
+)
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.workspace.files import write_json
@@ -65,7 +70,7 @@ def test_it_grows_in_any_order_and_ends_at_the_front(
     for result in [teacher, *others]:
         finish(plan, result)
         assert record_front(plan, tmp_path / "history")
-    found = series(tmp_path / "history", BY_TRIALS)
+    found = series(tmp_path / "history", HYPERVOLUME_BY_TRIALS)
     assert [step for step, _ in found] == list(range(1, len(sample_results) + 1))
     volumes = [volume for _, volume in found]
     assert volumes == sorted(volumes), "the box is the same all along"
@@ -73,7 +78,7 @@ def test_it_grows_in_any_order_and_ends_at_the_front(
     assert volumes[-1] == pytest.approx(find_front(sample_results).hypervolume)
     spent = series(tmp_path / "history", "sweep/training_flops")
     assert spent[-1][1] == pytest.approx(9 * 1.2e12), "that of the students; no one else has a job"
-    assert series(tmp_path / "history", BY_COMPUTE)[-1] == (10_800, volumes[-1])
+    assert series(tmp_path / "history", HYPERVOLUME_BY_GFLOPS)[-1] == (10_800, volumes[-1])
 
 
 def test_what_two_models_have_in_common_is_spent_once(
@@ -101,7 +106,7 @@ def test_a_lucky_seed_is_no_front(
     for seed, accuracy in zip(seeds, (0.1, 0.5), strict=True):
         finish(plan, replace(cheap, key=seed.key, quality={"accuracy": accuracy}))
     assert record_front(plan, tmp_path / "history")
-    [(_, volume)] = series(tmp_path / "history", BY_TRIALS)
+    [(_, volume)] = series(tmp_path / "history", HYPERVOLUME_BY_TRIALS)
     usual = replace(cheap, quality={"accuracy": 0.3})
     assert volume == pytest.approx(find_front([teacher, usual]).hypervolume)
 
@@ -115,7 +120,7 @@ def test_nothing_is_said_before_the_full_model_is_measured(
         assert not record_front(plan, tmp_path / "history")
     finish(plan, teacher)
     assert record_front(plan, tmp_path / "history")
-    assert [step for step, _ in series(tmp_path / "history", BY_TRIALS)] == [4]
+    assert [step for step, _ in series(tmp_path / "history", HYPERVOLUME_BY_TRIALS)] == [4]
 
 
 def test_what_is_known_is_not_written_again(
@@ -125,10 +130,10 @@ def test_what_is_known_is_not_written_again(
         finish(plan, result)
     assert record_front(plan, tmp_path / "history")
     assert not record_front(plan, tmp_path / "history")
-    assert history_curves(tmp_path / "history") == {}, "one point is no curve"
+    assert read_history_curves(tmp_path / "history") == {}, "one point is no curve"
     finish(plan, sample_results[5])
     assert record_front(plan, tmp_path / "history")
-    curves = history_curves(tmp_path / "history")
+    curves = read_history_curves(tmp_path / "history")
     assert set(curves) == set(HISTORY_CHARTS)
     [[(name, points)]] = [curves["Hypervolume against trials finished"]]
     assert (name, [step for step, _ in points]) == ("front", [2, 3])

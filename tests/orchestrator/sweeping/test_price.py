@@ -18,8 +18,8 @@ from rich.console import Console
 from iiet.influence import InfluenceTable
 from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.reports import show_plan
+from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.estimate_table import Rate
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import price as plan_price
 from orchestrator.sweeping.halving import Verdict
@@ -44,8 +44,10 @@ TEACHER = 38_272
 
 @pytest.fixture(autouse=True)
 def rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Rate(peak_flops=1e9, usual_flops=0.25e9, share=0.5, of_what="made up")
-    monkeypatch.setattr(plan_price, "assumed_rate", lambda _: known)
+    known = TrainingRate(
+        peak_flops=1e9, median_flops=0.25e9, utilization=0.5, peak_source="made up"
+    )
+    monkeypatch.setattr(plan_price, "assumed_training_rate", lambda _: known)
 
 
 def settings(*assignments: str) -> Settings:

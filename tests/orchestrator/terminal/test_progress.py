@@ -20,9 +20,9 @@ from orchestrator.evaluation.cost_measurement import (
 )
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.reporting.cost_tables import all_tables
-from orchestrator.reporting.evaluation_table import evaluation_table
-from orchestrator.reporting.influence_table import influence_view
+from orchestrator.reporting.benchmark_tables import cost_and_share_tables
+from orchestrator.reporting.evaluation_tables import evaluation_table
+from orchestrator.reporting.influence_tables import influence_terminal_table
 from orchestrator.terminal.layout import print_line
 from orchestrator.terminal.progress import BarProgress, PlainProgress
 
@@ -180,7 +180,7 @@ def test_an_influence_of_many_corrections_is_shown_in_parts(width: int) -> None:
     errors = tuple(tuple(value / 50 for value in row) for row in rows)
     table = InfluenceTable(metric="cosine", value_rows=rows, error_rows=errors, num_tokens=64)
     console = terminal(width)
-    console.print(influence_view(table))
+    console.print(influence_terminal_table(table))
     text = written(console).replace("\u00a0", " ")
     assert all(f"correction {number}" in text for number in range(1, 7))
     assert text.count("0.01230 ± 0.00025") + text.count("0.0123 ± 0.00025") == 3
@@ -200,7 +200,7 @@ def test_costs_break_no_name_and_no_number(width: int) -> None:
         for model in ("r=3,3,3,3,3,3", "r=2,2,1,1,1,1")
     ]  # fmt: skip
     console = terminal(width)
-    for table in all_tables(costs):
+    for table in cost_and_share_tables(costs):
         console.print(table)
     text = written(console)
     for part in ("1234.50 ± 12.30", "123.40 ± 1.20", "64,321", "1,024.00", "50.0 ± 1.0"):

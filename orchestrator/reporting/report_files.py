@@ -7,7 +7,6 @@ for a paper's appendix, `front.csv` and `front.json` for machines, `influence.pn
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +15,21 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from iiet.influence import InfluenceTable
+from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.findings import findings
+from orchestrator.reporting.front_data import front_csv, front_json
 from orchestrator.reporting.front_figure import draw_front
+from orchestrator.reporting.front_tables import (
+    TASK_TABLES_NOTE,
+    markdown_table,
+    task_table_markdown,
+    task_tables,
+)
+from orchestrator.reporting.front_text import hypervolume_text, model_name
+from orchestrator.reporting.html_page import Curve, render_page
 from orchestrator.reporting.influence_figure import draw_influence
-from orchestrator.reporting.page import Curve, report_page
+from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.rows import csv_text, json_text
-from orchestrator.reporting.style import save_figure
-from orchestrator.reporting.tables import markdown_table
-from orchestrator.reporting.task_tables import ABOUT_TASKS, markdown_of_table, task_tables
-from orchestrator.reporting.texts import hypervolume_text, model_name
 from orchestrator.workspace.files import write_text
 
 
@@ -56,7 +60,7 @@ class SweepReport:
     @property
     def title(self) -> str:
         """Heading of picture and page."""
-        return f"Sweeps {self.name}" if self.front.series else f"Sweep {self.name}"
+        return f"Sweeps {self.name}" if self.front.sweep_of else f"Sweep {self.name}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class WrittenReport:
         return next((path for path in self.files if path.suffix == ".html"), None)
 
 
-def write_files(report: SweepReport, folder: Path) -> list[Path]:
+def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
     """Write all files of a report.
 
     Returns:
@@ -91,14 +95,14 @@ def write_files(report: SweepReport, folder: Path) -> list[Path]:
     paths: list[Path] = []
     if report.influence is not None and any(report.influence.rows()):
         paths += save_figure(influence_picture(report), folder / "influence")
-    if report.front.placed:
+    if report.front.points:
         picture = draw_front(report.front, title=report.title, mark_paper=report.mark_paper)
         paths += save_figure(picture, folder / "front")
         svg = (folder / "front.svg").read_text(encoding="utf-8")
-        paths.append(_write(folder / "front.html", page_of(report, svg)))
-    paths.append(_write(folder / "front.md", markdown_of(report)))
-    paths.append(_write(folder / "front.csv", csv_text(report.front)))
-    paths.append(_write(folder / "front.json", json_text(report.front) + "\n"))
+        paths.append(_write(folder / "front.html", report_page(report, svg)))
+    paths.append(_write(folder / "front.md", report_markdown(report)))
+    paths.append(_write(folder / "front.csv", front_csv(report.front)))
+    paths.append(_write(folder / "front.json", front_json(report.front) + "\n"))
     return paths
 
 
@@ -116,7 +120,7 @@ def influence_picture(report: SweepReport) -> Figure:
     )
 
 
-def page_of(report: SweepReport, picture: str | None = None) -> str:
+def report_page(report: SweepReport, picture: str | None = None) -> str:
     """Return the report as one HTML file.
 
     Args:
@@ -124,7 +128,7 @@ def page_of(report: SweepReport, picture: str | None = None) -> str:
         picture: The front as SVG text, for readers without scripts.
     """
     table = report.influence
-    return report_page(
+    return render_page(
         report.front,
         title=report.title,
         sentences=report.sentences,
@@ -136,18 +140,18 @@ def page_of(report: SweepReport, picture: str | None = None) -> str:
     )
 
 
-def markdown_of(report: SweepReport) -> str:
+def report_markdown(report: SweepReport) -> str:
     """Return the report as Markdown: findings, table, tasks, influence, facts."""
     parts = [f"# {report.title}", _bullets(report.sentences)]
-    if report.front.placed:
+    if report.front.points:
         volume = hypervolume_text(report.front)
         parts += ["![front](front.png)", volume and f"Of the front: {volume}."]
         parts.append(markdown_table(report.front))
     tables = task_tables(report.front)
     if tables:
-        parts.append(f"## Task by task\n\n{ABOUT_TASKS}")
+        parts.append(f"## Task by task\n\n{TASK_TABLES_NOTE}")
     for table in tables:
-        parts += [f"### {table.title}", markdown_of_table(table)]
+        parts += [f"### {table.title}", task_table_markdown(table)]
     if report.influence is not None:
         parts += [
             f"## Influence of each correction ({report.influence.metric})",
@@ -156,20 +160,6 @@ def markdown_of(report: SweepReport) -> str:
     for title, values in report.facts.items():
         parts += [f"## {title}", _bullets([f"{name}: {value}" for name, value in values.items()])]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
-
-
-def influence_markdown(table: InfluenceTable) -> str:
-    """Return an influence table in Markdown, one row a layer, with its contraction factors."""
-    width = max((len(row) for row in table.rows()), default=0)
-    heads = ["layer", *(f"correction {i}" for i in range(1, width + 1)), "contraction"]
-    lines = [f"| {' | '.join(heads)} |", "| ---: " * len(heads) + "|"]
-    for layer, row in enumerate(table.rows(), start=1):
-        cells = [f"{value:.3g}" for value in row] + [""] * (width - len(row))
-        # Tables of earlier versions have no factors, and layers of one correction neither.
-        factor = table.contractions[layer - 1] if table.contractions else math.nan
-        cells.append("" if math.isnan(factor) else f"{factor:.3g}")
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _bullets(lines: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from iiet.influence import InfluenceTable
 from orchestrator.terminal.layout import ResponsiveLayout
 
 
-def influence_view(influence: InfluenceTable) -> Group:
+def influence_terminal_table(influence: InfluenceTable) -> Group:
     """Return an influence table, one row a layer, with standard errors, and under it the residuals
     and the contraction factors; of many corrections in parts below each other where they do not fit
     beside each other.
@@ -68,3 +68,17 @@ def _with_error(value: float, error: float) -> str:
     if value and error:
         digits += max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(error)))
     return f"{value:.{digits}g}\u00a0±\u00a0{error:.2g}"
+
+
+def influence_markdown(table: InfluenceTable) -> str:
+    """Return an influence table in Markdown, one row a layer, with its contraction factors."""
+    width = max((len(row) for row in table.rows()), default=0)
+    heads = ["layer", *(f"correction {i}" for i in range(1, width + 1)), "contraction"]
+    lines = [f"| {' | '.join(heads)} |", "| ---: " * len(heads) + "|"]
+    for layer, row in enumerate(table.rows(), start=1):
+        cells = [f"{value:.3g}" for value in row] + [""] * (width - len(row))
+        # Tables of earlier versions have no factors, and layers of one correction neither.
+        factor = table.contractions[layer - 1] if table.contractions else math.nan
+        cells.append("" if math.isnan(factor) else f"{factor:.3g}")
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return "\n".join(lines)

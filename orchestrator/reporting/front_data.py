@@ -10,25 +10,25 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.reporting.confidence import confidence_metrics
+from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.texts import verdict
 
 
-def full_rows(front: Front) -> list[dict[str, Any]]:
+def front_rows(front: Front) -> list[dict[str, Any]]:
     """Return every number of every result, one mapping a row, all with the same names.
 
     Placed results come first, cheapest first; those without a place follow. Missing numbers are
     None, so that the rows are strict JSON.
     """
-    results = [(p.result, p) for p in front.placed] + [(r, None) for r in front.unplaced]
-    paired = {p.result.key: confidence_metrics(p) for p in front.placed}
+    results = [(p.result, p) for p in front.points] + [(r, None) for r in front.unmeasured]
+    paired = {p.result.key: confidence_metrics(p) for p in front.points}
     metrics = sorted({name for result, _ in results for name in result.metrics()})
     metrics += sorted({name for numbers in paired.values() for name in numbers})
     rows = []
     for result, point in results:
         row: dict[str, Any] = {
             "name": result.name,
-            **({"sweep": front.series[result.key]} if front.series else {}),
+            **({"sweep": front.sweep_of[result.key]} if front.sweep_of else {}),
             "role": result.role,
             "method": result.method,
             "schedule": result.schedule_text,
@@ -44,9 +44,9 @@ def full_rows(front: Front) -> list[dict[str, Any]]:
     return rows
 
 
-def csv_text(front: Front) -> str:
-    """Return `full_rows` as CSV with a header."""
-    rows = full_rows(front)
+def front_csv(front: Front) -> str:
+    """Return `front_rows` as CSV with a header."""
+    rows = front_rows(front)
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -54,11 +54,11 @@ def csv_text(front: Front) -> str:
     return file.getvalue()
 
 
-def json_text(front: Front) -> str:
+def front_json(front: Front) -> str:
     """Return axes, picks, hypervolume with its box, and every result, as strict JSON."""
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
-    area = front.box
-    results = [*(point.result for point in front.placed), *front.unplaced]
+    area = front.hypervolume_box
+    results = [*(point.result for point in front.points), *front.unmeasured]
     return json.dumps(
         {
             "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
@@ -70,7 +70,7 @@ def json_text(front: Front) -> str:
             "confidence_basis": front.basis and asdict(front.basis),
             "results": [
                 {**row, "details": result.to_dict()}
-                for row, result in zip(full_rows(front), results, strict=True)
+                for row, result in zip(front_rows(front), results, strict=True)
             ],
         },
         indent=2,

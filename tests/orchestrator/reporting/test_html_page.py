@@ -15,8 +15,8 @@ import pytest
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.confidence import with_confidence
-from orchestrator.reporting.page import report_page
-from orchestrator.reporting.page_tables import schedule_strip
+from orchestrator.reporting.html_page import render_page
+from orchestrator.reporting.html_tables import schedule_strip
 from orchestrator.reporting.pareto import Front, find_front
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -34,16 +34,16 @@ def data_in(page: str) -> dict[str, Any]:
 
 
 def test_the_page_needs_no_network(front: Front) -> None:
-    page = report_page(front, title="toy")
+    page = render_page(front, title="toy")
     without_names = page.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?://|src=|@import|url\(", without_names)
-    assert page.count("<tr class=") == len(front.placed)
+    assert page.count("<tr class=") == len(front.points)
 
 
 def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult]) -> None:
     bad = "</script><script>alert(1)</script>"
     renamed = TrialResult.from_dict({**sample_results[1].to_dict(), "label": bad})
-    page = report_page(
+    page = render_page(
         find_front([renamed]),
         title=bad,
         sentences=[bad],
@@ -59,11 +59,11 @@ def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult
 def test_tasks_and_sweeps_are_told_apart(
     sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    series = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
-    front = find_front(sample_results, series=series)
-    page = report_page(with_confidence(front, sample_evaluations, num_resamples=100), title="toy")
+    sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, sweep_of=sweep_of)
+    page = render_page(with_confidence(front, sample_evaluations, num_resamples=100), title="toy")
     assert page.count("<details") == 3
-    assert page.count("<tr class=") == 4 * len(front.placed)
+    assert page.count("<tr class=") == 4 * len(front.points)
     assert "a &amp; b" in page
     data = data_in(page)
     assert set(data["series"]) == {"a & b", "second"}
@@ -81,10 +81,10 @@ def test_a_strip_has_a_cell_for_each_layer() -> None:
 def test_a_browser_tells_sweeps_apart_and_marks_the_paper(
     sample_results: list[TrialResult], tmp_path: Path
 ) -> None:
-    series = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
-    front = find_front(sample_results, series=series)
+    sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, sweep_of=sweep_of)
     path = tmp_path / "front.html"
-    path.write_text(report_page(front, title="toy", mark_paper=True), encoding="utf-8")
+    path.write_text(render_page(front, title="toy", mark_paper=True), encoding="utf-8")
     dom = read_in_browser(path.as_uri(), tmp_path / "profile")
     assert 'data-ready="yes"' in dom
     paths = re.findall(r'<path d="M[^"]*H[^"]*" fill="none"([^>]*)>', dom)
@@ -101,10 +101,10 @@ def test_a_browser_tells_sweeps_apart_and_marks_the_paper(
 def test_a_browser_draws_front_and_curves(front: Front, tmp_path: Path) -> None:
     curves = {"Validation loss": [("a", [(0, 3.0), (10, 2.0)]), ("b", [(0, 3.0), (10, 1.0)])]}
     path = tmp_path / "front.html"
-    path.write_text(report_page(front, title="toy", curves=curves), encoding="utf-8")
+    path.write_text(render_page(front, title="toy", curves=curves), encoding="utf-8")
     dom = read_in_browser(path.as_uri(), tmp_path / "profile")
     assert 'data-ready="yes"' in dom
-    assert dom.count('class="point"') == len(front.placed)
+    assert dom.count('class="point"') == len(front.points)
     assert dom.count("<polygon") == 1  # the full model's star
     assert dom.count("<polyline") == 2
     assert re.search(r'<path d="M[\d.]+,[\d.]+(H[\d.]+V[\d.]+)+H[\d.]+"', dom)

@@ -12,13 +12,18 @@ from rich.console import Console
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.front_axes import FrontAxes
+from orchestrator.reporting.front_data import front_csv, front_json, front_rows
+from orchestrator.reporting.front_tables import (
+    markdown_table,
+    task_table_markdown,
+    task_tables,
+    terminal_table,
+)
+from orchestrator.reporting.front_text import confidence_text, cost_text
 from orchestrator.reporting.pareto import Front, find_front
-from orchestrator.reporting.rows import csv_text, full_rows, json_text
-from orchestrator.reporting.tables import markdown_table, terminal_table
-from orchestrator.reporting.task_tables import markdown_of_table, task_tables
-from orchestrator.reporting.texts import confidence_text, cost_text, short_schedule
+from orchestrator.terminal.formatting import format_schedule
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     assert [word for word in head.split() if word not in ("%", "full")] == titles.split()
     assert len(rows) == 12
     assert not any("…" in line for line in rows)
-    costs = [float(row["cost/evaluations"]) for row in full_rows(front)]
+    costs = [float(row["cost/evaluations"]) for row in front_rows(front)]
     assert costs == sorted(costs)
     knee = next(line for line in rows if "knee" in line)
     assert knee.split()[0] == "0,1,1,1,1,1"
@@ -63,15 +68,15 @@ def test_baselines_say_what_they_beat(front: Front) -> None:
 
 
 def test_long_schedules_are_counted(front: Front) -> None:
-    assert short_schedule((2, 2, 1, 1, 1, 1)) == "2,2,1,1,1,1"
-    assert short_schedule((3,) * 4 + (1,) * 19 + (0,)) == "3*4,1*19,0"
-    assert short_schedule(None) == ""
+    assert format_schedule((2, 2, 1, 1, 1, 1)) == "2,2,1,1,1,1"
+    assert format_schedule((3,) * 4 + (1,) * 19 + (0,)) == "3*4,1*19,0"
+    assert format_schedule(None) == ""
 
 
 def test_a_table_for_another_pair_of_numbers_shows_them(
     sample_results: list[TrialResult],
 ) -> None:
-    axes = Axes("cost/flops_per_token", "quality/bits_per_byte")
+    axes = FrontAxes("cost/flops_per_token", "quality/bits_per_byte")
     head = printed(find_front(sample_results, axes), 110)[0]
     assert "FLOPs/token" in head
     assert head.count("bits/byte") == 1
@@ -79,8 +84,8 @@ def test_a_table_for_another_pair_of_numbers_shows_them(
 
 
 def test_csv_and_json_hold_every_number(front: Front, sample_results: list[TrialResult]) -> None:
-    rows = list(csv.DictReader(io.StringIO(csv_text(front))))
-    values = json.loads(json_text(front))
+    rows = list(csv.DictReader(io.StringIO(front_csv(front))))
+    values = json.loads(front_json(front))
     by_key = {row["key"]: row for row in rows}
     for result in sample_results:
         for name, number in result.metrics().items():
@@ -94,24 +99,24 @@ def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial
 def test_what_was_not_measured_is_listed_and_null(sample_results: list[TrialResult]) -> None:
     lacking = replace(sample_results[1], key="lacking", quality={"accuracy": float("nan")})
     front = find_front([*sample_results, lacking])
-    row = full_rows(front)[-1]
+    row = front_rows(front)[-1]
     assert row["verdict"] == "not measured"
     assert row["quality/accuracy"] is None
-    assert "NaN" not in json_text(front)
+    assert "NaN" not in front_json(front)
 
 
 def test_markdown_has_a_row_for_each_model_and_bold_members(front: Front) -> None:
     lines = markdown_table(front).splitlines()
-    assert len(lines) == 2 + len(front.placed)
+    assert len(lines) == 2 + len(front.points)
     assert len({line.count("|") for line in lines}) == 1
     assert sum(line.startswith("| **") for line in lines) == len(front.members)
 
 
 def test_an_empty_front_has_tables_too() -> None:
     front = find_front([])
-    assert full_rows(front) == []
-    assert csv_text(front).strip() == ""
-    assert json.loads(json_text(front))["front"] == []
+    assert front_rows(front) == []
+    assert front_csv(front).strip() == ""
+    assert json.loads(front_json(front))["front"] == []
     assert printed(front, 80)
 
 
@@ -156,7 +161,7 @@ def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front)
     for table in tables:
         assert table.heads[3:] == ("vs teacher", "vs vanilla", "vs r = 0 from scratch")
         assert len(table.rows) == 12
-    lines = markdown_of_table(tables[1]).splitlines()
+    lines = task_table_markdown(tables[1]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     knee = next(line for line in lines if "0,1,1,1,1,1" in line)
     assert knee.split(" | ")[1] == "32.4"
@@ -165,28 +170,28 @@ def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front)
 
 
 def test_machines_get_the_paired_numbers(sure_front: Front) -> None:
-    values = json.loads(json_text(sure_front))
+    values = json.loads(front_json(sure_front))
     row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
     assert row["paired/vs_teacher"] == pytest.approx(-0.003)
     assert row["paired/vs_teacher_low"] < row["paired/vs_teacher"] < row["paired/vs_teacher_high"]
     assert 0 < row["paired/confidence_keeps_99"] < 1
     assert values["confidence_basis"]["num_items"] == 2000
-    header = csv_text(sure_front).splitlines()[0]
+    header = front_csv(sure_front).splitlines()[0]
     assert "paired/lastword/vs_r_0_from_scratch_high" in header
 
 
 def test_several_sweeps_have_a_column_and_full_names(sample_results: list[TrialResult]) -> None:
-    series = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
-    front = find_front(sample_results, series=series)
+    sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = find_front(sample_results, sweep_of=sweep_of)
     head, _, *rows = printed(front, 120)
     assert head.split()[:2] == ["schedule", "sweep"]
     assert all(("first" in row) != ("second" in row) for row in rows)
-    assert {row["sweep"] for row in full_rows(front)} == {"first", "second"}
+    assert {row["sweep"] for row in front_rows(front)} == {"first", "second"}
 
 
 def test_the_cost_that_the_front_lies_on_is_never_dropped(
     sample_results: list[TrialResult],
 ) -> None:
     for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):
-        front = find_front(sample_results, Axes(cost=f"cost/{cost}"))
+        front = find_front(sample_results, FrontAxes(cost=f"cost/{cost}"))
         assert title in printed(front, 60)[0]

@@ -25,9 +25,9 @@ from orchestrator.records.evaluation import (
 )
 from orchestrator.reporting.bootstrap import (
     NUM_RESAMPLES,
-    Sample,
+    ItemValues,
     Scores,
-    draw_seeds,
+    draw_seed_weights,
     mean_scores,
     resample,
 )
@@ -37,14 +37,14 @@ Item = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedItems:
     """The items that all models answered."""
 
     models: tuple[str, ...]
     """Keys, in the order of the scores."""
     owners: NDArray[np.int64]
     """(runs,): number of the model that each run belongs to."""
-    samples: Mapping[str, Sample]
+    samples: Mapping[str, ItemValues]
     """By name of the task."""
     metrics: Mapping[str, str]
     """Task to the metric that is compared."""
@@ -60,10 +60,10 @@ class Matched:
 
 
 @dataclass(frozen=True)
-class Draws:
+class ResampledScores:
     """Scores of all models on every task, drawn again."""
 
-    matched: Matched
+    matched: MatchedItems
     tasks: Mapping[str, Scores]
 
     def quality(self, name: str) -> Scores | None:
@@ -95,7 +95,7 @@ class Draws:
         return mean_scores(means) if means else None
 
 
-def match_items(evaluations: Mapping[str, Sequence[EvaluationResult]]) -> Matched | None:
+def match_items(evaluations: Mapping[str, Sequence[EvaluationResult]]) -> MatchedItems | None:
     """Find the items that all models answered.
 
     Args:
@@ -112,7 +112,7 @@ def match_items(evaluations: Mapping[str, Sequence[EvaluationResult]]) -> Matche
         found = [run.results.get(task) for run in runs]
         results = [result for result in found if result is not None]
         everywhere = {item for result in results for item in _items(result)}
-        metric = _compared_metric(results)
+        metric = _paired_metric(results)
         sample = _sample(results, metric) if metric and len(results) == len(runs) else None
         if metric and sample is not None:
             samples[task], metrics[task] = sample, metric
@@ -120,13 +120,15 @@ def match_items(evaluations: Mapping[str, Sequence[EvaluationResult]]) -> Matche
     if not samples:
         return None
     groups = {name: members for run in runs for name, members in run.groups.items()}
-    return Matched(models, owners, samples, metrics, groups, num_left_out)
+    return MatchedItems(models, owners, samples, metrics, groups, num_left_out)
 
 
-def draw_again(matched: Matched, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Draws:
+def resample_scores(
+    matched: MatchedItems, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> ResampledScores:
     """Score all models on draws of the items; the same seed gives the same draws."""
-    seed_weights = draw_seeds(matched.owners, num_resamples, np.random.default_rng(seed))
-    return Draws(
+    seed_weights = draw_seed_weights(matched.owners, num_resamples, np.random.default_rng(seed))
+    return ResampledScores(
         matched,
         {
             # Each task has draws of its own, which no other task's presence changes.
@@ -147,13 +149,13 @@ def _items(result: TaskResult) -> list[Item]:
     return found
 
 
-def _compared_metric(results: Sequence[TaskResult]) -> str | None:
+def _paired_metric(results: Sequence[TaskResult]) -> str | None:
     """Return the metric that all runs have by item: the accuracy, else the bits per byte."""
     known = (*ACCURACY_METRICS, BITS_METRIC)
     return next((m for m in known if all(m in result.values for result in results)), None)
 
 
-def _sample(results: Sequence[TaskResult], metric: str) -> Sample | None:
+def _sample(results: Sequence[TaskResult], metric: str) -> ItemValues | None:
     positions = [{item: number for number, item in enumerate(_items(result))} for result in results]
     common = [item for item in positions[0] if all(item in other for other in positions)]
     if not common:
@@ -164,5 +166,5 @@ def _sample(results: Sequence[TaskResult], metric: str) -> Sample | None:
     ]
     if metric == BITS_METRIC:
         # Pairs of log-likelihood in nats and bytes.
-        return Sample(np.stack([-row[:, 0] / math.log(2) for row in rows]), rows[0][:, 1])
-    return Sample(np.stack(rows), np.ones(len(common)))
+        return ItemValues(np.stack([-row[:, 0] / math.log(2) for row in rows]), rows[0][:, 1])
+    return ItemValues(np.stack(rows), np.ones(len(common)))

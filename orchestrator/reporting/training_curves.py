@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.reporting.page import Curve
+from orchestrator.reporting.front_text import full_name
+from orchestrator.reporting.html_page import Curve
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.results import SweepResults
-from orchestrator.reporting.seeds import join_seeds
-from orchestrator.reporting.texts import full_name
+from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.sweep_results import SweepResults
 from orchestrator.workspace.journal import read_journal
 
-BY_TRIALS = "sweep/hypervolume"
+HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
 """Metric whose step is the number of models finished."""
-BY_COMPUTE = "sweep/hypervolume_by_gflops"
+HYPERVOLUME_BY_GFLOPS = "sweep/hypervolume_by_gflops"
 """Metric whose step is the training so far in 1e9 FLOPs, rounded."""
 VALIDATION_METRIC = "validation/loss"
 STUDENT_CHARTS = {
@@ -30,22 +30,22 @@ STUDENT_CHARTS = {
 """Title and metric; the first that there is a curve for."""
 BASELINE_CHART = "Validation loss of full model and baselines"
 HISTORY_CHARTS = {
-    "Hypervolume against trials finished": BY_TRIALS,
-    "Hypervolume against training in GFLOPs": BY_COMPUTE,
+    "Hypervolume against trials finished": HYPERVOLUME_BY_TRIALS,
+    "Hypervolume against training in GFLOPs": HYPERVOLUME_BY_GFLOPS,
 }
 """Title and metric; what stands behind `against` names the horizontal axis."""
 MOST_POINTS = 400
 """Of one curve; more than a page can show."""
 
 
-def curves_of(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]]:
+def read_training_curves(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]]:
     """Return the losses while the models were trained, by title of the chart, cheapest first; each
     seed of a model has a curve of its own."""
     trials: list[tuple[str, Path]] = []
     others: list[tuple[str, Path]] = []
-    members = join_seeds(sweep.results).members
+    members = average_seeds(sweep.results).keys_of_seeds
     results = {result.key: result for result in sweep.results}
-    for point in front.placed:
+    for point in front.points:
         seeds = members.get(point.result.key, ())
         for result in (results[key] for key in seeds):
             name = full_name(front, point)
@@ -63,7 +63,7 @@ def curves_of(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]
     return charts
 
 
-def history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
+def read_history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
     """Return how the front grew while its sweep ran, by title of the chart.
 
     Args:

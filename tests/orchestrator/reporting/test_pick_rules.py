@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.choice import Rule, choose
 from orchestrator.reporting.pareto import Confidence, Front, find_front
+from orchestrator.reporting.pick_rules import PickRule, pick_from_front
 from orchestrator.workspace.errors import UserError
 
 
@@ -18,30 +18,33 @@ def front(sample_results: list[TrialResult]) -> Front:
 
 
 def test_the_named_members(front: Front) -> None:
-    assert choose(front, Rule(name="best")) is front.best
-    assert choose(front, Rule(name="cheapest")) is front.cheapest
-    assert choose(front, Rule(name="knee")) is front.knee
+    assert pick_from_front(front, PickRule(name="best")) is front.best
+    assert pick_from_front(front, PickRule(name="cheapest")) is front.cheapest
+    assert pick_from_front(front, PickRule(name="knee")) is front.knee
 
 
 @pytest.mark.parametrize("share", [0.9, 0.97, 0.99, 1.0])
 def test_keep_is_the_cheapest_that_keeps(front: Front, share: float) -> None:
-    chosen = choose(front, Rule(name="keep", share=share))
+    chosen = pick_from_front(front, PickRule(name="keep", share=share))
     keeping = [p for p in front.members if (front.share(p) or 0) >= share]
     assert chosen.cost == min(p.cost for p in keeping)
 
 
 def test_keeping_more_costs_more(front: Front) -> None:
-    costs = [choose(front, Rule(name="keep", share=s)).cost for s in (0.93, 0.96, 0.985, 1.0)]
+    costs = [
+        pick_from_front(front, PickRule(name="keep", share=s)).cost
+        for s in (0.93, 0.96, 0.985, 1.0)
+    ]
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
 
 
 def test_budget_is_the_best_within(front: Front) -> None:
-    chosen = choose(front, Rule(name="budget", budget=12))
+    chosen = pick_from_front(front, PickRule(name="budget", budget=12))
     within = [p for p in front.members if p.cost <= 12]
     assert chosen.quality == max(p.quality for p in within)
     with pytest.raises(UserError, match="the cheapest costs"):
-        choose(front, Rule(name="budget", budget=1))
+        pick_from_front(front, PickRule(name="budget", budget=1))
 
 
 def test_confidence_asks_for_more_than_a_lucky_draw(front: Front) -> None:
@@ -51,19 +54,19 @@ def test_confidence_asks_for_more_than_a_lucky_draw(front: Front) -> None:
             confidence=Confidence(overall=None, tasks={}, share=None, keeps=keeps, on_front=None),
         )
 
-    placed = tuple(sure(p, p.cost / 24) for p in front.placed)
-    judged = replace(front, placed=placed)
-    chosen = choose(judged, Rule(name="keep", confidence=0.5))
-    assert chosen.cost == min(p.cost for p in judged.placed if p.is_candidate and p.cost >= 12)
+    placed = tuple(sure(p, p.cost / 24) for p in front.points)
+    judged = replace(front, points=placed)
+    chosen = pick_from_front(judged, PickRule(name="keep", confidence=0.5))
+    assert chosen.cost == min(p.cost for p in judged.points if p.is_candidate and p.cost >= 12)
     # The full model keeps all of itself, whatever the draws.
-    assert choose(judged, Rule(name="keep", confidence=0.999)).cost == 24
+    assert pick_from_front(judged, PickRule(name="keep", confidence=0.999)).cost == 24
 
 
 def test_what_no_model_meets_is_said_with_the_nearest(front: Front) -> None:
     with pytest.raises(UserError, match=r"the best keeps 1\.00"):
-        choose(front, Rule(name="keep", share=1.5))
+        pick_from_front(front, PickRule(name="keep", share=1.5))
     with pytest.raises(UserError, match="measured on both axes"):
-        choose(find_front([]), Rule(name="best"))
+        pick_from_front(find_front([]), PickRule(name="best"))
 
 
 @pytest.mark.parametrize(
@@ -71,17 +74,17 @@ def test_what_no_model_meets_is_said_with_the_nearest(front: Front) -> None:
 )
 def test_impossible_numbers_are_refused(numbers: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"got -?\d"):
-        Rule(name="keep", **numbers)
+        PickRule(name="keep", **numbers)
 
 
 @pytest.mark.parametrize(
     ("rule", "alias"),
     [
-        (Rule(name="keep"), "keep-99"),
-        (Rule(name="keep", share=0.985, confidence=0.9), "keep-98_5-sure-90"),
-        (Rule(name="budget", budget=1.5e9), "budget-1_5e09"),
-        (Rule(name="knee"), "knee"),
+        (PickRule(name="keep"), "keep-99"),
+        (PickRule(name="keep", share=0.985, confidence=0.9), "keep-98_5-sure-90"),
+        (PickRule(name="budget", budget=1.5e9), "budget-1_5e09"),
+        (PickRule(name="knee"), "knee"),
     ],
 )
-def test_aliases_are_names_that_mlflow_takes(rule: Rule, alias: str) -> None:
+def test_aliases_are_names_that_mlflow_takes(rule: PickRule, alias: str) -> None:
     assert rule.alias == alias

@@ -24,7 +24,7 @@ QUALITIES = {
 
 
 @dataclass(frozen=True)
-class Axes:
+class FrontAxes:
     """Two numbers of a trial result: what it costs and how good it is."""
 
     cost: str = "cost/evaluations"
@@ -45,19 +45,19 @@ class Axes:
     @property
     def slug(self) -> str:
         """Both short names with a dash, for names of folders; empty for the usual two."""
-        if self == Axes():
+        if self == FrontAxes():
             return ""
         return f"{_short(QUALITIES, self.quality)}-{_short(COSTS, self.cost)}"
 
 
-def named_axes(cost: str | None = None, quality: str | None = None) -> Axes:
+def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes:
     """Return the axes that short names stand for; the usual ones when unset.
 
     Raises:
         UserError: If a name is unknown; lists those there are.
     """
-    usual = Axes()
-    return Axes(
+    usual = FrontAxes()
+    return FrontAxes(
         _named(COSTS, cost, "--cost") if cost else usual.cost,
         _named(QUALITIES, quality, "--quality") if quality else usual.quality,
     )
@@ -72,3 +72,36 @@ def _named(names: Mapping[str, str], name: str, option: str) -> str:
 def _short(names: Mapping[str, str], tracked: str) -> str:
     known = {name: short for short, name in names.items()}
     return known.get(tracked, tracked.partition("/")[2].replace("/", "-"))
+
+
+TITLES = {
+    "cost/evaluations": "Evaluations per token",
+    "cost/relative_evaluations": "Evaluations, share of the full model's",
+    "cost/flops_per_token": "FLOPs per token",
+    "cost/relative_flops": "FLOPs per token, share of the full model's",
+    "cost/kv_bytes_per_token": "KV cache, bytes per token",
+    "cost/decode_ms_per_token": "Decoding, ms per token",
+    "quality/accuracy": "Accuracy",
+    "quality/bits_per_byte": "Bits per byte",
+    "quality/validation_loss": "Validation loss, nats per token",
+    "quality/perplexity": "Perplexity of a token",
+    "paired/confidence_keeps_99": "Confidence: keeps 99%",
+    "paired/confidence_on_front": "Confidence: on the front",
+}
+
+
+PAPER_COST_SHARE, PAPER_QUALITY_SHARE = 0.45, 0.994
+"""The paper's headline: E-IIET at 55% less inference cost keeps 99.4% of IIET's accuracy."""
+
+
+PAPER_MARK = "paper: 55% less at 99.4%"
+
+
+def metric_title(name: str) -> str:
+    """Return what a tracked number is called: known names in words, others as they are."""
+    return TITLES.get(name, name.partition("/")[2] or name)
+
+
+def is_accuracy(name: str) -> bool:
+    """Tell whether a tracked number is a share of right answers, shown in percent."""
+    return name.endswith(("accuracy", "/acc", "/acc_norm"))

@@ -14,19 +14,19 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from orchestrator.reporting.axes import Axes
 from orchestrator.reporting.confidence import CONFIDENCES, difference_metric
-from orchestrator.reporting.page_tables import influence_section, rows_table, tasks_section
-from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.rows import full_rows
-from orchestrator.reporting.style import (
+from orchestrator.reporting.front_axes import (
     PAPER_COST_SHARE,
     PAPER_MARK,
     PAPER_QUALITY_SHARE,
+    FrontAxes,
     is_accuracy,
-    title_of,
+    metric_title,
 )
-from orchestrator.reporting.texts import hypervolume_text
+from orchestrator.reporting.front_data import front_rows
+from orchestrator.reporting.front_text import hypervolume_text
+from orchestrator.reporting.html_tables import influence_section, rows_table, tasks_section
+from orchestrator.reporting.pareto import Front
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
@@ -45,7 +45,7 @@ HOVER = (
 )
 
 
-def report_page(
+def render_page(
     front: Front,
     *,
     title: str,
@@ -110,7 +110,7 @@ def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
 
 
 def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
-    rows = full_rows(front)
+    rows = front_rows(front)
     names = [name for row in rows for name, value in row.items() if isinstance(value, float)]
     against_full = _against_full(front)
     numbers = [name for name in dict.fromkeys(names) if "/" in name]
@@ -121,15 +121,15 @@ def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]
         "rows": rows,
         "costs": costs,
         "qualities": qualities,
-        "higher": [name for name in qualities if Axes(quality=name).higher_is_better],
+        "higher": [name for name in qualities if FrontAxes(quality=name).higher_is_better],
         "percent": [n for n in numbers if is_accuracy(n.removesuffix("_stderr"))] + list(SHARES),
         "points": against_full if is_accuracy(front.axes.quality) else [],
         "confidences": list(CONFIDENCES),
-        "titles": {name: title_of(name) for name in numbers}
-        | {"share_of_full": f"{title_of(front.axes.quality)}, share of full"}
+        "titles": {name: metric_title(name) for name in numbers}
+        | {"share_of_full": f"{metric_title(front.axes.quality)}, share of full"}
         | {name: f"Difference to {front.basis.full}" for name in against_full if front.basis},
         "hover": [*HOVER, *against_full, *CONFIDENCES],
-        "series": list(dict.fromkeys(front.series.values())),
+        "series": list(dict.fromkeys(front.sweep_of.values())),
         "curves": {
             title: [
                 {"name": name, "points": [[s, v] for s, v in points if math.isfinite(v)]}
@@ -153,7 +153,7 @@ def _paper_mark() -> dict[str, Any]:
 
 def _subtitle(front: Front) -> str:
     volume = hypervolume_text(front)
-    text = f"{len(front.placed)} models, {len(front.members)} on the front"
+    text = f"{len(front.points)} models, {len(front.members)} on the front"
     return f"{text}; {volume}." if volume else f"{text}."
 
 

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.axes import Axes
+from orchestrator.reporting.figure_style import save_figure
+from orchestrator.reporting.front_axes import PAPER_MARK, FrontAxes
 from orchestrator.reporting.front_figure import draw_front
 from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.style import PAPER_MARK, save_figure
 
 
 def names_in(panel: Panel) -> list[str]:
@@ -51,7 +51,7 @@ def test_labels_do_not_overlap(sample_results: list[TrialResult]) -> None:
 
 
 def test_a_loss_is_drawn_with_better_above(sample_results: list[TrialResult]) -> None:
-    axes = Axes("cost/decode_ms_per_token", "quality/bits_per_byte")
+    axes = FrontAxes("cost/decode_ms_per_token", "quality/bits_per_byte")
     panel = draw_front(find_front(sample_results, axes), mark_paper=True).axes[0]
     low, high = panel.get_ylim()
     assert low > high
@@ -61,8 +61,8 @@ def test_a_loss_is_drawn_with_better_above(sample_results: list[TrialResult]) ->
 
 def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[TrialResult]) -> None:
     half = [result for result in sample_results if result.role == "trial"][::2]
-    series = {r.key: "first" if r in half else "second" for r in sample_results}
-    front = find_front(sample_results, series=series)
+    sweep_of = {r.key: "first" if r in half else "second" for r in sample_results}
+    front = find_front(sample_results, sweep_of=sweep_of)
     panel = draw_front(front).axes[0]
     assert {"front of all", "first", "second", "teacher"} <= set(names_in(panel))
     steps = [line for line in panel.lines if line.get_drawstyle() == "steps-post"]
@@ -70,7 +70,7 @@ def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[TrialRes
     assert list(steps[0].get_xdata())[:-1] == [point.cost for point in front.members]
     drawn = [list(line.get_xdata())[:-1] for line in steps[1:]]
     for name in ("first", "second"):
-        assert [point.cost for point in front.parts[name].members] in drawn
+        assert [point.cost for point in front.by_sweep[name].members] in drawn
     markers = {line.get_marker() for line in panel.lines if line.get_linestyle() == "None"}
     assert {"o", "s", "*"} <= markers
 
@@ -84,7 +84,7 @@ def test_errors_are_drawn_and_nothing_is_no_picture(sample_results: list[TrialRe
         for segment in bars.get_segments()  # type: ignore[attr-defined]
         for end in segment[:, 1]
     )
-    expected = [100 * (p.quality + sign * (p.error or 0)) for p in front.placed for sign in (-1, 1)]
+    expected = [100 * (p.quality + sign * (p.error or 0)) for p in front.points for sign in (-1, 1)]
     assert ends == pytest.approx(sorted(expected))
     with pytest.raises(ValueError, match="at least one result"):
         draw_front(find_front([]))

@@ -15,9 +15,9 @@ from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from orchestrator.evaluation.heldout import TASKS as HELDOUT_TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.reporting.report import influence_markdown
+from orchestrator.reporting.influence_tables import influence_markdown
 
-LEFT_OUT = ("checksums", "environment", "recipe", "distillation", "imported")
+OMITTED_PROVENANCE = ("checksums", "environment", "recipe", "distillation", "imported")
 """Parts of a provenance that get lines of their own, or say nothing outside of its folder."""
 
 
@@ -173,7 +173,7 @@ def _front_matter(config: ModelConfig) -> str:
 
 def _provenance(values: Mapping[str, Any]) -> Iterable[str]:
     for name, value in values.items():
-        if name not in LEFT_OUT:
+        if name not in OMITTED_PROVENANCE:
             yield f"{name}: `{value}`"
     for part in ("imported", "recipe", "distillation", "environment"):
         if values.get(part):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from statistics import median
 
 from rich import box
 from rich.table import Table
@@ -12,70 +10,16 @@ from rich.table import Table
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.fit import needed_memory
 from orchestrator.planning.preflight import THIS_MACHINE, PretrainingEstimate
-from orchestrator.settings import Settings
+from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.terminal.formatting import (
     format_bytes,
     format_count,
     format_flop_rates,
     format_hours_range,
 )
-from orchestrator.training.peak_flops import (
-    ASSUMED_GPU,
-    gpu_peak_flops,
-    installed_gpu,
-    measure_cpu_flops,
-)
-
-USUAL_SHARE = 0.4
-"""Of the peak; what well-tuned training reaches."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """How fast one worker is taken to train."""
-
-    peak_flops: float
-    """FLOP/s at best."""
-    share: float
-    """Share of it that training reaches (MFU), assumed."""
-    of_what: str
-    """Whose peak it is, for people."""
-    usual_flops: float | None = None
-    """FLOP/s as this machine is just now, beside what else runs on it; None where that is the
-    peak."""
-
-    @property
-    def peaks(self) -> tuple[float, float]:
-        """FLOP/s that the shortest and the longest time rest on."""
-        return self.peak_flops, self.usual_flops or self.peak_flops
-
-
-def assumed_rate(settings: Settings, share: float | None = None) -> Rate:
-    """Return the rate that a plan's hours rest on.
-
-    Args:
-        settings: On GPUs, their peak in the recipe's precision, an H100's where none is here or its
-            peak is not known; on CPUs, one measured for a moment.
-        share: Share of the peak; a usual one when unset.
-    """
-    share = share or USUAL_SHARE
-    if not settings.cluster.num_gpus:
-        speeds = [speed / settings.cluster.num_workers for speed in measure_cpu_flops()]
-        return Rate(
-            peak_flops=speeds[0],
-            usual_flops=median(speeds),
-            share=share,
-            of_what="matrix products measured here just now, the best and the median",
-        )
-    name, precision = installed_gpu() or ASSUMED_GPU, settings.training.precision
-    known = gpu_peak_flops(name, precision)
-    if known is None:
-        name, known = ASSUMED_GPU, gpu_peak_flops(ASSUMED_GPU, precision)
-    assert known is not None
-    return Rate(peak_flops=known, share=share, of_what=f"{name}, {precision}, dense")
-
-
-def estimate_table(found: PretrainingEstimate, rate: Rate) -> Table:
+def pretraining_plan_table(found: PretrainingEstimate, rate: TrainingRate) -> Table:
     """Return the plan, a line for each thing that it takes."""
     config = found.estimate.config
     model = found.settings.model
@@ -92,7 +36,7 @@ def estimate_table(found: PretrainingEstimate, rate: Rate) -> Table:
     return table
 
 
-def _lines(found: PretrainingEstimate, rate: Rate) -> Iterator[tuple[str, str]]:
+def _lines(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str, str]]:
     estimate, tokens = found.estimate, found.tokens
     recipe, config = estimate.recipe, estimate.config
     yield "parameters", f"{estimate.num_parameters:,}"
@@ -121,12 +65,12 @@ def _lines(found: PretrainingEstimate, rate: Rate) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "training FLOPs", f"{estimate.training_flops:.3g}"
-    least, most = (estimate.hours(peak * rate.share) for peak in rate.peaks)
+    least, most = (estimate.hours(peak * rate.utilization) for peak in rate.flops_range)
     yield (
         "time",
-        f"{format_hours_range(least, most)} at {rate.share:.0%} of "
-        f"{format_flop_rates(*rate.peaks)} a worker "
-        f"({rate.of_what}); validation and saving come on top",
+        f"{format_hours_range(least, most)} at {rate.utilization:.0%} of "
+        f"{format_flop_rates(*rate.flops_range)} a worker ({rate.peak_source}); "
+        "validation and saving come on top",
     )
     memory, snapshot = estimate.memory, estimate.snapshot_bytes
     copy = f", a copy for the checkpoint {format_bytes(snapshot)}" if snapshot else ""

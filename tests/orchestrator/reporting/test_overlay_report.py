@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.axes import named_axes
-from orchestrator.reporting.overlay import write_overlay
-from orchestrator.reporting.results import SweepResults
+from orchestrator.reporting.front_axes import parse_axes
+from orchestrator.reporting.overlay_report import write_overlay_report
+from orchestrator.reporting.sweep_results import SweepResults
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -36,15 +36,15 @@ def workspace(tmp_path: Path, sample_results: list[TrialResult]) -> Workspace:
 
 
 def test_sweeps_share_a_front_and_are_told_apart(workspace: Workspace) -> None:
-    written = write_overlay(workspace, ["first", "second", "first"])
+    written = write_overlay_report(workspace, ["first", "second", "first"])
     assert written.folder == workspace.overlays / "first+second"
     assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
     front = written.report.front
-    assert len(front.placed) == 3 + 9 + 5
+    assert len(front.points) == 3 + 9 + 5
     # A trial of the first sweep stays where the second one has none as cheap.
-    better = [point.cost for point in front.members if front.series[point.result.key] == "second"]
+    better = [point.cost for point in front.members if front.sweep_of[point.result.key] == "second"]
     assert {6.0, 10.0} <= set(better)
-    assert {name: len(part.members) > 1 for name, part in front.parts.items()} == {
+    assert {name: len(part.members) > 1 for name, part in front.by_sweep.items()} == {
         "first": True,
         "second": True,
     }
@@ -57,7 +57,7 @@ def test_sweeps_share_a_front_and_are_told_apart(workspace: Workspace) -> None:
 
 
 def test_other_axes_have_a_folder_of_their_own(workspace: Workspace) -> None:
-    written = write_overlay(workspace, ["first", "second"], axes=named_axes("kv", "bits"))
+    written = write_overlay_report(workspace, ["first", "second"], axes=parse_axes("kv", "bits"))
     assert written.folder.name == "first+second-bits-kv"
     assert written.report.front.axes.cost == "cost/kv_bytes_per_token"
 
@@ -65,7 +65,7 @@ def test_other_axes_have_a_folder_of_their_own(workspace: Workspace) -> None:
 def test_different_tasks_are_said(workspace: Workspace) -> None:
     suite = {"suite": "heldout-2", "tokens_folder": "elsewhere"}
     write_json(workspace.sweeps / "second" / "plan.json", {"trials": [{"suite": suite}]})
-    written = write_overlay(workspace, ["first", "second"])
+    written = write_overlay_report(workspace, ["first", "second"])
     [note] = written.report.notes
     assert "not measured on the same tasks and texts (suite heldout-1 / heldout-2)" in note
     assert written.report.sentences[0] == note
@@ -73,15 +73,17 @@ def test_different_tasks_are_said(workspace: Workspace) -> None:
 
 def test_an_unknown_sweep_is_a_clear_error(workspace: Workspace) -> None:
     with pytest.raises(UserError, match=r"'third'.*first, second"):
-        write_overlay(workspace, ["first", "third"])
+        write_overlay_report(workspace, ["first", "third"])
 
 
 def test_milliseconds_of_different_sweeps_come_with_a_warning(workspace: Workspace) -> None:
-    [note] = write_overlay(workspace, ["first", "second"], axes=named_axes("ms")).report.notes
+    [note] = write_overlay_report(
+        workspace, ["first", "second"], axes=parse_axes("ms")
+    ).report.notes
     assert "measured sweep by sweep" in note
 
 
 def test_only_names_that_two_sweeps_share_carry_the_sweep(workspace: Workspace) -> None:
-    said = " ".join(write_overlay(workspace, ["first", "second"]).report.sentences)
+    said = " ".join(write_overlay_report(workspace, ["first", "second"]).report.sentences)
     assert "vanilla (accuracy" in said
     assert "0,1,1,1,0,1 (second)" in said

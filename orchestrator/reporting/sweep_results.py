@@ -24,8 +24,8 @@ from orchestrator.workspace.files import (
 )
 from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
 
-RESULTS_NAME = "results.json"
-LEFT_OUT = "Left out"
+RESULTS_FILE = "results.json"
+LEFT_OUT_TITLE = "Left out"
 """Title of the list of models that are left out of the front, with the reasons."""
 
 
@@ -47,7 +47,9 @@ class SweepResults:
     @property
     def notes(self) -> list[str]:
         """What has to be known before the front is read."""
-        return [f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT, {}).items()]
+        return [
+            f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT_TITLE, {}).items()
+        ]
 
     def with_results(self, results: tuple[TrialResult, ...]) -> SweepResults:
         """Return the same sweep with other results."""
@@ -59,7 +61,7 @@ class SweepResults:
 
     def store(self, workspace: Workspace) -> Path:
         """Write the results as a whole file, and return its path."""
-        path = self.folder(workspace) / RESULTS_NAME
+        path = self.folder(workspace) / RESULTS_FILE
         write_json(path, self.to_dict())
         return path
 
@@ -102,7 +104,7 @@ class SweepResults:
         )
 
 
-def load_results(workspace: Workspace, name: str) -> SweepResults:
+def load_sweep_results(workspace: Workspace, name: str) -> SweepResults:
     """Read the stored results of a sweep.
 
     Returns:
@@ -113,7 +115,7 @@ def load_results(workspace: Workspace, name: str) -> SweepResults:
         UserError: If there is no such sweep, it has no result yet, or its file is damaged.
     """
     check_name(name, "the sweep")
-    path = workspace.sweeps / name / RESULTS_NAME
+    path = workspace.sweeps / name / RESULTS_FILE
     remedy = "delete it and run the sweep again, which finds its trials finished"
     stored = read_json_object(path, remedy=remedy)
     if stored is None:
@@ -125,13 +127,15 @@ def load_results(workspace: Workspace, name: str) -> SweepResults:
     return replace(found, name=name)
 
 
-def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str, EvaluationResult]:
+def load_item_values(
+    workspace: Workspace, results: Iterable[TrialResult]
+) -> dict[str, EvaluationResult]:
     """Read the values of single items, by the key of the result; a missing file is left out."""
     folders = (workspace.trials, workspace.runs)
     paths = {path.name: path for folder in folders for path in folder.glob("*/items-*.json")}
     found = {}
     for result in results:
-        path = paths.get(items_name(result.key))
+        path = paths.get(items_file_name(result.key))
         try:
             stored = read_json(path) if path else None
             if stored is not None:
@@ -141,7 +145,7 @@ def load_items(workspace: Workspace, results: Iterable[TrialResult]) -> dict[str
     return found
 
 
-def about_items(results: Iterable[TrialResult], items: Mapping[str, EvaluationResult]) -> list[str]:
+def item_notes(results: Iterable[TrialResult], items: Mapping[str, EvaluationResult]) -> list[str]:
     """Name the tasks that were asked for and are in no average, and the models that cannot be
     compared item by item although others can."""
     skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
@@ -155,7 +159,7 @@ def about_items(results: Iterable[TrialResult], items: Mapping[str, EvaluationRe
     return said
 
 
-def items_name(key: str) -> str:
+def items_file_name(key: str) -> str:
     """Return the name of the file with a result's values of single items."""
     return f"items-{key}.json"
 
@@ -163,7 +167,7 @@ def items_name(key: str) -> str:
 def _missing(workspace: Workspace, name: str) -> str:
     if (workspace.sweeps / name).is_dir():
         return f"the sweep {name} has no result yet; run it again, it goes on where it stopped"
-    known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_NAME}"))
+    known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_FILE}"))
     offer = f"there are: {', '.join(known)}" if known else "run `iiet-orch sweep-threshold` first"
     return f"no sweep is called {name!r} in {workspace.root}; {offer}"
 

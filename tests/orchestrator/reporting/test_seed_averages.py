@@ -11,7 +11,7 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.seeds import join_seeds
+from orchestrator.reporting.seed_averages import average_seeds
 
 
 def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> TrialResult:
@@ -30,21 +30,21 @@ def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> TrialRes
 
 
 def test_the_error_joins_the_spread_over_seeds_and_that_over_items() -> None:
-    joined = join_seeds([_seed(0, 0.30), _seed(1, 0.32), _seed(2, 0.37)])
+    joined = average_seeds([_seed(0, 0.30), _seed(1, 0.32), _seed(2, 0.37)])
     (one,) = joined.results
     assert (one.label, one.train["seeds"], one.checkpoint) == ("r = 1", 3, "/runs/0")
     assert one.quality["accuracy"] == pytest.approx(0.33)
     over_seeds = (0.03**2 + 0.01**2 + 0.04**2) / 2 / 3
     assert one.quality["accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
     assert one.quality["validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
-    assert joined.members[one.key] == ("key-r = 1-0", "key-r = 1-1", "key-r = 1-2")
+    assert joined.keys_of_seeds[one.key] == ("key-r = 1-0", "key-r = 1-1", "key-r = 1-2")
 
 
 def test_what_has_no_seeds_stays_as_it_is() -> None:
     alone, other = _seed(0, 0.3), replace(_seed(0, 0.4, None), key="other")
-    joined = join_seeds([alone, other])
+    joined = average_seeds([alone, other])
     assert joined.results == (alone, other)
-    assert joined.members == {alone.key: (alone.key,), "other": ("other",)}
+    assert joined.keys_of_seeds == {alone.key: (alone.key,), "other": ("other",)}
 
 
 def test_an_interval_is_wider_where_the_seeds_differ() -> None:
@@ -61,14 +61,16 @@ def test_an_interval_is_wider_where_the_seeds_differ() -> None:
         results = [
             _seed(0, first / 100), _seed(1, second / 100), replace(_seed(0, 0.5, None), key="full")
         ]  # fmt: skip
-        joined = join_seeds(results)
+        joined = average_seeds(results)
         items = {
             results[0].key: answers(*range(first)),
             results[1].key: answers(*range(second)),
             "full": answers(*range(50)),
         }
-        front = with_confidence(find_front(joined.results), joined.runs(items), num_resamples=2000)
-        point = next(p for p in front.placed if p.result.key != "full")
+        front = with_confidence(
+            find_front(joined.results), joined.evaluations(items), num_resamples=2000
+        )
+        point = next(p for p in front.points if p.result.key != "full")
         assert point.confidence
         assert point.confidence.overall
         return point.confidence.overall.own.high - point.confidence.overall.own.low

@@ -13,21 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, Placed
+from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
 from orchestrator.workspace.errors import UserError
 
-RuleName = Literal["keep", "budget", "knee", "best", "cheapest"]
+PickRuleName = Literal["keep", "budget", "knee", "best", "cheapest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How to choose.
+class PickRule:
+    """How to pick_from_front.
 
     Raises:
         UserError: A number that no model can meet.
     """
 
-    name: RuleName
+    name: PickRuleName
     """Which of the rules."""
     share: float = KEPT_SHARE
     """For `keep`: share of the full model's quality, 0.99 for 99%."""
@@ -55,12 +55,12 @@ class Rule:
         return self.name
 
 
-def choose(front: Front, rule: Rule) -> Placed:
+def pick_from_front(front: Front, rule: PickRule) -> FrontPoint:
     """Return the model of a front that a rule names.
 
     Args:
         front: Its confidences relate to the rule's share.
-        rule: How to choose.
+        rule: How to pick_from_front.
 
     Raises:
         UserError: If no model meets the rule; says which comes nearest.
@@ -81,7 +81,7 @@ def choose(front: Front, rule: Rule) -> Placed:
     return found
 
 
-def _keeping(front: Front, rule: Rule) -> Placed:
+def _keeping(front: Front, rule: PickRule) -> FrontPoint:
     if not rule.confidence:
         kept = front.cheapest_keeping(rule.share)
         if kept is None:
@@ -93,7 +93,7 @@ def _keeping(front: Front, rule: Rule) -> Placed:
             )
         return kept
     # Off the front too: a model that the items put behind by a hair may be the surest there is.
-    candidates = [point for point in front.placed if point.is_candidate]
+    candidates = [point for point in front.points if point.is_candidate]
     sure = [
         point
         for point in candidates

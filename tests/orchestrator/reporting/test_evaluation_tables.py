@@ -9,13 +9,12 @@ from rich.console import Console
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.reporting.evaluation_table import (
-    about_average,
+from orchestrator.reporting.evaluation_tables import (
+    average_notes,
     evaluation_table,
     tasks_with_other_items,
 )
-from orchestrator.reporting.influence_table import influence_view
-from orchestrator.reporting.report import influence_markdown
+from orchestrator.reporting.influence_tables import influence_markdown, influence_terminal_table
 
 RESULT = TaskResult(
     name="choices",
@@ -60,9 +59,9 @@ def test_the_metric_that_counts_is_marked_and_averaged() -> None:
 def test_an_average_over_less_than_was_asked_for_says_so() -> None:
     whole = EvaluationResult(results={"choices": RESULT})
     less = replace(whole, skipped={"piqa": "it needs the hub"})
-    assert about_average({"a": whole}) == []
-    assert about_average({"a": less}) == ["the average is over choices, without piqa"]
-    assert about_average({"a": whole, "b": less}) == [
+    assert average_notes({"a": whole}) == []
+    assert average_notes({"a": less}) == ["the average is over choices, without piqa"]
+    assert average_notes({"a": whole, "b": less}) == [
         "the average of b is over choices, without piqa"
     ]
 
@@ -89,7 +88,7 @@ def test_an_influence_is_written_as_far_as_its_error_reaches() -> None:
     )
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(influence_view(table))
+        console.print(influence_terminal_table(table))
     rows = [line.replace("\u00a0", "").split() for line in captured.get().splitlines()]
     assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in rows
     assert ["2", "0.5±0", "0.012"] in rows, "a single batch has no error"
@@ -101,14 +100,14 @@ def test_residuals_and_contraction_factors_stand_under_the_influence() -> None:
     table = InfluenceTable("cosine", rows, rows, 64, residuals)
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(influence_view(table))
+        console.print(influence_terminal_table(table))
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 80
     printed = [line.split() for line in lines]
     assert ["1", "0.8", "0.4", "0.2", "0.5"] in printed
     assert ["2", "0.25"] in printed
     with console.capture() as captured:
-        console.print(influence_view(replace(table, residual_rows=())))
+        console.print(influence_terminal_table(replace(table, residual_rows=())))
     assert "Residual" not in captured.get(), "a table of before there were residuals has none"
 
 

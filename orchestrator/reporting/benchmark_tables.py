@@ -25,17 +25,20 @@ Columns = Sequence[tuple[str, Callable[[MeasuredCost], str]]]
 CONDITION = "rows x\nprompt"
 
 
-def all_tables(costs: Sequence[MeasuredCost]) -> list[ResponsiveLayout]:
+def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[ResponsiveLayout]:
     """Return the table of costs, and those of shares where there are models to compare."""
     if len({cost.model for cost in costs}) < 2:
         return [cost_table(costs)]
     return [cost_table(costs), *(share_table(costs, part) for part in (DECODING, FIRST_TOKEN))]
 
 
-def sentences(costs: Sequence[MeasuredCost]) -> list[str]:
+def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
     """Say how large the weights are, and how far the predictions are off."""
     sizes = dict.fromkeys(_mebibytes(cost.weight_bytes) for cost in costs)
-    return [f"weights: {', '.join(sizes)} MiB, part of each peak", *residual_lines(costs)]
+    return [
+        f"weights: {', '.join(sizes)} MiB, part of each peak",
+        *prediction_error_sentences(costs),
+    ]
 
 
 def cost_table(costs: Sequence[MeasuredCost]) -> ResponsiveLayout:
@@ -85,7 +88,7 @@ def _off(cost: MeasuredCost, *, part: str, prediction: str) -> str:
     return f"{100 * cost.shares[part].residual(prediction):+.1f} %"
 
 
-def conditions_line(conditions: MeasurementSettings, *, device: str, dtype: str) -> str:
+def conditions_sentence(conditions: MeasurementSettings, *, device: str, dtype: str) -> str:
     """Say in a sentence how it was measured."""
     threads = f"{conditions.num_threads} thread{'s' if conditions.num_threads > 1 else ''}"
     return (
@@ -95,8 +98,8 @@ def conditions_line(conditions: MeasurementSettings, *, device: str, dtype: str)
     )
 
 
-def residual_lines(costs: Sequence[MeasuredCost]) -> list[str]:
-    """Say in sentences how far the predictions are off; none where one model stands alone."""
+def prediction_error_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
+    """Return sentences on how far the predictions are off; none if there is only one model."""
     if len({cost.model for cost in costs}) < 2:
         return []
     lines = []

@@ -19,24 +19,26 @@ from orchestrator.workspace.provenance import content_key
 
 
 @dataclass(frozen=True)
-class Joined:
+class SeedAverages:
     """Results, one for each model, and the seeds behind each."""
 
     results: tuple[TrialResult, ...]
     """In the order in which the models were first met."""
-    members: Mapping[str, tuple[str, ...]]
+    keys_of_seeds: Mapping[str, tuple[str, ...]]
     """Key of a result -> keys of the results that it stands for; its own where it is alone."""
 
-    def runs(self, items: Mapping[str, EvaluationResult]) -> dict[str, Sequence[EvaluationResult]]:
+    def evaluations(
+        self, items: Mapping[str, EvaluationResult]
+    ) -> dict[str, Sequence[EvaluationResult]]:
         """Return what each model's seeds were measured by; models that lack one stay out."""
         return {
-            key: [items[member] for member in members]
-            for key, members in self.members.items()
-            if all(member in items for member in members)
+            key: [items[member] for member in keys_of_seeds]
+            for key, keys_of_seeds in self.keys_of_seeds.items()
+            if all(member in items for member in keys_of_seeds)
         }
 
 
-def join_seeds(results: Sequence[TrialResult]) -> Joined:
+def average_seeds(results: Sequence[TrialResult]) -> SeedAverages:
     """Join the results of each group; results without a group, or alone in it, stay as they are."""
     groups: dict[str, list[TrialResult]] = {}
     for result in results:
@@ -46,9 +48,9 @@ def join_seeds(results: Sequence[TrialResult]) -> Joined:
     for group in groups.values():
         one = _join(group) if len(group) > 1 else group[0]
         joined[one.key] = (one, tuple(result.key for result in group))
-    return Joined(
+    return SeedAverages(
         tuple(one for one, _ in joined.values()),
-        {key: members for key, (_, members) in joined.items()},
+        {key: keys_of_seeds for key, (_, keys_of_seeds) in joined.items()},
     )
 
 

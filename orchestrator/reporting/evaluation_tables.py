@@ -117,7 +117,7 @@ def _stacked(names: Sequence[str], rows: Sequence[_Measured]) -> Table:
     return table
 
 
-def about_average(evaluations: Mapping[str, EvaluationResult]) -> list[str]:
+def average_notes(evaluations: Mapping[str, EvaluationResult]) -> list[str]:
     """Say which tasks an average is over, where some that were asked for are not in it."""
     sentences = []
     for name, found in evaluations.items():

@@ -13,13 +13,18 @@ from typing import Any
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.axes import COSTS, Axes
 from orchestrator.reporting.confidence import with_confidence
-from orchestrator.reporting.curves import curves_of
+from orchestrator.reporting.front_axes import COSTS, FrontAxes
 from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.report import SweepReport, WrittenReport, write_files
-from orchestrator.reporting.results import SweepResults, about_items, load_items, load_results
-from orchestrator.reporting.seeds import join_seeds
+from orchestrator.reporting.report_files import SweepReport, WrittenReport, write_report_files
+from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.sweep_results import (
+    SweepResults,
+    item_notes,
+    load_item_values,
+    load_sweep_results,
+)
+from orchestrator.reporting.training_curves import read_training_curves
 from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -27,8 +32,8 @@ from orchestrator.workspace.provenance import content_key
 LONGEST_FOLDER_NAME = 80
 
 
-def write_overlay(
-    workspace: Workspace, names: Sequence[str], *, axes: Axes | None = None
+def write_overlay_report(
+    workspace: Workspace, names: Sequence[str], *, axes: FrontAxes | None = None
 ) -> WrittenReport:
     """Write the report of several sweeps on one front.
 
@@ -40,25 +45,25 @@ def write_overlay(
     Raises:
         UserError: If there is no such sweep, or one has no result yet.
     """
-    axes = axes or Axes()
-    sweeps = [load_results(workspace, name) for name in dict.fromkeys(names)]
+    axes = axes or FrontAxes()
+    sweeps = [load_sweep_results(workspace, name) for name in dict.fromkeys(names)]
     results: dict[str, TrialResult] = {}
-    series: dict[str, str] = {}
+    sweep_of: dict[str, str] = {}
     runs: dict[str, Sequence[EvaluationResult]] = {}
     items: dict[str, EvaluationResult] = {}
     for sweep in sweeps:
-        joined = join_seeds(sweep.results)
+        joined = average_seeds(sweep.results)
         for result in joined.results:
             results.setdefault(result.key, result)
-            series.setdefault(result.key, sweep.name)
-        items |= load_items(workspace, sweep.results)
-        runs |= joined.runs(items)
-    front = find_front(list(results.values()), axes, series=series)
+            sweep_of.setdefault(result.key, sweep.name)
+        items |= load_item_values(workspace, sweep.results)
+        runs |= joined.evaluations(items)
+    front = find_front(list(results.values()), axes, sweep_of=sweep_of)
     front = with_confidence(front, runs)
     curves = {
         f"{title}: {sweep.name}": found
         for sweep in sweeps
-        for title, found in curves_of(sweep, front).items()
+        for title, found in read_training_curves(sweep, front).items()
     }
     every = {result.key: result for sweep in sweeps for result in sweep.results}.values()
     report = SweepReport(
@@ -66,10 +71,10 @@ def write_overlay(
         front=front,
         curves=curves,
         facts=_facts(sweeps),
-        notes=[*_notes(workspace, sweeps, axes), *about_items(every, items)],
+        notes=[*_notes(workspace, sweeps, axes), *item_notes(every, items)],
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
-    return WrittenReport(report, folder, tuple(write_files(report, folder)))
+    return WrittenReport(report, folder, tuple(write_report_files(report, folder)))
 
 
 def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
@@ -92,7 +97,7 @@ def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
     return facts
 
 
-def _notes(workspace: Workspace, sweeps: Sequence[SweepResults], axes: Axes) -> list[str]:
+def _notes(workspace: Workspace, sweeps: Sequence[SweepResults], axes: FrontAxes) -> list[str]:
     """Say what keeps the sweeps from being compared."""
     notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
     notes += _about_tasks({sweep.name: _suite(workspace, sweep) for sweep in sweeps})
@@ -134,7 +139,7 @@ def _suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
     }
 
 
-def _folder_name(sweeps: Sequence[SweepResults], axes: Axes) -> str:
+def _folder_name(sweeps: Sequence[SweepResults], axes: FrontAxes) -> str:
     name = "+".join(sweep.name for sweep in sweeps)
     if len(name) > LONGEST_FOLDER_NAME:
         name = f"{sweeps[0].name}+{len(sweeps) - 1}-{content_key(name)[:8]}"

@@ -8,9 +8,13 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from orchestrator.reporting.pareto import Front, Placed
-from orchestrator.reporting.tables import Column, columns_for
-from orchestrator.reporting.task_tables import ABOUT_TASKS, task_tables
+from orchestrator.reporting.front_tables import (
+    TASK_TABLES_NOTE,
+    FrontColumn,
+    front_columns,
+    task_tables,
+)
+from orchestrator.reporting.pareto import Front, FrontPoint
 
 # Light to dark, one for each number of corrections; more than four share the last.
 STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")
@@ -19,11 +23,11 @@ HEAT_LOW, HEAT_HIGH = (247, 251, 255), (8, 65, 124)
 
 def rows_table(front: Front) -> str:
     """Return the table of all models, each schedule also as a strip."""
-    columns = columns_for(front)
+    columns = front_columns(front)
     heads = [_head(column.title, _classes(column)) for column in columns]
     heads.insert(1, _head("corrections", "text"))
     body = []
-    for point in front.placed:
+    for point in front.points:
         cells = []
         for number, column in enumerate(columns):
             text = column.cell(front, point)
@@ -44,7 +48,7 @@ def tasks_section(front: Front) -> str:
     tables = task_tables(front)
     if not tables:
         return ""
-    parts = [f'<h2>Task by task</h2><p class="lead">{escape(ABOUT_TASKS)}</p>']
+    parts = [f'<h2>Task by task</h2><p class="lead">{escape(TASK_TABLES_NOTE)}</p>']
     for number, table in enumerate(tables):
         heads = "".join(_head(head, "" if i else "text") for i, head in enumerate(table.heads))
         body = "".join(_task_row(point, cells) for point, cells in table.rows)
@@ -56,7 +60,7 @@ def tasks_section(front: Front) -> str:
     return "".join(parts)
 
 
-def _task_row(point: Placed, cells: Sequence[str]) -> str:
+def _task_row(point: FrontPoint, cells: Sequence[str]) -> str:
     first, *others = cells
     texts = [f'<td class="text">{escape(first)}</td>']
     texts += [f'<td data-value="{escape(_sortable(text))}">{escape(text)}</td>' for text in others]
@@ -67,7 +71,7 @@ def _head(title: str, classes: str) -> str:
     return f'<th class="{classes}"><button>{escape(title)}</button></th>'
 
 
-def _classes(column: Column) -> str:
+def _classes(column: FrontColumn) -> str:
     """Return how a column is set, and whether a phone leaves it out."""
     return " ".join(["text"] * (column.justify == "left") + ["minor"] * (2 < column.priority < 8))
 
@@ -127,7 +131,7 @@ def _heat_cell(value: float, low: float, high: float) -> str:
     return f'<td style="background:{color};color:{ink}">{value:.2g}</td>'
 
 
-def _kind(point: Placed) -> str:
+def _kind(point: FrontPoint) -> str:
     if not point.is_candidate:
         return "baseline"
     if point.on_front:

@@ -17,26 +17,21 @@ from mlflow import MlflowClient
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.axes import Axes, named_axes
-from orchestrator.reporting.curves import BY_TRIALS, history_folder
 from orchestrator.reporting.findings import findings
-from orchestrator.reporting.overlay import write_overlay
-from orchestrator.reporting.publishing import (
-    front_of,
-    note_of,
-    track_results,
-    view_key,
-    write_report,
-)
-from orchestrator.reporting.results import (
-    LEFT_OUT,
-    RESULTS_NAME,
+from orchestrator.reporting.front_axes import FrontAxes, parse_axes
+from orchestrator.reporting.front_data import front_rows
+from orchestrator.reporting.mlflow_report import chart_view_key, run_note, track_results
+from orchestrator.reporting.overlay_report import write_overlay_report
+from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
+from orchestrator.reporting.sweep_results import (
+    LEFT_OUT_TITLE,
+    RESULTS_FILE,
     SweepResults,
-    items_name,
-    load_items,
-    load_results,
+    items_file_name,
+    load_item_values,
+    load_sweep_results,
 )
-from orchestrator.reporting.rows import full_rows
+from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
 from orchestrator.tracking import open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
@@ -83,22 +78,22 @@ def sweep(
 def test_files_are_written_and_read_back_without_the_trials(
     workspace: Workspace, sweep: SweepResults
 ) -> None:
-    written = write_report(workspace, sweep)
+    written = write_sweep_report(workspace, sweep)
     assert {path.name for path in written.files} == FILES
     assert all(path.stat().st_size > 100 for path in written.files)
     assert written.page is not None
     assert "distillation.kl_weight" in written.page.read_text(encoding="utf-8")
-    assert load_results(workspace, "toy").to_dict() == sweep.to_dict()
+    assert load_sweep_results(workspace, "toy").to_dict() == sweep.to_dict()
     before = {path.name: path.read_bytes() for path in written.files}
-    again = write_report(workspace, "toy")
+    again = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in again.files} == before
 
 
 def test_another_pair_of_numbers_gets_a_folder_of_its_own(
     workspace: Workspace, sweep: SweepResults
 ) -> None:
-    usual = write_report(workspace, sweep)
-    other = write_report(workspace, "toy", axes=named_axes("ms", "perplexity"))
+    usual = write_sweep_report(workspace, sweep)
+    other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert other.folder == usual.folder / "perplexity-ms"
     assert {path.name for path in other.files} == FILES
     assert other.report.front.axes.quality == "quality/perplexity"
@@ -109,21 +104,21 @@ def test_paired_errors_come_from_the_items_beside_the_trials(
     workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
-        write_json(workspace.trials / "any" / items_name(key), evaluation.to_dict())
-    written = write_report(workspace, sweep)
+        write_json(workspace.trials / "any" / items_file_name(key), evaluation.to_dict())
+    written = write_sweep_report(workspace, sweep)
     assert written.report.front.basis is not None
     assert written.report.front.basis.num_items == 2000
     text = (written.folder / "front.md").read_text("utf-8")
     assert "### lastword (acc)" in text
     # A damaged file costs its model's confidence, and the report stands.
-    (workspace.trials / "any" / items_name(sweep.results[1].key)).write_text("{")
-    again = write_report(workspace, sweep)
-    lacking = [p for p in again.report.front.placed if p.confidence is None]
+    (workspace.trials / "any" / items_file_name(sweep.results[1].key)).write_text("{")
+    again = write_sweep_report(workspace, sweep)
+    lacking = [p for p in again.report.front.points if p.confidence is None]
     assert [p.result.key for p in lacking] == [sweep.results[1].key]
     said = again.report.sentences[0]
     assert said.startswith("No paired errors, because the files of their single items are missing")
     assert said.endswith(f": {sweep.results[1].name}.")
-    assert said in write_overlay(workspace, ["toy"]).report.sentences
+    assert said in write_overlay_report(workspace, ["toy"]).report.sentences
 
 
 def of_two_seeds(workspace: Workspace, sweep: SweepResults) -> SweepResults:
@@ -151,7 +146,7 @@ def of_two_seeds(workspace: Workspace, sweep: SweepResults) -> SweepResults:
 
 def test_each_seed_has_its_curve(workspace: Workspace, sweep: SweepResults) -> None:
     seeded = of_two_seeds(workspace, sweep)
-    alone, several = (write_report(workspace, each).report.curves for each in (sweep, seeded))
+    alone, several = (write_sweep_report(workspace, each).report.curves for each in (sweep, seeded))
     assert list(several) == list(alone)
     title = "Validation loss while training"
     names = [name for name, _ in alone[title]]
@@ -182,22 +177,22 @@ def test_seeds_have_paired_errors_and_runs(
     seeded = of_two_seeds(workspace, sweep)
     for result in seeded.results:
         found = sample_evaluations[result.key.partition("-")[0]]
-        write_json(workspace.trials / "any" / items_name(result.key), found.to_dict())
-    items = load_items(workspace, seeded.results)
-    front = front_of(seeded, items, Axes())
+        write_json(workspace.trials / "any" / items_file_name(result.key), found.to_dict())
+    items = load_item_values(workspace, seeded.results)
+    front = sweep_front(seeded, items, FrontAxes())
     tracking: Any = Runs()
     tracked, front = track_results(tracking, tracking, seeded, front)
     assert [r.run_id for r in tracked.results] == [f"run of {r.key}" for r in tracked.results]
     for result in seeded.results:
         assert "paired/confidence_keeps_99" in tracking.runs[result.key].metrics
-    rows = full_rows(front)
+    rows = front_rows(front)
     assert len(rows) == 12
     for row in rows:
         assert row["paired/confidence_keeps_99"] is not None
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
     assert "It covers the seeds of models that have several" in findings(front)[-1]
-    stored = front_of(tracked, items, Axes())
-    assert {p.result.run_id for p in stored.placed} == {row["run_id"] for row in rows}
+    stored = sweep_front(tracked, items, FrontAxes())
+    assert {p.result.run_id for p in stored.points} == {row["run_id"] for row in rows}
 
 
 def num_points(workspace: Workspace) -> int:
@@ -210,12 +205,12 @@ def test_mlflow_holds_the_sweep_once(
     workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
-        write_json(workspace.trials / "any" / items_name(key), evaluation.to_dict())
+        write_json(workspace.trials / "any" / items_file_name(key), evaluation.to_dict())
     tracking = open_tracking(workspace, warn=pytest.fail)
     tracking.run(sweep.key, name="toy", kind="sweep", tags={"iiet.sweep": "toy"})
-    first = write_report(workspace, sweep, tracking=tracking)
+    first = write_sweep_report(workspace, sweep, tracking=tracking)
     points = num_points(workspace)
-    second = write_report(workspace, "toy", tracking=tracking)
+    second = write_sweep_report(workspace, "toy", tracking=tracking)
     assert num_points(workspace) == points > 300
     assert first.run_id == second.run_id
     assert first.run_id is not None
@@ -247,12 +242,12 @@ def test_mlflow_holds_the_sweep_once(
     artifacts = {file.path for file in client.list_artifacts(first.run_id, "front")}
     assert artifacts == {f"front/{name}" for name in {*FILES, "table.json"}}
 
-    view = client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{view_key('toy')}"]
+    view = client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{chart_view_key('toy')}"]
     state = json.loads(json.loads(view)["state"])
     assert len(client.search_runs([experiment], state["searchFilter"])) == 12
     parallel = next(c for c in state["compareRunCharts"] if c["type"] == "PARALLEL")
     assert parallel["selectedParams"] == [f"r_{layer:02d}" for layer in range(1, 7)]
-    stored = load_results(workspace, "toy")
+    stored = load_sweep_results(workspace, "toy")
     assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
 
 
@@ -260,11 +255,11 @@ def test_a_long_table_leaves_the_note_to_the_artifacts(
     workspace: Workspace, sweep: SweepResults
 ) -> None:
     many = [replace(result, key=f"{result.key}{n}") for n in range(12) for result in sweep.results]
-    written = write_report(workspace, sweep.with_results(tuple(many)))
-    note = note_of(written.report, "run")
+    written = write_sweep_report(workspace, sweep.with_results(tuple(many)))
+    note = run_note(written.report, "run")
     assert len(note) <= 8000
     assert "front/table.json" in note
-    note = note_of(replace(written.report, notes=["x" * 200] * 40), "run")
+    note = run_note(replace(written.report, notes=["x" * 200] * 40), "run")
     assert len(note) <= 8000
     assert "- More: `front/front.md` under Artifacts." in note
 
@@ -279,15 +274,15 @@ def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: SweepRe
 
 def test_what_was_left_out_of_the_front_is_said(workspace: Workspace, sweep: SweepResults) -> None:
     reason = "vanilla is left out: done.json is damaged"
-    sweep = replace(sweep, facts={**sweep.facts, LEFT_OUT: {"v-1": reason}})
-    write_report(workspace, sweep)
-    written = write_report(workspace, "toy")
+    sweep = replace(sweep, facts={**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}})
+    write_sweep_report(workspace, sweep)
+    written = write_sweep_report(workspace, "toy")
     sentence = f"Run v-1: {reason}."
     assert written.report.sentences[0] == sentence, "the terminal's first sentence"
     assert written.page is not None
     assert sentence in written.page.read_text(encoding="utf-8")
     assert sentence in (written.folder / "front.md").read_text(encoding="utf-8")
-    assert sentence in note_of(written.report, "run")
+    assert sentence in run_note(written.report, "run")
 
 
 def test_an_average_over_less_than_was_asked_for_says_so(
@@ -295,17 +290,17 @@ def test_an_average_over_less_than_was_asked_for_says_so(
 ) -> None:
     for key, evaluation in sample_evaluations.items():
         less = replace(evaluation, skipped={"piqa": "it needs the hub"})
-        write_json(workspace.trials / "any" / items_name(key), less.to_dict())
+        write_json(workspace.trials / "any" / items_file_name(key), less.to_dict())
     sentence = "Averages are without piqa: it needs the hub."
-    assert write_report(workspace, sweep).report.sentences[0] == sentence
-    assert sentence in write_overlay(workspace, ["toy"]).report.sentences
+    assert write_sweep_report(workspace, sweep).report.sentences[0] == sentence
+    assert sentence in write_overlay_report(workspace, ["toy"]).report.sentences
 
 
 def test_a_sweep_without_placed_results_still_reports(
     workspace: Workspace, sweep: SweepResults
 ) -> None:
     bare = tuple(replace(result, quality={}) for result in sweep.results)
-    written = write_report(workspace, sweep.with_results(bare))
+    written = write_sweep_report(workspace, sweep.with_results(bare))
     assert written.page is None
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
 
@@ -314,16 +309,16 @@ def test_missing_and_damaged_sweeps_are_clear_errors(
     workspace: Workspace, sweep: SweepResults
 ) -> None:
     with pytest.raises(UserError, match=r"no sweep is called 'tyo'.*sweep-threshold"):
-        write_report(workspace, "tyo")
-    write_report(workspace, sweep)
+        write_sweep_report(workspace, "tyo")
+    write_sweep_report(workspace, sweep)
     with pytest.raises(UserError, match="there are: toy"):
-        write_report(workspace, "tyo")
+        write_sweep_report(workspace, "tyo")
     (workspace.sweeps / "begun").mkdir()
     with pytest.raises(UserError, match="begun has no result yet"):
-        write_report(workspace, "begun")
-    (workspace.sweeps / "toy" / RESULTS_NAME).write_text('{"name": "toy"}')
+        write_sweep_report(workspace, "begun")
+    (workspace.sweeps / "toy" / RESULTS_FILE).write_text('{"name": "toy"}')
     with pytest.raises(UserError, match="damaged"):
-        write_report(workspace, "toy")
+        write_sweep_report(workspace, "toy")
 
 
 @pytest.mark.parametrize("name", ["../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""])
@@ -332,36 +327,36 @@ def test_a_name_never_leads_out_of_the_sweeps(
 ) -> None:
     outside = sweep.store(open_workspace(tmp_path / "outside" / "in")).parent
     outside.rename(tmp_path / "elsewhere")
-    write_json(tmp_path / "outside" / RESULTS_NAME, sweep.to_dict())
-    write_report(workspace, sweep)
+    write_json(tmp_path / "outside" / RESULTS_FILE, sweep.to_dict())
+    write_sweep_report(workspace, sweep)
     before = sorted(tmp_path.rglob("*"))
     # As it is typed, and as a file of a shared workspace may have it.
     with pytest.raises(UserError, match="a name has letters, digits"):
-        write_report(workspace, name)
+        write_sweep_report(workspace, name)
     for part in ("name", "key"):
         stored = {**sweep.to_dict(), part: name}
-        write_json(workspace.sweeps / "toy" / RESULTS_NAME, stored)
+        write_json(workspace.sweeps / "toy" / RESULTS_FILE, stored)
         with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
-            write_report(workspace, "toy")
+            write_sweep_report(workspace, "toy")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_renamed_sweep_is_one_of_its_own(workspace: Workspace, sweep: SweepResults) -> None:
-    stored = write_report(workspace, sweep).folder / RESULTS_NAME
+    stored = write_sweep_report(workspace, sweep).folder / RESULTS_FILE
     before = stored.read_bytes()
-    write_json(workspace.sweeps / "copy" / RESULTS_NAME, {**sweep.to_dict(), "facts": {}})
-    assert write_report(workspace, "copy").folder == workspace.sweeps / "copy"
+    write_json(workspace.sweeps / "copy" / RESULTS_FILE, {**sweep.to_dict(), "facts": {}})
+    assert write_sweep_report(workspace, "copy").folder == workspace.sweeps / "copy"
     assert stored.read_bytes() == before
 
 
 def test_the_page_shows_how_the_front_grew(workspace: Workspace, sweep: SweepResults) -> None:
     journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
     for step in (1, 2, 3):
-        journal.metrics(step, {BY_TRIALS: 0.1 * step})
+        journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})
     journal.close()
-    page = write_report(workspace, sweep).page
+    page = write_sweep_report(workspace, sweep).page
     assert page is not None
     assert "Hypervolume against trials finished" in page.read_text(encoding="utf-8")
-    other = write_report(workspace, "toy", axes=named_axes("ms", "perplexity")).page
+    other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity")).page
     assert other is not None
     assert "Hypervolume against" not in other.read_text(encoding="utf-8"), "it is of other numbers"

@@ -1,0 +1,178 @@
+"""A sweep's report in MLflow."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.reporting.confidence import confidence_metrics
+from orchestrator.reporting.front_data import front_rows
+from orchestrator.reporting.front_tables import markdown_table
+from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
+from orchestrator.reporting.report_files import SweepReport
+from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.sweep_results import SweepResults
+from orchestrator.reporting.training_curves import VALIDATION_METRIC
+from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, tag_filter
+
+
+def picks(front: Front) -> dict[str, FrontPoint]:
+    """Return the named choices that the front offers: knee, best, cheapest; those that exist."""
+    found = {"knee": front.knee, "best": front.best, "cheapest": front.cheapest}
+    return {name: point for name, point in found.items() if point is not None}
+
+
+def front_metrics(front: Front) -> dict[str, float]:
+    """Return the numbers of a sweep's run: hypervolume with its box, sizes, the picks' numbers."""
+    values: dict[str, float | None] = {
+        "front/hypervolume": front.hypervolume,
+        "front/size": len(front.members),
+        "front/num_results": len(front.points) + len(front.unmeasured),
+    }
+    box = front.hypervolume_box
+    if box is not None:
+        values["front/reference_cost"] = box.cost
+        values["front/reference_quality"] = box.quality
+    kept = front.cheapest_keeping(KEPT_SHARE)
+    choices = {**picks(front), **({"keeping_99": kept} if kept else {})}
+    for name, point in choices.items():
+        values[f"front/{name}_cost"] = point.cost
+        values[f"front/{name}_quality"] = point.quality
+        values[f"front/{name}_share_of_full"] = front.share(point)
+        if point.confidence is not None:
+            values[f"front/{name}_confidence_on_front"] = point.confidence.on_front
+            values[f"front/{name}_confidence_keeps_99"] = point.confidence.keeps
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+ARTIFACT_FOLDER = "front"
+
+
+MAX_NOTE_CHARACTERS = 7500
+
+
+MAX_SAID_CHARACTERS = 6000
+
+
+MAX_PARALLEL_LAYERS = 24
+
+
+def track_results(
+    tracking: Tracking, run: TrackedRun, sweep: SweepResults, front: Front
+) -> tuple[SweepResults, Front]:
+    """Track every result as a run nested in the sweep's, with its paired errors; those of a model
+    of several seeds are all its seeds' together, and stand in the run of each.
+
+    Returns:
+        The same results and front, each result with the id of its run.
+    """
+    members = average_seeds(sweep.results).keys_of_seeds
+    paired = {
+        key: confidence_metrics(point)
+        for point in front.points
+        for key in members[point.result.key]
+    }
+    tracked = {}
+    for result in sweep.results:
+        nested = tracking.log_trial(
+            result, parent=run, sweep=sweep.name, journal_folder=sweep.journal_of(result)
+        )
+        if paired.get(result.key):
+            nested.log_metrics(paired[result.key])
+        tracked[result.key] = replace(result, run_id=nested.run_id)
+    sweep = sweep.with_results(tuple(tracked[result.key] for result in sweep.results))
+    return sweep, front.with_results({r.key: r for r in average_seeds(sweep.results).results})
+
+
+def track_front(
+    tracking: Tracking, run: TrackedRun, report: SweepReport, files: Sequence[Path]
+) -> str:
+    """Put a report into the sweep's run: numbers, files, table, note, chart view.
+
+    Returns:
+        Key of the chart view.
+    """
+    run.log_metrics(front_metrics(report.front))
+    for path in files:
+        run.log_artifact(path, ARTIFACT_FOLDER)
+    run.log_table(front_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
+    run.set_note(run_note(report, run.run_id))
+    view = front_chart_view(report)
+    tracking.save_view(view)
+    run.set_tags({VIEW_TAG: view.key})
+    run.finish()
+    return view.key
+
+
+def run_note(report: SweepReport, run_id: str | None) -> str:
+    """Return the note of a sweep's run: findings, picture and table, as MLflow shows Markdown.
+
+    What is too long for a tag is left to the artifacts.
+    """
+    # The page shows the first lines only until it is asked for more: the findings come first.
+    lines = [f"- {sentence}" for sentence in report.sentences]
+    lengths = itertools.accumulate(len(line) + 1 for line in lines)
+    num_shown = sum(length <= MAX_SAID_CHARACTERS for length in lengths)
+    if num_shown < len(lines):
+        lines[num_shown:] = [f"- More: `{ARTIFACT_FOLDER}/front.md` under Artifacts."]
+    parts = ["\n".join(lines)]
+    if run_id is not None and report.front.points:
+        parts.append(_picture("front", run_id))
+    table = markdown_table(report.front)
+    if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
+        table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
+    parts.append(table)
+    if run_id is not None and report.influence is not None:
+        parts.append(_picture("influence", run_id))
+    return "\n\n".join(parts)
+
+
+def _picture(name: str, run_id: str) -> str:
+    # An SVG fits the page's width; a PNG of the same picture is cut off, for it has more pixels.
+    return f"![{name}](/get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={run_id})"
+
+
+def front_chart_view(report: SweepReport) -> ChartView:
+    """Return the chart view of a sweep: cost against quality, corrections, curves, columns."""
+    front = report.front
+    num_layers = max((len(p.result.schedule or ()) for p in front.points), default=0)
+    layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
+    measured = {name for point in front.points for name in point.result.metrics()}
+    wanted = [
+        front.axes.cost,
+        front.axes.quality,
+        front.axes.error,
+        "quality/bits_per_byte",
+        "cost/relative_flops",
+        "cost/decode_ms_per_token",
+        "cost/kv_bytes_per_token",
+    ]
+    metrics = [name for name in dict.fromkeys(wanted) if name in measured]
+    scatters = [(front.axes.cost, front.axes.quality)]
+    for pair in (
+        ("cost/decode_ms_per_token", front.axes.quality),
+        (front.axes.cost, "quality/bits_per_byte"),
+    ):
+        if set(pair) <= measured and pair not in scatters:
+            scatters.append(pair)
+    curves = [VALIDATION_METRIC, "train/loss"] if report.curves else []
+    return ChartView(
+        key=chart_view_key(report.name),
+        name=f"Front of {report.name}",
+        # The sweep's own run has no cost; in the charts it would be an empty row.
+        run_filter=tag_filter({"iiet.sweep": report.name}) + " and tags.`iiet.kind` != 'sweep'",
+        order_by=front.axes.cost,
+        columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
+        scatters=scatters,
+        parallel_params=layers,
+        parallel_metrics=[front.axes.cost, front.axes.quality],
+        curves=curves,
+        folded_groups=sorted({name.rpartition("/")[0] for name in [*measured, *curves]}),
+    )
+
+
+def chart_view_key(name: str) -> str:
+    """Return the key of a sweep's chart view: its name in letters, digits and dashes."""
+    return "front-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
