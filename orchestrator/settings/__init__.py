@@ -1,13 +1,12 @@
 """Every setting of the program, in one frozen tree.
 
-One road leads here: defaults, then a YAML file, then `--set a.b=c`. Unknown keys are errors with
-the nearest known name, all problems are reported at once, and validation never edits a value.
-Pydantic does the checking; `resolve` turns its findings into one sentence each. The resolved tree
-is saved beside every run, and the sections that determine a result are hashed into its key. The
-defaults are those of the shipped sweep `toy`: they make a model in minutes on a CPU.
+Sources: defaults, then a YAML file, then `--set a.b=c`, then options. Unknown keys are errors that
+suggest the nearest known name, all problems are reported at once, and validation never edits a
+value. The resolved tree is saved with every run; the sections that determine a result are hashed
+into its key. The defaults are those of the shipped sweep `toy`: minutes on a CPU.
 """
 
-from orchestrator.settings.models import (
+from orchestrator.settings.model import (
     BASELINE_METHOD,
     DEFAULT_METHOD,
     DataSettings,
@@ -15,22 +14,17 @@ from orchestrator.settings.models import (
     method_of_label,
     model_label,
 )
-from orchestrator.settings.recipes import DistillationSettings, TrainingSettings
-from orchestrator.settings.resolve import (
-    flatten,
-    read_settings,
-    resolve_settings,
-    to_yaml,
-)
-from orchestrator.settings.section import Section
-from orchestrator.settings.tree import (
+from orchestrator.settings.resolve import flatten, read_settings, resolve_settings, to_yaml
+from orchestrator.settings.schema import (
     ClusterSettings,
     EvaluationSettings,
     InfluenceSettings,
-    SearchSettings,
     Settings,
-    SweepSettings,
+    storage_problem,
 )
+from orchestrator.settings.section import Section
+from orchestrator.settings.sweep import SearchSettings, SweepSettings
+from orchestrator.settings.training import DistillationSettings, TrainingSettings
 
 __all__ = [
     "BASELINE_METHOD",
@@ -51,5 +45,6 @@ __all__ = [
     "model_label",
     "read_settings",
     "resolve_settings",
+    "storage_problem",
     "to_yaml",
 ]

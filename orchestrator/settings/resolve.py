@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.settings.safe_yaml import MAX_CHARACTERS, YamlProblem, parse_yaml
+from orchestrator.settings.schema import Settings
 from orchestrator.settings.section import Section
-from orchestrator.settings.tree import Settings
-from orchestrator.settings.yaml_text import MAX_CHARACTERS, YamlProblem, parse_yaml
 from orchestrator.workspace.errors import UserError, quoted, shortened
 
 DEFAULTS = Settings()
@@ -170,7 +170,7 @@ def _describe(problem: Any) -> str:
             hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?"
         else:
             hint = f"known: {', '.join(known)}"
-        return f"{shortened('.'.join(location))} is no setting; {hint}"
+        return f"{shortened('.'.join(location))} is not a setting; {hint}"
     # A union or a list adds parts after the field's name; the user knows only the field.
     while len(location) > 1 and location[-1] not in _keys_of(location[:-1]):
         location.pop()

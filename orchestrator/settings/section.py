@@ -1,4 +1,4 @@
-"""What all sections of the settings have in common."""
+"""Base class of all sections of the settings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 MAX_WHOLE_NUMBER = 2**53
-"""Beyond it, whole numbers are not whole any more where they meet real ones."""
-_LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9_]")
-
+"""Floats represent whole numbers exactly up to here."""
 MAX_COUNT = 2**31 - 1
-"""Largest count where libraries below hold it in 32 bits."""
+"""Largest count that libraries below can hold in 32 bits."""
+_LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9_]")
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict about names, a sentence under each field."""
+    """Base of all sections: frozen, refuses unknown names, a docstring under each field."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -26,42 +25,39 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _values_are_of_their_kind(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would convert and nobody means: a switch as a number, a number as a
-        switch, and digits that begin with 0."""
-        kinds = _kinds_in(cls.model_fields[str(info.field_name)].annotation)
-        takes_number, takes_switch = bool({int, float} & kinds), bool in kinds
-        for part in _parts(value):
-            if isinstance(part, bool):
+    def _refuse_surprising_conversions(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic would convert: a switch to a number, a number to a switch, "017" to 17.
+        types = _types_in(cls.model_fields[str(info.field_name)].annotation)
+        takes_number, takes_switch = bool({int, float} & types), bool in types
+        for leaf in _leaves(value):
+            if isinstance(leaf, bool):
                 if takes_number and not takes_switch:
                     raise PydanticCustomError(
                         "switch_as_number",
                         "this is a number, and YAML reads true, yes and on as a switch",
                     )
-            elif takes_switch and not takes_number and part is not None:
+            elif takes_switch and not takes_number and leaf is not None:
                 raise PydanticCustomError("no_switch", "this is a switch: true or false")
-            elif takes_number and isinstance(part, str) and str not in kinds:
-                if _LEADING_ZERO.match(part):
+            elif takes_number and isinstance(leaf, str) and str not in types:
+                if _LEADING_ZERO.match(leaf):
                     raise PydanticCustomError(
                         "leading_zero", "a number does not begin with 0; leave the 0 out"
                     )
-            elif isinstance(part, int) and takes_number and abs(part) > MAX_WHOLE_NUMBER:
+            elif isinstance(leaf, int) and takes_number and abs(leaf) > MAX_WHOLE_NUMBER:
                 raise PydanticCustomError("too_large", "this number is too large")
         return value
 
 
-def _kinds_in(annotation: Any) -> set[Any]:
-    """Return the plain types that an annotation is made of."""
+def _types_in(annotation: Any) -> set[Any]:
     inner = typing.get_args(annotation)
-    return set().union(*map(_kinds_in, inner)) if inner else {annotation}
+    return set().union(*map(_types_in, inner)) if inner else {annotation}
 
 
-def _parts(value: Any) -> typing.Iterator[Any]:
-    """Yield a value, or what its lists and mappings hold."""
+def _leaves(value: Any) -> typing.Iterator[Any]:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        for part in value:
-            yield from _parts(part)
+        for item in value:
+            yield from _leaves(item)
     else:
         yield value

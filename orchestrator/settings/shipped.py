@@ -1,7 +1,6 @@
-"""The sweeps that come with the program: YAML files, found by name wherever the program is
-installed.
+"""The sweeps that come with the program: YAML files, found by name.
 
-In a checkout they stand at the top, where people look; a wheel carries them inside the package.
+A checkout has them at its top; a wheel carries them inside the package.
 """
 
 from __future__ import annotations
@@ -14,19 +13,15 @@ from orchestrator.workspace.errors import UserError, quoted
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def sweeps_folder() -> Path:
-    """Return the folder of the shipped YAML files."""
-    installed = _PACKAGE / "sweeps"
-    return installed if installed.is_dir() else _PACKAGE.parent / "sweeps"
-
-
 def shipped_sweeps() -> dict[str, Path]:
-    """Return name -> file of every shipped sweep, by name."""
-    return {path.stem: path for path in sorted(sweeps_folder().glob("*.yaml"))}
+    """Return name -> file of every shipped sweep, sorted by name."""
+    installed = _PACKAGE / "sweeps"
+    folder = installed if installed.is_dir() else _PACKAGE.parent / "sweeps"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_settings_file(name: str) -> Path:
-    """Return the file that a user means: a path, or the name of a shipped sweep.
+    """Return the file of a path, or of the name of a shipped sweep.
 
     Raises:
         UserError: If it is neither.
@@ -36,7 +31,7 @@ def find_settings_file(name: str) -> Path:
         if path.is_file():
             return path
     except (OSError, ValueError, RuntimeError):
-        pass  # A text that can be no path on this machine, such as one that is too long.
+        pass  # A text that cannot be a path on this machine, such as one that is too long.
     shipped = shipped_sweeps()
     if name in shipped:
         return shipped[name]

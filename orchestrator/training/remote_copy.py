@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from pyarrow import fs
 from pyarrow.lib import ArrowException
 
-from orchestrator.settings.tree import storage_problem
+from orchestrator.settings import storage_problem
 from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.workspace.credentials import mask_secrets

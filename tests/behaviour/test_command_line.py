@@ -68,7 +68,10 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["benchmark", "--contexts", "99999999999"], "--contexts takes whole numbers from 1 to"),
         (["sweep-iterations", "--rates", "fast"], "--rates takes numbers"),
         (["sweep-iterations", "--rates", "1e-3,-2"], "sweep.learning_rates"),
-        (["sweep-iterations", "--set", "sweep.learning_rates={vanila: 1}"], "'vanila' is no model"),
+        (
+            ["sweep-iterations", "--set", "sweep.learning_rates={vanila: 1}"],
+            "is not a model",
+        ),
         (["sweep-iterations", "--asha"], "no model has more than one; name several"),
         (["sweep-iterations", "--asha", "--seeds", "0,1"], "leave sweep.seeds out"),
         (["sweep-threshold", "--name", "../runs"], "begins with a letter or a digit"),

@@ -112,7 +112,7 @@ def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
         ("training.num_steps=" + "9" * 5000, "cannot be read as a whole number"),
         ("training.num_steps=" + "[" * 5000, "more than 32 levels deep"),
         ("training.num_steps=" + "x" * 5000, "training.num_steps: input should be"),
-        ("x" * 5000 + "=1", "is no setting"),
+        ("x" * 5000 + "=1", "is not a setting"),
         ("sweep.selection=remeasured", "input should be 'threshold' or 'knapsack'"),
     ],
 )
@@ -138,8 +138,8 @@ def _bomb() -> str:
     [
         (_bomb(), "more than 20,000 values"),
         ("a: 1\n" * 100_000, "more than 20,000 values"),
-        ("a: &a [*a]", "stands within itself"),
-        ("a: &a {<<: *a}", "stands within itself"),
+        ("a: &a [*a]", "contains itself"),
+        ("a: &a {<<: *a}", "contains itself"),
         ("a: " + "[" * 50 + "]" * 50, "more than 32 levels deep"),
         (
             "\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 1}]" for i in range(50)),
@@ -172,7 +172,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     ["training", "=3", "training.=3", "training.num_steps.x=3", "a=[", "model.dim=1.5"],
 )
 def test_a_bad_assignment_is_named(assignment: str) -> None:
-    with pytest.raises(UserError, match=r"--set|no setting|model\.dim|num_steps"):
+    with pytest.raises(UserError, match=r"--set|not a setting|model\.dim|num_steps"):
         resolve_settings({}, [assignment])
 
 
@@ -236,7 +236,7 @@ def test_every_setting_says_what_it_is() -> None:
 def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("training:\n  num_steps: 5\ndata:\n  seed: 1\ntraining:\n  num_steps: 7\n")
-    with pytest.raises(UserError, match="training is there more than once"):
+    with pytest.raises(UserError, match="training appears more than once"):
         read_settings(path)
 
 

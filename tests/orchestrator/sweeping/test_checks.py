@@ -87,7 +87,7 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("sweep.seeds=[0, 1, 0]", "a seed stands there twice"),
+        ("sweep.seeds=[0, 1, 0]", "a seed is given twice"),
         ("sweep={thresholds: [0.1], budgets: [3]}", "exclude each other"),
         ("sweep.learning_rates={iiet: []}", "a learning rate of iiet is not above 0"),
         ("sweep.methods=[vanila, iiet, pcfrmer]", "no such method: vanila, pcfrmer; known: van"),

@@ -75,7 +75,7 @@ def test_learning_rates_are_of_a_method_or_of_a_number_of_its_corrections(other:
 
 @pytest.mark.parametrize("name", ["none, r = 2", "r = x", "other r = 2"])
 def test_a_rate_of_no_model_is_refused(other: str, name: str) -> None:
-    with pytest.raises(UserError, match="is no model"):
+    with pytest.raises(UserError, match="is not a model"):
         resolve_settings({}, [f"sweep.learning_rates={{'{name}': 0.001}}"])
 
 

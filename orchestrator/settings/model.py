@@ -1,4 +1,4 @@
-"""The sections that say what a model is made of: its data and its shape."""
+"""Settings of the data and of the model's shape; labels of models."""
 
 from __future__ import annotations
 
@@ -10,33 +10,32 @@ from pydantic_core import PydanticCustomError
 from iiet.methods import METHODS
 from orchestrator.settings.section import Section
 
-DEFAULT_METHOD, BASELINE_METHOD = "iiet", "vanilla"
-"""What models and teachers are, and what they are compared with, where settings say nothing."""
+DEFAULT_METHOD = "iiet"
+BASELINE_METHOD = "vanilla"
 MAX_VOCAB_SIZE = 1_000_000
-"""The tokenizers library takes the memory for all entries at once, and ends the process if there is
-none."""
+"""The tokenizers library allocates all entries at once, and aborts the process if that fails."""
 MAX_LAYERS = 1000
-"""A number beyond this is a slip of the keyboard, and would only fill the memory."""
+"""A larger number is a typing error and would only fill the memory."""
 
 
 class DataSettings(Section):
-    """What is read, how it is tokenized, and what is held out."""
+    """Corpus, tokenizer and held-out documents."""
 
     source: Literal["python", "files", "hub"] = "python"
-    """`python`: the English that every Python carries; `files`: `files` below; `hub`: a `datasets`
-    name."""
+    """`python`: the English texts that come with every Python; `files`: `files` below; `hub`: the
+    data set `hub_name`."""
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files; a folder
-    stands for all of these in it and below it."""
+    means all such files in it and below it."""
     hub_name: str = ""
-    """Name of a data set on the hub, for `source: hub`, such as `cerebras/SlimPajama-627B`, or a
+    """For `source: hub`: name of a data set on the hub, such as `cerebras/SlimPajama-627B`, or a
     folder that the `datasets` library can read."""
     hub_config: str | None = None
     """Configuration of the hub's data set, if it has several."""
     text_field: str = "text"
     """Field that holds the text in JSON lines, Parquet and hub data sets."""
     max_documents: int | None = Field(default=None, gt=0)
-    """Read at most this many documents; no limit when unset."""
+    """Read at most this many documents (default: all)."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the documents held out for validation and tasks, chosen by content hash."""
     tokenizer: str = "train"
@@ -46,7 +45,9 @@ class DataSettings(Section):
 
     @field_validator("files")
     @classmethod
-    def _files_are_read(cls, files: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    def _refuse_files_of_another_source(
+        cls, files: tuple[str, ...], info: ValidationInfo
+    ) -> tuple[str, ...]:
         source = info.data.get("source", "files")
         if files and source != "files":
             raise PydanticCustomError(
@@ -59,20 +60,20 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """The model's shape: a preset, and what differs from it."""
+    """Shape of the model: a preset, and what differs from it."""
 
     preset: str = "tiny"
     """Name of a preset: tiny, 55m, 340m, 740m, 1.3b."""
     method: str = DEFAULT_METHOD
     """How a layer advances the hidden state: iiet, vanilla, pcformer, or another known method."""
     corrections: int | str | tuple[int, ...] = 2
-    """Corrections per layer (the iteration schedule): `3`, or one number a layer, `2,2,1,1,1,1`;
-    of a method that makes corrections, such as iiet."""
+    """Corrections per layer (the iteration schedule): `3`, or one number per layer, `2,2,1,1,1,1`.
+    Only methods with corrections, such as iiet, read it."""
     method_options: dict[str, Any] = Field(default={})
-    """Options of the method where they differ from its defaults, by name, such as `damping` of
-    iiet. Models of other methods that a sweep trains beside it have their defaults."""
+    """Options of the method by name, such as `damping` of iiet (default: the method's defaults).
+    Models of other methods in the same sweep use their defaults."""
     dim: int | None = Field(default=None, gt=0)
-    """Width of the hidden state; the preset's when unset, like all that follow."""
+    """Width of the hidden state (default here and below: the preset's)."""
     num_layers: int | None = Field(default=None, gt=0, le=MAX_LAYERS)
     """Number of layers."""
     num_heads: int | None = Field(default=None, gt=0)
@@ -88,14 +89,11 @@ class ModelSettings(Section):
 
 
 def model_label(method: str, corrections: object) -> str:
-    """Return what tables call a model: its method, or its corrections, where it makes some.
-
-    Args:
-        method: Its method.
-        corrections: Of a method that makes them, as the settings write them.
+    """Return the name of a model in tables.
 
     Returns:
-        `vanilla`; `r = 3` of the usual method, `other, r = 3` of another one.
+        The method, such as `vanilla`, if it has no corrections; `r = 3` for the default method;
+        `other, r = 3` for another one.
     """
     if not METHODS[method].has_corrections:
         return method
@@ -103,5 +101,5 @@ def model_label(method: str, corrections: object) -> str:
 
 
 def method_of_label(label: str) -> str:
-    """Return the method of a label, or of a method's own name."""
+    """Return the method of a label; the inverse of `model_label`."""
     return DEFAULT_METHOD if label.startswith("r = ") else label.split(", r = ")[0]

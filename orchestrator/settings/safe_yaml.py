@@ -1,8 +1,8 @@
-"""YAML as settings need it: safe, within limits, and without its traps.
+"""Parse YAML from users safely: plain values only, within limits.
 
-Of YAML's own types only plain values are made. A text may be large, deep, or small and grow without
-end by aliases, so size, depth and the number of values are limited before anything is built. What
-YAML reads otherwise than people mean is refused: `017` would be 15, and `1:30` would be 90.
+A text may be large, deep, or small but explode through aliases. So size, depth and the number of
+values are limited before anything is built. Numbers that YAML 1.1 reads in a surprising way are
+refused: `017` would be 15, and `1:30` would be 90.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from orchestrator.workspace.errors import quoted, shortened
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
-"""Values and names of a text, those that an alias repeats counted again."""
+"""Values and names in a text; every use of an alias counts again."""
 
+INT = "tag:yaml.org,2002:int"
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 
 
 class YamlProblem(ValueError):
-    """A text that is no YAML, or none that is read here; says what is wrong, in one line."""
+    """A YAML text that is invalid or refused; its message is one line."""
 
 
 def parse_yaml(text: str) -> Any:
     """Return the plain values that a YAML text holds.
 
     Raises:
-        YamlProblem: If the text is not valid, breaks a limit, or holds a value that is none.
+        YamlProblem: If the text is invalid, breaks a limit, or holds an unreadable value.
     """
     if len(text) > MAX_CHARACTERS:
         raise YamlProblem(f"it has {len(text):,} characters; {MAX_CHARACTERS:,} are allowed")
     try:
-        return yaml.load(text, _Loader)  # A safe loader.
+        return yaml.load(text, _Loader)  # A subclass of the safe loader.
     except yaml.YAMLError as error:
         raise YamlProblem(_one_line(error)) from None
-    # PyYAML looks some values up or converts them without a check of its own.
+    # PyYAML converts some values without checks.
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise YamlProblem(f"it holds a value that cannot be read ({quoted(str(error))})") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with limits; also refuses a name that stands twice in a mapping."""
+    """The safe loader with limits; refuses a name that appears twice in a mapping."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -57,7 +58,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             known = self.anchors.get(event.anchor)
             if known is not None and id(known) not in self._measured:
-                raise _problem(f"*{quoted(event.anchor)} stands within itself", event.start_mark)
+                raise _problem(f"*{quoted(event.anchor)} contains itself", event.start_mark)
             return super().compose_node(parent, index)
         if self._depth >= MAX_DEPTH:
             raise _problem(f"it is nested more than {MAX_DEPTH} levels deep", event.start_mark)
@@ -66,12 +67,12 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if node is not None:
             self._measure(node)
-            if len(self._measured) > MAX_VALUES:  # Known long before a large text is at its end.
+            if len(self._measured) > MAX_VALUES:  # Fail before the rest of a large text is read.
                 raise _problem(f"it holds more than {MAX_VALUES:,} values", event.start_mark)
         return node
 
     def _measure(self, node: yaml.Node) -> None:
-        """Count values and levels as if every alias were written out."""
+        # Values and levels as if every alias were written out.
         children: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
             children = node.value
@@ -92,7 +93,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
                     raise _problem(
-                        f"{shortened(key.value)} is there more than once", node.start_mark
+                        f"{shortened(key.value)} appears more than once", node.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
@@ -103,12 +104,10 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, KeyError, IndexError, AttributeError, TypeError):
             if not isinstance(node, yaml.ScalarNode):
                 raise
-            kind = node.tag.rpartition(":")[2]
-            article = "an" if kind[:1] in "aeiou" else "a"
-            kinds = {"timestamp": "a date", "int": "a whole number", "float": "a number"}
+            tag = node.tag.rpartition(":")[2]
+            kind = {"timestamp": "date", "int": "whole number", "float": "number"}.get(tag, tag)
             raise _problem(
-                f"{quoted(node.value)} cannot be read as {kinds.get(kind, f'{article} {kind}')}",
-                node.start_mark,
+                f"{quoted(node.value)} cannot be read as a {kind}", node.start_mark
             ) from None
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
@@ -122,15 +121,14 @@ class _Loader(yaml.SafeLoader):
             )
         if ":" in text:
             raise _problem(
-                f"{quoted(text)} would be read as a number with base 60; write it in one unit, or "
+                f"{quoted(text)} would be read as a number in base 60; write it in one unit, or "
                 "put it in quotes if it is a text",
                 node.start_mark,
             )
-        is_whole = node.tag == "tag:yaml.org,2002:int"
-        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        return self.construct_yaml_int(node) if node.tag == INT else self.construct_yaml_float(node)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor(INT, _Loader.construct_number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
@@ -142,6 +140,6 @@ def _one_line(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError):
         return shortened(" ".join(str(error).split()))
     mark = error.problem_mark or error.context_mark
-    said = ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+    text = ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
     where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-    return f"{shortened(said)}{where}"
+    return f"{shortened(text)}{where}"

@@ -1,0 +1,110 @@
+"""The whole tree of settings, and its sections for influence, evaluation and cluster."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.settings.model import DataSettings, ModelSettings
+from orchestrator.settings.section import MAX_COUNT, Section
+from orchestrator.settings.sweep import SearchSettings, SweepSettings
+from orchestrator.settings.training import DistillationSettings, TrainingSettings
+from orchestrator.workspace.credentials import has_secret
+
+
+class InfluenceSettings(Section):
+    """Measurement of each correction's influence."""
+
+    metric: Literal["cosine", "relative", "loss"] = "cosine"
+    """`cosine`, `relative` (both from consecutive evaluations) or `loss` (rise of the validation
+    loss)."""
+    num_tokens: int = Field(default=32768, gt=0)
+    """Validation tokens of the calibration set."""
+
+
+class EvaluationSettings(Section):
+    """Tasks that measure accuracy."""
+
+    suite: str = "heldout"
+    """Comma-separated names: `heldout` (tasks made from the held-out documents), `paper` (the seven
+    tasks of the papers), and any task of lm-eval or of `include_path`."""
+    num_items: int = Field(default=700, gt=0)
+    """Items of each held-out task; 700 keep one standard error under 1.9 points."""
+    limit: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    """Score only this many items of each task, from its first on (default: all)."""
+    num_fewshot: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    """Solved examples before each item, unless a task fixes it at 0 (default: the task's own
+    number)."""
+    batch_size: int = Field(default=32, gt=0, le=MAX_COUNT)
+    """Sequences in one forward pass of the evaluation."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Weights and arithmetic of the evaluated model. `bf16` is faster on GPUs and changes scores a
+    little, so its results are stored apart. Models that transformers runs keep their own dtype."""
+    include_path: str | None = Field(default=None, min_length=1)
+    """Folder with further lm-eval task files."""
+
+
+def storage_problem(uri: str) -> str | None:
+    """Return why a storage address is refused (it holds a secret), or None."""
+    if not has_secret(uri):
+        return None
+    return (
+        "the address holds a password or a key, and settings are stored with every run; leave it "
+        "out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment (for GCS "
+        "GOOGLE_APPLICATION_CREDENTIALS)"
+    )
+
+
+class ClusterSettings(Section):
+    """Workers, GPUs and storage."""
+
+    num_workers: int = Field(default=1, gt=0)
+    """Data-parallel workers of a training job; with GPUs, one each."""
+    num_gpus: int = Field(default=0, ge=0)
+    """GPUs of a training job; 0 trains on CPUs."""
+    storage: str | None = None
+    """URI of a second place for pretraining checkpoints, such as `s3://bucket/runs`. They are
+    copied there during training, and fetched from there if the workspace has none."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several workers share a model. `ddp`: each holds all of it; `fsdp`: each holds a part of
+    its weights, gradients and moments, which needs less memory and more traffic."""
+    max_failures: int = Field(default=2, ge=0)
+    """Restarts of a training job from its newest checkpoint after a worker died."""
+
+    @field_validator("storage")
+    @classmethod
+    def _refuse_secrets(cls, storage: str | None) -> str | None:
+        if problem := storage_problem(storage or ""):
+            raise PydanticCustomError("secret", problem)
+        return storage
+
+
+class Settings(Section):
+    """The whole tree."""
+
+    data: DataSettings = DataSettings()
+    """Corpus and tokenizer."""
+    model: ModelSettings = ModelSettings()
+    """Shape of the model."""
+    training: TrainingSettings = TrainingSettings()
+    """Recipe of the pretraining."""
+    distillation: DistillationSettings = DistillationSettings()
+    """Recipe of the distillation."""
+    influence: InfluenceSettings = InfluenceSettings()
+    """Measurement of influence."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Tasks and their size."""
+    sweep: SweepSettings = SweepSettings()
+    """Trials of a sweep."""
+    search: SearchSettings = SearchSettings()
+    """Search for free schedules."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Workers and GPUs."""
+
+    @property
+    def trials_use_gpus(self) -> bool:
+        """Whether a sweep's trials run on GPUs (default: as `cluster.num_gpus` says)."""
+        own = self.sweep.gpus_per_trial
+        return (self.cluster.num_gpus if own is None else own) > 0

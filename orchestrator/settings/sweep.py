@@ -1,0 +1,135 @@
+"""Settings of sweeps: which trials run, and how free schedules are searched."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from iiet.methods import METHODS
+from orchestrator.settings.model import BASELINE_METHOD, DEFAULT_METHOD, method_of_label
+from orchestrator.settings.section import Section
+from orchestrator.workspace.errors import quoted, shortened
+
+MAX_SEED = 2**32 - 1
+"""Largest seed that every library's generator takes."""
+
+
+def _refuse_duplicate_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise PydanticCustomError("seed_twice", "a seed is given twice")
+    return seeds
+
+
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...], AfterValidator(_refuse_duplicate_seeds)
+]
+
+
+class SweepSettings(Section):
+    """Trials of a sweep."""
+
+    kind: Literal["threshold", "iterations", "search"] = "threshold"
+    """`threshold`: students of one teacher; `iterations`: models trained from scratch; `search`:
+    the students of a threshold sweep, then students with free schedules."""
+    num_schedules: int = Field(default=7, ge=2)
+    """Schedules of a threshold sweep, evenly spaced in cost, from all corrections to none."""
+    thresholds: tuple[float, ...] = ()
+    """Thresholds to use instead; those that give the same schedule are one trial."""
+    budgets: tuple[float, ...] = ()
+    """Budgets to use instead: for each, the schedule with the most influence that costs no more."""
+    budget_unit: Literal["evaluations", "flops", "kv"] = "evaluations"
+    """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations, FLOPs or
+    KV bytes per token."""
+    selection: Literal["threshold", "knapsack"] = "threshold"
+    """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
+    cost."""
+    iterations: tuple[int | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
+    """Corrections of the IIETs that `sweep-iterations` pretrains: a number for all layers, a ramp
+    over the depth (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""
+    methods: tuple[str, ...] = Field(default=(BASELINE_METHOD, DEFAULT_METHOD), min_length=1)
+    """Methods that `sweep-iterations` pretrains."""
+    learning_rates: dict[str, float | tuple[float, ...]] = Field(default={BASELINE_METHOD: 4e-3})
+    """Peak learning rates that differ from `training.learning_rate`, by method, or by the
+    corrections of an IIET (`r = 3`). Of several rates, each is a trial."""
+    seeds: Seeds = ()
+    """Train every model with each of these seeds; tables show mean and error (default: the
+    recipe's seed alone)."""
+    asha: bool = False
+    """Asynchronous successive halving in `sweep-iterations`: of one model's learning rates, train
+    only the better ones to the end, by validation loss."""
+    asha_first_rung: float = Field(default=0.25, gt=0, lt=1)
+    """Share of the steps before the first comparison; the next ones follow each time the steps
+    have grown by `asha_reduction_factor`."""
+    asha_reduction_factor: int = Field(default=2, ge=2)
+    """One in this many learning rates continues after a comparison."""
+    trials_at_once: int | None = Field(default=None, gt=0)
+    """Most trials at the same time (default: as many as CPUs or `cluster.num_gpus` allow)."""
+    workers_per_trial: int = Field(default=1, gt=0)
+    """Data-parallel workers of each trial; with GPUs, one each. Not part of a trial's key."""
+    gpus_per_trial: int | None = Field(default=None, ge=0)
+    """GPUs of each trial; 0 trains on CPUs (default: the fewest of `cluster.num_gpus` on which
+    every trial fits)."""
+    max_failures_per_trial: int = Field(default=2, ge=0)
+    """Retries of a failed trial."""
+
+    @field_validator("budgets")
+    @classmethod
+    def _refuse_budgets_with_thresholds(
+        cls, budgets: tuple[float, ...], info: ValidationInfo
+    ) -> tuple[float, ...]:
+        if budgets and info.data.get("thresholds"):
+            raise PydanticCustomError(
+                "two_ways", "sweep.thresholds and sweep.budgets exclude each other; leave one out"
+            )
+        return budgets
+
+    @field_validator("methods")
+    @classmethod
+    def _refuse_unknown_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [method for method in methods if method not in METHODS]
+        if unknown:
+            raise PydanticCustomError(
+                "no_such_method",
+                "no such method: {unknown}; known: {known}",
+                {"unknown": shortened(", ".join(unknown)), "known": ", ".join(METHODS)},
+            )
+        return methods
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _refuse_rates_of_unknown_models(
+        cls, rates: dict[str, float | tuple[float, ...]]
+    ) -> dict[str, float | tuple[float, ...]]:
+        for name, of_model in rates.items():
+            several = of_model if isinstance(of_model, tuple) else (of_model,)
+            if not several or min(several) <= 0:
+                raise PydanticCustomError(
+                    "no_rate", "a learning rate of {name} is not above 0", {"name": shortened(name)}
+                )
+            is_label = re.fullmatch(r"(.+, )?r = [0-9.,*]+", name) is not None
+            if name not in METHODS and not (is_label and method_of_label(name) in METHODS):
+                raise PydanticCustomError(
+                    "no_such_model",
+                    "{name} is not a model; name a method ({methods}), or the corrections of an "
+                    "IIET, such as r = 3",
+                    {"name": quoted(name), "methods": ", ".join(METHODS)},
+                )
+        return rates
+
+
+class SearchSettings(Section):
+    """Search for schedules outside the threshold's family."""
+
+    num_trials: int = Field(default=24, ge=0)
+    """Most schedules to try after those of the threshold sweep."""
+    objective: Literal["accuracy", "bits_per_byte", "validation_loss"] = "accuracy"
+    """Quality to optimize together with the number of evaluations."""
+    sampler: Literal["nsga2", "tpe"] = "nsga2"
+    """Optuna's sampler: the genetic one, or the tree-structured Parzen estimator."""
+    trials_per_round: int = Field(default=8, ge=2)
+    """Schedules suggested before the sampler receives their results: one generation."""
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Seed of the sampler."""
