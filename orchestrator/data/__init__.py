@@ -1,1 +1,1 @@
-"""From a source of text to token shards, and from shards to batches with a position."""
+"""From a source of text to a folder of tokens, and from tokens to batches for each step."""

@@ -1,14 +1,11 @@
-"""Which tokens belong to which step of a text's training: index arithmetic alone, no reader, no
-state. Each step's are handed out as an `iiet.Batch`, which knows its targets; another source of
-batches can stand beside this one without a change to the training loop.
+"""Choose the tokens of each training step, as an `iiet.Batch`: index arithmetic without state.
 
-The training tokens are cut into windows of one context. An epoch visits each window once in an
-order of its own, and its cut begins at an offset of its own, so that no token always starts a
-window. The order is a keyed permutation that computes any element by itself (a Feistel network over
-the next power of four, with values outside walked past), so that step one million costs as little
-as step one and nothing is stored. A step's global batch is the same set of windows in the same
-order whatever the number of workers; each takes its slice. A position is therefore just the number
-of the step.
+The training tokens are cut into windows of one context length. An epoch visits each window once, in
+its own order, and its cut starts at its own offset, so that windows do not always start at the same
+tokens. The order is a keyed permutation that computes any element directly (a Feistel network over
+the next power of four; values outside the range are permuted again). Nothing is stored, and step
+one million costs as much as step one. A step's global batch does not depend on the number of
+workers: each takes its slice. So the step number is the whole position.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from torch import Tensor
 from iiet.batch import Batch
 from orchestrator.workspace.errors import UserError
 
-FEISTEL_ROUNDS = 6
+_FEISTEL_ROUNDS = 6
 _MASK = (1 << 64) - 1
 
 
@@ -34,7 +31,7 @@ class BatchPlan:
     Args:
         num_tokens: Length of the flat token array.
         context_length: Tokens of one sequence.
-        seed: Another seed gives another order.
+        seed: Determines the order.
 
     Raises:
         UserError: If there are fewer tokens than one sequence.
@@ -55,22 +52,22 @@ class BatchPlan:
     def starts(
         self, step: int, *, global_batch: int, rank: int = 0, world_size: int = 1
     ) -> np.ndarray:
-        """Return the first token of each sequence of one worker in one step, int64, (global_batch /
+        """Return where one worker's sequences start in one step, int64, (global_batch /
         world_size,).
 
         Args:
             step: Counts from 0.
             global_batch: Sequences of all workers together.
             rank: This worker, from 0.
-            world_size: All workers.
+            world_size: Number of workers.
 
         Raises:
             UserError: If the workers cannot share the batch evenly.
         """
         check_even_split(global_batch, world_size)
-        share = global_batch // world_size
-        first = step * global_batch + rank * share
-        positions = np.arange(first, first + share, dtype=np.int64)
+        num_sequences = global_batch // world_size
+        first = step * global_batch + rank * num_sequences
+        positions = np.arange(first, first + num_sequences, dtype=np.int64)
         starts = np.empty_like(positions)
         epochs = positions // self.num_windows
         for epoch in np.unique(epochs):
@@ -89,16 +86,17 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
     ) -> Batch:
-        """Return one worker's text of one step, int64, (global_batch / world_size, context_length).
+        """Return one worker's batch of one step, int64, (global_batch / world_size,
+        context_length).
 
         Args:
             tokens: The flat array that the plan was made for.
 
-        See `starts` for the others.
+        See `starts` for the other arguments.
         """
         assert len(tokens) == self.num_tokens
         starts = self.starts(step, global_batch=global_batch, rank=rank, world_size=world_size)
-        return Batch.of_text(gather(tokens, starts, self.context_length))
+        return Batch.of_text(_gather(tokens, starts, self.context_length))
 
     def _offset(self, key: int) -> int:
         slack = self.num_tokens - self.num_windows * self.context_length
@@ -110,8 +108,8 @@ def check_even_split(global_batch: int, num_workers: int, *, section: str = "tra
 
     Args:
         global_batch: Sequences of a step.
-        num_workers: Who shares them.
-        section: Of the settings that the size of a step stands in, for the error.
+        num_workers: Number of workers.
+        section: Settings section that holds the size of a step, for the error.
 
     Raises:
         UserError: If they cannot.
@@ -126,13 +124,13 @@ def check_even_split(global_batch: int, num_workers: int, *, section: str = "tra
 def validation_batches(
     tokens: np.ndarray, *, context_length: int, num_tokens: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Yield the same text each time, spread evenly over the tokens, int64, (<= batch_size,
+    """Yield fixed sequences, spread evenly over the tokens, int64, (<= batch_size,
     context_length).
 
     Args:
         tokens: Flat validation tokens.
         context_length: Tokens of one sequence.
-        num_tokens: Tokens wanted in all, rounded down to whole sequences; all there are if fewer.
+        num_tokens: At most this many tokens in all, rounded down to whole sequences.
         batch_size: Sequences of one batch.
 
     Raises:
@@ -143,24 +141,23 @@ def validation_batches(
     wanted = min(max(1, num_tokens // context_length), available)
     starts = np.arange(wanted, dtype=np.int64) * available // wanted * context_length
     for first in range(0, wanted, batch_size):
-        yield Batch.of_text(gather(tokens, starts[first : first + batch_size], context_length))
+        yield Batch.of_text(_gather(tokens, starts[first : first + batch_size], context_length))
 
 
-def check_text_length(num_tokens: int, context_length: int, name: str) -> None:
-    """Refuse a text that does not fill one sequence.
+def check_text_length(num_tokens: int, context_length: int, split: str) -> None:
+    """Check that the text of a split fills at least one sequence.
 
     Raises:
-        UserError: If `num_tokens` is under `context_length`.
+        UserError: If `num_tokens` is below `context_length`.
     """
     if num_tokens < context_length:
         raise UserError(
-            f"the {name} text has {num_tokens} tokens, fewer than one sequence of "
+            f"the {split} text has {num_tokens} tokens, fewer than one sequence of "
             f"{context_length}; give more text or set a smaller model.context_length"
         )
 
 
-def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
-    """Copy the sequences that begin at `starts`, int64, (len(starts), length)."""
+def _gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
     rows = starts[:, None] + np.arange(length, dtype=np.int64)
     return torch.from_numpy(tokens[rows].astype(np.int64))
 
@@ -171,11 +168,11 @@ def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
     Args:
         values: int64, each in [0, size).
         size: At least 1.
-        key: Any integer; each gives a permutation of its own.
+        key: Any integer; different keys give different permutations.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
-    keys = [np.uint64(_mix(key + round_)) for round_ in range(1, FEISTEL_ROUNDS + 1)]
+    keys = [np.uint64(_mix(key + number)) for number in range(1, _FEISTEL_ROUNDS + 1)]
     images = values.astype(np.uint64)
     outside = np.ones(images.shape, dtype=bool)
     while outside.any():

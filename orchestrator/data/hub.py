@@ -1,8 +1,8 @@
-"""Whether the Hugging Face hub can be reached, asked once and briefly.
+"""Check once, quickly, whether the Hugging Face hub can be reached, or work offline.
 
-The hub's libraries retry for 23 seconds per data set before they give up, and read `HF_HUB_OFFLINE`
-once, when they are imported. So a stage asks here first, and works offline unless it has a reason
-not to: nothing is then looked up, and what lies in the local cache is still found.
+The hub's libraries retry for 23 seconds per data set before they give up, and they read
+`HF_HUB_OFFLINE` only when they are imported. So callers check here first, and use `offline` where
+they need no network: nothing is looked up then, and the local cache still works.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 1.5
 
 _FLAG = "HF_HUB_OFFLINE"
-_READERS = ("huggingface_hub.constants", "datasets.config")
+_MODULES_WITH_FLAG = ("huggingface_hub.constants", "datasets.config")
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 def hub_problem() -> str | None:
-    """Return why the hub cannot be reached, in a few words; None if it seems to be there."""
+    """Return why the hub cannot be reached, in a few words; None if it seems reachable."""
     if os.environ.get(_FLAG, "").upper() in _TRUE:
         return f"{_FLAG} is set"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return None  # reached another way than by name; the client reports its own failure
+        return None  # a direct connection proves nothing; the client reports its own failure
     address = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
     try:
         endpoint = urlsplit(address)
         host = endpoint.hostname or ""
         port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     except ValueError as error:
-        return mask_secrets(f"HF_ENDPOINT={address} is no address ({error})")
+        return mask_secrets(f"HF_ENDPOINT={address} is not a valid address ({error})")
     try:
         socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
     except OSError as error:
@@ -46,7 +46,10 @@ def hub_problem() -> str | None:
 
 
 def require_hub(wanted: str) -> None:
-    """Refuse at once what needs the hub when it cannot be reached.
+    """Fail at once if the hub cannot be reached.
+
+    Args:
+        wanted: What needs the hub, for the error.
 
     Raises:
         UserError: If it cannot.
@@ -61,7 +64,7 @@ def require_hub(wanted: str) -> None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keep the hub's libraries from the network until the block ends, imported before or within."""
+    """Keep the hub's libraries off the network inside the block, also if already imported."""
     before = os.environ.get(_FLAG)
     _set_flag("1")
     try:
@@ -75,6 +78,6 @@ def _set_flag(value: str | None) -> None:
         os.environ.pop(_FLAG, None)
     else:
         os.environ[_FLAG] = value
-    for name in _READERS:
+    for name in _MODULES_WITH_FLAG:
         if module := sys.modules.get(name):
             setattr(module, _FLAG, (value or "").upper() in _TRUE)

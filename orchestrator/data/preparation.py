@@ -1,10 +1,9 @@
-"""Prepare tokens: from the source of text to a folder of tokens, once.
+"""Prepare tokens: turn the source of text into a token folder, once.
 
-Prepared tokens are found by the source's key: a hash of the settings and of a state of the source
-that needs no reading of its content (names, sizes and times of files). A small file leads from the
-key to the folder, whose name is the fingerprint of the content. An interrupted preparation keeps
-what is safely written, and the same command resumes it. `expected_tokens` describes the tokens
-before they are prepared.
+Prepared tokens are found by the source's key: a hash of the settings and of the source's state
+(names, sizes and times of files; the content is not read). A small file maps the key to the token
+folder, which is named by the fingerprint of the content. After an interruption, the same command
+resumes. `expected_tokens` describes the tokens of a planned run, prepared or not.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from orchestrator.data.corpus import find_files, read_documents, source_state
+from orchestrator.data.corpus import read_documents, source_state
+from orchestrator.data.text_files import find_files
 from orchestrator.data.token_store import is_complete, open_tokens, verify_tokens
 from orchestrator.data.tokenization import (
     TEMPORARY_PREFIX,
     TokenProgress,
-    is_unfinished,
+    can_resume,
     write_tokens,
 )
 from orchestrator.data.tokenizer import HUB_PREFIX, load_tokenizer, num_token_ids
@@ -32,24 +32,24 @@ from orchestrator.workspace.folders import Workspace, is_valid_name
 from orchestrator.workspace.provenance import content_key
 
 ASSUMED_VOCABULARY = 32000
-"""Entries of a tokenizer on the hub, which is not asked: those of the published models."""
+"""Entries of a tokenizer on the hub, assumed without a request: as in the published models."""
 ASSUMED_TEXT_BYTES_PER_TOKEN = 4
 ASSUMED_TOKENS_PER_DOCUMENT = 1000
-"""Of a data set on the hub."""
+"""For data sets on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedTokens:
-    """What is known of the tokens before a run, and how."""
+    """What is known about the tokens before a run."""
 
     vocab_size: int
     """Entries of the tokenizer."""
     origin: str
-    """Where that number is from, for people."""
+    """Where `vocab_size` comes from, for display."""
     num_train_tokens: int | None
-    """Tokens to train on; None where only reading the text can say."""
+    """Training tokens; None if they are not prepared yet."""
     new_bytes: int
-    """Bytes that preparing them will write, as far as it can be told; 0 when they are there."""
+    """Estimate of the bytes that preparation will write; 0 if it is done."""
 
 
 def prepare(
@@ -59,56 +59,58 @@ def prepare(
     *,
     verify: bool = False,
 ) -> Path:
-    """Return the folder of tokens for these settings, made if it is missing.
+    """Return the token folder for these settings; create it if it is missing.
 
     Args:
         settings: Source, split and tokenizer.
-        workspace: Where the tokens live.
-        progress: Told what is going on.
-        verify: Compare the checksums of tokens that are there even if nothing has touched the files
-            since the last time.
+        workspace: Holds the token folders.
+        progress: Shows the progress.
+        verify: Compare the checksums of existing tokens even if size and time of the files are
+            unchanged since the last time.
 
     Raises:
-        UserError: If the source is missing, empty or unreadable, or the tokens that are there are
-            not what was written.
+        UserError: If the source is missing, empty or unreadable, or existing tokens are damaged.
     """
     progress = progress or Progress()
     folder = find_prepared(settings, workspace.tokens)
     if folder is None:
         workspace.tokens.mkdir(parents=True, exist_ok=True)
-        # One at a time: two would write the same files.
+        # One process at a time: two would write the same files.
         with FileLock(workspace.tokens / ".lock"):
             folder = find_prepared(settings, workspace.tokens)
             if folder is None:
-                return _make(settings, workspace, progress)
+                return _write(settings, workspace, progress)
     progress.start("corpus")
     verify_tokens(folder, always=verify)
     progress.finish(f"{describe(folder)}, found again")
     return folder
 
 
-def _make(settings: DataSettings, workspace: Workspace, progress: Progress) -> Path:
+def _write(settings: DataSettings, workspace: Workspace, progress: Progress) -> Path:
     key = source_key(settings)
-    if (named := pointer_to(key, workspace.tokens)).exists():
-        progress.note(f"the tokens that {named} names are missing or damaged; they are made anew")
+    pointer = _pointer(key, workspace.tokens)
+    if pointer.exists():
+        progress.note(
+            f"the tokens that {pointer} names are missing or damaged; preparing them again"
+        )
     for leftover in workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"):
-        if not is_unfinished(leftover):
+        if not can_resume(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-    rated = TokenProgress(progress)
+    progress_with_rate = TokenProgress(progress)
     folder = write_tokens(
         workspace.tokens,
-        read_documents(settings, rated),
+        read_documents(settings, progress_with_rate),
         settings,
         resume_key=key,
-        progress=rated,
+        progress=progress_with_rate,
     )
-    write_json(pointer_to(key, workspace.tokens), {"fingerprint": folder.name})
+    write_json(pointer, {"fingerprint": folder.name})
     progress.finish(describe(folder))
     return folder
 
 
 def describe(folder: Path) -> str:
-    """Return one line about a folder of tokens, such as for the end of a stage."""
+    """Summarize a token folder in one line."""
     manifest = open_tokens(folder).manifest
     train, validation = manifest["train"], manifest["validation"]
     return (
@@ -118,7 +120,7 @@ def describe(folder: Path) -> str:
 
 
 def source_key(settings: DataSettings) -> str:
-    """Return the key of settings and source; it changes when the source's content does.
+    """Return a hash of settings and source state; it changes with the source's content.
 
     Raises:
         UserError: If the source's files do not exist.
@@ -134,22 +136,21 @@ def source_key(settings: DataSettings) -> str:
     return content_key(settings.model_dump(mode="json"), source_state(settings), tokenizer_state)
 
 
-def pointer_to(key: str, parent: Path) -> Path:
-    """Return the file that names the folder of a source's tokens; `parent` holds all of them."""
+def _pointer(key: str, parent: Path) -> Path:
     return parent / "sources" / f"{key}.json"
 
 
 def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
-    """Return the folder of whole tokens for these settings, if it was made.
+    """Return the complete token folder for these settings, or None.
 
     Args:
         settings: Source, split and tokenizer.
         parent: Folder of all token folders.
 
     Raises:
-        UserError: If the source's files do not exist, or the file that names the folder is damaged.
+        UserError: If the source's files do not exist, or the file of the source's key is damaged.
     """
-    path = pointer_to(source_key(settings), parent)
+    path = _pointer(source_key(settings), parent)
     found = read_json(path)
     if found is None:
         return None
@@ -163,11 +164,11 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
 
 
 def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTokens:
-    """Say what a run's tokens will be like.
+    """Describe the tokens of a planned run.
 
     Args:
         settings: Source, split and tokenizer.
-        prepared: Their folder, if they are made.
+        prepared: The token folder, if it exists.
 
     Raises:
         UserError: If files or a tokenizer that the settings name are missing.
@@ -193,12 +194,11 @@ def _vocabulary(settings: DataSettings) -> tuple[int, str]:
     if settings.tokenizer == "train":
         return settings.vocab_size, "data.vocab_size; a short text may give fewer"
     if settings.tokenizer.startswith(HUB_PREFIX):
-        return ASSUMED_VOCABULARY, f"assumed; {settings.tokenizer} is not asked"
+        return ASSUMED_VOCABULARY, f"assumed; {settings.tokenizer} is not downloaded"
     return num_token_ids(load_tokenizer(settings.tokenizer)), f"of {settings.tokenizer}"
 
 
 def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
-    """Tokens, and the held-out documents as text."""
     if settings.source == "hub":
         documents = settings.max_documents or 0
         text = documents * ASSUMED_TOKENS_PER_DOCUMENT * ASSUMED_TEXT_BYTES_PER_TOKEN
@@ -206,6 +206,6 @@ def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
         text = sum(path.stat().st_size for path in find_files(settings))
     else:
         return 0  # a few megabytes
-    width = 2 if vocab_size <= 1 << 16 else 4
-    held_out = int(text * settings.validation_fraction)
-    return text // ASSUMED_TEXT_BYTES_PER_TOKEN * width + held_out
+    token_bytes = 2 if vocab_size <= 1 << 16 else 4
+    held_out = int(text * settings.validation_fraction)  # stored as text, too
+    return text // ASSUMED_TEXT_BYTES_PER_TOKEN * token_bytes + held_out

@@ -1,11 +1,10 @@
-"""From documentation in plain text to paragraphs of English.
+"""Extract paragraphs of English from plain-text documentation.
 
-In goes a docstring, a help topic or a block comment: hard-wrapped lines, bullets, underlined
-headings, doctests and markup. Out come paragraphs as a person would read them aloud: each on one
-line, markup removed, code and signatures left out. A paragraph counts as prose by what it is made
-of (plain words, words of grammar, a sentence's end), which needs no word list and no model.
-Paragraphs that say again what was said are dropped by `Novelty`, because the same text in training
-and validation would make the held-out tasks worthless.
+The input is a docstring, a help topic or a block comment: hard-wrapped lines, bullets, underlined
+headings, doctests and markup. Each paragraph of the output is one line without markup; code and
+signatures are removed. A paragraph is prose if it has enough plain words and function words and
+ends like a sentence, so no word list and no model is needed. `NoveltyFilter` drops repeated
+paragraphs: the same text in training and validation would make the held-out tasks worthless.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ import re
 from dataclasses import dataclass
 
 MIN_WORDS = 4
-MIN_PLAIN_SHARE = 0.72
-MIN_LETTER_SHARE = 0.86
-WORDS_PER_GRAMMAR_WORD = 11
+MIN_PLAIN_FRACTION = 0.72
+MIN_LETTER_FRACTION = 0.86
+MAX_WORDS_PER_GRAMMAR_WORD = 11
 SHINGLE_WORDS = 6
-MAX_KNOWN_SHARE = 0.4
+MAX_SEEN_FRACTION = 0.4
 WRAP_SLACK = 12
 
 _WORDS = """
@@ -62,14 +61,14 @@ _MARKUP = (
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Lines that belong together: a paragraph, a list item or a heading."""
+    """A paragraph, a list item or a heading."""
 
     text: str
     is_item: bool = False
 
 
 def paragraphs(text: str) -> list[str]:
-    """Return the prose of a documentation text, one paragraph an element.
+    """Return the paragraphs of prose in a documentation text.
 
     Args:
         text: Hard-wrapped plain text; its common indentation is removed.
@@ -77,23 +76,23 @@ def paragraphs(text: str) -> list[str]:
     kept: list[_Chunk] = []
     for chunk in _chunks(inspect.cleandoc(text).expandtabs()):
         plain = strip_markup(chunk.text)
-        # What ends in a colon leads on to a list (kept) or to code (left out).
+        # A paragraph that ends with a colon introduces a list (kept) or code (removed).
         is_kept = is_prose(plain.rstrip(":") + "." * plain.endswith(":"))
         if plain[:1].islower() and (kept or plain.split()[0] in GRAMMAR_WORDS):
-            is_kept = False  # the rest of a sentence that code has interrupted
+            is_kept = False  # the rest of a sentence that code interrupts
         kept.append(_Chunk(plain if is_kept else "", chunk.is_item))
-    return _settle_leads(kept)
+    return _drop_introductions(kept)
 
 
 def strip_markup(text: str) -> str:
-    """Remove roles, back quotes, emphasis and footnote marks; collapse white space."""
+    """Remove Sphinx roles, backquotes, emphasis and footnote marks; collapse whitespace."""
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
 def is_prose(text: str) -> bool:
-    """Tell whether a paragraph reads as English sentences, not as code, table or signature."""
+    """Tell whether a paragraph is English sentences, not code, a table or a signature."""
     words = text.split()
     if (
         len(words) < MIN_WORDS
@@ -105,14 +104,14 @@ def is_prose(text: str) -> bool:
     letters = sum(1 for character in text if character.isalpha() or character in " ,.'-")
     grammar = sum(1 for word in words if word.lower().strip(".,;:!?()\"'") in GRAMMAR_WORDS)
     return (
-        plain_word_fraction(text) >= MIN_PLAIN_SHARE
-        and letters >= MIN_LETTER_SHARE * len(text)
-        and grammar * WORDS_PER_GRAMMAR_WORD >= len(words)
+        plain_word_fraction(text) >= MIN_PLAIN_FRACTION
+        and letters >= MIN_LETTER_FRACTION * len(text)
+        and grammar * MAX_WORDS_PER_GRAMMAR_WORD >= len(words)
     )
 
 
 def plain_word_fraction(text: str) -> float:
-    """Return the share of plain words, punctuation allowed; names of code and numbers are none."""
+    """Return the fraction of plain words; code names and numbers do not count as plain."""
     words = text.split()
     return sum(1 for word in words if _PLAIN_WORD.fullmatch(word)) / max(1, len(words))
 
@@ -143,13 +142,13 @@ def _chunks(text: str) -> list[_Chunk]:
 
 
 def _is_cut(line: str, following: str, width: int) -> bool:
-    """Tell whether a line ends early: the next one's first word, a capital, had room on it."""
+    """Tell whether a line ends early: the next line's first word, capitalized, would have fit."""
     word = following.split()[0]
     return word[0].isupper() and len(line) + len(word) + WRAP_SLACK < width
 
 
-def _settle_leads(chunks: list[_Chunk]) -> list[str]:
-    """Return the texts; a last sentence with a colon stays only before the list it announces."""
+def _drop_introductions(chunks: list[_Chunk]) -> list[str]:
+    """Return the texts; keep a final sentence that ends with a colon only before a list item."""
     texts: list[str] = []
     for position, chunk in enumerate(chunks):
         follower = chunks[position + 1] if position + 1 < len(chunks) else _Chunk("")
@@ -161,27 +160,25 @@ def _settle_leads(chunks: list[_Chunk]) -> list[str]:
     return texts
 
 
-class Novelty:
-    """Remembers what was read, and tells what is new.
+class NoveltyFilter:
+    """Remembers the paragraphs read so far and recognizes repetitions.
 
-    A paragraph is known when too many of its runs of six words were seen before, wherever that was.
-    Each run is kept as an 8-byte hash.
+    A paragraph is repeated if too many of its runs of `SHINGLE_WORDS` words were seen before. Each
+    run is stored as an 8-byte hash.
     """
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
+        self._seen: set[bytes] = set()
 
     def is_new(self, text: str) -> bool:
         """Tell whether the paragraph is new, and remember it."""
         words = re.findall(r"[a-z0-9]+", text.lower())
-        last = max(1, len(words) - SHINGLE_WORDS + 1)
-        runs = {_hash64(" ".join(words[i : i + SHINGLE_WORDS])) for i in range(last)}
-        known = sum(1 for run in runs if run in self._seen)
+        num_runs = max(1, len(words) - SHINGLE_WORDS + 1)
+        runs = {_hash(" ".join(words[i : i + SHINGLE_WORDS])) for i in range(num_runs)}
+        num_seen = len(runs & self._seen)
         self._seen |= runs
-        return known <= MAX_KNOWN_SHARE * len(runs)
+        return num_seen <= MAX_SEEN_FRACTION * len(runs)
 
 
-def _hash64(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big"
-    )
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

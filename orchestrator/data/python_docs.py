@@ -1,11 +1,10 @@
-"""The English that every Python carries: help topics, docstrings and the longer comments of the
+"""Read English text from the running Python: help topics, docstrings and longer comments of the
 standard library.
 
-No network and no file of ours: the text comes from the interpreter that runs the program. Sources
-are parsed with `ast`, never imported, so that no module's side effects run. Each file gives
-documents of one to a few thousand characters in reading order: a class with its methods, a module
-with its functions. Between Python versions the text differs a little; the fingerprint of the tokens
-says which one a model has seen. About 10 seconds on one core.
+This source needs no network and no files. Sources are parsed with `ast` and never imported, so no
+module's side effects run. Each file gives documents of one to a few thousand characters in reading
+order. The text differs a little between Python versions; the fingerprint of the tokens identifies
+it. Reading takes about 10 seconds on one core.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.data.prose import Novelty, paragraphs
+from orchestrator.data.prose import NoveltyFilter, paragraphs
 from orchestrator.terminal.progress import Progress
 
 PYTHON_DOCS_VERSION = 2
-"""Raised by hand when the text taken from the same Python changes."""
+"""Increase when the same Python gives another text."""
 
 DOCUMENT_CHARACTERS = 1500
 BREAK_CHARACTERS = 600
 MIN_DOCUMENT_CHARACTERS = 200
 MIN_COMMENT_LINES = 2
-LEFT_OUT = frozenset(
+SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
-     "lib2to3", "__phello__", "turtledemo"}
+     "lib2to3", "__phello__", "__pycache__", "turtledemo"}
 )  # fmt: skip
 
 _COMMENT = re.compile(r"^\s*#+(?: (.*)|)$")
@@ -41,13 +40,13 @@ def python_files() -> list[Path]:
     """Return the standard library's source files in a fixed order."""
     found = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
-        folders[:] = [name for name in folders if name not in LEFT_OUT and name != "__pycache__"]
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found)
 
 
 def python_state() -> list[list[str | int]]:
-    """Return names and sizes of the files, which stand for their content in the source's key."""
+    """Return names and sizes of the files, which represent their content in the source's key."""
     root = Path(sysconfig.get_path("stdlib"))
     return [[path.relative_to(root).as_posix(), path.stat().st_size] for path in python_files()]
 
@@ -56,9 +55,9 @@ def python_documents(progress: Progress) -> Iterator[tuple[str, str]]:
     """Yield (text, source) of every document, paragraphs separated by a blank line.
 
     Args:
-        progress: Told the number of files read.
+        progress: Shows the number of files read.
     """
-    novelty = Novelty()
+    novelty = NoveltyFilter()
     root = Path(sysconfig.get_path("stdlib"))
     files = python_files()
     progress.start("corpus", len(files))
@@ -68,7 +67,7 @@ def python_documents(progress: Progress) -> Iterator[tuple[str, str]]:
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            continue  # a file of another encoding is one of the encodings' own samples
+            continue  # the library has samples of other encodings
         yield from _documents(((name, unit) for unit in _source_units(source)), novelty)
         progress.advance(done + 1, name)
 
@@ -76,22 +75,21 @@ def python_documents(progress: Progress) -> Iterator[tuple[str, str]]:
 def _topic_units() -> Iterator[tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # left out by some distributions; the docstrings remain
+    except ImportError:  # some distributions do not have it; the docstrings remain
         return
     for name in sorted(topics):
         text = topics[name]
         starts = [match.start() for match in _TOPIC_HEADING.finditer(text)]
         for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
             yield f"topics/{name}", text[start:end]
-            yield f"topics/{name}", ""  # a section ends here, and may end its document
+            yield f"topics/{name}", ""  # end of a section: the document may end here
 
 
 def _source_units(source: str) -> Iterator[str]:
-    """Yield docstrings and comment blocks in their order; an empty text where a document may
-    end."""
+    """Yield docstrings and comment blocks in order; an empty text where a document may end."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old escapes in other people's strings
+            warnings.simplefilter("ignore")  # about invalid escapes in the library's strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
@@ -120,8 +118,10 @@ def _comments(source: str) -> Iterator[tuple[int, str]]:
             block = []
 
 
-def _documents(units: Iterator[tuple[str, str]], novelty: Novelty) -> Iterator[tuple[str, str]]:
-    """Put units together into documents; a long one ends at a break, any at a new source."""
+def _documents(
+    units: Iterator[tuple[str, str]], novelty: NoveltyFilter
+) -> Iterator[tuple[str, str]]:
+    """Join units into documents; a long document ends at a break, any document at a new source."""
     kept: list[str] = []
     size = 0
     previous = ""

@@ -1,9 +1,9 @@
-"""Prepared tokens: two flat files of integers, a tokenizer, and a manifest that says what they are.
+"""Open and verify token folders: two flat files of integers, a tokenizer and a manifest.
 
-The folder's name is the fingerprint, a hash of every document, its side of the split and the
-tokenizer; it names the data in every later key. Opening checks the files' sizes always. Their
-hashes take minutes for a large corpus, so they are checked once, and again when a file's time or
-size has changed, or on demand. `orchestrator.data.tokenization` writes such folders.
+A folder's name is its fingerprint: a hash of every document, its side of the split and the
+tokenizer. It identifies the data in all keys. Opening a folder checks the file sizes. Comparing the
+hashes takes minutes for a large corpus, so it is done once, again when a file's time or size has
+changed, and on request. `tokenization.py` writes these folders.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from orchestrator.workspace.provenance import file_digest
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 STAMP_NAME = "verified.json"
-"""Sizes and times of the files when their hashes were last found right."""
+"""File that holds sizes and times of the files when their hashes were last verified."""
 _REMEDY = "delete its folder and run `iiet-orch prepare` again"
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An opened folder of tokens; the arrays are memory maps, so that opening costs nothing."""
+    """An open token folder; the arrays are memory maps, so opening is cheap."""
 
     folder: Path
     train: np.ndarray
-    """Flat training tokens, each document closed by the end-of-text token."""
+    """Flat training tokens, each document ends with the end-of-text token."""
     validation: np.ndarray
-    """Flat validation tokens, likewise."""
+    """Flat validation tokens, in the same form."""
     vocab_size: int
-    """Rows that an embedding needs."""
+    """Rows of the embedding."""
     fingerprint: str
     """Hash of documents, split and tokenizer."""
     num_validation_bytes: int
@@ -57,7 +57,7 @@ class TokenStore:
 
     @property
     def profile(self) -> dict[str, Any]:
-        """Where the text is from and how much it is, as plain values for people to read."""
+        """Origin and size of the text, as plain values for display."""
         settings = self.manifest["settings"]
         sizes = {
             f"{side}_{unit}": self.manifest[side][unit]
@@ -69,7 +69,7 @@ class TokenStore:
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether a folder holds tokens whose files have the sizes that the manifest says."""
+    """Tell whether a folder holds tokens whose files have the sizes in the manifest."""
     try:
         manifest = _manifest(folder)
         return manifest is not None and not _problem(folder, manifest, verify=False)
@@ -82,15 +82,13 @@ def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
 
     Args:
         folder: As returned by `write_tokens`.
-        verify: Compare the files' hashes too, not only their sizes.
+        verify: Also compare the files' hashes.
 
     Raises:
         UserError: If the folder is missing, incomplete or damaged.
     """
     folder = Path(folder)
-    manifest = _manifest(folder)
-    if manifest is None:
-        raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
+    manifest = _require_manifest(folder)
     problem = _problem(folder, manifest, verify=verify)
     if problem:
         raise UserError(f"{problem}; run `iiet-orch prepare` again")
@@ -110,27 +108,31 @@ def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
 
 
 def verify_tokens(folder: Path, *, always: bool = False) -> None:
-    """Compare the files' hashes with the manifest, unless nothing has touched them since the last
-    time.
+    """Compare the files' hashes with the manifest, unless they are unchanged since the last time.
 
     Args:
         folder: Complete, see `is_complete`.
-        always: Compare them in any case.
+        always: Compare even if size and time of the files are unchanged.
 
     Raises:
-        UserError: If a file's content is not what was written; names it.
+        UserError: If a file's content has changed; names it.
     """
-    manifest = _manifest(folder)
-    if manifest is None:
-        raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
-    stamp = _stamps(folder, manifest)
-    if not always and _verified(folder) == stamp:
+    manifest = _require_manifest(folder)
+    stamps = _stamps(folder, manifest)
+    if not always and _verified_stamps(folder) == stamps:
         return
     problem = _problem(folder, manifest, verify=True)
     if problem:
         raise UserError(f"{problem}; delete the folder {folder} and run `iiet-orch prepare` again")
-    with suppress(OSError):  # A store that is read only is checked each time.
-        write_json(folder / STAMP_NAME, stamp)
+    with suppress(OSError):  # A read-only folder is verified each time.
+        write_json(folder / STAMP_NAME, stamps)
+
+
+def _require_manifest(folder: Path) -> dict[str, Any]:
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
+    return manifest
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -147,8 +149,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _verified(folder: Path) -> Any:
-    """Return the stamps of the files that were verified; None if there are none to read."""
+def _verified_stamps(folder: Path) -> Any:
     try:
         return read_json(folder / STAMP_NAME)
     except UserError:
@@ -156,12 +157,9 @@ def _verified(folder: Path) -> Any:
 
 
 def _stamps(folder: Path, manifest: dict[str, Any]) -> dict[str, list[int]]:
-    names = manifest.get("sha256", ())  # None where another version wrote it.
-    return {name: _stamp(folder / name) for name in names if (folder / name).is_file()}
-
-
-def _stamp(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns]
+    names = manifest.get("sha256", ())  # absent in the format of another version
+    stats = {name: (folder / name).stat() for name in names if (folder / name).is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _problem(folder: Path, manifest: dict[str, Any], *, verify: bool) -> str | None:

@@ -1,13 +1,12 @@
-"""Documents in, prepared tokens out: in one pass, on all cores, resumable, never held as a whole.
+"""Tokenize documents into a token folder: in one pass, on all cores, resumable.
 
-Batches of documents are encoded by the tokenizers library's own threads while this one hashes and
-writes the batches before. Everything goes into a folder beside the final one, which is renamed at
-the end, so that a folder under its final name is complete.
+The threads of the tokenizers library encode the next batches of documents while this thread hashes
+and writes the previous ones; the corpus is never held as a whole. The files are written to a
+temporary folder, which is renamed at the end, so a folder with its final name is complete.
 
-A stretch of documents that is safely on disk is a shard: a record says how far the files go and
-what their hashes are there. Killed or interrupted, the next call cuts the files back to the last
-shard and goes on behind it. The documents before are read again, because their hash is part of the
-fingerprint, but not tokenized again; the result is the same to the last byte.
+`TokenWriter` commits the files from time to time. A later call with the same `resume_key` continues
+after the last commit. It reads the earlier documents again, because their hash is part of the
+fingerprint, but does not tokenize them again. The result is byte-identical.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from orchestrator.data.corpus import Document, hash_fraction, is_validation
-from orchestrator.data.token_store import FORMAT_VERSION, MANIFEST_NAME, is_complete, verify_tokens
+from orchestrator.data.token_store import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    is_complete,
+    verify_tokens,
+)
 from orchestrator.data.token_writer import RECORD_NAME, StaleTokens, TokenWriter
 from orchestrator.data.tokenizer import (
     end_of_text_id,
@@ -44,13 +49,13 @@ from orchestrator.workspace.provenance import content_key, file_digest
 
 TEMPORARY_PREFIX = ".writing-"
 TOKENIZER_CHARACTERS = 50_000_000
-"""A tokenizer is trained on this much text at most; its pairs change little after that."""
+"""A tokenizer is trained on at most this much text; more changes its pairs little."""
 DOCUMENTS_PER_BATCH = 1024
 BATCHES_AHEAD = 2
-SHARD_BYTES = 32 << 20
-"""Text after which what is written is made safe."""
+COMMIT_BYTES = 32 << 20
+"""Commit after this much text."""
 FEW_DOCUMENTS = 100
-"""Of fewer documents than this, at least one is held out whatever its hash."""
+"""In a corpus smaller than this, at least one document is held out whatever its hash."""
 
 Batch = list[Document]
 
@@ -67,70 +72,70 @@ def write_tokens(
 
     Args:
         parent: Folder of all token folders.
-        documents: The corpus, in any size; read once.
-        settings: Tokenizer and share of validation; stored in the manifest.
-        resume_key: Names the work, so that a later call with the same documents goes on where this
-            one was interrupted; without it, nothing is kept.
-        progress: Told what is going on.
+        documents: The corpus; read once.
+        settings: Tokenizer and validation fraction; stored in the manifest.
+        resume_key: Identifies the documents, so that a later call can resume this one; without it,
+            an interrupted call leaves nothing.
+        progress: Shows the progress.
 
     Returns:
-        The folder. If the same data were there already, they are kept.
+        The folder. If it existed with the same content, it is kept.
 
     Raises:
         UserError: If there is no text, or too little to hold some out.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    work = parent / f"{TEMPORARY_PREFIX}{resume_key or os.getpid()}"
+    temporary = parent / f"{TEMPORARY_PREFIX}{resume_key or os.getpid()}"
     if resume_key is None:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(exist_ok=True)
     if not isinstance(progress, TokenProgress):
         progress = TokenProgress(progress or Progress())
     try:
-        fingerprint = _write_folder(work, documents, settings, progress)
+        fingerprint = _write_folder(temporary, documents, settings, progress)
         final = parent / fingerprint
         if not is_complete(final):
             shutil.rmtree(final, ignore_errors=True)
-            work.replace(final)
+            temporary.replace(final)
             verify_tokens(final)
     except BaseException as error:
-        # The network's failures are the user's too: what is tokenized by then is kept.
-        if resume_key is None or isinstance(error, StaleTokens) or not is_unfinished(work):
-            shutil.rmtree(work, ignore_errors=True)
+        # Other user errors keep the commits: an unreachable network, for example, is one.
+        if resume_key is None or isinstance(error, StaleTokens) or not can_resume(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Tell whether a folder holds work that can be gone on with."""
+def can_resume(folder: Path) -> bool:
+    """Tell whether a temporary folder holds work that a later call can resume."""
     return (folder / RECORD_NAME).is_file()
 
 
 def _write_folder(
     folder: Path, documents: Iterable[Document], settings: DataSettings, progress: TokenProgress
 ) -> str:
-    fraction, stream = _effective_fraction(iter(documents), settings.validation_fraction)
+    fraction, stream = _validation_fraction(iter(documents), settings.validation_fraction)
     tokenizer, stream = _choose_tokenizer(folder, settings, stream, fraction, progress)
     end, vocab_size = end_of_text_id(tokenizer), num_token_ids(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    with TokenWriter(folder) as writer:
+    with closing(TokenWriter(folder)) as writer:
         if writer.num_documents:
-            progress.note(f"going on behind {writer.num_documents:,} documents that are tokenized")
-        before = islice(stream, writer.num_documents)
-        writer.pass_over((d.text, is_validation(d.text, fraction)) for d in before)
-        progress.tell(*writer.totals())
-        for batch, encoded in _encoded(tokenizer, stream):
+            progress.note(f"resuming after {writer.num_documents:,} tokenized documents")
+        written = islice(stream, writer.num_documents)
+        writer.skip((d.text, is_validation(d.text, fraction)) for d in written)
+        progress.update(*writer.totals())
+        for batch, encoded in encode_batches(tokenizer, stream):
             for document, ids in zip(batch, encoded, strict=True):
                 is_held_out = is_validation(document.text, fraction)
                 data = np.asarray([*ids, end], dtype=dtype).tobytes()
                 row = json.dumps({"text": document.text, "source": document.source})
                 writer.add(document.text, data, len(ids) + 1, row if is_held_out else None)
-            if writer.unsafe_bytes >= SHARD_BYTES:
-                writer.make_safe()
-            progress.tell(*writer.totals())
+            if writer.uncommitted_bytes >= COMMIT_BYTES:
+                writer.commit()
+            progress.update(*writer.totals())
         _check_counts(writer.train, writer.validation, fraction)
-        checksums = writer.make_safe()
+        checksums = writer.commit()
     checksums["tokenizer.json"] = file_digest(folder / "tokenizer.json")
     fingerprint = content_key(writer.corpus_digest, checksums["tokenizer.json"])
     write_json(
@@ -148,14 +153,14 @@ def _write_folder(
             "sha256": checksums,
         },
     )
-    writer.forget()
+    writer.delete_record()
     return fingerprint
 
 
-def _encoded(
+def encode_batches(
     tokenizer: Tokenizer, documents: Iterator[Document]
 ) -> Iterator[tuple[Batch, list[list[int]]]]:
-    """Yield batches with their tokens, in order; the next ones are encoded meanwhile."""
+    """Yield batches of documents with their token ids, in order; encode the next ones meanwhile."""
 
     def encode(batch: Batch) -> list[Any]:
         texts = [document.text for document in batch]
@@ -176,47 +181,46 @@ def _encoded(
 
 
 class TokenProgress(Progress):
-    """Adds to another progress how much text has become tokens, and how fast.
+    """Adds the number of tokens and their rate to another progress.
 
     Args:
-        progress: The one that is shown; who reads the documents tells it what is done.
+        progress: Shows the result. The reader of the documents reports how much it has read.
     """
 
     def __init__(self, progress: Progress) -> None:
-        self._shown = progress
+        self._progress = progress
         self._done, self._text, self._rate = 0.0, "", ""
         self._first: tuple[float, int, int] | None = None
 
     def start(self, title: str, total: float | None = None) -> None:
-        self._shown.start(title, total)
+        self._progress.start(title, total)
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
         self._done, self._text = done, text
         words = " ".join(filter(None, (text, self._rate)))
-        self._shown.advance(done, words, seconds_left=seconds_left)
+        self._progress.advance(done, words, seconds_left=seconds_left)
 
     def note(self, text: str) -> None:
-        self._shown.note(text)
+        self._progress.note(text)
 
-    def tell(self, tokens: int, num_bytes: int) -> None:
-        """Say how many tokens and bytes of text are written by now."""
+    def update(self, num_tokens: int, num_bytes: int) -> None:
+        """Report the tokens and the bytes of text written so far."""
         now = time.monotonic()
-        started, tokens_before, bytes_before = self._first or (now, tokens, num_bytes)
-        self._first = started, tokens_before, bytes_before
-        seconds = max(now - started, 1e-9)
-        self._rate = f"{tokens / 1e6:,.1f}M tokens"
-        if now > started:
+        self._first = self._first or (now, num_tokens, num_bytes)
+        started, tokens_before, bytes_before = self._first
+        self._rate = f"{num_tokens / 1e6:,.1f}M tokens"
+        if seconds := now - started:
             self._rate += (
-                f", {(tokens - tokens_before) / seconds:,.0f} tokens/s, "
+                f", {(num_tokens - tokens_before) / seconds:,.0f} tokens/s, "
                 f"{(num_bytes - bytes_before) / seconds / 1e6:,.1f} MB/s"
             )
         self.advance(self._done, self._text)
 
 
-def _effective_fraction(
+def _validation_fraction(
     documents: Iterator[Document], fraction: float
 ) -> tuple[float, Iterator[Document]]:
-    """Return the share of validation, raised where a handful of documents would leave it empty."""
+    """Raise the fraction if a small corpus would have no validation document."""
     head = list(islice(documents, FEW_DOCUMENTS))
     if 1 < len(head) < FEW_DOCUMENTS:
         smallest = min(hash_fraction(document.text, "split") for document in head)
@@ -231,8 +235,11 @@ def _choose_tokenizer(
     fraction: float,
     progress: Progress,
 ) -> tuple[Tokenizer, Iterator[Document]]:
-    """Return the tokenizer, and the documents with those that its training has used up put back in
-    front. It is written into the folder, or was by the work that goes on here."""
+    """Load or train the tokenizer and save it in the folder, unless an earlier call did.
+
+    Returns:
+        The tokenizer, and all documents, including those that its training has read.
+    """
     path = folder / "tokenizer.json"
     if path.is_file():
         return load_tokenizer(path), documents
@@ -247,7 +254,8 @@ def _choose_tokenizer(
         num_characters += len(document.text)
         if num_characters >= TOKENIZER_CHARACTERS:
             break
-    _check_not_empty(read)
+    if not read:
+        raise _empty_corpus()
     progress.advance(0, "training the tokenizer")
     texts = (d.text for d in read if not is_validation(d.text, fraction))
     tokenizer = train_tokenizer(texts, settings.vocab_size)
@@ -262,17 +270,16 @@ def _save(tokenizer: Tokenizer, path: Path) -> None:
     temporary.replace(path)
 
 
-def _check_not_empty(documents: list[Document]) -> None:
-    if not documents:
-        raise UserError(
-            "the corpus is empty: no document with text was found; check data.source and data.files"
-        )
+def _empty_corpus() -> UserError:
+    return UserError(
+        "the corpus is empty: no document with text was found; check data.source and data.files"
+    )
 
 
 def _check_counts(train: dict[str, int], validation: dict[str, int], fraction: float) -> None:
     num_documents = train["documents"] + validation["documents"]
     if num_documents == 0:
-        _check_not_empty([])
+        raise _empty_corpus()
     if num_documents == 1:
         raise UserError(
             f"the corpus is a single document of {train['tokens'] + validation['tokens']} tokens, "

@@ -1,8 +1,8 @@
-"""Text to tokens: a byte-level BPE trained on the corpus, or one that exists.
+"""Tokenizers: train a byte-level BPE on the corpus, or load an existing tokenizer.
 
-Byte-level means that any text has tokens and no token stands for "unknown". Training takes the most
-frequent pairs of the training text alone (never of the held-out documents) and gives the same file
-for the same text. The end-of-text token closes every document; in a trained tokenizer it has id 0.
+Byte-level means that any text has tokens and no token stands for "unknown". A tokenizer is trained
+on the training text only, never on held-out documents, and the same text gives the same file. The
+end-of-text token ends every document; in a trained tokenizer it has id 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user
 
 END_OF_TEXT = "<|endoftext|>"
-KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 HUB_PREFIX = "hub:"
 
 
@@ -27,7 +27,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
         texts: The training documents.
-        vocab_size: Entries wanted; a short text may give fewer.
+        vocab_size: At most this many entries; a short text may give fewer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,16 +74,16 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return a `PreTrainedTokenizerFast`, or what the folder says instead.
+    """Load the tokenizer of a transformers folder as transformers does.
 
     Args:
-        folder: `tokenizer.json`, and `tokenizer_config.json` if it has one.
-        trust_remote_code: Whether code that lies in the folder may run.
+        folder: Holds `tokenizer.json`, and usually `tokenizer_config.json`.
+        trust_remote_code: Whether Python code in the folder may run.
 
     Raises:
         UserError: If it cannot be loaded.
     """
-    # Imported here: it takes seconds, and models that are trained here do without it.
+    # Imported here because it takes seconds; our own models do not need it.
     from transformers import AutoTokenizer
 
     try:
@@ -95,7 +95,7 @@ def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the token that ends a document.
+    """Return the id of the end-of-text token.
 
     Raises:
         UserError: If the tokenizer has none of the known ones.
@@ -103,17 +103,18 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     token_id = find_end_of_text_id(tokenizer)
     if token_id is None:
         raise UserError(
-            f"the tokenizer has no end-of-text token; one of {', '.join(KNOWN_ENDS)} is needed"
+            f"the tokenizer has no end-of-text token; it needs one of "
+            f"{', '.join(END_OF_TEXT_NAMES)}"
         )
     return token_id
 
 
 def find_end_of_text_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the first of the known end-of-text tokens that a tokenizer has, or None."""
-    found = (tokenizer.token_to_id(token) for token in KNOWN_ENDS)
+    """Return the id of the first known end-of-text token in the tokenizer, or None."""
+    found = (tokenizer.token_to_id(token) for token in END_OF_TEXT_NAMES)
     return next((int(token_id) for token_id in found if token_id is not None), None)
 
 
 def num_token_ids(tokenizer: Tokenizer) -> int:
-    """Return the number of ids, gaps included: the rows that an embedding needs."""
+    """Return the number of ids, including unused ones: the rows of the embedding."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

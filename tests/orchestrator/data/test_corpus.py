@@ -1,29 +1,16 @@
-"""Documents from files and the hub, and one clear sentence for each thing that can be wrong."""
+"""The split, the source's state, and data sets of the hub as a stream of documents."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from orchestrator.data import corpus
-from orchestrator.data.corpus import (
-    cut_long,
-    find_files,
-    is_validation,
-    read_corpus,
-    source_state,
-    split_text_file,
-)
+from orchestrator.data.corpus import is_validation, read_documents, source_state
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
-
-SHARED_TEXT = Path(__file__).resolve().parents[4] / "shared" / "data" / "text"
 
 
 def files(*names: Path | str, **more: Any) -> DataSettings:
@@ -31,61 +18,22 @@ def files(*names: Path | str, **more: Any) -> DataSettings:
 
 
 def texts(settings: DataSettings) -> list[str]:
-    return [document.text for document in read_corpus(settings).documents]
+    return [document.text for document in read_documents(settings)]
 
 
-def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
-    rows = [{"body": f"Document {i} has its own words."} for i in range(3)]
-    expected = [row["body"] for row in rows]
-    lines = "\n".join(map(json.dumps, rows))
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(expected))
-    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.write(lines)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"):
-        assert texts(files(tmp_path / name, text_field="body")) == expected, name
-    # All together they are the same three texts again, each of which counts once.
-    assert texts(files(tmp_path / "a.*", text_field="body")) == expected
-    assert texts(files(tmp_path / "a.*", text_field="body", max_documents=2)) == expected[:2]
-
-
-def test_blocks_with_titles_are_documents_and_a_book_is_not() -> None:
-    titled = "\n\n".join(f"Title {i}\n{'A long line of text about it. ' * 4}" for i in range(5))
-    assert len(split_text_file(titled)) == 5
-    wrapped = "\n\n".join("This line is as long\nas all of the others\nin it" for _ in range(5))
-    assert split_text_file(wrapped) == [wrapped]
-    plain = "\n\n".join("One paragraph on one line." for _ in range(5))
-    assert split_text_file(plain) == [plain]
-
-
-def test_a_book_is_cut_at_the_ends_of_paragraphs() -> None:
-    book = "\n\n".join(f"{i}: " + "word " * 200 for i in range(40))
-    passages = list(cut_long(book))
-    assert "\n\n".join(passages) == book
-    assert len(passages) > 5
-    assert all(len(p) < 2 * corpus.PASSAGE_CHARACTERS for p in passages)
-    assert list(cut_long("short")) == ["short"]
-
-
-def test_the_side_of_a_document_depends_on_its_text_alone() -> None:
+def test_the_split_depends_on_the_text_alone() -> None:
     many = [f"text number {i}" for i in range(4000)]
     held_out = [text for text in many if is_validation(text, 0.1)]
     assert 300 < len(held_out) < 500
     assert set(held_out) < {text for text in many if is_validation(text, 0.2)}
 
 
-def test_half_characters_do_no_harm(tmp_path: Path) -> None:
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "bad \\ud800 half"}')
     assert texts(files(tmp_path / "a.jsonl")) == ["bad ? half"]
 
 
-def test_names_with_brackets_are_names(tmp_path: Path) -> None:
-    (tmp_path / "a[1].txt").write_text("Text.")
-    assert find_files(files(tmp_path / "a[1].txt")) == [tmp_path / "a[1].txt"]
-
-
-def test_the_state_changes_with_the_file(tmp_path: Path) -> None:
+def test_the_source_state_changes_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("One text.")
     before = source_state(files(path))
@@ -93,86 +41,19 @@ def test_the_state_changes_with_the_file(tmp_path: Path) -> None:
     assert source_state(files(path)) != before
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "field", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"tex', "text", "line 2 is not JSON"),
-        ("a.jsonl", b'{"body": "x"}', "text", "no field 'text' but 'body'"),
-        ("a.jsonl", b'{"text": 5}', "text", "holds a number, not text"),
-        ("a.jsonl", b'{"text": null}', "text", r"line 1: .* holds nothing \(null\), not text"),
-        ("a.jsonl", b'{"text": true}', "text", "holds true or false, not text"),
-        ("a.jsonl", b'["x"]', "text", "holds a list"),
-        ("a.jsonl", b"null", "text", r"holds nothing \(null\), not an object"),
-        ("a.jsonl", b"[" * 100_000, "text", "line 1 is not JSON"),
-        ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "text", "holds NUL bytes.*UTF-16"),
-        ("a.txt", "A text.".encode("utf-16-le"), "text", "holds NUL bytes.*convert it to UTF-8"),
-        ("a.txt", "A text.".encode("utf-16-be"), "text", "holds NUL bytes"),
-        ("a.jsonl.gz", b"not gzip", "text", "cannot read"),
-        ("a.parquet", b"not parquet", "text", "not a readable Parquet file"),
-        ("a.txt", b"\xff\xfe\x00", "text", "not UTF-8"),
-        ("a.csv", b"a,b", "text", "the kinds are .txt"),
-    ],
-)
-def test_bad_files(tmp_path: Path, name: str, content: bytes, field: str, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_corpus(files(tmp_path / name, text_field=field))
-
-
-@pytest.mark.parametrize("odd", [0, 30, 49])
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_one_line_without_the_field_is_blamed_and_not_the_setting(
-    tmp_path: Path, odd: int, suffix: str
-) -> None:
-    rows = [json.dumps({"text" if n != odd else "txet": f"text {n}"}) for n in range(50)]
-    path = tmp_path / f"a{suffix}"
-    with (gzip.open if suffix.endswith("gz") else open)(path, "wt") as file:
-        file.write("\n".join(rows))
-    with pytest.raises(UserError) as caught:
-        read_corpus(files(path))
-    assert f"{path}, line {odd + 1} has no field 'text', and 49 of the first 50 lines have it" in (
-        str(caught.value)
-    )
-    assert "data.text_field" not in str(caught.value)
-
-
-def test_a_folder_stands_for_the_texts_in_it(tmp_path: Path) -> None:
-    (tmp_path / "corpus" / "deeper").mkdir(parents=True)
-    (tmp_path / "corpus" / "a.txt").write_text("One text.")
-    (tmp_path / "corpus" / "deeper" / "b.jsonl").write_text('{"text": "Another text."}')
-    (tmp_path / "corpus" / "notes.md").write_text("No text of the corpus.")
-    assert texts(files(tmp_path / "corpus")) == ["One text.", "Another text."]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"the folder .*empty holds no text; the kinds are"):
-        find_files(files(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize("pattern", ["", "a**b", "x" * 5000, "~no-such-user/a.txt", "a\0b.txt"])
-def test_what_can_be_no_file_is_named(pattern: str) -> None:
-    with pytest.raises(UserError, match=r"data\.files|cannot use the path"):
-        find_files(files(pattern))
-
-
-def test_a_wrong_field_of_parquet_names_those_there_are(tmp_path: Path) -> None:
-    table = pyarrow.table({"body": ["x"], "id": [1]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="'body', 'id'"):
-        read_corpus(files(tmp_path / "a.parquet"))
-
-
-def test_settings_that_name_nothing(tmp_path: Path) -> None:
+def test_settings_without_a_source_are_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file matches"):
-        read_corpus(files(tmp_path / "*.txt"))
+        list(read_documents(files(tmp_path / "*.txt")))
     with pytest.raises(UserError, match=r"data\.files is empty"):
-        read_corpus(files())
+        list(read_documents(files()))
     with pytest.raises(UserError, match=r"data\.hub_name is empty"):
-        read_corpus(DataSettings(source="hub"))
+        list(read_documents(DataSettings(source="hub")))
 
 
-def test_the_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"some/name needs the hub.*data\.source=files"):
-        read_corpus(DataSettings(source="hub", hub_name="some/name"))
+        list(read_documents(DataSettings(source="hub", hub_name="some/name")))
 
 
 def test_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +74,7 @@ def test_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read) == 5
 
 
-def test_what_the_hub_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_hub_becomes_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def refuse(*arguments: Any, **more: Any) -> Any:
@@ -202,15 +83,4 @@ def test_what_the_hub_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(corpus, "require_hub", lambda wanted: None)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match="cannot read the data set some/name: no such data set"):
-        read_corpus(DataSettings(source="hub", hub_name="some/name"))
-
-
-@pytest.mark.skipif(not SHARED_TEXT.is_dir(), reason="no sample texts beside the repository")
-def test_real_books_and_articles() -> None:
-    documents = read_corpus(files(SHARED_TEXT / "*.txt")).documents
-    by_source = dict.fromkeys(("wikipedia_vital.txt", "tom_sawyer.txt"), 0)
-    for document in documents:
-        if document.source in by_source:
-            by_source[document.source] += 1
-    assert by_source["wikipedia_vital.txt"] > 9000
-    assert 50 < by_source["tom_sawyer.txt"] < 200
+        list(read_documents(DataSettings(source="hub", hub_name="some/name")))

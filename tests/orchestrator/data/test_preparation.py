@@ -1,4 +1,4 @@
-"""Stage `prepare`: done once, found again, redone cleanly after a kill."""
+"""`prepare`: finished work is reused, and an interrupted preparation resumes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data import preparation as stage
-from orchestrator.data import tokenization
+from orchestrator.data import preparation, tokenization
 from orchestrator.data.corpus import Document
 from orchestrator.data.preparation import describe, prepare
 from orchestrator.data.token_store import open_tokens
@@ -39,16 +38,16 @@ def settings(tmp_path: Path) -> DataSettings:
     return DataSettings(source="files", files=(str(tmp_path / "*.txt"),), vocab_size=300)
 
 
-def no_reading(*arguments: object) -> None:
+def fail_to_read(*arguments: object) -> None:
     raise AssertionError("the source was read again")
 
 
-def test_finished_work_is_found_again(
+def test_finished_work_is_reused(
     workspace: Workspace, settings: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = prepare(settings, workspace)
     assert folder == workspace.tokens / open_tokens(folder, verify=True).fingerprint
-    monkeypatch.setattr(stage, "read_documents", no_reading)
+    monkeypatch.setattr(preparation, "read_documents", fail_to_read)
     assert prepare(settings, workspace) == folder
     assert "200 documents" in describe(folder)
     with pytest.raises(AssertionError, match="read again"):
@@ -56,7 +55,7 @@ def test_finished_work_is_found_again(
 
 
 @pytest.mark.parametrize("record", ['{"fingerprint": "../../elsewhere"}', "{}", "[]", "7"])
-def test_a_record_that_names_no_folder_is_refused(
+def test_a_record_without_a_folder_name_is_an_error(
     workspace: Workspace, settings: DataSettings, record: str
 ) -> None:
     prepare(settings, workspace)
@@ -68,7 +67,7 @@ def test_a_record_that_names_no_folder_is_refused(
     prepare(settings, workspace)
 
 
-def test_a_changed_file_is_read_again(
+def test_a_changed_source_is_prepared_again(
     workspace: Workspace, settings: DataSettings, tmp_path: Path
 ) -> None:
     first = prepare(settings, workspace)
@@ -79,18 +78,18 @@ def test_a_changed_file_is_read_again(
     assert prepare(settings, workspace) == first
 
 
-def test_damaged_tokens_are_made_again(workspace: Workspace, settings: DataSettings) -> None:
+def test_damaged_tokens_are_prepared_again(workspace: Workspace, settings: DataSettings) -> None:
     folder = prepare(settings, workspace)
     (folder / "train.bin").write_bytes(b"")
-    said: list[str] = []
+    notes: list[str] = []
     progress = Progress()
-    progress.note = said.append  # type: ignore[method-assign]
+    progress.note = notes.append  # type: ignore[method-assign]
     assert prepare(settings, workspace, progress) == folder
-    assert "missing or damaged; they are made anew" in said[0]
+    assert "missing or damaged; preparing them again" in notes[0]
     assert open_tokens(folder, verify=True)
 
 
-def test_a_mistake_leaves_no_tokens(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_user_error_leaves_no_tokens(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="the corpus is empty"):
         prepare(DataSettings(source="files", files=(str(tmp_path / "empty.txt"),)), workspace)
@@ -107,18 +106,18 @@ from orchestrator.data.preparation import prepare
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.folders import open_workspace
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored behind a shell's &.
-tokenization.SHARD_BYTES, tokenization.DOCUMENTS_PER_BATCH = 2000, 5
-class Dying(token_writer.TokenWriter):
-    safe = 0
-    def make_safe(self):
-        self.safe += 1
-        return super().make_safe()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's & ignores it.
+tokenization.COMMIT_BYTES, tokenization.DOCUMENTS_PER_BATCH = 2000, 5
+class KilledWriter(token_writer.TokenWriter):
+    commits = 0
+    def commit(self):
+        self.commits += 1
+        return super().commit()
     def add(self, *document):
         super().add(*document)
-        if self.safe == 2 and self.unsafe_bytes > 500:
+        if self.commits == 2 and self.uncommitted_bytes > 500:
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-tokenization.TokenWriter = Dying
+tokenization.TokenWriter = KilledWriter
 prepare(DataSettings.model_validate_json(sys.argv[2]), open_workspace(Path(sys.argv[3])))
 """
 
@@ -129,7 +128,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
-def test_an_interrupted_preparation_goes_on_and_ends_the_same_to_the_last_byte(
+def test_an_interrupted_preparation_resumes_to_identical_bytes(
     workspace: Workspace,
     settings: DataSettings,
     tmp_path: Path,
@@ -146,19 +145,19 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same_to_the_last_byte(
     assert safe > 0
 
     encoded: list[int] = []
-    encode = tokenization._encoded
+    encode = tokenization.encode_batches
 
     def counting(tokenizer: Any, documents: Iterator[Document]) -> Iterator[Any]:
         for batch, ids in encode(tokenizer, documents):
             encoded.append(len(batch))
             yield batch, ids
 
-    monkeypatch.setattr(tokenization, "_encoded", counting)
-    monkeypatch.setattr(tokenization, "train_tokenizer", None)  # it is there already
+    monkeypatch.setattr(tokenization, "encode_batches", counting)
+    monkeypatch.setattr(tokenization, "train_tokenizer", None)  # trained before the interruption
     folder = prepare(settings, workspace)
     manifest = open_tokens(folder, verify=True).manifest
     num_documents = manifest["train"]["documents"] + manifest["validation"]["documents"]
-    assert sum(encoded) == num_documents - safe, "what is safe is not tokenized again"
+    assert sum(encoded) == num_documents - safe, "committed documents are not tokenized again"
     assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))
     monkeypatch.undo()
     whole = prepare(settings, open_workspace(tmp_path / "whole"))
@@ -172,7 +171,7 @@ def interrupted(workspace: Workspace, settings: DataSettings) -> Path:
     return left
 
 
-def test_a_shard_with_a_wrong_checksum_is_refused_by_name(
+def test_a_damaged_file_of_an_interrupted_preparation_is_named(
     workspace: Workspace, settings: DataSettings
 ) -> None:
     left = interrupted(workspace, settings)
@@ -185,7 +184,7 @@ def test_a_shard_with_a_wrong_checksum_is_refused_by_name(
     assert open_tokens(prepare(settings, workspace), verify=True)
 
 
-def test_tokens_with_a_wrong_checksum_are_refused_by_name(
+def test_damaged_content_of_finished_tokens_is_named(
     workspace: Workspace, settings: DataSettings
 ) -> None:
     folder = prepare(settings, workspace)
@@ -196,14 +195,14 @@ def test_tokens_with_a_wrong_checksum_are_refused_by_name(
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"train\.bin is damaged.*delete the folder"):
         prepare(settings, workspace)
-    # A change that leaves size and time alone is found where all is compared.
+    # A change that keeps size and time is found by comparing everything.
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert prepare(settings, workspace) == folder
     with pytest.raises(UserError, match=r"train\.bin is damaged"):
         prepare(settings, workspace, verify=True)
 
 
-def test_all_cores_encode(workspace: Workspace, settings: DataSettings) -> None:
+def test_encoding_uses_all_cores(workspace: Workspace, settings: DataSettings) -> None:
     code = (
         "import psutil, sys\n"
         "from pathlib import Path\n"

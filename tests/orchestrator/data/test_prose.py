@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.data.prose import Novelty, is_prose, paragraphs, strip_markup
+from orchestrator.data.prose import NoveltyFilter, is_prose, paragraphs, strip_markup
 
 DOCSTRING = """Return the mean of the numbers.
 
@@ -77,7 +77,7 @@ def test_what_is_not_prose(text: str) -> None:
 
 
 def test_what_was_said_before_is_not_new() -> None:
-    novelty = Novelty()
+    novelty = NoveltyFilter()
     text = "The quick brown fox jumps over the lazy dog and runs away."
     assert novelty.is_new(text)
     assert not novelty.is_new(text)
