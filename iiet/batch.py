@@ -1,10 +1,10 @@
 """A batch: what the model reads, what it must predict at each position, and which positions count.
 
 The target at a position is what the logits at that position must predict; no loss shifts anything.
-For text it is the next token. Other sources have targets at few positions (the answers of a task)
-or count few of them (the completions of prompts).
+For text it is the next token. Other sources have few targets (the answers of a task), or count only
+some of them (the completions of prompts).
 
-`mask` belongs to the loss. Padding, which attention must not see, is `attention_mask` elsewhere.
+`mask` belongs to the loss. The mask that hides padding from attention is `attention_mask`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class Batch:
     mask: Tensor | None = None
     """True for the positions that count; None: all that have a target."""
     is_text: bool = field(default=False, kw_only=True)
-    """Whether a teacher can be asked at the last position, too, which has no target."""
+    """Whether a student also learns from its teacher at the last position, which has no target."""
     target_count: float | None = field(default=None, kw_only=True)
-    """What a mean over targets divides by; None: `num_targets`. See `split`."""
+    """Divisor of means over targets; None: `num_targets`. See `split`."""
     position_count: float | None = field(default=None, kw_only=True)
-    """What a mean over positions divides by; None: `num_positions`."""
+    """Divisor of means over positions; None: `num_positions`."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
         if len(shape) != 2:
             raise ValueError(f"input_ids must be (batch, time), got {tuple(shape)}")
         for name, values in (("targets", self.targets), ("mask", self.mask)):
-            # Broadcasting would spread one row or one column over all of them.
+            # One row or one column would silently be broadcast to all.
             if values is not None and values.shape != shape:
                 raise ValueError(
                     f"{name} must be (batch, time), here {tuple(shape)}, got {tuple(values.shape)}"
@@ -75,12 +75,12 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Targets that count. Waits for the device: ask before the batch is moved to a GPU."""
+        """Targets that count. Synchronizes with a GPU, so read it before the batch is moved there."""
         return int(self.counted.sum())
 
     @property
     def num_positions(self) -> int:
-        """Positions in `taught`. Waits for the device, too."""
+        """Positions in `taught`. Synchronizes with a GPU, too."""
         taught = self.taught
         return self.input_ids.numel() if taught is None else int(taught.sum())
 
@@ -92,11 +92,11 @@ class Batch:
         return self._map(lambda values: values.to(device))
 
     def counted_as(self, target_count: float, position_count: float) -> Batch:
-        """Return the batch with numbers for its means to divide by."""
+        """Return the batch with these divisors for its means."""
         return replace(self, target_count=target_count, position_count=position_count)
 
     def split(self, num_sequences: int) -> list[Batch]:
-        """Cut the batch into parts of this many sequences; the last may have fewer.
+        """Cut the batch into parts of `num_sequences`; the last may have fewer.
 
         Each part gets its share of the counts. Then the means over the parts, weighted by their
         numbers of sequences, add up to the mean over the whole, however uneven the masks are.

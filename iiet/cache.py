@@ -1,4 +1,4 @@
-"""Key/value cache: one preallocated slot per field evaluation, so that decoding copies no past.
+"""Key/value cache: one preallocated slot per field evaluation; decoding never copies earlier tokens.
 
 Correction i of a new token must attend to correction i of earlier tokens; then cached decoding
 equals the full forward. So the prediction of layer l has slot l, and corrections follow from slot L
@@ -6,7 +6,7 @@ on, layer by layer. Another schedule numbers the slots differently: a cache reco
 per layer, and a pass under another schedule is refused.
 
 The strategy `last` keeps one slot per layer, which each evaluation overwrites: a quarter of the
-memory at three corrections, and not exact. The published decoding does this.
+memory at three corrections, but not exact. The published decoding does this.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class KeyValueCache:
         set_record(self, CacheRecord(evaluations_per_layer))
         self.max_tokens = max_tokens
         self.strategy = strategy
-        # Where in the storage the keys and values of each slot are.
+        # By slot: the row of the storage that holds its keys and values.
         rows = list(range(sum(evaluations_per_layer)))
         if strategy == "last":
             for layer, slots in enumerate(evaluation_slots(evaluations_per_layer)):

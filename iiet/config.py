@@ -1,6 +1,6 @@
-"""What a decoder is: method, sizes and iteration schedule, as one frozen value that checks itself.
+"""Config of a decoder: method, sizes and iteration schedule, as one frozen value that checks itself.
 
-A config holds what shapes the weights or the forward pass, and nothing about training. A checkpoint
+It holds all that determines the weights' shapes and the forward pass, and nothing about training. A checkpoint
 folder stores it as JSON beside the weights.
 """
 

@@ -1,8 +1,8 @@
-"""What all evaluations of one forward pass share: angles of the positions, mask and cache.
+"""What all evaluations of one forward pass share: rotary angles, mask and cache.
 
-None of it depends on layer or correction, so it is computed once per pass. Positions count the
-tokens that are no padding. A cache remembers its padding, so later passes need no mask, and a mask
-that contradicts the cache is refused. Most passes need no mask: the kernel has a causal one.
+None of it depends on layer or correction, so it is computed once per pass. Positions do not count
+padding. A cache remembers its padding, so later passes need no mask, and a mask that contradicts
+the cache is refused. Most passes need no mask at all: the kernel has a causal one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class DecodingCache(Protocol):
-    """What a decoder needs of a cache: `KeyValueCache`, or one of transformers."""
+    """The cache methods that a decoder uses; `KeyValueCache` and transformers' caches have them."""
 
     def get_seq_length(self) -> int: ...
 
@@ -47,7 +47,7 @@ class DecodingCache(Protocol):
 
 @dataclass
 class CacheRecord:
-    """What later passes through a cache must agree with."""
+    """What a cache was filled with; later passes must match it."""
 
     evaluations_per_layer: tuple[int, ...]
     attention_mask: Tensor | None = None
@@ -57,7 +57,7 @@ class CacheRecord:
 def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) -> CacheRecord:
     """Return a cache's record; a new cache of transformers gets one here.
 
-    A cache made for or filled by other evaluations than this pass's is a ValueError.
+    A cache that was made for other numbers of evaluations is a ValueError.
     """
     record = get_record(cache)
     if record is None:
@@ -76,7 +76,7 @@ def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) 
 
 
 def get_record(cache: DecodingCache) -> CacheRecord | None:
-    """Return a cache's record; None for a cache of transformers that served no pass yet."""
+    """Return a cache's record; None for a transformers cache that was not used yet."""
     record: CacheRecord | None = getattr(cache, _RECORD, None)
     return record
 
@@ -115,7 +115,7 @@ class PassContext:
             keys, values = self.cache.update(keys, values, slot)
             if keys.size(2) != self.total:  # A cache of fixed size returns its empty end too.
                 keys, values = keys[:, :, : self.total], values[:, :, : self.total]
-        # PyTorch's fused kernels have a backward pass and no other derivative.
+        # PyTorch's fused kernels support a first backward pass and no other derivative.
         if not self.is_token_step and needs_all_derivatives():
             with sdpa_kernel(SDPBackend.MATH):
                 return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
@@ -144,11 +144,11 @@ def attend(
 
 
 _CPU_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
-"""Whether the fused kernel of CPUs serves shared key heads (pytorch/pytorch#157893)."""
+"""Whether the fused CPU kernel supports shared key heads (pytorch/pytorch#157893)."""
 
 
 def _fused_kernel_shares_heads(queries: Tensor, mask: Tensor | None) -> bool:
-    # Where none does, PyTorch would use its math kernel, which keeps all scores.
+    # Without a fused kernel PyTorch would use its math kernel, which stores all scores.
     if queries.is_cpu:  # Repeating a cache's keys takes ten times as long as attending to them.
         return _CPU_SHARES_HEADS
     return mask is None and queries.dtype in HALF
@@ -171,11 +171,11 @@ def make_context(
     Args:
         hidden: the embeddings.
         rope: tables for the positions of the model's context.
-        fields: those that the pass evaluates.
+        fields: the fields that the pass evaluates.
         cache: keys and values of earlier tokens.
-        record: the cache's; its padding is read and updated.
-        attention_mask: None where only the cache's own padding counts.
-        position_ids: None to count the tokens that are no padding.
+        record: the cache's record; its padding is read and updated.
+        attention_mask: None: only the padding that the cache remembers counts.
+        position_ids: None: positions count all tokens but padding.
     """
     batch, time = hidden.shape[:2]
     device = hidden.device
@@ -243,10 +243,10 @@ def _real_tokens(
 
 
 def _check_agreement(real: Tensor, held: Tensor | None) -> None:
-    """Refuse a mask over cached tokens, (batch, held), other than the one of their own pass."""
+    """Refuse a mask of cached tokens, (batch, held), that differs from the one at their own pass."""
     if held is not None and len(held) != len(real):
-        return  # Rows that were repeated since cannot be compared.
-    # A row's last tokens may be hidden later: no earlier token saw them, and no position changes.
+        return  # The rows were repeated since, so they cannot be compared.
+    # Hiding a row's last tokens later is fine: no earlier token saw them, no position changes.
     expected = real.flip(-1).cumsum(-1).flip(-1) > 0
     if held is not None:
         expected &= held
@@ -273,8 +273,8 @@ def _check_positions(position_ids: Tensor, *, batch: int, time: int, num_positio
 
 
 def _is_true(fact: Tensor, *, if_unknown: bool) -> bool:
-    """Read one boolean. While a graph is compiled there is no value; `if_unknown` then skips a
-    check, or keeps a mask that may be superfluous.
+    """Read one boolean. While a graph is compiled there is no value: `if_unknown` then skips a
+    check, or keeps a mask that may not be needed.
     """
     return if_unknown if torch.compiler.is_compiling() else bool(fact)
 
@@ -282,7 +282,7 @@ def _is_true(fact: Tensor, *, if_unknown: bool) -> bool:
 def _packed(position_ids: Tensor) -> Tensor | None:
     """Return the mask, (batch or 1, 1, time, time), of rows that hold several sequences, or None.
 
-    A sequence starts where positions, (batch or 1, time), do not go on by one.
+    A sequence starts where positions, (batch or 1, time), do not increase by one.
     """
     starts = position_ids.diff(dim=-1) != 1
     if not _is_true(starts.any(), if_unknown=True):
@@ -294,8 +294,8 @@ def _packed(position_ids: Tensor) -> Tensor | None:
 
 def _continuing(past: int, total: int, device: torch.device) -> Tensor:
     """Return the mask of tokens that continue a cache without padding."""
-    # A GPU's fused kernels serve PyTorch's own object for it, and no array of booleans. On a CPU it
-    # would become one, and importing it costs a second.
+    # A GPU's fused kernels accept PyTorch's own object for this mask, but no array of booleans. On a
+    # CPU the object would be turned into such an array, and importing it costs a second.
     if device.type == "cpu" or torch.compiler.is_compiling():
         return _causal(past, total, device)
     from torch.nn.attention.bias import causal_lower_right
@@ -311,5 +311,5 @@ def _causal(past: int, total: int, device: torch.device, real: Tensor | None = N
     queries = keys[past:, None]
     if real is None:
         return (keys <= queries)[None, None]
-    # Padding sees itself alone: a softmax needs at least one token.
+    # Padding sees only itself, because a softmax needs at least one token.
     return ((keys < queries) & real[:, None, None, :]) | (keys == queries)

@@ -1,7 +1,7 @@
-"""What a model costs, computed from its config and iteration schedule; nothing is built or run.
+"""Inference and training cost, computed from config and iteration schedule; nothing is built or run.
 
 FLOPs are those of matrix products (m x k by k x n: 2 m k n), of attention over the tokens that a
-token really sees, and what a method states for its mix or gates. Norms, activations, softmax,
+token really sees, and of the mix or gates, which the method states. Norms, activations, softmax,
 rotary angles, residual and Runge-Kutta sums are left out, together about a hundredth of the rest.
 Bytes are what a decoding step reads from memory: weights once per step, whatever the batch, keys
 and values for each row. For training's memory see `iiet.training_memory`. Source: this project.
@@ -35,13 +35,13 @@ class InferenceCost:
     kv_bytes_per_token: int
     """Keys and values that decoding stores."""
     kv_bytes_read_per_token: int
-    """Keys and values that the evaluations of such a decoded token read, each those of its slot."""
+    """Keys and values that decoding such a token reads: each evaluation reads its own slot."""
     weight_bytes_per_token: float
-    """A decoding step's weights, shared by the rows of the batch: a field's once per evaluation or,
-    if they stay in the processor's cache, once per layer. The method's own (norms, mix, gates) are
-    left out, under a thousandth at the published sizes."""
+    """Weights that a decoding step reads, divided by the rows of the batch. A field is read once per
+    evaluation, or once per layer if it stays in the processor's cache. The method's own weights
+    (norms, mix, gates) are left out: under a thousandth at the published sizes."""
     num_parameters: int
-    """All, the method's own included."""
+    """All parameters, including the method's own."""
 
 
 def inference_cost(
@@ -58,8 +58,8 @@ def inference_cost(
 
     Args:
         config: the model.
-        schedule: the config's own when not given.
-        context_length: tokens read (prefill) or seen (decode); the config's when not given.
+        schedule: the config's own if None.
+        context_length: tokens read (prefill) or seen (decode); the config's if None.
         batch_size: rows of a decoding step.
         bytes_per_value: of weights, keys and values: 4 for float32, 2 for bfloat16.
         kv_strategy: `exact`, a slot per evaluation, or `last`, a slot per layer.
@@ -107,7 +107,7 @@ def training_flops_per_token(
 ) -> float:
     """Count forward and backward pass of a training step, per token; see `inference_cost`.
 
-    The backward pass costs two forward passes of what is differentiated.
+    The backward pass of an evaluation costs two forward passes; without gradients it costs nothing.
     """
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)
@@ -125,7 +125,7 @@ def training_flops_per_token(
 def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
     """Count the parameters, the same for all schedules.
 
-    Published sizes leave out the method's own (mix, norms, stages): `include_mix=False`.
+    `include_mix=False` leaves out the method's own (mix, norms, stages), as published sizes do.
     """
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     fields = config.num_layers * _field_parameters(config)

@@ -1,4 +1,4 @@
-"""Formulas of the model written by hand, where eager PyTorch wastes time or memory on them.
+"""Hand-written forms of the model's formulas, where eager PyTorch wastes time or memory.
 
     rms_norm         PyTorch has no fused kernel for it on a CPU
     project_heads    queries, keys and values stay in the buffer that their product wrote
@@ -6,7 +6,7 @@
     evaluate_token   a whole field for one token per row, in a decoding step on a CPU
 
 The two in the middle also halve an evaluation's memory on a GPU in eager mode. Tests hold all equal
-to the plain formulas in `iiet.layers`. They read weights instead of calling modules, so they serve
+to the plain formulas in `iiet.layers`. They read weights instead of calling modules, so they replace
 bare modules only (`is_bare`). `IIET_CPU_KERNELS=0` turns them off.
 """
 
@@ -41,10 +41,10 @@ MAX_ROWS: Final = 8  # of `evaluate_token`; for more tokens `F.linear` is as fas
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether reading a module's weight may stand for calling the module.
+    """Tell whether a formula may read the module's weight instead of calling the module.
 
-    Not if it was replaced or wrapped (LoRA), has a hook, a bias or its own forward, or if its
-    weight is a tensor subclass (quantized, distributed).
+    False if the module was replaced or wrapped (LoRA), has a hook, a bias or its own forward, or if
+    its weight is a tensor subclass (quantized, distributed).
     """
     own = module.__dict__
     return (
@@ -60,7 +60,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def serves_linear(linear: nn.Module) -> bool:
-    """Tell whether `project_heads` or `gated_product` may stand for a formula with this layer."""
+    """Tell whether `project_heads` or `gated_product` may replace the formula of this layer."""
     return (
         ENABLED
         and fast_forms_allowed()
@@ -70,7 +70,7 @@ def serves_linear(linear: nn.Module) -> bool:
 
 
 def serves_norm(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether `rms_norm` may stand for `F.rms_norm`."""
+    """Tell whether `rms_norm` may replace `F.rms_norm`."""
     return (
         ENABLED
         and x.is_cpu
@@ -253,7 +253,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def serves_token_step(hidden: Tensor, *, cached: bool) -> bool:
-    """Tell whether `evaluate_token` may serve a pass over (batch, time, dim)."""
+    """Tell whether `evaluate_token` may compute a pass over (batch, time, dim)."""
     return (
         ENABLED
         and cached

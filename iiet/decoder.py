@@ -5,7 +5,8 @@
     logits = head(RMSNorm(h_L))
 
 The iteration schedule belongs to a call, not to the weights: a decoder has all parameters of its
-method and runs under any schedule, so both stages of training, teacher and students share a model.
+method and runs under any schedule. So both stages of training use one model, and so do teacher and
+students.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
     """A causal language model whose layers are those of the config's method."""
 
     activation_checkpointing: bool = False
-    """Whether training keeps the layers' inputs only, and recomputes each in the backward pass."""
+    """Whether training keeps only the layers' inputs and recomputes layers in the backward pass."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,8 +77,8 @@ class Decoder(nn.Module):
 
         Args:
             folder: holds `config.json` and `model.safetensors`.
-            dtype: what weights are cast to (norms and mix of a method never below float32); the
-                file's when None.
+            dtype: dtype of the weights (norms and mix of a method stay at least float32); None: the
+                file's.
 
         Raises:
             ValueError: a file is missing or damaged, or the weights do not fit the config.
@@ -127,15 +128,15 @@ class Decoder(nn.Module):
         return self.embedding.weight.device
 
     def with_schedule(self, schedule: IterationSchedule) -> Decoder:
-        """Return a decoder with another schedule and the very same parameters.
+        """Return a decoder with another schedule that shares this one's parameters.
 
-        Where this one is compiled as a whole, the new one is not. A schedule that does not fit the
-        method or the number of layers is a ValueError.
+        It is not compiled, even if this one is compiled as a whole. A schedule that does not fit
+        the method or the number of layers is a ValueError.
         """
         config = dataclasses.replace(self.config, schedule=schedule)
         twin = Decoder.__new__(Decoder)
         twin.__dict__.update(self.__dict__, _modules=dict(self._modules), config=config)
-        # A compiled or wrapped forward calls this decoder, and would follow its schedule.
+        # A compiled or wrapped forward calls this decoder and would use its schedule.
         twin.__dict__.pop("forward", None)
         twin.__dict__.pop("_compiled_call_impl", None)
         return twin
@@ -253,7 +254,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         observe: Observer | None = None,
     ) -> Iterator[Tensor]:
-        """Yield `h_1, ..., h_L`, from the embeddings on; the one loop over layers."""
+        """Yield `h_1, ..., h_L`, starting from the embeddings; the only loop over layers."""
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         context = make_context(
             hidden,

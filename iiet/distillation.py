@@ -47,20 +47,20 @@ class DistillationConfig:
     """What the student learns from its teacher; a ValueError names all fields out of range."""
 
     kl_weight: float = 1.0
-    """Weight of the divergence from the teacher; 0 turns it off. That of the cross-entropy is 1."""
+    """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy's weight is 1."""
     temperature: float = 1.0
     """Softens both distributions of the divergence; above 0."""
     divergence: DivergenceKind = "forward"
     """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
     top_k: int | None = None
-    """Compare the teacher's k likeliest tokens and all others as one; None: each token. Forward
-    divergence only."""
+    """Compare the teacher's k likeliest tokens one by one and all others together; None: compare each
+    token. Forward divergence only."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
     """First step with a teacher."""
     end_step: int | None = None
-    """First step without a teacher again; None: never."""
+    """First step after those with a teacher; None: all later steps have one."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -94,7 +94,7 @@ class DistillationConfig:
 
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
-A decoder, a wrapped one, or a cache of a teacher's answers: logits or `CoarseDistribution`."""
+A decoder, a wrapped one, or a cache of a teacher's answers (logits or `CoarseDistribution`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -106,7 +106,7 @@ def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """
     teacher = copy.deepcopy(decoder)
     for module in teacher.modules():
-        # A copied function still calls the original module, a copied bound method its own. The
+        # A copied function still calls the original module; a copied bound method calls the copy. The
         # result of `torch.compile(module)` builds its function again when copied.
         is_function = isinstance(vars(module).get("forward"), FunctionType)
         if is_function and "_orig_mod" not in module._modules:
@@ -129,7 +129,7 @@ def distillation_loss(
     Args:
         student: called once.
         teacher: called without gradients, at the steps that need it; None if no step does.
-        batch: a lone tensor, (batch, time) of token ids, is text.
+        batch: a tensor, (batch, time) of token ids, is text.
         config: weights, temperature, divergence and window.
         step: counted from 0.
 
@@ -160,8 +160,8 @@ def distillation_loss(
     if config.kl_weight > 0:
         parts["kl"] = _divergence(answer, logits, config, batch)
         loss = loss + config.kl_weight * parts["kl"]
-    # The teacher's logits may weigh more than the model: free them before the cross-entropy stores
-    # a tensor of their size.
+    # The teacher's logits may need more memory than the model: free them before the cross-entropy
+    # stores a tensor of their size.
     del answer
     if with_hidden:
         parts["hidden"] = hidden_state_error(

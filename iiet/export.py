@@ -180,12 +180,12 @@ def _imports(node: ast.Import | ast.ImportFrom, package: str, packages: set[str]
         if hasattr(import_module(module), "__path__") and find_spec(inner):
             found.append(_Import(inner, None, known_as))
         else:
-            home = _home_of_exported_name(alias.name) if module == _CORE else module
-            found.append(_Import(home, alias.name, known_as))
+            source = _source_of_exported_name(alias.name) if module == _CORE else module
+            found.append(_Import(source, alias.name, known_as))
     return found
 
 
-def _home_of_exported_name(name: str) -> str:
+def _source_of_exported_name(name: str) -> str:
     """Return the module from which the package `iiet` takes a name; `iiet` itself if none."""
     for node in ast.parse(inspect.getsource(import_module(_CORE))).body:
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:

@@ -1,7 +1,7 @@
 """Text generation: prefill once, then one token per step through the cache.
 
-Prompts of different lengths are padded on the left. A row that has met a stop token repeats it
-until all rows have, which ends the generation. The seed alone decides what is sampled.
+Prompts of different lengths are padded on the left. A row that has ended repeats its stop token;
+generation ends when all rows have ended. The seed alone determines what is sampled.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The adapter to transformers 5.24: config, language model and tokenizer around a `Decoder`.
 
-The model wraps a decoder without a copy and serves `generate`, `Trainer` and lm-eval. Caches of
+The model wraps a decoder without a copy and works with `generate`, `Trainer` and lm-eval. Caches of
 transformers have a slot per layer; the adapter appends the others, one per evaluation, on first
 use. This file is also copied into exported folders, where this package is not installed.
 """
@@ -41,8 +41,8 @@ __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """A `ModelConfig` under the names that transformers uses, checked when a model is built.
 
-    Not earlier: transformers checks nothing that `from_pretrained(folder, corrections=[...])`
-    overrides.
+    An earlier check would miss what `from_pretrained(folder, corrections=[...])` overrides, because
+    transformers does not check it.
     """
 
     model_type = "iiet"
@@ -143,7 +143,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         end_of_text_id: int | None = None,
         token_ids: Mapping[str, int | list[int] | None] | None = None,
     ) -> "IIETForCausalLM":
-        """Wrap a decoder, which stays the very same object.
+        """Wrap a decoder without a copy.
 
         Args:
             decoder: in any mode and dtype, on any device.
@@ -186,8 +186,8 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             cache: a cache of transformers.
             inputs_embeds: instead of `input_ids`.
             labels: (batch, time), -100 where there is nothing to learn; shifted here.
-            use_cache: whether to make a cache where none is given. Not by default, unlike
-                elsewhere: scoring would pay for a slot per evaluation and throw them away.
+            use_cache: whether to make a cache where none is given. Off by default, unlike
+                in other models: scoring would fill a slot per evaluation and throw them away.
             logits_to_keep: the number of tokens at the end to return logits for, 0 for all; or the
                 indices of the tokens, (count,).
             output_hidden_states: whether to return L + 1 hidden states, each (batch, time, dim), as
@@ -201,7 +201,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         Raises:
             ValueError: an argument asks for what the model cannot do.
         """
-        cache = _the_cache(cache, others.pop("past_key_values", None))
+        cache = _chosen_cache(cache, others.pop("past_key_values", None))
         loss_options = {
             name: others.pop(name)
             for name in ("num_items_in_batch", "shift_labels")
@@ -329,7 +329,7 @@ def fast_tokenizer(
     return tokenizer
 
 
-def _the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+def _chosen_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     if cache is None:
         cache = past_key_values
     elif past_key_values not in (None, cache):
@@ -342,7 +342,7 @@ def _the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
 
 
 def _check_attention(asked: str | dict[str, str] | None) -> None:
-    # transformers would set any other in the config, where the decoder never looks.
+    # transformers would only write another one into the config, which the decoder does not read.
     name = asked.get("", "sdpa") if isinstance(asked, dict) else asked
     if name not in (None, "sdpa"):
         raise ValueError(
@@ -384,14 +384,14 @@ def _prepare_cache(cache: Cache, evaluations_per_layer: tuple[int, ...]) -> None
     """Give a cache, made with one slot per layer, one slot per evaluation."""
     num_layers, num_slots = len(evaluations_per_layer), sum(evaluations_per_layer)
     if cache.get_seq_length() == 0:
-        set_record(cache, None)  # Emptied, it serves any schedule.
+        set_record(cache, None)  # An emptied cache fits any schedule.
     elif get_record(cache) is None and not num_slots == num_layers == len(cache.layers):
         raise ValueError(
             f"the cache holds tokens in {len(cache.layers)} slots that this model did not fill, "
             f"and nothing says under which iteration schedule; the model makes {num_slots} "
             "evaluations per token; begin with an empty cache"
         )
-    if cache.layer_class_to_replicate is None:  # Others grow by themselves.
+    if cache.layer_class_to_replicate is None:  # Other caches grow by themselves.
         missing = range(num_slots - len(cache.layers))
         cache.layers += [copy.deepcopy(cache.layers[0]) for _ in missing]
 

@@ -2,14 +2,14 @@
 
 In: a decoder and batches of tokens. Out: for each layer and correction its influence, with its
 standard error over batches, and its residual, whose decline says how well the iteration contracts.
-Two metrics compare consecutive evaluations of a layer and cost one forward per batch; the third
-removes one correction at a time and costs one forward per correction, but measures what one really
-wants to know.
+Two metrics compare consecutive evaluations of a layer and cost one forward per batch. The third,
+`loss`, ends layers early, one correction at a time: it costs one forward per correction and measures
+what pruning does to the loss.
 
-Evaluations are compared as the decoder makes them, so that beside the pass itself only the last
-output is kept. An accumulator holds a few hundred numbers per batch and sums them with `math.fsum`,
-whose result does not depend on the order. So any number of workers, merged in any order, give the
-same table to the last bit. Source: this project.
+Evaluations are compared as the decoder makes them, so only the last output is kept in memory beside
+the pass itself. An accumulator holds a few hundred numbers per batch and sums them with `math.fsum`,
+whose result does not depend on the order. So any number of workers, merged in any order, give a
+bitwise equal table. Source: this project.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = ["InfluenceAccumulator", "InfluenceMetric", "InfluenceTable", "influen
 
 BatchLike = Batch | Tensor | Mapping[str, Tensor]
 """A batch; or the tokens of text, (batch, time) of integers; or a mapping with these as `input_ids`
-and an `attention_mask` of the same shape, false for padding, which then does not exist."""
+and an `attention_mask` of the same shape, false for padding, which is then ignored."""
 
 
 @dataclass(frozen=True)
 class _BatchMeans:
-    """What one batch contributes."""
+    """Means over one batch."""
 
     num_tokens: int
     values: Rows
@@ -63,35 +63,35 @@ class InfluenceAccumulator:
 
     @torch.no_grad()
     def add(self, decoder: Decoder, batch: BatchLike) -> None:
-        """Measure one batch at the positions that count; at those with a target for `loss`.
+        """Measure one batch at the positions that count; for `loss`, at those with a target.
 
         Args:
             decoder: measured under its own iteration schedule.
-            batch: its tokens and targets, or text, and perhaps which tokens are padding.
+            batch: tokens and targets, or text, perhaps with a mask of its padding.
 
         Raises:
-            ValueError: the batch has no two axes, or nothing to measure: no tokens, or none to
-                predict with the metric `loss`.
+            ValueError: the batch does not have two axes, or has nothing to measure: no tokens, or no
+                targets for the metric `loss`.
         """
-        opened, attention_mask = _opened(batch, decoder.device)
-        counted = _counted(opened, self.metric)
+        known, attention_mask = _as_batch(batch, decoder.device)
+        counted = _counted(known, self.metric)
         num_tokens = int(counted.sum())
         if num_tokens == 0:
-            shape = tuple(opened.input_ids.shape)
+            shape = tuple(known.input_ids.shape)
             raise ValueError(f"a batch of shape {shape} holds nothing to measure")
         compare = _COMPARISONS.get(self.metric)
         observer = _Comparing(decoder.schedule, counted, num_tokens, compare)
         if compare is None:
-            values = _rises_of_loss(decoder, opened, attention_mask, observer)
+            values = _rises_of_loss(decoder, known, attention_mask, observer)
         else:  # The logits of all tokens would need more memory than everything else.
             decoder(
-                opened.input_ids, attention_mask=attention_mask, observe=observer, last_only=True
+                known.input_ids, attention_mask=attention_mask, observe=observer, last_only=True
             )
             values = _numbers(observer.values)
         self.batches.append(_BatchMeans(num_tokens, values, _numbers(observer.residuals)))
 
     def merge(self, other: InfluenceAccumulator) -> None:
-        """Take over what another worker measured with the same decoder and metric.
+        """Add the batches that another worker measured with the same decoder and metric.
 
         Raises:
             ValueError: the metrics or the schedules differ.
@@ -135,8 +135,7 @@ def influence_table(
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
             autocast; the comparisons themselves are made in float64, a sequence at a time.
-        batches: the calibration set: batches, whose masks are obeyed, or text, (batch, time) of
-            integers each, or mappings that say what is padding; a lone tensor is one batch.
+        batches: the calibration set, each item a `BatchLike`; a single tensor is one batch.
         metric: which of the three.
         progress: called after each batch with the number of batches done.
 
@@ -156,15 +155,15 @@ def influence_table(
     return accumulator.table()
 
 
-def _opened(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | None]:
-    """Return a batch of any form, and which of its tokens are no padding, both on the device."""
+def _as_batch(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | None]:
+    """Return the batch and its attention mask (None: no padding), both on the device."""
     if isinstance(batch, Batch):
         return batch.to(device), None
     attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     text = Batch.of_text(batch["input_ids"] if isinstance(batch, Mapping) else batch).to(device)
     if attention_mask is None:
         return text, None
-    # Padding is no position, and no target of the one before it; the last one has none anyway.
+    # Padding does not count, neither as a position nor as the target of the one before it.
     is_real = attention_mask.to(device).bool()
     padded = replace(text, mask=is_real)
     targets = text.targets.masked_fill(~is_real.roll(-1, dims=1), NO_TARGET)
@@ -206,7 +205,7 @@ class _Comparing:
 
     def _mean(self, measure: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
         """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
-        # In float64: of a cosine near one, float32 leaves few digits of the difference.
+        # In float64, because float32 keeps few digits of a cosine's distance from one.
         sums = [
             torch.where(counted, measure(one.double(), other.double()), 0.0).sum()
             for one, other, counted in zip(a, b, self._counted, strict=True)

@@ -1,9 +1,8 @@
-"""What a measurement of the influence comes to: a value for every correction, and how sure it is.
+"""A measured influence table: one value per correction, with its standard error.
 
-Layers may make different numbers of corrections, so there are two forms. Rows, one per layer and as
-long as it is, are what is stored, printed and turned into schedules; arrays of (layers,
-corrections), with NaN where a layer makes no such correction, are for computing. Source: this
-project.
+Layers may make different numbers of corrections, so there are two forms. Rows, one per layer and of
+different lengths, are stored, printed and turned into schedules. Arrays, (layers, corrections) with
+NaN where a layer makes no such correction, are for computing. Source: this project.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class InfluenceTable:
-    """The influence of each correction, how sure it is, and how the iteration converged.
+    """The influence of each correction, its standard error, and how well the iteration converged.
 
     Unpacks into two arrays: `values, errors = table`.
     """
@@ -41,11 +40,11 @@ class InfluenceTable:
     error_rows: Rows
     """Standard error of each value over batches; NaN when there was one batch only."""
     num_tokens: int
-    """Tokens that the means run over (for `loss`, those that were predicted)."""
+    """Tokens that the means run over (for `loss`: those with a target)."""
     residual_rows: Rows = ()
     """Relative residual of each correction, the mean of `|g(e) - e| / |g(e)|` over tokens: `e` is
-    the estimate that it starts from, `g(e)` its normalized output. A method that corrects without
-    a schedule has a row for each layer, too; in tables of before version 0.2 there is none."""
+    the estimate that it starts from, `g(e)` its normalized output. Methods that correct
+    without a schedule have rows, too. Tables from before version 0.2 have none."""
 
     @property
     def schedule(self) -> IterationSchedule:
@@ -69,9 +68,9 @@ class InfluenceTable:
 
     @property
     def contractions(self) -> tuple[float, ...]:
-        """The contraction factor of each layer: by what its residual shrinks from one correction to
-        the next, as a geometric mean. Under 1 the iteration contracts; NaN where a layer makes
-        fewer than two corrections.
+        """The contraction factor of each layer: the ratio of one correction's residual to that of the
+        correction before, as a geometric mean. Below 1 the iteration contracts; NaN where a layer
+        makes fewer than two corrections.
         """
         return tuple(map(_contraction, self.residual_rows))
 
@@ -80,11 +79,11 @@ class InfluenceTable:
         return self.value_rows
 
     def worths(self) -> Rows:
-        """Return what keeping each correction adds when those before it are kept.
+        """Return what each correction adds if those before it are kept; a schedule is worth the sum.
 
-        Sums of these say what a schedule keeps. `cosine` and `relative` compare a correction with
-        the one before it, so they are that already; `loss` compares stopping before it with the
-        full layer, so its corrections are worth the difference to stopping one later.
+        `cosine` and `relative` compare a correction with the evaluation before it, so these are the
+        values themselves. `loss` compares stopping before a correction with the full layer, so a
+        correction's worth is the difference to stopping one correction later.
         """
         if self.metric != "loss":
             return self.value_rows
@@ -128,11 +127,7 @@ class InfluenceTable:
 
 
 def checked_metric(metric: Any) -> InfluenceMetric:
-    """Return the name of a metric.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return the metric, or raise a ValueError if there is none of this name."""
     if metric not in get_args(InfluenceMetric):
         raise ValueError(f"metric must be one of {get_args(InfluenceMetric)}, got {metric!r}")
     checked: InfluenceMetric = metric

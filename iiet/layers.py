@@ -6,7 +6,7 @@
 Both residual connections are inside, so the plain decoder is `h_l = F_l(h_{l-1})`, and every other
 method is a way to evaluate the same F more often. One run of a field is an *evaluation*, the unit
 of cost. Each module's `forward` is the plain formula; where its first lines ask `cpu_kernels`, a
-faster form of the same formula may stand for it.
+faster form of the same formula may replace it.
 
 Source: Touvron et al. 2023 (Llama); grouped key/value heads as in Ainslie et al. 2023; SwiGLU,
 Shazeer 2020.
@@ -96,7 +96,7 @@ class RMSNorm(nn.RMSNorm):
         assert self.eps is not None
         if serves_norm(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
-        # Where sharding casts the weight to bfloat16, the fused kernel still wants one dtype.
+        # Where sharding casts the weight to bfloat16, the fused kernel still needs one dtype.
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

@@ -6,8 +6,8 @@ Out: the mean over the positions that count, a scalar; 0 if there are none. `cou
 number as the divisor, so that the parts of a batch add up to the whole's mean (`Batch.split`).
 
 The divergences are exactly 0, with gradient 0, where teacher and student agree. Logits are the
-largest tensor of a training step; autograd would keep several of that size for a divergence. Its
-gradient has a closed form, is computed chunk by chunk in the forward pass, and alone is kept.
+largest tensor of a training step, and autograd would keep several of that size for a divergence. So
+the forward pass computes the gradient by its closed form, chunk by chunk, and keeps nothing else.
 Shapes that differ, and values out of range, are a ValueError.
 Source: Hinton et al. 2015 (temperature and its square); this project (gradients).
 """
@@ -134,8 +134,9 @@ def hidden_state_error(
 ) -> Tensor:
     """Compute the mean over layers and positions of `|h_student - h_teacher|^2 / |h_teacher|^2`.
 
-    Relative, because hidden states grow with depth and the last layers would decide alone; for each
-    position, so that the parts of a batch add up to the whole. The teacher gets no gradient.
+    The error is relative, because hidden states grow with depth and the last layers would dominate. It
+    is relative at each position, so that the parts of a batch add up to the whole. The teacher gets
+    no gradient.
     """
     if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
         raise ValueError(
@@ -166,7 +167,7 @@ def _counted(mask: Tensor | None, values: Tensor) -> Tensor:
     positions = values.shape[:-1]
     if mask is None:
         return torch.ones(positions, dtype=torch.bool, device=values.device)
-    # Broadcasting would spread one row or column over all of them and make the mean wrong.
+    # One row or column would be broadcast to all and make the mean wrong.
     if mask.shape != positions:
         raise ValueError(
             f"mask must be (batch, time), here {tuple(positions)}, got {tuple(mask.shape)}"
