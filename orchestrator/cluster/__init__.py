@@ -2,3 +2,7 @@
 
 `launch.py` chooses between Ray and this process (`local.py`).
 """
+
+from orchestrator.cluster.environment import prepare_environment
+
+prepare_environment()

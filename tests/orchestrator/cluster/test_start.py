@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from orchestrator.cluster.environment import prepare_environment
 from orchestrator.workspace.errors import UserError
 
 
@@ -53,14 +57,23 @@ def test_an_address_where_nobody_answers_is_refused_at_once(
 def test_a_token_is_asked_of_a_cluster_that_is_started_here_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from orchestrator.cluster import start as cluster
-
     here: dict[str, str] = {}
     elsewhere = {"RAY_ADDRESS": "ray.example:6379"}
     for environment in (here, elsewhere):
-        monkeypatch.setattr(cluster.os, "environ", environment)
-        cluster._prepare_environment()
+        monkeypatch.setattr(os, "environ", environment)
+        prepare_environment()
     assert here["RAY_AUTH_MODE"] == "token"
     assert len(here["RAY_AUTH_TOKEN"]) == 64
     # `ray start` asks for none unless it was told to, and then says so itself.
     assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & set(elsewhere)
+
+
+def test_the_package_sets_the_environment_before_any_of_its_modules_imports_ray() -> None:
+    program = "import os, sys, orchestrator.cluster; print('ray' in sys.modules, *os.environ)"
+    environment = {name: value for name, value in os.environ.items() if "RAY" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    ray_is_imported, *names = done.stdout.split()
+    assert ray_is_imported == "False"
+    assert {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_CHDIR_TO_TRIAL_DIR"} <= set(names)
