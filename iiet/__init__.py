@@ -1,8 +1,8 @@
 """The model family: one decoder, several methods, iteration schedules, and what is needed to choose
 between them.
 
-Needs torch and the standard library. The adapter to transformers, `iiet.huggingface`, is not imported
-here.
+Needs torch and the standard library. The adapter to transformers, `iiet.huggingface`, is not
+imported here.
 """
 
 from iiet.batch import Batch

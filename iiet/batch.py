@@ -75,12 +75,12 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Targets that count. Synchronizes with a GPU, so read it before the batch is moved there."""
+        """Targets that count. Waits for a GPU, so read it before the batch is moved there."""
         return int(self.counted.sum())
 
     @property
     def num_positions(self) -> int:
-        """Positions in `taught`. Synchronizes with a GPU, too."""
+        """Positions in `taught`. Waits for a GPU, too."""
         taught = self.taught
         return self.input_ids.numel() if taught is None else int(taught.sum())
 

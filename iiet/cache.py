@@ -1,4 +1,4 @@
-"""Key/value cache: one preallocated slot per field evaluation; decoding never copies earlier tokens.
+"""Key/value cache: one preallocated slot per field evaluation; decoding copies no earlier tokens.
 
 Correction i of a new token must attend to correction i of earlier tokens; then cached decoding
 equals the full forward. So the prediction of layer l has slot l, and corrections follow from slot L

@@ -1,7 +1,7 @@
-"""Config of a decoder: method, sizes and iteration schedule, as one frozen value that checks itself.
+"""Config of a decoder: method, sizes and iteration schedule, one frozen, validated value.
 
-It holds all that determines the weights' shapes and the forward pass, and nothing about training. A checkpoint
-folder stores it as JSON beside the weights.
+It holds all that determines the weights' shapes and the forward pass, and nothing about training. A
+checkpoint folder stores it as JSON beside the weights.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def _real_tokens(
 
 
 def _check_agreement(real: Tensor, held: Tensor | None) -> None:
-    """Refuse a mask of cached tokens, (batch, held), that differs from the one at their own pass."""
+    """Refuse a mask of cached tokens, (batch, held), that differs from that of their own pass."""
     if held is not None and len(held) != len(real):
         return  # The rows were repeated since, so they cannot be compared.
     # Hiding a row's last tokens later is fine: no earlier token saw them, no position changes.
@@ -294,8 +294,8 @@ def _packed(position_ids: Tensor) -> Tensor | None:
 
 def _continuing(past: int, total: int, device: torch.device) -> Tensor:
     """Return the mask of tokens that continue a cache without padding."""
-    # A GPU's fused kernels accept PyTorch's own object for this mask, but no array of booleans. On a
-    # CPU the object would be turned into such an array, and importing it costs a second.
+    # A GPU's fused kernels accept PyTorch's own object for this mask, but no array of booleans. On
+    # a CPU the object would be turned into such an array, and importing it costs a second.
     if device.type == "cpu" or torch.compiler.is_compiling():
         return _causal(past, total, device)
     from torch.nn.attention.bias import causal_lower_right

@@ -1,4 +1,4 @@
-"""Inference and training cost, computed from config and iteration schedule; nothing is built or run.
+"""Inference and training cost, computed from config and schedule; nothing is built or run.
 
 FLOPs are those of matrix products (m x k by k x n: 2 m k n), of attention over the tokens that a
 token really sees, and of the mix or gates, which the method states. Norms, activations, softmax,
@@ -37,8 +37,8 @@ class InferenceCost:
     kv_bytes_read_per_token: int
     """Keys and values that decoding such a token reads: each evaluation reads its own slot."""
     weight_bytes_per_token: float
-    """Weights that a decoding step reads, divided by the rows of the batch. A field is read once per
-    evaluation, or once per layer if it stays in the processor's cache. The method's own weights
+    """Weights that a decoding step reads, divided by the rows of the batch. A field is read once
+    per evaluation, or once per layer if it stays in the processor's cache. The method's own weights
     (norms, mix, gates) are left out: under a thousandth at the published sizes."""
     num_parameters: int
     """All parameters, including the method's own."""
@@ -107,7 +107,7 @@ def training_flops_per_token(
 ) -> float:
     """Count forward and backward pass of a training step, per token; see `inference_cost`.
 
-    The backward pass of an evaluation costs two forward passes; without gradients it costs nothing.
+    The backward pass costs two forward passes of the evaluations that are differentiated.
     """
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)

@@ -6,8 +6,8 @@
     evaluate_token   a whole field for one token per row, in a decoding step on a CPU
 
 The two in the middle also halve an evaluation's memory on a GPU in eager mode. Tests hold all equal
-to the plain formulas in `iiet.layers`. They read weights instead of calling modules, so they replace
-bare modules only (`is_bare`). `IIET_CPU_KERNELS=0` turns them off.
+to the plain formulas in `iiet.layers`. They read weights instead of calling modules, so they
+replace bare modules only (`is_bare`). `IIET_CPU_KERNELS=0` turns them off.
 """
 
 from __future__ import annotations

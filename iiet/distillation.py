@@ -47,14 +47,14 @@ class DistillationConfig:
     """What the student learns from its teacher; a ValueError names all fields out of range."""
 
     kl_weight: float = 1.0
-    """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy's weight is 1."""
+    """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
     temperature: float = 1.0
     """Softens both distributions of the divergence; above 0."""
     divergence: DivergenceKind = "forward"
     """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
     top_k: int | None = None
-    """Compare the teacher's k likeliest tokens one by one and all others together; None: compare each
-    token. Forward divergence only."""
+    """Compare the teacher's k likeliest tokens one by one and all others together; None: compare
+    each token. Forward divergence only."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
@@ -106,8 +106,8 @@ def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """
     teacher = copy.deepcopy(decoder)
     for module in teacher.modules():
-        # A copied function still calls the original module; a copied bound method calls the copy. The
-        # result of `torch.compile(module)` builds its function again when copied.
+        # A copied function still calls the original module; a copied bound method calls the copy.
+        # The result of `torch.compile(module)` builds its function again when copied.
         is_function = isinstance(vars(module).get("forward"), FunctionType)
         if is_function and "_orig_mod" not in module._modules:
             del module.forward

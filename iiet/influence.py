@@ -3,13 +3,13 @@
 In: a decoder and batches of tokens. Out: for each layer and correction its influence, with its
 standard error over batches, and its residual, whose decline says how well the iteration contracts.
 Two metrics compare consecutive evaluations of a layer and cost one forward per batch. The third,
-`loss`, ends layers early, one correction at a time: it costs one forward per correction and measures
-what pruning does to the loss.
+`loss`, ends layers early, one correction at a time: it costs one forward per correction and
+measures what pruning does to the loss.
 
 Evaluations are compared as the decoder makes them, so only the last output is kept in memory beside
-the pass itself. An accumulator holds a few hundred numbers per batch and sums them with `math.fsum`,
-whose result does not depend on the order. So any number of workers, merged in any order, give a
-bitwise equal table. Source: this project.
+the pass itself. An accumulator holds a few hundred numbers per batch and sums them with
+`math.fsum`, whose result does not depend on the order. So any number of workers, merged in any
+order, give a bitwise equal table. Source: this project.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class InfluenceAccumulator:
             batch: tokens and targets, or text, perhaps with a mask of its padding.
 
         Raises:
-            ValueError: the batch does not have two axes, or has nothing to measure: no tokens, or no
-                targets for the metric `loss`.
+            ValueError: the batch does not have two axes, or has nothing to measure: no tokens, or
+                no targets for the metric `loss`.
         """
         known, attention_mask = _as_batch(batch, decoder.device)
         counted = _counted(known, self.metric)

@@ -68,9 +68,9 @@ class InfluenceTable:
 
     @property
     def contractions(self) -> tuple[float, ...]:
-        """The contraction factor of each layer: the ratio of one correction's residual to that of the
-        correction before, as a geometric mean. Below 1 the iteration contracts; NaN where a layer
-        makes fewer than two corrections.
+        """The contraction factor of each layer: the ratio of one correction's residual to that of
+        the correction before, as a geometric mean. Below 1 the iteration contracts; NaN where a
+        layer makes fewer than two corrections.
         """
         return tuple(map(_contraction, self.residual_rows))
 
@@ -79,7 +79,9 @@ class InfluenceTable:
         return self.value_rows
 
     def worths(self) -> Rows:
-        """Return what each correction adds if those before it are kept; a schedule is worth the sum.
+        """Return what each correction adds if those before it are kept.
+
+        The sum over its corrections is what a schedule is worth.
 
         `cosine` and `relative` compare a correction with the evaluation before it, so these are the
         values themselves. `loss` compares stopping before a correction with the full layer, so a

@@ -134,9 +134,9 @@ def hidden_state_error(
 ) -> Tensor:
     """Compute the mean over layers and positions of `|h_student - h_teacher|^2 / |h_teacher|^2`.
 
-    The error is relative, because hidden states grow with depth and the last layers would dominate. It
-    is relative at each position, so that the parts of a batch add up to the whole. The teacher gets
-    no gradient.
+    The error is relative, because hidden states grow with depth and the last layers would dominate.
+    It is relative at each position, so that the parts of a batch add up to the whole. The teacher
+    gets no gradient.
     """
     if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
         raise ValueError(
