@@ -1,1 +1,1 @@
-"""What a user sees and types: progress, formatted numbers, log files, Ctrl-C."""
+"""Terminal output and input: progress, layout, formatted numbers, log files, Ctrl-C."""

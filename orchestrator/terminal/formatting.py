@@ -1,4 +1,4 @@
-"""Text for numbers: counts with their noun, durations, bytes, FLOP rates, errors, schedules."""
+"""Format numbers for people: counts, durations, bytes, FLOP rates, errors, schedules."""
 
 from __future__ import annotations
 
@@ -7,25 +7,37 @@ from itertools import groupby
 
 
 def format_count(number: int, noun: str, plural: str | None = None) -> str:
-    """Write a number of things; the plural is the noun with an s unless given."""
+    """Format a number with its noun: `1 trial`, `1,234 trials`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def format_bytes(value: float) -> str:
-    """Write bytes for people."""
+    """Format bytes as GiB, MiB or KiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if value >= size:
             return f"{value / size:.1f} {unit}"
     return f"{value / 1024:.1f} KiB"
 
 
+def format_number(value: float) -> str:
+    """Format a number: without decimals from 1,000 on, else with up to two."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a duration in short units: `12 s`, `3 min`, `1.5 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
 def format_hours_range(least: float, most: float) -> str:
-    """Write a range of hours for people."""
+    """Format a range of hours: `2 to 3 hours`."""
     return _range(format_hours(least), format_hours(most))
 
 
 def format_hours(hours: float) -> str:
-    """Write hours for people, in seconds, minutes or days where that reads better."""
+    """Format hours as seconds, minutes, hours or days."""
     if hours < 1 / 60:
         return f"{hours * 3600:.2g} seconds"
     if hours < 1:
@@ -34,7 +46,7 @@ def format_hours(hours: float) -> str:
 
 
 def format_flop_rates(best: float, usual: float) -> str:
-    """Write a range of FLOP/s for people."""
+    """Format a range of FLOP/s as TFLOP/s."""
     return _range(*(f"{speed / 1e12:,.3g} TFLOP/s" for speed in (best, usual)))
 
 

@@ -11,16 +11,16 @@ from rich.text import Text
 
 
 class ResponsiveLayout:
-    """Layouts of the same content, widest first: the first is printed that is not too wide.
+    """Layouts of the same content, widest first; prints the first that fits the terminal.
 
-    So a narrow terminal shows less, or puts it differently, and breaks no name and no number.
+    A narrow terminal shows less or arranges it differently, but never breaks a name or a number.
     """
 
     def __init__(self, *layouts: RenderableType) -> None:
         self.layouts = layouts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the layout for this width; the last one where none fits."""
+        """Yield the layout for this width; the last one if none fits."""
         unlimited = options.update(width=10_000)
         for layout in self.layouts[:-1]:
             if Measurement.get(console, unlimited, layout).maximum <= options.max_width:
@@ -30,23 +30,22 @@ class ResponsiveLayout:
 
 
 def print_line(console: Console, line: str | Text) -> None:
-    """Print a line that a terminal folds between words; elsewhere it stays one line.
+    """Print a line, folded between words on a terminal, unfolded elsewhere.
 
     A word that is too long for the terminal, such as a path, stays whole, so that it can be copied.
     """
     line = line if isinstance(line, Text) else Text(line)
-    parts = _folded(line, console.width) if console.is_terminal else [line]
-    for part in parts:
+    for part in _folded(line, console.width) if console.is_terminal else [line]:
         console.print(part, highlight=False, soft_wrap=True)
 
 
 def _folded(line: Text, width: int) -> list[Text]:
+    # Rich's own wrapping would break long words.
     parts = []
     end = 0
     # A number and its error stay together, as in `44.5 ± 1.2 %`.
     text = re.sub(" (?=± |%)|(?<=±) ", "\u00a0", line.plain)
     for paragraph in text.split("\n"):
-        # Rich would break long words as well.
         indent = " " * (len(paragraph) - len(paragraph.lstrip(" ")))
         wrapped = textwrap.wrap(
             paragraph,

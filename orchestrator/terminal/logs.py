@@ -1,9 +1,8 @@
-"""Keeps the libraries' noise out of the terminal: it goes to a log file in the workspace.
+"""Redirect the libraries' output from the terminal to a log file in the workspace.
 
-Ray's raylet, gloo and others write to file descriptor 2 from C++ and from child processes, so the
-descriptor itself is pointed at the log while a command runs; `sys.stderr` objects made before would
-not catch them. What the program itself has to say to the user goes through the descriptor that was
-saved.
+Ray's raylet, gloo and others write to file descriptor 2 from C++ and from child processes. So the
+descriptor itself points to the log while a command runs; replacing `sys.stderr` would not catch
+them. The program's own messages go to a saved copy of the descriptor.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NUM_LOGS_KEPT = 20
 
 @dataclass(frozen=True)
 class CommandLog:
-    """Where the noise goes, and the way to the user's terminal."""
+    """A command's log file (None if verbose), and the user's terminal."""
 
     path: Path | None
     terminal: TextIO
@@ -34,12 +33,12 @@ class CommandLog:
 
 @contextmanager
 def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[CommandLog]:
-    """Send everything that is written to standard error to a new log file until the block ends.
+    """Redirect standard error to a new log file until the block ends.
 
     Args:
         folder: Folder of the log files; the oldest beyond `NUM_LOGS_KEPT` are deleted.
-        command: Name of the command, part of the file's name.
-        verbose: Leave standard error alone.
+        command: Part of the file's name.
+        verbose: Do not redirect.
     """
     if verbose:
         yield CommandLog(None, sys.stderr)
@@ -53,7 +52,7 @@ def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[Comman
     with path.open("ab") as log:
         os.dup2(log.fileno(), 2)
     handler = logging.FileHandler(path)
-    handler.setFormatter(_Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(_MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
     terminal = io.TextIOWrapper(os.fdopen(os.dup(saved), "wb"), write_through=True)
@@ -71,13 +70,12 @@ def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[Comman
 
 
 def mask_secrets_in_file(path: Path) -> None:
-    """Rewrite a log without passwords, where it holds any: what libraries and child processes write
-    goes past the logging of this process."""
+    """Mask passwords in a log: libraries and child processes write past this process's logging."""
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    if (public := mask_secrets(text)) != text:
-        path.write_text(public, encoding="utf-8", errors="surrogateescape")
+    if (masked := mask_secrets(text)) != text:
+        path.write_text(masked, encoding="utf-8", errors="surrogateescape")
 
 
-class _Formatter(logging.Formatter):
+class _MaskingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return mask_secrets(super().format(record))

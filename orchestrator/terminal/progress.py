@@ -1,9 +1,8 @@
-"""What the user sees while a stage runs: one progress bar on a terminal, plain lines elsewhere, one
-line when done.
+"""Progress of one task at a time: a bar on a terminal, plain lines elsewhere, one line at the end.
 
-Stages talk to a `Progress` and know nothing of terminals. On a terminal Rich draws the bar; in a
-pipe or a log file a plain line appears every few seconds, no more often, so that logs stay
-readable, and also while a stage has nothing to report, so that nobody takes it for dead.
+Pipelines report to a `Progress` and know nothing of terminals. Elsewhere means a pipe or a log
+file: a plain line appears every few seconds, also while nothing is reported, so that a slow task
+does not look dead.
 """
 
 from __future__ import annotations
@@ -18,28 +17,37 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from orchestrator.terminal.formatting import format_number, format_seconds
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.credentials import mask_secrets
 
-PLAIN_SECONDS_BETWEEN_LINES = 10.0
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LINES = 10.0
+POLL_SECONDS = 1.0
 
 
 class Progress:
-    """Silent progress: what tests and library callers pass."""
+    """Silent progress, for tests and library callers."""
 
     def start(self, title: str, total: float | None = None) -> None:
-        """Begin a stage of `total` units; None when the end is not known."""
+        """Begin a task of `total` units; None if the total is not known."""
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        """Say how many units are done, with a few words such as the current loss, and how long the
-        rest takes where the units do not tell."""
+        """Report the units done.
+
+        Args:
+            done: Units done since the start.
+            text: A few words, such as the current loss.
+            seconds_left: Remaining time, if the units do not tell it.
+        """
 
     def note(self, text: str) -> None:
-        """Print a line of its own: a warning, or something worth knowing."""
+        """Print a warning or other information on a line of its own."""
 
     def finish(self, summary: str) -> None:
-        """End the stage with its one line."""
+        """End the task with one line."""
+
+    def close(self) -> None:
+        """Stop drawing, also after an error."""
 
     def __enter__(self) -> Progress:
         return self
@@ -52,81 +60,10 @@ class Progress:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Leave the terminal in order, whatever happened."""
 
-
-class PlainProgress(Progress):
-    """Plain lines for pipes, log files and CI.
-
-    A thread prints the last state again where a stage reports nothing for a while.
-    """
-
+class _ConsoleProgress(Progress):
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._title = ""
-        self._total: float | None = None
-        self._state = ""
-        self._started = self._printed = 0.0
-        self._lock = threading.Lock()
-        self._ended: threading.Event | None = None
-
-    def start(self, title: str, total: float | None = None) -> None:
-        self.close()
-        self._title, self._total = title, total
-        self._state = self._of_total(0) if total else ""
-        self._started = self._printed = time.monotonic()
-        self._ended = threading.Event()
-        threading.Thread(target=self._keep_telling, args=(self._ended,), daemon=True).start()
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        left = f", {_duration(seconds_left)} left" if seconds_left else ""
-        self._state = f"{self._of_total(done)} {text}{left}".strip()
-        self._tell()
-
-    def note(self, text: str) -> None:
-        self._print(f"  {mask_secrets(text)}")
-
-    def finish(self, summary: str) -> None:
-        self.close()
-        seconds = time.monotonic() - self._started
-        self._print(f"{self._title}: {summary} ({seconds:.0f} s)")
-
-    def close(self) -> None:
-        if self._ended:
-            self._ended.set()
-            self._ended = None
-
-    def _keep_telling(self, ended: threading.Event) -> None:
-        while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            try:
-                self._tell()
-            except (OSError, ValueError):  # Nobody reads any more; who writes next will say so.
-                return
-
-    def _tell(self) -> None:
-        """Print the state, unless that was done a moment ago."""
-        with self._lock:
-            now = time.monotonic()
-            if now - self._printed < PLAIN_SECONDS_BETWEEN_LINES:
-                return
-            self._printed = now
-            seconds = f"{_duration(now - self._started)} so far"
-            self._print(f"  {self._title}: " + ", ".join(filter(None, (self._state, seconds))))
-
-    def _of_total(self, done: float) -> str:
-        return f"{_count(done)}/{_count(self._total)}" if self._total else _count(done)
-
-    def _print(self, text: str) -> None:
-        print_line(self.console, text)
-
-
-class BarProgress(Progress):
-    """One bar at a time on a terminal; a finished stage leaves its line above."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._bar: RichProgress | None = None
         self._title = ""
         self._total: float | None = None
         self._started = 0.0
@@ -134,6 +71,77 @@ class BarProgress(Progress):
     def start(self, title: str, total: float | None = None) -> None:
         self.close()
         self._title, self._total, self._started = title, total, time.monotonic()
+
+    def note(self, text: str) -> None:
+        print_line(self.console, f"  {mask_secrets(text)}")
+
+    def finish(self, summary: str) -> None:
+        self.close()
+        seconds = time.monotonic() - self._started
+        print_line(self.console, self._headline().append(f" {summary} ({seconds:.0f} s)"))
+
+    def _headline(self) -> Text:
+        return Text(f"{self._title}:")
+
+
+class PlainProgress(_ConsoleProgress):
+    """Plain lines for pipes, log files and CI; a thread repeats the last state of a silent task."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._state = ""
+        self._printed = 0.0
+        self._lock = threading.Lock()
+        self._ended: threading.Event | None = None
+
+    def start(self, title: str, total: float | None = None) -> None:
+        super().start(title, total)
+        self._printed = self._started
+        self._state = self._share(0) if total else ""
+        self._ended = threading.Event()
+        threading.Thread(target=self._repeat_state, args=(self._ended,), daemon=True).start()
+
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+        left = f", {format_seconds(seconds_left)} left" if seconds_left else ""
+        self._state = f"{self._share(done)} {text}{left}".strip()
+        self._print_state()
+
+    def close(self) -> None:
+        if self._ended:
+            self._ended.set()
+            self._ended = None
+
+    def _repeat_state(self, ended: threading.Event) -> None:
+        while not ended.wait(POLL_SECONDS):
+            try:
+                self._print_state()
+            except (OSError, ValueError):  # A closed pipe; the main thread's next line reports it.
+                return
+
+    def _print_state(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._printed < SECONDS_BETWEEN_LINES:
+                return
+            self._printed = now
+            seconds = f"{format_seconds(now - self._started)} so far"
+            state = ", ".join(filter(None, (self._state, seconds)))
+            print_line(self.console, f"  {self._title}: {state}")
+
+    def _share(self, done: float) -> str:
+        total = f"/{format_number(self._total)}" if self._total else ""
+        return format_number(done) + total
+
+
+class BarProgress(_ConsoleProgress):
+    """One bar at a time on a terminal; a finished task leaves its line above."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._bar: RichProgress | None = None
+
+    def start(self, title: str, total: float | None = None) -> None:
+        super().start(title, total)
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -145,7 +153,7 @@ class BarProgress(Progress):
             console=self.console,
             transient=True,
         )
-        # It moves to and fro until something is done: 0 % for long looks like a standstill.
+        # Without a total the bar pulses until the first unit is done: 0 % would look dead.
         self._task = self._bar.add_task(title, total=None, share="", text="", left="")
         self._bar.start()
 
@@ -157,39 +165,18 @@ class BarProgress(Progress):
             self._bar.update(self._task, total=self._total, share=share)
         self._bar.update(self._task, completed=done, text=text)
         left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
-        self._bar.update(self._task, left="" if left is None else f"{_duration(left)} left")
-
-    def note(self, text: str) -> None:
-        print_line(self.console, f"  {mask_secrets(text)}")
-
-    def finish(self, summary: str) -> None:
-        seconds = time.monotonic() - self._started
-        self.close()
-        # One text, so that the terminal's width counts for all of it.
-        line = Text.assemble(("✓", "green"), " ", (self._title, "bold"), f" {summary}")
-        print_line(self.console, line.append(f" ({seconds:.0f} s)"))
+        self._bar.update(self._task, left="" if left is None else f"{format_seconds(left)} left")
 
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
 
-
-def _count(number: float) -> str:
-    if number >= 1000:
-        return f"{number:,.0f}"
-    return f"{number:.2f}".rstrip("0").rstrip(".")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    def _headline(self) -> Text:
+        return Text.assemble(("✓", "green"), " ", (self._title, "bold"))
 
 
 def terminal_progress(console: Console | None = None) -> Progress:
-    """Return a bar where standard output is a terminal, plain lines elsewhere."""
+    """Return a bar if standard output is a terminal, else plain lines."""
     console = console or Console(file=sys.stdout)
     return BarProgress(console) if console.is_terminal else PlainProgress(console)

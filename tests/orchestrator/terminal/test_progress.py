@@ -90,8 +90,8 @@ class Lines(io.StringIO):
 
 
 def test_a_stage_that_reports_nothing_is_seen_to_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.terminal.progress.PLAIN_SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("orchestrator.terminal.progress.POLL_SECONDS", 0.01)
     out = Lines(3)
     with PlainProgress(Console(file=out, width=80)) as progress:
         progress.start("evaluate", 12000)
@@ -106,7 +106,7 @@ def test_a_stage_that_reports_nothing_is_seen_to_live(monkeypatch: pytest.Monkey
 def test_a_part_of_a_trial_is_shown_as_people_read_it(
     monkeypatch: pytest.MonkeyPatch, done: float, total: float, shown: str
 ) -> None:
-    monkeypatch.setattr("orchestrator.terminal.progress.PLAIN_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", 0.0)
     out = io.StringIO()
     with PlainProgress(Console(file=out, width=80)) as progress:
         progress.start("sweep", total)
@@ -117,7 +117,7 @@ def test_a_part_of_a_trial_is_shown_as_people_read_it(
 def test_what_is_told_while_libraries_are_quiet_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("orchestrator.terminal.progress.PLAIN_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
     with open_session(tmp_path, "evaluate", verbose=True) as session:
         session.progress.start("evaluate", 10)
         with suppress_output():

@@ -72,7 +72,7 @@ def test_a_skipped_step_and_damage_are_told(job: TrainingJob) -> None:
 
 
 def test_lines_and_bar_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.terminal.progress.PLAIN_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
     out = io.StringIO()
     with PlainProgress(Console(file=out, width=100)) as plain:
         plain.start("pretrain", 100)
