@@ -1,15 +1,15 @@
 """The learned multistep mix: how a layer reads the estimates of all earlier layers.
 
 Each layer leaves an estimate `s_l`; `s_0` are the embeddings. Layer l owns its rows of two
-lower-triangular matrices, which start as means. A weighs the estimates at the points x where it
-evaluates its field, with the current estimate e as its own; C weighs them in the hidden state:
+lower-triangular matrices, which start as means. A gives the points x where the layer evaluates its
+field, with its current estimate e in place of s_l; C gives the hidden state:
 
     x   = sum_{k<l} A[l,k] s_k + A[l,l] e
     h_l = sum_{k<=l} C[l,k] s_k
 
 The sums over k < l are computed once per layer. Estimates, rows and sums are at least float32; x
 and h_l are rounded once. `PlainHistory` sums over a list; `FusedHistory` computes the same by
-matrix products over one buffer. Source: the PCformer and IIET papers; form by this project.
+matrix products over one buffer. Source: the PCformer and IIET papers; the two forms: this project.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Mix(KeepsFloat32):
     def num_flops(layer: int, dim: int, *, num_points: int) -> int:
         """Count the FLOPs of the weighted sums for one token and `num_points` points."""
         earlier = layer + 1
-        # The first point sums the earlier estimates, each adds one; the hidden state sums them too.
+        # The first point sums the earlier estimates, each point adds its own; so does the hidden
+        # state.
         points = earlier + num_points if num_points else 0
         return 2 * dim * (points + earlier + 1)
 
@@ -94,7 +95,7 @@ class LayerMix:
 
     def point(self, estimate: Tensor) -> Tensor:
         """Return the point x at which to evaluate the field."""
-        assert len(self.sums) == 2, "the layer said that it makes no corrections"
+        assert len(self.sums) == 2, "the mix was called with corrects=False"
         return self.history.add(self.sums[0], estimate, self.own[0]).to(self.dtype)
 
     def leave(self, estimate: Tensor) -> tuple[Tensor, History]:
@@ -141,9 +142,9 @@ class FusedHistory:
     """`PlainHistory` as the first `count` entries of a buffer that all layers share.
 
     All sums are then one skinny matrix product, and their gradients two more. Autograd does not
-    watch the buffer. In its graph `link` stands for the entries: a tensor of their shape, without
-    memory, whose gradient is the buffer's gradient. Every operation takes one link and returns the
-    next, so a gradient buffer has one owner at a time, which may add to it in place.
+    watch the buffer. In its graph `link` stands for the entries: a tensor of their shape, that
+    needs no memory, whose gradient is the buffer's gradient. Every operation takes one link and
+    returns the next, so a gradient buffer has one owner at a time, which may add to it in place.
     """
 
     buffer: Tensor
@@ -174,7 +175,7 @@ class FusedHistory:
         return result
 
     def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, FusedHistory]:
-        if self.count == len(self.buffer):  # Nobody reads the last layer's estimate.
+        if self.count == len(self.buffer):  # No layer reads the last layer's estimate.
             return self.add(base, estimate, weight), self
         entry, link = self.buffer[self.count], None
         if torch.is_grad_enabled():
@@ -202,7 +203,7 @@ def _inner_products(grads: Tensor, estimates: Tensor) -> Tensor:
 def _exact_product(a: Tensor, b: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(a.device.type):
         return a @ b
-    with torch.autocast(a.device.type, enabled=False):  # It would round the sums.
+    with torch.autocast(a.device.type, enabled=False):  # Autocast would round the sums.
         return a @ b
 
 

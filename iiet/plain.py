@@ -1,6 +1,6 @@
-"""Which form of a formula runs: the plain one, or a faster one written by hand.
+"""Chooses between plain formulas and faster ones written by hand.
 
-Both compute the same; of attention, both are PyTorch's own. The plain form runs under
+Both compute the same. (The two forms of attention are PyTorch's own.) The plain form runs under
 `torch.compile` (which fuses attention itself), in the transforms of `torch.func`, in forward-mode
 differentiation, and within `plain_formulas()`, which second derivatives need.
 """
@@ -20,8 +20,10 @@ _plain_contexts = 0
 
 @contextmanager
 def plain_formulas() -> Iterator[None]:
-    """Run plain formulas only. Fast ones are differentiable once, so a gradient of a gradient needs
-    this context around both passes:
+    """Run plain formulas only.
+
+    Fast ones are differentiable once, so a gradient of a gradient needs this context around both
+    passes:
 
         with plain_formulas():
             (slope,) = torch.autograd.grad(loss(decoder), weights, create_graph=True)
@@ -39,7 +41,7 @@ def fast_forms_allowed() -> bool:
 
 
 def needs_all_derivatives() -> bool:
-    """Tell whether a second derivative, one in forward mode, or one by `torch.func` may follow."""
+    """Tell whether other derivatives than a first backward pass may be needed."""
     return not torch.compiler.is_compiling() and (
         _plain_contexts > 0
         or torch._C._are_functorch_transforms_active()

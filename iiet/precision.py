@@ -1,4 +1,4 @@
-"""What stays in float32 where a model computes in half precision."""
+"""Keeps values and parameters in float32 while a model computes in half precision."""
 
 from __future__ import annotations
 

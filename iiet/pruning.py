@@ -46,7 +46,7 @@ class HasRows(Protocol):
 
 
 Influence = Sequence[Sequence[float]] | HasRows
-"""Lists or arrays; rows may differ in length, or end in NaN for corrections that do not exist."""
+"""One row per layer; rows may differ in length, or end in NaN for corrections that do not exist."""
 
 Cost = Callable[[IterationSchedule], float]
 """The cost of a schedule in any unit, such as evaluations, FLOPs or bytes."""
@@ -70,7 +70,7 @@ def num_evaluations(schedule: IterationSchedule) -> float:
 
 
 def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
-    """Compute `M[i] = max_{k>=i} I[k]` of one layer: the most that dropping i and later loses."""
+    """Compute `M[i] = max_{k>=i} I[k]` of one layer: the largest influence from correction i on."""
     return tuple(accumulate(reversed(row), max))[::-1]
 
 
@@ -90,8 +90,8 @@ def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSc
 def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
     """List every distinct schedule that some threshold gives, from full to no corrections.
 
-    The schedules are nested, and there are at most one more than corrections. Neighbours differ by
-    several corrections where suffix maxima are equal.
+    The schedules are nested, and there are at most one more than corrections. Two neighbors differ
+    by several corrections where suffix maxima are equal.
     """
     rows = influence_rows(influence)
     breakpoints = sorted({value for row in rows for value in suffix_maxima(row)})
@@ -165,7 +165,7 @@ def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
     return tuple(rows)
 
 
-# What rounding adds to or takes from a cost, as a share of it, at most.
+# Largest relative rounding error of a cost.
 ROUNDING = Fraction(1, 10**12)
 State = tuple[Fraction, Fraction, tuple[int, ...]]
 """Worth, minus the cost, and corrections of the layers so far; the larger one is better."""
@@ -176,9 +176,9 @@ def knapsack(
 ) -> IterationSchedule:
     """Find the schedule of the highest total worth under a budget, exactly.
 
-    Dynamic programming over layers: of all ways to spend in the first l layers, keep those that no
-    cheaper one is worth as much as. Sums are rational, so rounding never decides. Among equals the
-    cheapest wins, then the one with fewer corrections in later layers.
+    Dynamic programming over layers: of all schedules of the first l layers, keep those that are
+    worth more than every cheaper one. Sums are rational, so rounding never decides. Among equals
+    the cheapest wins, then the one with fewer corrections in later layers.
 
     Args:
         influence: numbers, also negative ones, are worths: what each correction adds if those
@@ -197,7 +197,7 @@ def knapsack(
             f"always make, which cost {cost(none)}"
         )
     prices = _prices(full, cost)
-    # Prices are differences of rounded costs, so a little more than the budget passes here.
+    # Prices are differences of rounded costs, so allow slightly more here; the end checks the cost.
     budget = Fraction(min(max_cost, 2 * cost(full))) * (1 + ROUNDING) - Fraction(cost(none))
     states: list[State] = [(Fraction(0), Fraction(0), ())]
     for row, layer_prices in zip(rows, prices, strict=True):
@@ -214,7 +214,7 @@ def knapsack(
 
 
 def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
-    """Return what 0, 1, ... corrections of each layer cost, all others making none."""
+    """By layer: what 0, 1, ... corrections add to the cost of no corrections."""
     none = IterationSchedule.none(len(full))
     least = Fraction(cost(none))
     prices = [
@@ -231,7 +231,7 @@ def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
 
 
 def _worth_keeping(states: Iterable[State]) -> list[State]:
-    """Drop the states that another one beats at no higher cost."""
+    """Drop each state whose worth another one reaches at no higher cost."""
     kept: list[State] = []
     for state in sorted(states, key=lambda one: (one[1], one[0], one[2]), reverse=True):
         if not kept or state[0] > kept[-1][0]:

@@ -1,4 +1,4 @@
-"""Weights in the published naming to a decoder and back.
+"""Converts weights with published names to a decoder and back.
 
 The published modelling code follows Hugging Face's Llama names and adds those of the mix, so a
 plain Llama checkpoint is the case without them. Three things differ here: queries, keys and values
@@ -25,7 +25,7 @@ __all__ = [
     "published_from_decoder",
 ]
 
-# Field of ModelConfig -> published keys, of which the first that is there counts.
+# Field of ModelConfig -> published keys; the first one that exists counts.
 _KEYS = {
     "vocab_size": ("vocab_size",),
     "dim": ("hidden_size", "dim"),
@@ -41,10 +41,10 @@ _KEYS = {
     "initializer_std": ("initializer_range",),
 }
 _REQUIRED = ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim")
-# Where these keys are missing; otherwise ModelConfig has the same defaults as Llama.
+# Llama's defaults where ModelConfig has others.
 _DEFAULTS = {"context_length": 2048, "tie_embeddings": False}
 
-# Weight of a field -> the published weights whose rows it joins.
+# Weight of a field -> the published weights that are concatenated to it.
 _FIELD = {
     "attention_norm.weight": ("input_layernorm.weight",),
     "attention.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
@@ -69,9 +69,9 @@ def config_from_published(
     """Read a published configuration, or one of a plain Llama.
 
     Args:
-        config: keys that say nothing about the model are ignored. `kind` says the method (vanilla,
-            iiet, pcformer); without it, the names of the weights do.
-        weight_names: anything keyed by the published names.
+        config: keys that do not concern the model are ignored. `kind` is the method (vanilla, iiet,
+            pcformer); without it, the names of the weights show the method.
+        weight_names: the published names of the weights.
 
     Raises:
         ValueError: a key is missing, or asks for what the decoder does not do (rope scaling).
@@ -161,7 +161,7 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
         for name, tensor in weights.items()
         if not name.endswith("rotary_emb.inv_freq")
     }
-    # Some writers store the tied head once more.
+    # Some programs store a tied head a second time.
     head = weights.pop("lm_head.weight", None) if model_config.tie_embeddings else None
     wanted = _to_published(model_config, decoder.state_dict())
     problems = [f"missing {name}" for name in sorted(wanted.keys() - weights)]
@@ -198,7 +198,7 @@ def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
     """
     published = _to_published(decoder.config, decoder.state_dict())
     for matrix in published.keys() & _MIX_ROWS.values():
-        published[matrix][0, 0] = 1.0  # Row 0, which nothing reads, as it starts.
+        published[matrix][0, 0] = 1.0  # Nothing reads row 0; published files hold its start.
     return published
 
 
@@ -221,7 +221,7 @@ def _to_published(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Map each weight of a decoder, rows of the mix apart, to the published ones that it joins."""
+    """Map each weight of a decoder, except rows of the mix, to the published ones that it joins."""
     order, has_mix = _ORDER_OF_METHOD.get(config.method), config.method != "vanilla"
     if order is None and config.method not in ("vanilla", "iiet"):
         raise ValueError(f"there is no published naming for method {config.method!r}")

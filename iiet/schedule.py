@@ -1,7 +1,7 @@
 """Iteration schedules: how many corrections each layer makes.
 
 A schedule is a plain value without torch, so that configs, cost counts and sweeps can share it.
-Which schedules an influence table proposes: `iiet.pruning`. Source: this project.
+`iiet.pruning` derives schedules from an influence table. Source: this project.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["IterationSchedule"]
 
 
 MAX_CORRECTIONS = 1000
-"""Of one layer. A larger number is a typing error, and its run would look like a hang."""
+"""Limit per layer. A larger number is a typing error, and its run would look like a hang."""
 _RAMP = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 _PART = re.compile(r"\s*[-+]?[0-9]{1,9}\s*(?:\*\s*[0-9]{1,9}\s*)?")
 _LONGEST_QUOTE = 80
@@ -25,7 +25,7 @@ _LONGEST_QUOTE = 80
 class IterationSchedule:
     """The number of corrections `r_1, ..., r_L` of each layer; layer l costs `1 + r_l` evaluations.
 
-    At least one layer, each with 0 to `MAX_CORRECTIONS`; all else is a ValueError.
+    Anything but at least one layer, each with 0 to `MAX_CORRECTIONS`, is a ValueError.
     """
 
     corrections: tuple[int, ...]

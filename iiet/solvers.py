@@ -1,9 +1,9 @@
 """Fixed-point iteration, written once: a callable and a guess in, the value out.
 
 The implicit step `e = g(e)` is solved by applying g a fixed number of times. There is no stopping
-rule: the number of applications is the cost, and cost is planned before anything runs. How well an
-iteration converged is for whoever observes the evaluations (`Decoder.forward(observe=)`); an
-ordinary step computes no residual.
+rule: the number of applications is the cost, and cost is planned before anything runs. Only
+observers (`Decoder.forward(observe=)`) compute residuals, which show how well an iteration
+converges; an ordinary step computes none.
 
 Source: this project; damping as in Bai et al. 2019 (deep equilibrium models), the truncated
 backward pass as in truncated backpropagation through time.
@@ -31,12 +31,12 @@ def fixed_point(
 
     Args:
         step: the map g whose fixed point is sought, (batch, time, dim) to the same shape.
-        guess: makes the value to start from, which is returned where there are no steps.
+        guess: makes the start value, which is the result if there are no steps.
         num_steps: how often to apply the map, at least 0.
-        damping: the share of each step that is taken, a number or a tensor of one; None for all of
-            it, `e <- step(e)`.
-        num_differentiated: gradients flow through this many last steps only; the guess and the
-            steps before count as constants, and nothing is kept for them. None for all.
+        damping: the share of each step that is applied, a number or a tensor of one element; None
+            for all of it, `e <- step(e)`.
+        num_differentiated: gradients flow only through this many last steps; the guess and the
+            earlier steps are constants and keep nothing. None for all.
     """
 
     def iterate(value: Tensor, times: int) -> Tensor:
@@ -49,6 +49,6 @@ def fixed_point(
         return iterate(guess(), num_steps)
     with torch.no_grad():
         value = iterate(guess(), num_constant)
-    # Older versions of PyTorch would use weights again that were cast without gradients here.
+    # Older versions of PyTorch would reuse weights that autocast cast without gradients here.
     torch.clear_autocast_cache()
     return iterate(value, num_steps - num_constant)

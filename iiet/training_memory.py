@@ -1,12 +1,12 @@
-"""What training a model takes in memory, estimated from shapes before anything is built.
+"""Memory of a training step, estimated from shapes before anything is built.
 
 Weights, gradients and AdamW's two moments follow from the number of parameters. Activations are
 what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
 Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
-values. Gradients count all the time, as from a step's second pass on. The plain formulas and a
-compiled model keep other tensors than the fast forms of eager mode, which are counted here.
-`tests/iiet/test_training_memory.py` compares with the live tensors of real steps.
-Source: this project.
+values. Gradients are counted during the whole step. The tensors counted are those of the fast forms
+in eager mode; the plain formulas and a compiled model keep others.
+`tests/iiet/test_training_memory.py` compares with the live tensors of real steps. Source: this
+project.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ class TrainingMemory:
     optimizer: int
     """AdamW's two moments."""
     activations: int
-    """What the forward pass keeps, and the backward pass's own at its peak."""
+    """What the forward pass keeps, and what the backward pass adds at its peak."""
 
     @property
     def total(self) -> int:
-        """The sum."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -59,11 +58,11 @@ def training_memory(
 
     Args:
         config: the model.
-        schedule: the costliest one that is trained; the config's own when not given.
+        schedule: the costliest one that is trained; the config's own if None.
         num_sequences: sequences of one forward pass, each as long as the context.
         precision: of the arithmetic; weights, gradients and moments are float32.
         activation_checkpointing: whether each layer is recomputed in the backward pass.
-        num_shards: workers that share weights, gradients and moments; 1 where each has all.
+        num_shards: workers that share weights, gradients and moments; 1 if each has all.
         has_teacher: whether a frozen model of the same size runs beside it.
     """
     config = config if schedule is None else replace(config, schedule=schedule)

@@ -1,7 +1,7 @@
 """A decoder in a folder: `config.json`, which holds `ModelConfig.to_dict`, and `model.safetensors`.
 
 The orchestrator's checkpoints are such folders with more files. Loading refuses non-finite values
-by the tensor's name: one NaN makes every output NaN, which does not show where it came from.
+and names the tensor: one NaN makes every output NaN, which does not show where it came from.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    # Renamed into place: the weights may be mapped from the file that is replaced.
+    # Write and rename: the weights may be memory-mapped from the file that is replaced.
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
     save_file(whole, temporary)
     temporary.replace(folder / WEIGHTS)
@@ -85,7 +85,7 @@ _OLDER_NAMES = (
     (r"method\.gates\.(\d+)\.(.*)", r"layers.\1.gate.\2"),
     (r"method\.predictor\.(.*)", r"shared.\1"),
 )
-"""Names of weights before version 0.2, as patterns, and their names now."""
+"""Patterns of weight names from before version 0.2, and their names now."""
 
 
 def rename_older_weights(state: dict[str, Any], prefix: str, *, num_layers: int) -> None:

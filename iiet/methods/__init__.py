@@ -1,7 +1,7 @@
 """The registry of methods, over which the shared test suite runs.
 
 Other packages add methods through the entry-point group `iiet.methods`: the entry point's name is
-the method's, its object the class. An entry point is imported when its method is asked for.
+the method's, its object the class. An entry point is imported when its method is first used.
 """
 
 from __future__ import annotations

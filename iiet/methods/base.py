@@ -2,7 +2,7 @@
 
 A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
 passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
-for the next one. The class states what a layer costs, so cost follows from a config alone.
+for the next one. The class also states what a layer costs, so a config is enough to compute cost.
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -45,26 +45,27 @@ Observer = Callable[[Evaluation], None]
 
 
 class Advance(NamedTuple):
-    """What a layer leaves behind."""
+    """What a layer returns."""
 
     hidden: Tensor
     """The hidden state `h_l`, (batch, time, dim)."""
     state: Any
-    """What else later layers read, such as the history of estimates; None for nothing."""
+    """What later layers need beside it, such as the history of estimates; None for nothing."""
 
 
 class LayerCall(NamedTuple):
-    """How a layer runs in one pass."""
+    """The arguments of a layer in one pass."""
 
     num_corrections: int
-    """Corrections it makes; 0 where its method makes none."""
+    """How many corrections the layer makes; 0 if its method makes none."""
     context: PassContext
     slots: tuple[int, ...] | None = None
     """The cache slot of each of its evaluations; None without a cache."""
     shared: nn.Module | None = None
     """What all layers of the method share."""
     recompute: bool = False
-    """Whether the backward pass recomputes the layer, which then keeps its inputs only."""
+    """Whether the backward pass recomputes the layer; the forward pass then keeps only its
+    inputs."""
     observe: Observer | None = None
     """Called after each evaluation."""
 
@@ -83,8 +84,9 @@ class Evaluate:
         norm: Callable[[Tensor], Tensor] | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """Return F(x), or norm(F(x)), for (batch, time, dim); observers also need `previous`, the
-        estimate that this evaluation corrects.
+        """Return F(x), or norm(F(x)), for x of (batch, time, dim).
+
+        `previous`, the estimate that this evaluation corrects, is for observers.
         """
         call, k = self._call, self._k
         self._k += 1
@@ -115,7 +117,7 @@ class Layer(nn.Module, ABC):
     """
 
     Options: ClassVar[type[Any]] = NoOptions
-    """A frozen dataclass whose fields are those that `ModelConfig.method_options` may hold."""
+    """A frozen dataclass: the options that `ModelConfig.method_options` may set."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule sets how often a layer corrects its prediction."""
     is_random: ClassVar[bool] = False
@@ -133,16 +135,16 @@ class Layer(nn.Module, ABC):
         self.build(dim, layer_norm_eps)
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
-        """Make what the layer learns beside its field."""
+        """Make the modules and parameters that the layer has beside its field."""
 
     @classmethod
     def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module | None:
-        """Make what all layers share; None for nothing."""
+        """Make the module that all layers share; None for nothing."""
         return None
 
     @classmethod
     def start(cls, embeddings: Tensor, num_layers: int) -> Any:
-        """Return the state that the first layer gets beside the embeddings, (batch, time, dim)."""
+        """Return the first layer's state, made from the embeddings, (batch, time, dim)."""
         return None
 
     @classmethod
@@ -159,7 +161,7 @@ class Layer(nn.Module, ABC):
     def flops_beside_fields(
         cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
     ) -> int:
-        """Count a layer's FLOPs for one token, beside evaluations, norms and plain sums."""
+        """Count a layer's FLOPs for one token, without evaluations, norms and plain sums."""
         return 0
 
     @classmethod
@@ -184,11 +186,11 @@ class Layer(nn.Module, ABC):
     ) -> Advance:
         """Advance the hidden state, (batch, time, dim), by one layer. This is the method's formula.
 
-        `state` is what else earlier layers left, `shared` what `make_shared` made.
+        `state` comes from the layer before, `shared` from `make_shared`.
         """
 
     def reset_parameters(self) -> None:
-        """Initialize what the layer learns beside its field and plain norms and linear layers."""
+        """Initialize the layer's own parameters, except those of norms and linear layers."""
 
     def forward(self, hidden: Tensor, state: Any, call: LayerCall) -> Advance:
         """Run `advance`, recomputed in the backward pass where the call asks for it."""

@@ -29,13 +29,13 @@ class ImplicitEulerOptions:
     """
 
     damping: float = 1.0
-    """Share of each correction that is taken, in (0, 1]; 1 takes all of it. 0 is allowed where it
-    is learned: the layer then starts as without corrections."""
+    """Share of each correction that is applied, in (0, 1]; 1 applies all of it. 0 is allowed if the
+    damping is learned: the layer then starts as if it had no corrections."""
     learn_damping: bool = False
     """Whether each layer learns its damping, starting from `damping`."""
     differentiated_corrections: int | None = None
-    """In training, differentiate this many last corrections of each layer only, at least 1; the
-    evaluations before count as constants. None: all."""
+    """Training differentiates only this many last corrections of each layer, at least 1; the
+    evaluations before are constants. None: all are differentiated."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -63,12 +63,12 @@ class ImplicitEuler(Layer):
         e   = N_l(F_l(sum_{k<l} A[l,k] s_k + A[l,l] e))                correction, r_l times
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
 
-    Damped by d, a correction takes that share of its step: `e + d (N_l(...) - e)`.
+    With damping d, a correction applies only that share of its step: `e + d (N_l(...) - e)`.
 
     Cost: `1 + r_l` evaluations per layer.
     Source: the IIET paper, checked against its published code; options: this project.
-    Not to be confused with: looping a block (`h = F(F(h))`), which hands each evaluation the one
-    before it alone; here each correction starts from the earlier layers' estimates again.
+    Not to be confused with: looping a block (`h = F(F(h))`), where each evaluation reads
+    only the one before it; here each correction also reads the earlier layers' estimates.
     """
 
     Options = ImplicitEulerOptions
@@ -76,7 +76,6 @@ class ImplicitEuler(Layer):
     num_left: ClassVar[int] = 1
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
-        """Make both norms, the rows of the mix and the damping."""
         self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
         self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
         self.mix = Mix(self.index)
@@ -85,19 +84,16 @@ class ImplicitEuler(Layer):
 
     @classmethod
     def start(cls, embeddings: Tensor, num_layers: int) -> History:
-        """Return the history that holds the embeddings."""
         return start(embeddings, num_layers)
 
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        """Return `1 + r_l`."""
         return 1 + schedule[layer]
 
     @classmethod
     def num_differentiated(
         cls, schedule: IterationSchedule, layer: int, options: ImplicitEulerOptions
     ) -> int:
-        """Return `1 + r_l`, or the last corrections alone where the options say so."""
         last = options.differentiated_corrections
         return 1 + schedule[layer] if last is None or schedule[layer] <= last else last
 
@@ -105,15 +101,14 @@ class ImplicitEuler(Layer):
     def flops_beside_fields(
         cls, schedule: IterationSchedule, layer: int, dim: int, options: ImplicitEulerOptions
     ) -> int:
-        """Count the mix."""
         return Mix.num_flops(layer, dim, num_points=schedule[layer])
 
     @classmethod
     def num_kept(
         cls, schedule: IterationSchedule, layer: int, options: ImplicitEulerOptions
     ) -> int:
-        """Count what each norm normalizes, and the estimate that each correction starts from; where
-        the damping is learned, also where that one would go without it.
+        """Count the input of each norm and the estimate before each correction; with learned
+        damping, also each correction without its damping.
         """
         norms = cls.num_differentiated(schedule, layer, options)
         corrections = min(norms, schedule[layer])
@@ -121,12 +116,10 @@ class ImplicitEuler(Layer):
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: ImplicitEulerOptions) -> int:
-        """Count both norms, the rows of the mix and the damping."""
         rows = sum(map(Mix.num_parameters, range(num_layers)))
         return rows + num_layers * (4 * dim + options.learn_damping)
 
     def reset_parameters(self) -> None:
-        """Start the rows of the mix as means, and the damping where the options say."""
         self.mix.reset_parameters()
         if self.damping is not None:
             nn.init.constant_(self.damping, self.options.damping)
@@ -140,7 +133,6 @@ class ImplicitEuler(Layer):
         num_corrections: int,
         shared: nn.Module | None,
     ) -> Advance:
-        """Predict, correct, mix."""
         mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
 
         def predict() -> Tensor:

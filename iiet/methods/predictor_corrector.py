@@ -32,7 +32,7 @@ class PredictorCorrectorRK2(Layer):
 
     num_left: ClassVar[int] = 1
     order: ClassVar[int] = 2
-    """Of the predictor; also the number of its evaluations, each with a norm."""
+    """Order of the predictor, and the number of its evaluations, each with a norm."""
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
         self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)

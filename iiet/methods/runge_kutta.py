@@ -20,7 +20,7 @@ from iiet.precision import KeepsFloat32
 __all__ = ["MovingAverageRungeKutta", "runge_kutta_stages"]
 
 _STEPS: Final = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
-"""By order: the step along the previous stage to the point of the second and each later one."""
+"""By order: how far along the previous stage each stage after the first is evaluated."""
 
 
 def runge_kutta_stages(
