@@ -96,12 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     choices = Choices(seeds=tuple(options.seeds))
 
-    def study() -> None:
+    try:
         settings = read_settings(SETTINGS, options.changes)
         with open_desk(options.workspace, "iiad-study", verbose=False) as desk:
             run_study(settings, choices, desk, dry_run=options.dry_run)
-
-    return exit_code_of(study)
+    except BaseException as error:
+        return exit_code_of(error)
+    return 0
 
 
 def run_study(

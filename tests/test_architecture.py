@@ -229,8 +229,8 @@ def test_the_core_loads_without_the_libraries_around_it() -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, orchestrator.cli as cli\n"
-        "assert cli.run(['--help']) == 0\n"
-        "assert cli.run(['pretrain', '--help']) == 0\n"
+        "assert cli.main(['--help']) == 0\n"
+        "assert cli.main(['pretrain', '--help']) == 0\n"
         "heavy = {'torch', 'ray', 'mlflow', 'lm_eval', 'transformers', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )

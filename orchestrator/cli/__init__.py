@@ -5,6 +5,6 @@ needs. Commands stand in the order in which people meet them.
 """
 
 from orchestrator.cli import training, stages, sweeps, search, results, models  # noqa: F401, I001  # the order of --help
-from orchestrator.cli.app import app, main, run
+from orchestrator.cli.app import app, main
 
-__all__ = ["app", "main", "run"]
+__all__ = ["app", "main"]

@@ -6,9 +6,6 @@ fails while it is being interrupted has failed.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
 from rich.console import Console
 
 from orchestrator.cli.help import Application
@@ -26,38 +23,35 @@ app = Application(
 )
 
 
-def main() -> None:
-    """Run the command line and leave with its exit code."""
-    sys.exit(run(sys.argv[1:]))
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
 
-
-def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code."""
-    return exit_code_of(lambda: app(arguments, prog_name="iiet-orch"))
-
-
-def exit_code_of(work: Callable[[], object]) -> int:
-    """Do work, and say on standard error why it did not end well.
-
-    Returns:
-        The exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
+    Args:
+        arguments: What is typed after `iiet-orch`; those of this process when unset.
     """
     try:
-        work()
-    except SystemExit as end:  # Typer's own way to end, after it has shown what was wrong
-        return end.code if isinstance(end.code, int) else 0
-    except (UserError, RunFailed) as error:
-        _complain(str(error))
-        return 2 if isinstance(error, UserError) else 1
-    except OSError as error:
-        if not (sentence := path_error_message(error)):
-            raise
-        _complain(sentence)
-        return 2
-    except Interrupted as error:
+        app(arguments, prog_name="iiet-orch")
+    except BaseException as error:
+        return exit_code_of(error)
+    return 0
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Say on standard error why a command did not end well, and return its exit code; raise what
+    is not expected.
+    """
+    if isinstance(error, SystemExit):  # Typer's own way to end, after it has shown what was wrong
+        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, Interrupted):
         _complain(str(error) or "interrupted; start the same command again to go on")
         return 130
-    return 0
+    if isinstance(error, UserError | RunFailed):
+        _complain(str(error))
+        return 2 if isinstance(error, UserError) else 1
+    if isinstance(error, OSError) and (sentence := path_error_message(error)):
+        _complain(sentence)
+        return 2
+    raise error
 
 
 def _complain(text: str) -> None:

@@ -175,7 +175,7 @@ def _check_places(settings: Any, *, local: bool) -> None:
     """Refuse too few CPUs or GPUs before anything heavy is imported."""
     cluster = settings.cluster
     if local:
-        from orchestrator.cluster.local import check_local
+        from orchestrator.cluster.launch import check_local
 
         check_local(cluster.num_workers, cluster.num_gpus)
     else:

@@ -1,21 +1,49 @@
 """Where training jobs run: under Ray Train, or in this process.
 
-Ray is imported only by who uses it: it takes two seconds, and a debugger wants none of its
-processes.
+Ray is imported only where it is used: importing it takes two seconds, and a debugger wants none of
+its processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from orchestrator.planning.resources import check_resources
 from orchestrator.settings import ClusterSettings
 from orchestrator.training.job import TrainingJob, TrainingOutcome, check_job
+from orchestrator.workspace.errors import UserError
+
+
+class RunJobs(Protocol):
+    """Run jobs to their ends; see `run_train_jobs` and `run_local_jobs`."""
+
+    def __call__(
+        self,
+        jobs: Sequence[TrainingJob],
+        cluster: ClusterSettings | None = None,
+        *,
+        watch: Callable[[], None] | None = None,
+        note: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> list[TrainingOutcome]: ...
+
+
+def job_runner(*, local: bool) -> RunJobs:
+    """Return the function that runs jobs in this process, or under Ray Train."""
+    if local:
+        from orchestrator.cluster.local import run_local_jobs
+
+        return run_local_jobs
+    from orchestrator.cluster.ray_train import run_train_jobs
+
+    return run_train_jobs
 
 
 def check_jobs(
     jobs: Sequence[TrainingJob], cluster: ClusterSettings, *, local: bool = False
 ) -> None:
-    """Find in a moment, before anything is written or started, what would make jobs fail.
+    """Check, before anything is written or started, that jobs can run as described.
 
     Args:
         jobs: What will run.
@@ -26,54 +54,22 @@ def check_jobs(
         UserError: If there are too few CPUs or GPUs, or a job cannot run as described.
     """
     if local:
-        from orchestrator.cluster.local import check_local
-
         check_local(cluster.num_workers, cluster.num_gpus)
-        for job in jobs:
-            check_job(job)
-        return
-    from orchestrator.cluster.train import check_train_jobs
-
-    check_train_jobs(jobs, num_workers=cluster.num_workers, num_gpus=cluster.num_gpus)
+    num_workers = check_resources(cluster.num_workers, cluster.num_gpus)
+    for job in jobs:
+        check_job(job, num_workers=num_workers)
 
 
-def run_jobs(
-    jobs: Sequence[TrainingJob],
-    cluster: ClusterSettings,
-    *,
-    local: bool = False,
-    watch: Callable[[], None] | None = None,
-    note: Callable[[str], None] | None = None,
-    say: Callable[[str], None] | None = None,
-) -> list[TrainingOutcome]:
-    """Run jobs to their ends; finished ones take no time, another process's are waited for.
-
-    Args:
-        jobs: What to train.
-        cluster: Workers and GPUs of each, and how often a job is started again.
-        local: Train in this process, without Ray, one after the other.
-        watch: Called a few times a second, to show progress.
-        note: Told if another process is waited for.
-        say: Told that Ray starts.
+def check_local(num_workers: int, num_gpus: int) -> None:
+    """Refuse `--local` with several workers.
 
     Raises:
-        UserError: If a job cannot run as described.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If a job failed or diverged.
+        UserError: If more than one worker or GPU is asked for.
     """
-    if local:
-        from orchestrator.cluster.local import run_local_jobs
-
-        return run_local_jobs(jobs, num_gpus=cluster.num_gpus, watch=watch, note=note)
-    from orchestrator.cluster.train import run_train_jobs
-
-    return run_train_jobs(
-        jobs,
-        num_workers=cluster.num_workers,
-        num_gpus=cluster.num_gpus,
-        parallel=cluster.parallel,
-        max_failures=cluster.max_failures,
-        watch=watch,
-        note=note,
-        say=say,
-    )
+    if max(num_workers, num_gpus) > 1:
+        asked = f"--gpus {num_gpus}" if num_gpus > 1 else f"--workers {num_workers}"
+        raise UserError(
+            f"--local trains in this process alone, and {asked} asks for several (cluster.num_gpus "
+            "and cluster.num_workers in the settings); leave out --local, or type "
+            "--set cluster.num_workers=1" + (" --set cluster.num_gpus=1" if num_gpus else "")
+        )

@@ -1,9 +1,8 @@
-"""The same jobs in this process and without Ray, for debuggers and profilers.
+"""Training jobs in this process, without Ray, for debuggers and profilers.
 
-Breakpoints stop where they stand, `print` prints, and a profiler sees everything. The loop runs in
-the main thread with as many threads of PyTorch as the one worker of Ray would have, so losses are
-the same to the last bit. Ctrl-C and SIGTERM are a request to save and stop, as elsewhere; a second
-one ends at once.
+The loop runs in the main thread with as many PyTorch threads as the single Ray worker would have,
+so losses are bitwise the same. Ctrl-C and SIGTERM are a request to save and stop, as elsewhere; a
+second one ends at once.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 
-from orchestrator.planning.resources import check_resources, local_resources
+from orchestrator.planning.resources import local_resources
+from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
     SIGNALS,
@@ -26,65 +25,64 @@ from orchestrator.terminal.signals import (
     signal_handlers,
 )
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob, TrainingOutcome, check_job, clear_stop_request
+from orchestrator.training.job import TrainingJob, TrainingOutcome, clear_stop_request
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import run_each_once
-from orchestrator.workspace.errors import Interrupted, UserError
-
-
-def check_local(num_workers: int, num_gpus: int) -> None:
-    """Refuse what one process cannot do.
-
-    Raises:
-        UserError: If more than one worker is asked for, or a GPU that is not there.
-    """
-    if max(num_workers, num_gpus) > 1:
-        asked = f"--gpus {num_gpus}" if num_gpus > 1 else f"--workers {num_workers}"
-        raise UserError(
-            f"--local trains in this process alone, and {asked} asks for several (cluster.num_gpus "
-            "and cluster.num_workers in the settings); leave out --local, or type "
-            "--set cluster.num_workers=1" + (" --set cluster.num_gpus=1" if num_gpus else "")
-        )
-    check_resources(num_workers, num_gpus)
+from orchestrator.training.run_lock import jobs_to_train
+from orchestrator.workspace.errors import Interrupted
 
 
 def run_local_jobs(
     jobs: Sequence[TrainingJob],
+    cluster: ClusterSettings | None = None,
     *,
-    num_gpus: int = 0,
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,  # noqa: ARG001 - nothing has to be started here
 ) -> list[TrainingOutcome]:
     """Run jobs one after the other in this process; finished ones take no time.
 
-    What another process is at is waited for.
+    Jobs that another process trains are waited for.
 
     Args:
-        jobs: What to train, each in a folder of its own.
-        num_gpus: 1 trains on the first GPU, 0 on the CPU.
+        jobs: What to train, each in a folder of its own; checked by `check_job`.
+        cluster: `num_gpus` of 1 trains on the first GPU, 0 on the CPU.
         watch: Called a few times a second between steps, to show progress.
-        note: Told if another process is waited for.
+        note: Called with a sentence if another process is waited for.
+        say: Not called; `run_train_jobs` says that Ray starts.
 
     Returns:
         The outcome of each job, in their order.
 
     Raises:
         UserError: If a job cannot run as described.
-        Diverged: If a loss is no number any more.
+        Diverged: If a loss is not finite.
         Interrupted: After Ctrl-C or SIGTERM; says at which step the state is saved.
         Exception: What a job raised, also after a signal; then it says what is saved, too.
     """
-    for job in jobs:
-        check_job(job)
-    world = World(device="cuda:0" if num_gpus else "cpu")
-    return run_each_once(jobs, partial(_run_here, world=world, watch=watch), watch=watch, note=note)
+    world = World(device="cuda:0" if cluster and cluster.num_gpus else "cpu")
+    outcomes: dict[str, TrainingOutcome] = {}
+    with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
+        for ours in parts:
+            num_threads = local_resources(count_gpus=False).cpus
+            with _saving_on_signals(ours, watch) as should_stop, _threads(num_threads):
+                for job in ours:
+                    clear_stop_request(job.folder)
+                    outcome = run_job(job, world=world, should_stop=should_stop)
+                    if watch:
+                        watch()
+                    if not outcome.finished:
+                        break
+    return [outcomes[job.run_folder] for job in jobs]
 
 
-def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], None] | None) -> None:
-    """Run jobs whose folders are held; as `run_local_jobs`."""
+@contextmanager
+def _saving_on_signals(
+    jobs: Sequence[TrainingJob], watch: Callable[[], None] | None
+) -> Iterator[Callable[[], bool]]:
+    """Yield a function that shows progress and returns whether a signal asked to save and stop."""
     signals: list[int] = []
-    looked_at = time.monotonic()
+    watched_at = time.monotonic()
 
     def on_signal(number: int, frame: Any) -> None:
         signals.append(number)
@@ -92,24 +90,18 @@ def _run_here(jobs: Sequence[TrainingJob], world: World, watch: Callable[[], Non
             signal.default_int_handler(number, frame)
 
     def should_stop() -> bool:
-        nonlocal looked_at
-        if watch and time.monotonic() - looked_at > POLL_SECONDS:
+        nonlocal watched_at
+        if watch and time.monotonic() - watched_at > POLL_SECONDS:
             watch()
-            looked_at = time.monotonic()
+            watched_at = time.monotonic()
         return bool(signals)
 
     def saved() -> str:
         return describe_saved_state({job.folder.name: job for job in jobs})
 
     try:
-        with signal_handlers(SIGNALS, on_signal), _threads(local_resources(count_gpus=False).cpus):
-            for job in jobs:
-                clear_stop_request(job.folder)
-                outcome = run_job(job, world=world, should_stop=should_stop)
-                if watch:
-                    watch()
-                if not outcome.finished:
-                    break
+        with signal_handlers(SIGNALS, on_signal):
+            yield should_stop
     except KeyboardInterrupt:
         raise Interrupted(interruption_text(saved(), in_time=False)) from None
     except Exception as error:

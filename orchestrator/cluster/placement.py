@@ -1,9 +1,8 @@
-"""How many trials find their places side by side, and what each of their workers gets.
+"""How many jobs run at the same time, and the CPUs and GPUs of each of their workers.
 
-A trial is one process, or several data-parallel workers of one CPU share or one GPU each. Trials
-never wait for half of their workers: as many run at once as have room in full, and the CPUs are
-shared out evenly among all workers that run together, which is each worker's number of threads.
-What does not fit is the user's mistake, found before anything is started.
+A job is one process, or several data-parallel workers of equal CPUs or one GPU each. As many jobs
+run at the same time as find places for all of their workers, so none waits for half of them. The
+CPUs are shared evenly among all workers that run at the same time; each uses as many threads.
 """
 
 from __future__ import annotations
@@ -11,71 +10,78 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.planning.resources import Resources, check_resources
+from orchestrator.settings import SweepSettings
 from orchestrator.workspace.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialLimits:
-    """How many trials run side by side, on what, and how often one may fail."""
+class Placement:
+    """What each of the jobs that run at the same time gets."""
 
-    at_once: int | None = None
-    """Most trials side by side; as many as there is room for when unset."""
-    workers_per_trial: int = 1
-    """Data-parallel workers of a trial; with GPUs, 1 or the number of GPUs."""
-    gpus_per_trial: int = 0
-    """GPUs of a trial, one for each worker; 0 trains on CPUs."""
-    max_failures: int = 2
-    """How often a failed trial is tried again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """What trials get."""
-
-    at_once: int
-    """Trials side by side."""
+    jobs_at_once: int
     workers: int
-    """Workers of each."""
+    """Workers of each job."""
     cpus: int
-    """CPUs of each worker, and its threads; a trial has `workers` times as many."""
+    """CPUs and threads of each worker; a job has `workers` times as many."""
     use_gpu: bool
     """Whether each worker has a GPU."""
 
 
-def find_room(limits: TrialLimits, num_trials: int, resources: Resources) -> Room:
-    """Share out what there is.
+def job_placement(
+    num_jobs: int,
+    num_workers: int,
+    num_gpus: int,
+    resources: Resources,
+    *,
+    most_at_once: int | None = None,
+) -> Placement:
+    """Share CPUs and GPUs among jobs.
 
     Args:
-        limits: What a trial needs.
-        num_trials: Trials that wait.
-        resources: What there is.
+        num_jobs: Jobs that wait.
+        num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
+        num_gpus: GPUs of each job, one for each worker; 0 runs on CPUs.
+        resources: What there is to share.
+        most_at_once: Limit of jobs at the same time.
 
     Raises:
-        UserError: If there is no room for one trial.
+        UserError: If there is too little for one job.
     """
-    workers = check_trial_size(limits, resources)
-    use_gpu = limits.gpus_per_trial > 0
-    places = (resources.gpus if use_gpu else resources.cpus) // workers
-    at_once = max(1, min(limits.at_once or places, places, num_trials))
+    workers = check_resources(num_workers, num_gpus, resources)
+    places = (resources.gpus if num_gpus else resources.cpus) // workers
+    at_once = max(1, min(most_at_once or places, places, num_jobs))
     cpus = max(1, resources.cpus // (at_once * workers))
-    return Room(at_once=at_once, workers=workers, cpus=cpus, use_gpu=use_gpu)
+    return Placement(jobs_at_once=at_once, workers=workers, cpus=cpus, use_gpu=num_gpus > 0)
 
 
-def check_trial_size(limits: TrialLimits, resources: Resources | None = None) -> int:
-    """Check that one trial finds its places, and return the number of its workers.
+def trial_placement(sweep: SweepSettings, num_trials: int, resources: Resources) -> Placement:
+    """Share CPUs and GPUs among the trials of a sweep.
+
+    Raises:
+        UserError: If there is too little for one trial.
+    """
+    workers = check_trial_size(sweep, resources)
+    num_gpus = sweep.gpus_per_trial or 0
+    return job_placement(
+        num_trials, workers, num_gpus, resources, most_at_once=sweep.trials_at_once
+    )
+
+
+def check_trial_size(sweep: SweepSettings, resources: Resources | None = None) -> int:
+    """Check that there is enough for one trial, and return the number of its workers.
 
     Args:
-        limits: What a trial needs.
+        sweep: Workers and GPUs of a trial.
         resources: What there is; this machine's when unset.
 
     Raises:
-        UserError: If it does not; says what would fit.
+        UserError: If there is not; says what would fit.
     """
     try:
-        return check_resources(limits.workers_per_trial, limits.gpus_per_trial, resources)
+        return check_resources(sweep.workers_per_trial, sweep.gpus_per_trial or 0, resources)
     except UserError as error:
-        # The options of a single job have their counterparts for each trial of a sweep.
+        # A sweep has these options under other names.
         text = str(error).replace("--workers", "--workers-per-trial")
-        # Trials run on GPUs also because the run does.
+        # Trials also run on GPUs because the run does.
         text = text.replace("leave out --gpus", "leave out --gpus and set cluster.num_gpus=0")
         raise UserError(text.replace("--gpus", "--gpus-per-trial")) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.launch import check_jobs, run_jobs
+from orchestrator.cluster.launch import check_jobs, job_runner
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import journal_table
 from orchestrator.planning.preflight import check_jobs_fit
@@ -106,11 +106,11 @@ def distill_teacher(
     monitor = RunMonitor({label: job}, context.tracking, progress)
     monitor.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
     progress.start("distill", job.recipe.num_steps)
+    run_jobs = job_runner(local=local)
     with monitor:
         (outcome,) = run_jobs(
             [job],
             settings.cluster,
-            local=local,
             watch=monitor.poll,
             note=progress.note,
             say=partial(progress.advance, 0),

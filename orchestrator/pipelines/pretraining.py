@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iiet.methods import METHODS
-from orchestrator.cluster.launch import check_jobs, run_jobs
+from orchestrator.cluster.launch import check_jobs, job_runner
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context, open_context
@@ -134,11 +134,11 @@ def pretrain_models(
     monitor = RunMonitor(jobs, context.tracking, progress)
     runs = monitor.open_runs("pretrain", {label: flatten(s) for label, s in models.items()})
     progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
+    run_jobs = job_runner(local=local)
     with monitor:
         outcomes = run_jobs(
             list(jobs.values()),
             cluster,
-            local=local,
             watch=monitor.poll,
             note=progress.note,
             say=partial(progress.advance, 0),

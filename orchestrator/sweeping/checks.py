@@ -13,7 +13,6 @@ from orchestrator.cluster.placement import check_trial_size
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
 from orchestrator.planning.preflight import assign_trial_gpus
 from orchestrator.settings import Settings, method_of_label
-from orchestrator.sweeping.rounds import limits_of
 from orchestrator.sweeping.students import loss_of
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.teacher_cache_policy import check_teacher_cache
@@ -33,7 +32,7 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     Raises:
         UserError: Says which settings do not go together and what to change.
     """
-    check_trial_size(limits_of(assign_trial_gpus(settings).sweep))
+    check_trial_size(assign_trial_gpus(settings).sweep)
     if kind != "iterations" and settings.distillation.control == "distill":
         loss_of(settings.distillation)
         check_teacher_cache(settings.distillation)

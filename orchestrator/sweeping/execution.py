@@ -27,7 +27,7 @@ from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.halving import Verdict
 from orchestrator.sweeping.price import stored_plan
-from orchestrator.sweeping.rounds import TrialRounds, limits_of
+from orchestrator.sweeping.rounds import TrialRounds
 from orchestrator.sweeping.stopping import Stopping, stopping_of
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.terminal.progress import Progress
@@ -219,7 +219,7 @@ def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Works
         TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
     ]
     settings = assign_trial_gpus(settings, [request_of(job) for job in waiting])
-    num_workers = check_trial_size(limits_of(settings.sweep))
+    num_workers = check_trial_size(settings.sweep)
     for job in waiting:
         check_job(job, num_workers=num_workers)
     to_train = [job for job in waiting if not (job.folder / DONE_NAME).is_file()]

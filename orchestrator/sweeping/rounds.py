@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from iiet.cost import inference_cost
-from orchestrator.cluster.placement import TrialLimits
+from orchestrator.cluster.ray_tune import TrialContext, TrialReport, run_trials
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.cluster.tune import TrialContext, TrialReport, run_trials
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.stopping import Stopping
 from orchestrator.sweeping.trial_run import is_busy, run_trial
@@ -132,7 +131,7 @@ class TrialRounds:
                 trial_function,
                 [self._parameters(trial) for trial in sorted(trials, key=self._turn)],
                 own_folder,
-                limits=limits_of(self.settings),
+                self.settings,
                 on_result=self._on_result,
                 watch=watch,
                 saved=saved,
@@ -184,16 +183,6 @@ class TrialRounds:
 
 def _one_has_ended(trials: Sequence[PlannedTrial]) -> bool:
     return any(trial.result() or not is_busy(trial) for trial in trials)
-
-
-def limits_of(settings: SweepSettings) -> TrialLimits:
-    """Return what a sweep's trials need."""
-    return TrialLimits(
-        at_once=settings.trials_at_once,
-        workers_per_trial=settings.workers_per_trial,
-        gpus_per_trial=settings.gpus_per_trial or 0,
-        max_failures=settings.max_failures_per_trial,
-    )
 
 
 def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:

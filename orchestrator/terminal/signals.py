@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -27,6 +27,14 @@ POLL_SECONDS = 0.2
 T = TypeVar("T")
 
 
+@contextmanager
+def recorded_signals() -> Iterator[list[int]]:
+    """Record the signals that arrive in the block in the list that it yields, without acting."""
+    signals: list[int] = []
+    with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
+        yield signals
+
+
 def run_interruptibly(
     work: Callable[[], T],
     *,
@@ -37,16 +45,7 @@ def run_interruptibly(
 ) -> T:
     """Run a Ray job in a thread; turn Ctrl-C and SIGTERM into a request to save and stop.
 
-    Args:
-        work: The job; it returns soon after `ask_to_stop`.
-        ask_to_stop: Called once, at the first signal; returns whether there is a state to save.
-        saved: Returns what is saved, such as "saved at step 40"; called at the end, after a signal.
-        watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
-        grace_seconds: Longest wait for the job to stop; a second signal ends the wait.
-
-    Raises:
-        Interrupted: After a signal. Work that is still running ends with the cluster.
-        Exception: The job's own; after a signal, its text also says what is saved.
+    See `wait_for_work`.
     """
     future: Future[T] = Future()
 
@@ -56,28 +55,65 @@ def run_interruptibly(
         except BaseException as error:
             future.set_exception(error)
 
-    signals: list[int] = []
-    has_state = False
+    with recorded_signals() as signals:
+        threading.Thread(target=fulfil, daemon=True).start()
+        (result,) = wait_for_work(
+            [future],
+            signals,
+            ask_to_stop=ask_to_stop,
+            saved=saved,
+            watch=watch,
+            grace_seconds=grace_seconds,
+        )
+    return result
+
+
+def wait_for_work(
+    futures: Sequence[Future[T]],
+    signals: Sequence[int],
+    *,
+    ask_to_stop: Callable[[], bool],
+    saved: Callable[[], str],
+    watch: Callable[[], None] | None = None,
+    grace_seconds: float = GRACE_SECONDS,
+) -> list[T]:
+    """Wait for Ray jobs that run in threads; after a signal, ask them to save and stop.
+
+    Args:
+        futures: The jobs; they end soon after `ask_to_stop`.
+        signals: The list of `recorded_signals`, entered before the jobs were started.
+        ask_to_stop: Called once, at the first signal; returns whether there is a state to save.
+        saved: Returns what is saved, such as "saved at step 40"; called at the end, after a signal.
+        watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
+        grace_seconds: Longest wait for the jobs to stop; a second signal ends the wait.
+
+    Returns:
+        The jobs' results.
+
+    Raises:
+        Interrupted: After a signal. Work that is still running ends with the cluster.
+        Exception: The first failed job's own; after a signal, its text also says what is saved.
+    """
+    has_state = is_over = False
+    deadline = math.inf
     try:
-        with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
-            threading.Thread(target=fulfil, daemon=True).start()
-            deadline = math.inf
-            while not future.done() and len(signals) < 2 and time.monotonic() < deadline:
-                if signals and deadline == math.inf:
-                    has_state = ask_to_stop()
-                    deadline = time.monotonic() + (grace_seconds if has_state else 0.0)
-                wait((future,), timeout=POLL_SECONDS)
-                if watch:
-                    watch()
-        if future.done():
-            result = future.result()
+        while not (is_over := all(future.done() for future in futures)):
+            if len(signals) > 1 or time.monotonic() > deadline:
+                break
+            if signals and deadline == math.inf:
+                has_state = ask_to_stop()
+                deadline = time.monotonic() + (grace_seconds if has_state else 0.0)
+            wait(futures, timeout=POLL_SECONDS)
+            if watch:
+                watch()
+        results = [future.result() for future in futures] if is_over else []
     except Exception as error:
         if signals:
             note_saved_state(error, saved())
         raise
     if not signals:
-        return result
-    raise Interrupted(interruption_text(saved(), in_time=future.done() or not has_state))
+        return results
+    raise Interrupted(interruption_text(saved(), in_time=is_over or not has_state))
 
 
 def interruption_text(saved: str, *, in_time: bool = True) -> str:

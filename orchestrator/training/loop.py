@@ -143,7 +143,15 @@ def train(trainee: TrainingSetup, position: Position, hooks: Hooks) -> bool:
 
         started += time.perf_counter() - loaded
         batch = batch.counted_as(agreed["targets"], agreed["positions"]).to(world.device)
-        numbers = _step(trainee, batch, position)
+        learning_rate = learning_rate_at(position.step, recipe)
+        set_learning_rate(trainee.optimizer, learning_rate)
+        numbers = {
+            **_compute_gradients(trainee, batch, position.step),
+            "learning_rate": learning_rate,
+        }
+        if _is_good(numbers, position, recipe):
+            trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
         num_tokens = batch.input_ids.numel() * world.size
         position.num_tokens += num_tokens
         position.flops += num_tokens * hooks.flops_per_token(position.step)
@@ -167,26 +175,16 @@ def train(trainee: TrainingSetup, position: Position, hooks: Hooks) -> bool:
     return True
 
 
-def _step(trainee: TrainingSetup, batch: Batch, position: Position) -> dict[str, float]:
-    # One step of the optimizer; none if the workers agree that loss or gradient are bad.
-    recipe = trainee.recipe
-    learning_rate = learning_rate_at(position.step, recipe)
-    set_learning_rate(trainee.optimizer, learning_rate)
-    losses = _accumulate_gradients(trainee, batch, position.step)
-    norm = clip_gradients(trainee.model, recipe.clip_norm)
-    numbers = mean_over_workers({**losses, "gradient_norm": norm}, trainee.world)
-    numbers["learning_rate"] = learning_rate
-    trouble = _trouble(numbers, position.recent_norms, recipe.spike_factor)
-    if trouble:
+def _is_good(numbers: Mapping[str, float], position: Position, recipe: TrainingSettings) -> bool:
+    """Return whether to make a step, and count it as skipped if its loss or gradient are bad."""
+    if trouble := _trouble(numbers, position.recent_norms, recipe.spike_factor):
         _pass_over(position, numbers, trouble, num_allowed=recipe.skip_bad_steps)
-    else:
-        trainee.optimizer.step()
-        position.num_skipped_in_row = 0
-        if recipe.spike_factor:
-            norms = [*position.recent_norms, numbers["gradient_norm"]]
-            position.recent_norms = norms[-SPIKE_WINDOW:]
-    trainee.optimizer.zero_grad(set_to_none=True)
-    return numbers
+        return False
+    position.num_skipped_in_row = 0
+    if recipe.spike_factor:
+        norms = [*position.recent_norms, numbers["gradient_norm"]]
+        position.recent_norms = norms[-SPIKE_WINDOW:]
+    return True
 
 
 def _trouble(
@@ -218,7 +216,7 @@ def _pass_over(
     position.num_skipped_in_row += 1
 
 
-def _accumulate_gradients(trainee: TrainingSetup, batch: Batch, step: int) -> dict[str, float]:
+def _compute_gradients(trainee: TrainingSetup, batch: Batch, step: int) -> dict[str, float]:
     # In as many passes as memory asks for; the gradients are those of one pass up to rounding, as
     # each pass divides by its share of what counts in the passes of all workers.
     passes = batch.split(trainee.recipe.num_sequences_per_pass or len(batch))
@@ -232,7 +230,8 @@ def _accumulate_gradients(trainee: TrainingSetup, batch: Batch, step: int) -> di
             torch.autograd.backward(loss * share)
         for name, value in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0.0) + share * value.item()
-    return totals
+    norm = clip_gradients(trainee.model, trainee.recipe.clip_norm)
+    return mean_over_workers({**totals, "gradient_norm": norm}, trainee.world)
 
 
 def _record_every(recipe: TrainingSettings) -> int:

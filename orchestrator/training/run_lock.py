@@ -9,7 +9,7 @@ seconds. The folder must lie on a file system that locks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -63,46 +63,42 @@ def is_run_locked(folder: Path) -> bool:
         return True
 
 
-def run_each_once(
+def jobs_to_train(
     jobs: Sequence[TrainingJob],
-    run: Callable[[list[TrainingJob]], None],
+    outcomes: dict[str, TrainingOutcome],
     *,
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
-) -> list[TrainingOutcome]:
-    """Bring jobs to their ends, each in one process; what another one is at is waited for.
+) -> Generator[list[TrainingJob], None, None]:
+    """Yield the unfinished jobs that this process is to train, until all jobs are finished.
+
+    Their folders are locked until the next jobs are asked for or the generator is closed (use
+    `contextlib.closing`). Jobs that another process trains are waited for.
 
     Args:
         jobs: What to train, each in a folder of its own; finished ones take no time.
-        run: Trains jobs whose folders are held meanwhile, as far as it can.
+        outcomes: Filled with the outcome of each finished job, by its run folder.
         watch: Called a few times a second while waiting, to show progress.
-        note: Told once that another process is waited for.
-
-    Returns:
-        The outcome of each job, in their order.
+        note: Called once with a sentence if another process is waited for.
 
     Raises:
-        Interrupted: If `run` left a job unfinished, or after Ctrl-C or SIGTERM while waiting.
+        Interrupted: If a job that was yielded is not finished when the next is asked for, or after
+            Ctrl-C or SIGTERM while waiting.
     """
-    outcomes: dict[str, TrainingOutcome] = {}
-    while True:
-        left = [job for job in jobs if not _note_finished(job, outcomes)]
-        if not left:
-            return [outcomes[job.run_folder] for job in jobs]
+    while left := [job for job in jobs if not _note_finished(job, outcomes)]:
         stamps = [_done_stamp(job) for job in left]
         with ExitStack() as stack:
             ours = [job for job in left if stack.enter_context(lock_run_folder(job.folder))]
-            # Once more: who held it before us may have finished it.
+            # Once more: the process that had the lock before may have finished it.
             unfinished = [job for job in ours if not _note_finished(job, outcomes)]
             if unfinished:
-                run(unfinished)
+                yield unfinished
                 if not all(_note_finished(job, outcomes) for job in unfinished):
                     named = {job.folder.name: job for job in unfinished}
                     raise Interrupted(interruption_text(describe_saved_state(named)))
-        if ours:
-            continue
-        _wait_for_one(left, stamps, watch, note)
-        note = None
+        if not ours:
+            _wait_for_one(left, stamps, watch, note)
+            note = None
 
 
 def _note_finished(job: TrainingJob, outcomes: dict[str, TrainingOutcome]) -> bool:

@@ -20,7 +20,7 @@ from orchestrator.workspace.folders import open_workspace
 
 
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    code = cli.run(list(arguments))
+    code = cli.main(list(arguments))
     captured = capfd.readouterr()
     printed = " ".join((captured.out + captured.err).split())
     assert "Traceback" not in printed
@@ -136,7 +136,7 @@ def test_help_shows_every_option_whole(
     name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    assert cli.run([name, "--help"]) == 0
+    assert cli.main([name, "--help"]) == 0
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert all(len(line) <= width for line in printed.splitlines())

@@ -85,7 +85,7 @@ def ask(capfd: pytest.CaptureFixture[str], arguments: list[str], seconds: float)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     started, capfd_error = time.monotonic(), ""
     try:
-        code = cli.run(arguments)
+        code = cli.main(arguments)
     except Hangs:
         code, capfd_error = -1, "".join(traceback.format_exc()[-3000:])
     except Exception:

@@ -26,12 +26,13 @@ from orchestrator.workspace.journal import read_journal
 
 DRIVER = """
 import json, pathlib, sys
-from orchestrator.cluster.train import run_train_job
+from orchestrator.cluster.ray_train import run_train_jobs
+from orchestrator.settings import ClusterSettings
 from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.errors import Interrupted
 job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 try:
-    run_train_job(job, num_workers=int(sys.argv[2]))
+    run_train_jobs([job], ClusterSettings(num_workers=int(sys.argv[2])))
 except (Interrupted, KeyboardInterrupt):
     sys.exit(130)
 """

@@ -37,8 +37,8 @@ nodes = Cluster(initialize_head=True, head_node_args=head)
 doomed = nodes.add_node(num_cpus=1, **small)
 os.environ["RAY_ADDRESS"] = nodes.address
 
-from orchestrator.cluster.train import run_train_job
-from orchestrator.cluster.tune import run_trials
+from orchestrator.cluster.ray_train import run_train_jobs
+from orchestrator.cluster.ray_tune import run_trials
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import TrainingJob
 
@@ -56,7 +56,7 @@ def train(parameters, context):
 
 try:
     if sys.argv[2] == "job":
-        run_train_job(job, watch=watch)
+        run_train_jobs([job], watch=watch)
     else:
         folder = job.folder.with_name("sweep")
         [report] = run_trials(train, [job.to_dict()], folder, watch=watch)

@@ -13,7 +13,7 @@ from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import SweepResults
-from orchestrator.settings import resolve_settings
+from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.execution import sweep
 from orchestrator.sweeping.rounds import TrialRounds
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
@@ -27,8 +27,7 @@ from orchestrator.workspace.folders import open_workspace
 def test_a_full_disk_fails_a_trial_with_its_reason_and_the_rest_goes_on(
     tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestrator.cluster.placement import TrialLimits
-    from orchestrator.cluster.tune import TrialContext, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, run_trials
 
     victim, other = tiny_plan.trials[1:3]
 
@@ -52,7 +51,7 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_rest_goes_on(
             {"trial": trial.to_dict(), "is_full": is_full and trial is victim}
             for trial in (victim, other)
         ]
-        return run_trials(run, given, tmp_path / "s", limits=TrialLimits(max_failures=1))
+        return run_trials(run, given, tmp_path / "s", SweepSettings(max_failures_per_trial=1))
 
     failed, made = reports(is_full=True)
     assert failed.result is None

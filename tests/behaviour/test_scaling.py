@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 def printed_cells(command: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Run a command of the table and return the figures that it prints for the cells."""
-    assert cli.run([*shlex.split(command)[1:], "-w", str(workspace)]) == 0
+    assert cli.main([*shlex.split(command)[1:], "-w", str(workspace)]) == 0
     output = capsys.readouterr().out
     cells = []
     for name in ("parameters", "memory", "time", "checkpoints"):
@@ -53,7 +53,7 @@ def test_what_the_text_says_of_fitting_is_so(
 ) -> None:
     monkeypatch.setattr("orchestrator.planning.preflight.installed_gpu", lambda: None)
     for command, _ in ROWS:
-        assert cli.run([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
+        assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
         assert re.search(r"on an H100 +there is room for it", capsys.readouterr().out), command
 
 

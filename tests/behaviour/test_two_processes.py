@@ -25,9 +25,15 @@ from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import STOP_NAME, TrainingJob, finished_outcome, request_stop
+from orchestrator.training.job import (
+    STOP_NAME,
+    TrainingJob,
+    TrainingOutcome,
+    finished_outcome,
+    request_stop,
+)
 from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import is_run_locked, lock_run_folder, run_each_once
+from orchestrator.training.run_lock import is_run_locked, jobs_to_train, lock_run_folder
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 
@@ -61,7 +67,7 @@ print(json.dumps([outcome.to_dict() for outcome in outcomes]), flush=True)
 
 UNDER_RAY = """
 import json, sys
-from orchestrator.cluster.train import run_train_jobs
+from orchestrator.cluster.ray_train import run_train_jobs
 from orchestrator.training.job import TrainingJob
 
 def note(text):
@@ -253,16 +259,11 @@ def test_a_stop_file_of_a_held_folder_is_its_holders(job: TrainingJob) -> None:
 
 
 def test_a_job_named_twice_is_trained_once(job: TrainingJob) -> None:
-    asked: list[list[TrainingJob]] = []
-
-    def run(jobs: list[TrainingJob]) -> None:
-        asked.append(jobs)
-        for each in jobs:
-            run_job(each)
-
-    first, second = run_each_once([job, job], run)
-    assert first == second
-    assert asked == [[job]]
+    outcomes: dict[str, TrainingOutcome] = {}
+    for jobs in jobs_to_train([job, job], outcomes):
+        assert jobs == [job]
+        run_job(job)
+    assert outcomes[job.run_folder].finished
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.cluster import local as local_run
-from orchestrator.cluster.local import check_local, run_local_jobs
+from orchestrator.cluster.launch import check_local
+from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import step_of, weights_key
@@ -75,12 +76,12 @@ def at_step(job: TrainingJob, step: int, act: Callable[[], None]) -> Callable[[]
 def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
     ray_session: None, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.cluster.train import run_train_job
+    from orchestrator.cluster.ray_train import run_train_jobs
 
     # As many threads as the one worker of the session's Ray.
     monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources(cpus=2, gpus=0))
     under_ray = replace(job, run_folder=f"{job.run_folder}-ray")
-    expected = run_train_job(under_ray)
+    (expected,) = run_train_jobs([under_ray])
     (outcome,) = run_local_jobs([job])
     assert said(job) == said(under_ray)
     assert weights(job) == weights(under_ray)
@@ -158,7 +159,7 @@ def test_the_commands_refuse_them_too(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     several = [*command, "--local", "--set", "cluster.num_workers=2", "-w", str(tmp_path / "ws")]
-    assert cli.run(several) == 2
+    assert cli.main(several) == 2
     assert "--local trains in this process alone" in capsys.readouterr().err
     assert not (tmp_path / "ws").exists()
 

@@ -104,7 +104,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         return outcomes
 
     for module in (pretraining, distilling):
-        monkeypatch.setattr(module, "run_jobs", run_here)
+        monkeypatch.setattr(module, "job_runner", lambda **_: run_here)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_the_tracked_run_ends_with_the_status_of_the_training(
     def end(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pretraining, "run_jobs", end)
+    monkeypatch.setattr(pretraining, "job_runner", lambda **_: end)
     with pytest.raises(type(error)):
         pretrain_models({"a": settings()}, context, tiny_tokens)
     assert tracking.statuses == [("pretrain", status)]

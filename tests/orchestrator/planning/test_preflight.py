@@ -36,7 +36,6 @@ from orchestrator.settings import (
 )
 from orchestrator.settings.shipped import shipped_sweeps
 from orchestrator.sweeping.models import models_of, teacher_and_baselines, with_model
-from orchestrator.sweeping.rounds import limits_of
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import TrainingJob
@@ -48,7 +47,7 @@ from orchestrator.workspace.folders import open_workspace
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
     """Run a dry run and return its lines by name."""
-    assert cli.run(["pretrain", "--dry-run", *arguments]) == 0
+    assert cli.main(["pretrain", "--dry-run", *arguments]) == 0
     lines: dict[str, str] = {}
     name = ""
     for line in capsys.readouterr().out.splitlines()[1:]:
@@ -115,7 +114,7 @@ def test_prepared_tokens_give_their_own_numbers(
 def test_what_can_be_met_nowhere_is_a_mistake(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    assert cli.run(["pretrain", "--dry-run", "-w", str(tmp_path), *arguments]) == 2
+    assert cli.main(["pretrain", "--dry-run", "-w", str(tmp_path), *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
@@ -133,7 +132,7 @@ def test_a_run_without_room_ends_before_text_is_read(
     }[what]
     monkeypatch.setattr("orchestrator.planning.preflight.local_free_bytes", lambda *_, **__: little)
     options = ["--preset", "55m", "--set", "training.num_tokens_per_step=65536"]
-    assert cli.run(["pretrain", "-w", str(tmp_path), *options]) == 2
+    assert cli.main(["pretrain", "-w", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert ("GiB free" in error) == (what == "memory")
     assert "--preset tiny" in error or "--workspace" in error
@@ -141,7 +140,7 @@ def test_a_run_without_room_ends_before_text_is_read(
 
 
 def test_mfu_goes_with_a_plan_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["pretrain", "--mfu", "0.3"]) == 2
+    assert cli.main(["pretrain", "--mfu", "0.3"]) == 2
     assert "--dry-run" in capsys.readouterr().err
 
 
@@ -241,12 +240,10 @@ def job_of(
 
 def placed(*assignments: str, jobs: tuple[TrainingJob, ...] = ()) -> tuple[int, int | None]:
     """Return the GPUs of a trial, and how many trials run at once."""
-    limits = limits_of(
-        assign_trial_gpus(
-            resolve_settings({}, assignments), [request_of(job) for job in jobs]
-        ).sweep
+    settings = assign_trial_gpus(
+        resolve_settings({}, assignments), [request_of(job) for job in jobs]
     )
-    return limits.gpus_per_trial, limits.at_once
+    return settings.sweep.gpus_per_trial or 0, settings.sweep.trials_at_once
 
 
 def test_trials_take_the_gpus_of_the_run() -> None:
@@ -319,11 +316,9 @@ def test_a_shipped_sweep_trains_where_it_says_and_fits_there(name: str, tmp_path
     on_gpus = settings.cluster.num_gpus > 0
     assert on_gpus == name.startswith("paper-")
     jobs = models_to_train(settings, tmp_path)
-    limits = limits_of(
-        assign_trial_gpus(settings, [request_of(job) for job in jobs["trials"]]).sweep
-    )
-    assert limits.gpus_per_trial == int(on_gpus), "each trial fits on one GPU"
-    assert limits.at_once == (settings.cluster.num_gpus if on_gpus else None)
+    sweep = assign_trial_gpus(settings, [request_of(job) for job in jobs["trials"]]).sweep
+    assert sweep.gpus_per_trial == int(on_gpus), "each trial fits on one GPU"
+    assert sweep.trials_at_once == (settings.cluster.num_gpus if on_gpus else None)
     if on_gpus:
         free = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None)
         for job in [*jobs["run"], *jobs["trials"]]:

@@ -76,7 +76,7 @@ def test_what_is_made_of_a_model_is_never_made_of_an_older_one(
 ) -> None:
     arguments = [*(["1"] if command == "distill" else []), *([str(damaged)] if with_path else [])]
     before = sorted(workspace.root.glob("[!l]*/**"))
-    code = cli.run([command, *arguments, "--workspace", str(workspace.root)])
+    code = cli.main([command, *arguments, "--workspace", str(workspace.root)])
     said = " ".join(capfd.readouterr().err.split())
     assert code == 2
     newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
@@ -105,7 +105,7 @@ def test_who_only_reads_a_model_is_warned(
     assert str(newest) in said[0]
     assert f"{older} is used instead" in said[0]
     arguments = ["generate", *map(str, paths or ()), "--workspace", str(workspace.root)]
-    assert cli.run([*arguments, "--prompt", "abc", "-n", "1"]) == 0
+    assert cli.main([*arguments, "--prompt", "abc", "-n", "1"]) == 0
     printed = capfd.readouterr()
     assert f"{older} is used instead" in " ".join(printed.err.split())
     assert "damaged" not in printed.out, "the text alone is on standard output"

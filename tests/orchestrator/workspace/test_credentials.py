@@ -102,7 +102,7 @@ def test_a_server_that_is_away_is_named_without_its_password(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9/mlflow")
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
-    code = cli.run([command])
+    code = cli.main([command])
     printed = "".join(capfd.readouterr())
     assert code == expected_code, printed
     if command != "report":
@@ -122,14 +122,14 @@ def test_storage_with_a_secret_is_refused_before_anything_is_written(
         ["--set", f"cluster.storage={uri}"],
         ["--config", str(tmp_path / "settings.yaml")],
     ):
-        code = cli.run(["pretrain", *options])
+        code = cli.main(["pretrain", *options])
         printed = "".join(capfd.readouterr())
         assert code == 2, printed
         assert "cluster.storage: the address holds a password or a key" in printed
         assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment" in printed
         assert SECRET not in printed
     for option in (f"cluster.storge={uri}", uri):  # Misspelt, or without its name.
-        assert cli.run(["pretrain", "--set", option]) == 2
+        assert cli.main(["pretrain", "--set", option]) == 2
         assert SECRET not in "".join(capfd.readouterr())
     assert not (tmp_path / "space").exists()
 
@@ -152,7 +152,7 @@ def test_a_job_with_a_secret_is_refused_too(
 
 
 def test_the_reason_of_a_failed_trial_holds_no_secret() -> None:
-    from orchestrator.cluster.train import failure_reason  # Brings Ray along: seconds.
+    from orchestrator.cluster.ray_train import failure_reason  # Brings Ray along: seconds.
 
     error = OSError(f"cannot reach s3://KEY:{SECRET}@bucket\nsecond line")
     assert failure_reason(error) == "OSError: cannot reach s3://***@bucket"

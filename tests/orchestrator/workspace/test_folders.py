@@ -132,7 +132,7 @@ def test_a_workspace_of_another_version_is_refused_and_left_as_it_is(
     write_json(used / WORKSPACE_FILE_NAME, {"root": str(used), "records_name": []})
     before = {path: path.read_bytes() for path in used.rglob("*") if path.is_file()}
     for _ in range(2):
-        assert cli.run(["report", "--workspace", str(used)]) == 2
+        assert cli.main(["report", "--workspace", str(used)]) == 2
         text = " ".join(capfd.readouterr().err.split())
         assert "trainings of another version of this program" in text
         assert "`iiet-orch import OLD_CHECKPOINT`" in text

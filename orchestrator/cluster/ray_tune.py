@@ -1,10 +1,9 @@
-"""Trials side by side under Ray Tune: one worker directly in a Tune function, more as a Train job.
+"""Trials under Ray Tune: one worker runs directly in a Tune function, several as a Ray Train job.
 
-A Ray Train job inside each trial costs five times the start-up and three times the memory, so only
-trials of several workers have one (`trial_workers.py`).
-Tune keeps no state that is read again: a trial goes on from its own folder, so Tune's experiment
+A Ray Train job inside each trial takes five times the start-up and three times the memory, so only
+trials of several workers have one. A trial resumes from its own folder, so Tune's experiment
 snapshots, which miss what happened in their last seconds, are deleted. A trial that fails is tried
-again a set number of times; then it is reported with its reason, and the rest goes on.
+again a set number of times; then it is reported with its reason, and the other trials continue.
 """
 
 from __future__ import annotations
@@ -16,34 +15,37 @@ import queue
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from orchestrator.cluster.placement import Room, TrialLimits, find_room
+from orchestrator.cluster.placement import Placement, trial_placement
+from orchestrator.cluster.ray_train import RAY_FOLDER, failure_reason, final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.cluster.train import RAY_FOLDER, Watch, answer_of, failure_reason
-from orchestrator.cluster.tune_workers import train_with_workers
-from orchestrator.terminal.signals import GRACE_SECONDS, run_interruptibly
+from orchestrator.settings import SweepSettings
+from orchestrator.terminal.signals import GRACE_SECONDS, POLL_SECONDS, run_interruptibly
 from orchestrator.training.distributed import World
 from orchestrator.training.job import (
     TrainingJob,
     TrainingOutcome,
     clear_stop_request,
+    finished_outcome,
     is_stop_requested,
     request_stop,
 )
+from orchestrator.training.monitor import JournalReader
 from orchestrator.training.run import Report, run_job
 from orchestrator.workspace.errors import Interrupted
 
 # isort: split
-# Behind our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
+# After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
 import ray
 import ray.tune
 
-tune: Any = ray.tune  # its callbacks are called with names, of which ours take what they need
+tune: Any = ray.tune  # it calls callbacks with keyword arguments; ours take what they need
 
 ANSWER = "answer"
 
@@ -52,9 +54,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What a trial is told beside its parameters."""
+    """Where a trial runs, and whether it is asked to stop."""
 
-    room: Room
+    placement: Placement
     """How many workers it has, and what each gets."""
     should_stop: Callable[[], bool]
     """Whether to save and return soon."""
@@ -62,22 +64,24 @@ class TrialContext:
     @property
     def world(self) -> World:
         """The place of the trial's own process."""
-        return World(device="cuda" if self.room.use_gpu and self.room.workers == 1 else "cpu")
+        use_gpu = self.placement.use_gpu and self.placement.workers == 1
+        return World(device="cuda" if use_gpu else "cpu")
 
     def train(
         self, job: TrainingJob, should_stop: Callable[[], bool], report: Report | None = None
     ) -> TrainingOutcome:
         """Train a job here, or on the trial's workers; as `run_job`."""
-        if self.room.workers == 1:
+        if self.placement.workers == 1:
             return run_job(job, world=self.world, should_stop=should_stop, report=report)
-        return train_with_workers(job, self.room, should_stop=should_stop, report=report)
+        return train_with_workers(job, self.placement, should_stop=should_stop, report=report)
 
     def on_device(self, work: Callable[[str], T]) -> T:
-        """Do work that takes the name of a device, on one of the trial's devices."""
-        if self.room.workers == 1 or not self.room.use_gpu:
+        """Call a function with the name of one of the trial's devices, where that device is."""
+        if self.placement.workers == 1 or not self.placement.use_gpu:
             return work(self.world.device)
-        # The trial's own process has none: its workers had them, and have ended.
-        remote = ray.remote(num_cpus=self.room.cpus, num_gpus=1, scheduling_strategy="DEFAULT")
+        # The trial's own process has no GPU: its workers had them, and have ended.
+        cpus = self.placement.cpus
+        remote = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy="DEFAULT")
         answer: T = ray.get(remote(work).remote("cuda"))
         return answer
 
@@ -87,15 +91,14 @@ class TrialReport:
     """How one trial ended."""
 
     number: int
-    """Its place in the list of trials."""
+    """Its index in the list of trials."""
     parameters: dict[str, Any]
-    """What it was given."""
     result: dict[str, Any] | None = None
     """What it returned; None if it failed."""
     error: str | None = None
     """Why it failed, after all its retries."""
     after_stop: bool = False
-    """Whether that was after a stop was asked for."""
+    """Whether it ended after a stop was asked for."""
 
 
 TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
@@ -105,42 +108,43 @@ def run_trials(
     function: TrialFunction,
     trials: Sequence[dict[str, Any]],
     stop_folder: Path,
+    sweep: SweepSettings | None = None,
     *,
-    limits: TrialLimits | None = None,
     on_result: Callable[[TrialReport], None] | None = None,
-    watch: Watch | None = None,
-    saved: Callable[[], str] | None = None,
+    watch: Callable[[], None] | None = None,
+    saved: Callable[[], str] = lambda: "finished trials are saved",
 ) -> list[TrialReport]:
-    """Run trials side by side under Ray Tune. A failed one does not end the others.
+    """Run trials under Ray Tune, as many at the same time as fit. A failed one does not end the
+    others.
 
     Args:
         function: Importable function from parameters and context to a JSON-able result. It may be
-            called again for the same trial after a crash, and then goes on from what is on disk.
+            called again for the same trial after a crash; it resumes from what is on disk.
         trials: Parameters of each trial.
         stop_folder: Shared folder for the file that asks running trials to stop.
-        limits: How many at once, on what, and how often one may fail.
-        on_result: Called in this thread for each trial that ended, as soon as it did.
+        sweep: Trials at the same time, workers and GPUs of each, and how often one is tried again.
+        on_result: Called in this thread for each trial, soon after it ended.
         watch: Called a few times a second, to show progress.
         saved: Says what unfinished trials have saved; called after a signal.
 
     Returns:
-        One report a trial, in their order.
+        One report for each trial, in their order.
 
     Raises:
-        UserError: If there is no room for one trial.
+        UserError: If there are too few CPUs or GPUs for one trial.
         Interrupted: After Ctrl-C or SIGTERM.
     """
-    limits = limits or TrialLimits()
+    sweep = sweep or SweepSettings()
     if not trials:
         return []
     clear_stop_request(stop_folder)
     reports: dict[int, TrialReport] = {}
     with ray_cluster() as cluster:
-        room = find_room(limits, len(trials), cluster.resources)
-        follower = _Follower(trials, stop_folder)
+        placement = trial_placement(sweep, len(trials), cluster.resources)
+        callback = _TuneCallback(trials, stop_folder)
 
         def deliver() -> None:
-            for report in follower.ended():
+            for report in callback.new_reports():
                 reports[report.number] = report
                 if on_result:
                     on_result(report)
@@ -149,9 +153,9 @@ def run_trials(
 
         try:
             run_interruptibly(
-                lambda: _tune(function, follower, room, limits.max_failures),
-                ask_to_stop=follower.ask_to_stop,
-                saved=saved or (lambda: "finished trials are saved"),
+                lambda: _tune(function, callback, placement, sweep.max_failures_per_trial),
+                ask_to_stop=callback.request_stop,
+                saved=saved,
                 watch=deliver,
             )
         except Interrupted:
@@ -164,29 +168,36 @@ def run_trials(
     ]
 
 
-def _tune(function: TrialFunction, follower: _Follower, room: Room, max_failures: int) -> None:
-    storage = follower.stop_folder / RAY_FOLDER
+def _tune(
+    function: TrialFunction, callback: _TuneCallback, placement: Placement, max_failures: int
+) -> None:
+    storage = callback.stop_folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
     trainable = tune.with_parameters(
         _tune_trial,
         function=function,
-        trials=list(follower.trials),
-        stop_folder=follower.stop_folder,
-        room=room,
+        trials=list(callback.trials),
+        stop_folder=callback.stop_folder,
+        placement=placement,
     )
-    # Several workers hold their own places; any here could starve them. Tune wants something.
-    own = {"CPU": room.cpus, "GPU": int(room.use_gpu)} if room.workers == 1 else {"memory": 1}
+    own: dict[str, int] = {"CPU": placement.cpus, "GPU": int(placement.use_gpu)}
+    if placement.workers > 1:
+        # The workers have resources of their own, and a trial that reserved some, too, could keep
+        # them from its workers. Tune requires a non-empty request.
+        own = {"memory": 1}
     tune.Tuner(
         tune.with_resources(trainable, own),
-        param_space={"number": tune.grid_search(list(range(len(follower.trials))))},
+        param_space={"number": tune.grid_search(list(range(len(callback.trials))))},
         # The same processes serve one trial after another: 1 s a trial instead of 2 to 3.
-        tune_config=tune.TuneConfig(max_concurrent_trials=room.at_once, reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=placement.jobs_at_once, reuse_actors=True
+        ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[follower],
-            stop=follower,
+            callbacks=[callback],
+            stop=callback,
             verbose=0,
         ),
     ).fit()
@@ -199,25 +210,70 @@ def _tune_trial(
     function: TrialFunction,
     trials: Sequence[dict[str, Any]],
     stop_folder: Path,
-    room: Room,
+    placement: Placement,
 ) -> None:
-    torch.set_num_threads(room.cpus * room.workers)
-    context = TrialContext(room, lambda: is_stop_requested(stop_folder))
-    # One that was not begun reports nothing, too: Tune prints of a trial that it ended unheard.
-    asked = context.should_stop()
+    torch.set_num_threads(placement.cpus * placement.workers)
+    context = TrialContext(placement, lambda: is_stop_requested(stop_folder))
     answer = {}
-    if not asked:
-        trial = trials[config["number"]]
-        answer = answer_of(lambda: function(trial, context), is_stopping=context.should_stop)
+    if not context.should_stop():
+        try:
+            answer = {"result": function(trials[config["number"]], context)}
+        except Exception as error:
+            answer = final_answer(error, is_stopping=context.should_stop())
+    # Also when nothing was begun: Tune prints a warning about a trial that ends without a report.
     tune.report({ANSWER: json.dumps(answer)})
 
 
-class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
-    """Hears from Tune which trials run and how they end, and ends the experiment after a stop.
+def train_with_workers(
+    job: TrainingJob,
+    placement: Placement,
+    *,
+    should_stop: Callable[[], bool],
+    report: Report | None = None,
+) -> TrainingOutcome:
+    """Train a job on a trial's workers, until its end or a stop.
 
-    Tune would start the waiting trials while the running ones save their state, and it pickles what
-    it is given; so this object waits for those that ran when the stop was asked for, and pickles as
-    nothing.
+    The trial's own process reserves no CPUs, so trials cannot wait for each other's. It learns of
+    losses from the journal that the first worker writes; a request to stop reaches the workers as
+    the stop file in the job's folder. If a worker dies, the trial fails and is tried again, which
+    resumes from the newest checkpoint.
+
+    Args:
+        job: What to train; a finished one takes no time.
+        placement: Its workers.
+        should_stop: Asked a few times a second.
+        report: Called with the training step and its numbers.
+
+    Raises:
+        UserError: If the job cannot run as described.
+        Diverged: If a loss is not finite.
+        RunFailed: If a worker failed.
+    """
+    outcome = finished_outcome(job)
+    if outcome:
+        return outcome
+    tail = JournalReader(job.folder)
+    tail.read()  # Whoever resumes the trial has read what is there already.
+    clear_stop_request(job.folder)
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(fit_job, job, placement)
+        while not training.done():
+            wait((training,), timeout=POLL_SECONDS)
+            for record in tail.read():
+                if report and record["kind"] == "metrics":
+                    report(record["step"], record["values"])
+            if should_stop():
+                request_stop(job.folder)
+    clear_stop_request(job.folder)
+    training.result()
+    return finished_outcome(job) or TrainingOutcome(checkpoint=None, step=tail.step, finished=False)
+
+
+class _TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
+    """Collects the reports of ended trials, and ends the experiment after a stop.
+
+    Tune would start waiting trials while the running ones save their state, so after a stop this
+    object lets Tune end once those have returned. Tune pickles it; it pickles as an empty callback.
     """
 
     def __init__(self, trials: Sequence[dict[str, Any]], stop_folder: Path) -> None:
@@ -230,12 +286,12 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()
 
-    def ask_to_stop(self) -> bool:
+    def request_stop(self) -> bool:
         """Ask running trials to save and return; True if there are any."""
         request_stop(self.stop_folder)
         return bool(self._running)
 
-    def ended(self) -> Iterator[TrialReport]:
+    def new_reports(self) -> Iterator[TrialReport]:
         """Yield the reports of trials that ended since the last call."""
         while not self._reports.empty():
             yield self._reports.get()
@@ -254,7 +310,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
         return not self._to_wait_for or time.monotonic() > self._give_up_at
 
     def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:
-        """Note that a trial runs."""
+        """Record that a trial runs."""
         self._running.add(trial.config["number"])
 
     def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
@@ -265,9 +321,9 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
             self._report(number, result=answer.get("result"), error=answer.get("text"))
 
     def on_trial_recover(self, *_: Any, trial: Any, **__: Any) -> None:
-        """Report a trial that died after a stop: Tune would try it again, and it would do nothing.
+        """Report a trial that died after a stop, as trying it again would do nothing.
 
-        One that dies before is tried again, and reported when it ends.
+        One that dies before a stop is tried again, and reported when it ends.
         """
         if is_stop_requested(self.stop_folder):
             self.on_trial_error(trial=trial)
@@ -293,7 +349,7 @@ class _Follower(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
 
 def _last_error(trial: Any) -> BaseException:
-    """Return why a trial failed. Tune writes it here first and copies it to its storage later."""
+    """Return why a trial failed. Tune writes a file first, and copies it to its storage later."""
     path = trial.pickled_error_file
     if path and Path(path).is_file():
         error: BaseException = pickle.loads(Path(path).read_bytes())

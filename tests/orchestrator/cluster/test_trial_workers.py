@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.job import STOP_NAME, TrainingJob, job_key
@@ -41,8 +42,7 @@ def weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
 def run_with_two(
     trials: list[PlannedTrial], folder: Path, watch: Callable[[], None] | None = None
 ) -> list[Any]:
-    from orchestrator.cluster.placement import TrialLimits
-    from orchestrator.cluster.tune import TrialContext, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, run_trials
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         from orchestrator.sweeping import trial_run
@@ -51,9 +51,9 @@ def run_with_two(
         trial_run.measure_quality = lambda *_: {"accuracy": 0.5}  # type: ignore[assignment]
         return trial_function(parameters, context)
 
-    limits = TrialLimits(workers_per_trial=2, at_once=5)
+    sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
     given = [parameters(trial) for trial in trials]
-    return run_trials(trial, given, folder, limits=limits, watch=watch)
+    return run_trials(trial, given, folder, sweep, watch=watch)
 
 
 def test_two_workers_make_what_one_makes_also_through_a_stop(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.settings import SweepSettings
 from orchestrator.workspace.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ def attempts(folder: str, name: str) -> int:
 
 
 def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> None:
-    from orchestrator.cluster.tune import TrialContext, TrialReport, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, TrialReport, run_trials
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         import torch
@@ -54,8 +55,7 @@ def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> Non
 def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
     ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestrator.cluster.placement import TrialLimits
-    from orchestrator.cluster.tune import TrialContext, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, run_trials
 
     folder = str(tmp_path)
 
@@ -78,7 +78,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
         trial,
         [{"name": name} for name in names],
         tmp_path,
-        limits=TrialLimits(max_failures=2),
+        SweepSettings(max_failures_per_trial=2),
     )
     by_name = {report.parameters["name"]: report for report in reports}
     for name in ("once", "killed", "fine", "also fine"):
@@ -95,7 +95,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
 def test_a_stop_waits_for_running_trials_and_starts_no_other(
     ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestrator.cluster.tune import TrialContext, TrialReport, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, TrialReport, run_trials
     from orchestrator.workspace.errors import Interrupted
 
     folder = str(tmp_path)
@@ -140,17 +140,16 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
 
 
 def test_no_trials_are_no_work(tmp_path: Path) -> None:
-    from orchestrator.cluster.tune import run_trials
+    from orchestrator.cluster.ray_tune import run_trials
 
     assert run_trials(lambda parameters, context: {}, [], tmp_path) == []
 
 
 def test_more_at_once_than_cpus_is_cut_down(ray_session: None, tmp_path: Path) -> None:
-    from orchestrator.cluster.placement import TrialLimits
-    from orchestrator.cluster.tune import TrialContext, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, run_trials
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         return {"done": True}
 
-    reports = run_trials(trial, [{}] * 3, tmp_path, limits=TrialLimits(at_once=50))
+    reports = run_trials(trial, [{}] * 3, tmp_path, SweepSettings(trials_at_once=50))
     assert all(report.result == {"done": True} for report in reports)

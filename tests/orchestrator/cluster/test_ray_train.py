@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.settings import TrainingSettings
+from orchestrator.cluster.launch import check_jobs
+from orchestrator.settings import ClusterSettings, TrainingSettings
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.job import TrainingJob
@@ -90,15 +91,14 @@ class Listeners:
 
 @pytest.mark.slow
 def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job: MakeJob) -> None:
-    from orchestrator.cluster.train import run_train_job
+    from orchestrator.cluster.ray_train import run_train_jobs
 
     alone = run_job(make_job("alone"))
     listeners = Listeners(make_job("shared"))
     stores = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/store"))  # Others may have theirs.
-    shared = run_train_job(
-        make_job("shared", num_sequences_per_pass=1),
-        num_workers=2,
-        parallel="fsdp",
+    (shared,) = run_train_jobs(
+        [make_job("shared", num_sequences_per_pass=1)],
+        ClusterSettings(num_workers=2, parallel="fsdp"),
         watch=listeners.watch,
     )
     assert listeners.are_local(), listeners.found
@@ -114,7 +114,7 @@ def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job:
 
 @pytest.mark.slow
 def test_jobs_run_side_by_side_on_a_thread_each(ray_session: None, make_job: MakeJob) -> None:
-    from orchestrator.cluster.train import run_train_jobs
+    from orchestrator.cluster.ray_train import run_train_jobs
 
     jobs = [make_job("a"), make_job("b", seed=1)]
     listeners = Listeners(jobs[0])
@@ -129,7 +129,7 @@ def test_jobs_run_side_by_side_on_a_thread_each(ray_session: None, make_job: Mak
 
 
 def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.cluster import train as worker
+    from orchestrator.cluster import ray_train as worker
 
     outcome = run_job(make_job("done"))
     monkeypatch.setattr(worker, "ray_cluster", None)
@@ -155,10 +155,12 @@ LONG = {"num_steps": 400, "checkpoint_every_steps": 20, "validate_every_steps": 
 def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
     ray_session: None, make_job: MakeJob
 ) -> None:
-    from orchestrator.cluster.train import run_train_jobs
+    from orchestrator.cluster.ray_train import run_train_jobs
 
     killed, whole = make_job("killed", **LONG), make_job("whole", **LONG)
-    outcomes = run_train_jobs([killed, whole], num_workers=2, watch=kill_worker_once(killed))
+    outcomes = run_train_jobs(
+        [killed, whole], ClusterSettings(num_workers=2), watch=kill_worker_once(killed)
+    )
     (resumed,) = events(killed, "resumed")
     assert resumed["step"] >= 20
     assert resumed["num_workers"] == 2
@@ -169,11 +171,11 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
 
 @pytest.mark.slow
 def test_a_worker_that_dies_too_often_fails_the_stage(ray_session: None, make_job: MakeJob) -> None:
-    from orchestrator.cluster.train import run_train_job
+    from orchestrator.cluster.ray_train import run_train_jobs
 
     job = make_job("killed", **LONG)
     with pytest.raises(RunFailed, match=str(job.folder)):
-        run_train_job(job, max_failures=0, watch=kill_worker_once(job))
+        run_train_jobs([job], ClusterSettings(max_failures=0), watch=kill_worker_once(job))
     assert find_checkpoints(job.folder)
 
 
@@ -181,7 +183,8 @@ def test_a_worker_that_dies_too_often_fails_the_stage(ray_session: None, make_jo
 def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
     ray_session: None, make_job: MakeJob
 ) -> None:
-    from orchestrator.cluster.train import run_train_job
+
+    from orchestrator.cluster.ray_train import run_train_jobs
 
     job = make_job("full", num_steps=4000, checkpoint_every_steps=4000)
     pressed: list[int] = []
@@ -194,32 +197,30 @@ def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(CheckpointWriteFailed, match=r"run was stopping; nothing was saved$"):
-        run_train_job(job, watch=watch)
+        run_train_jobs([job], watch=watch)
     assert pressed
     assert not find_checkpoints(job.folder)
 
 
 def test_after_a_stop_any_error_is_an_answer() -> None:
-    from orchestrator.cluster.train import answer_of
+    from orchestrator.cluster.ray_train import final_answer
 
-    def fail() -> dict[str, Any]:
-        raise OSError("no room")
-
-    with pytest.raises(OSError, match="no room"):
-        answer_of(fail)
-    expected = {"error": "RunFailed", "text": "OSError: no room"}
-    assert answer_of(fail, is_stopping=lambda: True) == expected
+    error = OSError("no space left")
+    with pytest.raises(OSError, match="no space left"):
+        final_answer(error, is_stopping=False)
+    expected = {"error": "RunFailed", "text": "OSError: no space left"}
+    assert final_answer(error, is_stopping=True) == expected
 
 
 @pytest.mark.slow
 def test_what_trying_again_cannot_help_is_not_tried_again(
     ray_session: None, make_job: MakeJob
 ) -> None:
-    from orchestrator.cluster.train import run_train_jobs
+    from orchestrator.cluster.ray_train import run_train_jobs
 
     diverging, fine = make_job("diverging", learning_rate=1e30), make_job("fine")
     with pytest.raises(Diverged, match="diverged at step"):
-        run_train_jobs([diverging, fine], max_failures=5)
+        run_train_jobs([diverging, fine], ClusterSettings(max_failures=5))
     assert len(events(diverging, "started")) == 1
     assert events(fine, "finished"), "one job's end must not take the others along"
 
@@ -233,26 +234,14 @@ def test_what_trying_again_cannot_help_is_not_tried_again(
     ],
 )
 def test_mistakes_are_found_before_ray_starts(
-    make_job: MakeJob,
-    monkeypatch: pytest.MonkeyPatch,
-    recipe: dict[str, Any],
-    options: dict[str, Any],
-    sentence: str,
+    make_job: MakeJob, recipe: dict[str, Any], options: dict[str, Any], sentence: str
 ) -> None:
-    from orchestrator.cluster import train as worker
-
-    monkeypatch.setattr(worker, "ray_cluster", None)
     with pytest.raises(UserError, match=sentence):
-        worker.run_train_job(make_job("x", **recipe), **options)
+        check_jobs([make_job("x", **recipe)], ClusterSettings(**options))
     assert not make_job("x").folder.exists()
 
 
-def test_a_folder_of_another_job_is_refused_before_ray_starts(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.cluster import train as worker
-
+def test_a_folder_of_another_job_is_refused_before_ray_starts(make_job: MakeJob) -> None:
     run_job(make_job("taken"))
-    monkeypatch.setattr(worker, "ray_cluster", None)
     with pytest.raises(UserError, match=r"recipe\.seed was 0, is 5"):
-        worker.run_train_job(make_job("taken", seed=5))
+        check_jobs([make_job("taken", seed=5)], ClusterSettings())

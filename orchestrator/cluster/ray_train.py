@@ -1,0 +1,229 @@
+"""Training jobs under Ray Train, which starts a job's workers again when one dies.
+
+A job resumes from its own folder, so Ray's records of checkpoints, which a crash can damage, are
+deleted. A user's mistake or a diverged loss comes back as an answer instead of an exception,
+because starting the workers again would not help.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+
+from orchestrator.cluster.placement import Placement, job_placement
+from orchestrator.cluster.process_group import PrivateTorchConfig
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.settings import ClusterSettings
+from orchestrator.terminal.signals import recorded_signals, wait_for_work
+from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
+from orchestrator.training.distributed import World
+from orchestrator.training.job import (
+    TrainingJob,
+    TrainingOutcome,
+    clear_stop_request,
+    is_stop_requested,
+    request_stop,
+)
+from orchestrator.training.loop import Diverged
+from orchestrator.training.resume_point import describe_saved_state
+from orchestrator.training.run import run_job
+from orchestrator.training.run_lock import jobs_to_train
+from orchestrator.workspace.credentials import mask_secrets
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.journal import JOURNAL_NAME
+
+# isort: split
+# After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
+import ray.exceptions
+import ray.train.torch
+
+train_api: Any = ray.train  # type checkers see the API before version 2 there
+
+RAY_FOLDER = "ray"
+CONTROLLER_FAILURES = 3  # unlimited by default: a job without a place would wait for ever
+FINAL_ERRORS: dict[str, type[Exception]] = {
+    "UserError": UserError,
+    "Diverged": Diverged,
+    "CheckpointWriteFailed": CheckpointWriteFailed,
+}
+ANSWERED_ERRORS = {**FINAL_ERRORS, "RunFailed": RunFailed}
+
+
+def run_train_jobs(
+    jobs: Sequence[TrainingJob],
+    cluster: ClusterSettings | None = None,
+    *,
+    watch: Callable[[], None] | None = None,
+    note: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> list[TrainingOutcome]:
+    """Run jobs under Ray Train, as many at the same time as fit; finished ones take no time.
+
+    Jobs that another process trains are waited for.
+
+    Args:
+        jobs: What to train, each in a folder of its own; checked by `check_jobs`.
+        cluster: Workers and GPUs of each job, and how often it is started again after a worker
+            died; the defaults when unset.
+        watch: Called a few times a second, to show progress.
+        note: Called with a sentence if another process is waited for.
+        say: Called with a sentence when Ray starts.
+
+    Returns:
+        The outcome of each job, in their order.
+
+    Raises:
+        UserError: If there are too few CPUs or GPUs, or a job cannot run as described.
+        Diverged: If a loss is not finite.
+        RunFailed: If a job failed too often. The others have ended before.
+        Interrupted: After Ctrl-C or SIGTERM.
+    """
+    cluster = cluster or ClusterSettings()
+    outcomes: dict[str, TrainingOutcome] = {}
+    with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
+        for ours in parts:
+            for job in ours:
+                clear_stop_request(job.folder)
+            sizes = [_journal_bytes(job) for job in ours]
+            with ray_cluster(say=say) as running, recorded_signals() as signals:
+                placement = job_placement(
+                    len(ours), cluster.num_workers, cluster.num_gpus, running.resources
+                )
+                pool = ThreadPoolExecutor(placement.jobs_at_once)
+                fit = partial(
+                    fit_job,
+                    placement=placement,
+                    parallel=cluster.parallel,
+                    max_failures=cluster.max_failures,
+                )
+                trainings = [*map(partial(pool.submit, fit), ours)]
+                pool.shutdown(wait=False)  # It runs what was submitted, and ends.
+                wait_for_work(
+                    trainings,
+                    signals,
+                    ask_to_stop=partial(_ask_all_to_stop, ours, sizes),
+                    saved=partial(describe_saved_state, {job.folder.name: job for job in ours}),
+                    watch=watch,
+                )
+    return [outcomes[job.run_folder] for job in jobs]
+
+
+def fit_job(
+    job: TrainingJob, placement: Placement, *, parallel: str = "ddp", max_failures: int = 0
+) -> None:
+    """Run one job under Ray Train in the Ray that runs already, from the driver or inside a trial.
+
+    The caller watches for signals, and reads the outcome from the job's folder.
+
+    Args:
+        job: What to train; nothing is started if it was asked to stop.
+        placement: Its workers.
+        parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it.
+        max_failures: How often it is started again after a worker died.
+
+    Raises:
+        UserError: If the job cannot run as described.
+        Diverged: If a loss is not finite.
+        RunFailed: If it failed too often.
+    """
+    if is_stop_requested(job.folder):
+        return
+    storage = job.folder / RAY_FOLDER
+    shutil.rmtree(storage, ignore_errors=True)
+    gpus = {"GPU": 1} if placement.use_gpu else {}
+    trainer = train_api.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "job": job.to_dict(),
+            "num_threads": placement.cpus,
+            "parallel": parallel,
+        },
+        scaling_config=train_api.ScalingConfig(
+            num_workers=placement.workers,
+            use_gpu=placement.use_gpu,
+            resources_per_worker={"CPU": placement.cpus, **gpus},
+        ),
+        torch_config=PrivateTorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        run_config=train_api.RunConfig(
+            name="train",
+            storage_path=str(storage),
+            failure_config=train_api.FailureConfig(
+                max_failures=max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+            logging_config=train_api.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        answer = trainer.fit().return_value
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        raise RunFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if "error" in answer:
+        raise ANSWERED_ERRORS[answer["error"]](answer["text"])
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(config["num_threads"])
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = World(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=str(device),
+        parallel=config["parallel"],
+    )
+    job = TrainingJob.from_dict(config["job"])
+    try:
+        return {"result": run_job(job, world=world).to_dict()}
+    except Exception as error:
+        # One of several workers that fails alone must die: the others wait for it for ever.
+        return final_answer(error, is_stopping=world.size == 1 and is_stop_requested(job.folder))
+
+
+def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:
+    """Return `{"error": kind, "text": ...}` if trying again cannot help; else raise the error.
+
+    Args:
+        error: What happened in a worker.
+        is_stopping: Whether a stop was asked for. Nothing is tried again then, so any error is an
+            answer.
+    """
+    for name, kind in FINAL_ERRORS.items():
+        if isinstance(error, kind):
+            return {"error": name, "text": str(error)}
+    if not is_stopping:
+        raise error
+    text = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+    return {"error": "RunFailed", "text": text}
+
+
+def _ask_all_to_stop(jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:
+    for job in jobs:
+        request_stop(job.folder)
+    # A job that has written nothing since it was started has nothing to save.
+    return any(_journal_bytes(job) > size for job, size in zip(jobs, before, strict=True))
+
+
+def _journal_bytes(job: TrainingJob) -> int:
+    path = job.folder / JOURNAL_NAME
+    return path.stat().st_size if path.exists() else 0
+
+
+def failure_reason(error: BaseException) -> str:
+    """Say in one line what went wrong in a worker; the line is stored with the results."""
+    if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
+        error = next(iter(error.worker_failures.values()))
+    if isinstance(error, ray.train.ControllerError):
+        error = error.controller_failure
+    cause = getattr(error, "cause", None) or error
+    first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
+    return mask_secrets(f"{type(cause).__name__}: {first}")

@@ -1,0 +1,139 @@
+"""A command reaches the optimizer's step through few calls, and a debugger shows each of them.
+
+The path of `iiet-orch pretrain --workers 2`, functions of this repository only:
+
+1. `cli.app.main`: parses the command line
+2. `cli.training.pretrain`: the command
+3. `pipelines.pretraining.pretrain`: prepares the tokens
+4. `pipelines.pretraining.pretrain_models`: plans and follows the jobs
+5. `cluster.ray_train.run_train_jobs`: starts Ray and a thread for each job
+6. `cluster.ray_train.fit_job`: starts the workers of a job
+7. `cluster.ray_train._train_worker`: in a worker, called by Ray
+8. `training.run.run_job`: resumes and saves
+9. `training.loop.train`: the loop, which calls `optimizer.step`
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import orchestrator
+from orchestrator import cli
+
+ROOT = str(Path(orchestrator.__file__).parent.parent)
+
+COMMAND = ["cli/app.main", "cli/training.pretrain"]
+PIPELINE = ["pipelines/pretraining.pretrain", "pipelines/pretraining.pretrain_models"]
+IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/ray_train.run_train_jobs"]
+IN_WORKER = ["cluster/ray_train._train_worker", "training/run.run_job", "training/loop.train"]
+
+
+def own_calls(frame: FrameType | None = None) -> list[str]:
+    """Return the functions of this repository's packages on the stack, outermost first."""
+    return [
+        call.filename.removeprefix(f"{ROOT}/").removeprefix("orchestrator/")[:-3] + f".{call.name}"
+        for call in traceback.extract_stack(frame)
+        if call.filename.startswith((f"{ROOT}/orchestrator/", f"{ROOT}/iiet/"))
+    ]
+
+
+def arguments(workspace: Path, *options: str) -> list[str]:
+    """Return a command that pretrains the smallest model for a step."""
+    text = workspace.parent / "text.txt"
+    text.write_text("\n\n".join(f"The {n}th sentence has {n} words." for n in range(500)))
+    settings = (
+        f"data.source=files data.files=[{text}] data.vocab_size=300 model.num_layers=1 "
+        "model.dim=16 model.num_heads=1 model.ffn_dim=16 model.context_length=16 "
+        "model.corrections=1 training.num_steps=1 training.num_tokens_per_step=64 "
+        "training.num_validation_tokens=64"
+    )
+    sets = [word for setting in settings.split() for word in ("--set", setting)]
+    return ["pretrain", "--workspace", str(workspace), *options, *sets]
+
+
+def test_the_path_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks: list[list[str]] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        stacks.append(own_calls(sys._getframe(1)))
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    assert cli.main(arguments(tmp_path / "workspace", "--local")) == 0
+    (stack,) = stacks
+    assert stack == [*COMMAND, *PIPELINE, "cluster/local.run_local_jobs", *IN_WORKER[1:]]
+
+
+@pytest.mark.slow
+def test_the_path_with_two_workers_has_nine_calls(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.cluster import ray_train
+
+    in_driver: list[list[str]] = []
+    submit = concurrent.futures.ThreadPoolExecutor.submit
+
+    def recorded_submit(self: Any, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        if getattr(function, "func", None) is ray_train.fit_job:
+            in_driver.append(own_calls(sys._getframe(1)))
+        return submit(self, function, *given, **named)
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", recorded_submit)
+    in_thread: list[list[str]] = []
+    fit = ray_train.train_api.torch.TorchTrainer.fit
+
+    def recorded_fit(self: Any) -> Any:
+        in_thread.append(own_calls(sys._getframe(1)))
+        return fit(self)
+
+    monkeypatch.setattr(ray_train.train_api.torch.TorchTrainer, "fit", recorded_fit)
+    monkeypatch.setattr(
+        ray_train, "_train_worker", recording(ray_train._train_worker, tmp_path / "stack", ROOT)
+    )
+    assert cli.main(arguments(tmp_path / "workspace", "--workers", "2")) == 0
+    assert in_driver == [IN_DRIVER]
+    assert in_thread == [["cluster/ray_train.fit_job"]]
+    in_worker = (tmp_path / "stack").read_text().splitlines()
+    assert in_worker == IN_WORKER
+    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 9
+
+
+def recording(
+    train_worker: Callable[[dict[str, Any]], dict[str, Any]], path: Path, root: str
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a worker function that writes the stack of the first worker's step into a file."""
+
+    def worker(config: dict[str, Any]) -> dict[str, Any]:
+        import traceback
+
+        import torch
+
+        step = torch.optim.AdamW.step
+
+        def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
+            lines = [
+                call.filename.removeprefix(f"{root}/orchestrator/")[:-3] + f".{call.name}\n"
+                for call in traceback.extract_stack()[:-1]
+                if call.filename.startswith((f"{root}/orchestrator/", f"{root}/iiet/"))
+            ]
+            if torch.distributed.get_rank() == 0:
+                path.write_text("".join(lines))
+            return step(self, closure)
+
+        torch.optim.AdamW.step = recorded  # type: ignore[method-assign]
+        try:
+            return train_worker(config)
+        finally:
+            torch.optim.AdamW.step = step  # type: ignore[method-assign]
+
+    return worker
