@@ -1,21 +1,19 @@
-"""The only door to MLflow: runs found again by their key, written to in batches, never in
-training's way.
+"""The only package that imports MLflow: runs are found by their key, and training never waits.
 
-Losses go to a journal on disk first (`workspace.journal`); `TrackedRun.log_journal` copies what is
-new into MLflow, from an offset that is stored in the run itself, so that a lost store is simply
-filled again. When a server does not answer, the caller is told once, the operation goes to the
-outbox and the work goes on; `Tracking.sync` delivers it later. `store.py` alone imports MLflow.
+Losses go to a journal on disk first (`workspace.journal`). `TrackedRun.log_journal` copies the new
+records to MLflow; the run itself stores how far, so an empty store is simply filled again. If a
+server does not respond, one warning is printed, the operation goes to the outbox, and the work
+continues; `Tracking.sync` delivers it later.
 
-Own client calls instead of MLflow's fluent API or Ray's callback: those raise into training, block
-for minutes on a dead server, and make a second run of every trial that is resumed.
+MLflow's fluent API and Ray's callback are not used: they raise errors into training, block for
+minutes on a dead server, and create a second run for every resumed trial.
 """
 
-from orchestrator.tracking.identity import RunIdentity
-from orchestrator.tracking.links import ChartView, Links, tag_filter
+from orchestrator.tracking.chart_view import ChartView
+from orchestrator.tracking.store import tag_filter
 from orchestrator.tracking.tracker import (
     VIEW_TAG,
     TrackedRun,
-    TrackedSweep,
     Tracking,
     open_tracking,
     status_after,
@@ -24,12 +22,9 @@ from orchestrator.tracking.tracker import (
 __all__ = [
     "VIEW_TAG",
     "ChartView",
-    "Links",
-    "RunIdentity",
     "TrackedRun",
-    "TrackedSweep",
     "Tracking",
-    "tag_filter",
     "open_tracking",
     "status_after",
+    "tag_filter",
 ]

@@ -1,10 +1,10 @@
-"""The only file that imports MLflow: what it offers to the rest, after its noise was turned off."""
+"""Import MLflow's client quietly; the other modules of this package import it from here."""
 
 from __future__ import annotations
 
 import os
 
-# MLflow reads these while it is imported or at its first request; a value that is already set wins.
+# MLflow reads these when it is imported or at its first request. The user's own values win.
 QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -27,7 +27,6 @@ __all__ = [
     "MlflowClient",
     "MlflowException",
     "Param",
-    "QUIET_ENVIRONMENT",
     "Run",
     "RunTag",
 ]

@@ -1,9 +1,8 @@
-"""What makes an exported folder a model that `mlflow.pyfunc.load_model` loads: files beside it.
+"""Write the files that let `mlflow.pyfunc.load_model` load an exported model folder.
 
 `MLmodel` names the loader (`served_model.py`, which is copied into `code/`), the signature and the
-versions that are needed. They are written by hand, because MLflow's own `log_model` would load the
-model while it is registered, and run code of its folder. The folder itself stays what transformers
-loads.
+required versions. The files are written by hand, because MLflow's own `log_model` would load the
+model during registration and run code from its folder. Transformers still loads the folder.
 """
 
 from __future__ import annotations
@@ -24,14 +23,16 @@ from orchestrator.tracking import served_model
 MODEL_FILE = "MLmodel"
 CODE_FOLDER = "code"
 LOADER = "iiet_served_model"
-NEEDED = ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
+REQUIRED_PACKAGES = ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def write_flavor(folder: Path) -> None:
-    """Write the files into an empty folder, from which they go beside an exported model."""
+    """Write the files into an empty folder; the caller copies them into the model folder."""
     python = platform.python_version()
-    # Named here: MLflow would find out by loading the model. Builds such as +cpu are not on PyPI.
-    needed = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED]
+    # MLflow would load the model to find these. Builds such as +cpu are not on PyPI.
+    requirements = [
+        f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIRED_PACKAGES
+    ]
     model = {
         "flavors": {
             "python_function": {
@@ -49,25 +50,25 @@ def write_flavor(folder: Path) -> None:
     conda = {
         "name": "mlflow-env",
         "channels": ["conda-forge"],
-        "dependencies": [f"python={python}", "pip", {"pip": needed}],
+        "dependencies": [f"python={python}", "pip", {"pip": requirements}],
     }
     _write(folder / MODEL_FILE, model)
     _write(folder / "conda.yaml", conda)
     _write(folder / "python_env.yaml", {"python": python, "dependencies": ["-r requirements.txt"]})
-    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needed))
+    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements))
     (folder / CODE_FOLDER).mkdir()
     shutil.copyfile(served_model.__file__, folder / CODE_FOLDER / f"{LOADER}.py")
 
 
 def _signature() -> dict[str, str]:
-    """Return the signature of `TextModel.predict`: one column of texts in, one text a row out."""
+    # Of `TextModel.predict`: one column of texts as input, one text per row as output.
     column = [{"type": "string", "required": True}]
     params = [
         {"name": "max_new_tokens", "type": "long", "default": 64, "shape": None},
         {"name": "temperature", "type": "double", "default": 0.0, "shape": None},
     ]
-    parts = {"inputs": column, "outputs": column, "params": params}
-    return {name: json.dumps(part) for name, part in parts.items()}
+    signature = {"inputs": column, "outputs": column, "params": params}
+    return {name: json.dumps(value) for name, value in signature.items()}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""What can be done to a run: each a function of plain values that can be repeated without harm.
+"""Operations on one run: functions of plain values that can be repeated without harm.
 
-That is what lets the outbox deliver an operation later, or twice after a crash.
+So the outbox can deliver an operation later, or twice after a crash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TABLES_TAG = "mlflow.loggedArtifacts"
 VERSION_TAG = "iiet.key"
 MODEL_FOLDER = "model"
 
-# Limits of MLflow 3: one request takes so many, and longer texts are refused.
+# Limits of MLflow 3: larger requests and longer texts are refused.
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 MAX_TAG_CHARACTERS = 8000
@@ -36,9 +36,9 @@ def _describe(
     if run.info.status in ("KILLED", "FAILED"):
         client.update_run(run_id, status="RUNNING")
     new = [
-        Param(_legal(name), value[:MAX_PARAM_CHARACTERS])
+        Param(_valid_name(name), value[:MAX_PARAM_CHARACTERS])
         for name, value in params.items()
-        if _legal(name) not in run.data.params
+        if _valid_name(name) not in run.data.params
     ]
     run_tags = [RunTag(name, value[:MAX_TAG_CHARACTERS]) for name, value in tags.items()]
     client.log_batch(run_id, tags=run_tags)
@@ -46,11 +46,11 @@ def _describe(
         client.log_batch(run_id, params=batch)
 
 
-def _mirror(client: MlflowClient, run_id: str, folder: str) -> None:
+def _log_journal(client: MlflowClient, run_id: str, folder: str) -> None:
     offset = int(client.get_run(run_id).data.tags.get(OFFSET_TAG, 0))
     records, end = read_journal(Path(folder), offset)
     metrics = [
-        Metric(_legal(name), value, record["time"], record["step"])
+        Metric(_valid_name(name), value, record["time"], record["step"])
         for record in records
         if record.get("kind") == "metrics"
         for name, value in record["values"].items()
@@ -61,22 +61,22 @@ def _mirror(client: MlflowClient, run_id: str, folder: str) -> None:
         client.set_tag(run_id, OFFSET_TAG, str(end))
 
 
-def _metrics(
+def _log_metrics(
     client: MlflowClient, run_id: str, values: Mapping[str, float], step: int, time_ms: int
 ) -> None:
-    # MLflow adds a point also where step and value are those of the last one.
+    # MLflow adds a point even if step and value equal those of the last one.
     last = {point.key: point for point in client.get_run(run_id).data._metric_objs}
 
     def is_stored(name: str, value: float) -> bool:
         point = last.get(name)
         if point is not None and point.step != step:
-            # A summary under the name of a curve: the run itself tells the curve's end alone.
+            # The run holds only the last point of a curve; this step may be an earlier one.
             history = client.get_metric_history(run_id, name)
-            there = [earlier for earlier in history if earlier.step == step]
-            point = max(there, key=lambda earlier: earlier.timestamp, default=None)
+            same_step = [earlier for earlier in history if earlier.step == step]
+            point = max(same_step, key=lambda earlier: earlier.timestamp, default=None)
         return point is not None and _is_same(point.value, value)
 
-    named = {_legal(name): value for name, value in values.items()}
+    named = {_valid_name(name): value for name, value in values.items()}
     metrics = [
         Metric(name, value, time_ms, step)
         for name, value in named.items()
@@ -89,26 +89,25 @@ def _metrics(
 def _is_same(stored: float, value: float) -> bool:
     if math.isnan(value):
         return math.isnan(stored)
-    # An infinite number is stored as the largest one.
-    largest = sys.float_info.max
+    largest = sys.float_info.max  # MLflow stores infinity as this.
     return stored in (value, min(max(value, -largest), largest))
 
 
-def _artifact(client: MlflowClient, run_id: str, path: str, folder: str | None) -> None:
+def _log_artifact(client: MlflowClient, run_id: str, path: str, folder: str | None) -> None:
     if Path(path).is_dir():
         client.log_artifacts(run_id, path, folder)
     else:
         client.log_artifact(run_id, path, folder)
 
 
-def _table(
+def _log_table(
     client: MlflowClient,
     run_id: str,
     columns: Sequence[str],
     data: Sequence[Sequence[Any]],
     name: str,
 ) -> None:
-    # MLflow's own `log_table` appends to an older file; a report written again must replace it.
+    # MLflow's own `log_table` appends to an existing table; a new report must replace it.
     client.log_text(run_id, json.dumps({"columns": columns, "data": data}), name)
     tables = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
     entry = {"path": name, "type": "table"}
@@ -116,7 +115,7 @@ def _table(
         client.set_tag(run_id, TABLES_TAG, json.dumps([*tables, entry]))
 
 
-def _dataset(client: MlflowClient, run_id: str, name: str, digest: str, profile: str) -> None:
+def _log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, profile: str) -> None:
     dataset = Dataset(name=name, digest=digest, source_type="local", source=digest, profile=profile)
     client.log_inputs(run_id, datasets=[DatasetInput(dataset=dataset, tags=[])])
 
@@ -124,21 +123,17 @@ def _dataset(client: MlflowClient, run_id: str, name: str, digest: str, profile:
 def _register(
     client: MlflowClient, run_id: str, model: str, key: str, folder: str, alias: str, note: str
 ) -> None:
-    """Store a model folder with a run, as a version of a registered model that an alias names.
-
-    `mlflow.pyfunc.load_model` loads it, and transformers what lies there.
-    """
     if not client.search_registered_models(f"name = '{model}'"):
         client.create_registered_model(model)
     versions = client.search_model_versions(f"name = '{model}'")
     same = [v for v in versions if v.tags.get(VERSION_TAG) == key and v.run_id == run_id]
-    place = f"{MODEL_FOLDER}-{key}"
+    path = f"{MODEL_FOLDER}-{key}"
     if not same:
-        client.log_artifacts(run_id, folder, place)
+        client.log_artifacts(run_id, folder, path)
         with TemporaryDirectory() as flavor:
             write_flavor(Path(flavor))
-            client.log_artifacts(run_id, flavor, place)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+            client.log_artifacts(run_id, flavor, path)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
         same = [
             client.create_model_version(
                 model, source, run_id, tags={VERSION_TAG: key}, description=note
@@ -152,19 +147,20 @@ def _finish(client: MlflowClient, run_id: str, status: str, time_ms: int) -> Non
         client.set_terminated(run_id, status, end_time=time_ms)
 
 
+# The names stand in outboxes on disk.
 OPERATIONS: dict[str, Callable[..., None]] = {
     "describe": _describe,
-    "mirror": _mirror,
-    "metrics": _metrics,
-    "artifact": _artifact,
-    "table": _table,
-    "dataset": _dataset,
+    "mirror": _log_journal,
+    "metrics": _log_metrics,
+    "artifact": _log_artifact,
+    "table": _log_table,
+    "dataset": _log_dataset,
     "register": _register,
     "finish": _finish,
 }
 
 
-def _legal(name: str) -> str:
+def _valid_name(name: str) -> str:
     # MLflow allows letters, digits, `_ - . : /` and space in names; lm-eval has `acc,none`.
     return "".join(c if c.isalnum() or c in "_-.:/ " else "_" for c in name)
 

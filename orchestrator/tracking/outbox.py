@@ -1,8 +1,7 @@
-"""What MLflow could not take: one JSON line for each operation, kept until a server takes it.
+"""Operations that MLflow has not received: one JSON line each, kept until they are delivered.
 
-Tracking never stops training. When a server does not answer, the operation itself is written down
-here, as data, and done later by the same code (`iiet-orch sync`). Operations can be repeated
-without harm, so a crash between doing one and striking it off costs nothing.
+Operations can be repeated without harm, so a crash between a delivery and the removal of its line
+costs nothing.
 """
 
 from __future__ import annotations
@@ -25,53 +24,48 @@ class Outbox:
     """A file of pending operations; any number of processes append."""
 
     def __init__(self, folder: Path) -> None:
-        """Use `folder`/tracking-outbox.jsonl; nothing is written before the first `add`."""
+        """Use `folder`/tracking-outbox.jsonl; the first `add` creates it."""
         self.path = folder / OUTBOX_NAME
         self._lock = FileLock(str(self.path) + ".lock")
 
     def add(self, record: Record) -> None:
-        """Append an operation; an equal one that waits already moves to the end."""
-        line = json.dumps(record, sort_keys=True)
-        with self._lock:
-            self._replace([*(other for other in self._lines() if other != line), line])
+        """Append an operation; an equal pending one moves to the end."""
+        self._replace(record, keep=True)
 
     def records(self) -> list[Record]:
-        """Return the pending operations in their order."""
+        """Return the pending operations in order; lines cut off by a crash are skipped."""
         with self._lock:
             return [json.loads(line) for line in self._lines()]
 
-    def drain(self, attempt: Callable[[Record], bool]) -> int:
-        """Offer each pending operation in its order; keep the first that is refused and all behind
-        it.
+    def deliver(self, attempt: Callable[[Record], bool]) -> int:
+        """Attempt the pending operations in order, until one fails; remove those that succeed.
 
         Returns:
-            How many were taken.
+            The number that succeeded.
         """
-        taken = 0
+        delivered = 0
         for record in self.records():
             if not attempt(record):
                 break
-            taken += 1
-            self._strike(record)
-        return taken
+            delivered += 1
+            self._replace(record, keep=False)
+        return delivered
 
-    def _strike(self, record: Record) -> None:
+    def _replace(self, record: Record, *, keep: bool) -> None:
+        # Compared as text: a metric may be NaN, which does not equal itself.
         line = json.dumps(record, sort_keys=True)
         with self._lock:
-            self._replace([other for other in self._lines() if other != line])
-
-    def _replace(self, lines: list[str]) -> None:
-        write_text(self.path, "".join(line + "\n" for line in lines))
+            lines = [other for other in self._lines() if other != line] + [line] * keep
+            write_text(self.path, "".join(line + "\n" for line in lines))
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if _is_json(line)]
+        return list(filter(_is_object, self.path.read_text(encoding="utf-8").splitlines()))
 
 
-def _is_json(line: str) -> bool:
+def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
-        return False  # cut off by a crash
+        return False

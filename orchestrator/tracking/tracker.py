@@ -1,9 +1,8 @@
-"""Runs as the stages use them: open by key, write, finish; a silent store costs a warning and
-nothing else.
+"""Runs as the pipelines use them: open by key, write, finish; a dead server costs one warning.
 
-Every write is first a record (operation, run, plain arguments). It is attempted at once; what fails
-goes to the outbox. After a failure the store is left alone for a while, longer each time, because
-each attempt at a dead server blocks for seconds.
+Every write is a record: operation, run, plain arguments. It is attempted at once; if that fails, it
+goes to the outbox. Each attempt at a dead server blocks for seconds, so after a failure there are
+no attempts for a while, longer each time.
 """
 
 from __future__ import annotations
@@ -17,42 +16,41 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.records.trial import TrialResult
-from orchestrator.tracking.identity import RunIdentity
-from orchestrator.tracking.links import VIEW_TAG_PREFIX, ChartView, Links
+from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
+from orchestrator.tracking.links import Links
+from orchestrator.tracking.operations import OPERATIONS
 from orchestrator.tracking.outbox import Outbox, Record
-from orchestrator.tracking.store import FAILURES, Store, first_line, is_refusal
+from orchestrator.tracking.store import FAILURES, RunIdentity, Store, first_line, is_refusal
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.folders import Workspace
 
 NOTE_TAG = "mlflow.note.content"
 VIEW_TAG = "iiet.chart_view"
 FIRST_PAUSE_SECONDS = 30.0
-LONGEST_PAUSE_SECONDS = 600.0
+MAX_PAUSE_SECONDS = 600.0
 
 Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TrackedSweep:
-    """A sweep's run, as far as links need it."""
+    """A sweep's run, with what links to it need."""
 
     name: str
-    """The sweep's name."""
     run_id: str
-    """Id of its run."""
     view: str | None
     """Key of its chart view; None before its first report."""
 
 
 class Tracking:
-    """One experiment, and what could not be written to it yet."""
+    """One experiment, and an outbox of what could not be written to it yet."""
 
     def __init__(self, workspace: Workspace, *, warn: Warn | None = None) -> None:
         """Name store and outbox; `open_tracking` also connects.
 
         Args:
             workspace: Gives the store's address, the artifact folder and the outbox.
-            warn: Called once when the store stops answering, and for content that it refuses.
+            warn: Called once when the store stops responding, and for values that it refuses.
         """
         self.store = Store(workspace)
         self.outbox = Outbox(workspace.root)
@@ -62,7 +60,7 @@ class Tracking:
 
     @property
     def experiment_id(self) -> str | None:
-        """The experiment's id; None as long as the store does not answer."""
+        """The experiment's id; None while the store does not respond."""
         return self.store.experiment_id
 
     def run(
@@ -71,40 +69,41 @@ class Tracking:
         *,
         name: str,
         kind: str,
-        parent: TrackedRun | RunIdentity | str | None = None,
+        parent: TrackedRun | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
         """Find the run with this key, kind and parent, or create it; there is never a second one.
 
-        A run that was killed or failed is running again afterwards; a finished one stays finished.
+        A killed or failed run is set to running again; a finished one stays finished.
 
         Args:
             key: Content key, or a sweep's name.
-            name: Shown by the user interface.
-            kind: Becomes the tag `iiet.kind`.
+            name: Name in the user interface.
+            kind: The tag `iiet.kind`.
             parent: The run it is nested in.
-            params: Parameters; one that the run has already keeps its value.
+            params: Parameters; MLflow never changes one, so existing ones keep their values.
             tags: Further tags.
         """
-        origin = parent.identity if isinstance(parent, TrackedRun) else parent
-        run = TrackedRun(self, RunIdentity(key, kind, name, origin))
-        run.describe(params=params, tags=tags)
+        run = TrackedRun(
+            self,
+            RunIdentity(key=key, kind=kind, name=name, parent=parent.identity if parent else None),
+        )
+        run.describe(params or {}, tags or {})
         return run
 
     def log_trial(
         self,
         result: TrialResult,
         *,
-        parent: TrackedRun | RunIdentity | str,
+        parent: TrackedRun,
         sweep: str,
         journal_folder: Path | None = None,
     ) -> TrackedRun:
-        """Track a finished trial as a nested run: parameters, metrics, and its journal's losses.
+        """Log a finished trial, teacher or baseline as a nested run, with its role as kind.
 
         Args:
-            result: The trial; a teacher or a baseline is nested in the same way, under its role as
-                kind.
+            result: Its parameters and metrics.
             parent: The sweep's run.
             sweep: The sweep's name, by which the chart view filters.
             journal_folder: Folder with the journal of its training.
@@ -124,15 +123,15 @@ class Tracking:
         return run
 
     def save_view(self, view: ChartView) -> None:
-        """Save a chart view in the experiment, so that a link opens it."""
+        """Save a chart view in the experiment, so that links can open it."""
         self.write({"operation": "view", "key": view.key, "value": view.tag_value()})
 
     def links(self, base_url: str, *, run_id: str | None = None, view: str | None = None) -> Links:
-        """Return links into MLflow's pages; those whose target is not known are None."""
+        """Return links to MLflow's pages; see `Links`."""
         return Links.of(base_url, self.experiment_id, run_id=run_id, view=view)
 
     def sweeps(self, limit: int) -> list[TrackedSweep]:
-        """Return the newest sweeps that the store holds; none while it does not answer."""
+        """Return the newest sweeps in the store; none while it does not respond."""
         try:
             runs = self.store.newest("sweep", limit)
         except FAILURES as error:
@@ -144,16 +143,16 @@ class Tracking:
         ]
 
     def sync(self) -> int:
-        """Deliver what waits in the outbox.
+        """Deliver the pending operations of the outbox; those that fail stay in it.
 
         Returns:
-            How many operations are done with; what the store did not take stays in the outbox.
+            The number of operations delivered, or refused for good.
         """
         self._paused_until = 0.0
-        return self.outbox.drain(self.attempt)
+        return self.outbox.deliver(self.attempt)
 
     def write(self, record: Record) -> None:
-        """Do an operation now, or keep it for later; where the disk is full, say so once."""
+        """Perform an operation now, or put it into the outbox; warn once if that fails, too."""
         if self.attempt(record):
             return
         try:
@@ -167,16 +166,17 @@ class Tracking:
             self._has_lost = True
 
     def attempt(self, record: Record) -> bool:
-        """Do an operation; True when it need not be tried again: it is done, or refused for
-        good."""
+        """Perform an operation; return False if it should be tried again later."""
         if self.is_paused:
             return False
         try:
+            client = self.store.connect()
             if record["operation"] == "view":
-                self.store.tag_experiment(VIEW_TAG_PREFIX + record["key"], record["value"])
+                tag = VIEW_TAG_PREFIX + record["key"]
+                client.set_experiment_tag(str(self.experiment_id), tag, record["value"])
             else:
-                run_id = self.store.run_id(RunIdentity.from_dict(record["run"]))
-                self.store.perform(record["operation"], run_id, record["arguments"])
+                run_id = self.store.run_id(RunIdentity.model_validate(record["run"]))
+                OPERATIONS[record["operation"]](client, run_id, **record["arguments"])
         except FAILURES as error:
             if is_refusal(error):
                 self._warn(f"MLflow refused {record['operation']}: {first_line(error)}")
@@ -188,33 +188,33 @@ class Tracking:
 
     @property
     def is_paused(self) -> bool:
-        """Whether the store failed a moment ago and is left alone for now."""
+        """Whether the store failed a moment ago, so that there are no attempts for now."""
         return time.monotonic() < self._paused_until
 
     def pause(self, error: Exception) -> None:
-        """Leave the store alone for a while; the first time, say so."""
+        """Make no attempts for a while; warn the first time."""
         if not self._pause_seconds:
             self._warn(
                 f"MLflow at {self.store.public_uri} does not respond ({first_line(error)}); "
                 "training continues, and `iiet-orch sync` delivers the missing records later"
             )
         longer = max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS)
-        self._pause_seconds = min(longer, LONGEST_PAUSE_SECONDS)
+        self._pause_seconds = min(longer, MAX_PAUSE_SECONDS)
         self._paused_until = time.monotonic() + self._pause_seconds
 
 
 class TrackedRun:
-    """One run. Every method returns, whatever the store does."""
+    """One run. No method raises if the store fails."""
 
     def __init__(self, tracking: Tracking, identity: RunIdentity) -> None:
-        """Name a run; `Tracking.run` also makes it."""
+        """Name a run; `Tracking.run` also creates it."""
         self.identity = identity
         self._tracking = tracking
         self._run_id: str | None = None
 
     @property
     def run_id(self) -> str | None:
-        """The run's id; None as long as the store does not answer."""
+        """The run's id; None while the store does not respond."""
         if self._run_id is None and not self._tracking.is_paused:
             try:
                 self._run_id = self._tracking.store.run_id(self.identity)
@@ -222,45 +222,37 @@ class TrackedRun:
                 self._tracking.pause(error)
         return self._run_id
 
-    def describe(
-        self, *, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
-    ) -> None:
-        """Set what describes the run, made if it is missing: parameters once and for all, tags
-        anew."""
-        texts = {name: str(value) for name, value in (params or {}).items()}
-        self._write("describe", params=texts, tags=dict(tags or {}))
-
-    def log_params(self, values: Mapping[str, Any]) -> None:
-        """Set parameters; MLflow never changes one, so the first value of a name stays."""
-        self.describe(params=values)
+    def describe(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Add parameters and tags; an existing parameter keeps its value, a tag is replaced."""
+        texts = {name: str(value) for name, value in params.items()}
+        self._write("describe", params=texts, tags=dict(tags))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or change tags."""
-        self.describe(tags=tags)
+        self.describe({}, tags)
 
     def set_note(self, markdown: str) -> None:
-        """Set the description that the run's page shows first."""
-        self.describe(tags={NOTE_TAG: markdown})
+        """Set the description at the top of the run's page."""
+        self.describe({}, {NOTE_TAG: markdown})
 
     def log_journal(self, folder: Path) -> None:
-        """Copy what is new in the folder's journal into the run; repeating it changes nothing."""
+        """Copy the journal's new metrics; records already in the run are not copied again."""
         self._write("mirror", folder=str(folder))
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Set metrics at a step."""
         numbers = {name: float(value) for name, value in values.items()}
-        self._write("metrics", values=numbers, step=step, time_ms=_now())
+        self._write("metrics", values=numbers, step=step, time_ms=_now_ms())
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Store a file, or all that a folder holds, in a folder of the run; it replaces its
-        namesake."""
+        """Store a file, or the files of a folder, in a folder of the run; replace existing ones."""
         self._write("artifact", path=str(path), folder=folder)
 
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-        """Store rows as the sortable table that MLflow's pages show; it replaces its namesake.
+        """Store rows as a sortable table on MLflow's pages; replace an existing one.
 
         Args:
-            rows: One mapping a row; the first row's names are the columns.
+            rows: One mapping per row; the first row's names are the columns.
             name: Path inside the run, ending in `.json`.
         """
         columns = list(rows[0]) if rows else []
@@ -268,12 +260,12 @@ class TrackedRun:
         self._write("table", columns=columns, data=data, name=name)
 
     def log_dataset(self, name: str, digest: str, profile: Mapping[str, Any]) -> None:
-        """Name the data that the run read.
+        """Log the data that the run read.
 
         Args:
-            name: Shown by the user interface.
+            name: Name in the user interface.
             digest: Hash of the content.
-            profile: Sizes and the like.
+            profile: Sizes and origin.
         """
         self._write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
 
@@ -281,60 +273,60 @@ class TrackedRun:
         """Store a model folder with the run, as a version of a registered model.
 
         Args:
-            model: Name of the registered model, made if it is missing.
-            folder: What `export` wrote.
+            model: Name of the registered model; created if it is missing.
+            folder: A model exported by `iiet-orch export`.
             key: Content key of the model; the same key in the same run is the same version.
-            alias: Points at this version from now on.
+            alias: Moves to this version.
             note: The version's description.
         """
         self._write("register", model=model, key=key, folder=str(folder), alias=alias, note=note)
 
     def finish(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED; one that has ended so keeps its end time."""
-        self._write("finish", status=status, time_ms=_now())
+        """End the run as FINISHED, FAILED or KILLED; an unchanged status keeps its end time."""
+        self._write("finish", status=status, time_ms=_now_ms())
 
     def _write(self, operation: str, **arguments: Any) -> None:
-        run = self.identity.to_dict()
+        run = self.identity.model_dump()
         self._tracking.write({"operation": operation, "run": run, "arguments": arguments})
 
 
 def status_after(error: BaseException | None) -> str:
-    """Return the status of a run whose work ended so: KILLED by the user, FAILED, or FINISHED."""
+    """Return a run's final status: KILLED after an interruption, FAILED, or FINISHED."""
     if error is None:
         return "FINISHED"
     return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
 
 
 def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking:
-    """Connect to the workspace's store, and make database and experiment if they are missing.
+    """Connect to the workspace's store; create its database and experiment if they are missing.
 
-    Call it once before workers start. A server that does not answer is no error: see `Tracking`.
+    Call it once before workers start. A server that does not respond is no error: see `Tracking`.
 
     Args:
         workspace: Gives the store; `MLFLOW_TRACKING_URI` overrides it.
-        warn: Called once when the store stops answering, and for content that it refuses.
+        warn: Called once when the store stops responding, and for values that it refuses.
 
     Raises:
-        UserError: If MLflow does not know such an address, or the local store is damaged.
+        UserError: If the address is not one of MLflow's, or the local store is damaged.
     """
     tracking = Tracking(workspace, warn=warn)
+    uri = tracking.store.public_uri
+    valid = "set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// address"
     try:
         tracking.store.connect()
     except ModuleNotFoundError as error:
         raise UserError(
-            f"MLflow's store {tracking.store.public_uri} needs the module {error.name}; "
-            "install it, or set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// address"
+            f"MLflow's store {uri} needs the module {error.name}; install it, or {valid}"
         ) from None
     except FAILURES as error:
         if not tracking.store.is_remote:
             raise UserError(
-                f"cannot open MLflow's store {tracking.store.public_uri}: {first_line(error)}; "
-                "move the file away, or set MLFLOW_TRACKING_URI to sqlite:///FILE or an http:// "
-                "address"
+                f"cannot open MLflow's store {uri}: {first_line(error)}; move the file away, or "
+                f"{valid}"
             ) from None
         tracking.pause(error)
     return tracking
 
 
-def _now() -> int:
+def _now_ms() -> int:
     return int(time.time() * 1000)

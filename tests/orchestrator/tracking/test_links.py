@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from orchestrator.tracking.links import ChartView, Links, tag_filter
+from orchestrator.tracking.chart_view import ChartView
+from orchestrator.tracking.links import Links
+from orchestrator.tracking.store import tag_filter
 
 
 def a_view(**changes: object) -> ChartView:

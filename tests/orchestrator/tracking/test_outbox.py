@@ -1,7 +1,8 @@
-"""The outbox keeps every operation once, in order, through crashes."""
+"""The outbox keeps every operation once and in order, also after crashes."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from orchestrator.tracking.outbox import Outbox, Record
@@ -11,13 +12,21 @@ def records(*numbers: int) -> list[Record]:
     return [{"operation": "metrics", "number": n} for n in numbers]
 
 
-def test_drain_stops_at_the_first_that_is_not_taken(tmp_path: Path) -> None:
+def test_delivery_stops_at_the_first_failure(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     for record in records(1, 2, 3):
         outbox.add(record)
-    assert outbox.drain(lambda record: record["number"] < 2) == 1
+    assert outbox.deliver(lambda record: record["number"] < 2) == 1
     assert outbox.records() == records(2, 3)
-    assert outbox.drain(lambda record: True) == 2
+    assert outbox.deliver(lambda record: True) == 2
+    assert outbox.records() == []
+
+
+def test_records_with_nan_are_stored_once_and_removed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    for _ in range(2):
+        outbox.add({"value": math.nan})
+    assert outbox.deliver(lambda record: True) == 1
     assert outbox.records() == []
 
 

@@ -1,4 +1,4 @@
-"""Runs are made once, filled from journals as often as wanted, and survive a store that is away."""
+"""Runs are created once, filled from journals without duplicates, and survive a dead server."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def client(tracking: Tracking) -> MlflowClient:
     return tracking.store.connect()
 
 
-def test_a_key_has_one_run_and_nested_runs_one_for_each_parent(tracking: Tracking) -> None:
+def test_a_key_has_one_run_under_each_parent(tracking: Tracking) -> None:
     sweep = tracking.run("one-run", name="sweep", kind="sweep")
     other = tracking.run("another", name="sweep", kind="sweep")
     trial = tracking.run("t", name="trial", kind="trial", parent=sweep)
-    again = tracking.run("t", name="trial", kind="trial", parent=sweep.identity)
-    elsewhere = tracking.run("t", name="trial", kind="trial", parent=other.run_id)
+    again = tracking.run("t", name="trial", kind="trial", parent=sweep)
+    elsewhere = tracking.run("t", name="trial", kind="trial", parent=other)
     assert tracking.run("one-run", name="renamed", kind="sweep").run_id == sweep.run_id
     assert again.run_id == trial.run_id
     assert elsewhere.run_id != trial.run_id
@@ -60,9 +60,9 @@ def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> N
     for _ in range(3):
         run.log_metrics(values)
     run.log_metrics({"a": 0.1}, step=7)  # The same value, later.
-    run.log_metrics({"a": 0.1})  # A summary under the name of a curve, which has gone on.
+    run.log_metrics({"a": 0.1})  # The summary of a curve that has later points.
     run.log_metrics({"f": 3.0})
-    run.log_metrics({"f": 2.0})  # As it was, but not as it is.
+    run.log_metrics({"f": 2.0})  # The first value again, after another one.
     assert run.run_id is not None
     points = {
         name: [(p.step, p.value) for p in client(tracking).get_metric_history(run.run_id, name)]
@@ -73,8 +73,8 @@ def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> N
     assert [value for _, value in points["f"]] == [2.0, 3.0, 2.0]
 
 
-def test_mirror_copies_each_record_once(tracking: Tracking, tmp_path: Path) -> None:
-    run = tracking.run("mirror", name="m", kind="pretrain")
+def test_a_journal_record_is_copied_once(tracking: Tracking, tmp_path: Path) -> None:
+    run = tracking.run("journal", name="j", kind="pretrain")
     journal = Journal(tmp_path)
     journal.metrics(10, {"train/loss": 5.0, "train/acc,none": 0.5})
     journal.event("checkpoint", step=10)
@@ -111,7 +111,7 @@ def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
     assert found.info.status == "FINISHED"
 
 
-def test_an_interrupted_run_goes_on_and_a_finished_one_stays(tracking: Tracking) -> None:
+def test_an_interrupted_run_resumes_and_a_finished_one_stays(tracking: Tracking) -> None:
     run = tracking.run("states", name="s", kind="pretrain")
     run.finish("KILLED")
     assert stored(tracking, tracking.run("states", name="s", kind="pretrain")).info.status == (
@@ -127,13 +127,14 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_stays(tracking: Tracking)
 
 def test_a_parameter_keeps_its_first_value(tracking: Tracking) -> None:
     run = tracking.run("params", name="p", kind="pretrain", params={"seed": 1})
-    run.log_params({"seed": 2, **{f"setting.{n}": n for n in range(150)}})
-    params = stored(tracking, run).data.params
-    assert params["seed"] == "1"
-    assert params["setting.149"] == "149"
+    params = {"seed": 2, **{f"setting.{n}": n for n in range(150)}}
+    run = tracking.run("params", name="p", kind="pretrain", params=params)
+    found = stored(tracking, run).data.params
+    assert found["seed"] == "1"
+    assert found["setting.149"] == "149"
 
 
-def test_a_table_written_again_is_replaced(
+def test_a_second_table_replaces_the_first(
     tracking: Tracking, workspace: Workspace, tmp_path: Path
 ) -> None:
     run = tracking.run("table", name="t", kind="sweep")
@@ -159,42 +160,44 @@ def test_artifacts_and_note(tracking: Tracking, tmp_path: Path) -> None:
     assert stored(tracking, run).data.tags["mlflow.note.content"] == "**hello**"
 
 
-def test_what_the_store_refuses_is_told_and_not_kept(workspace: Workspace, tmp_path: Path) -> None:
-    told: list[str] = []
-    tracking = open_tracking(workspace, warn=told.append)
+def test_a_refused_operation_is_reported_and_not_stored(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    warnings: list[str] = []
+    tracking = open_tracking(workspace, warn=warnings.append)
     run = tracking.run("refused", name="r", kind="sweep")
     run.log_artifact(tmp_path / "missing.png")
-    assert len(told) == 1
-    assert "missing.png" in told[0]
+    assert len(warnings) == 1
+    assert "missing.png" in warnings[0]
     assert tracking.outbox.records() == []
     run.log_metrics({"still": 1.0})
     assert stored(tracking, run).data.metrics == {"still": 1.0}
 
 
-def test_where_nothing_can_be_kept_the_work_goes_on_all_the_same(
+def test_a_full_disk_and_a_dead_server_stop_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    told: list[str] = []
-    tracking = open_tracking(open_workspace(tmp_path), warn=told.append)
-    tracking.outbox.path.mkdir()  # The system refuses to write there, as on a full disk.
+    warnings: list[str] = []
+    tracking = open_tracking(open_workspace(tmp_path), warn=warnings.append)
+    tracking.outbox.path.mkdir()  # Writing fails, as on a full disk.
     run = tracking.run("dead", name="run", kind="pretrain")
     run.log_metrics({"loss": 1.0})
     run.finish()
-    assert [text.split(";")[0].split(" (")[0] for text in told] == [
+    assert [text.split(";")[0].split(" (")[0] for text in warnings] == [
         "MLflow at http://127.0.0.1:9 does not respond",
         f"cannot store records for MLflow in {tracking.outbox.path}",
     ]
 
 
-def test_a_dead_server_costs_one_warning_and_replay_delivers(
+def test_a_dead_server_costs_one_warning_and_sync_delivers(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    told: list[str] = []
-    tracking = open_tracking(workspace, warn=told.append)
+    warnings: list[str] = []
+    tracking = open_tracking(workspace, warn=warnings.append)
     sweep = tracking.run("dead", name="sweep", kind="sweep", params={"seed": 3})
     trial = tracking.run("dead-trial", name="trial", kind="trial", parent=sweep)
     with_journal = Journal(tmp_path)
@@ -204,14 +207,14 @@ def test_a_dead_server_costs_one_warning_and_replay_delivers(
     trial.log_journal(tmp_path)
     trial.finish()
     assert trial.run_id is None
-    assert len(told) == 1
-    assert "iiet-orch sync" in told[0]
+    assert len(warnings) == 1
+    assert "iiet-orch sync" in warnings[0]
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     back = open_tracking(workspace, warn=pytest.fail)
     assert back.sync() == 4
     assert back.outbox.records() == []
-    found = stored(back, back.run("dead-trial", name="trial", kind="trial", parent=sweep.identity))
+    found = stored(back, back.run("dead-trial", name="trial", kind="trial", parent=sweep))
     assert found.info.status == "FINISHED"
     assert found.data.metrics == {"train/loss": 2.0}
     parent = client(back).get_run(found.data.tags["mlflow.parentRunId"])
@@ -223,7 +226,7 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(
 ) -> None:
     workspace = open_workspace(tmp_path)
     (tmp_path / "mlflow.db").write_text("this is no database, but it is long enough to look at\n")
-    with pytest.raises(UserError, match=r"mlflow\.db.*not a database.*move the file away"):
+    with pytest.raises(UserError, match=r"mlflow\.db.*not a sqlite database.*move the file away"):
         open_tracking(workspace)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     with pytest.raises(UserError, match="sqlite:///FILE"):
@@ -235,7 +238,7 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(
 
 
 @pytest.mark.parametrize("what", ["a folder", "a link to itself", "a text"])
-def test_what_can_be_no_database_is_found_before_mlflow_tries_to_open_it(
+def test_an_invalid_database_is_found_before_mlflow_opens_it(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -248,7 +251,7 @@ def test_what_can_be_no_database_is_found_before_mlflow_tries_to_open_it(
         path.symlink_to(path)
 
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("MLflow was asked")
+        raise AssertionError("MLflow was called")
 
     monkeypatch.setattr("orchestrator.tracking.store.MlflowClient", never)
     with pytest.raises(UserError, match=r"cannot open MLflow's store .*mlflow\.db.* move the file"):
@@ -273,7 +276,7 @@ def test_a_copy_never_writes_into_the_original(
     tracking.run("original", name="o", kind="sweep")
     copy = tmp_path / "a copy"
     copy.mkdir()
-    # Of before workspaces knew their place, and of today.
+    # A workspace of an earlier version, and one of today.
     for names in (["mlflow.db"], ["mlflow.db", "workspace.json"]):
         for name in names:
             shutil.copy(workspace.root / name, copy)
@@ -283,7 +286,7 @@ def test_a_copy_never_writes_into_the_original(
     assert open_workspace(workspace.root) == workspace
 
 
-def test_data_are_named_once_with_their_digest(tracking: Tracking) -> None:
+def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:
     run = tracking.run("data", name="d", kind="pretrain")
     for _ in range(2):
         run.log_dataset("tokens", "0123456789abcdef", {"train_tokens": 7})
