@@ -173,15 +173,9 @@ def distill(
 
 def _check_places(settings: Any, *, local: bool) -> None:
     """Refuse too few CPUs or GPUs before anything heavy is imported."""
-    cluster = settings.cluster
-    if local:
-        from orchestrator.cluster.launch import check_local
+    from orchestrator.planning.resources import check_resources
 
-        check_local(cluster.num_workers, cluster.num_gpus)
-    else:
-        from orchestrator.planning.resources import check_resources
-
-        check_resources(cluster.num_workers, cluster.num_gpus)
+    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
 
 
 def _print_plan(settings: Any, workspace: Path | None, mfu: float | None) -> None:

@@ -45,7 +45,7 @@ def run_local_jobs(
     Jobs that another process trains are waited for.
 
     Args:
-        jobs: What to train, each in a folder of its own; checked by `check_job`.
+        jobs: What to train, each in a folder of its own; checked by `check_trainings`.
         cluster: `num_gpus` of 1 trains on the first GPU, 0 on the CPU.
         watch: Called a few times a second between steps, to show progress.
         note: Called with a sentence if another process is waited for.

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from orchestrator.planning.resources import Resources, check_resources
 from orchestrator.settings import SweepSettings
-from orchestrator.workspace.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +76,6 @@ def check_trial_size(sweep: SweepSettings, resources: Resources | None = None) -
     Raises:
         UserError: If there is not; says what would fit.
     """
-    try:
-        return check_resources(sweep.workers_per_trial, sweep.gpus_per_trial or 0, resources)
-    except UserError as error:
-        # A sweep has these options under other names.
-        text = str(error).replace("--workers", "--workers-per-trial")
-        # Trials also run on GPUs because the run does.
-        text = text.replace("leave out --gpus", "leave out --gpus and set cluster.num_gpus=0")
-        raise UserError(text.replace("--gpus", "--gpus-per-trial")) from None
+    return check_resources(
+        sweep.workers_per_trial, sweep.gpus_per_trial or 0, resources, per_trial=True
+    )

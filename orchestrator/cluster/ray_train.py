@@ -68,7 +68,7 @@ def run_train_jobs(
     Jobs that another process trains are waited for.
 
     Args:
-        jobs: What to train, each in a folder of its own; checked by `check_jobs`.
+        jobs: What to train, each in a folder of its own; checked by `check_trainings`.
         cluster: Workers and GPUs of each job, and how often it is started again after a worker
             died; the defaults when unset.
         watch: Called a few times a second, to show progress.

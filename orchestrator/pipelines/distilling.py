@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.launch import check_jobs, job_runner
+from orchestrator.cluster.launch import job_runner
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import journal_table
-from orchestrator.planning.preflight import check_jobs_fit
+from orchestrator.planning.feasibility import check_trainings
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.students import student_job
 from orchestrator.terminal.progress import Progress
@@ -100,8 +100,7 @@ def distill_teacher(
             "`iiet-orch evaluate --schedule` measures it"
         )
     job = replace(job, run_folder=str(context.workspace.trials / job_key(job)))
-    check_jobs([job], settings.cluster, local=local)
-    check_jobs_fit([job], settings.cluster)
+    check_trainings([job], settings.cluster, local=local)
     label = str(config.corrections)
     monitor = RunMonitor({label: job}, context.tracking, progress)
     monitor.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iiet.methods import METHODS
-from orchestrator.cluster.launch import check_jobs, job_runner
+from orchestrator.cluster.launch import job_runner
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.planning.preflight import (
+from orchestrator.planning.feasibility import check_trainings
+from orchestrator.planning.pretraining_estimate import (
     PretrainingEstimate,
-    check_jobs_fit,
     check_pretraining,
     estimate_pretraining,
 )
@@ -91,7 +91,7 @@ def pretrain(
         RunFailed: If the run failed or diverged.
     """
     context = open_context(workspace, progress)
-    check_pretraining(settings, context.workspace)
+    check_pretraining(settings, context.workspace, local=local)
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     method = settings.model.method
     return pretrain_models({method: settings}, context, tokens, name=name, local=local)[method]
@@ -126,8 +126,7 @@ def pretrain_models(
     planned = [pretraining_job(own, context.workspace, tokens, name) for own in models.values()]
     jobs = dict(zip(models, share_first_stages(planned), strict=True))
     cluster = next(iter(models.values())).cluster
-    check_jobs(list(jobs.values()), cluster, local=local)
-    check_jobs_fit(list(jobs.values()), cluster, settings=list(models.values()))
+    check_trainings(list(jobs.values()), cluster, local=local, settings=list(models.values()))
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
         write_text(job.folder / "settings.yaml", to_yaml(models[label]))

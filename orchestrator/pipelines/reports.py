@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.pipelines.context import Desk
-from orchestrator.planning.preflight import assign_trial_gpus, request_of
+from orchestrator.planning.fit import request_of
+from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.front_tables import terminal_table
 from orchestrator.reporting.overlay_report import write_overlay_report

@@ -24,7 +24,7 @@ from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
 from orchestrator.pipelines.reports import show_plan, show_report
 from orchestrator.pipelines.searching import plan_search, search_price
 from orchestrator.pipelines.sweep_plans import influence_of, plan_iterations, plan_thresholds
-from orchestrator.planning.preflight import check_students_fit
+from orchestrator.planning.feasibility import check_students_fit
 from orchestrator.reporting.evaluation_tables import (
     average_notes,
     evaluation_table,

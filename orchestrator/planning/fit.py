@@ -1,15 +1,16 @@
-"""Whether a run fits into memory and onto the disk, and if not, the nearest setting that does.
+"""Whether a training fits into memory and onto the disk, and if not, the nearest setting that does.
 
-An estimate and what is free come in; nothing comes out, or one error that says how much is needed,
-of what, how much there is, and what to type instead. The nearest setting is the first of these that
-fits: fewer sequences in a pass (the same gradients), layers recomputed in the backward pass (more
-time), a model shared by its workers, a smaller model.
+The check passes silently or raises one error: how much is needed and for what, how much is free,
+and what to type instead. The nearest setting is the first of these that fits: fewer sequences per
+pass (same gradients), layers recomputed in the backward pass (slower), a model shared by its
+workers, a smaller model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from iiet.config import PRESETS, ModelConfig
 from iiet.cost import num_parameters
@@ -17,32 +18,34 @@ from orchestrator.planning.resources import FreeBytes
 from orchestrator.planning.training_estimate import TrainingEstimate, estimate_training
 from orchestrator.settings import ModelSettings, TrainingSettings
 from orchestrator.terminal.formatting import format_bytes
+from orchestrator.training.checkpoint import load_config
+from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
 PROCESS_BYTES = 512 * 2**20
-"""What PyTorch, Ray and kernels take in each worker beside tensors, roughly."""
+"""Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
 ALLOCATOR_FACTOR = 1.1
-"""Activations come and go; an allocator holds more than lives."""
+"""The allocator holds more than the activations that exist at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceRequest:
-    """A run as it was asked for."""
+    """What a training asks for."""
 
     config: ModelConfig
     recipe: TrainingSettings
     section: str = "training"
-    """Where the recipe stands in the settings, for what to type."""
+    """Section of the settings that holds the recipe, for messages."""
     num_workers: int = 1
     parallel: str | None = None
-    """How several workers share the work; None where the settings give no choice."""
+    """`ddp` or `fsdp`; None if the settings offer no choice."""
     on_gpus: bool = False
-    """Whether the workers' memory is a GPU's."""
+    """Whether the workers use GPU memory."""
     model: ModelSettings | None = None
-    """Settings of the model, where another size would do too."""
+    """Settings of the model, if a smaller model may be proposed."""
     teacher: ModelConfig | None = None
-    """A frozen model that runs beside it."""
+    """A frozen model whose forward pass runs in each step."""
 
     def estimate(
         self,
@@ -51,7 +54,7 @@ class ResourceRequest:
         parallel: str | None = None,
         **recipe: int | bool,
     ) -> TrainingEstimate:
-        """Estimate it as it is, or with some of it changed."""
+        """Estimate the training, optionally with another model, parallelism or recipe fields."""
         return estimate_training(
             config or self.config,
             self.recipe.model_copy(update=recipe),
@@ -62,8 +65,18 @@ class ResourceRequest:
         )
 
 
+def request_of(job: TrainingJob) -> ResourceRequest:
+    """Return what a job asks for, on one CPU worker."""
+    return ResourceRequest(
+        config=job.config(),
+        recipe=job.recipe,
+        section=job.section,
+        teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
+    )
+
+
 def needed_memory(estimate: TrainingEstimate) -> int:
-    """Return the bytes that one worker needs, the process itself included."""
+    """Return the bytes that one worker needs, including the process itself."""
     memory = estimate.memory
     spare = int(memory.activations * (ALLOCATOR_FACTOR - 1))
     return memory.total + spare + estimate.snapshot_bytes + PROCESS_BYTES
@@ -72,13 +85,13 @@ def needed_memory(estimate: TrainingEstimate) -> int:
 def check_fit(
     request: ResourceRequest, free: FreeBytes, *, present_bytes: int = 0, new_bytes: int = 0
 ) -> None:
-    """Refuse what would run out of memory or disk.
+    """Refuse a training that would run out of memory or disk.
 
     Args:
-        request: The run.
-        free: What is free.
-        present_bytes: Of checkpoints of this run, which new ones replace.
-        new_bytes: That will be written beside the checkpoints.
+        request: The training.
+        free: Free memory and disk.
+        present_bytes: Bytes of this run's checkpoints, which new ones replace.
+        new_bytes: Bytes that will be written beside the checkpoints.
 
     Raises:
         UserError: If it does not fit; says what would.
@@ -91,44 +104,39 @@ def check_fit(
 
 
 def nearest_fit(request: ResourceRequest, fits: Callable[[TrainingEstimate], bool]) -> str | None:
-    """Return what to type so that the run fits, or None if nothing known does."""
-    for words, estimate in _alternatives(request):
-        if fits(estimate):
-            return words
-    return None
+    """Return what to type so that the training fits, or None if no known change is enough."""
+    return next((text for text, estimate in _alternatives(request) if fits(estimate)), None)
 
 
 def _alternatives(request: ResourceRequest) -> Iterator[tuple[str, TrainingEstimate]]:
-    """Yield what to type and its estimate, the least change first."""
-    yield from _leaner(request)
+    """Yield what to type and the estimate for it, the smallest change first."""
+    yield from _with_less_memory(request)
     if request.parallel not in (None, "fsdp") and request.num_workers > 1:
-        yield from _leaner(request, "--set cluster.parallel=fsdp", parallel="fsdp")
-    for name, config in _smaller(request):
-        yield from _leaner(request, f"--preset {name}", config=config)
+        yield from _with_less_memory(request, "--set cluster.parallel=fsdp", parallel="fsdp")
+    for name, config in _smaller_presets(request):
+        yield from _with_less_memory(request, f"--preset {name}", config=config)
 
 
-def _leaner(
+def _with_less_memory(
     request: ResourceRequest,
-    words: str = "",
+    text: str = "",
     *,
     config: ModelConfig | None = None,
     parallel: str | None = None,
 ) -> Iterator[tuple[str, TrainingEstimate]]:
-    """Yield a run as it is, with fewer sequences in a pass, and both with layers recomputed."""
-    if words:
-        yield words, request.estimate(config, parallel=parallel)
+    """Yield `text` alone, with fewer sequences per pass, and both with layers recomputed."""
+    if text:
+        yield text, request.estimate(config, parallel=parallel)
     per_pass = request.estimate(config).sequences_per_pass
-    halves = [per_pass >> n for n in range(per_pass.bit_length())]
     key = f"--set {request.section}."
     for recomputes in (False, True):
-        for sequences in halves:
+        for sequences in (per_pass >> halvings for halvings in range(per_pass.bit_length())):
             if sequences == per_pass and not recomputes:
                 continue
-            narrower = f"{key}num_sequences_per_pass={sequences}"
-            texts = (
-                words,
+            parts = (
+                text,
                 f"{key}activation_checkpointing=true" if recomputes else "",
-                narrower if sequences < per_pass else "",
+                f"{key}num_sequences_per_pass={sequences}" if sequences < per_pass else "",
             )
             estimate = request.estimate(
                 config,
@@ -136,20 +144,21 @@ def _leaner(
                 num_sequences_per_pass=sequences,
                 activation_checkpointing=recomputes or request.recipe.activation_checkpointing,
             )
-            yield " ".join(filter(None, texts)), estimate
+            yield " ".join(filter(None, parts)), estimate
 
 
-def _smaller(request: ResourceRequest) -> list[tuple[str, ModelConfig]]:
+def _smaller_presets(request: ResourceRequest) -> list[tuple[str, ModelConfig]]:
     """Return the presets that make the model smaller, the largest first."""
+    if request.model is None:
+        return []
     found = []
-    for name in PRESETS if request.model else ():
-        assert request.model is not None
+    for name in PRESETS:
         changed = request.model.model_copy(update={"preset": name})
         try:
             config = build_model_config(changed, vocab_size=request.config.vocab_size)
             request.estimate(config)
         except UserError:
-            continue  # sizes of the settings' own, or a step, that this preset cannot have
+            continue  # The settings' own sizes, or the step, do not go with this preset.
         if num_parameters(config) < num_parameters(request.config):
             found.append((name, config))
     return sorted(found, key=lambda entry: -num_parameters(entry[1]))
@@ -169,11 +178,11 @@ def _too_little_memory(
         )
         if value
     )  # fmt: skip
-    words = nearest_fit(request, lambda other: needed_memory(other) <= free)
-    way_out = f"the nearest setting that fits: {words}" if words else "no preset fits"
+    change = nearest_fit(request, lambda other: needed_memory(other) <= free)
+    advice = f"the nearest setting that fits: {change}" if change else "no preset fits"
     return (
         f"training would take about {format_bytes(needed_memory(estimate))}{each} ({parts}), "
-        f"and {place} has {format_bytes(free)} free{' for each' if each else ''}; {way_out}"
+        f"and {place} has {format_bytes(free)} free{' for each' if each else ''}; {advice}"
     )
 
 
@@ -189,12 +198,12 @@ def _too_little_disk(
     fewer = next(
         (n for n in range(kept - 1, 0, -1) if fits(request.estimate(num_checkpoints_kept=n))), None
     )
-    words = f"--set {request.section}.num_checkpoints_kept={fewer}" if fewer else None
-    words = words or nearest_fit(request, fits)
-    way_out = f"the nearest setting that fits: {words}; or " if words else ""
+    change = f"--set {request.section}.num_checkpoints_kept={fewer}" if fewer else None
+    change = change or nearest_fit(request, fits)
+    advice = f"the nearest setting that fits: {change}; or " if change else ""
     return (
         f"the run would write about {format_bytes(estimate.disk_bytes + new_bytes)} "
         f"(checkpoints of {format_bytes(estimate.checkpoint_bytes)}, {kept} kept and one in "
-        f"writing{tokens}), and the workspace's disk has {format_bytes(free)} free; {way_out}"
+        f"writing{tokens}), and the workspace's disk has {format_bytes(free)} free; {advice}"
         "choose another place with --workspace"
     )

@@ -1,14 +1,14 @@
-"""What a training run will take, from its settings alone: nothing is built, nothing is started.
+"""What a training takes, computed from its settings alone; nothing is built or started.
 
-In: a model's configuration, its recipe, the number of workers. Out: tokens, passes, FLOPs, bytes on
-disk and in memory, as plain numbers that a dry run prints, and that are compared with what the
-machine has before a run starts. Hours follow from an assumed rate, which is the caller's.
+In: model configuration, recipe, number of workers. Out: tokens, passes, FLOPs, and bytes on disk
+and in memory. A dry run prints them, and they are compared with what the machine has before a run
+starts. Hours follow from a rate that the caller assumes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost, num_parameters, training_flops_per_token
@@ -33,52 +33,50 @@ class TrainingStage:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEstimate:
-    """What one run takes."""
+    """What one training takes."""
 
     config: ModelConfig
     recipe: TrainingSettings
     num_workers: int
     num_parameters: int
-    """All of the model's."""
     num_tokens: int
-    """Trained on, by all workers together."""
+    """Tokens of all steps and workers."""
     sequences_per_worker: int
-    """Of one step."""
+    """Sequences of one step."""
     num_passes: int
     """Forward and backward passes of one worker in one step (gradient accumulation)."""
     sequences_per_pass: int
-    """Most sequences of one such pass."""
+    """Largest number of sequences in one pass."""
     stages: tuple[TrainingStage, ...]
-    """What is trained when."""
     training_flops: float
-    """Of all steps, forward and backward, a teacher's forward passes included."""
+    """FLOPs of all steps, forward and backward, including a teacher's forward passes."""
     memory: TrainingMemory
-    """Of one worker."""
+    """Bytes of one worker."""
     checkpoint_bytes: int
-    """One checkpoint."""
+    """Bytes of one checkpoint."""
     snapshot_bytes: int
-    """This worker's part of the copy that a checkpoint is written from, beside the next steps; none
-    on GPUs, where it lies in the machine's memory."""
+    """This worker's share of the copy that a checkpoint is written from while training continues;
+    0 on GPUs, where the copy is in the machine's memory."""
 
     @property
     def kept_bytes(self) -> int:
-        """All checkpoints that are kept."""
-        return self._checkpoints(self.recipe.num_checkpoints_kept + self.recipe.keep_best)
+        """Bytes of all checkpoints that are kept."""
+        return self._bytes_of(self.recipe.num_checkpoints_kept + self.recipe.keep_best)
 
     @property
     def disk_bytes(self) -> int:
-        """All checkpoints that are kept, and the next one while it is written beside them."""
-        return self._checkpoints(self.recipe.num_checkpoints_kept + self.recipe.keep_best + 1)
+        """Bytes of all checkpoints that are kept, and of the one being written."""
+        return self._bytes_of(self.recipe.num_checkpoints_kept + self.recipe.keep_best + 1)
 
-    def _checkpoints(self, most: int) -> int:
-        """Return the bytes of so many checkpoints, or of as many as the run writes at all."""
+    def _bytes_of(self, num_checkpoints: int) -> int:
         recipe = self.recipe
         if recipe.checkpoint_every_minutes is None:
-            most = min(most, -(-recipe.num_steps // recipe.checkpoint_every_steps))
-        return self.checkpoint_bytes * most
+            num_written = -(-recipe.num_steps // recipe.checkpoint_every_steps)
+            num_checkpoints = min(num_checkpoints, num_written)
+        return self.checkpoint_bytes * num_checkpoints
 
     def hours(self, flops_per_second: float) -> float:
-        """Return the time of all steps at a rate of one worker."""
+        """Return the hours of all steps; the rate is that of one worker."""
         return self.training_flops / (flops_per_second * self.num_workers) / 3600
 
 
@@ -91,35 +89,43 @@ def estimate_training(
     on_gpus: bool = False,
     teacher: ModelConfig | None = None,
 ) -> TrainingEstimate:
-    """Estimate a training run.
+    """Estimate a training.
 
     Args:
-        config: The model, with the iteration schedule that is trained in the end.
+        config: The model; its iteration schedule is the one that is trained in the end.
         recipe: Steps, batch and precision.
         num_workers: Data-parallel workers.
-        parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it.
-        on_gpus: Whether the workers' memory is a GPU's.
+        parallel: `ddp`: each worker has the whole model; `fsdp`: the workers share it.
+        on_gpus: Whether the workers use GPU memory.
         teacher: A frozen model whose forward pass runs in each step.
 
     Raises:
-        UserError: If the tokens of a step are no whole number of sequences for each worker.
+        UserError: If a step's sequences cannot be divided evenly among the workers.
     """
-    share = _sequences_per_worker(config, recipe, num_workers)
-    per_pass = min(share, recipe.num_sequences_per_pass or share)
-    stages = _stretches(config, recipe)
+    per_worker = _sequences_per_worker(config, recipe, num_workers)
+    per_pass = min(per_worker, recipe.num_sequences_per_pass or per_worker)
+    stages = _stages(config, recipe)
     costliest = max(stages, key=lambda stage: stage.schedule.num_corrections)
     parameters = num_parameters(config)
+    teacher_flops = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
     return TrainingEstimate(
         config=config,
         recipe=recipe,
         num_workers=num_workers,
         num_parameters=parameters,
         num_tokens=recipe.num_steps * recipe.num_tokens_per_step,
-        sequences_per_worker=share,
-        num_passes=-(-share // per_pass),
+        sequences_per_worker=per_worker,
+        num_passes=-(-per_worker // per_pass),
         sequences_per_pass=per_pass,
         stages=stages,
-        training_flops=_training_flops(config, recipe, stages, teacher),
+        training_flops=float(
+            sum(
+                stage.num_steps
+                * recipe.num_tokens_per_step
+                * (float(training_flops_per_token(config, stage.schedule)) + teacher_flops)
+                for stage in stages
+            )
+        ),
         memory=training_memory(
             config,
             costliest.schedule,
@@ -130,7 +136,7 @@ def estimate_training(
             has_teacher=teacher is not None,
         ),
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAMETER * parameters,
-        # The first worker makes it, and all share the machine's memory.
+        # The first worker makes the copy, and all workers share the machine's memory.
         snapshot_bytes=0 if on_gpus else CHECKPOINT_BYTES_PER_PARAMETER * parameters // num_workers,
     )
 
@@ -146,29 +152,7 @@ def _sequences_per_worker(config: ModelConfig, recipe: TrainingSettings, num_wor
     return sequences // num_workers
 
 
-def _stretches(config: ModelConfig, recipe: TrainingSettings) -> tuple[TrainingStage, ...]:
+def _stages(config: ModelConfig, recipe: TrainingSettings) -> tuple[TrainingStage, ...]:
     schedule_at = schedule_by_step(config.corrections, recipe)
-    counts: dict[IterationSchedule, int] = {}
-    for step in range(recipe.num_steps):
-        schedule = schedule_at(step)
-        counts[schedule] = counts.get(schedule, 0) + 1
+    counts = Counter(schedule_at(step) for step in range(recipe.num_steps))
     return tuple(TrainingStage(schedule=s, num_steps=count) for s, count in counts.items())
-
-
-def _training_flops(
-    config: ModelConfig,
-    recipe: TrainingSettings,
-    stages: tuple[TrainingStage, ...],
-    teacher: ModelConfig | None,
-) -> float:
-    @lru_cache
-    def per_token(schedule: IterationSchedule) -> float:
-        return float(training_flops_per_token(config, schedule))
-
-    forward = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
-    return float(
-        sum(
-            stage.num_steps * recipe.num_tokens_per_step * (per_token(stage.schedule) + forward)
-            for stage in stages
-        )
-    )

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.fit import needed_memory
-from orchestrator.planning.preflight import THIS_MACHINE, PretrainingEstimate
+from orchestrator.planning.pretraining_estimate import THIS_MACHINE, PretrainingEstimate
 from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.terminal.formatting import (
     format_bytes,
@@ -21,7 +21,7 @@ from orchestrator.terminal.formatting import (
 
 def pretraining_plan_table(found: PretrainingEstimate, rate: TrainingRate) -> Table:
     """Return the plan, a line for each thing that it takes."""
-    config = found.estimate.config
+    config = found.training.config
     model = found.settings.model
     table = Table(
         title=f"Plan: {model.preset} {config.method}, {_workers(found)}",
@@ -37,7 +37,7 @@ def pretraining_plan_table(found: PretrainingEstimate, rate: TrainingRate) -> Ta
 
 
 def _lines(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str, str]]:
-    estimate, tokens = found.estimate, found.tokens
+    estimate, tokens = found.training, found.tokens
     recipe, config = estimate.recipe, estimate.config
     yield "parameters", f"{estimate.num_parameters:,}"
     yield "vocabulary", f"{config.vocab_size:,} ({tokens.origin})"
@@ -88,7 +88,7 @@ def _lines(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str
     )
     if tokens.new_bytes:
         yield "token files", f"about {format_bytes(tokens.new_bytes)}, to be written"
-    for place, problem in found.verdicts.items():
+    for place, problem in found.problems.items():
         is_known = found.is_memory_known or place != THIS_MACHINE
         fits = (
             "there is room for it" if is_known else "enough disk; the cluster's memory is unknown"
@@ -98,8 +98,8 @@ def _lines(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str
 
 def _workers(found: PretrainingEstimate) -> str:
     if found.settings.cluster.num_gpus:
-        return format_count(found.num_workers, "GPU")
-    return format_count(found.num_workers, "CPU worker")
+        return format_count(found.training.num_workers, "GPU")
+    return format_count(found.training.num_workers, "CPU worker")
 
 
 def _short(schedule: IterationSchedule) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from orchestrator.cluster.placement import check_trial_size
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
-from orchestrator.planning.preflight import assign_trial_gpus
+from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings, method_of_label
 from orchestrator.sweeping.students import loss_of
 from orchestrator.terminal.progress import Progress

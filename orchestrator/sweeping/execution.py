@@ -20,7 +20,9 @@ from orchestrator.cluster.placement import check_trial_size
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
-from orchestrator.planning.preflight import assign_trial_gpus, check_trials_fit, request_of
+from orchestrator.planning.feasibility import check_trials_fit
+from orchestrator.planning.fit import request_of
+from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import Settings, flatten, to_yaml

@@ -51,7 +51,7 @@ def test_the_table_is_what_its_commands_print(
 def test_what_the_text_says_of_fitting_is_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.planning.preflight.installed_gpu", lambda: None)
+    monkeypatch.setattr("orchestrator.planning.pretraining_estimate.installed_gpu", lambda: None)
     for command, _ in ROWS:
         assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
         assert re.search(r"on an H100 +there is room for it", capsys.readouterr().out), command

@@ -16,7 +16,6 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.cluster import local as local_run
-from orchestrator.cluster.launch import check_local
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
 from orchestrator.settings import TrainingSettings
@@ -24,7 +23,7 @@ from orchestrator.training.checkpoint import step_of, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.job import TrainingJob
-from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 
 
@@ -148,14 +147,8 @@ def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(("workers", "gpus", "words"), [(2, 0, "--workers 2"), (1, 8, "--gpus 8")])
-def test_several_workers_are_refused(workers: int, gpus: int, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        check_local(workers, gpus)
-
-
 @pytest.mark.parametrize("command", [["pretrain"], ["distill", "1"]])
-def test_the_commands_refuse_them_too(
+def test_commands_refuse_several_workers(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     several = [*command, "--local", "--set", "cluster.num_workers=2", "-w", str(tmp_path / "ws")]

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.cluster.launch import check_jobs
+from orchestrator.planning.feasibility import check_trainings
 from orchestrator.settings import ClusterSettings, TrainingSettings
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
@@ -237,11 +237,11 @@ def test_mistakes_are_found_before_ray_starts(
     make_job: MakeJob, recipe: dict[str, Any], options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        check_jobs([make_job("x", **recipe)], ClusterSettings(**options))
+        check_trainings([make_job("x", **recipe)], ClusterSettings(**options))
     assert not make_job("x").folder.exists()
 
 
 def test_a_folder_of_another_job_is_refused_before_ray_starts(make_job: MakeJob) -> None:
     run_job(make_job("taken"))
     with pytest.raises(UserError, match=r"recipe\.seed was 0, is 5"):
-        check_jobs([make_job("taken", seed=5)], ClusterSettings())
+        check_trainings([make_job("taken", seed=5)], ClusterSettings())

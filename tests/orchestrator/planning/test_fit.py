@@ -1,4 +1,4 @@
-"""What has no room is refused, and what is proposed instead does fit."""
+"""A training that does not fit is refused, and the proposed change does fit."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def refused(asked: ResourceRequest, free: FreeBytes) -> str:
 
 
 def follow(message: str) -> tuple[list[str], str]:
-    """Return the settings and the preset that a message proposes."""
+    """Return the assignments and the preset that a message proposes."""
     return re.findall(r"--set (\S+=[^\s;]+)", message), (
         re.findall(r"--preset (\S+)", message) or ["340m"]
     )[0]
 
 
 @pytest.mark.parametrize("gigabytes", [160, 80, 40, 24, 12, 8, 4, 2])
-def test_what_is_proposed_fits(gigabytes: int) -> None:
+def test_the_proposed_change_fits(gigabytes: int) -> None:
     free = FreeBytes(memory=gigabytes * GIB, disk=None)
     message = refused(request(), free)
     assert "weights" in message
@@ -56,7 +56,7 @@ def test_what_is_proposed_fits(gigabytes: int) -> None:
     check_fit(request(*settings, f"model.preset={name}"), free)
 
 
-def test_the_least_change_comes_first() -> None:
+def test_the_smallest_change_comes_first() -> None:
     def proposal(gigabytes: float) -> str:
         free = FreeBytes(memory=int(gigabytes * GIB), disk=None)
         return refused(request(), free).partition("fits: ")[2]
@@ -72,7 +72,7 @@ def test_the_least_change_comes_first() -> None:
     assert "no preset fits" in refused(request(), free)
 
 
-def test_workers_that_share_the_model_are_proposed_where_the_settings_know_them() -> None:
+def test_fsdp_is_proposed_if_the_settings_offer_it() -> None:
     asked = request("training.num_sequences_per_pass=1", num_workers=8, parallel="ddp")
     alone = asked.estimate(activation_checkpointing=True)
     free = FreeBytes(memory=needed_memory(alone) - GIB // 2, disk=None)
@@ -83,7 +83,7 @@ def test_workers_that_share_the_model_are_proposed_where_the_settings_know_them(
     assert "fsdp" not in refused(without, free)
 
 
-def test_a_full_disk_is_seen_before_the_first_checkpoint() -> None:
+def test_a_full_disk_is_refused_before_the_first_checkpoint() -> None:
     asked = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
     one = asked.estimate().checkpoint_bytes
     free = FreeBytes(memory=None, disk=3 * one)
@@ -93,26 +93,26 @@ def test_a_full_disk_is_seen_before_the_first_checkpoint() -> None:
     assert format_bytes(one) in message
     settings, _ = follow(message)
     check_fit(request("training.num_steps=100000", *settings), free)
-    # What this run has written already is replaced, not added to.
+    # Checkpoints that this run has written already are replaced, not added to.
     check_fit(asked, free, present_bytes=2 * one)
     with pytest.raises(UserError, match="tokens"):
         check_fit(asked, FreeBytes(memory=None, disk=5 * one), new_bytes=one)
 
 
-def test_what_nobody_can_tell_is_not_judged() -> None:
+def test_unknown_free_bytes_are_not_checked() -> None:
     check_fit(request(), FreeBytes(memory=None, disk=None, place="the cluster at x"))
 
 
-def test_sizes_of_the_settings_own_are_kept_in_proposals() -> None:
+def test_proposals_keep_explicit_sizes() -> None:
     model = ModelSettings(preset="1.3b", dim=2048, num_heads=16, num_layers=24, ffn_dim=5432)
     asked = ResourceRequest(
         config=build_model_config(model, vocab_size=32000), recipe=request().recipe, model=model
     )
-    # No preset makes a model of these own sizes smaller, so none is proposed.
+    # No preset makes a model with these explicit sizes smaller, so none is proposed.
     assert "no preset fits" in refused(asked, FreeBytes(memory=2 * GIB, disk=None))
 
 
-def test_a_teacher_counts() -> None:
+def test_a_teachers_weights_are_counted() -> None:
     recipe = Settings().distillation.training
     config = preset("tiny")
     with_teacher = ResourceRequest(config=config, recipe=recipe, teacher=config).estimate().memory

@@ -1,4 +1,4 @@
-"""Whether a job fits is said at once, with what there is and what to type instead."""
+"""Too few CPUs or GPUs are one error that says how many there are and what to type."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.planning.resources import Resources, check_resources, free_memory, local_resources
+from orchestrator.planning.resources import (
+    Resources,
+    check_resources,
+    free_memory,
+    local_free_bytes,
+    local_resources,
+)
 from orchestrator.workspace.errors import UserError
 
 TWO_CPUS = Resources(cpus=2, gpus=0)
@@ -25,7 +31,7 @@ TWO_GPUS = Resources(cpus=16, gpus=2)
         (4, 0, TWO_GPUS, 4),
     ],
 )
-def test_what_fits_gives_the_number_of_workers(
+def test_a_job_that_fits_gets_its_number_of_workers(
     num_workers: int, num_gpus: int, resources: Resources, expected: int
 ) -> None:
     assert check_resources(num_workers, num_gpus, resources) == expected
@@ -41,7 +47,7 @@ def test_what_fits_gives_the_number_of_workers(
         (2, 0, Resources(cpus=1, gpus=0, place="the cluster at x"), ["the cluster at x", "1 CPU,"]),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_way_out(
+def test_a_job_that_does_not_fit_is_refused_with_what_would(
     num_workers: int, num_gpus: int, resources: Resources, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -50,13 +56,37 @@ def test_what_does_not_fit_is_refused_with_a_way_out(
         assert word in str(caught.value)
 
 
-def test_this_machine_is_asked_when_nothing_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("workers", "gpus", "words"), [(2, 0, "--workers 2"), (1, 8, "--gpus 8")])
+def test_one_process_cannot_run_several_workers(workers: int, gpus: int, words: str) -> None:
+    with pytest.raises(UserError, match=f"--local trains in this process alone, and {words}"):
+        check_resources(workers, gpus, TWO_GPUS, local=True)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_gpus", "resources", "words"),
+    [
+        (3, 0, TWO_CPUS, "type --workers-per-trial 2"),
+        (3, 2, TWO_GPUS, "leave out --workers-per-trial"),
+        (1, 8, TWO_GPUS, "type --gpus-per-trial 2"),
+        (1, 1, TWO_CPUS, "leave out --gpus-per-trial and set cluster.num_gpus=0"),
+    ],
+)
+def test_a_trials_error_names_the_options_of_trials(
+    num_workers: int, num_gpus: int, resources: Resources, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        check_resources(num_workers, num_gpus, resources, per_trial=True)
+
+
+def test_resources_default_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="this machine"):
         check_resources(100_000, 0)
 
 
-def test_a_cluster_elsewhere_is_not_judged_by_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_cluster_is_not_compared_with_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
     assert check_resources(1, 800) == 800
 
@@ -105,13 +135,26 @@ def test_cached_files_of_a_container_are_free_memory(
     assert free_memory([full_of_files]) == 65 * MIB
     assert free_memory([make_group(tmp_path / "x", names, limit, 95 * MIB, None)]) == 5 * MIB
     assert free_memory([make_group(tmp_path / "y", names, limit, 101 * MIB, 0)]) == 0
-    # Of a group inside another one, the smaller one counts.
+    # If a group is inside another one, the smaller limit counts.
     outer = make_group(tmp_path / "outer", names, limit, 90 * MIB, 0)
     assert free_memory([full_of_files, outer]) == 10 * MIB
 
 
-def test_without_a_limit_the_free_memory_of_the_machine_counts(tmp_path: Path) -> None:
+def test_without_a_limit_the_machines_free_memory_counts(tmp_path: Path) -> None:
     no_limit = make_group(tmp_path / "no limit", VERSION_2, "max", 5 * MIB, 0)
     nothing = tmp_path / "nothing"
     for groups in ([], [no_limit], [nothing], None):
         assert free_memory(groups) > 100 * MIB
+
+
+def test_free_bytes_are_those_of_the_machine_and_of_the_folders_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    one, two = (local_free_bytes(tmp_path / "not" / "there", num_workers=n) for n in (1, 2))
+    assert one.memory is not None
+    assert two.memory is not None
+    assert two.memory == pytest.approx(one.memory / 2, rel=0.2)
+    assert one.disk
+    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
+    assert local_free_bytes(tmp_path).memory is None

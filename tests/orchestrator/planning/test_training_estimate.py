@@ -1,4 +1,4 @@
-"""A plan's figures are those of the run: counted by hand, and held against a run that was made."""
+"""Estimates equal hand counts and the figures of a real run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_batches_passes_and_tokens() -> None:
     assert sum(stage.num_steps for stage in estimate.stages) == 30000
 
 
-def test_two_stages_are_counted_each_at_its_own_price() -> None:
+def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule() -> None:
     config = preset("tiny", schedule=2)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=1024, iterate_from_fraction=0.6)
     estimate = estimate_training(config, recipe)
@@ -40,7 +40,7 @@ def test_two_stages_are_counted_each_at_its_own_price() -> None:
     ]
     per_token = 6 * training_flops_per_token(config, none) + 4 * training_flops_per_token(config)
     assert estimate.training_flops == pytest.approx(1024 * per_token)
-    # Memory is the costliest stage's.
+    # The memory is that of the costliest stage.
     full = estimate_training(config, recipe.model_copy(update={"iterate_from_fraction": 0.0}))
     assert estimate.memory == full.memory
 
@@ -53,13 +53,13 @@ def test_hours_follow_from_the_rate_of_one_worker() -> None:
     assert shared.hours(1e9) == pytest.approx(alone.hours(1e9) / 4)
 
 
-def test_a_batch_that_workers_cannot_share_is_refused_with_one_that_they_can() -> None:
+def test_a_batch_that_cannot_be_divided_is_refused_with_one_that_can() -> None:
     recipe = TrainingSettings(num_tokens_per_step=128 * 9)
     with pytest.raises(UserError, match=r"9 sequences.*8 workers.*num_tokens_per_step=2048"):
         estimate_training(preset("tiny"), recipe, num_workers=8)
 
 
-def test_flops_and_checkpoints_are_those_of_a_run(
+def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     recipe = TrainingSettings(
@@ -86,7 +86,7 @@ def test_flops_and_checkpoints_are_those_of_a_run(
     assert estimate.disk_bytes == 3 * estimate.checkpoint_bytes
 
 
-def test_the_copy_for_a_checkpoint_lies_in_the_machines_memory_once() -> None:
+def test_workers_share_one_checkpoint_snapshot() -> None:
     config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
     alone = estimate_training(config, recipe)
     shared = estimate_training(config, recipe, num_workers=2)
@@ -94,7 +94,7 @@ def test_the_copy_for_a_checkpoint_lies_in_the_machines_memory_once() -> None:
     assert estimate_training(config, recipe, on_gpus=True).snapshot_bytes == 0
 
 
-def test_checkpoints_that_stay_are_counted() -> None:
+def test_all_kept_checkpoints_are_counted() -> None:
     def kept(**recipe: object) -> float:
         values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
         estimate = estimate_training(preset("tiny"), TrainingSettings.model_validate(values))

@@ -1,0 +1,115 @@
+"""`pretrain --dry-run` starts nothing, and a run that does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator import cli
+from orchestrator.data.preparation import prepare
+from orchestrator.settings import (
+    resolve_settings,
+)
+from orchestrator.workspace.folders import open_workspace
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    """Run a dry run and return its lines by name."""
+    assert cli.main(["pretrain", "--dry-run", *arguments]) == 0
+    lines: dict[str, str] = {}
+    name = ""
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        if match := re.match(r"  (\S.*?)  +(\S.*)", line):
+            name, text = match.groups()
+            lines[name] = text.strip()
+        elif line.strip():
+            lines[name] += f" {line.strip()}"
+    return lines
+
+
+def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    lines = printed(capsys, "--config", "paper-340m", "-w", str(tmp_path / "ws"))
+    assert not (tmp_path / "ws").exists()
+    assert lines["parameters"] == "341,198,472"
+    assert "assumed" in lines["vocabulary"]
+    assert "15,728,640,000 in 30,000 steps of 524,288" in lines["tokens"]
+    assert "256 sequences" in lines["a step"]
+    assert "32 for each worker, in 8 passes of at most 4" in lines["a step"]
+    assert "40% of 989 TFLOP/s" in lines["time"]
+    assert "H100" in lines["time"]
+    assert "no GPU" in lines["on this machine"]
+    assert lines["on an H100"] == "there is room for it"
+    half = printed(capsys, "--config", "paper-340m", "--mfu", "0.2", "-w", str(tmp_path / "ws"))
+    hours = [float(re.match(r"[\d.]+", text["time"])[0]) for text in (lines, half)]  # type: ignore[index]
+    # Both figures are printed in hours.
+    assert hours[1] == pytest.approx(2 * hours[0], rel=0.01)
+
+
+def test_prepared_tokens_replace_assumptions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    rows = [
+        {"text": f"A sentence about the number {n} and its square {n * n}."} for n in range(300)
+    ]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    chosen = [f"data.files=[{text}]", "data.source=files", "data.vocab_size=300"]
+    options = [part for value in chosen for part in ("--set", value)]
+    before = printed(capsys, *options, "-w", str(tmp_path))
+    assert "may give fewer" in before["vocabulary"]
+    assert "epochs" not in before["tokens"]
+    assert "to be written" in before["token files"]
+    prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
+    after = printed(capsys, *options, "-w", str(tmp_path))
+    assert "of the prepared tokens" in after["vocabulary"]
+    assert "epochs of the prepared ones" in after["tokens"]
+    assert "token files" not in after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "1.3b"], "multiple of the context length 2048"),
+        (["--preset", "huge"], "model.preset"),
+        (["--set", "data.source=files"], "data.files"),
+        (["--set", "data.tokenizer=missing.json"], "missing.json"),
+        (["--workers", "3"], "3 workers cannot share evenly"),
+    ],
+)
+def test_settings_that_fit_no_machine_are_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert cli.main(["pretrain", "--dry-run", "-w", str(tmp_path), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_a_run_that_does_not_fit_is_refused_before_text_is_read(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    memory, disk = (2**30, 2**50) if what == "memory" else (2**50, 2**20)
+    monkeypatch.setattr("orchestrator.planning.resources.free_memory", lambda: memory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+    options = ["--preset", "55m", "--set", "training.num_tokens_per_step=65536"]
+    assert cli.main(["pretrain", "-w", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert ("GiB free" in error) == (what == "memory")
+    assert "--preset tiny" in error or "--workspace" in error
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_mfu_needs_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", "--mfu", "0.3"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
