@@ -1,9 +1,8 @@
-"""Keeps passwords and keys that stand in addresses out of everything that is shown or stored.
+"""Mask passwords and keys of addresses in everything that is shown or stored.
 
 An address such as `http://USER:PASSWORD@host` or `s3://bucket?secret=...` holds a secret, and
-libraries repeat the whole address in their errors. What people type is not always a valid address
-(a key with a slash in it, for example), so this works on texts, and hides too much
-rather than too little.
+libraries repeat the whole address in their errors. Users do not always type valid addresses (a key
+may contain a slash), so this searches plain text, and masks too much rather than too little.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import re
 
 MASK = "***"
 
-# All up to the last @ of the host's part, or of the whole word where a password may go on behind a
-# slash; `host:8080/` is no user with a password.
-# No password has more than 1,000 characters; without a limit, a text of many addresses in one word
-# would take hours.
+# Everything up to the last @ of the host part, or of the whole word if a password may contain a
+# slash; `host:8080/` is not a user with a password. The limit of 1,000 characters per password
+# keeps the search fast: without it, a word of many addresses would take hours.
 _USER = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#:@]*:(?!\d{1,5}[/?#])\S{0,1000})@")
 _SECRET_NAMES = (
     "key|pass|passwd|password|pwd|secret|token|credential|credentials|sig|signature|sas|apikey|auth"
@@ -31,11 +29,11 @@ def mask_secrets(text: str) -> str:
 
 
 def has_secret(address: str) -> bool:
-    """Tell whether an address holds a password or a key; a user's name alone is none."""
+    """Return whether an address holds a password or a key; a user name alone does not count."""
     user = _USER.search(address)
     return bool(user and ":" in user[0].rstrip("@")) or _QUERY.search(address) is not None
 
 
 def strip_credentials(address: str) -> str:
-    """Return an address without its user and password, as a link that others may see."""
+    """Return an address without user and password, and with masked keys, as a public link."""
     return _QUERY.sub(rf"\g<1>{MASK}", _USER.sub("", address))

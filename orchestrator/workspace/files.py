@@ -1,7 +1,7 @@
-"""Files that others read are replaced whole, and carry a checksum.
+"""Atomic files with checksums, and clear errors for damaged ones.
 
 A file is written to a temporary name, flushed and renamed, so a reader finds the old content or the
-new one. A damaged file is reported as a `UserError` that names the file and the remedy.
+new one. A damaged file is a `UserError` that names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from orchestrator.workspace.errors import UserError, shortened
 T = TypeVar("T")
 
 _CHECKSUM_KEY = "sha256_of_content"
-"""Key of a stored object's checksum: a flipped bit would be another number and valid JSON."""
 _DELETE_AND_RERUN = "delete it and run the command again"
+INVALID_VALUE_ERRORS = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+"""Errors of code that reads a missing value, or one of another type than was written."""
 
 
 def expand_user(path: Path | str) -> Path:
-    """Return a path that a user typed, `~` written out.
+    """Return a path with `~` expanded.
 
     Raises:
-        UserError: If it names a user whom this machine does not know.
+        UserError: If `~NAME` is not a user of this machine.
     """
     try:
         return Path(path).expanduser()
@@ -37,20 +40,20 @@ def expand_user(path: Path | str) -> Path:
 
 
 def resolve_path(path: Path | str) -> Path:
-    """Return the absolute path that a user means.
+    """Return the absolute path.
 
     Raises:
-        UserError: If it can be none: its links lead to themselves, or its user is not known.
+        UserError: If its links form a loop, or `~NAME` is not a user of this machine.
     """
     path = expand_user(path)
     try:
         return path.resolve()
-    except (RuntimeError, OSError, ValueError) as error:  # The first: a link without an end.
+    except (RuntimeError, OSError, ValueError) as error:  # RuntimeError: a loop of links.
         raise UserError(f"cannot use the path {shortened(str(path))}: {error}") from None
 
 
 def is_folder(path: Path | str) -> bool:
-    """Tell whether a path that a user typed is a folder; also of a text that can be no path."""
+    """Return whether a typed path is a folder; False for a text that cannot be a path."""
     try:
         return expand_user(path).is_dir()
     except (OSError, ValueError):
@@ -58,7 +61,7 @@ def is_folder(path: Path | str) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole: temporary name, flush to disk, rename."""
+    """Write a file atomically: temporary name, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -69,32 +72,32 @@ def write_text(path: Path, text: str) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder, at once for those that come to read it; a deletion that is cut off leaves
-    `NAME.PID.tmp`.
+    """Rename a folder to `NAME.PID.tmp`, then delete it, so that readers never see half of it.
 
     Raises:
-        OSError: If it is not there, or may not be renamed.
+        OSError: If it does not exist, or may not be renamed.
     """
     doomed = folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}.tmp"))
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as a whole file (see `write_text`); an object with a checksum of its content."""
+    """Write JSON atomically; an object gets a checksum of its content."""
     if isinstance(value, Mapping):
+        # A flipped bit can turn a number into another one and leave valid JSON.
         value = {**value, _CHECKSUM_KEY: _checksum(value)}
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Any:
-    """Read JSON; None if the file is missing. An object's checksum is compared and left out.
+    """Read JSON; None if the file is missing. An object's checksum is verified and removed.
 
     Args:
         path: The file.
         remedy: What a user should do if it is damaged.
 
     Raises:
-        UserError: If the file is damaged; names it, and says the remedy.
+        UserError: If the file is damaged.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -110,23 +113,23 @@ def read_json(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Any:
 
 
 def read_json_object(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> dict[str, Any] | None:
-    """Read a JSON object; None if the file is missing.
+    """Read a JSON object like `read_json`.
 
     Raises:
-        UserError: If the file is damaged, or holds something else; names it, and says the remedy.
+        UserError: If the file is damaged, or holds something else.
     """
     value = read_json(path, remedy=remedy)
     if value is not None and not isinstance(value, dict):
-        raise damaged_file_error(path, "it holds no object", remedy=remedy)
+        raise damaged_file_error(path, "it is not a JSON object", remedy=remedy)
     return value
 
 
 @contextmanager
 def damage_as_user_error(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Iterator[None]:
-    """Turn what goes wrong with a file's values into one sentence that names the file.
+    """Convert errors of a block that reads a file's values.
 
     Raises:
-        UserError: If a value is missing or of another kind than was written.
+        UserError: Names the file, if a value is missing or has another type than was written.
     """
     try:
         yield
@@ -139,15 +142,12 @@ def damage_as_user_error(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Iter
 def read_cached(
     path: Path, parse: Callable[[dict[str, Any]], T | None], note: Callable[[str], None]
 ) -> T | None:
-    """Read what was measured before; a damaged file costs nothing but measuring again.
+    """Read a stored measurement; None if it must be measured (again).
 
     Args:
         path: A JSON object.
-        parse: Makes the values of it; None where it holds something else.
+        parse: Builds the result; returns None if the object holds something else.
         note: Called with a sentence if the file is damaged.
-
-    Returns:
-        The values; None where they have to be measured.
     """
     remedy = "it is measured again"
     try:
@@ -159,42 +159,34 @@ def read_cached(
         return None
 
 
-INVALID_VALUE_ERRORS = (
-    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
-)  # fmt: skip
-"""What reading a value raises that is missing or of another kind than was written."""
-
-
 def damaged_file_error(
     path: Path, problem: Exception | str, *, remedy: str = _DELETE_AND_RERUN
 ) -> UserError:
-    """Return the error for a file that cannot be read: what is wrong with it, and the remedy."""
-    in_the_way = next((p for p in reversed(path.parents) if _is_no_folder(p)), None)
-    if isinstance(problem, OSError) and in_the_way is not None:
+    """Return the error for an unreadable file: the file, the problem and the remedy."""
+    existing = (parent for parent in reversed(path.parents) if os.path.lexists(parent))
+    blocker = next((parent for parent in existing if not is_folder(parent)), None)
+    if isinstance(problem, OSError) and blocker is not None:
         return UserError(
-            f"cannot use {in_the_way}: it is no folder ({problem.strerror}); put it right, or move "
-            "it away, and run the command again"
+            f"cannot use {blocker}: it is not a folder ({problem.strerror}); fix it or move it "
+            "away, then run the command again"
         )
-    if isinstance(problem, RecursionError):
-        reason = "it is nested too deep"
-    elif isinstance(problem, UnicodeDecodeError):
-        reason = f"it is not UTF-8 text at byte {problem.start}"
-    elif isinstance(problem, IsADirectoryError):
-        reason = "it is a folder"
-    elif isinstance(problem, OSError):
-        reason = problem.strerror or type(problem).__name__
-    elif isinstance(problem, KeyError):
-        reason = f"it has no {shortened(str(problem))}"
-    else:
-        reason = shortened(" ".join(str(problem).split()))
+    match problem:
+        case RecursionError():
+            reason = "it is nested too deep"
+        case UnicodeDecodeError():
+            reason = f"it is not UTF-8 text at byte {problem.start}"
+        case IsADirectoryError():
+            reason = "it is a folder"
+        case OSError():
+            reason = problem.strerror or type(problem).__name__
+        case KeyError():
+            reason = f"it has no {shortened(str(problem))}"
+        case _:
+            reason = shortened(" ".join(str(problem).split()))
     return UserError(f"{path} is damaged ({reason}); {remedy}")
 
 
-def _is_no_folder(path: Path) -> bool:
-    return os.path.lexists(path) and not is_folder(path)
-
-
 def _checksum(value: Mapping[str, Any]) -> str:
-    # What is read back gives the same text, for Python writes numbers so that they survive it.
+    # Floats survive JSON exactly, so the parsed value gives the same text.
     text = json.dumps(value, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""Short-lived folders beside the system's temporary files, each owned by one process.
+"""Temporary folders, each owned by one process and deleted after it, even if it is killed.
 
-The owner keeps a lock on a file in its folder for as long as it lives. The system drops the lock of
-a process that ends, however it ends. So a folder whose owner file nobody locks is left over, and
-the next process deletes it. A process number would not do instead: numbers are used again, and they
-mean nothing to another container that shares the folder of temporary files.
+The owner locks a file in its folder as long as it lives; the system drops the lock when the process
+ends, in whatever way. So a folder with an unlocked owner file is abandoned, and the next process
+deletes it. A process id would not work: ids are reused, and mean nothing to another container that
+shares the temporary folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 PREFIX = "iiet-orch-ray-"
 OWNER_NAME = "owner"
 _MARK = "Scratch files of iiet-orch; deleted when the process that locks this file has ended.\n"
+_NUM_RANDOM_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,30 @@ class ScratchFolder:
     """A temporary folder of this process."""
 
     folder: Path
-    """Empty at first but for the owner file; only this user may enter it."""
+    """Holds only the owner file at first; only this user may enter it."""
     owner_file: int
-    """Descriptor that holds the lock; processes that are started here do not inherit it."""
+    """Descriptor that holds the lock; child processes do not inherit it."""
 
     def delete(self) -> None:
-        """Delete the folder with all that is in it."""
+        """Delete the folder with its content."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             os.close(self.owner_file)
 
 
 def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
-    """Make a temporary folder for this process, and delete those whose owners have ended.
+    """Make a temporary folder for this process, and delete abandoned ones.
 
     Args:
-        longest_path: Most characters of its path; it lies in `/tmp` where the system's folder for
-            temporary files has a longer name.
+        longest_path: Longest path in characters; `/tmp` is used if the system's temporary folder
+            has a longer name.
     """
     parent = Path(tempfile.gettempdir())
-    if longest_path and len(str(parent / PREFIX)) + 8 > longest_path:  # 8 random characters follow
+    if longest_path and len(str(parent / PREFIX)) + _NUM_RANDOM_CHARACTERS > longest_path:
         parent = Path("/tmp")
     delete_abandoned_folders(parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    # Locked before it gets its name, so that nobody ever sees it unlocked while this process lives.
+    # Locked before it gets its name, so that no process sees it unlocked while this one lives.
     unnamed = folder / f"{OWNER_NAME}.new"
     owner_file = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     fcntl.flock(owner_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,13 +61,14 @@ def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
 
 
 def delete_abandoned_folders(parent: Path) -> None:
-    """Delete scratch folders of this user whose owners have ended, and nothing else.
+    """Delete this user's scratch folders whose owners have ended, and nothing else.
 
-    A folder of that name without our owner file is somebody else's, and links are not followed.
+    Links are not followed, and folders of the same name without our owner file are kept.
     """
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if not _is_own_folder(folder):
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 continue
             owner_file = os.open(folder / OWNER_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -75,8 +77,3 @@ def delete_abandoned_folders(parent: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(owner_file)
-
-
-def _is_own_folder(folder: Path) -> bool:
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()

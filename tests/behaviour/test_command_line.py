@@ -59,7 +59,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["pretrain", "--config", "~no-such-user/a.yaml"], "there is no settings file"),
         (["pretrain", "--workspace", "x" * 5000], "cannot write to the workspace"),
         (["evaluate", "~no-such-user/a"], "cannot use the path ~no-such-user/a"),
-        (["evaluate", "x" * 5000], "is longer than this machine's names may be"),
+        (["evaluate", "x" * 5000], "is too long for this file system"),
         (["evaluate", "--include-path", "nowhere"], "there is no folder nowhere"),
         (["pretrain", "--set", "evaluation.include_path=nowhere"], "there is no folder nowhere"),
         (["generate", "--seed", "4294967296"], "--seed"),
