@@ -32,24 +32,19 @@ from pathlib import Path
 from study_tables import Phases, Ways, losses_by_seed, study_markdown
 
 from iiet.methods import METHODS
+from orchestrator import SweepModel, SweepResult, plan_sweep, prepare, read_settings, report, sweep
 from orchestrator.cli.app import exit_code_of
-from orchestrator.cli.session import open_desk
+from orchestrator.cli.printing import print_plan, print_report
+from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.data.preparation import prepare
-from orchestrator.pipelines.context import Desk
 from orchestrator.pipelines.pretraining import pretraining_job
-from orchestrator.pipelines.reports import show_plan
-from orchestrator.pipelines.sweep_plans import plan_suite
-from orchestrator.pipelines.sweeps import raise_failures, run_and_show, sweep_thresholds
+from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.trial import TrialResult
-from orchestrator.reporting.front_axes import QUALITIES, FrontAxes
-from orchestrator.reporting.overlay_report import write_overlay_report
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.settings import BASELINE_METHOD, Settings, model_label, read_settings
+from orchestrator.settings import BASELINE_METHOD, Settings, model_label
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.models import check_models, models_of, with_rates
 from orchestrator.sweeping.students import check_student_batch, loss_of
-from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
 from orchestrator.training.job import TrainingJob
@@ -98,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         settings = read_settings(SETTINGS, options.changes)
-        with open_desk(options.workspace, "iiad-study", verbose=False) as desk:
-            run_study(settings, choices, desk, dry_run=options.dry_run)
+        with open_session(options.workspace, "iiad-study", verbose=False) as session:
+            run_study(settings, choices, session, dry_run=options.dry_run)
     except BaseException as error:
         return exit_code_of(error)
     return 0
@@ -108,52 +103,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_study(
     settings: Settings,
     choices: Choices,
-    desk: Desk,
+    session: Session,
     *,
     name: str = "study",
     dry_run: bool = False,
 ) -> None:
-    """Run every phase that is not finished, and write down what came out.
+    """Run every phase that is not finished, and write the results.
 
     Args:
         settings: Sections `sweep` and `training` say which models are compared.
-        choices: And what beside.
-        desk: Workspace, tracking and terminal.
-        name: What the names of its sweeps start with.
+        choices: What is compared beside them.
+        session: Workspace, progress and console.
+        name: Prefix of the names of its sweeps.
         dry_run: Print the first phase's plan, which all others follow from, and what those are;
             run nothing.
 
     Raises:
         UserError: If there is no IIET with corrections among the models.
-        RunFailed: If a trial failed, after all that needs it not; the same command tries it
-            again.
+        RunFailed: If a trial failed, after all phases that do not need it; the same command tries
+            it again.
     """
-    _check(settings, choices, desk)
-    study = _Study(settings, choices, desk, name)
+    settings = _with(settings, sweep={"kind": "iterations"})
+    _check(settings, choices, session)
+    study = _Study(settings, choices, session, name)
     if dry_run:
-        rates = study.variants(study.all_rates(), seeds=choices.seeds[:1])
-        plan = iterations_plan(rates, suite=study.suite, name=f"{name}-rates")
-        show_plan(plan, settings, desk)
-        print_line(desk.console, _later_phases(settings, choices, len(study.contenders)))
+        plan = plan_sweep(
+            settings,
+            workspace=session.workspace,
+            models=study.models(study.all_rates(), seeds=choices.seeds[:1]),
+            name=f"{name}-rates",
+            progress=session.progress,
+        )
+        print_plan(session.console, plan)
+        print_line(session.console, _later_phases(settings, choices, len(study.contenders)))
         return
-    with ray_cluster(say=desk.progress.start):
+    with ray_cluster(say=session.progress.start):
         phases = study.compare()
         ways = study.distill(phases)
-    folder = desk.workspace.overlays / name
+    folder = session.workspace.overlays / name
     overlays = [
-        write_overlay_report(desk.workspace, names, axes=FrontAxes(quality=QUALITIES["loss"]))
+        report(workspace=session.workspace, sweeps=names, quality="loss")
         for names in (ways.of_choosing, ways.of_training)
         if len(names) > 1
     ]
-    text = study_markdown(phases, ways, [written.folder for written in overlays])
+    text = study_markdown(phases, ways, [overlay.folder for overlay in overlays])
     write_text(folder / "results.md", text)
-    print_line(desk.console, f"study: {folder / 'results.md'}")
+    print_line(session.console, f"study: {folder / 'results.md'}")
     raise_failures(study.failures)
 
 
-def _check(settings: Settings, choices: Choices, desk: Desk) -> None:
+def _check(settings: Settings, choices: Choices, session: Session) -> None:
     """Find what the settings have wrong together before anything is trained."""
-    check_sweep(settings, "iterations", desk.progress)
+    check_sweep(settings, "iterations", session.progress)
     check_models(settings, "iterations")
     loss_of(settings.distillation)
     check_teacher_cache(settings.distillation)
@@ -186,44 +187,49 @@ class _Contender:
 class _Study:
     """The phases, in their order."""
 
-    def __init__(self, settings: Settings, choices: Choices, desk: Desk, name: str) -> None:
-        self.settings, self.choices, self.desk, self.name = settings, choices, desk, name
+    def __init__(self, settings: Settings, choices: Choices, session: Session, name: str) -> None:
+        self.settings, self.choices, self.session, self.name = settings, choices, session, name
         self.failures: dict[str, str] = {}
         self.contenders = {c.name: c for c in _contenders(settings, choices.two_stage_from)}
-        self.tokens = prepare(settings.data, desk.workspace, desk.progress)
+        self.tokens = prepare(settings, workspace=session.workspace, progress=session.progress)
         first = next(iter(self.contenders.values()))
         config = self._job(first.at(rate=1.0, seed=0)).config()
         check_student_batch(settings.distillation, config)
-        self.suite = plan_suite(settings.evaluation, self.tokens, config, desk.progress)
 
     def all_rates(self) -> dict[str, Sequence[float]]:
         """Return the rates that every contender is tried at."""
         return {name: contender.rates for name, contender in self.contenders.items()}
 
-    def variants(
+    def models(
         self,
         rates: Mapping[str, Sequence[float]],
         *,
         seeds: Sequence[int],
         num_steps: Mapping[str, int] | None = None,
-    ) -> list[Variant]:
-        """Return what a phase trains: contenders at rates, under seeds, for a number of steps."""
+    ) -> list[SweepModel]:
+        """Return the models of a phase: contenders at rates, under seeds, for a number of steps."""
         found = []
+        several = len(seeds) > 1
         for name, own in rates.items():
+            steps = (num_steps or {}).get(name)
             for rate in own:
+                group = _label(name, rate, own)
                 for seed in seeds:
-                    group = _label(name, rate, own)
-                    steps = (num_steps or {}).get(name)
-                    job = self._job(self.contenders[name].at(rate=rate, seed=seed, num_steps=steps))
-                    several = len(seeds) > 1
-                    label = f"{group}, seed {seed}" if several else group
-                    found.append(Variant(label=label, job=job, group=group if several else None))
+                    found.append(
+                        SweepModel(
+                            label=f"{group}, seed {seed}" if several else group,
+                            settings=self.contenders[name].at(
+                                rate=rate, seed=seed, num_steps=steps
+                            ),
+                            group=group if several else None,
+                        )
+                    )
         return found
 
     def compare(self) -> Phases:
         """Run the phases that train from scratch."""
         first, seeds = self.choices.seeds[:1], self.choices.seeds
-        tried = _joined(self._run("rates", self.variants(self.all_rates(), seeds=first)))
+        tried = _joined(self._run("rates", self.models(self.all_rates(), seeds=first)))
         by_rate = {
             name: {
                 rate: tried[label] for rate in own if (label := _label(name, rate, own)) in tried
@@ -233,11 +239,11 @@ class _Study:
         by_rate = {name: own for name, own in by_rate.items() if own}  # Others failed.
         best = {name: _best_rate(own) for name, own in by_rate.items()}
         chosen: dict[str, Sequence[float]] = {name: (rate,) for name, rate in best.items()}
-        of_seeds = self._run("tokens", self.variants(chosen, seeds=seeds))
+        of_seeds = self._run("tokens", self.models(chosen, seeds=seeds))
         flops: Mapping[str, TrialResult] = {}
         if self.choices.equal_flops:
             steps = self._steps_of_equal_flops()
-            flops = _joined(self._run("flops", self.variants(chosen, seeds=first, num_steps=steps)))
+            flops = _joined(self._run("flops", self.models(chosen, seeds=first, num_steps=steps)))
         at_best = {name: by_rate[name][rate] for name, rate in best.items()}
         return Phases(
             by_rate=by_rate,
@@ -258,24 +264,24 @@ class _Study:
             raise_failures(self.failures)
         fullest = [r for r in phases.best.values() if sum(r.schedule or ()) == most]
         teacher = min(fullest, key=lambda result: result.quality[LOSS])
-        baselines = [
-            (name, Path(str(phases.best[name].checkpoint)))
+        baselines = {
+            name: Path(str(phases.best[name].checkpoint))
             for name in (BASELINE_METHOD, model_label(teacher.method, 0))
             if name in phases.best
-        ]
+        }
         ways = _ways(self.settings, self.choices)
         found = {}
         for way, own in ways.items():
-            failures: dict[str, str] = {}
-            found[way] = sweep_thresholds(
+            result = sweep(
                 own,
-                self.desk,
-                Path(str(teacher.checkpoint)),
+                workspace=self.session.workspace,
+                teacher=Path(str(teacher.checkpoint)),
                 baselines=baselines,
                 name=self._sweep_name(way),
-                failures=failures,
-            ).results
-            self._note(way, failures)
+                progress=self.session.progress,
+            )
+            self._print(way, result)
+            found[way] = result.trials
         usual, *others = ways
         choosing = [usual, *(way for way in others if way in _BY_CHOICE)]
         training = [usual, *(way for way in others if way not in _BY_CHOICE)]
@@ -289,15 +295,21 @@ class _Study:
     def _sweep_name(self, phase: str) -> str:
         return f"{self.name}-{phase.replace(' ', '-')}"
 
-    def _run(self, phase: str, variants: Sequence[Variant]) -> Sequence[TrialResult]:
-        plan = iterations_plan(variants, suite=self.suite, name=self._sweep_name(phase))
-        failures: dict[str, str] = {}
-        outcome = run_and_show(plan, self.settings, self.desk, failures=failures)
-        self._note(phase, failures)
-        return outcome.results
+    def _run(self, phase: str, models: Sequence[SweepModel]) -> Sequence[TrialResult]:
+        result = sweep(
+            self.settings,
+            workspace=self.session.workspace,
+            models=models,
+            name=self._sweep_name(phase),
+            progress=self.session.progress,
+        )
+        self._print(phase, result)
+        return result.trials
 
-    def _note(self, phase: str, failures: Mapping[str, str]) -> None:
-        self.failures |= {f"{label} of {phase}": reason for label, reason in failures.items()}
+    def _print(self, phase: str, result: SweepResult) -> None:
+        print_report(self.session.console, result.report, self.session.workspace.root)
+        for label, reason in result.failures.items():
+            self.failures[f"{label} of {phase}"] = reason
 
     def _steps_of_equal_flops(self) -> dict[str, int]:
         """Return the steps that the costliest contender's training FLOPs pay for, by name."""
@@ -312,7 +324,7 @@ class _Study:
         return math.fsum(map(flops_at, range(num_steps))) / num_steps
 
     def _job(self, settings: Settings) -> TrainingJob:
-        return pretraining_job(settings, self.desk.workspace, self.tokens)
+        return pretraining_job(settings, self.session.workspace, self.tokens)
 
 
 def _joined(results: Sequence[TrialResult]) -> dict[str, TrialResult]:
@@ -366,6 +378,8 @@ def _later_phases(settings: Settings, choices: Choices, num_models: int) -> str:
 
 def _ways(settings: Settings, choices: Choices) -> dict[str, Settings]:
     """Return the settings of every front, by its name; the first metric's comes first."""
+    # All trials of these sweeps have the same learning rate, so none is stopped early.
+    settings = _with(settings, sweep={"kind": "threshold", "asha": False})
     ways: dict[str, Settings] = {
         metric: _with(settings, influence={"metric": metric}) for metric in choices.metrics
     }

@@ -1,0 +1,117 @@
+"""Pretrain, sweep and distill iterative Transformers from Python.
+
+Every function takes settings where it needs them, then the workspace by keyword, and returns a
+typed result with `to_pandas()`:
+
+    from orchestrator import read_settings, sweep
+
+    result = sweep(read_settings("toy.yaml"), workspace="my-workspace")
+    print(result.to_pandas())
+
+Names are imported at first use: `import orchestrator` alone loads nothing heavy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.evaluation.cost_measurement import MeasurementSettings
+    from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
+    from orchestrator.pipelines.distilling import DistillResult, distill
+    from orchestrator.pipelines.evaluating import EvaluateResult, evaluate
+    from orchestrator.pipelines.exporting import export
+    from orchestrator.pipelines.generating import Sampling, generate, generate_stream
+    from orchestrator.pipelines.importing import import_model
+    from orchestrator.pipelines.influence import InfluenceResult, measure_influence
+    from orchestrator.pipelines.picking import PickResult, pick
+    from orchestrator.pipelines.preparing import prepare
+    from orchestrator.pipelines.pretraining import (
+        PretrainDryRun,
+        PretrainResult,
+        plan_pretrain,
+        pretrain,
+    )
+    from orchestrator.pipelines.reports import ReportResult, report
+    from orchestrator.pipelines.sweep_plans import SweepDryRun, SweepModel, plan_sweep
+    from orchestrator.pipelines.sweeps import SweepResult, sweep
+    from orchestrator.pipelines.syncing import sync
+    from orchestrator.reporting.pick_rules import PickRule
+    from orchestrator.settings import Settings, read_settings
+    from orchestrator.terminal.progress import Progress, terminal_progress
+    from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+    from orchestrator.workspace.folders import Workspace
+
+_MODULES = {
+    "evaluation.cost_measurement": ("MeasurementSettings",),
+    "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
+    "pipelines.distilling": ("DistillResult", "distill"),
+    "pipelines.evaluating": ("EvaluateResult", "evaluate"),
+    "pipelines.exporting": ("export",),
+    "pipelines.generating": ("Sampling", "generate", "generate_stream"),
+    "pipelines.importing": ("import_model",),
+    "pipelines.influence": ("InfluenceResult", "measure_influence"),
+    "pipelines.picking": ("PickResult", "pick"),
+    "pipelines.preparing": ("prepare",),
+    "pipelines.pretraining": ("PretrainDryRun", "PretrainResult", "plan_pretrain", "pretrain"),
+    "pipelines.reports": ("ReportResult", "report"),
+    "pipelines.sweep_plans": ("SweepDryRun", "SweepModel", "plan_sweep"),
+    "pipelines.sweeps": ("SweepResult", "sweep"),
+    "pipelines.syncing": ("sync",),
+    "reporting.pick_rules": ("PickRule",),
+    "settings": ("Settings", "read_settings"),
+    "terminal.progress": ("Progress", "terminal_progress"),
+    "workspace.errors": ("Interrupted", "RunFailed", "UserError"),
+    "workspace.folders": ("Workspace",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "BenchmarkResult",
+    "MeasurementSettings",
+    "DistillResult",
+    "EvaluateResult",
+    "InfluenceResult",
+    "Interrupted",
+    "PickResult",
+    "PretrainDryRun",
+    "PretrainResult",
+    "Progress",
+    "ReportResult",
+    "PickRule",
+    "RunFailed",
+    "Sampling",
+    "Settings",
+    "SweepDryRun",
+    "SweepModel",
+    "SweepResult",
+    "UserError",
+    "Workspace",
+    "benchmark",
+    "distill",
+    "evaluate",
+    "export",
+    "generate",
+    "generate_stream",
+    "import_model",
+    "measure_influence",
+    "pick",
+    "plan_pretrain",
+    "plan_sweep",
+    "prepare",
+    "pretrain",
+    "read_settings",
+    "report",
+    "sweep",
+    "sync",
+    "terminal_progress",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
+    return getattr(import_module(f"orchestrator.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

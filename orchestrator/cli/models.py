@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -20,8 +19,9 @@ from orchestrator.cli.options import (
     WorkspaceOption,
     read_options,
 )
-from orchestrator.cli.session import open_desk, open_session
+from orchestrator.cli.session import open_session
 from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import check_name_option
 
@@ -73,34 +73,45 @@ def generate(
     """
     prompts = prompt if prompt is not None else [_piped_prompt()]
     with open_session(workspace, "generate", verbose=verbose) as session:
-        from orchestrator.pipelines.generating import Sampling, Writer
-        from orchestrator.training.model_lookup import parse_schedule, resolve_model
+        from orchestrator.pipelines import generating
 
-        # The text goes to standard output, so a warning does not.
-        warn = partial(typer.echo, file=session.terminal)
-        model = resolve_model(session.workspace, checkpoint, warn)
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-            kv_strategy=kv,
-        )
-        writer = Writer(model, parse_schedule(schedule, model))
-        asked = [writer.chat(text) for text in prompts] if chat else prompts
-        if len(prompts) == 1:
-            pieces = writer.stream(asked[0], sampling)
-            if not chat:  # An answer stands for itself.
-                typer.echo(prompts[0], nl=False)
-            for piece in pieces:
-                typer.echo(piece, nl=False)
-            typer.echo()
-        else:
-            continued = writer.continue_all(asked, sampling)
-            for text, written in zip(prompts, continued, strict=True):
+        options: dict[str, Any] = {
+            "workspace": session.workspace,
+            "model": checkpoint,
+            "schedule": schedule,
+            "sampling": generating.Sampling(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop=tuple(stop or ()),
+                kv_strategy=kv,
+            ),
+            "chat": chat,
+            # The text goes to standard output, so warnings go elsewhere.
+            "progress": _Warnings(session.terminal),
+        }
+        if len(prompts) > 1:
+            for text, written in zip(prompts, generating.generate(prompts, **options), strict=True):
                 typer.echo(f"{text}{': ' if chat else ''}{written}\n")
+            return
+        pieces = generating.generate_stream(prompts[0], **options)
+        if not chat:  # An answer is printed without its question.
+            typer.echo(prompts[0], nl=False)
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+
+class _Warnings(Progress):
+    """Prints notes, and nothing else, to a stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def note(self, text: str) -> None:
+        typer.echo(text, file=self._stream)
 
 
 def _piped_prompt() -> str:
@@ -140,7 +151,7 @@ def import_folder(
 
         checkpoint = import_model(
             folder,
-            session.workspace,
+            workspace=session.workspace,
             tokenizer=tokenizer,
             name=name,
             progress=session.progress,
@@ -165,13 +176,19 @@ def export(
 ) -> None:
     """Write a folder that transformers and lm-eval load without this package."""
     settings: Any = read_options(config, set_)
-    with open_desk(workspace, "export", verbose=verbose) as desk:
-        from orchestrator.pipelines import picking as handover
+    with open_session(workspace, "export", verbose=verbose) as session:
+        from orchestrator.pipelines import exporting
 
-        folder = handover.export_model(
-            settings, desk, checkpoint, to=to, schedule=schedule, measure=measure
+        folder = exporting.export(
+            settings,
+            workspace=session.workspace,
+            model=checkpoint,
+            to=to,
+            schedule=schedule,
+            measure=measure,
+            progress=session.progress,
         )
-        print_line(desk.console, f"exported: {folder}")
+        print_line(session.console, f"exported: {folder}")
 
 
 @app.command(rich_help_panel="Models")
@@ -204,24 +221,27 @@ def pick(
     verbose: VerboseOption = False,
 ) -> None:
     """Choose a model from a sweep's front; export it and register it in MLflow."""
-    from orchestrator.reporting.front_axes import parse_axes
-
     rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
-    dry_run = dry_run or only_name  # The option's name before other commands had it.
-    if dry_run and to is not None:
-        raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
-    axes = parse_axes(cost, quality)
-    with open_desk(workspace, "pick", verbose=verbose) as desk:
-        from orchestrator.pipelines.picking import pick_model
+    with open_session(workspace, "pick", verbose=verbose) as session:
+        from orchestrator.pipelines import picking
 
-        choice = pick_model(desk, sweep, rule, axes=axes, to=to, hand_over=not dry_run)
+        choice = picking.pick(
+            workspace=session.workspace,
+            sweep=sweep,
+            rule=rule,
+            cost=cost,
+            quality=quality,
+            to=to,
+            dry_run=dry_run or only_name,  # --only-name is the option's earlier name
+            progress=session.progress,
+        )
         lines = [f"{rule.alias}: {choice.sentence}"]
         if choice.folder is None:
             lines.append(f"checkpoint: {choice.point.result.checkpoint}")
         else:
             lines += [f"exported: {choice.folder}", f"registered: {choice.version}"]
         for line in lines:
-            print_line(desk.console, line)
+            print_line(session.console, line)
 
 
 def _rule(keep: float | None, confidence: float, budget: float | None, **flags: bool) -> Any:

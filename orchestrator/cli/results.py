@@ -8,7 +8,8 @@ import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import VerboseOption, WorkspaceOption
-from orchestrator.cli.session import open_desk
+from orchestrator.cli.printing import print_report
+from orchestrator.cli.session import open_session
 
 
 @app.command("report", rich_help_panel="Results")
@@ -30,11 +31,17 @@ def show_report(
     verbose: VerboseOption = False,
 ) -> None:
     """Write and show the front of a sweep, or of several: table, pictures, one HTML page."""
-    with open_desk(workspace, "report", verbose=verbose) as desk:
-        from orchestrator.pipelines.reports import report_and_show
-        from orchestrator.reporting.front_axes import parse_axes
+    with open_session(workspace, "report", verbose=verbose) as session:
+        from orchestrator.pipelines import reports
 
-        report_and_show(desk, sweeps or [], parse_axes(cost, quality))
+        result = reports.report(
+            workspace=session.workspace,
+            sweeps=sweeps or [],
+            cost=cost,
+            quality=quality,
+            progress=session.progress,
+        )
+        print_report(session.console, result, session.workspace.root)
 
 
 @app.command(rich_help_panel="Results")
@@ -51,6 +58,9 @@ def ui(
 
 @app.command(rich_help_panel="Results")
 def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = False) -> None:
-    """Tell MLflow what it missed while it did not answer."""
-    with open_desk(workspace, "sync", verbose=verbose) as desk:
-        desk.console.print(f"{desk.tracking.sync()} records delivered")
+    """Deliver to MLflow what it missed while it did not answer."""
+    with open_session(workspace, "sync", verbose=verbose) as session:
+        from orchestrator.pipelines import syncing
+
+        delivered = syncing.sync(workspace=session.workspace, progress=session.progress)
+        session.console.print(f"{delivered} records delivered")

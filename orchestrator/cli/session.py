@@ -1,7 +1,7 @@
-"""What a command works with: opened before it, closed after it, whatever happens in between.
+"""What a command works with: a workspace, a progress display and a console.
 
-A session opens the workspace, sends the libraries' noise to a log and draws progress; an unforeseen
-error becomes one sentence and a traceback in that log. A desk is a session with MLflow's store.
+While a session is open, the libraries' output goes to a log. An unexpected error becomes one
+sentence on the terminal and a traceback in that log.
 """
 
 from __future__ import annotations
@@ -70,12 +70,3 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
             raise RunFailed(
                 f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log.path}"
             ) from error
-
-
-@contextmanager
-def open_desk(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Any]:
-    """Open a session with MLflow's store, for commands that track what they do."""
-    with open_session(workspace, command, verbose=verbose) as session:
-        from orchestrator.pipelines.context import Desk
-
-        yield Desk(session.workspace, session.progress, session.console)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,8 +19,11 @@ from orchestrator.cli.options import (
     read_options,
     whole_numbers,
 )
-from orchestrator.cli.session import open_desk
+from orchestrator.cli.session import Session, open_session
 from orchestrator.terminal.layout import print_line
+
+if TYPE_CHECKING:
+    from orchestrator.records.evaluation import EvaluationResult
 
 
 @app.command(rich_help_panel="Stages")
@@ -33,20 +37,14 @@ def influence(
 ) -> None:
     """Measure how much each correction of each layer matters."""
     settings = read_options(config, set_, influence__metric=metric)
-    with open_desk(workspace, "influence", verbose=verbose) as desk:
+    with open_session(workspace, "influence", verbose=verbose) as session:
         from orchestrator.pipelines.influence import measure_influence
         from orchestrator.reporting.influence_tables import influence_terminal_table
-        from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 
-        teacher = resolve_teacher(desk.workspace, checkpoint)
-        table = measure_influence(
-            teacher,
-            settings.influence,
-            tokens_folder_of(teacher, desk.workspace),
-            tracking=desk.tracking,
-            progress=desk.progress,
+        result = measure_influence(
+            settings, workspace=session.workspace, model=checkpoint, progress=session.progress
         )
-        desk.console.print(influence_terminal_table(table))
+        session.console.print(influence_terminal_table(result.table))
 
 
 @app.command(rich_help_panel="Stages")
@@ -94,11 +92,34 @@ def evaluate(
         evaluation__limit=limit,
         evaluation__batch_size=batch_size,
     )
-    with open_desk(workspace, "evaluate", verbose=verbose) as desk:
-        from orchestrator.pipelines import sweeps as procedure
+    with open_session(workspace, "evaluate", verbose=verbose) as session:
+        from orchestrator.pipelines import evaluating
 
-        procedure.evaluate_and_show(
-            settings, desk, checkpoints, schedule, trust_remote_code=trust_remote_code
+        result = evaluating.evaluate(
+            settings,
+            workspace=session.workspace,
+            models=checkpoints or [],
+            schedules=schedule or [],
+            trust_remote_code=trust_remote_code,
+            progress=session.progress,
+        )
+        _print_evaluations(session, result.evaluations)
+
+
+def _print_evaluations(session: Session, evaluations: Mapping[str, EvaluationResult]) -> None:
+    from orchestrator.reporting.evaluation_tables import (
+        average_notes,
+        evaluation_table,
+        tasks_with_other_items,
+    )
+
+    session.console.print(evaluation_table(evaluations))
+    for sentence in average_notes(evaluations):
+        print_line(session.console, f"  {sentence}")
+    if different := tasks_with_other_items(list(evaluations.values())):
+        session.progress.note(
+            f"not comparable: {', '.join(different)} had other items for some of the models, "
+            "which were trained on different tokens"
         )
 
 
@@ -136,39 +157,32 @@ def benchmark(
     """Measure latency, throughput and memory, and hold them against the cost model."""
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts, "--contexts")
-    with open_desk(workspace, "benchmark", verbose=verbose) as desk:
+    with open_session(workspace, "benchmark", verbose=verbose) as session:
         from orchestrator.evaluation.cost_measurement import MeasurementSettings
-        from orchestrator.evaluation.evaluated_model import open_models
-        from orchestrator.pipelines.benchmarking import benchmark as stage
-        from orchestrator.pipelines.benchmarking import family_of, usual_contexts
+        from orchestrator.pipelines import benchmarking
         from orchestrator.reporting import benchmark_tables
 
-        models = open_models(desk.workspace, checkpoints, schedule, warn=desk.progress.note)
-        if len(models) == 1 and not schedule:
-            models = family_of(models[0])
-        conditions = MeasurementSettings(
-            batch_sizes=batches or (),
-            contexts=prompts or usual_contexts(models, new_tokens),
-            new_tokens=new_tokens,
-            repetitions=repetitions,
-            num_threads=threads,
+        found = benchmarking.benchmark(
+            workspace=session.workspace,
+            models=checkpoints or [],
+            schedules=schedule or [],
+            conditions=MeasurementSettings(
+                batch_sizes=batches or (),
+                contexts=prompts or (),
+                new_tokens=new_tokens,
+                repetitions=repetitions,
+                num_threads=threads,
+            ),
+            progress=session.progress,
         )
-        found = stage(
-            models,
-            desk.workspace,
-            conditions,
-            tracking=desk.tracking,
-            progress=desk.progress,
-        )
-        console = desk.console
         for table in benchmark_tables.cost_and_share_tables(found.costs):
-            console.print(table)
+            session.console.print(table)
         how = benchmark_tables.conditions_sentence(
-            conditions, device=found.device, dtype=found.dtype
+            found.conditions, device=found.device, dtype=found.dtype
         )
         for line in [
             *benchmark_tables.benchmark_sentences(found.costs),
             how,
             f"written to {found.path}",
         ]:
-            print_line(console, f"  {line}")
+            print_line(session.console, f"  {line}")

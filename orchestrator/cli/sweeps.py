@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     MAX_COUNT,
+    MAX_SEED,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
@@ -26,7 +28,8 @@ from orchestrator.cli.options import (
     read_options,
     seed_numbers,
 )
-from orchestrator.cli.session import open_desk
+from orchestrator.cli.printing import print_plan, print_sweep
+from orchestrator.cli.session import open_session
 
 
 @app.command("sweep-threshold", rich_help_panel="Sweeps")
@@ -65,6 +68,7 @@ def sweep_threshold(
     settings = read_options(
         config,
         set_,
+        sweep__kind="threshold",
         sweep__num_schedules=schedules,
         sweep__thresholds=numbers(thresholds, "--thresholds"),
         sweep__budgets=numbers(budgets, "--budgets"),
@@ -77,19 +81,15 @@ def sweep_threshold(
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
     )
-    with open_desk(workspace, "sweep-threshold", verbose=verbose) as desk:
-        from orchestrator.pipelines import sweeps as procedure
-        from orchestrator.pipelines.reports import show_plan
-        from orchestrator.pipelines.sweep_plans import plan_thresholds
-        from orchestrator.sweeping.checks import check_sweep
-        from orchestrator.training.model_lookup import resolve_teacher
-
-        check_sweep(settings, "threshold", desk.progress)
-        teacher = resolve_teacher(desk.workspace, checkpoint)
-        if dry_run:
-            show_plan(plan_thresholds(settings, desk, teacher, name=name), settings, desk)
-        else:
-            procedure.sweep_thresholds(settings, desk, teacher, name=name)
+    _sweep(
+        settings,
+        "sweep-threshold",
+        workspace,
+        teacher=checkpoint or "newest",
+        name=name,
+        dry_run=dry_run,
+        verbose=verbose,
+    )
 
 
 @app.command("sweep-iterations", rich_help_panel="Sweeps")
@@ -124,6 +124,7 @@ def sweep_iterations(
     settings = read_options(
         config,
         set_,
+        sweep__kind="iterations",
         sweep__iterations=parts(iterations),
         sweep__methods=parts(methods),
         sweep__seeds=seed_numbers(seeds),
@@ -134,19 +135,11 @@ def sweep_iterations(
         sweep__gpus_per_trial=gpus_per_trial,
         training__num_steps=steps,
     )
-    with open_desk(workspace, "sweep-iterations", verbose=verbose) as desk:
-        from orchestrator.pipelines import sweeps as procedure
-        from orchestrator.pipelines.reports import show_plan
-        from orchestrator.pipelines.sweep_plans import plan_iterations
-
-        if dry_run:
-            show_plan(plan_iterations(settings, desk, name=name), settings, desk)
-        else:
-            procedure.sweep_iterations(settings, desk, name=name)
+    _sweep(settings, "sweep-iterations", workspace, name=name, dry_run=dry_run, verbose=verbose)
 
 
 @app.command("sweep", rich_help_panel="Sweeps")
-def run_sweep_file(
+def sweep_file(
     file: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped sweep.")],
     workspace: WorkspaceOption = None,
     dry_run: DryRunOption = False,
@@ -155,7 +148,86 @@ def run_sweep_file(
 ) -> None:
     """Run a whole sweep from its file, pretraining included."""
     settings = read_options(file, set_)
-    with open_desk(workspace, "sweep", verbose=verbose) as desk:
-        from orchestrator.pipelines.sweep_files import run_file
+    _sweep(settings, "sweep", workspace, dry_run=dry_run, verbose=verbose)
 
-        run_file(settings, desk, dry_run=dry_run)
+
+@app.command("search", rich_help_panel="Sweeps")
+def search_schedules(
+    checkpoint: CheckpointArgument = None,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=MAX_COUNT, help="Most schedules to try beside those of the threshold sweep."
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="Against evaluations: accuracy, bits_per_byte or validation_loss."),
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="nsga2 or tpe.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the suggestions.")
+    ] = None,
+    schedules: Annotated[
+        int | None,
+        typer.Option(min=2, max=MAX_COUNT, help="Schedules of the threshold sweep to start from."),
+    ] = None,
+    trials_at_once: TrialsAtOnceOption = None,
+    workers_per_trial: WorkersPerTrialOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
+    name: NameOption = None,
+    dry_run: DryRunOption = False,
+    set_: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Search free schedules, any count in any layer, starting from the threshold's."""
+    settings = read_options(
+        config,
+        set_,
+        sweep__kind="search",
+        search__num_trials=trials,
+        search__objective=objective,
+        search__sampler=sampler,
+        search__seed=seed,
+        sweep__num_schedules=schedules,
+        sweep__trials_at_once=trials_at_once,
+        sweep__workers_per_trial=workers_per_trial,
+        sweep__gpus_per_trial=gpus_per_trial,
+    )
+    _sweep(
+        settings,
+        "search",
+        workspace,
+        teacher=checkpoint or "newest",
+        name=name,
+        dry_run=dry_run,
+        verbose=verbose,
+    )
+
+
+def _sweep(
+    settings: Any,
+    command: str,
+    workspace: Path | None,
+    *,
+    dry_run: bool,
+    verbose: bool,
+    teacher: Path | str | None = None,
+    name: str | None = None,
+) -> None:
+    with open_session(workspace, command, verbose=verbose) as session:
+        from orchestrator.pipelines import sweep_plans, sweeps
+
+        options: dict[str, Any] = {
+            "workspace": session.workspace,
+            "teacher": teacher,
+            "name": name,
+            "progress": session.progress,
+        }
+        if dry_run:
+            print_plan(session.console, sweep_plans.plan_sweep(settings, **options))
+        else:
+            result = sweeps.sweep(settings, **options)
+            print_sweep(session.console, result, session.workspace.root)

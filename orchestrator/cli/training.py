@@ -20,7 +20,8 @@ from orchestrator.cli.options import (
     WorkspaceOption,
     read_options,
 )
-from orchestrator.cli.session import open_desk, open_session
+from orchestrator.cli.printing import print_sweep
+from orchestrator.cli.session import open_session
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import check_name_option
@@ -42,10 +43,11 @@ def quickstart(
     With --config, do what that file says.
     """
     settings = read_options(config, set_)
-    with open_desk(workspace, "quickstart", verbose=verbose) as desk:
-        from orchestrator.pipelines.sweep_files import run_file
+    with open_session(workspace, "quickstart", verbose=verbose) as session:
+        from orchestrator.pipelines.sweeps import sweep
 
-        run_file(settings, desk)  # What the file says; the toy's is a threshold sweep.
+        result = sweep(settings, workspace=session.workspace, progress=session.progress)
+        print_sweep(session.console, result, session.workspace.root)
 
 
 @app.command(rich_help_panel="Stages")

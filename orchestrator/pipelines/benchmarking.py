@@ -1,17 +1,18 @@
-"""Stage `benchmark`: what models cost on this machine, beside what the cost model says.
+"""Measure what models cost on this machine, beside what the cost model says.
 
-In go models, each under its own iteration schedule, or one IIET under several of its family; out
-comes one measurement per model, batch size and context. It is written as JSON to the workspace,
-under the hash of the models, the conditions and the machine, and shown in MLflow as one run per
-model. A measurement is never taken from there again: whoever asks wants to know it now.
+Models in, each under its own iteration schedule, or one IIET under several of its family; one
+measurement per model, batch size and context out. It is written as JSON to the workspace, under the
+hash of the models, the conditions and the machine, and tracked in MLflow as one run per model.
+Every call measures anew.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
@@ -23,18 +24,26 @@ from orchestrator.evaluation.cost_measurement import (
     device_name,
     measure_costs,
 )
-from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model, short_names
+from orchestrator.evaluation.evaluated_model import (
+    EvaluatedModel,
+    open_model,
+    open_models,
+    short_names,
+)
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
+if TYPE_CHECKING:
+    import pandas
+
 NUM_SCHEDULES = 5
-"""Schedules of one IIET that are measured where none is named: full, none, and some between."""
+"""How many schedules of one IIET are measured by default: full, none, and some between."""
 SHORT_CONTEXT = 32
-"""Tokens of the shorter prompt where none is named; the longer one is half the model's context."""
+"""Tokens of the shorter default prompt; the longer one is half the model's context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,42 +51,77 @@ class BenchmarkResult:
     """All measurements of one call."""
 
     costs: list[MeasuredCost]
-    """Condition after condition, models in the order given."""
+    """By condition, then by model in the order given."""
     conditions: MeasurementSettings
     """Batch sizes, contexts, repetitions, threads."""
     device: str
-    """Where it was measured."""
+    """CPU or GPU that it was measured on."""
     dtype: str
-    """Of the weights."""
+    """Type of the weights."""
     path: Path
     """The file that holds it."""
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per model, batch size and context."""
+        import pandas
+
+        rows = []
+        for cost in self.costs:
+            row = cost.to_dict()
+            for part, share in row.pop("shares").items():
+                row[f"{part}_share"] = share["measured"]
+            rows.append(row)
+        return pandas.DataFrame(rows).rename(columns=lambda name: name.replace(" ", "_"))
+
 
 def benchmark(
-    models: Sequence[EvaluatedModel],
-    workspace: Workspace,
-    conditions: MeasurementSettings,
     *,
-    tracking: Tracking | None = None,
+    workspace: Workspace | Path | str,
+    models: Sequence[Path | str] = (),
+    schedules: Sequence[str] = (),
+    conditions: MeasurementSettings | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkResult:
-    """Measure models side by side.
+    """Measure latency, throughput and memory of models side by side.
 
     Args:
-        models: The models; those with the same weights share them.
-        workspace: Where the result is written.
-        conditions: Batch sizes, contexts, repetitions, threads.
-        tracking: Where each model is shown as a run of its own.
-        progress: Told how many measurements are done.
+        workspace: A workspace or its folder.
+        models: Checkpoints or runs, by path or name, or model folders; the newest IIET or imported
+            model when empty.
+        schedules: Iteration schedules as typed. When empty, one IIET is measured under schedules
+            from full to none, and several models each under their own.
+        conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
+            prompt and half the models' context.
+        progress: Progress display.
+
+    Raises:
+        UserError: If a model is missing, damaged or no decoder, or a condition does not fit it.
+    """
+    context = open_context(workspace, progress)
+    conditions = conditions or MeasurementSettings(contexts=())
+    opened = open_models(
+        context.workspace, list(map(Path, models)), schedules, warn=context.progress.note
+    )
+    if len(opened) == 1 and not schedules:
+        opened = family_of(opened[0])
+    if not conditions.contexts:
+        usual = usual_contexts(opened, conditions.new_tokens)
+        conditions = replace(conditions, contexts=usual)
+    return benchmark_models(opened, conditions, context)
+
+
+def benchmark_models(
+    models: Sequence[EvaluatedModel], conditions: MeasurementSettings, context: Context
+) -> BenchmarkResult:
+    """Measure models side by side; those with the same weights share them.
 
     Raises:
         UserError: If a model is no decoder or damaged, or a condition does not fit it.
     """
-    progress = progress or Progress()
     names = short_names(models)
     decoders = dict(zip(names, _decoders(models), strict=True))
     some = next(iter(decoders.values()))
-    costs = measure_costs(decoders, conditions, progress)
+    costs = measure_costs(decoders, conditions, context.progress)
     device = device_name(some.device)
     keys = [list(model.key) for model in models]
     key = content_key("benchmark", keys, asdict(conditions), device, environment())
@@ -86,21 +130,20 @@ def benchmark(
         conditions=conditions,
         device=device,
         dtype=str(next(some.parameters()).dtype).removeprefix("torch."),
-        path=workspace.benchmarks / f"{key}.json",
+        path=context.workspace.benchmarks / f"{key}.json",
     )
     _write(result)
-    progress.finish(f"{len(decoders)} models, {len(costs)} measurements")
-    if tracking:
-        for name, model in zip(names, models, strict=True):
-            _track(tracking, model, [c for c in costs if c.model == name], result)
+    context.progress.finish(f"{len(decoders)} models, {len(costs)} measurements")
+    for name, model in zip(names, models, strict=True):
+        _track(context, model, [cost for cost in costs if cost.model == name], result)
     return result
 
 
 def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
     """Return an IIET under schedules from full to none; any other model alone.
 
-    They are those that its influence table proposes, spread evenly over cost; without a table, the
-    same number of corrections in all layers.
+    The schedules are those that its influence table proposes, spread evenly over cost; without a
+    table, the same number of corrections in all layers.
     """
     config = model.config
     if config is None or not config.corrections.num_corrections:
@@ -118,8 +161,7 @@ def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
 
 
 def usual_contexts(models: Sequence[EvaluatedModel], new_tokens: int) -> tuple[int, ...]:
-    """Return a short prompt and one of half the context that all models read, as far as both fit
-    with the new tokens behind them."""
+    """Return a short prompt and half the models' shortest context, if the new tokens fit after."""
     longest = min(model.context_length for model in models)
     wanted = sorted({min(SHORT_CONTEXT, longest // 2), longest // 2})
     fitting = tuple(context for context in wanted if 1 <= context <= longest - new_tokens)
@@ -151,13 +193,10 @@ def _write(result: BenchmarkResult) -> None:
 
 
 def _track(
-    tracking: Tracking,
-    model: EvaluatedModel,
-    costs: Sequence[MeasuredCost],
-    result: BenchmarkResult,
+    context: Context, model: EvaluatedModel, costs: Sequence[MeasuredCost], result: BenchmarkResult
 ) -> None:
     assert model.config is not None, "what was measured is a decoder"
-    run = tracking.run(
+    run = context.tracking.run(
         content_key("benchmark", list(model.key), asdict(result.conditions), result.device),
         name=f"benchmark {model.name}"[:80],
         kind="benchmark",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -47,11 +45,3 @@ def open_context(workspace: Workspace | Path | str, progress: Progress | None = 
     if not isinstance(workspace, Workspace):
         workspace = open_workspace(Path(workspace))
     return Context(workspace, progress)
-
-
-class Desk(Context):
-    """A context with the console that tables are printed on."""
-
-    def __init__(self, workspace: Workspace, progress: Progress, console: Console) -> None:
-        super().__init__(workspace, progress)
-        self.console = console

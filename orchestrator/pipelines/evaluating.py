@@ -1,21 +1,22 @@
-"""Stage `evaluate`: accuracy and bits per byte of a model, each task measured once.
+"""Measure accuracy and bits per byte of models with lm-eval; each task is measured once.
 
-In go a checkpoint, or a model folder of transformers, and what to measure (`heldout`, `paper`, or
-names of lm-eval tasks); out comes an evaluation. The result of each task lies in the workspace
-under the hash of all that determines it: weights and precision, configuration with its schedule,
-tokenizer, the task's items and metrics. So another task costs only that task, and the same command
-again costs nothing. The files hold one value per item, which paired comparisons of two models need.
+Checkpoints or transformers folders in, and what to measure (`heldout`, `paper`, or names of lm-eval
+tasks); evaluations out. The result of each task is stored in the workspace under the hash of all
+that determines it: weights and precision, configuration with its schedule, tokenizer, the task's
+items and metrics. So a further task costs only that task, and the same call again costs nothing.
+The files hold one value per item, which paired comparisons of two models need.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
+from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import (
     FolderTokenizer,
     Suite,
@@ -25,47 +26,102 @@ from orchestrator.evaluation.harness import (
     run_suite,
 )
 from orchestrator.evaluation.task_selection import newest_tokens, select_tasks
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.settings import EvaluationSettings
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult, TaskResult
+from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """Evaluations of one model or several."""
+
+    evaluations: Mapping[str, EvaluationResult]
+    """Name of the model, with its schedule where that was asked for, to what was measured."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per model, task and metric: value, standard error, number of items."""
+        import pandas
+
+        rows = []
+        for model, evaluation in self.evaluations.items():
+            for task, result in evaluation.results.items():
+                for metric, value in result.metrics.items():
+                    if metric.endswith(STDERR_SUFFIX):
+                        continue
+                    rows.append(
+                        {
+                            "model": model,
+                            "task": task,
+                            "metric": metric,
+                            "value": value,
+                            "stderr": result.metrics.get(metric + STDERR_SUFFIX, math.nan),
+                            "num_items": result.num_items,
+                        }
+                    )
+        return pandas.DataFrame(rows)
+
 
 def evaluate(
-    checkpoint: Path | EvaluatedModel,
-    settings: EvaluationSettings,
-    workspace: Workspace,
+    settings: Settings,
     *,
-    schedule: IterationSchedule | None = None,
+    workspace: Workspace | Path | str,
+    models: Sequence[Path | str] = (),
+    schedules: Sequence[str] = (),
     trust_remote_code: bool = False,
-    tracking: Tracking | None = None,
     progress: Progress | None = None,
+) -> EvaluateResult:
+    """Evaluate models, each under each schedule; stored results are read again.
+
+    Args:
+        settings: Section `evaluation`.
+        workspace: A workspace or its folder.
+        models: Checkpoints or runs, by path or name, or transformers folders; the newest IIET or
+            imported model when empty.
+        schedules: Iteration schedules as typed; each model's own when empty.
+        trust_remote_code: Whether code in a model folder may run.
+        progress: Progress display.
+
+    Raises:
+        UserError: If a model is missing or damaged, a schedule does not fit it, its tokens are not
+            in the workspace, or a task does not exist.
+        RunFailed: If the hub gives none of the tasks.
+    """
+    context = open_context(workspace, progress)
+    # All models are opened first: a mistake in the last must not cost the time of the others.
+    opened = open_models(
+        context.workspace, list(map(Path, models)), schedules, warn=context.progress.note
+    )
+    evaluations = [
+        evaluate_model(model, settings.evaluation, context, trust_remote_code=trust_remote_code)
+        for model in opened
+    ]
+    return EvaluateResult(evaluations=dict(zip(short_names(opened), evaluations, strict=True)))
+
+
+def evaluate_model(
+    model: EvaluatedModel,
+    settings: EvaluationSettings,
+    context: Context,
+    *,
+    trust_remote_code: bool = False,
 ) -> EvaluationResult:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
-    Args:
-        checkpoint: The model: a checkpoint, a run, or a model folder of transformers.
-        settings: The suite, how many items of each task, few-shot examples, batch size.
-        workspace: Where results are stored, and the tokens that held-out tasks are made from.
-        schedule: Another iteration schedule than the model's, where `checkpoint` is a path.
-        trust_remote_code: Whether code that lies in a model folder may run.
-        tracking: Where the evaluation is shown as a run of its own.
-        progress: Told how many items are done.
-
     Raises:
-        UserError: If the model is damaged, the schedule does not fit it, its tokens are not in the
-            workspace, or a task does not exist or cannot be read.
+        UserError: If the model is damaged, its tokens are not in the workspace, or a task does not
+            exist or cannot be read.
         RunFailed: If the hub gives none of the tasks.
     """
-    progress = progress or Progress()
-    if isinstance(checkpoint, Path):
-        checkpoint = open_model(checkpoint, schedule, warn=progress.note)
-    model = checkpoint
+    workspace, progress = context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
     suite = _load(model, settings, workspace, progress)
     # Models that transformers runs keep their own dtype.
@@ -97,8 +153,7 @@ def evaluate(
         skipped=suite.skipped,
     )
     progress.finish(_summary(evaluation) + ("" if missing else ", found again"))
-    if tracking:
-        _track(tracking, keys, evaluation, model, settings.precision)
+    _track(context, keys, evaluation, model, settings.precision)
     return evaluation
 
 
@@ -170,7 +225,7 @@ def _store(path: Path, result: TaskResult, progress: Progress) -> None:
 
 
 def _track(
-    tracking: Tracking,
+    context: Context,
     keys: Mapping[str, str],
     evaluation: EvaluationResult,
     model: EvaluatedModel,
@@ -179,7 +234,7 @@ def _track(
     of_decoder: dict[str, Any] = {}
     if model.config is not None:
         of_decoder = {"schedule": model.config.corrections, "precision": precision}
-    run = tracking.run(
+    run = context.tracking.run(
         content_key("evaluation", dict(keys)),
         name=f"evaluate {', '.join(keys)}"[:80],
         kind="evaluation",

@@ -1,9 +1,9 @@
-"""Stage `export`: a checkpoint becomes a folder that transformers and lm-eval load by themselves.
+"""Export a checkpoint as a folder that transformers and lm-eval load without this package.
 
-Weights, tokenizer, the model's code and a card. It is written under another name and renamed at the
-end, so that a folder under its own name is whole. The names and checksums of all its files stand in
-`MANIFEST.sha256`, as `sha256sum --check` reads them; so a folder with anything in it that no export
-wrote, or that was changed since, is never overwritten.
+The folder holds weights, tokenizer, the model's code and a card with the quality of the very
+weights and schedule that are exported. It is written under another name and renamed at the end, so
+a folder under its own name is complete. `MANIFEST.sha256` lists all files and checksums for
+`sha256sum --check`; a folder with other or changed files is never overwritten.
 """
 
 from __future__ import annotations
@@ -15,15 +15,37 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
+from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.influence import InfluenceTable
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
+from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.model_folders import EXPORTED_TYPE
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.evaluating import evaluate_model
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
+from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import TOKEN_IDS
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import delete_folder, write_text
+from orchestrator.training.checkpoint import (
+    TOKEN_IDS,
+    TOKENIZER,
+    load_config,
+    load_decoder,
+    load_provenance,
+    read_text_files,
+    weights_key,
+)
+from orchestrator.training.model_lookup import (
+    find_checkpoint_by_weights,
+    load_influence_table,
+    parse_schedule,
+    resolve_model,
+)
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import delete_folder, resolve_path, write_text
+from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import file_digest
 
 CARD = "README.md"
@@ -32,10 +54,76 @@ _USUAL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"),
     *("special_tokens_map.json", "chat_template.jinja", "iiet_*.py", CARD),
 )
-"""Files of exports that were written before exports had a manifest."""
+"""Names of the files in exports that were written before exports had a manifest."""
 
 
 def export(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    model: Path | str | None = None,
+    to: Path | str | None = None,
+    schedule: str | None = None,
+    measure: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Export a checkpoint with its card, and return the folder.
+
+    Args:
+        settings: Section `evaluation` says what the card's quality is measured on.
+        workspace: A workspace or its folder.
+        model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
+        to: Folder to write; under the workspace, named by the run, when unset.
+        schedule: Iteration schedule as typed, if not the checkpoint's own.
+        measure: Whether to evaluate the model for the card. If that fails, the card is written
+            without quality.
+        progress: Progress display.
+
+    Raises:
+        UserError: If the checkpoint, the schedule or the folder cannot be used.
+    """
+    context = open_context(workspace, progress)
+    checkpoint = resolve_model(context.workspace, Path(model) if model else None)
+    wanted = parse_schedule(schedule, checkpoint)
+    name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
+    folder = resolve_path(to) if to else context.workspace.exports / name
+    check_target(folder)
+    decoder = load_decoder(checkpoint)
+    if wanted is not None:
+        decoder = decoder.with_schedule(wanted)
+    evaluation = None
+    if measure:
+        try:
+            subject = open_model(checkpoint, wanted, warn=context.progress.note)
+            evaluation = evaluate_model(subject, settings.evaluation, context)
+        except (UserError, RunFailed) as error:
+            context.progress.note(f"the card is without quality: {error}")
+    card = model_card(
+        context, checkpoint, decoder.config, evaluation, metric=settings.influence.metric
+    )
+    return export_checkpoint(checkpoint, decoder, folder, card, context.progress)
+
+
+def export_checkpoint(
+    checkpoint: Path, decoder: Decoder, folder: Path, card: ModelCard, progress: Progress
+) -> Path:
+    """Write a checkpoint's model, under the decoder's schedule, with the checkpoint's tokenizer.
+
+    Raises:
+        UserError: As `write_export`.
+    """
+    tokenizer = checkpoint / TOKENIZER
+    return write_export(
+        decoder,
+        folder,
+        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+        text_files=read_text_files(checkpoint),
+        card=card,
+        progress=progress,
+    )
+
+
+def write_export(
     decoder: Decoder,
     folder: Path,
     *,
@@ -47,12 +135,12 @@ def export(
     """Write the folder and return it.
 
     Args:
-        decoder: The model, with its own schedule as the default.
-        folder: Made if missing; replaced if it is an earlier export and nothing else.
+        decoder: The model; its own schedule becomes the default.
+        folder: Created if missing; replaced if it is an earlier export and nothing else.
         tokenizer_file: Copied beside the weights; None where there is none.
-        card: What `README.md` says.
-        text_files: Those of an imported model's checkpoint; they are exported as they came.
-        progress: Told what is going on.
+        card: Text of `README.md`.
+        text_files: Tokenizer and chat files of an imported model; exported unchanged.
+        progress: Progress display.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
@@ -95,6 +183,43 @@ def export(
     return folder
 
 
+def model_card(
+    context: Context,
+    checkpoint: Path,
+    config: ModelConfig,
+    evaluation: EvaluationResult | None,
+    *,
+    influence: InfluenceTable | None = None,
+    metric: str | None = None,
+) -> ModelCard:
+    """Gather what is known about a checkpoint.
+
+    Args:
+        context: Its workspace holds the teacher, if there is one.
+        checkpoint: The model.
+        config: Its configuration, with the schedule that is exported.
+        evaluation: Its quality, if measured.
+        influence: The table that its schedule was chosen by; when unset, that of the teacher, else
+            of the model itself.
+        metric: Metric of the table to look for.
+    """
+    provenance = load_provenance(checkpoint)
+    teacher = find_checkpoint_by_weights(context.workspace, str(provenance.get("teacher") or ""))
+    origin = teacher or checkpoint
+    full = load_config(origin)
+    is_cheaper = full.corrections != config.corrections
+    return ModelCard(
+        name=f"{config.method} {checkpoint.parent.name}",
+        config=config,
+        provenance={**provenance, "weights": weights_key(checkpoint)},
+        evaluation=evaluation,
+        influence=influence
+        or load_influence_table(origin, metric)
+        or load_influence_table(checkpoint, metric),
+        full=full if is_cheaper else None,
+    )
+
+
 def check_target(folder: Path) -> None:
     """Refuse a folder that holds anything but an earlier export.
 
@@ -110,7 +235,7 @@ def check_target(folder: Path) -> None:
         is_export = False
     if not is_export:
         raise UserError(f"{folder} exists and is no earlier export; choose another with --to")
-    if others := _files_of_others(folder):
+    if others := _other_files(folder):
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
             f"{folder} is an earlier export, and some of its files are not as the export wrote "
@@ -124,8 +249,8 @@ def _write_manifest(folder: Path) -> None:
     write_text(folder / MANIFEST, "".join(lines))
 
 
-def _files_of_others(folder: Path) -> list[str]:
-    """Return what lies in an export that it did not write, or that was changed since."""
+def _other_files(folder: Path) -> list[str]:
+    """Return the files in an export that it did not write, or that were changed since."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
-"""Stage `generate`: text from a checkpoint, as it comes.
+"""Generate text from a checkpoint.
 
-One prompt is streamed piece by piece, whole characters only: a byte-level token may end in the
-middle of one. Several prompts run as one batch, padded on the left, and come back whole, because
-their pieces would interleave.
+One prompt is streamed in pieces of whole characters: a byte-level token may end in the middle of
+one. Several prompts run as one batch, padded on the left, and are returned when all are finished.
 """
 
 from __future__ import annotations
@@ -18,12 +17,17 @@ from tokenizers.decoders import DecodeStream
 
 from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
-from iiet.generate import generate, stream
+from iiet.generate import generate as generate_tokens
+from iiet.generate import stream as stream_tokens
 from iiet.schedule import IterationSchedule
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
 from orchestrator.evaluation.model_folders import stop_token_ids
+from orchestrator.pipelines.context import open_context
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import TOKENIZER_CONFIG, load_decoder, tokenizer_file
+from orchestrator.training.model_lookup import parse_schedule, resolve_model
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,41 +35,101 @@ class Sampling:
     """How tokens are chosen, and when to stop."""
 
     max_new_tokens: int = 128
-    """At most so many are added."""
+    """Maximum number of tokens to add."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_k: int | None = None
-    """Sample among so many likeliest tokens."""
+    """Sample among this many likeliest tokens."""
     top_p: float | None = None
     """Sample among the likeliest tokens that together hold this probability."""
     seed: int | None = None
-    """Of the sampling; a fresh one when unset."""
+    """Random seed for sampling; random when unset."""
     stop: tuple[str, ...] = ()
-    """Tokens, as texts, that end a row beside the end of text."""
+    """Tokens, as texts, that end a row in addition to the end of text."""
     kv_strategy: KvStrategy = "exact"
     """A cache slot per evaluation, or one per layer."""
 
 
-class Writer:
-    """A checkpoint that writes.
+def generate(
+    prompts: Sequence[str],
+    *,
+    workspace: Workspace | Path | str,
+    model: Path | str | None = None,
+    schedule: str | None = None,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Return the continuation of each prompt, all decoded as one batch.
 
     Args:
-        checkpoint: The model with its tokenizer.
-        schedule: Another iteration schedule than the checkpoint's.
+        prompts: Texts to continue.
+        workspace: A workspace or its folder.
+        model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
+        schedule: Iteration schedule as typed, if not the checkpoint's own.
+        sampling: How tokens are chosen, and when to stop.
+        chat: Put each prompt into the model's chat template, as a user's message.
+        progress: Receives warnings.
 
     Raises:
-        UserError: If the checkpoint is damaged, has no tokenizer, or cannot serve the schedule.
+        UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
+            schedule does not fit it, or prompts and new tokens do not fit its context.
+    """
+    writer, texts = _open(prompts, workspace, model, schedule, progress, chat=chat)
+    return writer.continue_all(texts, sampling or Sampling())
+
+
+def generate_stream(
+    prompt: str,
+    *,
+    workspace: Workspace | Path | str,
+    model: Path | str | None = None,
+    schedule: str | None = None,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
+    writer, texts = _open([prompt], workspace, model, schedule, progress, chat=chat)
+    return writer.stream(texts[0], sampling or Sampling())
+
+
+def _open(
+    prompts: Sequence[str],
+    workspace: Workspace | Path | str,
+    model: Path | str | None,
+    schedule: str | None,
+    progress: Progress | None,
+    *,
+    chat: bool,
+) -> tuple[TextGenerator, list[str]]:
+    context = open_context(workspace, progress)
+    path = Path(model) if model else None
+    checkpoint = resolve_model(context.workspace, path, context.progress.note)
+    writer = TextGenerator(checkpoint, parse_schedule(schedule, checkpoint))
+    return writer, [writer.chat(text) if chat else text for text in prompts]
+
+
+class TextGenerator:
+    """A checkpoint with its tokenizer.
+
+    Args:
+        checkpoint: The model.
+        schedule: Iteration schedule, if not the checkpoint's own.
+
+    Raises:
+        UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule.
     """
 
     def __init__(self, checkpoint: Path, schedule: IterationSchedule | None = None) -> None:
         self.checkpoint = checkpoint
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file(checkpoint))
-        # Of an imported model: its tokenizer as transformers loads it, and all that may end a text.
+        # An imported model's tokenizer as transformers loads it; None for our own models.
         self._imported: Any = None
         if (checkpoint / TOKENIZER_CONFIG).is_file():
             self._imported = load_transformers_tokenizer(checkpoint)
             self.tokenizer = self._imported.backend_tokenizer
-        self._ends = self._tokens_that_end(checkpoint)
+        self._ends = self._end_tokens(checkpoint)
         self.end_of_text = min(self._ends)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.decoder: Decoder = load_decoder(checkpoint, device=device)
@@ -104,7 +168,7 @@ class Writer:
         ids = torch.tensor([self._encode(prompt)], device=self.decoder.device)
         stops = self._stop_tokens(sampling)
         try:
-            steps = stream(self.decoder, ids, stop_tokens=stops, **_options(sampling))
+            steps = stream_tokens(self.decoder, ids, stop_tokens=stops, **_options(sampling))
         except ValueError as error:
             raise UserError(str(error)) from None
         return self._pieces((int(step) for step in steps), stops)
@@ -121,7 +185,7 @@ class Writer:
         mask = [[False] * (length - len(row)) + [True] * len(row) for row in encoded]
         stops, device = self._stop_tokens(sampling), self.decoder.device
         try:
-            written = generate(
+            written = generate_tokens(
                 self.decoder,
                 torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -141,7 +205,7 @@ class Writer:
             if piece:
                 yield piece
 
-    def _tokens_that_end(self, checkpoint: Path) -> set[int]:
+    def _end_tokens(self, checkpoint: Path) -> set[int]:
         if self._imported is None:
             return {end_of_text_id(self.tokenizer)}
         own = self._imported.eos_token_id
@@ -149,10 +213,12 @@ class Writer:
         return stops or {end_of_text_id(self.tokenizer)}
 
     def _encode(self, prompt: str) -> list[int]:
-        """Encode as the beginning of a document: behind an end-of-text token, as in training,
-        unless the tokenizer puts a token of its own there. For an imported model as transformers
-        does, where a text that has its opening token already, as from a chat template, gets no
-        second one."""
+        """Encode a prompt as the beginning of a document.
+
+        As in training, it comes after an end-of-text token, unless the tokenizer puts a token of
+        its own there. For an imported model, the prompt is encoded as transformers does; a prompt
+        that has its opening token already, as from a chat template, gets no second one.
+        """
         if self._imported is not None:
             first = self._imported.bos_token
             has_first = bool(first) and prompt.startswith(first)

@@ -1,9 +1,9 @@
-"""Stage `import`: a model folder from elsewhere becomes a checkpoint of the workspace.
+"""Import a model folder from elsewhere as a checkpoint of the workspace.
 
-From then on it is a checkpoint like any other: to evaluate, to generate from, to measure, to
-distill. It keeps what its folder says about text: the tokens that open, end and pad one, and how a
-chat is written. It has no optimizer state to go on from and no tokens that it was trained on;
-commands that need tokens take those of the workspace that were made with its tokenizer.
+The result is a checkpoint like any other: to evaluate, to generate from, to measure, to distill. It
+keeps the folder's tokenizer files: special tokens and chat template. It has no optimizer state to
+resume from and no tokens that it was trained on; commands that need tokens take the workspace's
+tokens that were made with its tokenizer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from orchestrator.evaluation.model_folders import (
     read_model_folder,
     read_model_text_files,
 )
+from orchestrator.pipelines.context import open_context
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_provenance, save_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_intact_checkpoint
@@ -31,28 +32,29 @@ from orchestrator.workspace.provenance import content_key, environment, file_key
 
 
 def import_model(
-    folder: Path,
-    workspace: Workspace,
+    folder: Path | str,
     *,
-    tokenizer: Path | None = None,
+    workspace: Workspace | Path | str,
+    tokenizer: Path | str | None = None,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Return the checkpoint that a model folder was made into.
+    """Make a checkpoint of a model folder and return it; the same import is found again.
 
     Args:
-        folder: In the published naming, a plain Llama folder, one that `export` wrote, or a
-            checkpoint or run of another workspace, also of an earlier version.
-        workspace: Where the checkpoint goes.
-        tokenizer: A `tokenizer.json` where the folder has none, or not the right one.
-        name: Name of the run; the folder's when unset.
-        progress: Told what is going on, and warned of a missing tokenizer.
+        folder: In the published naming, a plain Llama folder, an exported folder, or a checkpoint
+            or run of another workspace, also of an earlier version.
+        workspace: A workspace or its folder.
+        tokenizer: A `tokenizer.json`, if the folder has none or not the right one.
+        name: Name of the run; the folder's name when unset.
+        progress: Progress display; warns of a missing tokenizer.
 
     Raises:
         UserError: If the folder cannot be read, the tokenizer does not fit the model, or another
             model has the name.
     """
-    progress = progress or Progress()
+    context = open_context(workspace, progress)
+    progress = context.progress
     folder = resolve_path(folder)
     progress.start("import")
     if not (folder / CONFIG).is_file() and find_checkpoints(folder):
@@ -68,7 +70,7 @@ def import_model(
         _check_tokenizer(file, model.decoder.config.vocab_size)
     text_files = read_model_text_files(model, folder, file)
     named = folder.parent.name if folder in find_checkpoints(folder.parent) else folder.name
-    run_folder = workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
+    run_folder = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
     text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
     source = content_key(model_folder_key(folder), file_key(file) if file else None, text)
     checkpoint = _imported_before(run_folder, source)
@@ -93,11 +95,7 @@ def import_model(
 
 
 def _imported_before(run_folder: Path, source: str) -> Path | None:
-    """Return the checkpoint of the same import.
-
-    Args:
-        run_folder: Where the import is to be.
-        source: Key of the model, its tokenizer and the other files that are about text.
+    """Return the checkpoint of the same import; `source` is the key of what was imported.
 
     Raises:
         UserError: If the name belongs to another model.
@@ -112,7 +110,7 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
         raise UserError(
             f"the workspace has another run named {run_folder.name}; choose one with --name"
         )
-    os.utime(run_folder)  # The newest run is what the next command takes.
+    os.utime(run_folder)  # Commands without a path take the newest run.
     return checkpoint
 
 

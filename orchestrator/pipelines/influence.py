@@ -1,17 +1,18 @@
-"""Stage `influence`: how much each correction of a checkpoint matters, measured once.
+"""Measure how much each correction of a checkpoint matters, once.
 
-In go a checkpoint and its tokens, out comes a table with influence, residuals and contraction
-factors, stored beside the weights as `influence-<metric>.json` with a picture of the same name. The
-file names all that determined it, so that a change of the settings or the data measures anew, and
-anything else finds it again at once. The calibration set is taken evenly from the held-out tokens,
-which are the same for every model.
+A checkpoint and its tokens in; out a table with influence, residuals and contraction factors,
+stored beside the weights as `influence-<metric>.json` with a picture of the same name. The file
+names all that determined it, so other settings or data are measured anew and anything else is read
+again. The calibration set is taken evenly from the held-out tokens, which are the same for every
+model.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,43 +20,102 @@ from iiet.decoder import Decoder
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import TokenStore, open_tokens
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.reporting.influence_figure import draw_influence
-from orchestrator.settings import InfluenceSettings
+from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_decoder, weights_key
+from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_cached, write_json
+from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    import pandas
 
 SEQUENCES_PER_BATCH = 8
 """The errors are taken over batches, so there should be many."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InfluenceResult:
+    """The influence of a checkpoint's corrections."""
+
+    checkpoint: Path
+    """The model that was measured."""
+    table: InfluenceTable
+    """Influence, standard errors and residuals, per layer and correction."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per layer and correction: influence, its standard error, residual."""
+        import pandas
+
+        table = self.table
+        rows = []
+        for layer, values in enumerate(table.rows()):
+            residuals = table.residual_rows[layer] if table.residual_rows else ()
+            for number, value in enumerate(values):
+                rows.append(
+                    {
+                        "layer": layer + 1,
+                        "correction": number + 1,
+                        "influence": value,
+                        "stderr": table.error_rows[layer][number],
+                        "residual": residuals[number] if number < len(residuals) else math.nan,
+                    }
+                )
+        return pandas.DataFrame(rows)
+
+
 def measure_influence(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    model: Path | str | None = None,
+    progress: Progress | None = None,
+) -> InfluenceResult:
+    """Measure how much each correction of each layer matters; a stored table is read again.
+
+    Args:
+        settings: Section `influence`.
+        workspace: A workspace or its folder.
+        model: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
+        progress: Progress display.
+
+    Raises:
+        UserError: If there is no such model, it makes no corrections, or its tokens are not in the
+            workspace.
+    """
+    context = open_context(workspace, progress)
+    checkpoint = resolve_teacher(context.workspace, Path(model) if model else None)
+    tokens = tokens_folder_of(checkpoint, context.workspace)
+    table = influence_of(checkpoint, settings.influence, tokens, context)
+    return InfluenceResult(checkpoint=checkpoint, table=table)
+
+
+def influence_of(
     checkpoint: Path,
     settings: InfluenceSettings,
     tokens_folder: Path,
+    context: Context,
     *,
-    tracking: Tracking | None = None,
-    progress: Progress | None = None,
     device: str | None = None,
 ) -> InfluenceTable:
-    """Return the influence table of a checkpoint, measured if it is not there yet.
+    """Return the influence table of a checkpoint, measured if it is not stored.
 
     Args:
         checkpoint: The model.
         settings: Metric and size of the calibration set.
         tokens_folder: Prepared tokens that the model was trained on.
-        tracking: Where the table is shown as a run of its own.
-        progress: Told how many tokens are done.
+        context: Workspace, progress and tracking.
         device: Where it is measured; a GPU if there is one when unset.
 
     Raises:
         UserError: If the checkpoint or the tokens are damaged, do not go together, or the model
             makes no corrections.
     """
-    progress = progress or Progress()
+    progress = context.progress
     decoder = load_decoder(
         checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
@@ -79,8 +139,7 @@ def measure_influence(
         progress.finish(_summary(found))
     else:
         progress.finish(f"{_summary(found)}, found again")
-    if tracking:
-        _track(tracking, key, found, path, checkpoint)
+    _track(context, key, found, path, checkpoint)
     return found
 
 
@@ -143,10 +202,8 @@ def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> N
         progress.note(f"cannot store the influence beside the weights: {error}")
 
 
-def _track(
-    tracking: Tracking, key: str, table: InfluenceTable, path: Path, checkpoint: Path
-) -> None:
-    run = tracking.run(
+def _track(context: Context, key: str, table: InfluenceTable, path: Path, checkpoint: Path) -> None:
+    run = context.tracking.run(
         key,
         name=f"influence {table.metric}",
         kind="influence",

@@ -1,78 +1,87 @@
-"""What a procedure prints at its end: a front with what it says, or a plan with its price."""
+"""Write the report of one sweep, or of several on one front, from stored results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from orchestrator.pipelines.context import Desk
-from orchestrator.planning.fit import request_of
-from orchestrator.planning.trial_gpus import assign_trial_gpus
-from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.front_tables import terminal_table
+from orchestrator.pipelines.context import open_context
+from orchestrator.reporting.front_axes import parse_axes
+from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.overlay_report import write_overlay_report
+from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_files import WrittenReport
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results, newest_sweep
-from orchestrator.settings import Settings
-from orchestrator.sweeping.plan_table import plan_sentences, plan_table
-from orchestrator.sweeping.price import price_of, requested_noun, trial_states
-from orchestrator.sweeping.stopping import stopping_of
-from orchestrator.sweeping.trials import SweepPlan
-from orchestrator.terminal.formatting import format_count
-from orchestrator.terminal.layout import print_line
-from orchestrator.training.job import TrainingJob
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.folders import Workspace
+
+if TYPE_CHECKING:
+    import pandas
 
 
-def report_and_show(desk: Desk, names: Sequence[str], axes: FrontAxes | None = None) -> None:
-    """Write the report of one sweep, or of several on one front, again and show it.
+@dataclass(frozen=True, kw_only=True)
+class ReportResult:
+    """The front of one sweep or several, and where its report lies."""
+
+    title: str
+    """Heading of the report."""
+    front: Front
+    """Every model with its place."""
+    sentences: tuple[str, ...]
+    """What to know before the front is read, and what it says."""
+    folder: Path
+    """Folder of the report's files."""
+    page: Path | None
+    """The HTML page; None if no model could be placed."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per model: cost, quality, place on the front, checkpoint."""
+        import pandas
+
+        return pandas.DataFrame(front_rows(self.front))
+
+
+def report(
+    *,
+    workspace: Workspace | Path | str,
+    sweeps: Sequence[str] = (),
+    cost: str | None = None,
+    quality: str | None = None,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write the report of one sweep, or of several sweeps on one front.
 
     Args:
-        desk: Workspace, tracking and terminal.
-        names: The sweeps; the newest one when empty.
-        axes: Which cost against which quality; evaluations against accuracy when unset.
+        workspace: A workspace or its folder.
+        sweeps: Names of sweeps; the newest one when empty.
+        cost: Cost on the front: `evaluations` (the default), `flops`, `ms` or `kv`.
+        quality: Quality on it: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+        progress: Progress display.
 
     Raises:
-        UserError: If there is no such sweep, or none at all.
+        UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    names = list(dict.fromkeys(names)) or [newest_sweep(desk.workspace)]
+    axes = parse_axes(cost, quality)
+    context = open_context(workspace, progress)
+    names = list(dict.fromkeys(sweeps)) or [newest_sweep(context.workspace)]
     if len(names) > 1:
-        show_report(write_overlay_report(desk.workspace, names, axes=axes), desk)
-    else:
-        # Before MLflow's store is opened, which takes seconds: the name may be wrong.
-        sweep = load_sweep_results(desk.workspace, names[0])
-        written = write_sweep_report(desk.workspace, sweep, axes=axes, tracking=desk.tracking)
-        show_report(written, desk)
-
-
-def show_report(written: WrittenReport, desk: Desk) -> None:
-    """Print a front's table, what it says, and where to look next."""
-    console = desk.console
-    table = terminal_table(written.report.front, width=console.width, title=written.report.title)
-    console.print()
-    console.print(table)
-    for sentence in written.report.sentences:
-        print_line(console, f"  {sentence}")
-    console.print()
-    if written.page:
-        print_line(console, f"report: {written.page}")
-    console.print(
-        f"MLflow: iiet-orch ui --workspace {desk.workspace.root}", soft_wrap=True, markup=False
+        return report_result(write_overlay_report(context.workspace, names, axes=axes))
+    # Loaded before MLflow's store is opened, which takes seconds: the name may be wrong.
+    found = load_sweep_results(context.workspace, names[0])
+    return report_result(
+        write_sweep_report(context.workspace, found, axes=axes, tracking=context.tracking)
     )
 
 
-def show_plan(plan: SweepPlan, settings: Settings, desk: Desk) -> None:
-    """Print what a sweep would do: its trials, what is finished, what the rest costs."""
-    states = trial_states(plan, settings.sweep)
-    price = price_of(plan, states, settings, desk.workspace.teachers)
-    lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
-    if settings.trials_use_gpus:
-        jobs = [s.trial.job for s in states if s.name == "to train" and s.trial.job]
-        requests = [request_of(TrainingJob.from_dict(job)) for job in jobs]
-        sweep = assign_trial_gpus(settings, requests).sweep
-        gpus, at_once = sweep.gpus_per_trial or 0, sweep.trials_at_once
-        most = f", at most {at_once} at once" if at_once else ""
-        lines.append(f"each trial runs on {format_count(gpus, 'GPU')}{most}")
-    rule = stopping_of(plan, settings.sweep).rule
-    desk.console.print(plan_table(plan, states))
-    for line in [*lines, rule.text] if rule else lines:
-        print_line(desk.console, f"  {line}")
+def report_result(written: WrittenReport) -> ReportResult:
+    """Return what a written report says."""
+    return ReportResult(
+        title=written.report.title,
+        front=written.report.front,
+        sentences=tuple(written.report.sentences),
+        folder=written.folder,
+        page=written.page,
+    )

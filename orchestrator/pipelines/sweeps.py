@@ -1,182 +1,157 @@
-"""The procedures that are more than one stage: the whole job, and the sweeps from checkpoint to
-front.
+"""Run a sweep: from settings, or from a teacher's checkpoint, to the front and its report.
 
-Stages do not know each other; here they are put in their order, and what one leaves on disk is
-handed to the next. Everything can be repeated: each stage finds what is finished, so a procedure
-that was interrupted goes on when it is called again, and one that was finished only shows its
-front.
+Every step finds what is finished. So a sweep that was interrupted resumes when it is called again,
+and a finished one only writes its report anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.data.preparation import prepare
-from orchestrator.evaluation.evaluated_model import open_models, short_names
-from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.evaluating import evaluate
-from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
-from orchestrator.pipelines.reports import show_plan, show_report
-from orchestrator.pipelines.searching import plan_search, search_price
-from orchestrator.pipelines.sweep_plans import influence_of, plan_iterations, plan_thresholds
-from orchestrator.planning.feasibility import check_students_fit
-from orchestrator.reporting.evaluation_tables import (
-    average_notes,
-    evaluation_table,
-    tasks_with_other_items,
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.pretraining import pretrain_models
+from orchestrator.pipelines.reports import ReportResult, report_result
+from orchestrator.pipelines.sweep_plans import (
+    SweepModel,
+    check_arguments,
+    plan_iterations,
+    plan_students,
+    plan_teacher,
+    teacher_checkpoint,
 )
+from orchestrator.planning.feasibility import check_students_fit
+from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, SweepResults
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.checks import Kind, check_sweep
-from orchestrator.sweeping.execution import Grow, SweepOutcome, sweep
-from orchestrator.sweeping.models import TEACHER, check_models, most_students, teacher_and_baselines
+from orchestrator.sweeping.checks import check_sweep
+from orchestrator.sweeping.execution import SweepOutcome
+from orchestrator.sweeping.execution import sweep as run_trials
+from orchestrator.sweeping.models import TEACHER, most_students, teacher_and_baselines
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import environment
 
+if TYPE_CHECKING:
+    import pandas
 
-def quickstart(settings: Settings, desk: Desk) -> SweepOutcome:
-    """Do the whole job: tokens, teacher and baselines, influence, threshold sweep, front.
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """A sweep that has ended."""
+
+    name: str
+    """Name of the sweep; `report` and `pick` find it by this."""
+    trials: tuple[TrialResult, ...]
+    """Finished trials, the teacher and the baselines among them, in the plan's order."""
+    failures: Mapping[str, str]
+    """Label to reason of the trials that failed; the same call tries them again."""
+    stopped: Mapping[str, str]
+    """Label to reason of the trials that a rule stopped early."""
+    report: ReportResult
+    """The front, and where its report lies."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per trial: cost, quality, place on the front, checkpoint."""
+        return self.report.to_pandas()
+
+
+def sweep(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    teacher: Path | str | None = None,
+    baselines: Mapping[str, Path] | None = None,
+    models: Sequence[SweepModel] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Run the sweep that `settings.sweep.kind` describes, and write its report.
+
+    `threshold` prunes a teacher by influence and distills and evaluates each schedule; `search`
+    goes on with schedules that a sampler suggests; `iterations` pretrains methods and iteration
+    counts from scratch. Finished trials are not run again.
 
     Args:
-        settings: Section `model` is the teacher's; vanilla and r = 0 share its shape and recipe.
-        desk: Workspace, tracking and terminal.
+        settings: The whole tree.
+        workspace: A workspace or its folder.
+        teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
+            is pretrained from the settings, with its baselines.
+        baselines: Label to checkpoint of models that stand beside the front of a given teacher;
+            when unset, the workspace's models that fit it.
+        models: Models that an iterations sweep trains instead of those that the settings name.
+        name: Name of the sweep; made from its content when unset.
+        progress: Progress display.
 
     Raises:
         UserError: If something does not go together; nothing is trained then.
+        Interrupted: After Ctrl-C; finished trials stay finished.
+        RunFailed: If the teacher's training or every trial failed; single failures are in the
+            result.
     """
-    if settings.sweep.kind not in ("threshold", "search"):
-        raise UserError(
-            f"sweep.kind is {settings.sweep.kind}, which has no teacher to distill; "
-            "`iiet-orch sweep FILE` runs what the file says"
+    context = open_context(workspace, progress)
+    check_arguments(settings, teacher, models)
+    check_sweep(settings, settings.sweep.kind, context.progress)
+    if settings.sweep.kind == "iterations":
+        plan = plan_iterations(settings, context, models, name=name)
+        return _run(plan, settings, context)
+    if teacher is not None:
+        checkpoint = teacher_checkpoint(context, teacher)
+        return _sweep_students(settings, context, checkpoint, baselines, name)
+    tokens, jobs = plan_teacher(settings, context)
+    # The students of a teacher that exists are checked when they are planned.
+    if settings.distillation.control != "pruned" and finished_outcome(jobs[TEACHER]) is None:
+        most = most_students(settings, jobs[TEACHER].config())
+        check_students_fit(settings, list(jobs.values()), most)
+    with ray_cluster(say=context.progress.start):
+        trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
+        checkpoints = {label: result.checkpoint for label, result in trained.items()}
+        return _sweep_students(settings, context, checkpoints.pop(TEACHER), checkpoints, name)
+
+
+def raise_failures(failures: Mapping[str, str]) -> None:
+    """Raise `RunFailed` with the names of the trials that failed, if there are any."""
+    if failures:
+        raise RunFailed(
+            f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
+            "again"
         )
-    is_search = settings.sweep.kind == "search"
-    kind: Kind = "search" if is_search else "threshold"
-    check_sweep(settings, kind, desk.progress)
-    check_models(settings, kind)
-    tokens = prepare(settings.data, desk.workspace, desk.progress)
-    every = teacher_and_baselines(settings)
-    jobs = [pretraining_job(own, desk.workspace, tokens) for own in every.values()]
-    # Students of a teacher that is there are looked at when they are planned.
-    if settings.distillation.control != "pruned" and finished_outcome(jobs[0]) is None:
-        check_students_fit(settings, jobs, most_students(settings, jobs[0].config()))
-    with ray_cluster(say=desk.progress.start):
-        results = pretrain_models(every, desk, tokens)
-        checkpoints = {label: result.checkpoint for label, result in results.items()}
-        teacher = checkpoints.pop(TEACHER)
-        procedure = search_schedules if is_search else sweep_thresholds
-        return procedure(settings, desk, teacher, baselines=list(checkpoints.items()))
 
 
-def sweep_thresholds(
+def _sweep_students(
     settings: Settings,
-    desk: Desk,
+    context: Context,
     teacher: Path,
-    *,
-    baselines: Iterable[tuple[str, Path]] | None = None,
-    name: str | None = None,
-    failures: dict[str, str] | None = None,
-) -> SweepOutcome:
-    """Measure a teacher's influence, distill the schedules that thresholds lead to, show the front.
-
-    Args:
-        settings: Sections `influence`, `sweep`, `distillation` and `evaluation` count.
-        desk: Workspace, tracking and terminal.
-        teacher: Checkpoint of the full model.
-        baselines: Label and checkpoint of models to show beside it; those of the workspace that
-            were trained on the same tokens in the same shape when unset.
-        name: Name of the sweep; made from its content when unset.
-        failures: As in `run_and_show`.
-    """
-    influence = influence_of(settings, desk, teacher)
-    plan = plan_thresholds(
-        settings, desk, teacher, influence=influence, baselines=baselines, name=name
-    )
-    return run_and_show(plan, settings, desk, influence, failures=failures)
+    baselines: Mapping[str, Path] | None,
+    name: str | None,
+) -> SweepResult:
+    planned = plan_students(settings, context, teacher, baselines=baselines, name=name)
+    grow = planned.search.grow if planned.search else None
+    return _run(planned.plan, settings, context, planned.influence, grow)
 
 
-def search_schedules(
-    settings: Settings,
-    desk: Desk,
-    teacher: Path,
-    *,
-    baselines: Iterable[tuple[str, Path]] | None = None,
-    name: str | None = None,
-) -> SweepOutcome:
-    """Distill the threshold's schedules, then those that a sampler suggests; show all on one front.
-
-    Args:
-        settings: As those of a threshold sweep, and section `search`.
-        desk: Workspace, tracking and terminal.
-        teacher: Checkpoint of the full model.
-        baselines: As those of a threshold sweep.
-        name: Name of the sweep; made from its content when unset.
-    """
-    influence = influence_of(settings, desk, teacher)
-    plan, search = plan_search(
-        settings, desk, teacher, influence=influence, baselines=baselines, name=name
-    )
-    return run_and_show(plan, settings, desk, influence, grow=search.grow)
-
-
-def show_search_plan(settings: Settings, desk: Desk, teacher: Path, name: str | None) -> None:
-    """Print what a search would do, as far as it follows from what is finished."""
-    plan, search = plan_search(settings, desk, teacher, name=name)
-    found: list[PlannedTrial] = []
-    if all(trial.result() for trial in plan.trials if trial.role == "trial"):
-        found = search.finished_part()
-    show_plan(replace(plan, trials=(*plan.trials, *found)), settings, desk)
-    for line in search_price(plan, search, settings):
-        print_line(desk.console, f"  {line}")
-
-
-def sweep_iterations(settings: Settings, desk: Desk, *, name: str | None = None) -> SweepOutcome:
-    """Pretrain several methods and iteration counts on the same tokens, and show them on one front.
-
-    Args:
-        settings: Section `sweep` names methods and counts, `training` is the recipe of all.
-        desk: Workspace, tracking and terminal.
-        name: Name of the sweep; made from its content when unset.
-    """
-    return run_and_show(plan_iterations(settings, desk, name=name), settings, desk)
-
-
-def run_and_show(
+def _run(
     plan: SweepPlan,
     settings: Settings,
-    desk: Desk,
+    context: Context,
     influence: InfluenceTable | None = None,
-    *,
-    grow: Grow | None = None,
-    failures: dict[str, str] | None = None,
-) -> SweepOutcome:
-    """Run a plan, which a search may let grow, write its report and print it.
-
-    Args:
-        plan: The trials.
-        settings: Section `sweep` says how they run.
-        desk: Workspace, tracking and terminal.
-        influence: The teacher's, where the sweep has one.
-        grow: As in `stages.sweep.sweep`.
-        failures: Takes up label and reason of the trials that failed, instead of an error.
-
-    Raises:
-        RunFailed: If a trial failed; the others are shown.
-    """
-    outcome = sweep(
+    grow: Callable[[], Sequence[PlannedTrial]] | None = None,
+) -> SweepResult:
+    """Run a plan and write its report; `grow` returns further trials when all have ended."""
+    outcome = run_trials(
         plan,
         settings,
-        desk.workspace,
-        tracking=desk.tracking,
-        progress=desk.progress,
+        context.workspace,
+        tracking=context.tracking,
+        progress=context.progress,
         grow=grow,
     )
     plan = outcome.plan
@@ -192,34 +167,26 @@ def run_and_show(
             "Provenance": _provenance(plan),
         },
     )
-    written = write_sweep_report(desk.workspace, found, tracking=desk.tracking)
-    show_report(written, desk)
-    if failures is None:
-        raise_failures(outcome.failures)
-    else:
-        failures |= outcome.failures
-    return outcome
-
-
-def raise_failures(failures: Mapping[str, str]) -> None:
-    """Raise `RunFailed` that names the trials that failed, if there are any."""
-    if failures:
-        raise RunFailed(
-            f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
-            "again"
-        )
+    written = write_sweep_report(context.workspace, found, tracking=context.tracking)
+    return SweepResult(
+        name=plan.name,
+        trials=outcome.results,
+        failures=outcome.failures,
+        stopped=outcome.stopped,
+        report=report_result(written),
+    )
 
 
 def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:
-    """Say of each trial whether this call made it, found it finished, or could not."""
-    found = {result.key for result in outcome.results}
+    """Say of each trial whether this call made it, found it finished, or could not make it."""
+    finished = {result.key for result in outcome.results}
 
     def state(trial: PlannedTrial) -> str:
         if trial.label in outcome.failures:
             return f"failed: {outcome.failures[trial.label]}"
         if trial.label in outcome.stopped:
             return outcome.stopped[trial.label]
-        if trial.key not in found:
+        if trial.key not in finished:
             return "not finished"
         if trial.key in outcome.reused:
             return "reused: it was finished before"
@@ -238,44 +205,3 @@ def _provenance(plan: SweepPlan) -> dict[str, Any]:
         "trials": len(plan.trials),
         **environment(),
     }
-
-
-def evaluate_and_show(
-    settings: Settings,
-    desk: Desk,
-    paths: Sequence[Path] | None = None,
-    schedules: Sequence[str] | None = None,
-    *,
-    trust_remote_code: bool = False,
-) -> None:
-    """Evaluate models and print their metrics side by side, with standard errors.
-
-    Args:
-        settings: Section `evaluation` counts.
-        desk: Workspace, tracking and terminal.
-        paths: Checkpoints, runs, their names, or model folders; the workspace's newest when empty.
-        schedules: Iteration schedules that each is measured under; its own when empty.
-        trust_remote_code: Whether code that lies in a model folder may run.
-    """
-    # All are opened first: a mistake in the last shall not cost the time of the others.
-    models = open_models(desk.workspace, paths, schedules, warn=desk.progress.note)
-    evaluations = [
-        evaluate(
-            model,
-            settings.evaluation,
-            desk.workspace,
-            trust_remote_code=trust_remote_code,
-            tracking=desk.tracking,
-            progress=desk.progress,
-        )
-        for model in models
-    ]
-    named = dict(zip(short_names(models), evaluations, strict=True))
-    desk.console.print(evaluation_table(named))
-    for sentence in average_notes(named):
-        print_line(desk.console, f"  {sentence}")
-    if different := tasks_with_other_items(evaluations):
-        desk.progress.note(
-            f"not comparable: {', '.join(different)} had other items for some of the models, "
-            "which were trained on different tokens"
-        )

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.main import get_command
 
 from orchestrator import cli
-from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.sweeps import quickstart
-from orchestrator.settings import resolve_settings
-from orchestrator.terminal.progress import Progress
+from orchestrator.settings import Settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
 
 
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -131,7 +125,7 @@ def test_a_mistake_costs_one_sentence_and_code_2(
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))
+@pytest.mark.parametrize("name", sorted(get_command(cli.app.app).commands))
 def test_help_shows_every_option_whole(
     name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,7 +135,7 @@ def test_help_shows_every_option_whole(
     assert "…" not in printed
     assert all(len(line) <= width for line in printed.splitlines())
     words = set(printed.replace("/", " ").replace(",", " ").split())
-    command = get_command(cli.app).commands[name]
+    command = get_command(cli.app.app).commands[name]
     for parameter in command.params:
         for option in [*parameter.opts, *parameter.secondary_opts]:
             names = {option, f"{option}...", f"{parameter.metavar}..."}
@@ -196,7 +190,7 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_log(
     def break_down(*_: object, **__: object) -> None:
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr("orchestrator.data.preparation.prepare", break_down)
+    monkeypatch.setattr("orchestrator.pipelines.preparing.prepare", break_down)
     code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
     assert code == 1
     assert "the disk is on fire" in printed
@@ -205,28 +199,35 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_log(
     os.fstat(2)  # standard error is back in its place
 
 
-@pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
-def test_quickstart_runs_the_kind_of_sweep_that_its_file_describes(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "kind", "teacher"),
+    [
+        ("quickstart --config {file}", "iterations", None),
+        ("sweep {file}", "iterations", None),
+        ("sweep-threshold --config {file}", "threshold", "newest"),
+        ("sweep-threshold run --config {file}", "threshold", Path("run")),
+        ("search --config {file}", "search", "newest"),
+        ("sweep-iterations --config {file}", "iterations", None),
+    ],
+)
+def test_a_command_runs_its_own_kind_of_sweep_or_that_of_its_file(
+    command: str,
+    kind: str,
+    teacher: Path | str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run: list[str] = []
+    run: list[tuple[str, Path | str | None]] = []
 
-    def only_name(name: str) -> Callable[..., None]:
-        return lambda settings, *_, **__: run.append(f"{name}: {settings.sweep.kind}")
+    def sweep(settings: Settings, *, teacher: Path | str | None = None, **_: object) -> None:
+        run.append((settings.sweep.kind, teacher))
+        raise UserError("that is enough")
 
-    procedures = {"quickstart": "students", "sweep_iterations": "methods"}
-    for function, name in procedures.items():
-        monkeypatch.setattr(f"orchestrator.pipelines.sweep_files.{function}", only_name(name))
-    (tmp_path / "s.yaml").write_text(f"sweep:\n  kind: {kind}\n")
-    options = ["--config", str(tmp_path / "s.yaml"), "--workspace", str(tmp_path / "space")]
-    code, printed = _run(capfd, "quickstart", *options)
-    assert code == 0, printed
-    expected = "methods" if kind == "iterations" else "students"
-    assert run == [f"{expected}: {kind}"]
-
-
-def test_the_whole_job_refuses_a_kind_that_has_no_students(tmp_path: Path) -> None:
-    desk = Desk(open_workspace(tmp_path), Progress(), Console())
-    settings = resolve_settings({"sweep": {"kind": "iterations"}})
-    with pytest.raises(UserError, match="`iiet-orch sweep FILE` runs what the file says"):
-        quickstart(settings, desk)
+    monkeypatch.setattr("orchestrator.pipelines.sweeps.sweep", sweep)
+    file = tmp_path / "s.yaml"
+    file.write_text("sweep:\n  kind: iterations\n")
+    arguments = command.format(file=file).split()
+    code, printed = _run(capfd, *arguments, "--workspace", str(tmp_path / "space"))
+    assert (code, "that is enough" in printed) == (2, True), printed
+    assert run == [(kind, teacher)]

@@ -25,7 +25,6 @@ from orchestrator.training.job import DONE_NAME, JOB_NAME, TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
-from orchestrator.workspace.folders import open_workspace
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "older"
 RECIPE = {
@@ -162,7 +161,7 @@ def test_an_exported_model_is_imported(older_job: OlderJob, tmp_path: Path) -> N
     weights = load_file(checkpoint / "model.safetensors")
     save_file({f"decoder.{n}": w for n, w in weights.items()}, exported / "model.safetensors")
     shutil.copy(checkpoint / "tokenizer.json", exported)
-    imported = import_model(exported, open_workspace(tmp_path / "workspace"))
+    imported = import_model(exported, workspace=tmp_path / "workspace")
     assert weights_key(imported) != weights_key(checkpoint)
     ids = torch.arange(12).view(1, 12)
     assert torch.equal(load_decoder(imported)(ids), decoder(ids))

@@ -15,7 +15,7 @@ from orchestrator.settings.shipped import shipped_sweeps
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(cli.app.app).commands  # type: ignore[attr-defined]
 
 
 def _blocks(language: str) -> list[str]:

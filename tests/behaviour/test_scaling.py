@@ -14,7 +14,7 @@ import yaml
 from orchestrator import cli
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(cli.app.app).commands  # type: ignore[attr-defined]
 ROWS = re.findall(
     r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$", TEXT, flags=re.MULTILINE
 )

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from small_size import SMALL
 
-from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.sweep_files import run_file
-from orchestrator.settings import read_settings
+from orchestrator import SweepResult, plan_sweep, sweep
+from orchestrator.settings import Settings, read_settings
 from orchestrator.settings.shipped import shipped_sweeps
-from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.folders import Workspace, open_workspace
 
 pytestmark = pytest.mark.slow
 
@@ -40,18 +35,23 @@ FRONTS = {
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Desk:
-    """A workspace for all of them; what is printed can be read from its console."""
-    workspace = open_workspace(tmp_path_factory.mktemp("shipped"))
-    return Desk(workspace, Progress(), Console(file=StringIO(), width=140))
+def workspace(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Workspace:
+    """A workspace for all of them."""
+    return open_workspace(tmp_path_factory.mktemp("shipped"))
 
 
-def run(desk: Desk, name: str, *more: str, dry_run: bool = False) -> str:
-    """Run a shipped sweep and return what it printed."""
-    assert isinstance(desk.console.file, StringIO)
-    before = len(desk.console.file.getvalue())
-    run_file(read_settings(shipped_sweeps()[name], [*HERE, *more]), desk, dry_run=dry_run)
-    return desk.console.file.getvalue()[before:]
+def settings_of(name: str, *more: str) -> Settings:
+    return read_settings(shipped_sweeps()[name], [*HERE, *more])
+
+
+def run(workspace: Workspace, name: str, *more: str) -> SweepResult:
+    result = sweep(settings_of(name, *more), workspace=workspace)
+    assert not result.failures
+    return result
+
+
+def plan(workspace: Workspace, name: str, *more: str) -> str:
+    return "\n".join(plan_sweep(settings_of(name, *more), workspace=workspace).sentences)
 
 
 def done_in(folder: Path) -> set[Path]:
@@ -64,30 +64,33 @@ def test_each_is_run_here() -> None:
 
 
 @pytest.mark.parametrize("name", FRONTS)
-def test_a_shipped_sweep_ends_with_its_front(name: str, desk: Desk) -> None:
-    [folder] = re.findall(r"report: (.*)/front\.html", run(desk, name))
-    results = json.loads(Path(folder, "results.json").read_text())["results"]
-    assert FRONTS[name] <= {result["label"] for result in results}
+def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) -> None:
+    result = run(workspace, name)
+    assert result.report.page is not None
+    assert result.report.page.is_file()
+    stored = json.loads((result.report.folder / "results.json").read_text())["results"]
+    assert FRONTS[name] <= {each["label"] for each in stored}
+    assert len(result.to_pandas()) == len(result.trials)
 
 
-def test_what_is_known_of_a_plan_is_told_and_what_follows_later_is_named(desk: Desk) -> None:
+def test_a_plan_names_what_is_known_and_what_follows_later(workspace: Workspace) -> None:
     for name in ("iterations", "methods"):
-        assert "vanilla" in run(desk, name, dry_run=True)
-    told = run(desk, "toy", "training.seed=5", dry_run=True)
-    assert "teacher" in told
-    assert "then at most" in told
+        found = plan_sweep(settings_of(name), workspace=workspace)
+        assert "vanilla" in set(found.to_pandas()["name"])
+    found = plan_sweep(settings_of("toy", "training.seed=5"), workspace=workspace)
+    assert "teacher" in set(found.to_pandas()["name"])
+    assert "then at most" in found.sentences[-1]
 
 
-def test_a_search_goes_on_from_the_family(desk: Desk) -> None:
+def test_a_search_continues_from_the_family(workspace: Workspace) -> None:
     options = ("search.num_trials=2", "search.trials_per_round=2")
-    run(desk, "toy")
-    before = done_in(desk.workspace.trials)
-    planned = run(desk, "search", *options, dry_run=True)
-    assert "tries at most 2 more of 27 schedules" in planned
-    many = run(desk, "search", "search.num_trials=99", dry_run=True)
+    run(workspace, "toy")
+    before = done_in(workspace.trials)
+    assert "tries at most 2 more of 27 schedules" in plan(workspace, "search", *options)
+    many = plan(workspace, "search", "search.num_trials=99")
     assert "tries at most 24 more of 27 schedules" in many
-    run(desk, "search", *options)
-    after = done_in(desk.workspace.trials)
+    run(workspace, "search", *options)
+    after = done_in(workspace.trials)
     assert len(after - before) == 2, "the family was not trained again"
-    assert "search-" in run(desk, "search", *options)
-    assert done_in(desk.workspace.trials) == after
+    assert run(workspace, "search", *options).name.startswith("search-")
+    assert done_in(workspace.trials) == after

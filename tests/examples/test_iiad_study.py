@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
@@ -15,66 +16,76 @@ from rich.console import Console
 from small_size import SMALL
 
 from iiet.cost import training_flops_per_token
-from orchestrator.pipelines.context import Desk
+from orchestrator import SweepModel
+from orchestrator.cli.session import Session
+from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, read_settings, resolve_settings
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.job import TrainingJob
 from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.provenance import content_key
 
 CHOICES = study.Choices(seeds=(0,), two_stage_from=0.75)
 FAILING = {"vanilla, rate 0.004", "pcformer"}
 
 
-def results_of(plan: SweepPlan) -> list[TrialResult]:
-    """Make up a result of each trial: a higher learning rate gives a higher loss."""
-    return [
-        TrialResult(
-            key=trial.key,
-            role=trial.role,
-            method=trial.config().method,
-            schedule=tuple(trial.config().corrections or ()),
-            label=trial.label,
-            seed=trial.seed,
-            group=trial.group,
-            quality={"accuracy": 0.5, "validation_loss": trial.job["recipe"]["learning_rate"]},
-            train={"flops": 1.0, "tokens": 1.0},
-            cost={"evaluations": 2.0},
-            checkpoint=f"/{trial.label}",
+def results_of(
+    models: Sequence[SweepModel], job: Callable[[Settings], TrainingJob]
+) -> list[TrialResult]:
+    """Make up a result of each model: a higher learning rate gives a higher loss."""
+    results = []
+    for model in models:
+        config = job(model.settings).config()
+        training = model.settings.training
+        results.append(
+            TrialResult(
+                key=content_key(model.label, training.model_dump(mode="json")),
+                role="trial" if config.corrections.num_corrections else "baseline",
+                method=config.method,
+                schedule=tuple(config.corrections or ()),
+                label=model.label,
+                seed=training.seed if model.group else None,
+                group=model.group,
+                quality={"accuracy": 0.5, "validation_loss": training.learning_rate},
+                train={"flops": 1.0, "tokens": 1.0},
+                cost={"evaluations": 2.0},
+                checkpoint=f"/{model.label}",
+            )
         )
-        for trial in plan.trials
-        if trial.job and trial.label not in FAILING
-    ]
+    return [result for result in results if result.label not in FAILING]
+
+
+def results_of_students() -> list[TrialResult]:
+    common: dict[str, Any] = {"method": "iiet", "quality": {"accuracy": 0.5}}
+    common["quality"]["validation_loss"] = 3.0
+    full, none = {"evaluations": 4.0}, {"evaluations": 2.0}
+    teacher = TrialResult(key="t", role="teacher", schedule=(1, 1), cost=full, **common)
+    student = TrialResult(key="s", role="trial", schedule=(0, 0), cost=none, **common)
+    return [teacher, student]
 
 
 @pytest.fixture
-def desk(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    """A desk at which sweeps are made up."""
+def session(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """A session in which sweeps are made up."""
+    workspace = open_workspace(tmp_path / "space")
 
-    def run_and_show(plan: SweepPlan, *_: object, failures: dict[str, str]) -> SimpleNamespace:
-        failures |= {trial.label: "boom" for trial in plan.trials if trial.label in FAILING}
-        return SimpleNamespace(results=results_of(plan))
+    def sweep(settings: Settings, **options: Any) -> SimpleNamespace:
+        if settings.sweep.kind == "threshold":
+            return SimpleNamespace(trials=results_of_students(), failures={}, report=None)
+        models = options["models"]
+        failures = {model.label: "boom" for model in models if model.label in FAILING}
+        trials = results_of(models, lambda own: pretraining_job(own, workspace, tiny_tokens))
+        return SimpleNamespace(trials=trials, failures=failures, report=None)
 
-    def sweep_thresholds(*_: object, failures: dict[str, str], **__: object) -> SimpleNamespace:
-        common: dict[str, Any] = {"method": "iiet", "quality": {"accuracy": 0.5}}
-        common["quality"]["validation_loss"] = 3.0
-        full, none = {"evaluations": 4.0}, {"evaluations": 2.0}
-        teacher = TrialResult(key="t", role="teacher", schedule=(1, 1), cost=full, **common)
-        student = TrialResult(key="s", role="trial", schedule=(0, 0), cost=none, **common)
-        return SimpleNamespace(results=[teacher, student])
-
-    suite = {"suite": "x", "tokens_folder": str(tiny_tokens)}
-    monkeypatch.setattr(study, "prepare", lambda *_: tiny_tokens)
-    monkeypatch.setattr(study, "plan_suite", lambda *_: suite)
+    monkeypatch.setattr(study, "prepare", lambda *_, **__: tiny_tokens)
     monkeypatch.setattr(study, "ray_cluster", lambda **_: nullcontext())
-    monkeypatch.setattr(study, "run_and_show", run_and_show)
-    monkeypatch.setattr(study, "sweep_thresholds", sweep_thresholds)
-    monkeypatch.setattr(
-        study, "write_overlay_report", lambda *_, **__: SimpleNamespace(folder=tmp_path)
-    )
-    return Desk(open_workspace(tmp_path / "space"), Progress(), Console(file=StringIO()))
+    monkeypatch.setattr(study, "sweep", sweep)
+    monkeypatch.setattr(study, "print_report", lambda *_: None)
+    monkeypatch.setattr(study, "report", lambda **_: SimpleNamespace(folder=tmp_path))
+    return Session(workspace, Progress(), Console(file=StringIO()), StringIO())
 
 
 @pytest.fixture
@@ -90,12 +101,12 @@ def settings() -> Settings:
 
 
 def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
-    desk: Desk, settings: Settings
+    session: Session, settings: Settings
 ) -> None:
     with pytest.raises(RunFailed, match="2 trials failed") as failed:
-        study.run_study(settings, CHOICES, desk)
+        study.run_study(settings, CHOICES, session)
     assert all(label in str(failed.value) for label in FAILING)
-    text = (desk.workspace.overlays / "study" / "results.md").read_text()
+    text = (session.workspace.overlays / "study" / "results.md").read_text()
     assert "| vanilla | 2 |" in text, "at the rate that did not fail"
     assert "pcformer" not in text
     assert "r = 1 against vanilla at equal tokens: loss" in text
@@ -104,23 +115,23 @@ def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
 
 
 def test_a_study_without_its_teacher_ends_there(
-    desk: Desk, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    session: Session, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_iiad_study.FAILING", {"r = 1", "r = 1, two stages"})
     with pytest.raises(RunFailed, match="r = 1"):
-        study.run_study(settings, CHOICES, desk)
-    assert not (desk.workspace.overlays / "study").exists()
+        study.run_study(settings, CHOICES, session)
+    assert not (session.workspace.overlays / "study").exists()
 
 
 @pytest.mark.parametrize("ramp", [0.0, 0.3])
 def test_equal_flops_are_those_that_the_trainings_count(
-    desk: Desk, settings: Settings, ramp: float
+    session: Session, settings: Settings, ramp: float
 ) -> None:
     recipe = {"num_steps": 1000, "iterate_from_fraction": 0.2, "iterate_ramp_fraction": ramp}
     training = settings.training.model_copy(update=recipe)
     sweep = settings.sweep.model_copy(update={"iterations": (0, 3)})
     settings = settings.model_copy(update={"training": training, "sweep": sweep})
-    planned = study._Study(settings, CHOICES, desk, "s")
+    planned = study._Study(settings, CHOICES, session, "s")
     steps = planned._steps_of_equal_flops()
     totals, largest = {}, 0.0
     for name, contender in planned.contenders.items():
@@ -146,7 +157,7 @@ def test_equal_flops_are_those_that_the_trainings_count(
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    desk: Desk,
+    session: Session,
     settings: Settings,
     changes: dict[str, float],
     choices: dict[str, Any],
@@ -155,13 +166,13 @@ def test_what_does_not_go_together_is_refused(
     training = settings.training.model_copy(update=changes)
     settings = settings.model_copy(update={"training": training})
     with pytest.raises(UserError, match=words):
-        study.run_study(settings, study.Choices(**choices), desk)
+        study.run_study(settings, study.Choices(**choices), session)
 
 
-def test_a_study_without_corrections_is_refused(desk: Desk, settings: Settings) -> None:
+def test_a_study_without_corrections_is_refused(session: Session, settings: Settings) -> None:
     sweep = settings.sweep.model_copy(update={"methods": ("vanilla",)})
     with pytest.raises(UserError, match="a study needs an IIET with corrections"):
-        study.run_study(settings.model_copy(update={"sweep": sweep}), CHOICES, desk)
+        study.run_study(settings.model_copy(update={"sweep": sweep}), CHOICES, session)
 
 
 def test_a_mistake_on_its_command_line_is_said(
@@ -186,11 +197,11 @@ def test_the_example_runs_all_its_phases_and_trains_nothing_twice(
     )
     workspace = open_workspace(tmp_path)
     console = Console(file=StringIO(), width=140)
-    desk = Desk(workspace, Progress(), console)
+    session = Session(workspace, Progress(), console, StringIO())
     settings = read_settings(study.SETTINGS, changes)
-    study.run_study(settings, choices, desk, dry_run=True)
+    study.run_study(settings, choices, session, dry_run=True)
     assert "this is the first phase; then" in console.file.getvalue()  # type: ignore[attr-defined]
-    study.run_study(settings, choices, desk)
+    study.run_study(settings, choices, session)
     text = (workspace.overlays / "study" / "results.md").read_text()
     for other in ("vanilla", "r = 0"):
         assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)

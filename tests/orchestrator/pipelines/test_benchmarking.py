@@ -1,4 +1,4 @@
-"""The stage chooses schedules, writes its file, and shows one run a model."""
+"""A benchmark chooses schedules, writes its file, and tracks one run per model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tracking import untracked
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -21,10 +22,10 @@ from orchestrator.evaluation.evaluated_model import (
     open_models,
     short_names,
 )
-from orchestrator.pipelines.benchmarking import benchmark, family_of, usual_contexts
-from orchestrator.pipelines.influence import measure_influence
+from orchestrator.pipelines.benchmarking import benchmark_models, family_of, usual_contexts
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.influence import influence_of
 from orchestrator.settings import InfluenceSettings
-from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -65,7 +66,8 @@ def test_the_family_is_that_of_the_stored_influence(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     checkpoint = saved(tmp_path / "run", tiny_tokens, {**tiny_model, "initializer_std": 0.3})
-    measure_influence(checkpoint, InfluenceSettings(num_tokens=64), tiny_tokens)
+    settings = InfluenceSettings(num_tokens=64)
+    influence_of(checkpoint, settings, tiny_tokens, untracked(Workspace(tmp_path)))
     schedules = [
         model.config.corrections for model in family_of(open_model(checkpoint)) if model.config
     ]
@@ -96,7 +98,7 @@ def test_no_two_labels_are_alike_and_none_is_dropped(
         "run/step_00000002 r=1", "run/step_00000002 r=0",
     ]  # fmt: skip
     models = open_models(workspace, [first, second, other, other], None)
-    found = benchmark(models, workspace, CONDITIONS)
+    found = benchmark_models(models, CONDITIONS, untracked(workspace))
     assert [cost.model for cost in found.costs] == short_names(models)
     assert len(found.costs) == 4
 
@@ -105,12 +107,15 @@ def test_what_was_measured_is_written_with_its_conditions(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], workspace: Workspace
 ) -> None:
     family = family_of(open_model(saved(tmp_path / "run", tiny_tokens, tiny_model)))
-    found = benchmark(family, workspace, CONDITIONS)
+    found = benchmark_models(family, CONDITIONS, untracked(workspace))
     written = json.loads(found.path.read_text())
     assert [cost["model"] for cost in written["costs"]] == ["r=2,1", "r=1", "r=0"]
     assert written["conditions"]["num_threads"] == 1
     assert (written["device"], written["dtype"]) == (found.device, "float32")
     assert written["machine"]["torch"]
+    table = found.to_pandas()
+    assert table["model"].tolist() == ["r=2,1", "r=1", "r=0"]
+    assert table["decoding_share"].iloc[0] == 1.0
 
 
 @pytest.mark.slow
@@ -119,10 +124,11 @@ def test_each_model_is_a_run_with_its_costs(
 ) -> None:
     import mlflow
 
-    tracking = open_tracking(workspace)
+    context = Context(workspace)
     family = family_of(open_model(saved(tmp_path / "run", tiny_tokens, tiny_model)))
-    found = benchmark(family, workspace, CONDITIONS, tracking=tracking)
-    runs = mlflow.MlflowClient(workspace.tracking_uri).search_runs([tracking.experiment_id])
+    found = benchmark_models(family, CONDITIONS, context)
+    client = mlflow.MlflowClient(workspace.tracking_uri)
+    runs = client.search_runs([context.tracking.experiment_id])
     assert {run.data.params["schedule"] for run in runs} == {"2,1", "1,1", "0,0"}
     full = next(run for run in runs if run.data.params["schedule"] == "2,1")
     assert full.data.tags["iiet.kind"] == "benchmark"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tracking import untracked
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -20,12 +21,13 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation import task_selection
-from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite
-from orchestrator.pipelines.evaluating import evaluate
-from orchestrator.pipelines.exporting import export
+from orchestrator.pipelines.evaluating import evaluate_model
+from orchestrator.pipelines.exporting import write_export
 from orchestrator.pipelines.importing import import_model
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial_run import measure_quality
@@ -82,6 +84,19 @@ def read(**settings):
     ]
     return {"test": datasets.Dataset.from_list(rows)}
 """
+
+
+def evaluate(
+    model: Path | EvaluatedModel,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    *,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> EvaluationResult:
+    model = open_model(model) if isinstance(model, Path) else model
+    context = untracked(workspace, progress)
+    return evaluate_model(model, settings, context, trust_remote_code=trust_remote_code)
 
 
 @pytest.fixture
@@ -209,9 +224,9 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
     theirs = by_lm_eval(folder, settings)
-    checkpoint = import_model(folder, workspace)
+    checkpoint = import_model(folder, workspace=workspace)
     decoder = load_decoder(checkpoint)
-    exported = export(
+    exported = write_export(
         decoder,
         tmp_path / "exported",
         tokenizer_file=tokenizer_file(checkpoint),

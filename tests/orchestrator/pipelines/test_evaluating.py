@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tracking import untracked
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import suite
-from orchestrator.pipelines import evaluating as stage
-from orchestrator.pipelines.evaluating import evaluate
-from orchestrator.records.evaluation import TaskResult
+from orchestrator.pipelines import evaluating
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.evaluating import EvaluateResult, evaluate_model
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -80,13 +82,13 @@ def settings(tmp_path: Path) -> EvaluationSettings:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tasks that were run, in order."""
     names: list[str] = []
-    real = stage.run_suite
+    real = evaluating.run_suite
 
     def recorded(suite: Any, *arguments: Any, **options: Any) -> dict[str, TaskResult]:
         names.extend(suite.tasks)
         return real(suite, *arguments, **options)
 
-    monkeypatch.setattr(stage, "run_suite", recorded)
+    monkeypatch.setattr(evaluating, "run_suite", recorded)
     return names
 
 
@@ -102,6 +104,20 @@ class Lines(Progress):
 
     def finish(self, summary: str) -> None:
         self.summary = summary
+
+
+def evaluate(
+    model: Path | EvaluatedModel,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    *,
+    schedule: IterationSchedule | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> EvaluationResult:
+    subject = open_model(model, schedule) if isinstance(model, Path) else model
+    context = untracked(workspace, progress)
+    return evaluate_model(subject, settings, context, trust_remote_code=trust_remote_code)
 
 
 def test_each_task_is_run_once(
@@ -207,11 +223,11 @@ def test_an_interrupted_evaluation_keeps_the_tasks_that_were_done(
         write(path, value)
         raise KeyboardInterrupt
 
-    write = stage.write_json
-    monkeypatch.setattr(stage, "write_json", stop_after_first)
+    write = evaluating.write_json
+    monkeypatch.setattr(evaluating, "write_json", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, settings, workspace)
-    monkeypatch.setattr(stage, "write_json", write)
+    monkeypatch.setattr(evaluating, "write_json", write)
     evaluate(checkpoint, settings, workspace)
     assert runs == ["first", "second", "second"]
 
@@ -244,16 +260,28 @@ def test_a_task_that_is_missing_or_damaged_is_refused(
     assert not list(workspace.evaluations.glob("*")), "nothing was measured"
 
 
+def test_a_result_has_a_row_for_each_model_task_and_metric(
+    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
+) -> None:
+    evaluation = evaluate(checkpoint, settings, workspace)
+    table = EvaluateResult(evaluations={"full": evaluation}).to_pandas()
+    assert list(table.columns) == ["model", "task", "metric", "value", "stderr", "num_items"]
+    row = table[(table["task"] == "first") & (table["metric"] == "acc")].iloc[0]
+    assert row["value"] == evaluation.results["first"].metrics["acc"]
+    assert not table["metric"].str.endswith("_stderr").any()
+
+
 @pytest.mark.slow
 def test_the_evaluation_is_a_run_with_its_quality(
     checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
 ) -> None:
     import mlflow
 
-    tracking = open_tracking(workspace)
+    context = Context(workspace)
     for _ in range(2):
-        found = evaluate(checkpoint, settings, workspace, tracking=tracking)
-    runs = mlflow.MlflowClient(workspace.tracking_uri).search_runs([tracking.experiment_id])
+        found = evaluate_model(open_model(checkpoint), settings, context)
+    client = mlflow.MlflowClient(workspace.tracking_uri)
+    runs = client.search_runs([context.tracking.experiment_id])
     assert len(runs) == 1
     assert runs[0].data.tags["iiet.kind"] == "evaluation"
     assert runs[0].data.metrics["quality/accuracy"] == pytest.approx(found.accuracy)

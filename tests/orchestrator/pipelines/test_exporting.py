@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tracking import untracked
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -20,8 +21,9 @@ from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.evaluating import evaluate
-from orchestrator.pipelines.exporting import CARD, MANIFEST, export
+from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.pipelines.evaluating import evaluate_model
+from orchestrator.pipelines.exporting import CARD, MANIFEST, write_export
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
@@ -111,7 +113,7 @@ def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) ->
 def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None = None) -> Path:
     decoder = load_decoder(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config, evaluation=evaluation)
-    return export(decoder, folder, tokenizer_file=tokenizer_file(checkpoint), card=card)
+    return write_export(decoder, folder, tokenizer_file=tokenizer_file(checkpoint), card=card)
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_stock_lm_eval_gives_our_numbers(
     for name, text in TASKS.items():
         (tasks / f"{name}.yaml").write_text(text)
     settings = EvaluationSettings(suite="choice,rolling", include_path=str(tasks))
-    ours = evaluate(checkpoint, settings, workspace)
+    ours = evaluate_model(open_model(checkpoint), settings, untracked(workspace))
     folder = exported(checkpoint, tmp_path / "a model", ours)
     options = {
         "--model": "hf",
@@ -187,7 +189,7 @@ def test_a_method_whose_source_cannot_be_copied_is_refused(
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
     card = ModelCard(name="local", config=decoder.config)
     with pytest.raises(UserError, match=r"method 'local' .* define it at the top of a module"):
-        export(decoder, tmp_path / "out", tokenizer_file=None, card=card)
+        write_export(decoder, tmp_path / "out", tokenizer_file=None, card=card)
     assert list(tmp_path.iterdir()) == []
 
 

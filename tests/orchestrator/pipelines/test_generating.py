@@ -14,7 +14,7 @@ from iiet.decoder import Decoder
 from iiet.generate import generate
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.generating import Sampling, Writer
+from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 
@@ -22,7 +22,7 @@ FEW = Sampling(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Writer:
+def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> TextGenerator:
     config = ModelConfig(
         vocab_size=300,
         dim=16,
@@ -35,7 +35,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Write
         initializer_std=0.4,
     )
     torch.manual_seed(1)
-    return Writer(write(Decoder(config), tmp_path_factory.mktemp("run"), tiny_tokens))
+    return TextGenerator(write(Decoder(config), tmp_path_factory.mktemp("run"), tiny_tokens))
 
 
 def write(decoder: Decoder, folder: Path, tokens: Path) -> Path:
@@ -49,7 +49,7 @@ def write(decoder: Decoder, folder: Path, tokens: Path) -> Path:
     )
 
 
-def test_the_pieces_are_the_decoded_tokens(writer: Writer) -> None:
+def test_the_pieces_are_the_decoded_tokens(writer: TextGenerator) -> None:
     ids = [writer.end_of_text, *writer.tokenizer.encode("abc def").ids]
     tokens = generate(
         writer.decoder,
@@ -62,13 +62,13 @@ def test_the_pieces_are_the_decoded_tokens(writer: Writer) -> None:
     assert text == writer.tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
 
 
-def test_a_batch_of_different_lengths_says_what_each_says_alone(writer: Writer) -> None:
+def test_a_batch_of_different_lengths_says_what_each_says_alone(writer: TextGenerator) -> None:
     prompts = ["a", "abc def ghi", "lmno pa"]
     alone = ["".join(writer.stream(prompt, FEW)) for prompt in prompts]
     assert writer.continue_all(prompts, FEW) == alone
 
 
-def test_a_seed_decides_and_no_seed_does_not(writer: Writer) -> None:
+def test_a_seed_decides_and_no_seed_does_not(writer: TextGenerator) -> None:
     sampled = replace(FEW, temperature=1.5, top_k=50, seed=3)
     first = "".join(writer.stream("abc", sampled))
     assert "".join(writer.stream("abc", sampled)) == first
@@ -76,7 +76,7 @@ def test_a_seed_decides_and_no_seed_does_not(writer: Writer) -> None:
     assert others != {first}
 
 
-def test_text_ends_before_the_stop_token(writer: Writer) -> None:
+def test_text_ends_before_the_stop_token(writer: TextGenerator) -> None:
     ids = [writer.end_of_text, *writer.tokenizer.encode("abc def").ids]
     tokens = generate(writer.decoder, torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
     stop = next(t for t in tokens[1:] if t != tokens[0] and writer.tokenizer.decode([t]).isascii())
@@ -85,7 +85,7 @@ def test_text_ends_before_the_stop_token(writer: Writer) -> None:
     assert "".join(writer.stream("abc def", sampling)) == expected
 
 
-def test_characters_come_whole(writer: Writer) -> None:
+def test_characters_come_whole(writer: TextGenerator) -> None:
     ids = writer.tokenizer.encode("é 好 你").ids
     pieces = list(writer._pieces(ids, ()))
     assert "".join(pieces) == "é 好 你"
@@ -101,18 +101,18 @@ def test_characters_come_whole(writer: Writer) -> None:
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(
-    writer: Writer, change: dict[str, Any], words: str
+    writer: TextGenerator, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
         writer.stream("abc", replace(FEW, **change))
 
 
 def test_another_schedule_writes_as_that_model_does(
-    writer: Writer, tiny_tokens: Path, tmp_path: Path
+    writer: TextGenerator, tiny_tokens: Path, tmp_path: Path
 ) -> None:
     none = IterationSchedule((0, 0))
     checkpoint = write(writer.decoder, tmp_path, tiny_tokens)
-    pruned = Writer(checkpoint, none)
+    pruned = TextGenerator(checkpoint, none)
     assert pruned.decoder.schedule == none
     with pytest.raises(UserError, match="layers"):
-        Writer(checkpoint, IterationSchedule((0, 0, 0)))
+        TextGenerator(checkpoint, IterationSchedule((0, 0, 0)))

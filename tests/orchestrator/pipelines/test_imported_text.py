@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from iiet.huggingface import IIETConfig
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.exporting import export
-from orchestrator.pipelines.generating import Sampling, Writer
+from orchestrator.pipelines.exporting import write_export
+from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.importing import import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.training.checkpoint import (
@@ -67,7 +67,7 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 def exported(checkpoint: Path, folder: Path) -> Path:
     decoder = load_decoder(checkpoint)
-    return export(
+    return write_export(
         decoder,
         folder,
         tokenizer_file=tokenizer_file(checkpoint),
@@ -79,7 +79,7 @@ def exported(checkpoint: Path, folder: Path) -> Path:
 def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(
     llama: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    checkpoint = import_model(llama, workspace)
+    checkpoint = import_model(llama, workspace=workspace)
     assert set(read_text_files(checkpoint)) == set(TEXT_FILES) - {"special_tokens_map.json"}
     folder = exported(checkpoint, tmp_path / "out")
     config = IIETConfig.from_pretrained(folder)
@@ -95,7 +95,7 @@ def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(
     options = {"tokenize": False, "add_generation_prompt": True}
     assert ours.apply_chat_template(messages, **options) == "<s>user: a bag\n"
     # And back again.
-    again = import_model(folder, workspace, name="again")
+    again = import_model(folder, workspace=workspace, name="again")
     assert read_text_files(again) == read_text_files(checkpoint)
 
 
@@ -117,13 +117,13 @@ def test_generation_begins_and_ends_as_in_transformers(
     if place == "tokenizer":
         name = tokenizer.convert_ids_to_tokens(end)
         write(llama / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": name})
-    written = "".join(Writer(import_model(llama, workspace)).stream("a bag", FEW))
+    written = "".join(TextGenerator(import_model(llama, workspace=workspace)).stream("a bag", FEW))
     expected = tokenizer.decode(greedy[: greedy.index(end)], skip_special_tokens=True)
     assert written == expected.rstrip("\ufffd")
 
 
 def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Workspace) -> None:
-    writer = Writer(import_model(llama, workspace))
+    writer = TextGenerator(import_model(llama, workspace=workspace))
     asked = writer.chat("a bag")
     assert asked == "<s>user: a bag\n"
     ids = writer._encode(asked)
@@ -131,11 +131,11 @@ def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Worksp
     assert ids == writer._encode("user: a bag\n")
     assert writer.continue_all([asked, asked], FEW) == ["".join(writer.stream(asked, FEW))] * 2
     (llama / "chat_template.jinja").unlink()
-    plain = Writer(import_model(llama, workspace, name="plain"))
+    plain = TextGenerator(import_model(llama, workspace=workspace, name="plain"))
     with pytest.raises(UserError, match="no chat template"):
         plain.chat("a bag")
     (llama / "chat_template.jinja").write_text("{{ raise_exception('only in French') }}")
-    french = Writer(import_model(llama, workspace, name="french"))
+    french = TextGenerator(import_model(llama, workspace=workspace, name="french"))
     with pytest.raises(UserError, match="only in French"):
         french.chat("a bag")
 
@@ -156,7 +156,7 @@ def test_what_makes_no_sense_is_named(
         content = json.loads((llama / name).read_text()) | content
     write(llama / name, content)
     with pytest.raises(UserError, match=words):
-        import_model(llama, workspace)
+        import_model(llama, workspace=workspace)
     assert not workspace.runs.exists()
 
 
@@ -168,7 +168,9 @@ def test_a_number_of_no_token_means_none(
     write(llama / "config.json", config | {"bos_token_id": first, "eos_token_id": end})
     (llama / "generation_config.json").unlink()
     (llama / "tokenizer_config.json").unlink()
-    token_ids = json.loads(read_text_files(import_model(llama, workspace))["token_ids.json"])
+    token_ids = json.loads(
+        read_text_files(import_model(llama, workspace=workspace))["token_ids.json"]
+    )
     assert token_ids == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 301}
 
 
@@ -180,7 +182,7 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.save(str(llama / "tokenizer.json"))
     write(llama / "tokenizer_config.json", {"bos_token": first, "eos_token": "<|end|>"})
-    assert Writer(import_model(llama, workspace))._encode("") == [0]
+    assert TextGenerator(import_model(llama, workspace=workspace))._encode("") == [0]
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: Workspace) -> None:
@@ -188,5 +190,5 @@ def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: 
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     write(llama / "tokenizer_config.json", {**config, **own})
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
-    writer = Writer(import_model(llama, workspace))
+    writer = TextGenerator(import_model(llama, workspace=workspace))
     assert writer._encode("a bag")[0] == 300

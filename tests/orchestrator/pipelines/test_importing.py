@@ -43,7 +43,7 @@ def test_an_imported_model_is_the_same_model(
     decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     folder = export_pretrained(decoder, tmp_path / "my model", tokenizer)
-    checkpoint = import_model(folder, workspace)
+    checkpoint = import_model(folder, workspace=workspace)
     assert checkpoint.parent == workspace.runs / "my-model"
     assert resolve_checkpoint(checkpoint.parent) == checkpoint
     tokens = torch.arange(12).view(1, 12)
@@ -55,26 +55,26 @@ def test_importing_again_finds_it_and_another_model_needs_another_name(
     decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
-    first = import_model(folder, workspace)
-    assert import_model(folder, workspace) == first
+    first = import_model(folder, workspace=workspace)
+    assert import_model(folder, workspace=workspace) == first
     with torch.no_grad():
         decoder.norm.weight.mul_(2)
     export_pretrained(decoder, folder, tokenizer)
     with pytest.raises(UserError, match="--name"):
-        import_model(folder, workspace)
-    assert import_model(folder, workspace, name="other") != first
+        import_model(folder, workspace=workspace)
+    assert import_model(folder, workspace=workspace, name="other") != first
 
 
 def test_an_imported_model_is_the_newest_also_when_it_is_found_again(
     decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
-    first = import_model(folder, workspace, name="first")
-    second = import_model(folder, workspace, name="second")
+    first = import_model(folder, workspace=workspace, name="first")
+    second = import_model(folder, workspace=workspace, name="second")
     os.utime(first.parent, (1, 1))
     assert resolve_model(workspace, None) == second
     os.utime(second.parent, (2, 2))
-    import_model(folder, workspace, name="first")
+    import_model(folder, workspace=workspace, name="first")
     assert resolve_model(workspace, None) == first
 
 
@@ -82,7 +82,7 @@ def test_tokens_are_those_of_its_tokenizer(
     decoder: Decoder, tokenizer: Path, tiny_tokens: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
-    checkpoint = import_model(folder, workspace, tokenizer=tokenizer)
+    checkpoint = import_model(folder, workspace=workspace, tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"prepare --set data\.tokenizer="):
         tokens_folder_of(checkpoint, workspace)
     workspace.tokens.mkdir()
@@ -105,7 +105,7 @@ def test_without_a_tokenizer_it_says_what_is_missing(
 ) -> None:
     folder = export_pretrained(decoder, tmp_path / "model")
     notes = Notes()
-    checkpoint = import_model(folder, workspace, progress=notes)
+    checkpoint = import_model(folder, workspace=workspace, progress=notes)
     assert "--tokenizer FILE" in notes.notes[0]
     assert load_decoder(checkpoint).config == decoder.config
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
@@ -118,7 +118,7 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused(
     small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
     folder = export_pretrained(small, tmp_path / "model")
     with pytest.raises(UserError, match="the model only 200"):
-        import_model(folder, workspace, tokenizer=tokenizer)
+        import_model(folder, workspace=workspace, tokenizer=tokenizer)
     assert not workspace.runs.exists()
 
 
@@ -130,9 +130,9 @@ OLDER_RUN = Path(__file__).parents[2] / "fixtures" / "older" / "run_iiet"
 def test_a_run_of_an_earlier_version_is_imported_as_the_same_model(
     folder: Path, workspace: Workspace
 ) -> None:
-    checkpoint = import_model(folder, workspace)
+    checkpoint = import_model(folder, workspace=workspace)
     assert checkpoint.parent == workspace.runs / "run_iiet"
-    assert import_model(folder, workspace) == checkpoint
+    assert import_model(folder, workspace=workspace) == checkpoint
     assert tokenizer_file(checkpoint).is_file()
     weights = load_file(checkpoint / "model.safetensors")
     assert not [name for name in weights if name.startswith(("fields", "method"))]
@@ -148,5 +148,5 @@ def test_a_damaged_checkpoint_is_not_imported(workspace: Workspace, tmp_path: Pa
     shutil.copytree(OLDER_RUN / folder.name, folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"is damaged: tokenizer\.json"):
-        import_model(folder, workspace)
+        import_model(folder, workspace=workspace)
     assert not list(workspace.runs.glob("*"))

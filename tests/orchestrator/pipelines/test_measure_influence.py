@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tracking import untracked
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable, influence_table
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines import influence as stage
-from orchestrator.pipelines.influence import measure_influence
+from orchestrator.pipelines import influence
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.influence import InfluenceResult, influence_of
 from orchestrator.settings import InfluenceSettings
-from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import check_checkpoint, load_decoder, save_checkpoint
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.folders import Workspace, open_workspace
 
 SETTINGS = InfluenceSettings(num_tokens=512)
 
@@ -45,6 +46,11 @@ def make_checkpoint(
 
 
 @pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return untracked(Workspace(tmp_path))
+
+
+@pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Metric of each measurement that was really made."""
     metrics: list[str] = []
@@ -53,43 +59,46 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         metrics.append(options["metric"])
         return influence_table(*arguments, **options)
 
-    monkeypatch.setattr(stage, "influence_table", recorded)
+    monkeypatch.setattr(influence, "influence_table", recorded)
     return metrics
 
 
 def test_the_table_is_the_cores_over_the_calibration_set(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     checkpoint = make_checkpoint()
-    found = measure_influence(checkpoint, SETTINGS, tiny_tokens)
+    found = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
     batches = validation_batches(
         open_tokens(tiny_tokens).validation, context_length=16, num_tokens=512, batch_size=8
     )
     assert found == influence_table(load_decoder(checkpoint), batches)
     assert found.num_tokens == 512
     assert [len(row) for row in found.rows()] == [2, 1]
+    table = InfluenceResult(checkpoint=checkpoint, table=found).to_pandas()
+    assert list(zip(table["layer"], table["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
+    assert table["influence"].tolist() == [value for row in found.rows() for value in row]
 
 
 def test_it_is_found_again_until_something_changes(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path, measured: list[str]
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context, measured: list[str]
 ) -> None:
     checkpoint = make_checkpoint()
-    first = measure_influence(checkpoint, SETTINGS, tiny_tokens)
-    assert measure_influence(checkpoint, SETTINGS, tiny_tokens) == first
+    first = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
+    assert influence_of(checkpoint, SETTINGS, tiny_tokens, context) == first
     assert measured == ["cosine"]
-    measure_influence(checkpoint, InfluenceSettings(num_tokens=256), tiny_tokens)
-    measure_influence(checkpoint, InfluenceSettings(metric="loss", num_tokens=64), tiny_tokens)
+    influence_of(checkpoint, InfluenceSettings(num_tokens=256), tiny_tokens, context)
+    influence_of(checkpoint, InfluenceSettings(metric="loss", num_tokens=64), tiny_tokens, context)
     assert measured == ["cosine", "cosine", "loss"]
     (checkpoint / "influence-cosine.json").write_text('{"key"')
-    assert measure_influence(checkpoint, SETTINGS, tiny_tokens) == first
+    assert influence_of(checkpoint, SETTINGS, tiny_tokens, context) == first
     assert len(measured) == 4
 
 
 def test_it_lies_beside_the_weights_with_a_picture(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     checkpoint = make_checkpoint()
-    found = measure_influence(checkpoint, SETTINGS, tiny_tokens)
+    found = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())
     assert InfluenceTable.from_dict(stored) == found
     assert stored["residuals"] == [list(row) for row in found.residual_rows]
@@ -105,12 +114,12 @@ def test_it_is_a_run_with_one_curve_a_layer(
     import mlflow
 
     workspace = open_workspace(tmp_path / "workspace")
-    tracking = open_tracking(workspace)
+    context = Context(workspace)
     checkpoint = make_checkpoint()
     for _ in range(2):
-        found = measure_influence(checkpoint, SETTINGS, tiny_tokens, tracking=tracking)
+        found = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
     client = mlflow.MlflowClient(workspace.tracking_uri)
-    (run,) = client.search_runs([tracking.experiment_id])
+    (run,) = client.search_runs([context.tracking.experiment_id])
     assert run.data.tags["iiet.kind"] == "influence"
     history = client.get_metric_history(run.info.run_id, "influence/layer_01")
     curve = {point.step: point.value for point in history}
@@ -124,21 +133,21 @@ def test_it_is_a_run_with_one_curve_a_layer(
 
 
 def test_a_model_without_corrections_has_no_influence(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     with pytest.raises(UserError, match="without corrections"):
-        measure_influence(make_checkpoint(schedule=0), SETTINGS, tiny_tokens)
+        influence_of(make_checkpoint(schedule=0), SETTINGS, tiny_tokens, context)
 
 
 def test_tokens_of_another_vocabulary_are_refused(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path
+    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     with pytest.raises(UserError, match="not the tokens it was trained on"):
-        measure_influence(make_checkpoint(vocab_size=280), SETTINGS, tiny_tokens)
+        influence_of(make_checkpoint(vocab_size=280), SETTINGS, tiny_tokens, context)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract() -> None:
     rows = ((0.2, 0.1), (0.2, 0.1), (0.3,))
     growing = InfluenceTable("cosine", rows, rows, 64, ((0.4, 0.2), (0.4, 0.5), (0.1,)))
-    assert stage._summary(growing).endswith("; layers that do not contract: 1 of 2")
-    assert stage._summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")
+    assert influence._summary(growing).endswith("; layers that do not contract: 1 of 2")
+    assert influence._summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")

@@ -12,7 +12,6 @@ import pandas
 import pytest
 import torch
 from mlflow.types import DataType
-from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -20,15 +19,15 @@ from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.generating import Sampling, Writer
-from orchestrator.pipelines.picking import export_model, pick_model
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.exporting import export
+from orchestrator.pipelines.generating import Sampling, TextGenerator
+from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import SweepResults, items_file_name
 from orchestrator.settings import read_settings
-from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.errors import UserError
@@ -37,18 +36,24 @@ from orchestrator.workspace.folders import open_workspace
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     # One store for all tests of the module: making a database takes seconds.
-    workspace = open_workspace(tmp_path_factory.mktemp("workspace"))
-    return Desk(workspace, Progress(), Console(quiet=True))
+    return Context(open_workspace(tmp_path_factory.mktemp("workspace")))
+
+
+SETTINGS = read_settings(None, [])
+
+
+def pick_from(context: Context, sweep: str | None, rule: PickRule, **options: Any) -> PickResult:
+    return pick(workspace=context.workspace, sweep=sweep, rule=rule, **options)
 
 
 def checkpoint_of(
-    desk: Desk, name: str, model: dict[str, Any], tokens: Path, seed: int, **provenance: Any
+    context: Context, name: str, model: dict[str, Any], tokens: Path, seed: int, **provenance: Any
 ) -> Path:
     torch.manual_seed(seed)
     return save_checkpoint(
-        desk.workspace.runs / name,
+        context.workspace.runs / name,
         1,
         decoder=Decoder(ModelConfig.from_dict(model)),
         training_state={},
@@ -58,9 +63,9 @@ def checkpoint_of(
 
 
 @pytest.fixture
-def sweep(desk: Desk, tiny_model: dict[str, Any], tiny_tokens: Path) -> SweepResults:
-    teacher = checkpoint_of(desk, "teacher", tiny_model, tiny_tokens, 0)
-    student = checkpoint_of(desk, "student", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1)
+def sweep(context: Context, tiny_model: dict[str, Any], tiny_tokens: Path) -> SweepResults:
+    teacher = checkpoint_of(context, "teacher", tiny_model, tiny_tokens, 0)
+    student = checkpoint_of(context, "student", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1)
     full = TrialResult(
         key="full",
         role="teacher",
@@ -82,19 +87,19 @@ def sweep(desk: Desk, tiny_model: dict[str, Any], tiny_tokens: Path) -> SweepRes
                     cost={"evaluations": 2}, quality={"accuracy": 0.3}),
         ),
     )  # fmt: skip
-    found.store(desk.workspace)
+    found.store(context.workspace)
     return found
 
 
-def version_of(desk: Desk, name: str, alias: str) -> Any:
-    return desk.tracking.store.connect().get_model_version_by_alias(name, alias)
+def version_of(context: Context, name: str, alias: str) -> Any:
+    return context.tracking.store.connect().get_model_version_by_alias(name, alias)
 
 
-def test_the_pick_is_exported_and_registered(desk: Desk, sweep: SweepResults) -> None:
-    choice = pick_model(desk, None, PickRule(name="keep"))
+def test_the_pick_is_exported_and_registered(context: Context, sweep: SweepResults) -> None:
+    choice = pick_from(context, None, PickRule(name="keep"))
     assert choice.point.result.key == "cheap"
     assert "99.6% of the full model's, at 60% of its evaluations (3 of 5)" in choice.sentence
-    version = version_of(desk, "two-models", "keep-99")
+    version = version_of(context, "two-models", "keep-99")
     assert choice.version == "models:/two-models@keep-99"
     assert version.description == choice.sentence
     assert choice.folder is not None
@@ -109,17 +114,17 @@ def test_the_pick_is_exported_and_registered(desk: Desk, sweep: SweepResults) ->
 
 @pytest.mark.slow
 def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
-    desk: Desk, sweep: SweepResults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    context: Context, sweep: SweepResults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    choice = pick_model(desk, None, PickRule(name="keep"))
+    choice = pick_from(context, None, PickRule(name="keep"))
     monkeypatch.setattr(mlflow, "set_tracking_uri", pytest.fail)
-    source = version_of(desk, "two-models", "keep-99").source
+    source = version_of(context, "two-models", "keep-99").source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of what other libraries do while they load.
         model = mlflow.pyfunc.load_model(source)
     prompts = ["abc def", "ghi", ""]
     found = model.predict(prompts, params={"max_new_tokens": 5})
-    student = Writer(Path(str(choice.point.result.checkpoint)))
+    student = TextGenerator(Path(str(choice.point.result.checkpoint)))
     sampling = Sampling(max_new_tokens=5, temperature=0.0)
     assert found[:2] == ["".join(student.stream(text, sampling)) for text in prompts[:2]]
     table = pandas.DataFrame({"prompt": prompts})
@@ -135,51 +140,60 @@ def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
 
 
 def test_nothing_of_a_model_runs_when_it_is_registered(
-    desk: Desk, sweep: SweepResults, tmp_path: Path
+    context: Context, sweep: SweepResults, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    run = desk.tracking.run("registering", name="r", kind="sweep")
+    run = context.tracking.run("registering", name="r", kind="sweep")
     run.register("other", folder, key="k", alias="best")
-    version = version_of(desk, "other", "best")
+    version = version_of(context, "other", "best")
     place = Path(version.source.removeprefix("file://"))
     assert (place / "MLmodel").is_file()
     run.register("other", folder, key="k", alias="best")
-    assert version_of(desk, "other", "best").version == version.version
+    assert version_of(context, "other", "best").version == version.version
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_pruned_model_is_the_teacher_under_its_schedule(
-    desk: Desk, sweep: SweepResults, tmp_path: Path
+    context: Context, sweep: SweepResults, tmp_path: Path
 ) -> None:
-    choice = pick_model(desk, "two-models", PickRule(name="cheapest"), to=tmp_path / "cheapest")
+    choice = pick_from(
+        context,
+        "two-models",
+        PickRule(name="cheapest"),
+        to=tmp_path / "cheapest",
+    )
     assert choice.folder == tmp_path / "cheapest"
     model = IIETForCausalLM.from_pretrained(choice.folder)
     assert model.to_decoder().schedule == IterationSchedule((0, 0))
 
 
-def test_picking_again_makes_no_second_version(desk: Desk, sweep: SweepResults) -> None:
+def test_picking_again_makes_no_second_version(context: Context, sweep: SweepResults) -> None:
     for _ in range(2):
-        pick_model(desk, "two-models", PickRule(name="best"))
-    pick_model(desk, "two-models", PickRule(name="keep", share=1.0))
-    client = desk.tracking.store.connect()
+        pick_from(context, "two-models", PickRule(name="best"))
+    pick_from(context, "two-models", PickRule(name="keep", share=1.0))
+    client = context.tracking.store.connect()
     keys = [v.tags["iiet.key"] for v in client.search_model_versions("name = 'two-models'")]
     assert keys.count("full") == 1
-    assert version_of(desk, "two-models", "best").version == (
-        version_of(desk, "two-models", "keep-100").version
+    assert version_of(context, "two-models", "best").version == (
+        version_of(context, "two-models", "keep-100").version
     )
 
 
-def test_of_several_seeds_one_is_handed_over_with_its_own_numbers(
-    desk: Desk, sweep: SweepResults, tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+def test_of_several_seeds_one_is_exported_with_its_own_numbers(
+    context: Context,
+    sweep: SweepResults,
+    tiny_model: dict[str, Any],
+    tiny_tokens: Path,
+    tmp_path: Path,
 ) -> None:
     full, student, _ = sweep.results
     model = {**tiny_model, "schedule": [1, 0]}
     seeds = []
     for seed, accuracy in ((1, 0.52), (0, 0.48)):
-        folder = checkpoint_of(desk, f"seed{seed}", model, tiny_tokens, seed)
+        folder = checkpoint_of(context, f"seed{seed}", model, tiny_tokens, seed)
         result = replace(
             student,
             key=f"cheap-{seed}",
@@ -195,34 +209,46 @@ def test_of_several_seeds_one_is_handed_over_with_its_own_numbers(
             metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
         )  # fmt: skip
         items = EvaluationResult(results={"choices": task})
-        write_json(desk.workspace.trials / "t" / items_file_name(result.key), items.to_dict())
-    replace(sweep, name="seeds", results=(full, *seeds)).store(desk.workspace)
-    choice = pick_model(desk, "seeds", PickRule(name="cheapest"), to=tmp_path / "seeds")
+        write_json(context.workspace.trials / "t" / items_file_name(result.key), items.to_dict())
+    replace(sweep, name="seeds", results=(full, *seeds)).store(context.workspace)
+    choice = pick_from(
+        context,
+        "seeds",
+        PickRule(name="cheapest"),
+        to=tmp_path / "seeds",
+    )
     assert choice.point.quality == pytest.approx(0.5)
     assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
     card = (tmp_path / "seeds" / "README.md").read_text()
     assert "| choices | acc | 0.4800 |" in card
     assert "iiet seed0" in card
-    assert version_of(desk, "seeds", "cheapest").tags["iiet.key"] == "cheap-0"
+    assert version_of(context, "seeds", "cheapest").tags["iiet.key"] == "cheap-0"
 
 
-def test_only_the_name_leaves_nothing_behind(desk: Desk, sweep: SweepResults) -> None:
-    choice = pick_model(desk, "two-models", PickRule(name="budget", budget=2), hand_over=False)
+def test_only_the_name_leaves_nothing_behind(context: Context, sweep: SweepResults) -> None:
+    choice = pick_from(
+        context,
+        "two-models",
+        PickRule(name="budget", budget=2),
+        dry_run=True,
+    )
     assert choice.point.result.key == "pruned"
     assert choice.folder is None
-    assert not (desk.workspace.exports / "two-models" / "budget-2").exists()
+    assert not (context.workspace.exports / "two-models" / "budget-2").exists()
 
 
 def test_an_export_without_its_tokens_says_so_and_goes_on(
-    desk: Desk, sweep: SweepResults, tmp_path: Path
+    context: Context, sweep: SweepResults, tmp_path: Path
 ) -> None:
     path = Path(str(sweep.results[0].checkpoint))
-    folder = export_model(read_settings(None, []), desk, path, to=tmp_path / "out", schedule="1,1")
+    folder = export(
+        SETTINGS, workspace=context.workspace, model=path, to=tmp_path / "out", schedule="1,1"
+    )
     card = (folder / "README.md").read_text()
     assert "Not measured." in card
     assert "Corrections per layer: `1,1`" in card
     with pytest.raises(UserError, match="--schedule"):
-        export_model(read_settings(None, []), desk, path, schedule="1,1,1")
+        export(SETTINGS, workspace=context.workspace, model=path, schedule="1,1,1")
 
 
 def table_of(metric: str, schedule: tuple[int, ...]) -> InfluenceTable:
@@ -231,11 +257,15 @@ def table_of(metric: str, schedule: tuple[int, ...]) -> InfluenceTable:
 
 
 def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
-    desk: Desk, sweep: SweepResults, tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path
+    context: Context,
+    sweep: SweepResults,
+    tiny_model: dict[str, Any],
+    tiny_tokens: Path,
+    tmp_path: Path,
 ) -> None:
     teacher = Path(str(sweep.results[0].checkpoint))
     student = checkpoint_of(
-        desk, "taught", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1,
+        context, "taught", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1,
         teacher=weights_key(teacher),
     )  # fmt: skip
     write_json(student / "influence-cosine.json", table_of("cosine", (1, 0)).to_dict())
@@ -244,7 +274,13 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
 
     def card(name: str, *settings: str) -> str:
         chosen = read_settings(None, settings)
-        folder = export_model(chosen, desk, student, to=tmp_path / name, measure=False)
+        folder = export(
+            chosen,
+            workspace=context.workspace,
+            model=student,
+            to=tmp_path / name,
+            measure=False,
+        )
         return (folder / "README.md").read_text()
 
     assert "Influence of each correction (cosine)\n\nMeasured over 64 tokens" in card("usual")
@@ -257,16 +293,16 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
         results=(sweep.results[0], result),
         influence=table_of("relative", (2, 1)),
     )
-    found.store(desk.workspace)
-    choice = pick_model(desk, "by-relative", PickRule(name="cheapest"))
+    found.store(context.workspace)
+    choice = pick_from(context, "by-relative", PickRule(name="cheapest"))
     assert choice.folder is not None
     assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
 
 
 def test_which_influence_is_meant(
-    desk: Desk, tiny_model: dict[str, Any], tiny_tokens: Path
+    context: Context, tiny_model: dict[str, Any], tiny_tokens: Path
 ) -> None:
-    checkpoint = checkpoint_of(desk, "measured", tiny_model, tiny_tokens, 0)
+    checkpoint = checkpoint_of(context, "measured", tiny_model, tiny_tokens, 0)
 
     def metric(wanted: str | None = None) -> str | None:
         found = load_influence_table(checkpoint, wanted)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from fake_tracking import FakeTracking
 
 from orchestrator.pipelines import distilling, pretraining
 from orchestrator.pipelines.context import Context
@@ -29,37 +30,6 @@ RECIPE = {
     "num_validation_tokens": 64,
     "checkpoint_every_steps": 2,
 }
-
-
-class FakeRun:
-    """Remembers how a tracked run ended."""
-
-    def __init__(self, kind: str, statuses: list[tuple[str, str]]) -> None:
-        self.kind, self.statuses = kind, statuses
-        self.tags: dict[str, str] = {}
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        self.tags |= tags
-
-    def log_dataset(self, name: str, digest: str, profile: Mapping[str, object]) -> None:
-        assert (name, len(digest)) == ("tokens", 16)
-        assert profile["train_tokens"]
-
-    def log_journal(self, folder: Path) -> None:
-        assert folder.is_dir()
-
-    def finish(self, status: str) -> None:
-        self.statuses.append((self.kind, status))
-
-
-class FakeTracking:
-    """Stands for MLflow: remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        self.statuses: list[tuple[str, str]] = []
-
-    def run(self, key: str, *, kind: str, **_: Any) -> FakeRun:
-        return FakeRun(kind, self.statuses)
 
 
 class Notes(Progress):

@@ -6,15 +6,12 @@ import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
-from orchestrator.pipelines import sweeps as procedure
-from orchestrator.pipelines.context import Desk
+from orchestrator.pipelines import sweeps
 from orchestrator.planning.feasibility import MeasureFree, check_trainings, check_trials_fit
 from orchestrator.planning.fit import ResourceRequest
 from orchestrator.planning.resources import FreeBytes, Resources
@@ -24,11 +21,9 @@ from orchestrator.settings import (
     resolve_settings,
 )
 from orchestrator.sweeping.trials import SweepPlan
-from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
 
 
 def measured(*, memory: float | None = None, disk: float | None = None) -> MeasureFree:
@@ -108,9 +103,8 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
             "sweep.num_schedules=5",
         ],
     )  # fmt: skip
-    desk = Desk(open_workspace(tmp_path / "ws"), Progress(), Console(file=StringIO()))
-    monkeypatch.setattr(procedure, "pretrain_models", never)
-    monkeypatch.setattr(procedure, "ray_cluster", lambda **_: nullcontext())
+    monkeypatch.setattr(sweeps, "pretrain_models", never)
+    monkeypatch.setattr(sweeps, "ray_cluster", lambda **_: nullcontext())
     config = build_model_config(settings.model, vocab_size=300)
     request = ResourceRequest(config=config, recipe=settings.training)
     checkpoint = request.estimate().checkpoint_bytes
@@ -122,4 +116,4 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         usage = SimpleNamespace(free=int(num_checkpoints * checkpoint))
         monkeypatch.setattr(shutil, "disk_usage", lambda _, found=usage: found)
         with pytest.raises(error, match=words):
-            procedure.quickstart(settings, desk)
+            sweeps.sweep(settings, workspace=tmp_path / "ws")

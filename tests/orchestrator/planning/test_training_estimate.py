@@ -10,9 +10,10 @@ import pytest
 from iiet.config import ModelConfig, preset
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
+from iiet.weights import WEIGHTS
 from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import TRAINING_STATE, WEIGHTS
+from orchestrator.training.checkpoint import TRAINING_STATE
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError

@@ -11,16 +11,16 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.pipelines import sweep_files, sweep_plans
-from orchestrator.pipelines import sweeps as procedure
-from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.cli.printing import print_plan
+from orchestrator.pipelines import sweep_plans
+from orchestrator.pipelines.sweep_plans import plan_suite, plan_sweep
+from orchestrator.pipelines.sweeps import sweep
 from orchestrator.settings import EvaluationSettings, resolve_settings
 from orchestrator.sweeping.budgets import cost_in
 from orchestrator.sweeping.checks import Kind, check_sweep
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.folders import Workspace, open_workspace
 
 TASK = """task: {name}
 dataset_path: json
@@ -34,8 +34,8 @@ metric_list: [{{metric: acc}}]
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(open_workspace(tmp_path / "space"), Progress(), Console(file=StringIO()))
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "space")
 
 
 @pytest.mark.parametrize(
@@ -73,15 +73,34 @@ def desk(tmp_path: Path) -> Desk:
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(
-    kind: str, settings: list[str], words: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    settings: list[str],
+    words: str,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("something was started")
 
-    for module in (procedure, sweep_plans):
-        monkeypatch.setattr(module, "prepare", never)
+    monkeypatch.setattr(sweep_plans, "prepare_tokens", never)
     with pytest.raises(UserError, match=words):
-        sweep_files.run_file(resolve_settings({}, [f"sweep.kind={kind}", *settings]), desk)
+        sweep(resolve_settings({}, [f"sweep.kind={kind}", *settings]), workspace=workspace)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("iterations", {"teacher": "newest"}, "from scratch, and a teacher was given"),
+        ("threshold", {"models": []}, "students of one teacher, and models were given"),
+    ],
+)
+def test_arguments_of_another_kind_of_sweep_are_refused(
+    kind: str, options: dict[str, Any], words: str, workspace: Workspace
+) -> None:
+    settings = resolve_settings({}, [f"sweep.kind={kind}"])
+    for function in (sweep, plan_sweep):
+        with pytest.raises(UserError, match=words):
+            function(settings, workspace=workspace, **options)
 
 
 @pytest.mark.parametrize(
@@ -136,19 +155,21 @@ def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> N
 
 @pytest.mark.parametrize("kind", ["threshold", "search"])
 def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training(
-    desk: Desk, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    workspace: Workspace, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(sweep_files, "prepare", lambda *_: tiny_tokens)
+    monkeypatch.setattr(sweep_plans, "prepare_tokens", lambda *_: tiny_tokens)
     suite = {"tokens_folder": str(tiny_tokens)}
-    monkeypatch.setattr(sweep_files, "plan_suite", lambda *_: suite)
+    monkeypatch.setattr(sweep_plans, "plan_suite", lambda *_: suite)
     assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
-    sweep_files.run_file(resolve_settings({}, assignments), desk, dry_run=True)
-    assert isinstance(desk.console.file, StringIO)
-    told = " ".join(desk.console.file.getvalue().split())
+    found = plan_sweep(resolve_settings({}, assignments), workspace=workspace)
+    assert found.to_pandas()["name"].tolist() == ["teacher", "vanilla", "r = 0"]
+    console = Console(file=StringIO())
+    print_plan(console, found)
+    told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert all(f"{name} " in told for name in ("teacher", "vanilla", "r = 0"))
     assert "3 models asked for, 3 distinct 0 of 3 trials are finished" in told
     assert f"then at most {2 if kind == 'threshold' else 7} students" in told
-    assert not list(desk.workspace.runs.glob("*"))
+    assert not list(workspace.runs.glob("*"))
 
 
 @pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])

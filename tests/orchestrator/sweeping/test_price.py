@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
-from orchestrator.pipelines.context import Desk
-from orchestrator.pipelines.reports import show_plan
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.sweep_plans import dry_run_of
 from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, resolve_settings
@@ -30,7 +29,6 @@ from orchestrator.sweeping.stopping import STOPPED_NAME, StopRule
 from orchestrator.sweeping.students import threshold_plan
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.sweeping.variants import Variant, iterations_plan
-from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
@@ -137,12 +135,11 @@ def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_p
 
 
 def test_a_plan_says_on_how_many_gpus_its_trials_run(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    desk = Desk(open_workspace(tmp_path), Progress(), Console(file=StringIO(), width=120))
-    show_plan(tiny_plan, settings("cluster.num_gpus=8"), desk)
-    show_plan(tiny_plan, settings(), desk)
-    assert isinstance(desk.console.file, StringIO)
-    printed = desk.console.file.getvalue()
-    assert printed.count("each trial runs on 1 GPU, at most 8 at once") == 1
+    context = Context(open_workspace(tmp_path))
+    sentence = "each trial runs on 1 GPU, at most 8 at once"
+    on_gpus = dry_run_of(tiny_plan, settings("cluster.num_gpus=8"), context)
+    assert sentence in on_gpus.sentences
+    assert sentence not in dry_run_of(tiny_plan, settings(), context).sentences
 
 
 @pytest.mark.parametrize(

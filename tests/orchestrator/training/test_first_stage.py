@@ -14,8 +14,9 @@ import pytest
 from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
+from iiet.weights import WEIGHTS
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import PROVENANCE, WEIGHTS, checkpoint_name, weights_key
+from orchestrator.training.checkpoint import PROVENANCE, checkpoint_name, weights_key
 from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
 from orchestrator.training.job import TrainingJob, TrainingOutcome, job_key
 from orchestrator.training.run import run_job

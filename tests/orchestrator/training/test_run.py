@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
+from iiet.weights import WEIGHTS
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import WEIGHTS, load_decoder, load_training_state, weights_key
+from orchestrator.training.checkpoint import load_decoder, load_training_state, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import (
     TrainingJob,

@@ -1,0 +1,46 @@
+"""Print what several commands show: a sweep's front, or the plan of a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from orchestrator.terminal.layout import print_line
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.reports import ReportResult
+    from orchestrator.pipelines.sweep_plans import SweepDryRun
+    from orchestrator.pipelines.sweeps import SweepResult
+
+
+def print_report(console: Console, report: ReportResult, workspace: Path) -> None:
+    """Print a front's table, what it says, and where to find more."""
+    from orchestrator.reporting.front_tables import terminal_table
+
+    console.print()
+    console.print(terminal_table(report.front, width=console.width, title=report.title))
+    for sentence in report.sentences:
+        print_line(console, f"  {sentence}")
+    console.print()
+    if report.page:
+        print_line(console, f"report: {report.page}")
+    console.print(f"MLflow: iiet-orch ui --workspace {workspace}", soft_wrap=True, markup=False)
+
+
+def print_sweep(console: Console, result: SweepResult, workspace: Path) -> None:
+    """Print a sweep's front; then raise `RunFailed` if trials failed."""
+    from orchestrator.pipelines.sweeps import raise_failures
+
+    print_report(console, result.report, workspace)
+    raise_failures(result.failures)
+
+
+def print_plan(console: Console, found: SweepDryRun) -> None:
+    """Print what a sweep would do: its trials, what is finished, what the rest costs."""
+    from orchestrator.sweeping.plan_table import plan_table
+
+    console.print(plan_table(found.plan, found.states))
+    for line in found.sentences:
+        print_line(console, f"  {line}")

@@ -1,0 +1,54 @@
+"""Stands for MLflow in tests: remembers what it was asked for, and stores nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from orchestrator.pipelines.context import Context
+from orchestrator.terminal.progress import Progress
+from orchestrator.tracking import Tracking
+from orchestrator.workspace.folders import Workspace
+
+
+class FakeRun:
+    """Remembers how a tracked run ended."""
+
+    def __init__(self, kind: str, statuses: list[tuple[str, str]]) -> None:
+        self.kind, self.statuses = kind, statuses
+        self.tags: dict[str, str] = {}
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.tags |= tags
+
+    def log_dataset(self, name: str, digest: str, profile: Mapping[str, object]) -> None:
+        assert (name, len(digest)) == ("tokens", 16)
+        assert profile["train_tokens"]
+
+    def log_metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
+        assert all(isinstance(value, int | float) for value in values.values())
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        assert path.is_file()
+
+    def log_journal(self, folder: Path) -> None:
+        assert folder.is_dir()
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self.statuses.append((self.kind, status))
+
+
+class FakeTracking:
+    """Stands for MLflow: remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.statuses: list[tuple[str, str]] = []
+
+    def run(self, key: str, *, kind: str, **_: Any) -> FakeRun:
+        return FakeRun(kind, self.statuses)
+
+
+def untracked(workspace: Workspace, progress: Progress | None = None) -> Context:
+    """Return a context whose tracking stores nothing."""
+    return Context(workspace, progress, tracking=cast("Tracking", FakeTracking()))
