@@ -78,7 +78,8 @@ def import_model(
         checkpoint = save_checkpoint(
             run_folder,
             0,
-            decoder=model.decoder,
+            config=model.decoder.config,
+            weights=model.decoder.state_dict(),
             training_state={},
             tokenizer_path=file,
             text_files=text_files,

@@ -99,7 +99,7 @@ def _waiting(trial: PlannedTrial) -> TrialState:
     newest = newest_checkpoint(job.folder)
     stage = first_stage_of(job)
     done = int(load_provenance(newest)["step"]) if newest else 0
-    if stage and stage.is_there:
+    if stage and stage.exists:
         done = max(done, stage.num_steps)
     return TrialState(trial=trial, name="to train", steps_done=done)
 

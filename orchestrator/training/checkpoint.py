@@ -1,13 +1,10 @@
-"""Checkpoints that are whole or absent, and that say so themselves.
+"""Write, verify and load checkpoints.
 
 A checkpoint is a folder `step_00000100/` with `config.json`, `model.safetensors`, `tokenizer.json`,
-`training_state.pt` and `provenance.json`; only an imported one may lack the tokenizer, and it has
-more files beside it (`TEXT_FILES`). It is written under another name, flushed to disk and renamed,
-so a crash leaves either nothing or all of it. `provenance.json` holds the SHA-256 of every other
-file; whatever else can damage a file afterwards (a full disk, a copy that stopped) is found on
-reading and named. A training goes on from the checkpoint before. Commands that read a model warn
-when they use an older one, and refuse where something would be made of it. Nothing is unpickled:
-weights are safetensors, and the training state loads with `weights_only=True`.
+`training_state.pt` and `provenance.json`; an imported one may lack the tokenizer and may have
+`TEXT_FILES`. It is written to a temporary name, flushed and renamed: a crash leaves all of it or
+nothing. `provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing
+is unpickled: weights are safetensors, the training state loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -45,16 +42,15 @@ TEXT_FILES = (
     GENERATION_CONFIG,
     TOKEN_IDS,
 )
-"""What an imported model says about text beside its `tokenizer.json`: which tokens open, end and
-pad one, how a chat is written. All but `TOKEN_IDS` (those of the model's own `config.json`) are
-files of transformers; models that are trained here have none of them."""
+"""Files of an imported model beside `tokenizer.json`: its special tokens and chat template. All but
+`TOKEN_IDS` (from the model's own `config.json`) are files of transformers."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Dtype of a precision, as settings name it."""
+"""Precision in the settings -> dtype."""
 
 REMEDY = (
-    "copy the checkpoint here again, or move its folder away; a run that is started again goes on "
-    "from the checkpoint before"
+    "copy the checkpoint here again, or move its folder away; a run that is started again resumes "
+    "from the previous checkpoint"
 )
 _NEEDED = (CONFIG, WEIGHTS, TRAINING_STATE)
 
@@ -65,34 +61,11 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step after which a checkpoint was written, as the name of its folder says."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(checkpoint.name.rpartition("_")[2])
 
 
 def save_checkpoint(
-    run_folder: Path,
-    step: int,
-    *,
-    decoder: Decoder,
-    training_state: Mapping[str, Any],
-    tokenizer_path: Path | None,
-    provenance: Mapping[str, Any],
-    text_files: Mapping[str, bytes] | None = None,
-) -> Path:
-    """Write a decoder's checkpoint as a whole; see `write_checkpoint`."""
-    return write_checkpoint(
-        run_folder,
-        step,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state=training_state,
-        tokenizer_path=tokenizer_path,
-        provenance=provenance,
-        text_files=text_files,
-    )
-
-
-def write_checkpoint(
     run_folder: Path,
     step: int,
     *,
@@ -103,21 +76,20 @@ def write_checkpoint(
     provenance: Mapping[str, Any],
     text_files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a checkpoint as a whole, or raise and leave nothing.
+    """Write a checkpoint completely, or raise and leave nothing. Replace an existing one.
 
     Args:
-        run_folder: Where the checkpoint's folder goes.
+        run_folder: Parent of the checkpoint's folder.
         step: Optimizer steps done.
-        config: The model's shape.
+        config: The model's configuration.
         weights: The decoder's state.
-        training_state: Tensors, numbers, texts and containers of them; nothing that needs pickling
-        of classes.
-        tokenizer_path: File that is copied beside the weights; None where there is none to copy.
-        provenance: JSON-able; the weights' key and all checksums are added.
-        text_files: Name to content of those `TEXT_FILES` that an imported model has.
+        training_state: Tensors, numbers, strings and containers of them; no other classes.
+        tokenizer_path: Copied into the folder.
+        provenance: JSON-able; the step, the weights' key and all checksums are added.
+        text_files: Name -> content of an imported model's `TEXT_FILES`.
 
     Returns:
-        The checkpoint's folder. One that exists already is replaced.
+        The checkpoint's folder.
     """
     folder = run_folder / checkpoint_name(step)
     temporary = run_folder / f"{folder.name}.{os.getpid()}.tmp"
@@ -132,10 +104,9 @@ def write_checkpoint(
         torch.save(dict(training_state), temporary / TRAINING_STATE)
         checksums = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         key = checksums[WEIGHTS][:KEY_LENGTH]
-        _write(
-            temporary / PROVENANCE,
-            {**provenance, "step": step, "weights": key, "checksums": checksums},
-        )
+        record = {**provenance, "step": step, "weights": key, "checksums": checksums}
+        text = json.dumps(record, indent=2) + "\n"
+        (temporary / PROVENANCE).write_text(text, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _flush_to_disk(path)
     except Exception:
@@ -159,14 +130,14 @@ def load_decoder(
 
     Args:
         folder: The checkpoint's folder.
-        device: Where the weights go.
-        dtype: What they are cast to, whatever the file holds.
-        check: Compare checksums first; for checkpoints that were not checked a moment ago.
-        frozen: Without gradients. On the CPU its weights stay mapped into memory, so that all
-            processes of a machine share what was read; else they are a copy, to be trained.
+        device: Device of the weights.
+        dtype: Dtype of the weights, whatever the file holds.
+        check: Verify checksums first.
+        frozen: Without gradients. On the CPU the weights stay memory-mapped, so that all processes
+            of a machine share them; otherwise they are a copy that can be trained.
 
     Raises:
-        UserError: If the folder is no checkpoint, is damaged, or has weights that are no numbers.
+        UserError: If the folder is no checkpoint, is damaged, or has weights that are not finite.
     """
     if check:
         check_checkpoint(folder)
@@ -175,16 +146,16 @@ def load_decoder(
     except ValueError as error:
         raise UserError(f"this version of the program cannot use {folder}: {error}") from None
     decoder = decoder.to(device, dtype)
-    if not frozen and decoder.device.type == "cpu":  # Elsewhere they are a copy already.
+    if not frozen and decoder.device.type == "cpu":  # On other devices it is a copy.
         decoder = copy.deepcopy(decoder)
     return decoder.requires_grad_(not frozen).eval()
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read a checkpoint's model configuration, without its weights.
+    """Read a checkpoint's model configuration.
 
     Raises:
-        UserError: If the file is missing, or not one of this version of the program.
+        UserError: If the file is missing, damaged, or not valid for this version of the program.
     """
     try:
         values = read_json_object(folder / CONFIG, remedy=REMEDY)
@@ -200,18 +171,18 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """Load what the optimizer and the loop need to go on; checked by `check_checkpoint` before.
+    """Load the state of the optimizer and the loop from a verified checkpoint.
 
     Raises:
-        UserError: If the optimizer's numbers belong to parameters that have changed places since.
+        UserError: If a version wrote it whose optimizer state has another order of parameters.
     """
     with safe_open(folder / WEIGHTS, framework="pt") as weights:
         is_older = any(name.startswith("method.") for name in weights.keys())  # noqa: SIM118
     if is_older:
         raise UserError(
-            f"the training of {folder.parent} cannot go on: {folder.name} was written before "
+            f"the training of {folder.parent} cannot resume: {folder.name} was written before "
             "version 0.2, and its optimizer state is for the parameters of that version; train "
-            f"anew under another name, and take its model along with `iiet-orch import {folder}`"
+            f"under another name, and import its model with `iiet-orch import {folder}`"
         )
     state: dict[str, Any] = torch.load(
         folder / TRAINING_STATE, weights_only=True, map_location="cpu"
@@ -220,7 +191,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
 
 
 def load_provenance(folder: Path) -> dict[str, Any]:
-    """Return what produced a checkpoint.
+    """Read a checkpoint's `provenance.json`.
 
     Raises:
         UserError: If the file is missing or damaged.
@@ -233,27 +204,25 @@ def load_provenance(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no checkpoint: it has no {PROVENANCE}")
     if not isinstance(provenance.get("checksums", {}), dict):
         raise UserError(
-            f"the checkpoint {folder} is damaged: {PROVENANCE}: checksums are no mapping of names; "
-            f"{REMEDY}"
+            f"the checkpoint {folder} is damaged: {PROVENANCE}: checksums is no object; {REMEDY}"
         )
     return provenance
 
 
 def weights_key(folder: Path) -> str:
-    """Return the short hash of a checkpoint's weights, as recorded when it was written.
+    """Return the short hash of a checkpoint's weights from its `provenance.json`.
 
     Raises:
-        UserError: If the folder is no checkpoint or its record is damaged.
+        UserError: If the folder is no checkpoint, or the file is damaged.
     """
     return str(load_provenance(folder).get("weights", ""))
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compare every file with its checksum.
+    """Verify the checksum of every file.
 
     Raises:
-        UserError: If the folder is no checkpoint, or a file is missing or differs from what was
-        written.
+        UserError: If the folder is no checkpoint, or a file is missing or damaged.
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
@@ -266,7 +235,7 @@ def check_checkpoint(folder: Path) -> None:
         if not path.is_file():
             raise UserError(f"the checkpoint {folder} is damaged: {name} is missing")
         if path.parent != folder or file_digest(path) != checksums.get(name):
-            raise UserError(f"the checkpoint {folder} is damaged: {name} is not what was written")
+            raise UserError(f"the checkpoint {folder} is damaged: {name} was changed after writing")
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -285,19 +254,18 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def read_text_files(folder: Path) -> dict[str, bytes]:
-    """Return those `TEXT_FILES` that a folder has, by name."""
-    files = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
-    return {file.name: file.read_bytes() for file in files}
+    """Return the `TEXT_FILES` in a folder: name -> content."""
+    return {file.name: file.read_bytes() for file in _text_files(folder)}
 
 
 def text_files_key(folder: Path) -> str | None:
-    """Return the hash of a checkpoint's `TEXT_FILES`; None if it has none of them."""
-    files = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
+    """Return the hash of a checkpoint's `TEXT_FILES`; None if it has none."""
+    files = _text_files(folder)
     return content_key([(file.name, file_key(file)) for file in files]) if files else None
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _text_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TEXT_FILES if (folder / name).is_file()]
 
 
 def _flush_to_disk(path: Path) -> None:

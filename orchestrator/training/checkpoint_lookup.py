@@ -12,6 +12,11 @@ from orchestrator.workspace.errors import UserError
 _NAME = re.compile(r"step_(\d{8,})")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a checkpoint, intact or damaged, and not a run folder."""
+    return (path / PROVENANCE).is_file() or bool(_NAME.fullmatch(path.name))
+
+
 def find_checkpoints(run_folder: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, unchecked."""
     if not run_folder.is_dir():
@@ -21,24 +26,8 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_checkpoint(run_folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None.
-
-    Args:
-        run_folder: The run's folder.
-        warn: Called with one sentence for each damaged checkpoint that is passed over; it names
-            the checkpoint that is used instead.
-    """
-    newest, damage = newest_intact_checkpoint(run_folder)
-    if warn is not None:
-        instead = f"{newest} is used instead" if newest else "no older one is left"
-        for problem in damage:
-            warn(f"{problem}; {instead}")
-    return newest
-
-
 def newest_intact_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint of a run, or None, and what is wrong with newer ones."""
+    """Return the newest intact checkpoint of a run or None, and what is wrong with newer ones."""
     damage = []
     for folder in reversed(find_checkpoints(run_folder)):
         try:
@@ -50,6 +39,16 @@ def newest_intact_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, damage
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is meant as a checkpoint, whole or damaged, and not as a run's."""
-    return (path / PROVENANCE).is_file() or bool(_NAME.fullmatch(path.name))
+def newest_checkpoint(run_folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
+    """Return the newest intact checkpoint of a run, or None.
+
+    Args:
+        run_folder: The run's folder.
+        warn: Called with one sentence for each damaged checkpoint that is skipped.
+    """
+    newest, damage = newest_intact_checkpoint(run_folder)
+    if warn is not None:
+        instead = f"{newest} is used instead" if newest else "no older one is left"
+        for problem in damage:
+            warn(f"{problem}; {instead}")
+    return newest

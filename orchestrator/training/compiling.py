@@ -1,9 +1,8 @@
-"""`torch.compile` for the part of a step that is worth it: the fields.
+"""`torch.compile` for the fields of a decoder.
 
-A field is the same for all evaluations, layers and iteration schedules, so one compiled graph
-serves them all, and a ramp of corrections compiles nothing anew; only another number of sequences,
-a mask or the validation's mode does. What happens between fields (the mix) stays as it is.
-Compiling changes the rounding of results, as recomputation and passes do, and nothing else.
+All evaluations, layers and iteration schedules use the same field, so one compiled graph serves
+them all, and a ramp of corrections compiles nothing new. A new batch size, a mask or validation
+compiles another graph. Compiling changes only the rounding of results.
 """
 
 from __future__ import annotations
@@ -21,26 +20,20 @@ from orchestrator.workspace.errors import UserError
 
 
 def compile_fields(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each field, when it runs for the first time; before a decoder is sharded.
-
-    The method and not the module, so that what sharding does around a field stays outside.
-
-    Args:
-        decoder: Whose fields run compiled from now on.
-        backend: What makes code of a graph, as `torch.compile` takes it.
-    """
+    """Compile each field in place, at its first call. Call this before the decoder is sharded."""
     for field in decoder.fields:
+        # Compile the method, not the module: the hooks of sharding stay outside the graph.
         field.forward = torch.compile(field.forward, backend=backend)
 
 
 def check_compiler(section: str) -> None:
-    """Find out before a run starts whether PyTorch could compile here.
+    """Check that this machine has the C++ compiler that PyTorch needs.
 
     Args:
-        section: Of the settings that the recipe stands in, for the error.
+        section: Settings section of the recipe, named in the error.
 
     Raises:
-        UserError: If there is no C++ compiler; says what to do.
+        UserError: If there is no C++ compiler.
     """
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(name) is None:

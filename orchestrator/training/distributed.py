@@ -1,9 +1,8 @@
-"""One worker or many: the few operations that differ, each a no-op for one.
+"""Operations that differ between one worker and several; each does nothing for one worker.
 
-The world (rank, size, device) is passed in; nothing here starts processes. Gradients are averaged
-by PyTorch's `DistributedDataParallel`, or scattered where `sharding` spread the model. Numbers that
-decide what happens next (stop, divergence, losses) are agreed by all workers before anybody acts on
-them, because a collective operation that one worker leaves out hangs all others.
+The world (rank, size, device) is passed in; nothing here starts processes. All workers agree on
+every number that decides what happens next (stop, divergence, losses) before they act on it:
+a collective operation that one worker leaves out hangs all others.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The place of one worker among all that train one model; the process group exists when size >
-    1."""
+    """Rank and device of one worker. A process group exists if `size` > 1."""
 
     rank: int = 0
     """This worker's number, from 0."""
@@ -35,28 +33,27 @@ class World:
     device: str = "cpu"
     """This worker's device, such as `cpu` or `cuda:0`."""
     parallel: str = "ddp"
-    """How several workers share the model: `ddp`, each has all of it, or `fsdp`, each a part."""
+    """`ddp`: each worker has the whole model; `fsdp`: each worker has a shard of it."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes files and decides."""
+        """Whether this worker writes files and takes decisions."""
         return self.rank == 0
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the model is spread over the workers."""
+        """Whether the model is sharded over the workers."""
         return self.size > 1 and self.parallel == "fsdp"
 
 
 def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> nn.Module:
-    """Return a model whose backward pass averages gradients over all workers: the decoder itself
-    for one, or where it is sharded.
+    """Return a model whose backward pass averages gradients over all workers.
 
     Args:
-        decoder: On this worker's device.
+        decoder: On this worker's device. Returned as it is for one worker, or if it is sharded.
         world: This worker's place.
-        has_idle_parameters: Some parameters get no gradient in some steps, as the correction norms
-            of layers without corrections; looking for them costs a walk over the graph per step.
+        has_idle_parameters: Some parameters get no gradient in some steps, such as the correction
+            norms of layers without corrections. Finding them costs a walk over the graph per step.
     """
     if world.size == 1 or world.is_sharded:
         return decoder
@@ -66,15 +63,14 @@ def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> n
 
 
 def without_gradient_sync(model: nn.Module, world: World) -> AbstractContextManager[None]:
-    """Return a context in which backward passes only accumulate, for all but the last pass of a
-    step."""
+    """Return a context in which backward passes only accumulate gradients on this worker."""
     if isinstance(model, DistributedDataParallel):
         return cast("AbstractContextManager[None]", model.no_sync())
-    return _without_scattering(model) if world.is_sharded else nullcontext()
+    return _without_sharded_sync(model) if world.is_sharded else nullcontext()
 
 
 @contextmanager
-def _without_scattering(model: Any) -> Iterator[None]:
+def _without_sharded_sync(model: Any) -> Iterator[None]:
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -83,13 +79,12 @@ def _without_scattering(model: Any) -> Iterator[None]:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients down to a norm of `max_norm` if it is larger, and return what it was."""
+    """Scale the gradients to a norm of at most `max_norm`; return the norm before."""
     return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor that the workers hold in shards as a whole on each of them, and any other as
-    it is; every worker calls it."""
+    """Gather a sharded tensor on every worker; return any other as it is. All workers call it."""
     gather = getattr(tensor, "full_tensor", None)
     return cast("Tensor", gather()) if gather else tensor
 
@@ -102,7 +97,7 @@ def autocast(precision: str, world: World) -> AbstractContextManager[None]:
 
 
 def mean_over_workers(values: Mapping[str, float], world: World) -> dict[str, float]:
-    """Return the mean of each number over all workers; every worker passes the same names."""
+    """Return the mean of each number over all workers; all workers pass the same names."""
     if world.size == 1:
         return dict(values)
     names = sorted(values)
@@ -112,18 +107,18 @@ def mean_over_workers(values: Mapping[str, float], world: World) -> dict[str, fl
     return dict(zip(names, (numbers / world.size).tolist(), strict=True))
 
 
-def run_on_first(decide: Callable[[], T], world: World) -> T:
-    """Run a decision on the first worker and return its result on all.
+def run_on_first(function: Callable[[], T], world: World) -> T:
+    """Call a function on the first worker and return its result on all.
 
     Raises:
-        Exception: What the decision raised, on every worker, so that none waits for the others.
+        Exception: On every worker, if the function raises, so that none waits for the others.
     """
     if world.size == 1:
-        return decide()
+        return function()
     box: list[tuple[T | None, Exception | None]] = [(None, None)]
     if world.is_first:
         try:
-            box = [(decide(), None)]
+            box = [(function(), None)]
         except Exception as error:  # Raised below, on every worker.
             box = [(None, error)]
     dist.broadcast_object_list(box, src=0)

@@ -1,12 +1,10 @@
-"""The first stage of training in stages, made once for all models that have it in common.
+"""The first stage of training in stages, trained once for all models that share it.
 
-Before its corrections are switched on an IIET is trained without any, whatever its schedule. So
-models of one seed, rate and recipe are the same up to there, r = 0 among them, and what differs
-comes after. The first of them that gets there puts its checkpoint, and the record so far, into a
-folder named by the hash of all that determines them; who starts later goes on from there. A run
-that goes on from a checkpoint equals one that never stopped to the last bit, so a model comes out
-as if it had made all steps itself. Nobody waits for it: models that start at the same time each
-make it. It stays in the workspace, as checkpoints do, and takes the bytes of one.
+An IIET is first trained without corrections, whatever its schedule. So models with the same seed,
+rate and recipe are equal until then, r = 0 among them. The first model that gets there stores its
+checkpoint and journal in a folder named by the hash of everything that determines them; later
+models resume from it. Resuming is exact to the last bit, so the result is the same as without
+sharing. Models that start at the same time each train the stage: nobody waits.
 """
 
 from __future__ import annotations
@@ -34,77 +32,78 @@ from orchestrator.workspace.provenance import content_key
 
 @dataclass(frozen=True)
 class FirstStage:
-    """The steps that a model makes before its corrections are switched on."""
+    """The steps of a model before its corrections are switched on."""
 
     folder: Path
-    """Where they are put and found: the last one's checkpoint, and a journal."""
+    """Holds the checkpoint after the last step, and a journal."""
     num_steps: int
-    """How many they are."""
+    """Number of steps."""
 
     @property
     def checkpoint(self) -> Path:
-        """Folder of the checkpoint after the last of them."""
+        """Folder of the checkpoint after the last step."""
         return self.folder / checkpoint_name(self.num_steps)
 
     @property
-    def is_there(self) -> bool:
-        """Whether somebody has put it there; it may be damaged."""
+    def exists(self) -> bool:
+        """Whether the checkpoint is stored; it may be damaged."""
         return (self.checkpoint / PROVENANCE).is_file()
 
-    def is_ahead_of(self, checkpoint: Path | None) -> bool:
-        """Whether a run with this checkpoint, or none, would save steps by it."""
+    def saves_steps(self, checkpoint: Path | None) -> bool:
+        """Return whether the stage ends after a run's newest checkpoint, or the run has none."""
         return checkpoint is None or int(load_provenance(checkpoint)["step"]) < self.num_steps
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
-        """Return the checkpoint to go on from; None if there is none that is whole. A damaged one
-        is deleted, so that the next run to get there puts another in its place.
+        """Return the stored checkpoint if it is intact, else None.
+
+        A damaged one is deleted: the next run that trains the stage stores it again.
 
         Args:
-            warn: Told of a damaged one.
+            warn: Called with a sentence if the checkpoint is damaged.
         """
         if not self.folder.exists():
             return None
         try:
             check_checkpoint(self.checkpoint)
         except UserError as error:
-            warn(f"{error}; the first stage is made anew")
-            with suppress(OSError):  # Gone already, or not ours to delete.
+            warn(f"{error}; the first stage is trained again")
+            with suppress(OSError):  # Another process deleted it, or we may not.
                 delete_folder(self.folder)
             return None
         return self.checkpoint
 
-    def record(self) -> list[tuple[int, dict[str, float]]]:
-        """Return the steps and numbers that its journal holds, in their order."""
-        return _numbers(self.folder, self.num_steps)
+    def read_metrics(self) -> list[tuple[int, dict[str, float]]]:
+        """Return the steps and metrics of the stored journal, in order."""
+        return _read_metrics(self.folder, self.num_steps)
 
-    def put(self, checkpoint: Path) -> None:
-        """Put a run's checkpoint after the last step there, with the run's record up to it.
+    def store(self, checkpoint: Path) -> None:
+        """Store a run's checkpoint after the last step, and its metrics until then.
 
         Raises:
-            OSError: If there is no room for it.
+            OSError: If the disk is full.
         """
         temporary = self.folder.with_name(f"{self.folder.name}.new.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=_link)
             journal = Journal(temporary)
-            for step, values in _numbers(checkpoint.parent, self.num_steps):
+            for step, values in _read_metrics(checkpoint.parent, self.num_steps):
                 journal.metrics(step, values)
             journal.close()
             temporary.rename(self.folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
-            if not self.is_there:  # Else another one was faster.
+            if not self.exists:  # Otherwise another run was faster.
                 raise
 
 
 def first_stage_of(job: TrainingJob) -> FirstStage | None:
-    """Return the first stage that a job shares; None if it has none, or keeps it to itself."""
+    """Return the first stage that a job may share with others; None if there is none."""
     config, recipe = job.config(), job.recipe
     num_steps = round(recipe.num_steps * recipe.iterate_from_fraction)
     may_share = job.first_stages and job.objective == "pretrain" and not job.initial_folder
-    is_part = 0 < num_steps < recipe.num_steps
-    if not (may_share and is_part and METHODS[config.method].has_corrections):
+    has_stages = 0 < num_steps < recipe.num_steps and METHODS[config.method].has_corrections
+    if not (may_share and has_stages):
         return None
     plain = replace(
         job,
@@ -113,15 +112,13 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
             update={"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
         ),
     )
-    watched = {name: getattr(recipe, name) for name in JOURNAL_ONLY_FIELDS}
-    key = content_key("first stage", job_key(plain), num_steps, watched)
+    journal_fields = {name: getattr(recipe, name) for name in JOURNAL_ONLY_FIELDS}
+    key = content_key("first stage", job_key(plain), num_steps, journal_fields)
     return FirstStage(Path(str(job.first_stages)) / key, num_steps)
 
 
 def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
-    """Return the jobs, those without `first_stages` that have no first stage in common with another
-    one of them, nor one that is there already.
-    """
+    """Return the jobs; those whose first stage is neither stored nor shared store none."""
     stages = [first_stage_of(job) for job in jobs]
     users: dict[Path, set[str]] = {}
     for job, stage in zip(jobs, stages, strict=True):
@@ -129,13 +126,13 @@ def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
             users.setdefault(stage.folder, set()).add(job.run_folder)
     return [
         job
-        if stage and (stage.is_there or len(users[stage.folder]) > 1)
+        if stage and (stage.exists or len(users[stage.folder]) > 1)
         else replace(job, first_stages=None)
         for job, stage in zip(jobs, stages, strict=True)
     ]
 
 
-def _numbers(folder: Path, num_steps: int) -> list[tuple[int, dict[str, float]]]:
+def _read_metrics(folder: Path, num_steps: int) -> list[tuple[int, dict[str, float]]]:
     records, _ = read_journal(folder)
     return [
         (record["step"], record["values"])
@@ -145,7 +142,7 @@ def _numbers(folder: Path, num_steps: int) -> list[tuple[int, dict[str, float]]]
 
 
 def _link(source: str, target: str) -> None:
-    # Checkpoints are never written to again; a link takes no room as long as the run keeps its own.
+    # Checkpoints are never modified; a link takes no disk space while the run keeps its own.
     try:
         os.link(source, target)
     except OSError:

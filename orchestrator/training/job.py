@@ -1,15 +1,15 @@
-"""A training job as a plain value: where, which model, which recipe, which objective.
+"""Description of a training: folders, model, recipe and objective.
 
-It pickles and turns into JSON, so the same job runs in this process, in a Ray Train worker or in a
-Ray Tune trial. Its key is the hash of all that determines the result; paths, worker counts and how
-often a run is watched or saved stay out of it. `orchestrator.training.run` runs it.
+It pickles and converts to JSON, so the same job runs in this process, in a Ray Train worker or in a
+Ray Tune trial. Its key is the hash of everything that determines the result, without paths, worker
+counts and how often the run validates or saves. `run.py` executes it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +41,8 @@ JOURNAL_ONLY_FIELDS = (
     "validate_every_steps",
     "num_validation_tokens",
 )
-"""Parts of a recipe that change how a run is watched or fitted into memory only, and so its record
-and its rounding; or, as `skip_bad_steps`, whether it gets to its end, not what stands there."""
+"""Fields of a recipe that change the journal or the rounding of a run, but not its result.
+`skip_bad_steps` decides only whether a run gets to its end."""
 
 NON_KEY_FIELDS = frozenset(
     [
@@ -53,40 +53,40 @@ NON_KEY_FIELDS = frozenset(
         "keep_best",
     ]
 )
-"""Parts of a recipe that no key holds: these, and how a run is saved."""
+"""Fields of a recipe that are not part of the key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """Everything that one training run needs to know."""
+    """Everything that determines one training. Paths and `section` are not part of the key."""
 
     run_folder: str
-    """Journal, checkpoints and result go here; must be visible to every worker."""
+    """Folder of journal, checkpoints and result; every worker must see it."""
     tokens_folder: str
     """Prepared tokens."""
     model: dict[str, Any]
     """`ModelConfig.to_dict()`, with the iteration schedule to train."""
     recipe: TrainingSettings
-    """Steps, batch, rates, and when to look and save."""
+    """Steps, batch, learning rate, when to validate and save."""
     objective: Literal["pretrain", "distill", "cross_entropy"] = "pretrain"
-    """`pretrain` from fresh weights, `distill` from a teacher, `cross_entropy` without it."""
+    """`pretrain`: cross-entropy from random weights; `distill`: from a teacher; `cross_entropy`: a
+    student trained without its teacher."""
     teacher_folder: str | None = None
     """Checkpoint of the frozen teacher; for `distill`."""
     initial_folder: str | None = None
-    """Checkpoint whose weights the run starts from; fresh weights when unset."""
+    """Checkpoint with the initial weights; random weights when unset."""
     distillation: DistillationConfig | None = None
-    """Weights and kind of the distillation loss; its defaults when unset."""
+    """The distillation loss; defaults when unset."""
     teacher_cache: str | None = None
-    """Folder with what the teacher says, if it was stored; not part of the key."""
+    """Folder of the teacher's stored outputs."""
     first_stages: str | None = None
-    """Folder where models that are trained alike before their corrections are switched on put that
-    and find it; None keeps it to itself. Not part of the key."""
+    """Folder of first stages shared between models; nothing is shared when unset."""
     storage: str | None = None
-    """URI of a second place for the checkpoints; not part of the key."""
+    """URI for copies of the checkpoints."""
     section: str = "training"
-    """Section of the settings that the recipe came from, for advice; not part of the key."""
+    """Settings section of the recipe, named in errors."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """JSON-able remarks that go into every checkpoint; not part of the key."""
+    """JSON-able entries for the `provenance.json` of every checkpoint; not part of the key."""
 
     @property
     def folder(self) -> Path:
@@ -107,7 +107,7 @@ class TrainingJob:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able mapping; `from_dict` is its inverse."""
         return {
-            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+            **{name: getattr(self, name) for name in _plain_fields()},
             "recipe": self.recipe.model_dump(mode="json"),
             "distillation": asdict(self.distillation) if self.distillation else None,
         }
@@ -117,38 +117,36 @@ class TrainingJob:
         """Rebuild a job from `to_dict`."""
         distillation = values.get("distillation")
         return cls(
-            **{name: values[name] for name in _PLAIN_FIELDS if name in values},
+            **{name: values[name] for name in _plain_fields() if name in values},
             recipe=TrainingSettings.model_validate(values["recipe"]),
             distillation=DistillationConfig(**distillation) if distillation else None,
         )
 
 
-_PLAIN_FIELDS = (
-    "run_folder", "tokens_folder", "model", "objective", "teacher_folder", "initial_folder",
-    "teacher_cache", "first_stages", "storage", "section", "provenance",
-)  # fmt: skip
+def _plain_fields() -> list[str]:
+    return [f.name for f in fields(TrainingJob) if f.name not in ("recipe", "distillation")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOutcome:
-    """What a run has come to."""
+    """The result of a run, finished or stopped."""
 
     checkpoint: str | None
-    """Folder of the newest checkpoint; None if it was stopped before the first."""
+    """Folder of the newest checkpoint; None if the run was stopped before the first."""
     step: int
     """Optimizer steps done."""
     finished: bool
-    """False when stopped on request; the same job goes on from there."""
+    """False if the run was stopped on request; the same job resumes it."""
     validation_loss: float = math.nan
-    """Latest validation loss; not a number before the first."""
+    """Latest validation loss; NaN before the first."""
     train_seconds: float = 0.0
-    """Time spent in steps, over all interruptions."""
+    """Time spent in steps, over all restarts."""
     num_tokens: int = 0
     """Tokens trained on."""
     training_flops: float = 0.0
-    """Training FLOPs, the teacher's forward passes included where it ran."""
+    """Training FLOPs, with the forward passes of a teacher that ran."""
     shared_flops: float = 0.0
-    """Those among them that another run had spent, on a first stage in common."""
+    """Part of them that another run spent on a shared first stage."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able mapping of the fields."""
@@ -156,15 +154,15 @@ class TrainingOutcome:
 
 
 def job_key(job: TrainingJob) -> str:
-    """Return the hash of all that determines a job's result.
+    """Return the hash of everything that determines a job's result.
 
     Raises:
         UserError: If the tokens, the teacher or the initial weights are missing or damaged.
     """
-    return content_key(_essence(job))
+    return content_key(_key_fields(job))
 
 
-def _essence(job: TrainingJob) -> dict[str, Any]:
+def _key_fields(job: TrainingJob) -> dict[str, Any]:
     distills = job.objective == "distill"
     loss = asdict(job.distillation or DistillationConfig()) if distills else None
     return {
@@ -184,23 +182,23 @@ def _essence(job: TrainingJob) -> dict[str, Any]:
 
 
 def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
-    """Find in a moment, before anything is started, what would make a job fail.
+    """Check within a moment that a job can run.
 
     Raises:
-        UserError: If tokens or checkpoints are missing, sizes do not go together, or the batch
-        cannot be shared.
+        UserError: If tokens or checkpoints are missing, sizes do not fit together, or the batch
+        cannot be divided among the workers.
     """
     config = job.config()
     if job.recipe.compile:
         check_compiler(job.section)
     if job.storage:
-        from orchestrator.training.remote_copy import RemoteCopy  # pyarrow takes a moment
+        from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
 
         RemoteCopy(job.storage, job.folder)
     store = open_tokens(job.tokens_folder)
     if store.vocab_size > config.vocab_size:
         raise UserError(
-            f"the tokens use {store.vocab_size} entries, the model has a vocab_size of "
+            f"the tokens need a vocab_size of {store.vocab_size}, the model's is "
             f"{config.vocab_size}"
         )
     check_text_length(len(store.train), config.context_length, "training")
@@ -217,24 +215,24 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         initial = load_config(folder)
         if replace(initial, schedule=config.schedule) != config:
             raise UserError(
-                f"the weights in {job.initial_folder} are another model's than the one to train; "
-                "only the iteration schedule may differ"
+                f"the weights in {job.initial_folder} belong to a model with another configuration "
+                "than the one to train; only the iteration schedule may differ"
             )
-    _check_claim(job)
+    _check_job_file(job)
 
 
 def sequences_per_step(
     recipe: TrainingSettings, config: ModelConfig, *, section: str = "training"
 ) -> int:
-    """Return the sequences of the global batch.
+    """Return the number of sequences in the global batch.
 
     Args:
-        recipe: How the model is trained.
-        config: The model.
-        section: Of the settings that the recipe came from, for the error.
+        recipe: Tokens per step.
+        config: Context length.
+        section: Settings section of the recipe, named in the error.
 
     Raises:
-        UserError: If the tokens of a step are no whole number of sequences.
+        UserError: If the tokens per step are not a multiple of the context length.
     """
     sequences, rest = divmod(recipe.num_tokens_per_step, config.context_length)
     if rest or not sequences:
@@ -247,34 +245,35 @@ def sequences_per_step(
 
 
 def write_job_file(job: TrainingJob) -> None:
-    """Write the job into its folder, so that a run of other settings cannot go on in it by mistake.
+    """Write `job.json`, so that a job with other settings cannot resume in this folder.
 
     Raises:
-        UserError: As `check_job`.
+        UserError: If the folder holds another job.
     """
-    _check_claim(job)
+    essence = _check_job_file(job)
     path = job.folder / JOB_NAME
     if not path.exists():
-        essence = _essence(job)
-        claim = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
-        write_json(path, {**claim, "essence": essence, "job": job.to_dict()})
+        record = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
+        write_json(path, {**record, "essence": essence, "job": job.to_dict()})
 
 
-def _check_claim(job: TrainingJob) -> None:
+def _check_job_file(job: TrainingJob) -> dict[str, Any]:
+    """Return the fields of the key after comparing them with those in `job.json`."""
     earlier = read_json_object(job.folder / JOB_NAME)
     if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
         raise UserError(
-            f"{job.folder} holds a run of another version of this program, which this one cannot "
-            "go on with; choose another name, and take its model along with `iiet-orch import "
+            f"{job.folder} holds a run of another version of this program, which this version "
+            "cannot resume; choose another name, and import its model with `iiet-orch import "
             f"{job.folder}`"
         )
-    essence = _essence(job)
+    essence = _key_fields(job)
     if earlier is not None and earlier.get("key") != content_key(essence):
         raise UserError(
-            f"{job.folder} holds a run of other settings "
+            f"{job.folder} holds a run with other settings "
             f"({_difference(earlier.get('essence'), essence)}); "
             "choose another name, or delete the folder"
         )
+    return essence
 
 
 def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
@@ -290,11 +289,11 @@ def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
 def finished_outcome(
     job: TrainingJob, warn: Callable[[str], None] | None = None
 ) -> TrainingOutcome | None:
-    """Return the outcome of a finished job whose last checkpoint is whole; None otherwise.
+    """Return the outcome of a finished job with an intact last checkpoint, else None.
 
     Args:
-        job: Whose folder is read.
-        warn: Called where the job was finished, and its last checkpoint is damaged.
+        job: A job, finished or not.
+        warn: Called with a sentence if the job was finished and its last checkpoint is damaged.
     """
     path = job.folder / DONE_NAME
     done = read_json_object(path)
@@ -307,22 +306,22 @@ def finished_outcome(
         check_checkpoint(folder)
     except UserError as error:
         if warn:
-            warn(f"{error}; this training is not finished any more, and is done again")
+            warn(f"{error}; the end of this training is lost and is trained again")
         return None
     return outcome
 
 
 def request_stop(run_folder: Path) -> None:
-    """Ask a job to save its state and return after its current step, whatever process it is in."""
+    """Ask a job in any process to save its state and return after the current step."""
     run_folder.mkdir(parents=True, exist_ok=True)
     (run_folder / STOP_NAME).touch()
 
 
 def clear_stop_request(run_folder: Path) -> None:
-    """Withdraw the request; what starts or continues a job does so first."""
+    """Delete the stop request. Do this before a job is started or resumed."""
     (run_folder / STOP_NAME).unlink(missing_ok=True)
 
 
 def is_stop_requested(run_folder: Path) -> bool:
-    """Return whether a stop was asked for."""
+    """Return whether a stop was requested."""
     return (run_folder / STOP_NAME).exists()

@@ -1,4 +1,4 @@
-"""The models of a job: the decoder that is trained, and its frozen teacher."""
+"""The models of a job: the decoder to train, and its frozen teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.training.teacher_outputs import cache_plan
 
 
 def initial_decoder(job: TrainingJob, config: ModelConfig) -> Decoder:
-    """Return the decoder before the first step: fresh by the seed, or a checkpoint's."""
+    """Return the decoder before the first step, with random weights or those of a checkpoint."""
     torch.manual_seed(job.recipe.seed)
     if job.initial_folder is None:
         return Decoder(config)
@@ -27,7 +27,7 @@ def initial_decoder(job: TrainingJob, config: ModelConfig) -> Decoder:
 def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
     """Return the frozen teacher on this worker's device; None if the job has none.
 
-    Where its answers are stored and whole, they stand for it; what is damaged is not used.
+    Stored outputs replace the teacher if they are complete; damaged ones are ignored.
     """
     if job.objective != "distill" or job.teacher_folder is None:
         return None

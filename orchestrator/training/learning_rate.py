@@ -1,7 +1,7 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no state for it.
+"""The learning rate as a pure function of the step: a resumed run needs no state for it.
 
-A linear warm-up, then one of three shapes: cosine to the final rate; stable, then linear to the
-final rate ("wsd", warm-up-stable-decay, which lets a run be extended before its decay); or
+A linear warm-up, then one of three shapes: cosine to the final rate; "wsd" (warm-up, stable,
+decay): constant, then linear to the final rate, so that a run can be extended before its decay; or
 constant.
 """
 
@@ -22,11 +22,11 @@ def learning_rate_at(step: int, recipe: TrainingSettings) -> float:
     peak = recipe.learning_rate
     if step < recipe.warmup_steps:
         return peak * (step + 1) / recipe.warmup_steps
-    return peak * (1.0 - (1.0 - recipe.final_learning_rate_fraction) * _descent(step, recipe))
+    return peak * (1.0 - (1.0 - recipe.final_learning_rate_fraction) * _decay(step, recipe))
 
 
-def _descent(step: int, recipe: TrainingSettings) -> float:
-    # How far down from the peak (0) to the final rate (1) this step is.
+def _decay(step: int, recipe: TrainingSettings) -> float:
+    # From 0 at the peak to 1 at the final rate.
     if recipe.decay == "constant":
         return 0.0
     first = recipe.warmup_steps

@@ -1,9 +1,8 @@
-"""The one training loop, told in the order in which things happen.
+"""The training loop, for pretraining and distillation, one worker or several.
 
-It takes an objective and knows neither Ray nor MLflow nor files: what it needs from outside
-(batches, the record, checkpoints, whether to stop) comes as `Hooks`. Pretraining, distillation, one
-worker or many: the same loop. All that grows while it runs is in the model, the optimizer and a
-`Position`, so saving these three and loading them again continues bit for bit.
+It knows neither Ray nor MLflow nor files: batches, journal, checkpoints and stop requests come as
+`Hooks`. All its state is in the model, the optimizer and a `Position`, so a run that saves and
+loads these three resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -33,20 +32,18 @@ from orchestrator.training.optimizer import set_learning_rate
 from orchestrator.workspace.errors import RunFailed
 
 NUM_RECORDED_POINTS = 250
-"""A run records about this many points of its loss, however long it is."""
+"""Approximate number of training losses in the journal of a run of any length."""
 SPIKE_WINDOW = 64
-"""A spike is held against the median gradient norm of so many steps; a quarter of them will do."""
+"""Steps whose median gradient norm defines a spike; a quarter of them is enough to start."""
 
 
 class Diverged(RunFailed):
-    """The loss or the gradient is no number any more, or spiked; trying again would end the same
-    way."""
+    """The loss or the gradient is not finite, or spiked; a retry would end the same way."""
 
 
 @dataclass
 class Position:
-    """Where a run stands, all but weights and optimizer. Plain numbers, so that it saves as it
-    is."""
+    """State of a run beside weights and optimizer; plain numbers that are saved as they are."""
 
     step: int = 0
     """Optimizer steps done; it determines the next batch and learning rate."""
@@ -55,74 +52,69 @@ class Position:
     flops: float = 0.0
     """Training FLOPs, counted from shapes."""
     shared_flops: float = 0.0
-    """Those among them that another run had spent, on a first stage in common."""
+    """Part of them that another run spent on a shared first stage."""
     seconds: float = 0.0
-    """Time spent in steps; validation and saving apart."""
+    """Time spent in steps, without validation and saving."""
     validation_loss: float = math.nan
-    """Latest validation loss; not a number before the first."""
+    """Latest validation loss; NaN before the first."""
     validated_step: int = 0
-    """Steps that were done then."""
+    """Steps done at that validation."""
     num_skipped: int = 0
-    """Steps that left the weights alone, because their loss or gradient was bad."""
+    """Steps without an update, because loss or gradient were bad."""
     num_skipped_in_row: int = 0
-    """How many of them came one after the other just now."""
+    """Number of the latest steps that were all skipped."""
     recent_norms: list[float] = field(default_factory=list)
-    """Gradient norms of the latest steps, where spikes are watched for."""
+    """Gradient norms of the latest steps, if the recipe checks for spikes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What is trained, and how."""
+    """Model, optimizer, loss and recipe of a run."""
 
     model: nn.Module
     """The decoder, replicated or sharded if there are several workers."""
     optimizer: torch.optim.Optimizer
-    """Its optimizer."""
     objective: Objective
-    """The loss."""
     recipe: TrainingSettings
-    """Steps, rates, and when to look and save."""
     world: World
-    """This worker among all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the loop needs from outside."""
+    """Functions that the loop calls."""
 
     batch: Callable[[int], Batch]
-    """Step -> this worker's part of it, as many sequences on each worker, on the CPU."""
+    """Step -> this worker's share of the batch, on the CPU; all shares have the same size."""
     flops_per_token: Callable[[int], float]
-    """Step -> training FLOPs of one token in it."""
+    """Step -> training FLOPs per token."""
     validate: Callable[[int], float]
     """Steps done -> validation loss, the same on all workers."""
     report: Callable[[int, Mapping[str, float]], None]
-    """Steps done, numbers by name; called on every worker."""
+    """(Steps done, metrics by name); called on every worker."""
     event: Callable[..., None]
-    """Name and details of something out of the ordinary; called on every worker."""
+    """(Name, details) of an unusual event; called on every worker."""
     throughput: Callable[[Position], Mapping[str, float]]
-    """How fast it goes since the last call, and what it takes: numbers by name."""
+    """Position -> speed since the last call, and memory: metrics by name."""
     save: Callable[[Position], None]
     """Write a checkpoint; called on every worker."""
     should_stop: Callable[[], bool]
-    """Whether this worker was asked to stop."""
+    """Whether a stop was requested on this worker."""
     should_save: Callable[[], bool]
-    """Whether this worker wants a checkpoint now, beside those at the recipe's steps."""
+    """Whether this worker wants a checkpoint now, in addition to those at the recipe's steps."""
 
 
-def train(trainee: TrainingSetup, position: Position, hooks: Hooks) -> bool:
-    """Train from `position` to the recipe's last step, moving `position` along.
+def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
+    """Train from `position` to the recipe's last step; update `position` in place.
 
     Returns:
-        True when the last step is done, False when stopped before it; the state is saved in both
-        cases.
+        True after the last step, False if stopped before it. The state is saved in both cases.
 
     Raises:
-        Diverged: If loss or gradient are bad (not finite, or a spike) more often in a row than the
-            recipe passes over; the weights are those before the step.
+        Diverged: If loss or gradient are bad (not finite, or a spike) in more consecutive steps
+            than the recipe skips; the weights are those before the step.
     """
-    recipe, world = trainee.recipe, trainee.world
-    trainee.model.train()
+    recipe, world = setup.recipe, setup.world
+    setup.model.train()
     while position.step < recipe.num_steps:
         started = time.perf_counter()
         batch = hooks.batch(position.step)
@@ -144,14 +136,14 @@ def train(trainee: TrainingSetup, position: Position, hooks: Hooks) -> bool:
         started += time.perf_counter() - loaded
         batch = batch.counted_as(agreed["targets"], agreed["positions"]).to(world.device)
         learning_rate = learning_rate_at(position.step, recipe)
-        set_learning_rate(trainee.optimizer, learning_rate)
+        set_learning_rate(setup.optimizer, learning_rate)
         numbers = {
-            **_compute_gradients(trainee, batch, position.step),
+            **_compute_gradients(setup, batch, position.step),
             "learning_rate": learning_rate,
         }
         if _is_good(numbers, position, recipe):
-            trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
+            setup.optimizer.step()
+        setup.optimizer.zero_grad(set_to_none=True)
         num_tokens = batch.input_ids.numel() * world.size
         position.num_tokens += num_tokens
         position.flops += num_tokens * hooks.flops_per_token(position.step)
@@ -176,9 +168,9 @@ def train(trainee: TrainingSetup, position: Position, hooks: Hooks) -> bool:
 
 
 def _is_good(numbers: Mapping[str, float], position: Position, recipe: TrainingSettings) -> bool:
-    """Return whether to make a step, and count it as skipped if its loss or gradient are bad."""
-    if trouble := _trouble(numbers, position.recent_norms, recipe.spike_factor):
-        _pass_over(position, numbers, trouble, num_allowed=recipe.skip_bad_steps)
+    """Return whether to update the weights; count the step as skipped if not."""
+    if problem := _problem(numbers, position.recent_norms, recipe.spike_factor):
+        _count_skipped(position, numbers, problem, max_skipped=recipe.skip_bad_steps)
         return False
     position.num_skipped_in_row = 0
     if recipe.spike_factor:
@@ -187,10 +179,10 @@ def _is_good(numbers: Mapping[str, float], position: Position, recipe: TrainingS
     return True
 
 
-def _trouble(
+def _problem(
     numbers: Mapping[str, float], recent_norms: Sequence[float], spike_factor: float | None
 ) -> str:
-    """Say what is wrong with a step; empty if nothing is."""
+    """Return what is wrong with a step; empty if nothing is."""
     loss, norm = numbers["loss"], numbers["gradient_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return "diverged"
@@ -201,13 +193,13 @@ def _trouble(
     return ""
 
 
-def _pass_over(
-    position: Position, numbers: Mapping[str, float], trouble: str, *, num_allowed: int
+def _count_skipped(
+    position: Position, numbers: Mapping[str, float], problem: str, *, max_skipped: int
 ) -> None:
-    if position.num_skipped_in_row >= num_allowed:
+    if position.num_skipped_in_row >= max_skipped:
         skipped = position.num_skipped_in_row
         raise Diverged(
-            f"training {trouble} at step {position.step + 1}: loss {numbers['loss']:g}, "
+            f"training {problem} at step {position.step + 1}: loss {numbers['loss']:g}, "
             f"gradient norm {numbers['gradient_norm']:g}, "
             f"learning rate {numbers['learning_rate']:g}"
             + (f", after {skipped} skipped in a row" if skipped else "")
@@ -216,22 +208,22 @@ def _pass_over(
     position.num_skipped_in_row += 1
 
 
-def _compute_gradients(trainee: TrainingSetup, batch: Batch, step: int) -> dict[str, float]:
-    # In as many passes as memory asks for; the gradients are those of one pass up to rounding, as
-    # each pass divides by its share of what counts in the passes of all workers.
-    passes = batch.split(trainee.recipe.num_sequences_per_pass or len(batch))
+def _compute_gradients(setup: TrainingSetup, batch: Batch, step: int) -> dict[str, float]:
+    # Several passes save memory. Each pass divides by its share of the targets of all workers, so
+    # the gradients are those of a single pass up to rounding.
+    passes = batch.split(setup.recipe.num_sequences_per_pass or len(batch))
     totals: dict[str, float] = {}
     for number, part in enumerate(passes, start=1):
         share = len(part) / len(batch)
         is_last = number == len(passes)
-        with nullcontext() if is_last else without_gradient_sync(trainee.model, trainee.world):
-            with autocast(trainee.recipe.precision, trainee.world):
-                loss, parts = trainee.objective(trainee.model, part, step)
+        with nullcontext() if is_last else without_gradient_sync(setup.model, setup.world):
+            with autocast(setup.recipe.precision, setup.world):
+                loss, parts = setup.objective(setup.model, part, step)
             torch.autograd.backward(loss * share)
         for name, value in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0.0) + share * value.item()
-    norm = clip_gradients(trainee.model, trainee.recipe.clip_norm)
-    return mean_over_workers({**totals, "gradient_norm": norm}, trainee.world)
+    norm = clip_gradients(setup.model, setup.recipe.clip_norm)
+    return mean_over_workers({**totals, "gradient_norm": norm}, setup.world)
 
 
 def _record_every(recipe: TrainingSettings) -> int:

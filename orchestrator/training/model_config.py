@@ -1,8 +1,4 @@
-"""From the `model` section of the settings to the core's `ModelConfig`.
-
-A section names a preset and what differs from it; the vocabulary comes from the prepared tokens.
-Mistakes in names and sizes turn into one sentence here, before anything is started.
-"""
+"""Build a `ModelConfig` from the `model` section of the settings and the size of the vocabulary."""
 
 from __future__ import annotations
 
@@ -18,10 +14,10 @@ _SIZES = (
 
 
 def build_model_config(model: ModelSettings, *, vocab_size: int) -> ModelConfig:
-    """Return the configuration that the settings describe for a tokenizer of `vocab_size` entries.
+    """Return the model configuration of the settings for a tokenizer of `vocab_size` entries.
 
     Raises:
-        UserError: If the preset or the method is unknown, or the sizes do not go together.
+        UserError: If the preset or the method is unknown, or the sizes do not fit together.
     """
     if model.preset not in PRESETS:
         raise UserError(f"model.preset: {model.preset!r} is unknown; known: {', '.join(PRESETS)}")

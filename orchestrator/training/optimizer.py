@@ -1,9 +1,8 @@
-"""AdamW with weight decay where it belongs: on the matrices of linear layers and on nothing else.
+"""AdamW that decays the weight matrices of linear layers and nothing else.
 
-Norms, embeddings and the learned mix are not decayed: the mix starts as a running mean whose rows
-sum to one, and pulling it towards zero would pull the hidden state with it. A head that is tied to
-the embedding counts as the embedding. Linear layers are found by module type, not by name or number
-of dimensions, because the mix is a matrix too.
+Norms, embeddings and the learned mix are not decayed: the rows of the mix sum to one at the start,
+and decay towards zero would shrink the hidden state. A head that is tied to the embedding counts as
+the embedding. Linear layers are found by module type, because the mix is a matrix too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from orchestrator.settings import TrainingSettings
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
-    """Return AdamW over all parameters, in two groups: decayed and not; fused on CUDA.
+    """Return AdamW over all parameters in two groups, with and without decay; fused on CUDA.
 
     Args:
         model: The bare decoder (not wrapped for parallel training), already on its device.
@@ -39,7 +38,7 @@ def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Ad
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of the next step in every group."""
+    """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 

@@ -1,7 +1,7 @@
-"""How fast a processor multiplies matrices at best: what a plan's hours and an MFU relate to.
+"""Peak FLOP/s of a processor, the reference for estimated hours and MFU.
 
-For GPUs the makers' dense figures; for a CPU, which has none that hold, products of two matrices
-measured for a moment, several times: a busy machine gives another figure each time.
+GPUs: the vendor's dense figures. CPUs: measured by multiplying matrices, several times, because the
+figure changes with the load of the machine.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 import torch
 
 ASSUMED_GPU = "H100"
-"""What a plan takes a GPU to be where there is none to ask."""
+"""GPU that estimates assume on a machine without one."""
 ASSUMED_GPU_BYTES = 79 * 2**30
-"""Its memory, as it is free before anything runs."""
+"""Its free memory before anything runs."""
 
 _PEAK_TFLOPS = {
     # Dense, without sparsity: bfloat16 on tensor cores, float32 on ordinary ones.
@@ -27,10 +27,10 @@ _SIZE = 512
 
 
 def gpu_peak_flops(name: str, precision: str) -> float | None:
-    """Return the largest FLOP/s of a GPU; None for one that is not known.
+    """Return the peak FLOP/s of a GPU; None if its model is not in the table.
 
     Args:
-        name: As PyTorch gives it, such as `NVIDIA H100 80GB HBM3`.
+        name: PyTorch's name of it, such as `NVIDIA H100 80GB HBM3`.
         precision: `bf16` or `fp32`.
     """
     known = next((peaks for model, peaks in _PEAK_TFLOPS.items() if model in name), None)
@@ -38,19 +38,16 @@ def gpu_peak_flops(name: str, precision: str) -> float | None:
 
 
 def installed_gpu() -> str | None:
-    """Return the name of this machine's first GPU, if it has one."""
+    """Return the name of this machine's first GPU; None without one."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def measure_cpu_flops(count: int = 9, seconds: float = 0.03) -> list[float]:
-    """Return the FLOP/s of float32 matrix products on this CPU, with all threads of PyTorch.
+    """Return the FLOP/s of float32 matrix products on this CPU, the best first.
 
     Args:
-        count: How often it is measured.
-        seconds: How long each time; short, so that the best one is not disturbed by what else runs.
-
-    Returns:
-        The speeds, the best first.
+        count: Number of measurements.
+        seconds: Duration of each; short, so that other programs disturb few of them.
     """
     a = torch.ones(_SIZE, _SIZE)
     a @ a

@@ -1,10 +1,9 @@
-"""A second place for a run's checkpoints: any file system that pyarrow knows, by its URI.
+"""Copies of a run's checkpoints on a remote file system, given by a URI that pyarrow knows.
 
-The run's folder stays the truth; what is written there is copied to `URI/RUN/step_...` by the
-thread that wrote it, `provenance.json` last, so that a copy that was cut off is seen to be none. A
-machine that has lost the folder, or never had it, fetches the newest whole copy and goes on from
-it. A store that does not answer costs the copy and a remark, never the training: the next
-checkpoint is copied with what is missing then.
+The run folder stays authoritative. The thread that writes a checkpoint copies it to
+`URI/RUN/step_...`, with `provenance.json` last, so that an interrupted copy is recognized. A
+machine without the run folder downloads the newest intact copy and resumes from it. If the storage
+does not answer, training continues, and the next checkpoint is copied with the missing ones.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
 
 COPY_ERRORS = (OSError, ArrowException)
-"""What a store that does not answer, or refuses, looks like."""
+"""Raised if the storage does not answer or refuses."""
 
 
 class RemoteCopy:
-    """The copies of one run."""
+    """The remote copies of one run's checkpoints."""
 
     def __init__(self, uri: str, run_folder: Path) -> None:
-        """Find the store.
+        """Open the storage.
 
         Args:
             uri: `s3://bucket/path`, `gs://bucket/path`, `hdfs://...`, `file:///path` or a path.
-            run_folder: The run; its name is that of its copies' folder.
+            run_folder: The run; the folder of its copies has the same name.
 
         Raises:
-            UserError: If no file system goes by that URI, it does not answer, or it holds a secret.
+            UserError: If the URI names no usable file system, or contains a secret.
         """
         if problem := storage_problem(uri):
             raise UserError(f"cluster.storage: {problem}")
@@ -51,34 +50,32 @@ class RemoteCopy:
         self._run_folder = run_folder
         self._root = PurePosixPath(root) / run_folder.name
 
-    def send(self) -> None:
-        """Copy the run's checkpoints that are not there yet, and delete the copies of those gone.
+    def upload(self) -> None:
+        """Copy the checkpoints that are missing there; delete the copies of deleted checkpoints.
 
         Raises:
-            OSError: If the store does not take them.
-            ArrowException: The same, from a store that says so in its own way.
+            OSError, ArrowException: If the storage fails.
         """
-        kept = find_checkpoints(self._run_folder)
-        there = self._whole_copies()
-        for checkpoint in kept:
-            if checkpoint.name not in there:
-                self._send(checkpoint)
-        for name in set(there) - {checkpoint.name for checkpoint in kept}:
-            # Without its last file a copy is none, however far the deletion comes.
+        checkpoints = find_checkpoints(self._run_folder)
+        copied = self._complete_copies()
+        for checkpoint in checkpoints:
+            if checkpoint.name not in copied:
+                self._upload_one(checkpoint)
+        for name in set(copied) - {checkpoint.name for checkpoint in checkpoints}:
+            # Delete the last file first: a deletion that is interrupted leaves no complete copy.
             self._store.delete_file(str(self._root / name / PROVENANCE))
             self._store.delete_dir(str(self._root / name))
 
-    def fetch(self, warn: Callable[[str], None]) -> Path | None:
-        """Bring back the newest copy that is whole; None if there is none.
+    def download(self, warn: Callable[[str], None]) -> Path | None:
+        """Download the newest intact copy; None if there is none.
 
         Args:
-            warn: Told of a copy that is damaged, and passed over.
+            warn: Called with a sentence for each damaged copy.
 
         Raises:
-            OSError: If the store does not answer.
-            ArrowException: The same, from a store that says so in its own way.
+            OSError, ArrowException: If the storage fails.
         """
-        for name in sorted(self._whole_copies(), reverse=True):
+        for name in sorted(self._complete_copies(), reverse=True):
             temporary = self._run_folder / f"{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -92,18 +89,16 @@ class RemoteCopy:
             return temporary.rename(self._run_folder / name)
         return None
 
-    def _send(self, checkpoint: Path) -> None:
+    def _upload_one(self, checkpoint: Path) -> None:
         target = self._root / checkpoint.name
         self._store.create_dir(str(target), recursive=True)
-        files = sorted(checkpoint.iterdir(), key=lambda path: path.name == PROVENANCE)
-        for path in files:
+        for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == PROVENANCE):
             if path.is_file():
                 fs.copy_files(
                     str(path), str(target / path.name), destination_filesystem=self._store
                 )
 
-    def _whole_copies(self) -> list[str]:
-        """Return the names of copies that were finished."""
+    def _complete_copies(self) -> list[str]:
         listed = self._store.get_file_info(
             fs.FileSelector(str(self._root), recursive=True, allow_not_found=True)
         )
@@ -112,5 +107,5 @@ class RemoteCopy:
 
 
 def one_line(error: Exception) -> str:
-    """Return what a store says, without its line breaks and without passwords."""
+    """Return the text of an error on one line, with secrets masked."""
     return " ".join(mask_secrets(str(error)).split())

@@ -1,4 +1,4 @@
-"""What runs have saved so far, in words: told to a user whose Ctrl-C ended them."""
+"""The step that a run resumes from, and the text that tells an interrupted user what is saved."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from orchestrator.workspace.errors import UserError
 
 
 def resume_step(job: TrainingJob) -> int | None:
-    """Return the step that a run goes on from; None if it begins anew."""
+    """Return the step that a run resumes from; None if it starts anew."""
     if checkpoints := find_checkpoints(job.folder):
         return step_of(checkpoints[-1])
-    with suppress(UserError):  # What it is trained on is gone.
+    with suppress(UserError):  # Its tokens or its teacher were deleted.
         stage = first_stage_of(job)
-        if stage and stage.is_there:
+        if stage and stage.exists:
             return stage.num_steps
     return None
 
 
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
-    """Say what each of these runs has saved.
+    """Say what each run has saved.
 
     Args:
         jobs: Name -> job, at least one.
-        named: Say the name also of a single one.
+        named: Write the name even for a single job.
     """
-    texts = {name: _what_is_saved(job) for name, job in jobs.items()}
+    texts = {name: _describe(job) for name, job in jobs.items()}
     if len(texts) == 1 and not named:
         return next(iter(texts.values()))
     return "; ".join(f"{name}: {text}" for name, text in texts.items())
 
 
-def _what_is_saved(job: TrainingJob) -> str:
+def _describe(job: TrainingJob) -> str:
     if (job.folder / DONE_NAME).is_file():
         return "the training is finished"
     step = resume_step(job)

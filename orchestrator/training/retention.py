@@ -1,7 +1,6 @@
-"""Which checkpoints of a run stay on disk: the newest few, and the best if it is asked for.
+"""Which checkpoints of a run stay on disk: the newest few, and optionally the best.
 
-What goes is renamed before it is deleted, and what a crash left half-written or half-deleted has a
-name that no checkpoint has, so whatever looks like one is one.
+A checkpoint is renamed before it is deleted, so a folder with a checkpoint's name is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BEST = "best.json"
 
 
 def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
-    """Name a checkpoint in its run's `best.json`, unless an earlier one there is as good."""
+    """Record a checkpoint in `best.json`, unless the one there is at least as good."""
     path = checkpoint.parent / BEST
     best = read_json_object(path) if best_checkpoint(checkpoint.parent) else None
     with damage_as_user_error(path):
@@ -33,7 +32,7 @@ def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
 
 
 def best_checkpoint(run_folder: Path) -> Path | None:
-    """Return the checkpoint that `best.json` names; None if none was remembered or it is gone.
+    """Return the checkpoint that `best.json` names; None if there is none or it was deleted.
 
     Raises:
         UserError: If the file is damaged.
@@ -46,7 +45,7 @@ def best_checkpoint(run_folder: Path) -> Path | None:
 
 
 def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = None) -> None:
-    """Delete all but the newest checkpoints and one to keep, and what a crash left half-written."""
+    """Delete all checkpoints but the newest and `keep`; delete partial ones."""
     for folder in find_checkpoints(run_folder)[:-num_kept]:
         if folder != keep:
             delete_folder(folder)
@@ -54,6 +53,6 @@ def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = No
 
 
 def remove_partial_checkpoints(run_folder: Path) -> None:
-    """Delete what a crash left half-written or half-deleted."""
+    """Delete checkpoints that a crash left half-written or half-deleted."""
     for leftover in run_folder.glob("step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,10 +1,9 @@
-"""Runs a training job from whatever is on disk to its end.
+"""Run a training job in this process, from whatever is on disk to its end.
 
-`run_job` is idempotent. A finished job returns at once; an unfinished one goes on from its newest
-whole checkpoint, and the result is the same as if nothing had happened. Only the first worker
-touches files, and what it finds there is told to the others. A lock keeps two processes out of one
-folder: the workers of a driver that was killed outlive it by seconds, and a second start by mistake
-must not mix two runs.
+`run_job` is idempotent: a finished job returns at once; an unfinished one resumes from its newest
+intact checkpoint, with the same result as without interruption. Only the first worker accesses
+files, and sends what it finds to the others. A lock keeps two processes out of one folder: workers
+outlive a killed driver by seconds, and a second start by mistake must not mix two runs.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from orchestrator.workspace.journal import Journal
 
 LOCK_NAME = "lock"
 LOCK_SECONDS = 20.0
-"""How long a job waits for another process in its folder."""
+"""Longest wait for another process that trains in the same folder."""
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -63,18 +62,17 @@ def run_job(
     should_stop: Callable[[], bool] | None = None,
     report: Report | None = None,
 ) -> TrainingOutcome:
-    """Train a job to its end, or until a stop is asked for. Call it on every worker.
+    """Train a job to its end, or until a stop is requested. Call it on every worker.
 
     Args:
         job: What to train.
         world: This worker's place; a single worker on the CPU when unset.
-        should_stop: Asked before each step, beside the job's stop file.
-        report: Told the step and its numbers on the first worker, beside the journal.
+        should_stop: Called before each step, in addition to the job's stop file.
+        report: Called with (steps done, metrics) on the first worker, in addition to the journal.
 
     Raises:
-        UserError: If the job cannot run as described, or its folder is in use or holds another job.
-        Diverged: If the loss is no number any more; says at which step, and the last good
-        checkpoint.
+        UserError: If the job cannot run, or its folder is in use or holds another job.
+        Diverged: If the loss is not finite or spikes; names the step and the last good checkpoint.
     """
     world = world or World()
     num_workers = world.size
@@ -86,8 +84,8 @@ def run_job(
         with closing(_Run(job, world, report)) as run:
             run.prepare(run_on_first(run.newest_checkpoint, world))
             try:
-                finished = train(run.trainee(), run.position, run.hooks(should_stop))
-                run_on_first(run.saver.finish, world)
+                finished = train(run.setup(), run.position, run.hooks(should_stop))
+                run_on_first(run.writer.finish, world)
             except Diverged as error:
                 raise run.with_last_checkpoint(error) from None
             return run.end(finished)
@@ -100,7 +98,7 @@ def _open_folder(job: TrainingJob) -> TrainingOutcome | None:
 
 
 class _Run:
-    """One run in progress: the loop's hooks, and what they need."""
+    """A run in progress: the hooks of the loop, and the state that they need."""
 
     def __init__(self, job: TrainingJob, world: World, report: Report | None) -> None:
         self.job, self.world = job, world
@@ -112,18 +110,18 @@ class _Run:
         self.plan = BatchPlan(len(self.store.train), self.config.context_length, job.recipe.seed)
         self.global_batch = sequences_per_step(job.recipe, self.config)
         self.teacher = load_teacher(job, world)
-        self.saver = CheckpointWriter(job, world, self.store, self.event)
+        self.writer = CheckpointWriter(job, world, self.store, self.event)
         self.position = Position()
         self._flops = flops_per_token_by_step(job, self.teacher)
 
     def close(self) -> None:
-        """Let the last checkpoint be written, and close the journal."""
-        self.saver.close()
+        """Wait for the last checkpoint, and close the journal."""
+        self.writer.close()
         if self.journal:
             self.journal.close()
 
-    def trainee(self) -> TrainingSetup:
-        """Return what is trained, and how."""
+    def setup(self) -> TrainingSetup:
+        """Return model, optimizer and loss for the loop."""
         has_idle_parameters = self.decoder.method.has_corrections
         return TrainingSetup(
             model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
@@ -134,9 +132,9 @@ class _Run:
         )
 
     def hooks(self, should_stop: Callable[[], bool] | None) -> Hooks:
-        """Return what the loop calls; `should_stop` is asked beside the job's stop file."""
+        """Return what the loop calls."""
         folder, is_first = self.job.folder, self.world.is_first
-        asked = should_stop or (lambda: False)
+        stop_here = should_stop or (lambda: False)
         return Hooks(
             batch=self.batch,
             flops_per_token=self._flops,
@@ -147,12 +145,12 @@ class _Run:
                 self.position, self.world, self.job.recipe.precision
             ).measure,
             save=self.save,
-            should_stop=lambda: is_first and (is_stop_requested(folder) or asked()),
-            should_save=lambda: is_first and self.saver.is_due(self.position.step),
+            should_stop=lambda: is_first and (is_stop_requested(folder) or stop_here()),
+            should_save=lambda: is_first and self.writer.is_due(self.position.step),
         )
 
     def end(self, finished: bool) -> TrainingOutcome:
-        """Write down what the run has come to, and return it."""
+        """Record the outcome and return it."""
         outcome = self.outcome(finished)
         if self.journal:
             if finished:
@@ -161,7 +159,7 @@ class _Run:
         return outcome
 
     def batch(self, step: int) -> Batch:
-        """Return this worker's part of a step."""
+        """Return this worker's share of a step's batch."""
         return self.plan.batch(
             step,
             self.store.train,
@@ -171,7 +169,7 @@ class _Run:
         )
 
     def validate(self, step: int) -> float:
-        """Return the validation loss under the schedule in training."""
+        """Return the validation loss under the schedule of the latest step."""
         recipe, world = self.job.recipe, self.world
         batches = validation_batches(
             self.store.validation,
@@ -188,25 +186,25 @@ class _Run:
         )
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write numbers into the journal."""
+        """Write metrics into the journal, and report them."""
         if self.journal:
             self.journal.metrics(step, numbers)
             if self._report:
                 self._report(step, numbers)
 
     def event(self, name: str, **details: Any) -> None:
-        """Write into the journal that something happened."""
+        """Write an event into the journal."""
         if self.journal:
             self.journal.event(name, **details)
 
     def save(self, position: Position) -> None:
-        """Begin to write a checkpoint."""
-        self.saver.save(position, self.decoder, self.optimizer)
+        """Start to write a checkpoint."""
+        self.writer.save(position, self.decoder, self.optimizer)
 
     def outcome(self, finished: bool) -> TrainingOutcome:
-        """Return what the run has come to."""
+        """Return the outcome so far."""
         return TrainingOutcome(
-            checkpoint=str(self.saver.checkpoint) if self.saver.checkpoint else None,
+            checkpoint=str(self.writer.checkpoint) if self.writer.checkpoint else None,
             step=self.position.step,
             finished=finished,
             validation_loss=self.position.validation_loss,
@@ -217,7 +215,7 @@ class _Run:
         )
 
     def prepare(self, checkpoint: Path | None) -> None:
-        """Make decoder and optimizer, fresh or as the checkpoint left them."""
+        """Make decoder and optimizer, initial or from the checkpoint."""
         recipe, world = self.job.recipe, self.world
         decoder = initial_decoder(self.job, self.config)
         if checkpoint:
@@ -232,7 +230,7 @@ class _Run:
             shard(self.decoder, world, precision=recipe.precision)
         self.optimizer = make_optimizer(self.decoder, recipe)
         if checkpoint is None:
-            self.event("started", **self._place())
+            self.event("started", **self._hardware())
             return
         state = load_training_state(checkpoint)
         moments = state["optimizer"]
@@ -244,11 +242,11 @@ class _Run:
         self.position = Position(**state["position"])
         if checkpoint.parent != self.job.folder:
             self.position.shared_flops = self.position.flops
-        self.saver.go_on_from(checkpoint, self.position.step)
+        self.writer.resume_from(checkpoint, self.position.step)
         set_random_state(state["random"], world)
-        self.event("resumed", step=self.position.step, path=str(checkpoint), **self._place())
+        self.event("resumed", step=self.position.step, path=str(checkpoint), **self._hardware())
 
-    def _place(self) -> dict[str, Any]:
+    def _hardware(self) -> dict[str, Any]:
         return {
             "num_workers": self.world.size,
             "parallel": self.world.parallel,
@@ -259,28 +257,28 @@ class _Run:
         }
 
     def newest_checkpoint(self) -> Path | None:
-        """Return the checkpoint that the run continues from, if any."""
+        """Return the checkpoint to resume from, if any: the run's own or a shared first stage."""
 
-        def warn(sentence: str) -> None:
-            self.event("damaged", text=sentence)
+        def warn(text: str) -> None:
+            self.event("damaged", text=text)
 
-        own = newest_checkpoint(self.job.folder, warn) or self.saver.fetch()
-        stage = self.saver.first_stage
-        common = stage.find(warn) if stage and stage.is_ahead_of(own) else None
-        if not (stage and common):
+        own = newest_checkpoint(self.job.folder, warn) or self.writer.download()
+        stage = self.writer.first_stage
+        shared = stage.find(warn) if stage and stage.saves_steps(own) else None
+        if not (stage and shared):
             return own
-        for step, numbers in stage.record():
+        for step, numbers in stage.read_metrics():
             self.report(step, numbers)
-        return common
+        return shared
 
     def with_last_checkpoint(self, error: Diverged) -> Diverged:
         """Return the error with the last good checkpoint and advice in its text."""
-        with suppress(RunFailed):  # One reason to end is enough.
-            self.saver.finish()
+        with suppress(RunFailed):  # The divergence is the error to report.
+            self.writer.finish()
         self.event("diverged", step=self.position.step, text=str(error))
-        last = f"the last good checkpoint is {self.saver.checkpoint or 'none'}"
+        last = f"the last good checkpoint is {self.writer.checkpoint or 'none'}"
         section = self.job.section
-        # Models from scratch may have a rate of their own, students have not.
+        # Only models from scratch can have a learning rate of their own in sweep.learning_rates.
         own = " (or its own in sweep.learning_rates)" if section == "training" else ""
         return Diverged(
             f"{error}; {last}; lower {section}.learning_rate={self.job.recipe.learning_rate:g}"

@@ -1,10 +1,9 @@
-"""Who is at a run's folder: one process at a time, from before it touches anything there.
+"""Exclusive lock on a run folder: one process at a time trains in it.
 
-Whoever trains in a folder holds its lock: a driver of training jobs, and a trial of a sweep, which
-may come to the same job. The others wait, hold nothing meanwhile that anybody could wait for, take
-what was made, or take over from a process that died, since the system drops a dead one's lock. The
-workers inside take a lock of their own (`run.py`): they outlive a driver that was killed by
-seconds. The folder must lie on a file system that locks.
+A driver of trainings and a trial of a sweep may come to the same folder. The process that holds the
+lock trains; the others wait, then use the result, or take over if the process died: the system
+releases a dead process's lock. The workers take another lock (`run.py`), because they outlive a
+killed driver by seconds. The folder must be on a file system that supports locks.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted
 
 RUN_LOCK_NAME = "trial.lock"
-"""Of the folder, not of the trial: trials that put other tasks to the same weights share it."""
+"""Trials that measure other tasks on the same weights share this file."""
 POLL_SECONDS = 0.5
-"""How long one who waits goes without asking whether to stop."""
+"""Time between two questions whether to stop waiting."""
 
 
 @contextmanager
 def lock_run_folder(
     folder: Path, *, wait: bool = False, should_stop: Callable[[], bool] | None = None
 ) -> Iterator[bool]:
-    """Hold a folder in the block; False if another process has it, or a stop was asked for.
+    """Hold a run folder's lock in the block; yields whether the lock was acquired.
 
     Args:
-        folder: The run's; made if it is missing.
-        wait: Whether to wait for the other process.
-        should_stop: Asked a few times a second while waiting.
+        folder: The run's; created if it is missing.
+        wait: Wait for another process that holds the lock.
+        should_stop: Called while waiting; True ends the wait without the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / RUN_LOCK_NAME, timeout=POLL_SECONDS if wait else 0)
@@ -52,7 +51,7 @@ def lock_run_folder(
 
 
 def is_run_locked(folder: Path) -> bool:
-    """Return whether a process is at a folder at this moment."""
+    """Return whether a process holds a run folder's lock."""
     path = folder / RUN_LOCK_NAME
     if not path.exists():
         return False
@@ -70,33 +69,33 @@ def jobs_to_train(
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Generator[list[TrainingJob], None, None]:
-    """Yield the unfinished jobs that this process is to train, until all jobs are finished.
+    """Yield the unfinished jobs that this process must train, until all jobs are finished.
 
-    Their folders are locked until the next jobs are asked for or the generator is closed (use
-    `contextlib.closing`). Jobs that another process trains are waited for.
+    Their folders are locked until the next iteration, or until the generator is closed (use
+    `contextlib.closing`). While another process trains the remaining jobs, this waits.
 
     Args:
-        jobs: What to train, each in a folder of its own; finished ones take no time.
+        jobs: What to train, each in its own folder; finished ones take no time.
         outcomes: Filled with the outcome of each finished job, by its run folder.
         watch: Called a few times a second while waiting, to show progress.
         note: Called once with a sentence if another process is waited for.
 
     Raises:
-        Interrupted: If a job that was yielded is not finished when the next is asked for, or after
-            Ctrl-C or SIGTERM while waiting.
+        Interrupted: If a yielded job is unfinished at the next iteration, or after Ctrl-C or
+            SIGTERM while waiting.
     """
     while left := [job for job in jobs if not _note_finished(job, outcomes)]:
         stamps = [_done_stamp(job) for job in left]
         with ExitStack() as stack:
-            ours = [job for job in left if stack.enter_context(lock_run_folder(job.folder))]
-            # Once more: the process that had the lock before may have finished it.
-            unfinished = [job for job in ours if not _note_finished(job, outcomes)]
+            locked = [job for job in left if stack.enter_context(lock_run_folder(job.folder))]
+            # Ask again: the process that held the lock before may have finished the job.
+            unfinished = [job for job in locked if not _note_finished(job, outcomes)]
             if unfinished:
                 yield unfinished
                 if not all(_note_finished(job, outcomes) for job in unfinished):
                     named = {job.folder.name: job for job in unfinished}
                     raise Interrupted(interruption_text(describe_saved_state(named)))
-        if not ours:
+        if not locked:
             _wait_for_one(left, stamps, watch, note)
             note = None
 
@@ -113,7 +112,7 @@ def _wait_for_one(
     watch: Callable[[], None] | None,
     note: Callable[[str], None] | None,
 ) -> None:
-    """Wait until nobody is at one of the jobs any more, or it has been finished."""
+    """Wait until one of the jobs is unlocked or finished."""
 
     def is_over() -> bool:
         return any(
@@ -121,15 +120,15 @@ def _wait_for_one(
             for job, stamp in zip(jobs, stamps, strict=True)
         )
 
-    def say() -> None:
+    def begin() -> None:
         if note:
             names = ", ".join(job.folder.name for job in jobs)
-            note(f"waiting for another process, which is at: {names}")
+            note(f"waiting for another process, which trains {names}")
 
-    wait_interruptibly(is_over, begin=say, watch=watch)
+    wait_interruptibly(is_over, begin=begin, watch=watch)
 
 
 def _done_stamp(job: TrainingJob) -> int | None:
-    # Reading the outcome compares checksums of whole checkpoints: nothing to do twice a second.
+    # `finished_outcome` verifies the checksums of a checkpoint: too slow to call twice a second.
     path = job.folder / DONE_NAME
     return path.stat().st_mtime_ns if path.exists() else None

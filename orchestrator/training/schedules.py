@@ -1,7 +1,7 @@
-"""The iteration schedule of each step, and what the step costs.
+"""The iteration schedule of each training step, and the FLOPs of each step.
 
 In training in stages the decoder first runs without corrections, which costs a quarter of the time
-at r = 3, then with more and more of them, or with all at once. The weights are the same.
+at r = 3. The corrections follow all at once or one by one. The weights are the same throughout.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.training.job import TrainingJob
 
 ScheduleByStep = Callable[[int], IterationSchedule]
-"""Step -> the iteration schedule that is trained at this step."""
+"""Step -> the iteration schedule that is trained in this step."""
 
 
 def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> ScheduleByStep:
-    """Return the schedule of each step: no corrections in the first stage, then all of them, at
-    once or over a ramp.
+    """Return the schedule of each step: no corrections in the first stage, then all of them.
 
-    On the ramp layer l makes `min(r_l, 1)`, `min(r_l, 2)`, ... corrections, each for an equal
-    stretch of it; the last stretch has them all.
+    The ramp between the two has equal parts: in part k, layer l makes `min(r_l, k)` corrections.
+    The last part makes all corrections.
     """
     most = max(schedule.corrections)
     stages = tuple(
@@ -48,19 +47,20 @@ def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> S
 def flops_per_token_by_step(
     job: TrainingJob, teacher: Model | None = None
 ) -> Callable[[int], float]:
-    """Return step -> training FLOPs of one token, with the forward pass of a teacher that runs."""
+    """Return step -> training FLOPs per token; a teacher that runs adds its forward pass."""
     config, distillation = job.config(), job.distillation or DistillationConfig()
     schedule_at = schedule_by_step(config.corrections, job.recipe)
-
-    @lru_cache
-    def training(schedule: IterationSchedule) -> float:
-        return float(training_flops_per_token(config, schedule))
-
-    forward = (
+    teacher_flops = (
         inference_cost(teacher.config).forward_flops_per_token
         if isinstance(teacher, Decoder)
         else 0.0
     )
+
+    @lru_cache
+    def student_flops(schedule: IterationSchedule) -> float:
+        return float(training_flops_per_token(config, schedule))
+
     return lambda step: (
-        training(schedule_at(step)) + (forward if distillation.uses_teacher(step) else 0.0)
+        student_flops(schedule_at(step))
+        + (teacher_flops if distillation.uses_teacher(step) else 0.0)
     )

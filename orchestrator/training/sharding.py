@@ -1,14 +1,10 @@
-"""Fully sharded training: each worker holds its share of weights, gradients and moments (FSDP2).
+"""Fully sharded training (FSDP2): each worker holds a shard of weights, gradients and moments.
 
-PyTorch's `fully_shard` gathers a layer's weights once for all evaluations of its field, and
-scatters their gradients once after its backward pass; what belongs to no layer (embedding, norm,
-head) is one more group. With bf16, fields travel as bf16, half as many bytes, and gradients are
-summed in float32; embedding, mix and the method's norms stay float32, as they do in one process:
-they are small groups of their own then. Autocast decides the arithmetic in both cases.
-
-Checkpoints hold whole tensors in the order of an unsharded optimizer, so a run may go on with
-another number of workers, sharded or not. This module is imported only where it is used: FSDP takes
-a second to load.
+A layer's weights are gathered once for all evaluations of its field. Embedding, final norm and head
+form one more group. With bf16, fields are sent as bf16 (half the bytes) and gradients are summed in
+float32; embedding, mix and the method's norms stay float32 in small groups, as in one process.
+Checkpoints hold full tensors in the order of an unsharded optimizer, so a run can resume with
+another number of workers, sharded or not. Importing FSDP takes a second: import this when needed.
 """
 
 from __future__ import annotations
@@ -27,12 +23,12 @@ from orchestrator.training.distributed import World
 
 
 def shard(decoder: Decoder, world: World, *, precision: str) -> None:
-    """Share a decoder among all workers, in place; its optimizer is made afterwards.
+    """Shard a decoder over all workers, in place. Make its optimizer afterwards.
 
     Args:
         decoder: The same weights on every worker, on its device.
         world: This worker's place.
-        precision: `fp32`, or `bf16` for fields that travel as bf16.
+        precision: `fp32`, or `bf16` to send fields as bf16.
     """
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     policy = MixedPrecisionPolicy()
@@ -40,7 +36,7 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    # What layers return is never written to in place, of which FSDP warns for each view.
+    # FSDP warns that views of outputs may be modified in place; ours never are.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     for layer in decoder.layers:
         if precision == "bf16":
@@ -52,7 +48,7 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
 
 
 def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimizer's whole state as the shards of this worker, for `load_state_dict`."""
+    """Return this worker's shards of a full optimizer state, for `load_state_dict`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shards = {
         number: {name: _like(value, parameters[number]) for name, value in moments.items()}
@@ -62,7 +58,7 @@ def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    # Moments have their parameter's shape; the count of steps is a number on its own.
+    # Only moments have the shape of their parameter; the step count is a scalar.
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(

@@ -1,9 +1,8 @@
-"""How fast a run goes and what it takes of its machine, as numbers for the record.
+"""Speed and memory of a run, as metrics for the journal.
 
-In: the position of a run, again and again. Out: speed since the time before, over steps alone,
-without validation and saving; memory of this worker; and the machine's load under the names that
-MLflow's pages show as system metrics. MFU is the share of a GPU's best figure and is left out for a
-card whose figure is not known; a CPU has no such figure, so there FLOPs per second have to do.
+Speed counts the time of steps only, without validation and saving. The load of the machine has the
+names of MLflow's system metrics. MFU is the share of the GPU's peak FLOP/s; it is left out if the
+peak is not known, and on CPUs.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ MEGABYTE, GIGABYTE = 1e6, 1e9
 
 
 class ThroughputMeter:
-    """Measures from one call to the next."""
+    """Measures the speed between two calls of `measure`."""
 
     def __init__(self, position: Position, world: World, precision: str) -> None:
-        """Begin at a position, with the arithmetic that tells the best figure of a GPU."""
         self._last, self._world = replace(position), world
         self._gpu = torch.device(world.device) if world.device.startswith("cuda") else None
         name = torch.cuda.get_device_name(self._gpu) if self._gpu else ""
@@ -32,8 +30,10 @@ class ThroughputMeter:
         psutil.cpu_percent()  # The first call only starts its clock.
 
     def measure(self, position: Position) -> dict[str, float]:
-        """Return the numbers since the last call, by name; `train/memory_gb` is the most so far on
-        a GPU, and the present resident set on a CPU."""
+        """Return the metrics since the last call.
+
+        `train/memory_gb` is the peak so far on a GPU, and the present resident set on a CPU.
+        """
         last, self._last = self._last, replace(position)
         seconds = max(position.seconds - last.seconds, 1e-9)
         flops_per_second = (position.flops - last.flops) / seconds

@@ -1,7 +1,7 @@
-"""The validation loss of a model in training, shared by its workers.
+"""The validation loss of a model in training, computed by all workers together.
 
-Each takes every n-th batch. Where the last round has too few of them, the others run one of another
-worker without counting it: a sharded model is whole only while all workers run it together.
+Each worker takes every n-th batch. If the last round has too few batches, the remaining workers run
+a batch without counting it: all workers must run a sharded model together.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ def validation_loss(
     precision: str,
     world: World,
 ) -> float:
-    """Return the mean loss of a target in nats, the same on all workers; 0 where none counts.
+    """Return the mean loss per target in nats, the same on all workers; 0 without targets.
+
+    The decoder's mode (training or evaluation) is restored afterwards.
 
     Args:
-        decoder: In training or not; it is so again afterwards.
+        decoder: On this worker's device.
         batches: The same on every worker, on the CPU.
         schedule: Corrections to make.
-        precision: Arithmetic, as in training.
+        precision: `fp32` or `bf16`, as in training.
         world: This worker's place.
     """
     total = count = 0.0

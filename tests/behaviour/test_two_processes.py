@@ -79,7 +79,7 @@ if __name__ == "__main__":
     print(json.dumps([outcome.to_dict() for outcome in outcomes]), flush=True)
 """
 
-WAITING = "waiting for another process, which is at: run\n"
+WAITING = "waiting for another process, which trains run\n"
 
 
 @pytest.fixture

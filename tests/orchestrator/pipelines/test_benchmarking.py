@@ -41,10 +41,12 @@ def saved(
     folder: Path, tokens: Path, model: dict[str, Any], *, step: int = 1, **changes: Any
 ) -> Path:
     torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict({**model, **changes}))
     return save_checkpoint(
         folder,
         step,
-        decoder=Decoder(ModelConfig.from_dict({**model, **changes})),
+        config=decoder.config,
+        weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=open_tokens(tokens).tokenizer_path,
         provenance={"tokens": tokens.name},

@@ -268,7 +268,8 @@ def test_an_exported_folder_scores_as_its_checkpoint(
     checkpoint = save_checkpoint(
         tmp_path / "run",
         1,
-        decoder=decoder,
+        config=decoder.config,
+        weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=tokenizer_path,
         provenance={},

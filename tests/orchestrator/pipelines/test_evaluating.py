@@ -61,10 +61,12 @@ def workspace(tmp_path: Path) -> Workspace:
 @pytest.fixture
 def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
     torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3}))
     return save_checkpoint(
         tmp_path / "run",
         1,
-        decoder=Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3})),
+        config=decoder.config,
+        weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
         provenance={"tokens": tiny_tokens.name},
@@ -313,5 +315,5 @@ def test_a_schedule_that_does_not_fit_is_refused(
 def test_no_checkpoint_is_the_users_mistake(
     tmp_path: Path, settings: EvaluationSettings, workspace: Workspace
 ) -> None:
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="holds no intact checkpoint"):
         evaluate(tmp_path, settings, workspace)

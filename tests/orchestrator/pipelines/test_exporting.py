@@ -100,10 +100,12 @@ def workspace(tmp_path: Path) -> Workspace:
 def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
     torch.manual_seed(0)
     config = {**tiny_model, "initializer_std": 0.3, "context_length": 64}
+    decoder = Decoder(ModelConfig.from_dict(config))
     return save_checkpoint(
         tmp_path / "run",
         1,
-        decoder=Decoder(ModelConfig.from_dict(config)),
+        config=decoder.config,
+        weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
         provenance={"tokens": tiny_tokens.name},

@@ -42,7 +42,8 @@ def write(decoder: Decoder, folder: Path, tokens: Path) -> Path:
     return save_checkpoint(
         folder,
         1,
-        decoder=decoder,
+        config=decoder.config,
+        weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=open_tokens(tokens).tokenizer_path,
         provenance={},

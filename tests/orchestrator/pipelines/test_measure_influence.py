@@ -33,10 +33,12 @@ def make_checkpoint(
 ) -> Callable[..., Path]:
     def make(**changes: Any) -> Path:
         torch.manual_seed(0)
+        decoder = Decoder(ModelConfig.from_dict({**tiny_model, **changes}))
         return save_checkpoint(
             tmp_path / "run",
             1,
-            decoder=Decoder(ModelConfig.from_dict({**tiny_model, **changes})),
+            config=decoder.config,
+            weights=decoder.state_dict(),
             training_state={},
             tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
             provenance={"tokens": tiny_tokens.name},

@@ -52,10 +52,12 @@ def checkpoint_of(
     context: Context, name: str, model: dict[str, Any], tokens: Path, seed: int, **provenance: Any
 ) -> Path:
     torch.manual_seed(seed)
+    decoder = Decoder(ModelConfig.from_dict(model))
     return save_checkpoint(
         context.workspace.runs / name,
         1,
-        decoder=Decoder(ModelConfig.from_dict(model)),
+        config=decoder.config,
+        weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=open_tokens(tokens).tokenizer_path,
         provenance={"tokens": tokens.name, **provenance},

@@ -45,7 +45,8 @@ def save(folder: Path, step: int, decoder: Decoder) -> Path:
     return save_checkpoint(
         folder,
         step,
-        decoder=decoder,
+        config=decoder.config,
+        weights=decoder.state_dict(),
         training_state={"step": step, "moments": torch.ones(2)},
         tokenizer_path=tokenizer,
         provenance={"tokens": "abc"},

@@ -64,7 +64,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_job(make_job("plain"))
-    write, may_write = writer_module.write_checkpoint, threading.Event()
+    write, may_write = writer_module.save_checkpoint, threading.Event()
     steps: list[int] = []
 
     def slow(folder: Path, step: int, **parts: Any) -> Path:
@@ -79,7 +79,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             assert names(job) == []
             may_write.set()
 
-    monkeypatch.setattr(writer_module, "write_checkpoint", slow)
+    monkeypatch.setattr(writer_module, "save_checkpoint", slow)
     job = make_job("slow")
     run_job(job, report=report)
     assert steps == list(range(1, 9))
@@ -117,7 +117,7 @@ def test_a_full_disk_ends_the_run_clearly_and_leaves_what_was_saved(make_job: Ma
         run_job(job)
     text = str(caught.value)
     assert f"after step 4 could not be written to {job.folder}" in text
-    assert "make room there" in text
+    assert "free disk space" in text
     assert text.endswith(str(job.folder / "step_00000003"))
     assert names(job) == ["step_00000002", "step_00000003"]
     assert not list(job.folder.glob("*.tmp"))

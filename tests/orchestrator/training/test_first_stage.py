@@ -161,7 +161,7 @@ def test_a_damaged_one_is_named_and_made_anew(make_job: MakeJob) -> None:
     outcome = run_job(job)
     texts = [r["text"] for r in read_journal(job.folder)[0] if r.get("name") == "damaged"]
     assert len(texts) == 1
-    assert texts[0].endswith("the first stage is made anew")
+    assert texts[0].endswith("the first stage is trained again")
     assert begins(job) == [0]
     assert weights(outcome) == weights(run_job(make_job((1, 1), shares=False)))
     assert run_job(make_job((2, 1))).finished
@@ -176,7 +176,7 @@ def test_one_without_its_record_is_damaged_too(make_job: MakeJob) -> None:
     (stage.checkpoint / PROVENANCE).unlink()
     warnings: list[str] = []
     assert stage.find(warnings.append) is None
-    assert "made anew" in warnings[0]
+    assert "trained again" in warnings[0]
     assert not list(stage.folder.parent.iterdir())
 
 
@@ -184,7 +184,7 @@ def test_no_room_for_it_costs_a_remark(make_job: MakeJob, monkeypatch: pytest.Mo
     def refuse(self: FirstStage, checkpoint: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(FirstStage, "put", refuse)
+    monkeypatch.setattr(FirstStage, "store", refuse)
     job = make_job((2, 1))
     outcome = run_job(job)
     assert outcome.finished
@@ -204,7 +204,7 @@ def test_a_put_that_breaks_off_leaves_nothing(
 
     monkeypatch.setattr("orchestrator.training.first_stage._link", refuse)
     with pytest.raises(OSError, match="No space left"):
-        stage.put(Path(str(outcome.checkpoint)).with_name(checkpoint_name(8)))
+        stage.store(Path(str(outcome.checkpoint)).with_name(checkpoint_name(8)))
     assert not list(stage.folder.parent.iterdir())
 
 

@@ -75,7 +75,7 @@ def trained(
     recipe = TrainingSettings(
         num_steps=NUM_STEPS, learning_rate=0.1, warmup_steps=0, num_sequences_per_pass=per_pass
     )
-    trainee = TrainingSetup(
+    setup = TrainingSetup(
         model=decoder,
         optimizer=torch.optim.SGD(decoder.parameters(), lr=0.1),
         objective=objective,
@@ -93,7 +93,7 @@ def trained(
         should_stop=never,
         should_save=never,
     )
-    assert train(trainee, Position(), hooks)
+    assert train(setup, Position(), hooks)
     return decoder, [numbers for numbers in reported if "train/loss" in numbers]
 
 

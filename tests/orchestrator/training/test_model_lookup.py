@@ -21,7 +21,6 @@ from orchestrator.training.checkpoint import checkpoint_name, save_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.model_lookup import (
     find_model_folder,
-    find_newest_teacher,
     resolve_model,
     resolve_teacher,
 )
@@ -42,7 +41,8 @@ def save(run: Path, tokens: Path, model: dict[str, Any], *steps: int) -> Path:
         save_checkpoint(
             run,
             step,
-            decoder=decoder,
+            config=decoder.config,
+            weights=decoder.state_dict(),
             training_state={},
             tokenizer_path=store.tokenizer_path,
             provenance={"tokens": store.fingerprint},
@@ -81,7 +81,7 @@ def test_what_is_made_of_a_model_is_never_made_of_an_older_one(
     assert code == 2
     newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
     assert f"{newest} is damaged: model.safetensors" in said
-    assert f"The newest whole one is {older}" in said
+    assert f"The newest intact one is {older}" in said
     assert "give that path" in said
     assert sorted(workspace.root.glob("[!l]*/**")) == before, "nothing was written"
 
@@ -125,13 +125,13 @@ def test_a_run_without_any_whole_checkpoint_does_not_give_way_to_an_older_run(
     newest = damage_newest(newer)
     os.utime(older, (1, 1))
     with pytest.raises(UserError, match=f"{newest} is damaged.* {older}"):
-        find_newest_teacher(workspace)
+        resolve_teacher(workspace, None)
     said: list[str] = []
-    assert find_newest_teacher(workspace, said.append) == older / checkpoint_name(5)
+    assert resolve_teacher(workspace, None, said.append) == older / checkpoint_name(5)
     assert len(said) == 1
     damage_newest(older)
-    with pytest.raises(UserError, match=f"has no checkpoint that is whole .*{newest}"):
-        find_newest_teacher(workspace)
+    with pytest.raises(UserError, match=f"has no intact checkpoint .*{newest}"):
+        resolve_teacher(workspace, None)
 
 
 def test_a_damaged_model_without_corrections_is_no_matter(
@@ -141,7 +141,7 @@ def test_a_damaged_model_without_corrections_is_no_matter(
     vanilla = {**tiny_model, "method": "vanilla", "schedule": None}
     damage_newest(save(workspace.runs / "vanilla", tiny_tokens, vanilla, 5))
     os.utime(run, (1, 1))
-    assert find_newest_teacher(workspace) == run / checkpoint_name(5)
+    assert resolve_teacher(workspace, None) == run / checkpoint_name(5)
 
 
 @pytest.fixture
@@ -155,7 +155,8 @@ def save_run(workspace: Workspace, tiny_model: dict[str, Any], tiny_tokens: Path
         checkpoint = save_checkpoint(
             workspace.runs / name,
             1,
-            decoder=Decoder(config),
+            config=Decoder(config).config,
+            weights=Decoder(config).state_dict(),
             training_state={},
             tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
             provenance={"imported": {"from": name}} if imported else {},

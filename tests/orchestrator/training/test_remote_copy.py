@@ -90,7 +90,7 @@ def test_a_store_that_takes_nothing_does_not_stop_training(make_job: Make, tmp_p
 
     outcome = run_job(job, report=in_the_way)
     assert outcome.finished
-    assert "training goes on" in notes(job, "not copied")[0]
+    assert "training continues" in notes(job, "not copied")[0]
 
 
 def test_an_address_that_is_none_is_the_users_mistake(make_job: Make) -> None:

@@ -137,7 +137,7 @@ def test_a_finished_job_whose_checkpoint_is_damaged_is_not_finished_and_says_so(
     assert finished_outcome(job, said.append) is None
     assert len(said) == 1
     assert f"{weights.parent} is damaged" in said[0]
-    assert "is done again" in said[0]
+    assert "is trained again" in said[0]
 
 
 def test_a_finished_job_returns_at_once(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +488,7 @@ def test_mistakes_are_found_before_anything_is_written(
 
 @pytest.mark.parametrize(
     ("sizes", "sentence"),
-    [({"vocab_size": 10}, "vocab_size of 10"), ({"num_heads": 3}, "dim must be a multiple")],
+    [({"vocab_size": 10}, "the model's is 10"), ({"num_heads": 3}, "dim must be a multiple")],
 )
 def test_a_model_that_does_not_fit_is_refused(
     make_job: MakeJob, tiny_model: dict[str, Any], sizes: dict[str, Any], sentence: str
@@ -508,7 +508,7 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     teacher = run_job(make_job()).checkpoint
     job = make_job("s", initial_folder=teacher, model={**tiny_model, "ffn_dim": 64})
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="another configuration"):
         run_job(job)
 
 
