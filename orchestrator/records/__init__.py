@@ -1,1 +1,1 @@
-"""What travels between packages and is stored as JSON: trial results and evaluations."""
+"""Values that several packages share and store as JSON: results of trials and evaluations."""

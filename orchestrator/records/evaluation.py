@@ -1,14 +1,12 @@
-"""What an evaluation found: metrics of each task with their standard errors, and the averages that
-a front shows.
+"""Results of an evaluation: each task's metrics with standard errors, and their averages.
 
-Every number here follows from per-item values, which are kept: they serve paired comparisons of two
-models over the same items, where most of the noise cancels. Standard errors are analytic (no
-bootstrap: 0 seconds instead of several per task): s / sqrt(n) for means, by the delta method for
-what is a function of means.
+Per-item values are kept for paired comparisons of two models on the same items, where most of the
+noise cancels. Standard errors are analytic, not bootstrapped (0 seconds instead of several per
+task): s / sqrt(n) for means, the delta method for functions of means.
 
-    accuracy   = mean over the requested tasks of acc_norm where a task reports it, acc elsewhere; a
-    group counts as one its error  = sqrt(sum of squared errors) / number of tasks, tasks taken as
-    independent
+    accuracy = mean over the requested tasks of acc_norm if a task reports it, else acc
+               (a group counts as one task)
+    error    = sqrt(sum of squared errors) / number of tasks, for independent tasks
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any
 from orchestrator.workspace.errors import UserError, shortened
 
 ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
-"""Which of a task's metrics is its accuracy: the first that it reports."""
+"""A task's accuracy is the first of these that it reports."""
 
 BITS_METRIC = "bits_per_byte"
 STDERR_SUFFIX = "_stderr"
@@ -36,24 +34,30 @@ class TaskResult:
     name: str
     """The task's name in lm-eval."""
     version: str
-    """The version that the task states; part of what its numbers mean."""
+    """Version of the task."""
     num_items: int
     """Documents that were scored."""
     num_fewshot: int
     """Solved examples before each item."""
     metrics: dict[str, float]
-    """Metric to value, and `METRIC_stderr` to its standard error where one is known."""
+    """Metric to value, and `METRIC_stderr` to its standard error if known."""
     items: list[str]
-    """A hash of each document, in order: equal hashes are equal items."""
+    """A hash of each document, in order; equal hashes mean equal items."""
     values: dict[str, list[Any]]
-    """Metric to one value per item; a pair (log-likelihood, weight) for those per byte or word."""
+    """Metric to one value per item; pairs (log-likelihood, weight) for metrics per byte or word."""
     log_likelihoods: list[list[float]]
-    """Per item, the log-likelihood of each of its continuations, in nats."""
+    """Per item, the log-likelihood of each continuation, in nats."""
 
     @property
     def accuracy_metric(self) -> str | None:
-        """The metric that counts as accuracy; None where the task has none."""
+        """The metric that counts as accuracy; None if the task has none."""
         return next((name for name in ACCURACY_METRICS if name in self.metrics), None)
+
+    def with_error(self, metric: str | None) -> tuple[float, float] | None:
+        """Return a metric and its standard error (NaN if unknown); None if it is not reported."""
+        if metric is None or metric not in self.metrics:
+            return None
+        return self.metrics[metric], self.metrics.get(metric + STDERR_SUFFIX, math.nan)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; `from_dict` is the inverse."""
@@ -64,7 +68,7 @@ class TaskResult:
         """Rebuild a stored result.
 
         Raises:
-            UserError: If it does not have this version's fields.
+            UserError: If its fields are not those of this version.
         """
         try:
             found = cls(**values)
@@ -73,7 +77,8 @@ class TaskResult:
             dict(found.values)
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"no readable evaluation ({shortened(str(error))}); delete it and evaluate again"
+                f"the evaluation is not readable ({shortened(str(error))}); delete it and evaluate "
+                "again"
             ) from None
         return found
 
@@ -83,11 +88,11 @@ class EvaluationResult:
     """All tasks of an evaluation."""
 
     results: dict[str, TaskResult]
-    """By name of the task."""
+    """Task name to result."""
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """What was asked for by the name of a group or tag, and the tasks behind it."""
+    """Requested group or tag, and its tasks."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """What was asked for and could not be run, with the reason."""
+    """Requested task that could not run, and the reason."""
 
     @property
     def tasks(self) -> dict[str, dict[str, float]]:
@@ -102,18 +107,19 @@ class EvaluationResult:
     @property
     def num_accuracy_items(self) -> int:
         """Items of the tasks that have an accuracy."""
-        return sum(r.num_items for name, r in self.results.items() if self._accuracy_of(name))
+        return sum(result.num_items for result in self.results.values() if result.accuracy_metric)
 
     @property
     def accuracies(self) -> dict[str, tuple[float, float]]:
-        """What goes into the average: name of a task or group to accuracy and standard error."""
+        """Terms of the average: task or group to accuracy and standard error."""
         in_group = {name for names in self.groups.values() for name in names}
-        parts = {name: (name,) for name in self.results if name not in in_group} | self.groups
+        tasks = {name: (name,) for name in self.results if name not in in_group}
         found = {}
-        for name, members in parts.items():
-            pairs = [pair for member in members if (pair := self._accuracy_of(member))]
-            if pairs:
-                found[name] = mean_and_error(pairs)
+        for name, members in (tasks | self.groups).items():
+            results = [self.results[member] for member in members if member in self.results]
+            pairs = [result.with_error(result.accuracy_metric) for result in results]
+            if known := [pair for pair in pairs if pair]:
+                found[name] = mean_and_error(known)
         return found
 
     @property
@@ -137,7 +143,7 @@ class EvaluationResult:
         return self._bits()[1]
 
     def quality(self) -> dict[str, float]:
-        """Return flat numbers for a trial's result: averages, `TASK/METRIC` of each; no NaN."""
+        """Return flat numbers for a trial's result: averages and `TASK/METRIC`, without NaN."""
         numbers = {
             name: getattr(self, name)
             for name in ("accuracy", "accuracy_stderr", BITS_METRIC, BITS_METRIC + STDERR_SUFFIX)
@@ -147,7 +153,7 @@ class EvaluationResult:
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, the per-item ones included; `from_dict` is the inverse."""
+        """Return plain JSON values; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
@@ -155,7 +161,7 @@ class EvaluationResult:
         """Rebuild a stored evaluation.
 
         Raises:
-            UserError: If it does not have this version's fields.
+            UserError: If its fields are not those of this version.
         """
         try:
             results = {k: TaskResult.from_dict(v) for k, v in values["results"].items()}
@@ -164,23 +170,15 @@ class EvaluationResult:
         except UserError:
             raise
         except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"no readable evaluation ({error!r}); evaluate again") from None
-
-    def _accuracy_of(self, task: str) -> tuple[float, float] | None:
-        result = self.results.get(task)
-        metric = result.accuracy_metric if result else None
-        if result is None or metric is None:
-            return None
-        return result.metrics[metric], result.metrics.get(metric + STDERR_SUFFIX, math.nan)
+            raise UserError(f"the evaluation is not readable ({error!r}); evaluate again") from None
 
     def _bits(self) -> tuple[float, float]:
-        having = [metrics for metrics in self.tasks.values() if BITS_METRIC in metrics]
-        pairs = [(m[BITS_METRIC], m.get(BITS_METRIC + STDERR_SUFFIX, math.nan)) for m in having]
-        return mean_and_error(pairs)
+        pairs = [result.with_error(BITS_METRIC) for result in self.results.values()]
+        return mean_and_error([pair for pair in pairs if pair])
 
 
 def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Average values with independent standard errors; NaN and NaN if there are none."""
+    """Average (value, standard error) pairs with independent errors; NaN if there are none."""
     if not pairs:
         return math.nan, math.nan
     mean = math.fsum(value for value, _ in pairs) / len(pairs)
@@ -191,13 +189,12 @@ def standard_error(aggregation: str, values: Values) -> float | None:
     """Return the standard error of a metric from its per-item values.
 
     Args:
-        aggregation: lm-eval's name of how items become one number: mean, perplexity (`exp(-mean)`),
-            weighted_perplexity (`exp(-sum a / sum b)` over pairs (a, b)) or bits_per_byte (the same
-            ratio in bits).
+        aggregation: lm-eval's name: mean, perplexity (`exp(-mean)`), weighted_perplexity
+            (`exp(-sum a / sum b)` over pairs (a, b)) or bits_per_byte (the same ratio in bits).
         values: One per item.
 
     Returns:
-        The error; None if the aggregation has none here or there are fewer than two items.
+        The error; None for another aggregation, or for fewer than two items.
     """
     if len(values) < 2:
         return None
@@ -210,7 +207,7 @@ def standard_error(aggregation: str, values: Values) -> float | None:
         pairs = [(float(a), float(b)) for a, b in values]  # type: ignore[misc]
         weight = math.fsum(b for _, b in pairs)
         ratio = math.fsum(a for a, _ in pairs) / weight
-        # A ratio of sums, linearised: the error of the mean of (a - ratio b) / mean(b).
+        # A ratio of sums, linearized: the error of the mean of (a - ratio b) / mean(b).
         error = _error_of_mean([(a - ratio * b) * len(pairs) / weight for a, b in pairs])
         return error / math.log(2) if aggregation == BITS_METRIC else math.exp(-ratio) * error
     return None

@@ -1,15 +1,13 @@
-"""What a trial leaves behind: one value that tables, fronts, reports and MLflow all read.
+"""The result of a trial: one value for tables, fronts, reports and MLflow.
 
-A trial is one iteration schedule distilled and measured once; the full model (`teacher`) and models
-trained from scratch for comparison (`baseline`: vanilla, r = 0) have the same form, so that a
-front can hold all three. Numbers lie in three flat mappings whose names are those of the tracked
-metrics: `cost["evaluations"]` is the metric `cost/evaluations`. A name that a trial lacks stays
-out; readers ask with `value`, which answers None.
+The full model (`teacher`) and models trained from scratch (`baseline`) have the same form, so that
+a front can hold all three. Numbers are in three flat mappings, named as the tracked metrics:
+`cost["evaluations"]` is the metric `cost/evaluations`. A number that was not measured is absent.
 
 Usual names. cost: evaluations, relative_evaluations, flops_per_token, relative_flops,
 kv_bytes_per_token, weight_bytes_per_token, num_parameters, decode_ms_per_token, decode_ms_spread.
 quality: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr, validation_loss, perplexity
-(of a token: exp of that loss), and `TASK/METRIC` for each task. train: steps, tokens, flops,
+(per token: exp of that loss), and `TASK/METRIC` for each task. train: steps, tokens, flops,
 seconds.
 """
 
@@ -26,78 +24,78 @@ Role = Literal["trial", "teacher", "baseline"]
 ROLES = ("trial", "teacher", "baseline")
 T = TypeVar("T")
 MAX_EXPONENT = 700.0
-"""Above it `exp` leaves the numbers of a float."""
+"""Above it, `exp` overflows a float."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """One model, what it costs and how good it is.
+    """One model with its cost and quality.
 
     Raises:
-        ValueError: If the role is none of the three.
+        ValueError: If the role is unknown.
     """
 
     key: str
-    """Content key of all that determines the result."""
+    """Content key of everything that determines the result."""
     role: Role
-    """`trial`, `teacher` (the full model) or `baseline` (trained from scratch for comparison)."""
+    """`trial`, `teacher` (the full model) or `baseline` (trained from scratch)."""
     method: str
     """Registry key of the method: iiet, vanilla, pcformer."""
     schedule: tuple[int, ...] | None = None
-    """Corrections per layer; None where the method has none."""
+    """Corrections per layer; None if the method has none."""
     label: str = ""
-    """What tables and pictures call it, such as `threshold 0.004` or `vanilla`."""
+    """Name in tables and figures, such as `threshold 0.004` or `vanilla`."""
     threshold_above: float | None = None
-    """Thresholds above this, and up to `threshold_up_to`, give this schedule; None or -infinity:
-    all that are low enough."""
+    """Thresholds above this, up to `threshold_up_to`, give this schedule; None or -infinity: no
+    lower bound."""
     threshold_up_to: float | None = None
-    """Largest threshold that gives this schedule; None or infinity: all that are high enough."""
+    """Largest threshold that gives this schedule; None or infinity: no upper bound."""
     cost: dict[str, float] = field(default_factory=dict)
     """Inference cost, lower is better."""
     quality: dict[str, float] = field(default_factory=dict)
     """Accuracy and losses, with standard errors as `NAME_stderr`."""
     train: dict[str, float] = field(default_factory=dict)
-    """What making it took: steps, tokens, FLOPs, seconds."""
+    """Training cost: steps, tokens, FLOPs, seconds."""
     checkpoint: str | None = None
-    """Folder of its weights."""
+    """Folder of the weights."""
     parent: str | None = None
-    """Key of the model it was distilled from."""
+    """Key of the teacher."""
     recipe: dict[str, str] = field(default_factory=dict)
-    """How it was trained, setting by setting; empty where it was measured as it is."""
+    """Training settings; empty if the model was not trained."""
     run_id: str | None = None
-    """MLflow run that holds it."""
+    """MLflow run of the trial."""
     seed: int | None = None
-    """Seed of its training, where the sweep trains every model with several."""
+    """Training seed, if the sweep trains every model with several."""
     group: str | None = None
-    """What it is called apart from its seed; results of one group are seeds of one model."""
+    """Name without the seed; results of one group are seeds of one model."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
 
     def value(self, name: str) -> float | None:
-        """Return a number by its tracked name (`cost/evaluations`); None if not measured."""
+        """Return a number by its tracked name (`cost/evaluations`); None if it was not measured."""
         group, _, key = name.partition("/")
         number = self._groups().get(group, {}).get(key)
         return None if number is None or number != number else float(number)
 
     @property
     def schedule_text(self) -> str:
-        """The iteration schedule as it is typed: `2,2,1,1`; empty where there is none."""
+        """The iteration schedule as `2,2,1,1`; empty if there is none."""
         return ",".join(str(r) for r in self.schedule or ())
 
     @property
     def name(self) -> str:
-        """What to call it where there is room for one name: the label, else method and schedule."""
+        """The label, else method and schedule."""
         return self.label or " ".join(part for part in (self.method, self.schedule_text) if part)
 
     @property
     def threshold_text(self) -> str:
-        """The thresholds that give this schedule, as `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
+        """Thresholds that give this schedule: `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
         return threshold_range_text(self.threshold_above, self.threshold_up_to)
 
     def metrics(self) -> dict[str, float]:
-        """Return every number under its tracked name: `cost/*`, `quality/*`, `train/*`."""
+        """Return every number by its tracked name: `cost/*`, `quality/*`, `train/*`."""
         return {
             f"{group}/{name}": float(number)
             for group, values in self._groups().items()
@@ -106,9 +104,7 @@ class TrialResult:
         }
 
     def params(self) -> dict[str, str]:
-        """Return the tracked parameters: method, schedule, one `r_NN` a layer, threshold, where it
-        came from, and its recipe as `recipe/*`.
-        """
+        """Return the tracked parameters; `r_NN` are a layer's corrections."""
         params = {"method": self.method, "role": self.role, "label": self.name}
         if self.schedule is not None:
             params["schedule"] = self.schedule_text
@@ -126,42 +122,32 @@ class TrialResult:
         return params | {f"recipe/{name}": text for name, text in self.recipe.items()}
 
     def _groups(self) -> dict[str, Mapping[str, float]]:
-        """Return the numbers by group, with the perplexity, which is the loss in other words."""
         quality, loss = self.quality, finite_or_none(self.quality.get("validation_loss"))
         if loss is not None and loss < MAX_EXPONENT:
             quality = {"perplexity": math.exp(loss), **quality}
         return {"cost": self.cost, "quality": quality, "train": self.train}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a mapping that strict JSON can hold, without numbers that are none.
-
-        `from_dict` is its inverse.
-        """
-        numbers = {
-            group: {n: v for n, v in values.items() if finite_or_none(v) is not None}
-            for group, values in (
-                ("cost", self.cost),
-                ("quality", self.quality),
-                ("train", self.train),
-            )
-        }
-        return (
-            asdict(self)
-            | numbers
-            | {
-                "schedule": None if self.schedule is None else list(self.schedule),
-                "threshold_above": finite_or_none(self.threshold_above),
-                "threshold_up_to": finite_or_none(self.threshold_up_to),
+        """Return values for strict JSON, without NaN and infinity; see `from_dict`."""
+        values = asdict(self)
+        for group in ("cost", "quality", "train"):
+            values[group] = {
+                name: number
+                for name, number in values[group].items()
+                if finite_or_none(number) is not None
             }
-        )
+        return values | {
+            "schedule": None if self.schedule is None else list(self.schedule),
+            "threshold_above": finite_or_none(self.threshold_above),
+            "threshold_up_to": finite_or_none(self.threshold_up_to),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:
-        """Rebuild a result.
+        """Rebuild a result; the inverse of `to_dict`.
 
         Raises:
-            UserError: If a name is unknown or missing, as in a file of another version or a damaged
-                one.
+            UserError: If a name is unknown or missing: the file is damaged, or of another version.
         """
         known = {item.name for item in fields(cls)}
         required = {"key", "role", "method"}
@@ -169,8 +155,8 @@ class TrialResult:
         problems += [f"missing: {name}" for name in sorted(required - set(values))]
         if problems:
             raise UserError(
-                f"no readable trial result ({'; '.join(problems)}); delete it and run the sweep "
-                "again"
+                f"the trial result is not readable ({'; '.join(problems)}); delete it and run the "
+                "sweep again"
             )
         schedule = values.get("schedule")
         return cls(**{**values, "schedule": None if schedule is None else tuple(schedule)})
@@ -179,13 +165,9 @@ class TrialResult:
 def teacher_or_costliest(
     models: Sequence[T], *, role: Callable[[T], str], cost: Callable[[T], float]
 ) -> T | None:
-    """Return the model that others are compared with: the teacher, else the costliest that is no
-    baseline, else the costliest; None of none.
+    """Return the model that others are compared with; None if there are no models.
 
-    Args:
-        models: Planned or measured ones.
-        role: Of each of them, one of `ROLES`.
-        cost: Of each of them.
+    This is the teacher, else the costliest trial, else the costliest model.
     """
     for wanted in ({"teacher"}, {"teacher", "trial"}, set(ROLES)):
         if found := [model for model in models if role(model) in wanted]:
@@ -194,9 +176,7 @@ def teacher_or_costliest(
 
 
 def threshold_range_text(above: float | None, up_to: float | None) -> str:
-    """Write the thresholds that give a schedule, above one and up to another; None or infinite:
-    no bound. Empty where there is neither.
-    """
+    """Format the thresholds from above one up to another; None and infinity are no bounds."""
     above, up_to = finite_or_none(above), finite_or_none(up_to)
     if above is None:
         return "" if up_to is None else f"<={up_to:.2g}"
@@ -204,5 +184,5 @@ def threshold_range_text(above: float | None, up_to: float | None) -> str:
 
 
 def finite_or_none(number: float | None) -> float | None:
-    """Return a number that strict JSON can hold, or None."""
+    """Return the number, or None if strict JSON cannot hold it."""
     return number if number is not None and math.isfinite(number) else None

@@ -113,5 +113,5 @@ def test_results_survive_the_way_through_json() -> None:
 
 @pytest.mark.parametrize("stored", [{}, {"results": {"a": {"name": "a"}}, "groups": {}}])
 def test_a_result_of_another_form_is_the_users_to_delete(stored: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="no readable evaluation"):
+    with pytest.raises(UserError, match="the evaluation is not readable"):
         EvaluationResult.from_dict(stored)
