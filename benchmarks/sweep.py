@@ -33,9 +33,9 @@ from orchestrator.data.preparation import prepare
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.sweeping.execution import sweep
+from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.students import threshold_plan
+from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_run import measure_quality
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
@@ -161,7 +161,7 @@ class _Bench:
         tracking = open_tracking(here)
         threads = torch.get_num_threads()
         with ray_cluster(num_cpus=threads):
-            sweep(self.plan(here, **asked), self.settings(**asked), here, tracking=tracking)
+            run_sweep(self.plan(here, **asked), self.settings(**asked), here, tracking=tracking)
         ends = sorted(trial.result_path.stat().st_mtime for trial in swept)
         loop_ends: list[float] = []
         for trial in looped:
@@ -224,7 +224,7 @@ class _Bench:
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            sweep(plan, self.settings(), workspace, tracking=open_tracking(workspace))
+            run_sweep(plan, self.settings(), workspace, tracking=open_tracking(workspace))
             seconds.append(time.perf_counter() - started)
         # The first call makes the database and measures the time per token.
         again = Quantity("again", Spread.of(seconds[1:]), "s")

@@ -42,9 +42,9 @@ from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.settings import BASELINE_METHOD, Settings, model_label
-from orchestrator.sweeping.checks import check_sweep
-from orchestrator.sweeping.models import check_models, models_of, with_rates
-from orchestrator.sweeping.students import check_student_batch, loss_of
+from orchestrator.sweeping.checks import check_models, check_sweep
+from orchestrator.sweeping.model_plans import settings_at_rates, swept_models
+from orchestrator.sweeping.student_plans import check_student_batch, distillation_config
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
 from orchestrator.training.job import TrainingJob
@@ -156,7 +156,7 @@ def _check(settings: Settings, choices: Choices, session: Session) -> None:
     """Find what the settings have wrong together before anything is trained."""
     check_sweep(settings, "iterations", session.progress)
     check_models(settings, "iterations")
-    loss_of(settings.distillation)
+    distillation_config(settings.distillation)
     check_teacher_cache(settings.distillation)
     if len(set(choices.seeds)) < len(choices.seeds):
         raise UserError(f"--seeds: a seed stands there twice in {list(choices.seeds)}")
@@ -341,8 +341,8 @@ def _best_rate(tried: Mapping[float, TrialResult]) -> float:
 
 def _contenders(settings: Settings, two_stage_from: float | None) -> Iterable[_Contender]:
     models = []
-    for name, changes in models_of(settings):
-        own = with_rates(settings, **changes)
+    for name, changes in swept_models(settings):
+        own = settings_at_rates(settings, **changes)
         rates = tuple(each.training.learning_rate for each in own)
         models.append(_Contender(name, own[0], rates))
     yield from models

@@ -77,7 +77,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from iiet.influence import InfluenceTable
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.selection import choose_members
-    from orchestrator.sweeping.students import threshold_plan
+    from orchestrator.sweeping.student_plans import threshold_plan
     from orchestrator.training.job import TrainingJob
     from orchestrator.training.run import run_job
     from orchestrator.workspace.folders import open_workspace

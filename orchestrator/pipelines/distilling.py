@@ -19,7 +19,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import journal_table
 from orchestrator.planning.feasibility import check_trainings
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.students import student_job
+from orchestrator.sweeping.student_plans import student_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key

@@ -31,25 +31,29 @@ from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.sweeping.asha import early_stopping_of
 from orchestrator.sweeping.baselines import find_baselines
-from orchestrator.sweeping.budgets import cost_in
-from orchestrator.sweeping.checks import check_sweep
-from orchestrator.sweeping.models import (
+from orchestrator.sweeping.checks import check_models, check_sweep
+from orchestrator.sweeping.model_plans import (
     TEACHER,
-    check_models,
-    models_of,
-    most_students,
+    ScratchModel,
+    iterations_plan,
+    max_num_students,
+    settings_at_rates,
+    swept_models,
     teacher_and_baselines,
-    with_rates,
 )
 from orchestrator.sweeping.plan_table import plan_sentences
-from orchestrator.sweeping.price import TrialState, price_of, requested_noun, trial_states
+from orchestrator.sweeping.remaining_cost import (
+    TrialState,
+    estimate_remaining_cost,
+    requested_noun,
+    trial_states,
+)
 from orchestrator.sweeping.search import ScheduleSearch, search_plan
-from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.stopping import stopping_of
-from orchestrator.sweeping.students import student_trial, threshold_plan
+from orchestrator.sweeping.selection import choose_members, schedule_cost
+from orchestrator.sweeping.student_plans import student_trial, threshold_plan
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
-from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
@@ -169,13 +173,13 @@ def _dry_run_of_pretraining(
 ) -> SweepDryRun:
     config = jobs[TEACHER].config()
     plan = iterations_plan(
-        [Variant(label=label, job=job) for label, job in jobs.items()],
+        [ScratchModel(label=label, job=job) for label, job in jobs.items()],
         suite=plan_suite(settings.evaluation, tokens, config, context.progress),
         name="the teacher and its baselines",
     )
     # They are pretrained on the cluster's GPUs, not on those of the sweep's trials.
     gpus = settings.sweep.model_copy(update={"gpus_per_trial": settings.cluster.num_gpus})
-    recipe, most = settings.distillation.training, most_students(settings, config)
+    recipe, most = settings.distillation.training, max_num_students(settings, config)
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
     is_pruned = settings.distillation.control == "pruned"
     training = "none of them trained" if is_pruned else f"each on {num_tokens:,} tokens"
@@ -191,7 +195,7 @@ def _dry_run_of_pretraining(
 def dry_run_of(plan: SweepPlan, settings: Settings, context: Context, *more: str) -> SweepDryRun:
     """Return what a plan would do: how far its trials are, and what the rest costs."""
     states = trial_states(plan, settings.sweep)
-    price = price_of(plan, states, settings, context.workspace.teachers)
+    price = estimate_remaining_cost(plan, states, settings, context.workspace.teachers)
     lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
     if settings.trials_use_gpus:
         jobs = [s.trial.job for s in states if s.name == "to train" and s.trial.job]
@@ -200,7 +204,7 @@ def dry_run_of(plan: SweepPlan, settings: Settings, context: Context, *more: str
         at_once = f", at most {sweep.trials_at_once} at once" if sweep.trials_at_once else ""
         gpus = format_count(sweep.gpus_per_trial or 0, "GPU")
         lines.append(f"each trial runs on {gpus}{at_once}")
-    if rule := stopping_of(plan, settings.sweep).rule:
+    if rule := early_stopping_of(plan, settings.sweep).rule:
         lines.append(rule.text)
     return SweepDryRun(plan=plan, states=tuple(states), sentences=(*lines, *more))
 
@@ -296,7 +300,7 @@ def plan_iterations(
         models = list(_models(settings))
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     variants = [
-        Variant(
+        ScratchModel(
             label=model.label,
             job=pretraining_job(model.settings, context.workspace, tokens),
             group=model.group,
@@ -309,8 +313,8 @@ def plan_iterations(
 
 
 def _models(settings: Settings) -> Iterator[SweepModel]:
-    for name, changes in models_of(settings):
-        rates = with_rates(settings, **changes)
+    for name, changes in swept_models(settings):
+        rates = settings_at_rates(settings, **changes)
         for own in rates:
             label = name
             if len(rates) > 1:
@@ -372,7 +376,7 @@ def plan_students(
         context.workspace,
         teacher=teacher,
         members=choose_members(
-            influence, settings.sweep, cost=cost_in(settings.sweep.budget_unit, full)
+            influence, settings.sweep, cost=schedule_cost(settings.sweep.budget_unit, full)
         ),
         suite=suite,
         baselines=list(baselines.items()),

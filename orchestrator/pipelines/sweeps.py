@@ -30,9 +30,8 @@ from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, SweepResults
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.checks import check_sweep
-from orchestrator.sweeping.execution import SweepOutcome
-from orchestrator.sweeping.execution import sweep as run_trials
-from orchestrator.sweeping.models import TEACHER, most_students, teacher_and_baselines
+from orchestrator.sweeping.execution import SweepOutcome, run_sweep
+from orchestrator.sweeping.model_plans import TEACHER, max_num_students, teacher_and_baselines
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
@@ -109,7 +108,7 @@ def sweep(
     tokens, jobs = plan_teacher(settings, context)
     # The students of a teacher that exists are checked when they are planned.
     if settings.distillation.control != "pruned" and finished_outcome(jobs[TEACHER]) is None:
-        most = most_students(settings, jobs[TEACHER].config())
+        most = max_num_students(settings, jobs[TEACHER].config())
         check_students_fit(settings, list(jobs.values()), most)
     with ray_cluster(say=context.progress.start):
         trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
@@ -134,8 +133,8 @@ def _sweep_students(
     name: str | None,
 ) -> SweepResult:
     planned = plan_students(settings, context, teacher, baselines=baselines, name=name)
-    grow = planned.search.grow if planned.search else None
-    return _run(planned.plan, settings, context, planned.influence, grow)
+    next_trials = planned.search.next_trials if planned.search else None
+    return _run(planned.plan, settings, context, planned.influence, next_trials)
 
 
 def _run(
@@ -143,16 +142,16 @@ def _run(
     settings: Settings,
     context: Context,
     influence: InfluenceTable | None = None,
-    grow: Callable[[], Sequence[PlannedTrial]] | None = None,
+    next_trials: Callable[[], Sequence[PlannedTrial]] | None = None,
 ) -> SweepResult:
-    """Run a plan and write its report; `grow` returns further trials when all have ended."""
-    outcome = run_trials(
+    """Run a plan and write its report; `next_trials` returns further trials when all have ended."""
+    outcome = run_sweep(
         plan,
         settings,
         context.workspace,
         tracking=context.tracking,
         progress=context.progress,
-        grow=grow,
+        next_trials=next_trials,
     )
     plan = outcome.plan
     found = SweepResults(

@@ -7,21 +7,22 @@ exist has lost them.
 
 from __future__ import annotations
 
-from typing import Literal
-
+from iiet.methods import METHODS
 from orchestrator.cluster.placement import check_trial_size
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings, method_of_label
-from orchestrator.sweeping.students import loss_of
+from orchestrator.sweeping.model_plans import settings_of_model, swept_models
+from orchestrator.sweeping.selection import check_budgets
+from orchestrator.sweeping.student_plans import check_student_batch, distillation_config
+from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.model_config import build_model_config
 from orchestrator.training.teacher_cache_policy import check_teacher_cache
 from orchestrator.workspace.errors import UserError
 
-Kind = Literal["threshold", "iterations", "search"]
 
-
-def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None) -> None:
+def check_sweep(settings: Settings, kind: SweepKind, progress: Progress | None = None) -> None:
     """Check what a sweep can be refused for without having trained anything.
 
     Args:
@@ -34,7 +35,7 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
     """
     check_trial_size(assign_trial_gpus(settings).sweep)
     if kind != "iterations" and settings.distillation.control == "distill":
-        loss_of(settings.distillation)
+        distillation_config(settings.distillation)
         check_teacher_cache(settings.distillation)
     if kind in ("threshold", "search"):
         _check_thresholds(settings)
@@ -43,6 +44,48 @@ def check_sweep(settings: Settings, kind: Kind, progress: Progress | None = None
         _check_search(settings)
     if progress:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
+
+
+def check_models(settings: Settings, kind: SweepKind) -> None:
+    """Check the models of a sweep that trains its own, without any of their data.
+
+    Args:
+        settings: Sections `model` and `sweep` count.
+        kind: What is swept.
+
+    Raises:
+        UserError: Names what no model can be made of, all at once.
+    """
+    vocab_size = settings.data.vocab_size
+    if kind == "iterations":
+        problems = []
+        for _, changes in swept_models(settings):
+            try:
+                build_model_config(
+                    settings_of_model(settings, **changes).model, vocab_size=vocab_size
+                )
+            except UserError as error:
+                problems.append(str(error))
+        names = [name for name, _ in swept_models(settings)]
+        idle = [n for n in settings.sweep.learning_rates if "r = " in n and n not in names]
+        if idle:
+            problems.append(
+                f"sweep.learning_rates has a rate of {', '.join(idle)}, which is not swept; swept "
+                f"are {', '.join(names)}"
+            )
+        if problems:
+            raise UserError("; ".join(dict.fromkeys(problems)))
+        return
+    config = build_model_config(settings.model, vocab_size=vocab_size)
+    if settings.distillation.control != "pruned":
+        check_student_batch(settings.distillation, config)
+    check_budgets(settings.sweep, config)
+    if not METHODS[config.method].has_corrections or not sum(config.corrections):
+        raise UserError(
+            f"a {kind} sweep prunes its teacher's corrections, and a teacher of "
+            f"model.method={settings.model.method} and model.corrections="
+            f"{settings.model.corrections} has none; take method iiet with 1 correction or more"
+        )
 
 
 def _check_thresholds(settings: Settings) -> None:
@@ -54,7 +97,7 @@ def _check_thresholds(settings: Settings) -> None:
         )
 
 
-def _check_stopping(settings: Settings, kind: Kind) -> None:
+def _check_stopping(settings: Settings, kind: SweepKind) -> None:
     sweep = settings.sweep
     if sweep.asha and kind == "iterations":
         _check_there_are_rates_to_end(settings)

@@ -26,11 +26,10 @@ from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import Settings, flatten, to_yaml
+from orchestrator.sweeping.asha import EarlyStop, EarlyStopping, early_stopping_of
 from orchestrator.sweeping.front_history import record_front
-from orchestrator.sweeping.halving import Verdict
-from orchestrator.sweeping.price import stored_plan
-from orchestrator.sweeping.rounds import TrialRounds
-from orchestrator.sweeping.stopping import Stopping, stopping_of
+from orchestrator.sweeping.remaining_cost import plan_record
+from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -45,7 +44,7 @@ from orchestrator.workspace.files import read_cached, read_json_object, write_js
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
-Grow = Callable[[], Sequence[PlannedTrial]]
+NextTrials = Callable[[], Sequence[PlannedTrial]]
 """Returns the trials to run next, none at the end."""
 
 PLAN_NAME = "plan.json"
@@ -71,14 +70,14 @@ class SweepOutcome:
     """Keys of the trials that this call found finished: from before, or by another sweep."""
 
 
-def sweep(
+def run_sweep(
     plan: SweepPlan,
     settings: Settings,
     workspace: Workspace,
     *,
     tracking: Tracking,
     progress: Progress | None = None,
-    grow: Grow | None = None,
+    next_trials: NextTrials | None = None,
 ) -> SweepOutcome:
     """Run what is not finished of a plan, measure the time per token, and write down the results.
 
@@ -88,7 +87,7 @@ def sweep(
         workspace: Where trials and the sweep live.
         tracking: Where the runs are shown.
         progress: Told what is going on.
-        grow: Called when all trials have ended; those that it returns are run next, until it
+        next_trials: Called when all trials have ended; those that it returns are run next, until it
             returns none. For searches, which choose by what they have seen.
 
     Raises:
@@ -113,7 +112,7 @@ def sweep(
     with _tracked_sweep(plan, settings, tracking) as run, ExitStack() as held:
         work = _Work(plan, placed, workspace, run, progress)
         work.do(plan.trials)
-        while more := tuple(grow()) if grow else ():
+        while more := tuple(next_trials()) if next_trials else ():
             _placed(more, placed, workspace)
             work.plan = replace(work.plan, trials=(*work.plan.trials, *more))
             if any(trial.result() is None for trial in more):
@@ -147,7 +146,7 @@ class _Work:
     progress: Progress
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    stopping: Stopping = field(default_factory=Stopping)
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
     _jobs: list[TrainingJob] = field(default_factory=list)
     _stored: dict[str, Any] = field(default_factory=dict)
 
@@ -158,16 +157,16 @@ class _Work:
     def do(self, trials: Sequence[PlannedTrial]) -> None:
         """Run what is not finished of some of the plan's trials."""
         # The price is that of the start: it reads checkpoints, and measures this machine.
-        first = self._stored or stored_plan(self.plan, self.settings, self.workspace.teachers)
+        first = self._stored or plan_record(self.plan, self.settings, self.workspace.teachers)
         self._stored = first | self.plan.to_dict()
         write_json(self.folder / PLAN_NAME, self._stored)
         self._tell_front()
-        self.stopping = stopping_of(self.plan, self.settings.sweep)
+        self.stopping = early_stopping_of(self.plan, self.settings.sweep)
         lost = {trial.key for trial in trials if self.stopping.verdict_of(trial)}
         waiting = [t for t in trials if t.result() is None and t.key not in lost]
         waiting = self._with_shared_teacher(waiting)
         self._jobs += [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
-        rounds = TrialRounds(
+        rounds = TrialQueue(
             self.folder,
             self.settings.sweep,
             self.progress,
@@ -240,7 +239,7 @@ def _finished(
     return found
 
 
-def _tell_stopped(run: TrackedRun, verdicts: Mapping[str, Verdict], num_trials: int) -> None:
+def _tell_stopped(run: TrackedRun, verdicts: Mapping[str, EarlyStop], num_trials: int) -> None:
     if verdicts:
         saved = sum(verdict.share_saved for verdict in verdicts.values())
         run.log_metrics({"sweep/trainings_saved": saved}, step=num_trials)

@@ -9,7 +9,7 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
-from orchestrator.sweeping.price import PlanPrice, TrialState
+from orchestrator.sweeping.remaining_cost import RemainingCost, TrialState
 from orchestrator.sweeping.trials import SweepPlan, exact_cost, full_config, num_models
 from orchestrator.terminal.formatting import (
     format_bytes,
@@ -63,7 +63,7 @@ def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Contain
 
 
 def plan_sentences(
-    plan: SweepPlan, noun: str, states: Sequence[TrialState], price: PlanPrice
+    plan: SweepPlan, noun: str, states: Sequence[TrialState], price: RemainingCost
 ) -> list[str]:
     """Say what was merged, what is reused, and what the rest costs.
 
@@ -104,7 +104,7 @@ def _found(states: Sequence[TrialState]) -> str:
     return text
 
 
-def _left_to_train(price: PlanPrice) -> list[str]:
+def _left_to_train(price: RemainingCost) -> list[str]:
     told = price.num_teacher_tokens
     teacher = f", and the teacher reads {told:,}" if told else ""
     clock = "of one GPU" if price.uses_gpus else "of all CPUs here"

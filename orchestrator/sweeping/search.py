@@ -89,7 +89,7 @@ class ScheduleSearch:
         """How many of those are not known yet."""
         return self.num_wanted + self._num_given - len(self._known)
 
-    def grow(self) -> list[PlannedTrial]:
+    def next_trials(self) -> list[PlannedTrial]:
         """Hear how the last round ended, and return the trials of the next; none at the end."""
         if not self._study.trials:
             self._ask(self._num_given)  # Those that were enqueued come first.
@@ -106,7 +106,7 @@ class ScheduleSearch:
         after that.
         """
         found: list[PlannedTrial] = []
-        while (new := self.grow()) and all(trial.result() for trial in new):
+        while (new := self.next_trials()) and all(trial.result() for trial in new):
             found += new
         return [*found, *new]
 

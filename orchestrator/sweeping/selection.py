@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.pruning import (
     Cost,
@@ -91,3 +95,40 @@ def _within(
         return within_cost(family, budget, cost=cost).schedule
     except ValueError as error:
         raise UserError(f"sweep.budgets, in {unit}: {error}") from None
+
+
+def schedule_cost(unit: str, full: ModelConfig) -> Cost:
+    """Return what schedules of a model cost per token.
+
+    Args:
+        unit: `evaluations`, `flops` or `kv` (bytes).
+        full: The model that the schedules are of.
+    """
+    if unit == "evaluations":
+        return num_evaluations
+
+    @lru_cache
+    def counted(schedule: IterationSchedule) -> float:
+        cost = inference_cost(replace(full, schedule=schedule))
+        return float(cost.decode_flops_per_token if unit == "flops" else cost.kv_bytes_per_token)
+
+    return counted
+
+
+def check_budgets(sweep: SweepSettings, full: ModelConfig) -> None:
+    """Check that every budget pays for a model without corrections.
+
+    Args:
+        sweep: Budgets and their unit.
+        full: The model that the schedules are of.
+
+    Raises:
+        UserError: Names those that do not.
+    """
+    least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
+    short = [f"{budget:g}" for budget in sweep.budgets if budget < least]
+    if short:
+        raise UserError(
+            f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
+            f"the cheapest costs {least:,.10g}"
+        )

@@ -24,7 +24,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import checkpoint_tokenizer, evaluate_decoder
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_results import items_file_name
-from orchestrator.sweeping.stopping import Referee, StopRule
+from orchestrator.sweeping.asha import AshaMonitor, AshaRule
 from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
 from orchestrator.training.distributed import World
@@ -62,7 +62,7 @@ def run_trial(
     should_stop: Callable[[], bool] | None = None,
     report: Report | None = None,
     rivals: Mapping[str, str] | None = None,
-    rule: StopRule | None = None,
+    rule: AshaRule | None = None,
     train: Train | None = None,
     on_device: Callable[[Measure], dict[str, float]] | None = None,
 ) -> TrialRun:
@@ -94,7 +94,7 @@ def run_trial(
         if finished:
             return TrialRun("found", finished)
         clear_stop_request(Path(trial.folder))  # Left by a driver that was killed.
-        referee = Referee(trial, rivals, rule) if rivals and rule else None
+        referee = AshaMonitor(trial, rivals, rule) if rivals and rule else None
         outcome = _train(trial, train or _train_here, asked, report, referee)
         result = None
         if outcome is None or (outcome.finished and not asked()):
@@ -105,7 +105,7 @@ def run_trial(
         return TrialRun("made", result) if result else TrialRun("stopped")
 
 
-def is_busy(trial: PlannedTrial) -> bool:
+def is_trial_locked(trial: PlannedTrial) -> bool:
     """Return whether a process is at a trial at this moment."""
     return is_run_locked(Path(trial.folder))
 
@@ -121,7 +121,7 @@ def _train(
     train: Train,
     should_stop: Callable[[], bool],
     report: Report | None,
-    referee: Referee | None,
+    referee: AshaMonitor | None,
 ) -> TrainingOutcome | None:
     """Train until the end, a stop, or the referee's verdict; None if there is nothing to train."""
 

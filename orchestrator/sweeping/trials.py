@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
@@ -26,6 +26,8 @@ from orchestrator.training.checkpoint import weights_key
 from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
+
+SweepKind = Literal["threshold", "iterations", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,7 @@ def full_config(plan: SweepPlan) -> ModelConfig:
     return full_trial(plan).config()
 
 
-def measured_as_it_is(
+def checkpoint_trial(
     role: Role,
     label: str,
     checkpoint: Path,
@@ -206,7 +208,7 @@ def measured_as_it_is(
     )
 
 
-def finish_plan(
+def make_plan(
     kind: str,
     name: str | None,
     trials: Sequence[PlannedTrial],

@@ -43,10 +43,10 @@ def losses(trial: PlannedTrial) -> dict[int, float]:
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     tiny_plan: SweepPlan, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.sweeping import rounds as trial_rounds
+    from orchestrator.sweeping import trial_queue as trial_rounds
 
     killed, whole = (long_trial(tiny_plan.trials[1], tmp_path / n) for n in ("killed", "whole"))
-    run_one = trial_rounds.trial_function
+    run_one = trial_rounds.run_tune_trial
 
     def measure_losses_only(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
         from orchestrator.sweeping import trial_run
@@ -66,10 +66,10 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_nothing_
                 os.kill(events(killed, "started")[0]["pid"], signal.SIGKILL)
                 self.saved = int(found[-1].name.removeprefix("step_"))
 
-    monkeypatch.setattr(trial_rounds, "trial_function", measure_losses_only)
+    monkeypatch.setattr(trial_rounds, "run_tune_trial", measure_losses_only)
     killer = Killer()
     settings = resolve_settings({}).sweep
-    rounds = trial_rounds.TrialRounds(tmp_path / "sweep", settings, killer, num_all=2)
+    rounds = trial_rounds.TrialQueue(tmp_path / "sweep", settings, killer, num_all=2)
     rounds.run([killed, whole])
     assert rounds.failures == {}
     assert rounds.made == {"killed", "whole"}

@@ -14,8 +14,8 @@ from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import SweepResults
 from orchestrator.settings import SweepSettings, resolve_settings
-from orchestrator.sweeping.execution import sweep
-from orchestrator.sweeping.rounds import TrialRounds
+from orchestrator.sweeping.execution import run_sweep
+from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.tracking import open_tracking
 from orchestrator.tracking.store import Store
@@ -82,7 +82,7 @@ def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
         return connect(store)
 
     def run_rounds(then: Callable[[], None]) -> Callable[..., None]:
-        def run(rounds: TrialRounds, waiting: list[PlannedTrial]) -> None:
+        def run(rounds: TrialQueue, waiting: list[PlannedTrial]) -> None:
             for number, trial in enumerate(waiting):
                 finish(trial)
                 rounds.on_end()
@@ -103,12 +103,12 @@ def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
         def go_down(when: str = when) -> None:
             is_down[0] |= when == "middle"
 
-        monkeypatch.setattr(TrialRounds, "run", run_rounds(go_down))
+        monkeypatch.setattr(TrialQueue, "run", run_rounds(go_down))
         plan = replace(tiny_plan, key=f"down at {when}", name=f"down-{when}")
         told: list[str] = []
         tracking = open_tracking(workspace, warn=told.append)
         settings = resolve_settings({})
-        outcome = sweep(plan, settings, workspace, tracking=tracking)
+        outcome = run_sweep(plan, settings, workspace, tracking=tracking)
         assert len(outcome.results) == len(plan.trials), "no trial knows"
         is_down[0] = True
         found = SweepResults(name=plan.name, key=plan.key, results=outcome.results)

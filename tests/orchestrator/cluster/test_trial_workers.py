@@ -46,10 +46,10 @@ def run_with_two(
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         from orchestrator.sweeping import trial_run
-        from orchestrator.sweeping.rounds import trial_function
+        from orchestrator.sweeping.trial_queue import run_tune_trial
 
         trial_run.measure_quality = lambda *_: {"accuracy": 0.5}  # type: ignore[assignment]
-        return trial_function(parameters, context)
+        return run_tune_trial(parameters, context)
 
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
     given = [parameters(trial) for trial in trials]

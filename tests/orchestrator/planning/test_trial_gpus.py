@@ -18,7 +18,7 @@ from orchestrator.settings import (
     resolve_settings,
 )
 from orchestrator.settings.shipped import shipped_sweeps
-from orchestrator.sweeping.models import models_of, teacher_and_baselines, with_model
+from orchestrator.sweeping.model_plans import settings_of_model, swept_models, teacher_and_baselines
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
@@ -97,7 +97,7 @@ def models_to_train(settings: Settings, teacher: Path) -> dict[str, list[Trainin
         return build_model_config(own.model, vocab_size=32_000)
 
     if settings.sweep.kind == "iterations":
-        models = [with_model(settings, **changes) for _, changes in models_of(settings)]
+        models = [settings_of_model(settings, **changes) for _, changes in swept_models(settings)]
         return {"trials": [job_of(config(own), own.training) for own in models]}
     own = teacher_and_baselines(settings).values()
     full = config(settings)

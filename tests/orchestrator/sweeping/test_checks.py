@@ -16,8 +16,9 @@ from orchestrator.pipelines import sweep_plans
 from orchestrator.pipelines.sweep_plans import plan_suite, plan_sweep
 from orchestrator.pipelines.sweeps import sweep
 from orchestrator.settings import EvaluationSettings, resolve_settings
-from orchestrator.sweeping.budgets import cost_in
-from orchestrator.sweeping.checks import Kind, check_sweep
+from orchestrator.sweeping.checks import check_sweep
+from orchestrator.sweeping.selection import schedule_cost
+from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -144,12 +145,12 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
 def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> None:
     full = ModelConfig.from_dict(tiny_model)
     most, none = IterationSchedule((2, 1)), IterationSchedule((0, 0))
-    assert cost_in("evaluations", full)(most) == 5
-    bytes_of = cost_in("kv", full)
+    assert schedule_cost("evaluations", full)(most) == 5
+    bytes_of = schedule_cost("kv", full)
     # A key and a value of 16 numbers of 4 bytes in each of 5 slots.
     assert bytes_of(most) == 5 * 2 * 16 * 4
     assert bytes_of(none) == 2 * 2 * 16 * 4
-    flops = cost_in("flops", full)
+    flops = schedule_cost("flops", full)
     assert flops(most) > 1.5 * flops(none) > 0
 
 
@@ -174,7 +175,7 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
 
 @pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
 def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
-    tmp_path: Path, kind: Kind
+    tmp_path: Path, kind: SweepKind
 ) -> None:
     file = tmp_path / "items.json"
     file.write_text('{"context": "a", "target": "b"}\n')

@@ -13,10 +13,9 @@ from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, sweep
-from orchestrator.sweeping.halving import Verdict
-from orchestrator.sweeping.rounds import TrialRounds
-from orchestrator.sweeping.stopping import STOPPED_NAME, StopRule
+from orchestrator.sweeping.asha import STOPPED_NAME, AshaRule, EarlyStop
+from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
+from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.files import write_json
@@ -69,14 +68,14 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     for trial in trials:
         if trial is not stopped:
             finish(trial)
-    verdict = Verdict(step=30, num_steps=40, rival=better.label, reason=f"{better.label} won")
+    verdict = EarlyStop(step=30, num_steps=40, rival=better.label, reason=f"{better.label} won")
     asha = resolve_settings().sweep
-    rule = StopRule(asha.asha_first_rung, asha.asha_reduction_factor)
+    rule = AshaRule(asha.asha_first_rung, asha.asha_reduction_factor)
     stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
     write_json(Path(stopped.folder) / STOPPED_NAME, stored)
     asked: list[str] = []
     monkeypatch.setattr(
-        TrialRounds, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
+        TrialQueue, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
     )
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
@@ -85,7 +84,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     def outcome_of(*assignments: str) -> SweepOutcome:
         settings = resolve_settings({}, assignments)
         workspace = open_workspace(tmp_path)
-        return sweep(plan, settings, workspace, tracking=cast("Tracking", tracking))
+        return run_sweep(plan, settings, workspace, tracking=cast("Tracking", tracking))
 
     outcome = outcome_of("sweep.asha=true")
     assert asked == []
@@ -104,16 +103,16 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 def test_what_a_stored_teacher_costs_is_counted_once(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(rounds: TrialRounds, waiting: list[PlannedTrial]) -> None:
+    def run(rounds: TrialQueue, waiting: list[PlannedTrial]) -> None:
         assert all(trial.job and trial.job["teacher_cache"] for trial in waiting if trial.job)
         for trial in waiting:
             finish(trial)
 
-    monkeypatch.setattr(TrialRounds, "run", run)
+    monkeypatch.setattr(TrialQueue, "run", run)
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
     tracking, settings = FakeTracking(), resolve_settings({}, [])
-    sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
+    run_sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
     job = tiny_plan.trials[-1].job
     assert job
     num_tokens = job["recipe"]["num_steps"] * job["recipe"]["num_tokens_per_step"]

@@ -72,7 +72,7 @@ class World:
         search, asked = self.search(**settings), []
         for trial in self.family.trials:
             self.finish(trial)
-        while trials := search.grow():
+        while trials := search.next_trials():
             for trial in trials:
                 asked.append(trial.label)
                 if trial.label != failing:
@@ -104,7 +104,7 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
     search = killed.search(num_trials=20)
     for trial in killed.family.trials:
         killed.finish(trial)
-    for trial in [*search.grow(), *search.grow()[:3]]:
+    for trial in [*search.next_trials(), *search.next_trials()[:3]]:
         killed.finish(trial)
     before = killed.made
     assert killed.run(num_trials=20) == asked
@@ -117,7 +117,7 @@ def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -
     family = replace(world.family, trials=(world.trial(full), world.trial(none)))
     search = ScheduleSearch(family, full, SearchSettings(num_trials=10**6), world.trial)
     asked: list[str] = []
-    while trials := search.grow():
+    while trials := search.next_trials():
         asked += [trial.label for trial in trials]
         for trial in trials:
             world.finish(trial)

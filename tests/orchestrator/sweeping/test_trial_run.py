@@ -19,8 +19,8 @@ from filelock import FileLock
 from iiet.decoder import Decoder
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.stopping import StopRule, other_rates_of, verdict_of
-from orchestrator.sweeping.trial_run import is_busy, run_trial
+from orchestrator.sweeping.asha import AshaRule, other_learning_rates, verdict_of
+from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
@@ -126,7 +126,7 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
     folder = Path(trial.folder)
     folder.mkdir(parents=True)
     with start(HOLDER, str(folder / RUN_LOCK_NAME)) as holder:
-        assert is_busy(trial)
+        assert is_trial_locked(trial)
         assert run_trial(trial.to_dict(), wait=False).state == "busy"
         assert run_trial(trial.to_dict(), should_stop=lambda: True).state == "stopped"
         assert starts(trial) == 0
@@ -138,7 +138,7 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
         run = run_trial(trial.to_dict(), should_stop=kill_what_it_waits_for)
     assert run.state == "made"
     assert starts(trial) == 1
-    assert not is_busy(trial)
+    assert not is_trial_locked(trial)
     assert run_trial(trial.to_dict()).state == "found"
 
 
@@ -169,7 +169,7 @@ def test_a_stopped_trial_lets_another_process_go_on(
     trial = trials[1]
     asked = iter([False, False, True, True])
     assert run_trial(trial.to_dict(), should_stop=lambda: next(asked)).state == "stopped"
-    assert not is_busy(trial)
+    assert not is_trial_locked(trial)
     assert run_trial(trial.to_dict()).state == "made"
     assert starts(trial) == 1, "it went on from its checkpoint"
 
@@ -183,7 +183,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from orchestrator.cluster.ray_tune import TrialReport
-    from orchestrator.sweeping import rounds as trial_rounds
+    from orchestrator.sweeping import trial_queue as trial_rounds
 
     finished, begun, waits = trials[:3]
     run_trial(finished.to_dict())
@@ -202,7 +202,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     monkeypatch.setattr(trial_rounds, "ray_cluster", lambda **_: nullcontext())
     monkeypatch.setattr(trial_rounds, "run_trials", run_trials)
     sweep = resolve_settings({}).sweep
-    rounds = trial_rounds.TrialRounds(tmp_path / "sweep", sweep, Progress(), num_all=3)
+    rounds = trial_rounds.TrialQueue(tmp_path / "sweep", sweep, Progress(), num_all=3)
     with pytest.raises(RunFailed if error else Interrupted) as caught:
         rounds.run([begun, waits])
     saved = f"1 of 3 trials are finished; trial {begun.label}: saved at step 5"
@@ -218,14 +218,14 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     ray_session: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from orchestrator.sweeping import rounds as trial_rounds
+    from orchestrator.sweeping import trial_queue as trial_rounds
     from orchestrator.terminal.progress import Progress
 
     asked, finished_meanwhile = trials[:4], trials[3]
     lock = FileLock(Path(trials[2].folder) / RUN_LOCK_NAME)
     Path(trials[2].folder).mkdir(parents=True)
     lock.acquire()
-    rounds_function = trial_rounds.trial_function
+    rounds_function = trial_rounds.run_tune_trial
 
     def measure_nothing(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
         from orchestrator.sweeping import trial_run
@@ -244,11 +244,11 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
         def finish(self, summary: str) -> None:
             self.summary = summary
 
-    monkeypatch.setattr(trial_rounds, "trial_function", measure_nothing)
+    monkeypatch.setattr(trial_rounds, "run_tune_trial", measure_nothing)
     monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
     run_trial(finished_meanwhile.to_dict())
     progress = Told()
-    rounds = trial_rounds.TrialRounds(
+    rounds = trial_rounds.TrialQueue(
         tmp_path / "sweep", resolve_settings({}).sweep, progress, num_all=4
     )
     rounds.run(asked)
@@ -283,19 +283,19 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
         with_rate(trials[1], rate, tmp_path / name)
         for name, rate in (("low", 1e-5), ("high", 1e-2))
     )
-    rivals = other_rates_of(low, [low, high, trials[2]])
+    rivals = other_learning_rates(low, [low, high, trials[2]])
     assert rivals == {high.label: high.folder}, "another schedule is no other rate"
     shares = replace(low, job={**(low.job or {}), "first_stages": str(tmp_path)})
-    assert other_rates_of(shares, [shares, high]) == rivals, "what it shares changes no model"
-    rule = StopRule(first_rung=0.25)
-    told = {"rivals": other_rates_of(high, [low, high]), "rule": rule}
+    assert other_learning_rates(shares, [shares, high]) == rivals, "what it shares changes no model"
+    rule = AshaRule(first_rung=0.25)
+    told = {"rivals": other_learning_rates(high, [low, high]), "rule": rule}
     assert run_trial(high.to_dict(), **told).state == "made", "the first goes on"
     assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
     verdict = verdict_of(low, rivals, rule)
     assert verdict is not None
     assert (verdict.step, verdict.rival) == (10, high.label)
     assert low.result() is None, "what was not trained to its end is not finished"
-    assert verdict_of(low, rivals, StopRule(first_rung=0.5)) is None, "nor another rule"
+    assert verdict_of(low, rivals, AshaRule(first_rung=0.5)) is None, "nor another rule"
     assert verdict_of(low, {}, rule) is None, "a sweep without that rival did not stop it"
     steps = len(read_journal(Path(low.folder))[0])
     assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
@@ -322,11 +322,11 @@ def with_looks(trial: PlannedTrial) -> PlannedTrial:
 
 
 def test_what_travels_to_a_trial_is_small(trials: tuple[PlannedTrial, ...]) -> None:
-    from orchestrator.sweeping.rounds import TrialRounds, trial_function
+    from orchestrator.sweeping.trial_queue import TrialQueue, run_tune_trial
 
-    rounds = TrialRounds(Path(), resolve_settings({}).sweep, Progress(), num_all=len(trials))
+    rounds = TrialQueue(Path(), resolve_settings({}).sweep, Progress(), num_all=len(trials))
     given = [rounds._parameters(trial) for trial in trials]
-    sent = len(pickle.dumps((trial_function, given)))
+    sent = len(pickle.dumps((run_tune_trial, given)))
     tokens = Path(given[0]["trial"]["suite"]["tokens_folder"])
     assert sent < 4096 * len(trials), "paths and settings; no weights, no tokens, no answers"
     assert sum(path.stat().st_size for path in tokens.rglob("*")) > sent

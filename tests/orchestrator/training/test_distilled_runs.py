@@ -19,7 +19,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.students import student_job, student_trial
+from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.training import job_models

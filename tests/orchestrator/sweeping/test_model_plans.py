@@ -7,13 +7,12 @@ import pytest
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from orchestrator.settings import method_of_label, model_label, resolve_settings
-from orchestrator.sweeping.checks import check_sweep
-from orchestrator.sweeping.models import (
-    check_models,
-    models_of,
+from orchestrator.sweeping.checks import check_models, check_sweep
+from orchestrator.sweeping.model_plans import (
+    settings_at_rates,
+    settings_of_model,
+    swept_models,
     teacher_and_baselines,
-    with_model,
-    with_rates,
 )
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
@@ -49,7 +48,7 @@ def test_corrections_of_any_method_that_makes_some_are_swept(other: str) -> None
     settings = resolve_settings(
         {}, ["sweep.methods=[vanilla, iiet, other]", "sweep.iterations=[0, 2]"]
     )
-    assert dict(models_of(settings)) == {
+    assert dict(swept_models(settings)) == {
         "vanilla": {"method": "vanilla"},
         "r = 0": {"method": "iiet", "corrections": 0},
         "r = 2": {"method": "iiet", "corrections": 2},
@@ -64,7 +63,7 @@ def test_learning_rates_are_of_a_method_or_of_a_number_of_its_corrections(other:
     settings = resolve_settings({}, [rates, "training.learning_rate=2e-3"])
 
     def of(method: str, corrections: int) -> list[float]:
-        own = with_rates(settings, method=method, corrections=corrections)
+        own = settings_at_rates(settings, method=method, corrections=corrections)
         return [each.training.learning_rate for each in own]
 
     assert of("other", 1) == [3e-3]
@@ -109,8 +108,8 @@ def test_options_are_of_the_models_own_method(other: str) -> None:
     changes = ["model.method_options={damping: 0.5}", "sweep.methods=[vanilla, iiet, other]"]
     settings = resolve_settings({}, changes)
     options = {
-        name: build_model_config(with_model(settings, **own).model, vocab_size=300).to_dict()
-        for name, own in models_of(settings)
+        name: build_model_config(settings_of_model(settings, **own).model, vocab_size=300).to_dict()
+        for name, own in swept_models(settings)
     }
     damped = [name for name, config in options.items() if "method_options" in config]
     assert damped == ["r = 0", "r = 1", "r = 2", "r = 3"]

@@ -16,7 +16,7 @@ from iiet.cost import inference_cost
 from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.planning.training_rate import assumed_training_rate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
-from orchestrator.sweeping.stopping import stopping_of
+from orchestrator.sweeping.asha import early_stopping_of
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, full_config
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
@@ -44,7 +44,7 @@ class TrialState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanPrice:
+class RemainingCost:
     """What the training takes that is left of a plan."""
 
     num_tokens: int
@@ -80,7 +80,7 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
         plan: The sweep.
         sweep: Says whether trials are ended early.
     """
-    stopping = stopping_of(plan, sweep)
+    stopping = early_stopping_of(plan, sweep)
     states = []
     for trial in plan.trials:
         if trial.result():
@@ -104,9 +104,9 @@ def _waiting(trial: PlannedTrial) -> TrialState:
     return TrialState(trial=trial, name="to train", steps_done=done)
 
 
-def price_of(
+def estimate_remaining_cost(
     plan: SweepPlan, states: Sequence[TrialState], settings: Settings, teachers: Path
-) -> PlanPrice:
+) -> RemainingCost:
     """Return what is left to train, and what that takes.
 
     Args:
@@ -133,7 +133,7 @@ def price_of(
         own = {"cluster": ClusterSettings(num_gpus=num_gpus), "training": jobs[0].recipe}
         rate = assumed_training_rate(settings.model_copy(update=own))
         (peak, usual), share, of_what = rate.flops_range, rate.utilization, rate.peak_source
-    return PlanPrice(
+    return RemainingCost(
         num_tokens=sum(
             (job.recipe.num_steps - steps) * job.recipe.num_tokens_per_step
             for job, steps in zip(jobs, done, strict=True)
@@ -152,7 +152,7 @@ def price_of(
     )
 
 
-def stored_plan(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
+def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
     """Return a plan as it is stored with its sweep: with what was found finished, and the price of
     the rest, when it was last started.
     """
@@ -162,7 +162,7 @@ def stored_plan(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str
         **{name: value for name, value in values.items() if name != "trials"},
         "requested": requested_noun(plan, settings.sweep) + "s",
         "reused": [state.trial.label for state in states if state.name == "finished"],
-        "price": asdict(price_of(plan, states, settings, teachers)),
+        "price": asdict(estimate_remaining_cost(plan, states, settings, teachers)),
         "trials": values["trials"],
     }
 

@@ -15,10 +15,10 @@ from iiet.influence import InfluenceTable
 from orchestrator.pipelines.sweep_plans import text_of_teacher
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import DistillationSettings, Settings, resolve_settings
+from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.students import student_job, threshold_plan
+from orchestrator.sweeping.student_plans import student_job, threshold_plan
 from orchestrator.sweeping.trials import exact_cost, suite_key
-from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
@@ -214,9 +214,9 @@ def test_an_iterations_plan_has_each_model_once(
         )
 
     variants = [
-        Variant(label="vanilla", job=job("vanilla", None)),
-        Variant(label="r = 1", job=job("iiet", [1, 1])),
-        Variant(label="again", job=job("iiet", [1, 1])),
+        ScratchModel(label="vanilla", job=job("vanilla", None)),
+        ScratchModel(label="r = 1", job=job("iiet", [1, 1])),
+        ScratchModel(label="again", job=job("iiet", [1, 1])),
     ]
     plan = iterations_plan(variants, suite=suite)
     assert [t.role for t in plan.trials] == ["baseline", "trial"]

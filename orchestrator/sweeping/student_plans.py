@@ -15,8 +15,8 @@ from orchestrator.settings import DistillationSettings, Settings
 from orchestrator.sweeping.trials import (
     PlannedTrial,
     SweepPlan,
-    finish_plan,
-    measured_as_it_is,
+    checkpoint_trial,
+    make_plan,
     suite_key,
 )
 from orchestrator.training.checkpoint import load_config, weights_key
@@ -52,7 +52,7 @@ def threshold_plan(
         name: Name of the sweep; made from its key when unset.
     """
     full = load_config(teacher)
-    trials = [measured_as_it_is("teacher", "teacher", teacher, full, suite, workspace)]
+    trials = [checkpoint_trial("teacher", "teacher", teacher, full, suite, workspace)]
     is_trained = settings.distillation.control != "pruned"
     for seed in (is_trained and settings.sweep.seeds) or (None,):
         for member in members:
@@ -61,12 +61,12 @@ def threshold_plan(
                 student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
             )
     trials += [
-        measured_as_it_is("baseline", label, folder, load_config(folder), suite, workspace)
+        checkpoint_trial("baseline", label, folder, load_config(folder), suite, workspace)
         for label, folder in baselines
     ]
     sweep = settings.sweep
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    plan = finish_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
+    plan = make_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
     return replace(plan, left_out=dict(left_out or {}))
 
 
@@ -103,7 +103,7 @@ def student_job(
         objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
-        distillation=loss_of(distillation) if is_distilled else None,
+        distillation=distillation_config(distillation) if is_distilled else None,
         section="distillation.training",
         provenance={"teacher": weights_key(teacher)},
     )
@@ -118,7 +118,7 @@ def check_student_batch(distillation: DistillationSettings, config: ModelConfig)
     sequences_per_step(distillation.training, config, section="distillation.training")
 
 
-def loss_of(distillation: DistillationSettings) -> DistillationConfig:
+def distillation_config(distillation: DistillationSettings) -> DistillationConfig:
     """Return the loss that students are trained on.
 
     Raises:

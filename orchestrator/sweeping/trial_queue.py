@@ -22,8 +22,8 @@ from iiet.cost import inference_cost
 from orchestrator.cluster.ray_tune import TrialContext, TrialReport, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.stopping import Stopping
-from orchestrator.sweeping.trial_run import is_busy, run_trial
+from orchestrator.sweeping.asha import EarlyStopping
+from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.terminal.formatting import join_names
 from orchestrator.terminal.progress import Progress
@@ -35,7 +35,7 @@ from orchestrator.workspace.errors import Interrupted, RunFailed
 
 
 @dataclass
-class TrialRounds:
+class TrialQueue:
     """The unfinished trials of a sweep while they run, and how they ended."""
 
     folder: Path
@@ -46,7 +46,7 @@ class TrialRounds:
     """Told what is going on."""
     num_all: int
     """Trials of the sweep, the finished ones included."""
-    stopping: Stopping = field(default_factory=Stopping)
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
     """When a trial is ended before its training is."""
     on_end: Callable[[], None] = lambda: None
     """Called in this thread whenever a trial has ended."""
@@ -81,7 +81,7 @@ class TrialRounds:
         while left:
             wait_interruptibly(partial(_one_has_ended, left), begin=begin)
             begin = None
-            free = [t for t in left if self._is_to_do(t) and not is_busy(t)]
+            free = [t for t in left if self._is_to_do(t) and not is_trial_locked(t)]
             self._busy.difference_update(trial.key for trial in free)
             self._round(free, num_elsewhere=len(left) - len(free))
             left = [t for t in left if t not in free or t.key in self._busy]
@@ -128,7 +128,7 @@ class TrialRounds:
 
         try:
             run_trials(
-                trial_function,
+                run_tune_trial,
                 [self._parameters(trial) for trial in sorted(trials, key=self._turn)],
                 own_folder,
                 self.settings,
@@ -151,7 +151,7 @@ class TrialRounds:
     def _turn(self, trial: PlannedTrial) -> tuple[bool, bool, float]:
         # Those that another process is at last. The teacher first, which spans the box of
         # hypervolumes. Then the costly ones, so that none runs alone at the end.
-        return is_busy(trial), trial.role != "teacher", -_expected_work(trial)
+        return is_trial_locked(trial), trial.role != "teacher", -_expected_work(trial)
 
     def _parameters(self, trial: PlannedTrial) -> dict[str, Any]:
         return {
@@ -182,10 +182,10 @@ class TrialRounds:
 
 
 def _one_has_ended(trials: Sequence[PlannedTrial]) -> bool:
-    return any(trial.result() or not is_busy(trial) for trial in trials)
+    return any(trial.result() or not is_trial_locked(trial) for trial in trials)
 
 
-def trial_function(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Run one trial in a Ray worker; what Tune is given. The result itself goes into a file."""
     trial = parameters["trial"]
     options = {name: parameters[name] for name in ("rivals", "rule")}

@@ -20,15 +20,19 @@ from orchestrator.pipelines.sweep_plans import dry_run_of
 from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.sweeping import price as plan_price
-from orchestrator.sweeping.halving import Verdict
+from orchestrator.sweeping import remaining_cost as plan_price
+from orchestrator.sweeping.asha import STOPPED_NAME, AshaRule, EarlyStop
+from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.plan_table import plan_sentences, plan_table
-from orchestrator.sweeping.price import price_of, requested_noun, stored_plan, trial_states
+from orchestrator.sweeping.remaining_cost import (
+    estimate_remaining_cost,
+    plan_record,
+    requested_noun,
+    trial_states,
+)
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.stopping import STOPPED_NAME, StopRule
-from orchestrator.sweeping.students import threshold_plan
+from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
-from orchestrator.sweeping.variants import Variant, iterations_plan
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
@@ -54,7 +58,7 @@ def settings(*assignments: str) -> Settings:
 
 def told(plan: SweepPlan, chosen: Settings, teachers: Path) -> list[str]:
     states = trial_states(plan, chosen.sweep)
-    price = price_of(plan, states, chosen, teachers)
+    price = estimate_remaining_cost(plan, states, chosen, teachers)
     return plan_sentences(plan, requested_noun(plan, chosen.sweep), states, price)
 
 
@@ -108,7 +112,9 @@ def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
 
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     chosen = settings()
-    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    price = estimate_remaining_cost(
+        tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
+    )
     assert price.num_tokens == 4 * 40 * STEP
     assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
     assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
@@ -126,7 +132,9 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
 
 def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     chosen = settings("distillation.teacher_cache=live", "sweep.gpus_per_trial=1")
-    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    price = estimate_remaining_cost(
+        tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
+    )
     assert (price.num_teacher_tokens, price.teacher_bytes) == (4 * 40 * STEP, 0)
     assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     lines = told(tiny_plan, chosen, tmp_path)
@@ -157,7 +165,10 @@ def test_each_stage_has_its_own_price(
     tiny_plan: SweepPlan, tmp_path: Path, recipe: dict[str, float], flops: int
 ) -> None:
     plan, chosen = of_one(tiny_plan, num_steps=10, **recipe), settings()
-    assert price_of(plan, trial_states(plan, chosen.sweep), chosen, tmp_path).flops == STEP * flops
+    assert (
+        estimate_remaining_cost(plan, trial_states(plan, chosen.sweep), chosen, tmp_path).flops
+        == STEP * flops
+    )
 
 
 def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
@@ -166,7 +177,7 @@ def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> 
     spent = begin(student, 30)
     states = trial_states(tiny_plan, chosen.sweep)
     assert [state.steps_done for state in states] == [0, 30, 0, 0, 0]
-    price = price_of(tiny_plan, states, chosen, tmp_path)
+    price = estimate_remaining_cost(tiny_plan, states, chosen, tmp_path)
     assert price.num_tokens == (3 * 40 + 10) * STEP
     assert spent == 30 * STEP * (114_816 + TEACHER)
     assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
@@ -190,11 +201,13 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
     worse = replace(worse, job={**better.job, "recipe": rates})
     tiny_plan = replace(tiny_plan, kind="iterations", trials=(*tiny_plan.trials[:3], better, worse))
     chosen = settings("sweep.asha=true")
-    rule = StopRule(chosen.sweep.asha_first_rung, chosen.sweep.asha_reduction_factor)
-    verdict = Verdict(step=20, num_steps=40, rival=better.label, reason="made up")
+    rule = AshaRule(chosen.sweep.asha_first_rung, chosen.sweep.asha_reduction_factor)
+    verdict = EarlyStop(step=20, num_steps=40, rival=better.label, reason="made up")
     stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
     write_json(Path(worse.folder) / STOPPED_NAME, stored)
-    price = price_of(tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path)
+    price = estimate_remaining_cost(
+        tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
+    )
     assert price.num_tokens == 40 * STEP
     assert told(tiny_plan, chosen, tmp_path)[1] == (
         "3 of 5 trials are finished and reused, 1 stopped early and left so"
@@ -248,9 +261,9 @@ def test_models_from_scratch_are_counted_with_baselines_and_without_seeds(
 ) -> None:
     chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")
 
-    def variants(label: str, changes: dict[str, Any], seeds: tuple[int, ...]) -> list[Variant]:
+    def variants(label: str, changes: dict[str, Any], seeds: tuple[int, ...]) -> list[ScratchModel]:
         return [
-            Variant(
+            ScratchModel(
                 label=f"{label}, seed {seed}",
                 group=label if len(seeds) > 1 else None,
                 job=TrainingJob(
@@ -285,7 +298,7 @@ def test_learning_rates_are_shown_where_they_differ(
 
     def plan_at(*rates: float) -> SweepPlan:
         models = [
-            Variant(
+            ScratchModel(
                 label=f"r = {number}",
                 job=TrainingJob(
                     run_folder=str(tmp_path / f"{number}"),
@@ -309,7 +322,7 @@ def test_a_first_stage_in_common_is_paid_once(
 ) -> None:
     chosen = settings("training.num_steps=10", "training.iterate_from_fraction=0.6")
 
-    def variant(schedule: list[int]) -> Variant:
+    def variant(schedule: list[int]) -> ScratchModel:
         job = TrainingJob(
             run_folder=str(tmp_path / str(schedule)),
             tokens_folder=str(tiny_tokens),
@@ -317,11 +330,11 @@ def test_a_first_stage_in_common_is_paid_once(
             recipe=chosen.training.model_copy(update={"num_tokens_per_step": STEP}),
             first_stages=str(tmp_path / "first_stages"),
         )
-        return Variant(label=str(schedule), job=job)
+        return ScratchModel(label=str(schedule), job=job)
 
     variants = [variant(schedule) for schedule in ([2, 1], [1, 1], [0, 0])]
     plan = iterations_plan(variants, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
-    price = price_of(plan, trial_states(plan, chosen.sweep), chosen, tmp_path)
+    price = estimate_remaining_cost(plan, trial_states(plan, chosen.sweep), chosen, tmp_path)
     behind = 4 * (114_816 + 97_728 + 63_264)
     assert price.num_tokens == (6 + 3 * 4) * STEP
     assert price.flops == STEP * (6 * 63_264 + behind)
@@ -330,7 +343,7 @@ def test_a_first_stage_in_common_is_paid_once(
     run_job(TrainingJob.from_dict(first.job))
     states = trial_states(plan, chosen.sweep)
     assert [state.text for state in states] == ["to measure", "from step 6", "from step 6"]
-    price = price_of(plan, states, chosen, tmp_path)
+    price = estimate_remaining_cost(plan, states, chosen, tmp_path)
     assert price.flops == STEP * 4 * (97_728 + 63_264)
 
 
@@ -346,7 +359,7 @@ def test_the_stored_plan_is_strict_json_with_its_price(
 ) -> None:
     finish(tiny_plan.trials[-1])
     path = tmp_path / "plan.json"
-    write_json(path, stored_plan(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path))
+    write_json(path, plan_record(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
