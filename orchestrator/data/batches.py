@@ -26,18 +26,14 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The windows of every step.
-
-    Args:
-        num_tokens: Length of the flat token array.
-        context_length: Tokens of one sequence.
-        seed: Determines the order.
+    """The windows of every step; `seed` chooses the order.
 
     Raises:
         UserError: If there are fewer tokens than one sequence.
     """
 
     num_tokens: int
+    """Length of the flat token array."""
     context_length: int
     seed: int = 0
 
@@ -58,7 +54,7 @@ class BatchPlan:
         Args:
             step: Counts from 0.
             global_batch: Sequences of all workers together.
-            rank: This worker, from 0.
+            rank: Number of this worker, from 0.
             world_size: Number of workers.
 
         Raises:
@@ -86,13 +82,10 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
     ) -> Batch:
-        """Return one worker's batch of one step, int64, (global_batch / world_size,
-        context_length).
+        """Return one worker's batch, int64, (global_batch / world_size, context_length).
 
         Args:
-            tokens: The flat array that the plan was made for.
-
-        See `starts` for the other arguments.
+            tokens: The flat array that the plan was made for; for the others see `starts`.
         """
         assert len(tokens) == self.num_tokens
         starts = self.starts(step, global_batch=global_batch, rank=rank, world_size=world_size)
@@ -108,8 +101,7 @@ def check_even_split(global_batch: int, num_workers: int, *, section: str = "tra
 
     Args:
         global_batch: Sequences of a step.
-        num_workers: Number of workers.
-        section: Settings section that holds the size of a step, for the error.
+        section: Settings section with the size of a step, for the error.
 
     Raises:
         UserError: If they cannot.
@@ -128,8 +120,6 @@ def validation_batches(
     context_length).
 
     Args:
-        tokens: Flat validation tokens.
-        context_length: Tokens of one sequence.
         num_tokens: At most this many tokens in all, rounded down to whole sequences.
         batch_size: Sequences of one batch.
 

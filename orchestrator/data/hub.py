@@ -46,10 +46,7 @@ def hub_problem() -> str | None:
 
 
 def require_hub(wanted: str) -> None:
-    """Fail at once if the hub cannot be reached.
-
-    Args:
-        wanted: What needs the hub, for the error.
+    """Fail at once if the hub cannot be reached; `wanted` needs it, for the error.
 
     Raises:
         UserError: If it cannot.

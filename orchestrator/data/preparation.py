@@ -62,10 +62,7 @@ def prepare(
     """Return the token folder for these settings; create it if it is missing.
 
     Args:
-        settings: Source, split and tokenizer.
-        workspace: Holds the token folders.
-        progress: Shows the progress.
-        verify: Compare the checksums of existing tokens even if size and time of the files are
+        verify: Compare the hashes of existing tokens even if size and time of the files are
             unchanged since the last time.
 
     Raises:
@@ -112,10 +109,10 @@ def _write(settings: DataSettings, workspace: Workspace, progress: Progress) -> 
 def describe(folder: Path) -> str:
     """Summarize a token folder in one line."""
     manifest = open_tokens(folder).manifest
-    train, validation = manifest["train"], manifest["validation"]
+    train, validation = manifest.train, manifest.validation
     return (
-        f"{train['documents'] + validation['documents']:,} documents, {train['tokens']:,} tokens "
-        f"to train on, {validation['tokens']:,} held out, vocabulary {manifest['vocab_size']:,}"
+        f"{train.documents + validation.documents:,} documents, {train.tokens:,} tokens to train "
+        f"on, {validation.tokens:,} held out, vocabulary {manifest.vocab_size:,}"
     )
 
 
@@ -126,12 +123,8 @@ def source_key(settings: DataSettings) -> str:
         UserError: If the source's files do not exist.
     """
     tokenizer_state = None
-    path = expand_user(settings.tokenizer)
-    if (
-        settings.tokenizer != "train"
-        and not settings.tokenizer.startswith(HUB_PREFIX)
-        and path.is_file()
-    ):
+    is_path = settings.tokenizer != "train" and not settings.tokenizer.startswith(HUB_PREFIX)
+    if is_path and (path := expand_user(settings.tokenizer)).is_file():
         tokenizer_state = [path.stat().st_size, path.stat().st_mtime_ns]
     return content_key(settings.model_dump(mode="json"), source_state(settings), tokenizer_state)
 
@@ -141,11 +134,7 @@ def _pointer(key: str, parent: Path) -> Path:
 
 
 def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
-    """Return the complete token folder for these settings, or None.
-
-    Args:
-        settings: Source, split and tokenizer.
-        parent: Folder of all token folders.
+    """Return the complete token folder in `parent` for these settings, or None.
 
     Raises:
         UserError: If the source's files do not exist, or the file of the source's key is damaged.
@@ -164,11 +153,7 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
 
 
 def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTokens:
-    """Describe the tokens of a planned run.
-
-    Args:
-        settings: Source, split and tokenizer.
-        prepared: The token folder, if it exists.
+    """Describe the tokens of a planned run; `prepared` is their folder, if it exists.
 
     Raises:
         UserError: If files or a tokenizer that the settings name are missing.

@@ -143,12 +143,7 @@ def split_long(text: str) -> Iterator[str]:
 
 
 def record_text(record: Any, text_field: str, place: str) -> str:
-    """Return the text of a record.
-
-    Args:
-        record: Expected to be an object with a text in `text_field`.
-        text_field: Name of the field.
-        place: File and line, for the error.
+    """Return the text of a record; `place` is its file and line, for the error.
 
     Raises:
         UserError: If the record is not an object, or the field is missing or holds no text.

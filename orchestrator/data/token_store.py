@@ -11,9 +11,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
@@ -28,7 +29,34 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 STAMP_NAME = "verified.json"
 """File that holds sizes and times of the files when their hashes were last verified."""
-_REMEDY = "delete its folder and run `iiet-orch prepare` again"
+
+
+class SplitCounts(BaseModel):
+    """Size of one side of the split; `bytes` is the text's length in UTF-8."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+class Manifest(BaseModel):
+    """What a token folder holds."""
+
+    format: int = FORMAT_VERSION
+    fingerprint: str
+    """Hash of documents, split and tokenizer."""
+    settings: dict[str, Any]
+    """The `DataSettings` that made it."""
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    """Rows of the embedding."""
+    end_of_text_id: int
+    train: SplitCounts
+    validation: SplitCounts
+    sizes: dict[str, int]
+    """Bytes of each file."""
+    sha256: dict[str, str]
+    """Hash of each file."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +76,7 @@ class TokenStore:
     """UTF-8 bytes of the validation documents, for bits per byte."""
     tokenizer_path: Path
     end_of_text_id: int
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def validation_documents_path(self) -> Path:
@@ -58,51 +86,46 @@ class TokenStore:
     @property
     def profile(self) -> dict[str, Any]:
         """Origin and size of the text, as plain values for display."""
-        settings = self.manifest["settings"]
-        sizes = {
-            f"{side}_{unit}": self.manifest[side][unit]
-            for side in ("train", "validation")
-            for unit in ("documents", "tokens", "bytes")
-        }
+        settings = self.manifest.settings
         origin = {name: settings[name] for name in ("source", "hub_name") if settings.get(name)}
+        sides = {"train": self.manifest.train, "validation": self.manifest.validation}
+        sizes = {f"{side}_{unit}": n for side, counts in sides.items() for unit, n in counts}
         return {**origin, **sizes, "vocab_size": self.vocab_size}
 
 
 def is_complete(folder: Path) -> bool:
     """Tell whether a folder holds tokens whose files have the sizes in the manifest."""
     try:
-        manifest = _manifest(folder)
-        return manifest is not None and not _problem(folder, manifest, verify=False)
+        _check_files(folder, _read_manifest(folder))
     except UserError:
         return False
+    return True
 
 
 def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
     """Open a folder of tokens.
 
     Args:
-        folder: As returned by `write_tokens`.
-        verify: Also compare the files' hashes.
+        folder: The folder.
+        verify: Compare the files' hashes, too, not only their sizes.
 
     Raises:
         UserError: If the folder is missing, incomplete or damaged.
     """
     folder = Path(folder)
-    manifest = _require_manifest(folder)
-    problem = _problem(folder, manifest, verify=verify)
-    if problem:
-        raise UserError(f"{problem}; run `iiet-orch prepare` again")
-    with damage_as_user_error(folder / MANIFEST_NAME, remedy=_REMEDY):
-        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    manifest = _read_manifest(folder)
+    _check_files(folder, manifest, compare_hashes=verify)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    with damage_as_user_error(folder / MANIFEST_NAME, remedy=_remedy(folder)):
         return TokenStore(
             folder=folder,
             train=np.memmap(folder / "train.bin", dtype=dtype, mode="r"),
             validation=np.memmap(folder / "validation.bin", dtype=dtype, mode="r"),
-            vocab_size=manifest["vocab_size"],
-            fingerprint=manifest["fingerprint"],
-            num_validation_bytes=manifest["validation"]["bytes"],
+            vocab_size=manifest.vocab_size,
+            fingerprint=manifest.fingerprint,
+            num_validation_bytes=manifest.validation.bytes,
             tokenizer_path=folder / "tokenizer.json",
-            end_of_text_id=manifest["end_of_text_id"],
+            end_of_text_id=manifest.end_of_text_id,
             manifest=manifest,
         )
 
@@ -117,60 +140,46 @@ def verify_tokens(folder: Path, *, always: bool = False) -> None:
     Raises:
         UserError: If a file's content has changed; names it.
     """
-    manifest = _require_manifest(folder)
-    stamps = _stamps(folder, manifest)
-    if not always and _verified_stamps(folder) == stamps:
+    manifest = _read_manifest(folder)
+    paths = [folder / name for name in manifest.sha256 if (folder / name).is_file()]
+    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+    try:
+        verified = read_json(folder / STAMP_NAME)
+    except UserError:
+        verified = None
+    if verified == stamps and not always:
         return
-    problem = _problem(folder, manifest, verify=True)
-    if problem:
-        raise UserError(f"{problem}; delete the folder {folder} and run `iiet-orch prepare` again")
+    _check_files(folder, manifest, compare_hashes=True)
     with suppress(OSError):  # A read-only folder is verified each time.
         write_json(folder / STAMP_NAME, stamps)
 
 
-def _require_manifest(folder: Path) -> dict[str, Any]:
-    manifest = _manifest(folder)
-    if manifest is None:
-        raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
-    return manifest
+def _remedy(folder: Path) -> str:
+    return f"delete the folder {folder} and run `iiet-orch prepare` again"
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
-    manifest = read_json_object(path, remedy=_REMEDY)
-    if manifest is not None and manifest.get("format") == FORMAT_VERSION:
-        with damage_as_user_error(path, remedy=_REMEDY):
-            for name in manifest["sha256"]:
-                int(manifest["sizes"][name])
-            for side in ("train", "validation"):
-                for unit in ("documents", "tokens", "bytes"):
-                    int(manifest[side][unit])
-            dict(manifest["settings"])
-    return manifest
+    values = read_json_object(path, remedy=_remedy(folder))
+    if values is None:
+        raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
+    if values.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} was written by another version of the program; {_remedy(folder)}"
+        )
+    with damage_as_user_error(path, remedy=_remedy(folder)):
+        return Manifest.model_validate(values)
 
 
-def _verified_stamps(folder: Path) -> Any:
-    try:
-        return read_json(folder / STAMP_NAME)
-    except UserError:
-        return None
-
-
-def _stamps(folder: Path, manifest: dict[str, Any]) -> dict[str, list[int]]:
-    names = manifest.get("sha256", ())  # absent in the format of another version
-    stats = {name: (folder / name).stat() for name in names if (folder / name).is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-
-def _problem(folder: Path, manifest: dict[str, Any], *, verify: bool) -> str | None:
-    if manifest.get("format") != FORMAT_VERSION:
-        return f"{folder} was written by another version of the program"
-    for name, size in manifest["sizes"].items():
-        path = folder / name
+def _check_files(folder: Path, manifest: Manifest, *, compare_hashes: bool = False) -> None:
+    problem = None
+    for name, digest in manifest.sha256.items():
+        path, size = folder / name, manifest.sizes.get(name)
         if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
-        if verify and file_digest(path) != manifest["sha256"][name]:
-            return f"{path} is damaged: its content has changed"
-    return None
+            problem = f"{path} is missing"
+        elif path.stat().st_size != size:
+            problem = f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
+        elif compare_hashes and file_digest(path) != digest:
+            problem = f"{path} is damaged: its content has changed"
+        if problem:
+            raise UserError(f"{problem}; {_remedy(folder)}")

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from orchestrator.data.token_store import SplitCounts
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 
@@ -68,10 +69,8 @@ class TokenWriter:
             ) from None
         self.num_documents: int = record.get("documents", 0)
         """Documents in the files."""
-        self.train: dict[str, int] = record.get("train", _no_counts())
-        """Documents, tokens and bytes of the training side."""
-        self.validation: dict[str, int] = record.get("validation", _no_counts())
-        """The same of the held-out side."""
+        self.train = SplitCounts.model_validate(record.get("train", {}))
+        self.validation = SplitCounts.model_validate(record.get("validation", {}))
         self.uncommitted_bytes = 0
         """Bytes of text added since the last commit."""
         self._corpus = hashlib.sha256()
@@ -91,8 +90,7 @@ class TokenWriter:
 
     def totals(self) -> tuple[int, int]:
         """Return tokens and bytes of text of both sides together."""
-        sides = (self.train, self.validation)
-        return sum(side["tokens"] for side in sides), sum(side["bytes"] for side in sides)
+        return self.train.tokens + self.validation.tokens, self.train.bytes + self.validation.bytes
 
     @property
     def corpus_digest(self) -> str:
@@ -125,9 +123,9 @@ class TokenWriter:
         is_held_out = row is not None
         size = self._hash_document(text, is_held_out)
         counts = self.validation if is_held_out else self.train
-        counts["documents"] += 1
-        counts["tokens"] += num_tokens
-        counts["bytes"] += size
+        counts.documents += 1
+        counts.tokens += num_tokens
+        counts.bytes += size
         self._files[_VALIDATION if is_held_out else _TRAIN].write(tokens)
         if row is not None:
             self._files[_TEXTS].write(row.encode() + b"\n")
@@ -140,8 +138,8 @@ class TokenWriter:
         record = {
             "documents": self.num_documents,
             "corpus": self.corpus_digest,
-            "train": self.train,
-            "validation": self.validation,
+            "train": self.train.model_dump(),
+            "validation": self.validation.model_dump(),
             "files": files,
         }
         write_json(self._record_path, record)
@@ -161,7 +159,3 @@ class TokenWriter:
         data = text.encode("utf-8")
         self._corpus.update(b"%d%b\0" % (is_held_out, data))
         return len(data)
-
-
-def _no_counts() -> dict[str, int]:
-    return {"documents": 0, "tokens": 0, "bytes": 0}

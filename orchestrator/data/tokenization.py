@@ -29,8 +29,9 @@ from tokenizers import Tokenizer
 
 from orchestrator.data.corpus import Document, hash_fraction, is_validation
 from orchestrator.data.token_store import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
+    Manifest,
+    SplitCounts,
     is_complete,
     verify_tokens,
 )
@@ -70,16 +71,13 @@ def write_tokens(
 ) -> Path:
     """Tokenize documents into `parent`/<fingerprint>.
 
+    A folder that already has the same content is kept.
+
     Args:
-        parent: Folder of all token folders.
         documents: The corpus; read once.
         settings: Tokenizer and validation fraction; stored in the manifest.
         resume_key: Identifies the documents, so that a later call can resume this one; without it,
             an interrupted call leaves nothing.
-        progress: Shows the progress.
-
-    Returns:
-        The folder. If it existed with the same content, it is kept.
 
     Raises:
         UserError: If there is no text, or too little to hold some out.
@@ -138,21 +136,18 @@ def _write_folder(
         checksums = writer.commit()
     checksums["tokenizer.json"] = file_digest(folder / "tokenizer.json")
     fingerprint = content_key(writer.corpus_digest, checksums["tokenizer.json"])
-    write_json(
-        folder / MANIFEST_NAME,
-        {
-            "format": FORMAT_VERSION,
-            "fingerprint": fingerprint,
-            "settings": settings.model_dump(mode="json"),
-            "dtype": dtype.name,
-            "vocab_size": vocab_size,
-            "end_of_text_id": end,
-            "train": writer.train,
-            "validation": writer.validation,
-            "sizes": {name: (folder / name).stat().st_size for name in checksums},
-            "sha256": checksums,
-        },
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        settings=settings.model_dump(mode="json"),
+        dtype="uint16" if dtype.itemsize == 2 else "uint32",
+        vocab_size=vocab_size,
+        end_of_text_id=end,
+        train=writer.train,
+        validation=writer.validation,
+        sizes={name: (folder / name).stat().st_size for name in checksums},
+        sha256=checksums,
     )
+    write_json(folder / MANIFEST_NAME, manifest.model_dump())
     writer.delete_record()
     return fingerprint
 
@@ -181,11 +176,7 @@ def encode_batches(
 
 
 class TokenProgress(Progress):
-    """Adds the number of tokens and their rate to another progress.
-
-    Args:
-        progress: Shows the result. The reader of the documents reports how much it has read.
-    """
+    """Adds the number of tokens and their rate to the progress that the corpus reader reports."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -235,13 +226,9 @@ def _choose_tokenizer(
     fraction: float,
     progress: Progress,
 ) -> tuple[Tokenizer, Iterator[Document]]:
-    """Load or train the tokenizer and save it in the folder, unless an earlier call did.
-
-    Returns:
-        The tokenizer, and all documents, including those that its training has read.
-    """
+    """Return the tokenizer and all documents, including those that its training has read."""
     path = folder / "tokenizer.json"
-    if path.is_file():
+    if path.is_file():  # saved before an interruption
         return load_tokenizer(path), documents
     if settings.tokenizer != "train":
         tokenizer = load_tokenizer(settings.tokenizer)
@@ -276,17 +263,17 @@ def _empty_corpus() -> UserError:
     )
 
 
-def _check_counts(train: dict[str, int], validation: dict[str, int], fraction: float) -> None:
-    num_documents = train["documents"] + validation["documents"]
+def _check_counts(train: SplitCounts, validation: SplitCounts, fraction: float) -> None:
+    num_documents = train.documents + validation.documents
     if num_documents == 0:
         raise _empty_corpus()
     if num_documents == 1:
         raise UserError(
-            f"the corpus is a single document of {train['tokens'] + validation['tokens']} tokens, "
-            "too little to train on one part and to hold out another; give more text"
+            f"the corpus is a single document of {train.tokens + validation.tokens} tokens, too "
+            "little to train on one part and to hold out another; give more text"
         )
     for name, counts in (("training", train), ("validation", validation)):
-        if counts["documents"] == 0:
+        if counts.documents == 0:
             raise UserError(
                 f"none of the {num_documents} documents falls to {name} with "
                 f"data.validation_fraction={fraction:g}; choose another fraction or give more text"

@@ -23,12 +23,7 @@ HUB_PREFIX = "hub:"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE.
-
-    Args:
-        texts: The training documents.
-        vocab_size: At most this many entries; a short text may give fewer.
-    """
+    """Train a byte-level BPE with `vocab_size` entries; a short text may give fewer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +73,7 @@ def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False
 
     Args:
         folder: Holds `tokenizer.json`, and usually `tokenizer_config.json`.
-        trust_remote_code: Whether Python code in the folder may run.
+        trust_remote_code: Run Python code of the folder, if it has any.
 
     Raises:
         UserError: If it cannot be loaded.

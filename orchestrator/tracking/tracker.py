@@ -50,7 +50,8 @@ class Tracking:
 
         Args:
             workspace: Gives the store's address, the artifact folder and the outbox.
-            warn: Called once when the store stops responding, and for values that it refuses.
+            warn: Called once when the store stops responding, and for values that it refuses;
+                default: a log message.
         """
         self.store = Store(workspace)
         self.outbox = Outbox(workspace.root)
@@ -78,12 +79,9 @@ class Tracking:
         A killed or failed run is set to running again; a finished one stays finished.
 
         Args:
-            key: Content key, or a sweep's name.
-            name: Name in the user interface.
-            kind: The tag `iiet.kind`.
+            key, name, kind: See `RunIdentity`.
             parent: The run it is nested in.
             params: Parameters; MLflow never changes one, so existing ones keep their values.
-            tags: Further tags.
         """
         run = TrackedRun(
             self,
@@ -103,7 +101,6 @@ class Tracking:
         """Log a finished trial, teacher or baseline as a nested run, with its role as kind.
 
         Args:
-            result: Its parameters and metrics.
             parent: The sweep's run.
             sweep: The sweep's name, by which the chart view filters.
             journal_folder: Folder with the journal of its training.
@@ -260,13 +257,7 @@ class TrackedRun:
         self._write("table", columns=columns, data=data, name=name)
 
     def log_dataset(self, name: str, digest: str, profile: Mapping[str, Any]) -> None:
-        """Log the data that the run read.
-
-        Args:
-            name: Name in the user interface.
-            digest: Hash of the content.
-            profile: Sizes and origin.
-        """
+        """Log the data that the run read; `digest` is a hash, `profile` its origin and sizes."""
         self._write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
 
     def register(self, model: str, folder: Path, *, key: str, alias: str, note: str = "") -> None:
@@ -301,10 +292,6 @@ def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking
     """Connect to the workspace's store; create its database and experiment if they are missing.
 
     Call it once before workers start. A server that does not respond is no error: see `Tracking`.
-
-    Args:
-        workspace: Gives the store; `MLFLOW_TRACKING_URI` overrides it.
-        warn: Called once when the store stops responding, and for values that it refuses.
 
     Raises:
         UserError: If the address is not one of MLflow's, or the local store is damaged.

@@ -156,7 +156,7 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     monkeypatch.setattr(tokenization, "train_tokenizer", None)  # trained before the interruption
     folder = prepare(settings, workspace)
     manifest = open_tokens(folder, verify=True).manifest
-    num_documents = manifest["train"]["documents"] + manifest["validation"]["documents"]
+    num_documents = manifest.train.documents + manifest.validation.documents
     assert sum(encoded) == num_documents - safe, "committed documents are not tokenized again"
     assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))
     monkeypatch.undo()

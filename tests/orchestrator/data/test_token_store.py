@@ -52,7 +52,7 @@ def test_the_tokens_are_the_documents(tmp_path: Path) -> None:
     assert [Document(**json.loads(line)) for line in lines] == validation
     assert store.train.dtype == np.uint16
     assert store.vocab_size == 300
-    assert store.manifest["train"]["tokens"] == len(store.train)
+    assert store.manifest.train.tokens == len(store.train)
 
 
 def test_equal_content_has_an_equal_fingerprint(tmp_path: Path) -> None:
@@ -96,14 +96,14 @@ def test_a_corpus_larger_than_the_sample_is_read_once(
     monkeypatch.setattr(tokenization, "DOCUMENTS_PER_BATCH", 7)
     store = open_tokens(write_tokens(tmp_path, iter(DOCUMENTS), SETTINGS))
     counts = store.manifest
-    assert counts["train"]["documents"] + counts["validation"]["documents"] == len(DOCUMENTS)
+    assert counts.train.documents + counts.validation.documents == len(DOCUMENTS)
 
 
 def test_a_few_documents_are_enough(tmp_path: Path) -> None:
     for number in range(2, 8):
         some = DOCUMENTS[number : 2 * number]
         store = open_tokens(write_tokens(tmp_path, some, SETTINGS))
-        assert store.manifest["validation"]["documents"] >= 1
+        assert store.manifest.validation.documents >= 1
 
 
 @pytest.mark.parametrize(
