@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Two files of tests at a time, each with a Ray of its own; more only wait for one another's processes.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two test files at a time, each with its own Ray; more would only wait for each other's processes.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-long lint format bench ui clean
@@ -13,14 +13,14 @@ SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## Install, then run the whole job on embedded text (CPU, about ten minutes)
+demo: $(INSTALLED) ## Install, then run everything on Python's documentation (CPU, about ten minutes)
 	$(BIN)/iiet-orch quickstart
 
 test: $(INSTALLED) ## Install, then run the whole test suite
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-quick: $(INSTALLED) ## Run the tests that take seconds
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-long: $(INSTALLED) ## Fuzz settings, files and commands (ten minutes)
 	$(BIN)/python -m pytest -m long
@@ -34,7 +34,7 @@ format: $(INSTALLED) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Measure the ratios that the documentation claims
+bench: $(INSTALLED) ## Measure the ratios in docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
 ui: $(INSTALLED) ## Browse the runs in MLflow
@@ -43,7 +43,7 @@ ui: $(INSTALLED) ## Browse the runs in MLflow
 clean: ## Remove the environment and caches; the workspace stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# The stamp is made anew when the dependencies change, so that repeated runs start at once.
+# The stamp is renewed when the dependencies change, so that repeated runs start at once.
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,10 +1,10 @@
 """`python -m benchmarks [NAME ...] [--quick] [--threads N] [--json FILE]`, from the repository's
 root.
 
-Runs the named benchmarks, all of them without a name, and prints one table for each; `--json`
-stores the same numbers. One thread unless told otherwise: ratios on one core disturb each other
-least. A goal that is missed is said in the table, and is no failure: exit 0. A mistake on the
-command line: exit 2.
+Runs the named benchmarks (default: all) and prints one table for each; `--json` stores the same
+numbers. The default is one thread, because ratios on one core have the least noise. The table shows
+a missed goal, which is not a failure: the exit code is 0. It is 2 after a mistake on the command
+line.
 """
 
 from __future__ import annotations
@@ -30,20 +30,13 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "training": training.measure,
     "sweep": sweep.measure,
 }
-"""By name what `python -m benchmarks` runs, in this order."""
+"""The benchmarks by name, in the order in which they run."""
 
 _PIPE_COLUMNS = 140
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run benchmarks, print their tables, store their numbers.
-
-    Args:
-        arguments: the command line's, without the program's name.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line (without the program's name) and return the exit code."""
     options = _parse(arguments)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -60,7 +53,7 @@ def _run(names: Sequence[str], quick: bool, json_file: Path | None) -> None:
     facts = machine_facts()
     out.print(describe(facts), markup=False)
     if quick:
-        out.print("--quick: tiny sizes that show that all works; the numbers mean nothing")
+        out.print("--quick: tiny sizes that only test the benchmarks; the numbers mean nothing")
     found: dict[str, Report] = {}
     for name in names:
         found[name] = BENCHMARKS[name](quick=quick, say=_say)
@@ -82,8 +75,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; all by default"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds, no goals")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store all numbers there")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store all numbers in FILE")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:

@@ -1,15 +1,15 @@
 """Cached greedy decoding against `transformers`' Llama of the same shape, on the same weights.
 
-The opponent runs as its users run it at best: `generate`, fused attention, the default cache, no
-gradients, nothing that ends a row early. Two times are taken of each run: the whole divided by the
-new tokens, and that of the tokens behind the prefill; the moment between is told by a logits
-processor on their side, which costs one call per token, and by the first token of our stream.
+transformers runs as well as its users can run it: `generate`, fused attention, the default cache,
+no gradients, no stop token. Each run gives two times: the whole run divided by the new tokens, and
+the time per token after the prefill. The end of the prefill is taken from a logits processor in
+transformers (one call per token), and from the first token of our stream.
 
-The bound: a step cannot be faster than reading each weight once. How fast that goes is measured in
-the same turns, by plain matrix-vector products over matrices of the model's shapes, as many
-distinct ones as the model has, so that caches serve both alike. The share of the bound is the
-bound's time over ours. It is claimed where reading is the limit, for one row of a wide model: with
-eight rows arithmetic takes its time too, and the share is only shown.
+The bound: a step cannot be faster than reading each weight once. The time for this is measured in
+the same turns, by plain matrix-vector products over as many distinct matrices of the same shapes as
+the model has, so that processor caches help both alike. The share of the bound is the bound's time
+over ours. It has a goal only where reading is the limit, for one row of a wide model: with eight
+rows, arithmetic takes time as well.
 """
 
 from __future__ import annotations
@@ -60,18 +60,16 @@ _QUICK = _Size(
 
 @dataclass(frozen=True)
 class _Seconds:
-    """What one generation took, per new token."""
+    """Seconds per new token of one generation."""
 
     whole: float
     after_prefill: float
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure milliseconds per token of both, and the bound.
+    """Measure milliseconds per token of both programs, and the bound.
 
-    Args:
-        quick: tiny sizes, which show that all works and nothing else.
-        say: called with what comes next.
+    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     size = _QUICK if quick else _FULL
     rows: list[Row] = []
@@ -132,7 +130,8 @@ def _llama(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
 
 
 def _check(decoder: Decoder, llama: Any, prompt: Tensor, new_tokens: int) -> str:
-    """Compare logits over our own continuation, and that each token of it is the likeliest."""
+    """Compare logits over our own continuation, and check that each of its tokens is the
+    likeliest."""
     continued = generate(decoder, prompt, max_new_tokens=new_tokens)
     with torch.inference_mode():
         ours, theirs = decoder(continued), llama(continued).logits
@@ -162,7 +161,7 @@ def _rows(decoder: Decoder, llama: Any, prompt: Tensor, size: _Size) -> list[Row
     after = {name: [s.after_prefill for s in values] for name, values in seconds.items()}
     return [
         Row(
-            what=f"per step behind the prefill, transformers / ours, {place}",
+            what=f"per step after the prefill, transformers / ours, {place}",
             quantities=(_milliseconds("transformers", after), _milliseconds("ours", after)),
             ratio=paired_ratio(after["transformers"], after["ours"]),
             goal=_GOAL_RATIO.get(dim),

@@ -1,4 +1,4 @@
-"""The facts about machine and libraries without which a measurement says nothing."""
+"""Facts about machine and libraries, which every measurement needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 
 def machine_facts() -> dict[str, str | int | float]:
-    """Return processor, threads, versions and how busy the machine is already."""
+    """Return processor, threads, versions and the current load of the machine."""
     return {
         "cpu": _cpu_model(),
         "cpus": os.cpu_count() or 1,
@@ -25,7 +25,7 @@ def machine_facts() -> dict[str, str | int | float]:
 
 
 def describe(facts: dict[str, str | int | float]) -> str:
-    """Put the facts into two lines for people."""
+    """Format the facts as two lines of text."""
     return (
         f"{facts['cpu']}, {facts['cpus']} CPUs, load before the run {facts['load_before']}; "
         f"PyTorch threads: {facts['threads']}\n"

@@ -1,10 +1,10 @@
 """The learned mix in training: its memory, its time, and its share of a step.
 
-Claims: against a stack of all estimates, the lean mix needs less memory, which a stack lets grow
-with the square of the depth, and less time; with checkpointing, little is left; and the mix's
-whole share of a step is small. Memory is measured in a fresh process for each number, time in one
-process in turns, the share within a step. The stack has to give the same loss and the same
-gradients first.
+Claims: compared with a stack of all estimates, the lean mix needs less memory (that of a stack
+grows with the square of the depth) and less time; with checkpointing it needs little memory; and
+the mix takes a small share of a step. Each memory is measured in a fresh process, times in one
+process in turns, the share within a step. The stack must first give the same loss and the same
+gradients.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ _MEGABYTE = 1e6
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     """Measure memory and time of training steps.
 
-    Args:
-        quick: tiny sizes, which show that all works and nothing else.
-        say: called with what comes next.
+    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     sizes, repetitions = (_QUICK, 2) if quick else (_FULL, 5)
     rows: list[Row] = []

@@ -1,12 +1,11 @@
-"""Peak memory of one training step, measured by a process that does nothing else.
+"""Peak memory of one training step, measured in a process that does nothing else.
 
-What counts is what the machine must have, so this reads resident memory, kernels' workspace
-included, and not a sum of tensor sizes. A process's peak never falls and its allocator's habits
-depend on what ran before, so each measurement has a fresh process, started with one and the same
-setting of the C library's allocator: large blocks go back to the system as soon as they are free,
-and the peak is that of live memory instead of fragments. Weights, gradients and libraries are there
-before the step, and are not counted. On Linux the peak comes from /proc: the one that
-`getrusage` gives is inherited from the parent at the start.
+Resident memory is read, because it is what the machine must have; it includes the kernels'
+workspace, which a sum of tensor sizes does not. A process's peak never falls, and its allocator
+depends on what ran before. So each measurement has a fresh process with the same settings of the C
+library's allocator: free large blocks return to the system at once, and the peak is that of live
+memory, without fragments. Weights, gradients and libraries exist before the step and are not
+counted. On Linux the peak comes from /proc, because `getrusage` starts at the parent's peak.
 """
 
 from __future__ import annotations
@@ -36,14 +35,10 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_bytes(size: StepSize, variant: Variant) -> int:
-    """Return by how much a step raises the resident memory of a fresh process, in bytes.
-
-    Args:
-        size: of the step.
-        variant: how the mix is written.
+    """Return the bytes by which a step raises the resident memory of a fresh process.
 
     Raises:
-        RuntimeError: the process failed; its last words are in the text.
+        RuntimeError: the process failed; the message holds the end of its error output.
     """
     request = json.dumps(
         {"size": asdict(size), "variant": variant, "threads": torch.get_num_threads()}
@@ -62,7 +57,7 @@ def peak_bytes(size: StepSize, variant: Variant) -> int:
 
 
 def measure_here(size: StepSize, variant: Variant) -> int:
-    """Run one step in this process and return by how many bytes it raised the resident memory."""
+    """Run one step in this process and return the bytes by which it raised the resident memory."""
     decoder, input_ids = build(size)
     with written_as(variant, decoder):
         step(decoder, input_ids[:1, :_WARM_UP_TOKENS])  # Makes the gradients.

@@ -1,10 +1,10 @@
-"""Which part of a training step is the mix, from the profiler's record of that very step.
+"""The mix's share of a training step, from the profiler's record of that step.
 
-The difference of two steps, one without a mix, would be the plainest measure, but a share of a few
-hundredths drowns in the noise between two steps. Within one step it does not. Forward, the
-functions of the mix are marked. Backward, autograd's own record of evaluating their derivatives
-counts, which includes adding an estimate's gradients up over the layers that read it. The
-profiler's cost per operation falls on the mix, of few large operations, as on all else.
+The difference of two steps, one of them without a mix, would be simpler, but the noise between two
+steps is larger than the share. Within one step it is not. In the forward pass the functions of the
+mix are marked. In the backward pass autograd's own records of their derivatives count; they include
+the sum of an estimate's gradients over the layers that read it. The profiler adds time to every
+operation, those of the mix and all others.
 """
 
 from __future__ import annotations
@@ -40,25 +40,20 @@ _BACKWARD = tuple(
 
 
 def mix_share(decoder: Decoder, input_ids: Tensor) -> float:
-    """Run a training step and return the mix's share of its time.
-
-    Args:
-        decoder: a model with a mix.
-        input_ids: (batch, time) integers.
-    """
+    """Run a training step on `input_ids`, (batch, time), and return the mix's share of its time."""
     recording = profile(activities=[ProfilerActivity.CPU])
-    with _marked(), _without_chatter(), recording as record, record_function(_STEP):
+    with _marked(), _without_profiler_messages(), recording as record, record_function(_STEP):
         step(decoder, input_ids)
     microseconds: dict[str, float] = {
         event.key: event.cpu_time_total for event in record.key_averages()
     }
-    # A part under another name would count as nothing: a missing key is an error.
+    # A renamed part must not count as nothing: a missing key is an error.
     return sum(microseconds[key] for key in (_MIX, *_BACKWARD)) / microseconds[_STEP]
 
 
 @contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Drop what the profiler's native library writes to the error stream at its start and end."""
+def _without_profiler_messages() -> Iterator[None]:
+    """Drop the messages that the profiler's native library writes to standard error."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

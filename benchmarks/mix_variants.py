@@ -1,9 +1,9 @@
 """One training step of an IIET with its mix written in several ways, all else the same.
 
-`lean` is the project's. `stacked` is what one writes at first: stack all estimates, multiply by the
-row; autograd then keeps one stack per evaluation. It is the leanest of the straightforward forms
-(an einsum needs the same memory, a product and a sum need more). `checkpointed` is lean with each
-layer recomputed in the backward pass.
+`lean` is the project's form. `stacked` is the straightforward one: stack all estimates and multiply
+by the row; autograd then keeps one stack per evaluation. Of the straightforward forms it needs the
+least memory (an einsum needs the same, a product and a sum need more). `checkpointed` is `lean`
+with each layer recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """The size of a training step, heads of 64 or a single one."""
+    """The size of a training step; heads have width 64, or there is a single one."""
 
     num_layers: int
     dim: int = 256
     batch_size: int = 2
     num_tokens: int = 256
-    """Per row of the batch."""
+    """Tokens per row of the batch."""
     vocab_size: int = 2048
     num_corrections: int = 3
-    """Of each layer."""
+    """Corrections of each layer."""
 
 
 def build(size: StepSize) -> tuple[Decoder, Tensor]:
-    """Return a decoder, the rows of its mix unlike each other, and a batch of random tokens."""
+    """Return a decoder whose rows of the mix all differ, and a batch of random tokens."""
     config = shaped_config(
         size.dim,
         num_layers=size.num_layers,
@@ -68,7 +68,7 @@ def step(decoder: Decoder, input_ids: Tensor) -> float:
 
 @contextmanager
 def written_as(variant: Variant, decoder: Decoder) -> Iterator[None]:
-    """Make a decoder's steps follow one variant while the context lasts."""
+    """Run a decoder's steps as one variant within the context."""
     decoder.activation_checkpointing = variant == "checkpointed"
     try:
         if variant == "stacked":
@@ -81,11 +81,9 @@ def written_as(variant: Variant, decoder: Decoder) -> Iterator[None]:
 
 
 def largest_difference(size: StepSize, variant: Variant) -> float:
-    """Compare loss and gradients with lean's, in float64 and on few tokens.
+    """Return the largest relative difference of loss and gradients from those of `lean`.
 
-    Returns:
-        The largest difference of a parameter's gradient, in units of that gradient's largest entry,
-        or of the loss, relative.
+    Computed in float64 on few tokens; a gradient's difference is relative to its largest entry.
     """
     decoder, input_ids = build(size)
     decoder.double()
@@ -109,12 +107,12 @@ def _loss_and_gradients(decoder: Decoder, input_ids: Tensor, variant: Any) -> li
 
 @dataclass(frozen=True)
 class _StackedHistory:
-    """A history that stacks all estimates anew for each sum, and multiplies them by a whole row."""
+    """A history that stacks all estimates again for each sum and multiplies them by a whole row."""
 
     estimates: tuple[Tensor, ...]
 
     def sums(self, rows: Tensor) -> tuple[_StackedHistory, tuple[Tensor, ...]]:
-        return self, tuple(rows)  # Nothing is summed before the layer's own estimate is there.
+        return self, tuple(rows)  # Sums wait for the layer's own estimate.
 
     def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
         row = torch.cat([base, weight[None]])

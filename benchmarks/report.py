@@ -1,8 +1,8 @@
-"""What a benchmark hands back, as values: rows of measurements, their ratio, their goal.
+"""The results of a benchmark as values: rows of measurements with their ratio and goal.
 
-The same values become a table on the terminal and JSON in a file. A goal belongs to a size: a row
-measured at another size is for information and has none. Whether a goal is met is decided by the
-median of the ratio; the quartiles beside it say how much to trust that.
+The same values become a table on the terminal and JSON in a file. A goal is for one size; rows of
+other sizes have none. The median of the ratio decides whether a goal is met; the quartiles beside
+it show the noise.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from benchmarks.timing import Spread
 
 @dataclass(frozen=True)
 class Goal:
-    """What a ratio should be."""
+    """The bound that a ratio should keep."""
 
     kind: Literal["at most", "at least"]
     limit: float
 
     def met_by(self, value: float) -> bool:
-        """Tell whether a value reaches the goal."""
         return value <= self.limit if self.kind == "at most" else value >= self.limit
 
     def __str__(self) -> str:
@@ -32,10 +31,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One measured thing."""
+    """One measured quantity."""
 
     label: str
-    """Whose: ours, or the opponent's name."""
+    """The program or variant that was measured."""
     spread: Spread
     unit: str
 
@@ -45,17 +44,17 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A claim, and what was measured about it."""
+    """A claim and its measurements."""
 
     what: str
-    """The claim's subject and its size."""
+    """What was compared, at which size."""
     quantities: tuple[Quantity, ...]
-    """What the ratio is made of."""
+    """The measured quantities."""
     ratio: Spread | None = None
-    """The first quantity over the second, unless `what` says otherwise; None for a row that only
-    shows."""
+    """The first quantity over the second, unless `what` says otherwise; None for a row without a
+    comparison."""
     goal: Goal | None = None
-    """What the ratio should be at this size; None where nothing was claimed."""
+    """The goal at this size; None without a claim."""
 
     @property
     def met(self) -> bool | None:
@@ -65,20 +64,20 @@ class Row:
         return self.goal.met_by(self.ratio.median)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, the verdict included."""
+        """Return plain JSON values, including `met`."""
         return {**asdict(self), "met": self.met}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that one benchmark found."""
+    """The results of one benchmark."""
 
     title: str
     setting: str
-    """Sizes and conditions, in a sentence."""
+    """Sizes and conditions in one sentence."""
     rows: tuple[Row, ...]
     checks: tuple[str, ...] = field(default=())
-    """What was found to be equal before measuring."""
+    """The equalities checked before measuring."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -91,7 +90,7 @@ class Report:
         }
 
     def table(self) -> Table:
-        """Return the report as people read it."""
+        """Return the report as a table."""
         caption = "\n".join([self.setting, *(f"checked: {check}" for check in self.checks)])
         table = Table(title=self.title, caption=caption, caption_justify="left", expand=False)
         table.add_column("what")
@@ -111,10 +110,10 @@ class Report:
 
 
 def checked(what: str, difference: float, tolerance: float) -> str:
-    """Return the sentence that says that two computations agree.
+    """Return a sentence that says how well two computations agree.
 
     Raises:
-        ArithmeticError: they do not, so that timing one against the other would mean nothing.
+        ArithmeticError: they do not agree, so timing them against each other would mean nothing.
     """
     if not difference <= tolerance:
         raise ArithmeticError(f"{what} differ by {difference:.1e}, allowed are {tolerance:.0e}")

@@ -1,11 +1,10 @@
-"""Whether IIET's time per token follows its evaluations, so that counting them predicts it.
+"""Tests whether IIET's time per token is linear in its evaluations, so that counting predicts time.
 
-The same weights decode under several iteration schedules, in turns token by token. Through the
-medians goes a line, start + slope x evaluations: its start is what a token costs beside
-evaluations (embedding, head), and the largest relative residual says how good the count is as a
-prediction. Beside it stands where the count errs: corrections of one layer in a row find its
-weights in the processor's cache, so the same number of evaluations concentrated on few layers may
-be cheaper than spread over all.
+The same weights decode under several iteration schedules, in turns, token by token. A line through
+the medians, start + slope x evaluations, has as its start the cost of a token without evaluations
+(embedding, head); its largest relative residual shows how well the count predicts time. Further
+rows show where the count is wrong: consecutive corrections of one layer find its weights in the
+processor's cache, so the same number of evaluations may be cheaper on few layers than on all.
 """
 
 from __future__ import annotations
@@ -47,9 +46,7 @@ _QUICK = _Size(dims=(64,), num_layers=4, vocab_size=256, prompt_tokens=8, num_st
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     """Measure milliseconds per token under several iteration schedules.
 
-    Args:
-        quick: tiny sizes, which show that all works and nothing else.
-        say: called with what comes next.
+    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     size = _QUICK if quick else _FULL
     rows: list[Row] = []
@@ -61,14 +58,14 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         rows += _rows(decoder, size)
     setting = (
         f"IIET, {size.num_layers} layers, heads of 64, ffn 2.75 d, vocabulary {size.vocab_size}, "
-        f"tied head, float32; batch 1 behind a prompt of {size.prompt_tokens} tokens, "
+        f"tied head, float32; batch 1 after a prompt of {size.prompt_tokens} tokens, "
         f"{size.num_steps} tokens each, in turns token by token"
     )
     return Report(title="schedules", setting=setting, rows=tuple(rows), checks=tuple(checks))
 
 
 def _schedules(num_layers: int) -> dict[str, IterationSchedule]:
-    """Return five schedules for the line, and two of as many evaluations as `r = 1`."""
+    """Return five schedules for the line, and two with as many evaluations as `r = 1`."""
     few = max(1, num_layers // 4)
     return {
         "r = 0": IterationSchedule.uniform(num_layers, 0),
@@ -86,7 +83,7 @@ def _decoder(size: _Size, dim: int) -> Decoder:
         dim,
         num_layers=size.num_layers,
         vocab_size=size.vocab_size,
-        # Two tokens more: the warm-up, and one to spare.
+        # Two more tokens: the warm-up and a spare one.
         context_length=size.prompt_tokens + size.num_steps + 2,
     )
     return fresh_decoder(config).eval()
@@ -112,7 +109,7 @@ def _prompt(decoder: Decoder, num_tokens: int) -> Tensor:
 
 
 def _token_step(decoder: Decoder, size: _Size) -> Callable[[], float]:
-    """Return a task that decodes one token more, behind a prompt, and returns its seconds."""
+    """Return a task that decodes one more token after a prompt and returns the seconds."""
     cache = KeyValueCache(decoder.config, batch_size=1, max_tokens=decoder.config.context_length)
     token = torch.ones(1, 1, dtype=torch.long)
     with torch.inference_mode():

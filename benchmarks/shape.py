@@ -17,15 +17,9 @@ def shaped_config(
     method: str = "iiet",
     num_corrections: int | None = None,
 ) -> ModelConfig:
-    """Return a configuration of that shape.
+    """Return a config of that shape; below a width of 64 there is one head.
 
-    Args:
-        dim: width of the hidden state; below 64 there is one head.
-        num_layers: layers.
-        vocab_size: tokens.
-        context_length: longest sequence, in tokens.
-        method: registry key.
-        num_corrections: of each layer; the preset's when None.
+    `num_corrections` is per layer; None: the preset's.
     """
     schedule = {} if num_corrections is None else {"schedule": num_corrections}
     return preset(

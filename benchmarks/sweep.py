@@ -1,12 +1,11 @@
-"""What a sweep costs beside its trials, what it spares, and how long a finished one takes again.
+"""The overhead of a sweep, its saved trials, and the time of a rerun.
 
-Overhead: the whole stage under Ray Tune, one trial at a time, its locks, its front over time and
-MLflow's records in a local database included, and the same trainings and evaluations in a bare loop
-of this process with as many threads, in two workspaces. The first trial is not counted, nor is
-Ray's own start: both are once for all trials. Trials are compared one by one, and what the sweep
-adds to each is also shown on top of a trial of a minute. Duplicates: thresholds asked for, and the
-trials that they come to. Resume: the whole stage over a sweep of which all is finished; and a trial
-that was stopped in its middle, from the call to its first new step.
+Overhead: a whole sweep under Ray Tune, one trial at a time, with its locks, its front over time and
+MLflow's records in a local database, is compared with the same trainings and evaluations in a plain
+loop of this process with as many threads. The first trial and Ray's start are one-time costs and do
+not count. Trials are compared one by one; a second row shows the overhead for trials of a minute.
+Duplicates: the number of thresholds, and of the trials that they lead to. Resume: a rerun of a
+finished sweep; and a trial stopped halfway, from the call to its first new step.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ class _Size:
     num_layers: int
     num_steps: int
     num_trials: int
-    """That are trained, in each of the two ways."""
+    """Trials trained in each of the two ways."""
     num_items: int
-    """Of each held-out task."""
+    """Items of each held-out task."""
     has_goals: bool = False
 
 
@@ -74,9 +73,7 @@ _NUM_DOCUMENTS = 400
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     """Measure a sweep's overhead, what it merges, and its second call.
 
-    Args:
-        quick: tiny sizes, which show that all works and nothing else.
-        say: called with what comes next.
+    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     size = _QUICK if quick else _FULL
     with tempfile.TemporaryDirectory() as folder:
@@ -85,8 +82,8 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         overhead, checks = bench.overhead()
         say(f"sweep: {_NUM_THRESHOLDS} thresholds")
         merged, check = bench.merged()
-        say("sweep: a finished one again, and a trial stopped in its middle")
-        resumed = (bench.resumed(), bench.gone_on())
+        say("sweep: rerun of a finished sweep, and resume of a stopped trial")
+        resumed = (bench.resumed(), bench.stopped())
     setting = (
         f"IIET, d {size.dim}, {size.num_layers} layers, r = 2, trials of {size.num_steps} steps, "
         "one at a time; the first and Ray's start not counted"
@@ -96,7 +93,7 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
 
 
 class _Bench:
-    """A teacher, a made-up influence, and the plans that follow from them."""
+    """A teacher, a made-up influence table, and the plans made from them."""
 
     def __init__(self, size: _Size, folder: Path) -> None:
         self.size, self.folder = size, folder
@@ -132,7 +129,7 @@ class _Bench:
         return resolve_settings(
             {
                 "training": {**recipe, "num_steps": 1},
-                # In the loop each trial asks its teacher itself, too.
+                # No cache: in the loop each trial runs its teacher, too.
                 "distillation": {"training": longer, "teacher_cache": "live"},
                 "evaluation": {"num_items": self.size.num_items},
                 "sweep": sweep,
@@ -173,7 +170,7 @@ class _Bench:
         check = checked(
             "losses of a sweep's trials and a loop's", max(abs(a - b) for a, b in pairs), 0.0
         )
-        # From the end of the first on: what comes before it is the start.
+        # From the end of the first trial on: the time before it is the start.
         swept_each, looped_each = ([b - a for a, b in pairwise(t)] for t in (ends, loop_ends))
         quantities = tuple(
             Quantity(label, Spread.of(each), "s")
@@ -197,7 +194,7 @@ class _Bench:
         return rows, [check]
 
     def merged(self) -> tuple[Row, str]:
-        """Plan many thresholds."""
+        """Plan a sweep over many thresholds and count its trials."""
         top = max(map(max, self.influence.rows()))
         thresholds = [top * n / _NUM_THRESHOLDS for n in range(_NUM_THRESHOLDS)]
         plan = self.plan(open_workspace(self.folder / "merged"), thresholds=thresholds)
@@ -216,7 +213,7 @@ class _Bench:
         return row, check
 
     def resumed(self) -> Row:
-        """Call the stage again over a finished sweep."""
+        """Run a finished sweep again."""
         workspace = open_workspace(self.folder / "resumed")
         plan = self.plan(workspace)
         for trial in plan.trials:
@@ -226,15 +223,15 @@ class _Bench:
             started = time.perf_counter()
             run_sweep(plan, self.settings(), workspace, tracking=open_tracking(workspace))
             seconds.append(time.perf_counter() - started)
-        # The first call makes the database and measures the time per token.
+        # The first run creates the database and measures the time per token.
         again = Quantity("again", Spread.of(seconds[1:]), "s")
         return Row(
-            what=f"a finished sweep of {len(plan.trials)} models, called again",
+            what=f"a rerun of a finished sweep of {len(plan.trials)} models",
             quantities=(again, _seconds("first", seconds[0])),
         )
 
-    def gone_on(self) -> Row:
-        """Stop a trial in its middle, and call it again."""
+    def stopped(self) -> Row:
+        """Stop a trial halfway and resume it."""
         plan = self.plan(open_workspace(self.folder / "stopped"), num_schedules=2)
         job = TrainingJob.from_dict(next(t.job for t in plan.trials if t.job) or {})
         reported: list[tuple[int, float]] = []

@@ -1,14 +1,16 @@
-"""A step of distillation that reads its teacher's answers against one that runs the teacher.
+"""A distillation step that reads its teacher's stored answers, compared with one that runs the
+teacher.
 
-The teacher makes three corrections a layer, the students fewer: with a student of half its
-evaluations, the teacher's forward pass is two fifths of a step's arithmetic, with cheaper students
-more. A step here is what the training loop does with a batch: answers, loss, backward, clipping and
-AdamW, at a learning rate of 0 so that all variants keep the same weights. The cache lies on disk as
-a sweep writes it, and each step reads other rows; they were written a moment ago, so the operating
-system still holds them in memory, as it does for all students of a sweep but the first.
+The teacher makes three corrections per layer, the students fewer. For a student of half the
+teacher's evaluations, the teacher's forward pass is two fifths of a step's arithmetic; for cheaper
+students it is more. A step is what the training loop does with a batch: answers, loss, backward,
+clipping and AdamW, at a learning rate of 0 so that all variants keep the same weights. The cache is
+on disk as in a sweep, and each step reads other rows. They were written just before, so the
+operating system still holds them in memory, as it does for all students of a sweep except the
+first.
 
-Exact answers must give the same loss to the last bit before anything is timed; coarse ones are
-another loss, and their times are only shown.
+Exact answers must give a bitwise equal loss before anything is timed. Coarse answers give another
+loss, so their times have no goal.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _TEACHER_CORRECTIONS = 3
 _TOP_K = 64
 _STUDENTS = (0, 1, 2)
 _HALF = 1
-"""Corrections of the student with half the teacher's evaluations."""
+"""Corrections of the student that has half of the teacher's evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,11 @@ class _Size:
     vocab_size: int
     batch_size: int = 8
     num_tokens: int = 128
-    """Per row of the batch."""
+    """Tokens per row of the batch."""
     num_steps: int = 8
-    """Steps that are stored, and read in turn."""
+    """Steps that are stored and read in turn."""
     goal: Goal | None = None
-    """For the students of half the evaluations and less."""
+    """Goal for students of at most half the evaluations."""
 
 
 _FULL = (
@@ -68,9 +70,7 @@ _QUICK = (_Size(dim=32, num_layers=2, vocab_size=64, batch_size=2, num_tokens=16
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     """Measure a distillation step with and without a teacher cache.
 
-    Args:
-        quick: tiny sizes, which show that all works and nothing else.
-        say: called with what comes next.
+    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     sizes, repetitions = (_QUICK, 2) if quick else (_FULL, 7)
     rows: list[Row] = []
@@ -127,7 +127,7 @@ class _Bench:
     def task(
         self, teacher: Model, corrections: int, top_k: int | None = None
     ) -> Callable[[], float]:
-        """Return a task that makes one step with the next batch and returns its seconds."""
+        """Return a task that runs one step on the next batch and returns its seconds."""
         student, config = self.student(corrections), DistillationConfig(top_k=top_k)
         batches: Iterator[Tensor] = cycle(self.batches)
 

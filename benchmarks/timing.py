@@ -1,10 +1,10 @@
-"""Timing side by side: tasks take turns, and ratios are formed within a turn.
+"""Timing side by side: tasks take turns, and ratios are computed within a turn.
 
-A machine that slows down for a while does so to all tasks of a repetition, so the ratio of two
-tasks within it hardly moves where their times do. Hence `paired_ratio`: the median over repetitions
-of such ratios, not the ratio of two medians. Each repetition begins with another task, so that none
-always follows the slowest. Spreads are quartiles: a mean would be an outlier's. The clock is an
-argument, for the tests.
+A machine that slows down for a while slows down all tasks of a repetition, so the ratio of two
+tasks within a repetition changes less than their times. Hence `paired_ratio` is the median of such
+ratios over repetitions, not the ratio of two medians. Each repetition starts with another task, so
+that no task always follows the slowest. Medians and quartiles are robust against outliers. The
+clock is an argument for the tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 Clock = Callable[[], float]
-"""Returns seconds from some fixed moment on."""
+"""Returns seconds since a fixed moment."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarize one value or more."""
+        """Summarize at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -44,12 +44,12 @@ def take_turns(
     """Run all tasks in turns.
 
     Args:
-        tasks: by name what to run; it returns what it measured.
+        tasks: functions by name that return their measurement.
         repetitions: how often each is measured.
-        warm_ups: how often each runs before, its result thrown away.
+        warm_ups: how often each runs before, without a measurement.
 
     Returns:
-        By name the result of each repetition, in order, so that equal positions are pairs.
+        The results by name, in order of repetition, so that equal positions are pairs.
     """
     names = list(tasks)
     for _ in range(warm_ups):
@@ -90,7 +90,7 @@ class Line:
 
     @classmethod
     def through(cls, xs: Sequence[float], ys: Sequence[float]) -> Line:
-        """Fit positive values at two different places or more."""
+        """Fit positive values at two or more different x."""
         slope, start = statistics.linear_regression(xs, ys)
         residuals = [abs(start + slope * x - y) / y for x, y in zip(xs, ys, strict=True)]
         return cls(start, slope, max(residuals))

@@ -1,10 +1,9 @@
-"""What the orchestrated training loop costs beside the arithmetic.
+"""The overhead of the orchestrator's training loop.
 
-Four questions, at steps of half a second or more, where a lab would ask them: how much longer is a
-step than a plain PyTorch loop's on the same weights and batches; what does a checkpoint cost at a
-stated interval; which share of a step waits for its batch; how much faster are two workers than one
-with the same global batch. The two loops must come to the same losses to the last bit before
-anything is timed.
+Four questions, at steps of about half a second: how much longer is a step than that of a plain
+PyTorch loop on the same weights and batches; what does a checkpoint cost at a given interval; what
+share of a step waits for its batch; how much faster are two workers than one with the same global
+batch. The losses of both loops must be bitwise equal before anything is timed.
 """
 
 from __future__ import annotations
@@ -27,17 +26,15 @@ _QUICK = RunSize(
     dim=32, num_layers=2, vocab_size=512, context_length=16, num_sequences=4, num_steps=5
 )
 _CHECKPOINT_EVERY = 2
-"""Steps between checkpoints while they are measured."""
+"""Steps between checkpoints in the measured runs."""
 _INTERVAL = 200
-"""Steps between checkpoints that the share is stated for; the recipe's default."""
+"""Steps between checkpoints for which the share is computed; the recipe's default."""
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure what the loop costs.
+    """Measure the overhead of the loop.
 
-    Args:
-        quick: a tiny size, which shows that all works and nothing else.
-        say: called with what comes next.
+    `quick`: a tiny size, which only tests the benchmark. `say` reports progress.
     """
     size, repetitions = (_QUICK, 2) if quick else (_FULL, 5)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +48,7 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         f"IIET r = 1, d {size.dim}, {size.num_layers} layers, vocabulary {size.vocab_size}, "
         f"{size.num_sequences} x {size.context_length} tokens a step, float32, runs of "
         f"{size.num_steps} steps in turns, {repetitions} repetitions; a step is from one report of "
-        "the loss to the next, validation off the clock; workers average by gloo, a thread each"
+        "the loss to the next, without validation; workers average by gloo, one thread each"
     )
     return Report(title="training", setting=setting, rows=(*rows, row), checks=(*checks, check))
 
@@ -69,7 +66,7 @@ def _rows(runs: Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
         "saving": lambda: runs.ours(checkpoint_every_steps=_CHECKPOINT_EVERY),
     }
     found = take_turns(tasks, repetitions=repetitions, warm_ups=1)
-    # A median over a run's steps, so that one that the system disturbed does not count.
+    # The median over a run's steps is robust against steps that the system disturbed.
     step = {
         name: [statistics.median(steps.seconds) for steps in turns] for name, turns in found.items()
     }

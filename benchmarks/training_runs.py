@@ -1,10 +1,10 @@
-"""The same training three ways, and how long each step of it takes.
+"""The same training in three forms, with the time of each step.
 
-`bare`: what anybody would write, a dozen lines of PyTorch on the same weights and batches. `ours`:
-the whole loop as `iiet-orch pretrain` runs it, with its batches from the memory-mapped tokens, its
-journal and its question whether to stop. `workers`: ours in processes of their own that average
-their gradients. A step's time is from one report of the loss to the next, so that all that happens
-between two steps counts, and what happens before the first and after the last does not.
+`bare`: a dozen lines of plain PyTorch on the same weights and batches. `ours`: the whole loop as
+`iiet-orch pretrain` runs it, with batches from the memory-mapped tokens, journal and stop checks.
+`workers`: ours in separate processes that average their gradients. A step's time is from one report
+of the loss to the next, so everything between two steps counts, but nothing before the first or
+after the last.
 """
 
 from __future__ import annotations
@@ -43,34 +43,29 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class RunSize:
-    """A model and its steps."""
+    """The size of a model and of its training."""
 
     dim: int
     num_layers: int
     vocab_size: int
     context_length: int
     num_sequences: int
-    """Of one step."""
+    """Sequences of one step."""
     num_steps: int
-    """Of one run."""
+    """Steps of one run."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a run gave."""
+    """The measurements of a run."""
 
     seconds: list[float]
-    """Of each step but the first."""
+    """Seconds of each step except the first."""
     losses: list[float]
 
 
 class Runs:
-    """Runs of one size in a folder, on made-up text.
-
-    Args:
-        size: of model and steps.
-        folder: for tokens and runs.
-    """
+    """Runs of one size on made-up text; `folder` holds tokens and runs."""
 
     def __init__(self, size: RunSize, folder: Path) -> None:
         self.size, self.folder = size, folder
@@ -78,7 +73,7 @@ class Runs:
         self._numbers = count()
 
     def job(self, *, checkpoint_every_steps: int | None = None) -> TrainingJob:
-        """Return a run in a fresh folder."""
+        """Return a job with a new folder."""
         size = self.size
         config = shaped_config(
             size.dim,
@@ -115,7 +110,7 @@ class Runs:
         return Steps([b - a for a, b in pairwise(times)], losses)
 
     def bare(self) -> Steps:
-        """Run the same steps as a plain loop."""
+        """Run the same steps in a plain loop."""
         job = self.job()
         config, recipe = job.config(), job.recipe
         torch.manual_seed(recipe.seed)
@@ -156,7 +151,7 @@ class Runs:
         """Run the whole loop in processes of one thread each.
 
         Raises:
-            RuntimeError: a process failed; its last words are in the text.
+            RuntimeError: a process failed; the message holds the end of its error output.
         """
         job = self.job()
         job.folder.mkdir()

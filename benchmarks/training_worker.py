@@ -1,8 +1,8 @@
 """One worker of a benchmark's run: `python -m benchmarks.training_worker RANK SIZE`, the job on
 standard input.
 
-Several meet through a file and average their gradients with gloo, as under Ray Train, which would
-take longer to start than the benchmark takes.
+Workers connect through a file and average their gradients with gloo, as under Ray Train, whose
+start would take longer than the benchmark.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from orchestrator.training.run import run_job
 
 
 def main(rank: int, size: int) -> None:
-    """Run this worker's part of the job.
-
-    Args:
-        rank: this worker, from 0.
-        size: workers.
-    """
+    """Run the part of worker `rank` (from 0) of `size` workers."""
     torch.set_num_threads(1)
     request = json.loads(sys.stdin.read())
     if size > 1:
