@@ -68,7 +68,7 @@ def share_table(costs: Sequence[MeasuredCost], part: str) -> ResponsiveLayout:
         part: Which time: a key of `MeasuredCost.shares`.
     """
     columns = [("measured", partial(_measured, part=part))]
-    for prediction, title in ((PREDICTION, f"by {PREDICTION}"), (SIMPLEST, "by evals")):
+    for prediction, title in ((PREDICTION, f"by {PREDICTION}"), (SIMPLEST, "by NFE")):
         columns.append((title, partial(_predicted, part=part, prediction=prediction)))
         columns.append(("off", partial(_off, part=part, prediction=prediction)))
     title = f"Share of the full model's time, {part}, in percent"

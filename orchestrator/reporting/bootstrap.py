@@ -1,13 +1,12 @@
-"""What other items, and other seeds, could have shown: resampling in plain arrays.
+"""Bootstrap of items and seeds, in plain arrays.
 
-In go values of several models over the same items. Out come draws: what every model would have
-scored had the items been drawn again, with replacement and as many. All models get the same draw,
-so that what the items have in common cancels in differences and ratios; each task is drawn by
-itself. Where a model was trained with several seeds, each draw takes as many of its seeds, with
-replacement, before it takes items.
+In: the values of several models on the same items. Out: the score of each model if the items had
+been drawn again, with replacement and in equal number. All models share each draw, so what the
+items have in common cancels in differences and ratios. Each task is drawn separately. For a model
+trained with several seeds, each draw first draws its seeds with replacement.
 
-A draw is a count for each item, and a score is a ratio of sums, so a matrix product scores all
-models at once: 10,000 draws of 1,400 items under 12 models take half a second.
+A draw is a count for each item and a score is a ratio of sums, so one matrix product scores all
+models: 10,000 draws of 1,400 items under 12 models take half a second.
 """
 
 from __future__ import annotations
@@ -20,18 +19,19 @@ from numpy.typing import NDArray
 
 NUM_RESAMPLES = 10_000
 INTERVAL_LEVEL = 0.95
-"""Share of the draws that an interval holds; the rest lies outside in equal parts."""
+"""Share of the draws inside an interval; the rest lies outside in equal parts."""
 MAX_COUNTS_PER_BLOCK = 2_000_000
+"""Bounds the memory of `draw_item_counts`."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number, and the range that holds most of its draws."""
+    """A number, and the range that contains most of its draws."""
 
     value: float
-    """As it was measured."""
+    """The measured number."""
     low: float
     high: float
 
@@ -48,13 +48,12 @@ class ItemValues:
     values: Floats
     """(runs, items): what each item adds to a run's score, such as 1 for a right answer."""
     weights: Floats
-    """(items,): what it adds to the number the score is divided by: 1 for a mean, bytes for bits
-    per byte."""
+    """(items,): what each item adds to the divisor: 1 for a mean, bytes for bits per byte."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One quality of every model, as measured and as drawn again."""
+    """One quality of every model, as measured and in every draw."""
 
     observed: Floats
     """(models,)"""
@@ -65,23 +64,23 @@ class Scores:
         """Return a model's score with its interval."""
         return interval_of(self.observed[model], self.drawn[:, model])
 
-    def difference(self, model: int, rival: int) -> Interval:
-        """Return a model's score minus its rival's over the same draws."""
+    def difference(self, model: int, other: int) -> Interval:
+        """Return a model's score minus another one's over the same draws."""
         return interval_of(
-            self.observed[model] - self.observed[rival],
-            self.drawn[:, model] - self.drawn[:, rival],
+            self.observed[model] - self.observed[other],
+            self.drawn[:, model] - self.drawn[:, other],
         )
 
-    def ratio(self, model: int, rival: int) -> tuple[Interval, Floats] | None:
-        """Return a model's score over its rival's with the interval, and all its draws.
+    def ratio(self, model: int, other: int) -> tuple[Interval, Floats] | None:
+        """Return a model's score over another one's: its interval and all its draws.
 
         Returns:
-            None if the rival has a draw without any score, as a few items under a weak model do.
+            None if the divisor is zero in a draw, as with few items and a weak model.
         """
-        if min(self.observed[rival], self.drawn[:, rival].min()) <= 0:
+        if min(self.observed[other], self.drawn[:, other].min()) <= 0:
             return None
-        drawn = self.drawn[:, model] / self.drawn[:, rival]
-        return interval_of(self.observed[model] / self.observed[rival], drawn), drawn
+        drawn = self.drawn[:, model] / self.drawn[:, other]
+        return interval_of(self.observed[model] / self.observed[other], drawn), drawn
 
 
 def interval_of(value: float, drawn: Floats, *, level: float = INTERVAL_LEVEL) -> Interval:
@@ -90,86 +89,87 @@ def interval_of(value: float, drawn: Floats, *, level: float = INTERVAL_LEVEL) -
     return Interval(float(value), float(low), float(high))
 
 
-def mean_scores(parts: Sequence[Scores]) -> Scores:
-    """Return the plain mean of several qualities, as of tasks."""
-    assert parts, "a mean needs at least one part"
-    observed = sum(part.observed for part in parts) / len(parts)
-    drawn = sum(part.drawn for part in parts) / len(parts)
+def mean_scores(tasks: Sequence[Scores]) -> Scores:
+    """Return the unweighted mean over several tasks."""
+    assert tasks, "a mean needs at least one task"
+    observed = sum(task.observed for task in tasks) / len(tasks)
+    drawn = sum(task.drawn for task in tasks) / len(tasks)
     return Scores(np.asarray(observed), np.asarray(drawn))
 
 
 def resample(
-    sample: ItemValues, seed_weights: Floats, owners: NDArray[np.int64], rng: np.random.Generator
+    items: ItemValues,
+    seed_weights: Floats,
+    model_of_run: NDArray[np.int64],
+    rng: np.random.Generator,
 ) -> Scores:
     """Score every model on draws of one task's items.
 
     Args:
-        sample: The items under every run.
+        items: The items under every run.
         seed_weights: (resamples, runs): weight of each run in a draw; see `draw_seed_weights`.
-        owners: (runs,): which model each run belongs to.
+        model_of_run: (runs,)
         rng: Draws the items.
     """
-    num_resamples, num_models = len(seed_weights), int(owners.max()) + 1
-    of_model = (owners[:, None] == np.arange(num_models)).astype(float)
-    # Equal runs share a row: rounding in the product could otherwise tell them apart.
-    distinct, row_of = np.unique(sample.values, axis=0, return_inverse=True)
-    row_of = row_of.reshape(-1)
-    columns = np.vstack([distinct, sample.weights]).T
-    sums = np.vstack(
-        [counts @ columns for counts in draw_item_counts(len(sample.weights), num_resamples, rng)]
+    num_resamples, num_models = len(seed_weights), int(model_of_run.max()) + 1
+    is_of_model = (model_of_run[:, None] == np.arange(num_models)).astype(float)
+    # Equal runs share a row; otherwise rounding in the product could make them differ.
+    distinct, row_of_run = np.unique(items.values, axis=0, return_inverse=True)
+    row_of_run = row_of_run.reshape(-1)
+    columns = np.vstack([distinct, items.weights]).T
+    blocks = draw_item_counts(len(items.weights), num_resamples, rng)
+    sums = np.vstack([counts @ columns for counts in blocks])
+    by_run = (sums[:, :-1] / sums[:, -1:])[:, row_of_run]
+    total = columns.sum(axis=0)
+    measured = (total[:-1] / total[-1])[row_of_run]
+    return Scores(
+        (measured @ is_of_model) / is_of_model.sum(axis=0), (by_run * seed_weights) @ is_of_model
     )
-    by_run = (sums[:, :-1] / sums[:, -1:])[:, row_of]
-    whole = columns.sum(axis=0)
-    measured = (whole[:-1] / whole[-1])[row_of]
-    return Scores((measured @ of_model) / of_model.sum(axis=0), (by_run * seed_weights) @ of_model)
 
 
 def draw_item_counts(
     num_items: int, num_resamples: int, rng: np.random.Generator
 ) -> Iterator[Floats]:
     """Yield how often each item is drawn, in blocks of (resamples, items); rows sum to `items`."""
-    at_once = max(1, MAX_COUNTS_PER_BLOCK // num_items)
-    for start in range(0, num_resamples, at_once):
-        rows = min(at_once, num_resamples - start)
-        drawn = rng.integers(num_items, size=(rows, num_items))
-        drawn += num_items * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * num_items)
-        yield counts.reshape(rows, num_items).astype(float)
+    block_size = max(1, MAX_COUNTS_PER_BLOCK // num_items)
+    for start in range(0, num_resamples, block_size):
+        num_rows = min(block_size, num_resamples - start)
+        drawn = rng.integers(num_items, size=(num_rows, num_items))
+        drawn += num_items * np.arange(num_rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=num_rows * num_items)
+        yield counts.reshape(num_rows, num_items).astype(float)
 
 
 def draw_seed_weights(
-    owners: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
+    model_of_run: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
 ) -> Floats:
-    """Return how much each run counts in each draw, (resamples, runs); a model's sum to one.
+    """Return the weight of each run in each draw, (resamples, runs); a model's weights sum to one.
 
-    Args:
-        owners: (runs,): which model each run belongs to; runs of one model are its seeds.
-        num_resamples: Draws.
-        rng: Draws the seeds.
+    Runs of one model are its seeds.
     """
-    weights = np.empty((num_resamples, len(owners)))
-    for model in range(int(owners.max()) + 1):
-        runs = np.flatnonzero(owners == model)
-        chosen = rng.integers(len(runs), size=(num_resamples, len(runs)))
+    weights = np.empty((num_resamples, len(model_of_run)))
+    for model in range(int(model_of_run.max()) + 1):
+        runs = np.flatnonzero(model_of_run == model)
+        drawn = rng.integers(len(runs), size=(num_resamples, len(runs)))
         for number, run in enumerate(runs):
-            weights[:, run] = (chosen == number).mean(axis=1)
+            weights[:, run] = (drawn == number).mean(axis=1)
     return weights
 
 
 def front_shares(costs: Floats, goodness: Floats) -> Floats:
-    """Return in which share of the draws each model is on the front.
+    """Return the share of the draws in which each model is on the front.
 
     Args:
         costs: (models,), exact.
-        goodness: (resamples, models), more is better.
+        goodness: (resamples, models), higher is better.
     """
     shares = np.zeros(len(costs))
     best_of_cheaper = np.full(len(goodness), -np.inf)
     for cost in np.unique(costs):
-        level = np.flatnonzero(costs == cost)
-        best = goodness[:, level].max(axis=1)
-        wins = best > best_of_cheaper
-        for model in level:
-            shares[model] = (wins & (goodness[:, model] == best)).mean()
+        models = np.flatnonzero(costs == cost)
+        best = goodness[:, models].max(axis=1)
+        beats_cheaper = best > best_of_cheaper
+        for model in models:
+            shares[model] = (beats_cheaper & (goodness[:, model] == best)).mean()
         best_of_cheaper = np.maximum(best, best_of_cheaper)
     return shares

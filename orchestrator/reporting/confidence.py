@@ -1,23 +1,21 @@
-"""How sure a front is: every place, share and difference when the items are drawn again.
+"""Confidence of a front: the place of each model when the items are drawn again.
 
-In: a front, and the stored evaluations of its results with one value per item. Out: the same front
-with a `Confidence` at each point. Costs are exact, so all that is unsure is quality. Where a model
-was trained with several seeds, the draws hold them too; else they do not hold another training, and
-never the text that the items were taken from.
+Costs are exact, so only quality is uncertain. The draws cover the seeds of models that were trained
+with several; they do not cover other trainings of the rest, nor other texts to take items from.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.bootstrap import NUM_RESAMPLES, Interval, Scores, front_shares
 from orchestrator.reporting.front_text import full_name
-from orchestrator.reporting.paired_bootstrap import ResampledScores, match_items, resample_scores
+from orchestrator.reporting.paired_bootstrap import match_items, resample_scores
 from orchestrator.reporting.pareto import (
     KEPT_SHARE,
     Confidence,
@@ -27,11 +25,8 @@ from orchestrator.reporting.pareto import (
     PairedComparison,
 )
 
-CONFIDENCES = (
-    f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}",
-    "paired/confidence_on_front",
-)
-"""Tracked names of the two confidences."""
+KEEPS_METRIC = f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}"
+ON_FRONT_METRIC = "paired/confidence_on_front"
 
 
 def with_confidence(
@@ -45,23 +40,25 @@ def with_confidence(
     """Return the front with the confidence of each place.
 
     Args:
-        front: FrontPoint results.
-        evaluations: Key of a result to what it was measured by, several where it stands for
-            several seeds; those that lack stay without.
-        kept_share: The share of the full model's quality that `keeps` asks for.
-        num_resamples: ResampledScores of the items.
-        seed: The same seed gives the same draws.
+        front: Placed results.
+        evaluations: Key of a result -> its evaluations, one for each seed. Results without
+            evaluations get no confidence.
+        kept_share: The share of the full model's quality that `Confidence.keeps` is about.
+        num_resamples: Number of draws.
+        seed: Random seed of the draws.
 
     Returns:
         The front itself if no two of its models answered the same items.
     """
     points = [point for point in front.points if point.result.key in evaluations]
-    matched = match_items({p.result.key: _runs(evaluations[p.result.key]) for p in points})
+    seeds = {p.result.key: evaluations[p.result.key] for p in points}
+    matched = match_items(
+        {key: [e] if isinstance(e, EvaluationResult) else e for key, e in seeds.items()}
+    )
     full = front.full
     if matched is None or full is None or len(points) < 2:
         return front
     draws = resample_scores(matched, num_resamples=num_resamples, seed=seed)
-    sure = _Sureness(front, points, draws, kept_share)
     basis = ConfidenceBasis(
         full=full_name(front, full),
         metrics=matched.metrics,
@@ -69,102 +66,103 @@ def with_confidence(
         num_left_out=matched.num_left_out,
         num_resamples=num_resamples,
     )
-    found = {point.result.key: sure.of(number) for number, point in enumerate(points)}
+    estimator = _ConfidenceEstimator(
+        front, points, draws.tasks, draws.quality(front.axes.quality), kept_share
+    )
+    found = {point.result.key: estimator.confidence(n) for n, point in enumerate(points)}
     placed = (replace(p, confidence=found.get(p.result.key)) for p in front.points)
     return replace(front, points=tuple(placed), basis=basis)
 
 
-def _runs(
-    found: EvaluationResult | Sequence[EvaluationResult],
-) -> Sequence[EvaluationResult]:
-    return [found] if isinstance(found, EvaluationResult) else found
-
-
 def confidence_metrics(point: FrontPoint) -> dict[str, float]:
-    """Return a point's confidence as flat numbers under `paired/`.
+    """Return a point's confidence as flat metrics under `paired/`.
 
-    `paired/vs_RIVAL` with `_low` and `_high` is the difference on the front's quality,
-    `paired/TASK/vs_RIVAL` that of a task; `paired/share` relates to the full model.
+    `paired/vs_OTHER` with `_low` and `_high` is the difference on the front's quality,
+    `paired/TASK/vs_OTHER` that on a task; `paired/share_of_full` relates to the full model.
     """
-    sure = point.confidence
-    if sure is None:
+    confidence = point.confidence
+    if confidence is None:
         return {}
-    numbers: dict[str, float] = {}
-    for prefix, compared in [("", sure.overall), *((f"{n}/", c) for n, c in sure.tasks.items())]:
-        if compared is not None:
-            for rival, difference in compared.against.items():
-                numbers |= _bounds(difference_metric(rival, prefix), difference)
-    if sure.share is not None:
-        numbers |= _bounds("paired/share_of_full", sure.share)
-    if sure.keeps is not None:
-        numbers[CONFIDENCES[0]] = sure.keeps
-    if sure.on_front is not None:
-        numbers[CONFIDENCES[1]] = sure.on_front
-    return numbers
+    metrics: dict[str, float] = {}
+    tasks = ((f"{name}/", comparison) for name, comparison in confidence.tasks.items())
+    for prefix, comparison in [("", confidence.overall), *tasks]:
+        if comparison is not None:
+            for other, difference in comparison.against.items():
+                metrics |= _interval_metrics(difference_metric(other, prefix), difference)
+    if confidence.share is not None:
+        metrics |= _interval_metrics("paired/share_of_full", confidence.share)
+    if confidence.keeps is not None:
+        metrics[KEEPS_METRIC] = confidence.keeps
+    if confidence.on_front is not None:
+        metrics[ON_FRONT_METRIC] = confidence.on_front
+    return metrics
 
 
-def difference_metric(rival: str, prefix: str = "") -> str:
-    """Return the tracked name of the difference to a rival; MLflow takes no spaces or signs."""
-    return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', rival).strip('_')}"
+def difference_metric(other: str, prefix: str = "") -> str:
+    """Return the tracked name of the difference to a model; MLflow takes no spaces or signs."""
+    return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
 
 
-class _Sureness:
-    """Reads confidences off the draws; models go by their number among the points."""
+def _interval_metrics(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
-    def __init__(
-        self, front: Front, points: Sequence[FrontPoint], draws: ResampledScores, kept_share: float
-    ) -> None:
-        self._kept_share = kept_share
-        self._higher = front.axes.higher_is_better
-        self._tasks = draws.tasks
-        self._quality = draws.quality(front.axes.quality)
-        full = front.full
-        self._full = next((n for n, point in enumerate(points) if point is full), None)
-        rivals = [n for n, p in enumerate(points) if n == self._full or p.is_baseline]
-        # The full model first: it is what everything is compared with.
-        rivals.sort(key=lambda n: n != self._full)
-        self._rivals = {full_name(front, points[n]): n for n in rivals}
-        self._on_front = self._front_shares(front, points)
 
-    def of(self, number: int) -> Confidence:
+@dataclass
+class _ConfidenceEstimator:
+    """Computes confidences from the draws; models go by their number among the points."""
+
+    front: Front
+    points: Sequence[FrontPoint]
+    tasks: Mapping[str, Scores]
+    quality: Scores | None
+    kept_share: float
+
+    def __post_init__(self) -> None:
+        full = self.front.full
+        self.full = next((n for n, point in enumerate(self.points) if point is full), None)
+        others = [n for n, p in enumerate(self.points) if n == self.full or p.is_baseline]
+        others.sort(key=lambda n: n != self.full)  # the full model first
+        self.others = {full_name(self.front, self.points[n]): n for n in others}
+        self.on_front = self._on_front()
+
+    def confidence(self, number: int) -> Confidence:
         share, keeps = self._share(number)
         return Confidence(
-            overall=None if self._quality is None else self._compared(self._quality, number),
-            tasks={name: self._compared(scores, number) for name, scores in self._tasks.items()},
+            overall=None if self.quality is None else self._compare(self.quality, number),
+            tasks={name: self._compare(scores, number) for name, scores in self.tasks.items()},
             share=share,
             keeps=keeps,
-            on_front=self._on_front.get(number),
+            on_front=self.on_front.get(number),
         )
 
-    def _compared(self, scores: Scores, number: int) -> PairedComparison:
-        others = {name: rival for name, rival in self._rivals.items() if rival != number}
+    def _compare(self, scores: Scores, number: int) -> PairedComparison:
         return PairedComparison(
             own=scores.interval(number),
-            against={name: scores.difference(number, rival) for name, rival in others.items()},
+            against={
+                name: scores.difference(number, other)
+                for name, other in self.others.items()
+                if other != number
+            },
         )
 
     def _share(self, number: int) -> tuple[Interval | None, float | None]:
-        if self._quality is None or self._full is None:
+        if self.quality is None or self.full is None:
             return None, None
-        # Of a loss, the full model's over this one's, as `Front.share` has it.
-        pair = (number, self._full) if self._higher else (self._full, number)
-        ratio = self._quality.ratio(*pair)
+        # For a loss, the full model's over this one's, as in `Front.share`.
+        pair = (number, self.full)
+        ratio = self.quality.ratio(*(pair if self.front.axes.higher_is_better else pair[::-1]))
         if ratio is None:
             return None, None
         share, drawn = ratio
-        return share, float((drawn >= self._kept_share).mean())
+        return share, float((drawn >= self.kept_share).mean())
 
-    def _front_shares(self, front: Front, points: Sequence[FrontPoint]) -> dict[int, float]:
-        """Return the candidates' shares by number; none if a candidate could not be drawn."""
-        candidates = [number for number, point in enumerate(points) if point.is_candidate]
-        num_all = sum(point.is_candidate for point in front.points)
-        if self._quality is None or not candidates or len(candidates) < num_all:
+    def _on_front(self) -> dict[int, float]:
+        """Return the share of draws on the front; empty if a candidate has no draws."""
+        candidates = [number for number, point in enumerate(self.points) if point.is_candidate]
+        num_candidates = sum(point.is_candidate for point in self.front.points)
+        if self.quality is None or not candidates or len(candidates) < num_candidates:
             return {}
-        drawn = self._quality.drawn[:, candidates]
-        costs = np.array([points[number].cost for number in candidates])
-        shares = front_shares(costs, drawn if self._higher else -drawn)
+        drawn = self.quality.drawn[:, candidates]
+        costs = np.array([self.points[number].cost for number in candidates])
+        shares = front_shares(costs, drawn if self.front.axes.higher_is_better else -drawn)
         return dict(zip(candidates, map(float, shares), strict=True))
-
-
-def _bounds(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -1,16 +1,14 @@
-"""What a front says, in sentences: what to take, what it costs, and whether it beats the baselines.
+"""Findings of a front in sentences: which model to take, its cost, and whether it beats baselines.
 
-The sentences claim no more than the numbers carry. There is one rule for all differences: one is
-called better or worse where the 95% interval of their difference does not hold zero. Where models
-answered the same items, the interval is that of the draws, and each claim has its confidence. Where
-values of single items are missing, it is 1.96 standard errors of separate measurements, which are
-larger: the sentences err on the careful side.
+A model is called better or worse only where the 95% interval of the difference excludes zero. If
+the models answered the same items, the interval is that of the draws, and each claim has its
+confidence. Without values of single items it is 1.96 standard errors of separate measurements,
+which is wider, so the sentences err on the careful side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import NormalDist
 
 from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
@@ -20,16 +18,15 @@ from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
 from orchestrator.terminal.formatting import join_names
 
 COST_NOUNS = {
-    "cost/evaluations": "evaluations",
-    "cost/relative_evaluations": "evaluations",
+    "cost/evaluations": "NFE",
+    "cost/relative_evaluations": "NFE",
     "cost/flops_per_token": "FLOPs",
     "cost/relative_flops": "FLOPs",
     "cost/kv_bytes_per_token": "key/value cache",
     "cost/decode_ms_per_token": "decoding time",
 }
 _KEPT = f"{KEPT_SHARE:.0%} of the full model's quality"
-SURE = 0.95
-"""The confidence from which on a model is called a safe choice."""
+HIGH_CONFIDENCE = 0.95
 
 
 def findings(front: Front) -> list[str]:
@@ -40,136 +37,125 @@ def findings(front: Front) -> list[str]:
     kept = front.cheapest_keeping(KEPT_SHARE)
     if kept is full:
         kept = None
-    sentences = _about_keeping(front, kept)
+    sentences = _about_keeping(front, full, kept)
     if front.knee is not None and front.knee is not kept:
-        sentences.append(f"Knee: {describe_point(front, front.knee)}.")
+        sentences.append(f"The knee of the front is {describe_point(front, front.knee)}.")
     if front.best is not None and front.best not in (kept, front.knee, full):
-        sentences.append(f"Best: {describe_point(front, front.best)}.")
+        sentences.append(f"The best model is {describe_point(front, front.best)}.")
     choice = kept or full
     baselines = [point for point in front.points if point.is_baseline and point is not choice]
-    sentences += [_against(front, baseline, choice) for baseline in baselines]
+    sentences += [_comparison(front, baseline, choice) for baseline in baselines]
     if front.unmeasured:
         names = join_names([result.name for result in front.unmeasured])
-        sentences.append(f"Not on the picture, for lack of a measurement: {names}.")
-    return [*sentences, *_about_basis(front)]
+        sentences.append(f"Models that lack a measurement are not on the front: {names}.")
+    return [*sentences, *_about_confidence(front)]
 
 
-def _about_keeping(front: Front, kept: FrontPoint | None) -> list[str]:
-    """Say which cheaper model keeps the quality, how surely, and which one does so surely."""
-    likely = {
+def describe_point(front: Front, point: FrontPoint, *, kept_share: float = KEPT_SHARE) -> str:
+    """Return one clause on a model: its name, quality, cost and confidence.
+
+    Args:
+        front: The model's front.
+        point: The model.
+        kept_share: The share that the confidences of the front relate to.
+    """
+    full, share = front.full, front.share(point)
+    text = f"{full_name(front, point)} with {_quality(front, point)}"
+    if full is not None and share is not None and full.cost:
+        noun = COST_NOUNS.get(front.axes.cost, metric_title(front.axes.cost))
+        text += (
+            f", {share:.1%} of the full model's, at {point.cost / full.cost:.0%} of its {noun} "
+            f"({cost_text(point.cost)} of {cost_text(full.cost)})"
+        )
+    confidence = point.confidence
+    if confidence is None or point is full:
+        return text
+    claims = {
+        f"keeps {100 * kept_share:.4g}%": confidence.keeps,
+        "is on the front": confidence.on_front,
+    }
+    certain = [
+        f"{claim} with confidence {confidence_text(number)}"
+        for claim, number in claims.items()
+        if number is not None
+    ]
+    return f"{text}; it {' and '.join(certain)}" if certain else text
+
+
+def _about_keeping(front: Front, full: FrontPoint, kept: FrontPoint | None) -> list[str]:
+    """Say which cheaper model keeps the quality, and which one does so with high confidence."""
+    keeps = {
         point.result.key: point.confidence.keeps
         for point in front.points
         if point.is_candidate and point.confidence and point.confidence.keeps is not None
     }
-    full = front.full
-    assert full is not None, "only a front with a model has sentences"
-    cheaper = [p for p in front.points if p.result.key in likely and p.cost < full.cost]
+    cheaper = [p for p in front.points if p.result.key in keeps and p.cost < full.cost]
     if kept is not None:
-        sentences = [f"Cheapest that keeps {_KEPT}: {describe_point(front, kept)}."]
+        sentences = [f"The cheapest model that keeps {_KEPT} is {describe_point(front, kept)}."]
     else:
-        sentences = [f"No model that is cheaper than the full one keeps {_KEPT}."]
-        likeliest = max(cheaper, key=lambda point: likely[point.result.key], default=None)
+        sentences = [f"No cheaper model keeps {_KEPT}."]
+        likeliest = max(cheaper, key=lambda point: keeps[point.result.key], default=None)
         if likeliest is not None:
-            sentences.append(f"Likeliest to keep it: {describe_point(front, likeliest)}.")
-    if likely and not (kept is not None and likely.get(kept.result.key, 0.0) >= SURE):
-        safe = [point for point in cheaper if likely[point.result.key] >= SURE]
-        if safe:
-            choice = min(safe, key=lambda point: point.cost)
-            sentences.append(f"Cheapest that surely keeps it: {describe_point(front, choice)}.")
+            likely = describe_point(front, likeliest)
+            sentences.append(f"The model that most likely keeps it is {likely}.")
+    if keeps and not (kept is not None and keeps.get(kept.result.key, 0.0) >= HIGH_CONFIDENCE):
+        confident = [point for point in cheaper if keeps[point.result.key] >= HIGH_CONFIDENCE]
+        at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
+        if confident:
+            cheapest = describe_point(front, min(confident, key=lambda point: point.cost))
+            sentences.append(f"The cheapest model that keeps it {at_least} is {cheapest}.")
         elif kept is not None:
-            sentences.append(
-                f"No model that is cheaper than the full one keeps {_KEPT} with a "
-                f"confidence of {SURE} or more."
-            )
+            sentences.append(f"No cheaper model keeps {_KEPT} {at_least}.")
     return sentences
 
 
-def _about_basis(front: Front) -> list[str]:
+def _about_confidence(front: Front) -> list[str]:
+    """Say what a confidence is; nothing if there is none."""
     basis = front.basis
     if basis is None or not any(p.confidence and p.confidence.overall for p in front.points):
         return []
-    left_out = f"; {basis.num_left_out:,} that only some answered are left out"
-    with_seeds = any(point.result.train.get("seeds", 1) > 1 for point in front.points)
-    seeds = (
-        "It covers the seeds of models that have several, and no"
-        if with_seeds
-        else "It does not cover"
+    left_out = f"; {basis.num_left_out:,} items that only some answered are left out"
+    covered = (
+        "It covers the seeds of models that have several, but no other trainings."
+        if any(point.result.train.get("seeds", 1) > 1 for point in front.points)
+        else "It does not cover other trainings."
     )
     return [
-        f"A confidence is the share of {basis.num_resamples:,} draws, with replacement, of the "
-        f"{basis.num_items:,} items that all models answered in which the claim holds"
-        f"{left_out if basis.num_left_out else ''}. {seeds} other trainings."
+        f"A confidence is the share of {basis.num_resamples:,} draws in which the claim holds. "
+        f"Each draw takes, with replacement, as many of the {basis.num_items:,} items that all "
+        f"models answered{left_out if basis.num_left_out else ''}. {covered}"
     ]
 
 
-def describe_point(front: Front, point: FrontPoint, *, kept_share: float = KEPT_SHARE) -> str:
-    """Return one clause on a model: what it is, how good, at what cost, how surely.
-
-    Args:
-        front: Where it stands.
-        point: The model.
-        kept_share: The share that the confidences of the front relate to.
-    """
-    full = front.full
-    share = front.share(point)
-    text = f"{full_name(front, point)} with {_quality(front, point)}"
-    if full is not None and share is not None and full.cost:
-        part = f"{cost_text(point.cost)} of {cost_text(full.cost)}"
-        noun = COST_NOUNS.get(front.axes.cost, metric_title(front.axes.cost))
-        text += (
-            f", {share:.1%} of the full model's, at {point.cost / full.cost:.0%} of its {noun} "
-            f"({part})"
-        )
-    return text + _how_sure(front, point, kept_share)
-
-
-def _how_sure(front: Front, point: FrontPoint, kept_share: float) -> str:
-    sure = point.confidence
-    if sure is None or point is front.full:
-        return ""
-    claims = []
-    if sure.keeps is not None:
-        claims.append(
-            f"keeps {100 * kept_share:.4g}% with confidence {confidence_text(sure.keeps)}"
-        )
-    if sure.on_front is not None:
-        claims.append(f"is on the front with confidence {confidence_text(sure.on_front)}")
-    return f"; it {' and '.join(claims)}" if claims else ""
-
-
-def _against(front: Front, baseline: FrontPoint, choice: FrontPoint) -> str:
-    better, size, is_told = _difference(front, baseline, choice)
-    rival = full_name(front, choice)
-    if not is_told:
-        said = f"and {rival} differ by less than these items can tell ({size})"
-    elif better > 0:
-        said = f"is worse than {rival} by {size}"
+def _comparison(front: Front, baseline: FrontPoint, choice: FrontPoint) -> str:
+    better, size, is_significant = _difference(front, baseline, choice)
+    other = full_name(front, choice)
+    if not is_significant:
+        claim = f"and {other} differ by less than these items can resolve ({size})"
     else:
-        said = f"is better than {rival} by {size}"
-    beaten = front.members_beaten_by(baseline)
-    also = f"; it beats {_names(front, beaten)} on the front" if beaten else ""
-    return f"{full_name(front, baseline)} ({_quality(front, baseline)}) {said}{also}."
+        claim = f"is {'worse' if better > 0 else 'better'} than {other} by {size}"
+    beaten = [full_name(front, point) for point in front.members_beaten_by(baseline)]
+    also = f"; it beats {join_names(beaten)} on the front" if beaten else ""
+    return f"{full_name(front, baseline)} ({_quality(front, baseline)}) {claim}{also}."
 
 
 def _difference(front: Front, baseline: FrontPoint, choice: FrontPoint) -> tuple[float, str, bool]:
-    """Return how much better the choice is, that as text with its error, and whether it is told
-    apart from nothing.
-    """
+    """Return how much better the choice is, its text, and whether the interval excludes zero."""
     scale, unit = (100, " points") if is_accuracy(front.axes.quality) else (1, "")
     sign = 1 if front.axes.higher_is_better else -1
-    sure = choice.confidence
-    paired = sure.overall.against.get(full_name(front, baseline)) if sure and sure.overall else None
+    overall = choice.confidence.overall if choice.confidence else None
+    paired = overall.against.get(full_name(front, baseline)) if overall else None
     if paired is not None:
-        bounds = sorted(sign * scale * bound for bound in (paired.low, paired.high))
         better = sign * paired.value
-        if better < 0:
-            bounds = [-bound for bound in reversed(bounds)]
+        # The size is positive, so the interval of a worse choice is turned around.
+        side = sign if better >= 0 else -sign
+        low, high = sorted(side * scale * bound for bound in (paired.low, paired.high))
         digits = 1 if unit else 3
-        value = f"{abs(scale * better):.{digits}f}{unit}"
-        limits = (
-            f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} in {INTERVAL_LEVEL:.0%} of the draws"
+        size = (
+            f"{abs(scale * better):.{digits}f}{unit}, {low:.{digits}f} to {high:.{digits}f} in "
+            f"{INTERVAL_LEVEL:.0%} of the draws"
         )
-        return better, f"{value}, {limits}", paired.excludes_zero
+        return better, size, paired.excludes_zero
     better = front.goodness(choice) - front.goodness(baseline)
     error = math.hypot(choice.error or 0.0, baseline.error or 0.0)
     size = f"{abs(scale * better):.2g}{unit}"
@@ -185,7 +171,3 @@ def _quality(front: Front, point: FrontPoint) -> str:
     name = metric_title(front.axes.quality).lower()
     percent = " %" if is_accuracy(front.axes.quality) else ""
     return f"{name} {quality_text(front, point)}{percent}"
-
-
-def _names(front: Front, points: Sequence[FrontPoint]) -> str:
-    return join_names([full_name(front, point) for point in points])

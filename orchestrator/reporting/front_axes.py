@@ -1,4 +1,4 @@
-"""The two numbers that a front lies on, and their short names at the command line."""
+"""Cost and quality of a front: which tracked metrics they are, their option values and titles."""
 
 from __future__ import annotations
 
@@ -21,62 +21,9 @@ QUALITIES = {
     "perplexity": "quality/perplexity",
     "loss": "quality/validation_loss",
 }
-
-
-@dataclass(frozen=True)
-class FrontAxes:
-    """Two numbers of a trial result: what it costs and how good it is."""
-
-    cost: str = "cost/evaluations"
-    """Tracked name of the cost; lower is better."""
-    quality: str = "quality/accuracy"
-    """Tracked name of the quality."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether more of the quality is better: not so for losses, told by their names."""
-        return not self.quality.endswith(LOWER_IS_BETTER)
-
-    @property
-    def error(self) -> str:
-        """Tracked name of the quality's standard error."""
-        return f"{self.quality}_stderr"
-
-    @property
-    def slug(self) -> str:
-        """Both short names with a dash, for names of folders; empty for the usual two."""
-        if self == FrontAxes():
-            return ""
-        return f"{_short(QUALITIES, self.quality)}-{_short(COSTS, self.cost)}"
-
-
-def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes:
-    """Return the axes that short names stand for; the usual ones when unset.
-
-    Raises:
-        UserError: If a name is unknown; lists those there are.
-    """
-    usual = FrontAxes()
-    return FrontAxes(
-        _named(COSTS, cost, "--cost") if cost else usual.cost,
-        _named(QUALITIES, quality, "--quality") if quality else usual.quality,
-    )
-
-
-def _named(names: Mapping[str, str], name: str, option: str) -> str:
-    if name not in names:
-        raise UserError(f"{option} is one of {', '.join(names)}; got {name!r}")
-    return names[name]
-
-
-def _short(names: Mapping[str, str], tracked: str) -> str:
-    known = {name: short for short, name in names.items()}
-    return known.get(tracked, tracked.partition("/")[2].replace("/", "-"))
-
-
 TITLES = {
-    "cost/evaluations": "Evaluations per token",
-    "cost/relative_evaluations": "Evaluations, share of the full model's",
+    "cost/evaluations": "NFE per token",
+    "cost/relative_evaluations": "NFE, share of the full model's",
     "cost/flops_per_token": "FLOPs per token",
     "cost/relative_flops": "FLOPs per token, share of the full model's",
     "cost/kv_bytes_per_token": "KV cache, bytes per token",
@@ -89,19 +36,67 @@ TITLES = {
     "paired/confidence_on_front": "Confidence: on the front",
 }
 
-
 PAPER_COST_SHARE, PAPER_QUALITY_SHARE = 0.45, 0.994
 """The paper's headline: E-IIET at 55% less inference cost keeps 99.4% of IIET's accuracy."""
-
-
 PAPER_MARK = "paper: 55% less at 99.4%"
 
 
+@dataclass(frozen=True)
+class FrontAxes:
+    """Two metrics of a trial result: its cost and its quality."""
+
+    cost: str = "cost/evaluations"
+    """Tracked name of the cost; lower is better."""
+    quality: str = "quality/accuracy"
+    """Tracked name of the quality."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher quality is better; losses, recognized by name, are better lower."""
+        return not self.quality.endswith(LOWER_IS_BETTER)
+
+    @property
+    def error(self) -> str:
+        """Tracked name of the quality's standard error."""
+        return f"{self.quality}_stderr"
+
+    @property
+    def slug(self) -> str:
+        """Both option values joined by a dash, for folder names; empty for the default axes."""
+        if self == FrontAxes():
+            return ""
+        return f"{_option_value(QUALITIES, self.quality)}-{_option_value(COSTS, self.cost)}"
+
+
+def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes:
+    """Return the axes for two option values, such as `ms` and `bits`; the defaults for None.
+
+    Raises:
+        UserError: If a value is unknown.
+    """
+    default = FrontAxes()
+    return FrontAxes(
+        _tracked_name(COSTS, cost, "--cost") if cost else default.cost,
+        _tracked_name(QUALITIES, quality, "--quality") if quality else default.quality,
+    )
+
+
 def metric_title(name: str) -> str:
-    """Return what a tracked number is called: known names in words, others as they are."""
+    """Return the title of a tracked metric; the end of its name where there is no title."""
     return TITLES.get(name, name.partition("/")[2] or name)
 
 
 def is_accuracy(name: str) -> bool:
-    """Tell whether a tracked number is a share of right answers, shown in percent."""
+    """Tell whether a tracked metric is a share of right answers, which is printed in percent."""
     return name.endswith(("accuracy", "/acc", "/acc_norm"))
+
+
+def _tracked_name(names: Mapping[str, str], value: str, option: str) -> str:
+    if value not in names:
+        raise UserError(f"{option} is one of {', '.join(names)}; got {value!r}")
+    return names[value]
+
+
+def _option_value(names: Mapping[str, str], tracked: str) -> str:
+    values = {name: value for value, name in names.items()}
+    return values.get(tracked, tracked.partition("/")[2].replace("/", "-"))

@@ -1,4 +1,4 @@
-"""The front for machines: every number of every result in full, as rows, CSV and strict JSON."""
+"""The front as data for other programs: all metrics of all results as rows, CSV and strict JSON."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from orchestrator.reporting.pareto import Front
 
 
 def front_rows(front: Front) -> list[dict[str, Any]]:
-    """Return every number of every result, one mapping a row, all with the same names.
+    """Return all metrics of every result, one mapping a row, all with the same names.
 
-    Placed results come first, cheapest first; those without a place follow. Missing numbers are
-    None, so that the rows are strict JSON.
+    Measured results come first, cheapest first. Missing numbers are None, as strict JSON asks.
     """
     results = [(p.result, p) for p in front.points] + [(r, None) for r in front.unmeasured]
     paired = {p.result.key: confidence_metrics(p) for p in front.points}
-    metrics = sorted({name for result, _ in results for name in result.metrics()})
-    metrics += sorted({name for numbers in paired.values() for name in numbers})
+    names = sorted({name for result, _ in results for name in result.metrics()})
+    names += sorted({name for metrics in paired.values() for name in metrics})
     rows = []
     for result, point in results:
         row: dict[str, Any] = {
@@ -37,8 +36,8 @@ def front_rows(front: Front) -> list[dict[str, Any]]:
             "verdict": verdict(front, point) if point else "not measured",
             "share_of_full": _rounded(front.share(point)) if point else None,
         }
-        numbers = {**result.metrics(), **paired.get(result.key, {})}
-        row |= {name: _rounded(numbers.get(name)) for name in metrics}
+        metrics = {**result.metrics(), **paired.get(result.key, {})}
+        row |= {name: _rounded(metrics.get(name)) for name in names}
         row |= {"key": result.key, "checkpoint": result.checkpoint, "run_id": result.run_id}
         rows.append(row)
     return rows
@@ -57,14 +56,14 @@ def front_csv(front: Front) -> str:
 def front_json(front: Front) -> str:
     """Return axes, picks, hypervolume with its box, and every result, as strict JSON."""
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
-    area = front.hypervolume_box
+    box = front.hypervolume_box
     results = [*(point.result for point in front.points), *front.unmeasured]
     return json.dumps(
         {
             "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
             "hypervolume": front.hypervolume,
-            "hypervolume_box": area
-            and {"cost": area.cost, "quality": [area.quality, area.full_quality]},
+            "hypervolume_box": box
+            and {"cost": box.cost, "quality": [box.quality, box.full_quality]},
             "picks": {name: point and point.result.key for name, point in picks.items()},
             "front": [point.result.key for point in front.members],
             "confidence_basis": front.basis and asdict(front.basis),

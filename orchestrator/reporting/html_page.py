@@ -1,8 +1,8 @@
-"""The report as one HTML file that needs no server and no network, for a screen, a phone or paper.
+"""The report as one HTML file without server or network, for a screen, a phone or paper.
 
-Tables, strips and the heat map are written out, so that the page reads without scripts too; the
-script in `web/report.js` draws the front on any two numbers and links points with rows. All
-data lie in the page as JSON. Everything that comes from outside is escaped.
+Tables, schedule strips and the heat map are static HTML, so the page reads without scripts. The
+scripts in `web/` draw the front on any two metrics and link its points with the rows; their data
+are JSON inside the page. All text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from orchestrator.reporting.confidence import CONFIDENCES, difference_metric
+from orchestrator.reporting.confidence import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
 from orchestrator.reporting.front_axes import (
     PAPER_COST_SHARE,
     PAPER_MARK,
@@ -25,7 +25,7 @@ from orchestrator.reporting.front_axes import (
 )
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_text import hypervolume_text
-from orchestrator.reporting.html_tables import influence_section, rows_table, tasks_section
+from orchestrator.reporting.html_tables import influence_section, models_table, tasks_section
 from orchestrator.reporting.pareto import Front
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
@@ -33,7 +33,7 @@ Curve = tuple[str, Sequence[tuple[int, float]]]
 
 SCRIPTS = ("plot.js", "front.js", "report.js")
 SHARES = ("cost/relative_flops", "cost/relative_evaluations", "share_of_full")
-HOVER = (
+TOOLTIP_METRICS = (
     "cost/evaluations",
     "cost/relative_flops",
     "cost/decode_ms_per_token",
@@ -61,20 +61,22 @@ def render_page(
     Args:
         front: Placed results.
         title: Heading, usually the sweep's name.
-        sentences: What the front says.
+        sentences: The findings.
         mark_paper: Mark the paper's headline where the quality is an accuracy.
-        influence: Name of the measure and its rows, one a layer.
+        influence: Name of the measure, and its values, one row for each layer.
         curves: Title of a chart -> its curves.
-        facts: Title of a list -> names and values: settings, provenance, what was reused.
+        facts: Title of a list -> names and values, such as settings and provenance.
         picture: The front as SVG text, for readers without scripts.
     """
+    volume = hypervolume_text(front)
+    counts = f"{len(front.points)} models, {len(front.members)} on the front"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(_subtitle(front))}</p>',
-        _list_of(sentences),
+        f'<p class="lead">{escape(f"{counts}; {volume}." if volume else f"{counts}.")}</p>',
+        _findings(sentences),
         _front_section(picture, mark_paper=mark_paper),
         '<section class="wide"><h2>All models, cheapest first</h2>',
-        f"{rows_table(front)}{tasks_section(front)}</section>",
+        f"{models_table(front)}{tasks_section(front)}</section>",
     ]
     if influence is not None:
         parts.append(influence_section(*influence))
@@ -82,7 +84,7 @@ def render_page(
         parts.append(f"<h2>{escape(name)}</h2>")
         parts.append(f'<div class="plot" data-curves="{escape(name)}"></div>')
     parts += [_facts_section(name, values) for name, values in (facts or {}).items()]
-    data = {**_data(front, curves or {}), "paper": _paper_mark() if mark_paper else None}
+    data = _script_data(front, curves or {}, mark_paper=mark_paper)
     return _document(title, "\n".join(parts), data)
 
 
@@ -109,26 +111,29 @@ def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
 """
 
 
-def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
+def _script_data(
+    front: Front, curves: Mapping[str, Sequence[Curve]], *, mark_paper: bool
+) -> dict[str, Any]:
     rows = front_rows(front)
     names = [name for row in rows for name, value in row.items() if isinstance(value, float)]
-    against_full = _against_full(front)
-    numbers = [name for name in dict.fromkeys(names) if "/" in name]
-    costs = [n for n in numbers if n.startswith("cost/") and not n.endswith(("_spread", "_stderr"))]
-    qualities = [n for n in numbers if n.startswith("quality/") and not n.endswith("_stderr")]
+    metrics = [name for name in dict.fromkeys(names) if "/" in name]
+    costs = [n for n in metrics if n.startswith("cost/") and not n.endswith(("_spread", "_stderr"))]
+    qualities = [n for n in metrics if n.startswith("quality/") and not n.endswith("_stderr")]
+    differences = [difference_metric(front.basis.full)] if front.basis else []
+    paper = {"cost": PAPER_COST_SHARE, "quality": PAPER_QUALITY_SHARE, "name": PAPER_MARK}
     return {
         "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
         "rows": rows,
         "costs": costs,
         "qualities": qualities,
         "higher": [name for name in qualities if FrontAxes(quality=name).higher_is_better],
-        "percent": [n for n in numbers if is_accuracy(n.removesuffix("_stderr"))] + list(SHARES),
-        "points": against_full if is_accuracy(front.axes.quality) else [],
-        "confidences": list(CONFIDENCES),
-        "titles": {name: metric_title(name) for name in numbers}
+        "percent": [n for n in metrics if is_accuracy(n.removesuffix("_stderr"))] + list(SHARES),
+        "points": differences if is_accuracy(front.axes.quality) else [],
+        "confidences": [KEEPS_METRIC, ON_FRONT_METRIC],
+        "titles": {name: metric_title(name) for name in metrics}
         | {"share_of_full": f"{metric_title(front.axes.quality)}, share of full"}
-        | {name: f"Difference to {front.basis.full}" for name in against_full if front.basis},
-        "hover": [*HOVER, *against_full, *CONFIDENCES],
+        | {name: f"Difference to {front.basis.full}" for name in differences if front.basis},
+        "hover": [*TOOLTIP_METRICS, *differences, KEEPS_METRIC, ON_FRONT_METRIC],
         "series": list(dict.fromkeys(front.sweep_of.values())),
         "curves": {
             title: [
@@ -137,34 +142,18 @@ def _data(front: Front, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]
             ]
             for title, series in curves.items()
         },
+        "paper": paper if mark_paper else None,
     }
 
 
-def _against_full(front: Front) -> list[str]:
-    """Return the tracked name of the paired difference to the full model, if there is one."""
-    if front.basis is None:
-        return []
-    return [difference_metric(front.basis.full)]
-
-
-def _paper_mark() -> dict[str, Any]:
-    return {"cost": PAPER_COST_SHARE, "quality": PAPER_QUALITY_SHARE, "name": PAPER_MARK}
-
-
-def _subtitle(front: Front) -> str:
-    volume = hypervolume_text(front)
-    text = f"{len(front.points)} models, {len(front.members)} on the front"
-    return f"{text}; {volume}." if volume else f"{text}."
-
-
-def _list_of(sentences: Sequence[str]) -> str:
+def _findings(sentences: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f'<ul class="findings">{items}</ul>' if items else ""
 
 
 def _front_section(picture: str | None, *, mark_paper: bool) -> str:
-    less, kept = 1 - PAPER_COST_SHARE, PAPER_QUALITY_SHARE
-    headline = f"{less:.0%} less cost at {kept:.1%} of the accuracy"
+    saved, kept = 1 - PAPER_COST_SHARE, PAPER_QUALITY_SHARE
+    headline = f"{saved:.0%} less cost at {kept:.1%} of the accuracy"
     paper = f" Cross: the paper's headline, {headline}, on this full model." if mark_paper else ""
     fallback = f"<noscript>{picture[picture.find('<svg') :]}</noscript>" if picture else ""
     return f"""<h2>The front</h2>
@@ -174,9 +163,9 @@ def _front_section(picture: str | None, *, mark_paper: bool) -> str:
 </div>
 <div class="plot" id="front"></div>
 <div class="key" id="series"></div>
-<p class="lead">Star: the full model. Filled: on the front. Hollow, faint: dominated. Diamond:
-trained from scratch for comparison. Bars: one standard error. The line is what a budget
-buys.{paper}</p>
+<p class="lead">Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond:
+baseline, trained from scratch. Bars: one standard error. Line: the best quality at each cost
+budget.{paper}</p>
 {fallback}"""
 
 

@@ -1,11 +1,13 @@
-"""The tables of the page, written out so that they read without scripts: all models with their
-schedules as strips, each task, the heat map of influences. Everything from outside is escaped.
+"""HTML tables of the report page, which read without scripts.
+
+All models with their schedules as strips, each task, and the heat map of influences. All text from
+outside is escaped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from orchestrator.reporting.front_tables import (
@@ -16,94 +18,61 @@ from orchestrator.reporting.front_tables import (
 )
 from orchestrator.reporting.pareto import Front, FrontPoint
 
-# Light to dark, one for each number of corrections; more than four share the last.
+# Light to dark, one for each number of corrections; higher numbers share the last.
 STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")
 HEAT_LOW, HEAT_HIGH = (247, 251, 255), (8, 65, 124)
+PHONE_PRIORITIES = range(3, 8)
+"""Priorities of the columns that a phone leaves out."""
+LONG_STRIP = 12
 
 
-def rows_table(front: Front) -> str:
+def models_table(front: Front) -> str:
     """Return the table of all models, each schedule also as a strip."""
     columns = front_columns(front)
     heads = [_head(column.title, _classes(column)) for column in columns]
     heads.insert(1, _head("corrections", "text"))
-    body = []
+    rows = []
     for point in front.points:
-        cells = []
-        for number, column in enumerate(columns):
-            text = column.cell(front, point)
-            value = escape(_sortable(text))
-            cells.append(f'<td class="{_classes(column)}" data-value="{value}">{escape(text)}</td>')
-            if number == 0:
-                cells.append(f'<td class="text">{schedule_strip(point.result.schedule)}</td>')
-        key = escape(point.result.key)
-        body.append(f'<tr class="{_kind(point)}" data-key="{key}">{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll"><table class="rows"><thead><tr>{"".join(heads)}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+        cells = [_cell(column.cell(point), _classes(column)) for column in columns]
+        cells.insert(1, f'<td class="text">{schedule_strip(point.result.schedule)}</td>')
+        rows.append(_row(point, cells))
+    return _table(heads, rows)
 
 
 def tasks_section(front: Front) -> str:
-    """Return the tables of the single tasks; empty where there are no values by item."""
+    """Return the tables of the single tasks; empty without values by item."""
     tables = task_tables(front)
     if not tables:
         return ""
     parts = [f'<h2>Task by task</h2><p class="lead">{escape(TASK_TABLES_NOTE)}</p>']
     for number, table in enumerate(tables):
-        heads = "".join(_head(head, "" if i else "text") for i, head in enumerate(table.heads))
-        body = "".join(_task_row(point, cells) for point, cells in table.rows)
+        heads = [_head(head, "" if i else "text") for i, head in enumerate(table.heads)]
+        rows = [
+            _row(point, [f'<td class="text">{escape(name)}</td>', *map(_cell, numbers)])
+            for point, (name, *numbers) in table.rows
+        ]
         parts.append(
             f"<details{'' if number else ' open'}><summary>{escape(table.title)}</summary>"
-            f'<div class="scroll"><table class="rows"><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div></details>"
+            f"{_table(heads, rows)}</details>"
         )
     return "".join(parts)
 
 
-def _task_row(point: FrontPoint, cells: Sequence[str]) -> str:
-    first, *others = cells
-    texts = [f'<td class="text">{escape(first)}</td>']
-    texts += [f'<td data-value="{escape(_sortable(text))}">{escape(text)}</td>' for text in others]
-    return f'<tr class="{_kind(point)}" data-key="{escape(point.result.key)}">{"".join(texts)}</tr>'
-
-
-def _head(title: str, classes: str) -> str:
-    return f'<th class="{classes}"><button>{escape(title)}</button></th>'
-
-
-def _classes(column: FrontColumn) -> str:
-    """Return how a column is set, and whether a phone leaves it out."""
-    return " ".join(["text"] * (column.justify == "left") + ["minor"] * (2 < column.priority < 8))
-
-
-def _sortable(text: str) -> str:
-    """Return the number that a cell starts with, in its smallest unit, or the text."""
-    parts = text.removeprefix(">").rstrip("%").split()
-    units = {"KiB": 1024, "MiB": 1024**2}
-    try:
-        return str(float(parts[0]) * (units.get(parts[1], 1) if len(parts) > 1 else 1))
-    except (ValueError, IndexError):
-        return text
-
-
 def schedule_strip(schedule: Sequence[int] | None) -> str:
-    """Return an iteration schedule as a strip of cells, one a layer, darker for more
-    corrections."""
+    """Return an iteration schedule as a strip with a cell for each layer, darker for higher r."""
     if schedule is None:
         return ""
     cells = []
     for layer, r in enumerate(schedule, start=1):
-        color = STRIP_COLORS[min(r, len(STRIP_COLORS) - 1)]
-        ink = "#fff" if r >= 2 else "#333"
-        cells.append(
-            f'<i style="background:{color};color:{ink}" title="layer {layer}: {r}">{r}</i>'
-        )
-    kind = "strip long" if len(schedule) > 12 else "strip"
+        background = STRIP_COLORS[min(r, len(STRIP_COLORS) - 1)]
+        style = f"background:{background};color:{'#fff' if r >= 2 else '#333'}"
+        cells.append(f'<i style="{style}" title="layer {layer}: {r}">{r}</i>')
+    kind = "strip long" if len(schedule) > LONG_STRIP else "strip"
     return f'<span class="{kind}">{"".join(cells)}</span>'
 
 
 def influence_section(metric: str, rows: Sequence[Sequence[float]]) -> str:
-    """Return the heat map of influences, a row a layer."""
+    """Return the heat map of influences, a row for each layer."""
     width = max((len(row) for row in rows), default=0)
     positive = [math.log10(v) for row in rows for v in row if v > 0]
     low, high = min(positive, default=0.0), max(positive, default=0.0)
@@ -121,14 +90,48 @@ def influence_section(metric: str, rows: Sequence[Sequence[float]]) -> str:
     )
 
 
+def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    return (
+        f'<div class="scroll"><table class="rows"><thead><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _head(title: str, classes: str) -> str:
+    return f'<th class="{classes}"><button>{escape(title)}</button></th>'
+
+
+def _row(point: FrontPoint, cells: Iterable[str]) -> str:
+    key = escape(point.result.key)
+    return f'<tr class="{_kind(point)}" data-key="{key}">{"".join(cells)}</tr>'
+
+
+def _cell(text: str, classes: str = "") -> str:
+    return f'<td class="{classes}" data-value="{escape(_sort_value(text))}">{escape(text)}</td>'
+
+
+def _classes(column: FrontColumn) -> str:
+    classes = {"text": column.justify == "left", "minor": column.priority in PHONE_PRIORITIES}
+    return " ".join(name for name, applies in classes.items() if applies)
+
+
+def _sort_value(text: str) -> str:
+    """Return the number at the start of a cell, bytes in their smallest unit, or the text."""
+    words = text.removeprefix(">").rstrip("%").split()
+    units = {"KiB": 1024, "MiB": 1024**2}
+    try:
+        return str(float(words[0]) * (units.get(words[1], 1) if len(words) > 1 else 1))
+    except (ValueError, IndexError):
+        return text
+
+
 def _heat_cell(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return "<td></td>"
     share = (math.log10(value) - low) / (high - low) if value > 0 and high > low else 0.0
-    mixed = [round(a + (b - a) * share) for a, b in zip(HEAT_LOW, HEAT_HIGH, strict=True)]
-    ink = "#fff" if share > 0.5 else "#222"
-    color = f"rgb({mixed[0]} {mixed[1]} {mixed[2]})"
-    return f'<td style="background:{color};color:{ink}">{value:.2g}</td>'
+    r, g, b = (round(a + (b - a) * share) for a, b in zip(HEAT_LOW, HEAT_HIGH, strict=True))
+    style = f"background:rgb({r} {g} {b});color:{'#fff' if share > 0.5 else '#222'}"
+    return f'<td style="{style}">{value:.2g}</td>'
 
 
 def _kind(point: FrontPoint) -> str:

@@ -1,4 +1,8 @@
-"""A sweep's report in MLflow."""
+"""Report of a sweep in MLflow.
+
+The sweep's run holds the front as metrics, files and table, and a note with picture and table. Each
+result is a nested run with its paired errors. A saved chart view shows cost against quality.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,23 @@ from pathlib import Path
 
 from orchestrator.reporting.confidence import confidence_metrics
 from orchestrator.reporting.front_data import front_rows
-from orchestrator.reporting.front_tables import markdown_table
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
+from orchestrator.reporting.front_tables import front_markdown
+from orchestrator.reporting.markdown import bullets
+from orchestrator.reporting.pareto import KEPT_SHARE, Front
 from orchestrator.reporting.report_files import SweepReport
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import SweepResults
 from orchestrator.reporting.training_curves import VALIDATION_METRIC
 from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, tag_filter
 
-
-def picks(front: Front) -> dict[str, FrontPoint]:
-    """Return the named choices that the front offers: knee, best, cheapest; those that exist."""
-    found = {"knee": front.knee, "best": front.best, "cheapest": front.cheapest}
-    return {name: point for name, point in found.items() if point is not None}
+ARTIFACT_FOLDER = "front"
+MAX_NOTE_CHARACTERS = 7500
+MAX_FINDINGS_CHARACTERS = 6000
+MAX_PARALLEL_LAYERS = 24
 
 
 def front_metrics(front: Front) -> dict[str, float]:
-    """Return the numbers of a sweep's run: hypervolume with its box, sizes, the picks' numbers."""
+    """Return the metrics of a sweep's run: hypervolume with its box, sizes, the picks."""
     values: dict[str, float | None] = {
         "front/hypervolume": front.hypervolume,
         "front/size": len(front.members),
@@ -36,8 +40,7 @@ def front_metrics(front: Front) -> dict[str, float]:
         values["front/reference_cost"] = box.cost
         values["front/reference_quality"] = box.quality
     kept = front.cheapest_keeping(KEPT_SHARE)
-    choices = {**picks(front), **({"keeping_99": kept} if kept else {})}
-    for name, point in choices.items():
+    for name, point in {**front.picks, **({"keeping_99": kept} if kept else {})}.items():
         values[f"front/{name}_cost"] = point.cost
         values[f"front/{name}_quality"] = point.quality
         values[f"front/{name}_share_of_full"] = front.share(point)
@@ -47,49 +50,38 @@ def front_metrics(front: Front) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-ARTIFACT_FOLDER = "front"
-
-
-MAX_NOTE_CHARACTERS = 7500
-
-
-MAX_SAID_CHARACTERS = 6000
-
-
-MAX_PARALLEL_LAYERS = 24
-
-
 def track_results(
     tracking: Tracking, run: TrackedRun, sweep: SweepResults, front: Front
 ) -> tuple[SweepResults, Front]:
-    """Track every result as a run nested in the sweep's, with its paired errors; those of a model
-    of several seeds are all its seeds' together, and stand in the run of each.
+    """Track every result as a run nested in the sweep's run, with its paired errors.
+
+    Each seed of a model gets the paired errors of the mean over seeds.
 
     Returns:
         The same results and front, each result with the id of its run.
     """
-    members = average_seeds(sweep.results).keys_of_seeds
+    keys_of_seeds = average_seeds(sweep.results).keys_of_seeds
     paired = {
         key: confidence_metrics(point)
         for point in front.points
-        for key in members[point.result.key]
+        for key in keys_of_seeds[point.result.key]
     }
-    tracked = {}
+    tracked = []
     for result in sweep.results:
         nested = tracking.log_trial(
             result, parent=run, sweep=sweep.name, journal_folder=sweep.journal_of(result)
         )
         if paired.get(result.key):
             nested.log_metrics(paired[result.key])
-        tracked[result.key] = replace(result, run_id=nested.run_id)
-    sweep = sweep.with_results(tuple(tracked[result.key] for result in sweep.results))
-    return sweep, front.with_results({r.key: r for r in average_seeds(sweep.results).results})
+        tracked.append(replace(result, run_id=nested.run_id))
+    sweep = sweep.with_results(tuple(tracked))
+    return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
 
 
 def track_front(
     tracking: Tracking, run: TrackedRun, report: SweepReport, files: Sequence[Path]
 ) -> str:
-    """Put a report into the sweep's run: numbers, files, table, note, chart view.
+    """Log a report to the sweep's run: metrics, files, table, note, chart view.
 
     Returns:
         Key of the chart view.
@@ -107,20 +99,21 @@ def track_front(
 
 
 def run_note(report: SweepReport, run_id: str | None) -> str:
-    """Return the note of a sweep's run: findings, picture and table, as MLflow shows Markdown.
+    """Return the note of a sweep's run in Markdown: findings, picture and table.
 
-    What is too long for a tag is left to the artifacts.
+    What does not fit into a tag is replaced by the name of its artifact.
     """
-    # The page shows the first lines only until it is asked for more: the findings come first.
-    lines = [f"- {sentence}" for sentence in report.sentences]
-    lengths = itertools.accumulate(len(line) + 1 for line in lines)
-    num_shown = sum(length <= MAX_SAID_CHARACTERS for length in lengths)
-    if num_shown < len(lines):
-        lines[num_shown:] = [f"- More: `{ARTIFACT_FOLDER}/front.md` under Artifacts."]
-    parts = ["\n".join(lines)]
+    # MLflow first shows only the top of a note, so the findings come first.
+    sentences = report.sentences
+    lengths = itertools.accumulate(len(sentence) + 3 for sentence in sentences)
+    num_shown = sum(length <= MAX_FINDINGS_CHARACTERS for length in lengths)
+    shown = list(sentences[:num_shown])
+    if num_shown < len(sentences):
+        shown.append(f"More: `{ARTIFACT_FOLDER}/front.md` under Artifacts.")
+    parts = [bullets(shown)]
     if run_id is not None and report.front.points:
         parts.append(_picture("front", run_id))
-    table = markdown_table(report.front)
+    table = front_markdown(report.front)
     if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
         table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
     parts.append(table)
@@ -130,7 +123,7 @@ def run_note(report: SweepReport, run_id: str | None) -> str:
 
 
 def _picture(name: str, run_id: str) -> str:
-    # An SVG fits the page's width; a PNG of the same picture is cut off, for it has more pixels.
+    # An SVG fits the page's width; a PNG has more pixels and would be cut off.
     return f"![{name}](/get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={run_id})"
 
 
@@ -161,7 +154,7 @@ def front_chart_view(report: SweepReport) -> ChartView:
     return ChartView(
         key=chart_view_key(report.name),
         name=f"Front of {report.name}",
-        # The sweep's own run has no cost; in the charts it would be an empty row.
+        # The sweep's own run has no cost and would be an empty row in the charts.
         run_filter=tag_filter({"iiet.sweep": report.name}) + " and tags.`iiet.kind` != 'sweep'",
         order_by=front.axes.cost,
         columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],

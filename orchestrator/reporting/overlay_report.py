@@ -1,9 +1,8 @@
-"""Several sweeps on one front: all their results against each other, each sweep told apart.
+"""Report of several sweeps on one front, in a folder of its own.
 
-In: the stored results of two or more sweeps. Out: the files of a report in a folder of its own. A
-result that several sweeps share counts once, as the first one's. Sweeps that were measured on
-different tasks or texts are shown together with a note that says so: their costs compare, their
-qualities do not, and differences are taken over the items that all models answered.
+A result that several sweeps share counts once, for the first of them. Sweeps that were measured on
+different tasks or texts are shown together with a note: their costs compare, their qualities do
+not. Paired differences use the items that all models answered.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
-LONGEST_FOLDER_NAME = 80
+MAX_FOLDER_NAME_LENGTH = 80
 
 
 def write_overlay_report(
@@ -39,8 +38,8 @@ def write_overlay_report(
 
     Args:
         workspace: Holds the sweeps.
-        names: The sweeps; the first one's name wins where they share a result.
-        axes: Which cost against which quality; evaluations against accuracy when unset.
+        names: The sweeps; a result that they share counts for the first.
+        axes: Cost and quality; NFE and accuracy by default.
 
     Raises:
         UserError: If there is no such sweep, or one has no result yet.
@@ -49,39 +48,37 @@ def write_overlay_report(
     sweeps = [load_sweep_results(workspace, name) for name in dict.fromkeys(names)]
     results: dict[str, TrialResult] = {}
     sweep_of: dict[str, str] = {}
-    runs: dict[str, Sequence[EvaluationResult]] = {}
+    evaluations: dict[str, Sequence[EvaluationResult]] = {}
     items: dict[str, EvaluationResult] = {}
     for sweep in sweeps:
-        joined = average_seeds(sweep.results)
-        for result in joined.results:
+        averages = average_seeds(sweep.results)
+        for result in averages.results:
             results.setdefault(result.key, result)
             sweep_of.setdefault(result.key, sweep.name)
         items |= load_item_values(workspace, sweep.results)
-        runs |= joined.evaluations(items)
+        evaluations |= averages.evaluations(items)
     front = find_front(list(results.values()), axes, sweep_of=sweep_of)
-    front = with_confidence(front, runs)
-    curves = {
-        f"{title}: {sweep.name}": found
-        for sweep in sweeps
-        for title, found in read_training_curves(sweep, front).items()
-    }
-    every = {result.key: result for sweep in sweeps for result in sweep.results}.values()
+    front = with_confidence(front, evaluations)
+    all_results = {result.key: result for sweep in sweeps for result in sweep.results}.values()
     report = SweepReport(
         name=" + ".join(sweep.name for sweep in sweeps),
         front=front,
-        curves=curves,
+        curves={
+            f"{title}: {sweep.name}": curves
+            for sweep in sweeps
+            for title, curves in read_training_curves(sweep, front).items()
+        },
         facts=_facts(sweeps),
-        notes=[*_notes(workspace, sweeps, axes), *item_notes(every, items)],
+        notes=[*_notes(workspace, sweeps, axes), *item_notes(all_results, items)],
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     return WrittenReport(report, folder, tuple(write_report_files(report, folder)))
 
 
 def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
-    """Return what is the same in all sweeps once, and what differs for each."""
-    titles = dict.fromkeys(title for sweep in sweeps for title in sweep.facts)
+    """Return shared facts once, and the differing ones for each sweep."""
     facts: dict[str, Mapping[str, Any]] = {}
-    for title in titles:
+    for title in dict.fromkeys(title for sweep in sweeps for title in sweep.facts):
         lists = [sweep.facts.get(title, {}) for sweep in sweeps]
         shared = {
             name: value
@@ -98,19 +95,19 @@ def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _notes(workspace: Workspace, sweeps: Sequence[SweepResults], axes: FrontAxes) -> list[str]:
-    """Say what keeps the sweeps from being compared."""
+    """Return sentences on what makes the sweeps hard to compare."""
     notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
-    notes += _about_tasks({sweep.name: _suite(workspace, sweep) for sweep in sweeps})
+    notes += _suite_notes({sweep.name: _planned_suite(workspace, sweep) for sweep in sweeps})
     if axes.cost == COSTS["ms"] and len(sweeps) > 1:
         notes.append(
-            "Milliseconds were measured sweep by sweep: what else the machine did at that time, or "
-            "another machine, is part of the difference between sweeps."
+            "Milliseconds were measured separately for each sweep: differences between sweeps "
+            "include those of the machine and of its other load."
         )
     return notes
 
 
-def _about_tasks(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Say whether the sweeps were measured on the same tasks and texts."""
+def _suite_notes(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a sentence if the sweeps were measured on different tasks or texts."""
     if len({content_key(suite) for suite in suites.values()}) == 1:
         return []
     names = dict.fromkeys(name for suite in suites.values() for name in suite)
@@ -125,8 +122,8 @@ def _about_tasks(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
-    """Return what a sweep's plan says it measures, without what only costs time."""
+def _planned_suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
+    """Return the suite in a sweep's plan, without values that do not change its results."""
     path = sweep.folder(workspace) / "plan.json"
     plan = read_json_object(path) or {}
     with damage_as_user_error(path):
@@ -141,6 +138,6 @@ def _suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
 
 def _folder_name(sweeps: Sequence[SweepResults], axes: FrontAxes) -> str:
     name = "+".join(sweep.name for sweep in sweeps)
-    if len(name) > LONGEST_FOLDER_NAME:
+    if len(name) > MAX_FOLDER_NAME_LENGTH:
         name = f"{sweeps[0].name}+{len(sweeps) - 1}-{content_key(name)[:8]}"
     return f"{name}-{axes.slug}" if axes.slug else name

@@ -1,10 +1,9 @@
-"""Models compared over the same items: stored evaluations matched by item, then drawn again.
+"""Paired comparison of models: match their stored evaluations item by item, then bootstrap.
 
-Two models that answer the same items err on the same ones, mostly, so their difference is known
-far better than either score. Items are matched by their hash, task by task, over all models at
-once; what only some models have is left out and counted. A task's score is the mean of its
-accuracy metric, or its bits per byte; the average over tasks is `EvaluationResult.accuracy`'s:
-a group counts as one.
+Two models mostly err on the same items, so their difference is known far better than either score.
+Items are matched by hash, task by task, over all models at once; items that only some models have
+are left out and counted. A task's score is the mean of its accuracy metric, or its bits per byte.
+The average over tasks is that of `EvaluationResult.accuracy`, where a group counts as one task.
 """
 
 from __future__ import annotations
@@ -33,65 +32,61 @@ from orchestrator.reporting.bootstrap import (
 )
 
 Item = tuple[str, int]
-"""Hash of a document, and how many equal ones came before it."""
+"""Hash of a document, and the number of equal documents before it."""
 
 
 @dataclass(frozen=True)
 class MatchedItems:
     """The items that all models answered."""
 
-    models: tuple[str, ...]
-    """Keys, in the order of the scores."""
-    owners: NDArray[np.int64]
-    """(runs,): number of the model that each run belongs to."""
-    samples: Mapping[str, ItemValues]
-    """By name of the task."""
+    model_of_run: NDArray[np.int64]
+    """(runs,): number of the model, in the order in which the evaluations were given."""
+    tasks: Mapping[str, ItemValues]
     metrics: Mapping[str, str]
-    """Task to the metric that is compared."""
+    """Task -> the metric that is compared."""
     groups: Mapping[str, tuple[str, ...]]
-    """Groups that count as one in the average, and their tasks."""
+    """Group that counts as one task in the average -> its tasks."""
     num_left_out: int
-    """Items that some of the models did not answer."""
+    """Items that only some of the models answered."""
 
     @property
     def num_items(self) -> int:
         """Items of all tasks together."""
-        return sum(len(sample.weights) for sample in self.samples.values())
+        return sum(len(task.weights) for task in self.tasks.values())
 
 
 @dataclass(frozen=True)
 class ResampledScores:
-    """Scores of all models on every task, drawn again."""
+    """Scores of all models on every task, measured and in every draw."""
 
     matched: MatchedItems
     tasks: Mapping[str, Scores]
 
     def quality(self, name: str) -> Scores | None:
-        """Return the draws of a tracked quality; None if it has no values by item.
+        """Return the scores of a tracked quality; None if it has no values by item.
 
         Args:
             name: `quality/accuracy`, `quality/bits_per_byte`, or a task's compared metric as
                 `quality/TASK/METRIC`.
         """
+        metrics = self.matched.metrics
         key = name.removeprefix("quality/")
         if key == "accuracy":
-            return self._accuracy()
+            return self._mean_accuracy()
         if key == BITS_METRIC:
-            parts = [s for task, s in self.tasks.items() if self._is_bits(task)]
-            return mean_scores(parts) if parts else None
+            tasks = [s for task, s in self.tasks.items() if metrics[task] == BITS_METRIC]
+            return mean_scores(tasks) if tasks else None
         task, _, metric = key.rpartition("/")
-        return self.tasks[task] if self.matched.metrics.get(task) == metric else None
+        return self.tasks[task] if metrics.get(task) == metric else None
 
-    def _is_bits(self, task: str) -> bool:
-        return self.matched.metrics[task] == BITS_METRIC
-
-    def _accuracy(self) -> Scores | None:
-        having = {task for task in self.tasks if not self._is_bits(task)}
-        in_group = {task for members in self.matched.groups.values() for task in members}
-        parts: list[Iterable[str]] = [[task] for task in self.tasks if task in having - in_group]
-        parts += list(self.matched.groups.values())
-        found = [[self.tasks[task] for task in part if task in having] for part in parts]
-        means = [mean_scores(part) for part in found if part]
+    def _mean_accuracy(self) -> Scores | None:
+        metrics, groups = self.matched.metrics, self.matched.groups
+        tasks = [task for task in self.tasks if metrics[task] != BITS_METRIC]
+        grouped = {task for members in groups.values() for task in members}
+        units: list[Iterable[str]] = [[task] for task in tasks if task not in grouped]
+        units += groups.values()
+        scores = [[self.tasks[task] for task in unit if task in tasks] for unit in units]
+        means = [mean_scores(unit) for unit in scores if unit]
         return mean_scores(means) if means else None
 
 
@@ -99,70 +94,71 @@ def match_items(evaluations: Mapping[str, Sequence[EvaluationResult]]) -> Matche
     """Find the items that all models answered.
 
     Args:
-        evaluations: Key of a model to its evaluations, one for each seed it was trained with.
+        evaluations: Key of a model -> its evaluations, one for each seed.
 
     Returns:
-        None if there is no item that all answered.
+        None if there is no such item.
     """
-    models = tuple(key for key, runs in evaluations.items() if runs)
-    runs = [run for key in models for run in evaluations[key]]
-    owners = np.repeat(np.arange(len(models)), [len(evaluations[key]) for key in models])
-    samples, metrics, num_left_out = {}, {}, 0
-    for task in dict.fromkeys(name for run in runs for name in run.results):
-        found = [run.results.get(task) for run in runs]
-        results = [result for result in found if result is not None]
-        everywhere = {item for result in results for item in _items(result)}
-        metric = _paired_metric(results)
-        sample = _sample(results, metric) if metric and len(results) == len(runs) else None
-        if metric and sample is not None:
-            samples[task], metrics[task] = sample, metric
-        num_left_out += len(everywhere) - (len(sample.weights) if sample is not None else 0)
-    if not samples:
+    runs = [run for seeds in evaluations.values() for run in seeds]
+    num_seeds = [len(seeds) for seeds in evaluations.values() if seeds]
+    tasks, metrics, num_left_out = {}, {}, 0
+    for name in dict.fromkeys(name for run in runs for name in run.results):
+        results = [run.results[name] for run in runs if name in run.results]
+        num_left_out += len({item for result in results for item in _items(result)})
+        metric = _shared_metric(results)
+        values = _item_values(results, metric) if metric and len(results) == len(runs) else None
+        if metric and values is not None:
+            tasks[name], metrics[name] = values, metric
+            num_left_out -= len(values.weights)
+    if not tasks:
         return None
     groups = {name: members for run in runs for name, members in run.groups.items()}
-    return MatchedItems(models, owners, samples, metrics, groups, num_left_out)
+    model_of_run = np.repeat(np.arange(len(num_seeds)), num_seeds)
+    return MatchedItems(model_of_run, tasks, metrics, groups, num_left_out)
 
 
 def resample_scores(
     matched: MatchedItems, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> ResampledScores:
     """Score all models on draws of the items; the same seed gives the same draws."""
-    seed_weights = draw_seed_weights(matched.owners, num_resamples, np.random.default_rng(seed))
-    return ResampledScores(
-        matched,
-        {
-            # Each task has draws of its own, which no other task's presence changes.
-            task: resample(
-                sample, seed_weights, matched.owners, np.random.default_rng([seed, *task.encode()])
-            )
-            for task, sample in matched.samples.items()
-        },
-    )
+    rng = np.random.default_rng(seed)
+    seed_weights = draw_seed_weights(matched.model_of_run, num_resamples, rng)
+    # A generator for each task: adding a task does not change another one's draws.
+    scores = {
+        task: resample(
+            items,
+            seed_weights,
+            matched.model_of_run,
+            np.random.default_rng([seed, *task.encode()]),
+        )
+        for task, items in matched.tasks.items()
+    }
+    return ResampledScores(matched, scores)
 
 
 def _items(result: TaskResult) -> list[Item]:
     seen: Counter[str] = Counter()
-    found = []
+    items = []
     for item in result.items:
-        found.append((item, seen[item]))
+        items.append((item, seen[item]))
         seen[item] += 1
-    return found
+    return items
 
 
-def _paired_metric(results: Sequence[TaskResult]) -> str | None:
-    """Return the metric that all runs have by item: the accuracy, else the bits per byte."""
-    known = (*ACCURACY_METRICS, BITS_METRIC)
-    return next((m for m in known if all(m in result.values for result in results)), None)
+def _shared_metric(results: Sequence[TaskResult]) -> str | None:
+    """Return the metric that all runs have by item: an accuracy, else the bits per byte."""
+    metrics = (*ACCURACY_METRICS, BITS_METRIC)
+    return next((m for m in metrics if all(m in result.values for result in results)), None)
 
 
-def _sample(results: Sequence[TaskResult], metric: str) -> ItemValues | None:
+def _item_values(results: Sequence[TaskResult], metric: str) -> ItemValues | None:
     positions = [{item: number for number, item in enumerate(_items(result))} for result in results]
     common = [item for item in positions[0] if all(item in other for other in positions)]
     if not common:
         return None
     rows = [
-        np.asarray([result.values[metric][place[item]] for item in common], dtype=float)
-        for result, place in zip(results, positions, strict=True)
+        np.asarray([result.values[metric][position[item]] for item in common], dtype=float)
+        for result, position in zip(results, positions, strict=True)
     ]
     if metric == BITS_METRIC:
         # Pairs of log-likelihood in nats and bytes.

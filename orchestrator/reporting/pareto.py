@@ -1,19 +1,12 @@
-"""The front: which models no other one beats on cost and quality together, and which to take.
+"""The Pareto front of trial results: which models no other one beats on cost and quality together.
 
-In: trial results and the names of two of their numbers. Out: every result placed, told on the front
-or off it, with its picks: best, cheapest, the knee, the cheapest that keeps a share of the full
-model's quality. Beside a teacher and its students, baselines trained from scratch are placed but
-do not push trials off the front, so that it answers "which schedule", and `beaten_by` answers "and
-was it worth it". Without a teacher all were trained from scratch, and vanilla competes like any
-other: there the front answers "which method".
+With a teacher, the teacher and its students compete for the front; baselines are placed but do not
+compete, so the front tells which schedule to take and `members_beaten_by` whether it was worth it.
+Without a teacher all models were trained from scratch and compete, vanilla too.
 
-The hypervolume is a share of a stated box: from the full model's cost down to no cost, and from the
-reference quality (0 for an accuracy, the worst measured for a loss) to the full model's quality.
-For an accuracy that is the share of it that the front keeps, averaged over all cost budgets.
-Non-domination and hypervolume are moocore's.
-
-How sure a place is stands beside it, where models answered the same items: `Confidence` is filled
-in by `analysis.confidence`.
+The hypervolume is a share of a box: from no cost to the full model's cost, and from the reference
+quality (0 for an accuracy, the worst measured for a loss) to the full model's quality.
+Non-domination and hypervolume are moocore's. `reporting.confidence` fills in `Confidence`.
 """
 
 from __future__ import annotations
@@ -30,7 +23,7 @@ from orchestrator.reporting.bootstrap import Interval
 from orchestrator.reporting.front_axes import FrontAxes
 
 KEPT_SHARE = 0.99
-"""The share of the full model's quality that is worth calling kept."""
+"""A model keeps the full model's quality if it reaches this share of it."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +38,23 @@ class PairedComparison:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure a model's place is, when its items are drawn again."""
+    """How certain a model's place is when its items are drawn again."""
 
     overall: PairedComparison | None
     """On the front's quality; None if that has no values by item."""
     tasks: Mapping[str, PairedComparison]
     """On each task."""
     share: Interval | None
-    """Share of the full model's quality that is kept."""
+    """Share of the full model's quality that the model keeps."""
     keeps: float | None
-    """In which share of the draws at least `KEPT_SHARE` is kept."""
+    """Share of the draws in which the model keeps at least `KEPT_SHARE`."""
     on_front: float | None
-    """In which share of the draws the model is on the front; None for baselines."""
+    """Share of the draws in which the model is on the front; None for baselines."""
 
 
 @dataclass(frozen=True)
 class ConfidenceBasis:
-    """What confidences rest on."""
+    """The items and draws that confidences are computed from."""
 
     full: str
     """Name of the model that shares relate to."""
@@ -72,12 +65,12 @@ class ConfidenceBasis:
     num_left_out: int
     """Items that only some of them answered."""
     num_resamples: int
-    """Draws."""
+    """Number of draws."""
 
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A result with its place."""
+    """A result with its cost, quality and place."""
 
     result: TrialResult
     cost: float
@@ -87,22 +80,22 @@ class FrontPoint:
     on_front: bool
     """Whether no other candidate is as good in both and better in one."""
     confidence: Confidence | None = None
-    """How sure that is; None where no values of single items are at hand."""
+    """How certain the place is; None without values of single items."""
     is_candidate: bool = True
-    """Whether the result competes for the front; beside a teacher, baselines do not."""
+    """Whether the result competes for the front; baselines beside a teacher do not."""
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the others are to be compared with it: a method without corrections."""
+        """Whether the result is a model trained from scratch to compare with."""
         return self.result.role == "baseline"
 
 
 @dataclass(frozen=True)
 class HypervolumeBox:
-    """What the hypervolume is a share of."""
+    """The box that the hypervolume is a share of."""
 
     cost: float
-    """The reference cost: the full model's."""
+    """The full model's cost."""
     quality: float
     """The reference quality."""
     full_quality: float
@@ -115,17 +108,17 @@ class Front:
 
     axes: FrontAxes
     points: tuple[FrontPoint, ...]
-    """Every result that has both numbers."""
+    """Every result that has both metrics."""
     unmeasured: tuple[TrialResult, ...] = ()
     """Results that lack one of them."""
     sweep_of: Mapping[str, str] = field(default_factory=dict)
-    """Key of a result -> the sweep it is from, where several share the front."""
+    """Key of a result -> its sweep; empty if all are from one sweep."""
     basis: ConfidenceBasis | None = None
-    """What the confidences rest on; None if there are none."""
+    """What the confidences are computed from; None if there are none."""
 
     @property
     def members(self) -> tuple[FrontPoint, ...]:
-        """Those on the front, cheapest first; of equal ones, all."""
+        """The points on the front, cheapest first; equal ones are all members."""
         return tuple(point for point in self.points if point.on_front)
 
     @property
@@ -168,66 +161,33 @@ class Front:
         return knee if above_chord(knee) > 1e-12 else None
 
     @property
+    def picks(self) -> dict[str, FrontPoint]:
+        """Knee, best and cheapest by name; without those that do not exist."""
+        found = {"knee": self.knee, "best": self.best, "cheapest": self.cheapest}
+        return {name: point for name, point in found.items() if point is not None}
+
+    @property
     def by_sweep(self) -> dict[str, Front]:
-        """The front of each sweep by itself, by its name; empty where there is only one."""
+        """The front of each sweep alone, by its name; empty if there is only one sweep."""
         results = [*(point.result for point in self.points), *self.unmeasured]
         return {
             name: find_front([r for r in results if self.sweep_of[r.key] == name], self.axes)
             for name in dict.fromkeys(self.sweep_of.values())
         }
 
-    def with_results(self, results: Mapping[str, TrialResult]) -> Front:
-        """Return the same front with other values of its results, by key, where there are any."""
-        placed = (replace(p, result=results.get(p.result.key, p.result)) for p in self.points)
-        unmeasured = (results.get(result.key, result) for result in self.unmeasured)
-        return replace(self, points=tuple(placed), unmeasured=tuple(unmeasured))
-
-    def goodness(self, point: FrontPoint) -> float:
-        """Return the quality so that more is better."""
-        return point.quality if self.axes.higher_is_better else -point.quality
-
-    def share(self, point: FrontPoint) -> float | None:
-        """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
-
-        For a loss it is the full model's loss over this one's.
-        """
-        full = self.full
-        if full is None:
-            return None
-        part, whole = (point.quality, full.quality)
-        if not self.axes.higher_is_better:
-            part, whole = whole, part
-        return part / whole if whole else None
-
-    def cheapest_keeping(self, share: float) -> FrontPoint | None:
-        """Return the cheapest member that keeps this share of the full model's quality, if any."""
-        kept = [point for point in self.members if (self.share(point) or 0.0) >= share]
-        return min(kept, key=lambda point: point.cost, default=None)
-
-    def members_beaten_by(self, baseline: FrontPoint) -> tuple[FrontPoint, ...]:
-        """Return the members that a baseline beats: no better, no cheaper, and worse in one."""
-        return tuple(
-            point
-            for point in self.members
-            if baseline.cost <= point.cost
-            and self.goodness(baseline) >= self.goodness(point)
-            and (baseline.cost, baseline.quality) != (point.cost, point.quality)
-        )
-
     @property
     def hypervolume_box(self) -> HypervolumeBox | None:
-        """The box that the hypervolume is a share of."""
+        """The box that the hypervolume is a share of; None without a full model."""
         full = self.full
         if full is None:
             return None
-        worst = 0.0
-        if not self.axes.higher_is_better:
-            worst = max(point.quality for point in self.points)
+        is_accuracy = self.axes.higher_is_better
+        worst = 0.0 if is_accuracy else max(point.quality for point in self.points)
         return HypervolumeBox(full.cost, worst, full.quality)
 
     @property
     def hypervolume(self) -> float | None:
-        """The share of the box that the front dominates; over 1 where it beats the full model.
+        """Share of the box that the front dominates; over 1 if the front beats the full model.
 
         Returns:
             None if the box is empty.
@@ -240,6 +200,47 @@ class Front:
         area = float(moocore.hypervolume(points, ref=[box.cost, sign * box.quality]))
         return area / (box.cost * abs(box.full_quality - box.quality))
 
+    def with_results(self, results: Mapping[str, TrialResult]) -> Front:
+        """Return the same front with results replaced by key."""
+        points = (replace(p, result=results.get(p.result.key, p.result)) for p in self.points)
+        unmeasured = (results.get(result.key, result) for result in self.unmeasured)
+        return replace(self, points=tuple(points), unmeasured=tuple(unmeasured))
+
+    def goodness(self, point: FrontPoint) -> float:
+        """Return the quality with a sign such that higher is better."""
+        return point.quality if self.axes.higher_is_better else -point.quality
+
+    def share(self, point: FrontPoint) -> float | None:
+        """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
+
+        For a loss it is the full model's loss over this one's.
+        """
+        full = self.full
+        if full is None:
+            return None
+        part, whole = point.quality, full.quality
+        if not self.axes.higher_is_better:
+            part, whole = whole, part
+        return part / whole if whole else None
+
+    def cheapest_keeping(self, share: float) -> FrontPoint | None:
+        """Return the cheapest member that keeps this share of the full model's quality."""
+        kept = [point for point in self.members if (self.share(point) or 0.0) >= share]
+        return min(kept, key=lambda point: point.cost, default=None)
+
+    def members_beaten_by(self, baseline: FrontPoint) -> tuple[FrontPoint, ...]:
+        """Return the members that are no better and no cheaper than a baseline, and worse in one.
+
+        Unlike domination among candidates, this takes no member off the front.
+        """
+        return tuple(
+            point
+            for point in self.members
+            if baseline.cost <= point.cost
+            and self.goodness(baseline) >= self.goodness(point)
+            and (baseline.cost, baseline.quality) != (point.cost, point.quality)
+        )
+
 
 def find_front(
     results: Sequence[TrialResult],
@@ -251,42 +252,31 @@ def find_front(
 
     Args:
         results: Trials, teacher and baselines, in any order.
-        axes: Which two numbers; evaluations and accuracy when unset.
-        sweep_of: Key of a result -> the sweep it is from, where several share the front.
+        axes: Cost and quality; NFE and accuracy by default.
+        sweep_of: Key of a result -> its sweep, if they are from several.
     """
     axes = axes or FrontAxes()
-    found: list[tuple[TrialResult, float, float]] = []
-    unmeasured = []
+    has_teacher = any(result.role == "teacher" for result in results)
+    points, unmeasured = [], []
     for result in results:
         cost, quality = result.value(axes.cost), result.value(axes.quality)
         if cost is None or quality is None:
             unmeasured.append(result)
         else:
-            found.append((result, cost, quality))
-    has_teacher = any(result.role == "teacher" for result in results)
-    competing = [not has_teacher or result.role != "baseline" for result, _, _ in found]
-    on_front = _not_dominated(found, axes, competing)
-    placed = [
-        FrontPoint(result, cost, quality, result.value(axes.error), member, is_candidate=candidate)
-        for (result, cost, quality), member, candidate in zip(
-            found, on_front, competing, strict=True
-        )
-    ]
-    sign = 1.0 if axes.higher_is_better else -1.0
-    placed.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
-    return Front(axes, tuple(placed), tuple(unmeasured), sweep_of or {})
-
-
-def _not_dominated(
-    found: Sequence[tuple[TrialResult, float, float]], axes: FrontAxes, competing: Sequence[bool]
-) -> list[bool]:
-    candidates = [i for i, competes in enumerate(competing) if competes]
-    member = [False] * len(found)
+            competes = not has_teacher or result.role != "baseline"
+            error = result.value(axes.error)
+            points.append(
+                FrontPoint(result, cost, quality, error, on_front=False, is_candidate=competes)
+            )
+    candidates = [point for point in points if point.is_candidate]
     if candidates:
-        points = np.array([found[i][1:] for i in candidates], dtype=float)
-        kept = moocore.is_nondominated(
-            points, maximise=[False, axes.higher_is_better], keep_weakly=True
+        is_member = moocore.is_nondominated(
+            np.array([[point.cost, point.quality] for point in candidates]),
+            maximise=[False, axes.higher_is_better],
+            keep_weakly=True,
         )
-        for i, keep in zip(candidates, kept, strict=True):
-            member[i] = bool(keep)
-    return member
+        members = {id(p) for p, member in zip(candidates, is_member, strict=True) if member}
+        points = [replace(p, on_front=id(p) in members) for p in points]
+    sign = 1.0 if axes.higher_is_better else -1.0
+    points.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
+    return Front(axes, tuple(points), tuple(unmeasured), sweep_of or {})

@@ -1,8 +1,7 @@
-"""Which model of a front to take, by a rule that a person states.
+"""Rules to pick one model of a front.
 
-keep      the cheapest that keeps a share of the full model's quality, if asked for with a
-          confidence
-budget    the best that costs no more than so much
+keep      the cheapest that keeps a share of the full model's quality, optionally with a confidence
+budget    the best within a cost
 knee      the member farthest above the chord from the cheapest to the best
 best      the member of highest quality
 cheapest  the member of lowest cost
@@ -21,20 +20,19 @@ PickRuleName = Literal["keep", "budget", "knee", "best", "cheapest"]
 
 @dataclass(frozen=True, kw_only=True)
 class PickRule:
-    """How to pick_from_front.
+    """Rule by which one model of a front is picked.
 
     Raises:
-        UserError: A number that no model can meet.
+        UserError: If no model can meet a number.
     """
 
     name: PickRuleName
-    """Which of the rules."""
     share: float = KEPT_SHARE
     """For `keep`: share of the full model's quality, 0.99 for 99%."""
     confidence: float = 0.0
-    """For `keep`: in which share of the draws of the items it must be kept."""
+    """For `keep`: smallest share of the draws in which the quality is kept."""
     budget: float = 0.0
-    """For `budget`: the cost, in the unit of the front's cost axis."""
+    """For `budget`: highest cost, in the unit of the front's cost axis."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 2.0:
@@ -46,58 +44,61 @@ class PickRule:
 
     @property
     def alias(self) -> str:
-        """What a registered model's version is called that was chosen so."""
+        """Alias in the model registry of the version that this rule picks."""
         if self.name == "keep":
-            sure = f"-sure-{100 * self.confidence:.4g}" if self.confidence else ""
-            return f"keep-{100 * self.share:.4g}{sure}".replace(".", "_")
+            confidence = f"-sure-{100 * self.confidence:.4g}" if self.confidence else ""
+            return f"keep-{100 * self.share:.4g}{confidence}".replace(".", "_")
         if self.name == "budget":
             return f"budget-{self.budget:.6g}".replace(".", "_").replace("+", "")
         return self.name
 
 
 def pick_from_front(front: Front, rule: PickRule) -> FrontPoint:
-    """Return the model of a front that a rule names.
+    """Return the model of a front that a rule picks.
 
     Args:
         front: Its confidences relate to the rule's share.
-        rule: How to pick_from_front.
+        rule: The rule.
 
     Raises:
-        UserError: If no model meets the rule; says which comes nearest.
+        UserError: If no model meets the rule; the message names the nearest.
     """
     if not front.members:
         raise UserError("no trial of this sweep has been measured on both axes yet")
     if rule.name == "keep":
-        return _keeping(front, rule)
+        return _pick_keeping(front, rule)
     if rule.name == "budget":
-        within = [point for point in front.members if point.cost <= rule.budget]
-        if not within:
+        affordable = [point for point in front.members if point.cost <= rule.budget]
+        if not affordable:
             least = min(point.cost for point in front.members)
             raise UserError(f"no model costs {rule.budget:g} or less; the cheapest costs {least:g}")
-        return max(within, key=lambda point: (front.goodness(point), -point.cost))
-    found = {"knee": front.knee, "best": front.best, "cheapest": front.cheapest}[rule.name]
-    if found is None:
-        raise UserError("this front has no knee: no model lies above the line from end to end")
-    return found
+        return max(affordable, key=lambda point: (front.goodness(point), -point.cost))
+    point = front.picks.get(rule.name)
+    if point is None:
+        raise UserError(
+            "this front has no knee: no model lies above the line from the cheapest to the best"
+        )
+    return point
 
 
-def _keeping(front: Front, rule: PickRule) -> FrontPoint:
+def _pick_keeping(front: Front, rule: PickRule) -> FrontPoint:
     if not rule.confidence:
         kept = front.cheapest_keeping(rule.share)
         if kept is None:
-            best = front.best
-            assert best is not None
+            assert front.best is not None
             raise UserError(
                 f"no model keeps {rule.share:.4g} of the full model's quality; the best keeps "
-                f"{front.share(best):.4g}"
+                f"{front.share(front.best):.4g}"
             )
         return kept
-    # Off the front too: a model that the items put behind by a hair may be the surest there is.
-    candidates = [point for point in front.points if point.is_candidate]
-    sure = [
+    # Candidates off the front count too: one that is dominated by a hair may be the most certain.
+    confident = [
         point
-        for point in candidates
-        if point is front.full
-        or (point.confidence is not None and (point.confidence.keeps or 0.0) >= rule.confidence)
+        for point in front.points
+        if point.is_candidate
+        and (
+            point is front.full
+            or (point.confidence is not None and (point.confidence.keeps or 0) >= rule.confidence)
+        )
     ]
-    return min(sure, key=lambda point: (point.cost, -front.goodness(point)))
+    return min(confident, key=lambda point: (point.cost, -front.goodness(point)))

@@ -1,8 +1,8 @@
-"""All files of a report, written from one value: pictures, page, tables, data.
+"""The files of a report, all written from one `SweepReport`.
 
-`front.png` and `front.svg` for papers, `front.html` for browsing (one file, no network), `front.md`
-for a paper's appendix, `front.csv` and `front.json` for machines, `influence.png` and
-`influence.svg`. Each is replaced as a whole; the same results give the same bytes.
+`front.png` and `front.svg` for papers, `front.html` for browsing, `front.md` for an appendix,
+`front.csv` and `front.json` for programs, `influence.png` and `influence.svg`. The same results
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,42 +19,37 @@ from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_data import front_csv, front_json
 from orchestrator.reporting.front_figure import draw_front
-from orchestrator.reporting.front_tables import (
-    TASK_TABLES_NOTE,
-    markdown_table,
-    task_table_markdown,
-    task_tables,
-)
+from orchestrator.reporting.front_tables import TASK_TABLES_NOTE, front_markdown, task_tables
 from orchestrator.reporting.front_text import hypervolume_text, model_name
 from orchestrator.reporting.html_page import Curve, render_page
 from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.reporting.influence_tables import influence_markdown
+from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
 from orchestrator.workspace.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """What a report tells."""
+    """Content of a report."""
 
     name: str
     """The sweep's name."""
     front: Front
-    """Its results, placed."""
     influence: InfluenceTable | None = None
-    """The teacher's influence table, if the sweep had one."""
+    """The teacher's influence table, if the sweep has one."""
     curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
     """Title of a chart -> its curves over steps."""
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Title of a list -> names and values: settings, provenance, what was reused."""
+    """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
-    """What has to be known before the front is read, such as different tasks."""
+    """Sentences to read before the findings, such as that the tasks differ."""
     mark_paper: bool = True
     """Whether the picture marks the paper's headline."""
 
     @property
     def sentences(self) -> list[str]:
-        """What the front says, after what has to be known."""
+        """The notes and the findings."""
         return [*self.notes, *findings(self.front)]
 
     @property
@@ -65,14 +60,11 @@ class SweepReport:
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """Where a report lies."""
+    """A report and where it was written."""
 
     report: SweepReport
-    """What it tells; its front is what the terminal's table shows."""
     folder: Path
-    """Where its files are."""
     files: tuple[Path, ...]
-    """Every file written."""
     run_id: str | None = None
     """The sweep's run in MLflow; None without tracking, or while the store does not answer."""
     view: str | None = None
@@ -80,7 +72,7 @@ class WrittenReport:
 
     @property
     def page(self) -> Path | None:
-        """The HTML file; None if nothing could be placed."""
+        """The HTML file; None if no result is on the front's axes."""
         return next((path for path in self.files if path.suffix == ".html"), None)
 
 
@@ -88,45 +80,41 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
     """Write all files of a report.
 
     Returns:
-        The files, pictures first. Without any placed result there is no front to draw, and the
-        pictures and the page are left out.
+        The files, pictures first; without pictures and page if the front has no point.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
+    texts = {}
     if report.influence is not None and any(report.influence.rows()):
-        paths += save_figure(influence_picture(report), folder / "influence")
+        figure = influence_figure(report.influence, report.front)
+        paths += save_figure(figure, folder / "influence")
     if report.front.points:
-        picture = draw_front(report.front, title=report.title, mark_paper=report.mark_paper)
-        paths += save_figure(picture, folder / "front")
-        svg = (folder / "front.svg").read_text(encoding="utf-8")
-        paths.append(_write(folder / "front.html", report_page(report, svg)))
-    paths.append(_write(folder / "front.md", report_markdown(report)))
-    paths.append(_write(folder / "front.csv", front_csv(report.front)))
-    paths.append(_write(folder / "front.json", front_json(report.front) + "\n"))
+        figure = draw_front(report.front, title=report.title, mark_paper=report.mark_paper)
+        paths += save_figure(figure, folder / "front")
+        texts["front.html"] = report_page(report, (folder / "front.svg").read_text("utf-8"))
+    texts["front.md"] = report_markdown(report)
+    texts["front.csv"] = front_csv(report.front)
+    texts["front.json"] = front_json(report.front) + "\n"
+    for name, text in texts.items():
+        write_text(folder / name, text)
+        paths.append(folder / name)
     return paths
 
 
-def influence_picture(report: SweepReport) -> Figure:
+def influence_figure(table: InfluenceTable, front: Front) -> Figure:
     """Draw the teacher's influence table, with a line where the front's knee cuts it."""
-    assert report.influence is not None, "only a sweep with an influence table has this picture"
-    knee = report.front.knee
-    fits = knee is not None and knee.result.schedule is not None
+    knee = front.knee
     return draw_influence(
-        report.influence.rows(),
-        metric=report.influence.metric,
+        table.rows(),
+        metric=table.metric,
         title="Influence of each correction",
-        kept=knee.result.schedule if knee is not None and fits else None,
+        kept=knee.result.schedule if knee is not None else None,
         kept_name=f"{model_name(knee)} (knee)" if knee is not None else "",
     )
 
 
 def report_page(report: SweepReport, picture: str | None = None) -> str:
-    """Return the report as one HTML file.
-
-    Args:
-        report: What to tell.
-        picture: The front as SVG text, for readers without scripts.
-    """
+    """Return the report as one HTML file; `picture` is the front as SVG text."""
     table = report.influence
     return render_page(
         report.front,
@@ -142,30 +130,21 @@ def report_page(report: SweepReport, picture: str | None = None) -> str:
 
 def report_markdown(report: SweepReport) -> str:
     """Return the report as Markdown: findings, table, tasks, influence, facts."""
-    parts = [f"# {report.title}", _bullets(report.sentences)]
+    parts = [f"# {report.title}", bullets(report.sentences)]
     if report.front.points:
         volume = hypervolume_text(report.front)
         parts += ["![front](front.png)", volume and f"Of the front: {volume}."]
-        parts.append(markdown_table(report.front))
+        parts.append(front_markdown(report.front))
     tables = task_tables(report.front)
     if tables:
         parts.append(f"## Task by task\n\n{TASK_TABLES_NOTE}")
     for table in tables:
-        parts += [f"### {table.title}", task_table_markdown(table)]
+        parts += [f"### {table.title}", table.to_markdown()]
     if report.influence is not None:
         parts += [
             f"## Influence of each correction ({report.influence.metric})",
             influence_markdown(report.influence),
         ]
     for title, values in report.facts.items():
-        parts += [f"## {title}", _bullets([f"{name}: {value}" for name, value in values.items()])]
+        parts += [f"## {title}", bullets(f"{name}: {value}" for name, value in values.items())]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _write(path: Path, text: str) -> Path:
-    write_text(path, text)
-    return path

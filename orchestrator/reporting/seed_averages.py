@@ -1,10 +1,8 @@
-"""Several seeds of one model as one result: the mean of each number, and how sure it is.
+"""Several seeds of one model as one result: the mean of each metric, with its standard error.
 
-In: the results of a sweep, those of one group being seeds of one model. Out: one result for each
-group, and which results it stands for, so that paired comparisons can draw seeds before they draw
-items. A number's standard error joins two things: what other seeds would have given (the spread
-over seeds, divided by the root of their number) and what other items would have (the mean of the
-seeds' own errors, because all of them answered the same items).
+The standard error combines two parts: the spread over seeds, divided by the root of their number,
+and the mean of the seeds' own errors over items, because all seeds answered the same items.
+`keys_of_seeds` lets paired comparisons draw seeds before they draw items.
 """
 
 from __future__ import annotations
@@ -20,52 +18,49 @@ from orchestrator.workspace.provenance import content_key
 
 @dataclass(frozen=True)
 class SeedAverages:
-    """Results, one for each model, and the seeds behind each."""
+    """One result for each model, and the seeds that it is the mean of."""
 
     results: tuple[TrialResult, ...]
-    """In the order in which the models were first met."""
+    """In the order in which the models first appear."""
     keys_of_seeds: Mapping[str, tuple[str, ...]]
-    """Key of a result -> keys of the results that it stands for; its own where it is alone."""
+    """Key of a result -> keys of the results it is the mean of; its own key for a single seed."""
 
     def evaluations(
         self, items: Mapping[str, EvaluationResult]
     ) -> dict[str, Sequence[EvaluationResult]]:
-        """Return what each model's seeds were measured by; models that lack one stay out."""
+        """Return the evaluations of each model's seeds; without models that lack one of them."""
         return {
-            key: [items[member] for member in keys_of_seeds]
-            for key, keys_of_seeds in self.keys_of_seeds.items()
-            if all(member in items for member in keys_of_seeds)
+            key: [items[seed] for seed in seeds]
+            for key, seeds in self.keys_of_seeds.items()
+            if all(seed in items for seed in seeds)
         }
 
 
 def average_seeds(results: Sequence[TrialResult]) -> SeedAverages:
-    """Join the results of each group; results without a group, or alone in it, stay as they are."""
+    """Average the results of each group; a result without other seeds stays as it is."""
     groups: dict[str, list[TrialResult]] = {}
     for result in results:
         name = f"{result.role} {result.group}" if result.group else result.key
         groups.setdefault(name, []).append(result)
-    joined = {}
-    for group in groups.values():
-        one = _join(group) if len(group) > 1 else group[0]
-        joined[one.key] = (one, tuple(result.key for result in group))
+    averages = [_average(group) if len(group) > 1 else group[0] for group in groups.values()]
+    keys = [tuple(result.key for result in group) for group in groups.values()]
     return SeedAverages(
-        tuple(one for one, _ in joined.values()),
-        {key: keys_of_seeds for key, (_, keys_of_seeds) in joined.items()},
+        tuple(averages), {one.key: seeds for one, seeds in zip(averages, keys, strict=True)}
     )
 
 
 def lowest_seed(group: Sequence[TrialResult]) -> TrialResult:
-    """Return the seed whose weights and run stand for a model; the best one would flatter it."""
+    """Return the seed whose weights stand for the model; the best seed would flatter it."""
     return min(group, key=lambda result: result.seed or 0)
 
 
-def _join(group: Sequence[TrialResult]) -> TrialResult:
+def _average(group: Sequence[TrialResult]) -> TrialResult:
     first = lowest_seed(group)
     return replace(
         first,
         key=content_key("seeds", *sorted(result.key for result in group)),
         label=first.group or first.label,
-        quality=_quality([result.quality for result in group]),
+        quality=_average_quality([result.quality for result in group]),
         cost=_means([result.cost for result in group]),
         train=_means([result.train for result in group]) | {"seeds": float(len(group))},
         seed=None,
@@ -73,19 +68,19 @@ def _join(group: Sequence[TrialResult]) -> TrialResult:
     )
 
 
-def _quality(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    means = _means(numbers)
-    found = {}
+def _average_quality(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    means = _means(seeds)
+    quality = {}
     for name in (name for name in means if not name.endswith(STDERR_SUFFIX)):
-        found[name] = means[name]
-        values = [each[name] for each in numbers]
-        over_seeds = math.fsum((v - means[name]) ** 2 for v in values) / (len(values) - 1)
+        quality[name] = means[name]
+        values = [seed[name] for seed in seeds]
+        variance = math.fsum((v - means[name]) ** 2 for v in values) / (len(values) - 1)
         over_items = means.get(name + STDERR_SUFFIX, 0.0) ** 2
-        found[name + STDERR_SUFFIX] = math.sqrt(over_seeds / len(values) + over_items)
-    return found
+        quality[name + STDERR_SUFFIX] = math.sqrt(variance / len(values) + over_items)
+    return quality
 
 
-def _means(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each number that all have."""
-    names = [name for name in numbers[0] if all(name in each for each in numbers)]
-    return {name: math.fsum(each[name] for each in numbers) / len(numbers) for name in names}
+def _means(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric that all seeds have."""
+    names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
+    return {name: math.fsum(seed[name] for seed in seeds) / len(seeds) for name in names}

@@ -1,8 +1,8 @@
-"""The results of a sweep as one value, kept in `sweeps/NAME/results.json`.
+"""The results of a sweep, stored in `sweeps/NAME/results.json`.
 
-A sweep stores it when trials finish; reports are made from it, so that `report` works long after,
-without Ray or MLflow's answer. The values of single items lie in the trials' folders, in a file
-that a result's key finds; where they are gone, a report has no paired errors, and all else.
+A sweep stores its results as trials finish, and reports are made from the file alone, without Ray
+or MLflow. The values of single items lie in the trials' folders, in files named by the key of the
+result; a report without them lacks only the paired errors.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
 
 RESULTS_FILE = "results.json"
 LEFT_OUT_TITLE = "Left out"
-"""Title of the list of models that are left out of the front, with the reasons."""
+"""Title of the facts that list the models left out of the front, with the reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResults:
-    """What a sweep found."""
+    """Everything that a report of a sweep needs."""
 
     name: str
-    """Name of the sweep's folder, and of its run in MLflow."""
+    """Name of the sweep's folder and of its run in MLflow."""
     key: str
-    """Content key of the sweep's plan; finds its run again."""
+    """Content key of the sweep's plan, which identifies its run in MLflow."""
     results: tuple[TrialResult, ...]
-    """Teacher, trials and baselines, as far as they are finished."""
+    """The finished ones among teacher, trials and baselines."""
     influence: InfluenceTable | None = None
     """The teacher's influence table, if the sweep had one."""
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Title of a list -> names and values: settings, provenance, what was reused or stopped."""
+    """Title of a list -> names and values, such as settings, provenance and reused trials."""
 
     @property
     def notes(self) -> list[str]:
-        """What has to be known before the front is read."""
+        """Sentences on models that are left out of the front."""
         return [
             f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT_TITLE, {}).items()
         ]
@@ -60,7 +60,7 @@ class SweepResults:
         return workspace.sweeps / self.name
 
     def store(self, workspace: Workspace) -> Path:
-        """Write the results as a whole file, and return its path."""
+        """Write the results to the sweep's folder and return the path."""
         path = self.folder(workspace) / RESULTS_FILE
         write_json(path, self.to_dict())
         return path
@@ -68,8 +68,8 @@ class SweepResults:
     def journal_of(self, result: TrialResult) -> Path | None:
         """Return the folder with the journal of a result's own training; None if it has none.
 
-        A model that was only measured, such as a pruned teacher, shares its checkpoint with another
-        result, and the training was not its own.
+        A model that was measured without training, such as a pruned teacher, shares its checkpoint
+        with the result that was trained.
         """
         if result.checkpoint is None:
             return None
@@ -92,7 +92,7 @@ class SweepResults:
         """Rebuild stored results.
 
         Raises:
-            KeyError: If a part is missing.
+            KeyError: If a value is missing.
         """
         influence = values["influence"]
         return cls(
@@ -108,8 +108,8 @@ def load_sweep_results(workspace: Workspace, name: str) -> SweepResults:
     """Read the stored results of a sweep.
 
     Returns:
-        The results, under the name of their folder: a folder that was copied or renamed is a sweep
-        of that name, and nothing is written into another one.
+        The results, named after their folder. So a folder that was copied or renamed is a sweep of
+        its own, and nothing is written into the original.
 
     Raises:
         UserError: If there is no such sweep, it has no result yet, or its file is damaged.
@@ -119,7 +119,7 @@ def load_sweep_results(workspace: Workspace, name: str) -> SweepResults:
     remedy = "delete it and run the sweep again, which finds its trials finished"
     stored = read_json_object(path, remedy=remedy)
     if stored is None:
-        raise UserError(_missing(workspace, name))
+        raise UserError(_no_results(workspace, name))
     with damage_as_user_error(path, remedy=remedy):
         found = SweepResults.from_dict(stored)
     check_name(found.name, f"{path} is damaged: name")
@@ -130,7 +130,7 @@ def load_sweep_results(workspace: Workspace, name: str) -> SweepResults:
 def load_item_values(
     workspace: Workspace, results: Iterable[TrialResult]
 ) -> dict[str, EvaluationResult]:
-    """Read the values of single items, by the key of the result; a missing file is left out."""
+    """Read the values of single items by key of the result, without missing or damaged files."""
     folders = (workspace.trials, workspace.runs)
     paths = {path.name: path for folder in folders for path in folder.glob("*/items-*.json")}
     found = {}
@@ -141,22 +141,21 @@ def load_item_values(
             if stored is not None:
                 found[result.key] = EvaluationResult.from_dict(stored)
         except UserError:
-            continue  # damaged: the numbers that a report needs are in the results
+            continue  # The metrics themselves are in the results.
     return found
 
 
 def item_notes(results: Iterable[TrialResult], items: Mapping[str, EvaluationResult]) -> list[str]:
-    """Name the tasks that were asked for and are in no average, and the models that cannot be
-    compared item by item although others can."""
+    """Return sentences on tasks that are in no average and on models without values of items."""
     skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
-    said = [f"Averages are without {name}: {reason}." for name, reason in skipped.items()]
+    notes = [f"Averages do not include {name}: {reason}." for name, reason in skipped.items()]
     lacking = [result.name for result in results if result.key not in items]
     if items and lacking:
-        said.append(
-            "No paired errors, because the files of their single items are missing or damaged: "
-            f"{', '.join(lacking)}."
+        notes.append(
+            "These models have no paired errors, because the files with their single items are "
+            f"missing or damaged: {', '.join(lacking)}."
         )
-    return said
+    return notes
 
 
 def items_file_name(key: str) -> str:
@@ -164,9 +163,9 @@ def items_file_name(key: str) -> str:
     return f"items-{key}.json"
 
 
-def _missing(workspace: Workspace, name: str) -> str:
+def _no_results(workspace: Workspace, name: str) -> str:
     if (workspace.sweeps / name).is_dir():
-        return f"the sweep {name} has no result yet; run it again, it goes on where it stopped"
+        return f"the sweep {name} has no result yet; run it again, and it resumes where it stopped"
     known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_FILE}"))
     offer = f"there are: {', '.join(known)}" if known else "run `iiet-orch sweep-threshold` first"
     return f"no sweep is called {name!r} in {workspace.root}; {offer}"
@@ -178,12 +177,10 @@ def newest_sweep(workspace: Workspace) -> str:
     Raises:
         UserError: If there is none.
     """
-    paths = [
-        path for path in workspace.sweeps.glob("*/results.json") if is_valid_name(path.parent.name)
-    ]
-    found = sorted(paths, key=lambda path: path.stat().st_mtime)
-    if not found:
+    paths = workspace.sweeps.glob(f"*/{RESULTS_FILE}")
+    named = [path for path in paths if is_valid_name(path.parent.name)]
+    if not named:
         raise UserError(
             f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
         )
-    return found[-1].parent.name
+    return max(named, key=lambda path: path.stat().st_mtime).parent.name

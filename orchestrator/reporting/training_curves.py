@@ -1,8 +1,8 @@
-"""Losses of a sweep's models while they were trained, and its front over time, from journals.
+"""Training losses of a sweep's models, and its hypervolume over time, read from journals.
 
-Students are shown by their validation loss; where they were validated too seldom for a curve, by
-their divergence from the teacher, else by the loss they were trained with. Full model and
-baselines have a chart of their own: they start from nothing and would flatten all else.
+Students have their validation loss; if they were validated too rarely for a curve, their
+divergence from the teacher, else their training loss. The full model and the baselines have their
+own chart, because they start from nothing and would flatten the other curves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.reporting.sweep_results import SweepResults
 from orchestrator.workspace.journal import read_journal
 
 HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
-"""Metric whose step is the number of models finished."""
+"""Metric whose step is the number of finished models."""
 HYPERVOLUME_BY_GFLOPS = "sweep/hypervolume_by_gflops"
 """Metric whose step is the training so far in 1e9 FLOPs, rounded."""
 VALIDATION_METRIC = "validation/loss"
@@ -27,69 +27,68 @@ STUDENT_CHARTS = {
     "Divergence from the teacher (KL) while training": "train/kl",
     "Loss while training": "train/loss",
 }
-"""Title and metric; the first that there is a curve for."""
+"""Title -> metric; the report shows the first chart that has a curve."""
 BASELINE_CHART = "Validation loss of full model and baselines"
 HISTORY_CHARTS = {
     "Hypervolume against trials finished": HYPERVOLUME_BY_TRIALS,
     "Hypervolume against training in GFLOPs": HYPERVOLUME_BY_GFLOPS,
 }
-"""Title and metric; what stands behind `against` names the horizontal axis."""
-MOST_POINTS = 400
-"""Of one curve; more than a page can show."""
+"""Title -> metric; the horizontal axis is named after the word `against`."""
+MAX_CURVE_POINTS = 400
+"""A page cannot show more."""
 
 
 def read_training_curves(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]]:
-    """Return the losses while the models were trained, by title of the chart, cheapest first; each
-    seed of a model has a curve of its own."""
-    trials: list[tuple[str, Path]] = []
+    """Return the losses during training by chart title, cheapest model first, a curve per seed."""
+    students: list[tuple[str, Path]] = []
     others: list[tuple[str, Path]] = []
-    members = average_seeds(sweep.results).keys_of_seeds
+    keys_of_seeds = average_seeds(sweep.results).keys_of_seeds
     results = {result.key: result for result in sweep.results}
     for point in front.points:
-        seeds = members.get(point.result.key, ())
-        for result in (results[key] for key in seeds):
+        keys = keys_of_seeds.get(point.result.key, ())
+        for result in (results[key] for key in keys):
             name = full_name(front, point)
-            if len(seeds) > 1:
+            if len(keys) > 1:
                 name += f", seed {result.seed}"
             if folder := sweep.journal_of(result):
-                (trials if result.role == "trial" else others).append((name, folder))
+                (students if result.role == "trial" else others).append((name, folder))
     charts: dict[str, Sequence[Curve]] = {}
     for title, metric in STUDENT_CHARTS.items():
-        if series := _series(trials, metric):
-            charts[title] = series
+        if curves := _read_curves(students, metric):
+            charts[title] = curves
             break
-    if series := _series(others, VALIDATION_METRIC):
-        charts[BASELINE_CHART] = series
+    if curves := _read_curves(others, VALIDATION_METRIC):
+        charts[BASELINE_CHART] = curves
     return charts
 
 
 def read_history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
-    """Return how the front grew while its sweep ran, by title of the chart.
+    """Return the hypervolume while the sweep ran, by chart title.
 
     Args:
-        folder: Of the journal; see `orchestrator.sweeping.front_history.history_folder`.
+        folder: Folder of the journal; see `history_folder`.
     """
-    charts = {title: _points(folder, metric) for title, metric in HISTORY_CHARTS.items()}
-    return {title: [("front", points)] for title, points in charts.items() if len(points) > 1}
+    charts = {title: _read_curves([("front", folder)], m) for title, m in HISTORY_CHARTS.items()}
+    return {title: curves for title, curves in charts.items() if curves}
 
 
-def _series(models: Sequence[tuple[str, Path]], metric: str) -> list[Curve]:
-    found = [(name, _points(folder, metric)) for name, folder in models]
-    return [(name, points) for name, points in found if len(points) > 1]
+def history_folder(sweep_folder: Path, plan_key: str) -> Path:
+    """Return the folder of a sweep's hypervolume journal; each plan of a sweep has its own."""
+    return sweep_folder / "history" / plan_key
 
 
-def _points(folder: Path, metric: str) -> list[tuple[int, float]]:
+def _read_curves(journals: Sequence[tuple[str, Path]], metric: str) -> list[Curve]:
+    curves = [(name, _read_points(folder, metric)) for name, folder in journals]
+    return [(name, points) for name, points in curves if len(points) > 1]
+
+
+def _read_points(folder: Path, metric: str) -> list[tuple[int, float]]:
     records, _ = read_journal(folder)
-    # A run that was interrupted repeats some steps; the last record of a step counts.
+    # A resumed run repeats some steps; the last record of a step counts.
     points = {
         record["step"]: float(record["values"][metric])
         for record in records
         if record.get("kind") == "metrics" and metric in record["values"]
     }
-    every = -(-len(points) // MOST_POINTS)
+    every = -(-len(points) // MAX_CURVE_POINTS)
     return sorted(points.items())[:: max(every, 1)]
-
-
-def history_folder(sweep_folder: Path, plan_key: str) -> Path:
-    """Return where the journal lies; another plan under the same name has another one."""
-    return sweep_folder / "history" / plan_key

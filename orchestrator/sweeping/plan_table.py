@@ -38,7 +38,7 @@ def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Contain
         "model": [state.trial.label for state in states],
         "thresholds": [state.trial.threshold_text for state in states],
         "rate": ["" if rate is None else f"{rate:g}" for rate in rates],
-        "evals": [f"{cost['evaluations']:.0f}" for cost in costs],
+        "NFE": [f"{cost['evaluations']:.0f}" for cost in costs],
         "FLOPs": [f"{100 * cost['relative_flops']:.0f} %" for cost in costs],
         "KV/token": [format_bytes(cost["kv_bytes_per_token"]) for cost in costs],
         "state": [state.text for state in states],

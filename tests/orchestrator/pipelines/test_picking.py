@@ -100,7 +100,7 @@ def version_of(context: Context, name: str, alias: str) -> Any:
 def test_the_pick_is_exported_and_registered(context: Context, sweep: SweepResults) -> None:
     choice = pick_from(context, None, PickRule(name="keep"))
     assert choice.point.result.key == "cheap"
-    assert "99.6% of the full model's, at 60% of its evaluations (3 of 5)" in choice.sentence
+    assert "99.6% of the full model's, at 60% of its NFE (3 of 5)" in choice.sentence
     version = version_of(context, "two-models", "keep-99")
     assert choice.version == "models:/two-models@keep-99"
     assert version.description == choice.sentence

@@ -122,7 +122,7 @@ def test_items_are_matched_by_hash_and_the_others_counted() -> None:
     matched = match_items({"one": [one], "other": [other]})
     assert matched is not None
     # Shared: `c` and the first `a`. Left out: `b`, the second `a`, `x`, and all of `more`.
-    assert matched.samples["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
+    assert matched.tasks["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
     assert (matched.num_items, matched.num_left_out) == (2, 5)
     assert match_items({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
 

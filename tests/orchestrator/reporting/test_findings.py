@@ -20,8 +20,10 @@ def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
     sample_results: list[TrialResult],
 ) -> None:
     first = findings(find_front(sample_results))[0]
-    assert first.startswith("Cheapest that keeps 99% of the full model's quality: 0,1,1,1,1,1")
-    assert "99.4% of the full model's, at 46% of its evaluations (11 of 24)" in first
+    assert first.startswith(
+        "The cheapest model that keeps 99% of the full model's quality is 0,1,1,1,1,1"
+    )
+    assert "99.4% of the full model's, at 46% of its NFE (11 of 24)" in first
 
 
 def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialResult]) -> None:
@@ -35,7 +37,7 @@ def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialRes
     said = about_vanilla(0.4437 - 0.034)
     assert "is worse than 0,1,1,1,1,1 by 3.4 points, 0.046 to 6.8 at 95%, unpaired" in said
     for accuracy in (0.4437 - 0.033, 0.4176, 0.44, 0.4437 + 0.033):
-        assert "differ by less than these items can tell" in about_vanilla(accuracy)
+        assert "differ by less than these items can resolve" in about_vanilla(accuracy)
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
     # It costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
@@ -52,12 +54,15 @@ def test_claims_have_their_confidence(
     assert 0.8 < (kept.confidence.keeps or 0) < 0.95
     assert f"it keeps 99% with confidence {kept.confidence.keeps:.2f}" in said[0]
     # The likely one is not sure; a dearer one with hardly a wrong answer more is.
-    assert said[1].startswith("Cheapest that surely keeps it: ")
+    assert said[1].startswith(
+        "The cheapest model that keeps it with a confidence of 0.95 or more is "
+    )
     assert "with confidence >0.99" in said[1]
     vanilla = next(s for s in said if s.startswith("vanilla"))
     # Over the same items: separate errors make it 1.7.
     assert "is worse than 0,1,1,1,1,1 by 2.6 points, 2.0 to 3.3 in 95% of the draws" in vanilla
-    assert "1,000 draws, with replacement, of the 2,000 items" in said[-1]
+    assert "the share of 1,000 draws in which the claim holds" in said[-1]
+    assert "with replacement, as many of the 2,000 items that all models answered" in said[-1]
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == kept.confidence.keeps
 
 
@@ -70,13 +75,13 @@ def test_what_these_items_cannot_tell_is_said(
     evaluations = {**sample_evaluations, vanilla.key: sample_evaluations[kept.key]}
     front = with_confidence(find_front(sample_results), evaluations, num_resamples=200)
     said = next(s for s in findings(front) if s.startswith("vanilla"))
-    assert "differ by less than these items can tell (0.0 points, 0.0 to 0.0 in" in said
+    assert "differ by less than these items can resolve (0.0 points, 0.0 to 0.0 in" in said
 
 
 def test_nothing_kept_is_said(sample_results: list[TrialResult]) -> None:
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
     assert findings(find_front(results))[0] == (
-        "No model that is cheaper than the full one keeps 99% of the full model's quality."
+        "No cheaper model keeps 99% of the full model's quality."
     )
     assert findings(find_front([])) == ["No trial has been measured on both axes yet."]
 

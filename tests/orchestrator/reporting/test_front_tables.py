@@ -16,8 +16,7 @@ from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.front_data import front_csv, front_json, front_rows
 from orchestrator.reporting.front_tables import (
-    markdown_table,
-    task_table_markdown,
+    front_markdown,
     task_tables,
     terminal_table,
 )
@@ -41,10 +40,10 @@ def printed(front: Front, width: int) -> list[str]:
 @pytest.mark.parametrize(
     ("width", "titles"),
     [
-        (120, "schedule threshold evals FLOPs KV/token ms/token accuracy bits/byte of front"),
-        (100, "schedule threshold evals FLOPs ms/token accuracy bits/byte of front"),
-        (80, "schedule evals FLOPs ms/token accuracy of front"),
-        (60, "schedule evals accuracy front"),
+        (120, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
+        (100, "schedule threshold NFE FLOPs ms/token accuracy bits/byte of front"),
+        (80, "schedule NFE FLOPs ms/token accuracy of front"),
+        (56, "schedule NFE accuracy front"),
     ],
 )
 def test_the_terminal_table_fits_and_keeps_what_matters(
@@ -106,7 +105,7 @@ def test_what_was_not_measured_is_listed_and_null(sample_results: list[TrialResu
 
 
 def test_markdown_has_a_row_for_each_model_and_bold_members(front: Front) -> None:
-    lines = markdown_table(front).splitlines()
+    lines = front_markdown(front).splitlines()
     assert len(lines) == 2 + len(front.points)
     assert len({line.count("|") for line in lines}) == 1
     assert sum(line.startswith("| **") for line in lines) == len(front.members)
@@ -134,7 +133,7 @@ def test_confidence_has_columns_that_go_first(sure_front: Front) -> None:
     assert " to " not in teacher
     assert "P(front)" not in printed(sure_front, 145)[0]
     assert "vs teacher" not in printed(sure_front, 110)[0]
-    assert "vs teacher" in markdown_table(sure_front)
+    assert "vs teacher" in front_markdown(sure_front)
 
 
 def test_certainty_is_never_claimed() -> None:
@@ -161,7 +160,7 @@ def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front)
     for table in tables:
         assert table.heads[3:] == ("vs teacher", "vs vanilla", "vs r = 0 from scratch")
         assert len(table.rows) == 12
-    lines = task_table_markdown(tables[1]).splitlines()
+    lines = tables[1].to_markdown().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     knee = next(line for line in lines if "0,1,1,1,1,1" in line)
     assert knee.split(" | ")[1] == "32.4"

@@ -80,7 +80,7 @@ def test_milliseconds_of_different_sweeps_come_with_a_warning(workspace: Workspa
     [note] = write_overlay_report(
         workspace, ["first", "second"], axes=parse_axes("ms")
     ).report.notes
-    assert "measured sweep by sweep" in note
+    assert "measured separately for each sweep" in note
 
 
 def test_only_names_that_two_sweeps_share_carry_the_sweep(workspace: Workspace) -> None:

@@ -116,7 +116,7 @@ def test_paired_errors_come_from_the_items_beside_the_trials(
     lacking = [p for p in again.report.front.points if p.confidence is None]
     assert [p.result.key for p in lacking] == [sweep.results[1].key]
     said = again.report.sentences[0]
-    assert said.startswith("No paired errors, because the files of their single items are missing")
+    assert said.startswith("These models have no paired errors, because the files with their")
     assert said.endswith(f": {sweep.results[1].name}.")
     assert said in write_overlay_report(workspace, ["toy"]).report.sentences
 
@@ -171,7 +171,7 @@ def test_seeds_have_paired_errors_and_runs(
         def __init__(self) -> None:
             self.runs: dict[str, Run] = {}
 
-        def trial(self, result: TrialResult, **_: Any) -> Run:
+        def log_trial(self, result: TrialResult, **_: Any) -> Run:
             return self.runs.setdefault(result.key, Run(result.key))
 
     seeded = of_two_seeds(workspace, sweep)
@@ -238,7 +238,7 @@ def test_mlflow_holds_the_sweep_once(
     note = parent.data.tags["mlflow.note.content"]
     assert f"front/front.svg&run_uuid={first.run_id}" in note
     assert "**0,1,1,1,1,1**" in note
-    assert note.startswith("- Cheapest that keeps 99%")
+    assert note.startswith("- The cheapest model that keeps 99%")
     artifacts = {file.path for file in client.list_artifacts(first.run_id, "front")}
     assert artifacts == {f"front/{name}" for name in {*FILES, "table.json"}}
 
@@ -291,7 +291,7 @@ def test_an_average_over_less_than_was_asked_for_says_so(
     for key, evaluation in sample_evaluations.items():
         less = replace(evaluation, skipped={"piqa": "it needs the hub"})
         write_json(workspace.trials / "any" / items_file_name(key), less.to_dict())
-    sentence = "Averages are without piqa: it needs the hub."
+    sentence = "Averages do not include piqa: it needs the hub."
     assert write_sweep_report(workspace, sweep).report.sentences[0] == sentence
     assert sentence in write_overlay_report(workspace, ["toy"]).report.sentences
 

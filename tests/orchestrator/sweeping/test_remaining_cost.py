@@ -101,7 +101,7 @@ def of_one(plan: SweepPlan, **recipe: Any) -> SweepPlan:
 def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
     finish(tiny_plan.trials[-1])
     found = rows(tiny_plan, settings())
-    assert "model thresholds evals FLOPs KV/token state" in found
+    assert "model thresholds NFE FLOPs KV/token state" in found
     # Keys and values of 16 numbers in each evaluation; FLOPs beside the 40,672 of the full model.
     assert "teacher 5 100 % 0.6 KiB to measure" in found
     assert "2,1 <=0.1 5 100 % 0.6 KiB to train" in found
@@ -312,9 +312,9 @@ def test_learning_rates_are_shown_where_they_differ(
         return iterations_plan(models, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
 
     found = rows(plan_at(2e-3, 4e-3), chosen)
-    assert "model rate evals FLOPs KV/token state" in found
+    assert "model rate NFE FLOPs KV/token state" in found
     assert any(row.startswith("r = 1 0.004 4 ") for row in found), found
-    assert "model evals FLOPs KV/token state" in rows(plan_at(2e-3, 2e-3), chosen)
+    assert "model NFE FLOPs KV/token state" in rows(plan_at(2e-3, 2e-3), chosen)
 
 
 def test_a_first_stage_in_common_is_paid_once(
