@@ -1,1 +1,1 @@
-"""Measures models: lm-eval and held-out tasks, decoding time, memory; reads models of any kind."""
+"""Measure models: lm-eval and held-out tasks, decoding time, memory; load models of any kind."""

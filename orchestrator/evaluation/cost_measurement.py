@@ -1,11 +1,10 @@
-"""What models cost on this machine, beside what the cost model says.
+"""Measured time and memory of models on this machine, and the prediction of the cost model.
 
-In go decoders by name; out come, for each batch size and context, the time to the first token, the
-time per decoded token, memory, and the share of the full model's time. Shares are taken within each
-repetition, where the models ran one after the other, so a machine that is slow for a while is slow
-in both. The prediction is known before anything runs: the share of floating-point operations, which
-counts evaluations together with what no schedule changes (head, mix, attention over the context).
-Evaluations alone stand beside it, to show how far the simplest rule carries.
+For each batch size and context: time to the first token, time per decoded token, memory, and the
+time as a share of the full model's. Shares are taken within a repetition, where the models ran one
+after the other, so a slow phase of the machine affects both. The prediction is the share of FLOPs,
+which includes what no schedule changes (head, mix, attention over the context). The share of
+evaluations alone is the simplest prediction.
 """
 
 from __future__ import annotations
@@ -32,51 +31,51 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
 PREDICTION = "FLOPs"
-"""The prediction that is held against the measurement."""
+"""The prediction that is compared with the measurement."""
 SIMPLEST = "evaluations"
-"""The simplest prediction, shown beside it."""
+"""The simplest prediction, for comparison."""
 DECODING = "decoding"
 FIRST_TOKEN = "first token"
 HOW_MEASURED = "bytes that PyTorch's allocator handed out at once, weights included"
 STEPS_FOR_MEMORY = 3
-"""Steps after which no further memory is taken: the cache is allocated as a whole."""
+"""Memory does not grow after these steps: the cache is allocated as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementSettings:
-    """Under which models are measured."""
+    """Conditions that models are measured under."""
 
     batch_sizes: tuple[int, ...] = (1, 8)
     """Rows decoded together."""
     contexts: tuple[int, ...] = (32,)
     """Tokens of the prompt."""
     new_tokens: int = 32
-    """Tokens decoded behind it, one by one."""
+    """Tokens decoded after the prompt, one by one."""
     repetitions: int = 7
-    """How often each model is measured, in turns."""
+    """Number of measurements of each model."""
     num_threads: int = 1
-    """Threads of PyTorch on a CPU."""
+    """PyTorch threads on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeTime:
-    """A time as a share of the full model's, measured and predicted."""
+    """A time divided by the full model's, measured and predicted."""
 
     measured: float
     """Median over repetitions."""
     spread: float
-    """Half the distance between the quartiles of the repetitions."""
+    """Half the interquartile range over repetitions."""
     predicted: dict[str, float]
-    """By what it is predicted, to the prediction."""
+    """Prediction by name: `FLOPs`, `evaluations`."""
 
     def residual(self, prediction: str = PREDICTION) -> float:
-        """Return by how much the measured share exceeds the predicted one, relative to it."""
+        """Return the relative error: measured divided by predicted, minus 1."""
         return self.measured / self.predicted[prediction] - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredCost:
-    """One model under one condition."""
+    """One model under one condition; spreads are half interquartile ranges."""
 
     model: str
     """Its name."""
@@ -87,28 +86,26 @@ class MeasuredCost:
     first_token_ms: float
     """Median time to the first token, all rows together."""
     first_token_spread: float
-    """Half the distance between the quartiles."""
     decode_ms: float
     """Median time per decoding step: one new token in every row."""
     decode_spread: float
-    """Half the distance between the quartiles."""
     tokens_per_second: float
-    """New tokens of all rows while decoding."""
+    """New tokens per second of all rows, without the prefill."""
     weight_bytes: int
-    """All parameters, each once."""
+    """Bytes of all parameters."""
     kv_bytes: int
-    """Keys and values of prompt and new tokens, all rows; exact."""
+    """Bytes of keys and values of prompt and new tokens, all rows; exact."""
     peak_bytes: int
-    """Most that was allocated at once, weights included; see `memory`."""
+    """Largest number of bytes allocated at once, including weights; see `peak_bytes`."""
     shares: dict[str, RelativeTime]
-    """Of the full model's time: `decoding` a token, and `first token`."""
+    """Share of the full model's time, for `decoding` and `first token`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers under the names that are tracked, the condition in each."""
+        """Return the tracked numbers; each name contains the condition."""
         prefix = f"cost/batch_{self.batch_size}_context_{self.context}"
         names = ("first_token_ms", "decode_ms", "tokens_per_second", "kv_bytes", "peak_bytes")
         numbers = {f"{prefix}/{name}": float(getattr(self, name)) for name in names}
@@ -127,13 +124,12 @@ def measure_costs(
     """Measure models side by side under each batch size and context.
 
     Args:
-        decoders: Name to model; each follows its own schedule. The one with most operations per
-            token is the full one.
-        conditions: Batch sizes, contexts, and how thoroughly.
-        progress: Told how many measurements are done; the caller ends the stage.
+        decoders: Name to model; each uses its own schedule. The full model is the one with the
+            most FLOPs per token.
+        progress: Shows the measurements done; the caller ends the stage.
 
     Raises:
-        UserError: If there is no model, or a condition does not fit one.
+        UserError: If there is no model, or a condition exceeds a model's context.
     """
     progress = progress or Progress()
     for batch_size in conditions.batch_sizes:
@@ -167,7 +163,7 @@ def _costs(
     steps: dict[str, dict[str, float]] = {}
     for name, decoder in decoders.items():
         prompt = inference_cost(decoder.config, context_length=context)
-        # The steps behind the prompt see one token more each; the middle one stands for all.
+        # Each step attends to one token more than the last; the middle one represents all.
         step = inference_cost(decoder.config, context_length=context + new_tokens // 2)
         evaluations = {SIMPLEST: float(step.evaluations_per_token)}
         first[name] = {PREDICTION: prompt.prefill_flops_per_token, **evaluations}
@@ -241,11 +237,10 @@ def _peak_bytes(decoder: Decoder, batch_size: int, context: int, new_tokens: int
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device | str = "cpu") -> int:
-    """Return the most bytes that were allocated at once during the work, beyond those before it.
+    """Return the largest number of bytes allocated at once during `work`, beyond those before it.
 
-    Args:
-        work: Run once.
-        device: Where it allocates.
+    A GPU's allocator keeps this number. On a CPU it is summed from the allocator's events. The
+    resident size of the process would depend on what the C library kept from earlier work.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -257,7 +252,7 @@ def peak_bytes(work: Callable[[], None], device: torch.device | str = "cpu") -> 
         work()
     results = record.profiler.kineto_results if record.profiler else None
     assert results is not None, "a profile that has ended has results"
-    # The public tables sum over operations and lose the order, in which alone there is a peak.
+    # The profiler's public tables sum over operations; the peak needs the order of events.
     changes = [
         (event.start_ns(), event.nbytes())
         for event in results.events()
@@ -271,5 +266,5 @@ def peak_bytes(work: Callable[[], None], device: torch.device | str = "cpu") -> 
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a device is called, for tables."""
+    """Return the name of a device, for tables."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

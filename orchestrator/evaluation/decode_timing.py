@@ -1,10 +1,8 @@
 """Time per decoded token, measured so that models can be compared.
 
-In go decoders by name; out comes for each the median over repetitions and their spread. All models
-take turns within a repetition, so that a machine that slows down or is disturbed for a while does
-so to all of them; every model is warmed up first; the generation is the cached one that users
-run, greedy, over the same random prompts. What is timed is one step of all rows together: the time
-of `new_tokens` steps behind a prefill, which is timed apart.
+All models take turns within a repetition, so a slow phase of the machine affects all of them. Each
+model is warmed up first. The generation is the cached, greedy one that users run, from the same
+random prompt. The prefill (time to the first token) is timed apart from the steps after it.
 """
 
 from __future__ import annotations
@@ -31,26 +29,22 @@ SWEEP_REPETITIONS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How long a model takes, in milliseconds."""
+    """Decoding times of one model, in milliseconds; spreads are half interquartile ranges."""
 
     median: float
     """Median over repetitions of the time per decoding step: one new token in every row."""
     spread: float
-    """Half the distance between the quartiles of those times."""
     first_token: float
     """Median time of the prefill, up to the first new token."""
     first_token_spread: float
-    """Half the distance between the quartiles of those times."""
     repetitions: tuple[float, ...]
     """Time per step of each repetition, in order, for paired comparisons."""
     first_token_repetitions: tuple[float, ...]
-    """Time to the first token of each repetition, likewise."""
     batch_size: int
     """Rows decoded together."""
     num_threads: int
-    """Threads of PyTorch while it was measured."""
+    """Threads of PyTorch."""
     device: str
-    """Where it was measured."""
 
 
 def decode_milliseconds(
@@ -65,15 +59,15 @@ def decode_milliseconds(
     """Measure decoding of several models side by side.
 
     Args:
-        decoders: Name to model; each follows its own schedule.
+        decoders: Name to model; each uses its own schedule.
         prompt_tokens: Tokens of each prompt, read in one pass.
-        new_tokens: Tokens decoded one by one; at least 2, the first is part of the prefill.
+        new_tokens: Tokens to decode; at least 2, because the first is part of the prefill.
         batch_size: Rows decoded together.
-        repetitions: How often each model is measured, in turns.
-        on_done: Called with the measurements done and the measurements in all.
+        repetitions: Number of measurements of each model.
+        on_done: Called with the number of measurements done and their total.
 
     Raises:
-        UserError: If a setting is out of range, or prompt and new tokens do not fit a model.
+        UserError: If a setting is out of range, or prompt and new tokens exceed a model's context.
     """
     _check(decoders, prompt_tokens, new_tokens, batch_size, repetitions)
     prompts = {name: random_prompt(d, batch_size, prompt_tokens) for name, d in decoders.items()}
@@ -84,7 +78,7 @@ def decode_milliseconds(
     names = list(decoders)
     done = 0
     for repetition in range(repetitions):
-        # Each repetition begins with another model, so that none always follows the slowest.
+        # Each repetition begins with another model, so none always runs after the slowest.
         shift = repetition % len(names)
         for name in names[shift:] + names[:shift]:
             first, per_step = _time_steps(decoders[name], prompts[name], new_tokens)
@@ -110,17 +104,12 @@ def decode_milliseconds(
 
 
 def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[str, Timing]:
-    """Time how a sweep's models decode one row, side by side, and say how far that is.
-
-    Args:
-        decoders: Name to model.
-        progress: Told how far it is.
-    """
+    """Time how the models of a sweep decode one row."""
     progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
     prompt_tokens, new_tokens = _lengths_within(
         min(decoder.config.context_length for decoder in decoders.values())
     )
-    # One row at a time is too little work to share: more threads only wait for each other.
+    # One row is too little work for several threads: they would wait for each other.
     with threads(1):
         timings = decode_milliseconds(
             decoders,
@@ -135,15 +124,14 @@ def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[
 
 
 def _lengths_within(context_length: int) -> tuple[int, int]:
-    """Return how many tokens a sweep's prompt and continuation have: the usual ones, or a third and
-    the rest of a context that is shorter."""
+    """Return prompt and new tokens: the defaults, or a third and the rest of a short context."""
     prompt_tokens = min(SWEEP_PROMPT_TOKENS, context_length // 3)
     return prompt_tokens, min(SWEEP_NEW_TOKENS, context_length - prompt_tokens)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads until the block ends."""
+    """Set the number of PyTorch threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -153,7 +141,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def random_prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
-    """Return the same random tokens each time, (batch_size, prompt_tokens), where the model is."""
+    """Return fixed random tokens of shape (batch_size, prompt_tokens), on the model's device."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, prompt_tokens)
     prompt = torch.randint(decoder.config.vocab_size, shape, generator=generator)

@@ -1,9 +1,9 @@
-"""A decoder as lm-eval sees a model: text in, log-likelihoods out.
+"""A decoder as a model class of lm-eval: text in, log-likelihoods out.
 
-lm-eval's class for Hugging Face models gives the same log-likelihoods to rounding, but takes 1.5
-times as long over the held-out tasks, and twice as long where there are choices: it runs a shared
-context once per choice, and the head at every position. (And its cache of logits, which it uses by
-default, returns wrong scores for some inputs.)
+lm-eval's own class for Hugging Face models gives the same log-likelihoods up to rounding, but takes
+1.5 times as long over the held-out tasks, and twice as long for multiple choice: it runs a shared
+context once per choice, and the head at every position. Its cache of logits, on by default, returns
+wrong scores for some inputs.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from orchestrator.terminal.progress import Progress
 
 
 class DecoderModel(TemplateLM):  # type: ignore[misc]
-    """A decoder as lm-eval sees a model: text in, log-likelihoods out."""
+    """A decoder as a model of lm-eval: text in, log-likelihoods out."""
 
     def __init__(
-        self, decoder: Decoder, vocabulary: ScoringTokenizer, batch_size: int, progress: Progress
+        self, decoder: Decoder, tokenizer: ScoringTokenizer, batch_size: int, progress: Progress
     ) -> None:
         super().__init__()
         self.num_cut = 0
-        # The choices of a question follow each other and ask for their context again each.
-        self._ids = lru_cache(maxsize=8)(vocabulary.encode)
+        # The choices of a question follow each other, and each encodes the same context.
+        self._ids = lru_cache(maxsize=8)(tokenizer.encode)
         self._decoder = decoder
-        self._prefix_id = vocabulary.prefix_id
+        self._prefix_id = tokenizer.prefix_id
         self._batch_size = batch_size
         self._progress = progress
         self._num_items = self._num_items_done = 0
 
     @property
     def eot_token_id(self) -> int:
-        """The token that stands before a text without context."""
+        """The token before a text without context."""
         return self._prefix_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Encode as the model's vocabulary wants it."""
+        """Encode text as the model's tokenizer does."""
         return list(self._ids(string, add_special_tokens=add_special_tokens is not False))
 
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
@@ -73,8 +73,8 @@ class DecoderModel(TemplateLM):  # type: ignore[misc]
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, *_: Any, **__: Any) -> list[str]:
-        """Refuse: `load_suite` keeps such tasks out."""
-        raise NotImplementedError("generation is no part of an evaluation by log-likelihoods")
+        """Not supported; `load_suite` refuses such tasks."""
+        raise NotImplementedError("an evaluation by log-likelihoods does not generate text")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -97,5 +97,5 @@ class DecoderModel(TemplateLM):  # type: ignore[misc]
 
 
 def num_items(requests: list[Instance]) -> int:
-    """Return how many items requests are about."""
+    """Return the number of items that the requests belong to."""
     return len({(request.task_name, request.doc_id) for request in requests})

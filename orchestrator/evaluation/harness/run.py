@@ -1,4 +1,4 @@
-"""Runs a suite on a decoder and keeps metrics, their errors and one value per item."""
+"""Runs a suite on a model and keeps metrics, their standard errors and one value per item."""
 
 from __future__ import annotations
 
@@ -45,19 +45,20 @@ def run_suite(
 
     Args:
         suite: The loaded tasks.
-        decoder: The model; its own schedule is followed.
-        tokenizer: The `tokenizer.json` that it was trained with, or a vocabulary.
+        decoder: The model; it uses its own schedule.
+        tokenizer: The `tokenizer.json` that it was trained with, or how it reads text.
         batch_size: Sequences of full length in one forward pass.
-        limit: Items of each task, from its first on; all when unset.
-        progress: Told how many items are done; the caller ends the stage.
-        on_result: Called with each task's result when it is there.
+        limit: Number of items of each task, the first ones; all if unset.
+        progress: Shows the items done; the caller ends the stage.
+        on_result: Called with the result of each task when it is complete.
 
     Raises:
         UserError: If the tokenizer is missing or damaged.
     """
     progress = progress or Progress()
-    vocabulary = PlainTokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-    model = DecoderModel(decoder, vocabulary, batch_size, progress)
+    if isinstance(tokenizer, Path):
+        tokenizer = PlainTokenizer(tokenizer)
+    model = DecoderModel(decoder, tokenizer, batch_size, progress)
     results = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
     if model.num_cut:
         progress.note(
@@ -79,10 +80,10 @@ def run_model(
 
     Args:
         suite: The loaded tasks.
-        model: A decoder as lm-eval sees it, or a model of lm-eval's own.
-        limit: Items of each task, from its first on; all when unset.
-        progress: Told how many items are done; the caller ends the stage.
-        on_result: Called with each task's result when it is there.
+        model: A `DecoderModel`, or one of lm-eval's own models.
+        limit: Number of items of each task, the first ones; all if unset.
+        progress: Shows the items done; the caller ends the stage.
+        on_result: Called with the result of each task when it is complete.
     """
     progress = progress or Progress()
     progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
@@ -114,20 +115,20 @@ def evaluate_decoder(
     """Load tasks and run them.
 
     Args:
-        decoder: The model; its own schedule is followed.
-        tokenizer: The `tokenizer.json` that it was trained with, or a vocabulary.
-        tasks: Names of tasks, groups or tags; all tasks in `folders` and `heldout` when empty.
-        folders: Folders of task files, which come before lm-eval's own.
-        heldout: Folder with the items of held-out tasks, which come before all others.
-        planned: Names of the tasks that can be loaded, beside those of `heldout`, as found before;
-            exactly these are run, so that all models have an average over the same tasks.
-        num_fewshot: Solved examples before each item, where a task does not fix it at 0.
+        decoder: The model; it uses its own schedule.
+        tokenizer: The `tokenizer.json` that it was trained with, or how it reads text.
+        tasks: Names of tasks, groups or tags; if empty, all tasks in `folders` and `heldout`.
+        folders: Folders of task files; they take precedence over lm-eval's own.
+        heldout: Folder of the held-out tasks; they take precedence over all others.
+        planned: Names of tasks found when a sweep was planned, without those of `heldout`. Exactly
+            these are run, so that all models have an average over the same tasks.
+        num_fewshot: Solved examples before each item, unless a task fixes 0.
         batch_size: Sequences of full length in one forward pass.
-        limit: Items of each task; all when unset.
+        limit: Number of items of each task; all if unset.
 
     Raises:
         UserError: If no such tasks exist, or the tokenizer is missing or damaged.
-        RunFailed: If the tasks exist and none can be loaded, or a planned one cannot.
+        RunFailed: If tasks exist and none can be loaded, or a planned one cannot be loaded.
     """
     suite = load_suite(tasks, folders=folders, heldout=heldout, num_fewshot=num_fewshot)
     if planned is not None:
@@ -138,18 +139,21 @@ def evaluate_decoder(
 
 @contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    """Keep compiled prompts: lm-eval compiles each anew for each item, which takes longer than a
-    small model takes to answer."""
+    """Cache compiled prompt templates.
+
+    lm-eval compiles a template again for each item, which takes longer than a small model needs to
+    answer.
+    """
     environment = utils.env
     environment.from_string = lru_cache(maxsize=256)(environment.from_string)
     try:
         yield
     finally:
-        del environment.from_string  # the class's own is seen again
+        del environment.from_string  # The method of the class is visible again.
 
 
 def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
-    """Keep of lm-eval's output what later work needs: one value per metric and item."""
+    """Convert lm-eval's output: one value per metric and item."""
     samples = output["samples"][name]
     first_filter = samples[0]["filter"] if samples else "none"
     samples = [sample for sample in samples if sample["filter"] == first_filter]

@@ -1,10 +1,10 @@
 """How text becomes tokens for a model that is scored.
 
 Checkpoints that were trained here read text as their training data were written: no special tokens,
-and the end-of-text token where there is no context. A folder of transformers has habits of its own
-(a token that opens every text, for example), and its published numbers were measured with them; so
-its own tokenizer is used, called as lm-eval's class for such models calls it. A checkpoint that was
-imported keeps those habits: one model has one score.
+and the end-of-text token if there is no context. A transformers folder may add tokens (one that
+opens every text, for example), and its published scores were measured with them. So its own
+tokenizer is used, called as lm-eval calls it. An imported checkpoint keeps this behaviour: its
+scores are those of the folder.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from orchestrator.workspace.errors import UserError
 
 
 class ScoringTokenizer(Protocol):
-    """What scoring asks of a tokenizer."""
+    """What scoring needs from a tokenizer."""
 
     @property
     def prefix_id(self) -> int:
-        """The token that stands where there is no context."""
+        """The token that replaces an empty context."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Return the tokens of a text, with the tokenizer's usual additions if wanted."""
+        """Return the tokens of a text, with the tokenizer's special tokens if wanted."""
         ...
 
 
 class PlainTokenizer:
-    """The tokenizer of a checkpoint of ours; it adds nothing to a text.
+    """The tokenizer of a model that was trained here; it adds no special tokens.
 
     Raises:
         UserError: If the file is missing or damaged, or has no end-of-text token.
@@ -42,20 +42,16 @@ class PlainTokenizer:
         self.prefix_id = end_of_text_id(self._tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:  # noqa: ARG002
-        """Return the tokens of a text as training data have them."""
+        """Return the tokens of a text, as in the training data."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 class FolderTokenizer:
-    """The tokenizer of a folder of transformers, whatever it adds to a text.
-
-    Args:
-        folder: Holds the tokenizer's files.
-        trust_remote_code: Whether code that lies in the folder may run.
+    """The tokenizer of a transformers folder, with the special tokens that it adds.
 
     Raises:
-        UserError: If the folder has no tokenizer that can be loaded, or it names no token to begin
-            a text with.
+        UserError: If the folder has no tokenizer that can be loaded, or the tokenizer names no
+            token to begin a text with.
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -71,7 +67,7 @@ class FolderTokenizer:
         self._prefix = self.tokenizer.decode([self.prefix_id])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Return the tokens of a text; an opening token that it has already is not doubled."""
+        """Return the tokens of a text; an opening token that is present is not added again."""
         wanted = add_special_tokens and not text.startswith(self._prefix)
         return tuple(
             self.tokenizer.encode(text, **({} if wanted else {"add_special_tokens": False}))
@@ -79,7 +75,7 @@ class FolderTokenizer:
 
 
 def checkpoint_tokenizer(checkpoint: Path) -> ScoringTokenizer:
-    """Return how a checkpoint reads text: as it was trained here, or as where it came from.
+    """Return how a checkpoint reads text: as in training here, or as in the folder it came from.
 
     Raises:
         UserError: If it has no tokenizer, or one that cannot be used.

@@ -1,12 +1,10 @@
 """Tasks by name: found, loaded and fingerprinted.
 
-A name that no task has, and a task of this machine that cannot be loaded or scored, are errors: an
-average over the rest would be another number under the same name. Only what the hub does not give
-is left out, and named with the reason.
-
-Names are looked up in the user's folders first, then among lm-eval's own. Whether the hub can be
-reached is asked once, and only if a task reads from it; everything else is loaded offline, so that
-nothing waits for a network that a local task does not need.
+A name without a task, and a local task that cannot be loaded or scored, are errors: an average over
+the rest would be another number under the same name. Only tasks that the hub does not provide are
+skipped, and named with the reason. Names are looked up in the user's folders first, then among
+lm-eval's own tasks. The hub is contacted at most once, and only if a task needs it; everything else
+is loaded offline, so a local task never waits for the network.
 """
 
 from __future__ import annotations
@@ -33,29 +31,29 @@ from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.provenance import content_key
 
 FEWSHOT_SEED = 1234
-"""lm-eval's own default, so that prompts are the usual ones."""
+"""lm-eval's default, so that prompts are the usual ones."""
 
 SUITES = {
     "paper": (
         "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
     ),
 }  # fmt: skip
-"""Names that stand for several tasks; each counts in the average as if it had been named."""
+"""Names for several tasks; each task counts in the average as if it had been named."""
 
 LOCAL_FORMATS = ("json", "csv", "text", "parquet", "arrow")
-"""What `dataset_path` says where a task reads files of this machine."""
+"""Values of `dataset_path` of tasks that read files of this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Tasks, loaded and ready to run, and what the hub did not give."""
+    """Loaded tasks, and those that the hub did not provide."""
 
     tasks: dict[str, Task]
-    """By name, in the order asked for."""
+    """Task by name, in the requested order."""
     groups: dict[str, tuple[str, ...]]
-    """What was asked for by the name of a group or tag, and its tasks."""
+    """Requested group or tag -> names of its tasks."""
     skipped: dict[str, str]
-    """Name to reason."""
+    """Name of a task -> why it is not run."""
 
     @property
     def has_accuracy(self) -> bool:
@@ -63,14 +61,14 @@ class Suite:
         return any(set(ACCURACY_METRICS) & set(t.aggregation()) for t in self.tasks.values())
 
     def only(self, names: Collection[str]) -> Suite:
-        """Return the suite with these of its tasks alone."""
+        """Return the suite with only these tasks."""
         return replace(self, tasks={k: task for k, task in self.tasks.items() if k in names})
 
     def as_planned(self, names: Collection[str]) -> Suite:
         """Return the suite with exactly these tasks.
 
         Raises:
-            RunFailed: If one of them could not be loaded this time.
+            RunFailed: If one of them could not be loaded now.
         """
         if missing := [name for name in names if name not in self.tasks]:
             reasons = f" ({_as_text(self.skipped)})" if self.skipped else ""
@@ -83,14 +81,14 @@ class Suite:
         return replace(self.only(names), skipped=self.skipped | dict.fromkeys(others, reason))
 
     def num_items(self, name: str, limit: int | None = None) -> int:
-        """Return how many items of a task a run with this limit scores."""
+        """Return the number of items that a run with this limit scores."""
         available = len(self.tasks[name].eval_docs)
         return available if limit is None else min(available, limit)
 
     def fingerprint(self, name: str) -> str:
-        """Return a hash of all that determines items and metrics, wherever the files stand."""
+        """Return a hash of all that determines items and metrics, independent of file paths."""
         task = self.tasks[name]
-        # Where documents come from does not matter: they stand here themselves.
+        # The source of the documents does not matter: the documents themselves are hashed.
         config = {
             name: value
             for name, value in task.dump_config().items()
@@ -102,7 +100,7 @@ class Suite:
         if config.get("num_fewshot"):
             documents += task.fewshot_docs() or []
         text = json.dumps([config, documents], default=str, sort_keys=True)
-        # A function without source prints as its address.
+        # A function without source code prints as its address.
         return content_key(
             re.sub(r" at 0x[0-9a-f]+", "", text), str(task.VERSION), metadata.version("lm_eval")
         )
@@ -118,20 +116,16 @@ def load_suite(
     """Load tasks by name.
 
     Args:
-        names: Tasks, groups, tags, or a key of `SUITES`; all tasks in `folders` and `heldout` when
-            empty.
-        folders: Folders of task files, which come before lm-eval's own.
-        heldout: Folder with the items of held-out tasks, which come before all others.
-        num_fewshot: Solved examples before each item, where a task does not fix it at 0; as the
-            task says when unset.
-
-    Returns:
-        The suite; it has at least one task.
+        names: Tasks, groups, tags, or a key of `SUITES`; if empty, all tasks in `folders` and
+            `heldout`.
+        folders: Folders of task files; they take precedence over lm-eval's own.
+        heldout: Folder of the held-out tasks; they take precedence over all others.
+        num_fewshot: Solved examples before each item, unless a task fixes 0; if unset, the task's
+            own number.
 
     Raises:
-        UserError: If there is no task of a name, or one of this machine cannot be loaded or
-            scored.
-        RunFailed: If the hub gives none of them.
+        UserError: If a name has no task, or a local task cannot be loaded or scored.
+        RunFailed: If the hub provides none of the tasks.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -172,11 +166,7 @@ def _heldout_tasks(folder: Path) -> dict[str, Task]:
 
 
 def _check_files(manager: TaskManager, folders: Sequence[Path]) -> None:
-    """Refuse a damaged task file: lm-eval passes over it without a word.
-
-    Raises:
-        UserError: Names it.
-    """
+    """Raise `UserError` for a damaged task file, which lm-eval would ignore silently."""
     known = {entry.yaml_path for entry in manager.task_index.values()}
     files = [file for folder in folders for file in sorted(folder.glob("**/*.yaml"))]
     for file in (file for file in files if file not in known):
@@ -191,7 +181,7 @@ def _check_files(manager: TaskManager, folders: Sequence[Path]) -> None:
 def _find(
     manager: TaskManager, names: Sequence[str], folders: Sequence[Path]
 ) -> tuple[TaskManager, dict[str, str]]:
-    """Widen the manager by the folders of lm-eval that have the names; say which have none."""
+    """Add the folders of lm-eval that define the names; return names without a task too."""
     if all(name in manager.task_index for name in names):
         return manager, {}
     builtin = index_names(Path(lm_eval.tasks.__file__).parent)
@@ -210,11 +200,7 @@ def _find(
 def _load_tasks(
     manager: TaskManager, names: Sequence[str], own: Mapping[str, Task]
 ) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
-    """Load one name after the other; `own` are loaded.
-
-    Returns:
-        Tasks, groups, what the hub does not give with the reason, and what cannot be used.
-    """
+    """Return tasks, groups, skipped and unusable names with their reasons."""
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
@@ -229,9 +215,7 @@ def _load_tasks(
         try:
             with suppress_output(), nullcontext() if online else offline():
                 loaded = manager.load([name])["tasks"]
-        except (
-            Exception
-        ) as error:  # tasks run code of their own, and data sets raise dozens of kinds
+        except Exception as error:  # Tasks run their own code; data sets raise many types.
             if name not in needing_hub:
                 file = manager.task_index[name].yaml_path
                 unusable[name] = f"{_first_line(error)}{f' ({file})' if file else ''}"
@@ -256,12 +240,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _reads_hub(manager: TaskManager, name: str) -> bool:
-    """Tell whether a task, or one of a group or tag, takes its data from the hub."""
+    """Return whether a task, or a member of a group or tag, takes its data from the hub."""
     entry = manager.task_index[name]
     members = entry.tags if entry.cfg is None else entry.cfg.get("task")
     if entry.cfg is None or not isinstance(members, str | None):
         known = [str(member) for member in members or () if str(member) in manager.task_index]
-        # A member that is written out in the group, or not known by name, may be of the hub.
+        # A member that is defined inside the group, or unknown, may need the hub.
         return len(known) < len(members or [1]) or any(_reads_hub(manager, n) for n in known)
     config = entry.cfg
     if "dataset_path" not in config:

@@ -1,4 +1,4 @@
-"""Keeps lm-eval's noise away: prints, progress bars, warnings and log lines."""
+"""Suppresses what lm-eval prints: text, progress bars, warnings and log lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 @contextmanager
 def suppress_output() -> Iterator[None]:
-    """Keep lm-eval's prints, bars, warnings and log lines away."""
+    """Suppress lm-eval's prints, progress bars, warnings and log lines within the block."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

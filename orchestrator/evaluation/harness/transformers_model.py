@@ -1,8 +1,8 @@
-"""Models that are no decoder of ours, through lm-eval's class for transformers.
+"""Models that are no decoder, through lm-eval's class for transformers.
 
 Its cache of logits is off: with it, a text that occurs with two different splits into context and
-continuation gets wrong scores. Weights that a folder lacks are an error here; transformers makes
-random ones and only warns. Code in a folder runs only where the user says so.
+continuation gets wrong scores. Missing weights are an error here; transformers would fill them with
+random numbers and only warn. Code in a folder runs only if the user allows it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.workspace.errors import UserError
 
 
 class _WatchedModel(HFLM):  # type: ignore[misc]
-    """Reports how many items are done after each forward pass."""
+    """Reports the number of items done after each forward pass."""
 
     progress = Progress()
     _num_before = _num_items = _num_requests = _num_done = 0
@@ -59,27 +59,27 @@ def load_transformers_model(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> HFLM:
-    """Load a folder of transformers as a model of lm-eval.
+    """Load a transformers model folder as a model of lm-eval.
 
     Args:
         folder: `config.json`, weights and tokenizer.
         batch_size: Sequences in one forward pass.
-        trust_remote_code: Whether code that lies in the folder may run.
-        device: Where it runs; a GPU if there is one when unset.
-        progress: Told how many items are done.
+        trust_remote_code: Whether code in the folder may run.
+        device: Device of the model; if unset, a GPU if there is one.
+        progress: Shows the items done.
 
     Raises:
-        UserError: If transformers cannot load it, needs code that is not trusted, or weights are
-            missing.
+        UserError: If transformers cannot load it, it needs code that is not trusted, or weights
+            are missing.
     """
-    vocabulary = FolderTokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = FolderTokenizer(folder, trust_remote_code=trust_remote_code).tokenizer
     with suppress_output(), offline():
         model = _load(folder, trust_remote_code)
-        model.config.use_cache = False  # scoring would fill one and throw it away
+        model.config.use_cache = False  # Scoring would fill a cache and discard it.
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         watched = _WatchedModel(
             pretrained=model.to(device).eval(),
-            tokenizer=vocabulary.tokenizer,
+            tokenizer=tokenizer,
             batch_size=batch_size,
             logits_cache=False,
         )
@@ -98,13 +98,11 @@ def _load(folder: Path, trust_remote_code: bool) -> Any:
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (
-        Exception
-    ) as error:  # its files can be wrong in many ways, and so can code that comes with them
+    except Exception as error:  # Its files, and code that comes with them, fail in many ways.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = ""
         if "trust_remote_code" in str(error):
-            line, hint = "it needs code that lies in the folder", "; --trust-remote-code runs it"
+            line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
         raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
     missing = sorted(found.get("missing_keys", ()))
     if missing:

@@ -66,7 +66,7 @@ def mixed_pairs() -> list[tuple[list[int], list[int]]]:
     draw = random.Random(0)
     pairs = []
     for _ in range(6):
-        context = tokens(draw, scoring.SHORTEST_SHARED_CONTEXT, 18)
+        context = tokens(draw, scoring.MIN_SHARED_CONTEXT, 18)
         pairs += [(context, tokens(draw, 1, 6)) for _ in range(4)]
     one_token = tokens(draw, 12, 12)
     pairs += [(one_token, [draw.randrange(VOCAB)]) for _ in range(3)]
@@ -102,7 +102,7 @@ def test_long_contexts_lose_their_beginning_and_long_continuations_are_split(
 def test_batches_do_not_change_scores(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = mixed_pairs()
     usual = score_continuations(decoder, pairs)
-    monkeypatch.setattr(scoring, "MOST_LOGITS_AT_ONCE", 3 * VOCAB)
+    monkeypatch.setattr(scoring, "MAX_LOGITS_AT_ONCE", 3 * VOCAB)
     for batch_size in (1, 2, 64):
         again = score_continuations(decoder, pairs, batch_size=batch_size)
         for one, other in zip(usual, again, strict=True):
