@@ -1,10 +1,9 @@
-"""The model that an evaluation or a benchmark is about: a checkpoint of ours, or a model folder of
-transformers beside it.
+"""The model that is evaluated or benchmarked: a checkpoint, or a model folder from elsewhere.
 
 A checkpoint, and every folder that a decoder can read (an exported model, the published naming, a
-plain Llama), is scored as a decoder. Any other architecture is left to transformers: it can be
-evaluated, but has no iteration schedule and no cost model here. What a model's scores depend on
-is in its key: weights, configuration with schedule, tokenizer, and who computes.
+plain Llama), is scored as a decoder. Any other architecture is run by transformers: it can be
+evaluated, but has no iteration schedule and no cost model here. A model's key contains all that its
+scores depend on: weights, configuration with schedule, tokenizer, and whether transformers runs it.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, file_key
 
-_FOREIGN_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
-"""Each tells that a config.json is not one of our checkpoints'."""
+_EXTERNAL_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
+"""A `config.json` with one of these keys is not that of a checkpoint."""
 _PUBLISHED_KEYS = ("kind", "num_heads")
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 _PICKLED = "pytorch_model*.bin"
@@ -52,25 +51,24 @@ class EvaluatedModel:
     """A model on disk, under one iteration schedule."""
 
     path: Path
-    """Its folder."""
     name: str
-    """What tables call it."""
+    """Its name in tables."""
     key: tuple[Any, ...]
-    """JSON-able: all that its scores depend on."""
+    """All that its scores depend on; can be written as JSON."""
     config: ModelConfig | None
-    """Sizes, method and schedule; None where the model is no decoder."""
+    """Sizes, method and schedule; None if transformers runs the model."""
     architecture: str
     """The method's registry key, or transformers' name of the architecture."""
     context_length: int
-    """Tokens that it reads."""
+    """Largest number of tokens that it reads."""
     is_external: bool
-    """Whether it is a folder of transformers and no checkpoint of ours."""
+    """Whether it is a model folder from elsewhere, not a checkpoint of this project."""
 
     def decoder(self, dtype: torch.dtype = torch.float32) -> Decoder:
         """Load the model with weights of this dtype, on a GPU if there is one.
 
         Raises:
-            UserError: If the model is no decoder, or its weights are missing or damaged.
+            UserError: If only transformers can run it, or its weights are missing or damaged.
         """
         if self.config is None:
             raise UserError(
@@ -91,23 +89,23 @@ def open_model(
     *,
     warn: Callable[[str], None] | None = None,
 ) -> EvaluatedModel:
-    """Return the model that a path means.
+    """Return the model at a path.
 
     Args:
-        path: A checkpoint, a run (its newest checkpoint), or a model folder of transformers.
-        schedule: Another iteration schedule than the model's own.
-        warn: Called where a run's newest checkpoint is damaged and an older one is used; without
-            it that is an error.
+        path: A checkpoint, a run (its newest checkpoint), or a model folder from elsewhere.
+        schedule: Iteration schedule to use instead of the model's own.
+        warn: Called if a run's newest checkpoint is damaged and an older one is used; without it,
+            the damage is an error.
 
     Raises:
-        UserError: If there is no model, it is damaged, or the schedule does not fit.
+        UserError: If there is no model, it is damaged, or the schedule does not fit it.
     """
     path = resolve_path(path)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
     values = _config_values(path)
-    if any(key in values for key in _FOREIGN_KEYS):
-        return _foreign(path, values, schedule)
+    if any(key in values for key in _EXTERNAL_KEYS):
+        return _open_external(path, values, schedule)
     checkpoint = resolve_checkpoint(path, warn)
     config = _with_schedule(load_config(checkpoint), schedule, checkpoint)
     text = text_files_key(checkpoint)
@@ -135,12 +133,12 @@ def open_models(
     *,
     warn: Callable[[str], None] | None = None,
 ) -> list[EvaluatedModel]:
-    """Return the models that a user names, each under each of the schedules.
+    """Return the models that a user named, each under each of the schedules.
 
     Args:
-        workspace: Its newest model is meant where no path is given; runs are found by name.
+        workspace: Where runs are found by name, and the newest model if no path is given.
         paths: Checkpoints, runs, their names, or model folders.
-        schedules: Iteration schedules; each model's own when empty.
+        schedules: Iteration schedules; if empty, each model's own.
         warn: As in `open_model`.
 
     Raises:
@@ -158,11 +156,11 @@ def _config_values(folder: Path) -> Mapping[str, Any]:
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}  # no folder, a run, or damaged: said where a checkpoint is looked for
+        return {}  # A run, or a damaged file; `resolve_checkpoint` reports it.
     return values if isinstance(values, dict) else {}
 
 
-def _foreign(
+def _open_external(
     path: Path, values: Mapping[str, Any], schedule: str | IterationSchedule | None
 ) -> EvaluatedModel:
     config = _decoder_config(path, values)
@@ -171,7 +169,7 @@ def _foreign(
         config = _with_schedule(config, schedule, path)
     elif schedule is not None:
         raise UserError(f"{path} is a {architecture} model, which has no iteration schedule")
-    # Hashing reads everything once; the weights of a large model take longer to load than this.
+    # Hashing reads all files once, which takes less time than loading the weights.
     files = sorted(f for f in path.iterdir() if f.suffix in _MODEL_FILES and f.is_file())
     digests = content_key([(file.name, file_key(file)) for file in files])
     how = "transformers" if config is None else config.to_dict()
@@ -188,11 +186,7 @@ def _foreign(
 
 
 def _decoder_config(path: Path, values: Mapping[str, Any]) -> ModelConfig | None:
-    """Return the configuration as a decoder's; None where transformers has to run the model.
-
-    Raises:
-        UserError: If the folder has no weights.
-    """
+    """Return the configuration of a decoder; None if only transformers can run the model."""
     has_safetensors = any(path.glob("*.safetensors"))
     if not has_safetensors and not any(path.glob(_PICKLED)):
         raise UserError(
@@ -210,7 +204,7 @@ def _decoder_config(path: Path, values: Mapping[str, Any]) -> ModelConfig | None
             return IIETConfig.from_pretrained(path).to_model_config()
         return config_from_published(values, dict.fromkeys(names))
     except (ValueError, TypeError):
-        return None  # scaled rotary angles, biases and the like: transformers knows them
+        return None  # For example scaled rotary angles or biases; transformers supports them.
 
 
 def _weight_names(file: Path) -> list[str]:
@@ -241,7 +235,7 @@ def _named(name: str, config: ModelConfig | None, schedule: str | IterationSched
 
 
 def compact_schedule(schedule: IterationSchedule) -> str:
-    """Write a schedule as short as people may type it: `3`, or `2*4,0*20`, or in full."""
+    """Return the shortest text that `IterationSchedule.parse` accepts: `3`, `2*4,0*20`, `2,1,0`."""
     runs = [(count, len(list(same))) for count, same in groupby(schedule)]
     if len(runs) == 1:
         return str(runs[0][0])
@@ -250,10 +244,10 @@ def compact_schedule(schedule: IterationSchedule) -> str:
 
 
 def short_names(models: Sequence[EvaluatedModel]) -> list[str]:
-    """Return a label for each model, no two of them alike.
+    """Return a unique label for each model.
 
-    Of one model under several schedules they are the schedules. Else they are names, lengthened
-    where two are alike: by the checkpoint, by the folders around it, at last by a number.
+    For one model under several schedules, the labels are the schedules. Otherwise they are names;
+    equal names get the checkpoint, then parent folders, and finally a number.
     """
     schedules = [model.config.corrections for model in models if model.config]
     is_one_model = len({model.path for model in models}) == 1
@@ -272,7 +266,7 @@ def short_names(models: Sequence[EvaluatedModel]) -> list[str]:
 
 
 def _labels(models: Sequence[EvaluatedModel]) -> dict[tuple[Path, str], str]:
-    """Return a label for each path and name, with as many folders of the path as it takes."""
+    """Return a label for each path and name, with as many parent folders as make it unique."""
     labels = {(model.path, model.name): model.name for model in models}
     longest = max(len(path.parts) for path, _ in labels)
     for num_parts in range(2, longest + 1):

@@ -1,11 +1,10 @@
-"""Model folders that are not checkpoints of this workspace: read into a decoder.
+"""Reads model folders from elsewhere into a decoder.
 
-Four kinds are known by their `config.json`: folders that `iiet-orch export` wrote, folders in the
-published naming of IIET and PCformer, plain Llama folders of transformers, which become vanilla
-models, and checkpoints of another workspace, also of an earlier version. Weights are safetensors,
-in one file or in shards; a pickle is not opened. Nothing of a folder's own code runs. What a folder
-says about text (the tokens that open, end and pad one, how a chat is written) comes along, so that
-the model reads and writes here as it does elsewhere.
+`config.json` identifies four kinds: folders written by `iiet-orch export`, folders in the published
+naming of IIET and PCformer, plain Llama folders (they become vanilla models), and checkpoints of
+another workspace or an earlier version. Weights are safetensors, in one file or in shards; pickles
+are not opened, and no code of the folder runs. The special tokens and chat template of the folder
+are kept, so the model reads and writes text as it does elsewhere.
 """
 
 from __future__ import annotations
@@ -53,16 +52,16 @@ CHECKPOINT = "a checkpoint"
 
 @dataclass(frozen=True)
 class ExternalModel:
-    """A model that came from elsewhere."""
+    """A model that was read from a folder."""
 
     decoder: Decoder
     """In float32 and evaluation mode."""
     tokenizer_file: Path | None
     """The folder's `tokenizer.json`; None if it has none."""
     origin: str
-    """Which kind of folder it was, in words."""
+    """Kind of folder, as text."""
     token_ids: dict[str, Any]
-    """`bos_token_id`, `eos_token_id` (one or a list) and `pad_token_id` of its `config.json`."""
+    """`bos_token_id`, `eos_token_id` (one or a list) and `pad_token_id` of `config.json`."""
 
 
 def read_model_folder(folder: Path) -> ExternalModel:
@@ -72,8 +71,8 @@ def read_model_folder(folder: Path) -> ExternalModel:
         folder: Holds `config.json` and safetensors.
 
     Raises:
-        UserError: If the folder is none of these kinds, asks for what a decoder does not do, or
-            its weights are missing, left over, of the wrong shape or not finite.
+        UserError: If the folder is of another kind, needs what a decoder does not support, or its
+            weights are missing, unknown, of the wrong shape or not finite.
     """
     config = _read_json(folder / CONFIG)
     try:
@@ -95,14 +94,14 @@ def read_model_folder(folder: Path) -> ExternalModel:
         file if file.is_file() else None,
         origin,
         {
-            name: _without_none(_token_id(config, name, folder / CONFIG), decoder.config.vocab_size)
+            name: _valid_ids(_token_id(config, name, folder / CONFIG), decoder.config.vocab_size)
             for name in TOKEN_ID_NAMES
         },
     )
 
 
 def model_folder_key(folder: Path) -> str:
-    """Return the hash of all files that determine a folder's model: config and weights.
+    """Return the hash of the files that determine a folder's model: config and weights.
 
     Raises:
         UserError: If the folder has no config, or no safetensors.
@@ -114,15 +113,14 @@ def model_folder_key(folder: Path) -> str:
 def read_model_text_files(
     model: ExternalModel, folder: Path, tokenizer: Path | None
 ) -> dict[str, bytes]:
-    """Return the `TEXT_FILES` that a checkpoint of this model shall have.
+    """Return the `TEXT_FILES` for a checkpoint of this model, as name -> content.
+
+    A model that was trained here needs none of them.
 
     Args:
-        model: What was read from the folder.
+        model: The model that was read from the folder.
         folder: The model's folder.
-        tokenizer: The `tokenizer.json` that is used; what else says how it is used lies beside it.
-
-    Returns:
-        Name to content; nothing for a model that was trained here, which needs none of them.
+        tokenizer: The `tokenizer.json` to use; the other files of the tokenizer are beside it.
 
     Raises:
         UserError: If one cannot be read, or the tokenizer cannot be loaded with them.
@@ -143,32 +141,32 @@ def read_model_text_files(
         if token_ids["eos_token_id"] is None:
             token_ids["eos_token_id"] = end if loaded.eos_token_id is None else loaded.eos_token_id
         if token_ids["eos_token_id"] is None:
-            end_of_text_id(load_tokenizer(tokenizer))  # Raises an error that says what is missing.
-        opens_or_chats = loaded.bos_token_id is not None or loaded.chat_template
-        is_usual = token_ids["eos_token_id"] == end and not opens_or_chats
+            end_of_text_id(load_tokenizer(tokenizer))  # Raises: says what is missing.
+        has_own_tokens = loaded.bos_token_id is not None or loaded.chat_template
+        is_usual = token_ids["eos_token_id"] == end and not has_own_tokens
         was_trained_here = model.origin == EXPORTED and is_usual
         files[TOKENIZER_CONFIG] = _tokenizer_config(loaded, beside, token_ids)
     return {} if was_trained_here else {**files, TOKEN_IDS: _json(token_ids)}
 
 
 def _load_tokenizer(folder: Path, tokenizer: Path) -> tuple[Any, dict[str, bytes]]:
-    """Load a tokenizer as transformers would in the model's folder; with the files beside it."""
+    """Load a tokenizer as transformers would; return it and the files beside it."""
     found = read_text_files(tokenizer.parent)
     files = {name: found[name] for name in TOKENIZER_FILES if name in found}
     if TOKENIZER_CONFIG in files:
         config = dict(_read_json(tokenizer.parent / TOKENIZER_CONFIG))
-        config.pop("auto_map", None)  # Nothing of a folder's own code runs.
+        config.pop("auto_map", None)  # No code of the folder runs.
         files[TOKENIZER_CONFIG] = _json(config)
     with TemporaryDirectory() as name:
-        place = Path(name)
-        shutil.copyfile(tokenizer, place / TOKENIZER)
+        copy = Path(name)
+        shutil.copyfile(tokenizer, copy / TOKENIZER)
         for file, content in files.items():
-            (place / file).write_bytes(content)
+            (copy / file).write_bytes(content)
         # The model's type may choose the tokenizer's class.
         model_type = _read_json(folder / CONFIG).get("model_type", "llama")
-        (place / CONFIG).write_bytes(_json({"model_type": model_type}))
+        (copy / CONFIG).write_bytes(_json({"model_type": model_type}))
         try:
-            return load_transformers_tokenizer(place), files
+            return load_transformers_tokenizer(copy), files
         except UserError as error:
             raise UserError(str(error).replace(name, str(tokenizer.parent))) from None
 
@@ -176,8 +174,10 @@ def _load_tokenizer(folder: Path, tokenizer: Path) -> tuple[Any, dict[str, bytes
 def _tokenizer_config(
     loaded: Any, beside: Mapping[str, bytes], token_ids: Mapping[str, Any]
 ) -> bytes:
-    """Return a `tokenizer_config.json` that says all by itself: a checkpoint's `config.json` names
-    no class, and scoring needs a token that stands before a text."""
+    """Return a complete `tokenizer_config.json`.
+
+    A checkpoint's `config.json` names no tokenizer class, and scoring needs a token before a text.
+    """
     config = json.loads(beside.get(TOKENIZER_CONFIG, b"{}"))
     config["tokenizer_class"] = type(loaded).__name__
     for name in ("bos_token", "eos_token"):
@@ -189,8 +189,9 @@ def _tokenizer_config(
 
 
 def stop_token_ids(checkpoint: Path) -> set[int]:
-    """Return the tokens that end a text, as an imported checkpoint's files say; empty if they say
-    nothing, as for a model that was trained here.
+    """Return the tokens that end a text, from the files of an imported checkpoint.
+
+    The set is empty if no file names one, as for a model that was trained here.
 
     Raises:
         UserError: If a file cannot be read.
@@ -213,8 +214,8 @@ def _token_id(config: Mapping[str, Any], name: str, path: Path) -> int | list[in
     return value
 
 
-def _without_none(token_id: int | list[int] | None, num_tokens: int) -> int | list[int] | None:
-    """Return only what names a token of the model: some configs write -1 for none."""
+def _valid_ids(token_id: int | list[int] | None, num_tokens: int) -> int | list[int] | None:
+    """Remove ids that are no tokens of the model: some configs write -1 for none."""
     if isinstance(token_id, list):
         return [number for number in token_id if 0 <= number < num_tokens] or None
     return token_id if token_id is not None and 0 <= token_id < num_tokens else None
@@ -225,7 +226,7 @@ def _json(value: Any) -> bytes:
 
 
 def _exported(folder: Path) -> Decoder:
-    """Load strictly: transformers would fill missing weights with fresh ones."""
+    # Not by transformers, which would replace missing weights with random ones.
     from iiet.huggingface import IIETConfig
 
     config = IIETConfig.from_pretrained(folder).to_model_config()
@@ -247,17 +248,17 @@ def _weights(folder: Path) -> dict[str, Tensor]:
             found = load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {folder / name}: {error}") from None
-        if twice := sorted(set(weights) & set(found)):
+        if duplicates := sorted(set(weights) & set(found)):
             raise UserError(
-                f"{folder} holds {twice[0]} in several files, the last of which is {name}; keep "
-                "the files of one model there"
+                f"{folder} holds {duplicates[0]} in several files, the last of which is {name}; "
+                "keep the files of one model there"
             )
         weights |= found
     return weights
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Name a folder's safetensors: those of the index where there is one, else all."""
+    """Return the names of a folder's safetensors: those in its index if it has one, else all."""
     if (folder / SHARDS).is_file():
         names = sorted(_shard_names(folder / SHARDS))
         for name in names:
@@ -267,7 +268,7 @@ def _weight_files(folder: Path) -> list[str]:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise UserError(
-            f"{folder} has no safetensors; where weights are pickled, load the model with "
+            f"{folder} has no safetensors; if its weights are pickled, load the model with "
             "transformers and save it with `save_pretrained`"
         )
     return names

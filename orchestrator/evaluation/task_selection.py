@@ -1,8 +1,8 @@
-"""What an evaluation's settings ask for, as task names and folders that lm-eval can load.
+"""Selects the tasks of an evaluation: the suite in the settings as names and folders for lm-eval.
 
-Single evaluations and whole sweeps both come through here, so `heldout` means the same items in
-both: those made from the documents that were kept out of a model's training. A suite is a list of
-names, of which `heldout` stands for these tasks.
+A suite is a list of names; `heldout` stands for the held-out tasks. Single evaluations and sweeps
+both select their tasks here, so `heldout` means the same items in both: those made from the
+documents that were kept out of a model's training.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ HELDOUT = "heldout"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSelection:
-    """Names, and where they are looked up."""
+    """Names of tasks, and the folders in which they are looked up."""
 
     names: tuple[str, ...]
     """Tasks, groups, tags or named suites."""
     folders: tuple[Path, ...]
-    """Folders of the user's task files, which come before lm-eval's own."""
+    """Folders of the user's task files; they take precedence over lm-eval's own."""
     heldout: Path | None = None
-    """The folder of the held-out tasks, where those were asked for."""
+    """Folder of the held-out tasks; None if they were not requested."""
 
 
 def newest_tokens(workspace: Workspace) -> Path:
-    """Return the workspace's newest tokens, for models that were not trained on any of them.
+    """Return the workspace's newest tokens, for models that were not trained on tokens of it.
 
     Raises:
         UserError: If it has none.
@@ -44,7 +44,7 @@ def newest_tokens(workspace: Workspace) -> Path:
     if not manifests:
         raise UserError(
             f"held-out tasks are made from prepared text, and {workspace.root} has none; "
-            "`iiet-orch prepare` makes it, or --suite takes tasks of lm-eval"
+            "run `iiet-orch prepare`, or choose tasks of lm-eval with --suite"
         )
     folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
     verify_tokens(folder)
@@ -58,16 +58,16 @@ def select_tasks(
     context_length: int,
     progress: Progress,
 ) -> TaskSelection:
-    """Return what is to be measured; held-out tasks are made if they are missing.
+    """Return the tasks to run; held-out tasks are made if they are missing.
 
     Args:
-        settings: The suite, its size, and the user's own folder.
-        tokens: Gives the folder of prepared tokens; asked for held-out tasks alone.
-        context_length: Tokens that the model reads; every held-out item fits.
-        progress: Told what is going on, and what a reader of the results should know.
+        settings: The suite, the number of items, and the user's folder of task files.
+        tokens: Returns the folder of prepared tokens; called only for held-out tasks.
+        context_length: Tokens that the model reads; every held-out item fits into them.
+        progress: Shows progress and warnings.
 
     Raises:
-        UserError: If held-out tasks are wanted, and there are no tokens or they give none.
+        UserError: If held-out tasks are requested, and there are no tokens or they give no items.
     """
     names = [name.strip() for name in settings.suite.split(",") if name.strip()]
     folders = user_task_folders(settings)
@@ -87,17 +87,17 @@ def select_tasks(
 
 
 def user_task_folders(settings: EvaluationSettings) -> list[Path]:
-    """Return the user's own folder of task files, as an absolute path, if there is one.
+    """Return the user's folder of task files as an absolute path, or nothing if none is set.
 
     Raises:
-        UserError: If it is named and is not there.
+        UserError: If it does not exist.
     """
     if not settings.include_path:
         return []
     folder = expand_user(settings.include_path).absolute()
     if not folder.is_dir():
         raise UserError(
-            f"evaluation.include_path: there is no folder {folder} to find lm-eval task files in"
+            f"evaluation.include_path must be a folder of lm-eval task files; there is no {folder}"
         )
     return [folder]
 
@@ -108,36 +108,36 @@ def lm_eval_task_fingerprints(
     *,
     needs_accuracy: bool = False,
 ) -> dict[str, str]:
-    """Load what a suite asks for beside the held-out tasks, which are named by their content.
+    """Load the suite's tasks, without held-out tasks, and return a hash of each.
 
     Args:
-        settings: The suite, and the user's own folder.
-        progress: Told which tasks cannot be loaded.
-        needs_accuracy: Whether one task of the suite must have an accuracy.
+        settings: The suite, and the user's folder of task files.
+        progress: Shows which tasks are skipped.
+        needs_accuracy: Whether one task of the suite must report an accuracy.
 
     Returns:
-        Name -> hash of all that determines items and metrics, wherever the files stand; one name
-        for each task of a group or a named suite.
+        Name of a task -> hash of all that determines its items and metrics. Groups and named suites
+        are replaced by their tasks.
 
     Raises:
-        UserError: If a task does not exist or cannot be read, or none has the accuracy that is
-            needed.
-        RunFailed: If the hub gives none of them.
+        UserError: If a task does not exist or cannot be read, or none reports an accuracy although
+            one is needed.
+        RunFailed: If the hub provides none of the tasks.
     """
     folders = user_task_folders(settings)
     names = [name.strip() for name in settings.suite.split(",")]
     others = [name for name in names if name and name != HELDOUT]
     if not others and not (settings.include_path and HELDOUT not in names):
         return {}
-    from orchestrator.evaluation.harness import load_suite  # Brings lm-eval along: seconds.
+    from orchestrator.evaluation.harness import load_suite  # Imports lm-eval, which takes seconds.
 
     loaded = load_suite(others, folders=folders, num_fewshot=settings.num_fewshot)
-    told = progress or Progress()
+    progress = progress or Progress()
     for name, reason in loaded.skipped.items():
-        told.note(f"skipped {name}: {reason}")
+        progress.note(f"skipped {name}: {reason}")
     if needs_accuracy and HELDOUT not in names and not loaded.has_accuracy:
         raise UserError(
-            f"a sweep's front is drawn by accuracy, and evaluation.suite={settings.suite} has no "
-            f"task with one; add a task such as {HELDOUT}: {settings.suite},{HELDOUT}"
+            f"a sweep's front needs an accuracy, and no task of evaluation.suite={settings.suite} "
+            f"reports one; add a task such as {HELDOUT}: {settings.suite},{HELDOUT}"
         )
     return {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}

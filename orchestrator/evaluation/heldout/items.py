@@ -1,13 +1,11 @@
-"""From held-out documents to test items: pure text work, the same items for the same documents.
+"""Test items from held-out documents; the same documents always give the same items.
 
-`lastword` (as LAMBADA): a passage that stops before a word, which is to be found. It is a word that
-a reader of the training text could expect there, so that small models find some and large models
-miss some. `continuation` (as HellaSwag): a passage that stops within a sentence, and four endings.
-Each ending is the right answer of one item and a wrong answer of three others, from other
-documents, alike in length and in how likely it is on its own. So nothing in an ending tells whether
-it is right, a model that ignores the passage gets one in four, and it is the passage that decides,
-not how rare the words of an ending are. Passages are slices of the documents, unchanged, and begin
-with a sentence.
+`lastword` (like LAMBADA): a passage without its last word, which is to be predicted. A reader of
+the training text could expect that word, so small models predict some and large models miss some.
+`continuation` (like HellaSwag): a passage that stops within a sentence, and four endings. Each
+ending is right in one item and wrong in three others, taken from other documents, with similar
+length and probability. So an ending alone does not reveal whether it is right: a model that ignores
+the passage gets one in four. Passages are unchanged slices that begin with a sentence.
 """
 
 from __future__ import annotations
@@ -36,16 +34,16 @@ Item = TypeVar("Item")
 NUM_CHOICES = 4
 MIN_CONTEXT_WORDS = 8
 
-MIN_HEAD_WORDS = 3
+MIN_WORDS_BEFORE = 3
 MIN_EXPECTATION = 0.15
 MIN_GRAMMAR_WORD_EXPECTATION = 0.25
 FALLBACK_EXPECTATION = 0.05
 MAX_LAST_WORD_TOKENS = 2
 LAST_WORDS_PER_SENTENCE = 2
 MAX_SAME_WORD_SHARE = 0.02
-NEVER_ASKED = frozenset(["a", "an", "the"])
+EXCLUDED_WORDS = frozenset(["a", "an", "the"])
 
-ENDINGS_OF_LIKE_LENGTH = 128
+ENDINGS_PER_LENGTH_GROUP = 128
 RING_SIZE = 8
 MAX_COMMON_WORDS = 0.5
 
@@ -54,7 +52,7 @@ _ASKED_WORD = re.compile(r"(?<= )([a-z]{2,})(?=[.,;:!?]?(?: |$))")
 
 @dataclass(frozen=True)
 class LastWordItem:
-    """A passage without its last word, and the word."""
+    """A passage without its last word, and that word."""
 
     context: str
     word: str
@@ -63,7 +61,7 @@ class LastWordItem:
 
 @dataclass(frozen=True)
 class ContinuationItem:
-    """A passage, four endings, and which of them is the right one."""
+    """A passage, four endings, and the index of the right one."""
 
     context: str
     endings: tuple[str, ...]
@@ -73,13 +71,13 @@ class ContinuationItem:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A passage and how it goes on."""
+    """A passage and its continuation."""
 
     document: int
     context: str
     ending: str
-    likelihood: float
-    """Of the ending on its own, in nats."""
+    log_likelihood: float
+    """Log-likelihood of the ending without the passage, in nats."""
 
 
 class ItemBuilder:
@@ -87,10 +85,10 @@ class ItemBuilder:
 
     Args:
         documents: The held-out documents.
-        words: Counts of the words of the training text.
-        tokens: Counts of its tokens.
-        encode: Gives the tokens of a text.
-        max_tokens: Longest passage with its ending, in tokens.
+        words: Word statistics of the training text.
+        tokens: Token statistics of the training text.
+        encode: Returns the tokens of a text.
+        max_tokens: Length limit of a passage with its ending.
     """
 
     def __init__(
@@ -115,19 +113,19 @@ class ItemBuilder:
         ]
 
     def last_words(self, limit: int) -> list[LastWordItem]:
-        """Return at most `limit` items; less expected words stand in where the expected are few."""
-        expected: list[LastWordItem] = []
+        """Return at most `limit` items, those with the most predictable words first."""
+        predictable: list[LastWordItem] = []
         others: list[LastWordItem] = []
         for document, index, text in self._plain_sentences():
             found = list(self._last_words(document, index, text))
             found = _in_hash_order(found, lambda pair: pair[0].context)
-            chosen = [item for item, is_expected in found if is_expected]
-            expected += chosen[:LAST_WORDS_PER_SENTENCE]
+            chosen = [item for item, is_predictable in found if is_predictable]
+            predictable += chosen[:LAST_WORDS_PER_SENTENCE]
             others += [item for item, _ in found if not chosen][:1]
-        return _spread_over_words([*_distinct(expected), *_distinct(others)], limit)
+        return _spread_over_words([*_distinct(predictable), *_distinct(others)], limit)
 
     def continuations(self, limit: int) -> list[ContinuationItem]:
-        """Return at most `limit` items, spread over the documents by hash."""
+        """Return at most `limit` items, chosen by hash."""
         found: dict[str, _Cut] = {}
         for document, index, text in self._plain_sentences():
             position = cut_position(text)
@@ -136,14 +134,14 @@ class ItemBuilder:
             ending = text[position + 1 :]
             context = self._passage(document, index, text[:position], f" {ending}")
             if context is not None:
-                likelihood = self._tokens.log_likelihood(self._encode(f" {ending}"))
-                found.setdefault(ending.lower(), _Cut(document, context, ending, likelihood))
+                log_likelihood = self._tokens.log_likelihood(self._encode(f" {ending}"))
+                found.setdefault(ending.lower(), _Cut(document, context, ending, log_likelihood))
         cuts = _in_hash_order(found.values(), lambda cut: cut.context + cut.ending)[:limit]
         items = [item for ring in _rings(cuts) for item in self._items_of(ring)]
         return _in_hash_order(items, lambda item: item.context)
 
     def _plain_sentences(self) -> Iterator[tuple[int, int, str]]:
-        """Yield document, index of the sentence in it, and text."""
+        """Yield the document's index, the sentence's index in it, and the text."""
         for document, sentences in enumerate(self._sentences):
             for index, sentence in enumerate(sentences):
                 text = self.documents[document].text[sentence.start : sentence.end]
@@ -153,11 +151,11 @@ class ItemBuilder:
     def _last_words(
         self, document: int, index: int, text: str
     ) -> Iterator[tuple[LastWordItem, bool]]:
-        """Yield the items of a sentence, each with whether its word is to be expected."""
+        """Yield the items of a sentence, each with whether its word is predictable."""
         for match in _ASKED_WORD.finditer(text):
             word, head = match[1], text[: match.start() - 1]
             before = words_of(head)
-            if len(before) < MIN_HEAD_WORDS or word in NEVER_ASKED:
+            if len(before) < MIN_WORDS_BEFORE or word in EXCLUDED_WORDS:
                 continue
             is_known = self._words.expectation(before, word) > 0
             if not is_known or self._num_tokens(f" {word}") > MAX_LAST_WORD_TOKENS:
@@ -173,7 +171,7 @@ class ItemBuilder:
                 yield item, expectation >= enough
 
     def _passage(self, document: int, index: int, head: str, ending: str) -> str | None:
-        """Return `head` after as many sentences as fit before it; None if that does not do."""
+        """Return `head` after as many sentences as fit; None if the result is no usable passage."""
         sentences: list[Sentence] = self._sentences[document]
         size = self._num_tokens(head + ending)
         first = index
@@ -194,7 +192,7 @@ class ItemBuilder:
         for position, cut in enumerate(ring):
             others = [ring[(position + i) % len(ring)] for i in range(1, NUM_CHOICES)]
             endings = [cut.ending, *(other.ending for other in others)]
-            # Another hash than the one that chose the cuts, or right answers would come first.
+            # Not the hash that chose the cuts: with it, right answers would come first.
             order = sorted(range(NUM_CHOICES), key=lambda i: _hash(endings[i] + cut.context))
             yield ContinuationItem(
                 context=cut.context,
@@ -205,19 +203,19 @@ class ItemBuilder:
 
 
 def _rings(cuts: list[_Cut]) -> Iterator[list[_Cut]]:
-    """Yield rings of endings alike in length and likelihood; the next three are wrong answers."""
+    """Yield rings of similar endings; the next three in a ring are the wrong answers of one."""
     by_length = sorted(cuts, key=lambda cut: (len(cut.ending), cut.ending))
     waiting: list[_Cut] = []
-    for first in range(0, len(by_length), ENDINGS_OF_LIKE_LENGTH):
-        waiting += by_length[first : first + ENDINGS_OF_LIKE_LENGTH]
-        waiting.sort(key=lambda cut: (cut.likelihood, cut.ending))
+    for first in range(0, len(by_length), ENDINGS_PER_LENGTH_GROUP):
+        waiting += by_length[first : first + ENDINGS_PER_LENGTH_GROUP]
+        waiting.sort(key=lambda cut: (cut.log_likelihood, cut.ending))
         while ring := _ring(waiting):
             yield ring
             waiting = [cut for cut in waiting if cut not in ring]
 
 
 def _ring(cuts: list[_Cut]) -> list[_Cut]:
-    """Return an order in which any four neighbours, around the end too, may share an item."""
+    """Return a ring in which any four neighbours can share an item; empty if there is none."""
     ring: list[_Cut] = []
     left = list(cuts)
     while left and len(ring) < RING_SIZE:
@@ -254,7 +252,7 @@ def _distinct(items: list[LastWordItem]) -> list[LastWordItem]:
 
 
 def _spread_over_words(items: list[LastWordItem], limit: int) -> list[LastWordItem]:
-    """Return the first `limit` items, of which few ask for the same word."""
+    """Return the first `limit` items, without too many that ask for the same word."""
     most = max(1, int(MAX_SAME_WORD_SHARE * limit))
     counts: Counter[str] = Counter()
     kept: list[LastWordItem] = []

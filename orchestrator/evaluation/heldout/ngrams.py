@@ -1,8 +1,7 @@
-"""What a text makes likely, by counting: the yardstick by which test items are chosen.
+"""Two simple language models, counted from the training text, that choose test items.
 
-Two language models of the simplest kind, made from the training text. Counts of words tell which
-words a reader of that text could expect at the end of a passage; counts of tokens tell which
-endings are equally likely on their own, as a model sees them. Neither takes part in a measurement.
+Word trigrams estimate which words a reader of that text could expect after a passage. Token bigrams
+estimate which endings are equally likely without the passage. Neither takes part in a measurement.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 
 PAIR_SHARE = 0.7
-"""Weight of pairs against single tokens in the likelihood of a phrase."""
+"""Weight of bigrams in a phrase's likelihood; the rest is the weight of single tokens."""
 PRESENT_WORD_BONUS = 0.1
-"""What a word gains that stands in the passage already and was seen after its last word."""
+"""Bonus of a word that is in the passage and was seen after its last word in training text."""
 
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
@@ -29,11 +28,7 @@ def words_of(text: str) -> list[str]:
 
 
 class WordTrigrams:
-    """Words, pairs and triples of words of a text.
-
-    Args:
-        text: The training text, or a large part of it.
-    """
+    """Word trigrams of the training text, or of a large part of it."""
 
     def __init__(self, text: str) -> None:
         words = words_of(text)
@@ -42,11 +37,11 @@ class WordTrigrams:
         self._triples = Counter(zip(words, words[1:], words[2:], strict=False))
 
     def expectation(self, before: Sequence[str], word: str) -> float:
-        """Return how much a word is to be expected after others, from 0 to about 1.
+        """Return how predictable a word is after others, from 0 to about 1.
 
         Args:
-            before: The words of the passage, lower case; at least two.
-            word: The next word, lower case.
+            before: The words of the passage in lower case; at least two.
+            word: The next word in lower case.
         """
         first, second = before[-2:]
         num_pairs = self._pairs[second, word]
@@ -57,7 +52,7 @@ class WordTrigrams:
 
 
 class TokenBigrams:
-    """Tokens and pairs of tokens of a text.
+    """Token bigrams of the training text.
 
     Args:
         tokens: Flat tokens of the training text, or a large part of them.
@@ -72,7 +67,7 @@ class TokenBigrams:
         self._total = float(self._singles.sum())
 
     def log_likelihood(self, tokens: Sequence[int]) -> float:
-        """Return the log-likelihood of a phrase on its own, in nats; at least one token."""
+        """Return the log-likelihood of a phrase, in nats; at least one token."""
         total = math.log(self._singles[tokens[0]] / self._total)
         for before, token in pairwise(tokens):
             pair = self._pairs[before * self._vocab_size + token] / self._singles[before]

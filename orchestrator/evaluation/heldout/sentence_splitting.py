@@ -1,7 +1,7 @@
-"""Sentences of a document as spans, which of them are plain prose, and where one may be cut.
+"""Sentences of a document, which of them are plain prose, and where one can be cut.
 
-Spans, not copies: an item is a slice of its document, so that a model meets the text as it was in
-training. A sentence never reaches over a blank line.
+A sentence is a span, not a copy, so an item is a slice of its document and a model reads the text
+as it was in training. A sentence never crosses a blank line.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _ABBREVIATION = re.compile(
 
 @dataclass(frozen=True)
 class Sentence:
-    """Where a sentence stands in its document."""
+    """Start and end of a sentence in its document."""
 
     start: int
     end: int
 
 
 def find_sentences(text: str) -> Iterator[Sentence]:
-    """Yield the sentences of a document in their order."""
+    """Yield the sentences of a document in order."""
     for block in _BLOCK.finditer(text):
         start = None
         for match in _SENTENCE.finditer(block[0]):
@@ -45,7 +45,7 @@ def find_sentences(text: str) -> Iterator[Sentence]:
 
 
 def is_plain(text: str) -> bool:
-    """Tell whether a sentence is plain prose that stands by itself."""
+    """Return whether a sentence is plain prose that can be understood alone."""
     return (
         len(text.split()) >= MIN_SENTENCE_WORDS
         and text[0].isupper()
@@ -58,7 +58,7 @@ def is_plain(text: str) -> bool:
 
 
 def cut_position(text: str) -> int | None:
-    """Return the space nearest the middle behind which a phrase of a few words begins."""
+    """Return the space nearest the middle that is followed by a phrase of a few words."""
     spaces = [match.start() for match in re.finditer(" ", text)]
     fitting = spaces[-MAX_ENDING_WORDS : 1 - MIN_ENDING_WORDS]
     positions = [position for position in fitting if _begins_phrase(text, position)]

@@ -1,12 +1,10 @@
 """The offline test suite: lm-eval tasks made from the documents that were held out of training.
 
-In goes a folder of prepared tokens, out comes a folder `heldout-<key>` beside them with the items
-of three tasks as JSON lines: `lastword`, `continuation` and `bits_per_byte`. `heldout_items` says
-how the items are chosen. A suite that exists is found again at once.
-
-The folder holds data only, and what is read from it is compared with the checksums in `suite.json`.
-How a task asks and scores is said here (`TASK_CONFIGS`). The YAML files are for the stock command
-alone: `cd FOLDER; lm_eval run --include_path . --tasks heldout ...`; this program never reads them.
+In: a folder of prepared tokens. Out: a folder `heldout-<key>` in it with the items of three tasks
+as JSON lines: `lastword`, `continuation` and `bits_per_byte`; `items.py` chooses them. An existing
+suite is reused. The folder holds data only, and its files are compared with the checksums in
+`suite.json`. How a task asks and scores is defined in `TASK_CONFIGS`. The YAML files are only for
+lm-eval's own command (`lm_eval run --include_path . --tasks heldout ...` in the folder).
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from orchestrator.workspace.files import read_json, write_text
 from orchestrator.workspace.provenance import content_key, file_digest
 
 SUITE_VERSION = 1
-"""Raised by hand when the same documents give other items; it is part of the tasks' version."""
+"""Increase it if the same documents give other items; it is part of the tasks' version."""
 
 GROUP = "heldout"
 ACCURACY_TASKS = ("lastword", "continuation")
@@ -42,10 +40,10 @@ TASKS = (*ACCURACY_TASKS, "bits_per_byte")
 SUITE_NAME = "suite.json"
 
 MAX_ITEM_TOKENS = 64
-"""Longest passage with its ending: the length of two or three sentences, whatever the context."""
+"""Longest passage with its ending: two or three sentences, for any context length."""
 MAX_ROLLING_BYTES = 80_000
 SOURCE_BYTES_PER_ITEM = 400
-"""Held-out text that is searched for an item; about a quarter of the sentences give one."""
+"""Held-out text searched per item; about a quarter of the sentences give one."""
 KNOWN_TEXT_TOKENS = 2_000_000
 LARGEST_STANDARD_ERROR = 0.02
 
@@ -88,28 +86,28 @@ TASK_CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutSuite:
-    """A folder of tasks."""
+    """A folder of held-out tasks."""
 
     folder: Path
     tasks: dict[str, int]
-    """Name of each task to its number of items; a task without items is left out."""
+    """Name of a task -> number of its items; tasks without items are left out."""
     notes: tuple[str, ...]
-    """What a reader of the results should know, such as too few items for a small error."""
+    """Warnings for readers of the results, such as too few items for a small error."""
 
 
 def build_heldout(
     tokens: Path | str, *, num_items: int, context_length: int, progress: Progress | None = None
 ) -> HeldoutSuite:
-    """Return the suite of a folder of tokens, made if it is missing.
+    """Return the suite of a folder of tokens; make it if it is missing.
 
     Args:
         tokens: Folder of prepared tokens.
-        num_items: Most items of each accuracy task.
-        context_length: Tokens that the model reads; every item fits.
-        progress: Told what is going on when the suite is made.
+        num_items: Largest number of items of each accuracy task.
+        context_length: Tokens that the model reads; every item fits into them.
+        progress: Shows that the suite is made.
 
     Raises:
-        UserError: If the tokens or the suite are damaged, or the documents give not a single item.
+        UserError: If the tokens or the suite are damaged, or the documents give no items.
     """
     store = open_tokens(tokens)
     max_tokens = min(context_length, MAX_ITEM_TOKENS)
@@ -126,16 +124,15 @@ def build_heldout(
 
 
 def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the tasks of a suite as lm-eval's task class takes them, by name.
+    """Return the lm-eval configuration of each task of a suite, by name.
 
     Raises:
-        UserError: If the folder holds no suite, or a file of it is not what was written.
+        UserError: If the folder holds no suite, or one of its files is damaged.
     """
     suite = _stored_suite(folder)
     if suite is None:
         raise UserError(
-            f"{folder} holds no held-out tasks of this version; run the command again, and it "
-            "makes them"
+            f"{folder} holds no held-out tasks of this version; run the command again to make them"
         )
     return {
         name: {
@@ -150,13 +147,13 @@ def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 class _Items:
-    """Reads the items of a task, for its `custom_dataset`."""
+    """Callable that reads the items of a task, for lm-eval's `custom_dataset`."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
 
     def __call__(self, **_settings: Any) -> dict[str, Any]:
-        import datasets  # Takes a second.
+        import datasets  # The import takes a second.
 
         lines = _rows_path(self._folder, self._name).read_text(encoding="utf-8").splitlines()
         return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
@@ -167,12 +164,7 @@ def _rows_path(folder: Path, name: str) -> Path:
 
 
 def _stored_suite(folder: Path) -> HeldoutSuite | None:
-    """Return the suite of a folder after comparing its files with their checksums; None if there
-    is none.
-
-    Raises:
-        UserError: If a file is not what was written.
-    """
+    """Return the suite of a folder after checking its files; None if there is no suite."""
     path = folder / SUITE_NAME
     found = read_json(path)
     if found is None:
@@ -189,10 +181,10 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
     for name, checksum in checksums.items():
         rows = _rows_path(folder, name)
         if not rows.is_file() or file_digest(rows) != checksum:
-            state = "is not what was written" if rows.exists() else "is missing"
+            state = "differs from what was written" if rows.exists() else "is missing"
             raise UserError(
                 f"the held-out tasks are damaged: {rows} {state}; delete the folder {folder} and "
-                "run the command again, which makes the same tasks anew"
+                "run the command again, which makes the same tasks"
             )
     return HeldoutSuite(folder=folder, tasks=tasks, notes=notes)
 
@@ -216,7 +208,7 @@ def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list
 
 
 def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
-    """Return about so much of the held-out text, chosen by hash, in its order."""
+    """Return about `num_bytes` of held-out documents, chosen by hash, in their order."""
     share = min(1.0, num_bytes / store.num_validation_bytes)
     with store.validation_documents_path.open(encoding="utf-8") as lines:
         documents = (Document(**json.loads(line)) for line in lines)
@@ -226,7 +218,7 @@ def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
 def _notes(items: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     if not any(items[name] for name in ACCURACY_TASKS):
         raise UserError(
-            "the held-out documents give no test items: they hold too little English prose; "
+            "the held-out documents give no test items: they contain too little English prose; "
             "give more text, or set evaluation.suite to tasks of lm-eval"
         )
     notes = []
@@ -252,7 +244,7 @@ def _write(
         rows = _rows_path(temporary, name)
         write_text(rows, "".join(json.dumps(row) + "\n" for row in items[name]))
         checksums[rows.name] = file_digest(rows)
-        write_text(temporary / f"{name}.yaml", _stock_task(name, rows.name))
+        write_text(temporary / f"{name}.yaml", _task_file(name, rows.name))
     write_text(temporary / f"{GROUP}.yaml", yaml.safe_dump({"group": GROUP, "task": list(tasks)}))
     suite = {"tasks": tasks, "notes": notes, "checksums": checksums}
     write_text(temporary / SUITE_NAME, json.dumps(suite, indent=2) + "\n")
@@ -261,8 +253,8 @@ def _write(
     return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes))
 
 
-def _stock_task(name: str, file_name: str) -> str:
-    """Return the task file for the stock command, which reads the items by a relative path."""
+def _task_file(name: str, file_name: str) -> str:
+    """Return the task file for lm-eval's own command, which reads items by a relative path."""
     config = {
         "task": name,
         "dataset_path": "json",

@@ -191,7 +191,9 @@ def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
         chosen = [f"evaluation.suite={suite}", f"evaluation.include_path={tmp_path}"]
         check_sweep(resolve_settings({}, chosen), kind, Progress())
 
-    with pytest.raises(UserError, match=r"evaluation\.suite=bits has no task with one; .*heldout"):
+    with pytest.raises(
+        UserError, match=r"no task of evaluation\.suite=bits reports one; .*heldout"
+    ):
         check("bits")
     check("bits,right")
     check("bits,heldout")
