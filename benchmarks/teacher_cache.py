@@ -1,15 +1,15 @@
-"""A distillation step that reads its teacher's stored answers, compared with one that runs the
+"""A distillation step that reads its teacher's stored outputs, compared with one that runs the
 teacher.
 
 The teacher makes three corrections per layer, the students fewer. For a student of half the
 teacher's evaluations, the teacher's forward pass is two fifths of a step's arithmetic; for cheaper
-students it is more. A step is what the training loop does with a batch: answers, loss, backward,
+students it is more. A step is what the training loop does with a batch: outputs, loss, backward,
 clipping and AdamW, at a learning rate of 0 so that all variants keep the same weights. The cache is
 on disk as in a sweep, and each step reads other rows. They were written just before, so the
 operating system still holds them in memory, as it does for all students of a sweep except the
 first.
 
-Exact answers must give a bitwise equal loss before anything is timed. Coarse answers give another
+Exact outputs must give a bitwise equal loss before anything is timed. Coarse outputs give another
 loss, so their times have no goal.
 """
 
@@ -30,9 +30,9 @@ from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss
 from iiet.distillation import Model, coarsen, frozen_teacher
 from orchestrator.training.teacher_cache import (
-    Answer,
     CachedTeacher,
     CachePlan,
+    TeacherOutput,
     open_cache,
     write_cache,
 )
@@ -84,13 +84,13 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     setting = (
         f"IIET, teacher with {_TEACHER_CORRECTIONS} corrections a layer, heads of 64, ffn 2.75 d, "
         f"float32, KL at T = 1; a step of loss, backward, clipping and AdamW, {repetitions} "
-        "repetitions in turns; answers memory-mapped, in the operating system's cache"
+        "repetitions in turns; outputs memory-mapped, in the operating system's cache"
     )
     return Report(title="teacher_cache", setting=setting, rows=tuple(rows), checks=tuple(checks))
 
 
 class _Bench:
-    """A teacher, its answers on disk in both forms, and students of its weights."""
+    """A teacher, its outputs on disk in both forms, and students of its weights."""
 
     def __init__(self, size: _Size, folder: Path) -> None:
         self.size = size
@@ -113,7 +113,7 @@ class _Bench:
             for batch in self.batches
         ]  # fmt: skip
         return checked(
-            f"losses of a live teacher and its stored answers, d {self.size.dim},",
+            f"losses of a live teacher and its stored outputs, d {self.size.dim},",
             max(differences),
             0.0,
         )
@@ -153,11 +153,11 @@ class _Bench:
         )
 
         @torch.no_grad()
-        def answers(step: int) -> tuple[Tensor, Answer]:
+        def outputs(step: int) -> tuple[Tensor, TeacherOutput]:
             logits = self.teacher(self.batches[step])
             return self.batches[step], logits if top_k is None else coarsen(logits, top_k)
 
-        cache = open_cache(write_cache(plan, folder, answers), plan)
+        cache = open_cache(write_cache(plan, folder, outputs), plan)
         assert cache is not None
         return cache
 

@@ -110,7 +110,7 @@ def _left_to_train(price: RemainingCost) -> list[str]:
     clock = "of one GPU" if price.uses_gpus else "of all CPUs here"
     written = [f"checkpoints of up to {format_bytes(price.checkpoint_bytes)}"]
     if price.teacher_bytes:
-        written.append(f"the teacher's answers, {format_bytes(price.teacher_bytes)}")
+        written.append(f"the teacher's outputs, {format_bytes(price.teacher_bytes)}")
     return [
         f"left to train: {price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
         f"time: {format_hours_range(price.hours, price.most_hours)} {clock}, at "

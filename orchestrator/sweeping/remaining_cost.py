@@ -70,7 +70,7 @@ class RemainingCost:
     checkpoint_bytes: int
     """Most that the trials' checkpoints will take, beyond those that are there."""
     teacher_bytes: int
-    """Of the teacher's answers that will be stored."""
+    """Of the teacher's outputs that will be stored."""
 
 
 def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:

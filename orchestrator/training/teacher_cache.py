@@ -1,17 +1,14 @@
-"""What a teacher says about the sequences of a distillation, written once and read by many.
+"""A teacher's outputs on disk: written once, read by all its students.
 
-A cache is a folder of flat files: the sequences, and for each of their tokens the teacher's logits
-as they are (exact), or its likeliest tokens with the tail's mass (coarse). It is asked as a teacher
-is, by tokens: a sequence finds its row by its hash. So neither the loop nor its workers keep count
-of steps, passes and ranks, and a sequence that was not foreseen is an error, never a wrong answer.
+A cache is a folder of flat files: the sequences, and for each token the teacher's logits (exact) or
+its top k log-probabilities and the mass of the rest (coarse). It is called like a teacher, with
+tokens, and finds the row of a sequence by the hash of its `input_ids`. So no worker counts steps
+and ranks, and an unknown sequence is an error, never a wrong output. Targets and masks are in no
+hash: outputs are stored at every position.
 
-The hash is over all `input_ids` of a sequence, which are all that a teacher reads. Targets and
-masks are in no hash and no key: answers are stored at every position, the losses read those that
-count, and batches with the same tokens and another mask share a cache.
-
-Rows are appended step by step under a temporary name and renamed at the end; a cut-off writing goes
-on with the first step that is not whole, and a lock keeps a second writer waiting. Bytes: tokens x
-(vocabulary x 4) exact in float32, tokens x (8 k + 4) coarse, and 4 a token for the sequences.
+Steps are appended under a temporary name that is renamed at the end; an interrupted writer resumes
+at the first incomplete step, and a lock excludes a second one. Bytes per token: 4 for the sequence
+plus 4 x vocabulary (exact, float32) or 8 k + 4 (coarse).
 """
 
 from __future__ import annotations
@@ -41,54 +38,54 @@ MANIFEST_NAME = "manifest.json"
 TEMPORARY_PREFIX = ".writing-"
 FORMAT_VERSION = 1
 
-Answer = Tensor | CoarseDistribution
-"""What a teacher says about a batch: logits, (batch, time, vocab), or their coarse form."""
+TeacherOutput = Tensor | CoarseDistribution
+"""Output for a batch: logits (batch, time, vocab), or their coarse form."""
 
-Answers = Callable[[int], tuple[Tensor, Answer]]
-"""Number of a teaching step, from 0 -> its sequences, (batch, time), and the teacher's answer."""
+OutputsByStep = Callable[[int], tuple[Tensor, TeacherOutput]]
+"""Number of a teaching step, from 0 -> its sequences (batch, time), and the teacher's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What a cache holds, known before it is made."""
+    """Content of a cache, known before it is written."""
 
     origin: dict[str, Any]
-    """JSON-able: all that determines the answers beside the fields below; part of the key."""
+    """JSON-able: everything else that determines the outputs; part of the key."""
     num_steps: int
-    """Steps in which the teacher has a say."""
+    """Steps whose loss needs the teacher."""
     num_sequences: int
-    """Sequences of one step, of all workers together."""
+    """Sequences per step, of all workers together."""
     context_length: int
-    """Tokens of one sequence."""
+    """Tokens per sequence."""
     vocab_size: int
-    """Logits of one token."""
+    """Logits per token."""
     precision: str = "fp32"
-    """Arithmetic of the teacher, as in the recipe: `fp32` or `bf16`."""
+    """Arithmetic of the teacher: `fp32` or `bf16`."""
     top_k: int | None = None
-    """Likeliest tokens that are kept; None keeps all logits as they are."""
+    """Most likely tokens to store; None stores all logits."""
     temperature: float = 1.0
-    """Of the coarse form; exact logits are kept undivided."""
+    """Temperature of the coarse form; exact logits are not divided by it."""
 
     @property
     def key(self) -> str:
-        """Hash of all that determines the content; the folder's name."""
+        """Hash of everything that determines the content; the name of the folder."""
         return content_key("teacher cache", FORMAT_VERSION, asdict(self))
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files but the manifest."""
+        """Size of all files without the manifest."""
         return sum(self.num_rows * column.num_bytes for column in self.columns())
 
     @property
     def num_rows(self) -> int:
-        """Sequences in all."""
+        """Sequences of all steps."""
         return self.num_steps * self.num_sequences
 
     def columns(self) -> tuple[_Column, ...]:
-        """Return the files, and what one sequence takes in each."""
+        """Return the files with their entry per sequence."""
         tokens = _Column("tokens", np.dtype("<i4"), (self.context_length,))
         if self.top_k is None:
-            # NumPy has no bfloat16; its bits travel as integers.
+            # NumPy has no bfloat16; the bits are stored as integers.
             dtype = np.dtype("<i2" if self.precision == "bf16" else "<f4")
             return tokens, _Column("logits", dtype, (self.context_length, self.vocab_size))
         shape = (self.context_length, min(self.top_k, self.vocab_size))
@@ -102,7 +99,7 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class _Column:
-    """One file: its name, and one sequence's entry in it."""
+    """One file, with the dtype and shape of its entry per sequence."""
 
     name: str
     dtype: np.dtype[Any]
@@ -120,15 +117,15 @@ class _Column:
             values = values.view(torch.int16)
         array = values.detach().cpu().numpy()
         assert array.shape[1:] == self.shape, f"{self.name}: {array.shape[1:]} is not {self.shape}"
-        # Never a conversion that loses digits: an exact cache is exact or not written.
+        # No conversion may lose digits: an exact cache must be exact.
         return array.astype(self.dtype, casting="same_kind", copy=False).tobytes()
 
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """A teacher that looks its answers up; to be called as a decoder is.
+    """A teacher that reads its outputs from a cache; called like a decoder.
 
-    The files are mapped into memory, so workers and trials on one machine share what was read.
+    The files are memory-mapped: workers and trials on one machine share them.
     """
 
     folder: Path
@@ -136,21 +133,19 @@ class CachedTeacher:
     _arrays: dict[str, np.ndarray] = field(repr=False)
     _rows: dict[bytes, int] = field(repr=False)
 
-    def __call__(self, input_ids: Tensor) -> Answer:
-        """Return the teacher's answer about whole sequences of the plan, on their device.
+    def __call__(self, input_ids: Tensor) -> TeacherOutput:
+        """Return the teacher's output for complete sequences, on their device.
 
         Args:
-            input_ids: (batch, time) of integers, any of the plan's sequences in any order.
+            input_ids: (batch, time), sequences of the plan in any order.
 
         Raises:
-            KeyError: If a sequence is none of the plan's.
+            KeyError: If a sequence is not part of the plan.
         """
         try:
             rows = [self._rows[digest] for digest in _digests(_as_int32(input_ids))]
         except KeyError:
-            raise KeyError(
-                f"{self.folder} has no answer about a sequence it was asked for"
-            ) from None
+            raise KeyError(f"{self.folder} has no output for a requested sequence") from None
         found = {
             name: torch.from_numpy(array[rows]).to(input_ids.device)
             for name, array in self._arrays.items()
@@ -167,9 +162,9 @@ class CachedTeacher:
 
 
 def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
-    """Open a cache; None if there is none, or one that is cut off or holds something else.
+    """Open a cache; None if it is missing, incomplete or has other content.
 
-    Sizes are compared here, contents by `write_cache`, once for all readers.
+    This compares sizes; `write_cache` verifies checksums once for all readers.
     """
     if find_cache_damage(folder, plan, read=False):
         return None
@@ -183,28 +178,25 @@ def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
             )
             for column in plan.columns()
         }
-    except FileNotFoundError:  # Deleted just now.
+    except FileNotFoundError:  # Another process has just deleted it.
         return None
     rows = {digest: row for row, digest in enumerate(_digests(arrays.pop("tokens")))}
     return CachedTeacher(folder, plan, dict(arrays), rows)
 
 
 def write_cache(
-    plan: CachePlan, parent: Path, answers: Answers, *, progress: Progress | None = None
+    plan: CachePlan, parent: Path, outputs: OutputsByStep, *, progress: Progress | None = None
 ) -> Path:
-    """Write a cache into `parent`/<key>, unless a whole one is there.
+    """Write a cache into `parent`/<key>, unless an intact one exists; return its folder.
 
     Args:
-        plan: What it will hold.
+        plan: Content of the cache.
         parent: Folder of all caches.
-        answers: Asked for each step that is not written yet.
-        progress: Told how many steps are done, and of damage.
-
-    Returns:
-        The cache's folder.
+        outputs: Called for each step that is not written yet.
+        progress: Shows the steps done, and reports damage.
 
     Raises:
-        OSError: If the disk is full; what is written stays, and the next call goes on from there.
+        OSError: If the disk is full. Complete steps stay, and the next call resumes after them.
     """
     progress = progress or Progress()
     folder = parent / plan.key
@@ -215,12 +207,12 @@ def write_cache(
         if problem is None:
             return folder
         if folder.exists():
-            progress.note(f"{folder} is damaged ({problem}); it is made again")
+            progress.note(f"{folder} is damaged ({problem}) and is written again")
             shutil.rmtree(folder)
-        for leftover in parent.glob("*.tmp"):  # Of deletions that were cut off.
+        for leftover in parent.glob("*.tmp"):  # Interrupted deletions.
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(exist_ok=True)
-        _append_missing_steps(plan, temporary, answers, progress)
+        _append_missing_steps(plan, temporary, outputs, progress)
         digests = {c.name: file_digest(c.path(temporary)) for c in plan.columns()}
         write_json(temporary / MANIFEST_NAME, {"plan": asdict(plan), "checksums": digests})
         temporary.replace(folder)
@@ -228,12 +220,12 @@ def write_cache(
 
 
 def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
-    """Say what keeps a folder from being the plan's cache; None if nothing does.
+    """Return what is wrong with a cache; None if nothing is.
 
     Args:
         folder: The cache's folder.
-        plan: What it should hold.
-        read: Whether to compare checksums too, which reads all of it.
+        plan: Its expected content.
+        read: Whether to verify checksums, which reads all files.
     """
     try:
         manifest = read_json(folder / MANIFEST_NAME)
@@ -242,20 +234,20 @@ def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> st
     if not isinstance(manifest, dict):
         return f"{MANIFEST_NAME} is missing"
     if manifest.get("plan") != asdict(plan):
-        return "it holds the answers to something else"
+        return "it holds other outputs"
     for column in plan.columns():
         path = column.path(folder)
         if not path.is_file() or path.stat().st_size != plan.num_rows * column.num_bytes:
-            return f"{path.name} is cut off"
+            return f"{path.name} is incomplete"
         checksums = manifest.get("checksums")
         known = checksums.get(column.name) if isinstance(checksums, dict) else None
         if read and file_digest(path) != known:
-            return f"{path.name} is not what was written"
+            return f"{path.name} was changed after writing"
     return None
 
 
 def bytes_to_write(plan: CachePlan, parent: Path) -> int:
-    """Return the bytes of a cache that are yet to be written into `parent`."""
+    """Return the bytes of a cache in `parent` that are not written yet."""
     if find_cache_damage(parent / plan.key, plan, read=False) is None:
         return 0
     temporary = parent / f"{TEMPORARY_PREFIX}{plan.key}"
@@ -265,7 +257,7 @@ def bytes_to_write(plan: CachePlan, parent: Path) -> int:
 
 
 def _append_missing_steps(
-    plan: CachePlan, folder: Path, answers: Answers, progress: Progress
+    plan: CachePlan, folder: Path, outputs: OutputsByStep, progress: Progress
 ) -> None:
     columns = plan.columns()
     sizes = [plan.num_sequences * column.num_bytes for column in columns]
@@ -279,8 +271,8 @@ def _append_missing_steps(
         for file, size in zip(files, sizes, strict=True):
             file.truncate(num_whole * size)
         for step in range(num_whole, plan.num_steps):
-            sequences, answer = answers(step)
-            values = {"tokens": sequences.to(torch.int32), **_as_columns(answer)}
+            sequences, output = outputs(step)
+            values = {"tokens": sequences.to(torch.int32), **_as_columns(output)}
             for column, file in zip(columns, files, strict=True):
                 file.write(column.encoded(values[column.name]))
                 file.flush()
@@ -289,13 +281,13 @@ def _append_missing_steps(
             os.fsync(file.fileno())
 
 
-def _as_columns(answer: Answer) -> dict[str, Tensor]:
-    if isinstance(answer, Tensor):
-        return {"logits": answer}
+def _as_columns(output: TeacherOutput) -> dict[str, Tensor]:
+    if isinstance(output, Tensor):
+        return {"logits": output}
     return {
-        "ids": answer.ids.to(torch.int32),
-        "log_probs": answer.log_probs,
-        "log_tail": answer.log_tail,
+        "ids": output.ids.to(torch.int32),
+        "log_probs": output.log_probs,
+        "log_tail": output.log_tail,
     }
 
 

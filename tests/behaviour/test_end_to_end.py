@@ -72,7 +72,7 @@ def test_the_whole_job_ends_with_a_front(finished: tuple[Path, str]) -> None:
     evaluations = [r["cost"]["evaluations"] for r in results if r["role"] == "trial"]
     assert evaluations[0] == 9
     assert evaluations[-1] == 3
-    assert "the teacher's answers are stored once" in printed
+    assert "the teacher's outputs are stored once" in printed
     trials = [r for r in results if r["role"] == "trial"]
     journals = [Path(r["checkpoint"]).parent / "journal.jsonl" for r in trials]
     assert all('"reads_teacher": true' in journal.read_text() for journal in journals)

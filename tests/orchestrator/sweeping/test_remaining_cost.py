@@ -126,7 +126,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
         "left to train: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs",
         "time: 2 to 8.1 seconds of all CPUs here, at 50% of 0.001 to 0.00025 TFLOP/s (made up); "
         "validation, saving and measuring come on top",
-        "to be written: checkpoints of up to 475.2 KiB and the teacher's answers, 2.9 MiB",
+        "to be written: checkpoints of up to 475.2 KiB and the teacher's outputs, 2.9 MiB",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Stored answers are the teacher's own, are whole or absent, and stand for it bit by bit."""
+"""Stored outputs are the teacher's own, are whole or absent, and stand for it bit by bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from orchestrator.training.teacher_cache_policy import (
     estimate_teacher_work,
     store_teacher_outputs,
 )
-from orchestrator.training.teacher_outputs import cache_plan, teacher_answers
+from orchestrator.training.teacher_outputs import cache_plan, teacher_outputs_by_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import delete_folder
 from orchestrator.workspace.journal import read_journal
@@ -105,7 +105,7 @@ def plan_of(job: TrainingJob) -> CachePlan:
 
 def stored(job: TrainingJob, parent: Path) -> TrainingJob:
     plan = plan_of(job)
-    return replace(job, teacher_cache=str(write_cache(plan, parent, teacher_answers(job))))
+    return replace(job, teacher_cache=str(write_cache(plan, parent, teacher_outputs_by_step(job))))
 
 
 def opened(job: TrainingJob) -> CachedTeacher:
@@ -164,13 +164,13 @@ def test_any_share_of_a_step_in_any_order_finds_its_answers(
 ) -> None:
     job = stored(student(), tmp_path / "t")
     cache, decoder = opened(job), load_decoder(teacher)
-    answers = teacher_answers(job)
+    outputs = teacher_outputs_by_step(job)
     for step in (0, 5):
-        sequences, _ = answers(step)
+        sequences, _ = outputs(step)
         for share in sequences.flip(0).chunk(num_workers):
             with torch.no_grad():
                 torch.testing.assert_close(cache(share), decoder(share))
-    with pytest.raises(KeyError, match="no answer"):
+    with pytest.raises(KeyError, match="no output"):
         cache(torch.zeros(1, 16, dtype=torch.long))
 
 
@@ -227,14 +227,14 @@ def test_a_cut_off_writing_goes_on_and_equals_the_whole(
 ) -> None:
     job = student(distillation=DistillationConfig(top_k=top_k))
     plan = plan_of(job)
-    whole = write_cache(plan, tmp_path / "whole", teacher_answers(job))
-    answers, asked = teacher_answers(job), []
+    whole = write_cache(plan, tmp_path / "whole", teacher_outputs_by_step(job))
+    outputs, asked = teacher_outputs_by_step(job), []
 
     def crashing(step: int) -> Any:
         asked.append(step)
         if step == 3 and asked.count(3) == 1:
             raise KeyboardInterrupt
-        return answers(step)
+        return outputs(step)
 
     with pytest.raises(KeyboardInterrupt):
         write_cache(plan, tmp_path / "cut", crashing)
@@ -262,11 +262,14 @@ def test_a_damaged_cache_is_named_and_made_again_and_never_read(
     for bad in (good[:-4], good[:-4] + b"\0\1\2\3"):
         logits.write_bytes(bad)
         assert find_cache_damage(folder, plan)
-        assert write_cache(plan, tmp_path / "t", teacher_answers(job), progress=notes) == folder
+        assert (
+            write_cache(plan, tmp_path / "t", teacher_outputs_by_step(job), progress=notes)
+            == folder
+        )
         assert logits.read_bytes() == good
     assert [note.partition("(")[2].partition(")")[0] for note in notes.notes] == [
-        "logits.bin is cut off",
-        "logits.bin is not what was written",
+        "logits.bin is incomplete",
+        "logits.bin was changed after writing",
     ]
     logits.write_bytes(good[:-4])
     assert run_job(job).finished, "a job whose cache is cut off asks the teacher itself"
@@ -287,7 +290,7 @@ def test_another_plan_does_not_open_it(student: MakeStudent, tmp_path: Path) -> 
     other = cache_plan(student(recipe={"seed": 1}))
     assert other
     assert open_cache(Path(str(job.teacher_cache)), other) is None
-    assert "something else" in str(find_cache_damage(Path(str(job.teacher_cache)), other))
+    assert "other outputs" in str(find_cache_damage(Path(str(job.teacher_cache)), other))
 
 
 def test_auto_stores_for_two_students_and_not_for_one(
@@ -324,11 +327,11 @@ def test_the_teacher_runs_on_a_gpu_where_its_students_do(
 ) -> None:  # fmt: skip
     asked: list[str] = []
 
-    def answers(job: TrainingJob, *, device: str) -> Any:
+    def outputs(job: TrainingJob, *, device: str) -> Any:
         asked.append(device)
-        return teacher_answers(job)
+        return teacher_outputs_by_step(job)
 
-    monkeypatch.setattr(teacher_cache_policy, "teacher_answers", answers)
+    monkeypatch.setattr(teacher_cache_policy, "teacher_outputs_by_step", outputs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     jobs = [student("a"), student("b")]
     store_teacher_outputs(jobs, DistillationSettings(), tmp_path / "t", on_gpu=on_gpu)
@@ -391,12 +394,12 @@ def test_what_is_written_already_needs_no_more_room(
 ) -> None:
     jobs = [student("a"), student("b")]
     plan = plan_of(jobs[0])
-    answers = teacher_answers(jobs[0])
+    outputs = teacher_outputs_by_step(jobs[0])
 
     def full_after_half(number: int) -> Any:
         if number == plan.num_steps // 2:
             raise OSError(28, "No space left on device")
-        return answers(number)
+        return outputs(number)
 
     with pytest.raises(OSError, match="No space"):
         write_cache(plan, tmp_path / "t", full_after_half)
@@ -415,7 +418,7 @@ def test_auto_stores_no_more_than_its_limit_for_all_seeds_together(
 ) -> None:
     jobs = [student(f"{name}{seed}", recipe={"seed": seed}) for seed in range(3) for name in "ab"]
     plan = plan_of(jobs[0])
-    monkeypatch.setattr(teacher_cache_policy, "LARGEST_BYTES", int(2.5 * plan.num_bytes))
+    monkeypatch.setattr(teacher_cache_policy, "MAX_BYTES", int(2.5 * plan.num_bytes))
     auto, own = DistillationSettings(), plan.num_rows * plan.context_length
     work = estimate_teacher_work(jobs, auto, tmp_path / "t")
     assert (work.num_stored_tokens, work.num_tokens) == (2 * own, 4 * own)
@@ -451,10 +454,10 @@ def test_no_more_than_one_pass_of_logits_is_held(
     monkeypatch.setattr(teacher_outputs, "coarsen", watched)
     coarse = DistillationConfig(top_k=3)
     job = student(recipe={"num_sequences_per_pass": 3}, distillation=coarse)
-    sequences, answer = teacher_answers(job)(0)
-    assert isinstance(answer, CoarseDistribution)
+    sequences, output = teacher_outputs_by_step(job)(0)
+    assert isinstance(output, CoarseDistribution)
     assert max(sizes) == 3
-    assert sum(sizes) == len(sequences) == len(answer.ids)
+    assert sum(sizes) == len(sequences) == len(output.ids)
 
 
 def test_who_comes_while_it_is_deleted_finds_none(
