@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,71 +29,28 @@ MAX_NAME_BYTES = 200
 """File systems allow 255; temporary names are a little longer than the name."""
 
 
-@dataclass(frozen=True)
 class Workspace:
     """Absolute paths of the folders in a workspace."""
 
-    root: Path
-
-    @property
-    def tokens(self) -> Path:
-        """Prepared data, one folder per fingerprint."""
-        return self.root / "tokens"
-
-    @property
-    def runs(self) -> Path:
-        """Pretraining and distillation runs, one folder per name."""
-        return self.root / "runs"
-
-    @property
-    def trials(self) -> Path:
-        """Finished and unfinished trials, one folder per content key."""
-        return self.root / "trials"
-
-    @property
-    def first_stages(self) -> Path:
-        """Shared first stages of two-stage trainings, one folder per content key."""
-        return self.root / "first_stages"
-
-    @property
-    def teachers(self) -> Path:
-        """Teacher caches of distillations, one folder per content key."""
-        return self.root / "teachers"
-
-    @property
-    def sweeps(self) -> Path:
-        """Sweeps: plan, front and report, one folder per name."""
-        return self.root / "sweeps"
-
-    @property
-    def overlays(self) -> Path:
-        """Reports of several sweeps on one front, one folder per set of sweeps."""
-        return self.root / "overlays"
-
-    @property
-    def evaluations(self) -> Path:
-        """Cached evaluation results, one file per content key."""
-        return self.root / "evaluations"
-
-    @property
-    def benchmarks(self) -> Path:
-        """Measured costs, one file per set of models and conditions."""
-        return self.root / "benchmarks"
-
-    @property
-    def exports(self) -> Path:
-        """Exported models, one folder per name."""
-        return self.root / "exports"
-
-    @property
-    def artifacts(self) -> Path:
-        """MLflow's artifacts."""
-        return self.root / "artifacts"
-
-    @property
-    def logs(self) -> Path:
-        """Log files of the libraries."""
-        return self.root / "logs"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # One folder per fingerprint of the data.
+        self.tokens = root / "tokens"
+        # One folder per name.
+        self.runs = root / "runs"
+        self.sweeps = root / "sweeps"
+        self.exports = root / "exports"
+        # One folder per content key: trials, first stages that trainings share, teacher caches.
+        self.trials = root / "trials"
+        self.first_stages = root / "first_stages"
+        self.teachers = root / "teachers"
+        # One folder per set of sweeps: reports on one front.
+        self.overlays = root / "overlays"
+        # One file per content key: task results; costs of models under given conditions.
+        self.evaluations = root / "evaluations"
+        self.benchmarks = root / "benchmarks"
+        self.artifacts = root / "artifacts"  # MLflow's
+        self.logs = root / "logs"
 
     @property
     def tracking_uri(self) -> str:

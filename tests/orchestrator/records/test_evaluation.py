@@ -1,4 +1,4 @@
-"""Standard errors against independent ones, averages, and the way to disk and back."""
+"""Standard errors against independent ones, averages, and the JSON round trip."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def evaluation(*results: TaskResult, **groups: tuple[str, ...]) -> EvaluationRes
     return EvaluationResult(results={r.name: r for r in results}, groups=groups)
 
 
-def test_error_of_a_mean() -> None:
+def test_the_error_of_a_mean() -> None:
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
     expected = statistics.stdev(values) / math.sqrt(5)
     assert standard_error("mean", values) == pytest.approx(expected)
@@ -54,7 +54,7 @@ def ratio(pairs: list[tuple[float, float]]) -> float:
         ("bits_per_byte", lambda pairs: -ratio(pairs) / math.log(2)),
     ],
 )
-def test_errors_of_functions_of_means_agree_with_the_bootstrap(
+def test_errors_by_the_delta_method_agree_with_the_bootstrap(
     aggregation: str, aggregate: Callable[[list[tuple[float, float]]], float]
 ) -> None:
     draw = random.Random(0)
@@ -69,12 +69,12 @@ def test_errors_of_functions_of_means_agree_with_the_bootstrap(
     )
 
 
-def test_no_error_is_known_of_one_item_or_of_another_aggregation() -> None:
+def test_one_item_or_another_aggregation_has_no_error() -> None:
     assert standard_error("mean", [1.0]) is None
     assert standard_error("median", [1.0, 2.0]) is None
 
 
-def test_accuracy_averages_normalised_accuracy_where_there_is_one() -> None:
+def test_accuracy_uses_normalized_accuracy_if_reported() -> None:
     found = evaluation(
         task("piqa", acc=0.6, acc_norm=0.5, acc_norm_stderr=0.03),
         task("lambada", acc=0.3, acc_stderr=0.04, perplexity=20.0),
@@ -97,21 +97,21 @@ def test_a_group_counts_as_one_task() -> None:
     assert found.accuracy == pytest.approx((0.3 + 0.5) / 2)
 
 
-def test_quality_leaves_out_what_was_not_measured() -> None:
+def test_quality_has_only_measured_numbers() -> None:
     quality = evaluation(task("text", bits_per_byte=1.0)).quality()
     assert quality == {"bits_per_byte": 1.0, "text/bits_per_byte": 1.0}
 
 
-def test_nothing_has_no_mean() -> None:
+def test_the_mean_of_nothing_is_nan() -> None:
     assert all(math.isnan(number) for number in mean_and_error([]))
 
 
-def test_results_survive_the_way_through_json() -> None:
+def test_an_evaluation_json_round_trip_changes_nothing() -> None:
     found = evaluation(task("b1", acc=0.2), task("b2", acc=0.4), blimp=("b1", "b2"))
     assert EvaluationResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 @pytest.mark.parametrize("stored", [{}, {"results": {"a": {"name": "a"}}, "groups": {}}])
-def test_a_result_of_another_form_is_the_users_to_delete(stored: dict[str, object]) -> None:
+def test_an_unreadable_evaluation_is_a_user_error(stored: dict[str, object]) -> None:
     with pytest.raises(UserError, match="the evaluation is not readable"):
         EvaluationResult.from_dict(stored)

@@ -1,4 +1,4 @@
-"""A trial result keeps its numbers through JSON and gives MLflow what it can take."""
+"""A trial result survives JSON, and gives MLflow finite numbers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def a_trial() -> TrialResult:
     )
 
 
-def test_json_round_trip_changes_nothing() -> None:
+def test_a_json_round_trip_changes_nothing() -> None:
     trial = a_trial()
     assert TrialResult.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
 
 
-def test_metrics_and_params_carry_every_number_and_each_layer() -> None:
+def test_metrics_hold_every_number_and_params_every_layer() -> None:
     metrics, params = a_trial().metrics(), a_trial().params()
     assert metrics["cost/evaluations"] == 6.0
     assert metrics["quality/lastword/acc"] == 0.3
@@ -58,7 +58,7 @@ def test_metrics_and_params_carry_every_number_and_each_layer() -> None:
         (None, None, "", None),
     ],
 )
-def test_an_open_end_of_the_thresholds_survives_strict_json(
+def test_an_unbounded_threshold_range_survives_strict_json(
     above: float | None, up_to: float | None, text: str, threshold: str | None
 ) -> None:
     trial = TrialResult(
@@ -69,7 +69,7 @@ def test_an_open_end_of_the_thresholds_survives_strict_json(
     assert again.params().get("threshold") == threshold
 
 
-def test_value_answers_none_for_what_was_not_measured() -> None:
+def test_value_is_none_if_not_measured() -> None:
     trial = TrialResult(key="k", role="baseline", method="vanilla", quality={"accuracy": math.nan})
     assert trial.value("quality/accuracy") is None
     assert trial.value("cost/evaluations") is None
@@ -77,20 +77,20 @@ def test_value_answers_none_for_what_was_not_measured() -> None:
     assert trial.schedule_text == ""
 
 
-def test_from_dict_names_what_is_unknown_or_missing() -> None:
+def test_from_dict_names_unknown_and_missing_keys() -> None:
     with pytest.raises(UserError, match=r"unknown: colour.*missing: key.*missing: role"):
         TrialResult.from_dict({"method": "iiet", "colour": "blue"})
 
 
-def test_a_misspelt_role_is_named() -> None:
+def test_an_unknown_role_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"trial, teacher, baseline, got 'student'"):
         TrialResult(key="k", role="student", method="iiet")  # type: ignore[arg-type]
 
 
-def test_perplexity_is_the_loss_in_other_words() -> None:
+def test_perplexity_is_exp_of_the_loss() -> None:
     trial = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 2.0})
     assert trial.value("quality/perplexity") == pytest.approx(math.exp(2.0))
     assert trial.metrics()["quality/perplexity"] == pytest.approx(math.exp(2.0))
     assert "perplexity" not in trial.to_dict()["quality"]
-    endless = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
-    assert endless.value("quality/perplexity") is None
+    huge = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
+    assert huge.value("quality/perplexity") is None

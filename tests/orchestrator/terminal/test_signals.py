@@ -1,4 +1,4 @@
-"""Signals become requests: asked once, waited for, and never for ever."""
+"""A signal requests a stop once, and the wait for the state is limited."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def press(number: int = signal.SIGINT) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_returns_what_the_work_returns_and_restores_the_handlers() -> None:
+def test_the_result_is_returned_and_the_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert run_interruptibly(lambda: 42, ask_to_stop=lambda: True, saved=saved) == 42
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_raises_what_the_work_raises() -> None:
+def test_an_error_of_the_job_is_raised() -> None:
     def fail() -> None:
-        raise ValueError("the work's own")
+        raise ValueError("the job's own")
 
-    with pytest.raises(ValueError, match="the work's own"):
+    with pytest.raises(ValueError, match="the job's own"):
         run_interruptibly(fail, ask_to_stop=lambda: True, saved=saved)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_once_and_waits_for_the_state(number: int) -> None:
+def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> None:
     asked = threading.Event()
     requests: list[bool] = []
     pressed: list[int] = []
@@ -64,7 +64,7 @@ def test_a_second_signal_ends_the_wait() -> None:
     never.set()
 
 
-def test_nothing_to_save_is_not_waited_for() -> None:
+def test_there_is_no_wait_if_there_is_nothing_to_save() -> None:
     never = threading.Event()
     pressed = iter([press])
 
@@ -84,7 +84,7 @@ def test_nothing_to_save_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("error", [UserError, RunFailed, OSError])
 @pytest.mark.parametrize("what_fails", ["the job", "the request"])
-def test_an_error_after_a_signal_is_reported_as_that_error_with_what_is_saved(
+def test_an_error_after_a_signal_also_says_what_is_saved(
     error: type[Exception], what_fails: str
 ) -> None:
     asked = threading.Event()
@@ -105,5 +105,5 @@ def test_an_error_after_a_signal_is_reported_as_that_error_with_what_is_saved(
             fail, ask_to_stop=ask, watch=lambda: next(pressed, lambda: None)(), saved=saved
         )
     asked.set()
-    told = "; ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
-    assert told == "the disk is full; it happened while the run was stopping; saved at step 40"
+    text = "; ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert text == "the disk is full; it happened while the run was stopping; saved at step 40"

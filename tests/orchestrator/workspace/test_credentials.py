@@ -1,4 +1,4 @@
-"""A password in an address is used and never shown, logged or stored."""
+"""A password in an address is never shown, logged or stored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_a_secret_is_hidden_wherever_it_stands(address: str) -> None:
+def test_a_secret_is_masked_anywhere_in_an_address(address: str) -> None:
     shown = ADDRESSES[address]
     assert mask_secrets(address) == shown
     text = f"API request to '{address}' failed: (Caused by 'x@y')"
@@ -50,17 +50,17 @@ def test_a_secret_is_hidden_wherever_it_stands(address: str) -> None:
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_what_is_no_secret_is_no_reason_to_refuse(text: str) -> None:
+def test_an_address_without_a_secret_is_accepted(text: str) -> None:
     assert not has_secret(text)
 
 
-def test_other_texts_stay_as_they_are() -> None:
+def test_other_texts_do_not_change() -> None:
     for text in HARMLESS:
         user = "://user@" in text or "://container@" in text
         assert (mask_secrets(text) == text) == (not user)
 
 
-def test_a_long_word_of_many_addresses_is_no_hang() -> None:
+def test_a_long_word_of_many_addresses_is_fast() -> None:
     text = "x://" * 50_000
     assert mask_secrets(text) == text
 
@@ -81,18 +81,18 @@ def test_a_log_holds_no_secret(tmp_path: Path) -> None:
             raise RuntimeError(address)
         except RuntimeError:
             logging.getLogger("urllib3").exception("no answer from %s", address)
-        assert SECRET not in log.path.read_text(), "a kill would leave it there"
+        assert SECRET not in log.path.read_text(), "it must be masked before a kill"
         os.write(2, b"\xff of a child process: " + address.encode())
     assert SECRET not in log.path.read_text(errors="replace")
     assert b"\xff of a child process: http://***@host" in log.path.read_bytes()
 
 
-def everything(folder: Path) -> bytes:
+def all_bytes(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(("command", "expected_code"), [("sync", 0), ("report", 2), ("ui", 1)])
-def test_a_server_that_is_away_is_named_without_its_password(
+def test_an_unreachable_server_is_named_without_its_password(
     command: str,
     expected_code: int,
     tmp_path: Path,
@@ -108,11 +108,11 @@ def test_a_server_that_is_away_is_named_without_its_password(
     if command != "report":
         assert "127.0.0.1:9/mlflow" in printed
     assert SECRET not in printed
-    assert SECRET.encode() not in everything(tmp_path)
+    assert SECRET.encode() not in all_bytes(tmp_path)
 
 
 @pytest.mark.parametrize("uri", [uri for uri in ADDRESSES if has_secret(uri)])
-def test_storage_with_a_secret_is_refused_before_anything_is_written(
+def test_storage_with_a_secret_is_refused_and_nothing_is_written(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
@@ -128,13 +128,13 @@ def test_storage_with_a_secret_is_refused_before_anything_is_written(
         assert "cluster.storage: the address holds a password or a key" in printed
         assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment" in printed
         assert SECRET not in printed
-    for option in (f"cluster.storge={uri}", uri):  # Misspelt, or without its name.
+    for option in (f"cluster.storge={uri}", uri):  # Misspelled, or without its name.
         assert cli.main(["pretrain", "--set", option]) == 2
         assert SECRET not in "".join(capfd.readouterr())
     assert not (tmp_path / "space").exists()
 
 
-def test_a_job_with_a_secret_is_refused_too(
+def test_a_job_with_a_secret_is_refused(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     job = TrainingJob(
@@ -152,7 +152,7 @@ def test_a_job_with_a_secret_is_refused_too(
 
 
 def test_the_reason_of_a_failed_trial_holds_no_secret() -> None:
-    from orchestrator.cluster.ray_train import failure_reason  # Brings Ray along: seconds.
+    from orchestrator.cluster.ray_train import failure_reason  # Imports Ray: seconds.
 
     error = OSError(f"cannot reach s3://KEY:{SECRET}@bucket\nsecond line")
     assert failure_reason(error) == "OSError: cannot reach s3://***@bucket"

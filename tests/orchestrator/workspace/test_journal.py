@@ -1,4 +1,4 @@
-"""The journal: what was written is read, whatever a crash left behind."""
+"""A journal is readable from any position, also after a crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_records_are_read_from_any_offset(tmp_path: Path) -> None:
     assert read_journal(tmp_path, end) == ([], end)
 
 
-def test_a_line_cut_off_by_a_crash_is_skipped_and_spoils_nothing(tmp_path: Path) -> None:
+def test_a_line_cut_off_by_a_crash_is_skipped_and_the_next_one_is_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.metrics(1, {"loss": 1.0})
     journal.close()
@@ -38,7 +38,7 @@ def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "nothing") == ([], 0)
 
 
-def test_a_line_without_the_parts_of_a_record_is_skipped(tmp_path: Path) -> None:
+def test_a_damaged_record_is_skipped(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.metrics(1, {"loss": 2.0})
     journal.event("finished")

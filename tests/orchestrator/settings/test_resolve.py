@@ -1,8 +1,7 @@
-"""Settings: one road, all problems at once, the nearest known name."""
+"""Settings: sources in order, all problems at once, suggestions for misspelled names."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def test_options_win_over_assignments_and_keep_their_types() -> None:
     assert settings.model.corrections == "017", "YAML would read it as octal"
 
 
-def test_one_setting_of_a_recipe_leaves_its_other_defaults() -> None:
+def test_one_setting_of_a_recipe_keeps_its_other_defaults() -> None:
     settings = resolve_settings({}, ["distillation.training.seed=3"])
     usual = Settings().distillation.training
     assert settings.distillation.training == usual.model_copy(update={"seed": 3})
@@ -42,22 +41,20 @@ def test_one_setting_of_a_recipe_leaves_its_other_defaults() -> None:
         ("sweep.budget_unit=ms", "'evaluations', 'flops' or 'kv'"),
     ],
 )
-def test_a_setting_of_an_earlier_version_is_an_error_that_lists_what_there_is(
-    setting: str, known: str
-) -> None:
+def test_a_removed_setting_is_an_error_that_lists_the_known_ones(setting: str, known: str) -> None:
     with pytest.raises(UserError) as refused:
         resolve_settings({}, [setting])
     assert known in str(refused.value)
 
 
-def test_a_misspelt_name_is_an_error_with_the_nearest_one() -> None:
+def test_a_misspelled_name_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(UserError, match=r"did you mean training\.learning_rate\?"):
         resolve_settings({}, ["training.learning_rat=1e-3"])
     with pytest.raises(UserError, match=r"did you mean training\?"):
         resolve_settings({"trainin": {}})
 
 
-def test_all_problems_are_reported_at_once_with_what_was_received() -> None:
+def test_all_problems_are_reported_at_once_with_their_values() -> None:
     with pytest.raises(UserError) as caught:
         resolve_settings(
             {"training": {"num_steps": 0, "decay": "slow"}, "data": {"vocab_size": "many"}}
@@ -75,7 +72,7 @@ def test_all_problems_are_reported_at_once_with_what_was_received() -> None:
         assert part in text
 
 
-def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
+def test_broken_assignments_are_reported_with_the_other_problems() -> None:
     with pytest.raises(UserError, match="4 problems") as caught:
         resolve_settings({}, ["training", "model.dim=[", "a.b=&x [*x]", "training.num_steps=0"])
     for part in ("got 'training'", "--set model.dim", "--set a.b", "training.num_steps: "):
@@ -116,52 +113,14 @@ def test_every_broken_assignment_is_named_beside_the_other_problems() -> None:
         ("sweep.selection=remeasured", "input should be 'threshold' or 'knapsack'"),
     ],
 )
-def test_a_value_that_is_read_otherwise_than_meant_is_refused_in_few_words(
-    assignment: str, words: str
-) -> None:
+def test_a_surprising_value_is_refused_in_a_short_message(assignment: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         resolve_settings({}, [assignment])
     assert words in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
-def _bomb() -> str:
-    """Nine levels of nine aliases each: 387 million values in 20 lines."""
-    lines = ["a: &a [" + ", ".join("x" * 9) + "]"]
-    for below, above in pairwise("abcdefghi"):
-        lines.append(f"{above}: &{above} [" + ", ".join([f"*{below}"] * 9) + "]")
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (_bomb(), "more than 20,000 values"),
-        ("a: 1\n" * 100_000, "more than 20,000 values"),
-        ("a: &a [*a]", "contains itself"),
-        ("a: &a {<<: *a}", "contains itself"),
-        ("a: " + "[" * 50 + "]" * 50, "more than 32 levels deep"),
-        (
-            "\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 1}]" for i in range(50)),
-            "32 levels",
-        ),
-        ("a: " + "x" * 1_000_000, "more than 1,000,000 characters"),
-        ("training:\n  num_steps: " + "9" * 5000, "cannot be read as a whole number"),
-        ("a: 2026-13-01", "cannot be read as a date"),
-        ("a: \0", "special characters are not allowed"),
-    ],
-)
-def test_a_file_that_breaks_a_limit_is_refused_in_few_words(
-    text: str, words: str, tmp_path: Path
-) -> None:
-    (tmp_path / "s.yaml").write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_settings(tmp_path / "s.yaml")
-    assert words in str(caught.value)
-    assert len(str(caught.value)) < 1000
-
-
-def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+def test_a_file_in_another_encoding_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_bytes("training:\n  num_steps: 3\n".encode("utf-16"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
         read_settings(tmp_path / "s.yaml")
@@ -171,7 +130,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     "assignment",
     ["training", "=3", "training.=3", "training.num_steps.x=3", "a=[", "model.dim=1.5"],
 )
-def test_a_bad_assignment_is_named(assignment: str) -> None:
+def test_a_bad_assignment_is_an_error(assignment: str) -> None:
     with pytest.raises(UserError, match=r"--set|not a setting|model\.dim|num_steps"):
         resolve_settings({}, [assignment])
 
@@ -180,7 +139,7 @@ def test_numbers_in_exponent_form_are_numbers() -> None:
     assert resolve_settings({}, ["training.learning_rate=3e-4"]).training.learning_rate == 3e-4
 
 
-def test_a_schedule_may_be_a_number_a_text_or_a_list() -> None:
+def test_a_schedule_is_a_number_a_text_or_a_list() -> None:
     for text, value in (("3", 3), ("'2,2,1'", "2,2,1"), ("[2,2,1]", (2, 2, 1))):
         assert resolve_settings({}, [f"model.corrections={text}"]).model.corrections == value
     with pytest.raises(UserError, match=r"model\.corrections"):
@@ -200,7 +159,7 @@ def test_settings_are_frozen_and_survive_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "must hold names")]
 )
-def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_mapping_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -209,7 +168,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str, message: 
         read_settings(tmp_path / "missing.yaml")
 
 
-def test_flatten_names_every_leaf() -> None:
+def test_flatten_returns_every_leaf() -> None:
     flat = flatten(Settings())
     assert flat["distillation.training.learning_rate"] == str(
         Settings().distillation.training.learning_rate
@@ -223,24 +182,24 @@ def _leaves(tree: object) -> list[object]:
     return [tree]
 
 
-def test_every_setting_says_what_it_is() -> None:
+def test_every_setting_has_a_description() -> None:
     def walk(section: type) -> None:
         for name, field in section.model_fields.items():  # type: ignore[attr-defined]
-            assert field.description, f"{section.__name__}.{name} has no sentence"
+            assert field.description, f"{section.__name__}.{name} has no description"
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 walk(field.annotation)
 
     walk(Settings)
 
 
-def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("training:\n  num_steps: 5\ndata:\n  seed: 1\ntraining:\n  num_steps: 7\n")
     with pytest.raises(UserError, match="training appears more than once"):
         read_settings(path)
 
 
-def test_a_section_with_nothing_in_it_keeps_its_defaults(tmp_path: Path) -> None:
+def test_an_empty_section_keeps_its_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("sweep:\ntraining:\n  num_steps: 5\n")
     assert read_settings(path).sweep == Settings().sweep
