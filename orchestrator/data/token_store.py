@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
@@ -167,8 +167,13 @@ def _read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{folder} was written by another version of the program; {_remedy(folder)}"
         )
-    with damage_as_user_error(path, remedy=_remedy(folder)):
+    try:
         return Manifest.model_validate(values)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise UserError(
+            f"{path} is damaged (missing or invalid: {fields}); {_remedy(folder)}"
+        ) from None
 
 
 def _check_files(folder: Path, manifest: Manifest, *, compare_hashes: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Index arithmetic: each window once an epoch, the same batch for any number of workers."""
+"""Each window occurs once per epoch, and a batch does not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert sorted(images.tolist()) == list(range(size))
 
 
-def test_permute_depends_on_the_key_and_mixes() -> None:
+def test_permutations_depend_on_the_key_and_mix() -> None:
     first, second = (permute(np.arange(1000), 1000, key) for key in (1, 2))
     assert (first == second).mean() < 0.02
     assert abs(np.corrcoef(np.arange(1000), first)[0, 1]) < 0.15
-    # Huge sizes cost no more: nothing is stored.
+    # A huge size costs no more, because nothing is stored.
     assert permute(np.array([7]), 10**15, 3)[0] < 10**15
 
 
@@ -41,7 +41,7 @@ def test_an_epoch_visits_each_window_once(tokens: int, context: int, seed: int, 
         assert visited[-1] + context <= tokens
 
 
-def test_epochs_differ_in_order_and_cut() -> None:
+def test_epochs_differ_in_order_and_offset() -> None:
     plan = BatchPlan(10_000, 64)
     epochs = [plan.starts(step, global_batch=plan.num_windows) for step in range(6)]
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -49,7 +49,7 @@ def test_epochs_differ_in_order_and_cut() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_workers_share_the_same_batch(world_size: int) -> None:
+def test_workers_share_one_batch(world_size: int) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
     plan = BatchPlan(len(tokens), 32, seed=4)
     whole = plan.batch(17, tokens, global_batch=12).input_ids
@@ -76,7 +76,7 @@ def test_seeds_differ() -> None:
     assert (first != second).mean() > 0.9
 
 
-def test_validation_is_fixed_and_spread_over_the_text() -> None:
+def test_validation_batches_are_spread_over_the_text() -> None:
     tokens = np.arange(1000, dtype=np.uint16)
     batches = list(validation_batches(tokens, context_length=10, num_tokens=100, batch_size=4))
     assert [len(batch) for batch in batches] == [4, 4, 2]
@@ -86,7 +86,7 @@ def test_validation_is_fixed_and_spread_over_the_text() -> None:
     assert torch.equal(torch.cat([b.input_ids for b in every]).flatten(), torch.arange(1000))
 
 
-def test_too_little_text_or_uneven_workers() -> None:
+def test_too_little_text_and_uneven_workers_are_errors() -> None:
     with pytest.raises(
         UserError, match="training text has 15 tokens, fewer than one sequence of 16"
     ):

@@ -1,4 +1,4 @@
-"""Whether the hub is there is asked briefly, and offline means offline for libraries in use too."""
+"""The hub is probed briefly, and `offline` also affects libraries that are already imported."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_probe_asks_the_endpoint_and_gives_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, float]] = []
+def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    addresses: list[tuple[Any, float]] = []
 
     def unreachable(address: Any, timeout: float) -> socket.socket:
-        asked.append((address, timeout))
+        addresses.append((address, timeout))
         raise OSError("no route")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
     assert hub_problem() == "huggingface.co cannot be reached (no route)"
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080")
     assert hub_problem() == "mirror.example cannot be reached (no route)"
-    assert [address for address, _ in asked] == [("huggingface.co", 443), ("mirror.example", 8080)]
-    assert all(timeout <= 2 for _, timeout in asked)
+    assert [address for address, _ in addresses] == [
+        ("huggingface.co", 443),
+        ("mirror.example", 8080),
+    ]
+    assert all(timeout <= 2 for _, timeout in addresses)
 
 
-def test_a_proxy_is_left_to_the_client_and_the_flag_is_believed(
+def test_a_proxy_or_the_offline_flag_prevents_the_probe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("probed"))
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     assert hub_problem() is None
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -43,7 +48,7 @@ def test_a_proxy_is_left_to_the_client_and_the_flag_is_believed(
 
 
 @pytest.mark.parametrize("before", [None, "0", "1"])
-def test_offline_reaches_libraries_that_are_imported_and_is_undone(
+def test_offline_affects_imported_libraries_and_is_undone(
     before: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants, is_offline_mode

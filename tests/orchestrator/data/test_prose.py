@@ -1,4 +1,4 @@
-"""Documentation in, paragraphs of English out."""
+"""Paragraphs of English are extracted from documentation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOCSTRING = """Return the mean of the numbers.
     """
 
 
-def test_wrapped_lines_are_joined_and_code_is_left_out() -> None:
+def test_wrapped_lines_are_joined_and_code_is_removed() -> None:
     assert paragraphs(DOCSTRING) == [
         "Return the mean of the numbers.",
         "The result is a float, even when all of the numbers are integers. "
@@ -38,12 +38,12 @@ def test_wrapped_lines_are_joined_and_code_is_left_out() -> None:
     ]
 
 
-def test_a_sentence_that_leads_on_to_code_is_left_out_with_it() -> None:
+def test_a_sentence_that_introduces_code_is_removed() -> None:
     text = "It can be called at any time. For example, this is the way:\n\n    f(1, 2)\n"
     assert paragraphs(text) == ["It can be called at any time."]
 
 
-def test_the_rest_of_a_sentence_behind_code_is_left_out() -> None:
+def test_the_rest_of_a_sentence_after_code_is_removed() -> None:
     text = "This is what you want to write.\n\n    >>> f(x)\n\nat the top of your script."
     assert paragraphs(text) == ["This is what you want to write."]
 
@@ -72,11 +72,11 @@ def test_markup_is_removed(marked: str, plain: str) -> None:
         "Too short.",
     ],
 )
-def test_what_is_not_prose(text: str) -> None:
+def test_code_headings_and_notices_are_not_prose(text: str) -> None:
     assert not is_prose(text)
 
 
-def test_what_was_said_before_is_not_new() -> None:
+def test_a_repeated_paragraph_is_not_new() -> None:
     novelty = NoveltyFilter()
     text = "The quick brown fox jumps over the lazy dog and runs away."
     assert novelty.is_new(text)

@@ -1,4 +1,4 @@
-"""The English of the Python that runs the tests."""
+"""English text from the Python that runs the tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.data.python_docs import python_documents, python_files, python
 from orchestrator.terminal.progress import Progress
 
 
-def test_docstrings_and_comments_are_read_in_their_order(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_docstrings_and_comments_are_read_in_order(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "module.py").write_text(
         '"""This module holds everything that a bird needs to fly over the sea."""\n'
         "# The wings are made of many feathers, which are light,\n"
@@ -42,7 +42,7 @@ def test_docstrings_and_comments_are_read_in_their_order(tmp_path: Path, monkeyp
     ]
 
 
-def test_the_state_is_that_of_the_files() -> None:
+def test_the_state_lists_the_files() -> None:
     state = python_state()
     assert len(state) == len(python_files()) > 300
     assert state == python_state()
@@ -55,7 +55,7 @@ def test_the_python_documentation_is_large_and_is_prose() -> None:
     texts = [text for text, _ in documents]
     assert len(set(texts)) == len(texts) > 800
     assert sum(map(len, texts)) > 1_200_000
-    # A paragraph counts with the blank line behind it.
+    # A paragraph counts with the blank line after it.
     assert all(len(text) + 2 >= python_docs.MIN_DOCUMENT_CHARACTERS for text in texts)
     assert plain_word_fraction(" ".join(texts)) > 0.9
     held_out = sum(len(text) for text in texts if is_validation(text, 0.1))

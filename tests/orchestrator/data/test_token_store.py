@@ -1,139 +1,24 @@
-"""Token folders: complete or absent, found by content, damage named."""
+"""Opening and verifying token folders: damage is found and named."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from orchestrator.data import tokenization
-from orchestrator.data.corpus import Document, is_validation
-from orchestrator.data.token_store import (
-    MANIFEST_NAME,
-    STAMP_NAME,
-    TokenStore,
-    open_tokens,
-    verify_tokens,
-)
-from orchestrator.data.tokenization import write_tokens
-from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.settings import DataSettings
+from orchestrator.data.token_store import MANIFEST_NAME, STAMP_NAME, open_tokens, verify_tokens
 from orchestrator.workspace.errors import UserError
 
-SETTINGS = DataSettings(vocab_size=300, validation_fraction=0.2)
-DOCUMENTS = [
-    Document(f"Document {i} tells that {i * 7} birds flew over the sea.", f"source {i}")
-    for i in range(300)
-]
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_tokens: Path) -> Path:
+    return Path(shutil.copytree(tiny_tokens, tmp_path / "tokens"))
 
 
-def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
-    tokenizer = load_tokenizer(store.tokenizer_path)
-    ends = np.flatnonzero(array == store.end_of_text_id)
-    starts = [0, *(ends[:-1] + 1)]
-    return [
-        tokenizer.decode(array[a:b].tolist(), skip_special_tokens=False)
-        for a, b in zip(starts, ends, strict=True)
-    ]
-
-
-def test_the_tokens_are_the_documents(tmp_path: Path) -> None:
-    store = open_tokens(write_tokens(tmp_path, DOCUMENTS, SETTINGS), verify=True)
-    train = [d.text for d in DOCUMENTS if not is_validation(d.text, 0.2)]
-    validation = [d for d in DOCUMENTS if is_validation(d.text, 0.2)]
-    assert split_documents(store, store.train) == train
-    assert split_documents(store, store.validation) == [d.text for d in validation]
-    assert store.num_validation_bytes == sum(len(d.text.encode()) for d in validation)
-    lines = store.validation_documents_path.read_text().splitlines()
-    assert [Document(**json.loads(line)) for line in lines] == validation
-    assert store.train.dtype == np.uint16
-    assert store.vocab_size == 300
-    assert store.manifest.train.tokens == len(store.train)
-
-
-def test_equal_content_has_an_equal_fingerprint(tmp_path: Path) -> None:
-    first = write_tokens(tmp_path / "a", DOCUMENTS, SETTINGS)
-    again = write_tokens(tmp_path / "b", iter(DOCUMENTS), SETTINGS)
-    assert first.name == again.name
-    fewer = write_tokens(tmp_path / "a", DOCUMENTS[:-1], SETTINGS)
-    other = write_tokens(tmp_path / "a", DOCUMENTS, SETTINGS.model_copy(update={"vocab_size": 290}))
-    split = SETTINGS.model_copy(update={"validation_fraction": 0.3})
-    assert (
-        len({first.name, fewer.name, other.name, write_tokens(tmp_path, DOCUMENTS, split).name})
-        == 4
-    )
-
-
-def test_a_tokenizer_sees_no_held_out_text(tmp_path: Path) -> None:
-    marked = [
-        Document(d.text + (" zqzqzqzq" * 50 if is_validation(d.text, 0.2) else ""), d.source)
-        for d in DOCUMENTS
-    ]
-    # The mark changes the hashes, so keep those that stay on their side.
-    marked = [d for d in marked if is_validation(d.text, 0.2) == ("zq" in d.text)]
-    assert sum("zq" in d.text for d in marked) > 3
-    store = open_tokens(write_tokens(tmp_path, marked, SETTINGS))
-    assert not [
-        token for token in load_tokenizer(store.tokenizer_path).get_vocab() if "zq" in token
-    ]
-
-
-def test_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
-    first = write_tokens(tmp_path, DOCUMENTS, SETTINGS)
-    given = SETTINGS.model_copy(update={"tokenizer": str(first)})
-    second = open_tokens(write_tokens(tmp_path, DOCUMENTS[:50], given))
-    assert second.tokenizer_path.read_text() == (first / "tokenizer.json").read_text()
-
-
-def test_a_corpus_larger_than_the_sample_is_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenization, "TOKENIZER_CHARACTERS", 1000)
-    monkeypatch.setattr(tokenization, "DOCUMENTS_PER_BATCH", 7)
-    store = open_tokens(write_tokens(tmp_path, iter(DOCUMENTS), SETTINGS))
-    counts = store.manifest
-    assert counts.train.documents + counts.validation.documents == len(DOCUMENTS)
-
-
-def test_a_few_documents_are_enough(tmp_path: Path) -> None:
-    for number in range(2, 8):
-        some = DOCUMENTS[number : 2 * number]
-        store = open_tokens(write_tokens(tmp_path, some, SETTINGS))
-        assert store.manifest.validation.documents >= 1
-
-
-@pytest.mark.parametrize(
-    ("documents", "message"),
-    [([], "the corpus is empty"), (DOCUMENTS[:1], "a single document of .* tokens")],
-)
-def test_too_little_text_leaves_nothing(
-    tmp_path: Path, documents: list[Document], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        write_tokens(tmp_path, documents, SETTINGS)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_in_the_stream_leaves_nothing(tmp_path: Path) -> None:
-    def broken() -> Iterator[Document]:
-        yield from DOCUMENTS
-        raise UserError("the disk is gone")
-
-    given = write_tokens(tmp_path / "given", DOCUMENTS, SETTINGS)
-    for settings in (SETTINGS, SETTINGS.model_copy(update={"tokenizer": str(given)})):
-        with pytest.raises(UserError, match="the disk is gone"):
-            write_tokens(tmp_path / "tokens", broken(), settings)
-        assert list((tmp_path / "tokens").iterdir()) == []
-
-
-def test_damage_is_named(tmp_path: Path) -> None:
-    folder = write_tokens(tmp_path, DOCUMENTS, SETTINGS)
+def test_a_damaged_file_is_named(folder: Path) -> None:
     data = (folder / "train.bin").read_bytes()
-    (folder / "train.bin").write_bytes(b"\1" + data[1:])
+    (folder / "train.bin").write_bytes(bytes([data[0] ^ 1]) + data[1:])
     open_tokens(folder)
     with pytest.raises(UserError, match=r"train\.bin is damaged: its content has changed"):
         open_tokens(folder, verify=True)
@@ -141,17 +26,21 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.bin is damaged: .* bytes instead of"):
         open_tokens(folder)
     (folder / "train.bin").unlink()
-    with pytest.raises(UserError, match=r"train\.bin is missing"):
+    with pytest.raises(UserError, match=r"train\.bin is missing; delete the folder .* run"):
         open_tokens(folder)
     with pytest.raises(UserError, match="no prepared tokens"):
-        open_tokens(tmp_path / "nowhere")
-    assert open_tokens(write_tokens(tmp_path, DOCUMENTS, SETTINGS), verify=True)
+        open_tokens(folder / "nowhere")
 
 
-def test_tokens_of_another_version_and_a_damaged_stamp_are_not_taken_as_verified(
-    tmp_path: Path, tiny_tokens: Path
-) -> None:
-    folder = Path(shutil.copytree(tiny_tokens, tmp_path / "tokens"))
+def test_a_manifest_without_a_value_is_damaged(folder: Path) -> None:
+    (folder / MANIFEST_NAME).write_text('{"format": 1, "fingerprint": "f"}')
+    with pytest.raises(
+        UserError, match=rf"{MANIFEST_NAME} is damaged .*dtype.*; delete the folder"
+    ):
+        open_tokens(folder)
+
+
+def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(folder: Path) -> None:
     (folder / STAMP_NAME).write_text("{")
     for name in ("train.bin", "validation.bin", "validation.jsonl", "tokenizer.json"):
         (folder / name).unlink()

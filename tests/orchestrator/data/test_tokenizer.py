@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text has tokens, the same text gives the same tokenizer."""
+"""Byte-level BPE: any text has tokens, and the same text gives the same tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.workspace.errors import UserError
 TEXTS = ["The cat sat on the mat, and the dog sat on the cat.", "A dog and a cat are not one."] * 9
 
 
-def test_any_text_survives_the_round_trip() -> None:
+def test_decoding_restores_any_text() -> None:
     tokenizer = train_tokenizer(TEXTS, 300)
     for text in ("The cat", " leading space", "naïve — 猫\n\n\ttab", "\x00\x7f"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -42,7 +42,9 @@ def test_a_tokenizer_is_loaded_from_its_file_or_folder(tmp_path: Path) -> None:
         assert load_tokenizer(path).to_str() == tokenizer.to_str()
 
 
-def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_damaged_tokenizer_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="there is no tokenizer at"):
         load_tokenizer(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text("{}")
@@ -53,7 +55,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load_tokenizer("hub:gpt2")
 
 
-def test_a_tokenizer_without_an_end_is_refused() -> None:
+def test_a_tokenizer_without_an_end_of_text_token_is_refused() -> None:
     from tokenizers import Tokenizer, models
 
     with pytest.raises(UserError, match="no end-of-text token"):

@@ -1,4 +1,4 @@
-"""A corpus larger than memory passes through: streamed by `datasets`, tokenized, never held."""
+"""A corpus larger than memory is streamed by `datasets` and tokenized without being held."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ def write_folder(folder: Path, kind: str, num_files: int) -> None:
             (folder / f"{part}.jsonl").write_text(lines + "\n")
 
 
-def largest_memory(folder: Path) -> tuple[int, int, int]:
-    """Stream a data set; return its documents, and the most bytes that Python and Arrow held."""
+def peak_memory(folder: Path) -> tuple[int, int, int]:
+    """Stream a data set; return its documents, and the peak bytes of Python and Arrow."""
     pool = pyarrow.default_memory_pool()
     before = pool.bytes_allocated()
-    arrow_most = count = 0
+    arrow_peak = count = 0
     tracemalloc.start()
     try:
         for _ in read_documents(DataSettings(source="hub", hub_name=str(folder))):
             count += 1
-            arrow_most = max(arrow_most, pool.bytes_allocated() - before)
-        _, python_most = tracemalloc.get_traced_memory()
+            arrow_peak = max(arrow_peak, pool.bytes_allocated() - before)
+        _, python_peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    return count, python_most, arrow_most
+    return count, python_peak, arrow_peak
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_streamed_data_set_takes_the_memory_of_a_part_of_it(tmp_path: Path, kind: str) -> None:
+def test_memory_does_not_grow_with_the_data_set(tmp_path: Path, kind: str) -> None:
     for num_files in (1, 2, 5):
         write_folder(tmp_path / str(num_files), kind, num_files)
-    largest_memory(tmp_path / "1")  # what is imported and cached on first use
-    small, large = (largest_memory(tmp_path / str(n)) for n in (2, 5))
+    peak_memory(tmp_path / "1")  # imports and caches of the first use
+    small, large = (peak_memory(tmp_path / str(n)) for n in (2, 5))
     assert (small[0], large[0]) == (2 * DOCUMENTS_PER_FILE, 5 * DOCUMENTS_PER_FILE)
-    # A hash of each document is kept, to count equal ones once: some 100 bytes. 3,000 are its text.
+    # About 100 bytes of each document are kept, to recognize equal ones; its text has 3,000.
     more = large[1] - small[1]
     assert more < 300 * 3 * DOCUMENTS_PER_FILE
     assert large[2] < 1.5 * small[2] + 1e6
 
 
-def test_a_data_set_gives_the_tokens_that_its_files_give(tmp_path: Path) -> None:
+def test_a_data_set_and_its_files_give_the_same_tokens(tmp_path: Path) -> None:
     write_folder(tmp_path / "set", "jsonl", 1)
     common = {"vocab_size": 300, "max_documents": 300}
     streamed = DataSettings(source="hub", hub_name=str(tmp_path / "set"), **common)
