@@ -31,7 +31,7 @@ from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.sweeping.asha import early_stopping_of
+from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import (
@@ -204,8 +204,8 @@ def dry_run_of(plan: SweepPlan, settings: Settings, context: Context, *more: str
         at_once = f", at most {sweep.trials_at_once} at once" if sweep.trials_at_once else ""
         gpus = format_count(sweep.gpus_per_trial or 0, "GPU")
         lines.append(f"each trial runs on {gpus}{at_once}")
-    if rule := early_stopping_of(plan, settings.sweep).rule:
-        lines.append(rule.text)
+    if asha := asha_trials(plan, settings.sweep):
+        lines.append(next(iter(asha.values())).rule.text)
     return SweepDryRun(plan=plan, states=tuple(states), sentences=(*lines, *more))
 
 

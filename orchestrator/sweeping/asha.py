@@ -1,17 +1,17 @@
-"""Ends a trial early when it is one of a model's worse learning rates (`sweep.asha`).
+"""Asynchronous successive halving (ASHA; Li et al., MLSys 2020) over a model's learning rates.
 
-The rule is `orchestrator.sweeping.asha.asha_decision`; here are the files that it is fed from. The
-rivals of a trial are the same model at other learning rates, compared as far as they are. Their
-losses are those that their own trainings wrote down, of the same held-out tokens. A trial that was
-ended keeps its checkpoint and has no result, so that a sweep without ASHA trains it on; the verdict
-lies beside it. Hence nothing of a rule is lost with the process that applied it.
+A trial competes with the same model at other learning rates, by validation loss on the same
+held-out tokens. Ray Tune's and Optuna's schedulers keep the losses in their own process or store,
+and lose them, or judge late ones differently, when a sweep resumes; here all follows from the
+journals of the trainings. A stopped trial keeps its checkpoint and has no result, so a sweep
+without ASHA trains it to its end; the reason lies beside it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,6 @@ STOPPED_NAME = "stopped-early.json"
 VALIDATION_METRIC = "validation/loss"
 
 
-Rivals = Mapping[str, Mapping[str, str]]
-"""Key of a trial -> label -> folder of those that can end it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EarlyStop:
     """Why a trial was stopped."""
@@ -36,10 +32,10 @@ class EarlyStop:
     """Steps done."""
     num_steps: int
     """Steps of the whole training."""
-    rival: str
-    """Label of the trial that it lost to."""
+    competitor: str
+    """Label of the trial that was better."""
     reason: str
-    """What it has and what the rival has."""
+    """Both validation losses."""
 
     @property
     def share_saved(self) -> float:
@@ -54,114 +50,89 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class AshaRule:
-    """Asynchronous successive halving (ASHA); a plain value that travels to where trials run."""
+    """When trials are compared, and how many continue."""
 
     first_rung: float
     """Share of the steps at which trials are first compared."""
     reduction_factor: int = 2
-    """Of so many trials at a rung, one goes on."""
+    """One of this many trials at a rung continues."""
 
     @property
     def text(self) -> str:
-        """What it does, in a sentence for a plan."""
+        """One sentence for a plan."""
         rungs, share = [], self.first_rung
         while share < 1:
             rungs.append(f"{share:.3g}")
             share *= self.reduction_factor
         return (
-            f"one of {self.reduction_factor} learning rates of a model goes on at "
-            f"{', '.join(rungs)} of the steps (ASHA): the price is the most that it can be"
+            f"one of {self.reduction_factor} learning rates of a model continues at "
+            f"{', '.join(rungs)} of the steps (ASHA), so the cost above is an upper bound"
         )
 
 
 @dataclass(frozen=True)
-class EarlyStopping:
-    """The rule that a sweep's trials are ended by, if any, and who is whose rival."""
+class AshaTrial:
+    """What a trial is compared with; a plain value that travels to the process of the trial."""
 
-    rule: AshaRule | None = None
-    """None trains all to their end."""
-    rivals: Rivals = field(default_factory=dict)
-    """Whom a trial has to beat; a trial without rivals is never ended."""
-
-    def rivals_of(self, trial: PlannedTrial) -> dict[str, str]:
-        """Return label -> folder of a trial's rivals."""
-        return dict(self.rivals.get(trial.key, {}))
-
-    def verdict_of(self, trial: PlannedTrial) -> EarlyStop | None:
-        """Return why a trial was ended, if it was, by this rule and for one of these rivals."""
-        return verdict_of(trial, self.rivals_of(trial), self.rule) if self.rule else None
+    rule: AshaRule
+    competitors: dict[str, str]
+    """Label -> folder of the same model at other learning rates."""
 
 
-def early_stopping_of(plan: SweepPlan, settings: SweepSettings) -> EarlyStopping:
-    """Return how a sweep's trials are ended early; where nobody has a rival, not at all."""
-    if plan.kind != "iterations" or not settings.asha:
-        return EarlyStopping()
-    rule = AshaRule(settings.asha_first_rung, settings.asha_reduction_factor)
-    rivals = {trial.key: other_learning_rates(trial, plan.trials) for trial in plan.trials}
-    return EarlyStopping(rule, rivals) if any(rivals.values()) else EarlyStopping()
+def asha_trials(plan: SweepPlan, sweep: SweepSettings) -> dict[str, AshaTrial]:
+    """Return key -> comparison of the trials that can be stopped early; empty without ASHA."""
+    if plan.kind != "iterations" or not sweep.asha:
+        return {}
+    rule = AshaRule(sweep.asha_first_rung, sweep.asha_reduction_factor)
+    found = {}
+    for trial in plan.trials:
+        own = _without_learning_rate(trial)
+        competitors = {
+            other.label: other.folder
+            for other in plan.trials
+            if own and other.key != trial.key and _without_learning_rate(other) == own
+        }
+        if competitors:
+            found[trial.key] = AshaTrial(rule, competitors)
+    return found
 
 
-def other_learning_rates(trial: PlannedTrial, trials: Sequence[PlannedTrial]) -> dict[str, str]:
-    """Return label -> folder of the trials that differ from this one in the learning rate alone."""
-    return {
-        other.label: other.folder
-        for other in trials
-        if other.job
-        and trial.job
-        and other.key != trial.key
-        and _but_for_the_rate(other.job) == _but_for_the_rate(trial.job)
-    }
-
-
-def _but_for_the_rate(job: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = {**job["recipe"], "learning_rate": None}
-    return {**job, "recipe": recipe, "run_folder": None, "first_stages": None}
+def _without_learning_rate(trial: PlannedTrial) -> dict[str, Any] | None:
+    if not trial.job:
+        return None
+    recipe = {**trial.job["recipe"], "learning_rate": None}
+    return {**trial.job, "recipe": recipe, "run_folder": None, "first_stages": None}
 
 
 class AshaMonitor:
-    """Hears a trial's numbers, and knows when it is lost."""
+    """Reads a trial's validation losses, and decides when to stop it."""
 
-    def __init__(self, trial: PlannedTrial, rivals: Mapping[str, str], rule: AshaRule) -> None:
-        """Start from what the trial's journal holds, if it goes on.
-
-        Args:
-            trial: One with a job.
-            rivals: Label -> folder, as `EarlyStopping.rivals_of` returns them.
-            rule: When it is lost.
-        """
-        assert trial.job is not None, "who is not trained cannot be stopped"
-        self.verdict: EarlyStop | None = None
-        """Why the trial is lost; None as long as it is not."""
-        self._folder, self._rivals, self._rule = Path(trial.folder), dict(rivals), rule
+    def __init__(self, trial: PlannedTrial, asha: AshaTrial) -> None:
+        """Start from what the trial's journal holds, if it resumes."""
+        assert trial.job is not None, "a trial without training cannot be stopped"
+        self.early_stop: EarlyStop | None = None
+        self._trial, self._asha = trial, asha
         self._num_steps = int(trial.job["recipe"]["num_steps"])
-        self._losses = validation_losses(self._folder)
+        self._losses = validation_losses(Path(trial.folder))
         if self._losses:
-            self.verdict = self._judge()
+            self._decide()
 
-    def hear(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Note a validation loss, and judge."""
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Record a validation loss, and decide."""
         if VALIDATION_METRIC in numbers:
             self._losses[step] = numbers[VALIDATION_METRIC]
-            # It stands: a look that comes before the training has ended changes nothing.
-            self.verdict = self.verdict or self._judge()
+            self._decide()
 
-    def write_verdict(self) -> None:
-        """Put the verdict beside the trial, and into its journal; call it when the run is over."""
-        assert self.verdict is not None
-        stored = {"verdict": asdict(self.verdict), "rule": asdict(self._rule)}
-        write_json(self._folder / STOPPED_NAME, stored)
-        journal = Journal(self._folder)
-        journal.event("stopped early", text=self.verdict.text)
-        journal.close()
-
-    def _judge(self) -> EarlyStop | None:
-        folders = {label: Path(folder) for label, folder in self._rivals.items()}
-        return asha_decision(
+    def _decide(self) -> None:
+        # A decision stands: a loss that comes before the training has ended changes nothing.
+        self.early_stop = self.early_stop or asha_decision(
             self._losses,
             self._num_steps,
-            {label: validation_losses(folder) for label, folder in folders.items()},
-            first_rung=self._rule.first_rung,
-            reduction_factor=self._rule.reduction_factor,
+            {
+                label: validation_losses(Path(folder))
+                for label, folder in self._asha.competitors.items()
+            },
+            self._asha.rule,
         )
 
 
@@ -174,57 +145,67 @@ def validation_losses(folder: Path) -> dict[int, float]:
     }
 
 
-def verdict_of(trial: PlannedTrial, rivals: Mapping[str, str], rule: AshaRule) -> EarlyStop | None:
-    """Return why a trial was ended early, if it was, by this rule and for one of these rivals."""
+def write_early_stop(trial: PlannedTrial, stop: EarlyStop, rule: AshaRule) -> None:
+    """Store why a trial was stopped, beside it and in its journal; call it when the run is over."""
+    stored = asdict(stop)
+    stored["rival"] = stored.pop("competitor")
+    write_json(Path(trial.folder) / STOPPED_NAME, {"verdict": stored, "rule": asdict(rule)})
+    journal = Journal(Path(trial.folder))
+    journal.event("stopped early", text=stop.text)
+    journal.close()
+
+
+def stored_early_stop(trial: PlannedTrial, asha: AshaTrial | None) -> EarlyStop | None:
+    """Return why a trial was stopped, if it was: by this rule, for one of these competitors."""
+    if asha is None or trial.result():
+        return None
     path = Path(trial.folder) / STOPPED_NAME
-    stored = None if trial.result() else read_json_object(path)
-    if not stored or stored.get("rule") != asdict(rule):
+    stored = read_json_object(path)
+    if not stored or stored.get("rule") != asdict(asha.rule):
         return None
     with damage_as_user_error(path):
-        verdict = EarlyStop(**stored["verdict"])
-    return verdict if verdict.rival in rivals else None
+        values = dict(stored["verdict"])
+        stop = EarlyStop(competitor=values.pop("rival"), **values)
+    return stop if stop.competitor in asha.competitors else None
 
 
 def asha_decision(
     losses: Mapping[int, float],
     num_steps: int,
-    rivals: Mapping[str, Mapping[int, float]],
-    *,
-    first_rung: float,
-    reduction_factor: int,
+    competitors: Mapping[str, Mapping[int, float]],
+    rule: AshaRule,
 ) -> EarlyStop | None:
-    """Say whether a trial is not among the best at the rung that it has just reached.
+    """Return why a trial is to be stopped at the rung that it has just reached, if it is.
 
-    Rungs are at `first_rung * num_steps` steps and at each `reduction_factor` times as many. Who
-    is among the best `1 / reduction_factor` of those that have reached a rung goes on; so does the
-    best one, and hence the first. Who is looked at rarely is judged at every rung since its last
-    look.
+    Rungs are at `first_rung * num_steps` steps and at each `reduction_factor` times as many. The
+    best `1 / reduction_factor` of the trials that have reached a rung continue, and always the
+    best one, hence the first to arrive. A trial that is validated rarely is judged at every rung
+    since its last validation.
 
     Args:
         losses: Step -> validation loss of the trial, up to now.
         num_steps: Steps of the whole training.
-        rivals: Label -> step -> validation loss of the other trials, however far they are.
-        first_rung: Share of the steps of the lowest rung.
-        reduction_factor: Of so many trials at a rung, one goes on.
+        competitors: Label -> step -> validation loss of the other trials, however far they are.
+        rule: Rungs and reduction factor.
     """
-    looks = sorted(losses)
-    if not looks or looks[-1] >= num_steps or not math.isfinite(losses[looks[-1]]):
-        return None  # A loss that is no number ends the training by itself.
-    step, before = looks[-1], looks[-2] if len(looks) > 1 else 0
-    rung = max(1, math.ceil(first_rung * num_steps))
+    steps = sorted(losses)
+    if not steps or steps[-1] >= num_steps or not math.isfinite(losses[steps[-1]]):
+        return None  # A loss that is not finite ends the training by itself.
+    step, before = steps[-1], steps[-2] if len(steps) > 1 else 0
+    rung = max(1, math.ceil(rule.first_rung * num_steps))
     while rung <= step:
-        there = _losses_at(rung, rivals) if rung > before else {}
+        there = _losses_at(rung, competitors) if rung > before else {}
         best = sorted([*there.values(), losses[step]])
-        if losses[step] > best[max(0, len(best) // reduction_factor - 1)]:
-            rival = min(there, key=lambda label: there[label])
-            reason = f"its validation loss is {losses[step]:.3f}, {rival} had {there[rival]:.3f}"
-            return EarlyStop(step=step, num_steps=num_steps, rival=rival, reason=reason)
-        rung *= reduction_factor
+        if losses[step] > best[max(0, len(best) // rule.reduction_factor - 1)]:
+            better = min(there, key=lambda label: there[label])
+            reason = f"its validation loss is {losses[step]:.3f}, {better} had {there[better]:.3f}"
+            return EarlyStop(step=step, num_steps=num_steps, competitor=better, reason=reason)
+        rung *= rule.reduction_factor
     return None
 
 
 def _losses_at(rung: int, curves: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """Return label -> loss at the first look from a rung on, of those that have come to it."""
+    """Return label -> first loss at or after a rung, of the trials that have reached it."""
     found = {}
     for label, curve in curves.items():
         steps = [step for step in curve if step >= rung]

@@ -1,9 +1,9 @@
-"""Stage `sweep`: the trials of a plan under Ray Tune, each once, then their time per token.
+"""Run a sweep: the unfinished trials of a plan under Ray Tune, then their time per token.
 
-Out come the results; the sweep's folder holds its plan and settings. Finished trials are found by
-their keys and not run again, so the same command after any interruption goes on. After each
-trial the sweep's run is told how far the front has come. Milliseconds are measured last, in this
-process, all models taking turns, because trials that run side by side disturb each other's clock.
+The sweep's folder holds its plan and settings. Finished trials are found by their keys and not run
+again, so the same command resumes after any interruption. After each trial the sweep's MLflow run
+gets the front so far. Milliseconds are measured last, in this process, the models taking turns,
+because trials that run at the same time would disturb the clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import Settings, flatten, to_yaml
-from orchestrator.sweeping.asha import EarlyStop, EarlyStopping, early_stopping_of
+from orchestrator.sweeping.asha import EarlyStop, asha_trials, stored_early_stop
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.remaining_cost import plan_record
 from orchestrator.sweeping.trial_queue import TrialQueue
@@ -54,18 +54,18 @@ TIMES_NAME = "times.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOutcome:
-    """What a sweep has come to."""
+    """How a sweep ended."""
 
     plan: SweepPlan
-    """The trials, those that a search found among them."""
+    """All trials, with those that a search found."""
     folder: Path
     """The sweep's folder."""
     results: tuple[TrialResult, ...]
-    """Finished trials, the teacher and the baselines among them, in the plan's order."""
+    """Finished trials in the plan's order, the teacher and the baselines among them."""
     failures: dict[str, str]
     """Label -> reason of trials that failed for good."""
     stopped: dict[str, str]
-    """Label -> reason of trials that were ended by a rule before their training was."""
+    """Label -> reason of trials that were stopped early."""
     reused: frozenset[str]
     """Keys of the trials that this call found finished: from before, or by another sweep."""
 
@@ -79,65 +79,54 @@ def run_sweep(
     progress: Progress | None = None,
     next_trials: NextTrials | None = None,
 ) -> SweepOutcome:
-    """Run what is not finished of a plan, measure the time per token, and write down the results.
+    """Run the unfinished trials of a plan, measure the time per token, and store the results.
 
     Args:
         plan: The trials.
         settings: Section `sweep` says how many run at once and how often one may fail.
-        workspace: Where trials and the sweep live.
-        tracking: Where the runs are shown.
-        progress: Told what is going on.
+        workspace: Where trials and the sweep are stored.
+        tracking: MLflow.
+        progress: Progress display.
         next_trials: Called when all trials have ended; those that it returns are run next, until it
-            returns none. For searches, which choose by what they have seen.
+            returns none. For searches, which choose by the results.
 
     Raises:
-        UserError: If one trial has no room, or a batch cannot be shared by its workers.
+        UserError: If one trial does not fit, or its workers cannot share a batch.
         Interrupted: After Ctrl-C; finished trials stay finished.
         RunFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    placed = _placed(plan.trials, settings, workspace)
+    settings_on_gpus = _check_trials(plan.trials, settings, workspace)
     folder = workspace.sweeps / plan.name
-    try:
-        earlier = read_json_object(folder / PLAN_NAME, remedy="it is written anew") or {}
-    except UserError as error:
-        progress.note(str(error))
-        earlier = {}
-    if earlier.get("key", plan.key) != plan.key:
-        progress.note(
-            f"the sweep {plan.name} had another plan before; its front is replaced by this one's, "
-            "its trials stay"
-        )
+    _note_other_plan(plan, folder, progress)
     write_text(folder / "settings.yaml", to_yaml(settings))
-    with _tracked_sweep(plan, settings, tracking) as run, ExitStack() as held:
-        work = _Work(plan, placed, workspace, run, progress)
-        work.do(plan.trials)
+    with _tracked_run(plan, settings, tracking) as run, ExitStack() as stack:
+        sweep = _SweepRun(plan, settings_on_gpus, workspace, run, progress)
+        sweep.run_trials(plan.trials)
         while more := tuple(next_trials()) if next_trials else ():
-            _placed(more, placed, workspace)
-            work.plan = replace(work.plan, trials=(*work.plan.trials, *more))
+            _check_trials(more, settings_on_gpus, workspace)
+            sweep.plan = replace(sweep.plan, trials=(*sweep.plan.trials, *more))
             if any(trial.result() is None for trial in more):
-                # Started once for all rounds of a search.
-                held.enter_context(ray_cluster(say=progress.start))
-            work.do(more)
-        plan = work.plan
-        work.delete_teacher_caches()
-        verdicts = {t.label: v for t in plan.trials if (v := work.stopping.verdict_of(t))}
-        _tell_stopped(run, verdicts, len(plan.trials))
-        found = _finished(plan, work.failures)
-        results = _with_costs(found, plan, folder, progress)
+                # Ray is started once for all rounds of a search.
+                stack.enter_context(ray_cluster(say=progress.start))
+            sweep.run_trials(more)
+        sweep.delete_teacher_caches()
+        stopped = sweep.track_early_stops()
+        found = _finished_trials(sweep.plan, sweep.failures)
+        results = _with_costs(found, sweep.plan, folder, progress)
     return SweepOutcome(
-        plan=plan,
+        plan=sweep.plan,
         folder=folder,
         results=tuple(results),
-        failures=work.failures,
-        stopped={label: verdict.text for label, verdict in verdicts.items()},
-        reused=frozenset(trial.key for trial, _ in found) - work.made,
+        failures=sweep.failures,
+        stopped={label: stop.text for label, stop in stopped.items()},
+        reused=frozenset(trial.key for trial, _ in found) - sweep.made,
     )
 
 
 @dataclass
-class _Work:
-    """The trials of a sweep, run part by part, and how they ended."""
+class _SweepRun:
+    """A sweep in progress: its trials, run part by part, and how they ended."""
 
     plan: SweepPlan
     settings: Settings
@@ -146,7 +135,6 @@ class _Work:
     progress: Progress
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    stopping: EarlyStopping = field(default_factory=EarlyStopping)
     _jobs: list[TrainingJob] = field(default_factory=list)
     _stored: dict[str, Any] = field(default_factory=dict)
 
@@ -154,41 +142,43 @@ class _Work:
     def folder(self) -> Path:
         return self.workspace.sweeps / self.plan.name
 
-    def do(self, trials: Sequence[PlannedTrial]) -> None:
-        """Run what is not finished of some of the plan's trials."""
-        # The price is that of the start: it reads checkpoints, and measures this machine.
+    def run_trials(self, trials: Sequence[PlannedTrial]) -> None:
+        """Run the unfinished ones among some of the plan's trials."""
+        # The remaining cost is that of the start: it reads checkpoints, and measures this machine.
         first = self._stored or plan_record(self.plan, self.settings, self.workspace.teachers)
         self._stored = first | self.plan.to_dict()
         write_json(self.folder / PLAN_NAME, self._stored)
-        self._tell_front()
-        self.stopping = early_stopping_of(self.plan, self.settings.sweep)
-        lost = {trial.key for trial in trials if self.stopping.verdict_of(trial)}
-        waiting = [t for t in trials if t.result() is None and t.key not in lost]
+        self._track_front()
+        asha = asha_trials(self.plan, self.settings.sweep)
+        stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
+        waiting = [t for t in trials if t.result() is None and t.key not in stopped]
         waiting = self._with_shared_teacher(waiting)
         self._jobs += [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
-        rounds = TrialQueue(
+        queue = TrialQueue(
             self.folder,
             self.settings.sweep,
             self.progress,
             num_all=len(trials),
-            stopping=self.stopping,
-            lost=lost,
-            on_end=self._tell_front,
+            asha=asha,
+            stopped=stopped,
+            on_end=self._track_front,
         )
-        rounds.run(waiting)
-        self.failures |= rounds.failures
-        self.made |= rounds.made
+        queue.run(waiting)
+        self.failures |= queue.failures
+        self.made |= queue.made
 
     def _with_shared_teacher(self, waiting: Sequence[PlannedTrial]) -> list[PlannedTrial]:
-        """Run the teacher once for all students where that pays, and tell them where to look."""
+        """Run the teacher once for all students where that pays; the students' jobs name the
+        stored outputs.
+        """
         jobs = {trial.key: TrainingJob.from_dict(trial.job) for trial in waiting if trial.job}
-        # Those that are only measured do not ask it.
+        # A trial that is only measured needs no teacher.
         jobs = {key: job for key, job in jobs.items() if finished_outcome(job) is None}
-        asked = list(jobs.values())
+        unfinished = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
-        num_tokens = estimate_teacher_work(asked, distillation, teachers).num_stored_tokens
+        num_tokens = estimate_teacher_work(unfinished, distillation, teachers).num_stored_tokens
         shared = store_teacher_outputs(
-            asked,
+            unfinished,
             distillation,
             teachers,
             on_gpu=self.settings.trials_use_gpus,
@@ -204,18 +194,35 @@ class _Work:
         return [replace(t, job=jobs[t.key].to_dict()) if t.key in jobs else t for t in waiting]
 
     def delete_teacher_caches(self) -> None:
-        """Delete what was stored of the teacher, unless a failed student will ask for it again."""
+        """Delete the teacher's stored outputs, unless a failed student will need them again."""
         if not self.failures:
             delete_teacher_caches(self._jobs, self.settings.distillation)
 
-    def _tell_front(self) -> None:
+    def track_early_stops(self) -> dict[str, EarlyStop]:
+        """Log the trials that were stopped early, and return label -> reason."""
+        asha = asha_trials(self.plan, self.settings.sweep)
+        stops = {
+            trial.label: stop
+            for trial in self.plan.trials
+            if (stop := stored_early_stop(trial, asha.get(trial.key)))
+        }
+        if stops:
+            saved = sum(stop.share_saved for stop in stops.values())
+            self.run.log_metrics({"sweep/trainings_saved": saved}, step=len(self.plan.trials))
+            text = "; ".join(f"{label} {stop.text}" for label, stop in stops.items())
+            self.run.set_tags({STOPPED_TAG: text})
+        return stops
+
+    def _track_front(self) -> None:
         history = history_folder(self.folder, self.plan.key)
         if record_front(self.plan, history):
             self.run.log_journal(history)
 
 
-def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Workspace) -> Settings:
-    """Say on what trials run, and find before anything is started what would make them fail."""
+def _check_trials(
+    trials: Sequence[PlannedTrial], settings: Settings, workspace: Workspace
+) -> Settings:
+    """Check that the unfinished trials fit, and return the settings with the trials' GPUs."""
     waiting = [
         TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
     ]
@@ -229,7 +236,21 @@ def _placed(trials: Sequence[PlannedTrial], settings: Settings, workspace: Works
     return settings
 
 
-def _finished(
+def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
+    """Note that a sweep of this name had other trials before, or that its plan is damaged."""
+    try:
+        earlier = read_json_object(folder / PLAN_NAME, remedy="it is written anew") or {}
+    except UserError as error:
+        progress.note(str(error))
+        return
+    if earlier.get("key", plan.key) != plan.key:
+        progress.note(
+            f"the sweep {plan.name} had another plan before; its front is replaced by this one's, "
+            "its trials stay"
+        )
+
+
+def _finished_trials(
     plan: SweepPlan, failures: Mapping[str, str]
 ) -> list[tuple[PlannedTrial, TrialResult]]:
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
@@ -239,17 +260,11 @@ def _finished(
     return found
 
 
-def _tell_stopped(run: TrackedRun, verdicts: Mapping[str, EarlyStop], num_trials: int) -> None:
-    if verdicts:
-        saved = sum(verdict.share_saved for verdict in verdicts.values())
-        run.log_metrics({"sweep/trainings_saved": saved}, step=num_trials)
-        told = "; ".join(f"{label} {verdict.text}" for label, verdict in verdicts.items())
-        run.set_tags({STOPPED_TAG: told})
-
-
 @contextmanager
-def _tracked_sweep(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
-    """Keep the sweep's run in step with how the block ends; the report nests the trials in it."""
+def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
+    """Open the sweep's MLflow run; its status says how the block ended. The report nests the
+    trials' runs in it.
+    """
     params = {
         "kind": plan.kind,
         "teacher": plan.teacher or "",
@@ -287,7 +302,7 @@ def _with_costs(
 def _decode_times(
     trials: Sequence[PlannedTrial], folder: Path, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Measure decoding once a sweep and machine; the values of the weights have no say in it."""
+    """Measure decoding once per sweep and machine; only shapes count, not the weights' values."""
     shapes = {trial.key: content_key(trial.model) for trial in trials}
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
     path = folder / TIMES_NAME

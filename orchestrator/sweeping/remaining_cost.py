@@ -16,7 +16,7 @@ from iiet.cost import inference_cost
 from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.planning.training_rate import assumed_training_rate
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
-from orchestrator.sweeping.asha import early_stopping_of
+from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, full_config
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
@@ -80,12 +80,12 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
         plan: The sweep.
         sweep: Says whether trials are ended early.
     """
-    stopping = early_stopping_of(plan, sweep)
+    asha = asha_trials(plan, sweep)
     states = []
     for trial in plan.trials:
         if trial.result():
             states.append(TrialState(trial=trial, name="finished"))
-        elif stopping.verdict_of(trial):
+        elif stored_early_stop(trial, asha.get(trial.key)):
             states.append(TrialState(trial=trial, name="stopped early"))
         else:
             states.append(_waiting(trial))

@@ -1,11 +1,9 @@
-"""Runs one planned trial in this process, from whatever is on disk: train, measure, write the
-result.
+"""Run one planned trial in this process: train, measure, write the result.
 
-This is what a Ray Tune trial calls, and what a debugger can call without Ray. It is idempotent: a
-finished trial returns its result, a trained one is only measured, an interrupted one goes on from
-its checkpoint. The trial's folder is held meanwhile (`training/run_lock.py`), so that two processes
-at the same time never make one trial twice. Cost in milliseconds is not measured here, because
-trials that run side by side would disturb each other's clock.
+A Ray Tune trial calls this, and a debugger can, without Ray. It is idempotent: a finished trial
+returns its result, a trained one is only measured, an interrupted one resumes from its checkpoint.
+The trial's folder is locked meanwhile, so two processes never run one trial at the same time.
+Milliseconds are not measured here: trials that run at the same time would disturb the clock.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import checkpoint_tokenizer, evaluate_decoder
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_results import items_file_name
-from orchestrator.sweeping.asha import AshaMonitor, AshaRule
+from orchestrator.sweeping.asha import AshaMonitor, AshaTrial, write_early_stop
 from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
 from orchestrator.training.distributed import World
@@ -36,21 +34,21 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 
 NUM_VALIDATION_TOKENS = 65_536
-"""Tokens of the validation loss that stands in the tables."""
+"""Tokens of the validation loss in the tables."""
 
 Train = Callable[[TrainingJob, Callable[[], bool], Report], TrainingOutcome]
-"""As `run_job`: a job, whether to stop, and who is told the numbers."""
+"""Trains a job, given when to stop and what to call with each step's numbers; see `run_job`."""
 Measure = Callable[[str], dict[str, float]]
-"""From a device's name to quality."""
+"""Returns the quality of a model on a device, given by name."""
 
 
 @dataclass(frozen=True)
 class TrialRun:
     """How a call of `run_trial` ended."""
 
-    state: Literal["made", "found", "busy", "stopped", "lost"]
+    state: Literal["made", "found", "busy", "stopped", "stopped early"]
     """`made` by this call, `found` finished, `busy` in another process, `stopped` on request, or
-    `lost`: ended by the rule."""
+    `stopped early` by ASHA."""
     result: TrialResult | None = None
     """The result, where it was made or found."""
 
@@ -59,22 +57,20 @@ def run_trial(
     spec: Mapping[str, Any],
     *,
     wait: bool = True,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     report: Report | None = None,
-    rivals: Mapping[str, str] | None = None,
-    rule: AshaRule | None = None,
+    asha: AshaTrial | None = None,
     train: Train | None = None,
     on_device: Callable[[Measure], dict[str, float]] | None = None,
 ) -> TrialRun:
-    """Run a trial to its result, or take the result of the process that is at it.
+    """Run a trial to its result, or take the result of the process that runs it.
 
     Args:
         spec: `PlannedTrial.to_dict()`.
-        wait: Whether to wait for another process that is at this trial; else it ends as `busy`.
+        wait: Wait for another process that runs this trial; otherwise the trial ends as `busy`.
         should_stop: Asked before each training step, and while waiting.
-        report: Told the training step and its numbers.
-        rivals: Label -> folder of the trials that it has to beat; none lets it train to its end.
-        rule: When it has lost to them; None, too, lets it train to its end.
+        report: Called with the training step and its numbers.
+        asha: What the trial is compared with; it trains to its end when unset.
         train: Trains its job; in this process, on the CPU, when unset.
         on_device: Measures on some device; here, on the CPU, when unset.
 
@@ -85,28 +81,27 @@ def run_trial(
     finished = trial.result()
     if finished:
         return TrialRun("found", finished)
-    asked = should_stop or (lambda: False)
-    with lock_run_folder(Path(trial.folder), wait=wait, should_stop=asked) as is_ours:
+    with lock_run_folder(Path(trial.folder), wait=wait, should_stop=should_stop) as is_ours:
         if not is_ours:
             return TrialRun("stopped" if wait else "busy")
-        # Once more: who held the lock before us may have finished it.
+        # Once more: the process that had the lock before may have finished it.
         finished = trial.result()
         if finished:
             return TrialRun("found", finished)
         clear_stop_request(Path(trial.folder))  # Left by a driver that was killed.
-        referee = AshaMonitor(trial, rivals, rule) if rivals and rule else None
-        outcome = _train(trial, train or _train_here, asked, report, referee)
+        monitor = AshaMonitor(trial, asha) if asha else None
+        outcome = _train(trial, train or _train_here, should_stop, report, monitor)
         result = None
-        if outcome is None or (outcome.finished and not asked()):
+        if outcome is None or (outcome.finished and not should_stop()):
             result = _measure(trial, outcome, on_device or (lambda measure: measure("cpu")))
-        if referee and referee.verdict and not result:
-            referee.write_verdict()
-            return TrialRun("lost")
+        if asha and monitor and monitor.early_stop and not result:
+            write_early_stop(trial, monitor.early_stop, asha.rule)
+            return TrialRun("stopped early")
         return TrialRun("made", result) if result else TrialRun("stopped")
 
 
 def is_trial_locked(trial: PlannedTrial) -> bool:
-    """Return whether a process is at a trial at this moment."""
+    """Return whether a process runs a trial now."""
     return is_run_locked(Path(trial.folder))
 
 
@@ -121,20 +116,20 @@ def _train(
     train: Train,
     should_stop: Callable[[], bool],
     report: Report | None,
-    referee: AshaMonitor | None,
+    monitor: AshaMonitor | None,
 ) -> TrainingOutcome | None:
-    """Train until the end, a stop, or the referee's verdict; None if there is nothing to train."""
+    """Train until the end, a stop, or ASHA's decision; None if there is nothing to train."""
 
-    def hear(step: int, numbers: Mapping[str, float]) -> None:
-        if referee:
-            referee.hear(step, numbers)
+    def report_all(step: int, numbers: Mapping[str, float]) -> None:
+        if monitor:
+            monitor.report(step, numbers)
         if report:
             report(step, numbers)
 
-    def shall_end() -> bool:
-        return should_stop() or bool(referee and referee.verdict)
+    def should_end() -> bool:
+        return should_stop() or bool(monitor and monitor.early_stop)
 
-    return train(TrainingJob.from_dict(trial.job), shall_end, hear) if trial.job else None
+    return train(TrainingJob.from_dict(trial.job), should_end, report_all) if trial.job else None
 
 
 def _measure(
@@ -142,7 +137,7 @@ def _measure(
     outcome: TrainingOutcome | None,
     on_device: Callable[[Measure], dict[str, float]],
 ) -> TrialResult:
-    """Measure what was trained, or a checkpoint as it is, and write down the result."""
+    """Measure what was trained, or a checkpoint as it is, and write the result."""
     checkpoint = outcome.checkpoint if outcome else trial.checkpoint
     assert checkpoint is not None
     result = TrialResult(
@@ -179,7 +174,7 @@ def measure_quality(
     Args:
         decoder: The model under the schedule that is measured.
         suite: Tokens, tasks and batch size, as planned.
-        items_path: Where the values of single items go, for paired comparisons.
+        items_path: File for the values of single items, for paired comparisons.
 
     Returns:
         `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where known.
@@ -206,7 +201,7 @@ def measure_quality(
 
 
 def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
-    """Return the mean next-token loss over held-out tokens, in nats, under the own schedule."""
+    """Return the mean next-token loss over held-out tokens, in nats, under the model's schedule."""
     batches = validation_batches(
         open_tokens(tokens_folder).validation,
         context_length=decoder.config.context_length,
@@ -235,10 +230,7 @@ def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
 
 
 def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
-    """Return what a checkpoint's own run took, if its record still lies beside it.
-
-    A record that is damaged, or that of another step, says nothing about this checkpoint.
-    """
+    """Return what a checkpoint's own run took, if its record is there, whole, and of its step."""
     step = load_provenance(checkpoint).get("step", 0)
     known = {field.name for field in dataclasses.fields(TrainingOutcome)}
     try:

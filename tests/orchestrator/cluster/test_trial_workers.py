@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def parameters(trial: PlannedTrial) -> dict[str, Any]:
-    return {"trial": trial.to_dict(), "wait": False, "rivals": {}, "rule": None}
+    return {"trial": trial.to_dict(), "asha": None}
 
 
 def shared(trial: PlannedTrial, tmp_path: Path, *, num_steps: int = 12) -> PlannedTrial:

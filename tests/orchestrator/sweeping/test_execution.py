@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.asha import STOPPED_NAME, AshaRule, EarlyStop
+from orchestrator.sweeping.asha import AshaRule, EarlyStop, write_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
@@ -68,11 +68,10 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     for trial in trials:
         if trial is not stopped:
             finish(trial)
-    verdict = EarlyStop(step=30, num_steps=40, rival=better.label, reason=f"{better.label} won")
+    stop = EarlyStop(step=30, num_steps=40, competitor=better.label, reason=f"{better.label} won")
     asha = resolve_settings().sweep
     rule = AshaRule(asha.asha_first_rung, asha.asha_reduction_factor)
-    stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
-    write_json(Path(stopped.folder) / STOPPED_NAME, stored)
+    write_early_stop(stopped, stop, rule)
     asked: list[str] = []
     monkeypatch.setattr(
         TrialQueue, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
@@ -88,7 +87,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 
     outcome = outcome_of("sweep.asha=true")
     assert asked == []
-    assert outcome.stopped == {stopped.label: verdict.text}
+    assert outcome.stopped == {stopped.label: stop.text}
     assert outcome.failures == {}
     assert stopped.key not in {result.key for result in outcome.results}
     assert len(outcome.results) == len(trials) - 1

@@ -7,7 +7,7 @@ under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import remaining_cost as plan_price
-from orchestrator.sweeping.asha import STOPPED_NAME, AshaRule, EarlyStop
+from orchestrator.sweeping.asha import AshaRule, EarlyStop, write_early_stop
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.remaining_cost import (
@@ -202,9 +202,8 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
     tiny_plan = replace(tiny_plan, kind="iterations", trials=(*tiny_plan.trials[:3], better, worse))
     chosen = settings("sweep.asha=true")
     rule = AshaRule(chosen.sweep.asha_first_rung, chosen.sweep.asha_reduction_factor)
-    verdict = EarlyStop(step=20, num_steps=40, rival=better.label, reason="made up")
-    stored = {"verdict": asdict(verdict), "rule": asdict(rule)}
-    write_json(Path(worse.folder) / STOPPED_NAME, stored)
+    stop = EarlyStop(step=20, num_steps=40, competitor=better.label, reason="made up")
+    write_early_stop(worse, stop, rule)
     price = estimate_remaining_cost(
         tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
     )

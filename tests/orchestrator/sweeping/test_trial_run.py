@@ -19,7 +19,7 @@ from filelock import FileLock
 from iiet.decoder import Decoder
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.asha import AshaRule, other_learning_rates, verdict_of
+from orchestrator.sweeping.asha import AshaTrial, asha_trials, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
@@ -277,33 +277,38 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
 
 
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
-    trials: tuple[PlannedTrial, ...], measured: None, tmp_path: Path
+    tiny_plan: SweepPlan, trials: tuple[PlannedTrial, ...], measured: None, tmp_path: Path
 ) -> None:
     low, high = (
         with_rate(trials[1], rate, tmp_path / name)
         for name, rate in (("low", 1e-5), ("high", 1e-2))
     )
-    rivals = other_learning_rates(low, [low, high, trials[2]])
-    assert rivals == {high.label: high.folder}, "another schedule is no other rate"
+
+    def asha_of(*trials: PlannedTrial, first_rung: float = 0.25) -> dict[str, AshaTrial]:
+        assignments = ["sweep.asha=true", f"sweep.asha_first_rung={first_rung}"]
+        plan = replace(tiny_plan, kind="iterations", trials=trials)
+        return asha_trials(plan, resolve_settings({}, assignments).sweep)
+
+    asha = asha_of(low, high, trials[2])
+    assert asha[low.key].competitors == {high.label: high.folder}, "another schedule is no rate"
     shares = replace(low, job={**(low.job or {}), "first_stages": str(tmp_path)})
-    assert other_learning_rates(shares, [shares, high]) == rivals, "what it shares changes no model"
-    rule = AshaRule(first_rung=0.25)
-    told = {"rivals": other_learning_rates(high, [low, high]), "rule": rule}
-    assert run_trial(high.to_dict(), **told).state == "made", "the first goes on"
-    assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
-    verdict = verdict_of(low, rivals, rule)
-    assert verdict is not None
-    assert (verdict.step, verdict.rival) == (10, high.label)
+    assert asha_of(shares, high)[low.key] == asha[low.key], "what it shares changes no model"
+    assert run_trial(high.to_dict(), asha=asha[high.key]).state == "made", "the first continues"
+    assert run_trial(low.to_dict(), asha=asha[low.key]).state == "stopped early"
+    stop = stored_early_stop(low, asha[low.key])
+    assert stop is not None
+    assert (stop.step, stop.competitor) == (10, high.label)
     assert low.result() is None, "what was not trained to its end is not finished"
-    assert verdict_of(low, rivals, AshaRule(first_rung=0.5)) is None, "nor another rule"
-    assert verdict_of(low, {}, rule) is None, "a sweep without that rival did not stop it"
+    assert stored_early_stop(low, asha_of(low, high, first_rung=0.5)[low.key]) is None, "other rule"
+    alone = replace(asha[low.key], competitors={})
+    assert stored_early_stop(low, alone) is None, "a sweep without the competitor did not stop it"
     steps = len(read_journal(Path(low.folder))[0])
-    assert run_trial(low.to_dict(), rivals=rivals, rule=rule).state == "lost"
+    assert run_trial(low.to_dict(), asha=asha[low.key]).state == "stopped early"
     records = read_journal(Path(low.folder))[0][steps:]
     assert not [r for r in records if r["kind"] == "metrics"], "nothing was trained again"
     assert run_trial(low.to_dict()).state == "made"
-    assert starts(low) == 1, "it went on from where it was ended"
-    assert verdict_of(low, rivals, rule) is None
+    assert starts(low) == 1, "it resumed from where it was stopped"
+    assert stored_early_stop(low, asha[low.key]) is None
 
 
 def with_rate(trial: PlannedTrial, rate: float, folder: Path) -> PlannedTrial:
