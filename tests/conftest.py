@@ -1,4 +1,5 @@
-"""Fixtures that several packages' tests share: tiny tokens, a tiny model, one Ray a session."""
+"""Fixtures shared by the tests of several packages: tiny tokens, a tiny model, one Ray per
+session."""
 
 from __future__ import annotations
 
@@ -12,30 +13,30 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# No example has to be quick: on a busy machine any may take a second.
+# No deadline: on a busy machine any example may take a second.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-# Before PyTorch is loaded. Tiny models gain nothing from a second thread, and on a busy machine
-# two threads that wait for each other take ten times as long.
+# Set before PyTorch is imported. Tiny models gain nothing from a second thread, and on a busy
+# machine two threads that wait for each other take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Of programs that have two.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # For programs with two threads.
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let Ray warn about its own calls of its own deprecated settings."""
+    """Ignore Ray's deprecation warnings about its own calls."""
     config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:ray\.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with many slow tests first: of two that run side by side none waits at the end."""
+    """Run files with many slow tests first, so that no process waits at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
 def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of prepared tokens: a few thousand of them, made of English-looking sentences."""
+    """A folder of a few thousand prepared tokens of made-up sentences."""
     from orchestrator.data.corpus import Document
     from orchestrator.data.tokenization import write_tokens
     from orchestrator.settings import DataSettings
@@ -55,7 +56,7 @@ def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_model() -> dict[str, Any]:
-    """The plain form of an IIET's configuration that trains a step in milliseconds."""
+    """The config, as plain values, of an IIET that trains a step in milliseconds."""
     from iiet.config import ModelConfig
     from iiet.schedule import IterationSchedule
 
@@ -73,7 +74,7 @@ def tiny_model() -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Any:
-    """A `SweepPlan`: a trained teacher and its students, of 40 steps each, none of them run."""
+    """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
     from iiet.influence import InfluenceTable
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.selection import choose_members

@@ -1,4 +1,4 @@
-"""Runs a script on an exported folder, in a process with installed packages only."""
+"""Runs a script on an exported folder in a process that has only installed packages."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 
 def found_by(script, folder, tmp_path):
-    """Return the JSON that a script prints last, given the folder and another for a copy of it."""
+    """Return the JSON in the last line of a script that gets the folder and a folder for a copy."""
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path / "hub"),

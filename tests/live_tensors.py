@@ -1,4 +1,4 @@
-"""How much memory tensors take, counted as they are made and freed."""
+"""Memory of live tensors, counted as they are made and freed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Settings that keep every part of a sweep and make each last a moment; what whole runs are tested
-with."""
+"""Settings with which every part of a sweep takes a moment, for tests of whole commands."""
 
 SMALL = [
     "data.max_documents=250", "data.vocab_size=400",

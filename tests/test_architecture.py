@@ -1,4 +1,4 @@
-"""Holds the design: what may import what, read from the sources themselves."""
+"""Checks the design: which module may import which, read from the sources."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_packages_import_only_from_those_before_them() -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_imports_itself_through_others(package: str) -> None:
-    """Where types alone are imported, too: who reads a file has to read what it names first."""
+    """Imports of types count, too: a reader has to read them first."""
     graph = {name: _module_imports(name) for name in MODULES if name.split(".")[0] == package}
     _check_no_cycle(graph)
 
@@ -177,7 +177,7 @@ def _check_no_cycle(graph: dict[str, set[str]]) -> None:
         raise AssertionError(f"imports go in a circle: {' -> '.join(error.args[1])}") from None
 
 
-def test_every_module_tells_its_story() -> None:
+def test_every_module_has_a_docstring() -> None:
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"

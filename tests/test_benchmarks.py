@@ -1,6 +1,4 @@
-"""The benchmarks run, check what they compare, and judge rightly; times themselves prove nothing
-here, so no test looks at one.
-"""
+"""The benchmarks run, check what they compare, and judge goals correctly; times are not tested."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
 from iiet.methods.implicit_euler import ImplicitEuler
 
 NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4, "sweep": 5}
-"""Of a quick run."""
+"""Rows of a quick run."""
 SLOW = ("mix", "training", "sweep")
 """They start processes."""
 
@@ -85,8 +83,8 @@ def test_tasks_take_turns_and_the_start_rotates() -> None:
     assert results == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
 
 
-def test_paired_ratio_is_blind_to_a_machine_that_slows_down() -> None:
-    slowness = [1.0, 1.0, 9.0, 2.0, 4.0]  # Of the whole machine, repetition by repetition.
+def test_paired_ratio_ignores_a_machine_that_slows_down() -> None:
+    slowness = [1.0, 1.0, 9.0, 2.0, 4.0]  # Of the whole machine, by repetition.
     now = 0.0
 
     def clock() -> float:
@@ -137,14 +135,14 @@ def test_a_goal_judges_the_median() -> None:
     assert row(None, Goal("at most", 1.0)).met is None
 
 
-def test_what_differs_is_not_timed() -> None:
+def test_programs_that_differ_are_not_timed() -> None:
     assert "1.0e-12" in checked("a and b", 1e-12, 1e-9)
     for difference in (1e-6, math.nan, math.inf):
         with pytest.raises(ArithmeticError, match="a and b differ"):
             checked("a and b", difference, 1e-9)
 
 
-def test_the_check_of_the_mix_sees_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_the_mix_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
     size = StepSize(num_layers=3, dim=16, num_tokens=16, vocab_size=32)
     assert largest_difference(size, "stacked") < 1e-9
     assert largest_difference(size, "checkpointed") < 1e-9

@@ -1,4 +1,4 @@
-"""The examples run, and compute what they say."""
+"""The examples run and compute the stated values."""
 
 from __future__ import annotations
 

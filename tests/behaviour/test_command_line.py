@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence, exit code 2, no traceback, nothing half-written."""
+"""Invalid input: one clear sentence, exit code 2, no traceback, no partly written files."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["pick", "--knee", "--confidence", "0.5"], "--confidence goes with --keep"),
     ],
 )
-def test_a_mistake_costs_one_sentence_and_code_2(
+def test_a_mistake_prints_one_sentence_and_exits_with_2(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -126,7 +126,7 @@ def test_a_mistake_costs_one_sentence_and_code_2(
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 @pytest.mark.parametrize("name", sorted(get_command(cli.app.app).commands))
-def test_help_shows_every_option_whole(
+def test_help_shows_every_option_uncut(
     name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
@@ -146,7 +146,7 @@ def test_help_shows_every_option_whole(
     ("text", "words"),
     [("", "empty"), ("   \n\n ", "empty"), ("Too short to be a corpus.\n", "text")],
 )
-def test_a_text_that_is_no_corpus_is_refused(
+def test_an_unusable_text_is_refused(
     text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_workspace_that_is_a_file_is_refused(
 
 @pytest.mark.parametrize("name", ["logs", "tokens"])
 @pytest.mark.parametrize("how", ["a file", "a link to itself"])
-def test_what_lies_in_the_way_of_a_folder_is_named(
+def test_an_error_names_what_is_not_a_folder(
     name: str, how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "space" / name

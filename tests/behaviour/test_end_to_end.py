@@ -1,4 +1,4 @@
-"""The program as a user meets it: whole commands in processes of their own, at a tiny size."""
+"""Whole commands in their own processes, at a tiny size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def small(*more: str) -> list[str]:
 
 
 def run(*arguments: str, workspace: Path, code: int = 0) -> str:
-    """Run a command to its end and return what it printed."""
+    """Run a command and return its output."""
     done = subprocess.run(
         command(*arguments, workspace=workspace), capture_output=True, text=True, timeout=400
     )
@@ -49,12 +49,12 @@ def _newest_log(workspace: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A workspace in which the whole job is done, and what the command printed."""
+    """A workspace after `quickstart`, and the output of the command."""
     workspace = tmp_path_factory.mktemp("whole-job")
     return workspace, run("quickstart", *small(), workspace=workspace)
 
 
-def test_the_whole_job_ends_with_a_front(finished: tuple[Path, str]) -> None:
+def test_quickstart_ends_with_a_front(finished: tuple[Path, str]) -> None:
     workspace, printed = finished
     for word in ("vanilla", "r = 0", "teacher", "iiet-orch ui", "front.html"):
         assert word in printed
@@ -116,7 +116,7 @@ def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> No
     assert {"quality/accuracy", "cost/flops_per_token", "train/loss"} <= set(found["metrics"])
 
 
-def test_a_second_call_reuses_everything(finished: tuple[Path, str]) -> None:
+def test_a_rerun_reuses_everything(finished: tuple[Path, str]) -> None:
     workspace, first = finished
     before = _checkpoints(workspace)
     second = run("quickstart", *small(), workspace=workspace)
@@ -125,14 +125,14 @@ def test_a_second_call_reuses_everything(finished: tuple[Path, str]) -> None:
     assert _table(second) == _table(first)
 
 
-def test_another_range_of_thresholds_reuses_what_is_the_same(finished: tuple[Path, str]) -> None:
+def test_other_thresholds_reuse_equal_trials(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
     options = small("sweep.num_schedules=2")
     plan = run("sweep-threshold", "--dry-run", *options, workspace=workspace)
     assert "5 of 5 trials are finished and reused" in plan
 
 
-def test_stages_stand_alone(finished: tuple[Path, str]) -> None:
+def test_commands_run_one_by_one(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
     assert "correction 2" in run("influence", "--metric", "relative", *small(), workspace=workspace)
     assert "lastword" in run("evaluate", "--schedule", "1", *small(), workspace=workspace)
@@ -148,13 +148,13 @@ def _checkpoints(workspace: Path) -> dict[str, float]:
 
 
 def _table(printed: str) -> list[str]:
-    """Return the rows of the front's table, the times among them, which are measured once."""
+    """Return the rows of the front's table, including times, which are measured once."""
     rows = printed.partition("ms/token")[2].partition("Cheapest")[0].splitlines()
     assert [row for row in rows if row.split()[:1] == ["teacher"]], printed
     return rows
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
     options = small("training.num_steps=4000", "training.checkpoint_every_steps=1000000")
     process = subprocess.Popen(
         command("pretrain", *options, workspace=tmp_path),
@@ -236,7 +236,7 @@ def _sweep_in_its_second_trial(workspace: Path) -> subprocess.Popen[str]:
 
 
 def _ends_from_where_it_was(workspace: Path) -> None:
-    """Run the sweep again and see that it trained nothing twice."""
+    """Run the sweep again and check that it trained nothing twice."""
     finished = {path.parent for path in workspace.glob("runs/*/done.json")}
     newest = {p: find_checkpoints(p)[-1] for p in workspace.glob("runs/*") if find_checkpoints(p)}
     assert len(finished) < len(newest) == 2
@@ -249,7 +249,7 @@ def _ends_from_where_it_was(workspace: Path) -> None:
         assert resumed == ([] if folder in finished else [str(checkpoint)])
 
 
-def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path: Path) -> None:
     process = _sweep_in_its_second_trial(tmp_path)
     trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if _trains(p)]
     process.kill()
@@ -260,7 +260,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> 
     _ends_from_where_it_was(tmp_path)
 
 
-def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_goes_on(
+def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_resumes(
     tmp_path: Path,
 ) -> None:
     process = _sweep_in_its_second_trial(tmp_path)

@@ -1,4 +1,4 @@
-"""A disk without room ends any command with a sentence, even where the log cannot be written."""
+"""On a full disk a command ends with one sentence, even if it cannot write its log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.cli.session import open_session
 from orchestrator.workspace.errors import RunFailed
 
 
-def test_no_room_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(RunFailed, match=f"no room is left on the disk of {tmp_path}"),
         open_session(tmp_path, "pretrain", verbose=False),

@@ -1,7 +1,7 @@
-"""Fuzzing: whatever settings hold and whatever happens to files, a command answers in a sentence.
+"""Fuzzing: with any settings and any damaged files, a command ends with one sentence.
 
-Never a traceback, a hang, or a silent change of result. Runs by hand (`make test-long`), for ten
-minutes at most. All findings of a test are collected and told together.
+There must be no traceback, no hang, and no silent change of a result. Runs by hand (`make
+test-long`), for at most ten minutes. All findings of a test are collected and reported together.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LONGEST_ANSWER = 20_000
 PATIENT = settings(
     deadline=None,
     database=None,
-    phases=[Phase.generate],  # Findings are collected; making one smaller would take the time.
+    phases=[Phase.generate],  # Findings are collected; minimizing each would take too long.
     suppress_health_check=list(HealthCheck),
 )
 OPTIONS = [part for setting in SMALL for part in ("--set", setting)]
@@ -46,7 +46,7 @@ OPTIONS = [part for setting in SMALL for part in ("--set", setting)]
 
 @dataclass
 class Findings:
-    """What went wrong, each kind once."""
+    """The failures, one of each kind."""
 
     texts: dict[str, str] = field(default_factory=dict)
     num_examples: int = 0
@@ -68,7 +68,7 @@ class Hangs(BaseException):
 
 @dataclass(frozen=True)
 class Answer:
-    """How a command ended."""
+    """The end of a command."""
 
     code: int
     printed: str
@@ -99,7 +99,7 @@ def ask(capfd: pytest.CaptureFixture[str], arguments: list[str], seconds: float)
 
 
 def judge(findings: Findings, what: object, answer: Answer) -> None:
-    """Note an answer that no command may give."""
+    """Record an answer that no command may give."""
     findings.num_examples += 1
     findings.codes[answer.code] = findings.codes.get(answer.code, 0) + 1
     findings.slowest = max(findings.slowest, answer.seconds)
@@ -120,7 +120,7 @@ def judge(findings: Findings, what: object, answer: Answer) -> None:
 
 
 def _place(trace: str) -> str:
-    """Name the last line of ours in a traceback, which tells findings apart."""
+    """Return the last line of our code in a traceback, which distinguishes findings."""
     lines = re.findall(r'File ".*?/(?:orchestrator|iiet)/(\S+\.py)", line (\d+)', trace)
     return ":".join(lines[-1]) if lines else ""
 
@@ -178,7 +178,7 @@ ASSIGNMENTS = st.builds(
 
 
 def _sound(annotation: Any) -> list[str]:
-    """Return values that a setting may take, and some that only its limits refuse."""
+    """Return valid values of a setting, and some that only its limits refuse."""
     inner = get_args(annotation)
     if get_origin(annotation) is Literal:
         return [str(value) for value in inner]
@@ -198,7 +198,7 @@ def _sound(annotation: Any) -> list[str]:
 
 @st.composite
 def sound_assignments(draw: st.DrawFn) -> str:
-    """A setting with a value of its kind, so that what lies behind the kinds is met, too."""
+    """A setting with a value of its type, so that later checks are tested, too."""
     name = draw(st.sampled_from(NAMES))
     section: Any = Settings
     for part in name.split("."):
@@ -215,13 +215,13 @@ LISTS = st.text(alphabet="0123456789,.-+eEnaif² ", max_size=12) | WORDS
 
 
 def _argument(text: str) -> str:
-    """Return what the command line can pass on: no NUL, and no option by chance."""
+    """Return text that a command line can pass on: no NUL, and no option by chance."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[list[str], str | bytes | None]:
-    """A command that trains nothing, and the content of the file `FILE` that it may name."""
+    """A command that trains nothing, and the content of the file `FILE` in its arguments."""
     kinds = ["tree", "soup", "bytes", "set", "set", "plausible", "plausible", "option", "name"]
     kind = draw(st.sampled_from(kinds))
     if kind == "tree":
@@ -312,7 +312,7 @@ def test_settings_files_and_options(
 
 @dataclass
 class Toy:
-    """A workspace in which everything was done once, and its copy to start each example from."""
+    """A workspace in which every command has run, and its copy, from which each example starts."""
 
     root: Path
     copy: Path
@@ -349,7 +349,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """Made by real runs, in processes of their own."""
+    """Made by real runs in their own processes."""
     root = tmp_path_factory.mktemp("fuzz") / "space"
     if made := os.environ.get("IIET_FUZZ_WORKSPACE"):  # One that lies there already, to save time.
         root = Path(made)
@@ -440,7 +440,7 @@ COMMANDS: dict[str, list[str]] = {
     "sync": ["sync"],
 }
 MEASURED_ANEW = ("plan of a training",)
-"""Answers that hold times of this machine throughout; they are not compared."""
+"""Answers that consist of measured times; they are not compared."""
 _MODELS = (
     "generate", "evaluate", "evaluate another schedule", "evaluate anew", "influence", "export",
     "export with quality", "plan of students", "plan of a sweep", "plan of a search", "training",
@@ -456,7 +456,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "tokens": (*_MODELS, "prepare", "plan of a training", "evaluate an export"),
     "trials": (*_FRONTS, "plan of students", "plan of a sweep", "plan of a search"),
 }
-"""Which commands read what lies in a folder of the workspace."""
+"""By folder of the workspace: the commands that read it."""
 SAYS_SO = re.compile(
     r"damaged|not what was written|cannot|missing|no whole|contradicts|left out|made anew"
     r"|is a folder|has no |measured again|not finished|no tokens|no paired errors|other settings",
@@ -465,7 +465,7 @@ SAYS_SO = re.compile(
 
 
 def numbers_of(printed: str) -> list[str]:
-    """Return the lines of an answer without what differs from call to call: times and rates."""
+    """Return the lines of an answer without times and rates, which differ between calls."""
     text = re.sub(
         r"Writing model shards.*|\(\d+ s\)|[\d.]+ (?:ms|s|min|h)\b|found again", "", printed
     )
@@ -537,7 +537,7 @@ def test_damaged_files(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def _forget_database() -> None:
-    """Close what MLflow keeps open in this process; a new process would see the file as it is."""
+    """Close what MLflow keeps open in this process, so that it reads the file again."""
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as TrackingStore
     from mlflow.tracking._model_registry import utils as registry

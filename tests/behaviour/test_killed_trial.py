@@ -1,4 +1,4 @@
-"""A trial whose process is killed under Tune goes on from its checkpoint to the same result."""
+"""A trial whose process is killed under Tune resumes and gives the same result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.workspace.journal import read_journal
 
 
 def long_trial(trial: PlannedTrial, folder: Path) -> PlannedTrial:
-    """Return a trial of another folder that saves its state now and then."""
+    """Return the trial with another folder and more frequent checkpoints."""
     assert trial.job is not None
     recipe = {**trial.job["recipe"], "num_steps": 400, "checkpoint_every_steps": 20}
     job = {**trial.job, "recipe": recipe, "run_folder": str(folder)}
@@ -31,7 +31,7 @@ def events(trial: PlannedTrial, name: str) -> list[dict[str, Any]]:
 
 
 def losses(trial: PlannedTrial) -> dict[int, float]:
-    """Return the loss of each step, as it was recorded last."""
+    """Return the last recorded loss of each step."""
     return {
         record["step"]: record["values"]["train/loss"]
         for record in read_journal(Path(trial.folder))[0]
@@ -40,7 +40,7 @@ def losses(trial: PlannedTrial) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
+def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     tiny_plan: SweepPlan, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from orchestrator.sweeping import trial_queue as trial_rounds

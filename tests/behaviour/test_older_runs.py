@@ -1,6 +1,7 @@
-"""Runs of before version 0.2: this version does not find them nor go on with them, and takes their
-models. Checkpoints without their run's record, as a storage holds them, go on only where the
-optimizer's parameters are still the same.
+"""Runs from before version 0.2: this version refuses to resume them and can import their models.
+
+A checkpoint without its run's record, as in a remote storage, is resumed only if its optimizer has
+the same parameters as now.
 
 `tests/fixtures/older` holds two runs of two steps as version 0.1 left them, with a checkpoint after
 each step; its tokens were those of `tiny_tokens`.
@@ -41,7 +42,7 @@ OlderJob = Callable[[str], TrainingJob]
 
 @pytest.fixture
 def older_job(tmp_path: Path, tiny_tokens: Path) -> OlderJob:
-    """Makes the job of a finished older run, a copy of whose folder lies there."""
+    """Makes the job of a finished older run, in a copy of its folder."""
 
     def make(method: str) -> TrainingJob:
         folder = tmp_path / f"run_{method}"
@@ -68,7 +69,7 @@ def older_job(tmp_path: Path, tiny_tokens: Path) -> OlderJob:
 
 
 def interrupted(job: TrainingJob) -> TrainingJob:
-    """As it was after its first step."""
+    """Return the job in its state after the first step."""
     shutil.rmtree(job.folder / "step_00000002")
     (job.folder / DONE_NAME).unlink()
     return job
@@ -84,7 +85,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("begun", [interrupted, lambda job: job])
 @pytest.mark.parametrize("method", ["iiet", "vanilla"])
-def test_a_run_is_refused_with_the_way_out_and_left_as_it_is(
+def test_an_older_run_is_refused_with_advice_and_left_unchanged(
     older_job: OlderJob, method: str, begun: Callable[[TrainingJob], TrainingJob]
 ) -> None:
     job = begun(older_job(method))
@@ -96,8 +97,8 @@ def test_a_run_is_refused_with_the_way_out_and_left_as_it_is(
 
 
 @pytest.mark.parametrize("method", ["iiet", "vanilla"])
-def test_its_model_has_the_loss_that_it_had(older_job: OlderJob, method: str) -> None:
-    """Training on for no step measures the loss of the same weights with the code of today."""
+def test_an_older_model_keeps_its_loss(older_job: OlderJob, method: str) -> None:
+    """Resuming for zero steps measures the loss of the same weights with the current code."""
     job = older_job(method)
     known = read_json(job.folder / DONE_NAME)["validation_loss"]
     fresh = TrainingJob(
@@ -119,7 +120,7 @@ def test_moments_that_belong_to_other_parameters_are_refused(older_job: OlderJob
     check_checkpoint(job.folder / "step_00000001")
 
 
-def test_moments_of_the_same_parameters_go_on(older_job: OlderJob) -> None:
+def test_moments_of_the_same_parameters_are_resumed(older_job: OlderJob) -> None:
     finished = load_decoder(RUNS / "run_vanilla" / "step_00000002").state_dict()
     job = interrupted(older_job("vanilla"))
     (job.folder / JOB_NAME).unlink()
@@ -130,7 +131,7 @@ def test_moments_of_the_same_parameters_go_on(older_job: OlderJob) -> None:
         torch.testing.assert_close(resumed[name], tensor)
 
 
-def test_it_serves_as_teacher_and_as_start_of_a_student(older_job: OlderJob) -> None:
+def test_an_older_model_can_be_the_teacher_and_start_of_a_student(older_job: OlderJob) -> None:
     older = older_job("iiet")
     teacher = older.folder / "step_00000002"
     job = TrainingJob(
@@ -150,8 +151,8 @@ def test_it_serves_as_teacher_and_as_start_of_a_student(older_job: OlderJob) -> 
     assert not any(name.startswith(("method.", "fields.")) for name in names)
 
 
-def test_an_exported_model_is_imported(older_job: OlderJob, tmp_path: Path) -> None:
-    """As version 0.1 wrote one: the same names, `decoder.` before them."""
+def test_an_older_exported_model_is_imported(older_job: OlderJob, tmp_path: Path) -> None:
+    """As version 0.1 wrote it: the same names with the prefix `decoder.`."""
     from iiet.huggingface import IIETConfig
 
     checkpoint = older_job("iiet").folder / "step_00000002"

@@ -1,4 +1,4 @@
-"""The README says what is true: commands and options exist, its Python runs, files are there."""
+"""The README is correct: its commands, options and files exist, and its Python runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert names["cheaper"].schedule.num_corrections == 0  # type: ignore[attr-defined]
 
 
-def test_what_the_readme_points_to_is_there() -> None:
+def test_links_and_folders_in_the_readme_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
     for folder in re.findall(r"^\| `([a-z/]+)`", README, flags=re.MULTILINE):
@@ -85,5 +85,5 @@ def test_a_shipped_sweep_is_described_in_its_first_line() -> None:
 
 
 @pytest.mark.parametrize("word", ["TODO", "TBD", "@@"])
-def test_nothing_is_left_open(word: str) -> None:
+def test_no_placeholder_is_left(word: str) -> None:
     assert word not in README

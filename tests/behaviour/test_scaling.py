@@ -1,5 +1,4 @@
-"""docs/scaling.md says what is true: its commands exist, its table is what they print, its YAML is
-whole."""
+"""docs/scaling.md is correct: its commands exist and print its table, and its YAML is valid."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 def printed_cells(command: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Run a command of the table and return the figures that it prints for the cells."""
+    """Run a command of the table and return the figures of its row."""
     assert cli.main([*shlex.split(command)[1:], "-w", str(workspace)]) == 0
     output = capsys.readouterr().out
     cells = []
@@ -48,7 +47,7 @@ def test_the_table_is_what_its_commands_print(
         assert row.split(" | ") == printed_cells(command, tmp_path, capsys), command
 
 
-def test_what_the_text_says_of_fitting_is_so(
+def test_every_row_of_the_table_fits_on_an_h100(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.planning.pretraining_estimate.installed_gpu", lambda: None)
@@ -79,7 +78,7 @@ def test_the_job_for_kuberay_is_yaml_with_the_fields_of_a_ray_job() -> None:
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
 
 
-def test_what_it_points_to_is_there() -> None:
+def test_named_test_files_exist() -> None:
     root = Path(__file__).resolve().parents[2]
     for path in re.findall(r"`(tests/[\w/.]+)`", TEXT):
         assert (root / path).exists(), path

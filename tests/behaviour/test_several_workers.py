@@ -1,4 +1,4 @@
-"""Two workers, replicated or sharded: the losses of one, also across checkpoints of either kind."""
+"""Two workers, replicated or sharded, have the losses of one, also after a resume as the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Call = tuple[dict[str, Any], str, int | None]
 """A job, how its workers share the model, and the step to stop after."""
 
 BAD_STEP, BAD_RUNS = 3, ("ddp-bad", "fsdp-bad")
-"""In these runs the second worker's loss is no number at one step."""
+"""In these runs the second worker's loss is NaN at one step."""
 
 
 def stop_after(step: int | None) -> Callable[[], bool]:
@@ -60,7 +60,7 @@ def spoiled(make_objective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def completions_only(batch: Callable[..., Batch]) -> Callable[..., Batch]:
-    """Have few tokens count: other numbers of them on each worker and in each pass."""
+    """Let only some tokens count, with other numbers of them in each worker and pass."""
 
     def masked(*arguments: Any, **options: Any) -> Batch:
         tokens = batch(*arguments, **options).input_ids
@@ -116,7 +116,7 @@ MIDDLE = ("alone-then-ddp", "alone-then-fsdp", "ddp-then-alone", "fsdp-then-alon
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
-    """All that this file looks at, made by two workers that start once."""
+    """All runs of this file, made by two workers that start once."""
     from iiet.config import ModelConfig
     from iiet.schedule import IterationSchedule
 
@@ -176,7 +176,7 @@ def test_two_workers_have_the_losses_of_one(runs: Runs, parallel: str, kind: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_workers_weigh_what_counts_and_not_who_has_it(runs: Runs, parallel: str) -> None:
+def test_every_target_has_the_same_weight_on_any_worker(runs: Runs, parallel: str) -> None:
     for metric in ("train/loss", "train/gradient_norm"):
         expected = runs.numbers("alone-masked", metric)
         assert runs.numbers(f"{parallel}-masked", metric) == pytest.approx(expected, rel=1e-4)
@@ -195,7 +195,7 @@ def test_bf16_of_two_workers_is_close_to_that_of_one(runs: Runs, parallel: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_RUNS)
-def test_what_is_no_number_on_one_worker_is_skipped_by_both(runs: Runs, name: str) -> None:
+def test_a_nan_loss_on_one_worker_is_skipped_by_both(runs: Runs, name: str) -> None:
     assert runs.numbers(name)[:3] == pytest.approx(runs.numbers("alone")[:3], abs=1e-5)
     assert len(runs.numbers(name)) == RECIPE["num_steps"] - 1
     skipped = [r["step"] for r in read_journal(runs.folder / name)[0] if r.get("name") == "skipped"]
@@ -204,7 +204,7 @@ def test_what_is_no_number_on_one_worker_is_skipped_by_both(runs: Runs, name: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIDDLE)
-def test_a_checkpoint_goes_on_with_other_workers(runs: Runs, name: str) -> None:
+def test_a_run_resumes_with_other_workers(runs: Runs, name: str) -> None:
     assert runs.numbers(name) == pytest.approx(runs.numbers("alone"), abs=1e-5)
     events = [r for r in read_journal(runs.folder / name)[0] if r["kind"] == "event"]
     (resumed,) = [r for r in events if r["name"] == "resumed"]

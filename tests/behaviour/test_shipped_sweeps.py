@@ -1,4 +1,4 @@
-"""Every shipped sweep, run from its file at a tiny size, all in one workspace."""
+"""Every shipped sweep runs from its file at a tiny size, all in one workspace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FRONTS = {
     "paper-55m": {"teacher", "vanilla", "r = 0", "0,0,0", "3,3,3"},
     "toy": {"teacher", "vanilla", "r = 0", "0,0,0", "2,2,2"},
 }
-"""What stands on the front of each, schedules between the ends apart."""
+"""Expected rows on the front of each sweep, without schedules between both ends."""
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def plan(workspace: Workspace, name: str, *more: str) -> str:
 
 
 def done_in(folder: Path) -> set[Path]:
-    """Return the trainings in a folder that have come to their end."""
+    """Return the finished trainings in a folder."""
     return set(folder.glob("*/done.json"))
 
 
-def test_each_is_run_here() -> None:
+def test_every_shipped_sweep_is_run_here() -> None:
     assert {*FRONTS, "search"} == set(shipped_sweeps())
 
 

@@ -1,5 +1,4 @@
-"""One job, two processes: trained once, waited for, taken over from the dead; a wait that is
-interrupted leaves the other alone."""
+"""Two processes with one job: one trains and the other waits, and takes over if the first dies."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from orchestrator.training.run_lock import is_run_locked, jobs_to_train, lock_ru
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 
-# Holds still after its first checkpoint until its standard input ends, if it is asked to.
+# With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
 DRIVER = """
 import json, sys
 from orchestrator.cluster import local
@@ -103,7 +102,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a script on jobs; what is left ends with the test."""
+    """Starts a script on jobs; processes that still run are killed after the test."""
     started = []
 
     def start(*jobs: TrainingJob, hold: bool = False, script: str = DRIVER) -> Any:
@@ -123,7 +122,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture
 def first(job: TrainingJob, start: Start) -> subprocess.Popen[str]:
-    """A process that trains the job and holds still after its first checkpoint."""
+    """A process that trains the job and pauses after its first checkpoint."""
     process = start(job, hold=True)
     wait_for(lambda: find_checkpoints(job.folder), process)
     return process
@@ -141,7 +140,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
     give_up_at = time.monotonic() + 150.0
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < give_up_at, "it did not come that far in time"
+        assert time.monotonic() < give_up_at, "the condition did not become true in time"
         time.sleep(0.02)
 
 
@@ -154,14 +153,14 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def go_on(process: subprocess.Popen[str]) -> None:
+def close_input(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.close()
     process.stdin = None
 
 
 def result(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """Return what a process ends with; it says nothing else before."""
+    """Return the outcomes that a process prints; it prints nothing else."""
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     outcomes: list[dict[str, Any]] = json.loads(printed)
@@ -172,16 +171,16 @@ Process = subprocess.Popen[str]
 
 
 @pytest.mark.slow
-def test_both_have_the_outcome_of_one_training(
+def test_both_processes_return_the_outcome_of_one_training(
     job: TrainingJob, first: Process, second: Process
 ) -> None:
     assert not finished_outcome(job)
-    go_on(first)
+    close_input(first)
     assert result(first) == result(second)
     assert len(events(job, "started", "resumed")) == 1
 
 
-def test_who_waits_takes_over_from_one_that_is_killed(
+def test_a_waiting_process_takes_over_from_a_killed_one(
     job: TrainingJob, first: Process, second: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first.kill()
@@ -197,24 +196,24 @@ def test_who_waits_takes_over_from_one_that_is_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_wait_that_is_interrupted_leaves_the_other_alone(
+def test_an_interrupted_wait_does_not_disturb_the_other_process(
     number: int, job: TrainingJob, first: Process, second: Process
 ) -> None:
     second.send_signal(number)
     assert "waiting for another process" in line(second)
     assert second.wait(timeout=30) == 130
     assert not (job.folder / STOP_NAME).exists()
-    go_on(first)
+    close_input(first)
     assert result(first)
     assert len(events(job, "started", "resumed")) == 1
 
 
 @pytest.mark.slow
-def test_who_interrupts_the_first_lets_the_second_go_on(
+def test_after_the_first_is_interrupted_the_second_continues(
     job: TrainingJob, first: Process, second: Process
 ) -> None:
     first.send_signal(signal.SIGINT)
-    go_on(first)
+    close_input(first)
     assert "interrupted; saved at step " in line(first)
     assert first.wait(timeout=30) == 130
     assert result(second)
@@ -224,23 +223,21 @@ def test_who_interrupts_the_first_lets_the_second_go_on(
 
 
 @pytest.mark.slow
-def test_jobs_asked_for_in_opposite_orders_are_each_trained_once(
-    job: TrainingJob, start: Start
-) -> None:
+def test_jobs_in_opposite_orders_are_each_trained_once(job: TrainingJob, start: Start) -> None:
     jobs = [replace(job, run_folder=f"{job.run_folder}-{name}") for name in "abc"]
     first = start(*jobs[:2], hold=True)
     wait_for(lambda: find_checkpoints(jobs[0].folder), first)
     second = start(*reversed(jobs))
     assert line(second) == WAITING.replace("run", "run-b, run-a")
     assert finished_outcome(jobs[2]), "it trained what was free"
-    go_on(first)
+    close_input(first)
     assert result(second)[::-1][:2] == result(first)
     for each in jobs:
         assert len(events(each, "started", "resumed")) == 1
 
 
-def test_a_stop_file_of_a_held_folder_is_its_holders(job: TrainingJob) -> None:
-    """A request to stop is withdrawn by who holds the folder, not by who waits for it."""
+def test_only_the_process_with_the_lock_removes_a_stop_file(job: TrainingJob) -> None:
+    """The process that holds the lock removes a stop request; one that waits does not."""
     waits: list[bool] = []
 
     def stop_waiting() -> None:
@@ -278,7 +275,7 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
     driver = start(job, hold=True)
     wait_for(lambda: find_checkpoints(job.folder), driver)
     assert run_trial(trial.to_dict(), wait=False).state == "busy"
-    go_on(driver)
+    close_input(driver)
     assert run_trial(trial.to_dict()).state == "made", "measured; trained by the other one"
     assert result(driver)
     assert len(events(job, "started", "resumed")) == 1
@@ -304,7 +301,7 @@ def with_checkpoints(trial: PlannedTrial) -> PlannedTrial:
 
 
 @pytest.mark.slow
-def test_under_ray_a_killed_driver_is_taken_over_by_one_of_those_that_wait(
+def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     job: TrainingJob, start: Start
 ) -> None:
     job = replace(job, recipe=job.recipe.model_copy(update={"num_steps": 400}))

@@ -1,4 +1,4 @@
-"""Query heads that share key heads: equal to repeated heads, by a fused kernel."""
+"""Query heads that share key heads equal repeated heads, and use a fused kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS, KEY_HEADS, WIDTH, TOKENS = 8, 2, 8, 64
 
 
 class Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that an operation makes."""
+    """Records the size of the largest tensor that an operation makes."""
 
     num_values = 0
 

@@ -1,4 +1,4 @@
-"""A batch knows its targets and what counts, and its parts count as it does."""
+"""A batch's targets and counted positions, and those of its parts."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_a_mask_of_text_names_the_tokens_that_are_targets():
     assert (everything.num_targets, everything.num_positions) == (9, 12)
 
 
-def test_elsewhere_only_positions_with_a_target_count():
+def test_outside_text_only_positions_with_a_target_count():
     targets = TOKENS.masked_fill(~MASK, NO_TARGET)
     batch = Batch(TOKENS, targets)
     assert torch.equal(batch.taught, MASK)
@@ -50,7 +50,7 @@ def test_elsewhere_only_positions_with_a_target_count():
     assert (some.num_targets, some.num_positions) == (3, 3)
 
 
-def test_parts_hold_the_rows_and_their_share_of_what_counts():
+def test_parts_have_their_rows_and_their_share_of_the_counts():
     whole = Batch.of_text(TOKENS, MASK).counted_as(3, 6)
     parts = whole.split(2)
     assert [len(part) for part in parts] == [2, 1]

@@ -1,4 +1,4 @@
-"""A decoder that is compiled as a whole is one graph and computes what the eager one computes."""
+"""A decoder compiled as a whole is one graph and equals the eager one."""
 
 import shutil
 import subprocess
@@ -39,7 +39,7 @@ def tokens():
 
 
 def masks(masked):
-    """Left padding in one of two rows, or nothing."""
+    """Left padding in one of two rows, or none."""
     mask = torch.ones(BATCH, TIME, dtype=torch.bool)
     mask[0, :2] = False
     return {"attention_mask": mask} if masked else {}
@@ -108,8 +108,8 @@ def test_prefill_and_each_step_are_one_graph(method, masked):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_decoding_on_and_on_compiles_nothing_anew():
-    """The number of tokens held is a symbol of the graph of a step, from the second step on."""
+def test_longer_decoding_recompiles_nothing():
+    """From the second step on, the number of cached tokens is a symbol of the step's graph."""
     decoder, graphs = decoder_of("vanilla"), CompileCounter()
     compiled = torch.compile(decoder, backend=graphs, fullgraph=True)
     ids = torch.randint(VOCAB, (BATCH, 8))
@@ -127,7 +127,7 @@ def test_decoding_on_and_on_compiles_nothing_anew():
     ],
 )
 def test_a_fresh_process_compiles(method):
-    """Nothing was run before that could have filled a table or imported a module."""
+    """No earlier run has filled a table or imported a module."""
     script = f"""
 import torch
 from test_compile import decoded, decoder_of, masks, tokens, trained
@@ -148,7 +148,7 @@ assert not torch._dynamo.utils.counters["graph_break"]
     "masked",
     [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.long)],
 )
-def test_the_usual_compiler_gives_the_same(masked):
+def test_the_default_compiler_gives_the_same(masked):
     decoder = decoder_of("iiet")
     compiled = torch.compile(decoder)
     given = masks(masked)
@@ -162,7 +162,7 @@ def test_the_usual_compiler_gives_the_same(masked):
 
 
 def test_a_compiled_pass_remembers_and_obeys_the_mask_of_its_cache():
-    """A graph knows no values, so it keeps every mask; eager passes through the cache go on."""
+    """A graph knows no values, so it keeps every mask; eager passes can continue the cache."""
     decoder = decoder_of("vanilla")
     compiled = torch.compile(decoder, **GRAPHS)
     mask = masks(True)["attention_mask"]

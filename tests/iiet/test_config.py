@@ -1,4 +1,4 @@
-"""Configs: presets of the published sizes, plain values and back, all problems in one error."""
+"""Configs: published sizes, conversion to plain values and back, all problems in one error."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_all_problems_at_once():
         ({"num_layers": "6"}, "num_layers must be a positive integer, got '6'"),
     ],
 )
-def test_what_does_not_fit_together(changes, message):
+def test_settings_that_do_not_fit_together(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(preset("tiny"), **changes)
 
@@ -97,7 +97,7 @@ def test_plain_values_with_a_schedule_that_cannot_be_read():
         ModelConfig.from_dict({**values, "schedule": "1,1"})
 
 
-def test_weights_start_as_said():
+def test_weights_start_as_configured():
     torch.manual_seed(0)
     decoder = Decoder(preset("tiny", method="ode_rk2_gated", tie_embeddings=False))
     for name, parameter in decoder.named_parameters():
@@ -113,7 +113,7 @@ def test_a_tied_head_is_stored_once():
     assert "head.weight" not in Decoder(preset("tiny")).state_dict()
 
 
-def test_plain_values_have_the_methods_options_where_they_are_not_its_defaults():
+def test_plain_values_hold_only_options_that_differ_from_the_defaults():
     options = METHODS["iiet"].Options
     damped = preset("tiny", method_options={"damping": 0.5})
     assert damped.method_options == options(damping=0.5)

@@ -1,4 +1,4 @@
-"""Costs equal hand counts, what PyTorch counts while running, and what a built model weighs."""
+"""Costs equal counts by hand, PyTorch's counts of a run, and the size of a built model."""
 
 import dataclasses
 import itertools
@@ -50,12 +50,12 @@ MIX_TERMS = {
 
 
 def sums_by_hand(method):
-    """What the count has beyond the matrix products that PyTorch sees."""
+    """FLOPs of the sums, which PyTorch does not count as matrix products."""
     return 2 * 8 * MIX_TERMS.get(method, 0)
 
 
 def counted_flops(run):
-    """What PyTorch counts; on a CPU it sees attention with this backend only, as full products.
+    """PyTorch's count; on a CPU it sees attention only with this backend, as full products.
 
     With plain formulas, in which the mix is made of sums, which it does not count.
     """
@@ -338,7 +338,7 @@ def test_a_truncated_backward_pass_costs_less_training():
     assert inference_cost(truncated) == inference_cost(full)
 
 
-def test_no_corrections_cost_what_vanilla_costs_but_for_the_mix():
+def test_without_corrections_the_cost_is_that_of_vanilla_plus_the_mix():
     vanilla, iiet = inference_cost(SMALL), inference_cost(small("iiet", (0, 0, 0)))
     difference = iiet.decode_flops_per_token - vanilla.decode_flops_per_token
     assert difference == 2 * 8 * (2 + 3 + 4)

@@ -1,5 +1,5 @@
-"""Each form written by hand equals the plain formula, in values and gradients, and serves only bare
-layers."""
+"""Each hand-written form equals the plain formula in values and gradients, and replaces bare layers
+only."""
 
 import os
 import subprocess
@@ -92,7 +92,7 @@ def test_rotation_in_half_precision_is_rounded_once():
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3)])
 @torch.no_grad()
-def test_product_of_few_rows_in_all_its_ways(rows, shape):
+def test_product_of_few_rows(rows, shape):
     weight = torch.randn(*shape, dtype=torch.float64)
     x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
     product = few_rows_product(x, weight, rows)
@@ -150,7 +150,7 @@ def test_the_environment_turns_them_off():
 
 
 class Wrapped(torch.Tensor):
-    """A weight that is more than its numbers, such as a quantized or a distributed one."""
+    """A weight that is a tensor subclass, such as a quantized or a distributed one."""
 
     def __tensor_flatten__(self):
         raise NotImplementedError
@@ -170,7 +170,7 @@ def test_only_a_bare_linear_layer_is_served(change):
     assert cpu_kernels.serves_linear(linear) == (change == "none")
 
 
-def test_none_is_used_where_a_hook_watches_all_modules():
+def test_global_hooks_turn_them_off():
     linear = nn.Linear(4, 4, bias=False)
     assert cpu_kernels.serves_linear(linear)
     with nn.modules.module.register_module_forward_hook(lambda *_: None):
@@ -180,8 +180,8 @@ def test_none_is_used_where_a_hook_watches_all_modules():
 
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
-def test_a_run_on_fake_tensors_leaves_nothing_behind(with_gradients, method):
-    """They have no numbers; one that is kept makes every later run of the process fail."""
+def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
+    """They have no values; a cached one would make every later run of the process fail."""
     cpu_kernels._constants.clear()
     used, unused = small_decoder(method), small_decoder(method)
     with torch.set_grad_enabled(with_gradients):

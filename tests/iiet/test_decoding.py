@@ -1,4 +1,4 @@
-"""Cached decoding and generation: equal to the full forward, and honest about what does not fit."""
+"""Cached decoding and generation equal the full forward and refuse what does not fit."""
 
 import pytest
 import torch
@@ -69,8 +69,8 @@ def test_the_last_strategy_is_exact_without_corrections_and_not_with_them():
 @pytest.mark.parametrize("strategy", ["exact", "last"])
 @pytest.mark.parametrize("is_filled", [False, True])
 @pytest.mark.parametrize("other", [(3, 3, 3), (1, 1, 1), (0, 0, 0), (1, 0, 1)])
-def test_a_cache_serves_no_other_schedule(strategy, is_filled, other):
-    """Not one with as many evaluations either, nor before the first token is cached."""
+def test_a_cache_refuses_another_schedule(strategy, is_filled, other):
+    """Also one with as many evaluations, and before the first token is cached."""
     decoder, other = decoder_of(), IterationSchedule(other)
     cache = cache_of(decoder, strategy=strategy)
     if is_filled:
@@ -102,7 +102,7 @@ def test_a_cache_is_refused_after_an_interrupted_pass():
 
 
 @torch.no_grad()
-def test_a_cache_without_room():
+def test_a_full_cache_is_refused():
     decoder = decoder_of()
     with pytest.raises(ValueError, match="room for max_tokens=4, got 5"):
         decoder(prompt(), cache=cache_of(decoder, max_tokens=4))
@@ -159,7 +159,7 @@ def test_a_mask_that_contradicts_the_cache_is_refused():
 
 @torch.no_grad()
 def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
-    """So one padded batch of contexts can be continued, each behind its own end."""
+    """So a padded batch of contexts can be continued, each row after its own end."""
     decoder, tokens = decoder_of(), prompt(2, 8)
     mask = torch.ones(2, 8).bool()
     mask[1, 3:6] = False
@@ -193,7 +193,7 @@ def test_stream_yields_what_generate_returns():
     assert torch.equal(torch.stack(steps, 1), generate(decoder, prompt(), **settings)[:, 5:])
 
 
-def test_the_seed_alone_decides():
+def test_the_seed_determines_the_samples():
     decoder = decoder_of()
     settings = {"max_new_tokens": 12, "temperature": 1.5}
     first = generate(decoder, prompt(), seed=1, **settings)

@@ -1,4 +1,4 @@
-"""The plain formulas have every derivative: twice, forwards, and under `torch.func`."""
+"""The plain formulas have all derivatives: second, forward-mode, and under `torch.func`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The objective is the sum it says, its teacher never moves, and it does teach."""
+"""The loss is the stated sum, the teacher never changes, and the student learns from it."""
 
 import copy
 import dataclasses
@@ -45,7 +45,7 @@ def teacher_and_student():
 
 
 class Forbidden(torch.nn.Module):
-    """A teacher that must not be asked."""
+    """A teacher that must not run."""
 
     def forward(self, input_ids, **options):
         raise AssertionError("the teacher was run")
@@ -161,7 +161,7 @@ def test_a_student_of_a_compiled_decoder_follows_its_own_schedule(attribute):
     assert torch.equal(decoder.with_schedule(schedule)(TOKENS), expected)
 
 
-def test_the_teacher_is_asked_in_eval_mode_and_the_student_once():
+def test_the_teacher_runs_in_eval_mode_and_the_student_runs_once():
     calls = []
 
     class Listening(torch.nn.Module):
@@ -303,7 +303,7 @@ def test_without_a_token_that_counts_the_loss_is_zero_and_flat(kl_weight):
     assert all(gradient.abs().max() == 0 for gradient in gradients)
 
 
-def test_coarse_answers_teach_the_same_whoever_makes_them():
+def test_stored_and_live_coarse_answers_give_the_same_loss():
     teacher, student = teacher_and_student()
     config = DistillationConfig(top_k=4, temperature=2.0)
     live, _ = distillation_loss(student, teacher, TOKENS, config=config)
@@ -319,7 +319,7 @@ def test_coarse_answers_teach_the_same_whoever_makes_them():
             distillation_loss(student, lambda _: stored, TOKENS, config=other)
 
 
-def test_low_precision_and_double_work():
+def test_low_and_double_precision():
     teacher, student = teacher_and_student()
     config = DistillationConfig(hidden_weight=1.0)
     exact, _ = distillation_loss(

@@ -1,6 +1,6 @@
-"""One suite over every registered method: a new one is tested from the line that registers it.
+"""One suite for every registered method: a new method is tested as soon as it is registered.
 
-In float64 on small random weights, so that equal means equal.
+Runs in float64 on small random weights, so that equal results agree closely.
 """
 
 import dataclasses

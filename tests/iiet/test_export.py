@@ -1,7 +1,7 @@
-"""An exported folder works where this package does not exist, and says what this package says.
+"""An exported folder works without this package and gives the same results.
 
-The check runs in a process of its own in which `iiet` cannot be imported, with the stock loaders of
-transformers and lm-eval and an empty cache for remote code.
+The check runs in its own process, which cannot import `iiet`, with the loaders of transformers and
+lm-eval and an empty cache for remote code.
 """
 
 import ast
@@ -94,7 +94,7 @@ def tokenizer_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_folder_works_in_a_process_without_this_package(decoder, tokenizer_file, tmp_path):
+def test_an_exported_folder_works_without_this_package(decoder, tokenizer_file, tmp_path):
     folder = export_pretrained(decoder, tmp_path / "a model-1.0", tokenizer_file)
     ids = torch.tensor([[1, 2, 3, 4], [5, 7, 3, 4]])
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""The adapter adds and loses nothing: same logits, same tokens with every cache, same scores.
+"""The adapter changes nothing: same logits, same tokens with every cache, same scores.
 
-Generation is compared with the same model generating without any cache, which knows no slots.
+Generation is compared with generation by the same model without a cache, which needs no slots.
 """
 
 import copy
@@ -356,7 +356,7 @@ def test_the_number_of_tokens_can_be_changed(tied, size, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["1,0,0", (1, 0, 0), "1,0*2"])
-def test_a_schedule_may_be_written_as_elsewhere(text, tmp_path):
+def test_a_schedule_may_be_written_as_text(text, tmp_path):
     IIETForCausalLM.from_decoder(make_decoder()).save_pretrained(tmp_path / "full")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", corrections=text)
     assert model.decoder.schedule == IterationSchedule((1, 0, 0))
@@ -511,7 +511,7 @@ def test_bfloat16_loads_with_the_methods_own_weights_in_float32(method, tmp_path
     assert generated(model, ids, torch.ones(1, 4)).shape == (1, 16)
 
 
-def test_tokenizer_knows_its_end_and_refuses_a_wrong_one(tokenizer_file):
+def test_tokenizer_has_its_end_token_and_refuses_an_unknown_one(tokenizer_file):
     tokenizer = fast_tokenizer(tokenizer_file, end_of_text=END, context_length=48)
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
     assert tokenizer("the cat").input_ids == [1, 2]

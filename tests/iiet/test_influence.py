@@ -1,6 +1,6 @@
-"""Influence equals its formula, does not depend on how batches are spread, and has honest errors.
+"""Influence equals its formula, does not depend on the split into batches, and has correct errors.
 
-The evaluations come from the published code (stored), the formula is written out over numpy.
+The evaluations are stored outputs of the published code; the formula is written in numpy.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
-def test_padding_does_not_exist(metric, side):
+def test_padding_has_no_effect(metric, side):
     decoder = small_decoder().double()
     lengths = (8, 3, 5)
     alone = [torch.cat(random_batches(1))[:1, :length] for length in lengths]
@@ -214,7 +214,7 @@ def test_a_layer_that_changes_nothing_has_no_influence():
     assert min(row) >= 0
 
 
-def test_measuring_leaves_the_decoder_alone():
+def test_measuring_does_not_change_the_decoder():
     decoder = small_decoder()
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     done = []
@@ -252,8 +252,8 @@ def test_a_method_without_corrections_has_empty_rows():
 
 
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
-def test_beside_the_pass_only_the_last_output_is_kept(metric):
-    """What 2 layers need beside an ordinary pass is enough for 8."""
+def test_only_the_last_output_is_kept_in_memory(metric):
+    """8 layers need no more memory beside an ordinary pass than 2."""
     size, input_ids = 4 * 4 * 64 * 32, torch.randint(64, (4, 64))
 
     def beside(num_layers):
@@ -309,7 +309,7 @@ def test_residuals_count_the_positions_that_count():
             assert row == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_contraction_factor_is_the_mean_shrinking_of_the_residuals():
+def test_the_contraction_factor_is_the_mean_ratio_of_residuals():
     residuals = ((0.9, 0.3, 0.1), (1.0, 2.0), (0.5,), ())
     table = InfluenceTable("cosine", residuals, residuals, 8, residuals)
     assert table.contractions[:2] == pytest.approx((1 / 3, 2.0))
@@ -325,7 +325,7 @@ def test_a_method_that_corrects_once_has_residuals_and_no_influence():
     assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
 
-def test_a_table_of_before_there_were_residuals_loads():
+def test_an_older_table_without_residuals_loads():
     table = influence_table(small_decoder(), random_batches(2))
     stored = table.to_dict()
     del stored["residuals"], stored["contractions"]

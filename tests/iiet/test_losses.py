@@ -1,4 +1,4 @@
-"""Losses are what their names say: zero and flat at equality, never negative, equal to the formula.
+"""Losses are zero with zero gradient at equality, never negative, and equal to their formula.
 
 Expected values come from sums written out over the vocabulary in float64, gradients from finite
 differences, and the cross-entropy also from the stored reference cases.
@@ -84,7 +84,7 @@ def test_never_negative_however_close(kind, seed, scale, temperature):
         assert loss <= temperature**2 * math.log(2) * (1 + 1e-5)
 
 
-def test_forward_and_reverse_are_each_others_mirror_and_jensen_shannon_its_own():
+def test_forward_and_reverse_mirror_each_other_and_jensen_shannon_is_symmetric():
     teacher, student = random_logits(2, 3, 5), random_logits(2, 3, 5, seed=1)
     forward = kl_divergence(teacher, student, kind="forward")
     assert kl_divergence(student, teacher, kind="reverse").item() == pytest.approx(forward.item())
@@ -111,7 +111,9 @@ def test_chunks_change_nothing(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_chunks_that_grow_with_the_logits_keep_the_bits(kind, temperature, monkeypatch):
+def test_chunks_that_grow_with_the_logits_keep_results_bitwise_equal(
+    kind, temperature, monkeypatch
+):
     teacher, student = random_logits(2, 8 * 701, scale=3.0).float().view(2, 2, 4, 701)
     monkeypatch.setattr(losses, "FEWEST_ELEMENTS", 1)
     results = []
@@ -125,7 +127,7 @@ def test_chunks_that_grow_with_the_logits_keep_the_bits(kind, temperature, monke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masked_positions_do_not_exist(kind):
+def test_masked_positions_have_no_effect(kind):
     teacher, student = random_logits(2, 4, 6), random_logits(2, 4, 6, seed=1)
     mask = torch.tensor([[True, False, True, True], [False, False, False, True]])
     dirty = student.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
@@ -138,7 +140,7 @@ def test_masked_positions_do_not_exist(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_counts_gives_zero(kind):
+def test_without_counted_positions_the_loss_is_zero(kind):
     student = random_logits(2, 4, 6).requires_grad_()
     mask = torch.zeros(2, 4, dtype=torch.bool)
     loss = kl_divergence(random_logits(2, 4, 6, seed=1), student, mask=mask, kind=kind)
@@ -148,7 +150,7 @@ def test_nothing_counts_gives_zero(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_that_neither_model_can_say_do_no_harm(kind):
+def test_tokens_that_both_models_exclude_do_no_harm(kind):
     teacher, student = random_logits(1, 2, 6), random_logits(1, 2, 6, seed=1)
     impossible = torch.tensor([False] * 5 + [True])
     leaf = student.masked_fill(impossible, -math.inf).requires_grad_()
@@ -159,7 +161,7 @@ def test_words_that_neither_model_can_say_do_no_harm(kind):
     assert leaf.grad.isfinite().all()
 
 
-def test_jensen_shannon_stays_finite_where_one_model_is_certain():
+def test_jensen_shannon_is_finite_if_one_model_is_certain():
     teacher = torch.tensor([[[0.0, -math.inf]]])
     student = torch.tensor([[[-math.inf, 0.0]]])
     loss = kl_divergence(teacher, student, kind="jensen_shannon")
@@ -283,7 +285,7 @@ def test_a_loss_over_nothing_is_zero_and_flat(count):
         assert torch.autograd.grad(loss, logits)[0].abs().max() == 0
 
 
-def test_cross_entropy_of_ignorance_is_the_log_of_the_vocabulary():
+def test_cross_entropy_of_equal_logits_is_the_log_of_the_vocabulary():
     loss = next_token_loss(torch.zeros(2, 9, 50, dtype=torch.bfloat16), torch.ones(2, 9).long())
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(math.log(50), rel=1e-6)

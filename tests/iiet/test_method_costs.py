@@ -1,4 +1,4 @@
-"""What a method's class says of its layers is what they do, for every method there is."""
+"""The costs that a method's class states are those of its layers, for every method."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class FreeField(nn.Module):
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
-def test_a_layer_keeps_what_its_method_says(method: str, options: dict[str, Any]) -> None:
+def test_a_layer_keeps_as_many_tensors_as_its_method_states(
+    method: str, options: dict[str, Any]
+) -> None:
     config = small(method, **options)
     decoder, kind = Decoder(config), METHODS[method]
     for layer in decoder.layers:
@@ -79,7 +81,7 @@ def test_a_layer_keeps_what_its_method_says(method: str, options: dict[str, Any]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_parameters_of_corrections_may_be_idle(method: str) -> None:
+def test_only_parameters_of_corrections_may_be_unused(method: str) -> None:
     decoder = Decoder(small(method))
     decoder(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
     idle = [name for name, p in decoder.named_parameters() if p.grad is None]

@@ -1,7 +1,7 @@
 """A method of another package: found by its entry point, tested by the shared suite, exported with
 its source.
 
-The package lies in a temporary folder beside the metadata that an installer would write.
+The package is in a temporary folder, with the metadata that an installer would write.
 """
 
 import json
@@ -155,7 +155,7 @@ def test_an_entry_point_is_a_method_with_its_options(site):
 
 
 @pytest.mark.slow
-def test_the_shared_suite_takes_it(site):
+def test_the_shared_suite_tests_it(site):
     root = Path(__file__).parents[2]
     process = subprocess.run(
         [
@@ -206,7 +206,7 @@ def test_only_what_the_method_needs_is_exported(site):
         ("x = 1; from iiet import METHODS", "line 1 reads 'from iiet import METHODS'"),
     ],
 )
-def test_an_import_that_cannot_be_made_flat_is_refused_by_its_line(site, line, message):
+def test_an_import_that_cannot_be_rewritten_is_refused_with_its_line(site, line, message):
     file = site / "relaxed_methods" / "layers.py"
     file.write_text(f"{line}\n{file.read_text()}")
     with pytest.raises(ValueError, match=f"relaxed_methods.layers cannot be exported: {message}"):

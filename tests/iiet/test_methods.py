@@ -1,4 +1,4 @@
-"""Methods as numerical mathematics: orders, limits and fixed points, on fields one can solve."""
+"""Methods as numerical mathematics: orders, limits and fixed points, on fields with a solution."""
 
 import math
 
@@ -17,7 +17,7 @@ DIM = 8
 
 
 class FieldOf(torch.nn.Module):
-    """A field that one can solve: any function of the hidden state."""
+    """A field that is any given function of the hidden state."""
 
     def __init__(self, function):
         super().__init__()
@@ -111,9 +111,8 @@ def test_the_solver_applies_the_map_as_often_as_asked():
 
 
 @pytest.mark.parametrize("damping", [0.5, torch.tensor([0.5])])
-def test_a_damped_step_goes_part_of_the_way(damping):
-    """`g(x) = 4 - 3 x` runs away from its fixed point 1; half steps turn `3` into `1`, less reach
-    it."""
+def test_damping_makes_a_diverging_iteration_converge(damping):
+    """`g(x) = 4 - 3 x` diverges from its fixed point 1; a damping of 1/4 reaches it at once."""
 
     def solved(num_steps, **options):
         found = fixed_point(lambda x: 4 - 3 * x, lambda: torch.tensor([2.0]), num_steps, **options)

@@ -17,7 +17,7 @@ def test_starting_rows_are_means():
         assert sum(p.numel() for p in mix.parameters()) == Mix.num_parameters(layer)
 
 
-def test_each_form_is_used_where_it_should_be():
+def test_which_form_of_the_history_is_used():
     embeddings = torch.randn(SHAPE)
     assert isinstance(start(embeddings, 2), FusedHistory)
     with plain_formulas():

@@ -1,7 +1,7 @@
-"""State dicts of before version 0.2 load and give the logits that they gave.
+"""State dicts from before version 0.2 load and give the same logits as then.
 
-`tests/fixtures/older` holds a small model of each method that there was then, written by version
-0.1: its weights by their names of that time, its config, and logits.
+`tests/fixtures/older` holds a small model of each method of version 0.1, written by that version:
+its weights under their old names, its config, and logits.
 """
 
 import json
@@ -26,14 +26,14 @@ def older(method):
     return config, tensors, ids, logits
 
 
-def test_all_methods_of_that_time_are_here():
+def test_all_methods_of_version_0_1_are_tested():
     assert len(METHODS) == 7
 
 
 @pytest.mark.parametrize("how", ["copied", "assigned", "onto meta"])
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_they_load_strictly_and_give_their_logits(method, how):
+def test_older_weights_load_strictly_and_give_their_logits(method, how):
     config, weights, ids, logits = older(method)
     with torch.device("meta" if how == "onto meta" else "cpu"):
         decoder = Decoder(config)
@@ -44,14 +44,14 @@ def test_they_load_strictly_and_give_their_logits(method, how):
     assert weights.keys() == given.keys()
 
 
-def test_inside_another_module_too():
+def test_older_weights_load_inside_another_module():
     config, weights, ids, logits = older("iiet")
     wrapped = torch.nn.ModuleDict({"model": Decoder(config)})
     wrapped.load_state_dict({f"model.{name}": tensor for name, tensor in weights.items()})
     torch.testing.assert_close(wrapped["model"](ids), logits)
 
 
-def test_what_is_missing_or_left_over_is_named():
+def test_missing_and_unexpected_weights_are_named():
     config, weights, _, _ = older("iiet")
     del weights["fields.1.attention.out.weight"], weights["method.mix.outer"]
     weights["method.mix.more"] = torch.zeros(1)

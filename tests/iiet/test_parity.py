@@ -1,6 +1,6 @@
-"""The decoder equals the published code: logits, loss, gradients, and each evaluation's ends.
+"""The decoder equals the published code: logits, loss, gradients, and every evaluation.
 
-`tests/fixtures` holds what the published code gave on small random weights, in float32.
+`tests/fixtures` holds results of the published code on small random weights, in float32.
 """
 
 import json
@@ -91,8 +91,8 @@ def test_weights_come_back_bitwise(name):
 
 
 @torch.no_grad()
-def test_a_schedule_given_to_the_call_is_followed():
-    """Both references have the same weights: one decoder gives both, and the twin the other."""
+def test_the_schedule_of_a_call_is_used():
+    """Both reference cases have the same weights, so one decoder gives the results of both."""
     _, full, decoder = load("iiet_r3")
     _, cut, other = load("iiet_schedule_201")
     assert torch.equal(full["input_ids"], cut["input_ids"])

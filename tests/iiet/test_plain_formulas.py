@@ -1,8 +1,9 @@
 """The decoder equals the formulas, written out plainly over the published names in float64.
 
-No fused products, no prefix sums, no cache, no shared code: complex numbers turn the heads, a loop
-over query heads picks the key/value head. It covers what the stored references do not: Runge-Kutta
-of order 4, the ODE Transformer's blocks, grouped heads, untied heads, other rotary bases.
+No fused products, no prefix sums, no cache, no shared code: complex numbers rotate the heads, a
+loop over query heads picks the key/value head. It covers what the stored reference cases do not:
+Runge-Kutta of order 4, the ODE Transformer's blocks, grouped heads, untied heads, other rotary
+bases.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The family is nested and complete, the knapsack is really optimal."""
+"""The family is nested and complete, and the knapsack is optimal."""
 
 import itertools
 import math
@@ -63,14 +63,14 @@ def test_any_threshold_gives_the_member_whose_interval_holds_it(influence, thres
 
 
 @given(influences)
-def test_ends_of_intervals_belong_where_they_are_said_to(influence):
+def test_interval_ends_belong_to_the_stated_member(influence):
     for member in schedule_family(influence):
         assert schedule_at_threshold(influence, member.threshold_up_to) == member.schedule
         above = math.nextafter(member.threshold_above, math.inf)
         assert schedule_at_threshold(influence, above) == member.schedule
 
 
-def test_equal_influences_fall_together():
+def test_equal_influences_are_dropped_together():
     family = schedule_family([[0.5, 0.1], [0.5, 0.1]])
     assert [member.schedule.corrections for member in family] == [(2, 2), (1, 1), (0, 0)]
 
@@ -115,7 +115,7 @@ def test_spread_is_even_where_the_family_allows():
 
 
 @given(influences, st.integers(0, 25))
-def test_within_a_budget_takes_the_dearest_that_fits(influence, max_evaluations):
+def test_within_cost_takes_the_most_expensive_member_that_fits(influence, max_evaluations):
     family = schedule_family(influence)
     fitting = [m for m in family if m.schedule.num_evaluations <= max_evaluations]
     if fitting:
@@ -154,7 +154,7 @@ def test_knapsack_equals_trying_every_schedule(score, max_evaluations):
     assert worth(best) == pytest.approx(max(map(worth, allowed)), abs=1e-12)
 
 
-def test_knapsack_crosses_a_valley_and_leaves_the_useless():
+def test_knapsack_keeps_a_bad_correction_before_a_good_one_and_drops_useless_ones():
     # Layer 1 pays only at its third correction; layer 2 pays little at once.
     score = [[0.0, 0.0, 1.0], [0.4, -0.1]]
     assert knapsack(score, 3).corrections == (0, 1)
@@ -162,7 +162,7 @@ def test_knapsack_crosses_a_valley_and_leaves_the_useless():
     assert knapsack(score, 99).corrections == (3, 1)
 
 
-def test_knapsack_spends_nothing_on_what_is_worth_nothing():
+def test_knapsack_keeps_no_correction_of_worth_zero():
     assert knapsack([[0.3, 0.0], [0.0]], 9).corrections == (1, 0)
 
 
@@ -206,7 +206,7 @@ def test_knapsack_of_a_schedules_own_cost_is_worth_as_much(price):
         assert knapsack(score, cost(best), cost=cost) == best
 
 
-def test_knapsack_of_flops_keeps_to_them():
+def test_knapsack_of_flops_stays_within_the_budget():
     # A late layer mixes more estimates: its correction costs more than an early one's.
     config = preset("tiny", method="iiet", schedule="1")
 

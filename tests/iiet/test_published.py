@@ -1,4 +1,4 @@
-"""Reading what others wrote: plain Llama folders, untied and grouped heads, and broken weights."""
+"""Published weights: plain Llama folders, untied and grouped heads, and broken weights."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_weights_are_copied():
     assert torch.equal(decoder(torch.tensor([[1, 2]])), before)
 
 
-def test_the_names_tell_the_kind_where_the_config_does_not():
+def test_the_names_of_weights_show_the_kind_if_the_config_does_not():
     plain = {key: value for key, value in CONFIG.items() if key != "kind"}
     assert config_from_published(plain, {}).method == "vanilla"
     mix = {"model.history.weight": None}
@@ -103,7 +103,7 @@ def test_a_weight_of_another_shape():
         decoder_from_published(CONFIG, weights)
 
 
-def test_stray_names_that_say_nothing():
+def test_names_without_meaning_are_ignored():
     weights = weights_of(CONFIG)
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -132,7 +132,7 @@ def test_a_tied_head_of_its_own_is_refused_and_not_dropped():
         ({"hidden_size": None}, "does not say dim"),
     ],
 )
-def test_what_the_decoder_does_not_do_is_refused(changes, message):
+def test_unsupported_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config_from_published({**CONFIG, **changes}, {})
 

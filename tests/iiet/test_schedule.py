@@ -1,4 +1,4 @@
-"""Schedules are values: parsed from every way of writing, checked, compared."""
+"""Schedules: all written forms, validation, comparison."""
 
 import pytest
 from hypothesis import given

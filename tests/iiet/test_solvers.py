@@ -1,4 +1,4 @@
-"""How corrections are made: damped, differentiated in part, and measured only for an observer."""
+"""Corrections: damping, truncated gradients, and residuals for observers only."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -62,7 +62,7 @@ def assert_same(found, expected):
 
 
 @torch.no_grad()
-def test_damped_estimates_go_that_share_of_the_way():
+def test_damping_applies_its_share_of_each_step():
     decoder = small_decoder(damping=0.25)
     seen = []
     decoder(tokens(), observe=seen.append)
@@ -150,7 +150,7 @@ def test_options_survive_folders_of_both_kinds(options, tmp_path):
         ({"damping": 2, "learn_damping": "no"}, "got 'no'; damping must be .* got 2"),
     ],
 )
-def test_options_that_cannot_be_are_named(options, words):
+def test_invalid_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         small_decoder(**options)
 

@@ -1,5 +1,6 @@
-"""Buckets hold all the mass, and the divergence over them is one: flat at equality, never negative,
-under the full one and growing to it.
+"""Buckets hold all the mass, and their divergence is a true one.
+
+It has gradient zero at equality, is never negative, and grows with k up to the full divergence.
 """
 
 import math
@@ -48,7 +49,7 @@ def test_the_buckets_hold_all_the_mass(top_k, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_some_tokens_at_a_time_keep_the_bits(dtype, monkeypatch):
+def test_chunks_keep_results_bitwise_equal(dtype, monkeypatch):
     logits = (3 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))).to(dtype)
     whole = coarsen(logits, 4, temperature=2.0)
     monkeypatch.setattr("iiet.distillation.CHUNK_ELEMENTS", 3 * 11)
@@ -106,7 +107,7 @@ def test_gradient_equals_finite_differences(top_k, monkeypatch):
 
 
 @pytest.mark.parametrize("gap", [1.0, 5.0, 9.5, 11.0, 30.0])
-def test_the_gradient_of_a_tail_with_next_to_no_mass(gap):
+def test_the_gradient_of_a_tail_with_almost_no_mass(gap):
     teacher = torch.tensor([[[5.0, 4.9, 0.0, 0.0]]])
     grads = []
     for dtype in (torch.float32, torch.float64):
@@ -128,7 +129,7 @@ def test_never_negative_however_close(top_k, seed, scale, temperature):
     assert 0 <= loss < math.inf
 
 
-def test_masked_positions_do_not_count_even_if_they_are_no_numbers():
+def test_masked_positions_do_not_count_even_if_they_are_nan():
     teacher, student = random_logits(2, 3, VOCAB), random_logits(2, 3, VOCAB, seed=1)
     student[0, 1] = math.nan
     student.requires_grad_()

@@ -1,4 +1,4 @@
-"""The estimate of a training step's memory, held against the live tensors of real steps."""
+"""The memory estimate of a training step, compared with the live tensors of real steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 def measured_bytes(
     config: ModelConfig, num_sequences: int, precision: str, checkpoint: bool
 ) -> int:
-    """Return the peak of all tensors that a step makes; weights and gradients are there before."""
+    """Return the peak of all tensors that a step makes, without weights and gradients."""
     decoder = Decoder(config)
     decoder.activation_checkpointing = checkpoint
     for parameter in decoder.parameters():
@@ -48,7 +48,7 @@ def measured_bytes(
 
 
 def distilled_bytes(**loss: Any) -> int:
-    """Return the peak of a distillation step of 256 tokens over a vocabulary that outweighs all."""
+    """Return the peak of a distillation step of 256 tokens whose logits dominate the memory."""
     config = preset("tiny", vocab_size=32_000, num_layers=2, context_length=64, schedule=1)
     student = Decoder(config)
     teacher = frozen_teacher(student)
@@ -89,7 +89,7 @@ SHAPES = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_estimate_is_what_a_step_takes(
+def test_the_estimate_matches_a_real_step(
     shape: str, method: str, precision: str, checkpoint: bool
 ) -> None:
     schedule = {"schedule": 2} if METHODS[method].has_corrections else {}
@@ -124,7 +124,7 @@ def test_a_truncated_backward_pass_takes_less(precision: Literal["fp32", "bf16"]
     assert truncated < 0.6 * full
 
 
-def test_what_depends_on_parameters_is_exact() -> None:
+def test_parameter_memory_is_exact() -> None:
     config = preset("55m")
     parameters = sum(p.numel() for p in Decoder(config).parameters())
     memory = training_memory(config, num_sequences=1)
@@ -133,7 +133,7 @@ def test_what_depends_on_parameters_is_exact() -> None:
     assert memory.total == 16 * parameters + memory.activations
 
 
-def test_what_saves_memory_does() -> None:
+def test_memory_saving_settings_save_memory() -> None:
     config = preset("340m")
 
     def total(**options: Any) -> int:

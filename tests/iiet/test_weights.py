@@ -1,4 +1,4 @@
-"""A decoder in a folder: what was saved is what is loaded, and what does not fit is named."""
+"""A decoder in a folder: loading returns what was saved, and errors name what does not fit."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def dtypes_of(decoder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_was_saved_is_what_is_loaded(method, tmp_path):
+def test_loading_returns_what_was_saved(method, tmp_path):
     decoder = decoder_of(method, tie_embeddings=False)
     decoder.save(tmp_path / "new" / "folder")
     again = Decoder.load(tmp_path / "new" / "folder")
@@ -122,7 +122,7 @@ def rewritten(**values):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: Err"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(damage, message, tmp_path):
+def test_errors_name_what_cannot_be_loaded(damage, message, tmp_path):
     decoder_of().save(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as raised:

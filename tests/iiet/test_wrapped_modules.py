@@ -1,7 +1,7 @@
 """A module that was wrapped, replaced or hooked is called: in training, evaluation and decoding.
 
-Adapters such as LoRA replace a linear layer by one that adds a low-rank product to it and still
-answers when it is asked for its weight. Whoever only reads weights never sees what they add.
+Adapters such as LoRA replace a linear layer by one that adds a low-rank product and still has a
+`weight`. Code that only reads weights would miss that product.
 """
 
 import pytest
@@ -87,7 +87,7 @@ def test_a_low_rank_adapter_works_as_if_merged_and_learns(path):
 
 @pytest.mark.parametrize("path", [*LINEARS, *NORMS, *CONTAINERS, "head"])
 @pytest.mark.parametrize("how", ["hook", "forward"])
-def test_a_hook_or_another_forward_is_heeded_everywhere(path, how):
+def test_a_hook_or_a_replaced_forward_works_everywhere(path, how):
     decoder = fresh_decoder()
     plain = decoder(tokens())
 
@@ -168,7 +168,7 @@ def test_a_quantized_linear_layer_is_called(path):
 
 
 def test_tensor_parallel_linear_layers_are_called():
-    """On a mesh of one worker, whose weights are distributed tensors all the same."""
+    """On a mesh of one worker; the weights are distributed tensors as well."""
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:
         decoder = fresh_decoder()

@@ -1,4 +1,4 @@
-"""Sweeps that meet a full disk or a silent MLflow: what is done stays done."""
+"""A full disk or an unreachable MLflow during a sweep: finished work is kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from orchestrator.workspace.folders import open_workspace
 
 
 @pytest.mark.slow
-def test_a_full_disk_fails_a_trial_with_its_reason_and_the_rest_goes_on(
+def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
     tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:
     from orchestrator.cluster.ray_tune import TrialContext, run_trials
@@ -71,7 +71,7 @@ def finish(trial: PlannedTrial) -> None:
     write_json(trial.result_path, result.to_dict())
 
 
-def test_mlflow_down_at_start_middle_or_end_costs_a_warning_and_is_told_later(
+def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, is_down, connect = open_workspace(tmp_path), [False], Store.connect
