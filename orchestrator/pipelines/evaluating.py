@@ -202,7 +202,7 @@ def _run(
         )
         return run_model(
             suite, runner, limit=settings.limit, progress=progress, on_result=on_result
-        )
+        ).results
     path = model.path
     return run_suite(
         suite,
@@ -212,7 +212,7 @@ def _run(
         limit=settings.limit,
         progress=progress,
         on_result=on_result,
-    )
+    ).results
 
 
 def _store(path: Path, result: TaskResult, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.harness import checkpoint_tokenizer, evaluate_decoder
+from orchestrator.evaluation.harness import checkpoint_tokenizer, load_suite, run_suite
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_results import items_file_name
 from orchestrator.sweeping.asha import AshaMonitor, AshaTrial, write_early_stop
@@ -182,14 +182,17 @@ def measure_quality(
     store = open_tokens(suite["tokens_folder"])
     # Students of an imported model read text as it does.
     imported = suite.get("vocabulary_folder")
-    evaluation = evaluate_decoder(
-        decoder,
-        checkpoint_tokenizer(Path(imported)) if imported else store.tokenizer_path,
-        tasks=suite["tasks"],
+    tasks = load_suite(
+        suite["tasks"],
         folders=[Path(suite["include_folder"])] if suite["include_folder"] else [],
         heldout=Path(suite["suite_folder"]) if suite["suite_folder"] else None,
-        planned=suite.get("fingerprints"),
         num_fewshot=suite["num_fewshot"],
+        planned=suite.get("fingerprints"),
+    )
+    evaluation = run_suite(
+        tasks,
+        decoder,
+        checkpoint_tokenizer(Path(imported)) if imported else store.tokenizer_path,
         batch_size=suite["batch_size"],
         limit=suite["limit"],
     )

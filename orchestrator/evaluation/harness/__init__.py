@@ -6,7 +6,7 @@ log-likelihoods come from `evaluation.scoring`. Three habits of lm-eval are avoi
 task files (8 seconds), retries without network (23 seconds per task), and its output.
 """
 
-from orchestrator.evaluation.harness.run import evaluate_decoder, run_model, run_suite
+from orchestrator.evaluation.harness.run import run_model, run_suite
 from orchestrator.evaluation.harness.scoring_tokenizer import (
     FolderTokenizer,
     ScoringTokenizer,
@@ -19,7 +19,6 @@ __all__ = [
     "Suite",
     "ScoringTokenizer",
     "checkpoint_tokenizer",
-    "evaluate_decoder",
     "load_suite",
     "run_model",
     "run_suite",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +17,8 @@ from iiet.decoder import Decoder
 from orchestrator.data.hub import offline
 from orchestrator.evaluation.harness.decoder_model import DecoderModel
 from orchestrator.evaluation.harness.scoring_tokenizer import PlainTokenizer, ScoringTokenizer
-from orchestrator.evaluation.harness.suite import Suite, load_suite
+from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
-from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
     EvaluationResult,
@@ -40,7 +39,7 @@ def run_suite(
     limit: int | None = None,
     progress: Progress | None = None,
     on_result: OnResult | None = None,
-) -> dict[str, TaskResult]:
+) -> EvaluationResult:
     """Run the tasks of a suite on a decoder, one after the other.
 
     Args:
@@ -59,13 +58,13 @@ def run_suite(
     if isinstance(tokenizer, Path):
         tokenizer = PlainTokenizer(tokenizer)
     model = DecoderModel(decoder, tokenizer, batch_size, progress)
-    results = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
+    result = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
     if model.num_cut:
         progress.note(
             f"{model.num_cut} prompts lost their beginning: they are longer than the "
             f"{decoder.config.context_length} tokens of the model's context"
         )
-    return results
+    return result
 
 
 def run_model(
@@ -75,16 +74,8 @@ def run_model(
     limit: int | None = None,
     progress: Progress | None = None,
     on_result: OnResult | None = None,
-) -> dict[str, TaskResult]:
-    """Run the tasks of a suite on any model of lm-eval, one after the other.
-
-    Args:
-        suite: The loaded tasks.
-        model: A `DecoderModel`, or one of lm-eval's own models.
-        limit: Number of items of each task, the first ones; all if unset.
-        progress: Shows the items done; the caller ends the stage.
-        on_result: Called with the result of each task when it is complete.
-    """
+) -> EvaluationResult:
+    """Run a suite on any model of lm-eval; arguments as in `run_suite`."""
     progress = progress or Progress()
     progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
     results: dict[str, TaskResult] = {}
@@ -97,43 +88,6 @@ def run_model(
         progress.advance(sum(result.num_items for result in results.values()))
         if on_result:
             on_result(results[name])
-    return results
-
-
-def evaluate_decoder(
-    decoder: Decoder,
-    tokenizer: Path | ScoringTokenizer,
-    *,
-    tasks: Sequence[str] = (),
-    folders: Sequence[Path] = (),
-    heldout: Path | None = None,
-    planned: Collection[str] | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 32,
-    limit: int | None = None,
-) -> EvaluationResult:
-    """Load tasks and run them.
-
-    Args:
-        decoder: The model; it uses its own schedule.
-        tokenizer: The `tokenizer.json` that it was trained with, or how it reads text.
-        tasks: Names of tasks, groups or tags; if empty, all tasks in `folders` and `heldout`.
-        folders: Folders of task files; they take precedence over lm-eval's own.
-        heldout: Folder of the held-out tasks; they take precedence over all others.
-        planned: Names of tasks found when a sweep was planned, without those of `heldout`. Exactly
-            these are run, so that all models have an average over the same tasks.
-        num_fewshot: Solved examples before each item, unless a task fixes 0.
-        batch_size: Sequences of full length in one forward pass.
-        limit: Number of items of each task; all if unset.
-
-    Raises:
-        UserError: If no such tasks exist, or the tokenizer is missing or damaged.
-        RunFailed: If tasks exist and none can be loaded, or a planned one cannot be loaded.
-    """
-    suite = load_suite(tasks, folders=folders, heldout=heldout, num_fewshot=num_fewshot)
-    if planned is not None:
-        suite = suite.as_planned({*planned, *(heldout_configs(heldout) if heldout else ())})
-    results = run_suite(suite, decoder, tokenizer, batch_size=batch_size, limit=limit)
     return EvaluationResult(results=results, groups=suite.groups, skipped=suite.skipped)
 
 

@@ -64,22 +64,6 @@ class Suite:
         """Return the suite with only these tasks."""
         return replace(self, tasks={k: task for k, task in self.tasks.items() if k in names})
 
-    def as_planned(self, names: Collection[str]) -> Suite:
-        """Return the suite with exactly these tasks.
-
-        Raises:
-            RunFailed: If one of them could not be loaded now.
-        """
-        if missing := [name for name in names if name not in self.tasks]:
-            reasons = f" ({_as_text(self.skipped)})" if self.skipped else ""
-            raise RunFailed(
-                f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
-                f"cannot now{reasons}; the same command tries again"
-            )
-        others = [name for name in self.tasks if name not in names]
-        reason = "it could not be loaded when the sweep was planned"
-        return replace(self.only(names), skipped=self.skipped | dict.fromkeys(others, reason))
-
     def num_items(self, name: str, limit: int | None = None) -> int:
         """Return the number of items that a run with this limit scores."""
         available = len(self.tasks[name].eval_docs)
@@ -112,6 +96,7 @@ def load_suite(
     folders: Sequence[Path] = (),
     heldout: Path | None = None,
     num_fewshot: int | None = None,
+    planned: Collection[str] | None = None,
 ) -> Suite:
     """Load tasks by name.
 
@@ -122,27 +107,31 @@ def load_suite(
         heldout: Folder of the held-out tasks; they take precedence over all others.
         num_fewshot: Solved examples before each item, unless a task fixes 0; if unset, the task's
             own number.
+        planned: Names of tasks found when a sweep was planned, without those of `heldout`. The
+            suite gets exactly these, so that all models have an average over the same tasks.
 
     Raises:
         UserError: If a name has no task, or a local task cannot be loaded or scored.
-        RunFailed: If the hub provides none of the tasks.
+        RunFailed: If the hub provides none of the tasks, or a planned task cannot be loaded.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder} to find lm-eval task files in")
-    own = _heldout_tasks(heldout) if heldout else {}
+    heldout_tasks = _heldout_tasks(heldout) if heldout else {}
     manager = TaskManager(include_path=list(folders), include_defaults=False)
     wanted = [part for name in names for part in SUITES.get(name, (name,))]
-    wanted = list(dict.fromkeys(wanted)) or sorted({*manager.all_subtasks, *own})
+    wanted = list(dict.fromkeys(wanted)) or sorted({*manager.all_subtasks, *heldout_tasks})
     if not wanted:
         places = ", ".join(map(str, folders))
         raise UserError(
             f"there are no lm-eval task files in {places}" if folders else "no task was named"
         )
     _check_files(manager, folders)
-    manager, problems = _find(manager, [name for name in wanted if name not in own], folders)
+    manager, problems = _find(
+        manager, [name for name in wanted if name not in heldout_tasks], folders
+    )
     known = [name for name in wanted if name not in problems]
-    tasks, groups, skipped, unusable = _load_tasks(manager, known, own)
+    tasks, groups, skipped, unusable = _load_tasks(manager, known, heldout_tasks)
     if problems := problems | unusable:
         raise UserError(
             f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
@@ -156,7 +145,21 @@ def load_suite(
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
-    return Suite(tasks=tasks, groups=groups, skipped=skipped)
+    suite = Suite(tasks=tasks, groups=groups, skipped=skipped)
+    return suite if planned is None else _as_planned(suite, {*planned, *heldout_tasks})
+
+
+def _as_planned(suite: Suite, names: Collection[str]) -> Suite:
+    """Return the suite with exactly these tasks."""
+    if missing := [name for name in names if name not in suite.tasks]:
+        reasons = f" ({_as_text(suite.skipped)})" if suite.skipped else ""
+        raise RunFailed(
+            f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
+            f"cannot now{reasons}; the same command tries again"
+        )
+    others = [name for name in suite.tasks if name not in names]
+    reason = "it could not be loaded when the sweep was planned"
+    return replace(suite.only(names), skipped=suite.skipped | dict.fromkeys(others, reason))
 
 
 def _heldout_tasks(folder: Path) -> dict[str, Task]:
@@ -198,18 +201,20 @@ def _find(
 
 
 def _load_tasks(
-    manager: TaskManager, names: Sequence[str], own: Mapping[str, Task]
+    manager: TaskManager, names: Sequence[str], heldout_tasks: Mapping[str, Task]
 ) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
     """Return tasks, groups, skipped and unusable names with their reasons."""
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
     unusable: dict[str, str] = {}
-    needing_hub = {name for name in names if name not in own and _reads_hub(manager, name)}
+    needing_hub = {
+        name for name in names if name not in heldout_tasks and _reads_hub(manager, name)
+    }
     problem = hub_problem() if needing_hub else None
     for name in names:
-        if name in own:
-            tasks[name] = own[name]
+        if name in heldout_tasks:
+            tasks[name] = heldout_tasks[name]
             continue
         online = name in needing_hub and problem is None
         try:
@@ -224,7 +229,7 @@ def _load_tasks(
                     f"it needs the hub, and {problem}" if problem else _first_line(error)
                 )
             continue
-        unfit = [why for task in loaded.values() if (why := _why_unfit(task))]
+        unfit = [why for task in loaded.values() if (why := _unsupported_reason(task))]
         if unfit:
             unusable[name] = unfit[0]
             continue
@@ -254,7 +259,7 @@ def _reads_hub(manager: TaskManager, name: str) -> bool:
     return "custom_dataset" not in config and path not in LOCAL_FORMATS and not Path(path).exists()
 
 
-def _why_unfit(task: Task) -> str | None:
+def _unsupported_reason(task: Task) -> str | None:
     if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice"):
         return f"it needs {task.OUTPUT_TYPE}; only tasks scored by log-likelihoods are supported"
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

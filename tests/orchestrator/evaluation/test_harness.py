@@ -24,7 +24,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
-from orchestrator.evaluation.harness import evaluate_decoder, load_suite, run_suite, suite
+from orchestrator.evaluation.harness import load_suite, run_suite, suite
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -163,7 +163,7 @@ def rolling_directly(decoder: Decoder, tokenizer: Any, text: str) -> float:
 def test_each_item_scores_as_computed_directly(
     decoder: Decoder, tokenizer_path: Path, tasks: Path, no_network: None
 ) -> None:
-    found = evaluate_decoder(decoder, tokenizer_path, folders=[tasks])
+    found = run_suite(load_suite(folders=[tasks]), decoder, tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
     expected = {
         "lastword": [
@@ -195,7 +195,7 @@ def test_errors_agree_with_those_of_lm_eval(
 ) -> None:
     from lm_eval.api.metrics import mean_stderr
 
-    result = evaluate_decoder(decoder, tokenizer_path, folders=[tasks]).results["choices"]
+    result = run_suite(load_suite(folders=[tasks]), decoder, tokenizer_path).results["choices"]
     for metric in ("acc", "acc_norm"):
         error = mean_stderr(result.values[metric])
         assert result.metrics[f"{metric}_stderr"] == pytest.approx(error)
@@ -238,9 +238,8 @@ def test_the_suite_is_quiet_and_says_how_far_it_is(
 
 def test_names_limits_and_groups(decoder: Decoder, tokenizer_path: Path, tasks: Path) -> None:
     (tasks / "both.yaml").write_text("group: both\ntask: [lastword, choices]\n")
-    found = evaluate_decoder(
-        decoder, tokenizer_path, tasks=["both", "rolling"], folders=[tasks], limit=2
-    )
+    loaded = load_suite(["both", "rolling"], folders=[tasks])
+    found = run_suite(loaded, decoder, tokenizer_path, limit=2)
     assert found.groups == {"both": ("lastword", "choices")}
     assert {name: result.num_items for name, result in found.results.items()} == {
         "lastword": 2,
@@ -256,7 +255,9 @@ def test_few_shot_examples_stand_in_the_prompt(
     write_task(tmp_path / "few", "lastword", ROWS["lastword"], fewshot_split="test")
     wide = Decoder(ModelConfig.from_dict({**decoder.config.to_dict(), "context_length": 512}))
     plain, shown = (
-        run_suite(load_suite(folders=[tmp_path / "few"], num_fewshot=n), wide, tokenizer_path)
+        run_suite(
+            load_suite(folders=[tmp_path / "few"], num_fewshot=n), wide, tokenizer_path
+        ).results
         for n in (0, 2)
     )
     assert (plain["lastword"].num_fewshot, shown["lastword"].num_fewshot) == (0, 2)
@@ -327,13 +328,9 @@ def test_all_models_of_a_sweep_are_measured_by_the_planned_tasks(
     monkeypatch.setattr(suite, "hub_problem", lambda: "huggingface.co cannot be reached")
 
     def measured(*planned: str) -> EvaluationResult:
-        return evaluate_decoder(
-            decoder,
-            tokenizer_path,
-            tasks=["lastword", "choices", "piqa"],
-            folders=[tasks],
-            planned=planned,
-        )
+        names = ["lastword", "choices", "piqa"]
+        loaded = load_suite(names, folders=[tasks], planned=planned)
+        return run_suite(loaded, decoder, tokenizer_path)
 
     found = measured("lastword")
     assert list(found.results) == ["lastword"]
@@ -408,7 +405,7 @@ def test_lm_evals_own_class_for_hugging_face_models_agrees(
     from orchestrator.evaluation.harness.suppressed_output import suppress_output
 
     loaded = load_suite(folders=[tasks])
-    ours = run_suite(loaded, decoder, tokenizer_path)
+    ours = run_suite(loaded, decoder, tokenizer_path).results
     model = IIETForCausalLM.from_decoder(decoder)
     model.config.use_cache = False
     with suppress_output():
@@ -452,7 +449,7 @@ def test_official_items_score_as_computed_directly(
     name = f"local_{'blimp_' if path.parent.name == 'blimp' else ''}{path.stem}"
     wide = Decoder(ModelConfig.from_dict({**decoder.config.to_dict(), "context_length": 96}))
     loaded = load_suite([name], folders=[folder])
-    result = run_suite(loaded, wide, tokenizer_path)[name]
+    result = run_suite(loaded, wide, tokenizer_path).results[name]
     tokenizer = load_tokenizer(tokenizer_path)
     assert result.num_items == 6
     for request in loaded.tasks[name].instances:

@@ -19,7 +19,7 @@ from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines import evaluating
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluateResult, evaluate_model
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import save_checkpoint
@@ -86,7 +86,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = evaluating.run_suite
 
-    def recorded(suite: Any, *arguments: Any, **options: Any) -> dict[str, TaskResult]:
+    def recorded(suite: Any, *arguments: Any, **options: Any) -> EvaluationResult:
         names.extend(suite.tasks)
         return real(suite, *arguments, **options)
 
