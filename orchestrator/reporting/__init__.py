@@ -1,1 +1,1 @@
-"""From results to fronts, statistics, tables, pictures and one HTML page; published to MLflow."""
+"""Fronts of results with statistics, tables, figures and one HTML page; logged to MLflow."""

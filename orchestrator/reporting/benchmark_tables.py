@@ -1,9 +1,8 @@
-"""What `benchmark` prints: costs under each condition, then predicted against measured shares."""
+"""Tables and sentences of `benchmark`: measured costs, and predicted against measured shares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from rich import box
 from rich.console import Group
@@ -18,31 +17,23 @@ from orchestrator.evaluation.cost_measurement import (
     MeasuredCost,
     MeasurementSettings,
 )
+from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import ResponsiveLayout
 
 Columns = Sequence[tuple[str, Callable[[MeasuredCost], str]]]
 
-CONDITION = "rows x\nprompt"
-
 
 def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[ResponsiveLayout]:
-    """Return the table of costs, and those of shares where there are models to compare."""
-    if len({cost.model for cost in costs}) < 2:
-        return [cost_table(costs)]
-    return [cost_table(costs), *(share_table(costs, part) for part in (DECODING, FIRST_TOKEN))]
-
-
-def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
-    """Say how large the weights are, and how far the predictions are off."""
-    sizes = dict.fromkeys(_mebibytes(cost.weight_bytes) for cost in costs)
-    return [
-        f"weights: {', '.join(sizes)} MiB, part of each peak",
-        *prediction_error_sentences(costs),
-    ]
+    """Return the table of costs, and those of shares if there is more than one model."""
+    tables = [cost_table(costs)]
+    if _num_models(costs) > 1:
+        tables += [share_table(costs, DECODING), share_table(costs, FIRST_TOKEN)]
+    return tables
 
 
 def cost_table(costs: Sequence[MeasuredCost]) -> ResponsiveLayout:
-    """Return time and memory, one row a model and condition; spreads are half quartile ranges.
+    """Return time and memory, a row for each model and condition; errors are half quartile ranges.
+
     On narrow terminals these are two tables.
     """
     times: Columns = [
@@ -60,86 +51,85 @@ def cost_table(costs: Sequence[MeasuredCost]) -> ResponsiveLayout:
     )
 
 
-def share_table(costs: Sequence[MeasuredCost], part: str) -> ResponsiveLayout:
+def share_table(costs: Sequence[MeasuredCost], phase: str) -> ResponsiveLayout:
     """Return shares of the full model's time in percent, predicted and measured.
 
     Args:
         costs: All models and conditions.
-        part: Which time: a key of `MeasuredCost.shares`.
+        phase: A key of `MeasuredCost.shares`.
     """
-    columns = [("measured", partial(_measured, part=part))]
-    for prediction, title in ((PREDICTION, f"by {PREDICTION}"), (SIMPLEST, "by NFE")):
-        columns.append((title, partial(_predicted, part=part, prediction=prediction)))
-        columns.append(("off", partial(_off, part=part, prediction=prediction)))
-    title = f"Share of the full model's time, {part}, in percent"
+
+    def measured(cost: MeasuredCost) -> str:
+        share = cost.shares[phase]
+        return f"{100 * share.measured:.1f} ± {100 * share.spread:.1f}"
+
+    def predicted(prediction: str) -> Callable[[MeasuredCost], str]:
+        return lambda cost: f"{100 * cost.shares[phase].predicted[prediction]:.1f}"
+
+    def error(prediction: str) -> Callable[[MeasuredCost], str]:
+        return lambda cost: f"{100 * cost.shares[phase].residual(prediction):+.1f} %"
+
+    columns: Columns = [
+        ("measured", measured),
+        (f"by {PREDICTION}", predicted(PREDICTION)),
+        ("off", error(PREDICTION)),
+        ("by NFE", predicted(SIMPLEST)),
+        ("off", error(SIMPLEST)),
+    ]
+    title = f"Share of the full model's time, {phase}, in percent"
     return ResponsiveLayout(_table(title, costs, columns), _table(title, costs, columns[:3]))
 
 
-def _measured(cost: MeasuredCost, *, part: str) -> str:
-    share = cost.shares[part]
-    return f"{100 * share.measured:.1f} ± {100 * share.spread:.1f}"
+def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
+    """Return sentences on the size of the weights and the errors of the predictions."""
+    sizes = dict.fromkeys(_mebibytes(cost.weight_bytes) for cost in costs)
+    weights = f"weights: {', '.join(sizes)} MiB, part of each peak"
+    return [weights, *prediction_error_sentences(costs)]
 
 
-def _predicted(cost: MeasuredCost, *, part: str, prediction: str) -> str:
-    return f"{100 * cost.shares[part].predicted[prediction]:.1f}"
-
-
-def _off(cost: MeasuredCost, *, part: str, prediction: str) -> str:
-    return f"{100 * cost.shares[part].residual(prediction):+.1f} %"
+def prediction_error_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
+    """Return sentences on the errors of the predictions; none if there is only one model."""
+    if _num_models(costs) < 2:
+        return []
+    sentences = []
+    for phase in (DECODING, FIRST_TOKEN):
+        errors = {
+            prediction: max(abs(cost.shares[phase].residual(prediction)) for cost in costs)
+            for prediction in (PREDICTION, SIMPLEST)
+        }
+        sentences.append(
+            f"{phase}: {PREDICTION} predict every share within {100 * errors[PREDICTION]:.1f} % "
+            f"of it, {SIMPLEST} alone within {100 * errors[SIMPLEST]:.1f} %"
+        )
+    return sentences
 
 
 def conditions_sentence(conditions: MeasurementSettings, *, device: str, dtype: str) -> str:
-    """Say in a sentence how it was measured."""
-    threads = f"{conditions.num_threads} thread{'s' if conditions.num_threads > 1 else ''}"
+    """Return a sentence on how the costs were measured."""
     return (
-        f"{device}, {dtype}, {threads}; medians ± half the quartile distance of "
-        f"{conditions.repetitions} repetitions in turns after a warm-up; "
+        f"{device}, {dtype}, {format_count(conditions.num_threads, 'thread')}; medians ± half the "
+        f"quartile distance of {conditions.repetitions} repetitions in turns after a warm-up; "
         f"{conditions.new_tokens} new tokens, greedy, cached; peak: {HOW_MEASURED}"
     )
 
 
-def prediction_error_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
-    """Return sentences on how far the predictions are off; none if there is only one model."""
-    if len({cost.model for cost in costs}) < 2:
-        return []
-    lines = []
-    for part in (DECODING, FIRST_TOKEN):
-        shares = [cost.shares[part] for cost in costs]
-        off = {
-            prediction: max(abs(share.residual(prediction)) for share in shares)
-            for prediction in (PREDICTION, SIMPLEST)
-        }
-        lines.append(
-            f"{part}: {PREDICTION} predict every share within {100 * off[PREDICTION]:.1f} % of it, "
-            f"{SIMPLEST} alone within {100 * off[SIMPLEST]:.1f} %"
-        )
-    return lines
-
-
 def _table(title: str, costs: Sequence[MeasuredCost], columns: Columns) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(CONDITION, no_wrap=True)
+    table.add_column("rows x\nprompt", no_wrap=True)
     table.add_column("model", overflow="fold")
     for head, _ in columns:
         table.add_column(head, justify="right", no_wrap=True)
-    for cost, ends in _with_ends(costs):
+    conditions = [f"{cost.batch_size} x {cost.context}" for cost in costs]
+    for cost, condition, following in zip(costs, conditions, [*conditions[1:], ""], strict=True):
+        # A line after the last model of each condition.
+        is_last = _num_models(costs) > 1 and condition != following
         cells = [cell(cost) for _, cell in columns]
-        table.add_row(_condition(cost), cost.model, *cells, end_section=ends)
+        table.add_row(condition, cost.model, *cells, end_section=is_last)
     return table
 
 
-def _condition(cost: MeasuredCost) -> str:
-    return f"{cost.batch_size} x {cost.context}"
-
-
-def _with_ends(costs: Sequence[MeasuredCost]) -> list[tuple[MeasuredCost, bool]]:
-    """Pair each with whether it is the last of several under its condition."""
-    has_several = len({cost.model for cost in costs}) > 1
-    following = [*map(_condition, costs[1:]), None]
-    return [
-        (cost, has_several and _condition(cost) != after)
-        for cost, after in zip(costs, following, strict=True)
-    ]
+def _num_models(costs: Sequence[MeasuredCost]) -> int:
+    return len({cost.model for cost in costs})
 
 
 def _mebibytes(num_bytes: int) -> str:

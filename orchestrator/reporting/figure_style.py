@@ -1,8 +1,7 @@
-"""What all pictures and tables share: colors, names of numbers, how a picture is saved.
+"""Colors of all figures, and how a figure is saved.
 
-Colors are Okabe and Ito's, which the color-blind can tell apart; every distinction is also one of
-shape. Matplotlib is used through its objects, without pyplot: no global state, no display, nothing
-left open.
+The colors are Okabe and Ito's, which color-blind readers can distinguish; all distinctions are
+shapes as well. Figures use Matplotlib's objects without pyplot, so there is no global state.
 """
 
 from __future__ import annotations
@@ -13,28 +12,18 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, PINK, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-)
-SERIES = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PINK, SKY, INK = "#CC79A7", "#56B4E9", "#1c1c1c"
+SWEEP_COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 GRAY, GRID = "#757575", "#dddddd"
 DOTS_PER_INCH = 200
 
 
 def save_figure(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write a picture as `stem.png` and `stem.svg`; the same picture gives the same bytes.
-
-    Returns:
-        The files written.
-    """
+    """Write a figure as `stem.png` and `stem.svg`; the same figure gives the same bytes."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
-    # Without a fixed salt and date, an SVG differs each time it is written.
+    # An SVG has a random salt and the date by default.
     with rc_context({"svg.hashsalt": "iiet"}):
         for kind in kinds:
             path = stem.with_name(f"{stem.name}.{kind}")

@@ -122,8 +122,8 @@ def _about_confidence(front: Front) -> list[str]:
     )
     return [
         f"A confidence is the share of {basis.num_resamples:,} draws in which the claim holds. "
-        f"Each draw takes, with replacement, as many of the {basis.num_items:,} items that all "
-        f"models answered{left_out if basis.num_left_out else ''}. {covered}"
+        f"Each draw samples {basis.num_items:,} of the {basis.num_items:,} items that all models "
+        f"answered, with replacement{left_out if basis.num_left_out else ''}. {covered}"
     ]
 
 

@@ -1,7 +1,7 @@
-"""The heat map of influences: how much each correction of each layer matters.
+"""Heat map of the influence of each correction of each layer.
 
-One row a layer, one column a correction, colors on a logarithmic scale because influence falls by
-powers of ten; each cell also says its number. A line can show where an iteration schedule cuts.
+Rows are layers and columns corrections. Colors are on a logarithmic scale, because influence falls
+by powers of ten; each cell also has its number. A line can show where an iteration schedule cuts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def draw_influence(
     """Draw the influence of every correction.
 
     Args:
-        rows: Influence of correction 1, 2, ... for each layer; rows may differ in length, and NaN
-            stands for a correction that the layer does not have.
+        rows: Influence of correction 1, 2, ... for each layer; rows may differ in length. NaN is a
+            correction that the layer does not have.
         metric: Name of the measure.
-        title: Stands above the picture.
-        kept: An iteration schedule; a line is drawn behind the last correction it keeps.
-        kept_name: What the picture calls that schedule.
+        title: Title of the figure.
+        kept: An iteration schedule; a line is drawn after the last correction that it keeps.
+        kept_name: Name of that schedule in the legend.
 
     Raises:
         ValueError: If there is no correction to draw.
@@ -68,7 +68,7 @@ def draw_influence(
 
 
 def _logarithms(cells: Sequence[Sequence[float]]) -> list[list[float]]:
-    # Influences of zero, or below it by noise, share the smallest positive one's color.
+    # Zero, and negative values from noise, get the color of the smallest positive influence.
     floor = min((v for row in cells for v in row if v > 0), default=1.0)
     return [[v if math.isnan(v) else math.log10(max(v, floor)) for v in row] for row in cells]
 

@@ -1,9 +1,8 @@
-"""Labels beside points, where they cover neither a point, nor a line, nor each other.
+"""Places labels beside points so that they cover no point, no line and no other label.
 
-Greedy: each label in turn tries places around its point, from near to far, and takes the first that
-is free and inside the panel. One that finds none may lie across an error bar if it is important,
-and is left out otherwise, since tables name every trial. Good enough for some dozens of points,
-without another dependency.
+Greedy: each label tries positions around its point, from near to far, and takes the first free one
+inside the panel. Without a free position, an important label may cover an error bar; another one
+is left out, because the tables name every trial. This suffices for some dozens of points.
 """
 
 from __future__ import annotations
@@ -51,10 +50,9 @@ _Line = tuple[tuple[float, float], tuple[float, float]]
 
 
 class LabelPlacer:
-    """Collects what is in the way and what is to be named, then places the names."""
+    """Collects obstacles and labels of one panel, then places the labels."""
 
     def __init__(self, panel: Panel) -> None:
-        """Place labels in this panel."""
         self._panel = panel
         self._labels: list[_Label] = []
         self._points: list[tuple[float, float]] = []
@@ -62,12 +60,12 @@ class LabelPlacer:
         self._error_bars: list[_Line] = []
 
     def avoid_point(self, x: float, y: float, error: float = 0.0) -> None:
-        """Keep labels off a point and, if there is room, off its error bar."""
+        """Keep labels off a point and, if possible, off its error bar."""
         self._points.append((x, y))
         self._error_bars.append(((x, y - error), (x, y + error)))
 
     def avoid_steps(self, xs: Sequence[float], ys: Sequence[float]) -> None:
-        """Keep labels off a step line that is flat behind each point."""
+        """Keep labels off a step line that is flat after each point."""
         for i in range(len(xs) - 1):
             self._lines.append(((xs[i], ys[i]), (xs[i + 1], ys[i])))
             self._lines.append(((xs[i + 1], ys[i]), (xs[i + 1], ys[i + 1])))
@@ -75,17 +73,13 @@ class LabelPlacer:
     def add(
         self, x: float, y: float, text: str, *, color: str = "black", important: bool = False
     ) -> None:
-        """Ask for a label at a point; earlier ones choose first, important ones are bold."""
+        """Add a label for a point; labels added first are placed first, important ones are bold."""
         self._labels.append(_Label(x, y, text, color, important))
 
     def place(self) -> int:
-        """Place the labels; call it when the panel's limits and size are final.
-
-        Returns:
-            How many found a place.
-        """
+        """Place the labels and return their number; the panel's limits and size must be final."""
         inside = self._panel.get_window_extent()
-        taken, error_bars = self._obstacles(), self._boxes_of(self._error_bars)
+        taken, error_bars = self._obstacles(), self._line_boxes(self._error_bars)
         num_placed = 0
         for label in self._labels:
             box = self._place_one(label, inside, [*taken, *error_bars])
@@ -110,7 +104,7 @@ class LabelPlacer:
             path_effects=[withStroke(linewidth=2, foreground="white")],
             zorder=7,
         )
-        # Measuring a text is slow, so it is measured once and moved as a box.
+        # Measuring a text is slow, so it is measured once and its box is moved.
         at_point = text.get_window_extent()
         for dx, dy, horizontal, vertical in _PLACES:
             right = dx * self._pixels_per_point - _SHIFTS[horizontal] * at_point.width
@@ -127,16 +121,16 @@ class LabelPlacer:
     def _obstacles(self) -> list[Bbox]:
         boxes = []
         for point in self._points:
-            (x, y) = self._panel.transData.transform(point)
+            x, y = self._panel.transData.transform(point)
             radius = _POINT_RADIUS * self._pixels_per_point
             boxes.append(Bbox([[x - radius, y - radius], [x + radius, y + radius]]))
         legend = self._panel.get_legend()
         if legend is not None:
             boxes.append(legend.get_window_extent())
-        return boxes + self._boxes_of(self._lines)
+        return boxes + self._line_boxes(self._lines)
 
-    def _boxes_of(self, lines: Sequence[_Line]) -> list[Bbox]:
-        # All lines here are level or upright, so a box around the ends covers them exactly.
+    def _line_boxes(self, lines: Sequence[_Line]) -> list[Bbox]:
+        # All lines are horizontal or vertical, so a box around the ends covers them exactly.
         radius = _LINE_RADIUS * self._pixels_per_point
         boxes = []
         for ends in lines:
@@ -148,5 +142,5 @@ class LabelPlacer:
     @property
     def _pixels_per_point(self) -> float:
         figure = self._panel.get_figure(root=True)
-        assert figure is not None, "a panel that labels are placed in stands in a figure"
+        assert figure is not None, "the panel must be part of a figure"
         return figure.dpi / 72

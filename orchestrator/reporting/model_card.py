@@ -1,7 +1,6 @@
-"""The model card of an exported model: what it is, what it costs, how good it is, where it is from.
+"""Model card of an exported model: architecture, use, cost, quality, influence, provenance.
 
-Markdown with the front matter that model hubs read. Only what was measured stands in it; a part
-that nobody measured says so in one sentence, so that a reader never takes silence for a number.
+Markdown with the front matter that model hubs read. A part that was not measured says so.
 """
 
 from __future__ import annotations
@@ -16,29 +15,30 @@ from iiet.influence import InfluenceTable
 from orchestrator.evaluation.heldout import TASKS as HELDOUT_TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.influence_tables import influence_markdown
+from orchestrator.reporting.markdown import bullets, markdown_table
 
 OMITTED_PROVENANCE = ("checksums", "environment", "recipe", "distillation", "imported")
-"""Parts of a provenance that get lines of their own, or say nothing outside of its folder."""
+"""Parts of a provenance that have their own lines, or mean nothing outside the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a card tells."""
+    """Content of a model card."""
 
     name: str
-    """Its heading."""
+    """Heading."""
     config: ModelConfig
     """Sizes, method and iteration schedule."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What produced the weights, as in the checkpoint."""
+    """Provenance of the weights, as in the checkpoint."""
     evaluation: EvaluationResult | None = None
-    """Its quality; None if it was not measured."""
+    """The model's evaluation; None if it was not measured."""
     influence: InfluenceTable | None = None
-    """The table that the schedule was chosen by: its own, or its teacher's."""
+    """The table that the schedule was chosen by: the model's own, or its teacher's."""
     chosen: str = ""
-    """How it was chosen among others, as a sentence; empty if it was not."""
+    """Sentence on how the model was picked from a sweep; empty if it was not."""
     full: ModelConfig | None = None
-    """The full model's configuration, for the share of its cost; None if this is it."""
+    """The full model's configuration, to compare costs; None if this is the full model."""
 
     def to_markdown(self) -> str:
         """Return the whole card."""
@@ -57,7 +57,7 @@ class ModelCard:
             self._quality(),
             *self._influence(),
             "## Provenance",
-            _list(_provenance(self.provenance)),
+            bullets(_provenance(self.provenance)) or "Not recorded.",
         ]
         return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
@@ -83,14 +83,14 @@ class ModelCard:
         return (
             f"Corrections per layer: `{corrections}`. A layer with r corrections evaluates its "
             "block 1 + r times; decoding keeps keys and values of every evaluation. "
-            "With `corrections=[...]`, `from_pretrained` loads the same weights under another "
-            "schedule; this card describes this one."
+            "`from_pretrained` takes `corrections=[...]` to load the same weights under another "
+            "schedule, which this card does not describe."
         )
 
     def _cost(self) -> str:
         cost = inference_cost(self.config)
         rows: list[tuple[str, float, str]] = [
-            ("field evaluations per token", cost.evaluations_per_token, ",.0f"),
+            ("field evaluations (NFE) per token", cost.evaluations_per_token, ",.0f"),
             ("FLOPs per token, decoding at full context", cost.decode_flops_per_token, ",.4g"),
             ("FLOPs per token, reading a full context", cost.prefill_flops_per_token, ",.4g"),
             ("key/value bytes kept per token (float32)", cost.kv_bytes_per_token, ",.0f"),
@@ -98,22 +98,22 @@ class ModelCard:
             ("weight bytes read per token (float32)", cost.weight_bytes_per_token, ",.0f"),
             ("parameters", cost.num_parameters, ",.0f"),
         ]
-        lines = ["| cost, counted from shapes | |", "| --- | ---: |"]
-        return "\n".join(lines + [f"| {name} | {value:{form}} |" for name, value, form in rows])
+        cells = ((name, f"{value:{form}}") for name, value, form in rows)
+        return markdown_table(("cost, counted from shapes", ""), cells)
 
     def _quality(self) -> str:
         if self.evaluation is None:
             return "Not measured."
-        lines = ["| task | metric | value | standard error | items |"]
-        lines.append("| --- | --- | ---: | ---: | ---: |")
+        rows = []
         for name, result in self.evaluation.results.items():
             for metric, value in result.metrics.items():
-                if metric.endswith(STDERR_SUFFIX):
-                    continue
-                error = result.metrics.get(metric + STDERR_SUFFIX)
-                spread = "" if error is None else f"{error:.4f}"
-                lines.append(f"| {name} | {metric} | {value:.4f} | {spread} | {result.num_items} |")
-        return "\n".join([*lines, "", *_origins(self.evaluation)])
+                if not metric.endswith(STDERR_SUFFIX):
+                    error = result.metrics.get(metric + STDERR_SUFFIX)
+                    spread = "" if error is None else f"{error:.4f}"
+                    rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
+        heads = ("task", "metric", "value", "standard error", "items")
+        table = markdown_table(heads, rows, left=(0, 1))
+        return "\n".join([table, "", *_reproduction(self.evaluation)])
 
     def _influence(self) -> list[str]:
         if self.influence is None:
@@ -121,47 +121,46 @@ class ModelCard:
         table = self.influence
         return [
             f"## Influence of each correction ({table.metric})",
-            f"Measured over {table.num_tokens:,} tokens under the schedule `{table.schedule}`; "
-            "corrections under a threshold are what a cheaper schedule leaves out.",
+            f"Measured over {table.num_tokens:,} tokens under the schedule `{table.schedule}`. "
+            "A cheaper schedule leaves out the corrections below a threshold.",
             influence_markdown(table),
         ]
 
 
 REQUIREMENTS = ("torch>=2.6", "transformers>=5.24,<6")
-"""What the code of an exported folder needs; no other package of this project's."""
+"""Packages that the code of an exported folder needs."""
 
 _USE = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 tokens = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))
 ```
 
-The model's code lies beside the weights. It needs
-`pip install {" ".join(f'"{requirement}"' for requirement in REQUIREMENTS)}` and nothing else."""
+The model's code is in the same folder. It only needs
+`pip install {" ".join(f'"{requirement}"' for requirement in REQUIREMENTS)}`."""
 
 
-def _origins(evaluation: EvaluationResult) -> Iterable[str]:
-    """Say where the tasks come from, and how to reproduce their numbers."""
+def _reproduction(evaluation: EvaluationResult) -> Iterable[str]:
+    """Yield sentences on the origin of the tasks and how to reproduce their numbers."""
     own = [name for name in evaluation.results if name in HELDOUT_TASKS]
     others = [name for name in evaluation.results if name not in HELDOUT_TASKS]
     if own:
         names = ", ".join(f"`{name}`" for name in own)
         yield (
-            f"Tasks of the project that trained this model, made from text that was held out of "
-            f"its training: {names}. lm-eval has no tasks of these names; `iiet-orch evaluate` "
-            "measures them."
+            f"These tasks are made from text that was held out of the model's training: {names}. "
+            "lm-eval does not have them; `iiet-orch evaluate` measures them."
         )
     if own and others:
         yield ""
     if others:
         yield (
             "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks "
-            f"{','.join(others)}` gives the same numbers; tasks that are not part of lm-eval need "
-            "`--include_path` too, and fewer items than a task has need `--limit`."
+            f"{','.join(others)}` gives the same numbers. Add `--include_path` for tasks that are "
+            "not part of lm-eval, and `--limit` for fewer items than a task has."
         )
 
 
@@ -180,7 +179,3 @@ def _provenance(values: Mapping[str, Any]) -> Iterable[str]:
             known = {name: value for name, value in values[part].items() if value is not None}
             pairs = ", ".join(f"{name} {value}" for name, value in known.items())
             yield f"{part}: {pairs}"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines) or "Not recorded."

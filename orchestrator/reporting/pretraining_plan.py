@@ -1,4 +1,4 @@
-"""A pretraining's plan as people read it: what `iiet-orch pretrain --dry-run` prints."""
+"""Table that `iiet-orch pretrain --dry-run` prints: tokens, FLOPs, time, memory, disk."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from orchestrator.terminal.formatting import (
 
 
 def pretraining_plan_table(found: PretrainingEstimate, rate: TrainingRate) -> Table:
-    """Return the plan, a line for each thing that it takes."""
-    config = found.training.config
-    model = found.settings.model
+    """Return the plan as a table, one row for each resource."""
+    device = "GPU" if found.settings.cluster.num_gpus else "CPU worker"
+    workers = format_count(found.training.num_workers, device)
     table = Table(
-        title=f"Plan: {model.preset} {config.method}, {_workers(found)}",
+        title=f"Plan: {found.settings.model.preset} {found.training.config.method}, {workers}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_header=False,
     )
     table.add_column("what", no_wrap=True)
     table.add_column("how much", overflow="fold")
-    for name, text in _lines(found, rate):
+    for name, text in _rows(found, rate):
         table.add_row(name, text)
     return table
 
 
-def _lines(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str, str]]:
+def _rows(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str, str]]:
     estimate, tokens = found.training, found.tokens
     recipe, config = estimate.recipe, estimate.config
     yield "parameters", f"{estimate.num_parameters:,}"
@@ -61,7 +61,8 @@ def _lines(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str
     yield (
         "corrections",
         ", then ".join(
-            f"{_short(stage.schedule)} for {stage.num_steps:,} steps" for stage in estimate.stages
+            f"{_corrections(stage.schedule)} for {stage.num_steps:,} steps"
+            for stage in estimate.stages
         ),
     )
     yield "training FLOPs", f"{estimate.training_flops:.3g}"
@@ -96,12 +97,6 @@ def _lines(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str
         yield f"on {place}", problem or fits
 
 
-def _workers(found: PretrainingEstimate) -> str:
-    if found.settings.cluster.num_gpus:
-        return format_count(found.training.num_workers, "GPU")
-    return format_count(found.training.num_workers, "CPU worker")
-
-
-def _short(schedule: IterationSchedule) -> str:
+def _corrections(schedule: IterationSchedule) -> str:
     counts = set(schedule)
     return f"r = {counts.pop()}" if len(counts) == 1 else f"r = {schedule}"

@@ -227,7 +227,7 @@ def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any])
     text = ModelCard(name="tiny", config=config).to_markdown()
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "`2,1`" in text
-    assert "| field evaluations per token | 5 |" in text
+    assert "| field evaluations (NFE) per token | 5 |" in text
     # Each evaluation reads keys and values of all tokens that it sees.
     read = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
     assert f"| key/value bytes read per token (float32) | {read:,} |" in text
@@ -273,7 +273,7 @@ def test_the_card_calls_only_lm_evals_tasks_lm_evals(tiny_model: dict[str, Any])
     assert "Tasks of the project that trained this model" in own
     assert "`lastword`, `continuation`. lm-eval has no tasks of these names" in own
     assert "lm_eval --model" not in own
-    assert "held out of its training: `lastword`. lm-eval" in both
+    assert "held out of the model's training: `lastword`. lm-eval" in both
     assert "--tasks arc_easy` gives the same numbers" in both
     assert "Tasks of the project" not in card("arc_easy")
 

@@ -62,7 +62,10 @@ def test_claims_have_their_confidence(
     # Over the same items: separate errors make it 1.7.
     assert "is worse than 0,1,1,1,1,1 by 2.6 points, 2.0 to 3.3 in 95% of the draws" in vanilla
     assert "the share of 1,000 draws in which the claim holds" in said[-1]
-    assert "with replacement, as many of the 2,000 items that all models answered" in said[-1]
+    assert (
+        "Each draw samples 2,000 of the 2,000 items that all models answered, with replacement"
+        in said[-1]
+    )
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == kept.confidence.keeps
 
 
