@@ -127,27 +127,16 @@ class EvaluationResult:
         """Mean accuracy; NaN if no task has one."""
         return mean_and_error(list(self.accuracies.values()))[0]
 
-    @property
-    def accuracy_stderr(self) -> float:
-        """Standard error of the mean accuracy; NaN if no task has one."""
-        return mean_and_error(list(self.accuracies.values()))[1]
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Mean bits per byte of the tasks that measure it; NaN if none does."""
-        return self._bits()[0]
-
-    @property
-    def bits_per_byte_stderr(self) -> float:
-        """Standard error of the mean bits per byte; NaN if no task measures it."""
-        return self._bits()[1]
-
     def quality(self) -> dict[str, float]:
         """Return flat numbers for a trial's result: averages and `TASK/METRIC`, without NaN."""
-        numbers = {
-            name: getattr(self, name)
-            for name in ("accuracy", "accuracy_stderr", BITS_METRIC, BITS_METRIC + STDERR_SUFFIX)
+        bits = [result.with_error(BITS_METRIC) for result in self.results.values()]
+        averages = {
+            "accuracy": list(self.accuracies.values()),
+            BITS_METRIC: [pair for pair in bits if pair],
         }
+        numbers = {}
+        for name, pairs in averages.items():
+            numbers[name], numbers[name + STDERR_SUFFIX] = mean_and_error(pairs)
         for task, metrics in self.tasks.items():
             numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
@@ -171,10 +160,6 @@ class EvaluationResult:
             raise
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"the evaluation is not readable ({error!r}); evaluate again") from None
-
-    def _bits(self) -> tuple[float, float]:
-        pairs = [result.with_error(BITS_METRIC) for result in self.results.values()]
-        return mean_and_error([pair for pair in pairs if pair])
 
 
 def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

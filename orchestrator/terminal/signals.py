@@ -152,8 +152,7 @@ def wait_interruptibly(
     Raises:
         Interrupted: After a signal.
     """
-    signals: list[int] = []
-    with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
+    with recorded_signals() as signals:
         if begin:
             begin()
         while True:

@@ -185,7 +185,7 @@ def test_each_item_scores_as_computed_directly(
     assert found.tasks["choices"]["acc"] == accuracy
     bits = -sum(s[0] for s in expected["rolling"]) / math.log(2)
     num_bytes = sum(len(row["text"]) for row in ROWS["rolling"])
-    assert found.bits_per_byte == pytest.approx(bits / num_bytes, rel=1e-5)
+    assert found.quality()["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
     assert found.results["lastword"].version == "2.0"
     assert found.num_items == 12
 

@@ -251,7 +251,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
     }
     quality = measure_quality(decoder, suite, tmp_path / "items.json")
     assert quality["accuracy"] == pytest.approx(ours.accuracy)
-    assert quality["bits_per_byte"] == pytest.approx(ours.bits_per_byte, rel=1e-6)
+    assert quality["bits_per_byte"] == pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)
 
 
 def test_an_exported_folder_scores_as_its_checkpoint(

@@ -82,8 +82,9 @@ def test_accuracy_uses_normalized_accuracy_if_reported() -> None:
     )
     assert found.accuracies == {"piqa": (0.5, 0.03), "lambada": (0.3, 0.04)}
     assert found.accuracy == pytest.approx(0.4)
-    assert found.accuracy_stderr == pytest.approx(0.05 / 2)
-    assert (found.bits_per_byte, found.bits_per_byte_stderr) == (1.25, 0.01)
+    quality = found.quality()
+    assert quality["accuracy_stderr"] == pytest.approx(0.05 / 2)
+    assert (quality["bits_per_byte"], quality["bits_per_byte_stderr"]) == (1.25, 0.01)
     assert found.num_items == 30
 
 
