@@ -107,10 +107,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
-    return getattr(import_module(f"orchestrator.{_MODULE_OF[name]}"), name)
+if not TYPE_CHECKING:  # A type checker knows the names from the imports above, and no others.
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
+        return getattr(import_module(f"orchestrator.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,112 @@
+"""The Python API: lazy names, and a small project from pretraining to a picked model."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_size import SMALL
+
+import orchestrator
+
+HEAVY = {"torch", "ray", "mlflow", "lm_eval", "transformers", "datasets", "numpy", "pandas"}
+
+
+def test_the_import_loads_nothing_heavy() -> None:
+    code = f"import sys, orchestrator; print(*{HEAVY!r} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_every_name_exists_and_editors_see_the_same_names() -> None:
+    assert set(orchestrator.__all__) <= set(dir(orchestrator))
+    for name in orchestrator.__all__:
+        assert getattr(orchestrator, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'swep'"):
+        orchestrator.swep  # noqa: B018
+    tree = ast.parse(Path(str(orchestrator.__file__)).read_text(encoding="utf-8"))
+    typed = {
+        (node.module, alias.name)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = {
+        (f"orchestrator.{module}", name)
+        for module, names in orchestrator._MODULES.items()
+        for name in names
+    }
+    assert typed == lazy
+    assert {name for _, name in lazy} == set(orchestrator.__all__)
+
+
+@pytest.fixture(scope="module")
+def settings() -> orchestrator.Settings:
+    changes = ["sweep.num_schedules=2", "evaluation.suite=heldout"]
+    return orchestrator.read_settings(None, [*SMALL, *changes])
+
+
+@pytest.fixture(scope="module")
+def workspace(
+    tmp_path_factory: pytest.TempPathFactory, ray_session: None
+) -> orchestrator.Workspace:
+    return orchestrator.Workspace(tmp_path_factory.mktemp("api"))
+
+
+@pytest.mark.slow
+def test_a_project_runs_from_pretraining_to_a_picked_model(
+    settings: orchestrator.Settings, workspace: orchestrator.Workspace
+) -> None:
+    plan = orchestrator.plan_pretrain(settings, workspace=workspace)
+    assert plan.estimate.settings == settings
+    trained = orchestrator.pretrain(settings, workspace=workspace, name="full")
+    steps = trained.to_pandas()
+    assert steps["step"].iloc[-1] == settings.training.num_steps
+    assert steps["train/loss"].notna().any()
+
+    influence = orchestrator.measure_influence(settings, workspace=str(workspace.root))
+    assert influence.checkpoint == trained.checkpoint
+    assert set(influence.to_pandas().columns) >= {"layer", "correction", "influence"}
+
+    dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
+    assert "to train" in set(dry_run.to_pandas()["state"])
+    result = orchestrator.sweep(settings, workspace=workspace, teacher="full", name="mine")
+    assert result.failures == {}
+    trials = result.to_pandas()
+    assert set(trials["role"]) == {"teacher", "trial"}
+    assert trials["cost/evaluations"].notna().all()
+    assert trials["quality/accuracy"].notna().all()
+    assert len(trials) == len(result.trials) == 3
+
+    evaluated = orchestrator.evaluate(
+        settings, workspace=workspace, models=["full"], schedules=["1", "0"]
+    )
+    table = evaluated.to_pandas()
+    assert set(table["model"]) == {"r=1", "r=0"}
+    assert {"task", "metric", "value", "stderr"} <= set(table.columns)
+
+    report = orchestrator.report(workspace=workspace, sweeps=["mine"])
+    assert report.page is not None
+    assert report.page.is_file()
+    assert report.to_pandas().equals(trials)
+
+    picked = orchestrator.pick(workspace=workspace, sweep="mine", dry_run=True)
+    assert picked.sentence
+    assert picked.to_pandas()["method"].tolist() == ["iiet"]
+    [text] = orchestrator.generate(
+        ["The"], workspace=workspace, model="full", sampling=orchestrator.Sampling(max_new_tokens=4)
+    )
+    assert isinstance(text, str)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_a_user_error(workspace: orchestrator.Workspace) -> None:
+    with pytest.raises(orchestrator.UserError, match="no sweep is called"):
+        orchestrator.report(workspace=workspace, sweeps=["nothing"])
+    with pytest.raises(orchestrator.UserError, match="--cost"):
+        orchestrator.report(workspace=workspace, cost="dollars")
