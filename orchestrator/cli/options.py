@@ -96,12 +96,10 @@ def read_options(config: str | None, assignments: list[str] | None, **options: A
         UserError: Names everything that is wrong.
     """
     from orchestrator.settings import read_settings
-    from orchestrator.settings.shipped import find_settings_file
     from orchestrator.workspace.files import is_folder
 
-    path = find_settings_file(config) if config else None
     given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
-    settings = read_settings(path, assignments or [], given)
+    settings = read_settings(config or None, assignments or [], given)
     folder = settings.evaluation.include_path
     if folder is not None and not is_folder(folder):
         raise UserError(

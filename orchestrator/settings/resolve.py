@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from orchestrator.settings.safe_yaml import MAX_CHARACTERS, YamlProblem, parse_yaml
 from orchestrator.settings.schema import Settings
 from orchestrator.settings.section import Section
+from orchestrator.settings.shipped import find_settings_file
 from orchestrator.workspace.errors import UserError, quoted, shortened
 
 DEFAULTS = Settings()
@@ -64,15 +65,19 @@ def resolve_settings(
 
 
 def read_settings(
-    path: Path | None,
+    path: Path | str | None,
     assignments: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Read a YAML file (or none) and apply assignments and options; see `resolve_settings`.
 
+    A text is a file's path or the name of a shipped sweep.
+
     Raises:
         UserError: If the file is missing or is not a YAML mapping, or a setting is wrong.
     """
+    if isinstance(path, str):
+        path = find_settings_file(path)
     tree = _read_yaml(path) if path else {}
     return resolve_settings(tree, assignments, options, origin=str(path) if path else "settings")
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from small_size import SMALL
 
+import orchestrator
 from orchestrator import cli
 from orchestrator.settings import Settings, read_settings
 from orchestrator.settings.shipped import shipped_sweeps
@@ -50,12 +52,28 @@ def test_make_targets_in_the_readme_exist() -> None:
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = _blocks("python")
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     names: dict[str, object] = {}
     exec(blocks[0], names)
     assert names["tokens"].shape == (1, 24)  # type: ignore[attr-defined]
     assert (tmp_path / "my-decoder" / "model.safetensors").is_file()
     assert names["cheaper"].schedule.num_corrections == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_commands_in_python_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    def read_small(name: str, changes: list[str]) -> Settings:
+        return read_settings(name, [*SMALL, *changes])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(orchestrator, "read_settings", read_small)
+    names: dict[str, object] = {}
+    exec(_blocks("python")[1], names)
+    assert len(names["found"].evaluations) == 2  # type: ignore[attr-defined]
+    assert not names["result"].failures  # type: ignore[attr-defined]
+    assert [*tmp_path.glob("my-workspace/sweeps/*/front.html")]
 
 
 def test_links_and_folders_in_the_readme_exist() -> None:
