@@ -53,7 +53,7 @@ def save(folder: Path, step: int, decoder: Decoder) -> Path:
     )
 
 
-def test_comes_back_as_it_was(run: Path, decoder: Decoder) -> None:
+def test_a_saved_checkpoint_loads_unchanged(run: Path, decoder: Decoder) -> None:
     folder = find_checkpoints(run)[-1]
     loaded = load_decoder(folder)
     assert loaded.config == decoder.config
@@ -67,7 +67,7 @@ def test_comes_back_as_it_was(run: Path, decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ties", [True, False])
-def test_frozen_weights_stay_in_the_file_and_say_the_same(
+def test_frozen_weights_are_memory_mapped_and_give_the_same_logits(
     tmp_path: Path, method: str, ties: bool
 ) -> None:
     config = preset("tiny", method=method, num_layers=2, tie_embeddings=ties)
@@ -97,7 +97,7 @@ def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
     return False
 
 
-def test_found_oldest_first_by_number(run: Path) -> None:
+def test_checkpoints_are_found_oldest_first_by_step(run: Path) -> None:
     (run / "step_x").mkdir()
     assert [p.name for p in find_checkpoints(run)] == [
         "step_00000005", "step_00000010", "step_00000100",
@@ -117,7 +117,7 @@ def test_equal_weights_have_an_equal_key(run: Path, decoder: Decoder) -> None:
     [(name, harm) for name in FILES for harm in ("missing", "cut", "flipped")]
     + [("provenance.json", "missing"), ("provenance.json", "cut")],
 )
-def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(
     run: Path, name: str, harm: str
 ) -> None:
     newest = find_checkpoints(run)[-1]
@@ -148,7 +148,7 @@ def damage(path: Path, harm: str) -> None:
 @pytest.mark.parametrize(
     "text", ["[]", "{", "[" * 100_000, '{"checksums": []}', '{"checksums": {}}', "\xff", ""]
 )
-def test_a_damaged_record_is_named(run: Path, text: str) -> None:
+def test_a_damaged_provenance_is_reported(run: Path, text: str) -> None:
     folder = find_checkpoints(run)[-1]
     (folder / "provenance.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"step_00000100 is damaged: (provenance\.json|config)"):
@@ -156,14 +156,14 @@ def test_a_damaged_record_is_named(run: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, '{"num_layers": {}}', "null"])
-def test_a_damaged_configuration_is_named(run: Path, text: str) -> None:
+def test_a_damaged_configuration_is_reported(run: Path, text: str) -> None:
     folder = find_checkpoints(run)[-1]
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"step_00000100"):
         load_config(folder)
 
 
-def test_no_whole_checkpoint_is_none(run: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_has_no_newest_one(run: Path) -> None:
     for folder in find_checkpoints(run):
         (folder / "model.safetensors").unlink()
     assert newest_checkpoint(run) is None
@@ -186,7 +186,7 @@ def test_a_crash_while_writing_leaves_the_old_state(
     assert not list(run.glob("*.tmp"))
 
 
-def test_prune_keeps_the_newest(run: Path) -> None:
+def test_pruning_keeps_the_newest_checkpoints(run: Path) -> None:
     prune_checkpoints(run, 2)
     assert [p.name for p in find_checkpoints(run)] == ["step_00000010", "step_00000100"]
     prune_checkpoints(run, 5)
@@ -200,7 +200,7 @@ def test_a_path_may_be_a_run_or_a_checkpoint(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing", "step_00000007", "empty"])
-def test_what_is_no_checkpoint_is_said_so(tmp_path: Path, name: str) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=name):
         resolve_checkpoint(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Checkpoints in the background: whole or absent, whatever happens while one is written."""
+"""Checkpoints written in the background are complete or absent, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def names(job: TrainingJob) -> list[str]:
     return [folder.name for folder in find_checkpoints(job.folder)]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_job(make_job("plain"))
@@ -75,7 +75,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     def report(step: int, numbers: Any) -> None:
         if "train/loss" in numbers:
             steps.append(step)
-        if step == 4:  # The one after step 2 is held back until here; the next has to wait.
+        if step == 4:  # The checkpoint of step 2 is delayed until here; the next one waits.
             assert names(job) == []
             may_write.set()
 
@@ -86,8 +86,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     for name in names(job):
         check_checkpoint(job.folder / name)
         for file in ("model.safetensors", "training_state.pt"):
-            plain, held = (load(make_job(run).folder / name / file) for run in ("plain", "slow"))
-            assert plain == held, "a checkpoint must hold its own step's state, not a later one's"
+            plain, delayed = (load(make_job(run).folder / name / file) for run in ("plain", "slow"))
+            assert plain == delayed, "a checkpoint must hold the state of its own step"
 
 
 def load(path: Path) -> Any:
@@ -99,7 +99,7 @@ def load(path: Path) -> Any:
 
 @contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
-    """Let the system refuse to write more than this into one file, as a full disk does."""
+    """Limit the size of files, so that writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -108,7 +108,9 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_ends_the_run_clearly_and_leaves_what_was_saved(make_job: MakeJob) -> None:
+def test_a_full_disk_ends_the_run_with_a_message_and_keeps_earlier_checkpoints(
+    make_job: MakeJob,
+) -> None:
     run_job(make_job("whole"))
     job = make_job()
     run_job(job, should_stop=iter([False] * 3 + [True]).__next__)
@@ -125,7 +127,7 @@ def test_a_full_disk_ends_the_run_clearly_and_leaves_what_was_saved(make_job: Ma
     assert losses(job) == losses(make_job("whole"))
 
 
-def test_a_checkpoint_comes_after_minutes_too(
+def test_a_checkpoint_is_also_written_after_some_minutes(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seldom = {"checkpoint_every_steps": 100, "num_checkpoints_kept": 9}
@@ -135,7 +137,7 @@ def test_a_checkpoint_comes_after_minutes_too(
     assert names(make_job("timed")) == [f"step_{n:08d}" for n in (1, 3, 5, 7, 8)]
 
 
-def test_the_best_is_kept_beside_the_newest(
+def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validation = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5}

@@ -1,4 +1,4 @@
-"""Compiled fields: the losses of plain ones, and one graph for all schedules."""
+"""Compiled fields give the losses of plain ones, with one graph for all schedules."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def losses(job: TrainingJob) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
-def test_compiled_fields_have_the_losses_of_plain_ones(jobs: list[TrainingJob]) -> None:
+def test_compiled_fields_give_the_losses_of_plain_ones(jobs: list[TrainingJob]) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     for job in jobs:

@@ -80,7 +80,7 @@ def student(tmp_path: Path, tiny_tokens: Path, teacher: Path) -> MakeJob:
 
 
 @pytest.mark.parametrize("control", ["distill", "cross_entropy"])
-def test_a_student_reads_and_writes_text_as_its_imported_teacher(
+def test_a_student_has_the_text_files_of_its_imported_teacher(
     control: str, student: MakeJob, teacher: Path, tmp_path: Path
 ) -> None:
     imported = tmp_path / "imported" / teacher.name
@@ -94,7 +94,7 @@ def test_a_student_reads_and_writes_text_as_its_imported_teacher(
 
 
 def numbers(job: TrainingJob, metric: str) -> dict[int, float]:
-    """Return step, counted from 1 -> a number of its record."""
+    """Return step, from 1 -> a metric in the journal."""
     return {
         record["step"]: record["values"][metric]
         for record in read_journal(job.folder)[0]
@@ -102,7 +102,7 @@ def numbers(job: TrainingJob, metric: str) -> dict[int, float]:
     }
 
 
-def test_the_teacher_has_a_say_within_its_window_only(student: MakeJob) -> None:
+def test_the_teacher_contributes_only_within_its_window(student: MakeJob) -> None:
     job, always = student(teacher_from_step=2, teacher_until_step=4), student("always")
     assert job_key(job) != job_key(always)
     outcome, usual = run_job(job), run_job(always)
@@ -128,13 +128,13 @@ def test_a_window_without_a_step_is_refused(window: list[str], problem: str) -> 
         resolve_settings({}, [f"distillation.{part}" for part in window])
 
 
-def test_a_window_behind_the_training_is_refused(student: MakeJob) -> None:
+def test_a_window_after_the_training_is_refused(student: MakeJob) -> None:
     student(teacher_from_step=5, teacher_until_step=100)
     with pytest.raises(UserError, match="lies behind the training, whose steps are 0 to 5"):
         student(teacher_from_step=6)
 
 
-def test_distillation_in_stages_trains_the_schedule_in_force(student: MakeJob) -> None:
+def test_distillation_in_stages_trains_the_schedule_of_each_step(student: MakeJob) -> None:
     staged = student(schedule=(2, 1), recipe={"iterate_from_fraction": 0.5})
     none = student("none", schedule=(0, 0))
     at_once = student("at once", schedule=(2, 1))
@@ -167,7 +167,9 @@ def test_hidden_states_are_a_term_of_a_run(student: MakeJob, precision: str) -> 
         assert loss[step] == pytest.approx(total, rel=1e-5)
 
 
-def test_hidden_states_in_passes_and_recomputed_are_those_of_one_pass(student: MakeJob) -> None:
+def test_several_passes_and_recomputation_give_the_hidden_states_of_one_pass(
+    student: MakeJob,
+) -> None:
     plain, lean, split = (
         student(name, hidden_weight=0.5, recipe=recipe)
         for name, recipe in (
@@ -242,7 +244,7 @@ def test_a_control_is_trained_without_a_teacher(
     expected = fresh if control == "scratch" else taught
     assert same_weights(first, expected)
     assert not same_weights(first, taught if control == "scratch" else fresh)
-    # The teacher's weights are a student's first ones, and nothing else is read of it.
+    # The teacher's folder is read only for the student's initial weights.
     assert loaded == ([] if control == "scratch" else [teacher])
 
 
@@ -262,7 +264,7 @@ Call = tuple[dict[str, Any], str]
 
 
 def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
-    """Run jobs one after the other as one of two workers; started by `mp.spawn`."""
+    """Run jobs in turn as one of two workers; started by `mp.spawn`."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(
@@ -274,7 +276,7 @@ def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_distill_hidden_states_as_one_does(
+def test_two_workers_distill_hidden_states_like_one(
     student: MakeJob, tmp_path: Path, teacher: Path
 ) -> None:
     more: dict[str, Any] = {"hidden_weight": 0.5, "teacher_from_step": 1}

@@ -1,5 +1,4 @@
-"""Models that are trained alike up to their corrections: that part is made once, and shows
-nowhere."""
+"""A shared first stage gives bitwise the results of training it again."""
 
 from __future__ import annotations
 
@@ -58,8 +57,8 @@ def stage_of(job: TrainingJob) -> FirstStage:
     return stage
 
 
-def begins(job: TrainingJob) -> list[int]:
-    """Return the step behind which each process that trained a job began."""
+def start_steps(job: TrainingJob) -> list[int]:
+    """Return the step after which each process that trained a job started."""
     return [
         record.get("step", 0)
         for record in read_journal(job.folder)[0]
@@ -84,13 +83,13 @@ def weights(outcome: TrainingOutcome) -> str:
 
 
 @pytest.mark.parametrize("schedule", [(0, 0), (1, 1), (3, 0)])
-def test_who_goes_on_from_it_comes_out_as_from_the_start(
+def test_a_run_that_resumes_from_the_first_stage_equals_one_from_the_start(
     make_job: MakeJob, schedule: tuple[int, int]
 ) -> None:
     run_job(make_job((2, 1)))
     job, alone = make_job(schedule), make_job(schedule, shares=False)
     outcome, expected = run_job(job), run_job(alone)
-    assert (begins(job), begins(alone)) == ([SWITCH], [0])
+    assert (start_steps(job), start_steps(alone)) == ([SWITCH], [0])
     assert weights(outcome) == weights(expected)
     assert outcome.validation_loss == expected.validation_loss
     assert outcome.training_flops == expected.training_flops
@@ -104,40 +103,40 @@ def test_who_goes_on_from_it_comes_out_as_from_the_start(
     assert run_job(job) == outcome
 
 
-def test_a_model_without_corrections_can_make_it_for_the_others(make_job: MakeJob) -> None:
+def test_a_model_without_corrections_can_store_the_first_stage(make_job: MakeJob) -> None:
     first, second = make_job((0, 0)), make_job((2, 1))
     run_job(first)
     run_job(second)
-    assert (begins(first), begins(second)) == ([0], [SWITCH])
+    assert (start_steps(first), start_steps(second)) == ([0], [SWITCH])
 
 
-def test_a_ramp_begins_behind_it(make_job: MakeJob) -> None:
+def test_a_ramp_begins_after_the_first_stage(make_job: MakeJob) -> None:
     run_job(make_job((2, 1)))
     job = make_job((2, 1), iterate_ramp_fraction=0.25)
     alone = make_job((2, 1), iterate_ramp_fraction=0.25, shares=False)
     assert weights(run_job(job)) == weights(run_job(alone))
-    assert begins(job) == [SWITCH]
+    assert start_steps(job) == [SWITCH]
 
 
-def test_numbers_that_were_recorded_are_told_and_can_end_it_there(make_job: MakeJob) -> None:
+def test_stored_metrics_are_reported_and_can_stop_the_run(make_job: MakeJob) -> None:
     run_job(make_job((2, 1)))
     job = make_job((1, 1))
-    heard: dict[int, float] = {}
+    reported: dict[int, float] = {}
 
-    def hear(step: int, numbers: Mapping[str, float]) -> None:
+    def report(step: int, numbers: Mapping[str, float]) -> None:
         if "validation/loss" in numbers:
-            heard[step] = numbers["validation/loss"]
+            reported[step] = numbers["validation/loss"]
 
-    stopped = run_job(job, report=hear, should_stop=lambda: 4 in heard)
+    stopped = run_job(job, report=report, should_stop=lambda: 4 in reported)
     made = recorded(make_job((2, 1)), "validation/loss")
-    assert heard == {step: made[step] for step in (2, 4, 6)}
+    assert reported == {step: made[step] for step in (2, 4, 6)}
     assert (stopped.finished, stopped.step) == (False, SWITCH)
     again = run_job(job)
     assert again.finished
     assert weights(again) == weights(run_job(make_job((1, 1), shares=False)))
 
 
-def test_who_is_not_that_far_yet_goes_on_from_it_and_who_is_further_does_not(
+def test_only_a_run_before_the_end_of_the_stage_resumes_from_it(
     make_job: MakeJob,
 ) -> None:
     behind, ahead = make_job((1, 1)), make_job((0, 0))
@@ -146,31 +145,31 @@ def test_who_is_not_that_far_yet_goes_on_from_it_and_who_is_further_does_not(
         assert run_job(alone, should_stop=partial(_is_last, iter(range(100)), last)).step == last
     run_job(make_job((2, 1)))
     outcomes = [run_job(behind), run_job(ahead)]
-    assert (begins(behind), begins(ahead)) == ([0, SWITCH], [0, SWITCH + 1])
+    assert (start_steps(behind), start_steps(ahead)) == ([0, SWITCH], [0, SWITCH + 1])
     expected = [run_job(make_job(s, shares=False)) for s in ((1, 1), (0, 0))]
     assert [weights(one) for one in outcomes] == [weights(one) for one in expected]
 
 
-def test_a_damaged_one_is_named_and_made_anew(make_job: MakeJob) -> None:
+def test_a_damaged_first_stage_is_reported_and_trained_again(make_job: MakeJob) -> None:
     run_job(make_job((2, 1)))
     job = make_job((1, 1))
     path = stage_of(job).checkpoint / WEIGHTS
     damaged = path.read_bytes()[:-1]
-    path.unlink()  # A link: the run that made it keeps its own.
+    path.unlink()  # A hard link: the run that stored it keeps its own.
     path.write_bytes(damaged)
     outcome = run_job(job)
     texts = [r["text"] for r in read_journal(job.folder)[0] if r.get("name") == "damaged"]
     assert len(texts) == 1
     assert texts[0].endswith("the first stage is trained again")
-    assert begins(job) == [0]
+    assert start_steps(job) == [0]
     assert weights(outcome) == weights(run_job(make_job((1, 1), shares=False)))
     assert run_job(make_job((2, 1))).finished
     third = make_job((0, 0))
     run_job(third)
-    assert begins(third) == [SWITCH], "the second one has put another in its place"
+    assert start_steps(third) == [SWITCH], "the second one has put another in its place"
 
 
-def test_one_without_its_record_is_damaged_too(make_job: MakeJob) -> None:
+def test_a_first_stage_without_provenance_is_damaged(make_job: MakeJob) -> None:
     run_job(make_job((2, 1)))
     stage = stage_of(make_job((1, 1)))
     (stage.checkpoint / PROVENANCE).unlink()
@@ -180,7 +179,9 @@ def test_one_without_its_record_is_damaged_too(make_job: MakeJob) -> None:
     assert not list(stage.folder.parent.iterdir())
 
 
-def test_no_room_for_it_costs_a_remark(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_only_prevents_sharing(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(self: FirstStage, checkpoint: Path) -> None:
         raise OSError(28, "No space left on device")
 
@@ -192,7 +193,7 @@ def test_no_room_for_it_costs_a_remark(make_job: MakeJob, monkeypatch: pytest.Mo
     assert "No space left" in events["not shared"]["text"]
 
 
-def test_a_put_that_breaks_off_leaves_nothing(
+def test_an_interrupted_store_leaves_nothing(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job((2, 1))
@@ -208,7 +209,7 @@ def test_a_put_that_breaks_off_leaves_nothing(
     assert not list(stage.folder.parent.iterdir())
 
 
-def test_it_is_shared_by_who_is_trained_alike_and_by_nobody_else(make_job: MakeJob) -> None:
+def test_only_models_with_the_same_first_stage_share_it(make_job: MakeJob) -> None:
     vanilla = make_job((0, 0))
     vanilla = replace(
         vanilla,
@@ -233,7 +234,7 @@ def test_it_is_shared_by_who_is_trained_alike_and_by_nobody_else(make_job: MakeJ
     assert not any(job.first_stages for job in share_first_stages([jobs[0], jobs[0]]))
 
 
-def test_one_that_is_there_serves_a_single_run(make_job: MakeJob) -> None:
+def test_a_stored_first_stage_is_used_by_a_single_run(make_job: MakeJob) -> None:
     alone = make_job((1, 1))
     assert share_first_stages([alone])[0].first_stages is None
     run_job(make_job((2, 1)))

@@ -46,7 +46,7 @@ def test_wsd_is_stable_until_its_decay() -> None:
     assert values[71] < 1.0
 
 
-def test_constant_stays() -> None:
+def test_a_constant_rate_does_not_change() -> None:
     assert set(rates(decay="constant")[10:]) == {1.0}
 
 
@@ -54,6 +54,6 @@ def test_no_warm_up_starts_at_the_peak() -> None:
     assert rates(warmup_steps=0)[0] == 1.0
 
 
-def test_a_run_of_one_step_is_defined() -> None:
+def test_a_run_of_one_step_has_a_rate() -> None:
     assert rates(num_steps=1, warmup_steps=0) == [1.0]
     assert rates(num_steps=1, warmup_steps=10) == [pytest.approx(0.1)]

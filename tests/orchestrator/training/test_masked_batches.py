@@ -1,4 +1,4 @@
-"""Batches in which few positions count, trained, validated and read from a teacher cache."""
+"""Batches with masked positions: training, validation and teacher cache."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def trained(
 
 @pytest.mark.parametrize("source", [completions, answers])
 @pytest.mark.parametrize("distills", [False, True])
-def test_passes_of_any_size_are_one_pass(source: Source, distills: bool) -> None:
+def test_passes_of_any_size_equal_one_pass(source: Source, distills: bool) -> None:
     objective = pretraining_objective(lambda _: SCHEDULE)
     if distills:
         objective = distillation_objective(
@@ -117,7 +117,7 @@ def test_passes_of_any_size_are_one_pass(source: Source, distills: bool) -> None
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
 
 
-def test_the_loss_is_that_of_the_targets_that_count() -> None:
+def test_the_loss_counts_unmasked_targets_only() -> None:
     _, numbers = trained(answers, pretraining_objective(lambda _: SCHEDULE), per_pass=4)
     batch, terms = answers(0), []
     log_p = fresh_decoder()(batch.input_ids).log_softmax(-1)
@@ -127,7 +127,7 @@ def test_the_loss_is_that_of_the_targets_that_count() -> None:
     assert numbers[0]["train/loss"] == pytest.approx(sum(terms) / 4, rel=1e-12)
 
 
-def test_a_step_in_which_nothing_counts_changes_nothing() -> None:
+def test_a_step_without_targets_changes_nothing() -> None:
     teacher = frozen_teacher(fresh_decoder(seed=1))
     objective = distillation_objective(lambda _: SCHEDULE, teacher, DistillationConfig())
     decoder, numbers = trained(nothing, objective, per_pass=4)
@@ -153,7 +153,7 @@ def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
     assert empty == 0.0
 
 
-def test_a_teacher_cache_serves_every_mask_and_answers_matter_only_where_positions_count(
+def test_a_teacher_cache_serves_every_mask_and_masked_outputs_do_not_matter(
     tmp_path: Path,
 ) -> None:
     teacher, student = frozen_teacher(fresh_decoder(seed=1)).float(), fresh_decoder().float()

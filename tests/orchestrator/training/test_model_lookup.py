@@ -1,6 +1,4 @@
-"""Which checkpoint a command means: by path, by name, or the newest that it can use; an older one
-is never taken in silence.
-"""
+"""Commands find a model by path, by name, or the newest; they never use an older one silently."""
 
 from __future__ import annotations
 
@@ -67,7 +65,7 @@ def damaged(workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any])
 
 @pytest.mark.parametrize("with_path", [True, False])
 @pytest.mark.parametrize("command", ["sweep-threshold", "search", "influence", "distill", "export"])
-def test_what_is_made_of_a_model_is_never_made_of_an_older_one(
+def test_commands_that_store_results_refuse_an_older_checkpoint(
     workspace: Workspace,
     damaged: Path,
     command: str,
@@ -87,7 +85,7 @@ def test_what_is_made_of_a_model_is_never_made_of_an_older_one(
 
 
 @pytest.mark.parametrize("with_path", [True, False])
-def test_who_only_reads_a_model_is_warned(
+def test_commands_that_only_read_warn_about_an_older_checkpoint(
     workspace: Workspace,
     damaged: Path,
     with_path: bool,
@@ -111,13 +109,13 @@ def test_who_only_reads_a_model_is_warned(
     assert "damaged" not in printed.out, "the text alone is on standard output"
 
 
-def test_a_path_of_the_older_one_is_an_answer(workspace: Workspace, damaged: Path) -> None:
+def test_the_path_of_the_older_checkpoint_is_accepted(workspace: Workspace, damaged: Path) -> None:
     older = damaged / checkpoint_name(5)
     (model,) = open_models(workspace, [older], None)
     assert model.path == older
 
 
-def test_a_run_without_any_whole_checkpoint_does_not_give_way_to_an_older_run(
+def test_a_run_without_an_intact_checkpoint_is_not_replaced_by_an_older_run(
     workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     older = save(workspace.runs / "older", tiny_tokens, tiny_model, 5)
@@ -134,7 +132,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_give_way_to_an_older_run(
         resolve_teacher(workspace, None)
 
 
-def test_a_damaged_model_without_corrections_is_no_matter(
+def test_a_damaged_model_without_corrections_is_ignored(
     workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     run = save(workspace.runs / "full", tiny_tokens, tiny_model, 5)
@@ -187,7 +185,7 @@ def test_an_unknown_name_lists_the_runs(workspace: Workspace, save_run: Any) -> 
         resolve_model(workspace, Path("teacher"))
 
 
-def test_an_unknown_name_lists_no_more_runs_than_people_read(workspace: Workspace) -> None:
+def test_an_unknown_name_lists_a_limited_number_of_runs(workspace: Workspace) -> None:
     for number in range(30):
         folder = workspace.runs / f"run{number:02}"
         folder.mkdir(parents=True)
@@ -196,7 +194,7 @@ def test_an_unknown_name_lists_no_more_runs_than_people_read(workspace: Workspac
         find_model_folder(workspace, Path("teacher"))
 
 
-def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
+def test_the_source_folder_of_an_imported_model_does_not_hide_its_run(
     workspace: Workspace, save_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = save_run("llama", method="vanilla", imported=True)
@@ -208,7 +206,7 @@ def test_the_folder_that_a_model_came_from_does_not_hide_its_run(
     assert find_model_folder(workspace, Path("llama"), model_folders=True) == tmp_path / "llama"
 
 
-def test_the_newest_is_what_was_imported_last(workspace: Workspace, save_run: Any) -> None:
+def test_the_newest_model_may_be_an_imported_one(workspace: Workspace, save_run: Any) -> None:
     teacher = save_run("teacher")
     save_run("baseline", method="vanilla")
     assert resolve_model(workspace, None) == teacher
@@ -218,7 +216,7 @@ def test_the_newest_is_what_was_imported_last(workspace: Workspace, save_run: An
     assert resolve_teacher(workspace, None) == teacher
 
 
-def test_a_workspace_without_corrections_says_what_it_has(
+def test_a_workspace_without_corrections_lists_its_other_models(
     workspace: Workspace, save_run: Any
 ) -> None:
     with pytest.raises(UserError, match="no IIET checkpoint"):

@@ -1,4 +1,4 @@
-"""What the person at the terminal hears while jobs train: speed, time left, and what went wrong."""
+"""The terminal shows speed, time left and problems while jobs train."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.journal import Journal
 
 
-class Heard(Progress):
+class RecordingProgress(Progress):
     def __init__(self) -> None:
-        self.said: list[tuple[float, str, float | None]] = []
+        self.shown: list[tuple[float, str, float | None]] = []
         self.notes: list[str] = []
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.said.append((done, text, seconds_left))
+        self.shown.append((done, text, seconds_left))
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -39,39 +39,39 @@ def job(tmp_path: Path, tiny_model: dict[str, Any]) -> TrainingJob:
     )
 
 
-def test_time_left_knows_that_corrections_take_longer(job: TrainingJob) -> None:
-    heard, journal = Heard(), Journal(job.folder)
-    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), heard)
+def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
+    progress, journal = RecordingProgress(), Journal(job.folder)
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     monitor.poll()
-    assert heard.said[-1] == (0, "waiting for the first step", None)
+    assert progress.shown[-1] == (0, "waiting for the first step", None)
     speed = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
     journal.metrics(10, speed)
     monitor.poll()
-    done, text, first = heard.said[-1]
+    done, text, first = progress.shown[-1]
     assert (done, text) == (10, "loss iiet 5.50, 640 tokens/s")
     # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
     assert first is not None
     assert 40 * 0.1 + 50 * 0.1 < first < 40 * 0.1 + 50 * 0.25
     journal.metrics(60, speed)
     monitor.poll()
-    assert heard.said[-1][2] == pytest.approx(40 * 0.1)
+    assert progress.shown[-1][2] == pytest.approx(40 * 0.1)
     journal.metrics(100, speed)
     monitor.poll()
-    assert heard.said[-1] == (100, "", None)
+    assert progress.shown[-1] == (100, "", None)
     journal.close()
 
 
-def test_a_skipped_step_and_damage_are_told(job: TrainingJob) -> None:
-    heard, journal = Heard(), Journal(job.folder)
-    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), heard)
+def test_a_skipped_step_and_damage_are_noted(job: TrainingJob) -> None:
+    progress, journal = RecordingProgress(), Journal(job.folder)
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     journal.event("skipped", step=7, loss=float("nan"), gradient_norm=2.0)
     journal.event("damaged", text="a sentence")
     monitor.poll()
-    assert heard.notes == ["iiet: step 7 was skipped: loss nan, gradient norm 2", "a sentence"]
+    assert progress.notes == ["iiet: step 7 was skipped: loss nan, gradient norm 2", "a sentence"]
     journal.close()
 
 
-def test_lines_and_bar_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_and_bar_show_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
     out = io.StringIO()
     with PlainProgress(Console(file=out, width=100)) as plain:

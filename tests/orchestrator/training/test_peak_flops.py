@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.training.peak_flops import gpu_peak_flops, measure_cpu_flops
 
 
-def test_peaks() -> None:
+def test_peak_flops_of_known_gpus_and_of_the_cpu() -> None:
     assert gpu_peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert gpu_peak_flops("NVIDIA H100 80GB HBM3", "fp32") == 67e12
     assert gpu_peak_flops("GeForce", "bf16") is None

@@ -1,4 +1,4 @@
-"""Copies of checkpoints: whole or none, enough to go on from, and never in training's way."""
+"""Remote copies of checkpoints are complete or absent, and their failure never stops training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def notes(job: TrainingJob, name: str) -> list[str]:
     return [r["text"] for r in read_journal(job.folder)[0] if r.get("name") == name]
 
 
-def test_another_machine_goes_on_from_the_copies(make_job: Make, tmp_path: Path) -> None:
+def test_another_machine_resumes_from_the_copies(make_job: Make, tmp_path: Path) -> None:
     whole = run_job(make_job("whole"))
     uri = (tmp_path / "store").as_uri()
     run_job(make_job("lost", storage=uri), should_stop=stop_after(4))
@@ -62,7 +62,7 @@ def test_another_machine_goes_on_from_the_copies(make_job: Make, tmp_path: Path)
     assert job_key(make_job("a", storage=uri)) == job_key(make_job("a"))
 
 
-def test_a_copy_that_was_cut_off_or_spoilt_is_passed_over(make_job: Make, tmp_path: Path) -> None:
+def test_an_incomplete_or_damaged_copy_is_skipped(make_job: Make, tmp_path: Path) -> None:
     uri, copies = str(tmp_path / "store"), tmp_path / "store" / "run"
     run_job(make_job("lost", storage=uri))
     (copies / "step_00000006" / "model.safetensors").write_bytes(b"spoilt")
@@ -76,7 +76,7 @@ def test_a_copy_that_was_cut_off_or_spoilt_is_passed_over(make_job: Make, tmp_pa
     assert "earlier copy" in notes(job, "damaged")[0]
 
 
-def test_a_store_that_takes_nothing_does_not_stop_training(make_job: Make, tmp_path: Path) -> None:
+def test_a_storage_that_refuses_does_not_stop_training(make_job: Make, tmp_path: Path) -> None:
     job = make_job("run", storage=str(tmp_path / "store"))
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "run").write_text("a file where the folder would be")
@@ -93,6 +93,6 @@ def test_a_store_that_takes_nothing_does_not_stop_training(make_job: Make, tmp_p
     assert "training continues" in notes(job, "not copied")[0]
 
 
-def test_an_address_that_is_none_is_the_users_mistake(make_job: Make) -> None:
+def test_an_unusable_uri_is_a_user_error(make_job: Make) -> None:
     with pytest.raises(UserError, match=r"cluster\.storage: 'nowhere://x' names no storage"):
         run_job(make_job("run", storage="nowhere://x"))

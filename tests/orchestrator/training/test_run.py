@@ -1,4 +1,4 @@
-"""Runs in this process: the same losses whatever interrupts them, and honest ends."""
+"""Runs in this process give the same losses whatever interrupts them, and clear errors."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_options_of_a_method_are_trained_saved_and_part_of_the_key(
     assert all(damping.item() != 0 for damping in dampings)
 
 
-def test_learns_and_reports(make_job: MakeJob) -> None:
+def test_the_loss_falls_and_is_reported(make_job: MakeJob) -> None:
     job = make_job(recipe={"num_steps": 60, "iterate_from_fraction": 0.0})
     outcome = run_job(job)
     curve = losses(job)
@@ -126,7 +126,7 @@ def test_learns_and_reports(make_job: MakeJob) -> None:
     assert events(job)[-1] == "finished"
 
 
-def test_a_finished_job_whose_checkpoint_is_damaged_is_not_finished_and_says_so(
+def test_a_finished_job_with_a_damaged_checkpoint_is_reported_as_unfinished(
     make_job: MakeJob,
 ) -> None:
     job = make_job()
@@ -154,7 +154,7 @@ def test_two_runs_are_bitwise_equal(make_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 6, 11])
-def test_stopped_and_resumed_is_bitwise_the_same(make_job: MakeJob, step: int) -> None:
+def test_a_stopped_and_resumed_run_is_bitwise_equal(make_job: MakeJob, step: int) -> None:
     whole = run_job(make_job("whole"))
     stopped = run_job(make_job("cut"), should_stop=stop_at(step))
     assert (stopped.step, stopped.finished) == (step, False)
@@ -168,7 +168,7 @@ def test_stopped_and_resumed_is_bitwise_the_same(make_job: MakeJob, step: int) -
         assert written == (Path(whole.checkpoint or "") / name).read_bytes()
 
 
-def test_a_crash_goes_on_from_the_checkpoint_before(
+def test_a_crashed_run_resumes_from_the_previous_checkpoint(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_job(make_job("whole"))
@@ -191,7 +191,7 @@ def crash_at(step: int, batch: Callable[..., Any]) -> Callable[..., Any]:
     return crashing
 
 
-def test_a_damaged_checkpoint_is_reported_and_passed_over(make_job: MakeJob) -> None:
+def test_a_damaged_checkpoint_is_reported_and_skipped(make_job: MakeJob) -> None:
     whole = run_job(make_job("whole"))
     job = make_job("cut")
     run_job(job, should_stop=stop_at(9))
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(make_job: MakeJob) -> 
     assert outcome.validation_loss == whole.validation_loss
 
 
-def test_a_damaged_last_checkpoint_is_made_again(make_job: MakeJob) -> None:
+def test_a_damaged_last_checkpoint_is_trained_again(make_job: MakeJob) -> None:
     outcome = run_job(make_job())
     weights = Path(outcome.checkpoint or "") / "model.safetensors"
     before = weights.read_bytes()
@@ -213,7 +213,7 @@ def test_a_damaged_last_checkpoint_is_made_again(make_job: MakeJob) -> None:
     assert weights.read_bytes() == before
 
 
-def test_the_stop_file_is_honoured_and_withdrawn(make_job: MakeJob) -> None:
+def test_a_stop_request_stops_the_run_until_it_is_cleared(make_job: MakeJob) -> None:
     job = make_job()
     request_stop(job.folder)
     assert run_job(job).step == 0
@@ -221,7 +221,7 @@ def test_the_stop_file_is_honoured_and_withdrawn(make_job: MakeJob) -> None:
     assert run_job(job).finished
 
 
-def test_keeps_only_the_newest_checkpoints(make_job: MakeJob) -> None:
+def test_a_run_keeps_only_the_newest_checkpoints(make_job: MakeJob) -> None:
     job = make_job(recipe={"num_checkpoints_kept": 1})
     run_job(job)
     assert [p.name for p in find_checkpoints(job.folder)] == ["step_00000012"]
@@ -243,7 +243,7 @@ def test_activation_checkpointing_gives_the_same_losses(make_job: MakeJob) -> No
     )
 
 
-def test_bf16_is_close(make_job: MakeJob) -> None:
+def test_bf16_losses_are_close_to_fp32(make_job: MakeJob) -> None:
     run_job(make_job("one"))
     run_job(make_job("bf16", recipe={"precision": "bf16"}))
     assert list(losses(make_job("bf16")).values()) == pytest.approx(
@@ -268,7 +268,7 @@ def test_first_stage_makes_no_corrections(
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") -> None:
-    """Make the loss, or the gradient alone, no number at these steps, counted from 0."""
+    """Make the loss, or only the gradient, NaN at these steps, counted from 0."""
     objective = run_module.make_objective
 
     def spoiled(*arguments: Any) -> Any:
@@ -305,7 +305,7 @@ def test_divergence_names_step_and_last_good_checkpoint(
     assert events(job)[-1] == "diverged"
 
 
-def test_advice_names_the_section_that_the_recipe_is_from(
+def test_advice_names_the_settings_section_of_the_recipe(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = "distillation.training"
@@ -329,7 +329,7 @@ def test_advice_names_the_section_that_the_recipe_is_from(
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient"])
-def test_a_skipped_step_touches_nothing_and_is_told(
+def test_a_skipped_step_changes_nothing_and_is_recorded(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     spoil(monkeypatch, 3, 4, 8, name=name)
@@ -350,19 +350,19 @@ def test_a_skipped_step_touches_nothing_and_is_told(
     assert set(losses(job)) == {1, 2, 3, 6, 7, 8}
 
 
-def test_too_many_bad_steps_in_a_row_end_a_run_that_may_be_allowed_more(
+def test_too_many_bad_steps_end_a_run_that_a_higher_limit_resumes(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, 2, 4, 5, 6)
     with pytest.raises(Diverged, match=r"step 7: loss nan, .*, after 2 skipped in a row"):
         run_job(make_job("cut", recipe={"skip_bad_steps": 2, "checkpoint_every_steps": 1}))
-    # It goes on from the last saved step: how patient a run is belongs to no result's key.
+    # It resumes from the last saved step: skip_bad_steps is not part of the key.
     run_job(make_job("cut", recipe={"skip_bad_steps": 3}))
     run_job(make_job("whole", recipe={"skip_bad_steps": 3}))
     assert losses(make_job("cut")) == losses(make_job("whole"))
 
 
-def test_a_spike_is_a_bad_step_where_it_is_watched_for(
+def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, 20, name="spike")
@@ -371,7 +371,7 @@ def test_a_spike_is_a_bad_step_where_it_is_watched_for(
     watched = {**recipe, "spike_factor": 20.0}
     with pytest.raises(Diverged, match=r"spiked .* times the usual norm\) at step 21: loss"):
         run_job(make_job("watched", recipe=watched))
-    # It goes on from step 20 with the norms that it remembers, and passes over the spike.
+    # It resumes from step 20 with the saved norms, and skips the spike.
     patient = {**watched, "skip_bad_steps": 1}
     run_job(make_job("watched", recipe=patient))
     run_job(make_job("whole", recipe=patient))
@@ -381,7 +381,7 @@ def test_a_spike_is_a_bad_step_where_it_is_watched_for(
 
 
 @pytest.mark.parametrize("step", [4, 5, 6])
-def test_a_run_cut_among_skipped_steps_is_bitwise_the_same(
+def test_a_run_interrupted_among_skipped_steps_is_bitwise_equal(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     spoil(monkeypatch, 4, 5)
@@ -423,7 +423,9 @@ def test_distillation_starts_from_the_weights_and_leaves_the_teacher_alone(
     )
 
 
-def test_distillation_pays_for_its_teacher(make_job: MakeJob, tiny_model: dict[str, Any]) -> None:
+def test_distillation_counts_the_flops_of_its_teacher(
+    make_job: MakeJob, tiny_model: dict[str, Any]
+) -> None:
     teacher = run_job(make_job("teacher")).checkpoint
     more = {"initial_folder": teacher, "recipe": {"num_steps": 2, "iterate_from_fraction": 0.0}}
     plain = run_job(make_job("plain", objective="cross_entropy", **more))
@@ -431,7 +433,9 @@ def test_distillation_pays_for_its_teacher(make_job: MakeJob, tiny_model: dict[s
     assert taught.training_flops == pytest.approx(plain.training_flops * 4 / 3)
 
 
-def test_the_key_knows_what_matters(make_job: MakeJob, tiny_model: dict[str, Any]) -> None:
+def test_the_key_depends_on_what_determines_the_result(
+    make_job: MakeJob, tiny_model: dict[str, Any]
+) -> None:
     key = job_key(make_job())
     assert job_key(make_job("elsewhere", provenance={"note": "x"})) == key
     assert job_key(make_job(recipe={"checkpoint_every_steps": 1})) == key
@@ -443,7 +447,7 @@ def test_the_key_knows_what_matters(make_job: MakeJob, tiny_model: dict[str, Any
     assert job_key(taught) != key
 
 
-def test_a_run_says_which_version_of_recipes_made_it(make_job: MakeJob) -> None:
+def test_a_run_records_its_recipe_version(make_job: MakeJob) -> None:
     job = make_job()
     run_job(job)
     claim = read_json(job.folder / "job.json")
@@ -453,7 +457,7 @@ def test_a_run_says_which_version_of_recipes_made_it(make_job: MakeJob) -> None:
         run_job(job)
 
 
-def test_survives_json(make_job: MakeJob) -> None:
+def test_a_job_survives_json(make_job: MakeJob) -> None:
     job = make_job(distillation=DistillationConfig(kl_weight=0.5), provenance={"a": [1]})
     assert TrainingJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
 
@@ -497,7 +501,7 @@ def test_a_model_that_does_not_fit_is_refused(
         check_job(make_job(model={**tiny_model, **sizes}))
 
 
-def test_workers_that_cannot_share_the_batch_are_refused(make_job: MakeJob) -> None:
+def test_a_batch_that_workers_cannot_divide_is_refused(make_job: MakeJob) -> None:
     check_job(make_job(), num_workers=4)
     with pytest.raises(UserError, match="3 workers"):
         check_job(make_job(), num_workers=3)

@@ -1,4 +1,4 @@
-"""Which iteration schedule is trained when: at once, or grown over a ramp."""
+"""The iteration schedule of each step: all corrections at once, or over a ramp."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_ramp_must_end_within_the_training() -> None:
     resolve_settings({}, [changes[0], "training.iterate_ramp_fraction=0.3"])
 
 
-def test_a_run_pays_for_the_schedule_in_force_and_its_key_knows_the_ramp(
+def test_flops_follow_the_schedule_of_each_step_and_the_key_depends_on_the_ramp(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     recipe = {

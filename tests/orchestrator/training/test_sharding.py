@@ -1,4 +1,4 @@
-"""What a sharded model gathers and in which precision, by a process group that only pretends."""
+"""What a sharded model gathers and in which precision, with a fake process group."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_layer_is_gathered_once_for_all_its_evaluations(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_with_bf16_only_fields_travel_as_bf16(world: World, method: str) -> None:
+def test_with_bf16_only_fields_are_sent_as_bf16(world: World, method: str) -> None:
     decoder = Decoder(preset("tiny", method=method, num_layers=LAYERS, dim=16, ffn_dim=24))
     own = set(decoder.method_parameters())
     shard(decoder, world, precision="bf16")

@@ -1,4 +1,4 @@
-"""Stored outputs are the teacher's own, are whole or absent, and stand for it bit by bit."""
+"""Stored outputs are complete or absent, and bitwise equal to those of the teacher."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def student(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], teach
 
 
 class Notes(Progress):
-    """Keeps what it is told."""
+    """Records the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -130,7 +130,7 @@ def losses(job: TrainingJob) -> list[float]:
         ({}, {"top_k": 7, "temperature": 2.0}),
     ],
 )
-def test_a_run_that_reads_is_bitwise_the_run_that_asks(
+def test_a_run_with_stored_outputs_is_bitwise_equal_to_one_with_a_live_teacher(
     student: MakeStudent, tmp_path: Path, recipe: dict[str, Any], distillation: dict[str, Any]
 ) -> None:
     more = {"recipe": recipe, "distillation": DistillationConfig(**distillation)}
@@ -144,7 +144,7 @@ def test_a_run_that_reads_is_bitwise_the_run_that_asks(
     assert ['"reads_teacher": true' in json.dumps(event) for event in started] == [False, True]
 
 
-def test_a_job_that_reads_loads_no_teacher(
+def test_a_job_with_stored_outputs_loads_no_teacher(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = stored(student(), tmp_path / "t")
@@ -159,7 +159,7 @@ def test_a_job_that_reads_loads_no_teacher(
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_any_share_of_a_step_in_any_order_finds_its_answers(
+def test_any_part_of_a_step_in_any_order_finds_its_outputs(
     student: MakeStudent, tmp_path: Path, teacher: Path, num_workers: int
 ) -> None:
     job = stored(student(), tmp_path / "t")
@@ -174,7 +174,7 @@ def test_any_share_of_a_step_in_any_order_finds_its_answers(
         cache(torch.zeros(1, 16, dtype=torch.long))
 
 
-def test_the_key_of_a_trial_knows_the_loss_and_not_where_answers_come_from(
+def test_the_key_of_a_trial_depends_on_the_loss_and_not_on_the_cache(
     student: MakeStudent, tmp_path: Path
 ) -> None:
     job = student()
@@ -185,7 +185,7 @@ def test_the_key_of_a_trial_knows_the_loss_and_not_where_answers_come_from(
     )
 
 
-def test_the_key_of_a_cache_knows_what_changes_the_answers(
+def test_the_key_of_a_cache_depends_on_what_changes_the_outputs(
     student: MakeStudent, tiny_model: dict[str, Any]
 ) -> None:
     def key(**more: Any) -> str:
@@ -222,7 +222,7 @@ def test_hidden_states_and_jobs_without_a_teacher_have_no_cache(student: MakeStu
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
-def test_a_cut_off_writing_goes_on_and_equals_the_whole(
+def test_an_interrupted_cache_is_completed_and_equals_one_written_at_once(
     student: MakeStudent, tmp_path: Path, top_k: int | None
 ) -> None:
     job = student(distillation=DistillationConfig(top_k=top_k))
@@ -250,7 +250,7 @@ def test_a_cut_off_writing_goes_on_and_equals_the_whole(
     assert sum(p.stat().st_size for p in cut.glob("*.bin")) == plan.num_bytes
 
 
-def test_a_damaged_cache_is_named_and_made_again_and_never_read(
+def test_a_damaged_cache_is_reported_and_written_again_and_never_read(
     student: MakeStudent, tmp_path: Path
 ) -> None:
     job = stored(student(), tmp_path / "t")
@@ -275,7 +275,7 @@ def test_a_damaged_cache_is_named_and_made_again_and_never_read(
     assert run_job(job).finished, "a job whose cache is cut off asks the teacher itself"
 
 
-def test_a_whole_cache_is_not_written_again(student: MakeStudent, tmp_path: Path) -> None:
+def test_an_intact_cache_is_not_written_again(student: MakeStudent, tmp_path: Path) -> None:
     job = stored(student(), tmp_path / "t")
     plan = plan_of(job)
 
@@ -285,7 +285,7 @@ def test_a_whole_cache_is_not_written_again(student: MakeStudent, tmp_path: Path
     assert write_cache(plan, tmp_path / "t", forbidden) == Path(str(job.teacher_cache))
 
 
-def test_another_plan_does_not_open_it(student: MakeStudent, tmp_path: Path) -> None:
+def test_a_cache_does_not_open_for_another_plan(student: MakeStudent, tmp_path: Path) -> None:
     job = stored(student(), tmp_path / "t")
     other = cache_plan(student(recipe={"seed": 1}))
     assert other
@@ -321,7 +321,7 @@ def test_auto_stores_for_two_students_and_not_for_one(
     ("on_gpu", "has_gpu", "device"),
     [(True, True, "cuda"), (True, False, "cpu"), (False, True, "cpu")],
 )
-def test_the_teacher_runs_on_a_gpu_where_its_students_do(
+def test_the_teacher_runs_on_a_gpu_if_its_students_do(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     on_gpu: bool, has_gpu: bool, device: str,
 ) -> None:  # fmt: skip
@@ -338,7 +338,7 @@ def test_the_teacher_runs_on_a_gpu_where_its_students_do(
     assert asked == [device]
 
 
-def test_the_price_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: Path) -> None:
+def test_the_estimate_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: Path) -> None:
     jobs = [student("a"), student("b"), student("c", objective="cross_entropy")]
     own = RECIPE["num_steps"] * RECIPE["num_tokens_per_step"]
     live, shared = (DistillationSettings(teacher_cache=mode) for mode in ("live", "exact"))
@@ -348,7 +348,7 @@ def test_the_price_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: 
     assert estimate_teacher_work(jobs, shared, tmp_path / "t").num_tokens == 0
 
 
-def test_auto_deletes_what_it_stored_and_a_later_job_asks_the_teacher(
+def test_auto_deletes_its_cache_and_a_later_job_runs_the_teacher(
     student: MakeStudent, tmp_path: Path
 ) -> None:
     jobs = [student("a"), student("b")]
@@ -360,9 +360,7 @@ def test_auto_deletes_what_it_stored_and_a_later_job_asks_the_teacher(
     assert isinstance(load_teacher(shared[0], World()), Decoder)
 
 
-def test_auto_reads_what_was_asked_for_by_name_and_leaves_it(
-    student: MakeStudent, tmp_path: Path
-) -> None:
+def test_auto_reads_a_requested_cache_and_keeps_it(student: MakeStudent, tmp_path: Path) -> None:
     jobs = [student("a"), student("b")]
     exact, auto = (DistillationSettings(teacher_cache=mode) for mode in ("exact", "auto"))
     [named, _] = store_teacher_outputs(jobs, exact, tmp_path / "t")
@@ -372,7 +370,7 @@ def test_auto_reads_what_was_asked_for_by_name_and_leaves_it(
     assert opened(shared[0])
 
 
-def test_auto_spares_the_disk_and_says_so(
+def test_auto_respects_the_free_disk_space_and_reports_it(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student("a"), student("b")]
@@ -389,7 +387,7 @@ def test_auto_spares_the_disk_and_says_so(
         store_teacher_outputs(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
 
 
-def test_what_is_written_already_needs_no_more_room(
+def test_bytes_that_are_written_already_are_not_needed_again(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student("a"), student("b")]
@@ -413,7 +411,7 @@ def test_what_is_written_already_needs_no_more_room(
     assert bytes_to_write(plan, tmp_path / "t") == 0
 
 
-def test_auto_stores_no_more_than_its_limit_for_all_seeds_together(
+def test_the_limit_of_auto_holds_for_all_seeds_together(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student(f"{name}{seed}", recipe={"seed": seed}) for seed in range(3) for name in "ab"]
@@ -426,7 +424,7 @@ def test_auto_stores_no_more_than_its_limit_for_all_seeds_together(
     assert [bool(job.teacher_cache) for job in shared] == [True] * 4 + [False] * 2
 
 
-def test_what_was_stored_a_moment_ago_is_not_counted_twice(
+def test_bytes_of_an_earlier_cache_are_not_subtracted_twice(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student(f"{seed}", recipe={"seed": seed}) for seed in range(3)]
@@ -442,7 +440,7 @@ def test_what_was_stored_a_moment_ago_is_not_counted_twice(
     assert all(job.teacher_cache for job in shared)
 
 
-def test_no_more_than_one_pass_of_logits_is_held(
+def test_the_logits_of_one_pass_only_are_in_memory(
     student: MakeStudent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -460,7 +458,7 @@ def test_no_more_than_one_pass_of_logits_is_held(
     assert sum(sizes) == len(sequences) == len(output.ids)
 
 
-def test_who_comes_while_it_is_deleted_finds_none(
+def test_a_cache_that_is_deleted_while_it_opens_is_missing(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = stored(student(), tmp_path / "t")
@@ -474,7 +472,9 @@ def test_who_comes_while_it_is_deleted_finds_none(
     assert not list((tmp_path / "t").glob("*/"))
 
 
-def test_live_is_live_and_hidden_states_need_it(student: MakeStudent, tmp_path: Path) -> None:
+def test_live_stores_nothing_and_hidden_states_need_live(
+    student: MakeStudent, tmp_path: Path
+) -> None:
     jobs, notes = [student("a"), student("b")], Notes()
     live = DistillationSettings(teacher_cache="live")
     assert store_teacher_outputs(jobs, live, tmp_path / "t", progress=notes) == jobs

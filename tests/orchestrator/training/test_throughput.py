@@ -1,4 +1,4 @@
-"""Speed and memory in the record are those of the steps."""
+"""Speed and memory in the journal are those of the steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.workspace.journal import read_journal
 
 
-def test_speed_is_that_of_the_steps_since_the_last_call() -> None:
+def test_speed_counts_the_steps_since_the_last_call() -> None:
     position = Position(step=3, num_tokens=1000, flops=5e9, seconds=10.0)
     meter = ThroughputMeter(position, World(), "fp32")
     position.num_tokens, position.flops, position.seconds = 1600, 11e9, 12.0
@@ -31,7 +31,7 @@ def test_speed_is_that_of_the_steps_since_the_last_call() -> None:
     assert meter.measure(position)["train/tokens_per_second"] == pytest.approx(200.0)
 
 
-def test_mfu_is_the_share_of_all_gpus_best_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in {
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "max_memory_allocated": 3 * 10**9,
