@@ -157,17 +157,15 @@ def load_config(folder: Path) -> ModelConfig:
     Raises:
         UserError: If the file is missing, damaged, or not valid for this version of the program.
     """
+    values = read_json_object(folder / CONFIG, remedy=REMEDY)
+    if values is None:
+        raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
     try:
-        values = read_json_object(folder / CONFIG, remedy=REMEDY)
-        if values is not None:
-            return ModelConfig.from_dict(values)
-    except UserError:
-        raise
+        return ModelConfig.from_dict(values)
     except INVALID_VALUE_ERRORS as error:
         raise UserError(
             f"cannot read the model's configuration in {folder}: {shortened(str(error))}"
         ) from None
-    raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -148,6 +148,5 @@ class RunMonitor:
 
 def _remaining_costs(job: TrainingJob) -> list[float]:
     """Return the FLOPs per token summed over the remaining steps, by number of steps done."""
-    flops_at = flops_per_token_by_step(job)
-    steps = range(job.recipe.num_steps)
-    return [0.0, *accumulate(flops_at(step) for step in reversed(steps))][::-1]
+    steps = reversed(range(job.recipe.num_steps))
+    return [*accumulate(map(flops_per_token_by_step(job), steps), initial=0.0)][::-1]

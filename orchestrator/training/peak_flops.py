@@ -50,13 +50,12 @@ def measure_cpu_flops(count: int = 9, seconds: float = 0.03) -> list[float]:
         seconds: Duration of each; short, so that other programs disturb few of them.
     """
     a = torch.ones(_SIZE, _SIZE)
-    a @ a
-    return sorted((_measured_speed(a, seconds) for _ in range(count)), reverse=True)
-
-
-def _measured_speed(a: torch.Tensor, seconds: float) -> float:
-    started, num_products = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < seconds:
-        a @ a
-        num_products += 1
-    return 2.0 * _SIZE**3 * num_products / elapsed
+    a @ a  # Warm-up.
+    speeds = []
+    for _ in range(count):
+        started, num_products = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - started) < seconds:
+            a @ a
+            num_products += 1
+        speeds.append(2.0 * _SIZE**3 * num_products / elapsed)
+    return sorted(speeds, reverse=True)

@@ -112,7 +112,6 @@ class _Run:
         self.teacher = load_teacher(job, world)
         self.writer = CheckpointWriter(job, world, self.store, self.event)
         self.position = Position()
-        self._flops = flops_per_token_by_step(job, self.teacher)
 
     def close(self) -> None:
         """Wait for the last checkpoint, and close the journal."""
@@ -137,21 +136,30 @@ class _Run:
         stop_here = should_stop or (lambda: False)
         return Hooks(
             batch=self.batch,
-            flops_per_token=self._flops,
+            flops_per_token=flops_per_token_by_step(self.job, self.teacher),
             validate=self.validate,
             report=self.report,
             event=self.event,
             throughput=ThroughputMeter(
                 self.position, self.world, self.job.recipe.precision
             ).measure,
-            save=self.save,
+            save=lambda position: self.writer.save(position, self.decoder, self.optimizer),
             should_stop=lambda: is_first and (is_stop_requested(folder) or stop_here()),
             should_save=lambda: is_first and self.writer.is_due(self.position.step),
         )
 
     def end(self, finished: bool) -> TrainingOutcome:
         """Record the outcome and return it."""
-        outcome = self.outcome(finished)
+        outcome = TrainingOutcome(
+            checkpoint=str(self.writer.checkpoint) if self.writer.checkpoint else None,
+            step=self.position.step,
+            finished=finished,
+            validation_loss=self.position.validation_loss,
+            train_seconds=self.position.seconds,
+            num_tokens=self.position.num_tokens,
+            training_flops=self.position.flops,
+            shared_flops=self.position.shared_flops,
+        )
         if self.journal:
             if finished:
                 write_json(self.job.folder / DONE_NAME, outcome.to_dict())
@@ -196,23 +204,6 @@ class _Run:
         """Write an event into the journal."""
         if self.journal:
             self.journal.event(name, **details)
-
-    def save(self, position: Position) -> None:
-        """Start to write a checkpoint."""
-        self.writer.save(position, self.decoder, self.optimizer)
-
-    def outcome(self, finished: bool) -> TrainingOutcome:
-        """Return the outcome so far."""
-        return TrainingOutcome(
-            checkpoint=str(self.writer.checkpoint) if self.writer.checkpoint else None,
-            step=self.position.step,
-            finished=finished,
-            validation_loss=self.position.validation_loss,
-            train_seconds=self.position.seconds,
-            num_tokens=self.position.num_tokens,
-            training_flops=self.position.flops,
-            shared_flops=self.position.shared_flops,
-        )
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Make decoder and optimizer, initial or from the checkpoint."""
