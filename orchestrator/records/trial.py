@@ -112,7 +112,7 @@ class TrialResult:
         if self.threshold_text:
             up_to = finite_or_none(self.threshold_up_to)
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"
-            params["threshold_range_text"] = self.threshold_text
+            params["threshold_range"] = self.threshold_text
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
         if self.seed is not None:

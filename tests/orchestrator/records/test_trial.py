@@ -46,6 +46,7 @@ def test_metrics_hold_every_number_and_params_every_layer() -> None:
     assert params["schedule"] == "2,1,0"
     assert [params[f"r_{layer:02d}"] for layer in (1, 2, 3)] == ["2", "1", "0"]
     assert params["threshold"] == "0.004"
+    assert params["threshold_range"] == "0.003 to 0.004"
 
 
 @pytest.mark.parametrize(
