@@ -84,7 +84,7 @@ def prepare(
 
 
 def _write(settings: DataSettings, workspace: Workspace, progress: Progress) -> Path:
-    key = source_key(settings)
+    key = _source_key(settings)
     pointer = _pointer(key, workspace.tokens)
     if pointer.exists():
         progress.note(
@@ -116,12 +116,7 @@ def describe(folder: Path) -> str:
     )
 
 
-def source_key(settings: DataSettings) -> str:
-    """Return a hash of settings and source state; it changes with the source's content.
-
-    Raises:
-        UserError: If the source's files do not exist.
-    """
+def _source_key(settings: DataSettings) -> str:
     tokenizer_state = None
     is_path = settings.tokenizer != "train" and not settings.tokenizer.startswith(HUB_PREFIX)
     if is_path and (path := expand_user(settings.tokenizer)).is_file():
@@ -139,7 +134,7 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     Raises:
         UserError: If the source's files do not exist, or the file of the source's key is damaged.
     """
-    path = _pointer(source_key(settings), parent)
+    path = _pointer(_source_key(settings), parent)
     found = read_json(path)
     if found is None:
         return None

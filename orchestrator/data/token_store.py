@@ -75,7 +75,6 @@ class TokenStore:
     num_validation_bytes: int
     """UTF-8 bytes of the validation documents, for bits per byte."""
     tokenizer_path: Path
-    end_of_text_id: int
     manifest: Manifest
 
     @property
@@ -102,19 +101,15 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
-    """Open a folder of tokens.
-
-    Args:
-        folder: The folder.
-        verify: Compare the files' hashes, too, not only their sizes.
+def open_tokens(folder: Path | str) -> TokenStore:
+    """Open a folder of tokens; its files are not verified, see `verify_tokens`.
 
     Raises:
         UserError: If the folder is missing, incomplete or damaged.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    _check_files(folder, manifest, compare_hashes=verify)
+    _check_files(folder, manifest)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     with damage_as_user_error(folder / MANIFEST_NAME, remedy=_remedy(folder)):
         return TokenStore(
@@ -125,7 +120,6 @@ def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
             fingerprint=manifest.fingerprint,
             num_validation_bytes=manifest.validation.bytes,
             tokenizer_path=folder / "tokenizer.json",
-            end_of_text_id=manifest.end_of_text_id,
             manifest=manifest,
         )
 
@@ -133,9 +127,7 @@ def open_tokens(folder: Path | str, *, verify: bool = False) -> TokenStore:
 def verify_tokens(folder: Path, *, always: bool = False) -> None:
     """Compare the files' hashes with the manifest, unless they are unchanged since the last time.
 
-    Args:
-        folder: Complete, see `is_complete`.
-        always: Compare even if size and time of the files are unchanged.
+    With `always`, compare even if size and time of the files are unchanged.
 
     Raises:
         UserError: If a file's content has changed; names it.

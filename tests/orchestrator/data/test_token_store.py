@@ -21,7 +21,7 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     (folder / "train.bin").write_bytes(bytes([data[0] ^ 1]) + data[1:])
     open_tokens(folder)
     with pytest.raises(UserError, match=r"train\.bin is damaged: its content has changed"):
-        open_tokens(folder, verify=True)
+        verify_tokens(folder)
     (folder / "train.bin").write_bytes(data[:-2])
     with pytest.raises(UserError, match=r"train\.bin is damaged: .* bytes instead of"):
         open_tokens(folder)

@@ -11,10 +11,7 @@ import pytest
 
 from orchestrator.data import tokenization
 from orchestrator.data.corpus import Document, is_validation
-from orchestrator.data.token_store import (
-    TokenStore,
-    open_tokens,
-)
+from orchestrator.data.token_store import TokenStore, open_tokens, verify_tokens
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
@@ -29,7 +26,7 @@ DOCUMENTS = [
 
 def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
     tokenizer = load_tokenizer(store.tokenizer_path)
-    ends = np.flatnonzero(array == store.end_of_text_id)
+    ends = np.flatnonzero(array == store.manifest.end_of_text_id)
     starts = [0, *(ends[:-1] + 1)]
     return [
         tokenizer.decode(array[a:b].tolist(), skip_special_tokens=False)
@@ -38,7 +35,8 @@ def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
 
 
 def test_the_tokens_are_the_documents(tmp_path: Path) -> None:
-    store = open_tokens(write_tokens(tmp_path, DOCUMENTS, SETTINGS), verify=True)
+    store = open_tokens(write_tokens(tmp_path, DOCUMENTS, SETTINGS))
+    verify_tokens(store.folder, always=True)
     train = [d.text for d in DOCUMENTS if not is_validation(d.text, 0.2)]
     validation = [d for d in DOCUMENTS if is_validation(d.text, 0.2)]
     assert split_documents(store, store.train) == train
@@ -130,4 +128,4 @@ def test_incomplete_tokens_are_replaced(tmp_path: Path) -> None:
     folder = write_tokens(tmp_path, DOCUMENTS, SETTINGS)
     (folder / "train.bin").unlink()
     assert write_tokens(tmp_path, DOCUMENTS, SETTINGS) == folder
-    assert open_tokens(folder, verify=True)
+    verify_tokens(folder, always=True)
