@@ -126,7 +126,7 @@ def measure_costs(
     Args:
         decoders: Name to model; each uses its own schedule. The full model is the one with the
             most FLOPs per token.
-        progress: Shows the measurements done; the caller ends the stage.
+        progress: Shows the measurements done; the caller ends it.
 
     Raises:
         UserError: If there is no model, or a condition exceeds a model's context.

@@ -63,7 +63,6 @@ def decode_milliseconds(
         prompt_tokens: Tokens of each prompt, read in one pass.
         new_tokens: Tokens to decode; at least 2, because the first is part of the prefill.
         batch_size: Rows decoded together.
-        repetitions: Number of measurements of each model.
         on_done: Called with the number of measurements done and their total.
 
     Raises:

@@ -65,10 +65,7 @@ class ExternalModel:
 
 
 def read_model_folder(folder: Path) -> ExternalModel:
-    """Read a folder into a decoder.
-
-    Args:
-        folder: Holds `config.json` and safetensors.
+    """Read a folder of `config.json` and safetensors into a decoder.
 
     Raises:
         UserError: If the folder is of another kind, needs what a decoder does not support, or its

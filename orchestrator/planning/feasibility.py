@@ -28,7 +28,7 @@ from orchestrator.training.job import DONE_NAME, TrainingJob, check_job, finishe
 from orchestrator.workspace.errors import UserError
 
 MeasureFree = Callable[..., FreeBytes]
-"""Like `local_free_bytes`; tests pass another one."""
+"""Returns free memory and disk, like `local_free_bytes`."""
 
 
 def check_trainings(
@@ -48,7 +48,6 @@ def check_trainings(
         cluster: Workers and GPUs of each.
         local: Whether they run in this process, one after the other.
         settings: Settings of each job, if a smaller model may be proposed.
-        measure_free: Returns free memory and disk.
 
     Raises:
         UserError: If one cannot run; says what could.
@@ -91,7 +90,6 @@ def check_trials_fit(
         sweep: How many trials run at once, with how many workers or GPUs each.
         teacher_bytes: Size of the teacher cache that will be written for them.
         resources: Available CPUs; this machine's if unset.
-        measure_free: Returns free memory and disk.
 
     Raises:
         UserError: If they do not fit; says what would.
@@ -131,7 +129,6 @@ def check_students_fit(
         settings: All settings.
         jobs: The teacher first, then the baselines that are pretrained with it.
         max_students: Largest number of students that the sweep may train.
-        measure_free: Returns free memory and disk.
 
     Raises:
         UserError: If one student, or all trainings together, would not fit; says what would.
@@ -176,7 +173,6 @@ def _check_disk(
     Args:
         requests: Run folder and request of each.
         at_once: How many run, and so write a checkpoint, at the same time.
-        measure_free: Returns free memory and disk.
         teacher_bytes: Size of the teacher cache that will be written for them.
     """
     disk = measure_free(requests[0][0]).disk if requests else None

@@ -88,8 +88,6 @@ def check_fit(
     """Refuse a training that would run out of memory or disk.
 
     Args:
-        request: The training.
-        free: Free memory and disk.
         present_bytes: Bytes of this run's checkpoints, which new ones replace.
         new_bytes: Bytes that will be written beside the checkpoints.
 

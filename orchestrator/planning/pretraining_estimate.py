@@ -43,9 +43,8 @@ def estimate_pretraining(
     """Estimate a pretraining; start and write nothing.
 
     Args:
-        settings: All settings.
-        workspace: Where the run would be stored; it need not exist.
-        local: Whether it would run in this process, without Ray.
+        workspace: It need not exist.
+        local: Whether the run would be in this process, without Ray.
 
     Raises:
         UserError: If no machine could run it: sizes that do not go together, missing files.

@@ -28,7 +28,7 @@ class Resources:
     cpus: int
     """At least one."""
     gpus: int
-    """GPUs that PyTorch can use."""
+    """GPUs that PyTorch can use; 0 if they were not counted."""
     place: str = "this machine"
     """Where they are, for messages."""
 
@@ -46,11 +46,7 @@ class FreeBytes:
 
 
 def local_resources(*, count_gpus: bool = True) -> Resources:
-    """Return what this process may use of this machine.
-
-    Args:
-        count_gpus: Whether to count GPUs, which imports PyTorch; without it, the number is 0.
-    """
+    """Return what this process may use of this machine; counting GPUs imports PyTorch."""
     return Resources(cpus=_available_cpus(), gpus=_visible_gpus() if count_gpus else 0)
 
 

@@ -93,8 +93,6 @@ def estimate_training(
 
     Args:
         config: The model; its iteration schedule is the one that is trained in the end.
-        recipe: Steps, batch and precision.
-        num_workers: Data-parallel workers.
         parallel: `ddp`: each worker has the whole model; `fsdp`: the workers share it.
         on_gpus: Whether the workers use GPU memory.
         teacher: A frozen model whose forward pass runs in each step.

@@ -25,7 +25,6 @@ def assign_trial_gpus(
     many trials run at once as the run's GPUs allow.
 
     Args:
-        settings: All settings.
         requests: What the unfinished trials ask for; if unknown, a trial gets one GPU.
         gpu_bytes: Free memory of a GPU; that of this machine's, or of the assumed GPU, if unset.
 

@@ -64,9 +64,7 @@ def load_transformers_model(
     Args:
         folder: `config.json`, weights and tokenizer.
         batch_size: Sequences in one forward pass.
-        trust_remote_code: Whether code in the folder may run.
-        device: Device of the model; if unset, a GPU if there is one.
-        progress: Shows the items done.
+        device: If unset, a GPU if there is one.
 
     Raises:
         UserError: If transformers cannot load it, it needs code that is not trusted, or weights

@@ -37,11 +37,9 @@ class WordTrigrams:
         self._triples = Counter(zip(words, words[1:], words[2:], strict=False))
 
     def expectation(self, before: Sequence[str], word: str) -> float:
-        """Return how predictable a word is after others, from 0 to about 1.
+        """Return how predictable a word is after at least two others, from 0 to about 1.
 
-        Args:
-            before: The words of the passage in lower case; at least two.
-            word: The next word in lower case.
+        All words are in lower case.
         """
         first, second = before[-2:]
         num_pairs = self._pairs[second, word]

@@ -1,4 +1,4 @@
-"""Shares and memory of a benchmark; no test asserts how long anything takes."""
+"""Measured costs: shares, predictions and memory. No test depends on real times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.cost_measurement import (
     DECODING,
     FIRST_TOKEN,
@@ -39,22 +39,22 @@ CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens
 def measure_by_flops(
     decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch, constant: float = 0.0
 ) -> list[MeasuredCost]:
-    """Measure with a clock that runs with the operations counted, and a constant beside them."""
+    """Measure with a fake clock: time is proportional to FLOPs, plus a constant."""
     calls = iter(range(1000))
 
     def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
         context = prompt.size(1)
         first = inference_cost(model.config, context_length=context).prefill_flops_per_token
         step = inference_cost(model.config, context_length=context + new_tokens // 2)
-        # The machine gets slower between repetitions; within one, both models see the same.
+        # The machine gets slower between repetitions; within one, its speed is constant.
         factor = 1.0 + next(calls) // len(decoders)
         return factor * context * first, factor * (constant + step.decode_flops_per_token)
 
-    monkeypatch.setattr(benchmark, "_time_steps", timed)
+    monkeypatch.setattr(decode_timing, "_time_steps", timed)
     return measure_costs(decoders, CONDITIONS)
 
 
-def test_a_machine_that_follows_the_cost_model_has_no_residual(
+def test_the_residual_is_zero_if_time_follows_the_cost_model(
     decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = measure_by_flops(decoders, monkeypatch)
@@ -74,7 +74,7 @@ def test_a_machine_that_follows_the_cost_model_has_no_residual(
     assert lines[0].startswith("decoding: FLOPs predict every share within 0.0 % of it")
 
 
-def test_a_share_that_the_prediction_misses_is_said(
+def test_a_share_that_differs_from_the_prediction_is_reported(
     decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
@@ -88,7 +88,7 @@ def test_a_share_that_the_prediction_misses_is_said(
     assert f"within {100 * most:.1f} % of it" in line
 
 
-def test_memory_is_counted_exactly_where_it_can_be() -> None:
+def test_peak_bytes_counts_allocations_exactly() -> None:
     def work() -> None:
         first = torch.zeros(1000)
         second = torch.zeros(500)
@@ -96,11 +96,11 @@ def test_memory_is_counted_exactly_where_it_can_be() -> None:
         third = torch.zeros(600)
         assert len(second) + len(third) == 1100
 
-    # 4 bytes each; at the end 1,100 numbers are held, at the peak 1,500 were.
+    # 4 bytes per number; 1,100 numbers exist at the end, 1,500 at the peak.
     assert peak_bytes(work) == pytest.approx(6000, abs=128)
 
 
-def test_the_peak_holds_weights_cache_and_more(decoders: dict[str, Decoder]) -> None:
+def test_the_peak_includes_weights_and_cache(decoders: dict[str, Decoder]) -> None:
     costs = measure_costs(decoders, CONDITIONS)
     for cost in costs:
         decoder = decoders[cost.model]
@@ -116,7 +116,7 @@ def test_the_peak_holds_weights_cache_and_more(decoders: dict[str, Decoder]) -> 
     assert by_name["full", 1, 6] < by_name["full", 3, 6]
 
 
-def test_tables_name_models_conditions_and_numbers(
+def test_tables_contain_models_conditions_and_numbers(
     decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = measure_by_flops(decoders, monkeypatch)
@@ -132,7 +132,7 @@ def test_tables_name_models_conditions_and_numbers(
     assert metrics["cost/batch_1_context_4/decode_ms"] == costs[0].decode_ms
 
 
-def test_impossible_conditions_are_named(decoders: dict[str, Decoder]) -> None:
+def test_invalid_conditions_are_errors(decoders: dict[str, Decoder]) -> None:
     with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
         measure_costs(decoders, MeasurementSettings(batch_sizes=(0,), contexts=(4,)))
     with pytest.raises(UserError, match=r"reads 16 tokens, not the 15 \+ 32"):

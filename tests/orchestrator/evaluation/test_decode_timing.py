@@ -1,4 +1,4 @@
-"""The benchmark takes turns, and says what it measured; no test asserts how long anything takes."""
+"""Decode timing: models take turns and report their conditions. No test depends on real times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.decode_timing import decode_milliseconds, time_per_token
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -21,7 +21,7 @@ def decoder(tiny_model: dict[str, Any]) -> Decoder:
     return Decoder(ModelConfig.from_dict(tiny_model))
 
 
-def test_models_take_turns_and_the_median_ignores_one_disturbance(
+def test_models_take_turns_and_the_median_ignores_one_outlier(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twins = {name: decoder.with_schedule(decoder.schedule) for name in "abc"}
@@ -33,7 +33,7 @@ def test_models_take_turns_and_the_median_ignores_one_disturbance(
         disturbed = len(order) == 6
         return 5.0, {"a": 1.0, "b": 2.0, "c": 4.0}[order[-1]] * (100 if disturbed else 1)
 
-    monkeypatch.setattr(benchmark, "_time_steps", timed)
+    monkeypatch.setattr(decode_timing, "_time_steps", timed)
     timings = decode_milliseconds(twins, prompt_tokens=4, new_tokens=4, repetitions=3)
     assert order == list("abc") + list("abc") + list("bca") + list("cab")  # warm-up first
     assert {name: t.median for name, t in timings.items()} == {"a": 1.0, "b": 2.0, "c": 4.0}
@@ -42,7 +42,7 @@ def test_models_take_turns_and_the_median_ignores_one_disturbance(
     assert timings["c"].spread == pytest.approx((202.0 - 4.0) / 2)
 
 
-def test_a_real_measurement_states_its_conditions(decoder: Decoder) -> None:
+def test_a_measurement_reports_its_conditions(decoder: Decoder) -> None:
     done: list[tuple[int, int]] = []
     decoder.train()
     timing = decode_milliseconds(
@@ -63,10 +63,10 @@ def test_a_real_measurement_states_its_conditions(decoder: Decoder) -> None:
 
 
 def test_every_step_of_decoding_is_timed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A clock that counts evaluations of the model: one tick a forward pass.
+    # A fake clock that counts forward passes.
     passes: list[int] = []
     decoder.embedding.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(benchmark, "_now", lambda _: float(len(passes)))
+    monkeypatch.setattr(decode_timing, "_now", lambda _: float(len(passes)))
     timing = decode_milliseconds({"model": decoder}, prompt_tokens=3, new_tokens=5, repetitions=1)[
         "model"
     ]
@@ -77,7 +77,7 @@ def test_every_step_of_decoding_is_timed(decoder: Decoder, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("context_length", "lengths"), [(2048, (16, 32)), (48, (16, 32)), (32, (10, 22)), (3, (1, 2))]
 )
-def test_a_sweep_of_short_contexts_is_timed_within_them(
+def test_short_contexts_get_fewer_tokens(
     tiny_model: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     context_length: int,
@@ -89,11 +89,11 @@ def test_a_sweep_of_short_contexts_is_timed_within_them(
         asked.append((prompt.shape[1], new_tokens))
         return 1.0, 1.0
 
-    monkeypatch.setattr(benchmark, "_time_steps", timed)
+    monkeypatch.setattr(decode_timing, "_time_steps", timed)
     short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
     long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
     time_per_token({"long": Decoder(long), "short": Decoder(short)}, Progress())
-    assert set(asked[2:]) == {lengths}, "behind the warm-up"
+    assert set(asked[2:]) == {lengths}, "after the warm-up"
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_a_sweep_of_short_contexts_is_timed_within_them(
         ({"prompt_tokens": 12, "new_tokens": 12}, r"model reads 16 tokens, not the 12 \+ 12"),
     ],
 )
-def test_impossible_settings_are_named(
+def test_invalid_settings_are_errors(
     decoder: Decoder, settings: dict[str, int], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         decode_milliseconds({"model": decoder}, **{"prompt_tokens": 2, "new_tokens": 2, **settings})
 
 
-def test_no_model_is_no_benchmark() -> None:
+def test_no_model_is_an_error() -> None:
     with pytest.raises(UserError, match="no model"):
         decode_milliseconds({})

@@ -1,7 +1,6 @@
-"""lm-eval through our model class: log-likelihoods as computed directly, no surprises around it.
+"""lm-eval with our model class: log-likelihoods equal a direct computation.
 
-The last tests run official items (LAMBADA, PIQA, ...) where a folder of them lies beside the
-repository.
+The last tests run official items (LAMBADA, PIQA, ...) if a folder of them is beside the repository.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def tokenizer_path(tiny_tokens: Path) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail whatever would look anything up."""
+    """Make every network look-up fail."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing may ask the network here")
@@ -149,7 +148,7 @@ def pair_directly(decoder: Decoder, tokenizer: Any, context: str, continuation: 
 
 
 def rolling_directly(decoder: Decoder, tokenizer: Any, text: str) -> float:
-    """Windows of the context's length; the last one reaches back so that it is full."""
+    """Score windows of the context's length; the last one starts earlier, so that it is full."""
     ids, longest = tokenizer.encode(text).ids, decoder.config.context_length
     total, done = 0.0, 0
     while done < len(ids):
@@ -160,7 +159,7 @@ def rolling_directly(decoder: Decoder, tokenizer: Any, text: str) -> float:
     return total
 
 
-def test_each_item_scores_as_computed_directly(
+def test_each_item_equals_a_direct_computation(
     decoder: Decoder, tokenizer_path: Path, tasks: Path, no_network: None
 ) -> None:
     found = run_suite(load_suite(folders=[tasks]), decoder, tokenizer_path)
@@ -190,7 +189,7 @@ def test_each_item_scores_as_computed_directly(
     assert found.num_items == 12
 
 
-def test_errors_agree_with_those_of_lm_eval(
+def test_standard_errors_equal_those_of_lm_eval(
     decoder: Decoder, tokenizer_path: Path, tasks: Path
 ) -> None:
     from lm_eval.api.metrics import mean_stderr
@@ -201,7 +200,7 @@ def test_errors_agree_with_those_of_lm_eval(
         assert result.metrics[f"{metric}_stderr"] == pytest.approx(error)
 
 
-def test_the_suite_is_quiet_and_says_how_far_it_is(
+def test_a_run_prints_nothing_and_reports_progress(
     decoder: Decoder, tokenizer_path: Path, tasks: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Recorder(Progress):
@@ -249,7 +248,7 @@ def test_names_limits_and_groups(decoder: Decoder, tokenizer_path: Path, tasks: 
     assert list(found.accuracies) == ["both"]
 
 
-def test_few_shot_examples_stand_in_the_prompt(
+def test_few_shot_examples_are_in_the_prompt(
     decoder: Decoder, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     write_task(tmp_path / "few", "lastword", ROWS["lastword"], fewshot_split="test")
@@ -264,7 +263,7 @@ def test_few_shot_examples_stand_in_the_prompt(
     assert plain["lastword"].log_likelihoods != shown["lastword"].log_likelihoods
 
 
-def test_the_fingerprint_knows_the_content_and_not_the_place(tasks: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_not_on_the_path(tasks: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(tasks, moved)
     first = load_suite(folders=[tasks])
@@ -280,7 +279,7 @@ def test_the_fingerprint_knows_the_content_and_not_the_place(tasks: Path, tmp_pa
     assert third.fingerprint("choices") != prints["choices"]
 
 
-def test_unknown_names_are_refused_with_the_nearest_one(tasks: Path, no_network: None) -> None:
+def test_unknown_names_are_errors_that_name_the_nearest(tasks: Path, no_network: None) -> None:
     with pytest.raises(
         UserError, match=r"lastwrod: .*did you mean lastword.*winograndee: .*grande"
     ):
@@ -312,7 +311,7 @@ def _replace_by_folder(path: Path) -> None:
         ("lastword.yaml", lambda path: path.write_bytes(b"\xff\xfe\x00")),
     ],
 )
-def test_a_damaged_task_is_never_left_out_of_an_average(
+def test_a_damaged_task_is_an_error_not_skipped(
     tasks: Path, no_network: None, names: list[str], name: str, harm: Callable[[Path], Any]
 ) -> None:
     (tasks / "both.yaml").write_text("group: both\ntask: [lastword, choices]\n")
@@ -322,7 +321,7 @@ def test_a_damaged_task_is_never_left_out_of_an_average(
         load_suite(names, folders=[tasks])
 
 
-def test_all_models_of_a_sweep_are_measured_by_the_planned_tasks(
+def test_exactly_the_planned_tasks_are_run(
     decoder: Decoder, tokenizer_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "hub_problem", lambda: "huggingface.co cannot be reached")
@@ -349,7 +348,7 @@ def test_hub_tasks_are_skipped_at_once_without_network(
         return "huggingface.co cannot be reached"
 
     monkeypatch.setattr(suite, "hub_problem", no_hub)
-    # Whatever a data set's loader would try must be over at once: no retries, no look-up.
+    # A data set's loader must fail at once: no retries, no look-up.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
     found = load_suite(["piqa", "lastword", "blimp"], folders=[tasks])
     assert list(found.tasks) == ["lastword"]
@@ -361,7 +360,7 @@ def test_hub_tasks_are_skipped_at_once_without_network(
         load_suite(["paper"])
 
 
-def test_local_tasks_do_not_even_ask_for_the_hub(
+def test_local_tasks_never_contact_the_hub(
     tasks: Path, no_network: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "hub_problem", lambda: pytest.fail("asked for the hub"))
@@ -376,16 +375,14 @@ def test_local_tasks_do_not_even_ask_for_the_hub(
         ({"doc_to_text": "{{no_such_field.x}}"}, "UndefinedError"),
     ],
 )
-def test_tasks_that_cannot_run_are_named(
-    tmp_path: Path, change: dict[str, Any], reason: str
-) -> None:
+def test_unsupported_tasks_are_errors(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     write_task(tmp_path / "odd", "odd", ROWS["lastword"], **change)
     write_task(tmp_path / "odd", "lastword", ROWS["lastword"])
     with pytest.raises(UserError, match=f"odd: .*{reason}"):
         load_suite(folders=[tmp_path / "odd"])
 
 
-def test_folders_without_tasks_are_the_users_to_name(tmp_path: Path) -> None:
+def test_folders_without_tasks_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no lm-eval task files"):
         load_suite(folders=[tmp_path])
     with pytest.raises(UserError, match="there is no folder"):
@@ -395,7 +392,7 @@ def test_folders_without_tasks_are_the_users_to_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lm_evals_own_class_for_hugging_face_models_agrees(
+def test_scores_equal_those_of_lm_evals_hugging_face_class(
     decoder: Decoder, tokenizer_path: Path, tasks: Path
 ) -> None:
     from lm_eval import evaluator
@@ -434,7 +431,7 @@ def official_files() -> list[Path]:
 
 @pytest.mark.skipif(not official_files(), reason="no official task files beside the repository")
 @pytest.mark.parametrize("path", official_files(), ids=lambda path: path.stem)
-def test_official_items_score_as_computed_directly(
+def test_official_items_equal_a_direct_computation(
     path: Path,
     decoder: Decoder,
     tokenizer_path: Path,
@@ -459,7 +456,7 @@ def test_official_items_score_as_computed_directly(
 
 
 def _with_few_items(path: Path, folder: Path) -> Path:
-    """Copy a task with its first items; its paths count from the root of the repository."""
+    """Copy a task with its first items; its paths are relative to the repository's root."""
     folder.mkdir()
     config = yaml.safe_load(path.read_text())
     files = config["dataset_kwargs"]["data_files"]

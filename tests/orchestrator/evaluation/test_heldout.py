@@ -1,4 +1,4 @@
-"""Held-out tasks: fair items, data without code, and files that lm-eval runs by itself."""
+"""Held-out tasks: fair items, data without code, and files that lm-eval's own command runs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_every_item_fits_the_context(tokens: Path, suite: HeldoutSuite) -> None:
     assert longest <= CONTEXT_LENGTH + 4  # wrong endings are alike in length, not equal
 
 
-def test_nothing_in_an_ending_tells_whether_it_is_right(suite: HeldoutSuite) -> None:
+def test_an_ending_alone_does_not_reveal_whether_it_is_right(suite: HeldoutSuite) -> None:
     items = rows(suite, "continuation")
     assert len(items) >= 40
     right = Counter(item["endings"][item["label"]] for item in items)
@@ -114,13 +114,13 @@ def test_nothing_in_an_ending_tells_whether_it_is_right(suite: HeldoutSuite) -> 
         assert len({ending.split()[0] for ending in item["endings"]}) == 4
 
 
-def test_last_words_vary(suite: HeldoutSuite) -> None:
+def test_last_words_are_diverse(suite: HeldoutSuite) -> None:
     counts = Counter(item["word"] for item in rows(suite, "lastword"))
     assert max(counts.values()) <= max(1, 0.02 * NUM_ITEMS)
     assert not {"a", "an", "the"} & set(counts)
 
 
-def test_a_suite_is_found_again_and_depends_on_its_settings(
+def test_a_suite_is_reused_and_depends_on_its_settings(
     tokens: Path, suite: HeldoutSuite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from orchestrator.evaluation.heldout import suite as suite_module
@@ -166,7 +166,7 @@ def test_a_suite_without_checksums_is_damaged(suite: HeldoutSuite, tmp_path: Pat
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing", "a folder"])
-def test_a_damaged_file_is_refused_by_name(
+def test_a_damaged_file_is_named_in_the_error(
     suite: HeldoutSuite, tmp_path: Path, name: str, damage: str
 ) -> None:
     folder = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
@@ -185,7 +185,7 @@ def test_a_damaged_file_is_refused_by_name(
         load_suite(heldout=tmp_path)
 
 
-def test_a_suite_is_the_same_wherever_it_stands(suite: HeldoutSuite, tmp_path: Path) -> None:
+def test_a_suite_does_not_depend_on_its_path(suite: HeldoutSuite, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
     here, there = load_suite(heldout=suite.folder), load_suite(heldout=copy)
     for name in TASKS:
@@ -194,7 +194,7 @@ def test_a_suite_is_the_same_wherever_it_stands(suite: HeldoutSuite, tmp_path: P
     assert len({here.fingerprint(name) for name in TASKS}) == len(TASKS)
 
 
-def test_text_without_sentences_gives_one_clear_sentence(tmp_path: Path) -> None:
+def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
     documents = [Document(f"{i} " + "0x1f;" * i, "code") for i in range(1, 20)]
     folder = write_tokens(tmp_path, documents, DataSettings(vocab_size=300))
     with pytest.raises(UserError, match="give no test items"):
@@ -202,13 +202,13 @@ def test_text_without_sentences_gives_one_clear_sentence(tmp_path: Path) -> None
     assert not list(folder.glob("*heldout*"))
 
 
-def test_sentences_are_found_as_they_stand() -> None:
+def test_sentences_are_spans_of_the_text() -> None:
     text = "He asked Dr. Who, i.e. a man.\n\n(So it was.) Then he left, e.g. by car! No end"
     spans = [text[s.start : s.end] for s in find_sentences(text)]
     assert spans == ["He asked Dr. Who, i.e. a man.", "(So it was.)", "Then he left, e.g. by car!"]
 
 
-def test_a_cut_leaves_a_phrase() -> None:
+def test_a_sentence_is_cut_before_a_phrase() -> None:
     text = "The cat that lived with us went away in the middle of the night."
     position = cut_position(text)
     assert position is not None
@@ -218,7 +218,7 @@ def test_a_cut_leaves_a_phrase() -> None:
     assert not is_plain("and so it began, as these things do.")
 
 
-def test_counts_prefer_what_was_seen() -> None:
+def test_seen_text_is_more_likely() -> None:
     words = WordTrigrams("the cat sat on the mat. the cat sat on the dog. a cat ran.")
     assert words.expectation(["the", "cat"], "sat") > words.expectation(["the", "cat"], "ran") > 0
     assert words.expectation(["the", "cat"], "flew") == 0
@@ -256,7 +256,7 @@ def test_lm_eval_runs_the_tasks(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     manager = TaskManager(include_path=".", include_defaults=False)
     tasks = manager.load(["heldout"])
-    # No bootstrap: it forks, and a process with the threads of Ray or PyTorch may hang then.
+    # No bootstrap: it forks, and a process with threads of Ray or PyTorch may then hang.
     results = lm_eval.evaluate(lm=Guess(), task_dict=tasks, bootstrap_iters=0)
     found = results["results"]
     assert set(TASKS) <= set(found)
@@ -266,7 +266,7 @@ def test_lm_eval_runs_the_tasks(
     assert results["n-samples"]["continuation"]["effective"] == suite.tasks["continuation"]
 
 
-def test_held_out_tasks_stand_beside_others_in_one_suite(
+def test_a_suite_can_mix_held_out_and_other_tasks(
     tokens: Path, suite: HeldoutSuite, tmp_path: Path
 ) -> None:
     settings = EvaluationSettings(

@@ -1,4 +1,4 @@
-"""Model folders from elsewhere give the same numbers here, or one sentence that says why not."""
+"""Model folders from elsewhere give the same numbers here, or one clear error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 def published_folder(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Lay a reference case out as a model folder; return all its tensors."""
+    """Write a reference case as a model folder; return all its tensors."""
     tensors = load_file(FIXTURES / f"{name}.safetensors")
     folder.mkdir()
     (folder / "config.json").write_text((FIXTURES / f"{name}.json").read_text())
@@ -97,7 +97,7 @@ def exported(folder: Path) -> Decoder:
     return decoder
 
 
-def test_an_exported_folder_comes_back(tmp_path: Path) -> None:
+def test_an_exported_folder_gives_the_same_model(tmp_path: Path) -> None:
     decoder = exported(tmp_path / "out")
     model = read_model_folder(tmp_path / "out")
     assert model.decoder.config == decoder.config
@@ -107,7 +107,7 @@ def test_an_exported_folder_comes_back(tmp_path: Path) -> None:
     )
 
 
-def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     exported(tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     weights = load_file(file)
@@ -161,14 +161,14 @@ def spoil(folder: Path, name: str) -> None:
         ("broken config", "cannot read"),
     ],
 )
-def test_what_cannot_be_read_is_named(damage: str, words: str, tmp_path: Path) -> None:
+def test_unreadable_folders_are_errors(damage: str, words: str, tmp_path: Path) -> None:
     llama_folder(tmp_path / "llama")
     spoil(tmp_path / "llama", damage)
     with pytest.raises(UserError, match=words):
         read_model_folder(tmp_path / "llama")
 
 
-def test_the_key_follows_the_content(tmp_path: Path) -> None:
+def test_the_key_depends_on_the_content(tmp_path: Path) -> None:
     llama_folder(tmp_path / "one")
     llama_folder(tmp_path / "two")
     assert model_folder_key(tmp_path / "one") == model_folder_key(tmp_path / "two")

@@ -1,4 +1,4 @@
-"""Scores equal a direct computation, whatever is shared, cut, split or batched."""
+"""Scores equal a direct computation, with any sharing, cutting, splitting and batching."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def decoder() -> Decoder:
 
 @torch.no_grad()
 def directly(decoder: Decoder, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One plain forward pass for each part that fits, behind as much of what precedes as fits."""
+    """Score each segment by one plain forward pass, after as many earlier tokens as fit."""
     total, greedy = 0.0, True
     for start in range(0, len(continuation), CONTEXT):
         part = continuation[start : start + CONTEXT]
@@ -77,7 +77,7 @@ def mixed_pairs() -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_pair_scores_as_computed_directly(method: str) -> None:
+def test_every_pair_equals_a_direct_computation(method: str) -> None:
     decoder = make_decoder(method)
     pairs = mixed_pairs()
     for (context, continuation), score in zip(
@@ -88,7 +88,7 @@ def test_every_pair_scores_as_computed_directly(method: str) -> None:
         assert score.is_greedy == greedy
 
 
-def test_long_contexts_lose_their_beginning_and_long_continuations_are_split(
+def test_long_contexts_are_cut_and_long_continuations_split(
     decoder: Decoder,
 ) -> None:
     draw = random.Random(1)
@@ -110,7 +110,7 @@ def test_batches_do_not_change_scores(decoder: Decoder, monkeypatch: pytest.Monk
             assert one.is_greedy == other.is_greedy
 
 
-def test_what_greedy_decoding_writes_is_greedy(decoder: Decoder) -> None:
+def test_the_output_of_greedy_decoding_is_greedy(decoder: Decoder) -> None:
     prompt = [5, 9, 3, 40, 2, 2, 8, 30, 1, 17]
     written = generate(decoder, torch.tensor([prompt]), max_new_tokens=4)[0, 10:].tolist()
     other = [*written[:-1], (written[-1] + 1) % VOCAB]
@@ -152,5 +152,5 @@ def test_an_empty_context_is_refused(decoder: Decoder) -> None:
         score_continuations(decoder, [([], [1])])
 
 
-def test_nothing_to_score_gives_nothing(decoder: Decoder) -> None:
+def test_no_pairs_give_no_scores(decoder: Decoder) -> None:
     assert score_continuations(decoder, []) == []
