@@ -1,1 +1,1 @@
-"""What a training needs before it starts: FLOPs, hours, memory and disk, and what is there."""
+"""What a training needs (FLOPs, hours, memory, disk), and whether this machine has it."""
