@@ -24,7 +24,8 @@ from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import DONE_NAME, TrainingJob, check_job, finished_outcome
+from orchestrator.training.job import DONE_NAME, TrainingJob, finished_outcome
+from orchestrator.training.job_checks import check_job
 from orchestrator.workspace.errors import UserError
 
 MeasureFree = Callable[..., FreeBytes]

@@ -33,7 +33,8 @@ from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import DONE_NAME, TrainingJob, check_job, finished_outcome
+from orchestrator.training.job import DONE_NAME, TrainingJob, finished_outcome
+from orchestrator.training.job_checks import check_job
 from orchestrator.training.teacher_cache_policy import (
     delete_teacher_caches,
     estimate_teacher_work,

@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from orchestrator.data.batches import check_even_split, check_text_length
 from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import (
     check_checkpoint,
     checkpoint_name,
-    load_config,
     weights_key,
 )
-from orchestrator.training.compiling import check_compiler
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
-from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
+from orchestrator.workspace.files import damage_as_user_error, read_json_object
+from orchestrator.workspace.provenance import content_key
 
 STOP_NAME = "stop"
 DONE_NAME = "done.json"
-JOB_NAME = "job.json"
 
 JOURNAL_ONLY_FIELDS = (
     "num_sequences_per_pass",
@@ -159,10 +155,11 @@ def job_key(job: TrainingJob) -> str:
     Raises:
         UserError: If the tokens, the teacher or the initial weights are missing or damaged.
     """
-    return content_key(_key_fields(job))
+    return content_key(key_fields(job))
 
 
-def _key_fields(job: TrainingJob) -> dict[str, Any]:
+def key_fields(job: TrainingJob) -> dict[str, Any]:
+    """Return everything that determines a job's result, as JSON-able values."""
     distills = job.objective == "distill"
     loss = asdict(job.distillation or DistillationConfig()) if distills else None
     return {
@@ -179,46 +176,6 @@ def _key_fields(job: TrainingJob) -> dict[str, Any]:
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
         "distillation": loss,
     }
-
-
-def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
-    """Check within a moment that a job can run.
-
-    Raises:
-        UserError: If tokens or checkpoints are missing, sizes do not fit together, or the batch
-        cannot be divided among the workers.
-    """
-    config = job.config()
-    if job.recipe.compile:
-        check_compiler(job.section)
-    if job.storage:
-        from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
-
-        RemoteCopy(job.storage, job.folder)
-    store = open_tokens(job.tokens_folder)
-    if store.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokens need a vocab_size of {store.vocab_size}, the model's is "
-            f"{config.vocab_size}"
-        )
-    check_text_length(len(store.train), config.context_length, "training")
-    check_text_length(len(store.validation), config.context_length, "validation")
-    global_batch = sequences_per_step(job.recipe, config, section=job.section)
-    check_even_split(global_batch, num_workers, section=job.section)
-    if job.objective == "distill" and not job.teacher_folder:
-        raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
-    if job.teacher_folder:
-        check_checkpoint(Path(job.teacher_folder))
-    if job.initial_folder:
-        folder = Path(job.initial_folder)
-        check_checkpoint(folder)
-        initial = load_config(folder)
-        if replace(initial, schedule=config.schedule) != config:
-            raise UserError(
-                f"the weights in {job.initial_folder} belong to a model with another configuration "
-                "than the one to train; only the iteration schedule may differ"
-            )
-    _check_job_file(job)
 
 
 def sequences_per_step(
@@ -242,48 +199,6 @@ def sequences_per_step(
             f"{recipe.num_tokens_per_step}"
         )
     return sequences
-
-
-def write_job_file(job: TrainingJob) -> None:
-    """Write `job.json`, so that a job with other settings cannot resume in this folder.
-
-    Raises:
-        UserError: If the folder holds another job.
-    """
-    essence = _check_job_file(job)
-    path = job.folder / JOB_NAME
-    if not path.exists():
-        record = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
-        write_json(path, {**record, "essence": essence, "job": job.to_dict()})
-
-
-def _check_job_file(job: TrainingJob) -> dict[str, Any]:
-    """Return the fields of the key after comparing them with those in `job.json`."""
-    earlier = read_json_object(job.folder / JOB_NAME)
-    if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
-        raise UserError(
-            f"{job.folder} holds a run of another version of this program, which this version "
-            "cannot resume; choose another name, and import its model with `iiet-orch import "
-            f"{job.folder}`"
-        )
-    essence = _key_fields(job)
-    if earlier is not None and earlier.get("key") != content_key(essence):
-        raise UserError(
-            f"{job.folder} holds a run with other settings "
-            f"({_difference(earlier.get('essence'), essence)}); "
-            "choose another name, or delete the folder"
-        )
-    return essence
-
-
-def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
-    if isinstance(earlier, dict) and isinstance(now, dict):
-        names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
-        parts = [
-            _difference(earlier.get(name), now.get(name), f"{prefix}{name}.") for name in names
-        ]
-        return ", ".join(parts)
-    return f"{prefix.removesuffix('.')} was {earlier!r}, is {now!r}"
 
 
 def finished_outcome(

@@ -29,12 +29,11 @@ from orchestrator.training.job import (
     DONE_NAME,
     TrainingJob,
     TrainingOutcome,
-    check_job,
     finished_outcome,
     is_stop_requested,
     sequences_per_step,
-    write_job_file,
 )
+from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import initial_decoder, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective

@@ -22,7 +22,8 @@ from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.importing import import_model
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, load_decoder, weights_key
-from orchestrator.training.job import DONE_NAME, JOB_NAME, TrainingJob
+from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.job_checks import JOB_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json

@@ -122,12 +122,12 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(
 ) -> None:
     newest = find_checkpoints(run)[-1]
     damage(newest / name, harm)
-    said: list[str] = []
-    found = newest_checkpoint(run, said.append)
+    warnings: list[str] = []
+    found = newest_checkpoint(run, warnings.append)
     assert found == find_checkpoints(run)[-2]
-    assert len(said) == 1
-    assert str(newest) in said[0]
-    assert name in said[0]
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert name in warnings[0]
     with pytest.raises(UserError, match=name):
         check_checkpoint(newest)
     with pytest.raises(UserError, match=name):

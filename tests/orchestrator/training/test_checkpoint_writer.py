@@ -131,7 +131,7 @@ def test_a_checkpoint_is_also_written_after_some_minutes(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seldom = {"checkpoint_every_steps": 100, "num_checkpoints_kept": 9}
-    clock = iter(range(0, 10**6, 45))  # Seconds; it is asked before each step and when saving.
+    clock = iter(range(0, 10**6, 45))  # Seconds; read before each step and when saving.
     monkeypatch.setattr(writer_module.time, "monotonic", lambda: float(next(clock)))
     run_job(make_job("timed", checkpoint_every_minutes=1.5, **seldom))
     assert names(make_job("timed")) == [f"step_{n:08d}" for n in (1, 3, 5, 7, 8)]

@@ -112,7 +112,7 @@ def test_the_teacher_contributes_only_within_its_window(student: MakeJob) -> Non
     assert list(entropies) == [1, 2, 3, 4, 5, 6]
     assert [step for step in losses if losses[step] != entropies[step]] == [3, 4]
     assert list(numbers(always, "train/kl")) == [1, 2, 3, 4, 5, 6]
-    assert outcome.training_flops < usual.training_flops, "a teacher without a say is not run"
+    assert outcome.training_flops < usual.training_flops, "a teacher outside its window is not run"
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_damaged_first_stage_is_reported_and_trained_again(make_job: MakeJob) 
     assert run_job(make_job((2, 1))).finished
     third = make_job((0, 0))
     run_job(third)
-    assert start_steps(third) == [SWITCH], "the second one has put another in its place"
+    assert start_steps(third) == [SWITCH], "the second run has stored it again"
 
 
 def test_a_first_stage_without_provenance_is_damaged(make_job: MakeJob) -> None:

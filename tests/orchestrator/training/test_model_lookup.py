@@ -75,12 +75,12 @@ def test_commands_that_store_results_refuse_an_older_checkpoint(
     arguments = [*(["1"] if command == "distill" else []), *([str(damaged)] if with_path else [])]
     before = sorted(workspace.root.glob("[!l]*/**"))
     code = cli.main([command, *arguments, "--workspace", str(workspace.root)])
-    said = " ".join(capfd.readouterr().err.split())
+    printed = " ".join(capfd.readouterr().err.split())
     assert code == 2
     newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
-    assert f"{newest} is damaged: model.safetensors" in said
-    assert f"The newest intact one is {older}" in said
-    assert "give that path" in said
+    assert f"{newest} is damaged: model.safetensors" in printed
+    assert f"The newest intact one is {older}" in printed
+    assert "give that path" in printed
     assert sorted(workspace.root.glob("[!l]*/**")) == before, "nothing was written"
 
 
@@ -95,13 +95,13 @@ def test_commands_that_only_read_warn_about_an_older_checkpoint(
     # As outside of tests: a command sends this file to its log.
     monkeypatch.setattr(sys, "stderr", os.fdopen(2, "w", closefd=False))
     newest, older = damaged / checkpoint_name(10), damaged / checkpoint_name(5)
-    said: list[str] = []
+    warnings: list[str] = []
     paths = [damaged] if with_path else None
-    (model,) = open_models(workspace, paths, None, warn=said.append)
+    (model,) = open_models(workspace, paths, None, warn=warnings.append)
     assert model.path == older
-    assert len(said) == 1
-    assert str(newest) in said[0]
-    assert f"{older} is used instead" in said[0]
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert f"{older} is used instead" in warnings[0]
     arguments = ["generate", *map(str, paths or ()), "--workspace", str(workspace.root)]
     assert cli.main([*arguments, "--prompt", "abc", "-n", "1"]) == 0
     printed = capfd.readouterr()
@@ -124,9 +124,9 @@ def test_a_run_without_an_intact_checkpoint_is_not_replaced_by_an_older_run(
     os.utime(older, (1, 1))
     with pytest.raises(UserError, match=f"{newest} is damaged.* {older}"):
         resolve_teacher(workspace, None)
-    said: list[str] = []
-    assert resolve_teacher(workspace, None, said.append) == older / checkpoint_name(5)
-    assert len(said) == 1
+    warnings: list[str] = []
+    assert resolve_teacher(workspace, None, warnings.append) == older / checkpoint_name(5)
+    assert len(warnings) == 1
     damage_newest(older)
     with pytest.raises(UserError, match=f"has no intact checkpoint .*{newest}"):
         resolve_teacher(workspace, None)

@@ -39,8 +39,8 @@ def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> M
 
 
 def stop_after(steps: int) -> Callable[[], bool]:
-    asked = iter(range(10**6))
-    return lambda: next(asked) == steps
+    calls = iter(range(10**6))
+    return lambda: next(calls) == steps
 
 
 def notes(job: TrainingJob, name: str) -> list[str]:
@@ -55,10 +55,10 @@ def test_another_machine_resumes_from_the_copies(make_job: Make, tmp_path: Path)
     assert copies == ["step_00000002", "step_00000004"]
     outcome = run_job(make_job("new", storage=uri))
     steps = [r["step"] for r in read_journal(make_job("new").folder)[0] if r["kind"] == "metrics"]
-    assert min(steps) == 5, "it began where the copies end"
+    assert min(steps) == 5, "the run resumes after the newest copy"
     assert weights_key(Path(whole.checkpoint or "")) == weights_key(Path(outcome.checkpoint or ""))
     copies = [path.name for path in find_checkpoints(tmp_path / "store" / "run")]
-    assert copies == ["step_00000004", "step_00000006"], "what is pruned here is pruned there"
+    assert copies == ["step_00000004", "step_00000006"], "copies of pruned checkpoints are deleted"
     assert job_key(make_job("a", storage=uri)) == job_key(make_job("a"))
 
 

@@ -21,12 +21,12 @@ from orchestrator.training.checkpoint import load_decoder, load_training_state, 
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import (
     TrainingJob,
-    check_job,
     clear_stop_request,
     finished_outcome,
     job_key,
     request_stop,
 )
+from orchestrator.training.job_checks import check_job
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
@@ -78,8 +78,8 @@ def events(job: TrainingJob) -> list[str]:
 
 
 def stop_at(step: int) -> Callable[[], bool]:
-    asked = iter(range(10**6))
-    return lambda: next(asked) == step
+    calls = iter(range(10**6))
+    return lambda: next(calls) == step
 
 
 def test_options_of_a_method_are_trained_saved_and_part_of_the_key(
@@ -133,11 +133,11 @@ def test_a_finished_job_with_a_damaged_checkpoint_is_reported_as_unfinished(
     run_job(job)
     weights = find_checkpoints(job.folder)[-1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    said: list[str] = []
-    assert finished_outcome(job, said.append) is None
-    assert len(said) == 1
-    assert f"{weights.parent} is damaged" in said[0]
-    assert "is trained again" in said[0]
+    warnings: list[str] = []
+    assert finished_outcome(job, warnings.append) is None
+    assert len(warnings) == 1
+    assert f"{weights.parent} is damaged" in warnings[0]
+    assert "is trained again" in warnings[0]
 
 
 def test_a_finished_job_returns_at_once(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

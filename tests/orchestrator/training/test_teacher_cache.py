@@ -135,11 +135,13 @@ def test_a_run_with_stored_outputs_is_bitwise_equal_to_one_with_a_live_teacher(
 ) -> None:
     more = {"recipe": recipe, "distillation": DistillationConfig(**distillation)}
     live, reading = student("live", **more), stored(student("reading", **more), tmp_path / "t")
-    asked, read = run_job(live), run_job(reading)
+    live_run, cached_run = run_job(live), run_job(reading)
     assert len(losses(live)) == 6
     assert losses(reading) == losses(live)
-    assert weights_key(Path(str(read.checkpoint))) == weights_key(Path(str(asked.checkpoint)))
-    assert read.training_flops < asked.training_flops, "only a teacher that runs is paid for"
+    assert weights_key(Path(str(cached_run.checkpoint))) == weights_key(
+        Path(str(live_run.checkpoint))
+    )
+    assert cached_run.training_flops < live_run.training_flops, "only a teacher that runs counts"
     started = [read_journal(job.folder)[0][0] for job in (live, reading)]
     assert ['"reads_teacher": true' in json.dumps(event) for event in started] == [False, True]
 
@@ -228,11 +230,11 @@ def test_an_interrupted_cache_is_completed_and_equals_one_written_at_once(
     job = student(distillation=DistillationConfig(top_k=top_k))
     plan = plan_of(job)
     whole = write_cache(plan, tmp_path / "whole", teacher_outputs_by_step(job))
-    outputs, asked = teacher_outputs_by_step(job), []
+    outputs, calls = teacher_outputs_by_step(job), []
 
     def crashing(step: int) -> Any:
-        asked.append(step)
-        if step == 3 and asked.count(3) == 1:
+        calls.append(step)
+        if step == 3 and calls.count(3) == 1:
             raise KeyboardInterrupt
         return outputs(step)
 
@@ -243,7 +245,7 @@ def test_an_interrupted_cache_is_completed_and_equals_one_written_at_once(
     with (left / "tokens.bin").open("ab") as file:
         file.write(b"half a row")  # As a kill within a step leaves it.
     cut = write_cache(plan, tmp_path / "cut", crashing)
-    assert asked == [0, 1, 2, 3, 3, 4, 5]
+    assert calls == [0, 1, 2, 3, 3, 4, 5]
     assert {p.name: p.read_bytes() for p in cut.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()
     }
@@ -272,7 +274,7 @@ def test_a_damaged_cache_is_reported_and_written_again_and_never_read(
         "logits.bin was changed after writing",
     ]
     logits.write_bytes(good[:-4])
-    assert run_job(job).finished, "a job whose cache is cut off asks the teacher itself"
+    assert run_job(job).finished, "a job with an incomplete cache runs the teacher"
 
 
 def test_an_intact_cache_is_not_written_again(student: MakeStudent, tmp_path: Path) -> None:
@@ -280,7 +282,7 @@ def test_an_intact_cache_is_not_written_again(student: MakeStudent, tmp_path: Pa
     plan = plan_of(job)
 
     def forbidden(_: int) -> Any:
-        raise AssertionError("the teacher was asked")
+        raise AssertionError("the teacher was run")
 
     assert write_cache(plan, tmp_path / "t", forbidden) == Path(str(job.teacher_cache))
 
@@ -311,7 +313,7 @@ def test_auto_stores_for_two_students_and_not_for_one(
     assert [bool(job.teacher_cache) for job in shared] == [True, False, True]
     assert shared[0].teacher_cache == shared[2].teacher_cache
     again = store_teacher_outputs([one], DistillationSettings(), tmp_path / "t", progress=notes)
-    assert again[0].teacher_cache == shared[0].teacher_cache, "what is there is used"
+    assert again[0].teacher_cache == shared[0].teacher_cache, "the existing cache is used"
     assert ["runs in each" in notes.notes[0], "stored once" in notes.notes[1]] == [True, True]
     assert "there already" in notes.notes[2]
     assert store_teacher_outputs([plain], DistillationSettings(), tmp_path / "t") == [plain]
@@ -325,17 +327,17 @@ def test_the_teacher_runs_on_a_gpu_if_its_students_do(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     on_gpu: bool, has_gpu: bool, device: str,
 ) -> None:  # fmt: skip
-    asked: list[str] = []
+    calls: list[str] = []
 
     def outputs(job: TrainingJob, *, device: str) -> Any:
-        asked.append(device)
+        calls.append(device)
         return teacher_outputs_by_step(job)
 
     monkeypatch.setattr(teacher_cache_policy, "teacher_outputs_by_step", outputs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     jobs = [student("a"), student("b")]
     store_teacher_outputs(jobs, DistillationSettings(), tmp_path / "t", on_gpu=on_gpu)
-    assert asked == [device]
+    assert calls == [device]
 
 
 def test_the_estimate_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: Path) -> None:
@@ -354,7 +356,7 @@ def test_auto_deletes_its_cache_and_a_later_job_runs_the_teacher(
     jobs = [student("a"), student("b")]
     shared = store_teacher_outputs(jobs, DistillationSettings(), tmp_path / "t")
     delete_teacher_caches(shared, DistillationSettings(teacher_cache="exact"))
-    assert Path(str(shared[0].teacher_cache)).is_dir(), "what was asked for by name stays"
+    assert Path(str(shared[0].teacher_cache)).is_dir(), "a requested cache is kept"
     delete_teacher_caches(shared, DistillationSettings())
     assert not Path(str(shared[0].teacher_cache)).exists()
     assert isinstance(load_teacher(shared[0], World()), Decoder)
@@ -484,6 +486,6 @@ def test_live_stores_nothing_and_hidden_states_need_live(
     assert store_teacher_outputs(jobs, auto, tmp_path / "t", progress=notes) == jobs
     assert "hidden_weight" in notes.notes[0]
     for mode in ("exact", "top_k"):
-        asked = DistillationSettings(hidden_weight=0.5, teacher_cache=mode)
+        impossible = DistillationSettings(hidden_weight=0.5, teacher_cache=mode)
         with pytest.raises(UserError, match=f"teacher_cache={mode} cannot be"):
-            store_teacher_outputs(jobs, asked, tmp_path / "t")
+            store_teacher_outputs(jobs, impossible, tmp_path / "t")

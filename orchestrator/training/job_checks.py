@@ -1,0 +1,100 @@
+"""Check before a training starts that its job can run and that its folder holds no other job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.batches import check_even_split, check_text_length
+from orchestrator.data.token_store import open_tokens
+from orchestrator.training.checkpoint import check_checkpoint, load_config
+from orchestrator.training.compiling import check_compiler
+from orchestrator.training.job import TrainingJob, key_fields, sequences_per_step
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json_object, write_json
+from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
+
+JOB_NAME = "job.json"
+
+
+def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
+    """Check within a moment that a job can run.
+
+    Raises:
+        UserError: If tokens or checkpoints are missing, sizes do not fit together, or the batch
+        cannot be divided among the workers.
+    """
+    config = job.config()
+    if job.recipe.compile:
+        check_compiler(job.section)
+    if job.storage:
+        from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
+
+        RemoteCopy(job.storage, job.folder)
+    store = open_tokens(job.tokens_folder)
+    if store.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokens need a vocab_size of {store.vocab_size}, the model's is "
+            f"{config.vocab_size}"
+        )
+    check_text_length(len(store.train), config.context_length, "training")
+    check_text_length(len(store.validation), config.context_length, "validation")
+    global_batch = sequences_per_step(job.recipe, config, section=job.section)
+    check_even_split(global_batch, num_workers, section=job.section)
+    if job.objective == "distill" and not job.teacher_folder:
+        raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
+    if job.teacher_folder:
+        check_checkpoint(Path(job.teacher_folder))
+    if job.initial_folder:
+        folder = Path(job.initial_folder)
+        check_checkpoint(folder)
+        initial = load_config(folder)
+        if replace(initial, schedule=config.schedule) != config:
+            raise UserError(
+                f"the weights in {job.initial_folder} belong to a model with another configuration "
+                "than the one to train; only the iteration schedule may differ"
+            )
+    _check_job_file(job)
+
+
+def write_job_file(job: TrainingJob) -> None:
+    """Write `job.json`, so that a job with other settings cannot resume in this folder.
+
+    Raises:
+        UserError: If the folder holds another job.
+    """
+    essence = _check_job_file(job)
+    path = job.folder / JOB_NAME
+    if not path.exists():
+        record = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
+        write_json(path, {**record, "essence": essence, "job": job.to_dict()})
+
+
+def _check_job_file(job: TrainingJob) -> dict[str, Any]:
+    """Return the fields of the key after comparing them with those in `job.json`."""
+    earlier = read_json_object(job.folder / JOB_NAME)
+    if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
+        raise UserError(
+            f"{job.folder} holds a run of another version of this program, which this version "
+            "cannot resume; choose another name, and import its model with `iiet-orch import "
+            f"{job.folder}`"
+        )
+    essence = key_fields(job)
+    if earlier is not None and earlier.get("key") != content_key(essence):
+        raise UserError(
+            f"{job.folder} holds a run with other settings "
+            f"({_difference(earlier.get('essence'), essence)}); "
+            "choose another name, or delete the folder"
+        )
+    return essence
+
+
+def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+        parts = [
+            _difference(earlier.get(name), now.get(name), f"{prefix}{name}.") for name in names
+        ]
+        return ", ".join(parts)
+    return f"{prefix.removesuffix('.')} was {earlier!r}, is {now!r}"
