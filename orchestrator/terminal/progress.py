@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 10.0
 POLL_SECONDS = 1.0
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Silent progress, for tests and library callers."""
 
     def start(self, title: str, total: float | None = None) -> None:
@@ -49,15 +49,7 @@ class Progress:
     def close(self) -> None:
         """Stop drawing, also after an error."""
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
