@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         pretrain,
     )
     from orchestrator.pipelines.reports import ReportResult, report
-    from orchestrator.pipelines.sweep_plans import SweepDryRun, SweepModel, plan_sweep
+    from orchestrator.pipelines.sweep_dry_runs import SweepDryRun, plan_sweep
+    from orchestrator.pipelines.sweep_plans import SweepModel
     from orchestrator.pipelines.sweeps import SweepResult, sweep
     from orchestrator.pipelines.syncing import sync
     from orchestrator.reporting.pick_rules import PickRule
@@ -54,7 +55,8 @@ _MODULES = {
     "pipelines.preparing": ("prepare",),
     "pipelines.pretraining": ("PretrainDryRun", "PretrainResult", "plan_pretrain", "pretrain"),
     "pipelines.reports": ("ReportResult", "report"),
-    "pipelines.sweep_plans": ("SweepDryRun", "SweepModel", "plan_sweep"),
+    "pipelines.sweep_dry_runs": ("SweepDryRun", "plan_sweep"),
+    "pipelines.sweep_plans": ("SweepModel",),
     "pipelines.sweeps": ("SweepResult", "sweep"),
     "pipelines.syncing": ("sync",),
     "reporting.pick_rules": ("PickRule",),

@@ -1,7 +1,7 @@
-"""The application that commands register with, and how a command ends.
+"""The application that commands register with, and its exit codes.
 
-Four ways to end become exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted. What
-fails while it is being interrupted has failed.
+0 done, 1 failed, 2 the user's mistake, 130 interrupted. A command that fails while it is
+interrupted has failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        arguments: What is typed after `iiet-orch`; those of this process when unset.
+        arguments: The text after `iiet-orch`, split; that of this process when unset.
     """
     try:
         app(arguments, prog_name="iiet-orch")
@@ -37,13 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Say on standard error why a command did not end well, and return its exit code; raise what
-    is not expected.
-    """
-    if isinstance(error, SystemExit):  # Typer's own way to end, after it has shown what was wrong
+    """Print why a command failed and return its exit code; raise unexpected errors."""
+    if isinstance(error, SystemExit):  # Typer has printed what was wrong
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, Interrupted):
-        _complain(str(error) or "interrupted; start the same command again to go on")
+        _complain(str(error) or "interrupted; the same command resumes")
         return 130
     if isinstance(error, UserError | RunFailed):
         _complain(str(error))
@@ -55,6 +53,6 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def _complain(text: str) -> None:
-    # A file's name may hold bytes that are no text; they are shown as such.
+    # File names may hold bytes that are not text; those are printed as escapes.
     text = text.encode("utf-8", "backslashreplace").decode()
     print_line(Console(stderr=True), f"iiet-orch: {text}")

@@ -1,7 +1,7 @@
-"""The `--help` of a command: two columns, what one types and what it does.
+"""The `--help` of a command: two columns, the option and its description.
 
 Typer's own table gives types and number ranges columns of their own, and cuts the options' names
-where the terminal is narrow. Here a name is whole at any width, and its description is folded.
+on narrow terminals. Here names are never cut, and descriptions wrap.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SHORT_TYPES = {
     "int": "N", "int range": "N", "integer": "N", "integer range": "N", "float": "X",
     "float range": "X", "str": "TEXT", "text": "TEXT", "path": "PATH",
 }  # fmt: skip
-"""What stands for an option's value, by what Typer says of its type."""
+"""Type as Typer names it, to the placeholder of an option's value."""
 EXTRAS = re.compile(r" *\[((?:default|required|env)[^\]]*|[^\]]*<=?x[^\]]*|x[<>][^\]]*)\]$")
-"""What is added to a help text: the default, and the range of a number, which an error names."""
+"""The default and the range that Typer appends to a help text; an error names the range."""
 
 
 class Command(TyperCommand):
-    """A command whose help shows every option's name whole."""
+    """A command whose help never cuts an option's name."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Print the help."""
@@ -86,12 +86,12 @@ def _names(parameter: Any) -> str:
 
 
 def _value(record: str) -> str:
-    """Return what stands for the value that is typed, from `-n, --number <int range>`."""
+    """Return the placeholder of a value, from `-n, --number <int range>`."""
     value = re.sub(r"^(?:--?[\w-]+(?:, | / |$)?)+", "", record).strip().removeprefix("<")
     value = re.sub(r"^list\[(.*)\]$", r"\1", value.removesuffix(">"))
     return SHORT_TYPES.get(value.lower(), value)
 
 
 def _unfolded(text: str) -> str:
-    """Join the lines of each paragraph; the terminal folds them anew."""
+    """Join the lines of each paragraph; the terminal wraps them again."""
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))

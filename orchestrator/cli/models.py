@@ -1,4 +1,4 @@
-"""Commands that use a model, bring one in, or hand one out."""
+"""Commands that generate text with a model, or import, export or pick one."""
 
 from __future__ import annotations
 
@@ -31,45 +31,49 @@ def generate(
     checkpoint: ModelArgument = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="Text to continue; several are one batch."),
+        typer.Option("--prompt", "-p", help="Text to continue; several run as one batch."),
     ] = None,
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat", help="Answer the prompt as a user's message, by the model's chat template."
+            "--chat", help="Answer the prompt as a user's message, with the model's chat template."
         ),
     ] = False,
     max_new_tokens: Annotated[
         int,
-        typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT, help="Most tokens to write."),
+        typer.Option(
+            "--max-new-tokens", "-n", min=1, max=MAX_COUNT, help="Maximum number of tokens to add."
+        ),
     ] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
+        float,
+        typer.Option("--temperature", "-t", min=0.0, help="0 always takes the likeliest token."),
     ] = 0.0,
     top_k: Annotated[
-        int | None, typer.Option(min=1, max=MAX_COUNT, help="Sample among so many tokens.")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Sample among the N likeliest tokens.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample among the tokens that hold this probability.")
+        float | None,
+        typer.Option(help="Sample among the likeliest tokens that together hold this probability."),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=MAX_SEED, help="Of the sampling; fresh when left out."),
+        typer.Option(min=0, max=MAX_SEED, help="Random seed for sampling (default: random)."),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A token that ends the text, beside the end of text.")
+        list[str] | None, typer.Option(help="A further token that ends the text.")
     ] = None,
     kv: Annotated[
         Literal["exact", "last"],
-        typer.Option(help="Cache: `exact`, a slot per evaluation, or `last`, one per layer."),
+        typer.Option(help="Cache slots: `exact`, one per evaluation, or `last`, one per layer."),
     ] = "exact",
     schedule: ScheduleOption = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Continue a text; it is printed as it comes.
+    """Continue a text and print it while it is generated.
 
-    The prompt is read as it is; --chat puts it into the chat template of an imported model.
+    The prompt is not changed; --chat puts it into the chat template of an imported model.
     """
     prompts = prompt if prompt is not None else [_piped_prompt()]
     with open_session(workspace, "generate", verbose=verbose) as session:
@@ -115,10 +119,10 @@ class _Warnings(Progress):
 
 
 def _piped_prompt() -> str:
-    """Read the prompt that was piped in.
+    """Read a prompt from standard input.
 
     Raises:
-        UserError: If nothing was.
+        UserError: If there is none.
     """
     import sys
 
@@ -134,18 +138,16 @@ def import_folder(
         Path, typer.Argument(help="Model folder, or a checkpoint or run of another workspace.")
     ],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json, where the folder has none.")
+        Path | None, typer.Option(help="A tokenizer.json, if the folder has none.")
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(
-            help="Name of the run; the folder's when left out.", callback=check_name_option
-        ),
+        typer.Option(help="Name of the run (default: the folder's).", callback=check_name_option),
     ] = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Make a checkpoint of a published, Llama or exported model, or one of another workspace."""
+    """Import a published, Llama or exported model, or a checkpoint of another workspace."""
     with open_session(workspace, "import", verbose=verbose) as session:
         from orchestrator.pipelines.importing import import_model
 
@@ -163,18 +165,18 @@ def import_folder(
 def export(
     checkpoint: ModelArgument = None,
     to: Annotated[
-        Path | None, typer.Option("--to", help="Folder; under the workspace when left out.")
+        Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
     ] = None,
     schedule: ScheduleOption = None,
     measure: Annotated[
-        bool, typer.Option(help="Evaluate the model for its card, if it is not yet.")
+        bool, typer.Option(help="Evaluate the model for its card, unless that is done.")
     ] = True,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Write a folder that transformers and lm-eval load without this package."""
+    """Export a folder that transformers and lm-eval load without this package."""
     settings: Any = read_options(config, set_)
     with open_session(workspace, "export", verbose=verbose) as session:
         from orchestrator.pipelines import exporting
@@ -194,27 +196,30 @@ def export(
 @app.command(rich_help_panel="Models")
 def pick(
     sweep: Annotated[
-        str | None, typer.Argument(help="Name of a sweep; the newest when left out.")
+        str | None, typer.Argument(help="Name of a sweep (default: the newest).")
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="Cheapest that keeps this share of the quality, as 0.99.")
+        float | None,
+        typer.Option(help="Cheapest that keeps this share of the quality, such as 0.99."),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(help="With --keep: how sure that must be, as 0.9.")
+        float, typer.Option(help="With --keep: how sure that must be, such as 0.9.")
     ] = 0.0,
     budget: Annotated[
-        float | None, typer.Option(help="Best that costs no more, in the unit of --cost.")
+        float | None, typer.Option(help="Best that costs at most this much, in the unit of --cost.")
     ] = None,
-    knee: Annotated[bool, typer.Option("--knee", help="Farthest above the ends' line.")] = False,
-    best: Annotated[bool, typer.Option("--best", help="Of highest quality.")] = False,
-    cheapest: Annotated[bool, typer.Option("--cheapest", help="Of lowest cost.")] = False,
-    cost: Annotated[str | None, typer.Option(help="evaluations, flops, ms, kv.")] = None,
-    quality: Annotated[str | None, typer.Option(help="accuracy, bits, perplexity, loss.")] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Farthest above the line between the ends.")
+    ] = False,
+    best: Annotated[bool, typer.Option("--best", help="Highest quality.")] = False,
+    cheapest: Annotated[bool, typer.Option("--cheapest", help="Lowest cost.")] = False,
+    cost: Annotated[str | None, typer.Option(help="evaluations, flops, ms or kv.")] = None,
+    quality: Annotated[str | None, typer.Option(help="accuracy, bits, perplexity or loss.")] = None,
     to: Annotated[
-        Path | None, typer.Option("--to", help="Folder; under the workspace when left out.")
+        Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Name it; export and register nothing.")
+        bool, typer.Option("--dry-run", help="Print the choice; export and register nothing.")
     ] = False,
     only_name: Annotated[bool, typer.Option("--only-name", hidden=True)] = False,
     workspace: WorkspaceOption = None,
@@ -245,10 +250,10 @@ def pick(
 
 
 def _rule(keep: float | None, confidence: float, budget: float | None, **flags: bool) -> Any:
-    """Return the one rule that was asked for; the cheapest that keeps 99% when none was.
+    """Return the rule of the options; by default the cheapest that keeps 99%.
 
     Raises:
-        UserError: If several were.
+        UserError: If the options name several rules.
     """
     from orchestrator.reporting.pick_rules import PickRule
 
@@ -258,7 +263,7 @@ def _rule(keep: float | None, confidence: float, budget: float | None, **flags: 
         raise UserError(f"pick takes one rule; got {' and '.join(f'--{name}' for name in asked)}")
     name: Any = asked[0] if asked else "keep"
     if confidence and name != "keep":
-        raise UserError("--confidence goes with --keep only")
+        raise UserError("--confidence can be used with --keep only")
     numbers = {"share": keep, "budget": budget}
     given = {key: value for key, value in numbers.items() if value is not None}
     return PickRule(name=name, confidence=confidence, **given)

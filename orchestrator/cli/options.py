@@ -13,16 +13,16 @@ from orchestrator.workspace.errors import UserError, quoted, shortened
 from orchestrator.workspace.folders import check_name_option
 
 MAX_COUNT = 2**31 - 1
-"""Largest count that an option takes; libraries below hold counts in 32 bits."""
+"""Largest count that an option takes: libraries hold counts in 32 bits."""
 MAX_SEED = 2**32 - 1
-"""What every library's generator takes."""
+"""Largest seed that every library's random generator takes."""
 
 WorkspaceOption = Annotated[
     Path | None,
     typer.Option(
         "--workspace",
         "-w",
-        help="Folder for all that is made; IIET_WORKSPACE, else ./iiet-workspace.",
+        help="Folder for all results (default: IIET_WORKSPACE, else ./iiet-workspace).",
     ),
 ]
 ConfigOption = Annotated[
@@ -31,10 +31,12 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting, as training.num_steps=500."),
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Change a setting: training.num_steps=500."
+    ),
 ]
 VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Let the libraries' own output through.")
+    bool, typer.Option("--verbose", "-v", help="Show the output of libraries.")
 ]
 WorkersOption = Annotated[
     int | None,
@@ -62,7 +64,9 @@ ScheduleOption = Annotated[
 TrialsAtOnceOption = Annotated[
     int | None,
     typer.Option(
-        min=1, max=MAX_COUNT, help="Most trials side by side; as many as fit if left out."
+        min=1,
+        max=MAX_COUNT,
+        help="Maximum number of trials at the same time (default: as many as fit).",
     ),
 ]
 WorkersPerTrialOption = Annotated[
@@ -73,15 +77,19 @@ GpusPerTrialOption = Annotated[
     typer.Option(
         min=0,
         max=MAX_COUNT,
-        help="GPUs of each trial; if left out, the fewest that it fits on, or none on CPUs.",
+        help="GPUs of each trial (default: the fewest that it fits on, or none on CPUs).",
     ),
 ]
-SeedsOption = Annotated[str | None, typer.Option(help="Seeds of every model, with commas: 0,1,2.")]
+SeedsOption = Annotated[
+    str | None, typer.Option(help="Comma-separated seeds of every model: 0,1,2.")
+]
 NameOption = Annotated[
     str | None,
-    typer.Option(help="Name of the sweep; made up if left out.", callback=check_name_option),
+    typer.Option(help="Name of the sweep (default: from its content).", callback=check_name_option),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its price.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")
+]
 
 
 def read_options(config: str | None, assignments: list[str] | None, **options: Any) -> Any:
@@ -109,16 +117,16 @@ def read_options(config: str | None, assignments: list[str] | None, **options: A
     return settings
 
 
-def numbers(text: str | None, option: str) -> list[float] | None:
-    """Read numbers with commas between them; None stays None.
+def parse_numbers(text: str | None, option: str) -> list[float] | None:
+    """Read comma-separated numbers; None stays None.
 
     Raises:
-        UserError: If they are no numbers; names the option.
+        UserError: If one is not a number; names the option.
     """
     if text is None:
         return None
     try:
-        found = [float(part) for part in _parts_of_numbers(text)]
+        found = [float(part) for part in _number_texts(text)]
     except ValueError:
         found = [math.nan]
     if not all(map(math.isfinite, found)):
@@ -126,30 +134,30 @@ def numbers(text: str | None, option: str) -> list[float] | None:
     return found
 
 
-def rates_of_all(text: str | None) -> dict[str, list[float]] | None:
+def parse_rates(text: str | None) -> dict[str, list[float]] | None:
     """Read `--rates`: the same learning rates for every method; None stays None.
 
     Raises:
-        UserError: If they are no numbers.
+        UserError: If one is not a number.
     """
     from iiet.methods import METHODS
 
-    rates = numbers(text, "--rates")
+    rates = parse_numbers(text, "--rates")
     return None if rates is None else dict.fromkeys(METHODS, rates)
 
 
-def whole_numbers(
+def parse_whole_numbers(
     text: str | None, option: str, *, at_least: int = 1, at_most: int = MAX_COUNT
 ) -> tuple[int, ...] | None:
-    """Read whole numbers with commas between them, each once; None stays None.
+    """Read comma-separated whole numbers, without repetitions; None stays None.
 
     Raises:
-        UserError: If they are none, or out of range; names the option.
+        UserError: If one is not a whole number or out of range; names the option.
     """
     if text is None:
         return None
     try:
-        found = tuple(int(part) for part in _parts_of_numbers(text))
+        found = tuple(int(part) for part in _number_texts(text))
     except ValueError:
         found = (at_least - 1,)
     if min(found) < at_least or max(found) > at_most:
@@ -160,33 +168,33 @@ def whole_numbers(
     return tuple(dict.fromkeys(found))
 
 
-def seed_numbers(text: str | None) -> list[int] | None:
+def parse_seeds(text: str | None) -> list[int] | None:
     """Read `--seeds`; None stays None.
 
     Raises:
-        UserError: If they are no seeds.
+        UserError: If one is not a seed.
     """
-    found = whole_numbers(text, "--seeds", at_least=0, at_most=MAX_SEED)
+    found = parse_whole_numbers(text, "--seeds", at_least=0, at_most=MAX_SEED)
     return None if found is None else list(found)
 
 
-def parts(text: str | None) -> list[str | int] | None:
-    """Read names or numbers with commas between them; None stays None."""
+def split_names(text: str | None) -> list[str | int] | None:
+    """Read comma-separated names or numbers; None stays None."""
     if text is None:
         return None
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):  # As in a settings file.
         text = text[1:-1]
     names = [part.strip() for part in text.split(",") if part.strip()]
-    # What has more digits is no count; it stays a text, and the settings say so.
+    # A number of more digits is not a count; it stays a text, which the settings refuse.
     return [int(name) if re.fullmatch("[0-9]{1,9}", name) else name for name in names]
 
 
-def _parts_of_numbers(text: str) -> list[str]:
-    """Split at the commas.
+def _number_texts(text: str) -> list[str]:
+    """Split at commas.
 
     Raises:
-        ValueError: If a part has what Python reads as a number and people do not write.
+        ValueError: If a part has characters that only Python reads as a number, such as `1_0`.
     """
     found = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[-+.0-9eE]{1,40}", part) for part in found):

@@ -11,7 +11,7 @@ from orchestrator.terminal.layout import print_line
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.reports import ReportResult
-    from orchestrator.pipelines.sweep_plans import SweepDryRun
+    from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
     from orchestrator.pipelines.sweeps import SweepResult
 
 

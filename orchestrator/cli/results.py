@@ -1,4 +1,4 @@
-"""Commands that show what was found."""
+"""Commands that show results."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def show_report(
         list[str] | None,
         typer.Argument(
             metavar="SWEEP",
-            help="Names of sweeps; the newest when left out, several on one front.",
+            help="Names of sweeps, several on one front (default: the newest).",
         ),
     ] = None,
     cost: Annotated[
-        str | None, typer.Option(help="Cost on the front: evaluations, flops, ms, kv.")
+        str | None, typer.Option(help="Cost of the front: evaluations, flops, ms or kv.")
     ] = None,
     quality: Annotated[
-        str | None, typer.Option(help="Quality on it: accuracy, bits, perplexity, loss.")
+        str | None, typer.Option(help="Quality of the front: accuracy, bits, perplexity or loss.")
     ] = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Write and show the front of a sweep, or of several: table, pictures, one HTML page."""
+    """Write and show the front of one or several sweeps: table, pictures, one HTML page."""
     with open_session(workspace, "report", verbose=verbose) as session:
         from orchestrator.pipelines import reports
 
@@ -49,7 +49,7 @@ def ui(
     workspace: WorkspaceOption = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
-    """Open MLflow on 127.0.0.1 and print links that land on the runs and fronts."""
+    """Start MLflow on 127.0.0.1 and print links to the runs and fronts."""
     from orchestrator.pipelines.ui import serve
     from orchestrator.workspace.folders import open_workspace
 

@@ -13,34 +13,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 
+if TYPE_CHECKING:
+    from orchestrator.terminal.progress import Progress
+    from orchestrator.workspace.folders import Workspace
+
 
 @dataclass(frozen=True)
 class Session:
     """What a command works with."""
 
-    workspace: Any
-    progress: Any
+    workspace: Workspace
+    progress: Progress
     console: Console
     terminal: TextIO
-    """Standard error of the terminal; what is written to `sys.stderr` meanwhile goes to the log."""
+    """The terminal's standard error; `sys.stderr` goes to the log meanwhile."""
 
 
 @contextmanager
 def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Session]:
-    """Open the workspace, send noise to its log, and say on failure where the log lies."""
+    """Open the workspace, send the libraries' output to a log, and name the log on failure."""
     from orchestrator.terminal.logs import command_log
     from orchestrator.terminal.progress import terminal_progress
     from orchestrator.workspace.folders import open_workspace
 
     space = open_workspace(workspace)
-    # Standard output of now: libraries that are kept quiet replace it for a while.
+    # Bound now: `sys.stdout` is replaced while libraries are silenced.
     console = Console(file=sys.stdout, highlight=False)
     with command_log(space.logs, command, verbose=verbose) as log:
         try:
@@ -57,8 +61,8 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
             notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise RunFailed(
-                    f"no room is left on the disk of {space.root} (or on that of temporary files); "
-                    f"make room, then the same command goes on from what was saved{notes}"
+                    f"no space is left on the disk of {space.root} (or of temporary files); free "
+                    f"some, then the same command resumes from what was saved{notes}"
                 ) from error
             if log.path is not None:
                 with log.path.open("a", encoding="utf-8") as file:

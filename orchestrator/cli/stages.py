@@ -16,8 +16,8 @@ from orchestrator.cli.options import (
     SetOption,
     VerboseOption,
     WorkspaceOption,
+    parse_whole_numbers,
     read_options,
-    whole_numbers,
 )
 from orchestrator.cli.session import Session, open_session
 from orchestrator.terminal.layout import print_line
@@ -52,17 +52,17 @@ def evaluate(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Checkpoints, runs (by path or name) or Hugging Face folders, side by side; the "
-            "newest IIET or imported model by default."
+            help="Checkpoints, runs (by path or name) or Hugging Face folders, side by side; by "
+            "default the newest IIET or imported model."
         ),
     ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     suite: Annotated[
-        str | None, typer.Option(help="heldout, paper, or names of lm-eval tasks with commas.")
+        str | None, typer.Option(help="heldout, paper, or comma-separated lm-eval tasks.")
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="Folder with lm-eval task files of your own.")
+        Path | None, typer.Option(help="Folder with your own lm-eval task files.")
     ] = None,
     schedule: Annotated[
         list[str] | None,
@@ -73,11 +73,11 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Items of each task, from its first on; all by default."),
+        typer.Option(help="Score only the first N items of each task (default: all)."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in one pass.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies in a model folder.")
+        bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
     ] = False,
     set_: SetOption = None,
     verbose: VerboseOption = False,
@@ -141,22 +141,24 @@ def benchmark(
             help="Iteration schedule; may be repeated. One IIET without it: from full to none.",
         ),
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Rows decoded together, with commas.")] = "1,8",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Comma-separated numbers of rows that are decoded together.")
+    ] = "1,8",
     contexts: Annotated[
-        str | None, typer.Option(help="Tokens of the prompt: 32 and half the context if left out.")
+        str | None, typer.Option(help="Tokens of the prompt (default: 32 and half the context).")
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(min=2, max=MAX_COUNT, help="Tokens decoded behind it.")
+        int, typer.Option(min=2, max=MAX_COUNT, help="Tokens decoded after it.")
     ] = 32,
     repetitions: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Measurements of each, in turns.")
+        int, typer.Option(min=1, max=10_000, help="Measurements of each model, in turns.")
     ] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure latency, throughput and memory, and hold them against the cost model."""
-    batches = whole_numbers(batch_sizes, "--batch-sizes")
-    prompts = whole_numbers(contexts, "--contexts")
+    """Measure latency, throughput and memory, and compare them with the cost model."""
+    batches = parse_whole_numbers(batch_sizes, "--batch-sizes")
+    prompts = parse_whole_numbers(contexts, "--contexts")
     with open_session(workspace, "benchmark", verbose=verbose) as session:
         from orchestrator.evaluation.cost_measurement import MeasurementSettings
         from orchestrator.pipelines import benchmarking

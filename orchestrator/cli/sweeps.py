@@ -22,11 +22,11 @@ from orchestrator.cli.options import (
     VerboseOption,
     WorkersPerTrialOption,
     WorkspaceOption,
-    numbers,
-    parts,
-    rates_of_all,
+    parse_numbers,
+    parse_rates,
+    parse_seeds,
     read_options,
-    seed_numbers,
+    split_names,
 )
 from orchestrator.cli.printing import print_plan, print_sweep
 from orchestrator.cli.session import open_session
@@ -39,16 +39,17 @@ def sweep_threshold(
     config: ConfigOption = None,
     schedules: Annotated[
         int | None,
-        typer.Option(min=2, max=MAX_COUNT, help="How many schedules, spread evenly over cost."),
+        typer.Option(min=2, max=MAX_COUNT, help="Number of schedules, spread evenly over cost."),
     ] = None,
     thresholds: Annotated[
-        str | None, typer.Option(help="Thresholds instead, with commas: 0.001,0.01.")
+        str | None, typer.Option(help="Comma-separated thresholds instead: 0.001,0.01.")
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="Most that each schedule may cost instead: 8,12,16.")
+        str | None,
+        typer.Option(help="Comma-separated budgets instead, one schedule each: 8,12,16."),
     ] = None,
     unit: Annotated[
-        str | None, typer.Option(help="Of budgets: evaluations, flops or kv (bytes).")
+        str | None, typer.Option(help="Unit of budgets: evaluations, flops or kv (bytes).")
     ] = None,
     selection: Annotated[str | None, typer.Option(help="threshold or knapsack.")] = None,
     metric: Annotated[str | None, typer.Option(help="cosine, relative or loss.")] = None,
@@ -70,11 +71,11 @@ def sweep_threshold(
         set_,
         sweep__kind="threshold",
         sweep__num_schedules=schedules,
-        sweep__thresholds=numbers(thresholds, "--thresholds"),
-        sweep__budgets=numbers(budgets, "--budgets"),
+        sweep__thresholds=parse_numbers(thresholds, "--thresholds"),
+        sweep__budgets=parse_numbers(budgets, "--budgets"),
         sweep__budget_unit=unit,
         sweep__selection=selection,
-        sweep__seeds=seed_numbers(seeds),
+        sweep__seeds=parse_seeds(seeds),
         influence__metric=metric,
         distillation__control=control,
         sweep__trials_at_once=trials_at_once,
@@ -98,19 +99,22 @@ def sweep_iterations(
     config: ConfigOption = None,
     iterations: Annotated[
         str | None,
-        typer.Option(help="Corrections per layer of each IIET, ramps over the depth: 0,1,3,3..0."),
+        typer.Option(
+            help="Corrections per layer of each IIET, or a ramp over the layers: 0,1,3,3..0."
+        ),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of each.")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of each model.")
     ] = None,
     rates: Annotated[
-        str | None, typer.Option(help="Peak learning rates of every model: 1e-3,2e-3,4e-3.")
+        str | None,
+        typer.Option(help="Comma-separated peak learning rates of every model: 1e-3,2e-3,4e-3."),
     ] = None,
     seeds: SeedsOption = None,
     asha: Annotated[
         bool | None,
-        typer.Option("--asha/--no-asha", help="End a model's worse learning rates early."),
+        typer.Option("--asha/--no-asha", help="Stop a model's worse learning rates early."),
     ] = None,
     trials_at_once: TrialsAtOnceOption = None,
     workers_per_trial: WorkersPerTrialOption = None,
@@ -120,15 +124,15 @@ def sweep_iterations(
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Pretrain methods and iteration counts on the same tokens, and show them on one front."""
+    """Pretrain methods and iteration counts on the same tokens and show them on one front."""
     settings = read_options(
         config,
         set_,
         sweep__kind="iterations",
-        sweep__iterations=parts(iterations),
-        sweep__methods=parts(methods),
-        sweep__seeds=seed_numbers(seeds),
-        sweep__learning_rates=rates_of_all(rates),
+        sweep__iterations=split_names(iterations),
+        sweep__methods=split_names(methods),
+        sweep__seeds=parse_seeds(seeds),
+        sweep__learning_rates=parse_rates(rates),
         sweep__asha=asha,
         sweep__trials_at_once=trials_at_once,
         sweep__workers_per_trial=workers_per_trial,
@@ -159,16 +163,20 @@ def search_schedules(
     trials: Annotated[
         int | None,
         typer.Option(
-            min=0, max=MAX_COUNT, help="Most schedules to try beside those of the threshold sweep."
+            min=0,
+            max=MAX_COUNT,
+            help="Maximum number of schedules to try after those of the threshold sweep.",
         ),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="Against evaluations: accuracy, bits_per_byte or validation_loss."),
+        typer.Option(
+            help="Quality to weigh against NFE: accuracy, bits_per_byte or validation_loss."
+        ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="nsga2 or tpe.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the suggestions.")
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Random seed of the suggestions.")
     ] = None,
     schedules: Annotated[
         int | None,
@@ -182,7 +190,7 @@ def search_schedules(
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Search free schedules, any count in any layer, starting from the threshold's."""
+    """Search schedules with any count in any layer, starting from those of a threshold sweep."""
     settings = read_options(
         config,
         set_,
@@ -218,7 +226,7 @@ def _sweep(
     name: str | None = None,
 ) -> None:
     with open_session(workspace, command, verbose=verbose) as session:
-        from orchestrator.pipelines import sweep_plans, sweeps
+        from orchestrator.pipelines import sweep_dry_runs, sweeps
 
         options: dict[str, Any] = {
             "workspace": session.workspace,
@@ -227,7 +235,7 @@ def _sweep(
             "progress": session.progress,
         }
         if dry_run:
-            print_plan(session.console, sweep_plans.plan_sweep(settings, **options))
+            print_plan(session.console, sweep_dry_runs.plan_sweep(settings, **options))
         else:
             result = sweeps.sweep(settings, **options)
             print_sweep(session.console, result, session.workspace.root)

@@ -1,4 +1,4 @@
-"""The whole job, and the commands that make tokens and models."""
+"""Commands that make tokens and models, and `quickstart`, which runs all steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import check_name_option
 
 LocalOption = Annotated[
-    bool, typer.Option("--local", help="Train in this process, without Ray; for debuggers.")
+    bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
 ]
 
 
@@ -38,9 +38,9 @@ def quickstart(
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Do the whole job on the English that Python carries: from text to the front, on a CPU.
+    """Run all steps on a CPU, from the English texts that come with Python to the front.
 
-    With --config, do what that file says.
+    With --config, run the sweep of that file.
     """
     settings = read_options(config, set_)
     with open_session(workspace, "quickstart", verbose=verbose) as session:
@@ -54,7 +54,9 @@ def quickstart(
 def prepare(
     files: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts, JSON lines, Parquet, folders; Python's English if left out."),
+        typer.Argument(
+            help="Text, JSON lines, Parquet or folders (default: English texts of Python)."
+        ),
     ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
@@ -80,7 +82,8 @@ def pretrain(
     preset: Annotated[str | None, typer.Option(help="Size: tiny, 55m, 340m, 740m, 1.3b.")] = None,
     method: Annotated[str | None, typer.Option(help="iiet, vanilla, pcformer, ...")] = None,
     corrections: Annotated[
-        str | None, typer.Option("--corrections", "-r", help="3, or one a layer: 2,2,1,1,1,1.")
+        str | None,
+        typer.Option("--corrections", "-r", help="Corrections: 3, or one per layer: 2,2,1,1,1,1."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps.")
@@ -88,7 +91,9 @@ def pretrain(
     skip_bad_steps: Annotated[
         int | None,
         typer.Option(
-            min=0, max=MAX_COUNT, help="Steps in a row without a finite loss to pass over."
+            min=0,
+            max=MAX_COUNT,
+            help="Maximum number of consecutive steps to skip for a loss that is not finite.",
         ),
     ] = None,
     storage: Annotated[
@@ -96,20 +101,20 @@ def pretrain(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the run; made up if left out.", callback=check_name_option),
+        typer.Option(
+            help="Name of the run (default: from its content).", callback=check_name_option
+        ),
     ] = None,
     local: LocalOption = False,
     dry_run: DryRunOption = False,
     mfu: Annotated[
         float | None,
-        typer.Option(
-            min=0.01, max=1.0, help="Share of the peak that the plan of --dry-run assumes."
-        ),
+        typer.Option(min=0.01, max=1.0, help="Share of the peak FLOP/s that --dry-run assumes."),
     ] = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Pretrain one model through Ray Train; on GPUs, on CPUs, resumed where it stopped."""
+    """Pretrain one model on GPUs or CPUs; an interrupted run resumes."""
     settings = read_options(
         config,
         set_,
@@ -126,8 +131,8 @@ def pretrain(
         _print_plan(settings, workspace, mfu)
         return
     if mfu is not None:
-        raise UserError("--mfu is an assumption of the plan; it goes with --dry-run")
-    _check_places(settings, local=local)
+        raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
+    _check_resources(settings, local=local)
     with open_session(workspace, "pretrain", verbose=verbose) as session:
         from orchestrator.pipelines import pretraining
 
@@ -158,7 +163,7 @@ def distill(
 ) -> None:
     """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
     settings = read_options(config, set_, distillation__control=control)
-    _check_places(settings, local=local)
+    _check_resources(settings, local=local)
     with open_session(workspace, "distill", verbose=verbose) as session:
         from orchestrator.pipelines import distilling
 
@@ -173,8 +178,8 @@ def distill(
         print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
-def _check_places(settings: Any, *, local: bool) -> None:
-    """Refuse too few CPUs or GPUs before anything heavy is imported."""
+def _check_resources(settings: Any, *, local: bool) -> None:
+    """Refuse too few CPUs or GPUs before heavy imports."""
     from orchestrator.planning.resources import check_resources
 
     check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)

@@ -106,7 +106,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["pick", "--knee", "--best"], "--knee and --best"),
         (["pick", "--dry-run", "--to", "there"], "--dry-run exports nothing"),
         (["pick", "--keep", "99"], "--keep"),
-        (["pick", "--knee", "--confidence", "0.5"], "--confidence goes with --keep"),
+        (["pick", "--knee", "--confidence", "0.5"], "--confidence can be used with --keep"),
     ],
 )
 def test_a_mistake_prints_one_sentence_and_exits_with_2(

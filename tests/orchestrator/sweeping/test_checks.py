@@ -12,8 +12,9 @@ from rich.console import Console
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.cli.printing import print_plan
-from orchestrator.pipelines import sweep_plans
-from orchestrator.pipelines.sweep_plans import plan_suite, plan_sweep
+from orchestrator.pipelines import sweep_dry_runs, sweep_plans
+from orchestrator.pipelines.sweep_dry_runs import plan_sweep
+from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.pipelines.sweeps import sweep
 from orchestrator.settings import EvaluationSettings, resolve_settings
 from orchestrator.sweeping.checks import check_sweep
@@ -160,7 +161,7 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
 ) -> None:
     monkeypatch.setattr(sweep_plans, "prepare_tokens", lambda *_: tiny_tokens)
     suite = {"tokens_folder": str(tiny_tokens)}
-    monkeypatch.setattr(sweep_plans, "plan_suite", lambda *_: suite)
+    monkeypatch.setattr(sweep_dry_runs, "plan_suite", lambda *_: suite)
     assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
     found = plan_sweep(resolve_settings({}, assignments), workspace=workspace)
     assert found.to_pandas()["name"].tolist() == ["teacher", "vanilla", "r = 0"]

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from iiet.influence import InfluenceTable
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.sweep_plans import dry_run_of
+from orchestrator.pipelines.sweep_dry_runs import dry_run_of
 from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, resolve_settings
