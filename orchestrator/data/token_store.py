@@ -46,7 +46,7 @@ class Manifest(BaseModel):
     fingerprint: str
     """Hash of documents, split and tokenizer."""
     settings: dict[str, Any]
-    """The `DataSettings` that made it."""
+    """The `DataSettings` of the preparation."""
     dtype: Literal["uint16", "uint32"]
     vocab_size: int
     """Rows of the embedding."""

@@ -58,7 +58,7 @@ COMMIT_BYTES = 32 << 20
 FEW_DOCUMENTS = 100
 """In a corpus smaller than this, at least one document is held out whatever its hash."""
 
-Batch = list[Document]
+DocumentBatch = list[Document]
 
 
 def write_tokens(
@@ -154,15 +154,15 @@ def _write_folder(
 
 def encode_batches(
     tokenizer: Tokenizer, documents: Iterator[Document]
-) -> Iterator[tuple[Batch, list[list[int]]]]:
+) -> Iterator[tuple[DocumentBatch, list[list[int]]]]:
     """Yield batches of documents with their token ids, in order; encode the next ones meanwhile."""
 
-    def encode(batch: Batch) -> list[Any]:
+    def encode(batch: DocumentBatch) -> list[Any]:
         texts = [document.text for document in batch]
         encodings: list[Any] = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return encodings
 
-    waiting: deque[tuple[Batch, Future[list[Any]]]] = deque()
+    waiting: deque[tuple[DocumentBatch, Future[list[Any]]]] = deque()
     with ThreadPoolExecutor(BATCHES_AHEAD) as pool:
         while True:
             while len(waiting) <= BATCHES_AHEAD and (

@@ -147,7 +147,7 @@ def _finish(client: MlflowClient, run_id: str, status: str, time_ms: int) -> Non
         client.set_terminated(run_id, status, end_time=time_ms)
 
 
-# The names stand in outboxes on disk.
+# Outboxes on disk contain these names.
 OPERATIONS: dict[str, Callable[..., None]] = {
     "describe": _describe,
     "mirror": _log_journal,
