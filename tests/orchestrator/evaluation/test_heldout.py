@@ -120,18 +120,15 @@ def test_last_words_are_diverse(suite: HeldoutSuite) -> None:
     assert not {"a", "an", "the"} & set(counts)
 
 
-def test_a_suite_is_reused_and_depends_on_its_settings(
-    tokens: Path, suite: HeldoutSuite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.evaluation.heldout import suite as suite_module
-
+def test_a_suite_is_reused_and_depends_on_its_settings(tokens: Path, suite: HeldoutSuite) -> None:
     other = build_heldout(tokens, num_items=20, context_length=CONTEXT_LENGTH)
     assert other.folder != suite.folder
     assert other.tasks["lastword"] <= 20
     assert any("standard error" in note for note in other.notes)
-    monkeypatch.setattr(suite_module, "_items", None)
+    written = (suite.folder / "suite.json").stat().st_mtime_ns
     again = build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
     assert again == suite
+    assert (suite.folder / "suite.json").stat().st_mtime_ns == written
 
 
 def test_the_same_documents_give_the_same_items(tokens: Path, suite: HeldoutSuite) -> None:
