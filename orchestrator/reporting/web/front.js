@@ -1,7 +1,7 @@
-// The front on any two numbers: points by role and sweep, what a budget buys, numbers on hovering.
+// The front on any two metrics: points by role and sweep, staircase lines, tooltips.
 
 const INK = "#1c1c1c";
-const colorOf = (row) => data.series.length
+const sweepColor = (row) => data.series.length
   ? COLORS[data.series.indexOf(row.sweep) % COLORS.length] : COLORS[0];
 
 function star(x, y, radius) {
@@ -9,22 +9,22 @@ function star(x, y, radius) {
     const r = i % 2 ? radius * 0.42 : radius, angle = Math.PI * (i / 5 - 0.5);
     return `${x + r * Math.cos(angle)},${y + r * Math.sin(angle)}`;
   });
-  return node("polygon", { points: corners.join(" ") });
+  return svgElement("polygon", { points: corners.join(" ") });
 }
 
-// A circle, a square, a diamond, a triangle: sweeps differ by more than color.
-function trialShape(series, x, y, r) {
+// Sweeps differ by shape as well as color: circle, square, diamond, triangle.
+function sweepShape(series, x, y, r) {
   const kind = Math.max(series, 0) % 4;
-  if (kind === 0) return node("circle", { cx: x, cy: y, r });
+  if (kind === 0) return svgElement("circle", { cx: x, cy: y, r });
   const corners = [
     [[-r, -r], [r, -r], [r, r], [-r, r]],
     [[0, -1.3 * r], [1.3 * r, 0], [0, 1.3 * r], [-1.3 * r, 0]],
     [[0, -1.2 * r], [1.1 * r, r], [-1.1 * r, r]],
   ][kind - 1];
-  return node("polygon", { points: corners.map(([dx, dy]) => `${x + dx},${y + dy}`).join(" ") });
+  return svgElement("polygon", { points: corners.map(([dx, dy]) => `${x + dx},${y + dy}`).join(" ") });
 }
 
-function mark(row, member, x, y) {
+function drawMark(row, member, x, y) {
   let shape;
   if (row.role === "teacher") {
     shape = star(x, y, 12);
@@ -32,12 +32,12 @@ function mark(row, member, x, y) {
     shape.setAttribute("stroke", "#1c1c1c");
   } else if (row.role === "baseline") {
     const turn = `rotate(45 ${x} ${y})`;
-    shape = node("rect", { x: x - 6, y: y - 6, width: 12, height: 12, transform: turn });
+    shape = svgElement("rect", { x: x - 6, y: y - 6, width: 12, height: 12, transform: turn });
     shape.setAttribute("fill", "#fff");
     shape.setAttribute("stroke", "#1c1c1c");
   } else {
-    const color = colorOf(row);
-    shape = trialShape(data.series.indexOf(row.sweep), x, y, member ? 7 : 5.5);
+    const color = sweepColor(row);
+    shape = sweepShape(data.series.indexOf(row.sweep), x, y, member ? 7 : 5.5);
     shape.setAttribute("fill", member ? color : "#fff");
     shape.setAttribute("stroke", color);
     if (!member) shape.setAttribute("opacity", 0.5);
@@ -47,7 +47,7 @@ function mark(row, member, x, y) {
   return shape;
 }
 
-function frontOf(rows, cost, quality, sign) {
+function findFront(rows, cost, quality, sign) {
   const hasTeacher = rows.some((row) => row.role === "teacher");
   const candidates = rows.filter((row) => !hasTeacher || row.role !== "baseline");
   const beats = (a, b) => a[cost] <= b[cost] && sign * a[quality] >= sign * b[quality]
@@ -64,14 +64,14 @@ function fullModel(rows, cost) {
     (most, row) => (most && most[cost] >= row[cost] ? most : row), null);
 }
 
-function activate(key) {
+function highlight(key) {
   for (const element of document.querySelectorAll("[data-key]"))
     element.classList.toggle("active", element.dataset.key === key);
 }
 
-function hoverable(group, row, tip, holder, x, y) {
+function addTooltip(group, row, tip, holder, x, y) {
   const show = () => {
-    activate(row.key);
+    highlight(row.key);
     const numbers = data.hover.filter((name) => row[name] !== null && row[name] !== undefined);
     tip.replaceChildren();
     const title = document.createElement("b");
@@ -83,9 +83,9 @@ function hoverable(group, row, tip, holder, x, y) {
       const line = table.insertRow();
       line.insertCell().textContent = data.titles[name] || name;
       const low = row[name + "_low"], high = row[name + "_high"];
-      line.insertCell().textContent = shown(name, row[name])
-        + (error ? " ± " + shown(name, error) : "")
-        + (typeof low === "number" ? ` (${shown(name, low)} to ${shown(name, high)})` : "");
+      line.insertCell().textContent = formatMetric(name, row[name])
+        + (error ? " ± " + formatMetric(name, error) : "")
+        + (typeof low === "number" ? ` (${formatMetric(name, low)} to ${formatMetric(name, high)})` : "");
     }
     tip.append(title, table);
     tip.hidden = false;
@@ -95,25 +95,25 @@ function hoverable(group, row, tip, holder, x, y) {
     tip.style.left = Math.max(left, 0) + "px";
     tip.style.top = (above > 0 ? above : y * scale + 16) + "px";
   };
-  const hide = () => { tip.hidden = true; activate(null); };
+  const hide = () => { tip.hidden = true; highlight(null); };
   for (const event of ["mouseenter", "focus", "click"]) group.addEventListener(event, show);
   for (const event of ["mouseleave", "blur"]) group.addEventListener(event, hide);
 }
 
-function drawSteps(plot, members, cost, quality, end, look) {
+function drawSteps(plot, members, cost, quality, end, style) {
   const [first, ...others] = members.map((row) => [plot.x(row[cost]), plot.y(row[quality])]);
   if (!first) return;
   const steps = others.map(([x, y]) => `H${x}V${y}`).join("");
-  plot.svg.append(node("path", { d: `M${first}${steps}H${end}`, fill: "none", ...look }));
+  plot.svg.append(svgElement("path", { d: `M${first}${steps}H${end}`, fill: "none", ...style }));
 }
 
-// The paper's headline; it may lie outside of what was measured, and is left out there.
-function drawPaper(plot, cost, quality) {
+// The paper's headline, if it lies inside the plot.
+function drawPaperMark(plot, cost, quality) {
   const x = plot.x(cost), y = plot.y(quality);
   const inside = cost > plot.x0 && cost < plot.x1 && quality > plot.y0 && quality < plot.y1;
   if (!inside) return;
-  plot.svg.append(node("path", { d: `M${x - 6},${y - 6}l12,12m0,-12l-12,12`, stroke: INK,
-    "stroke-width": 2.6, class: "paper" }, node("title", {}, data.paper.name)));
+  plot.svg.append(svgElement("path", { d: `M${x - 6},${y - 6}l12,12m0,-12l-12,12`, stroke: INK,
+    "stroke-width": 2.6, class: "paper" }, svgElement("title", {}, data.paper.name)));
   if (!phone.matches) plot.text(x + 10, y + 4, data.paper.name, { class: "soft" });
 }
 
@@ -127,36 +127,36 @@ function drawFront(holder, cost, quality) {
   const plot = new Plot(rows.map((row) => row[cost]),
     rows.flatMap((row) => [row[quality] - error(row), row[quality] + error(row)]),
     { flip: !higher });
-  plot.dress(data.titles[cost] || cost, data.titles[quality] || quality,
-    (value) => shown(quality, value));
+  plot.drawAxes(data.titles[cost] || cost, data.titles[quality] || quality,
+    (value) => formatMetric(quality, value));
   const full = fullModel(rows, cost);
-  if (full && full[cost] && full[quality]) plot.shares(full[cost], full[quality]);
-  const front = frontOf(rows, cost, quality, sign);
+  if (full && full[cost] && full[quality]) plot.drawShareAxes(full[cost], full[quality]);
+  const front = findFront(rows, cost, quality, sign);
   const end = plot.x(Math.max(...rows.map((row) => row[cost])));
   for (const name of data.series) {
     const own = rows.filter((row) => row.sweep === name);
-    if (own.length) drawSteps(plot, frontOf(own, cost, quality, sign), cost, quality, end,
-      { stroke: colorOf(own[0]), "stroke-width": 1.6, opacity: 0.45 });
+    if (own.length) drawSteps(plot, findFront(own, cost, quality, sign), cost, quality, end,
+      { stroke: sweepColor(own[0]), "stroke-width": 1.6, opacity: 0.45 });
   }
   drawSteps(plot, front, cost, quality, end,
     { stroke: data.series.length ? INK : COLORS[0], "stroke-width": 2 });
   if (data.paper && full && data.percent.includes(quality) && quality === data.axes.quality)
-    drawPaper(plot, full[cost] * data.paper.cost, full[quality] * data.paper.quality);
+    drawPaperMark(plot, full[cost] * data.paper.cost, full[quality] * data.paper.quality);
   const tip = document.createElement("div");
   tip.className = "tip";
   tip.hidden = true;
-  // Trials first: full models and baselines lie above them.
+  // Trials first, so that full models and baselines are drawn above them.
   for (const row of [...rows].sort((a, b) => (a.role !== "trial") - (b.role !== "trial"))) {
     const x = plot.x(row[cost]), y = plot.y(row[quality]);
-    const group = node("g", { class: "point", tabindex: 0, "data-key": row.key });
+    const group = svgElement("g", { class: "point", tabindex: 0, "data-key": row.key });
     const member = front.includes(row);
-    if (error(row)) group.append(node("line", { x1: x, x2: x,
+    if (error(row)) group.append(svgElement("line", { x1: x, x2: x,
       y1: plot.y(row[quality] - error(row)), y2: plot.y(row[quality] + error(row)),
-      stroke: row.role === "baseline" ? "#757575" : colorOf(row),
+      stroke: row.role === "baseline" ? "#757575" : sweepColor(row),
       opacity: member || row.role === "teacher" ? 0.8 : 0.35 }));
-    group.append(node("circle", { cx: x, cy: y, r: 15, fill: "transparent" }));
-    group.append(mark(row, member, x, y));
-    hoverable(group, row, tip, holder, x, y);
+    group.append(svgElement("circle", { cx: x, cy: y, r: 15, fill: "transparent" }));
+    group.append(drawMark(row, member, x, y));
+    addTooltip(group, row, tip, holder, x, y);
     if (row.role !== "trial") plot.text(x > WIDTH - RIGHT - 80 ? x - 14 : x + 12, y - 8, row.name,
       { class: "soft", "text-anchor": x > WIDTH - RIGHT - 80 ? "end" : "start" });
     plot.svg.append(group);
@@ -164,13 +164,13 @@ function drawFront(holder, cost, quality) {
   holder.append(plot.svg, tip);
 }
 
-// Which color and shape is which sweep; nothing where there is only one.
-function drawSeriesKey(holder) {
+// Legend of the sweeps; empty for a single sweep.
+function drawSweepKey(holder) {
   data.series.forEach((name, number) => {
-    const shape = trialShape(number, 8, 8, 5);
+    const shape = sweepShape(number, 8, 8, 5);
     shape.setAttribute("fill", COLORS[number % COLORS.length]);
     const entry = document.createElement("span");
-    entry.append(node("svg", { viewBox: "0 0 16 16" }, shape), name);
+    entry.append(svgElement("svg", { viewBox: "0 0 16 16" }, shape), name);
     holder.append(entry);
   });
 }

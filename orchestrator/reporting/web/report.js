@@ -1,7 +1,7 @@
-// What moves besides the points: the choice of the two numbers, curves, sorting of tables, links
-// between points and rows; and what is folded is opened before it is printed.
+// Selects for the two metrics, training curves, sortable tables, and links between points and rows.
+// Folded sections are opened for printing.
 
-function choose(select, names, chosen) {
+function fillSelect(select, names, chosen) {
   for (const name of names) {
     const option = new Option(data.titles[name] || name, name, name === chosen, name === chosen);
     select.add(option);
@@ -11,8 +11,8 @@ function choose(select, names, chosen) {
 function setUpFront() {
   const holder = document.getElementById("front");
   const cost = document.getElementById("cost"), quality = document.getElementById("quality");
-  choose(cost, data.costs, data.axes.cost);
-  choose(quality, data.qualities, data.axes.quality);
+  fillSelect(cost, data.costs, data.axes.cost);
+  fillSelect(quality, data.qualities, data.axes.quality);
   const draw = () => drawFront(holder, cost.value, quality.value);
   cost.addEventListener("change", draw);
   quality.addEventListener("change", draw);
@@ -27,18 +27,19 @@ function drawCurves(holder) {
   const all = series.flatMap((curve) => curve.points);
   const plot = new Plot(all.map((p) => p[0]), all.map((p) => p[1]));
   const [what, against] = holder.dataset.curves.split(" against ");
-  plot.dress(against || "Step", what);
+  plot.drawAxes(against || "Step", what);
   const key = document.createElement("div");
   key.className = "key";
   series.forEach((curve, number) => {
     const color = COLORS[number % COLORS.length];
     const dash = number >= COLORS.length ? "6 4" : "none";
     const points = curve.points.map((p) => `${plot.x(p[0])},${plot.y(p[1])}`).join(" ");
-    plot.svg.append(node("polyline", { points, fill: "none", stroke: color, "stroke-width": 1.8,
+    plot.svg.append(svgElement("polyline", { points, fill: "none", stroke: color, "stroke-width": 1.8,
       "stroke-dasharray": dash }));
     const entry = document.createElement("span");
-    const swatch = node("svg", { viewBox: "0 0 16 16" }, node("line", { x1: 0, x2: 16, y1: 8, y2: 8,
-      stroke: color, "stroke-width": 3, "stroke-dasharray": dash }));
+    const line = svgElement("line", { x1: 0, x2: 16, y1: 8, y2: 8,
+      stroke: color, "stroke-width": 3, "stroke-dasharray": dash });
+    const swatch = svgElement("svg", { viewBox: "0 0 16 16" }, line);
     entry.append(swatch, curve.name);
     key.append(entry);
   });
@@ -48,8 +49,8 @@ function drawCurves(holder) {
 function setUpTable(table) {
   const body = table.tBodies[0];
   for (const row of body.rows) {
-    row.addEventListener("mouseenter", () => activate(row.dataset.key));
-    row.addEventListener("mouseleave", () => activate(null));
+    row.addEventListener("mouseenter", () => highlight(row.dataset.key));
+    row.addEventListener("mouseleave", () => highlight(null));
   }
   [...table.tHead.rows[0].cells].forEach((head, number) => {
     head.querySelector("button").addEventListener("click", () => {
@@ -72,11 +73,11 @@ addEventListener("beforeprint", () => {
   for (const folded of document.querySelectorAll("details")) folded.open = true;
 });
 
-fit();
+setSizes();
 const redrawFront = setUpFront();
 const drawAllCurves = () => document.querySelectorAll("[data-curves]").forEach(drawCurves);
-drawSeriesKey(document.getElementById("series"));
+drawSweepKey(document.getElementById("series"));
 drawAllCurves();
-phone.addEventListener("change", () => { fit(); redrawFront(); drawAllCurves(); });
+phone.addEventListener("change", () => { setSizes(); redrawFront(); drawAllCurves(); });
 document.querySelectorAll("table.rows").forEach(setUpTable);
 document.documentElement.dataset.ready = "yes";

@@ -1,4 +1,4 @@
-"""Draws against closed forms: the error of a mean, of a ratio, of a difference; seeds; fronts."""
+"""Bootstrap against closed forms: errors of means, ratios and differences; seeds; fronts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from orchestrator.reporting.bootstrap import (
 
 
 def drawn(values: Floats, weights: Floats | None = None, seed: int = 0, num: int = 4000) -> Scores:
-    """Score runs that each are a model of their own."""
-    owners = np.arange(len(values))
+    """Score runs, each a model of its own."""
+    model_of_run = np.arange(len(values))
     weights = np.ones(values.shape[1]) if weights is None else weights
     seed_weights = np.ones((num, len(values)))
-    return resample(ItemValues(values, weights), seed_weights, owners, np.random.default_rng(seed))
+    return resample(
+        ItemValues(values, weights), seed_weights, model_of_run, np.random.default_rng(seed)
+    )
 
 
-def test_a_draw_has_as_many_items_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_draw_has_the_number_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.reporting.bootstrap.MAX_COUNTS_PER_BLOCK", 50)
     blocks = list(draw_item_counts(7, 40, np.random.default_rng(0)))
     assert len(blocks) > 1
@@ -38,7 +40,7 @@ def test_a_draw_has_as_many_items_as_there_are(monkeypatch: pytest.MonkeyPatch) 
     assert len(np.unique(counts, axis=0)) > 30
 
 
-def test_the_error_of_a_mean_difference_is_that_of_the_formula() -> None:
+def test_the_error_of_a_mean_difference_matches_the_formula() -> None:
     rng = np.random.default_rng(1)
     ability = rng.random(500)
     pair = (rng.random((2, 500)) < ability + np.array([[0.0], [0.05]])).astype(float)
@@ -46,12 +48,12 @@ def test_the_error_of_a_mean_difference_is_that_of_the_formula() -> None:
     difference = pair[1] - pair[0]
     spread = (scores.drawn[:, 1] - scores.drawn[:, 0]).std()
     assert spread == pytest.approx(difference.std(ddof=1) / math.sqrt(500), rel=0.05)
-    # What both find hard cancels: two separate errors would add up to more.
+    # Common hard items cancel: two separate errors would add up to more.
     assert spread < 0.9 * math.hypot(scores.drawn[:, 0].std(), scores.drawn[:, 1].std())
     assert scores.difference(1, 0).value == pytest.approx(difference.mean())
 
 
-def test_the_error_of_a_ratio_of_sums_is_that_of_the_delta_method() -> None:
+def test_the_error_of_a_ratio_of_sums_matches_the_delta_method() -> None:
     rng = np.random.default_rng(2)
     weights = rng.integers(500, 5000, size=200).astype(float)
     values = (2.0 + 0.3 * rng.standard_normal((1, 200))) * weights
@@ -62,7 +64,7 @@ def test_the_error_of_a_ratio_of_sums_is_that_of_the_delta_method() -> None:
     assert scores.drawn.std() == pytest.approx(residual.std(ddof=1) / math.sqrt(200), rel=0.06)
 
 
-def test_equal_models_differ_by_exactly_nothing() -> None:
+def test_equal_models_differ_by_exactly_zero() -> None:
     row = np.random.default_rng(3).standard_normal(301) + 9
     scores = drawn(np.stack([row, row - 1, row]))
     same = scores.difference(0, 2)
@@ -72,7 +74,7 @@ def test_equal_models_differ_by_exactly_nothing() -> None:
     assert (found[0].low, found[0].high) == (1.0, 1.0)
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_an_interval_covers_the_truth_at_its_level() -> None:
     rng = np.random.default_rng(4)
     truth, num_trials, covered = 0.04, 200, 0
     for trial in range(num_trials):
@@ -84,33 +86,35 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.88 <= covered / num_trials <= 0.99
 
 
-def test_a_quality_without_a_score_has_no_shares() -> None:
+def test_there_is_no_ratio_to_a_score_of_zero() -> None:
     assert drawn(np.array([[1.0, 1.0], [0.0, 0.0]])).ratio(0, 1) is None
 
 
 def test_seeds_are_drawn_before_items() -> None:
-    # Items that say nothing leave the error of the seeds: s / sqrt(n), with n in s as drawn.
+    # Items without spread leave the error of the seeds: s / sqrt(n).
     seeds = np.array([0.2, 0.3, 0.5, 0.4])
     values = np.repeat(seeds[:, None], 50, axis=1)
-    owners = np.array([0, 0, 0, 0, 1])
+    model_of_run = np.array([0, 0, 0, 0, 1])
     values = np.vstack([values, np.full((1, 50), 0.3)])
-    weights = draw_seed_weights(owners, 8000, np.random.default_rng(5))
+    weights = draw_seed_weights(model_of_run, 8000, np.random.default_rng(5))
     assert np.allclose(weights[:, :4].sum(axis=1), 1.0)
     assert np.all(weights[:, 4] == 1.0)
-    scores = resample(ItemValues(values, np.ones(50)), weights, owners, np.random.default_rng(6))
+    scores = resample(
+        ItemValues(values, np.ones(50)), weights, model_of_run, np.random.default_rng(6)
+    )
     assert scores.observed == pytest.approx([seeds.mean(), 0.3])
     assert scores.drawn[:, 0].std() == pytest.approx(seeds.std() / 2, rel=0.05)
     assert scores.drawn[:, 1].std() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_seeds_and_items_add_up() -> None:
+def test_the_variances_of_seeds_and_items_add_up() -> None:
     rng = np.random.default_rng(7)
     seeds = 0.5 + 0.05 * rng.standard_normal(6)
     items = 0.3 * rng.standard_normal(80)
     values = seeds[:, None] + items[None, :]
-    owners = np.zeros(6, dtype=np.int64)
-    weights = draw_seed_weights(owners, 8000, rng)
-    scores = resample(ItemValues(values, np.ones(80)), weights, owners, rng)
+    model_of_run = np.zeros(6, dtype=np.int64)
+    weights = draw_seed_weights(model_of_run, 8000, rng)
+    scores = resample(ItemValues(values, np.ones(80)), weights, model_of_run, rng)
     expected = math.hypot(seeds.std() / math.sqrt(6), items.std() / math.sqrt(80))
     assert scores.drawn.std() == pytest.approx(expected, rel=0.05)
 
@@ -124,7 +128,7 @@ def test_a_mean_over_tasks_has_the_error_of_independent_parts() -> None:
     assert whole.drawn.std() == pytest.approx(math.hypot(*errors) / 3, rel=0.05)
 
 
-def test_a_clearly_separated_front_is_certain() -> None:
+def test_a_clearly_separated_front_has_shares_of_zero_and_one() -> None:
     goodness = np.array([[0.1, 0.2, 0.15, 0.3]]) + np.zeros((10, 1))
     costs = np.array([1.0, 2.0, 3.0, 4.0])
     assert list(front_shares(costs, goodness)) == [1.0, 1.0, 0.0, 1.0]
@@ -145,7 +149,7 @@ def test_front_shares_follow_the_definition_of_a_front() -> None:
     assert front_shares(costs, goodness) == pytest.approx(expected)
 
 
-def test_an_interval_holds_its_share_of_the_draws() -> None:
+def test_an_interval_contains_its_share_of_the_draws() -> None:
     interval = interval_of(0.5, np.linspace(0.0, 1.0, 1001), level=0.9)
     assert (interval.low, interval.high) == pytest.approx((0.05, 0.95))
     assert interval.excludes_zero

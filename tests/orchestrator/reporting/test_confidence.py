@@ -1,4 +1,4 @@
-"""Evaluations matched by item, and what a front says about how sure its places are."""
+"""Evaluations matched by item, and the confidence of the places on a front."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bits_task(bits: float, num_documents: int = 40) -> TaskResult:
 
 
 def answers(share: float, num_items: int = NUM_ITEMS) -> list[float]:
-    """Right on the first items, so that a better model is right wherever a worse one is."""
+    """Right answers on the first items: a better model is right wherever a worse one is."""
     return [float(n < share * num_items) for n in range(num_items)]
 
 
@@ -96,7 +96,7 @@ def front() -> Front:
     )
 
 
-def test_scores_are_those_of_the_evaluation() -> None:
+def test_scores_equal_those_of_the_evaluation() -> None:
     tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
     found = evaluation(*tasks, bits_task(2.2), groups={"both": ("a", "b")})
     matched = match_items({"one": [found], "two": [found]})
@@ -114,7 +114,7 @@ def test_scores_are_those_of_the_evaluation() -> None:
     assert draws.quality("quality/validation_loss") is None
 
 
-def test_items_are_matched_by_hash_and_the_others_counted() -> None:
+def test_items_are_matched_by_hash_and_unmatched_ones_counted() -> None:
     one = evaluation(task("words", [1, 0, 1, 0], items=["a", "b", "c", "a"]))
     other = evaluation(
         task("words", [0, 1, 1], items=["c", "a", "x"]), task("more", [1, 1], items=["p", "q"])
@@ -159,7 +159,7 @@ def test_places_far_apart_are_certain(front: Front) -> None:
     assert (teacher.share.low, teacher.share.high) == (1.0, 1.0)
 
 
-def test_a_close_call_is_told_as_one(front: Front) -> None:
+def test_a_close_model_has_an_intermediate_confidence(front: Front) -> None:
     close = at(front, "close").confidence
     assert close is not None
     assert close.share is not None
@@ -177,7 +177,7 @@ def test_a_close_call_is_told_as_one(front: Front) -> None:
     assert at(front, "close").error == pytest.approx(0.025, abs=0.001)
 
 
-def test_baselines_are_rivals_and_have_no_place(front: Front) -> None:
+def test_models_are_compared_with_baselines_which_have_no_place(front: Front) -> None:
     vanilla, close = at(front, "vanilla").confidence, at(front, "close").confidence
     assert vanilla is not None
     assert close is not None
@@ -188,7 +188,7 @@ def test_baselines_are_rivals_and_have_no_place(front: Front) -> None:
     assert close.tasks["bits_per_byte"].against["vanilla"].value == pytest.approx(-0.39)
 
 
-def test_a_loss_keeps_the_other_way_round() -> None:
+def test_the_share_of_a_loss_is_inverted() -> None:
     points: dict[str, tuple[Role, float, EvaluationResult]] = {
         "teacher": ("teacher", 24.0, evaluation(bits_task(2.0))),
         "close": ("trial", 12.0, evaluation(bits_task(2.01))),
@@ -204,7 +204,7 @@ def test_a_loss_keeps_the_other_way_round() -> None:
     assert (close.on_front, poor.on_front) == (1.0, 1.0)
 
 
-def test_what_has_no_items_stays_without_and_makes_no_claims() -> None:
+def test_a_result_without_items_has_no_confidence() -> None:
     words = {name: evaluation(task("words", answers(s))) for name, s in (("a", 0.5), ("b", 0.4))}
     results = [
         TrialResult(
@@ -226,7 +226,7 @@ def test_what_has_no_items_stays_without_and_makes_no_claims() -> None:
     assert (a.on_front, a.keeps, a.share) == (None, None, None)
 
 
-def test_metrics_are_flat_and_named_by_rival(front: Front) -> None:
+def test_metrics_are_flat_and_named_by_the_other_model(front: Front) -> None:
     metrics = confidence_metrics(at(front, "close"))
     assert metrics["paired/vs_teacher"] == pytest.approx(-0.0025)
     assert metrics["paired/vs_teacher_low"] <= metrics["paired/vs_teacher"]

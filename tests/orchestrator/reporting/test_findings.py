@@ -1,4 +1,4 @@
-"""The sentences say what the numbers carry, and no more."""
+"""Findings: the sentences claim no more than the numbers support."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
     assert "99.4% of the full model's, at 46% of its NFE (11 of 24)" in first
 
 
-def test_a_baseline_is_worse_only_beyond_the_error(sample_results: list[TrialResult]) -> None:
+def test_a_baseline_is_called_worse_only_beyond_the_error(
+    sample_results: list[TrialResult],
+) -> None:
     def about_vanilla(accuracy: float) -> str:
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
@@ -53,7 +55,7 @@ def test_claims_have_their_confidence(
     assert kept.confidence is not None
     assert 0.8 < (kept.confidence.keeps or 0) < 0.95
     assert f"it keeps 99% with confidence {kept.confidence.keeps:.2f}" in said[0]
-    # The likely one is not sure; a dearer one with hardly a wrong answer more is.
+    # The cheapest is not certain enough; a costlier one is.
     assert said[1].startswith(
         "The cheapest model that keeps it with a confidence of 0.95 or more is "
     )
@@ -69,7 +71,7 @@ def test_claims_have_their_confidence(
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == kept.confidence.keeps
 
 
-def test_what_these_items_cannot_tell_is_said(
+def test_an_unresolved_difference_is_stated(
     sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     kept, vanilla = (
@@ -81,7 +83,7 @@ def test_what_these_items_cannot_tell_is_said(
     assert "differ by less than these items can resolve (0.0 points, 0.0 to 0.0 in" in said
 
 
-def test_nothing_kept_is_said(sample_results: list[TrialResult]) -> None:
+def test_a_front_that_keeps_no_quality_says_so(sample_results: list[TrialResult]) -> None:
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
     assert findings(find_front(results))[0] == (
         "No cheaper model keeps 99% of the full model's quality."

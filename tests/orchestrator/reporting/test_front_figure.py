@@ -1,8 +1,7 @@
-"""Pictures: what they must show, told from Matplotlib's own objects."""
+"""Front figure: its content, read from Matplotlib's objects."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.front_axes import PAPER_MARK, FrontAxes
 from orchestrator.reporting.front_figure import draw_front
-from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.reporting.pareto import find_front
 
 
@@ -50,7 +48,7 @@ def test_labels_do_not_overlap(sample_results: list[TrialResult]) -> None:
             assert apart or top <= other_bottom or other_top <= bottom
 
 
-def test_a_loss_is_drawn_with_better_above(sample_results: list[TrialResult]) -> None:
+def test_a_loss_has_an_inverted_axis(sample_results: list[TrialResult]) -> None:
     axes = FrontAxes("cost/decode_ms_per_token", "quality/bits_per_byte")
     panel = draw_front(find_front(sample_results, axes), mark_paper=True).axes[0]
     low, high = panel.get_ylim()
@@ -75,7 +73,7 @@ def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[TrialRes
     assert {"o", "s", "*"} <= markers
 
 
-def test_errors_are_drawn_and_nothing_is_no_picture(sample_results: list[TrialResult]) -> None:
+def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[TrialResult]) -> None:
     front = find_front(sample_results)
     panel = draw_front(front).axes[0]
     ends = sorted(
@@ -88,26 +86,6 @@ def test_errors_are_drawn_and_nothing_is_no_picture(sample_results: list[TrialRe
     assert ends == pytest.approx(sorted(expected))
     with pytest.raises(ValueError, match="at least one result"):
         draw_front(find_front([]))
-
-
-def test_heat_map_writes_every_number_and_cuts_where_told(
-    sample_influence: tuple[tuple[float, ...], ...],
-) -> None:
-    figure = draw_influence(
-        sample_influence, metric="cosine", kept=(0, 1, 1, 1, 1, 1), kept_name="knee"
-    )
-    panel = figure.axes[0]
-    numbers = [float(text.get_text()) for text in panel.texts]
-    assert numbers == pytest.approx([v for row in sample_influence for v in row], rel=0.05)
-    cut = panel.lines[0]
-    assert list(cut.get_xdata()) == [-0.5, -0.5, *[0.5] * 10]
-
-
-def test_heat_map_takes_ragged_rows_zeros_and_gaps() -> None:
-    panel = draw_influence([[0.1], [0.2, 0.0], [math.nan, math.nan]], metric="loss").axes[0]
-    assert sorted(text.get_text() for text in panel.texts) == ["0", "0.1", "0.2"]
-    with pytest.raises(ValueError, match="at least one correction"):
-        draw_influence([[], [math.nan]], metric="loss")
 
 
 def test_the_same_picture_has_the_same_bytes(

@@ -1,4 +1,4 @@
-"""Tables say the same in every form, fit the terminal, and are strict JSON and CSV for machines."""
+"""Front tables: the same content in all formats, terminal widths, strict JSON and CSV."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_baselines_say_what_they_beat(front: Front) -> None:
     assert "beats 1 ●" in vanilla
 
 
-def test_long_schedules_are_counted(front: Front) -> None:
+def test_long_schedules_count_repetitions(front: Front) -> None:
     assert format_schedule((2, 2, 1, 1, 1, 1)) == "2,2,1,1,1,1"
     assert format_schedule((3,) * 4 + (1,) * 19 + (0,)) == "3*4,1*19,0"
     assert format_schedule(None) == ""
 
 
-def test_a_table_for_another_pair_of_numbers_shows_them(
+def test_a_table_on_other_axes_shows_them(
     sample_results: list[TrialResult],
 ) -> None:
     axes = FrontAxes("cost/flops_per_token", "quality/bits_per_byte")
@@ -95,7 +95,7 @@ def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial
     assert values["results"][0]["details"] in [result.to_dict() for result in sample_results]
 
 
-def test_what_was_not_measured_is_listed_and_null(sample_results: list[TrialResult]) -> None:
+def test_an_unmeasured_result_is_listed_with_null(sample_results: list[TrialResult]) -> None:
     lacking = replace(sample_results[1], key="lacking", quality={"accuracy": float("nan")})
     front = find_front([*sample_results, lacking])
     row = front_rows(front)[-1]
@@ -124,7 +124,7 @@ def sure_front(front: Front, sample_evaluations: dict[str, EvaluationResult]) ->
     return with_confidence(front, sample_evaluations, num_resamples=500)
 
 
-def test_confidence_has_columns_that_go_first(sure_front: Front) -> None:
+def test_confidence_columns_are_dropped_first(sure_front: Front) -> None:
     head, _, *rows = printed(sure_front, 160)
     assert "vs teacher  P(99%)  P(front)  front" in head
     knee = next(line for line in rows if "knee" in line)
@@ -136,11 +136,11 @@ def test_confidence_has_columns_that_go_first(sure_front: Front) -> None:
     assert "vs teacher" in front_markdown(sure_front)
 
 
-def test_certainty_is_never_claimed() -> None:
+def test_confidences_of_zero_and_one_are_not_printed() -> None:
     assert [confidence_text(p) for p in (None, 0.0, 0.62, 1.0)] == ["", "<0.01", "0.62", ">0.99"]
 
 
-def test_costs_read_as_people_write_them() -> None:
+def test_costs_have_four_digits_or_all() -> None:
     assert [cost_text(cost) for cost in (11.0, 6.2745, 16384.0, 8.94e6, 2.5e9)] == [
         "11",
         "6.274",
@@ -168,7 +168,7 @@ def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front)
     assert task_tables(find_front([])) == []
 
 
-def test_machines_get_the_paired_numbers(sure_front: Front) -> None:
+def test_csv_and_json_have_the_paired_numbers(sure_front: Front) -> None:
     values = json.loads(front_json(sure_front))
     row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
     assert row["paired/vs_teacher"] == pytest.approx(-0.003)
@@ -188,7 +188,7 @@ def test_several_sweeps_have_a_column_and_full_names(sample_results: list[TrialR
     assert {row["sweep"] for row in front_rows(front)} == {"first", "second"}
 
 
-def test_the_cost_that_the_front_lies_on_is_never_dropped(
+def test_the_cost_axis_is_never_dropped(
     sample_results: list[TrialResult],
 ) -> None:
     for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):

@@ -1,5 +1,4 @@
-"""The page stands alone, escapes what it is given, and its script does what the picture
-promises."""
+"""HTML page: needs no network, escapes text from outside, and its scripts draw the front."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult
     assert bad in json.dumps(data_in(page)["curves"])
 
 
-def test_tasks_and_sweeps_are_told_apart(
+def test_tasks_and_sweeps_are_distinguished(
     sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
@@ -78,7 +77,7 @@ def test_a_strip_has_a_cell_for_each_layer() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_a_browser_tells_sweeps_apart_and_marks_the_paper(
+def test_a_browser_distinguishes_sweeps_and_marks_the_paper(
     sample_results: list[TrialResult], tmp_path: Path
 ) -> None:
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}

@@ -1,4 +1,4 @@
-"""Several sweeps on one front: shared results once, sweeps told apart, different tasks said."""
+"""Several sweeps on one front: shared results once, sweeps distinguished, notes on other tasks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def workspace(tmp_path: Path, sample_results: list[TrialResult]) -> Workspace:
     return space
 
 
-def test_sweeps_share_a_front_and_are_told_apart(workspace: Workspace) -> None:
+def test_sweeps_share_a_front_and_are_distinguished(workspace: Workspace) -> None:
     written = write_overlay_report(workspace, ["first", "second", "first"])
     assert written.folder == workspace.overlays / "first+second"
     assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
@@ -56,13 +56,13 @@ def test_sweeps_share_a_front_and_are_told_apart(workspace: Workspace) -> None:
     assert sum(row["role"] == "teacher" for row in rows) == 1
 
 
-def test_other_axes_have_a_folder_of_their_own(workspace: Workspace) -> None:
+def test_an_overlay_on_other_axes_has_its_own_folder(workspace: Workspace) -> None:
     written = write_overlay_report(workspace, ["first", "second"], axes=parse_axes("kv", "bits"))
     assert written.folder.name == "first+second-bits-kv"
     assert written.report.front.axes.cost == "cost/kv_bytes_per_token"
 
 
-def test_different_tasks_are_said(workspace: Workspace) -> None:
+def test_different_tasks_have_a_note(workspace: Workspace) -> None:
     suite = {"suite": "heldout-2", "tokens_folder": "elsewhere"}
     write_json(workspace.sweeps / "second" / "plan.json", {"trials": [{"suite": suite}]})
     written = write_overlay_report(workspace, ["first", "second"])
@@ -71,7 +71,7 @@ def test_different_tasks_are_said(workspace: Workspace) -> None:
     assert written.report.sentences[0] == note
 
 
-def test_an_unknown_sweep_is_a_clear_error(workspace: Workspace) -> None:
+def test_an_unknown_sweep_is_a_user_error(workspace: Workspace) -> None:
     with pytest.raises(UserError, match=r"'third'.*first, second"):
         write_overlay_report(workspace, ["first", "third"])
 
@@ -83,7 +83,7 @@ def test_milliseconds_of_different_sweeps_come_with_a_warning(workspace: Workspa
     assert "measured separately for each sweep" in note
 
 
-def test_only_names_that_two_sweeps_share_carry_the_sweep(workspace: Workspace) -> None:
+def test_only_names_that_two_sweeps_share_include_the_sweep(workspace: Workspace) -> None:
     said = " ".join(write_overlay_report(workspace, ["first", "second"]).report.sentences)
     assert "vanilla (accuracy" in said
     assert "0,1,1,1,0,1 (second)" in said

@@ -1,4 +1,4 @@
-"""The front against a definition written down again, and its picks against hand-made cases."""
+"""The front against its definition, and its picks against small cases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def places(front: Front) -> list[tuple[float, float]]:
     return [(point.cost, point.quality) for point in front.members]
 
 
-def test_members_are_those_that_nobody_beats() -> None:
+def test_members_are_not_dominated() -> None:
     front = front_of((6, 0.30), (8, 0.40), (10, 0.39), (12, 0.45), (24, 0.45))
     assert places(front) == [(6, 0.30), (8, 0.40), (12, 0.45)]
 
@@ -63,7 +63,7 @@ def test_a_loss_gives_the_same_front_as_the_accuracy_it_mirrors(
     assert {p.result.key for p in by_loss.members} == {p.result.key for p in by_accuracy.members}
 
 
-def test_a_baseline_beside_a_teacher_is_placed_but_pushes_no_trial_off() -> None:
+def test_a_baseline_beside_a_teacher_takes_no_trial_off_the_front() -> None:
     results = [
         result(6, 0.30, key="none"),
         result(24, 0.50, "teacher", key="full"),
@@ -151,7 +151,7 @@ def test_hypervolume_of_a_loss_counts_from_the_worst() -> None:
     assert front.share(front.members[0]) == pytest.approx(0.5 / 0.7)
 
 
-def test_what_was_not_measured_is_unplaced() -> None:
+def test_results_without_both_metrics_are_unmeasured() -> None:
     lacking = TrialResult(key="x", role="trial", method="iiet", cost={"evaluations": 3})
     unsure = result(3, math.nan)
     front = find_front([lacking, unsure, result(6, 0.5)])

@@ -1,4 +1,4 @@
-"""A rule names one model of a front, or says why none meets it."""
+"""A rule picks one model of a front, or reports why none meets it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def front(sample_results: list[TrialResult]) -> Front:
     return find_front(sample_results)
 
 
-def test_the_named_members(front: Front) -> None:
+def test_best_cheapest_and_knee(front: Front) -> None:
     assert pick_from_front(front, PickRule(name="best")) is front.best
     assert pick_from_front(front, PickRule(name="cheapest")) is front.cheapest
     assert pick_from_front(front, PickRule(name="knee")) is front.knee
@@ -47,7 +47,7 @@ def test_budget_is_the_best_within(front: Front) -> None:
         pick_from_front(front, PickRule(name="budget", budget=1))
 
 
-def test_confidence_asks_for_more_than_a_lucky_draw(front: Front) -> None:
+def test_keep_with_confidence(front: Front) -> None:
     def sure(point, keeps):  # type: ignore[no-untyped-def]
         return replace(
             point,
@@ -62,7 +62,7 @@ def test_confidence_asks_for_more_than_a_lucky_draw(front: Front) -> None:
     assert pick_from_front(judged, PickRule(name="keep", confidence=0.999)).cost == 24
 
 
-def test_what_no_model_meets_is_said_with_the_nearest(front: Front) -> None:
+def test_a_rule_that_no_model_meets_names_the_nearest(front: Front) -> None:
     with pytest.raises(UserError, match=r"the best keeps 1\.00"):
         pick_from_front(front, PickRule(name="keep", share=1.5))
     with pytest.raises(UserError, match="measured on both axes"):

@@ -1,4 +1,4 @@
-"""Seeds of one model: one place on the front, with the spread in its error."""
+"""Seeds of one model: one point on the front, with the spread in its error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> TrialRes
     )
 
 
-def test_the_error_joins_the_spread_over_seeds_and_that_over_items() -> None:
+def test_the_error_combines_the_spread_over_seeds_and_over_items() -> None:
     joined = average_seeds([_seed(0, 0.30), _seed(1, 0.32), _seed(2, 0.37)])
     (one,) = joined.results
     assert (one.label, one.train["seeds"], one.checkpoint) == ("r = 1", 3, "/runs/0")
@@ -40,7 +40,7 @@ def test_the_error_joins_the_spread_over_seeds_and_that_over_items() -> None:
     assert joined.keys_of_seeds[one.key] == ("key-r = 1-0", "key-r = 1-1", "key-r = 1-2")
 
 
-def test_what_has_no_seeds_stays_as_it_is() -> None:
+def test_results_without_other_seeds_stay_as_they_are() -> None:
     alone, other = _seed(0, 0.3), replace(_seed(0, 0.4, None), key="other")
     joined = average_seeds([alone, other])
     assert joined.results == (alone, other)

@@ -1,5 +1,4 @@
-"""A report writes its files, fills MLflow once however often it is written, and reads back
-alone."""
+"""Sweep report: its files, one MLflow run for repeated reports, reports from stored results."""
 
 from __future__ import annotations
 
@@ -89,9 +88,7 @@ def test_files_are_written_and_read_back_without_the_trials(
     assert {path.name: path.read_bytes() for path in again.files} == before
 
 
-def test_another_pair_of_numbers_gets_a_folder_of_its_own(
-    workspace: Workspace, sweep: SweepResults
-) -> None:
+def test_other_axes_get_their_own_folder(workspace: Workspace, sweep: SweepResults) -> None:
     usual = write_sweep_report(workspace, sweep)
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert other.folder == usual.folder / "perplexity-ms"
@@ -100,7 +97,7 @@ def test_another_pair_of_numbers_gets_a_folder_of_its_own(
     assert (usual.folder / "front.json").is_file()
 
 
-def test_paired_errors_come_from_the_items_beside_the_trials(
+def test_paired_errors_come_from_the_stored_items(
     workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
@@ -110,7 +107,7 @@ def test_paired_errors_come_from_the_items_beside_the_trials(
     assert written.report.front.basis.num_items == 2000
     text = (written.folder / "front.md").read_text("utf-8")
     assert "### lastword (acc)" in text
-    # A damaged file costs its model's confidence, and the report stands.
+    # A model with a damaged file has no confidence; the report is written all the same.
     (workspace.trials / "any" / items_file_name(sweep.results[1].key)).write_text("{")
     again = write_sweep_report(workspace, sweep)
     lacking = [p for p in again.report.front.points if p.confidence is None]
@@ -166,7 +163,7 @@ def test_seeds_have_paired_errors_and_runs(
             self.metrics |= values
 
     class Runs:
-        """Stands for MLflow, whose database takes seconds to make."""
+        """Fake of MLflow, whose database takes seconds to create."""
 
         def __init__(self) -> None:
             self.runs: dict[str, Run] = {}
@@ -251,9 +248,7 @@ def test_mlflow_holds_the_sweep_once(
     assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
 
 
-def test_a_long_table_leaves_the_note_to_the_artifacts(
-    workspace: Workspace, sweep: SweepResults
-) -> None:
+def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: SweepResults) -> None:
     many = [replace(result, key=f"{result.key}{n}") for n in range(12) for result in sweep.results]
     written = write_sweep_report(workspace, sweep.with_results(tuple(many)))
     note = run_note(written.report, "run")
@@ -272,7 +267,7 @@ def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: SweepRe
     assert sweep.journal_of(pruned) is None
 
 
-def test_what_was_left_out_of_the_front_is_said(workspace: Workspace, sweep: SweepResults) -> None:
+def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: SweepResults) -> None:
     reason = "vanilla is left out: done.json is damaged"
     sweep = replace(sweep, facts={**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}})
     write_sweep_report(workspace, sweep)
@@ -285,7 +280,7 @@ def test_what_was_left_out_of_the_front_is_said(workspace: Workspace, sweep: Swe
     assert sentence in run_note(written.report, "run")
 
 
-def test_an_average_over_less_than_was_asked_for_says_so(
+def test_an_average_without_some_tasks_has_a_note(
     workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
@@ -296,7 +291,7 @@ def test_an_average_over_less_than_was_asked_for_says_so(
     assert sentence in write_overlay_report(workspace, ["toy"]).report.sentences
 
 
-def test_a_sweep_without_placed_results_still_reports(
+def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: SweepResults
 ) -> None:
     bare = tuple(replace(result, quality={}) for result in sweep.results)
@@ -305,7 +300,7 @@ def test_a_sweep_without_placed_results_still_reports(
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
 
 
-def test_missing_and_damaged_sweeps_are_clear_errors(
+def test_missing_and_damaged_sweeps_are_user_errors(
     workspace: Workspace, sweep: SweepResults
 ) -> None:
     with pytest.raises(UserError, match=r"no sweep is called 'tyo'.*sweep-threshold"):
@@ -322,7 +317,7 @@ def test_missing_and_damaged_sweeps_are_clear_errors(
 
 
 @pytest.mark.parametrize("name", ["../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""])
-def test_a_name_never_leads_out_of_the_sweeps(
+def test_a_name_cannot_lead_out_of_the_sweeps_folder(
     workspace: Workspace, sweep: SweepResults, tmp_path: Path, name: str
 ) -> None:
     outside = sweep.store(open_workspace(tmp_path / "outside" / "in")).parent
@@ -330,7 +325,7 @@ def test_a_name_never_leads_out_of_the_sweeps(
     write_json(tmp_path / "outside" / RESULTS_FILE, sweep.to_dict())
     write_sweep_report(workspace, sweep)
     before = sorted(tmp_path.rglob("*"))
-    # As it is typed, and as a file of a shared workspace may have it.
+    # From the command line, and from a file in a shared workspace.
     with pytest.raises(UserError, match="a name has letters, digits"):
         write_sweep_report(workspace, name)
     for part in ("name", "key"):
@@ -341,7 +336,7 @@ def test_a_name_never_leads_out_of_the_sweeps(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_renamed_sweep_is_one_of_its_own(workspace: Workspace, sweep: SweepResults) -> None:
+def test_a_copied_sweep_is_its_own_sweep(workspace: Workspace, sweep: SweepResults) -> None:
     stored = write_sweep_report(workspace, sweep).folder / RESULTS_FILE
     before = stored.read_bytes()
     write_json(workspace.sweeps / "copy" / RESULTS_FILE, {**sweep.to_dict(), "facts": {}})
@@ -349,7 +344,9 @@ def test_a_renamed_sweep_is_one_of_its_own(workspace: Workspace, sweep: SweepRes
     assert stored.read_bytes() == before
 
 
-def test_the_page_shows_how_the_front_grew(workspace: Workspace, sweep: SweepResults) -> None:
+def test_the_page_shows_the_hypervolume_over_time(
+    workspace: Workspace, sweep: SweepResults
+) -> None:
     journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
     for step in (1, 2, 3):
         journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})
@@ -359,4 +356,6 @@ def test_the_page_shows_how_the_front_grew(workspace: Workspace, sweep: SweepRes
     assert "Hypervolume against trials finished" in page.read_text(encoding="utf-8")
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity")).page
     assert other is not None
-    assert "Hypervolume against" not in other.read_text(encoding="utf-8"), "it is of other numbers"
+    assert "Hypervolume against" not in other.read_text(encoding="utf-8"), (
+        "the hypervolume is on other axes"
+    )
