@@ -1,0 +1,53 @@
+"""docs/architecture.md is correct: its packages, files, functions and methods exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+STEPS = re.findall(r"^\| `([\w/]+\.py)` \| (.+?) \|", TEXT, flags=re.MULTILINE)
+
+
+def source(path: str) -> Path:
+    return ROOT / path if path.startswith(("iiet/", "tests/")) else ROOT / "orchestrator" / path
+
+
+def definitions(path: Path) -> set[str]:
+    """Return the functions and classes of a module, and `Class.method` of each class."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+    return names
+
+
+def test_every_named_file_exists() -> None:
+    for path in re.findall(r"`([\w/]+\.py)`", TEXT):
+        assert source(path).is_file(), path
+
+
+@pytest.mark.parametrize(("path", "functions"), STEPS)
+def test_every_named_function_exists(path: str, functions: str) -> None:
+    named = re.findall(r"`([\w.]+)`", functions)
+    assert named
+    assert set(named) <= definitions(source(path)), path
+
+
+def test_each_value_is_traced_in_many_steps() -> None:
+    assert len(STEPS) >= 40
+    assert TEXT.count("\n## A") == 3
+
+
+def test_the_packages_are_those_of_the_orchestrator() -> None:
+    named = re.findall(r"^\| `(\w+)/` \|", TEXT, flags=re.MULTILINE)
+    assert set(named) == {p.parent.name for p in (ROOT / "orchestrator").glob("*/__init__.py")}
+    (chart,) = re.findall(r"```mermaid\n(.*?)```", TEXT, flags=re.DOTALL)
+    for package in named:
+        assert re.search(rf"\b{package}\b", chart), package
