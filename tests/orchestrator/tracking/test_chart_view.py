@@ -1,0 +1,53 @@
+"""A saved chart view is JSON that fits into a tag of MLflow."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orchestrator.tracking.chart_view import ChartView
+from orchestrator.tracking.store import tag_filter
+
+
+def chart_view(**changes: object) -> ChartView:
+    values: dict[str, object] = {
+        "key": "front-toy",
+        "name": "Front of toy",
+        "run_filter": tag_filter({"iiet.sweep": "toy"}),
+        "order_by": "cost/evaluations",
+        "columns": ("metrics.cost/evaluations", "params.schedule"),
+        "scatters": (("cost/evaluations", "quality/accuracy"),),
+        "parallel_params": ("r_01", "r_02"),
+        "parallel_metrics": ("quality/accuracy",),
+        "curves": ("train/loss",),
+        "folded_groups": ("cost", "quality"),
+    }
+    return ChartView(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_a_view_holds_filter_axes_and_every_layer() -> None:
+    tag = json.loads(chart_view().tag_value())
+    state = json.loads(tag["state"])
+    assert tag["name"] == "Front of toy"
+    assert state["searchFilter"] == "tags.`iiet.sweep` = 'toy'"
+    kinds = [chart["type"] for chart in state["compareRunCharts"]]
+    # Our charts come first; otherwise MLflow sorts its own between them.
+    assert state["isAccordionReordered"]
+    assert [s["display"] for s in state["compareRunSections"]] == [True, False, False]
+    assert kinds == ["SCATTER", "PARALLEL", "LINE"]
+    scatter, parallel, _ = state["compareRunCharts"]
+    assert scatter["xaxis"]["key"] == "cost/evaluations"
+    assert scatter["yaxis"]["key"] == "quality/accuracy"
+    assert parallel["selectedParams"] == ["r_01", "r_02"]
+    section = state["compareRunSections"][0]["uuid"]
+    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {section}
+
+
+def test_saving_a_view_again_gives_the_same_charts() -> None:
+    assert chart_view().state() == chart_view().state()
+
+
+def test_a_view_too_large_for_a_tag_is_an_error() -> None:
+    with pytest.raises(ValueError, match="20000 characters"):
+        chart_view(parallel_params=[f"r_{n:05d}" for n in range(5000)]).tag_value()
