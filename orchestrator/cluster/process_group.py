@@ -1,9 +1,9 @@
-"""How the workers of a training job meet: not at all, on one machine, or over the network.
+"""Connect the workers of a training job without opening a port to the network.
 
-Ray's way has the first worker listen on every address of its machine, without a secret, even where
-it is the only one. Here a single worker opens nothing. Workers of one machine meet in a file that
-only this user can read, and talk over loopback. Workers of several machines have to reach each
-other over the network; for them it is Ray's way.
+Ray lets the first worker listen on every address of its machine, without a secret, even where it
+is the only one. Here a single worker opens nothing. Workers of one machine find each other through
+a file that only this user can read, and talk over loopback. Workers of several machines use Ray's
+way, because they must reach each other over the network.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ import ray.train.torch
 _RayBackend: Any = ray.train.torch.TorchConfig().backend_cls
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Name the interface that PyTorch's backends listen on; what the user has set stays."""
+"""Variables for the network interface of PyTorch's backends; a user's own value stays."""
 
-_meeting_place: ScratchFolder | None = None
-"""Of the first worker; here, because it belongs to the worker's process."""
+_store_folder: ScratchFolder | None = None
+"""Folder of the file store, in the process of the first worker."""
 
 
 @dataclass
 class PrivateTorchConfig(ray.train.torch.TorchConfig):
-    """A process group that nobody outside this machine can reach, where its workers are here."""
+    """A process group that is closed to other machines if all of its workers are on this one."""
 
     @property
     def backend_cls(self) -> Any:
-        """What sets it up, inside Ray's controller of the job."""
+        """The class that sets it up, inside Ray's controller of the job."""
         return _PrivateBackend
 
 
 class _PrivateBackend(_RayBackend):  # type: ignore[misc]
     """Sets the group up when the workers have started, and removes it before they end."""
 
-    _has_meeting_place = False
+    _has_store = False
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) == 1:
@@ -53,8 +53,8 @@ class _PrivateBackend(_RayBackend):  # type: ignore[misc]
         if len(set(worker_group.execute(_node))) > 1:
             super().on_start(worker_group, backend_config)
             return
-        self._has_meeting_place = True
-        path = worker_group.execute_single(0, _make_meeting_place)
+        self._has_store = True
+        path = worker_group.execute_single(0, _make_store)
         joining = [
             worker_group.execute_single_async(
                 rank,
@@ -71,23 +71,23 @@ class _PrivateBackend(_RayBackend):  # type: ignore[misc]
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         super().on_shutdown(worker_group, backend_config)
-        if self._has_meeting_place:
-            worker_group.execute_single(0, _delete_meeting_place)
+        if self._has_store:
+            worker_group.execute_single(0, _delete_store)
 
 
 def _node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def _make_meeting_place() -> str:
-    global _meeting_place
-    _meeting_place = make_scratch_folder()
-    return str(_meeting_place.folder / "store")
+def _make_store() -> str:
+    global _store_folder
+    _store_folder = make_scratch_folder()
+    return str(_store_folder.folder / "store")
 
 
-def _delete_meeting_place() -> None:
-    if _meeting_place:
-        _meeting_place.delete()
+def _delete_store() -> None:
+    if _store_folder:
+        _store_folder.delete()
 
 
 def _join(rank: int, *, path: str, backend: str, size: int, timeout: timedelta) -> None:

@@ -9,12 +9,8 @@ again a set number of times; then it is reported with its reason, and the other 
 from __future__ import annotations
 
 import json
-import math
-import pickle
-import queue
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +19,11 @@ from typing import Any, TypeVar
 import torch
 
 from orchestrator.cluster.placement import Placement, trial_placement
-from orchestrator.cluster.ray_train import RAY_FOLDER, failure_reason, final_answer, fit_job
+from orchestrator.cluster.ray_train import RAY_FOLDER, final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
 from orchestrator.settings import SweepSettings
-from orchestrator.terminal.signals import GRACE_SECONDS, POLL_SECONDS, run_interruptibly
+from orchestrator.terminal.signals import POLL_SECONDS, run_interruptibly
 from orchestrator.training.distributed import World
 from orchestrator.training.job import (
     TrainingJob,
@@ -45,9 +42,7 @@ from orchestrator.workspace.errors import Interrupted
 import ray
 import ray.tune
 
-tune: Any = ray.tune  # it calls callbacks with keyword arguments; ours take what they need
-
-ANSWER = "answer"
+tune: Any = ray.tune
 
 T = TypeVar("T")
 
@@ -84,21 +79,6 @@ class TrialContext:
         remote = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy="DEFAULT")
         answer: T = ray.get(remote(work).remote("cuda"))
         return answer
-
-
-@dataclass(frozen=True)
-class TrialReport:
-    """How one trial ended."""
-
-    number: int
-    """Its index in the list of trials."""
-    parameters: dict[str, Any]
-    result: dict[str, Any] | None = None
-    """What it returned; None if it failed."""
-    error: str | None = None
-    """Why it failed, after all its retries."""
-    after_stop: bool = False
-    """Whether it ended after a stop was asked for."""
 
 
 TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
@@ -141,7 +121,7 @@ def run_trials(
     reports: dict[int, TrialReport] = {}
     with ray_cluster() as cluster:
         placement = trial_placement(sweep, len(trials), cluster.resources)
-        callback = _TuneCallback(trials, stop_folder)
+        callback = TuneCallback(trials, stop_folder)
 
         def deliver() -> None:
             for report in callback.new_reports():
@@ -169,7 +149,7 @@ def run_trials(
 
 
 def _tune(
-    function: TrialFunction, callback: _TuneCallback, placement: Placement, max_failures: int
+    function: TrialFunction, callback: TuneCallback, placement: Placement, max_failures: int
 ) -> None:
     storage = callback.stop_folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
@@ -267,91 +247,3 @@ def train_with_workers(
     clear_stop_request(job.folder)
     training.result()
     return finished_outcome(job) or TrainingOutcome(checkpoint=None, step=tail.step, finished=False)
-
-
-class _TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
-    """Collects the reports of ended trials, and ends the experiment after a stop.
-
-    Tune would start waiting trials while the running ones save their state, so after a stop this
-    object lets Tune end once those have returned. Tune pickles it; it pickles as an empty callback.
-    """
-
-    def __init__(self, trials: Sequence[dict[str, Any]], stop_folder: Path) -> None:
-        self.trials, self.stop_folder = trials, stop_folder
-        self._reports: queue.SimpleQueue[TrialReport] = queue.SimpleQueue()
-        self._running: set[int] = set()
-        self._to_wait_for: set[int] | None = None
-        self._give_up_at = math.inf
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return tune.Callback, ()
-
-    def request_stop(self) -> bool:
-        """Ask running trials to save and return; True if there are any."""
-        request_stop(self.stop_folder)
-        return bool(self._running)
-
-    def new_reports(self) -> Iterator[TrialReport]:
-        """Yield the reports of trials that ended since the last call."""
-        while not self._reports.empty():
-            yield self._reports.get()
-
-    def __call__(self, *_: Any, **__: Any) -> bool:
-        """Never stop a trial from outside: it stops by itself, with its state saved."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Tell Tune to end once the trials that ran at the stop have returned, or took too long."""
-        if self._to_wait_for is None:
-            if not is_stop_requested(self.stop_folder):
-                return False
-            self._to_wait_for = set(self._running)
-            self._give_up_at = time.monotonic() + GRACE_SECONDS
-        return not self._to_wait_for or time.monotonic() > self._give_up_at
-
-    def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:
-        """Record that a trial runs."""
-        self._running.add(trial.config["number"])
-
-    def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
-        """Report a trial's answer; one that stopped without an answer is not reported."""
-        number = self._ended(trial)
-        answer = json.loads((trial.last_result or {}).get(ANSWER, "{}"))
-        if answer:
-            self._report(number, result=answer.get("result"), error=answer.get("text"))
-
-    def on_trial_recover(self, *_: Any, trial: Any, **__: Any) -> None:
-        """Report a trial that died after a stop, as trying it again would do nothing.
-
-        One that dies before a stop is tried again, and reported when it ends.
-        """
-        if is_stop_requested(self.stop_folder):
-            self.on_trial_error(trial=trial)
-
-    def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
-        """Report why a trial failed for the last time."""
-        number = self._ended(trial)
-        self._report(number, error=failure_reason(_last_error(trial)))
-
-    def _report(
-        self, number: int, result: dict[str, Any] | None = None, error: str | None = None
-    ) -> None:
-        after_stop = is_stop_requested(self.stop_folder)
-        parameters = dict(self.trials[number])
-        self._reports.put(TrialReport(number, parameters, result, error, after_stop))
-
-    def _ended(self, trial: Any) -> int:
-        number: int = trial.config["number"]
-        self._running.discard(number)
-        if self._to_wait_for is not None:
-            self._to_wait_for.discard(number)
-        return number
-
-
-def _last_error(trial: Any) -> BaseException:
-    """Return why a trial failed. Tune writes a file first, and copies it to its storage later."""
-    path = trial.pickled_error_file
-    if path and Path(path).is_file():
-        error: BaseException = pickle.loads(Path(path).read_bytes())
-        return error
-    return trial.get_pickled_error() or RuntimeError(trial.get_error())

@@ -1,10 +1,8 @@
-"""Ray started so that it stays on this machine, stays quiet and leaves nothing behind.
+"""Start Ray on this machine only, quietly, and remove all of it at the end.
 
 `ray_cluster` starts Ray for a block of code, or joins the cluster that `RAY_ADDRESS` names. A local
 one listens on loopback only, with a token of its own, in a short temporary folder (a socket's path
-has little room). At the end, whatever ends it, every process that came with it is gone. Besides
-this module only `worker.py` (training jobs), `process_group.py` (their workers' connections) and
-`trial_runner.py` (sweeps) import ray.
+is limited to 107 characters). At the end, whatever ends it, all of its processes are gone.
 """
 
 from __future__ import annotations
@@ -41,10 +39,10 @@ from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
 OBJECT_STORE_BYTES = 128 * 2**20  # data does not travel through Ray; its own minimum is 75 MB
 LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 107 at most
 # After Ctrl-C everything together must take less than ten seconds.
-START_PATIENCE_SECONDS = 2.0
-SHUTDOWN_PATIENCE_SECONDS = 3.0
+INTERRUPTED_START_SECONDS = 2.0
+INTERRUPTED_SHUTDOWN_SECONDS = 3.0
 CONNECT_SECONDS = 5.0
-SHUTDOWN_SECONDS = 60.0  # when nobody is waiting
+SHUTDOWN_SECONDS = 60.0  # after a normal end
 EXIT_CODE_INTERRUPTED = 130
 
 
@@ -69,7 +67,7 @@ def ray_cluster(
 
     Args:
         num_cpus: CPUs of a local cluster; all that this process may use when unset.
-        say: Told that Ray starts, if it does; that takes seconds.
+        say: Called with a sentence before Ray starts, which takes seconds.
 
     Raises:
         UserError: If nothing answers at `RAY_ADDRESS`.
@@ -82,77 +80,76 @@ def ray_cluster(
     if say:
         say("starting Ray")
     cluster = _RayThread(make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER), num_cpus)
-    patience = SHUTDOWN_SECONDS
+    seconds = SHUTDOWN_SECONDS
     try:
         with signal_handlers((signal.SIGTERM,), raise_keyboard_interrupt):
             _running = cluster.started()
             yield _running
     except (KeyboardInterrupt, Interrupted):
-        patience = SHUTDOWN_PATIENCE_SECONDS
+        seconds = INTERRUPTED_SHUTDOWN_SECONDS
         raise
     finally:
         _running = None
         with signal_handlers(SIGNALS, signal.SIG_IGN):
-            cluster.end(patience)
+            cluster.end(seconds)
 
 
 class _RayThread:
-    """Ray's life, from start to end, in one thread of its own.
+    """A thread that starts Ray, waits, and shuts it down.
 
     The kernel ends Ray's processes with the thread that started them, so the thread stays. The main
-    thread stays free for signals: one that interrupts `ray.init` half-way leaves a state that
-    crashes the interpreter.
+    thread handles signals: one that interrupted `ray.init` would later crash the interpreter.
     """
 
     def __init__(self, scratch: ScratchFolder, num_cpus: int | None) -> None:
         self.scratch, self.num_cpus = scratch, num_cpus
         self._earlier = {process.pid for process in psutil.Process().children()}
         self._resources: Future[Resources] = Future()
-        self._to_end = threading.Event()
-        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._should_end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def started(self) -> Cluster:
         """Start Ray and wait until it runs.
 
         Raises:
-            KeyboardInterrupt: After a signal, once Ray runs and can be ended, or patience is over.
+            KeyboardInterrupt: After a signal, once Ray runs and can be ended, or it took too long.
         """
         signals: list[int] = []
         with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
             self._thread.start()
-            give_up_at = math.inf
-            while not self._resources.done() and time.monotonic() < give_up_at:
+            deadline = math.inf
+            while not self._resources.done() and time.monotonic() < deadline:
                 wait((self._resources,), timeout=POLL_SECONDS)
                 if signals:
-                    give_up_at = min(give_up_at, time.monotonic() + START_PATIENCE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
         if signals:
             raise KeyboardInterrupt
         return Cluster(self._resources.result(), self.scratch.folder)
 
-    def end(self, patience: float) -> None:
-        """End Ray, by force what does not end by itself within `patience` seconds."""
-        family = self._family()
-        self._to_end.set()
+    def end(self, seconds: float) -> None:
+        """Shut Ray down; kill processes that are left after `seconds`."""
+        processes = self._ray_processes()
+        self._should_end.set()
         if self._resources.done():
-            self._thread.join(patience)
-        if self._thread.is_alive() and patience < SHUTDOWN_SECONDS:
+            self._thread.join(seconds)
+        if self._thread.is_alive() and seconds < SHUTDOWN_SECONDS:
             # A native thread that is still busy would crash the interpreter's own end.
-            atexit.register(_leave, family, self.scratch)
+            atexit.register(_kill_and_exit, processes, self.scratch)
             return
-        _, alive = psutil.wait_procs(family, timeout=0.5)
+        _, alive = psutil.wait_procs(processes, timeout=0.5)
         _kill(alive)
         self.scratch.delete()
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         try:
             self._resources.set_result(_start(self.scratch.folder, self.num_cpus))
         except BaseException as error:
             self._resources.set_exception(error)
-        self._to_end.wait()
+        self._should_end.wait()
         ray.shutdown()
 
-    def _family(self) -> list[psutil.Process]:
-        """Return Ray's processes, not children of another kind or from before the start."""
+    def _ray_processes(self) -> list[psutil.Process]:
+        """Return Ray's processes, without other children and those from before the start."""
         roots = [
             child
             for child in psutil.Process().children()
@@ -176,7 +173,7 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
         }
     else:
         _check_reachable(address)
-    _keep_off_standard_output()
+    _log_daemon_messages()
     # It would say that SIGTERM has no handler of Ray's in this thread; there is one of ours.
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     try:
@@ -191,13 +188,13 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse a dead address at once; Ray would try for minutes."""
+    """Refuse an address where nothing listens; Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (port.isascii() and port.isdigit()):
         return  # `auto`: Ray looks for a cluster on this machine.
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:  # The second: a port that is none.
+    except (OSError, OverflowError) as error:  # OverflowError: no valid port
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); "
@@ -205,11 +202,10 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _keep_off_standard_output() -> None:
-    """Send what Ray's daemons say, such as that a worker died, to the log instead of the terminal.
+def _log_daemon_messages() -> None:
+    """Send messages of Ray's daemons, such as that a worker died, to the log.
 
-    Ray offers no setting for it; without this function of Ray's, its messages would go where they
-    went.
+    Ray has no setting for this. A version of Ray without this function writes to the terminal.
     """
     internals: Any = ray._private.worker
     if hasattr(internals, "print_to_stdstream"):
@@ -226,10 +222,10 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def _leave(family: list[psutil.Process], scratch: ScratchFolder) -> None:
+def _kill_and_exit(processes: list[psutil.Process], scratch: ScratchFolder) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    _kill(family)
+    _kill(processes)
     scratch.delete()
     os._exit(EXIT_CODE_INTERRUPTED)
 

@@ -129,7 +129,7 @@ def _dry_run_of_students(
         return dry_run_of(plan, settings, context)
     found: list[PlannedTrial] = []
     if all(trial.result() for trial in plan.trials if trial.role == "trial"):
-        found = search.finished_part()
+        found = search.known_trials()
     plan = replace(plan, trials=(*plan.trials, *found))
     return dry_run_of(plan, settings, context, *_search_price(plan, search, settings))
 

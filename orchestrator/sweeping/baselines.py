@@ -1,4 +1,4 @@
-"""Finds the models of a workspace that can stand beside a teacher: same tokens, shape, recipe."""
+"""Find the baselines of a teacher in a workspace: same tokens, shape and recipe."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ from orchestrator.workspace.folders import Workspace
 
 @dataclass(frozen=True)
 class Baselines:
-    """Models that stand beside a teacher."""
+    """Baselines of a teacher."""
 
     found: dict[str, Path]
     """Label to checkpoint."""
     left_out: dict[str, str]
-    """Name of a run that was looked at and left out, to the reason."""
+    """Name of a run that cannot be a baseline, to the reason."""
 
 
 def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
-    """Return the workspace's models without corrections that can stand beside a teacher: same
-    tokens, shape, recipe. Of several the newest.
+    """Return the workspace's newest models without corrections that can be a teacher's baselines.
 
-    What is damaged is named. What was trained in another way is named where there is no other model
-    of its kind.
+    Damaged runs are reported. A run that was trained differently is reported only if there is no
+    other model of its kind.
     """
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
@@ -63,8 +62,8 @@ def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
 
 
 def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
-    """Return what a front calls a model without corrections (None: it has some, or is none), and
-    how it was made, by the newest checkpoint that says so."""
+    """Return the label of a run's model (None if it has corrections, or there is none) and how it
+    was made, by its newest intact checkpoint."""
     damage = ""
     for folder in reversed(find_checkpoints(run)):
         try:
@@ -79,7 +78,7 @@ def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name what differs between a model and a teacher beside corrections; empty if nothing does."""
+    """Return how a model differs from a teacher apart from corrections; empty if it does not."""
     parts = [
         f"{name} is {own.get(name)!r} and the teacher's {wanted.get(name)!r}"
         for name in dict.fromkeys([*own, *wanted])

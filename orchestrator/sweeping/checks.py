@@ -1,8 +1,7 @@
-"""What a sweep's settings can have wrong together, found before the first token is trained on.
+"""Check a sweep's settings together, and with this machine, before anything is read or trained.
 
-Single settings are checked where they are read. Here are those that only do not go together, or
-with this machine, and the tasks: who finds out after hours of pretraining that a task does not
-exist has lost them.
+Single settings are checked where they are read. Text may take hours to prepare and a teacher days
+to train, so a missing task or an impossible model is found first.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from orchestrator.workspace.errors import UserError
 
 
 def check_sweep(settings: Settings, kind: SweepKind, progress: Progress | None = None) -> None:
-    """Check what a sweep can be refused for without having trained anything.
+    """Check that a sweep's settings go together.
 
     Args:
         settings: The whole tree.
-        kind: What is swept; a command may not follow `sweep.kind`.
-        progress: Told which tasks will be skipped; without it tasks are not looked at.
+        kind: What is swept; some commands ignore `sweep.kind`.
+        progress: Gets a note of each task that is skipped; tasks are not checked when unset.
 
     Raises:
         UserError: Says which settings do not go together and what to change.
@@ -47,14 +46,14 @@ def check_sweep(settings: Settings, kind: SweepKind, progress: Progress | None =
 
 
 def check_models(settings: Settings, kind: SweepKind) -> None:
-    """Check the models of a sweep that trains its own, without any of their data.
+    """Check that the models of a sweep can be built, without any data.
 
     Args:
         settings: Sections `model` and `sweep` count.
         kind: What is swept.
 
     Raises:
-        UserError: Names what no model can be made of, all at once.
+        UserError: Names everything that is wrong, all at once.
     """
     vocab_size = settings.data.vocab_size
     if kind == "iterations":
@@ -100,7 +99,7 @@ def _check_thresholds(settings: Settings) -> None:
 def _check_stopping(settings: Settings, kind: SweepKind) -> None:
     sweep = settings.sweep
     if sweep.asha and kind == "iterations":
-        _check_there_are_rates_to_end(settings)
+        _check_several_rates(settings)
     elif sweep.asha:
         raise UserError(
             f"sweep.asha compares learning rates, and all trials of a {kind} sweep have the same; "
@@ -116,7 +115,7 @@ def _check_search(settings: Settings) -> None:
         )
 
 
-def _check_there_are_rates_to_end(settings: Settings) -> None:
+def _check_several_rates(settings: Settings) -> None:
     if settings.sweep.seeds:
         raise UserError(
             "sweep.asha looks for each model's best learning rate, under one seed; leave "

@@ -1,12 +1,9 @@
-"""The front over time: its hypervolume after each finished trial, against what the training took.
+"""Record the hypervolume of the front after each finished trial, against models and training FLOPs.
 
-In: a sweep's plan, whose finished trials lie on disk. Out: a journal in the sweep's folder, from
-which MLflow and the report take two curves: against the number of models finished (trials, teacher
-and baselines), and against the FLOPs of the sweep's own training, what it found finished included.
-
-The axes are evaluations and accuracy, because milliseconds are measured when all is trained. The
-hypervolume is a share of a box that the full model spans, so the curves start when that model is
-measured, and the box stays the same from there on; a sweep measures its teacher first.
+The journal in the sweep's folder gives MLflow and the report two curves: against the number of
+finished models (trials, teacher and baselines), and against the FLOPs of the sweep's own training.
+The axes are NFE and accuracy, because milliseconds are measured at the end. The hypervolume is a
+share of a box that the full model spans; so the curves start once that model is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ FLOPS_PER_STEP = 1e9
 
 
 def record_front(plan: SweepPlan, folder: Path) -> bool:
-    """Write down the hypervolume of what is finished by now.
+    """Record the hypervolume of the trials that are finished now.
 
     Args:
         plan: The sweep.

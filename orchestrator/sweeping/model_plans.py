@@ -22,7 +22,7 @@ TEACHER = "teacher"
 
 
 def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
-    """Return the settings of the models that the students of a sweep are measured against."""
+    """Return the settings of the teacher and the baselines that a sweep trains."""
     return {
         TEACHER: settings_of_model(settings),
         BASELINE_METHOD: settings_of_model(settings, method=BASELINE_METHOD),
@@ -31,7 +31,7 @@ def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
 
 
 def max_num_students(settings: Settings, teacher: ModelConfig) -> int:
-    """Return how many students a teacher will have at most."""
+    """Return the largest possible number of a teacher's students."""
     sweep = settings.sweep
     asked = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     num_schedules = min(asked, 1 + sum(teacher.corrections))
@@ -83,41 +83,41 @@ class ScratchModel:
     label: str
     """What tables and pictures call it."""
     job: TrainingJob
-    """Its training; the folder is where a pretraining run of the same settings would go."""
+    """Its training, in the folder of a pretraining run of the same settings."""
     group: str | None = None
-    """What it is called apart from its seed, where the sweep has several seeds."""
+    """Label without the seed, if the sweep has several seeds."""
 
 
 def iterations_plan(
-    variants: Sequence[ScratchModel], *, suite: dict[str, Any], name: str | None = None
+    models: Sequence[ScratchModel], *, suite: dict[str, Any], name: str | None = None
 ) -> SweepPlan:
-    """Plan a sweep that pretrains several models from scratch, each a job.
+    """Plan a sweep that pretrains several models from scratch.
 
     Args:
-        variants: What is trained; those that come to the same job are one trial.
+        models: What is trained; models with the same job are one trial.
         suite: What is measured.
         name: Name of the sweep; made from its key when unset.
     """
     trials = []
-    jobs = share_first_stages([variant.job for variant in variants])
-    for variant, job in zip(variants, jobs, strict=True):
+    jobs = share_first_stages([model.job for model in models])
+    for model, job in zip(models, jobs, strict=True):
         config = job.config()
         is_baseline = not METHODS[config.method].has_corrections
         trials.append(
             PlannedTrial(
                 key=content_key("trial", job_key(job), suite_key(suite)),
                 role="baseline" if is_baseline else "trial",
-                label=variant.label,
+                label=model.label,
                 model=config.to_dict(),
                 folder=job.run_folder,
                 job=job.to_dict(),
                 checkpoint=None,
                 suite=suite,
-                seed=job.recipe.seed if variant.group else None,
-                group=variant.group,
+                seed=job.recipe.seed if model.group else None,
+                group=model.group,
             )
         )
     unique = list({trial.key: trial for trial in trials}.values())
-    num_seeds = len({v.job.recipe.seed for v in variants if v.group}) or 1
-    num_requested = len(variants) // num_seeds
+    num_seeds = len({v.job.recipe.seed for v in models if v.group}) or 1
+    num_requested = len(models) // num_seeds
     return make_plan("iterations", name, unique, suite, num_requested, teacher=None)

@@ -1,4 +1,4 @@
-"""The plan of a sweep as a terminal shows it: a table of trials, and sentences about the rest."""
+"""Show the plan of a sweep in a terminal: a table of trials, and sentences about the rest."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What is left of a sweep's plan, and what that takes: tokens, FLOPs, hours, bytes.
+"""Estimate what is left of a sweep's plan: tokens, FLOPs, hours, bytes.
 
-In: a plan, the settings, and what lies in the trials' folders. Out: how far each trial is, and
-plain numbers. A dry run prints them, and they are stored with the sweep. Only training is priced:
-validation, saving and measuring come on top.
+A dry run prints the estimate, and it is stored with the sweep. Only training is counted, without
+validation, saving and measuring.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class TrialState:
     trial: PlannedTrial
     """The trial."""
     name: Literal["finished", "stopped early", "to measure", "to train"]
-    """What it is, or what is to be done first."""
+    """Its state, or what is done next."""
     steps_done: int = 0
-    """Training steps after which it goes on."""
+    """Training steps that it resumes after."""
 
     @property
     def text(self) -> str:
@@ -45,30 +44,30 @@ class TrialState:
 
 @dataclass(frozen=True, kw_only=True)
 class RemainingCost:
-    """What the training takes that is left of a plan."""
+    """Cost of the training that is left of a plan."""
 
     num_tokens: int
     """Tokens that the trials train on."""
     num_teacher_tokens: int
     """Tokens that their teacher reads."""
     flops: float
-    """Of both."""
+    """FLOPs of both."""
     hours: float
-    """Of all CPUs of this machine together, or of one GPU, at the assumed rate."""
+    """Hours of all CPUs of this machine together, or of one GPU, at the assumed rate."""
     most_hours: float
-    """The same while this machine is as busy as it is now."""
+    """The same at the present load of this machine."""
     uses_gpus: bool
     """Whether the hours are a GPU's."""
     peak_flops: float
-    """FLOP/s at best of what the hours are of; 0 where nothing is left."""
+    """Peak FLOP/s of these CPUs or GPU; 0 if nothing is left."""
     usual_flops: float
-    """FLOP/s of the same as busy as it is now."""
+    """FLOP/s at the present load."""
     share: float
-    """Share of it that training is taken to reach."""
+    """Share of it that training is assumed to reach."""
     of_what: str
-    """Whose peak it is, for people."""
+    """Name of the CPUs or GPU."""
     checkpoint_bytes: int
-    """Most that the trials' checkpoints will take, beyond those that are there."""
+    """Upper bound of the trials' new checkpoints."""
     teacher_bytes: int
     """Of the teacher's outputs that will be stored."""
 

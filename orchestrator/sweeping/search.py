@@ -1,14 +1,9 @@
-"""A search over free schedules: any number of corrections in any layer, by Optuna's samplers.
+"""Search free schedules, any number of corrections in any layer, with Optuna's samplers.
 
-In: a planned family (the warm start), and a way to plan the trial of any schedule. Out: round by
-round the next trials; quality and evaluations of finished ones are what the sampler learns from.
-
-Ray Tune's own bridge to Optuna makes a trial of every suggestion, repeated ones included, and
-suggests in the order in which trials happen to end, so that two runs of one search differ. Here
-Optuna is asked for a whole round and told of it afterwards: the suggestions follow from the seed
-and the results alone. Hence nothing of a search is stored. It starts over each time, and what it
-asked for before is found finished; that is how it resumes, and why the same command again trains
-nothing. A schedule that is suggested twice is answered from disk.
+Optuna is asked for a whole round of schedules and told all results afterwards, so its suggestions
+follow from the seed and the results alone. Nothing of a search is stored: it starts over each
+time and finds finished trials on disk, which is how it resumes. Ray Tune's own bridge to Optuna
+suggests in the order in which trials happen to end, so two runs of one search would differ.
 """
 
 from __future__ import annotations
@@ -24,19 +19,19 @@ from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
-MOST_ROUNDS_WITHOUT_NEWS = 100
-"""After so many rounds of nothing but known schedules the sampler has no more to say."""
+MAX_ROUNDS_WITHOUT_NEW = 100
+"""The search ends after this many rounds without a new schedule."""
 
 MakeTrial = Callable[[IterationSchedule], PlannedTrial]
-"""Plans the trial of a schedule."""
+"""Returns the trial of a schedule."""
 
 
 def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
-    """Return the plan that a search starts with: the family's trials, under the search's name.
+    """Return the plan that a search starts with: the trials of a family of schedules.
 
     Args:
-        family: Plan of the schedules that the search knows before it suggests any.
-        settings: What is searched, and how.
+        family: Plan of the schedules that are tried before the sampler suggests any.
+        settings: Number of trials, objective and sampler.
         name: Name of the sweep; made from its key when unset.
     """
     key = content_key("search", family.key, settings.model_dump(mode="json"))
@@ -44,7 +39,7 @@ def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = 
 
 
 class ScheduleSearch:
-    """One search: suggests trials, and hears how they ended."""
+    """One search: suggests trials by the results of earlier ones."""
 
     def __init__(
         self,
@@ -56,10 +51,10 @@ class ScheduleSearch:
         """Start from a family.
 
         Args:
-            family: Its students are the first that the sampler hears of.
-            full: Most corrections of each layer.
-            settings: How many schedules to try, for which quality, by which sampler.
-            make_trial: Plans the trial of a schedule.
+            family: Its students are the first results that the sampler gets.
+            full: Largest number of corrections of each layer.
+            settings: Number of trials, objective and sampler.
+            make_trial: Returns the trial of a schedule.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._full, self._settings, self._make_trial = full, settings, make_trial
@@ -76,35 +71,33 @@ class ScheduleSearch:
 
     @property
     def num_schedules(self) -> int:
-        """How many schedules there are to choose from."""
+        """Number of schedules to choose from."""
         return self._full.num_within
 
     @property
     def num_wanted(self) -> int:
-        """How many schedules are tried at most beside the family's."""
+        """Largest number of schedules that are tried beside the family's."""
         return min(self._settings.num_trials, self.num_schedules - self._num_given)
 
     @property
     def num_left(self) -> int:
-        """How many of those are not known yet."""
+        """Number of those that were not suggested yet."""
         return self.num_wanted + self._num_given - len(self._known)
 
     def next_trials(self) -> list[PlannedTrial]:
-        """Hear how the last round ended, and return the trials of the next; none at the end."""
+        """Give the sampler the last results, and return the next trials; none at the end."""
         if not self._study.trials:
             self._ask(self._num_given)  # Those that were enqueued come first.
-        self._tell()
-        for _ in range(MOST_ROUNDS_WITHOUT_NEWS):
+        self._report_results()
+        for _ in range(MAX_ROUNDS_WITHOUT_NEW):
             new = self._ask(self._settings.trials_per_round)
             if new or not self.num_left:
                 return new
-            self._tell()
+            self._report_results()
         return []
 
-    def finished_part(self) -> list[PlannedTrial]:
-        """Return what the search has asked for as far as all of it is finished, and grow no more
-        after that.
-        """
+    def known_trials(self) -> list[PlannedTrial]:
+        """Return the finished trials that the search suggests, and the first unfinished round."""
         found: list[PlannedTrial] = []
         while (new := self.next_trials()) and all(trial.result() for trial in new):
             found += new
@@ -128,7 +121,7 @@ class ScheduleSearch:
                 new.append(self._known[schedule])
         return new
 
-    def _tell(self) -> None:
+    def _report_results(self) -> None:
         for trial, schedule in self._asked:
             values = self._values(self._known[schedule])
             if values is None:

@@ -1,8 +1,7 @@
-"""Which schedules of a teacher a sweep distills, out of what the influence says.
+"""Choose which schedules of a teacher a sweep distills, by its influence table.
 
-Two questions. Which family: the threshold's nested one, or the knapsack's best schedule at each of
-its costs. And which of its members: those that given thresholds or budgets lead to, or a number of
-them spread evenly over cost.
+The family is the threshold's nested one, or the knapsack's best schedule at each cost. Its members
+are those of given thresholds or budgets, or a number of them spread evenly over cost.
 """
 
 from __future__ import annotations
@@ -40,14 +39,13 @@ def choose_members(
     Args:
         influence: The teacher's table.
         sweep: Thresholds, budgets or a number of schedules; and the selection.
-        cost: What budgets are counted in, and what the schedules are spread over.
+        cost: Unit of the budgets, and the scale over which schedules are spread.
 
     Returns:
-        Members with the thresholds that lead to them; those of a knapsack have none (NaN).
+        Members with the thresholds that give them; those of a knapsack have none (NaN).
 
     Raises:
-        UserError: If a budget is less than the cheapest schedule costs, or the parts of the
-            settings do not go together.
+        UserError: If a budget is less than the cheapest schedule costs.
     """
     chosen = _of_family(schedule_family(influence), sweep, cost)
     if sweep.selection == "knapsack":
@@ -59,8 +57,8 @@ def choose_members(
 def _by_knapsack(
     influence: InfluenceTable, chosen: Sequence[FamilyMember], sweep: SweepSettings, cost: Cost
 ) -> Iterator[IterationSchedule]:
-    """Yield the best schedule under each budget, costliest first; where there are none, at the
-    evaluations of each member of the family."""
+    """Yield the best schedule under each budget, or else at the cost of each chosen member;
+    costliest first."""
     if not sweep.budgets:
         for member in chosen:
             yield knapsack(influence, member.schedule.num_evaluations)
@@ -98,7 +96,7 @@ def _within(
 
 
 def schedule_cost(unit: str, full: ModelConfig) -> Cost:
-    """Return what schedules of a model cost per token.
+    """Return the function that computes a schedule's cost per token.
 
     Args:
         unit: `evaluations`, `flops` or `kv` (bytes).
@@ -116,14 +114,14 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
 
 
 def check_budgets(sweep: SweepSettings, full: ModelConfig) -> None:
-    """Check that every budget pays for a model without corrections.
+    """Check that every budget is enough for a model without corrections.
 
     Args:
         sweep: Budgets and their unit.
         full: The model that the schedules are of.
 
     Raises:
-        UserError: Names those that do not.
+        UserError: Names the budgets that are not.
     """
     least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
     short = [f"{budget:g}" for budget in sweep.budgets if budget < least]

@@ -1,4 +1,4 @@
-"""Plans of students: one teacher under the schedules that a threshold sweep chooses."""
+"""Plan a threshold sweep: students of one teacher under the schedules that the sweep chooses."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def threshold_plan(
     left_out: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan a threshold sweep: the teacher, its students under the chosen schedules, baselines.
+    """Plan the teacher, its students under the chosen schedules, and the baselines.
 
-    Students that are pruned and not trained have no seeds: each schedule is one trial.
+    Students that are pruned but not trained have no seeds: each schedule is one trial.
 
     Args:
         settings: Sections `sweep` and `distillation` count.
-        workspace: Where trials live.
+        workspace: Where trials are stored.
         teacher: Checkpoint of the full model.
         members: The schedules, costliest first; see `choose_members`.
         suite: What is measured.
-        baselines: Label and checkpoint of models to show beside the sweep.
-        left_out: Run and reason of models that could have stood there.
+        baselines: Label and checkpoint of the baselines.
+        left_out: Run and reason of models that cannot be baselines.
         name: Name of the sweep; made from its key when unset.
     """
     full = load_config(teacher)
@@ -78,7 +78,7 @@ def student_job(
     tokens_folder: str,
     run_folder: str = "",
 ) -> TrainingJob | None:
-    """Return the job that makes a student of a teacher; None for the control without training.
+    """Return the job that trains a student; None for the control without training.
 
     Args:
         distillation: Recipe, loss, and which control.
@@ -88,7 +88,7 @@ def student_job(
         run_folder: Where it is trained.
 
     Raises:
-        UserError: If the parts of the loss do not go together.
+        UserError: If the settings of the loss do not go together.
     """
     if distillation.control == "pruned":
         return None
@@ -113,7 +113,7 @@ def check_student_batch(distillation: DistillationSettings, config: ModelConfig)
     """Check that a step of the students' training is a whole number of sequences.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is not.
     """
     sequences_per_step(distillation.training, config, section="distillation.training")
 
@@ -122,13 +122,13 @@ def distillation_config(distillation: DistillationSettings) -> DistillationConfi
     """Return the loss that students are trained on.
 
     Raises:
-        UserError: If its parts do not go together.
+        UserError: If its settings do not go together.
     """
     first, num_steps = distillation.teacher_from_step, distillation.training.num_steps
     if first >= num_steps:
         raise UserError(
-            f"distillation.teacher_from_step={first} lies behind the training, whose steps are 0 "
-            f"to {num_steps - 1}; set it lower, distillation.training.num_steps higher, or "
+            f"distillation.teacher_from_step={first} is after the last step of the training, "
+            f"{num_steps - 1}; set it lower, distillation.training.num_steps higher, or "
             "distillation.control to cross_entropy"
         )
     try:
@@ -157,15 +157,14 @@ def student_trial(
     *,
     seed: int | None = None,
 ) -> PlannedTrial:
-    """Return the trial that distills a teacher into one schedule, or into a control, and measures
-    it.
+    """Return the trial that trains and measures a student or a control under one schedule.
 
     Args:
         settings: Section `distillation` counts.
-        workspace: Where trials live.
+        workspace: Where trials are stored.
         teacher: Checkpoint of the full model.
         config: The student: the teacher's configuration under its own schedule.
-        member: The thresholds that lead to it; NaN where none does.
+        member: The thresholds that give this schedule; NaN if none does.
         suite: What is measured.
         seed: Seed of the training where a sweep has several; the recipe's when unset.
     """

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from iiet.cost import inference_cost
-from orchestrator.cluster.ray_tune import TrialContext, TrialReport, run_trials
+from orchestrator.cluster.ray_tune import TrialContext, run_trials
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.tune_callback import TrialReport
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.asha import AshaTrial, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial

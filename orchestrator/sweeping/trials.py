@@ -1,8 +1,8 @@
-"""What a plan is made of: trials with their keys, and the sweep that holds them.
+"""Trials with their keys, and the plan of a sweep that holds them.
 
-A trial has a key, the hash of all that determines its result, and a folder named by the hash of all
-that determines its weights; so a second sweep, another range of thresholds or a restart finds what
-is finished, and other tasks can be put to the same weights without training again.
+A trial's key is the hash of all that determines its result, and its folder is named by the hash of
+all that determines its weights. So a second sweep, another range of thresholds or a restart finds
+finished trials, and other tasks are measured with the same weights without training again.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ SweepKind = Literal["threshold", "iterations", "search"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTrial:
-    """One trial, as it will be run by any process that can see the workspace."""
+    """One trial, which any process that sees the workspace can run."""
 
     key: str
     """Hash of all that determines the result; the same trial in another sweep has the same key."""
     role: Role
     """`trial`, `teacher` or `baseline`."""
     label: str
-    """What tables and pictures call it."""
+    """Name in tables and figures."""
     model: dict[str, Any]
     """`ModelConfig.to_dict()` with the schedule that is measured."""
     folder: str
-    """Where it is trained (if it is), and where its result lies."""
+    """Folder of its training and its result."""
     job: dict[str, Any] | None
     """`TrainingJob.to_dict()`; None when the checkpoint is measured as it is."""
     checkpoint: str | None
@@ -51,16 +51,16 @@ class PlannedTrial:
     suite: dict[str, Any]
     """What is measured: evaluation settings, suite folder, tokens folder."""
     threshold_above: float | None = None
-    """Thresholds above this, and up to `threshold_up_to`, give this schedule; None of both where no
-    threshold leads to it."""
+    """Thresholds above this, and up to `threshold_up_to`, give this schedule; both are None if no
+    threshold does."""
     threshold_up_to: float | None = None
     """Largest threshold that gives this schedule."""
     parent: str | None = None
     """Weights key of the teacher."""
     seed: int | None = None
-    """Seed of its training, where the sweep trains every model with several."""
+    """Seed of its training, if the sweep has several."""
     group: str | None = None
-    """What it is called apart from its seed; trials of one group are seeds of one model."""
+    """Label without the seed; trials of one group are seeds of one model."""
 
     def __post_init__(self) -> None:
         # Strict JSON has no infinity: there, a bound that is missing beside the other is one.
@@ -127,7 +127,7 @@ def _recipe(job: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """All trials of a sweep, and what it is called."""
+    """All trials of a sweep."""
 
     key: str
     """Hash of the trials' keys: the same sweep has the same key."""
@@ -136,7 +136,7 @@ class SweepPlan:
     kind: str
     """`threshold`, `iterations` or `search`."""
     tokens_folder: str
-    """Prepared tokens that it trains and measures on."""
+    """Folder of prepared tokens."""
     teacher: str | None
     """Checkpoint of the teacher; None for `iterations`."""
     num_requested: int
@@ -145,9 +145,9 @@ class SweepPlan:
     trials: tuple[PlannedTrial, ...]
     """Trials, teacher and baselines, each once."""
     num_distinct: int = 0
-    """Schedules or models that those asked for come to; what a search adds does not count."""
+    """Different schedules or models among them; those that a search adds do not count."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Run and reason of models that could have stood beside the others; not part of the key."""
+    """Run and reason of models that cannot be baselines; not part of the key."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping that strict JSON can hold."""

@@ -204,7 +204,7 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path: Path) -
         "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
     )  # fmt: skip
     plan = run("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
-    assert "one of 2 learning rates of a model goes on at 0.25, 0.5 of the steps (ASHA)" in plan
+    assert "one of 2 learning rates of a model continues at 0.25, 0.5 of the steps (ASHA)" in plan
     printed = run("sweep-iterations", "--asha", *options, workspace=tmp_path)
     for label in ("vanilla, rate 0.01", "pcformer", "r = 0", "r = 1"):
         assert label in printed

@@ -21,7 +21,8 @@ def attempts(folder: str, name: str) -> int:
 
 
 def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> None:
-    from orchestrator.cluster.ray_tune import TrialContext, TrialReport, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, run_trials
+    from orchestrator.cluster.tune_callback import TrialReport
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         import torch
@@ -95,7 +96,8 @@ def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
 def test_a_stop_waits_for_running_trials_and_starts_no_other(
     ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestrator.cluster.ray_tune import TrialContext, TrialReport, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, run_trials
+    from orchestrator.cluster.tune_callback import TrialReport
     from orchestrator.workspace.errors import Interrupted
 
     folder = str(tmp_path)

@@ -56,7 +56,11 @@ def workspace(tmp_path: Path) -> Workspace:
             ["distillation.teacher_cache=exact", "distillation.hidden_weight=1"],
             "hidden_weight to 0",
         ),
-        ("search", ["distillation.teacher_from_step=999"], "lies behind the training"),
+        (
+            "search",
+            ["distillation.teacher_from_step=999"],
+            "after the last step of the training",
+        ),
         ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
         ("search", ["model.corrections=0"], "a search sweep prunes its teacher's corrections"),
         ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),

@@ -159,7 +159,7 @@ def test_the_plan_of_a_dry_run_holds_what_is_finished_and_the_next_round(tmp_pat
     world = World(tmp_path)
     asked = world.run(num_trials=5)
     search = world.search(num_trials=20)
-    labels = [trial.label for trial in search.finished_part()]
+    labels = [trial.label for trial in search.known_trials()]
     assert labels[: len(asked)] == asked
     assert len(asked) < len(labels) < 20
     assert search.num_left == 20 - len(labels)

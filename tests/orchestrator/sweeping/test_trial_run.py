@@ -182,7 +182,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     measured: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from orchestrator.cluster.ray_tune import TrialReport
+    from orchestrator.cluster.tune_callback import TrialReport
     from orchestrator.sweeping import trial_queue as trial_rounds
 
     finished, begun, waits = trials[:3]

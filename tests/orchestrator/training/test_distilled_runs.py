@@ -130,7 +130,7 @@ def test_a_window_without_a_step_is_refused(window: list[str], problem: str) -> 
 
 def test_a_window_after_the_training_is_refused(student: MakeJob) -> None:
     student(teacher_from_step=5, teacher_until_step=100)
-    with pytest.raises(UserError, match="lies behind the training, whose steps are 0 to 5"):
+    with pytest.raises(UserError, match="is after the last step of the training, 5"):
         student(teacher_from_step=6)
 
 

@@ -1,0 +1,126 @@
+"""Tune callback: collect the reports of ended trials, and end the experiment after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+
+from orchestrator.cluster.ray_train import failure_reason
+from orchestrator.terminal.signals import GRACE_SECONDS
+from orchestrator.training.job import is_stop_requested, request_stop
+
+tune: Any = ray.tune  # it calls callbacks with keyword arguments; ours take what they need
+
+ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class TrialReport:
+    """How one trial ended."""
+
+    number: int
+    """Its index in the list of trials."""
+    parameters: dict[str, Any]
+    result: dict[str, Any] | None = None
+    """What it returned; None if it failed."""
+    error: str | None = None
+    """Why it failed, after all its retries."""
+    after_stop: bool = False
+    """Whether it ended after a stop was asked for."""
+
+
+class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
+    """Collects the reports of ended trials, and ends the experiment after a stop.
+
+    Tune would start waiting trials while the running ones save their state, so after a stop this
+    object lets Tune end once those have returned. Tune pickles it; it pickles as an empty callback.
+    """
+
+    def __init__(self, trials: Sequence[dict[str, Any]], stop_folder: Path) -> None:
+        self.trials, self.stop_folder = trials, stop_folder
+        self._reports: queue.SimpleQueue[TrialReport] = queue.SimpleQueue()
+        self._running: set[int] = set()
+        self._to_wait_for: set[int] | None = None
+        self._give_up_at = math.inf
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.Callback, ()
+
+    def request_stop(self) -> bool:
+        """Ask running trials to save and return; True if there are any."""
+        request_stop(self.stop_folder)
+        return bool(self._running)
+
+    def new_reports(self) -> Iterator[TrialReport]:
+        """Yield the reports of trials that ended since the last call."""
+        while not self._reports.empty():
+            yield self._reports.get()
+
+    def __call__(self, *_: Any, **__: Any) -> bool:
+        """Never stop a trial from outside: it stops by itself, with its state saved."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tell Tune to end once the trials that ran at the stop have returned, or took too long."""
+        if self._to_wait_for is None:
+            if not is_stop_requested(self.stop_folder):
+                return False
+            self._to_wait_for = set(self._running)
+            self._give_up_at = time.monotonic() + GRACE_SECONDS
+        return not self._to_wait_for or time.monotonic() > self._give_up_at
+
+    def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Record that a trial runs."""
+        self._running.add(trial.config["number"])
+
+    def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Report a trial's answer; one that stopped without an answer is not reported."""
+        number = self._ended(trial)
+        answer = json.loads((trial.last_result or {}).get(ANSWER, "{}"))
+        if answer:
+            self._report(number, result=answer.get("result"), error=answer.get("text"))
+
+    def on_trial_recover(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Report a trial that died after a stop, as trying it again would do nothing.
+
+        One that dies before a stop is tried again, and reported when it ends.
+        """
+        if is_stop_requested(self.stop_folder):
+            self.on_trial_error(trial=trial)
+
+    def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
+        """Report why a trial failed for the last time."""
+        number = self._ended(trial)
+        self._report(number, error=failure_reason(_last_error(trial)))
+
+    def _report(
+        self, number: int, result: dict[str, Any] | None = None, error: str | None = None
+    ) -> None:
+        after_stop = is_stop_requested(self.stop_folder)
+        parameters = dict(self.trials[number])
+        self._reports.put(TrialReport(number, parameters, result, error, after_stop))
+
+    def _ended(self, trial: Any) -> int:
+        number: int = trial.config["number"]
+        self._running.discard(number)
+        if self._to_wait_for is not None:
+            self._to_wait_for.discard(number)
+        return number
+
+
+def _last_error(trial: Any) -> BaseException:
+    """Return why a trial failed. Tune writes a file first, and copies it to its storage later."""
+    path = trial.pickled_error_file
+    if path and Path(path).is_file():
+        error: BaseException = pickle.loads(Path(path).read_bytes())
+        return error
+    return trial.get_pickled_error() or RuntimeError(trial.get_error())
