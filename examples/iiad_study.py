@@ -1,23 +1,23 @@
-"""`python examples/iiad_study.py`: does IIET beat its rivals, and does IIAD keep that for less?
+"""`python examples/iiad_study.py`: is IIET better than others, and does IIAD keep that for less?
 
-A study is a row of ordinary sweeps in one workspace, each planned from what the one before found:
+A study is a series of sweeps in one workspace; each is planned from the results of the one before:
 
-    rates     every method and iteration count at every learning rate, one seed; the worse rates
-              to their end only without `sweep.asha`
+    rates     every method and iteration count at every learning rate, one seed; with `sweep.asha`
+              worse rates stop early
     tokens    each at its best rate, several seeds: the comparison at equal tokens
-    flops     each at its best rate, for as many steps as the same training FLOPs pay for
-    fronts    students of the best IIET of most corrections: a front for each measure of influence,
-              and by the first measure without distillation and by other selections
+    flops     each at its best rate, for as many steps as the same training FLOPs allow
+    fronts    students of the best IIET with most corrections: a front for each measure of
+              influence; for the first measure, also without distillation and with other selections
 
-Trials are shared by their keys, so that nothing is trained twice, an interrupted study goes on, and
-a larger one starts from a smaller one. Out come the sweeps' own reports, two pictures that lay the
-fronts over each other, and `results.md` with one table a phase; docs/results.md is such a page with
-its reading. On your own text and tasks:
+Trials are shared by their keys: nothing is trained twice, an interrupted study resumes, and a
+larger one starts from a smaller one. The results are the sweeps' own reports, two pictures that
+compare the fronts, and `results.md` with one table per phase; docs/results.md is such a page with
+comments. On your own text and tasks:
 
     python examples/iiad_study.py --set data.source=files --set 'data.files=[text/*.txt]' \\
         --set evaluation.suite=heldout,my_task
 
-Hours on a CPU; interrupt it at will, the same command goes on.
+It takes hours on a CPU; the same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class Choices:
     """What is compared beside the methods and rates of section `sweep`."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the comparison at equal tokens; the first one's models are all that follows uses."""
+    """Seeds of the comparison at equal tokens; later phases use the first seed's models."""
     two_stage_from: float | None = None
-    """Also train the IIET of most corrections in two stages, the corrections from this share of the
-    steps on; the better of the two is the teacher."""
+    """Also train the IIET with most corrections in two stages, with corrections after this share of
+    the steps; the better of the two is the teacher."""
     equal_flops: bool = True
-    """Also train each model for as many steps as the costliest one's training FLOPs pay for."""
+    """Also train each model for as many steps as the costliest model's training FLOPs allow."""
     metrics: tuple[str, ...] = ("cosine", "relative", "loss")
-    """Measures of influence, each with a front of its own."""
+    """Measures of influence, one front each."""
     controls: tuple[str, ...] = ("cross_entropy", "pruned")
     """Controls of the distillation on the first metric's schedules."""
     selections: tuple[str, ...] = ("knapsack",)
@@ -80,7 +80,7 @@ class Choices:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study, or print what it would do; return the exit code, as the command line's."""
+    """Run the study, or print its plan; return the exit code as `iiet-orch` does."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -153,31 +153,31 @@ def run_study(
 
 
 def _check(settings: Settings, choices: Choices, session: Session) -> None:
-    """Find what the settings have wrong together before anything is trained."""
+    """Check that the settings go together before anything is trained."""
     check_sweep(settings, "iterations", session.progress)
     check_models(settings, "iterations")
     distillation_config(settings.distillation)
     check_teacher_cache(settings.distillation)
     if len(set(choices.seeds)) < len(choices.seeds):
-        raise UserError(f"--seeds: a seed stands there twice in {list(choices.seeds)}")
+        raise UserError(f"--seeds: the same seed twice in {list(choices.seeds)}; name each once")
     start, ramp = choices.two_stage_from, settings.training.iterate_ramp_fraction
     if start and start + ramp > 1.0 + 1e-9:
         raise UserError(
-            f"two_stage_from={start} and training.iterate_ramp_fraction={ramp} come to more than "
-            "the whole training, which would end before all corrections are made; lower one"
+            f"two_stage_from={start} and training.iterate_ramp_fraction={ramp} add up to more "
+            "than 1, so the training would end before all corrections are used; lower one"
         )
 
 
 @dataclass(frozen=True)
 class _Contender:
-    """One method or iteration count, and how it is trained apart from its rate."""
+    """One method or iteration count, and its training apart from the learning rate."""
 
     name: str
     settings: Settings
     rates: tuple[float, ...]
 
     def at(self, *, rate: float, seed: int, num_steps: int | None = None) -> Settings:
-        """Return its settings at a learning rate, for a number of steps."""
+        """Return its settings for a learning rate, seed and number of steps."""
         recipe = self.settings.training
         changes = {"learning_rate": rate, "seed": seed, "num_steps": num_steps or recipe.num_steps}
         training = recipe.model_copy(update=changes)
@@ -185,7 +185,7 @@ class _Contender:
 
 
 class _Study:
-    """The phases, in their order."""
+    """The phases in order."""
 
     def __init__(self, settings: Settings, choices: Choices, session: Session, name: str) -> None:
         self.settings, self.choices, self.session, self.name = settings, choices, session, name
@@ -197,7 +197,7 @@ class _Study:
         check_student_batch(settings.distillation, config)
 
     def all_rates(self) -> dict[str, Sequence[float]]:
-        """Return the rates that every contender is tried at."""
+        """Return the learning rates of every contender."""
         return {name: contender.rates for name, contender in self.contenders.items()}
 
     def models(
@@ -254,13 +254,13 @@ class _Study:
         )
 
     def distill(self, phases: Phases) -> Ways:
-        """Run the fronts of the best IIET of most corrections."""
+        """Run the fronts of the best IIET with most corrections."""
         most = max(sum(result.schedule or ()) for result in phases.best.values())
         wanted = max(
             self._job(contender.at(rate=1.0, seed=0)).config().corrections.num_corrections
             for contender in self.contenders.values()
         )
-        if most < wanted:  # Its students would be another teacher's.
+        if most < wanted:  # The teacher failed; another one's students would not compare.
             raise_failures(self.failures)
         fullest = [r for r in phases.best.values() if sum(r.schedule or ()) == most]
         teacher = min(fullest, key=lambda result: result.quality[LOSS])
@@ -312,13 +312,13 @@ class _Study:
             self.failures[f"{label} of {phase}"] = reason
 
     def _steps_of_equal_flops(self) -> dict[str, int]:
-        """Return the steps that the costliest contender's training FLOPs pay for, by name."""
+        """Return how many steps the costliest contender's training FLOPs allow, by name."""
         steps = self.settings.training.num_steps
         flops = {name: self._flops_per_token(name) for name in self.contenders}
         return {name: round(steps * max(flops.values()) / own) for name, own in flops.items()}
 
     def _flops_per_token(self, name: str) -> float:
-        """Return the mean over the steps, as the training counts them, stages and ramp included."""
+        """Return the mean over the steps, stages and ramp included."""
         job = self._job(self.contenders[name].at(rate=1.0, seed=0))
         num_steps, flops_at = job.recipe.num_steps, flops_per_token_by_step(job)
         return math.fsum(map(flops_at, range(num_steps))) / num_steps
@@ -362,7 +362,7 @@ def _contenders(settings: Settings, two_stage_from: float | None) -> Iterable[_C
 
 
 def _later_phases(settings: Settings, choices: Choices, num_models: int) -> str:
-    """Say what comes after the learning rates, whose results decide on its trials."""
+    """Say what follows the learning rates; their results determine the later trials."""
     recipe, ways = settings.distillation.training, list(_ways(settings, choices))
     num_tokens = recipe.num_steps * recipe.num_tokens_per_step
     models, seeds = format_count(num_models, "model"), format_count(len(choices.seeds), "seed")
@@ -377,7 +377,7 @@ def _later_phases(settings: Settings, choices: Choices, num_models: int) -> str:
 
 
 def _ways(settings: Settings, choices: Choices) -> dict[str, Settings]:
-    """Return the settings of every front, by its name; the first metric's comes first."""
+    """Return the settings of every front by name; that of the first metric comes first."""
     # All trials of these sweeps have the same learning rate, so none is stopped early.
     settings = _with(settings, sweep={"kind": "threshold", "asha": False})
     ways: dict[str, Settings] = {

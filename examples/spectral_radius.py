@@ -1,14 +1,14 @@
-"""Spectral radius of each layer's correction, beside the contraction factor that one measures.
+"""Spectral radius of each layer's correction, compared with the measured contraction factor.
 
     python examples/spectral_radius.py                          a small IIET with random weights
     python examples/spectral_radius.py FOLDER --text FILE       a checkpoint, on a text
 
-A layer of an IIET looks for a fixed point: it replaces its estimate e by g(e), or by
+A layer of an IIET iterates towards a fixed point: it replaces its estimate e by g(e), or by
 `e + damping (g(e) - e)`. Close to the fixed point, each step multiplies the error by the Jacobian
-of that map. The iteration converges if the Jacobian's spectral radius (its largest eigenvalue's
-absolute value) is under 1, and shrinks by this factor per step in the long run. What is measured in
-a few steps (`influence_table(...).contractions`) may be larger or smaller: the map is not linear,
-and its Jacobian far from normal, because tokens see all earlier ones.
+of that map. The iteration converges if the Jacobian's spectral radius (the absolute value of its
+largest eigenvalue) is below 1; in the long run, the error shrinks by this factor per step. The
+factor measured over a few steps (`influence_table(...).contractions`) may be larger or smaller: the
+map is not linear, and its Jacobian is far from normal, because tokens attend to all earlier ones.
 
 The Jacobian of T tokens has (T dim)^2 entries and is never built: one product with it costs one
 backward pass through the layer.
@@ -66,7 +66,7 @@ def correction_map(layer, hidden, state, call) -> Step:
     """Return the map that a layer iterates, as `iiet.methods.implicit_euler` writes it.
 
     Args:
-        layer: the layer; what follows is what it was called with.
+        layer: the layer; the other arguments are those of its call.
         hidden: the hidden state of the layer before, (batch, time, dim).
         state: the earlier estimates.
         call: what all evaluations share.
@@ -84,9 +84,9 @@ def correction_map(layer, hidden, state, call) -> Step:
 def spectral_radius(step: Step, point: Tensor, *, num_products: int = 50) -> float:
     """Estimate the spectral radius of a map's Jacobian at a point.
 
-    This is Arnoldi's iteration: power iteration that keeps its vectors, made orthonormal, and asks
-    for the largest eigenvalue of the Jacobian among them. Power iteration alone turns around for
-    ever where the largest eigenvalues are a complex pair, as they usually are here.
+    This is Arnoldi's iteration: power iteration that keeps orthonormal vectors and takes the
+    largest eigenvalue of the Jacobian restricted to them. Power iteration alone does not converge
+    if the largest eigenvalues are a complex pair, as they usually are here.
 
     Args:
         step: the map, from tensors of the point's shape to the same shape.
@@ -99,16 +99,16 @@ def spectral_radius(step: Step, point: Tensor, *, num_products: int = 50) -> flo
     basis = [start / start.norm()]
     matrix = point.new_zeros(num_products + 1, num_products)
     with plain_formulas():
-        _, product = torch.func.vjp(step, point)  # With the transpose: it has the same eigenvalues.
+        _, product = torch.func.vjp(step, point)  # The transpose has the same eigenvalues.
         for n in range(num_products):
             vector = product(basis[n].view_as(point))[0].flatten()
             vectors = torch.stack(basis)
-            for _ in range(2):  # Once is not enough in floating point.
+            for _ in range(2):  # Once is not exact enough in floating point.
                 shares = vectors @ vector
                 vector = vector - shares @ vectors
                 matrix[: n + 1, n] += shares
             matrix[n + 1, n] = vector.norm()
-            if matrix[n + 1, n] < 1e-6 * matrix[:, n].norm():  # All reachable directions are there.
+            if matrix[n + 1, n] < 1e-6 * matrix[:, n].norm():  # No new direction is left.
                 num_products = n + 1
                 break
             basis.append(vector / matrix[n + 1, n])
@@ -116,7 +116,7 @@ def spectral_radius(step: Step, point: Tensor, *, num_products: int = 50) -> flo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table, one row a layer."""
+    """Print a table, one row per layer."""
     parser = argparse.ArgumentParser(description="Spectral radius of each layer's correction.")
     parser.add_argument("folder", nargs="?", type=Path, help="checkpoint folder")
     parser.add_argument("--preset", default="tiny", help="random weights of this size, without one")

@@ -1,9 +1,8 @@
-"""A study in Markdown: one table a phase, and what the numbers say of the paper's two claims.
+"""A study in Markdown: one table per phase, and how the numbers relate to the paper's two claims.
 
-Every number is the sweeps' own. Losses are compared seed by seed: models of one seed read the same
-batches, and IIETs share their first stage, so such differences vary far less than the losses do.
-Accuracies are compared plainly: whoever wants paired intervals finds them in the report of the
-sweep that a table names.
+All numbers come from the sweeps. Losses are compared seed by seed: models of one seed read the same
+batches, and IIETs share their first stage, so differences vary far less than the losses. Accuracies
+are compared directly; the report of each sweep has paired intervals.
 """
 
 from __future__ import annotations
@@ -22,46 +21,46 @@ from orchestrator.terminal.formatting import format_with_error
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
 _ERRORS = (
-    "± is one standard error: of the items where a model was trained with one seed, of the items "
-    "and the seeds together where with several. Differences of losses are taken seed by seed, and "
+    "± is one standard error: over the items for models with one seed, over the items and the "
+    "seeds together for models with several. Differences of losses are taken seed by seed, and "
     "their error is over the seeds."
 )
 PAPER_KEPT, PAPER_SAVED = 0.994, 0.55
-"""The paper's headline: so much of the accuracy, with so much less overhead of inference."""
+"""The paper's headline: share of the accuracy kept, share of the inference overhead saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """What the models from scratch came to."""
+    """Results of the models trained from scratch."""
 
     by_rate: Mapping[str, Mapping[float, TrialResult]]
-    """Model -> learning rate -> result, under one seed; without rates that were ended early."""
+    """Model -> learning rate -> result, one seed; without rates that were stopped early."""
     best: Mapping[str, TrialResult]
-    """Model -> the one of them with the lowest validation loss."""
+    """Model -> its result of lowest validation loss."""
     tokens: Mapping[str, TrialResult]
-    """Model -> result at its best rate and equal tokens, joined over seeds."""
+    """Model -> result at its best rate and equal tokens, mean over seeds."""
     losses: Mapping[str, Mapping[int, float]]
     """Model -> seed -> validation loss at its best rate and equal tokens."""
     flops: Mapping[str, TrialResult]
-    """Model -> result at its best rate and equal training FLOPs; empty if that was not asked."""
+    """Model -> result at its best rate and equal training FLOPs; empty without that phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ways:
-    """What the ways to a cheaper model came to."""
+    """Results of the ways to a cheaper model."""
 
     teacher: TrialResult
     """The full model that all start from."""
     results: Mapping[str, Sequence[TrialResult]]
     """Way -> its sweep's results; the usual way first."""
     of_choosing: Sequence[str]
-    """Sweeps that differ in which schedules they hold, the usual one first."""
+    """Sweeps that choose schedules differently, the usual one first."""
     of_training: Sequence[str]
-    """Sweeps that differ in how the same schedules are trained, the usual one first."""
+    """Sweeps that train the same schedules differently, the usual one first."""
 
 
 def losses_by_seed(results: Sequence[TrialResult]) -> dict[str, dict[int, float]]:
-    """Return model -> seed -> validation loss of a sweep's results; without those of no seed."""
+    """Return model -> seed -> validation loss; results without a seed are left out."""
     found: dict[str, dict[int, float]] = {}
     for result in results:
         if result.seed is not None and LOSS in result.quality:
@@ -75,7 +74,7 @@ def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
     Args:
         phases: The models from scratch.
         ways: The fronts of students.
-        pictures: Folders that hold a picture of fronts laid over each other.
+        pictures: Folders of reports with several fronts.
     """
     parts = ["# Study", "", _ERRORS, "", *(f"- {sentence}" for sentence in _claims(phases, ways))]
     parts += ["", "## Learning rates (validation loss, one seed)", "", *_rates(phases)]
@@ -108,7 +107,7 @@ def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
         r for r in students if r.cost["evaluations"] - least <= (1 - PAPER_SAVED) * overhead + 1e-9
     ]
     if within and overhead and teacher.quality[ACCURACY]:
-        # By loss: the best of several accuracies on the same items would flatter.
+        # By loss: the best of several accuracies on the same items would be biased upwards.
         best = min(within, key=lambda r: r.quality[LOSS])
         share = best.quality[ACCURACY] / teacher.quality[ACCURACY]
         saved = 1 - (best.cost["evaluations"] - least) / overhead
@@ -132,7 +131,7 @@ def _difference(phases: Phases, name: str, other: str) -> str:
     accuracy = f"{100 * (mine.quality[ACCURACY] - theirs.quality[ACCURACY]):+.2f}"
     errors = [each.quality.get(ACCURACY + STDERR_SUFFIX) for each in (mine, theirs)]
     known = [error for error in errors if error is not None]
-    if len(known) == len(errors):  # Taken as independent.
+    if len(known) == len(errors):  # Assumed independent.
         accuracy += f" ± {100 * math.hypot(*known):.2f}"
     return f"loss {loss}, accuracy {accuracy} points"
 
@@ -170,7 +169,7 @@ def _models(models: Mapping[str, TrialResult]) -> list[str]:
 
 
 def _pivot(ways: Ways, name: str | None) -> list[str]:
-    """Return one row for each cost and one column for each way: a number, or the schedule."""
+    """Return one row per cost and one column per way: a number, or the schedule."""
     students = {
         way: {r.cost["evaluations"]: r for r in results if r.role == "trial"}
         for way, results in ways.results.items()

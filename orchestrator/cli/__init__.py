@@ -4,7 +4,7 @@ Nothing heavy is imported at the top, so that `--help` is instant: each command 
 needs.
 """
 
-from orchestrator.cli import training, stages, sweeps, results, models  # noqa: F401, I001  # the order of --help
+from orchestrator.cli import training, measuring, sweeps, results, models  # noqa: F401, I001  # the order of --help
 from orchestrator.cli.app import main
 
 __all__ = ["main"]

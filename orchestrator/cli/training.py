@@ -31,7 +31,7 @@ LocalOption = Annotated[
 ]
 
 
-@app.command(rich_help_panel="The whole job")
+@app.command(rich_help_panel="All steps")
 def quickstart(
     workspace: WorkspaceOption = None,
     config: ConfigOption = "toy",
@@ -50,7 +50,7 @@ def quickstart(
         print_sweep(session.console, result, session.workspace.root)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command(rich_help_panel="Train")
 def prepare(
     files: Annotated[
         list[str] | None,
@@ -73,7 +73,7 @@ def prepare(
         print_line(session.console, f"tokens: {folder}")
 
 
-@app.command(rich_help_panel="Stages")
+@app.command(rich_help_panel="Train")
 def pretrain(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
@@ -146,7 +146,7 @@ def pretrain(
         print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
-@app.command(rich_help_panel="Stages")
+@app.command(rich_help_panel="Train")
 def distill(
     schedule: Annotated[
         str, typer.Argument(help="The student's corrections per layer: 1, or 2,1,1,0,0,0.")

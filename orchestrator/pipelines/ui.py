@@ -1,10 +1,8 @@
-"""Opens MLflow's pages for a workspace: one small server on the loopback interface, and links that
-land on the training view, on a sweep's run and on its chart view instead of MLflow's front door.
+"""Start MLflow's server for a workspace and print links to its runs, sweeps and charts.
 
-The server is MLflow's own command in a process group of its own, with one worker and without its
-job runner (half a gigabyte instead of three). It is stopped as a group, so that nothing stays
-behind after Ctrl-C. Where `MLFLOW_TRACKING_URI` names a server that others run, only the links are
-printed.
+The server is MLflow's own command on the loopback interface, in its own process group, with one
+worker and without its job runner (half a gigabyte instead of three). The whole group is stopped
+after Ctrl-C. If `MLFLOW_TRACKING_URI` names a remote server, only the links are printed.
 """
 
 from __future__ import annotations
@@ -47,18 +45,17 @@ def serve(
     say: Say = print,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Serve MLflow's pages until Ctrl-C, SIGTERM or `should_stop`; a stopped server is a normal
-    end.
+    """Serve MLflow's pages until Ctrl-C, SIGTERM or `should_stop`; then return normally.
 
     Args:
-        workspace: Whose runs are shown.
+        workspace: Its runs are shown.
         port: Port on the loopback interface.
         say: Called with each line for the user, links included.
-        should_stop: Asked a few times a second.
+        should_stop: Called a few times a second.
 
     Raises:
         UserError: If the port is taken, or the store cannot be opened.
-        RunFailed: If the server does not come up, or one elsewhere does not answer.
+        RunFailed: If the server does not start, or a remote one does not answer.
     """
     tracking = open_tracking(workspace, warn=say)
     if tracking.store.is_remote:
@@ -74,8 +71,8 @@ def serve(
     check_port(port)
     url = f"http://{HOST}:{port}"
     say(f"starting MLflow on {url} (takes some seconds)")
-    # Python imports from the current directory first: the server's is an empty one, so that a file
-    # in a shared workspace is never taken for a module.
+    # Python imports from the current directory first. The server starts in an empty one, so a file
+    # in a shared workspace is never imported.
     with _stop_signals() as stopped, TemporaryDirectory(prefix="iiet-ui-") as empty:
         server = _start(workspace, tracking.store.uri, port, Path(empty))
         try:
@@ -94,7 +91,7 @@ def serve(
 
 
 def link_lines(tracking: Tracking, url: str) -> list[str]:
-    """Return lines with links to the training view and, for each recent sweep, to chart and run."""
+    """Return links to the training view and, for each recent sweep, to its charts and run."""
     lines = [f"training runs: {tracking.links(url).training_view}"]
     for sweep in tracking.sweeps(MAX_SWEEPS_SHOWN):
         links = tracking.links(url, run_id=sweep.run_id, view=sweep.view)
@@ -106,10 +103,10 @@ def link_lines(tracking: Tracking, url: str) -> list[str]:
 
 
 def check_port(port: int) -> None:
-    """Check that a port can be listened on.
+    """Check that a port is free.
 
     Raises:
-        UserError: If it is taken or out of range; names one that is free.
+        UserError: If it is taken or out of range; names a free one.
     """
     if not 1 <= port <= 65535:
         raise UserError(f"--port takes a number from 1 to 65535, got {port}")
@@ -126,7 +123,7 @@ def check_port(port: int) -> None:
 
 
 def stop_group(server: subprocess.Popen[bytes]) -> None:
-    """End the server and all its children: ask, wait, then kill."""
+    """Stop the server and its children: SIGTERM first, SIGKILL if they do not end."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, how)
@@ -141,7 +138,7 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
 
 
 def _group_lives(server: subprocess.Popen[bytes]) -> bool:
-    # A zombie still answers to signals: in a container nobody may collect it, so it does not count.
+    # A zombie still accepts signals, and in a container it may never be collected.
     for process in psutil.process_iter(["status"]):
         with suppress(ProcessLookupError):
             in_group = os.getpgid(process.pid) == server.pid
@@ -158,7 +155,7 @@ def _start(workspace: Workspace, uri: str, port: int, folder: Path) -> subproces
     ]
     environment = {
         **os.environ,
-        # Not an argument, which every user of the machine can read: it may hold a password.
+        # Not an argument: other users can read those, and the address may hold a password.
         "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -180,7 +177,7 @@ def _start(workspace: Workspace, uri: str, port: int, folder: Path) -> subproces
 def _wait_until_healthy(
     server: subprocess.Popen[bytes], url: str, log: Path, stopped: threading.Event
 ) -> None:
-    # The address is ours: a proxy that the environment names must not be asked for it.
+    # The address is local: do not use a proxy from the environment.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while not stopped.is_set():
@@ -203,7 +200,7 @@ def _failed(server: subprocess.Popen[bytes], log: Path) -> RunFailed:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event while the server runs; only the main thread can."""
+    """Turn SIGINT and SIGTERM into an event while the server runs, in the main thread only."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped

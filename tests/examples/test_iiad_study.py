@@ -148,11 +148,11 @@ def test_equal_flops_are_those_that_the_trainings_count(
 @pytest.mark.parametrize(
     ("changes", "choices", "words"),
     [
-        ({}, {"seeds": (2, 2)}, "a seed stands there twice"),
+        ({}, {"seeds": (2, 2)}, "the same seed twice"),
         (
             {"iterate_ramp_fraction": 0.3, "iterate_from_fraction": 0.0},
             {"two_stage_from": 0.8},
-            r"two_stage_from=0\.8 and training\.iterate_ramp_fraction=0\.3 come to more",
+            r"two_stage_from=0\.8 and training\.iterate_ramp_fraction=0\.3 add up to more",
         ),
     ],
 )

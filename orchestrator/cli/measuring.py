@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from orchestrator.records.evaluation import EvaluationResult
 
 
-@app.command(rich_help_panel="Stages")
+@app.command(rich_help_panel="Measure")
 def influence(
     checkpoint: CheckpointArgument = None,
     workspace: WorkspaceOption = None,
@@ -47,7 +47,7 @@ def influence(
         session.console.print(influence_terminal_table(result.table))
 
 
-@app.command(rich_help_panel="Stages")
+@app.command(rich_help_panel="Measure")
 def evaluate(
     checkpoints: Annotated[
         list[Path] | None,
@@ -123,7 +123,7 @@ def _print_evaluations(session: Session, evaluations: Mapping[str, EvaluationRes
         )
 
 
-@app.command(rich_help_panel="Stages")
+@app.command(rich_help_panel="Measure")
 def benchmark(
     checkpoints: Annotated[
         list[Path] | None,
