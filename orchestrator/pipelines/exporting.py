@@ -9,8 +9,6 @@ a folder under its own name is complete. `MANIFEST.sha256` lists all files and c
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,9 +42,10 @@ from orchestrator.training.model_lookup import (
     resolve_model,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import delete_folder, resolve_path, write_text
+from orchestrator.workspace.files import resolve_path, write_text
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import file_digest
+from orchestrator.workspace.whole_folders import new_folder
 
 CARD = "README.md"
 MANIFEST = "MANIFEST.sha256"
@@ -154,30 +153,23 @@ def write_export(
     text = dict(text_files or {})
     token_ids = json.loads(text.pop(TOKEN_IDS)) if TOKEN_IDS in text else None
     end = "" if text_files else _end_of_text(tokenizer_file)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        export_pretrained(
-            decoder,
-            temporary,
-            tokenizer_file,
-            end_of_text=end,
-            token_ids=token_ids,
-            text_files=text or None,
-        )
-        write_text(temporary / CARD, card.to_markdown())
-        _write_manifest(temporary)
-        check_target(folder)  # Once more: the export took its time.
-        if folder.exists():
-            delete_folder(folder)
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            export_pretrained(
+                decoder,
+                temporary,
+                tokenizer_file,
+                end_of_text=end,
+                token_ids=token_ids,
+                text_files=text or None,
+            )
+            write_text(temporary / CARD, card.to_markdown())
+            _write_manifest(temporary)
+            check_target(folder)  # Again: somebody may have written there meanwhile.
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
     except ValueError as error:  # The source of the method of another package.
         raise UserError(f"cannot export this model: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     progress.finish(f"{num_bytes / 1e6:.1f} MB with code, tokenizer and card")
     return folder

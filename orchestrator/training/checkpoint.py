@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,13 @@ from iiet.decoder import Decoder
 from iiet.weights import CONFIG, WEIGHTS, write_folder
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object
-from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_digest, file_key
+from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
+from orchestrator.workspace.whole_folders import (
+    checksums_of,
+    damaged_file,
+    mark_verified,
+    new_folder,
+)
 
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
@@ -52,7 +57,6 @@ REMEDY = (
     "copy the checkpoint here again, or move its folder away; a run that is started again resumes "
     "from the previous checkpoint"
 )
-_NEEDED = (CONFIG, WEIGHTS, TRAINING_STATE)
 
 
 def checkpoint_name(step: int) -> str:
@@ -92,29 +96,19 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     folder = run_folder / checkpoint_name(step)
-    temporary = run_folder / f"{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(folder) as temporary:
         write_folder(temporary, config, weights)
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
         for name, content in (text_files or {}).items():
             (temporary / name).write_bytes(content)
         torch.save(dict(training_state), temporary / TRAINING_STATE)
-        checksums = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
+        checksums = checksums_of(temporary)
         key = checksums[WEIGHTS][:KEY_LENGTH]
         record = {**provenance, "step": step, "weights": key, "checksums": checksums}
         text = json.dumps(record, indent=2) + "\n"
         (temporary / PROVENANCE).write_text(text, encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush_to_disk(path)
-    except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _flush_to_disk(run_folder)
+        mark_verified(temporary, checksums)
     return folder
 
 
@@ -216,8 +210,13 @@ def weights_key(folder: Path) -> str:
     return str(load_provenance(folder).get("weights", ""))
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Verify the checksum of every file.
+def check_checkpoint(folder: Path, *, with_training_state: bool = False) -> None:
+    """Verify the checksums; a file that is unchanged since it was last verified is not read.
+
+    Args:
+        folder: The checkpoint's folder.
+        with_training_state: Verify also what only a resumed training reads, which is most of the
+            bytes.
 
     Raises:
         UserError: If the folder is no checkpoint, or a file is missing or damaged.
@@ -228,12 +227,13 @@ def check_checkpoint(folder: Path) -> None:
     checksums = provenance.get("checksums", {})
     if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
         raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
-    for name in {**dict.fromkeys(_NEEDED), **checksums}:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"the checkpoint {folder} is damaged: {name} is missing")
-        if path.parent != folder or file_digest(path) != checksums.get(name):
-            raise UserError(f"the checkpoint {folder} is damaged: {name} was changed after writing")
+    names = {CONFIG: None, WEIGHTS: None, **checksums}
+    if with_training_state:
+        names[TRAINING_STATE] = None
+    else:
+        names.pop(TRAINING_STATE, None)
+    if damage := damaged_file(folder, checksums, names=names):
+        raise UserError(f"the checkpoint {folder} is damaged: {damage}")
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -264,11 +264,3 @@ def text_files_key(folder: Path) -> str | None:
 
 def _text_files(folder: Path) -> list[Path]:
     return [folder / name for name in TEXT_FILES if (folder / name).is_file()]
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

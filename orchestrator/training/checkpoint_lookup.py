@@ -26,12 +26,14 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_intact_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
+def newest_intact_checkpoint(
+    run_folder: Path, *, with_training_state: bool = False
+) -> tuple[Path | None, list[str]]:
     """Return the newest intact checkpoint of a run or None, and what is wrong with newer ones."""
     damage = []
     for folder in reversed(find_checkpoints(run_folder)):
         try:
-            check_checkpoint(folder)
+            check_checkpoint(folder, with_training_state=with_training_state)
         except UserError as error:
             damage.append(str(error))
         else:
@@ -39,14 +41,20 @@ def newest_intact_checkpoint(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, damage
 
 
-def newest_checkpoint(run_folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
+def newest_checkpoint(
+    run_folder: Path,
+    warn: Callable[[str], None] | None = None,
+    *,
+    with_training_state: bool = False,
+) -> Path | None:
     """Return the newest intact checkpoint of a run, or None.
 
     Args:
         run_folder: The run's folder.
         warn: Called with one sentence for each damaged checkpoint that is skipped.
+        with_training_state: As `check_checkpoint`.
     """
-    newest, damage = newest_intact_checkpoint(run_folder)
+    newest, damage = newest_intact_checkpoint(run_folder, with_training_state=with_training_state)
     if warn is not None:
         instead = f"{newest} is used instead" if newest else "no older one is left"
         for problem in damage:

@@ -25,9 +25,9 @@ from orchestrator.training.checkpoint import (
 )
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, TrainingJob, job_key
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import delete_folder
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.provenance import content_key
+from orchestrator.workspace.whole_folders import delete_folder, new_folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class FirstStage:
         if not self.folder.exists():
             return None
         try:
-            check_checkpoint(self.checkpoint)
+            check_checkpoint(self.checkpoint, with_training_state=True)
         except UserError as error:
             warn(f"{error}; the first stage is trained again")
             with suppress(OSError):  # Another process deleted it, or we may not.
@@ -82,19 +82,12 @@ class FirstStage:
         Raises:
             OSError: If the disk is full.
         """
-        temporary = self.folder.with_name(f"{self.folder.name}.new.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        with new_folder(self.folder) as temporary:
             shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=_link)
             journal = Journal(temporary)
             for step, values in _read_metrics(checkpoint.parent, self.num_steps):
                 journal.metrics(step, values)
             journal.close()
-            temporary.rename(self.folder)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not self.exists:  # Otherwise another run was faster.
-                raise
 
 
 def first_stage_of(job: TrainingJob) -> FirstStage | None:

@@ -8,7 +8,6 @@ does not answer, training continues, and the next checkpoint is copied with the 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +19,7 @@ from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.whole_folders import VERIFIED_NAME, new_folder
 
 COPY_ERRORS = (OSError, ArrowException)
 """Raised if the storage does not answer or refuses."""
@@ -76,24 +76,23 @@ class RemoteCopy:
             OSError, ArrowException: If the storage fails.
         """
         for name in sorted(self._complete_copies(), reverse=True):
-            temporary = self._run_folder / f"{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            fs.copy_files(str(self._root / name), str(temporary), source_filesystem=self._store)
+            folder = self._run_folder / name
             try:
-                check_checkpoint(temporary)
+                with new_folder(folder) as temporary:
+                    source = str(self._root / name)
+                    fs.copy_files(source, str(temporary), source_filesystem=self._store)
+                    check_checkpoint(temporary, with_training_state=True)
             except UserError as error:
                 warn(f"{error}; an earlier copy is used")
-                shutil.rmtree(temporary, ignore_errors=True)
-                continue
-            return temporary.rename(self._run_folder / name)
+            else:
+                return folder
         return None
 
     def _upload_one(self, checkpoint: Path) -> None:
         target = self._root / checkpoint.name
         self._store.create_dir(str(target), recursive=True)
         for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == PROVENANCE):
-            if path.is_file():
+            if path.is_file() and path.name != VERIFIED_NAME:  # Times differ there.
                 fs.copy_files(
                     str(path), str(target / path.name), destination_filesystem=self._store
                 )

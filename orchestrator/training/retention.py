@@ -5,17 +5,12 @@ A checkpoint is renamed before it is deleted, so a folder with a checkpoint's na
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.workspace.files import (
-    damage_as_user_error,
-    delete_folder,
-    read_json_object,
-    write_json,
-)
+from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.folders import is_valid_name
+from orchestrator.workspace.whole_folders import delete_folder, delete_leftovers
 
 BEST = "best.json"
 
@@ -49,10 +44,4 @@ def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = No
     for folder in find_checkpoints(run_folder)[:-num_kept]:
         if folder != keep:
             delete_folder(folder)
-    remove_partial_checkpoints(run_folder)
-
-
-def remove_partial_checkpoints(run_folder: Path) -> None:
-    """Delete checkpoints that a crash left half-written or half-deleted."""
-    for leftover in run_folder.glob("step_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    delete_leftovers(run_folder)

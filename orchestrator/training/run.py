@@ -38,7 +38,6 @@ from orchestrator.training.job_models import initial_decoder, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import make_optimizer
-from orchestrator.training.retention import remove_partial_checkpoints
 from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
@@ -46,6 +45,7 @@ from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.whole_folders import delete_leftovers
 
 LOCK_NAME = "lock"
 LOCK_SECONDS = 20.0
@@ -92,7 +92,7 @@ def run_job(
 
 def _open_folder(job: TrainingJob) -> TrainingOutcome | None:
     write_job_file(job)
-    remove_partial_checkpoints(job.folder)
+    delete_leftovers(job.folder)
     return finished_outcome(job)
 
 
@@ -252,7 +252,8 @@ class _Run:
         def warn(text: str) -> None:
             self.event("damaged", text=text)
 
-        own = newest_checkpoint(self.job.folder, warn) or self.writer.download()
+        own = newest_checkpoint(self.job.folder, warn, with_training_state=True)
+        own = own or self.writer.download()
         stage = self.writer.first_stage
         shared = stage.find(warn) if stage and stage.saves_steps(own) else None
         if not (stage and shared):

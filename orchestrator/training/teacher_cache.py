@@ -32,7 +32,14 @@ from iiet.distillation import CoarseDistribution
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, write_json
-from orchestrator.workspace.provenance import content_key, file_digest
+from orchestrator.workspace.provenance import content_key
+from orchestrator.workspace.whole_folders import (
+    checksums_of,
+    damaged_file,
+    delete_leftovers,
+    mark_verified,
+    replace_folder,
+)
 
 MANIFEST_NAME = "manifest.json"
 TEMPORARY_PREFIX = ".writing-"
@@ -209,13 +216,13 @@ def write_cache(
         if folder.exists():
             progress.note(f"{folder} is damaged ({problem}) and is written again")
             shutil.rmtree(folder)
-        for leftover in parent.glob("*.tmp"):  # Interrupted deletions.
-            shutil.rmtree(leftover, ignore_errors=True)
+        delete_leftovers(parent)
         temporary.mkdir(exist_ok=True)
         _append_missing_steps(plan, temporary, outputs, progress)
-        digests = {c.name: file_digest(c.path(temporary)) for c in plan.columns()}
-        write_json(temporary / MANIFEST_NAME, {"plan": asdict(plan), "checksums": digests})
-        temporary.replace(folder)
+        checksums = checksums_of(temporary, [c.path(temporary).name for c in plan.columns()])
+        write_json(temporary / MANIFEST_NAME, {"plan": asdict(plan), "checksums": checksums})
+        mark_verified(temporary, checksums)
+        replace_folder(temporary, folder)
     return folder
 
 
@@ -239,11 +246,11 @@ def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> st
         path = column.path(folder)
         if not path.is_file() or path.stat().st_size != plan.num_rows * column.num_bytes:
             return f"{path.name} is incomplete"
-        checksums = manifest.get("checksums")
-        known = checksums.get(column.name) if isinstance(checksums, dict) else None
-        if read and file_digest(path) != known:
-            return f"{path.name} was changed after writing"
-    return None
+    checksums = manifest.get("checksums")
+    if not isinstance(checksums, dict):
+        return "it has no checksums"
+    names = [column.path(folder).name for column in plan.columns()]
+    return damaged_file(folder, checksums, names=names) if read else None
 
 
 def bytes_to_write(plan: CachePlan, parent: Path) -> int:

@@ -33,7 +33,7 @@ from orchestrator.training.teacher_outputs import (
     teaching_steps,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import delete_folder
+from orchestrator.workspace.whole_folders import delete_folder
 
 MAX_BYTES = 2 << 30
 """Most bytes that `auto` stores for one sweep."""

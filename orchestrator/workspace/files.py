@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,16 +68,6 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def delete_folder(folder: Path) -> None:
-    """Rename a folder to `NAME.PID.tmp`, then delete it, so that readers never see half of it.
-
-    Raises:
-        OSError: If it does not exist, or may not be renamed.
-    """
-    doomed = folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}.tmp"))
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,10 +3,13 @@
 `new_folder` fills a folder under a temporary name, flushes it to disk and renames it, so a crash
 leaves nothing under the final name. `damaged_file` compares files with their checksums; it stores
 size and time of what it read, so an unchanged file is not read again by the next process.
+`delete_folder` renames before it deletes. What a crash leaves in between has a hidden name, and the
+next writer in the same parent deletes it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -21,30 +24,31 @@ from orchestrator.workspace.provenance import file_digest
 
 VERIFIED_NAME = ".verified.json"
 """File in a folder: name -> size, time and digest of each file when it was last read."""
-_FILLING, _UNLOCKED = ".filling", ".unlocked"
+_TEMPORARY, _UNLOCKED = ".iiet-temporary", ".iiet-unlocked"
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `folder` when the block ends without an error.
 
-    An existing folder of that name is replaced at the end. After an error, nothing is left. What a
-    killed process left is deleted by the next one that writes the same folder: the writer holds a
-    lock on its temporary folder, which the system drops when the process ends.
+    An existing folder of that name is replaced at the end. After an error, nothing is left. The
+    writer holds a lock on its temporary folder, which the system drops when the process ends; so a
+    folder that a killed process left is told from one that is being filled.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _delete_leftovers(folder)
+    delete_leftovers(folder.parent)
     # Locked before it gets the name that others look for.
-    made = folder.with_name(f"{_prefix(folder)}{secrets.token_hex(8)}{_UNLOCKED}")
+    filling = _temporary_name(folder)
+    made = filling.with_suffix(_UNLOCKED)
     made.mkdir()
     lock = os.open(made, os.O_RDONLY)
     try:
         with suppress(OSError):  # Some network file systems lock no folders.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        filling = made.rename(made.with_name(made.name.removesuffix(_UNLOCKED) + _FILLING))
+        made.rename(filling)
         try:
             yield filling
             for path in (*filling.rglob("*"), filling):
@@ -64,17 +68,40 @@ def replace_folder(source: Path, folder: Path) -> None:
     Raises:
         OSError: If it cannot be renamed; the earlier folder is then in place.
     """
-    doomed = source.with_name(f"{_prefix(folder)}{os.getpid()}{_FILLING}")
-    had_one = folder.exists()
-    if had_one:
-        folder.rename(doomed)
-    try:
-        source.rename(folder)
-    except OSError:
-        if had_one:
-            doomed.rename(folder)
-        raise
-    shutil.rmtree(doomed, ignore_errors=True)
+    replaced: Path | None = None
+    while True:
+        try:
+            source.rename(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if replaced:
+                    replaced.rename(folder)
+                raise
+        with suppress(FileNotFoundError):  # Another process replaced it at the same moment.
+            replaced = folder.rename(_temporary_name(folder))
+    delete_leftovers(folder.parent)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder; for readers it is gone at once.
+
+    Raises:
+        OSError: If it does not exist or cannot be renamed.
+    """
+    shutil.rmtree(folder.rename(_temporary_name(folder)), ignore_errors=True)
+
+
+def delete_leftovers(parent: Path) -> None:
+    """Delete what killed processes left half-written or half-deleted in a folder."""
+    for leftover in parent.glob(f".*{_TEMPORARY}"):
+        with suppress(OSError):
+            lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -96,6 +123,16 @@ def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
     return {name: file_digest(folder / name) for name in wanted}
 
 
+def mark_verified(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Record that files have these checksums now, so that the next reader need not read them.
+
+    Raises:
+        OSError: If the record cannot be written.
+    """
+    stamps = {name: _stamp(folder / name, digest) for name, digest in checksums.items()}
+    write_json(folder / VERIFIED_NAME, _verified(folder) | stamps)
+
+
 def damaged_file(
     folder: Path,
     checksums: Mapping[str, str],
@@ -112,22 +149,26 @@ def damaged_file(
         always: Read every file, also those that have not changed since they were last verified.
     """
     verified = _verified(folder)
-    read: dict[str, list[int | str]] = {}
+    read: dict[str, str] = {}
     for name in checksums if names is None else names:
         path, digest = folder / name, checksums.get(name)
-        try:
-            stat = path.stat()
-        except OSError:
+        if not path.is_file():
             return f"{name} is missing"
-        stamp: list[int | str] = [stat.st_size, stat.st_mtime_ns, str(digest)]
-        if always or verified.get(name) != stamp:
-            if path.parent != folder or not path.is_file() or file_digest(path) != digest:
-                return f"{name} is not what was written"
-            read[name] = stamp
+        if path.parent != folder or digest is None:
+            return f"{name} is not what was written"
+        if always or verified.get(name) != _stamp(path, digest):
+            if file_digest(path) != digest:
+                return f"{name} was changed after writing"
+            read[name] = digest
     if read:
         with suppress(OSError):  # A read-only folder is verified each time.
-            write_json(folder / VERIFIED_NAME, verified | read)
+            mark_verified(folder, read)
     return None
+
+
+def _stamp(path: Path, digest: str) -> list[int | str]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, digest]
 
 
 def _verified(folder: Path) -> dict[str, list[int | str]]:
@@ -137,16 +178,5 @@ def _verified(folder: Path) -> dict[str, list[int | str]]:
         return {}
 
 
-def _prefix(folder: Path) -> str:
-    return f".{folder.name}."
-
-
-def _delete_leftovers(folder: Path) -> None:
-    for leftover in folder.parent.glob(f"{_prefix(folder)}*{_FILLING}"):
-        with suppress(OSError):
-            lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(leftover, ignore_errors=True)
-            finally:
-                os.close(lock)
+def _temporary_name(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(8)}{_TEMPORARY}")

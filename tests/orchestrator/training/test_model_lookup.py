@@ -17,11 +17,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_models
 from orchestrator.training.checkpoint import checkpoint_name, save_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.model_lookup import (
-    find_model_folder,
-    resolve_model,
-    resolve_teacher,
-)
+from orchestrator.training.model_lookup import find_model_folder, resolve_model, resolve_teacher
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
