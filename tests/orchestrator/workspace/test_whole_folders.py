@@ -86,9 +86,7 @@ def test_a_file_is_read_once_and_again_after_a_change(
     assert sorted(read) == ["state", "state", "weights", "weights"]
     (folder / "weights").write_text("x" * 100)
     assert damaged_file(folder, checksums) == "weights was changed after writing"
-    assert damaged_file(folder, checksums) == "weights was changed after writing", (
-        "never stored"
-    )
+    assert damaged_file(folder, checksums) == "weights was changed after writing", "never stored"
     (folder / "state").unlink()
     assert damaged_file(folder, checksums, names=["state"]) == "state is missing"
     assert damaged_file(folder, {**checksums, "../model/weights": "0"}, names=["../model/weights"])
