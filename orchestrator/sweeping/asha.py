@@ -137,7 +137,7 @@ class AshaMonitor:
 
 
 def validation_losses(folder: Path) -> dict[int, float]:
-    """Return step -> validation loss of a training, as far as it is."""
+    """Return step -> validation loss of a training so far."""
     return {
         record["step"]: record["values"][VALIDATION_METRIC]
         for record in read_journal(folder)[0]

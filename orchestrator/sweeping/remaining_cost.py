@@ -112,7 +112,7 @@ def estimate_remaining_cost(
         plan: The sweep.
         states: How far its trials are.
         settings: Whether the teacher runs once for all, and on what trials run.
-        teachers: Folder of what teachers were stored to say.
+        teachers: Folder of stored teacher outputs.
 
     Raises:
         UserError: If a step is no whole number of sequences, or the disk has no room for what a
@@ -152,9 +152,7 @@ def estimate_remaining_cost(
 
 
 def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
-    """Return a plan as it is stored with its sweep: with what was found finished, and the price of
-    the rest, when it was last started.
-    """
+    """Return what is stored of a plan: its trials, those found finished, and the remaining cost."""
     states = trial_states(plan, settings.sweep)
     values = plan.to_dict()
     return {
@@ -174,7 +172,7 @@ def requested_noun(plan: SweepPlan, sweep: SweepSettings) -> str:
 
 
 def _steps_made(done: Sequence[int], jobs: Sequence[TrainingJob]) -> list[int]:
-    """Return the steps after which each job goes on, first stages in common made by one of them."""
+    """Return the steps after which each job resumes; one job trains a shared first stage."""
     made: set[Path] = set()
     found = []
     for steps, job in zip(done, jobs, strict=True):

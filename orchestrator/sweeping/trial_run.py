@@ -137,7 +137,7 @@ def _measure(
     outcome: TrainingOutcome | None,
     on_device: Callable[[Measure], dict[str, float]],
 ) -> TrialResult:
-    """Measure what was trained, or a checkpoint as it is, and write the result."""
+    """Measure the trained checkpoint, or the planned one, and write the result."""
     checkpoint = outcome.checkpoint if outcome else trial.checkpoint
     assert checkpoint is not None
     result = TrialResult(

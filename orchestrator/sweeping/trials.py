@@ -45,7 +45,7 @@ class PlannedTrial:
     folder: str
     """Folder of its training and its result."""
     job: dict[str, Any] | None
-    """`TrainingJob.to_dict()`; None when the checkpoint is measured as it is."""
+    """`TrainingJob.to_dict()`; None when a checkpoint is measured without training."""
     checkpoint: str | None
     """Checkpoint to measure when nothing is trained."""
     suite: dict[str, Any]
