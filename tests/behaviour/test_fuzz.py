@@ -331,7 +331,7 @@ class Toy:
             if twin.is_dir():
                 path.mkdir(exist_ok=True)
             elif not path.exists() or _stamp(path) != _stamp(twin):
-                if twin.name == "mlflow.db":  # What is open would go on with the old content.
+                if twin.name == "mlflow.db":  # An open connection would keep the old content.
                     _forget_database()
                 shutil.copy2(twin, path)
         self.restore_times()

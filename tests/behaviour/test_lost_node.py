@@ -1,4 +1,4 @@
-"""A job or a sweep's trial whose Ray node is lost goes on elsewhere: two nodes in one machine, one
+"""A job or trial whose Ray node is lost resumes on another node: two nodes in one machine, one
 of them removed."""
 
 from __future__ import annotations

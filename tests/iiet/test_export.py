@@ -120,7 +120,7 @@ def test_the_sources_are_complete_flat_and_free_of_the_package():
     sources = flat_sources("iiet")
     assert {"iiet_huggingface", "iiet_decoder", "iiet_methods", "iiet_methods_base"} <= set(sources)
     needed = {"iiet_losses", "iiet_influence", "iiet_export"}
-    assert not needed & set(sources)  # Training and measuring stay at home.
+    assert not needed & set(sources)  # Training and measuring are not exported.
     for source in sources.values():
         assert {module for module in imported_by(source) if "iiet" in module} <= {
             f".{name}" for name in sources
