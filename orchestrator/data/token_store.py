@@ -8,7 +8,6 @@ changed, and on request. `tokenization.py` writes these folders.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +18,12 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     damage_as_user_error,
-    read_json,
     read_json_object,
-    write_json,
 )
-from orchestrator.workspace.provenance import file_digest
+from orchestrator.workspace.whole_folders import damaged_file
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-STAMP_NAME = "verified.json"
-"""File that holds sizes and times of the files when their hashes were last verified."""
 
 
 class SplitCounts(BaseModel):
@@ -133,17 +128,9 @@ def verify_tokens(folder: Path, *, always: bool = False) -> None:
         UserError: If a file's content has changed; names it.
     """
     manifest = _read_manifest(folder)
-    paths = [folder / name for name in manifest.sha256 if (folder / name).is_file()]
-    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-    try:
-        verified = read_json(folder / STAMP_NAME)
-    except UserError:
-        verified = None
-    if verified == stamps and not always:
-        return
-    _check_files(folder, manifest, compare_hashes=True)
-    with suppress(OSError):  # A read-only folder is verified each time.
-        write_json(folder / STAMP_NAME, stamps)
+    _check_files(folder, manifest)
+    if damage := damaged_file(folder, manifest.sha256, always=always):
+        raise UserError(f"{folder} is damaged: {damage}; {_remedy(folder)}")
 
 
 def _remedy(folder: Path) -> str:
@@ -168,15 +155,13 @@ def _read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def _check_files(folder: Path, manifest: Manifest, *, compare_hashes: bool = False) -> None:
+def _check_files(folder: Path, manifest: Manifest) -> None:
     problem = None
-    for name, digest in manifest.sha256.items():
+    for name in manifest.sha256:
         path, size = folder / name, manifest.sizes.get(name)
         if not path.is_file():
             problem = f"{path} is missing"
         elif path.stat().st_size != size:
             problem = f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
-        elif compare_hashes and file_digest(path) != digest:
-            problem = f"{path} is damaged: its content has changed"
         if problem:
             raise UserError(f"{problem}; {_remedy(folder)}")

@@ -12,8 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +26,14 @@ from orchestrator.evaluation.heldout.items import ItemBuilder
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, write_text
-from orchestrator.workspace.provenance import content_key, file_digest
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.provenance import content_key
+from orchestrator.workspace.whole_folders import (
+    checksums_of,
+    damaged_file,
+    mark_verified,
+    new_folder,
+)
 
 SUITE_VERSION = 1
 """Increase it if the same documents give other items; it is part of the tasks' version."""
@@ -172,20 +176,18 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
     try:
         tasks = {name: int(number) for name, number in found["tasks"].items()}
         notes = tuple(str(note) for note in found["notes"])
-        checksums = {name: str(found["checksums"][_rows_path(folder, name).name]) for name in tasks}
+        rows = [_rows_path(folder, name).name for name in tasks]
+        checksums = {name: str(found["checksums"][name]) for name in rows}
         is_whole = set(tasks) <= set(TASKS)
     except (KeyError, TypeError, ValueError, AttributeError):
         is_whole = False
     if not is_whole:
         raise UserError(f"{path} is damaged; delete it and run the command again")
-    for name, checksum in checksums.items():
-        rows = _rows_path(folder, name)
-        if not rows.is_file() or file_digest(rows) != checksum:
-            state = "differs from what was written" if rows.exists() else "is missing"
-            raise UserError(
-                f"the held-out tasks are damaged: {rows} {state}; delete the folder {folder} and "
-                "run the command again, which makes the same tasks"
-            )
+    if damage := damaged_file(folder, checksums):
+        raise UserError(
+            f"the held-out tasks are damaged: {damage}; delete the folder {folder} and run the "
+            "command again, which makes the same tasks"
+        )
     return HeldoutSuite(folder=folder, tasks=tasks, notes=notes)
 
 
@@ -235,21 +237,18 @@ def _notes(items: Mapping[str, list[dict[str, Any]]]) -> list[str]:
 def _write(
     folder: Path, items: Mapping[str, list[dict[str, Any]]], notes: list[str]
 ) -> HeldoutSuite:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     tasks = {name: len(items[name]) for name in TASKS if items[name]}
-    checksums = {}
-    for name in tasks:
-        rows = _rows_path(temporary, name)
-        write_text(rows, "".join(json.dumps(row) + "\n" for row in items[name]))
-        checksums[rows.name] = file_digest(rows)
-        write_text(temporary / f"{name}.yaml", _task_file(name, rows.name))
-    write_text(temporary / f"{GROUP}.yaml", yaml.safe_dump({"group": GROUP, "task": list(tasks)}))
-    suite = {"tasks": tasks, "notes": notes, "checksums": checksums}
-    write_text(temporary / SUITE_NAME, json.dumps(suite, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    with new_folder(folder) as temporary:
+        rows = {name: _rows_path(temporary, name) for name in tasks}
+        for name, path in rows.items():
+            path.write_text("".join(json.dumps(row) + "\n" for row in items[name]), "utf-8")
+            (temporary / f"{name}.yaml").write_text(_task_file(name, path.name), "utf-8")
+        group = yaml.safe_dump({"group": GROUP, "task": list(tasks)})
+        (temporary / f"{GROUP}.yaml").write_text(group, "utf-8")
+        checksums = checksums_of(temporary, [path.name for path in rows.values()])
+        suite = {"tasks": tasks, "notes": notes, "checksums": checksums}
+        (temporary / SUITE_NAME).write_text(json.dumps(suite, indent=2) + "\n", "utf-8")
+        mark_verified(temporary, checksums)
     return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes))
 
 

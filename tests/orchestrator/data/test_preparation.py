@@ -195,7 +195,7 @@ def test_damaged_content_of_finished_tokens_is_named(
     data = bytearray(path.read_bytes())
     data[0] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"train\.bin is damaged.*delete the folder"):
+    with pytest.raises(UserError, match=r"is damaged: train\.bin .*delete the folder"):
         prepare(settings, workspace)
     # A change that keeps size and time is found by comparing everything.
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

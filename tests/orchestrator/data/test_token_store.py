@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.token_store import MANIFEST_NAME, STAMP_NAME, open_tokens, verify_tokens
+from orchestrator.data.token_store import MANIFEST_NAME, open_tokens, verify_tokens
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.whole_folders import VERIFIED_NAME
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     data = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(bytes([data[0] ^ 1]) + data[1:])
     open_tokens(folder)
-    with pytest.raises(UserError, match=r"train\.bin is damaged: its content has changed"):
+    with pytest.raises(UserError, match=r"is damaged: train\.bin was changed after writing"):
         verify_tokens(folder)
     (folder / "train.bin").write_bytes(data[:-2])
     with pytest.raises(UserError, match=r"train\.bin is damaged: .* bytes instead of"):
@@ -41,7 +42,7 @@ def test_a_manifest_without_a_value_is_damaged(folder: Path) -> None:
 
 
 def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(folder: Path) -> None:
-    (folder / STAMP_NAME).write_text("{")
+    (folder / VERIFIED_NAME).write_text("{")
     for name in ("train.bin", "validation.bin", "validation.jsonl", "tokenizer.json"):
         (folder / name).unlink()
     with pytest.raises(UserError, match="is missing"):
