@@ -200,7 +200,7 @@ def test_damaged_content_of_finished_tokens_is_named(
     # A change that keeps size and time is found by comparing everything.
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert prepare(settings, workspace) == folder
-    with pytest.raises(UserError, match=r"train\.bin is damaged"):
+    with pytest.raises(UserError, match=r"is damaged: train\.bin"):
         prepare(settings, workspace, verify=True)
 
 
