@@ -154,8 +154,8 @@ def run_study(
 
 def _check(settings: Settings, choices: Choices, session: Session) -> None:
     """Check that the settings go together before anything is trained."""
-    check_sweep(settings, "iterations", session.progress)
-    check_models(settings, "iterations")
+    check_sweep(settings, session.progress)
+    check_models(settings)
     distillation_config(settings.distillation)
     check_teacher_cache(settings.distillation)
     if len(set(choices.seeds)) < len(choices.seeds):

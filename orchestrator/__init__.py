@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.distilling import DistillResult, distill
-    from orchestrator.pipelines.evaluating import EvaluateResult, evaluate
+    from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate
     from orchestrator.pipelines.exporting import export
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
     from orchestrator.pipelines.importing import import_model
@@ -46,7 +46,7 @@ _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
     "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
     "pipelines.distilling": ("DistillResult", "distill"),
-    "pipelines.evaluating": ("EvaluateResult", "evaluate"),
+    "pipelines.evaluating": ("ModelEvaluations", "evaluate"),
     "pipelines.exporting": ("export",),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.importing": ("import_model",),
@@ -71,7 +71,7 @@ __all__ = [
     "BenchmarkResult",
     "MeasurementSettings",
     "DistillResult",
-    "EvaluateResult",
+    "ModelEvaluations",
     "InfluenceResult",
     "Interrupted",
     "PickResult",

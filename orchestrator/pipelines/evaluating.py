@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateResult:
+class ModelEvaluations:
     """Evaluations of one model or several."""
 
     evaluations: Mapping[str, EvaluationResult]
@@ -78,7 +78,7 @@ def evaluate(
     schedules: Sequence[str] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> EvaluateResult:
+) -> ModelEvaluations:
     """Evaluate models, each under each schedule; stored results are read again.
 
     Args:
@@ -104,7 +104,7 @@ def evaluate(
         evaluate_model(model, settings.evaluation, context, trust_remote_code=trust_remote_code)
         for model in opened
     ]
-    return EvaluateResult(evaluations=dict(zip(short_names(opened), evaluations, strict=True)))
+    return ModelEvaluations(evaluations=dict(zip(short_names(opened), evaluations, strict=True)))
 
 
 def evaluate_model(

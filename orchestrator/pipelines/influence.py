@@ -90,11 +90,11 @@ def measure_influence(
     context = open_context(workspace, progress)
     checkpoint = resolve_teacher(context.workspace, Path(model) if model else None)
     tokens = tokens_folder_of(checkpoint, context.workspace)
-    table = influence_of(checkpoint, settings.influence, tokens, context)
+    table = read_or_measure_influence(checkpoint, settings.influence, tokens, context)
     return InfluenceResult(checkpoint=checkpoint, table=table)
 
 
-def influence_of(
+def read_or_measure_influence(
     checkpoint: Path,
     settings: InfluenceSettings,
     tokens_folder: Path,

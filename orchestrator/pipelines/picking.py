@@ -18,7 +18,7 @@ from orchestrator.reporting.pick_rules import PickRule, pick_from_front
 from orchestrator.reporting.seed_averages import average_seeds, lowest_seed
 from orchestrator.reporting.sweep_report import sweep_front
 from orchestrator.reporting.sweep_results import (
-    SweepResults,
+    StoredSweep,
     item_notes,
     load_item_values,
     load_sweep_results,
@@ -112,7 +112,7 @@ def pick(
 
 
 def _export(
-    sweep: SweepResults,
+    sweep: StoredSweep,
     result: TrialResult,
     evaluation: EvaluationResult | None,
     folder: Path,

@@ -107,7 +107,7 @@ def plan_sweep(
     """
     context = open_context(workspace, progress)
     check_arguments(settings, teacher, models)
-    check_sweep(settings, settings.sweep.kind, context.progress)
+    check_sweep(settings, context.progress)
     if settings.sweep.kind == "iterations":
         return dry_run_of(plan_iterations(settings, context, models, name=name), settings, context)
     if teacher is not None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
@@ -25,7 +25,7 @@ from orchestrator.evaluation.task_selection import (
     user_task_folders,
 )
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.influence import influence_of
+from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.baselines import find_baselines
@@ -46,9 +46,6 @@ from orchestrator.training.checkpoint import load_config, text_files_key
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 NEWEST = "newest"
 """As a teacher: the workspace's newest IIET with corrections."""
@@ -103,7 +100,7 @@ def plan_teacher(settings: Settings, context: Context) -> tuple[Path, dict[str, 
     Raises:
         UserError: If one of them cannot be made, or the tokens cannot.
     """
-    check_models(settings, settings.sweep.kind)
+    check_models(settings)
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     jobs = {
         label: pretraining_job(own, context.workspace, tokens)
@@ -132,7 +129,7 @@ def plan_iterations(
         UserError: If a model cannot be made, or the tokens cannot.
     """
     if models is None:
-        check_models(settings, "iterations")
+        check_models(settings)
         models = list(_models(settings))
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     variants = [
@@ -197,7 +194,7 @@ def plan_students(
         UserError: If something does not go together.
     """
     tokens, full = tokens_folder_of(teacher, context.workspace), load_config(teacher)
-    influence = influence_of(teacher, settings.influence, tokens, context)
+    influence = read_or_measure_influence(teacher, settings.influence, tokens, context)
     left_out: dict[str, str] = {}
     if baselines is None:
         known = find_baselines(context.workspace, teacher)

@@ -27,7 +27,7 @@ from orchestrator.pipelines.sweep_plans import (
 from orchestrator.planning.feasibility import check_students_fit
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, SweepResults
+from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.execution import SweepOutcome, run_sweep
@@ -98,7 +98,7 @@ def sweep(
     """
     context = open_context(workspace, progress)
     check_arguments(settings, teacher, models)
-    check_sweep(settings, settings.sweep.kind, context.progress)
+    check_sweep(settings, context.progress)
     if settings.sweep.kind == "iterations":
         plan = plan_iterations(settings, context, models, name=name)
         return _run(plan, settings, context)
@@ -154,7 +154,7 @@ def _run(
         next_trials=next_trials,
     )
     plan = outcome.plan
-    found = SweepResults(
+    found = StoredSweep(
         name=plan.name,
         key=plan.key,
         results=outcome.results,

@@ -18,7 +18,7 @@ from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import KEPT_SHARE, Front
 from orchestrator.reporting.report_files import SweepReport
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.reporting.sweep_results import SweepResults
+from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.reporting.training_curves import VALIDATION_METRIC
 from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, tag_filter
 
@@ -51,8 +51,8 @@ def front_metrics(front: Front) -> dict[str, float]:
 
 
 def track_results(
-    tracking: Tracking, run: TrackedRun, sweep: SweepResults, front: Front
-) -> tuple[SweepResults, Front]:
+    tracking: Tracking, run: TrackedRun, sweep: StoredSweep, front: Front
+) -> tuple[StoredSweep, Front]:
     """Track every result as a run nested in the sweep's run, with its paired errors.
 
     Each seed of a model gets the paired errors of the mean over seeds.

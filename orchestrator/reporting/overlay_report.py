@@ -18,7 +18,7 @@ from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.report_files import SweepReport, WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import (
-    SweepResults,
+    StoredSweep,
     item_notes,
     load_item_values,
     load_sweep_results,
@@ -75,7 +75,7 @@ def write_overlay_report(
     return WrittenReport(report, folder, tuple(write_report_files(report, folder)))
 
 
-def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
+def _facts(sweeps: Sequence[StoredSweep]) -> Mapping[str, Mapping[str, Any]]:
     """Return shared facts once, and the differing ones for each sweep."""
     facts: dict[str, Mapping[str, Any]] = {}
     for title in dict.fromkeys(title for sweep in sweeps for title in sweep.facts):
@@ -94,7 +94,7 @@ def _facts(sweeps: Sequence[SweepResults]) -> Mapping[str, Mapping[str, Any]]:
     return facts
 
 
-def _notes(workspace: Workspace, sweeps: Sequence[SweepResults], axes: FrontAxes) -> list[str]:
+def _notes(workspace: Workspace, sweeps: Sequence[StoredSweep], axes: FrontAxes) -> list[str]:
     """Return sentences on what makes the sweeps hard to compare."""
     notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
     notes += _suite_notes({sweep.name: _planned_suite(workspace, sweep) for sweep in sweeps})
@@ -122,7 +122,7 @@ def _suite_notes(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _planned_suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
+def _planned_suite(workspace: Workspace, sweep: StoredSweep) -> dict[str, Any]:
     """Return the suite in a sweep's plan, without values that do not change its results."""
     path = sweep.folder(workspace) / "plan.json"
     plan = read_json_object(path) or {}
@@ -136,7 +136,7 @@ def _planned_suite(workspace: Workspace, sweep: SweepResults) -> dict[str, Any]:
     }
 
 
-def _folder_name(sweeps: Sequence[SweepResults], axes: FrontAxes) -> str:
+def _folder_name(sweeps: Sequence[StoredSweep], axes: FrontAxes) -> str:
     name = "+".join(sweep.name for sweep in sweeps)
     if len(name) > MAX_FOLDER_NAME_LENGTH:
         name = f"{sweeps[0].name}+{len(sweeps) - 1}-{content_key(name)[:8]}"

@@ -16,7 +16,7 @@ from orchestrator.reporting.pareto import KEPT_SHARE, Front, find_front
 from orchestrator.reporting.report_files import SweepReport, WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import (
-    SweepResults,
+    StoredSweep,
     item_notes,
     load_item_values,
     load_sweep_results,
@@ -32,7 +32,7 @@ from orchestrator.workspace.folders import Workspace
 
 def write_sweep_report(
     workspace: Workspace,
-    sweep: SweepResults | str,
+    sweep: StoredSweep | str,
     *,
     axes: FrontAxes | None = None,
     tracking: Tracking | None = None,
@@ -86,7 +86,7 @@ def write_sweep_report(
 
 
 def sweep_front(
-    sweep: SweepResults,
+    sweep: StoredSweep,
     items: Mapping[str, EvaluationResult],
     axes: FrontAxes,
     *,

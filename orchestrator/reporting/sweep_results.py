@@ -30,7 +30,7 @@ LEFT_OUT_TITLE = "Left out"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepResults:
+class StoredSweep:
     """Everything that a report of a sweep needs."""
 
     name: str
@@ -51,7 +51,7 @@ class SweepResults:
             f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT_TITLE, {}).items()
         ]
 
-    def with_results(self, results: tuple[TrialResult, ...]) -> SweepResults:
+    def with_results(self, results: tuple[TrialResult, ...]) -> StoredSweep:
         """Return the same sweep with other results."""
         return replace(self, results=results)
 
@@ -88,7 +88,7 @@ class SweepResults:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SweepResults:
+    def from_dict(cls, values: Mapping[str, Any]) -> StoredSweep:
         """Rebuild stored results.
 
         Raises:
@@ -104,7 +104,7 @@ class SweepResults:
         )
 
 
-def load_sweep_results(workspace: Workspace, name: str) -> SweepResults:
+def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     """Read the stored results of a sweep.
 
     Returns:
@@ -121,7 +121,7 @@ def load_sweep_results(workspace: Workspace, name: str) -> SweepResults:
     if stored is None:
         raise UserError(_no_results(workspace, name))
     with damage_as_user_error(path, remedy=remedy):
-        found = SweepResults.from_dict(stored)
+        found = StoredSweep.from_dict(stored)
     check_name(found.name, f"{path} is damaged: name")
     check_name(found.key, f"{path} is damaged: key")
     return replace(found, name=name)

@@ -14,7 +14,7 @@ from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.html_page import Curve
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.reporting.sweep_results import SweepResults
+from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.workspace.journal import read_journal
 
 HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
@@ -38,7 +38,7 @@ MAX_CURVE_POINTS = 400
 """A page cannot show more."""
 
 
-def read_training_curves(sweep: SweepResults, front: Front) -> Mapping[str, Sequence[Curve]]:
+def read_training_curves(sweep: StoredSweep, front: Front) -> Mapping[str, Sequence[Curve]]:
     """Return the losses during training by chart title, cheapest model first, a curve per seed."""
     students: list[tuple[str, Path]] = []
     others: list[tuple[str, Path]] = []

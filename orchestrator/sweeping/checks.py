@@ -14,48 +14,46 @@ from orchestrator.settings import Settings, method_of_label
 from orchestrator.sweeping.model_plans import settings_of_model, swept_models
 from orchestrator.sweeping.selection import check_budgets
 from orchestrator.sweeping.student_plans import check_student_batch, distillation_config
-from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.teacher_cache_policy import check_teacher_cache
 from orchestrator.workspace.errors import UserError
 
 
-def check_sweep(settings: Settings, kind: SweepKind, progress: Progress | None = None) -> None:
+def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     """Check that a sweep's settings go together.
 
     Args:
         settings: The whole tree.
-        kind: What is swept; some commands ignore `sweep.kind`.
         progress: Gets a note of each task that is skipped; tasks are not checked when unset.
 
     Raises:
         UserError: Says which settings do not go together and what to change.
     """
+    kind = settings.sweep.kind
     check_trial_size(assign_trial_gpus(settings).sweep)
     if kind != "iterations" and settings.distillation.control == "distill":
         distillation_config(settings.distillation)
         check_teacher_cache(settings.distillation)
     if kind in ("threshold", "search"):
         _check_thresholds(settings)
-    _check_stopping(settings, kind)
+    _check_stopping(settings)
     if kind == "search":
         _check_search(settings)
     if progress:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
 
 
-def check_models(settings: Settings, kind: SweepKind) -> None:
+def check_models(settings: Settings) -> None:
     """Check that the models of a sweep can be built, without any data.
 
     Args:
         settings: Sections `model` and `sweep` count.
-        kind: What is swept.
 
     Raises:
         UserError: Names everything that is wrong, all at once.
     """
-    vocab_size = settings.data.vocab_size
+    vocab_size, kind = settings.data.vocab_size, settings.sweep.kind
     if kind == "iterations":
         problems = []
         for _, changes in swept_models(settings):
@@ -96,14 +94,14 @@ def _check_thresholds(settings: Settings) -> None:
         )
 
 
-def _check_stopping(settings: Settings, kind: SweepKind) -> None:
+def _check_stopping(settings: Settings) -> None:
     sweep = settings.sweep
-    if sweep.asha and kind == "iterations":
+    if sweep.asha and sweep.kind == "iterations":
         _check_several_rates(settings)
     elif sweep.asha:
         raise UserError(
-            f"sweep.asha compares learning rates, and all trials of a {kind} sweep have the same; "
-            "leave it out"
+            f"sweep.asha compares learning rates, and all trials of a {sweep.kind} sweep have the "
+            "same; leave it out"
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import SweepResults
+from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
@@ -111,7 +111,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         outcome = run_sweep(plan, settings, workspace, tracking=tracking)
         assert len(outcome.results) == len(plan.trials), "no trial knows"
         is_down[0] = True
-        found = SweepResults(name=plan.name, key=plan.key, results=outcome.results)
+        found = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)
         written = write_sweep_report(workspace, found, tracking=tracking)
         assert written.page is not None
         assert written.page.is_file()

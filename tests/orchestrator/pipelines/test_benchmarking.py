@@ -24,7 +24,7 @@ from orchestrator.evaluation.evaluated_model import (
 )
 from orchestrator.pipelines.benchmarking import benchmark_models, family_of, usual_contexts
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.influence import influence_of
+from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -69,7 +69,7 @@ def test_the_family_is_that_of_the_stored_influence(
 ) -> None:
     checkpoint = saved(tmp_path / "run", tiny_tokens, {**tiny_model, "initializer_std": 0.3})
     settings = InfluenceSettings(num_tokens=64)
-    influence_of(checkpoint, settings, tiny_tokens, untracked(Workspace(tmp_path)))
+    read_or_measure_influence(checkpoint, settings, tiny_tokens, untracked(Workspace(tmp_path)))
     schedules = [
         model.config.corrections for model in family_of(open_model(checkpoint)) if model.config
     ]

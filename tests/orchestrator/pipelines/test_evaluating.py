@@ -18,7 +18,7 @@ from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines import evaluating
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.evaluating import EvaluateResult, evaluate_model
+from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
@@ -266,7 +266,7 @@ def test_a_result_has_a_row_for_each_model_task_and_metric(
     checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
 ) -> None:
     evaluation = evaluate(checkpoint, settings, workspace)
-    table = EvaluateResult(evaluations={"full": evaluation}).to_pandas()
+    table = ModelEvaluations(evaluations={"full": evaluation}).to_pandas()
     assert list(table.columns) == ["model", "task", "metric", "value", "stderr", "num_items"]
     row = table[(table["task"] == "first") & (table["metric"] == "acc")].iloc[0]
     assert row["value"] == evaluation.results["first"].metrics["acc"]

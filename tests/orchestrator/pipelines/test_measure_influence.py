@@ -18,7 +18,7 @@ from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.influence import InfluenceResult, influence_of
+from orchestrator.pipelines.influence import InfluenceResult, read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import check_checkpoint, load_decoder, save_checkpoint
 from orchestrator.workspace.errors import UserError
@@ -69,7 +69,7 @@ def test_the_table_is_the_cores_over_the_calibration_set(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     checkpoint = make_checkpoint()
-    found = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
+    found = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
     batches = validation_batches(
         open_tokens(tiny_tokens).validation, context_length=16, num_tokens=512, batch_size=8
     )
@@ -85,14 +85,16 @@ def test_it_is_found_again_until_something_changes(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context, measured: list[str]
 ) -> None:
     checkpoint = make_checkpoint()
-    first = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
-    assert influence_of(checkpoint, SETTINGS, tiny_tokens, context) == first
+    first = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
+    assert read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context) == first
     assert measured == ["cosine"]
-    influence_of(checkpoint, InfluenceSettings(num_tokens=256), tiny_tokens, context)
-    influence_of(checkpoint, InfluenceSettings(metric="loss", num_tokens=64), tiny_tokens, context)
+    read_or_measure_influence(checkpoint, InfluenceSettings(num_tokens=256), tiny_tokens, context)
+    read_or_measure_influence(
+        checkpoint, InfluenceSettings(metric="loss", num_tokens=64), tiny_tokens, context
+    )
     assert measured == ["cosine", "cosine", "loss"]
     (checkpoint / "influence-cosine.json").write_text('{"key"')
-    assert influence_of(checkpoint, SETTINGS, tiny_tokens, context) == first
+    assert read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context) == first
     assert len(measured) == 4
 
 
@@ -100,7 +102,7 @@ def test_it_lies_beside_the_weights_with_a_picture(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     checkpoint = make_checkpoint()
-    found = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
+    found = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())
     assert InfluenceTable.from_dict(stored) == found
     assert stored["residuals"] == [list(row) for row in found.residual_rows]
@@ -119,7 +121,7 @@ def test_it_is_a_run_with_one_curve_a_layer(
     context = Context(workspace)
     checkpoint = make_checkpoint()
     for _ in range(2):
-        found = influence_of(checkpoint, SETTINGS, tiny_tokens, context)
+        found = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
     client = mlflow.MlflowClient(workspace.tracking_uri)
     (run,) = client.search_runs([context.tracking.experiment_id])
     assert run.data.tags["iiet.kind"] == "influence"
@@ -138,14 +140,14 @@ def test_a_model_without_corrections_has_no_influence(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     with pytest.raises(UserError, match="without corrections"):
-        influence_of(make_checkpoint(schedule=0), SETTINGS, tiny_tokens, context)
+        read_or_measure_influence(make_checkpoint(schedule=0), SETTINGS, tiny_tokens, context)
 
 
 def test_tokens_of_another_vocabulary_are_refused(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     with pytest.raises(UserError, match="not the tokens it was trained on"):
-        influence_of(make_checkpoint(vocab_size=280), SETTINGS, tiny_tokens, context)
+        read_or_measure_influence(make_checkpoint(vocab_size=280), SETTINGS, tiny_tokens, context)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract() -> None:

@@ -26,7 +26,7 @@ from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.pick_rules import PickRule
-from orchestrator.reporting.sweep_results import SweepResults, items_file_name
+from orchestrator.reporting.sweep_results import StoredSweep, items_file_name
 from orchestrator.settings import read_settings
 from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
 from orchestrator.training.model_lookup import load_influence_table
@@ -65,7 +65,7 @@ def checkpoint_of(
 
 
 @pytest.fixture
-def sweep(context: Context, tiny_model: dict[str, Any], tiny_tokens: Path) -> SweepResults:
+def sweep(context: Context, tiny_model: dict[str, Any], tiny_tokens: Path) -> StoredSweep:
     teacher = checkpoint_of(context, "teacher", tiny_model, tiny_tokens, 0)
     student = checkpoint_of(context, "student", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1)
     full = TrialResult(
@@ -78,7 +78,7 @@ def sweep(context: Context, tiny_model: dict[str, Any], tiny_tokens: Path) -> Sw
         quality={"accuracy": 0.5},
         checkpoint=str(teacher),
     )
-    found = SweepResults(
+    found = StoredSweep(
         name="two-models",
         key="sweep-key",
         results=(
@@ -97,7 +97,7 @@ def version_of(context: Context, name: str, alias: str) -> Any:
     return context.tracking.store.connect().get_model_version_by_alias(name, alias)
 
 
-def test_the_pick_is_exported_and_registered(context: Context, sweep: SweepResults) -> None:
+def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSweep) -> None:
     choice = pick_from(context, None, PickRule(name="keep"))
     assert choice.point.result.key == "cheap"
     assert "99.6% of the full model's, at 60% of its NFE (3 of 5)" in choice.sentence
@@ -116,7 +116,7 @@ def test_the_pick_is_exported_and_registered(context: Context, sweep: SweepResul
 
 @pytest.mark.slow
 def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
-    context: Context, sweep: SweepResults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    context: Context, sweep: StoredSweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     choice = pick_from(context, None, PickRule(name="keep"))
     monkeypatch.setattr(mlflow, "set_tracking_uri", pytest.fail)
@@ -142,7 +142,7 @@ def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
 
 
 def test_nothing_of_a_model_runs_when_it_is_registered(
-    context: Context, sweep: SweepResults, tmp_path: Path
+    context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -159,7 +159,7 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
 
 
 def test_a_pruned_model_is_the_teacher_under_its_schedule(
-    context: Context, sweep: SweepResults, tmp_path: Path
+    context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
     choice = pick_from(
         context,
@@ -172,7 +172,7 @@ def test_a_pruned_model_is_the_teacher_under_its_schedule(
     assert model.to_decoder().schedule == IterationSchedule((0, 0))
 
 
-def test_picking_again_makes_no_second_version(context: Context, sweep: SweepResults) -> None:
+def test_picking_again_makes_no_second_version(context: Context, sweep: StoredSweep) -> None:
     for _ in range(2):
         pick_from(context, "two-models", PickRule(name="best"))
     pick_from(context, "two-models", PickRule(name="keep", share=1.0))
@@ -186,7 +186,7 @@ def test_picking_again_makes_no_second_version(context: Context, sweep: SweepRes
 
 def test_of_several_seeds_one_is_exported_with_its_own_numbers(
     context: Context,
-    sweep: SweepResults,
+    sweep: StoredSweep,
     tiny_model: dict[str, Any],
     tiny_tokens: Path,
     tmp_path: Path,
@@ -227,7 +227,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
     assert version_of(context, "seeds", "cheapest").tags["iiet.key"] == "cheap-0"
 
 
-def test_only_the_name_leaves_nothing_behind(context: Context, sweep: SweepResults) -> None:
+def test_only_the_name_leaves_nothing_behind(context: Context, sweep: StoredSweep) -> None:
     choice = pick_from(
         context,
         "two-models",
@@ -240,7 +240,7 @@ def test_only_the_name_leaves_nothing_behind(context: Context, sweep: SweepResul
 
 
 def test_an_export_without_its_tokens_says_so_and_goes_on(
-    context: Context, sweep: SweepResults, tmp_path: Path
+    context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
     path = Path(str(sweep.results[0].checkpoint))
     folder = export(
@@ -260,7 +260,7 @@ def table_of(metric: str, schedule: tuple[int, ...]) -> InfluenceTable:
 
 def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     context: Context,
-    sweep: SweepResults,
+    sweep: StoredSweep,
     tiny_model: dict[str, Any],
     tiny_tokens: Path,
     tmp_path: Path,

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.overlay_report import write_overlay_report
-from orchestrator.reporting.sweep_results import SweepResults
+from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -29,7 +29,7 @@ def workspace(tmp_path: Path, sample_results: list[TrialResult]) -> Workspace:
     ]
     for name, own in (("first", trials), ("second", better)):
         facts = {"Settings": {"training.seed": "0", "name": name}}
-        SweepResults(name=name, key=name, results=(*others, *own), facts=facts).store(space)
+        StoredSweep(name=name, key=name, results=(*others, *own), facts=facts).store(space)
         plan = {"trials": [{"suite": {"suite": "heldout-1", "tokens_folder": name}}]}
         write_json(space.sweeps / name / "plan.json", plan)
     return space

@@ -25,7 +25,7 @@ from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
 from orchestrator.reporting.sweep_results import (
     LEFT_OUT_TITLE,
     RESULTS_FILE,
-    SweepResults,
+    StoredSweep,
     items_file_name,
     load_item_values,
     load_sweep_results,
@@ -52,7 +52,7 @@ def sweep(
     workspace: Workspace,
     sample_results: list[TrialResult],
     sample_influence: tuple[tuple[float, ...], ...],
-) -> SweepResults:
+) -> StoredSweep:
     placed = []
     for result in sample_results:
         folder = workspace.trials / result.key
@@ -65,7 +65,7 @@ def sweep(
     table = InfluenceTable(
         metric="cosine", value_rows=sample_influence, error_rows=errors, num_tokens=4096
     )
-    return SweepResults(
+    return StoredSweep(
         name="toy",
         key="0123456789abcdef",
         results=tuple(placed),
@@ -75,7 +75,7 @@ def sweep(
 
 
 def test_files_are_written_and_read_back_without_the_trials(
-    workspace: Workspace, sweep: SweepResults
+    workspace: Workspace, sweep: StoredSweep
 ) -> None:
     written = write_sweep_report(workspace, sweep)
     assert {path.name for path in written.files} == FILES
@@ -88,7 +88,7 @@ def test_files_are_written_and_read_back_without_the_trials(
     assert {path.name: path.read_bytes() for path in again.files} == before
 
 
-def test_other_axes_get_their_own_folder(workspace: Workspace, sweep: SweepResults) -> None:
+def test_other_axes_get_their_own_folder(workspace: Workspace, sweep: StoredSweep) -> None:
     usual = write_sweep_report(workspace, sweep)
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert other.folder == usual.folder / "perplexity-ms"
@@ -98,7 +98,7 @@ def test_other_axes_get_their_own_folder(workspace: Workspace, sweep: SweepResul
 
 
 def test_paired_errors_come_from_the_stored_items(
-    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
         write_json(workspace.trials / "any" / items_file_name(key), evaluation.to_dict())
@@ -118,7 +118,7 @@ def test_paired_errors_come_from_the_stored_items(
     assert said in write_overlay_report(workspace, ["toy"]).report.sentences
 
 
-def of_two_seeds(workspace: Workspace, sweep: SweepResults) -> SweepResults:
+def of_two_seeds(workspace: Workspace, sweep: StoredSweep) -> StoredSweep:
     """Return the sweep with each student trained under two seeds."""
     results: list[TrialResult] = []
     for result in sweep.results:
@@ -141,7 +141,7 @@ def of_two_seeds(workspace: Workspace, sweep: SweepResults) -> SweepResults:
     return sweep.with_results(tuple(results))
 
 
-def test_each_seed_has_its_curve(workspace: Workspace, sweep: SweepResults) -> None:
+def test_each_seed_has_its_curve(workspace: Workspace, sweep: StoredSweep) -> None:
     seeded = of_two_seeds(workspace, sweep)
     alone, several = (write_sweep_report(workspace, each).report.curves for each in (sweep, seeded))
     assert list(several) == list(alone)
@@ -153,7 +153,7 @@ def test_each_seed_has_its_curve(workspace: Workspace, sweep: SweepResults) -> N
 
 
 def test_seeds_have_paired_errors_and_runs(
-    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     class Run:
         def __init__(self, name: str) -> None:
@@ -199,7 +199,7 @@ def num_points(workspace: Workspace) -> int:
 
 @pytest.mark.slow
 def test_mlflow_holds_the_sweep_once(
-    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
         write_json(workspace.trials / "any" / items_file_name(key), evaluation.to_dict())
@@ -248,7 +248,7 @@ def test_mlflow_holds_the_sweep_once(
     assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
 
 
-def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: SweepResults) -> None:
+def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: StoredSweep) -> None:
     many = [replace(result, key=f"{result.key}{n}") for n in range(12) for result in sweep.results]
     written = write_sweep_report(workspace, sweep.with_results(tuple(many)))
     note = run_note(written.report, "run")
@@ -259,7 +259,7 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: SweepR
     assert "- More: `front/front.md` under Artifacts." in note
 
 
-def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: SweepResults) -> None:
+def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: StoredSweep) -> None:
     teacher, trial = sweep.results[:2]
     pruned = replace(trial, checkpoint=teacher.checkpoint)
     sweep = sweep.with_results((teacher, pruned))
@@ -267,7 +267,7 @@ def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: SweepRe
     assert sweep.journal_of(pruned) is None
 
 
-def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: SweepResults) -> None:
+def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: StoredSweep) -> None:
     reason = "vanilla is left out: done.json is damaged"
     sweep = replace(sweep, facts={**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}})
     write_sweep_report(workspace, sweep)
@@ -281,7 +281,7 @@ def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: Swe
 
 
 def test_an_average_without_some_tasks_has_a_note(
-    workspace: Workspace, sweep: SweepResults, sample_evaluations: dict[str, EvaluationResult]
+    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
         less = replace(evaluation, skipped={"piqa": "it needs the hub"})
@@ -292,7 +292,7 @@ def test_an_average_without_some_tasks_has_a_note(
 
 
 def test_a_sweep_without_measured_results_has_a_report(
-    workspace: Workspace, sweep: SweepResults
+    workspace: Workspace, sweep: StoredSweep
 ) -> None:
     bare = tuple(replace(result, quality={}) for result in sweep.results)
     written = write_sweep_report(workspace, sweep.with_results(bare))
@@ -301,7 +301,7 @@ def test_a_sweep_without_measured_results_has_a_report(
 
 
 def test_missing_and_damaged_sweeps_are_user_errors(
-    workspace: Workspace, sweep: SweepResults
+    workspace: Workspace, sweep: StoredSweep
 ) -> None:
     with pytest.raises(UserError, match=r"no sweep is called 'tyo'.*sweep-threshold"):
         write_sweep_report(workspace, "tyo")
@@ -318,7 +318,7 @@ def test_missing_and_damaged_sweeps_are_user_errors(
 
 @pytest.mark.parametrize("name", ["../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""])
 def test_a_name_cannot_lead_out_of_the_sweeps_folder(
-    workspace: Workspace, sweep: SweepResults, tmp_path: Path, name: str
+    workspace: Workspace, sweep: StoredSweep, tmp_path: Path, name: str
 ) -> None:
     outside = sweep.store(open_workspace(tmp_path / "outside" / "in")).parent
     outside.rename(tmp_path / "elsewhere")
@@ -336,7 +336,7 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_copied_sweep_is_its_own_sweep(workspace: Workspace, sweep: SweepResults) -> None:
+def test_a_copied_sweep_is_its_own_sweep(workspace: Workspace, sweep: StoredSweep) -> None:
     stored = write_sweep_report(workspace, sweep).folder / RESULTS_FILE
     before = stored.read_bytes()
     write_json(workspace.sweeps / "copy" / RESULTS_FILE, {**sweep.to_dict(), "facts": {}})
@@ -344,9 +344,7 @@ def test_a_copied_sweep_is_its_own_sweep(workspace: Workspace, sweep: SweepResul
     assert stored.read_bytes() == before
 
 
-def test_the_page_shows_the_hypervolume_over_time(
-    workspace: Workspace, sweep: SweepResults
-) -> None:
+def test_the_page_shows_the_hypervolume_over_time(workspace: Workspace, sweep: StoredSweep) -> None:
     journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
     for step in (1, 2, 3):
         journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})

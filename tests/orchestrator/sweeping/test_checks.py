@@ -194,7 +194,7 @@ def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
 
     def check(suite: str) -> None:
         chosen = [f"evaluation.suite={suite}", f"evaluation.include_path={tmp_path}"]
-        check_sweep(resolve_settings({}, chosen), kind, Progress())
+        check_sweep(resolve_settings({}, [f"sweep.kind={kind}", *chosen]), Progress())
 
     with pytest.raises(
         UserError, match=r"no task of evaluation\.suite=bits reports one; .*heldout"

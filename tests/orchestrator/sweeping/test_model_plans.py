@@ -46,7 +46,12 @@ def test_labels_name_the_method_unless_it_is_the_usual_one(
 
 def test_corrections_of_any_method_that_makes_some_are_swept(other: str) -> None:
     settings = resolve_settings(
-        {}, ["sweep.methods=[vanilla, iiet, other]", "sweep.iterations=[0, 2]"]
+        {},
+        [
+            "sweep.kind=iterations",
+            "sweep.methods=[vanilla, iiet, other]",
+            "sweep.iterations=[0, 2]",
+        ],
     )
     assert dict(swept_models(settings)) == {
         "vanilla": {"method": "vanilla"},
@@ -55,7 +60,7 @@ def test_corrections_of_any_method_that_makes_some_are_swept(other: str) -> None
         "other, r = 0": {"method": "other", "corrections": 0},
         "other, r = 2": {"method": "other", "corrections": 2},
     }
-    check_models(settings, "iterations")
+    check_models(settings)
 
 
 def test_learning_rates_are_of_a_method_or_of_a_number_of_its_corrections(other: str) -> None:
@@ -79,23 +84,25 @@ def test_a_rate_of_no_model_is_refused(other: str, name: str) -> None:
 
 
 def test_a_rate_of_a_model_that_is_not_swept_is_named(other: str) -> None:
-    settings = resolve_settings({}, ["sweep.learning_rates={'other, r = 2': 0.001}"])
+    changes = ["sweep.kind=iterations", "sweep.learning_rates={'other, r = 2': 0.001}"]
+    settings = resolve_settings({}, changes)
     with pytest.raises(UserError, match=r"has a rate of other, r = 2, which is not swept"):
-        check_models(settings, "iterations")
+        check_models(settings)
 
 
 def test_rates_to_end_may_be_those_of_another_method(other: str) -> None:
-    changes = ["sweep.asha=true", "sweep.learning_rates={'other, r = 2': [0.001, 0.002]}"]
+    rates = "sweep.learning_rates={'other, r = 2': [0.001, 0.002]}"
+    changes = ["sweep.kind=iterations", "sweep.asha=true", rates]
     with pytest.raises(UserError, match="no model has more than one"):
-        check_sweep(resolve_settings({}, changes), "iterations")
-    check_sweep(resolve_settings({}, [*changes, "sweep.methods=[vanilla, other]"]), "iterations")
+        check_sweep(resolve_settings({}, changes))
+    check_sweep(resolve_settings({}, [*changes, "sweep.methods=[vanilla, other]"]))
 
 
 def test_a_teacher_of_another_method_stands_beside_the_baseline_and_its_own_start(
     other: str,
 ) -> None:
     settings = resolve_settings({}, ["model.method=other", "model.corrections=2"])
-    check_models(settings, "threshold")
+    check_models(settings)
     models = {name: own.model for name, own in teacher_and_baselines(settings).items()}
     assert {name: (model.method, model.corrections) for name, model in models.items()} == {
         "teacher": ("other", 2),
@@ -105,8 +112,14 @@ def test_a_teacher_of_another_method_stands_beside_the_baseline_and_its_own_star
 
 
 def test_options_are_of_the_models_own_method(other: str) -> None:
-    changes = ["model.method_options={damping: 0.5}", "sweep.methods=[vanilla, iiet, other]"]
-    settings = resolve_settings({}, changes)
+    settings = resolve_settings(
+        {},
+        [
+            "sweep.kind=iterations",
+            "sweep.methods=[vanilla, iiet, other]",
+            "model.method_options={damping: 0.5}",
+        ],
+    )
     options = {
         name: build_model_config(settings_of_model(settings, **own).model, vocab_size=300).to_dict()
         for name, own in swept_models(settings)
@@ -114,7 +127,7 @@ def test_options_are_of_the_models_own_method(other: str) -> None:
     damped = [name for name, config in options.items() if "method_options" in config]
     assert damped == ["r = 0", "r = 1", "r = 2", "r = 3"]
     assert options["r = 2"]["method_options"] == {"damping": 0.5}
-    check_models(settings, "iterations")
+    check_models(settings)
 
 
 @pytest.mark.parametrize(
