@@ -1,8 +1,8 @@
 """Redirect the libraries' output from the terminal to a log file in the workspace.
 
-Ray's raylet, gloo and others write to file descriptor 2 from C++ and from child processes. So the
-descriptor itself points to the log while a command runs; replacing `sys.stderr` would not catch
-them. The program's own messages go to a saved copy of the descriptor.
+Ray, gloo and others write to file descriptor 2 from C++ and from child processes, which replacing
+`sys.stderr` would not catch. So the descriptor itself points to the log while a command runs; the
+program's own messages go to a saved copy of it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,9 @@ class CommandLog:
 
 @contextmanager
 def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[CommandLog]:
-    """Redirect standard error to a new log file until the block ends.
+    """Redirect standard error to a new log file until the block ends, unless `verbose`.
 
-    Args:
-        folder: Folder of the log files; the oldest beyond `NUM_LOGS_KEPT` are deleted.
-        command: Part of the file's name.
-        verbose: Do not redirect.
+    Only the newest `NUM_LOGS_KEPT` files in the folder are kept.
     """
     if verbose:
         yield CommandLog(None, sys.stderr)

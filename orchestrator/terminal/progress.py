@@ -1,8 +1,7 @@
 """Progress of one task at a time: a bar on a terminal, plain lines elsewhere, one line at the end.
 
-Pipelines report to a `Progress` and know nothing of terminals. Elsewhere means a pipe or a log
-file: a plain line appears every few seconds, also while nothing is reported, so that a slow task
-does not look dead.
+Elsewhere is a pipe or a log file: a plain line appears every few seconds, also while nothing is
+reported, so that a slow task does not look dead.
 """
 
 from __future__ import annotations
@@ -32,12 +31,10 @@ class Progress(AbstractContextManager["Progress"]):
         """Begin a task of `total` units; None if the total is not known."""
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        """Report the units done.
+        """Report the units done since the start, and a few words, such as the current loss.
 
         Args:
-            done: Units done since the start.
-            text: A few words, such as the current loss.
-            seconds_left: Remaining time, if the units do not tell it.
+            seconds_left: Remaining time, if it does not follow from the units.
         """
 
     def note(self, text: str) -> None:

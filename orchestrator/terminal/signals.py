@@ -1,9 +1,8 @@
 """Ctrl-C and SIGTERM as a request: save the state within a few seconds, then stop.
 
-Neither Ray Train nor Ray Tune lets a training loop save its state when the process that started it
-gets a signal. So a job runs in a thread, the main thread receives the signals, and the job sees the
-request as a stop flag. Everything together, Ray's shutdown included, takes less than ten seconds. A
-job that fails while it stops is reported as that failure.
+Ray does not let a training loop save its state when the process that started it gets a signal. So
+a job runs in a thread, the main thread receives the signals, and the job sees a stop flag. A job
+that fails while it stops is reported as that failure.
 """
 
 from __future__ import annotations
@@ -41,12 +40,8 @@ def run_interruptibly(
     ask_to_stop: Callable[[], bool],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
-    grace_seconds: float = GRACE_SECONDS,
 ) -> T:
-    """Run a Ray job in a thread; turn Ctrl-C and SIGTERM into a request to save and stop.
-
-    See `wait_for_work`.
-    """
+    """Run a Ray job in a thread and wait for it; see `wait_for_work`."""
     future: Future[T] = Future()
 
     def fulfil() -> None:
@@ -58,12 +53,7 @@ def run_interruptibly(
     with recorded_signals() as signals:
         threading.Thread(target=fulfil, daemon=True).start()
         (result,) = wait_for_work(
-            [future],
-            signals,
-            ask_to_stop=ask_to_stop,
-            saved=saved,
-            watch=watch,
-            grace_seconds=grace_seconds,
+            [future], signals, ask_to_stop=ask_to_stop, saved=saved, watch=watch
         )
     return result
 
@@ -75,9 +65,8 @@ def wait_for_work(
     ask_to_stop: Callable[[], bool],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
-    grace_seconds: float = GRACE_SECONDS,
 ) -> list[T]:
-    """Wait for Ray jobs that run in threads; after a signal, ask them to save and stop.
+    """Wait for Ray jobs that run in threads, and return their results; a signal stops them.
 
     Args:
         futures: The jobs; they end soon after `ask_to_stop`.
@@ -85,13 +74,10 @@ def wait_for_work(
         ask_to_stop: Called once, at the first signal; returns whether there is a state to save.
         saved: Returns what is saved, such as "saved at step 40"; called at the end, after a signal.
         watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
-        grace_seconds: Longest wait for the jobs to stop; a second signal ends the wait.
-
-    Returns:
-        The jobs' results.
 
     Raises:
-        Interrupted: After a signal. Work that is still running ends with the cluster.
+        Interrupted: After a signal, at the latest after `GRACE_SECONDS` or a second signal. Work
+            that is still running ends with the cluster.
         Exception: The first failed job's own; after a signal, its text also says what is saved.
     """
     has_state = is_over = False
@@ -102,7 +88,7 @@ def wait_for_work(
                 break
             if signals and deadline == math.inf:
                 has_state = ask_to_stop()
-                deadline = time.monotonic() + (grace_seconds if has_state else 0.0)
+                deadline = time.monotonic() + (GRACE_SECONDS if has_state else 0.0)
             wait(futures, timeout=POLL_SECONDS)
             if watch:
                 watch()
@@ -120,7 +106,6 @@ def interruption_text(saved: str, *, in_time: bool = True) -> str:
     """Return the message after Ctrl-C.
 
     Args:
-        saved: What is saved, such as "saved at step 40".
         in_time: Whether all steps were saved, or there were none to save.
     """
     late = "" if in_time else ", and the latest steps were not saved in time"
@@ -145,9 +130,8 @@ def wait_interruptibly(
     """Wait for another process; Ctrl-C and SIGTERM end the wait, not the other process.
 
     Args:
-        is_over: Called every `POLL_SECONDS`.
+        is_over, watch: Called every `POLL_SECONDS`; `watch` shows progress.
         begin: Called once, to announce the wait; signals are already handled.
-        watch: Called every `POLL_SECONDS`, to show progress.
 
     Raises:
         Interrupted: After a signal.

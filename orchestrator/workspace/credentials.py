@@ -1,8 +1,8 @@
 """Mask passwords and keys of addresses in everything that is shown or stored.
 
-An address such as `http://USER:PASSWORD@host` or `s3://bucket?secret=...` holds a secret, and
-libraries repeat the whole address in their errors. Users do not always type valid addresses (a key
-may contain a slash), so this searches plain text, and masks too much rather than too little.
+Addresses hold secrets, as `http://USER:PASSWORD@host` or `s3://bucket?secret=...` does, and
+libraries repeat them in errors. Typed addresses are not always valid (a key may contain a slash),
+so this searches plain text, and masks too much rather than too little.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Error types, and short quotes of values in messages.
 
-A user's mistake (a misspelt setting, a missing file, too few GPUs) is a `UserError`: one sentence
-that names what was received, what is allowed and what to do next. The command line prints the
-sentence and exits with code 2. Defects of the program keep their traceback in the log.
-
-Errors are shown, logged and stored, and many quote an address from a user or a library; so
-passwords in their texts are masked (`orchestrator.workspace.credentials`).
+A user's mistake is a `UserError`: one sentence that names what was received, what is allowed and
+what to do next. Errors are shown and stored, so passwords in their texts are masked.
 """
 
 from __future__ import annotations

@@ -27,11 +27,7 @@ INVALID_VALUE_ERRORS = (
 
 
 def expand_user(path: Path | str) -> Path:
-    """Return a path with `~` expanded.
-
-    Raises:
-        UserError: If `~NAME` is not a user of this machine.
-    """
+    """Return a path with `~` expanded; a `UserError` if `~NAME` is not a user of this machine."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -39,11 +35,7 @@ def expand_user(path: Path | str) -> Path:
 
 
 def resolve_path(path: Path | str) -> Path:
-    """Return the absolute path.
-
-    Raises:
-        UserError: If its links form a loop, or `~NAME` is not a user of this machine.
-    """
+    """Return the absolute path; a `UserError` if its links form a loop, or no user is `~NAME`."""
     path = expand_user(path)
     try:
         return path.resolve()
@@ -81,61 +73,48 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Any:
     """Read JSON; None if the file is missing. An object's checksum is verified and removed.
 
-    Args:
-        path: The file.
-        remedy: What a user should do if it is damaged.
-
     Raises:
-        UserError: If the file is damaged.
+        UserError: If the file is damaged; tells the user the `remedy`.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged_file_error(path, error, remedy=remedy) from None
+        raise _damaged(path, error, remedy) from None
     if isinstance(value, dict) and _CHECKSUM_KEY in value:
         written = value.pop(_CHECKSUM_KEY)
         if written != _checksum(value):
-            raise damaged_file_error(path, "its content is not what was written", remedy=remedy)
+            raise _damaged(path, "its content is not what was written", remedy)
     return value
 
 
 def read_json_object(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> dict[str, Any] | None:
-    """Read a JSON object like `read_json`.
-
-    Raises:
-        UserError: If the file is damaged, or holds something else.
-    """
+    """Read a JSON object like `read_json`; a `UserError` also if the file holds something else."""
     value = read_json(path, remedy=remedy)
     if value is not None and not isinstance(value, dict):
-        raise damaged_file_error(path, "it is not a JSON object", remedy=remedy)
+        raise _damaged(path, "it is not a JSON object", remedy)
     return value
 
 
 @contextmanager
 def damage_as_user_error(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Iterator[None]:
-    """Convert errors of a block that reads a file's values.
-
-    Raises:
-        UserError: Names the file, if a value is missing or has another type than was written.
-    """
+    """Convert errors of a block that reads a file's values to a `UserError` that names the file."""
     try:
         yield
     except UserError as error:
         raise (error if str(path) in str(error) else UserError(f"{path}: {error}")) from None
     except INVALID_VALUE_ERRORS as error:
-        raise damaged_file_error(path, error, remedy=remedy) from None
+        raise _damaged(path, error, remedy) from None
 
 
 def read_cached(
     path: Path, parse: Callable[[dict[str, Any]], T | None], note: Callable[[str], None]
 ) -> T | None:
-    """Read a stored measurement; None if it must be measured (again).
+    """Read a stored measurement; None if it is missing or damaged, so that it is measured again.
 
     Args:
-        path: A JSON object.
-        parse: Builds the result; returns None if the object holds something else.
+        parse: Builds the result from the file's JSON object; None if it holds something else.
         note: Called with a sentence if the file is damaged.
     """
     remedy = "it is measured again"
@@ -148,10 +127,7 @@ def read_cached(
         return None
 
 
-def damaged_file_error(
-    path: Path, problem: Exception | str, *, remedy: str = _DELETE_AND_RERUN
-) -> UserError:
-    """Return the error for an unreadable file: the file, the problem and the remedy."""
+def _damaged(path: Path, problem: Exception | str, remedy: str) -> UserError:
     existing = (parent for parent in reversed(path.parents) if os.path.lexists(parent))
     blocker = next((parent for parent in existing if not is_folder(parent)), None)
     if isinstance(problem, OSError) and blocker is not None:

@@ -65,23 +65,15 @@ def is_valid_name(text: Any) -> bool:
 
 
 def check_name_option(name: str | None) -> str | None:
-    """Check the value of an option `--name`; None stays None.
-
-    Raises:
-        UserError: See `check_name`.
-    """
+    """Check the value of an option `--name` like `check_name`; None stays None."""
     return None if name is None else check_name(name, "--name")
 
 
 def check_name(name: Any, source: str) -> str:
     """Return the name of a run or sweep, which is also the name of its folder.
 
-    Args:
-        name: The name from an option or a file.
-        source: Where it is from, for the error message.
-
     Raises:
-        UserError: If it is not a valid name.
+        UserError: If it is not a valid name; begins with `source`, such as an option.
     """
     if not is_valid_name(name):
         raise UserError(
@@ -92,10 +84,7 @@ def check_name(name: Any, source: str) -> str:
 
 
 def open_workspace(path: Path | None = None) -> Workspace:
-    """Return the workspace; make it if it is missing.
-
-    Args:
-        path: The folder (default: `IIET_WORKSPACE`, else `./iiet-workspace`).
+    """Return the workspace (default: `IIET_WORKSPACE`, else `./iiet-workspace`); made if missing.
 
     Raises:
         UserError: If the folder cannot be made or written, holds trainings of another version, or
@@ -122,14 +111,9 @@ def open_workspace(path: Path | None = None) -> Workspace:
 def _refuse_a_copy_or_another_version(root: Path, probe: str) -> None:
     """Refuse a workspace whose records refer to another one, or are from another version.
 
-    Keys of another version are never found again, and its trainings cannot be resumed. In a copy,
-    MLflow's database and the results' absolute paths still point into the original. If the
-    original no longer exists, the workspace was moved, and work continues.
-
-    Args:
-        root: The workspace.
-        probe: Name of a file that exists in it now; another folder with this file is the same
-            folder under another path, such as a second mount.
+    In a copy, MLflow's database and the results' absolute paths still point into the original. If
+    the original no longer exists, the workspace was moved, and work continues. `probe` names a file
+    in the workspace; a folder that has it, too, is the same folder under another path.
     """
     stored = read_json(root / WORKSPACE_FILE_NAME)
     own = {"root": str(root), "recipe_version": RECIPE_VERSION}
@@ -178,7 +162,7 @@ def _refuse_another_version(root: Path, records: Iterable[Mapping[str, Any]]) ->
 
 
 def _workspaces_in_records(root: Path, records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the other workspaces that the paths in a workspace's records lead to."""
+    # The other workspaces that the paths in the records lead to.
     parent = _parent_of_artifacts(root / "mlflow.db")
     found = {parent} if parent else set()
     for record in records:

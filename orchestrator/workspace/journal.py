@@ -1,11 +1,7 @@
-"""An append-only record of a run, one JSON object per line.
-
-Training writes here and nowhere else, so no server can stop it. Progress bars and MLflow read from
-here, from any position, as often as needed. Each line is one flushed write; readers skip a line
-that a crash cut off.
+"""The append-only log of a training, one JSON object per line; progress and MLflow read it.
 
 Records: `{"kind": "metrics", "time": ms, "step": n, "values": {name: number}}` and
-`{"kind": "event", "time": ms, "name": ..., ...}`.
+`{"kind": "event", "time": ms, "name": ..., ...}`. Readers skip a line that a crash cut off.
 """
 
 from __future__ import annotations
@@ -53,11 +49,7 @@ class Journal:
 
 
 def read_journal(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Read the complete records after a byte offset.
-
-    Returns:
-        The records, and the offset to continue from. A missing journal is empty.
-    """
+    """Return the complete records after a byte offset, and the offset to continue from."""
     path = folder / JOURNAL_NAME
     if not path.exists():
         return [], offset

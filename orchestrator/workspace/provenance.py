@@ -1,8 +1,7 @@
 """Content keys, and the environment that produced a result.
 
-A key is the hash of everything that determines a result and of nothing else. So equal work has an
-equal key on any machine, and finished work is found again. Time, paths and worker counts are not
-part of it.
+A key is the hash of everything that determines a result, but not of time, paths or worker counts.
+So equal work has an equal key on any machine, and finished work is found again.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPE_VERSION = 3
-"""Raised by hand when the code changes a recipe's result or the content of a key. It is part of
-every key; a workspace with trainings of another version is refused."""
+"""Part of every key; raise it when the code changes a recipe's result or the content of a key."""
 
 KEY_LENGTH = 16
 

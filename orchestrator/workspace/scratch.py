@@ -1,9 +1,7 @@
 """Temporary folders, each owned by one process and deleted after it, even if it is killed.
 
-The owner locks a file in its folder as long as it lives; the system drops the lock when the process
-ends, in whatever way. So a folder with an unlocked owner file is abandoned, and the next process
-deletes it. A process id would not work: ids are reused, and mean nothing to another container that
-shares the temporary folder.
+The owner locks a file in its folder until it ends, so the next process recognizes and deletes
+abandoned folders. Process ids are reused, and differ between containers that share `/tmp`.
 """
 
 from __future__ import annotations
@@ -43,8 +41,7 @@ def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
     """Make a temporary folder for this process, and delete abandoned ones.
 
     Args:
-        longest_path: Longest path in characters; `/tmp` is used if the system's temporary folder
-            has a longer name.
+        longest_path: Characters; if the folder's path would be longer, it is made in `/tmp`.
     """
     parent = Path(tempfile.gettempdir())
     if longest_path and len(str(parent / PREFIX)) + _NUM_RANDOM_CHARACTERS > longest_path:
@@ -61,10 +58,7 @@ def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
 
 
 def delete_abandoned_folders(parent: Path) -> None:
-    """Delete this user's scratch folders whose owners have ended, and nothing else.
-
-    Links are not followed, and folders of the same name without our owner file are kept.
-    """
+    """Delete this user's scratch folders whose owners have ended; follow no links."""
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
             found = folder.lstat()

@@ -1,10 +1,8 @@
 """Folders that are whole or absent, and whose files are verified once.
 
-`new_folder` fills a folder under a temporary name, flushes it to disk and renames it, so a crash
-leaves nothing under the final name. `damaged_file` compares files with their checksums; it stores
-size and time of what it read, so an unchanged file is not read again by the next process.
-`delete_folder` renames before it deletes. What a crash leaves in between has a hidden name, and the
-next writer in the same parent deletes it.
+A new folder is filled under a temporary name and renamed; a folder is renamed before it is deleted.
+What a crash leaves in between has a hidden name, and the next writer in that parent deletes it.
+Size and time of each verified file are stored, so the next process does not read it again.
 """
 
 from __future__ import annotations
@@ -31,12 +29,8 @@ _TEMPORARY, _UNLOCKED = ".iiet-temporary", ".iiet-unlocked"
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `folder` when the block ends without an error.
 
-    An existing folder of that name is replaced at the end. After an error, nothing is left. The
-    writer holds a lock on its temporary folder, which the system drops when the process ends; so a
-    folder that a killed process left is told from one that is being filled.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written.
+    An existing folder of that name is replaced at the end; after an error, it is unchanged. The
+    writer locks its temporary folder, so that others delete it only after this process has ended.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     delete_leftovers(folder.parent)
@@ -52,12 +46,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             yield filling
             for path in (*filling.rglob("*"), filling):
-                flush_to_disk(path)
+                _flush_to_disk(path)
             replace_folder(filling, folder)
         except BaseException:
             shutil.rmtree(filling, ignore_errors=True)
             raise
-        flush_to_disk(folder.parent)
+        _flush_to_disk(folder.parent)
     finally:
         os.close(lock)
 
@@ -84,11 +78,7 @@ def replace_folder(source: Path, folder: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder; for readers it is gone at once.
-
-    Raises:
-        OSError: If it does not exist or cannot be renamed.
-    """
+    """Delete a folder; for readers it is gone at once."""
     shutil.rmtree(folder.rename(_temporary_name(folder)), ignore_errors=True)
 
 
@@ -104,12 +94,7 @@ def delete_leftovers(parent: Path) -> None:
                 os.close(lock)
 
 
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk.
-
-    Raises:
-        OSError: If they cannot be written.
-    """
+def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,11 +109,7 @@ def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
 
 
 def mark_verified(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Record that files have these checksums now, so that the next reader need not read them.
-
-    Raises:
-        OSError: If the record cannot be written.
-    """
+    """Record that files have these checksums now, so that the next reader need not read them."""
     stamps = {name: _stamp(folder / name, digest) for name, digest in checksums.items()}
     write_json(folder / VERIFIED_NAME, _verified(folder) | stamps)
 
@@ -140,13 +121,12 @@ def damaged_file(
     names: Iterable[str] | None = None,
     always: bool = False,
 ) -> str | None:
-    """Return which file is missing or is not what was written, as `NAME is ...`; None if all are.
+    """Return the first file that is missing or damaged as `NAME is ...`, or None.
 
     Args:
-        folder: The folder.
         checksums: Name -> SHA-256 as it was written.
-        names: The files to verify; all that have a checksum when unset.
-        always: Read every file, also those that have not changed since they were last verified.
+        names: The files to verify (default: all that have a checksum).
+        always: Read also files that have not changed since they were last verified.
     """
     verified = _verified(folder)
     read: dict[str, str] = {}

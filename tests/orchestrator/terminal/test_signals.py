@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from orchestrator.terminal import signals
 from orchestrator.terminal.signals import run_interruptibly
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
@@ -55,16 +56,16 @@ def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> N
     assert len(requests) == 1
 
 
-def test_a_second_signal_ends_the_wait() -> None:
+def test_a_second_signal_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 3600.0)
     never = threading.Event()
     with pytest.raises(Interrupted, match="not saved in time; saved at step 40"):
-        run_interruptibly(
-            never.wait, ask_to_stop=lambda: True, watch=press, saved=saved, grace_seconds=3600.0
-        )
+        run_interruptibly(never.wait, ask_to_stop=lambda: True, watch=press, saved=saved)
     never.set()
 
 
-def test_there_is_no_wait_if_there_is_nothing_to_save() -> None:
+def test_there_is_no_wait_if_there_is_nothing_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 3600.0)
     never = threading.Event()
     pressed = iter([press])
 
@@ -77,7 +78,6 @@ def test_there_is_no_wait_if_there_is_nothing_to_save() -> None:
             ask_to_stop=lambda: False,
             watch=press_once,
             saved=lambda: "nothing was saved",
-            grace_seconds=3600.0,
         )
     never.set()
 
