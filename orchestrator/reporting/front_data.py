@@ -57,7 +57,6 @@ def front_json(front: Front) -> str:
     """Return axes, picks, hypervolume with its box, and every result, as strict JSON."""
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
     box = front.hypervolume_box
-    results = [*(point.result for point in front.points), *front.unmeasured]
     return json.dumps(
         {
             "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
@@ -69,7 +68,7 @@ def front_json(front: Front) -> str:
             "confidence_basis": front.basis and asdict(front.basis),
             "results": [
                 {**row, "details": result.to_dict()}
-                for row, result in zip(front_rows(front), results, strict=True)
+                for row, result in zip(front_rows(front), front.results, strict=True)
             ],
         },
         indent=2,

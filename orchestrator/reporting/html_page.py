@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
@@ -26,7 +26,7 @@ from orchestrator.reporting.front_axes import (
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_text import hypervolume_text
 from orchestrator.reporting.html_tables import influence_section, models_table, tasks_section
-from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
@@ -126,6 +126,13 @@ def _script_data(
         "rows": rows,
         "costs": costs,
         "qualities": qualities,
+        "fronts": {
+            cost: {
+                quality: _front_by_row(front, rows, FrontAxes(cost, quality))
+                for quality in qualities
+            }
+            for cost in costs
+        },
         "higher": [name for name in qualities if FrontAxes(quality=name).higher_is_better],
         "percent": [n for n in metrics if is_accuracy(n.removesuffix("_stderr"))] + list(SHARES),
         "points": differences if is_accuracy(front.axes.quality) else [],
@@ -143,6 +150,29 @@ def _script_data(
             for title, series in curves.items()
         },
         "paper": paper if mark_paper else None,
+    }
+
+
+def _front_by_row(
+    front: Front, rows: Sequence[Mapping[str, Any]], axes: FrontAxes
+) -> dict[str, Any]:
+    """Return the full model and the members of the fronts on other axes, as row numbers."""
+    # Rows have no infinite numbers, so a model with one cannot be drawn.
+    number_of = {
+        row["key"]: number
+        for number, row in enumerate(rows)
+        if row[axes.cost] is not None and row[axes.quality] is not None
+    }
+    placed = find_front(front.results, axes, sweep_of=front.sweep_of)
+
+    def numbers(points: Iterable[FrontPoint]) -> list[int]:
+        keys = (point.result.key for point in points)
+        return [number_of[key] for key in keys if key in number_of]
+
+    return {
+        "full": next(iter(numbers([placed.full] if placed.full else [])), None),
+        "members": numbers(placed.members),
+        "sweeps": [numbers(own.members) for own in placed.by_sweep.values()],
     }
 
 

@@ -117,6 +117,11 @@ class Front:
     """What the confidences are computed from; None if there are none."""
 
     @property
+    def results(self) -> tuple[TrialResult, ...]:
+        """All results: the placed ones, cheapest first, then the unmeasured ones."""
+        return (*(point.result for point in self.points), *self.unmeasured)
+
+    @property
     def members(self) -> tuple[FrontPoint, ...]:
         """The points on the front, cheapest first; equal ones are all members."""
         return tuple(point for point in self.points if point.on_front)
@@ -169,9 +174,8 @@ class Front:
     @property
     def by_sweep(self) -> dict[str, Front]:
         """The front of each sweep alone, by its name; empty if there is only one sweep."""
-        results = [*(point.result for point in self.points), *self.unmeasured]
         return {
-            name: find_front([r for r in results if self.sweep_of[r.key] == name], self.axes)
+            name: find_front([r for r in self.results if self.sweep_of[r.key] == name], self.axes)
             for name in dict.fromkeys(self.sweep_of.values())
         }
 

@@ -47,23 +47,6 @@ function drawMark(row, member, x, y) {
   return shape;
 }
 
-function findFront(rows, cost, quality, sign) {
-  const hasTeacher = rows.some((row) => row.role === "teacher");
-  const candidates = rows.filter((row) => !hasTeacher || row.role !== "baseline");
-  const beats = (a, b) => a[cost] <= b[cost] && sign * a[quality] >= sign * b[quality]
-    && (a[cost] < b[cost] || sign * a[quality] > sign * b[quality]);
-  return candidates.filter((row) => !candidates.some((other) => beats(other, row)))
-    .sort((a, b) => a[cost] - b[cost]);
-}
-
-function fullModel(rows, cost) {
-  const own = rows.filter((row) => row.role !== "baseline");
-  const others = own.length ? own : rows;
-  const teachers = others.filter((row) => row.role === "teacher");
-  return (teachers.length ? teachers : others).reduce(
-    (most, row) => (most && most[cost] >= row[cost] ? most : row), null);
-}
-
 function highlight(key) {
   for (const element of document.querySelectorAll("[data-key]"))
     element.classList.toggle("active", element.dataset.key === key);
@@ -122,20 +105,21 @@ function drawFront(holder, cost, quality) {
     && typeof row[quality] === "number");
   holder.replaceChildren();
   if (!rows.length) { holder.textContent = "No result has both numbers."; return; }
-  const higher = data.higher.includes(quality), sign = higher ? 1 : -1;
+  const higher = data.higher.includes(quality);
   const error = (row) => row[quality + "_stderr"] || 0;
   const plot = new Plot(rows.map((row) => row[cost]),
     rows.flatMap((row) => [row[quality] - error(row), row[quality] + error(row)]),
     { flip: !higher });
   plot.drawAxes(data.titles[cost] || cost, data.titles[quality] || quality,
     (value) => formatMetric(quality, value));
-  const full = fullModel(rows, cost);
+  // Python finds the fronts (reporting/pareto.py); here they are row numbers.
+  const { full: fullNumber, members, sweeps } = data.fronts[cost][quality];
+  const full = data.rows[fullNumber], front = members.map((number) => data.rows[number]);
   if (full && full[cost] && full[quality]) plot.drawShareAxes(full[cost], full[quality]);
-  const front = findFront(rows, cost, quality, sign);
   const end = plot.x(Math.max(...rows.map((row) => row[cost])));
-  for (const name of data.series) {
-    const own = rows.filter((row) => row.sweep === name);
-    if (own.length) drawSteps(plot, findFront(own, cost, quality, sign), cost, quality, end,
+  for (const numbers of sweeps) {
+    const own = numbers.map((number) => data.rows[number]);
+    if (own.length) drawSteps(plot, own, cost, quality, end,
       { stroke: sweepColor(own[0]), "stroke-width": 1.6, opacity: 0.45 });
   }
   drawSteps(plot, front, cost, quality, end,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.html_page import render_page
 from orchestrator.reporting.html_tables import schedule_strip
 from orchestrator.reporting.pareto import Front, find_front
@@ -68,6 +71,43 @@ def test_tasks_and_sweeps_are_distinguished(
     assert set(data["series"]) == {"a & b", "second"}
     assert {"paired/vs_teacher", "paired/confidence_on_front"} <= set(data["hover"])
     assert all(name in data["rows"][0] for name in data["hover"] if name.startswith("paired/"))
+
+
+def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[TrialResult]) -> None:
+    unmeasured = replace(sample_results[1], key="new", cost={"evaluations": 1.0}, quality={})
+    results = [*sample_results, unmeasured]
+    sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}
+    data = data_in(render_page(find_front(results, sweep_of=sweep_of), title="toy"))
+    keys = [row["key"] for row in data["rows"]]
+    assert set(data["fronts"]) == set(data["costs"]) >= {"cost/evaluations", "cost/flops_per_token"}
+    for cost, by_quality in data["fronts"].items():
+        assert set(by_quality) == set(data["qualities"])
+        for quality, found in by_quality.items():
+            expected = find_front(results, FrontAxes(cost, quality), sweep_of=sweep_of)
+            members = [point.result.key for point in expected.members]
+            assert [keys[number] for number in found["members"]] == members
+            assert keys[found["full"]] == "7e1c0ffee0000000"
+            assert [[keys[number] for number in own] for own in found["sweeps"]] == [
+                [point.result.key for point in expected.by_sweep[name].members]
+                for name in data["series"]
+            ]
+
+
+def test_a_model_with_an_infinite_number_is_not_drawn() -> None:
+    costs = {"a": 1.0, "b": 2.0}
+    results = [
+        TrialResult(
+            key=key,
+            role="trial",
+            method="iiet",
+            cost={"evaluations": cost},
+            quality={"accuracy": cost, "validation_loss": math.inf if key == "a" else 1.0},
+        )
+        for key, cost in costs.items()
+    ]
+    data = data_in(render_page(find_front(results), title="toy"))
+    found = data["fronts"]["cost/evaluations"]["quality/validation_loss"]
+    assert [data["rows"][number]["key"] for number in found["members"]] == ["b"]
 
 
 def test_a_strip_has_a_cell_for_each_layer() -> None:
