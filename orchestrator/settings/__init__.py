@@ -1,9 +1,8 @@
 """Every setting of the program, in one frozen tree.
 
-Sources: defaults, then a YAML file, then `--set a.b=c`, then options. Unknown keys are errors that
-suggest the nearest known name, all problems are reported at once, and validation never edits a
-value. The resolved tree is saved with every run; the sections that determine a result are hashed
-into its key. The defaults are those of the shipped sweep `toy`: minutes on a CPU.
+Sources: defaults (those of the shipped sweep `toy`), a YAML file, `--set a.b=c`, options. Unknown
+keys are errors, and validation never edits a value. The tree is saved with every run; the sections
+that determine a result are hashed into its key.
 """
 
 from orchestrator.settings.model import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from iiet.methods import METHODS
 from orchestrator.settings.section import Section
@@ -50,11 +49,9 @@ class DataSettings(Section):
     ) -> tuple[str, ...]:
         source = info.data.get("source", "files")
         if files and source != "files":
-            raise PydanticCustomError(
-                "not_read",
-                "data.source is {source}, which does not read them; set data.source=files, or "
-                "leave data.files out",
-                {"source": source},
+            raise ValueError(
+                f"data.source is {source}, which does not read them; set data.source=files, or "
+                "leave data.files out"
             )
         return files
 
@@ -91,9 +88,7 @@ class ModelSettings(Section):
 def model_label(method: str, corrections: object) -> str:
     """Return the name of a model in tables.
 
-    Returns:
-        The method, such as `vanilla`, if it has no corrections; `r = 3` for the default method;
-        `other, r = 3` for another one.
+    `vanilla` for a method without corrections, `r = 3` for the default method, else `other, r = 3`.
     """
     if not METHODS[method].has_corrections:
         return method

@@ -1,7 +1,6 @@
 """Build the settings from defaults, a YAML file, `--set a.b=c` and option values, in this order.
 
-All values end in one nested mapping, which pydantic validates once. Every mistake is reported at
-once, each in one sentence.
+All values end in one nested mapping, which pydantic validates once.
 """
 
 from __future__ import annotations
@@ -37,20 +36,15 @@ def resolve_settings(
         tree: Nested mapping as read from YAML; missing keys keep their defaults.
         assignments: Texts `section.key=value`; the value is read as YAML.
         options: Values by `section.key`.
-        origin: Source of the tree, for the error message.
 
     Raises:
-        UserError: Names every unknown key and every bad value at once.
+        UserError: Names `origin`, every unknown key and every bad value at once.
     """
     merged = _unshared_copy(tree or {})
     problems: list[str] = []
-    for assignment in assignments:
+    for change in (*assignments, *(options or {}).items()):
         try:
-            _set_value(merged, *_parse_assignment(assignment))
-        except UserError as error:
-            problems.append(str(error))
-    for name, value in (options or {}).items():
-        try:
+            name, value = _parse_assignment(change) if isinstance(change, str) else change
             _set_value(merged, name.split("."), value)
         except UserError as error:
             problems.append(str(error))
@@ -69,9 +63,7 @@ def read_settings(
     assignments: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read a YAML file (or none) and apply assignments and options; see `resolve_settings`.
-
-    A text is a file's path or the name of a shipped sweep.
+    """Read a YAML file, a shipped sweep by its name, or nothing; see `resolve_settings`.
 
     Raises:
         UserError: If the file is missing or is not a YAML mapping, or a setting is wrong.
@@ -122,7 +114,7 @@ def flatten(settings: Section, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _parse_assignment(assignment: str) -> tuple[list[str], Any]:
+def _parse_assignment(assignment: str) -> tuple[str, Any]:
     name, separator, text = assignment.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not separator or not all(keys):
@@ -131,7 +123,7 @@ def _parse_assignment(assignment: str) -> tuple[list[str], Any]:
             f"{quoted(assignment)}"
         )
     try:
-        return keys, parse_yaml(text)
+        return ".".join(keys), parse_yaml(text)
     except YamlProblem as error:
         raise UserError(
             f"--set {shortened(name)}: cannot read the value {quoted(text)}: {error}"
@@ -179,13 +171,15 @@ def _describe(problem: Any) -> str:
     # A union or a list adds parts after the field's name; the user knows only the field.
     while len(location) > 1 and location[-1] not in _keys_of(location[:-1]):
         location.pop()
+    # Pydantic puts "Value error, " before a validator's own sentence.
+    message = problem["msg"].removeprefix("Value error, ")
     # YAML has lists; the settings keep them as tuples.
-    message = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
+    message = (message[0].lower() + message[1:]).replace("tuple", "list")
     return f"{shortened('.'.join(location))}: {message}; got {quoted(problem['input'])}"
 
 
 def _keys_of(location: list[str]) -> list[str]:
-    """Return the keys of the section at a location; empty if it is no section."""
+    # Empty if the location is no section.
     section: Any = DEFAULTS
     for name in location:
         section = getattr(section, name, None)

@@ -1,8 +1,8 @@
 """Parse YAML from users safely: plain values only, within limits.
 
-A text may be large, deep, or small but explode through aliases. So size, depth and the number of
-values are limited before anything is built. Numbers that YAML 1.1 reads in a surprising way are
-refused: `017` would be 15, and `1:30` would be 90.
+A small text can still be huge through aliases, so size, depth and number of values are limited
+before anything is built. Numbers that YAML 1.1 reads in a surprising way are refused: `017` would
+be 15, and `1:30` would be 90.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, field_validator
-from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.model import DataSettings, ModelSettings
 from orchestrator.settings.section import MAX_COUNT, Section
@@ -77,7 +76,7 @@ class ClusterSettings(Section):
     @classmethod
     def _refuse_secrets(cls, storage: str | None) -> str | None:
         if problem := storage_problem(storage or ""):
-            raise PydanticCustomError("secret", problem)
+            raise ValueError(problem)
         return storage
 
 

@@ -7,7 +7,6 @@ import typing
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 MAX_WHOLE_NUMBER = 2**53
 """Floats represent whole numbers exactly up to here."""
@@ -32,19 +31,16 @@ class Section(BaseModel):
         for leaf in _leaves(value):
             if isinstance(leaf, bool):
                 if takes_number and not takes_switch:
-                    raise PydanticCustomError(
-                        "switch_as_number",
-                        "this is a number, and YAML reads true, yes and on as a switch",
+                    raise ValueError(
+                        "this is a number, and YAML reads true, yes and on as a switch"
                     )
             elif takes_switch and not takes_number and leaf is not None:
-                raise PydanticCustomError("no_switch", "this is a switch: true or false")
+                raise ValueError("this is a switch: true or false")
             elif takes_number and isinstance(leaf, str) and str not in types:
                 if _LEADING_ZERO.match(leaf):
-                    raise PydanticCustomError(
-                        "leading_zero", "a number does not begin with 0; leave the 0 out"
-                    )
+                    raise ValueError("a number does not begin with 0; leave the 0 out")
             elif isinstance(leaf, int) and takes_number and abs(leaf) > MAX_WHOLE_NUMBER:
-                raise PydanticCustomError("too_large", "this number is too large")
+                raise ValueError("this number is too large")
         return value
 
 

@@ -6,7 +6,6 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from iiet.methods import METHODS
 from orchestrator.settings.model import BASELINE_METHOD, DEFAULT_METHOD, method_of_label
@@ -19,7 +18,7 @@ MAX_SEED = 2**32 - 1
 
 def _refuse_duplicate_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
-        raise PydanticCustomError("seed_twice", "a seed is given twice")
+        raise ValueError("a seed is given twice")
     return seeds
 
 
@@ -81,9 +80,7 @@ class SweepSettings(Section):
         cls, budgets: tuple[float, ...], info: ValidationInfo
     ) -> tuple[float, ...]:
         if budgets and info.data.get("thresholds"):
-            raise PydanticCustomError(
-                "two_ways", "sweep.thresholds and sweep.budgets exclude each other; leave one out"
-            )
+            raise ValueError("sweep.thresholds and sweep.budgets exclude each other; leave one out")
         return budgets
 
     @field_validator("methods")
@@ -91,10 +88,8 @@ class SweepSettings(Section):
     def _refuse_unknown_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
         unknown = [method for method in methods if method not in METHODS]
         if unknown:
-            raise PydanticCustomError(
-                "no_such_method",
-                "no such method: {unknown}; known: {known}",
-                {"unknown": shortened(", ".join(unknown)), "known": ", ".join(METHODS)},
+            raise ValueError(
+                f"no such method: {shortened(', '.join(unknown))}; known: {', '.join(METHODS)}"
             )
         return methods
 
@@ -106,16 +101,12 @@ class SweepSettings(Section):
         for name, of_model in rates.items():
             several = of_model if isinstance(of_model, tuple) else (of_model,)
             if not several or min(several) <= 0:
-                raise PydanticCustomError(
-                    "no_rate", "a learning rate of {name} is not above 0", {"name": shortened(name)}
-                )
+                raise ValueError(f"a learning rate of {shortened(name)} is not above 0")
             is_label = re.fullmatch(r"(.+, )?r = [0-9.,*]+", name) is not None
             if name not in METHODS and not (is_label and method_of_label(name) in METHODS):
-                raise PydanticCustomError(
-                    "no_such_model",
-                    "{name} is not a model; name a method ({methods}), or the corrections of an "
-                    "IIET, such as r = 3",
-                    {"name": quoted(name), "methods": ", ".join(METHODS)},
+                raise ValueError(
+                    f"{quoted(name)} is not a model; name a method ({', '.join(METHODS)}), or the "
+                    "corrections of an IIET, such as r = 3"
                 )
         return rates
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.section import Section
 
@@ -81,11 +80,9 @@ class TrainingSettings(Section):
     def _refuse_ramp_after_the_end(cls, ramp: float, info: ValidationInfo) -> float:
         before = info.data.get("iterate_from_fraction", 0.0)
         if before + ramp > 1.0 + 1e-9:
-            raise PydanticCustomError(
-                "ramp_too_long",
-                "the ramp must end within the training; with iterate_from_fraction={before} it may "
-                "be {longest} at most",
-                {"before": before, "longest": round(1.0 - before, 9)},
+            raise ValueError(
+                f"the ramp must end within the training; with iterate_from_fraction={before} it "
+                f"may be {round(1.0 - before, 9)} at most"
             )
         return ramp
 
@@ -129,10 +126,8 @@ class DistillationSettings(Section):
     def _refuse_empty_window(cls, until: int | None, info: ValidationInfo) -> int | None:
         first = info.data.get("teacher_from_step", 0)
         if until is not None and until <= first:
-            raise PydanticCustomError(
-                "empty_window",
-                "the teacher must take part in at least one step; with teacher_from_step={first} "
-                "it must be above {first}, or unset",
-                {"first": first},
+            raise ValueError(
+                f"the teacher must take part in at least one step; with teacher_from_step={first} "
+                f"it must be above {first}, or unset"
             )
         return until
