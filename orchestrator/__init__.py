@@ -1,13 +1,14 @@
 """Pretrain, sweep and distill iterative Transformers from Python.
 
-Every function takes settings where it needs them, then the workspace by keyword, and returns a
-typed result with `to_pandas()`:
+Every function takes settings where it needs them and returns a typed result with `to_pandas()`:
 
     from orchestrator import read_settings, sweep
 
     result = sweep(read_settings("toy.yaml"), workspace="my-workspace")
     print(result.to_pandas())
 
+`workspace` is a workspace or its folder, which is created if it is missing. `progress` receives
+progress and notes, and shows nothing when unset; `terminal_progress()` makes one for a terminal.
 Names are imported at first use: `import orchestrator` alone loads nothing heavy.
 """
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.workspace.errors import UserError, quoted, shortened
+from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.folders import check_name_option
 
 MAX_COUNT = 2**31 - 1
@@ -104,16 +104,13 @@ def read_options(config: str | None, assignments: list[str] | None, **options: A
         UserError: Names everything that is wrong.
     """
     from orchestrator.settings import read_settings
-    from orchestrator.workspace.files import is_folder
 
     given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
     settings = read_settings(config or None, assignments or [], given)
-    folder = settings.evaluation.include_path
-    if folder is not None and not is_folder(folder):
-        raise UserError(
-            f"evaluation.include_path: there is no folder {shortened(folder)} to find lm-eval task "
-            "files in"
-        )
+    if settings.evaluation.include_path:
+        from orchestrator.evaluation.task_selection import user_task_folders
+
+        user_task_folders(settings.evaluation)
     return settings
 
 

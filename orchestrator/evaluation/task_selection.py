@@ -15,8 +15,8 @@ from orchestrator.data.token_store import MANIFEST_NAME, verify_tokens
 from orchestrator.evaluation.heldout import TASKS, build_heldout
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.files import expand_user, is_folder
 from orchestrator.workspace.folders import Workspace
 
 HELDOUT = "heldout"
@@ -94,12 +94,12 @@ def user_task_folders(settings: EvaluationSettings) -> list[Path]:
     """
     if not settings.include_path:
         return []
-    folder = expand_user(settings.include_path).absolute()
-    if not folder.is_dir():
+    if not is_folder(settings.include_path):
         raise UserError(
-            f"evaluation.include_path must be a folder of lm-eval task files; there is no {folder}"
+            f"evaluation.include_path: there is no folder {shortened(settings.include_path)} to "
+            "find lm-eval task files in"
         )
-    return [folder]
+    return [expand_user(settings.include_path).absolute()]
 
 
 def lm_eval_task_fingerprints(

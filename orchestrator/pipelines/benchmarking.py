@@ -12,7 +12,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas
 
 from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
@@ -37,9 +38,6 @@ from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
-if TYPE_CHECKING:
-    import pandas
-
 NUM_SCHEDULES = 5
 """How many schedules of one IIET are measured by default: full, none, and some between."""
 SHORT_CONTEXT = 32
@@ -63,8 +61,6 @@ class BenchmarkResult:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per model, batch size and context."""
-        import pandas
-
         rows = []
         for cost in self.costs:
             row = cost.to_dict()
@@ -85,14 +81,12 @@ def benchmark(
     """Measure latency, throughput and memory of models side by side.
 
     Args:
-        workspace: A workspace or its folder.
         models: Checkpoints or runs, by path or name, or model folders; the newest IIET or imported
             model when empty.
         schedules: Iteration schedules as typed. When empty, one IIET is measured under schedules
             from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
             prompt and half the models' context.
-        progress: Progress display.
 
     Raises:
         UserError: If a model is missing, damaged or no decoder, or a condition does not fit it.

@@ -8,15 +8,12 @@ training needs no command of its own: `evaluate --schedule` measures it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.launch import job_runner
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.pretraining import journal_table
+from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
 from orchestrator.planning.feasibility import check_trainings
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.student_plans import student_job
@@ -24,28 +21,16 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
-from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
-if TYPE_CHECKING:
-    import pandas
-
 
 @dataclass(frozen=True, kw_only=True)
-class DistillResult:
+class DistillResult(PretrainResult):
     """A distilled student."""
 
-    checkpoint: Path
-    """Folder of the last checkpoint."""
-    validation_loss: float
-    """Nats per token at the last step; NaN if it was not measured."""
     schedule: IterationSchedule
     """The student's corrections."""
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return one row per logged training step."""
-        return journal_table(self.checkpoint.parent)
 
 
 def distill(
@@ -61,11 +46,9 @@ def distill(
 
     Args:
         settings: Sections `distillation` and `cluster`.
-        workspace: A workspace or its folder.
         schedule: The student's corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
         teacher: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
         local: Train in this process, without Ray.
-        progress: Progress display.
 
     Raises:
         UserError: If there is no such teacher, the schedule does not fit it, or the control trains
@@ -89,7 +72,6 @@ def distill_teacher(
     local: bool = False,
 ) -> DistillResult:
     """Distill a teacher on these tokens; as `distill`."""
-    progress = context.progress
     config = _student_config(teacher, schedule)
     job = student_job(
         settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
@@ -102,19 +84,10 @@ def distill_teacher(
     job = replace(job, run_folder=str(context.workspace.trials / job_key(job)))
     check_trainings([job], settings.cluster, local=local)
     label = str(config.corrections)
-    monitor = RunMonitor({label: job}, context.tracking, progress)
-    monitor.open_runs("distill", {label: {"schedule": label, **flatten(settings)}})
-    progress.start("distill", job.recipe.num_steps)
-    run_jobs = job_runner(local=local)
-    with monitor:
-        (outcome,) = run_jobs(
-            [job],
-            settings.cluster,
-            watch=monitor.poll,
-            note=progress.note,
-            say=partial(progress.advance, 0),
-        )
-    progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
+    jobs, params = {label: job}, {label: {"schedule": label, **flatten(settings)}}
+    with tracked_jobs("distill", jobs, params, settings.cluster, context, local=local) as (run, _):
+        (outcome,) = run()
+    context.progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
     return DistillResult(
         checkpoint=Path(str(outcome.checkpoint)),
         validation_loss=outcome.validation_loss,

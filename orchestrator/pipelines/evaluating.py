@@ -14,7 +14,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
 
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import (
@@ -36,9 +38,6 @@ from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
-if TYPE_CHECKING:
-    import pandas
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEvaluations:
@@ -49,8 +48,6 @@ class ModelEvaluations:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per model, task and metric: value, standard error, number of items."""
-        import pandas
-
         rows = []
         for model, evaluation in self.evaluations.items():
             for task, result in evaluation.results.items():
@@ -83,12 +80,10 @@ def evaluate(
 
     Args:
         settings: Section `evaluation`.
-        workspace: A workspace or its folder.
         models: Checkpoints or runs, by path or name, or transformers folders; the newest IIET or
             imported model when empty.
         schedules: Iteration schedules as typed; each model's own when empty.
         trust_remote_code: Whether code in a model folder may run.
-        progress: Progress display.
 
     Raises:
         UserError: If a model is missing or damaged, a schedule does not fit it, its tokens are not

@@ -70,13 +70,11 @@ def export(
 
     Args:
         settings: Section `evaluation` says what the card's quality is measured on.
-        workspace: A workspace or its folder.
         model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Whether to evaluate the model for the card. If that fails, the card is written
             without quality.
-        progress: Progress display.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
@@ -139,7 +137,6 @@ def write_export(
         tokenizer_file: Copied beside the weights; None where there is none.
         card: Text of `README.md`.
         text_files: Tokenizer and chat files of an imported model; exported unchanged.
-        progress: Progress display.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no

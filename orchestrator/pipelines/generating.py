@@ -64,12 +64,10 @@ def generate(
 
     Args:
         prompts: Texts to continue.
-        workspace: A workspace or its folder.
         model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         sampling: How tokens are chosen, and when to stop.
         chat: Put each prompt into the model's chat template, as a user's message.
-        progress: Receives warnings.
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the

@@ -44,10 +44,8 @@ def import_model(
     Args:
         folder: In the published naming, a plain Llama folder, an exported folder, or a checkpoint
             or run of another workspace, also of an earlier version.
-        workspace: A workspace or its folder.
         tokenizer: A `tokenizer.json`, if the folder has none or not the right one.
         name: Name of the run; the folder's name when unset.
-        progress: Progress display; warns of a missing tokenizer.
 
     Raises:
         UserError: If the folder cannot be read, the tokenizer does not fit the model, or another

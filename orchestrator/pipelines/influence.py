@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas
 import torch
 
 from iiet.decoder import Decoder
@@ -31,9 +32,6 @@ from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
-if TYPE_CHECKING:
-    import pandas
-
 SEQUENCES_PER_BATCH = 8
 """The errors are taken over batches, so there should be many."""
 
@@ -49,8 +47,6 @@ class InfluenceResult:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per layer and correction: influence, its standard error, residual."""
-        import pandas
-
         table = self.table
         rows = []
         for layer, values in enumerate(table.rows()):
@@ -79,9 +75,7 @@ def measure_influence(
 
     Args:
         settings: Section `influence`.
-        workspace: A workspace or its folder.
         model: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
-        progress: Progress display.
 
     Raises:
         UserError: If there is no such model, it makes no corrections, or its tokens are not in the
@@ -108,7 +102,6 @@ def read_or_measure_influence(
         checkpoint: The model.
         settings: Metric and size of the calibration set.
         tokens_folder: Prepared tokens that the model was trained on.
-        context: Workspace, progress and tracking.
         device: Where it is measured; a GPU if there is one when unset.
 
     Raises:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas
 
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.context import Context, open_context
@@ -31,9 +32,6 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
 
-if TYPE_CHECKING:
-    import pandas
-
 
 @dataclass(frozen=True, kw_only=True)
 class PickResult:
@@ -50,8 +48,6 @@ class PickResult:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row: the model's parameters and metrics."""
-        import pandas
-
         result = self.point.result
         return pandas.DataFrame([{**result.params(), **result.metrics()}])
 
@@ -70,14 +66,12 @@ def pick(
     """Choose a model from a sweep's front; export and register it.
 
     Args:
-        workspace: A workspace or its folder.
         sweep: Name of the sweep; the newest when unset.
         rule: How to choose; the cheapest that keeps 99% of the quality when unset.
         cost: Cost of the front: `evaluations` (the default), `flops`, `ms` or `kv`.
         quality: Its quality: `accuracy` (the default), `bits`, `perplexity` or `loss`.
         to: Folder to export to; under the workspace when unset.
         dry_run: Choose only; export and register nothing.
-        progress: Progress display.
 
     Raises:
         UserError: If there is no such sweep, no model meets the rule, or its weights are gone.

@@ -18,8 +18,6 @@ def prepare(
 
     Args:
         settings: Section `data`.
-        workspace: A workspace or its folder.
-        progress: Progress display.
 
     Raises:
         UserError: If the source is missing, empty or unreadable, or stored tokens are damaged.

@@ -1,19 +1,20 @@
 """Pretrain one model or several from fresh weights, under Ray Train or in this process.
 
-A run's folder is named after the model and the hash of all that determines the result. So the same
-settings find the same run: a finished one returns at once, an interrupted one resumes. Workers
-write only journals; this process reads them for the progress bar and copies them into MLflow, so a
-tracking server can neither slow training nor stop it.
+A run's folder is named after the model and the hash of all that determines the result, so the same
+settings find the same run: a finished one returns at once, an interrupted one resumes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import pandas
 
 from iiet.methods import METHODS
 from orchestrator.cluster.launch import job_runner
@@ -27,18 +28,16 @@ from orchestrator.planning.pretraining_estimate import (
     estimate_pretraining,
 )
 from orchestrator.planning.training_rate import TrainingRate, assumed_training_rate
-from orchestrator.settings import Settings, flatten, to_yaml
+from orchestrator.settings import ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
+from orchestrator.tracking import TrackedRun
 from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import TrainingJob, finished_outcome, job_key
+from orchestrator.training.job import TrainingJob, TrainingOutcome, finished_outcome, job_key
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace, locate_workspace
 from orchestrator.workspace.journal import read_journal
-
-if TYPE_CHECKING:
-    import pandas
 
 KEY_CHARACTERS = 8
 
@@ -54,18 +53,11 @@ class PretrainResult:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per logged training step."""
-        return journal_table(self.checkpoint.parent)
-
-
-def journal_table(run_folder: Path) -> pandas.DataFrame:
-    """Return the logged metrics of a run, one row per step."""
-    import pandas
-
-    rows: dict[int, dict[str, float]] = {}
-    for record in read_journal(run_folder)[0]:
-        if record["kind"] == "metrics":
-            rows.setdefault(record["step"], {}).update(record["values"])
-    return pandas.DataFrame([{"step": step, **rows[step]} for step in sorted(rows)])
+        rows: dict[int, dict[str, float]] = {}
+        for record in read_journal(self.checkpoint.parent)[0]:
+            if record["kind"] == "metrics":
+                rows.setdefault(record["step"], {}).update(record["values"])
+        return pandas.DataFrame([{"step": step, **rows[step]} for step in sorted(rows)])
 
 
 def pretrain(
@@ -80,10 +72,8 @@ def pretrain(
 
     Args:
         settings: Sections `data`, `model`, `training` and `cluster`.
-        workspace: A workspace or its folder.
         name: Name of the run's folder; made from method, schedule and content when unset.
         local: Train in this process, without Ray.
-        progress: Progress display.
 
     Raises:
         UserError: If the settings do not go together or do not fit this machine.
@@ -109,20 +99,15 @@ def pretrain_models(
 
     Args:
         models: Label to settings; section `cluster` of the first says where all of them run.
-        context: Workspace, progress and tracking.
         tokens: Folder of prepared tokens.
         name: Name of the run, for a single model.
         local: Train in this process, without Ray.
-
-    Returns:
-        Label to result.
 
     Raises:
         UserError: If the settings do not go together; nothing is started then.
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If a run failed or diverged.
     """
-    progress = context.progress
     planned = [pretraining_job(own, context.workspace, tokens, name) for own in models.values()]
     jobs = dict(zip(models, share_first_stages(planned), strict=True))
     cluster = next(iter(models.values())).cluster
@@ -130,18 +115,9 @@ def pretrain_models(
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
         write_text(job.folder / "settings.yaml", to_yaml(models[label]))
-    monitor = RunMonitor(jobs, context.tracking, progress)
-    runs = monitor.open_runs("pretrain", {label: flatten(s) for label, s in models.items()})
-    progress.start("pretrain", sum(job.recipe.num_steps for job in jobs.values()))
-    run_jobs = job_runner(local=local)
-    with monitor:
-        outcomes = run_jobs(
-            list(jobs.values()),
-            cluster,
-            watch=monitor.poll,
-            note=progress.note,
-            say=partial(progress.advance, 0),
-        )
+    params = {label: flatten(own) for label, own in models.items()}
+    with tracked_jobs("pretrain", jobs, params, cluster, context, local=local) as (run_jobs, runs):
+        outcomes = run_jobs()
     results = {}
     for (label, run), outcome in zip(runs.items(), outcomes, strict=True):
         run.set_tags({"iiet.checkpoint": str(outcome.checkpoint)})
@@ -154,20 +130,50 @@ def pretrain_models(
         if not math.isnan(result.validation_loss)
     ]
     found = ", found again" if was_finished else ""
-    progress.finish(f"validation loss {', '.join(losses)}{found}")
+    context.progress.finish(f"validation loss {', '.join(losses)}{found}")
     return results
+
+
+@contextmanager
+def tracked_jobs(
+    kind: str,
+    jobs: Mapping[str, TrainingJob],
+    params: Mapping[str, Mapping[str, Any]],
+    cluster: ClusterSettings,
+    context: Context,
+    *,
+    local: bool,
+) -> Iterator[tuple[Callable[[], list[TrainingOutcome]], dict[str, TrackedRun]]]:
+    """Follow jobs with the progress display and in MLflow for the length of a `with` block.
+
+    Yields:
+        A function that runs the jobs, to be called once, and the MLflow run of each label.
+    """
+    progress = context.progress
+    monitor = RunMonitor(jobs, context.tracking, progress)
+    runs = monitor.open_runs(kind, params)
+    progress.start(kind, sum(job.recipe.num_steps for job in jobs.values()))
+    run_jobs = job_runner(local=local)
+    say = partial(progress.advance, 0)
+    with monitor:
+        yield (
+            # A `partial` adds no call of this repository to the path that a debugger shows.
+            partial(
+                run_jobs,
+                list(jobs.values()),
+                cluster,
+                watch=monitor.poll,
+                note=progress.note,
+                say=say,
+            ),
+            runs,
+        )
 
 
 def pretraining_job(
     settings: Settings, workspace: Workspace, tokens: Path, name: str | None = None
 ) -> TrainingJob:
-    """Return the job that pretrains the model of these settings; starts nothing.
-
-    Args:
-        settings: Sections `model`, `training` and `cluster`.
-        workspace: Where the run is stored.
-        tokens: Folder of prepared tokens.
-        name: Name of the run's folder; made from method, schedule and content when unset.
+    """Return the job that pretrains the model of these settings; arguments as `pretrain_models`.
 
     Raises:
         UserError: If the model's sizes do not go together.

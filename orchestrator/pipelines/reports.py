@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas
 
 from orchestrator.pipelines.context import open_context
 from orchestrator.reporting.front_axes import parse_axes
@@ -17,9 +18,6 @@ from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results, newest_sweep
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.folders import Workspace
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +37,6 @@ class ReportResult:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per model: cost, quality, place on the front, checkpoint."""
-        import pandas
-
         return pandas.DataFrame(front_rows(self.front))
 
 
@@ -55,11 +51,9 @@ def report(
     """Write the report of one sweep, or of several sweeps on one front.
 
     Args:
-        workspace: A workspace or its folder.
         sweeps: Names of sweeps; the newest one when empty.
         cost: Cost on the front: `evaluations` (the default), `flops`, `ms` or `kv`.
         quality: Quality on it: `accuracy` (the default), `bits`, `perplexity` or `loss`.
-        progress: Progress display.
 
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas
 
 from iiet.cost import training_flops_per_token
 from orchestrator.pipelines.context import Context, open_context
@@ -43,9 +44,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import TrainingJob, finished_outcome
 from orchestrator.workspace.folders import Workspace
 
-if TYPE_CHECKING:
-    import pandas
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepDryRun:
@@ -60,8 +58,6 @@ class SweepDryRun:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per trial: label, role, schedule, exact costs, state."""
-        import pandas
-
         full = full_config(self.plan)
         rows = []
         for state in self.states:
@@ -96,11 +92,8 @@ def plan_sweep(
 
     Args:
         settings: The whole tree; `sweep.kind` says what is swept.
-        workspace: A workspace or its folder.
         teacher: As in `sweep`.
         models: As in `sweep`.
-        name: Name of the sweep; made from its content when unset.
-        progress: Progress display.
 
     Raises:
         UserError: If the settings do not go together.

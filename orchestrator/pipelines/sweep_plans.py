@@ -121,9 +121,7 @@ def plan_iterations(
     Args:
         settings: Section `sweep` names methods, iteration counts, learning rates and seeds;
             `training` is the recipe of all.
-        context: Workspace, progress and tracking.
         models: Models to train instead of those.
-        name: Name of the sweep; made from its content when unset.
 
     Raises:
         UserError: If a model cannot be made, or the tokens cannot.
@@ -184,11 +182,9 @@ def plan_students(
 
     Args:
         settings: Sections `influence`, `sweep`, `search`, `distillation` and `evaluation`.
-        context: Workspace, progress and tracking.
         teacher: Checkpoint of the full model.
         baselines: Label to checkpoint; when unset, the workspace's models without corrections that
             have the teacher's shape and tokens.
-        name: Name of the sweep; made from its content when unset.
 
     Raises:
         UserError: If something does not go together.

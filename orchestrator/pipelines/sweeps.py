@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.start import ray_cluster
@@ -38,9 +40,6 @@ from orchestrator.training.job import finished_outcome
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import environment
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +80,11 @@ def sweep(
 
     Args:
         settings: The whole tree.
-        workspace: A workspace or its folder.
         teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
             is pretrained from the settings, with its baselines.
         baselines: Label to checkpoint of models that stand beside the front of a given teacher;
             when unset, the workspace's models that fit it.
         models: Models that an iterations sweep trains instead of those that the settings name.
-        name: Name of the sweep; made from its content when unset.
-        progress: Progress display.
 
     Raises:
         UserError: If something does not go together; nothing is trained then.

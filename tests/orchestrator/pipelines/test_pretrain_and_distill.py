@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from fake_tracking import FakeTracking
 
-from orchestrator.pipelines import distilling, pretraining
+from orchestrator.pipelines import pretraining
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.distilling import distill_teacher
 from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
@@ -73,8 +73,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         watch()
         return outcomes
 
-    for module in (pretraining, distilling):
-        monkeypatch.setattr(module, "job_runner", lambda **_: run_here)
+    monkeypatch.setattr(pretraining, "job_runner", lambda **_: run_here)
 
 
 @pytest.fixture
