@@ -134,15 +134,11 @@ def pretrain(
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
     _check_resources(settings, local=local)
     with open_session(workspace, "pretrain", verbose=verbose) as session:
-        from orchestrator.pipelines import pretraining
+        from orchestrator.pipelines.context import Context
+        from orchestrator.pipelines.pretraining import pretrain_in_context
 
-        result = pretraining.pretrain(
-            settings,
-            workspace=session.workspace,
-            name=name,
-            local=local,
-            progress=session.progress,
-        )
+        context = Context(session.workspace, session.progress)
+        result = pretrain_in_context(settings, context, name=name, local=local)
         print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
@@ -165,21 +161,18 @@ def distill(
     settings = read_options(config, set_, distillation__control=control)
     _check_resources(settings, local=local)
     with open_session(workspace, "distill", verbose=verbose) as session:
-        from orchestrator.pipelines import distilling
+        from orchestrator.pipelines.context import Context
+        from orchestrator.pipelines.distilling import distill_in_context
 
-        result = distilling.distill(
-            settings,
-            workspace=session.workspace,
-            schedule=schedule,
-            teacher=checkpoint,
-            local=local,
-            progress=session.progress,
+        context = Context(session.workspace, session.progress)
+        result = distill_in_context(
+            settings, context, schedule=schedule, teacher=checkpoint, local=local
         )
         print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
 def _check_resources(settings: Any, *, local: bool) -> None:
-    """Refuse too few CPUs or GPUs before heavy imports."""
+    """Refuse too few CPUs or GPUs before heavy imports and before the workspace is made."""
     from orchestrator.planning.resources import check_resources
 
     check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)

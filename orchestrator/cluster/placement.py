@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.planning.resources import Resources, check_resources
+from orchestrator.planning.resources import Resources, check_available
 from orchestrator.settings import SweepSettings
 
 
@@ -33,6 +33,7 @@ def job_placement(
     resources: Resources,
     *,
     most_at_once: int | None = None,
+    per_trial: bool = False,
 ) -> Placement:
     """Share CPUs and GPUs among jobs.
 
@@ -40,13 +41,16 @@ def job_placement(
         num_jobs: Jobs that wait.
         num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of each job, one for each worker; 0 runs on CPUs.
-        resources: What there is to share.
+        resources: CPUs and GPUs of the Ray that runs.
         most_at_once: Limit of jobs at the same time.
+        per_trial: Whether the jobs are trials of a sweep, for the error.
 
     Raises:
         UserError: If there is too little for one job.
     """
-    workers = check_resources(num_workers, num_gpus, resources)
+    # A cluster elsewhere may have less than is asked for; nothing else could know before.
+    check_available(num_workers, num_gpus, resources, per_trial=per_trial)
+    workers = num_gpus or num_workers
     places = (resources.gpus if num_gpus else resources.cpus) // workers
     at_once = max(1, min(most_at_once or places, places, num_jobs))
     cpus = max(1, resources.cpus // (at_once * workers))
@@ -59,23 +63,11 @@ def trial_placement(sweep: SweepSettings, num_trials: int, resources: Resources)
     Raises:
         UserError: If there is too little for one trial.
     """
-    workers = check_trial_size(sweep, resources)
-    num_gpus = sweep.gpus_per_trial or 0
     return job_placement(
-        num_trials, workers, num_gpus, resources, most_at_once=sweep.trials_at_once
-    )
-
-
-def check_trial_size(sweep: SweepSettings, resources: Resources | None = None) -> int:
-    """Check that there is enough for one trial, and return the number of its workers.
-
-    Args:
-        sweep: Workers and GPUs of a trial.
-        resources: What there is; this machine's when unset.
-
-    Raises:
-        UserError: If there is not; says what would fit.
-    """
-    return check_resources(
-        sweep.workers_per_trial, sweep.gpus_per_trial or 0, resources, per_trial=True
+        num_trials,
+        sweep.workers_per_trial,
+        sweep.gpus_per_trial or 0,
+        resources,
+        most_at_once=sweep.trials_at_once,
+        per_trial=True,
     )

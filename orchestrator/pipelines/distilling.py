@@ -15,6 +15,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
 from orchestrator.planning.feasibility import check_trainings
+from orchestrator.planning.resources import check_resources
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.student_plans import student_job
 from orchestrator.terminal.progress import Progress
@@ -56,7 +57,20 @@ def distill(
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
+    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
     context = open_context(workspace, progress)
+    return distill_in_context(settings, context, schedule=schedule, teacher=teacher, local=local)
+
+
+def distill_in_context(
+    settings: Settings,
+    context: Context,
+    *,
+    schedule: str | IterationSchedule,
+    teacher: Path | str | None = None,
+    local: bool = False,
+) -> DistillResult:
+    """Distill a teacher in an open workspace; as `distill`, after `check_resources`."""
     checkpoint = resolve_teacher(context.workspace, Path(teacher) if teacher else None)
     tokens = tokens_folder_of(checkpoint, context.workspace)
     return distill_teacher(settings, context, checkpoint, str(schedule), tokens, local=local)
@@ -82,7 +96,7 @@ def distill_teacher(
             "`iiet-orch evaluate --schedule` measures it"
         )
     job = replace(job, run_folder=str(context.workspace.trials / job_key(job)))
-    check_trainings([job], settings.cluster, local=local)
+    check_trainings([job], settings.cluster)
     label = str(config.corrections)
     jobs, params = {label: job}, {label: {"schedule": label, **flatten(settings)}}
     with tracked_jobs("distill", jobs, params, settings.cluster, context, local=local) as (run, _):

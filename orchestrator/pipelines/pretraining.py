@@ -27,6 +27,7 @@ from orchestrator.planning.pretraining_estimate import (
     check_pretraining,
     estimate_pretraining,
 )
+from orchestrator.planning.resources import check_resources
 from orchestrator.planning.training_rate import TrainingRate, assumed_training_rate
 from orchestrator.settings import ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
@@ -80,8 +81,15 @@ def pretrain(
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
-    context = open_context(workspace, progress)
-    check_pretraining(settings, context.workspace, local=local)
+    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
+    return pretrain_in_context(settings, open_context(workspace, progress), name=name, local=local)
+
+
+def pretrain_in_context(
+    settings: Settings, context: Context, *, name: str | None = None, local: bool = False
+) -> PretrainResult:
+    """Pretrain one model in an open workspace; as `pretrain`, after `check_resources`."""
+    check_pretraining(settings, context.workspace)
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     method = settings.model.method
     return pretrain_models({method: settings}, context, tokens, name=name, local=local)[method]
@@ -111,7 +119,7 @@ def pretrain_models(
     planned = [pretraining_job(own, context.workspace, tokens, name) for own in models.values()]
     jobs = dict(zip(models, share_first_stages(planned), strict=True))
     cluster = next(iter(models.values())).cluster
-    check_trainings(list(jobs.values()), cluster, local=local, settings=list(models.values()))
+    check_trainings(list(jobs.values()), cluster, settings=list(models.values()))
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
         write_text(job.folder / "settings.yaml", to_yaml(models[label]))

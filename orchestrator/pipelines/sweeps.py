@@ -27,6 +27,7 @@ from orchestrator.pipelines.sweep_plans import (
     teacher_checkpoint,
 )
 from orchestrator.planning.feasibility import check_students_fit
+from orchestrator.planning.resources import check_resources
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
@@ -101,6 +102,7 @@ def sweep(
     if teacher is not None:
         checkpoint = teacher_checkpoint(context, teacher)
         return _sweep_students(settings, context, checkpoint, baselines, name)
+    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus)
     tokens, jobs = plan_teacher(settings, context)
     # The students of a teacher that exists are checked when they are planned.
     if settings.distillation.control != "pruned" and finished_outcome(jobs[TEACHER]) is None:

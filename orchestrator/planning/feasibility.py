@@ -16,7 +16,6 @@ from orchestrator.planning.fit import ResourceRequest, check_fit, needed_memory,
 from orchestrator.planning.resources import (
     FreeBytes,
     Resources,
-    check_resources,
     local_free_bytes,
     local_resources,
 )
@@ -36,24 +35,22 @@ def check_trainings(
     jobs: Sequence[TrainingJob],
     cluster: ClusterSettings,
     *,
-    local: bool = False,
     settings: Sequence[Settings] = (),
     measure_free: MeasureFree = local_free_bytes,
 ) -> None:
-    """Refuse trainings that cannot run: workers, job descriptions, memory, disk.
+    """Refuse trainings that cannot run: job descriptions, memory, disk. Finished jobs need nothing.
 
-    Finished jobs need nothing.
+    The number of CPUs and GPUs has been checked before; see `check_resources`.
 
     Args:
         jobs: The trainings; as many run side by side as there are CPUs or GPUs for.
         cluster: Workers and GPUs of each.
-        local: Whether they run in this process, one after the other.
         settings: Settings of each job, if a smaller model may be proposed.
 
     Raises:
         UserError: If one cannot run; says what could.
     """
-    num_workers = check_resources(cluster.num_workers, cluster.num_gpus, local=local)
+    num_workers = cluster.num_gpus or cluster.num_workers
     for job in jobs:
         check_job(job, num_workers=num_workers)
     waiting = {n: job for n, job in enumerate(jobs) if finished_outcome(job) is None}

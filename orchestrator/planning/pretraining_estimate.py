@@ -37,37 +37,20 @@ class PretrainingEstimate:
     """Whether this machine's memory was compared; not if `RAY_ADDRESS` names a cluster."""
 
 
-def estimate_pretraining(
-    settings: Settings, workspace: Workspace, *, local: bool = False
-) -> PretrainingEstimate:
-    """Estimate a pretraining; start and write nothing.
-
-    Args:
-        workspace: It need not exist.
-        local: Whether the run would be in this process, without Ray.
+def estimate_pretraining(settings: Settings, workspace: Workspace) -> PretrainingEstimate:
+    """Estimate a pretraining; start and write nothing. The workspace need not exist.
 
     Raises:
         UserError: If no machine could run it: sizes that do not go together, missing files.
     """
-    tokens = expected_tokens(settings.data, find_prepared(settings.data, workspace.tokens))
+    tokens, request = _request(settings, workspace)
     cluster = settings.cluster
-    request = ResourceRequest(
-        config=build_model_config(settings.model, vocab_size=tokens.vocab_size),
-        recipe=settings.training,
-        num_workers=cluster.num_gpus or cluster.num_workers,
-        parallel=cluster.parallel,
-        on_gpus=cluster.num_gpus > 0,
-        model=settings.model,
-    )
-    training = request.estimate()
-    free = local_free_bytes(
-        workspace.root, num_workers=request.num_workers, num_gpus=cluster.num_gpus
-    )
 
     def check_here() -> None:
-        check_resources(cluster.num_workers, cluster.num_gpus, local=local)
-        check_fit(request, free, new_bytes=tokens.new_bytes)
+        check_resources(cluster.num_workers, cluster.num_gpus)
+        _check_fit_here(settings, workspace, tokens, request)
 
+    training = request.estimate()
     problems = {THIS_MACHINE: _problem(check_here)}
     if cluster.num_gpus and installed_gpu() is None:
         gpu = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=f"an {ASSUMED_GPU}")
@@ -81,8 +64,8 @@ def estimate_pretraining(
     )
 
 
-def check_pretraining(settings: Settings, workspace: Workspace, *, local: bool = False) -> None:
-    """Refuse a pretraining that does not fit on this machine, before its text is read.
+def check_pretraining(settings: Settings, workspace: Workspace) -> None:
+    """Refuse a pretraining whose memory or disk this machine lacks, before its text is read.
 
     If its tokens are prepared, `check_trainings` decides instead: the run folder is known then, and
     the checkpoints in it are replaced, not added to.
@@ -90,10 +73,31 @@ def check_pretraining(settings: Settings, workspace: Workspace, *, local: bool =
     Raises:
         UserError: If it does not fit, or no machine could run it; says what would fit.
     """
-    found = estimate_pretraining(settings, workspace, local=local)
-    problem = found.problems[THIS_MACHINE]
-    if problem and not found.tokens.num_train_tokens:
-        raise UserError(problem)
+    tokens, request = _request(settings, workspace)
+    if not tokens.num_train_tokens:
+        _check_fit_here(settings, workspace, tokens, request)
+
+
+def _request(settings: Settings, workspace: Workspace) -> tuple[ExpectedTokens, ResourceRequest]:
+    tokens = expected_tokens(settings.data, find_prepared(settings.data, workspace.tokens))
+    cluster = settings.cluster
+    return tokens, ResourceRequest(
+        config=build_model_config(settings.model, vocab_size=tokens.vocab_size),
+        recipe=settings.training,
+        num_workers=cluster.num_gpus or cluster.num_workers,
+        parallel=cluster.parallel,
+        on_gpus=cluster.num_gpus > 0,
+        model=settings.model,
+    )
+
+
+def _check_fit_here(
+    settings: Settings, workspace: Workspace, tokens: ExpectedTokens, request: ResourceRequest
+) -> None:
+    free = local_free_bytes(
+        workspace.root, num_workers=request.num_workers, num_gpus=settings.cluster.num_gpus
+    )
+    check_fit(request, free, new_bytes=tokens.new_bytes)
 
 
 def _problem(check: Callable[[], None]) -> str | None:

@@ -51,32 +51,19 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
 
 
 def check_resources(
-    num_workers: int,
-    num_gpus: int,
-    resources: Resources | None = None,
-    *,
-    local: bool = False,
-    per_trial: bool = False,
-) -> int:
-    """Check that there are enough CPUs and GPUs for the workers of one training.
+    num_workers: int, num_gpus: int, *, local: bool = False, per_trial: bool = False
+) -> None:
+    """Check, before anything starts, that one training's workers get enough CPUs and GPUs.
 
     Args:
         num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of the training, one per worker; 0 trains on CPUs.
-        resources: What is available; this machine's if unset. If `RAY_ADDRESS` is set, only the
-            cluster knows what it has, so nothing is counted unless `resources` is given.
         local: Whether the training runs in this process, without Ray.
         per_trial: Whether the numbers are those of a sweep's trial, which has options of its own.
-
-    Returns:
-        The number of workers.
 
     Raises:
         UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
     """
-    workers_option, gpus_option = "--workers", "--gpus"
-    if per_trial:
-        workers_option, gpus_option = "--workers-per-trial", "--gpus-per-trial"
     if local and max(num_workers, num_gpus) > 1:
         asked = f"--gpus {num_gpus}" if num_gpus > 1 else f"--workers {num_workers}"
         raise UserError(
@@ -85,15 +72,25 @@ def check_resources(
             "--set cluster.num_workers=1" + (" --set cluster.num_gpus=1" if num_gpus else "")
         )
     if num_gpus and num_workers not in (1, num_gpus):
+        option = "--workers-per-trial" if per_trial else "--workers"
         raise UserError(
             f"{num_workers} workers on {num_gpus} GPUs were asked for, but each worker has one; "
-            f"leave out {workers_option}, or type {workers_option} {num_gpus}"
+            f"leave out {option}, or type {option} {num_gpus}"
         )
-    num_workers = num_gpus or num_workers
-    if resources is None:
-        if os.environ.get("RAY_ADDRESS"):
-            return num_workers
+    # A cluster elsewhere says itself what it has, once Ray runs: see `cluster.placement`.
+    if not os.environ.get("RAY_ADDRESS"):
         resources = local_resources(count_gpus=num_gpus > 0)
+        check_available(num_workers, num_gpus, resources, per_trial=per_trial)
+
+
+def check_available(
+    num_workers: int, num_gpus: int, resources: Resources, *, per_trial: bool = False
+) -> None:
+    """Check that these resources are enough for one training; see `check_resources`."""
+    num_workers = num_gpus or num_workers
+    workers_option, gpus_option = "--workers", "--gpus"
+    if per_trial:
+        workers_option, gpus_option = "--workers-per-trial", "--gpus-per-trial"
     if num_gpus > resources.gpus:
         # A trial uses GPUs also because the run does.
         on_cpus = f"{gpus_option} and set cluster.num_gpus=0" if per_trial else gpus_option
@@ -103,7 +100,6 @@ def check_resources(
             f"{num_workers} workers were asked for, but {resources.place} has {_cpus(resources)}, "
             f"and each worker needs one; type {workers_option} {resources.cpus}"
         )
-    return num_workers
 
 
 def _too_few_gpus(num_gpus: int, resources: Resources, option: str, option_for_cpus: str) -> str:

@@ -7,8 +7,8 @@ to train, so a missing task or an impossible model is found first.
 from __future__ import annotations
 
 from iiet.methods import METHODS
-from orchestrator.cluster.placement import check_trial_size
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
+from orchestrator.planning.resources import check_resources
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings, method_of_label
 from orchestrator.sweeping.model_plans import settings_of_model, swept_models
@@ -31,7 +31,8 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         UserError: Says which settings do not go together and what to change.
     """
     kind = settings.sweep.kind
-    check_trial_size(assign_trial_gpus(settings).sweep)
+    sweep = assign_trial_gpus(settings).sweep
+    check_resources(sweep.workers_per_trial, sweep.gpus_per_trial or 0, per_trial=True)
     if kind != "iterations" and settings.distillation.control == "distill":
         distillation_config(settings.distillation)
         check_teacher_cache(settings.distillation)

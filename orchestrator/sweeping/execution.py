@@ -16,7 +16,6 @@ from typing import Any
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from orchestrator.cluster.placement import check_trial_size
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
@@ -228,7 +227,7 @@ def _check_trials(
         TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
     ]
     settings = assign_trial_gpus(settings, [request_of(job) for job in waiting])
-    num_workers = check_trial_size(settings.sweep)
+    num_workers = settings.sweep.gpus_per_trial or settings.sweep.workers_per_trial
     for job in waiting:
         check_job(job, num_workers=num_workers)
     to_train = [job for job in waiting if not (job.folder / DONE_NAME).is_file()]

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from orchestrator.cluster.placement import Placement, check_trial_size, trial_placement
+from orchestrator.cluster.placement import Placement, trial_placement
 from orchestrator.planning.resources import Resources
 from orchestrator.settings import SweepSettings
 from orchestrator.workspace.errors import UserError
@@ -46,10 +46,9 @@ def test_examples() -> None:
             {"gpus_per_trial": 1},
             ["--gpus-per-trial 1", "leave out --gpus-per-trial and set cluster.num_gpus=0"],
         ),
-        ({"gpus_per_trial": 4, "workers_per_trial": 3}, ["--workers-per-trial 4"]),
     ],
 )
 def test_what_never_fits_says_what_would(sweep: dict[str, int], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        check_trial_size(SweepSettings(**sweep), Resources(cpus=2, gpus=0))
+        placement(2, **sweep)
     assert all(word in str(error.value) for word in words), error.value

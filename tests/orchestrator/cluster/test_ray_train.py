@@ -228,8 +228,7 @@ def test_what_trying_again_cannot_help_is_not_tried_again(
 @pytest.mark.parametrize(
     ("recipe", "options", "sentence"),
     [
-        ({}, {"num_gpus": 512}, "--gpus 512"),
-        ({}, {"num_workers": 3000}, "type --workers"),
+        ({}, {"num_workers": 3}, "3 workers cannot share"),
         ({"num_tokens_per_step": 65}, {}, "multiple of the context length"),
     ],
 )

@@ -11,7 +11,7 @@ from fake_tracking import FakeTracking
 
 from orchestrator.pipelines import pretraining
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.distilling import distill_teacher
+from orchestrator.pipelines.distilling import distill, distill_teacher
 from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.terminal.progress import Progress
@@ -122,8 +122,7 @@ def test_a_name_that_is_taken_changes_nothing(context: Context, tiny_tokens: Pat
     ("changes", "sentence"),
     [
         ({"training": {"num_tokens_per_step": 65}}, "multiple of the context length"),
-        ({"cluster": {"num_gpus": 800}}, "--gpus 800"),
-        ({"cluster": {"num_workers": 3000}}, "3000 workers"),
+        ({"cluster": {"num_workers": 3000}}, "3000 workers cannot share"),
     ],
 )
 def test_a_mistake_writes_nothing(
@@ -140,6 +139,21 @@ def test_a_mistake_writes_nothing(
         pretrain_models({"a": resolve_settings(tree)}, context, tiny_tokens)
     assert not context.workspace.runs.exists()
     assert tracking.statuses == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"), [("num_gpus=800", "--gpus 800"), ("num_workers=3000", "3000 workers")]
+)
+def test_too_few_resources_are_reported_before_the_workspace_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: str, sentence: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    chosen = resolve_settings({}, [f"cluster.{changes}"])
+    with pytest.raises(UserError, match=sentence):
+        pretraining.pretrain(chosen, workspace=tmp_path / "workspace")
+    with pytest.raises(UserError, match=sentence):
+        distill(chosen, workspace=tmp_path / "workspace", schedule="1")
+    assert not (tmp_path / "workspace").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.planning.resources import (
     Resources,
+    check_available,
     check_resources,
     free_memory,
     local_free_bytes,
@@ -22,19 +23,17 @@ TWO_GPUS = Resources(cpus=16, gpus=2)
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "num_gpus", "resources", "expected"),
+    ("num_workers", "num_gpus", "resources"),
     [
-        (1, 0, TWO_CPUS, 1),
-        (2, 0, TWO_CPUS, 2),
-        (1, 2, TWO_GPUS, 2),
-        (2, 2, TWO_GPUS, 2),
-        (4, 0, TWO_GPUS, 4),
+        (1, 0, TWO_CPUS),
+        (2, 0, TWO_CPUS),
+        (1, 2, TWO_GPUS),
+        (2, 2, TWO_GPUS),
+        (4, 0, TWO_GPUS),
     ],
 )
-def test_a_job_that_fits_gets_its_number_of_workers(
-    num_workers: int, num_gpus: int, resources: Resources, expected: int
-) -> None:
-    assert check_resources(num_workers, num_gpus, resources) == expected
+def test_a_job_that_fits_passes(num_workers: int, num_gpus: int, resources: Resources) -> None:
+    check_available(num_workers, num_gpus, resources)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,6 @@ def test_a_job_that_fits_gets_its_number_of_workers(
         (1, 8, TWO_CPUS, ["--gpus 8", "no GPU", "leave out --gpus", "2 CPUs", "RAY_ADDRESS"]),
         (1, 8, TWO_GPUS, ["--gpus 8", "has 2", "type --gpus 2", "RAY_ADDRESS"]),
         (3, 0, TWO_CPUS, ["3 workers", "2 CPUs", "type --workers 2"]),
-        (3, 2, TWO_GPUS, ["3 workers", "2 GPUs", "leave out --workers"]),
         (2, 0, Resources(cpus=1, gpus=0, place="the cluster at x"), ["the cluster at x", "1 CPU,"]),
     ],
 )
@@ -51,7 +49,7 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would(
     num_workers: int, num_gpus: int, resources: Resources, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        check_resources(num_workers, num_gpus, resources)
+        check_available(num_workers, num_gpus, resources)
     for word in words:
         assert word in str(caught.value)
 
@@ -59,14 +57,13 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would(
 @pytest.mark.parametrize(("workers", "gpus", "words"), [(2, 0, "--workers 2"), (1, 8, "--gpus 8")])
 def test_one_process_cannot_run_several_workers(workers: int, gpus: int, words: str) -> None:
     with pytest.raises(UserError, match=f"--local trains in this process alone, and {words}"):
-        check_resources(workers, gpus, TWO_GPUS, local=True)
+        check_resources(workers, gpus, local=True)
 
 
 @pytest.mark.parametrize(
     ("num_workers", "num_gpus", "resources", "words"),
     [
         (3, 0, TWO_CPUS, "type --workers-per-trial 2"),
-        (3, 2, TWO_GPUS, "leave out --workers-per-trial"),
         (1, 8, TWO_GPUS, "type --gpus-per-trial 2"),
         (1, 1, TWO_CPUS, "leave out --gpus-per-trial and set cluster.num_gpus=0"),
     ],
@@ -75,7 +72,16 @@ def test_a_trials_error_names_the_options_of_trials(
     num_workers: int, num_gpus: int, resources: Resources, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        check_resources(num_workers, num_gpus, resources, per_trial=True)
+        check_available(num_workers, num_gpus, resources, per_trial=True)
+
+
+@pytest.mark.parametrize(
+    ("per_trial", "words"),
+    [(False, "leave out --workers, or"), (True, "type --workers-per-trial 2")],
+)
+def test_gpus_have_one_worker_each(per_trial: bool, words: str) -> None:
+    with pytest.raises(UserError, match=f"3 workers on 2 GPUs .* {words}"):
+        check_resources(3, 2, per_trial=per_trial)
 
 
 def test_resources_default_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +94,7 @@ def test_a_remote_cluster_is_not_compared_with_this_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
-    assert check_resources(1, 800) == 800
+    check_resources(1, 800)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
