@@ -11,8 +11,7 @@ from iiet.decoder import Decoder
 from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob
-from orchestrator.training.teacher_cache import CachedTeacher, open_cache
-from orchestrator.training.teacher_outputs import cache_plan
+from orchestrator.training.teacher_cache import CachedTeacher, cache_plan, open_cache
 
 
 def initial_decoder(job: TrainingJob, config: ModelConfig) -> Decoder:

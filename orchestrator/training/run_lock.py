@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from orchestrator.terminal.formatting import join_names
 from orchestrator.terminal.signals import interruption_text, wait_interruptibly
 from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, finished_outcome
 from orchestrator.training.resume_point import describe_saved_state
@@ -122,10 +123,14 @@ def _wait_for_one(
 
     def begin() -> None:
         if note:
-            names = ", ".join(job.folder.name for job in jobs)
-            note(f"waiting for another process, which trains {names}")
+            note(waiting_text([job.folder.name for job in jobs]))
 
     wait_interruptibly(is_over, begin=begin, watch=watch)
+
+
+def waiting_text(names: Sequence[str]) -> str:
+    """Return the sentence that announces the wait for runs of another process."""
+    return f"waiting for another process, which trains {join_names(names)}"
 
 
 def _done_stamp(job: TrainingJob) -> int | None:

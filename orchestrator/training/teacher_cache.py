@@ -1,37 +1,36 @@
 """A teacher's outputs on disk: written once, read by all its students.
 
-A cache is a folder of flat files: the sequences, and for each token the teacher's logits (exact) or
-its top k log-probabilities and the mass of the rest (coarse). It is called like a teacher, with
-tokens, and finds the row of a sequence by the hash of its `input_ids`. So no worker counts steps
-and ranks, and an unknown sequence is an error, never a wrong output. Targets and masks are in no
-hash: outputs are stored at every position.
-
-Steps are appended under a temporary name that is renamed at the end; an interrupted writer resumes
-at the first incomplete step, and a lock excludes a second one. Bytes per token: 4 for the sequence
-plus 4 x vocabulary (exact, float32) or 8 k + 4 (coarse).
+The files hold the sequences, and for each token the logits (exact) or the top k log-probabilities
+and the mass of the rest (coarse): 4 bytes, and 4 x vocabulary (2 x in bf16) or 8 k + 4 bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from iiet.distillation import CoarseDistribution
+from iiet.decoder import Decoder
+from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
+from orchestrator.data.batches import BatchPlan
+from orchestrator.data.token_store import open_tokens
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import load_config, load_decoder, weights_key
+from orchestrator.training.distributed import World, autocast
+from orchestrator.training.job import TrainingJob, sequences_per_step
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.provenance import content_key
 from orchestrator.workspace.whole_folders import (
     checksums_of,
@@ -63,11 +62,8 @@ class CachePlan:
     num_sequences: int
     """Sequences per step, of all workers together."""
     context_length: int
-    """Tokens per sequence."""
     vocab_size: int
-    """Logits per token."""
     precision: str = "fp32"
-    """Arithmetic of the teacher: `fp32` or `bf16`."""
     top_k: int | None = None
     """Most likely tokens to store; None stores all logits."""
     temperature: float = 1.0
@@ -81,113 +77,143 @@ class CachePlan:
     @property
     def num_bytes(self) -> int:
         """Size of all files without the manifest."""
-        return sum(self.num_rows * column.num_bytes for column in self.columns())
+        return self.num_steps * sum(step.itemsize for step in self.files().values())
 
     @property
-    def num_rows(self) -> int:
-        """Sequences of all steps."""
-        return self.num_steps * self.num_sequences
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.num_steps * self.num_sequences * self.context_length
 
-    def columns(self) -> tuple[_Column, ...]:
-        """Return the files with their entry per sequence."""
-        tokens = _Column("tokens", np.dtype("<i4"), (self.context_length,))
+    def files(self) -> dict[str, np.dtype[Any]]:
+        """Return file name -> its values in one step, as a dtype with a shape."""
+        shape = (self.num_sequences, self.context_length)
+        files: dict[str, Any] = {"tokens.bin": ("<i4", shape)}
         if self.top_k is None:
             # NumPy has no bfloat16; the bits are stored as integers.
-            dtype = np.dtype("<i2" if self.precision == "bf16" else "<f4")
-            return tokens, _Column("logits", dtype, (self.context_length, self.vocab_size))
-        shape = (self.context_length, min(self.top_k, self.vocab_size))
-        return (
-            tokens,
-            _Column("ids", np.dtype("<i4"), shape),
-            _Column("log_probs", np.dtype("<f4"), shape),
-            _Column("log_tail", np.dtype("<f4"), shape[:1]),
-        )
+            stored_as = "<i2" if self.precision == "bf16" else "<f4"
+            files["logits.bin"] = (stored_as, (*shape, self.vocab_size))
+        else:
+            top_k = min(self.top_k, self.vocab_size)
+            files["ids.bin"] = ("<i4", (*shape, top_k))
+            files["log_probs.bin"] = ("<f4", (*shape, top_k))
+            files["log_tail.bin"] = ("<f4", shape)
+        return {name: np.dtype(values) for name, values in files.items()}
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One file, with the dtype and shape of its entry per sequence."""
+def teaching_steps(job: TrainingJob) -> list[int]:
+    """Return the steps whose loss needs the teacher."""
+    if job.objective != "distill" or not job.teacher_folder:
+        return []
+    loss = job.distillation or DistillationConfig()
+    return [step for step in range(job.recipe.num_steps) if loss.uses_teacher(step)]
 
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
 
-    @property
-    def num_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
+def cache_plan(job: TrainingJob) -> CachePlan | None:
+    """Return the content of a job's teacher cache; None if its teacher's outputs cannot be stored.
 
-    def path(self, folder: Path) -> Path:
-        return folder / f"{self.name}.bin"
+    Raises:
+        UserError: If tokens or teacher are missing, or the batch is no whole number of sequences.
+    """
+    loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)
+    if loss.hidden_weight or not steps:
+        return None
+    config, recipe, folder = job.config(), job.recipe, Path(str(job.teacher_folder))
+    teacher = load_config(folder)
+    return CachePlan(
+        origin={
+            "teacher": weights_key(folder),
+            "model": teacher.to_dict(),
+            "tokens": open_tokens(job.tokens_folder).fingerprint,
+            "seed": recipe.seed,
+            "first_step": steps[0],
+            # The last bits of a row can depend on how many rows are computed together.
+            "sequences_per_pass": recipe.num_sequences_per_pass,
+        },
+        num_steps=len(steps),
+        num_sequences=sequences_per_step(recipe, config),
+        context_length=config.context_length,
+        vocab_size=teacher.vocab_size,
+        precision=recipe.precision,
+        top_k=loss.top_k,
+        temperature=loss.temperature if loss.top_k else 1.0,
+    )
 
-    def encoded(self, values: Tensor) -> bytes:
-        if values.dtype == torch.bfloat16:
-            values = values.view(torch.int16)
-        array = values.detach().cpu().numpy()
-        assert array.shape[1:] == self.shape, f"{self.name}: {array.shape[1:]} is not {self.shape}"
-        # No conversion may lose digits: an exact cache must be exact.
-        return array.astype(self.dtype, casting="same_kind", copy=False).tobytes()
+
+def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> OutputsByStep:
+    """Return a function that computes the teacher's outputs of a step as the job itself would."""
+    store, config, recipe = open_tokens(job.tokens_folder), job.config(), job.recipe
+    plan = BatchPlan(len(store.train), config.context_length, recipe.seed)
+    global_batch = sequences_per_step(recipe, config)
+    loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)
+
+    @cache  # Loaded at the first call: a complete cache needs no teacher.
+    def teacher() -> Decoder:
+        return load_decoder(Path(str(job.teacher_folder)), device=device, frozen=True)
+
+    @torch.no_grad()
+    def output_of_pass(input_ids: Tensor) -> Any:
+        with autocast(recipe.precision, World(device=device)):
+            logits = teacher()(input_ids.to(device))
+            # Keep the logits of one pass only on the device, as the job itself does.
+            if loss.top_k is None:
+                return logits.cpu()
+            return coarsen(logits, loss.top_k, temperature=loss.temperature)
+
+    def outputs(number: int) -> tuple[Tensor, TeacherOutput]:
+        sequences = plan.batch(steps[number], store.train, global_batch=global_batch).input_ids
+        parts = torch.split(sequences, recipe.num_sequences_per_pass or len(sequences))
+        join = torch.cat if loss.top_k is None else CoarseDistribution.joined
+        return sequences, join([output_of_pass(part) for part in parts])
+
+    return outputs
 
 
 @dataclass(frozen=True)
 class CachedTeacher:
     """A teacher that reads its outputs from a cache; called like a decoder.
 
-    The files are memory-mapped: workers and trials on one machine share them.
+    It finds a sequence by the hash of its tokens: an unknown one is an error, never a wrong output.
+    The files are memory-mapped, so the workers and trials of one machine share them.
     """
 
     folder: Path
     plan: CachePlan
-    _arrays: dict[str, np.ndarray] = field(repr=False)
-    _rows: dict[bytes, int] = field(repr=False)
+    _arrays: dict[str, np.ndarray]
+    _rows: dict[bytes, int]
 
     def __call__(self, input_ids: Tensor) -> TeacherOutput:
-        """Return the teacher's output for complete sequences, on their device.
-
-        Args:
-            input_ids: (batch, time), sequences of the plan in any order.
+        """Return the teacher's output for sequences (batch, time) of the plan, in any order.
 
         Raises:
             KeyError: If a sequence is not part of the plan.
         """
         try:
-            rows = [self._rows[digest] for digest in _digests(_as_int32(input_ids))]
+            rows = [self._rows[digest] for digest in _digests(input_ids.cpu().numpy())]
         except KeyError:
             raise KeyError(f"{self.folder} has no output for a requested sequence") from None
         found = {
-            name: torch.from_numpy(array[rows]).to(input_ids.device)
+            name.removesuffix(".bin"): torch.from_numpy(array[rows]).to(input_ids.device)
             for name, array in self._arrays.items()
         }
-        if self.plan.top_k is None:
-            logits = found["logits"]
-            return logits.view(torch.bfloat16) if self.plan.precision == "bf16" else logits
-        return CoarseDistribution(
-            ids=found["ids"],
-            log_probs=found["log_probs"],
-            log_tail=found["log_tail"],
-            temperature=self.plan.temperature,
-        )
+        if self.plan.top_k is not None:
+            return CoarseDistribution(**found, temperature=self.plan.temperature)
+        logits = found["logits"]
+        return logits.view(torch.bfloat16) if self.plan.precision == "bf16" else logits
 
 
 def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
-    """Open a cache; None if it is missing, incomplete or has other content.
-
-    This compares sizes; `write_cache` verifies checksums once for all readers.
-    """
+    """Open a cache; None if it is missing, incomplete or has other content."""
+    # This compares sizes; `write_cache` verifies checksums once for all readers.
     if find_cache_damage(folder, plan, read=False):
         return None
     try:
         arrays = {
-            column.name: np.memmap(
-                column.path(folder),
-                dtype=column.dtype,
-                mode="r",
-                shape=(plan.num_rows, *column.shape),
-            )
-            for column in plan.columns()
+            name: np.memmap(folder / name, step.base, "r").reshape(-1, *step.shape[1:])
+            for name, step in plan.files().items()
         }
     except FileNotFoundError:  # Another process has just deleted it.
         return None
-    rows = {digest: row for row, digest in enumerate(_digests(arrays.pop("tokens")))}
+    rows = {digest: row for row, digest in enumerate(_digests(arrays.pop("tokens.bin")))}
     return CachedTeacher(folder, plan, dict(arrays), rows)
 
 
@@ -195,12 +221,6 @@ def write_cache(
     plan: CachePlan, parent: Path, outputs: OutputsByStep, *, progress: Progress | None = None
 ) -> Path:
     """Write a cache into `parent`/<key>, unless an intact one exists; return its folder.
-
-    Args:
-        plan: Content of the cache.
-        parent: Folder of all caches.
-        outputs: Called for each step that is not written yet.
-        progress: Shows the steps done, and reports damage.
 
     Raises:
         OSError: If the disk is full. Complete steps stay, and the next call resumes after them.
@@ -218,8 +238,24 @@ def write_cache(
             shutil.rmtree(folder)
         delete_leftovers(parent)
         temporary.mkdir(exist_ok=True)
-        _append_missing_steps(plan, temporary, outputs, progress)
-        checksums = checksums_of(temporary, [c.path(temporary).name for c in plan.columns()])
+        files = {temporary / name: step for name, step in plan.files().items()}
+        num_done = plan.num_steps
+        for path, step in files.items():
+            path.touch()
+            num_done = min(num_done, path.stat().st_size // step.itemsize)
+        for path, step in files.items():
+            os.truncate(path, num_done * step.itemsize)
+        for number in range(num_done, plan.num_steps):
+            sequences, output = outputs(number)
+            values = {"logits": output} if isinstance(output, Tensor) else vars(output)
+            for path, step in files.items():
+                with path.open("ab") as file:
+                    file.write(_encoded({"tokens": sequences, **values}[path.stem], step))
+            progress.advance(number + 1)
+        for path in files:
+            with path.open("ab") as file:
+                os.fsync(file.fileno())
+        checksums = checksums_of(temporary, plan.files())
         write_json(temporary / MANIFEST_NAME, {"plan": asdict(plan), "checksums": checksums})
         mark_verified(temporary, checksums)
         replace_folder(temporary, folder)
@@ -227,81 +263,38 @@ def write_cache(
 
 
 def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
-    """Return what is wrong with a cache; None if nothing is.
-
-    Args:
-        folder: The cache's folder.
-        plan: Its expected content.
-        read: Whether to verify checksums, which reads all files.
-    """
-    try:
-        manifest = read_json(folder / MANIFEST_NAME)
-    except UserError:
-        return f"{MANIFEST_NAME} cannot be read"
-    if not isinstance(manifest, dict):
-        return f"{MANIFEST_NAME} is missing"
-    if manifest.get("plan") != asdict(plan):
+    """Return what is wrong with a cache; None if nothing is. `read` verifies checksums, too."""
+    manifest = None
+    with suppress(UserError):
+        manifest = read_json_object(folder / MANIFEST_NAME)
+    if manifest is None:
+        return f"{MANIFEST_NAME} is missing or damaged"
+    if manifest.get("plan") != asdict(plan) or "checksums" not in manifest:
         return "it holds other outputs"
-    for column in plan.columns():
-        path = column.path(folder)
-        if not path.is_file() or path.stat().st_size != plan.num_rows * column.num_bytes:
-            return f"{path.name} is incomplete"
-    checksums = manifest.get("checksums")
-    if not isinstance(checksums, dict):
-        return "it has no checksums"
-    names = [column.path(folder).name for column in plan.columns()]
-    return damaged_file(folder, checksums, names=names) if read else None
+    for name, step in plan.files().items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != plan.num_steps * step.itemsize:
+            return f"{name} is incomplete"
+    return damaged_file(folder, manifest["checksums"], names=plan.files()) if read else None
 
 
 def bytes_to_write(plan: CachePlan, parent: Path) -> int:
-    """Return the bytes of a cache in `parent` that are not written yet."""
+    """Return the bytes of a cache in `parent` that are not written yet; 0 if it is complete."""
     if find_cache_damage(parent / plan.key, plan, read=False) is None:
         return 0
-    temporary = parent / f"{TEMPORARY_PREFIX}{plan.key}"
-    paths = [column.path(temporary) for column in plan.columns()]
-    written = sum(path.stat().st_size for path in paths if path.is_file())
-    return max(0, plan.num_bytes - written)
+    paths = [parent / f"{TEMPORARY_PREFIX}{plan.key}" / name for name in plan.files()]
+    return max(0, plan.num_bytes - sum(path.stat().st_size for path in paths if path.is_file()))
 
 
-def _append_missing_steps(
-    plan: CachePlan, folder: Path, outputs: OutputsByStep, progress: Progress
-) -> None:
-    columns = plan.columns()
-    sizes = [plan.num_sequences * column.num_bytes for column in columns]
-    with ExitStack() as stack:
-        files: list[BinaryIO] = [
-            stack.enter_context(column.path(folder).open("ab")) for column in columns
-        ]
-        lengths = [os.fstat(file.fileno()).st_size for file in files]
-        num_whole = min(length // size for length, size in zip(lengths, sizes, strict=True))
-        num_whole = min(num_whole, plan.num_steps)
-        for file, size in zip(files, sizes, strict=True):
-            file.truncate(num_whole * size)
-        for step in range(num_whole, plan.num_steps):
-            sequences, output = outputs(step)
-            values = {"tokens": sequences.to(torch.int32), **_as_columns(output)}
-            for column, file in zip(columns, files, strict=True):
-                file.write(column.encoded(values[column.name]))
-                file.flush()
-            progress.advance(step + 1)
-        for file in files:
-            os.fsync(file.fileno())
-
-
-def _as_columns(output: TeacherOutput) -> dict[str, Tensor]:
-    if isinstance(output, Tensor):
-        return {"logits": output}
-    return {
-        "ids": output.ids.to(torch.int32),
-        "log_probs": output.log_probs,
-        "log_tail": output.log_tail,
-    }
-
-
-def _as_int32(input_ids: Tensor) -> np.ndarray:
-    array: np.ndarray = input_ids.cpu().numpy().astype("<i4")
-    return array
+def _encoded(values: Tensor, step: np.dtype[Any]) -> bytes:
+    if values.dtype == torch.bfloat16:
+        values = values.view(torch.int16)
+    array = values.detach().cpu().numpy()
+    assert array.shape == step.shape, f"{array.shape} is not {step.shape}"
+    # No conversion may lose digits: an exact cache must be exact.
+    return array.astype(step.base, casting="same_kind", copy=False).tobytes()
 
 
 def _digests(sequences: np.ndarray) -> Iterator[bytes]:
-    return (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in sequences)
+    rows = sequences.astype("<i4", copy=False)
+    return (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)

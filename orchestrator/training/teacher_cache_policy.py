@@ -1,19 +1,17 @@
 """Decide whether the students of a teacher read its stored outputs or run it themselves.
 
-All students of a sweep see the same sequences in the same order, so their teacher computes the same
-outputs for each. Storing them once costs disk space and saves one forward pass per student and
-step; that pays from two students on. Exact outputs give the same losses to the last bit (on the
-same machine, with the same number of threads). Coarse outputs are another loss and another trial,
-used only on request. Hidden states are not stored: a loss that needs them needs the teacher.
+Stored outputs cost disk space and save each student but one a forward pass per step. Exact outputs
+give the same losses to the last bit (on the same machine, with the same number of threads).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,26 +22,28 @@ from orchestrator.training.job import TrainingJob
 from orchestrator.training.teacher_cache import (
     CachePlan,
     bytes_to_write,
-    find_cache_damage,
-    write_cache,
-)
-from orchestrator.training.teacher_outputs import (
     cache_plan,
     teacher_outputs_by_step,
     teaching_steps,
+    write_cache,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.whole_folders import delete_folder
 
+# Limits of `auto` for one sweep.
 MAX_BYTES = 2 << 30
-"""Most bytes that `auto` stores for one sweep."""
 MAX_SHARE_OF_DISK = 0.1
-"""Largest share of the free disk space that `auto` uses."""
 MIN_STUDENTS = 2
-"""Fewest students for which `auto` stores outputs."""
-_KEPT_NAME = "kept"
-"""File in the folder of outputs that were requested by name; `auto` does not delete them."""
+_KEPT_NAME = "kept"  # File in a requested cache: `auto` does not delete it.
 _NEEDS_TEACHER = "distillation.hidden_weight needs its hidden states, which are not stored"
+
+
+class TeacherWork(NamedTuple):
+    """Tokens that teachers have yet to compute, those of them to store, and the bytes to store."""
+
+    num_tokens: int
+    num_stored_tokens: int
+    num_bytes: int
 
 
 def store_teacher_outputs(
@@ -54,57 +54,39 @@ def store_teacher_outputs(
     on_gpu: bool = False,
     progress: Progress | None = None,
 ) -> list[TrainingJob]:
-    """Store the teacher outputs of several jobs if that pays, and have the jobs read them.
+    """Store the teacher outputs of jobs if that pays; return the jobs, which then read them.
 
-    Args:
-        jobs: The jobs to run; those without a teacher are returned unchanged.
-        settings: `teacher_cache` decides whether to store.
-        parent: Folder of all caches.
-        on_gpu: Whether the jobs run on GPUs; the teacher then runs on a GPU of this process, if
-            there is one.
-        progress: Shows the decision and the progress of storing.
-
-    Returns:
-        The jobs in their order; `teacher_cache` is set in those that read stored outputs.
+    `parent` is the folder of all caches. With `on_gpu` the teacher runs on a GPU, if there is one.
 
     Raises:
         UserError: If the requested cache is impossible.
         RunFailed: If the disk fills up.
     """
-    progress = progress or Progress()
+    progress, shared = progress or Progress(), list(jobs)
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
-    plans = [cache_plan(job) for job in jobs]
     if settings.hidden_weight and any(job.objective == "distill" for job in jobs):
         check_teacher_cache(settings)
         if settings.teacher_cache == "auto":
             progress.note(f"the teacher runs in each trial: {_NEEDS_TEACHER}")
-    policy = _StoragePolicy(settings.teacher_cache, parent)
-    folders: dict[str, Path] = {}
-    for plan in {p.key: p for p in plans if p}.values():
-        students = [job for job, p in zip(jobs, plans, strict=True) if p and p.key == plan.key]
-        is_stored, reason = policy.decide(plan, len(students))
-        if reason:
-            progress.note(reason)
-        if is_stored:
-            folders[plan.key] = _store(plan, students[0], parent, device, progress)
-            if settings.teacher_cache != "auto":
-                (folders[plan.key] / _KEPT_NAME).touch()
-    return [
-        replace(job, teacher_cache=str(folders[plan.key])) if plan and plan.key in folders else job
-        for job, plan in zip(jobs, plans, strict=True)
-    ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherWork:
-    """What the teachers of some jobs still have to compute."""
-
-    num_tokens: int
-    """Tokens of their forward passes."""
-    num_stored_tokens: int
-    """Part of these tokens whose outputs are stored, each once."""
-    num_bytes: int
-    """Size of the outputs to store."""
+    for plan, students, _ in _chosen_caches(jobs, settings.teacher_cache, parent, progress):
+        progress.start("teacher", plan.num_steps)
+        try:
+            outputs = teacher_outputs_by_step(jobs[students[0]], device=device)
+            folder = write_cache(plan, parent, outputs, progress=progress)
+        except OSError as error:
+            raise RunFailed(
+                f"cannot store the teacher's outputs in {parent} ({error.strerror or error}); "
+                "free disk space, or set distillation.teacher_cache=live"
+            ) from None
+        if device != "cpu":
+            del outputs  # Free the teacher's memory: the trials use the same GPU.
+            torch.cuda.empty_cache()
+        progress.finish(f"outputs for {plan.num_tokens:,} tokens, {format_bytes(plan.num_bytes)}")
+        if settings.teacher_cache != "auto":
+            (folder / _KEPT_NAME).touch()
+        for student in students:
+            shared[student] = replace(jobs[student], teacher_cache=str(folder))
+    return shared
 
 
 def estimate_teacher_work(
@@ -114,43 +96,25 @@ def estimate_teacher_work(
     *,
     steps_done: Sequence[int] | None = None,
 ) -> TeacherWork:
-    """Return what teachers will compute: shared outputs once, outputs that are stored not at all.
+    """Return what teachers will compute if the jobs run now: shared outputs count once.
 
-    Args:
-        jobs: The jobs to run.
-        settings: `teacher_cache` decides whether to store.
-        parent: Folder of all caches.
-        steps_done: Step that each job resumes from; 0 when unset. A teacher whose outputs are not
-            stored skips these steps.
+    `steps_done` holds the step that each job resumes from (default: 0).
     """
-    students: dict[str, tuple[CachePlan, list[int]]] = {}
-    num_tokens = num_stored = num_bytes = 0
-    for job, done in zip(jobs, steps_done or [0] * len(jobs), strict=True):
-        plan, steps = cache_plan(job), teaching_steps(job)
-        tokens_left = sum(step >= done for step in steps) * job.recipe.num_tokens_per_step
-        if plan:
-            students.setdefault(plan.key, (plan, []))[1].append(tokens_left)
-        elif job.teacher_folder and job.objective == "distill":
-            num_tokens += tokens_left
-    policy = _StoragePolicy(settings.teacher_cache, parent)
-    for plan, left in students.values():
-        is_stored, _ = policy.decide(plan, len(left))
-        if not is_stored:
-            num_tokens += sum(left)
-        elif _is_missing(plan, parent):
-            num_stored += plan.num_rows * plan.context_length
-            num_bytes += bytes_to_write(plan, parent)
-    return TeacherWork(
-        num_tokens=num_tokens + num_stored, num_stored_tokens=num_stored, num_bytes=num_bytes
-    )
+    tokens_left = [
+        sum(step >= done for step in teaching_steps(job)) * job.recipe.num_tokens_per_step
+        for job, done in zip(jobs, steps_done or [0] * len(jobs), strict=True)
+    ]
+    num_stored = num_bytes = 0
+    for plan, students, needed in _chosen_caches(jobs, settings.teacher_cache, parent, Progress()):
+        for student in students:
+            tokens_left[student] = 0
+        num_bytes += needed
+        num_stored += plan.num_tokens if needed else 0
+    return TeacherWork(sum(tokens_left) + num_stored, num_stored, num_bytes)
 
 
 def check_teacher_cache(settings: DistillationSettings) -> None:
-    """Refuse a teacher cache for a loss that needs hidden states.
-
-    Raises:
-        UserError: If `teacher_cache` asks for one.
-    """
+    """Raise UserError if a teacher cache is requested for a loss that needs hidden states."""
     if settings.hidden_weight and settings.teacher_cache in ("exact", "top_k"):
         raise UserError(
             f"distillation.teacher_cache={settings.teacher_cache} cannot be: {_NEEDS_TEACHER}; "
@@ -163,78 +127,53 @@ def delete_teacher_caches(jobs: Sequence[TrainingJob], settings: DistillationSet
 
     A process that has opened them can read on; a later one runs the teacher.
     """
-    if settings.teacher_cache == "auto":
-        for folder in {Path(job.teacher_cache) for job in jobs if job.teacher_cache}:
-            if not (folder / _KEPT_NAME).exists():
-                with suppress(OSError):
-                    delete_folder(folder)
+    for folder in {Path(job.teacher_cache) for job in jobs if job.teacher_cache}:
+        if settings.teacher_cache == "auto" and not (folder / _KEPT_NAME).exists():
+            with suppress(OSError):
+                delete_folder(folder)
 
 
-class _StoragePolicy:
-    """Decides about one cache after another, and counts the bytes of those that it accepted."""
+def _chosen_caches(
+    jobs: Sequence[TrainingJob], mode: str, parent: Path, progress: Progress
+) -> Iterator[tuple[CachePlan, list[int], int]]:
+    """Yield each cache to use, the numbers of its jobs, and its missing bytes; note each decision.
 
-    def __init__(self, mode: str, parent: Path) -> None:
-        self.mode, self.parent = mode, parent
-        # Read the free space once, so that bytes already promised are not subtracted twice.
-        self._free, self._promised = _free_bytes(parent), 0
-
-    def decide(self, plan: CachePlan, num_students: int) -> tuple[bool, str]:
-        """Return whether to store, and a sentence for the user."""
-        mode = self.mode
-        if mode == "live":
-            return False, ""
-        size, needed = format_bytes(plan.num_bytes), bytes_to_write(plan, self.parent)
-        free = self._free - self._promised
-        if not _is_missing(plan, self.parent):
-            return True, f"the teacher's outputs are there already ({size}){self._requested()}"
-        if mode != "auto":
-            if needed > free:
-                raise UserError(
-                    f"distillation.teacher_cache={mode} needs {format_bytes(needed)}, and "
-                    f"{self.parent} has {format_bytes(free)} free; set it to live, or shorten "
-                    "distillation.training"
-                )
-            self._promised += needed
-            return True, f"the teacher's outputs are stored once ({size}){self._requested()}"
-        if num_students < MIN_STUDENTS:
-            return False, f"the teacher runs in each trial: only {num_students} needs it"
-        limit = min(MAX_BYTES - self._promised, int(MAX_SHARE_OF_DISK * free))
+    A complete cache is used. Another one is written if its missing bytes fit on the disk and, for
+    `auto`, if enough students share it and the bytes stay within the limits above.
+    """
+    name, is_auto = "distillation.teacher_cache", mode == "auto"
+    caches: dict[str, tuple[CachePlan, list[int]]] = {}
+    for number, job in enumerate(jobs):
+        if mode != "live" and (plan := cache_plan(job)):
+            caches.setdefault(plan.key, (plan, []))[1].append(number)
+    # Read the free space once, so that bytes already promised are not subtracted twice.
+    free, promised = _free_bytes(parent), 0
+    for plan, students in caches.values():
+        needed, limit = bytes_to_write(plan, parent), free - promised
+        if is_auto:
+            limit = max(0, min(MAX_BYTES - promised, int(MAX_SHARE_OF_DISK * limit)))
+        problem = ""
         if needed > limit:
-            return False, (
-                f"the teacher runs in each trial: its outputs would take {format_bytes(needed)}, "
-                f"more than {format_bytes(max(limit, 0))} (the smaller of "
-                f"{format_bytes(MAX_BYTES)} for a whole sweep and {MAX_SHARE_OF_DISK:.0%} of the "
-                "free disk)"
+            problem = (
+                f"its outputs would take {format_bytes(needed)}, more than {format_bytes(limit)} "
+                f"(the smaller of {format_bytes(MAX_BYTES)} for a whole sweep and "
+                f"{MAX_SHARE_OF_DISK:.0%} of the free disk)"
             )
-        self._promised += needed
-        return True, f"the teacher's outputs are stored once ({size}) for {num_students} trials"
-
-    def _requested(self) -> str:
-        return "" if self.mode == "auto" else f", as distillation.teacher_cache={self.mode} asks"
-
-
-def _is_missing(plan: CachePlan, parent: Path) -> bool:
-    return find_cache_damage(parent / plan.key, plan, read=False) is not None
-
-
-def _store(
-    plan: CachePlan, job: TrainingJob, parent: Path, device: str, progress: Progress
-) -> Path:
-    progress.start("teacher", plan.num_steps)
-    try:
-        outputs = teacher_outputs_by_step(job, device=device)
-        folder = write_cache(plan, parent, outputs, progress=progress)
-    except OSError as error:
-        raise RunFailed(
-            f"cannot store the teacher's outputs in {parent} ({error.strerror or error}); "
-            "free disk space, or set distillation.teacher_cache=live"
-        ) from None
-    if device != "cpu":
-        del outputs  # Free the teacher's memory: the trials use the same GPU.
-        torch.cuda.empty_cache()
-    num_tokens = plan.num_rows * plan.context_length
-    progress.finish(f"outputs for {num_tokens:,} tokens, {format_bytes(plan.num_bytes)}")
-    return folder
+        if needed and len(students) < MIN_STUDENTS:
+            problem = f"only {len(students)} needs it"
+        if is_auto and problem:
+            progress.note(f"the teacher runs in each trial: {problem}")
+            continue
+        if needed > limit:
+            raise UserError(
+                f"{name}={mode} needs {format_bytes(needed)}, and {parent} has "
+                f"{format_bytes(limit)} free; set it to live, or shorten distillation.training"
+            )
+        state = f"{'stored once' if needed else 'there already'} ({format_bytes(plan.num_bytes)})"
+        why = f" for {len(students)} trials" if is_auto else f", as {name}={mode} asks"
+        progress.note(f"the teacher's outputs are {state}{why}")
+        promised += needed
+        yield plan, students, needed
 
 
 def _free_bytes(folder: Path) -> int:

@@ -15,7 +15,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.settings import DistillationSettings, TrainingSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training import teacher_cache, teacher_cache_policy, teacher_outputs
+from orchestrator.training import teacher_cache, teacher_cache_policy
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.training.distributed import World
 from orchestrator.training.job import TrainingJob, job_key
@@ -25,8 +25,10 @@ from orchestrator.training.teacher_cache import (
     CachedTeacher,
     CachePlan,
     bytes_to_write,
+    cache_plan,
     find_cache_damage,
     open_cache,
+    teacher_outputs_by_step,
     write_cache,
 )
 from orchestrator.training.teacher_cache_policy import (
@@ -34,7 +36,6 @@ from orchestrator.training.teacher_cache_policy import (
     estimate_teacher_work,
     store_teacher_outputs,
 )
-from orchestrator.training.teacher_outputs import cache_plan, teacher_outputs_by_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.whole_folders import VERIFIED_NAME, delete_folder
@@ -420,7 +421,7 @@ def test_the_limit_of_auto_holds_for_all_seeds_together(
     jobs = [student(f"{name}{seed}", recipe={"seed": seed}) for seed in range(3) for name in "ab"]
     plan = plan_of(jobs[0])
     monkeypatch.setattr(teacher_cache_policy, "MAX_BYTES", int(2.5 * plan.num_bytes))
-    auto, own = DistillationSettings(), plan.num_rows * plan.context_length
+    auto, own = DistillationSettings(), plan.num_tokens
     work = estimate_teacher_work(jobs, auto, tmp_path / "t")
     assert (work.num_stored_tokens, work.num_tokens) == (2 * own, 4 * own)
     shared = store_teacher_outputs(jobs, auto, tmp_path / "t")
@@ -452,7 +453,7 @@ def test_the_logits_of_one_pass_only_are_in_memory(
         sizes.append(len(logits))
         return coarsen(logits, *args, **more)
 
-    monkeypatch.setattr(teacher_outputs, "coarsen", watched)
+    monkeypatch.setattr(teacher_cache, "coarsen", watched)
     coarse = DistillationConfig(top_k=3)
     job = student(recipe={"num_sequences_per_pass": 3}, distillation=coarse)
     sequences, output = teacher_outputs_by_step(job)(0)
