@@ -9,10 +9,9 @@ A study is a series of sweeps in one workspace; each is planned from the results
     fronts    students of the best IIET with most corrections: a front for each measure of
               influence; for the first measure, also without distillation and with other selections
 
-Trials are shared by their keys: nothing is trained twice, an interrupted study resumes, and a
-larger one starts from a smaller one. The results are the sweeps' own reports, two pictures that
-compare the fronts, and `results.md` with one table per phase; docs/results.md is such a page with
-comments. On your own text and tasks:
+Nothing is trained twice: an interrupted study resumes, and a larger one starts from a smaller one.
+The results are the sweeps' reports, two pictures that compare the fronts, and `results.md` with one
+table per phase; docs/results.md is such a page with comments. On your own text and tasks:
 
     python examples/iiad_study.py --set data.source=files --set 'data.files=[text/*.txt]' \\
         --set evaluation.suite=heldout,my_task
@@ -27,30 +26,39 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from study_tables import Phases, Ways, losses_by_seed, study_markdown
 
 from iiet.methods import METHODS
-from orchestrator import SweepModel, SweepResult, plan_sweep, prepare, read_settings, report, sweep
+from orchestrator import (
+    Settings,
+    SweepModel,
+    SweepResult,
+    TrialResult,
+    UserError,
+    plan_sweep,
+    prepare,
+    read_settings,
+    report,
+    sweep,
+)  # fmt: skip
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.printing import print_plan, print_report
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.settings import BASELINE_METHOD, Settings, model_label
+from orchestrator.settings import BASELINE_METHOD, model_label
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import settings_at_rates, swept_models
-from orchestrator.sweeping.student_plans import check_student_batch, distillation_config
+from orchestrator.sweeping.student_plans import check_student_batch
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.schedules import flops_per_token_by_step
-from orchestrator.training.teacher_cache_policy import check_teacher_cache
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
@@ -115,8 +123,7 @@ def run_study(
         choices: What is compared beside them.
         session: Workspace, progress and console.
         name: Prefix of the names of its sweeps.
-        dry_run: Print the first phase's plan, which all others follow from, and what those are;
-            run nothing.
+        dry_run: Print the first phase's plan and what follows it; run nothing.
 
     Raises:
         UserError: If there is no IIET with corrections among the models.
@@ -143,7 +150,7 @@ def run_study(
     folder = session.workspace.overlays / name
     overlays = [
         report(workspace=session.workspace, sweeps=names, quality="loss")
-        for names in (ways.of_choosing, ways.of_training)
+        for names in (ways.schedule_sweeps, ways.training_sweeps)
         if len(names) > 1
     ]
     text = study_markdown(phases, ways, [overlay.folder for overlay in overlays])
@@ -153,11 +160,10 @@ def run_study(
 
 
 def _check(settings: Settings, choices: Choices, session: Session) -> None:
-    """Check that the settings go together before anything is trained."""
     check_sweep(settings, session.progress)
     check_models(settings)
-    distillation_config(settings.distillation)
-    check_teacher_cache(settings.distillation)
+    for own in _ways(settings, choices).values():
+        check_sweep(own)
     if len(set(choices.seeds)) < len(choices.seeds):
         raise UserError(f"--seeds: the same seed twice in {list(choices.seeds)}; name each once")
     start, ramp = choices.two_stage_from, settings.training.iterate_ramp_fraction
@@ -177,7 +183,6 @@ class _Contender:
     rates: tuple[float, ...]
 
     def at(self, *, rate: float, seed: int, num_steps: int | None = None) -> Settings:
-        """Return its settings for a learning rate, seed and number of steps."""
         recipe = self.settings.training
         changes = {"learning_rate": rate, "seed": seed, "num_steps": num_steps or recipe.num_steps}
         training = recipe.model_copy(update=changes)
@@ -197,7 +202,6 @@ class _Study:
         check_student_batch(settings.distillation, config)
 
     def all_rates(self) -> dict[str, Sequence[float]]:
-        """Return the learning rates of every contender."""
         return {name: contender.rates for name, contender in self.contenders.items()}
 
     def models(
@@ -209,34 +213,27 @@ class _Study:
     ) -> list[SweepModel]:
         """Return the models of a phase: contenders at rates, under seeds, for a number of steps."""
         found = []
-        several = len(seeds) > 1
         for name, own in rates.items():
             steps = (num_steps or {}).get(name)
-            for rate in own:
-                group = _label(name, rate, own)
-                for seed in seeds:
-                    found.append(
-                        SweepModel(
-                            label=f"{group}, seed {seed}" if several else group,
-                            settings=self.contenders[name].at(
-                                rate=rate, seed=seed, num_steps=steps
-                            ),
-                            group=group if several else None,
-                        )
-                    )
+            for rate, seed in product(own, seeds):
+                settings = self.contenders[name].at(rate=rate, seed=seed, num_steps=steps)
+                label = _label(name, rate, own)
+                if len(seeds) == 1:
+                    found.append(SweepModel(label=label, settings=settings))
+                else:
+                    seeded = f"{label}, seed {seed}"
+                    found.append(SweepModel(label=seeded, settings=settings, group=label))
         return found
 
     def compare(self) -> Phases:
         """Run the phases that train from scratch."""
         first, seeds = self.choices.seeds[:1], self.choices.seeds
         tried = _joined(self._run("rates", self.models(self.all_rates(), seeds=first)))
-        by_rate = {
-            name: {
-                rate: tried[label] for rate in own if (label := _label(name, rate, own)) in tried
-            }
-            for name, own in self.all_rates().items()
-        }
-        by_rate = {name: own for name, own in by_rate.items() if own}  # Others failed.
+        by_rate: dict[str, dict[float, TrialResult]] = {}
+        for name, own in self.all_rates().items():
+            for rate in own:
+                if (label := _label(name, rate, own)) in tried:  # Others failed.
+                    by_rate.setdefault(name, {})[rate] = tried[label]
         best = {name: _best_rate(own) for name, own in by_rate.items()}
         chosen: dict[str, Sequence[float]] = {name: (rate,) for name, rate in best.items()}
         of_seeds = self._run("tokens", self.models(chosen, seeds=seeds))
@@ -288,8 +285,8 @@ class _Study:
         return Ways(
             teacher=teacher,
             results=found,
-            of_choosing=[self._sweep_name(way) for way in choosing],
-            of_training=[self._sweep_name(way) for way in training],
+            schedule_sweeps=[self._sweep_name(way) for way in choosing],
+            training_sweeps=[self._sweep_name(way) for way in training],
         )
 
     def _sweep_name(self, phase: str) -> str:

@@ -1,8 +1,8 @@
 """A study in Markdown: one table per phase, and how the numbers relate to the paper's two claims.
 
-All numbers come from the sweeps. Losses are compared seed by seed: models of one seed read the same
-batches, and IIETs share their first stage, so differences vary far less than the losses. Accuracies
-are compared directly; the report of each sweep has paired intervals.
+Losses are compared seed by seed: models of one seed read the same batches, and IIETs share their
+first stage, so differences vary far less than the losses. Accuracies are compared directly; the
+report of each sweep has paired intervals.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iiet.methods import METHODS
+from orchestrator import TrialResult
 from orchestrator.records.evaluation import STDERR_SUFFIX
-from orchestrator.records.trial import TrialResult
 from orchestrator.settings import BASELINE_METHOD, model_label
 from orchestrator.terminal.formatting import format_with_error
 
@@ -47,15 +47,15 @@ class Phases:
 
 @dataclass(frozen=True, kw_only=True)
 class Ways:
-    """Results of the ways to a cheaper model."""
+    """Results of students; a way is how they were chosen and trained."""
 
     teacher: TrialResult
     """The full model that all start from."""
     results: Mapping[str, Sequence[TrialResult]]
     """Way -> its sweep's results; the usual way first."""
-    of_choosing: Sequence[str]
+    schedule_sweeps: Sequence[str]
     """Sweeps that choose schedules differently, the usual one first."""
-    of_training: Sequence[str]
+    training_sweeps: Sequence[str]
     """Sweeps that train the same schedules differently, the usual one first."""
 
 
@@ -69,21 +69,15 @@ def losses_by_seed(results: Sequence[TrialResult]) -> dict[str, dict[int, float]
 
 
 def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
-    """Return the whole study as Markdown.
-
-    Args:
-        phases: The models from scratch.
-        ways: The fronts of students.
-        pictures: Folders of reports with several fronts.
-    """
+    """Return the whole study as Markdown; `pictures` are folders of reports with several fronts."""
     parts = ["# Study", "", _ERRORS, "", *(f"- {sentence}" for sentence in _claims(phases, ways))]
     parts += ["", "## Learning rates (validation loss, one seed)", "", *_rates(phases)]
     parts += ["", "## Equal tokens, each at its best rate", "", *_models(phases.tokens)]
     if phases.flops:
         parts += ["", "## Equal training FLOPs, one seed", "", *_models(phases.flops)]
     for name, title in ((LOSS, "validation loss"), (ACCURACY, "accuracy in percent")):
-        parts += ["", f"## Students: {title} by evaluations", "", *_pivot(ways, name)]
-    parts += ["", "## Students: schedules by evaluations", "", *_pivot(ways, None)]
+        parts += ["", f"## Students: {title} by NFE", "", *_pivot(ways, name)]
+    parts += ["", "## Students: iteration schedules by NFE", "", *_pivot(ways, None)]
     parts += ["", *(f"Fronts over each other: {folder / 'front.html'}" for folder in pictures)]
     return "\n".join(parts) + "\n"
 
@@ -112,11 +106,10 @@ def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
         share = best.quality[ACCURACY] / teacher.quality[ACCURACY]
         saved = 1 - (best.cost["evaluations"] - least) / overhead
         yield (
-            f"students with {PAPER_SAVED:.0%} less overhead: the one of least loss, {best.name}, "
-            "saves "
-            f"{saved:.0%} of the corrections and keeps {share:.1%} of its teacher's accuracy "
-            f"(the paper: {PAPER_KEPT:.1%}); loss {best.quality[LOSS]:.3f} against "
-            f"{teacher.quality[LOSS]:.3f}"
+            f"students with {PAPER_SAVED:.0%} less overhead: the one with the lowest loss, "
+            f"{best.name}, saves {saved:.0%} of the corrections and keeps {share:.1%} of its "
+            f"teacher's accuracy (the paper: {PAPER_KEPT:.1%}); loss {best.quality[LOSS]:.3f} "
+            f"against {teacher.quality[LOSS]:.3f}"
         )
 
 
@@ -147,11 +140,10 @@ def _rates(phases: Phases) -> list[str]:
 
 
 def _models(models: Mapping[str, TrialResult]) -> list[str]:
-    heads = [
-        "model", "evaluations", "training FLOPs", "tokens", "validation loss", "bits per byte",
+    rows = [[
+        "model", "NFE", "training FLOPs", "tokens", "validation loss", "bits per byte",
         "accuracy %", "seeds",
-    ]  # fmt: skip
-    rows = [heads]
+    ]]  # fmt: skip
     for name, result in models.items():
         rows.append(
             [
@@ -175,7 +167,7 @@ def _pivot(ways: Ways, name: str | None) -> list[str]:
         for way, results in ways.results.items()
     }
     costs = sorted({cost for own in students.values() for cost in own}, reverse=True)
-    rows = [["evaluations", *students]]
+    rows = [["NFE", *students]]
     for cost in costs:
         cells = [_cell(own.get(cost), name) for own in students.values()]
         rows.append([f"{cost:.0f}", *cells])

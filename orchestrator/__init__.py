@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.sweep_plans import SweepModel
     from orchestrator.pipelines.sweeps import SweepResult, sweep
     from orchestrator.pipelines.syncing import sync
+    from orchestrator.records.trial import TrialResult
     from orchestrator.reporting.pick_rules import PickRule
     from orchestrator.settings import Settings, read_settings
     from orchestrator.terminal.progress import Progress, terminal_progress
@@ -60,6 +61,7 @@ _MODULES = {
     "pipelines.sweep_plans": ("SweepModel",),
     "pipelines.sweeps": ("SweepResult", "sweep"),
     "pipelines.syncing": ("sync",),
+    "records.trial": ("TrialResult",),
     "reporting.pick_rules": ("PickRule",),
     "settings": ("Settings", "read_settings"),
     "terminal.progress": ("Progress", "terminal_progress"),
@@ -87,6 +89,7 @@ __all__ = [
     "SweepDryRun",
     "SweepModel",
     "SweepResult",
+    "TrialResult",
     "UserError",
     "Workspace",
     "benchmark",

@@ -205,7 +205,7 @@ def test_the_example_runs_all_its_phases_and_trains_nothing_twice(
     text = (workspace.overlays / "study" / "results.md").read_text()
     for other in ("vanilla", "r = 0"):
         assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)
-    assert "| evaluations | cosine | pruned | knapsack |" in text
+    assert "| NFE | cosine | pruned | knapsack |" in text
     made = {
         folder: len([*folder.glob("*/done.json")]) for folder in (workspace.runs, workspace.trials)
     }

@@ -45,7 +45,10 @@ def said(losses: dict[str, list[float]], accuracy: float = 0.5) -> str:
     )
     phases = Phases(by_rate={}, best=joined, tokens=joined, losses=losses_by_seed(found), flops={})
     ways = Ways(
-        teacher=teacher, results={"cosine": [teacher, student]}, of_choosing=[], of_training=[]
+        teacher=teacher,
+        results={"cosine": [teacher, student]},
+        schedule_sweeps=[],
+        training_sweeps=[],
     )
     return study_markdown(phases, ways, [])
 
