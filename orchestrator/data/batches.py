@@ -1,11 +1,8 @@
 """Choose the tokens of each training step, as an `iiet.Batch`: index arithmetic without state.
 
-The training tokens are cut into windows of one context length. An epoch visits each window once, in
-its own order, and its cut starts at its own offset, so that windows do not always start at the same
-tokens. The order is a keyed permutation that computes any element directly (a Feistel network over
-the next power of four; values outside the range are permuted again). Nothing is stored, and step
-one million costs as much as step one. A step's global batch does not depend on the number of
-workers: each takes its slice. So the step number is the whole position.
+An epoch visits each window of one context length once, in its own order and from its own offset.
+The order is a keyed permutation that computes any element directly, so the step number is the whole
+position. A step's global batch does not depend on the number of workers: each takes its slice.
 """
 
 from __future__ import annotations
@@ -48,8 +45,7 @@ class BatchPlan:
     def starts(
         self, step: int, *, global_batch: int, rank: int = 0, world_size: int = 1
     ) -> np.ndarray:
-        """Return where one worker's sequences start in one step, int64, (global_batch /
-        world_size,).
+        """Return the starts of one worker's sequences, int64, (global_batch / world_size,).
 
         Args:
             step: Counts from 0.
@@ -82,11 +78,7 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
     ) -> Batch:
-        """Return one worker's batch, int64, (global_batch / world_size, context_length).
-
-        Args:
-            tokens: The flat array that the plan was made for; for the others see `starts`.
-        """
+        """Return one worker's batch, int64, (global_batch / world_size, context_length)."""
         assert len(tokens) == self.num_tokens
         starts = self.starts(step, global_batch=global_batch, rank=rank, world_size=world_size)
         return Batch.of_text(_gather(tokens, starts, self.context_length))
@@ -99,12 +91,8 @@ class BatchPlan:
 def check_even_split(global_batch: int, num_workers: int, *, section: str = "training") -> None:
     """Check that workers can share a batch evenly.
 
-    Args:
-        global_batch: Sequences of a step.
-        section: Settings section with the size of a step, for the error.
-
     Raises:
-        UserError: If they cannot.
+        UserError: If they cannot; names the settings `section` that sets the size of a step.
     """
     if global_batch % num_workers or global_batch < 1:
         raise UserError(
@@ -116,12 +104,10 @@ def check_even_split(global_batch: int, num_workers: int, *, section: str = "tra
 def validation_batches(
     tokens: np.ndarray, *, context_length: int, num_tokens: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Yield fixed sequences, spread evenly over the tokens, int64, (<= batch_size,
-    context_length).
+    """Yield fixed sequences, spread evenly over the tokens, int64, (<= batch_size, context_length).
 
     Args:
         num_tokens: At most this many tokens in all, rounded down to whole sequences.
-        batch_size: Sequences of one batch.
 
     Raises:
         UserError: If there are fewer tokens than one sequence.
@@ -153,13 +139,8 @@ def _gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
 
 
 def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Return the images of `values` under the permutation of range(size) that `key` chooses.
-
-    Args:
-        values: int64, each in [0, size).
-        size: At least 1.
-        key: Any integer; different keys give different permutations.
-    """
+    """Return the images of `values`, int64, under the permutation of range(size) of a `key`."""
+    # A Feistel network over the next power of four; images outside the range are permuted again.
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
     keys = [np.uint64(_mix(key + number)) for number in range(1, _FEISTEL_ROUNDS + 1)]

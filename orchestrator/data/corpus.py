@@ -1,7 +1,7 @@
 """Stream the documents of a corpus: Python's documentation, the user's files, or a hub data set.
 
-A corpus larger than memory is never held as a whole. Equal documents count once. A hash of a
-document's text decides whether it is held out, so the split does not depend on other documents.
+A corpus is never held in memory as a whole. A hash of a document's text decides whether it is held
+out, so the split does not depend on other documents.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from orchestrator.workspace.errors import UserError
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
-
     text: str
     source: str
 
@@ -48,7 +46,7 @@ def read_documents(settings: DataSettings, progress: Progress | None = None) -> 
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Tell whether a document is held out."""
+    """Return whether a document is held out."""
     return hash_fraction(text, "split") < fraction
 
 

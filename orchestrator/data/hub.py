@@ -1,8 +1,7 @@
 """Check once, quickly, whether the Hugging Face hub can be reached, or work offline.
 
 The hub's libraries retry for 23 seconds per data set before they give up, and they read
-`HF_HUB_OFFLINE` only when they are imported. So callers check here first, and use `offline` where
-they need no network: nothing is looked up then, and the local cache still works.
+`HF_HUB_OFFLINE` only when they are imported. Offline, the local cache still works.
 """
 
 from __future__ import annotations
@@ -46,11 +45,7 @@ def hub_problem() -> str | None:
 
 
 def require_hub(wanted: str) -> None:
-    """Fail at once if the hub cannot be reached; `wanted` needs it, for the error.
-
-    Raises:
-        UserError: If it cannot.
-    """
+    """Raise a `UserError` at once if the hub, which `wanted` needs, cannot be reached."""
     problem = hub_problem()
     if problem:
         raise UserError(

@@ -1,9 +1,7 @@
 """Prepare tokens: turn the source of text into a token folder, once.
 
-Prepared tokens are found by the source's key: a hash of the settings and of the source's state
-(names, sizes and times of files; the content is not read). A small file maps the key to the token
-folder, which is named by the fingerprint of the content. After an interruption, the same command
-resumes. `expected_tokens` describes the tokens of a planned run, prepared or not.
+A small file maps the source's key, a hash of the settings and of names, sizes and times of files,
+to the token folder, which is named by the fingerprint of the content.
 """
 
 from __future__ import annotations
@@ -40,10 +38,9 @@ ASSUMED_TOKENS_PER_DOCUMENT = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedTokens:
-    """What is known about the tokens before a run."""
+    """The tokens of a planned run, prepared or not."""
 
     vocab_size: int
-    """Entries of the tokenizer."""
     origin: str
     """Where `vocab_size` comes from, for display."""
     num_train_tokens: int | None

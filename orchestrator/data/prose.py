@@ -1,10 +1,8 @@
 """Extract paragraphs of English from plain-text documentation.
 
-The input is a docstring, a help topic or a block comment: hard-wrapped lines, bullets, underlined
-headings, doctests and markup. Each paragraph of the output is one line without markup; code and
-signatures are removed. A paragraph is prose if it has enough plain words and function words and
-ends like a sentence, so no word list and no model is needed. `NoveltyFilter` drops repeated
-paragraphs: the same text in training and validation would make the held-out tasks worthless.
+The input is a docstring, a help topic or a block comment. Each paragraph of the output is one line
+without markup; code and signatures are removed. `NoveltyFilter` drops repeated paragraphs: the same
+text in training and validation would make the held-out tasks worthless.
 """
 
 from __future__ import annotations
@@ -68,11 +66,7 @@ class _Chunk:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Return the paragraphs of prose in a documentation text.
-
-    Args:
-        text: Hard-wrapped plain text; its common indentation is removed.
-    """
+    """Return the paragraphs of prose in a hard-wrapped documentation text."""
     kept: list[_Chunk] = []
     for chunk in _chunks(inspect.cleandoc(text).expandtabs()):
         plain = strip_markup(chunk.text)
@@ -92,7 +86,7 @@ def strip_markup(text: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Tell whether a paragraph is English sentences, not code, a table or a signature."""
+    """Return whether a paragraph is English sentences, not code, a table or a signature."""
     words = text.split()
     if (
         len(words) < MIN_WORDS
@@ -142,13 +136,13 @@ def _chunks(text: str) -> list[_Chunk]:
 
 
 def _is_cut(line: str, following: str, width: int) -> bool:
-    """Tell whether a line ends early: the next line's first word, capitalized, would have fit."""
+    # A line ends early if the next line's first word, capitalized, would have fit.
     word = following.split()[0]
     return word[0].isupper() and len(line) + len(word) + WRAP_SLACK < width
 
 
 def _drop_introductions(chunks: list[_Chunk]) -> list[str]:
-    """Return the texts; keep a final sentence that ends with a colon only before a list item."""
+    # A final sentence that ends with a colon is kept only before a list item.
     texts: list[str] = []
     for position, chunk in enumerate(chunks):
         follower = chunks[position + 1] if position + 1 < len(chunks) else _Chunk("")
@@ -171,7 +165,7 @@ class NoveltyFilter:
         self._seen: set[bytes] = set()
 
     def is_new(self, text: str) -> bool:
-        """Tell whether the paragraph is new, and remember it."""
+        """Return whether the paragraph is new, and remember it."""
         words = re.findall(r"[a-z0-9]+", text.lower())
         num_runs = max(1, len(words) - SHINGLE_WORDS + 1)
         runs = {_hash(" ".join(words[i : i + SHINGLE_WORDS])) for i in range(num_runs)}

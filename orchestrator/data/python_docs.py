@@ -1,10 +1,7 @@
-"""Read English text from the running Python: help topics, docstrings and longer comments of the
-standard library.
+"""Read English text from the standard library: help topics, docstrings and longer comments.
 
-This source needs no network and no files. Sources are parsed with `ast` and never imported, so no
-module's side effects run. Each file gives documents of one to a few thousand characters in reading
-order. The text differs a little between Python versions; the fingerprint of the tokens identifies
-it. Reading takes about 10 seconds on one core.
+This source needs no network. Files are parsed, never imported. The text differs a little between
+Python versions; the fingerprint of the tokens identifies it. Reading takes about 10 seconds.
 """
 
 from __future__ import annotations
@@ -52,11 +49,7 @@ def python_state() -> list[list[str | int]]:
 
 
 def python_documents(progress: Progress) -> Iterator[tuple[str, str]]:
-    """Yield (text, source) of every document, paragraphs separated by a blank line.
-
-    Args:
-        progress: Shows the number of files read.
-    """
+    """Yield (text, source) of every document, paragraphs separated by a blank line."""
     novelty = NoveltyFilter()
     root = Path(sysconfig.get_path("stdlib"))
     files = python_files()
@@ -86,7 +79,7 @@ def _topic_units() -> Iterator[tuple[str, str]]:
 
 
 def _source_units(source: str) -> Iterator[str]:
-    """Yield docstrings and comment blocks in order; an empty text where a document may end."""
+    # Docstrings and comment blocks in order; an empty text where a document may end.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about invalid escapes in the library's strings
@@ -121,7 +114,7 @@ def _comments(source: str) -> Iterator[tuple[int, str]]:
 def _documents(
     units: Iterator[tuple[str, str]], novelty: NoveltyFilter
 ) -> Iterator[tuple[str, str]]:
-    """Join units into documents; a long document ends at a break, any document at a new source."""
+    # A long document ends at a break, any document at a new source.
     kept: list[str] = []
     size = 0
     previous = ""

@@ -2,8 +2,7 @@
 
 A record of a `.jsonl` or `.parquet` file is a document. A `.txt` file is split at `<|endoftext|>`
 marks if it has any; otherwise at blank lines, if most blocks are a short title line followed by
-text; otherwise the whole file is one document. `split_long` cuts documents of book length at
-paragraph ends, so that even a single book gives both training and validation text.
+text; otherwise the whole file is one document.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ LONG_DOCUMENT_CHARACTERS = 8000
 PASSAGE_CHARACTERS = 4000
 TITLE_CHARACTERS = 100
 MAX_LINES_CHECKED = 1000
-"""Lines searched to tell whether a field is missing in one line or in the whole file."""
+"""Lines searched to find out whether a field is missing in one line or in the whole file."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 _KIND_NAMES: dict[type, str] = {
     type(None): "nothing (null)",
@@ -109,7 +108,7 @@ def read_file(path: Path, text_field: str) -> Iterator[str]:
 
 
 def split_text_file(text: str) -> list[str]:
-    """Return the documents of a `.txt` file (see the module's docstring for the rule)."""
+    """Return the documents of a `.txt` file; see the module's docstring for the rule."""
     text = text.replace("\r\n", "\n")
     if DOCUMENT_MARK in text:
         return text.split(DOCUMENT_MARK)
@@ -125,7 +124,10 @@ def split_text_file(text: str) -> list[str]:
 
 
 def split_long(text: str) -> Iterator[str]:
-    """Yield a document of book length as passages that end with a paragraph, others unchanged."""
+    """Yield a document whole, or one of book length as passages that end with a paragraph.
+
+    So even a single book gives both training and validation text.
+    """
     if len(text) <= LONG_DOCUMENT_CHARACTERS:
         yield text
         return
@@ -205,7 +207,7 @@ def _check_no_nul(text: str, path: Path) -> None:
 
 
 def _check_other_lines(path: Path, text_field: str, place: str) -> None:
-    """Raise an error about one line without the field, if other lines of the file have it."""
+
     num_lines = num_with_field = 0
     with _open_lines(path, errors="replace") as file:
         for line in islice(filter(str.strip, file), MAX_LINES_CHECKED):

@@ -1,9 +1,7 @@
 """Open and verify token folders: two flat files of integers, a tokenizer and a manifest.
 
 A folder's name is its fingerprint: a hash of every document, its side of the split and the
-tokenizer. It identifies the data in all keys. Opening a folder checks the file sizes. Comparing the
-hashes takes minutes for a large corpus, so it is done once, again when a file's time or size has
-changed, and on request. `tokenization.py` writes these folders.
+tokenizer. It identifies the data in all keys. `tokenization.py` writes these folders.
 """
 
 from __future__ import annotations
@@ -16,10 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    damage_as_user_error,
-    read_json_object,
-)
+from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.whole_folders import damaged_file
 
 MANIFEST_NAME = "manifest.json"
@@ -67,8 +62,6 @@ class TokenStore:
     """Rows of the embedding."""
     fingerprint: str
     """Hash of documents, split and tokenizer."""
-    num_validation_bytes: int
-    """UTF-8 bytes of the validation documents, for bits per byte."""
     tokenizer_path: Path
     manifest: Manifest
 
@@ -88,7 +81,7 @@ class TokenStore:
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether a folder holds tokens whose files have the sizes in the manifest."""
+    """Return whether a folder holds tokens whose files have the sizes in the manifest."""
     try:
         _check_files(folder, _read_manifest(folder))
     except UserError:
@@ -97,7 +90,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def open_tokens(folder: Path | str) -> TokenStore:
-    """Open a folder of tokens; its files are not verified, see `verify_tokens`.
+    """Open a folder of tokens; check the sizes of its files, but not their content.
 
     Raises:
         UserError: If the folder is missing, incomplete or damaged.
@@ -113,16 +106,13 @@ def open_tokens(folder: Path | str) -> TokenStore:
             validation=np.memmap(folder / "validation.bin", dtype=dtype, mode="r"),
             vocab_size=manifest.vocab_size,
             fingerprint=manifest.fingerprint,
-            num_validation_bytes=manifest.validation.bytes,
             tokenizer_path=folder / "tokenizer.json",
             manifest=manifest,
         )
 
 
 def verify_tokens(folder: Path, *, always: bool = False) -> None:
-    """Compare the files' hashes with the manifest, unless they are unchanged since the last time.
-
-    With `always`, compare even if size and time of the files are unchanged.
+    """Verify the files' content; without `always`, of those changed since the last verification.
 
     Raises:
         UserError: If a file's content has changed; names it.

@@ -1,9 +1,7 @@
 """Write the files of a token folder so that an interrupted preparation can resume.
 
-`commit` flushes the files to disk and then writes a record: the number of documents in them, their
-lengths, and their hashes up to there. The next writer truncates the files to the record, checks
-their hashes, and appends. A running hash cannot be stored, so it is recomputed from the files: this
-takes seconds per gigabyte and also finds damage.
+`commit` flushes the files and then records their lengths and hashes. The next writer truncates the
+files to the record, checks their hashes (seconds per gigabyte), and appends.
 """
 
 from __future__ import annotations
@@ -51,9 +49,6 @@ class _HashedFile:
 class TokenWriter:
     """Appends documents to both sides of the split, after those of the last commit.
 
-    Args:
-        folder: Holds the files.
-
     Raises:
         StaleTokens: If a file has changed since the last commit; names it.
     """
@@ -98,11 +93,7 @@ class TokenWriter:
         return self._corpus.hexdigest()
 
     def skip(self, documents: Iterable[tuple[str, bool]]) -> None:
-        """Check the documents that are already in the files: text, and whether it is held out.
-
-        Raises:
-            StaleTokens: If they are not those that were written.
-        """
+        """Skip documents (text, is held out); `StaleTokens` if they are not those in the files."""
         for text, is_held_out in documents:
             self._hash_document(text, is_held_out)
         if self._committed_corpus not in (None, self.corpus_digest):
@@ -112,14 +103,7 @@ class TokenWriter:
             )
 
     def add(self, text: str, tokens: bytes, num_tokens: int, row: str | None) -> None:
-        """Write a document.
-
-        Args:
-            text: The document.
-            tokens: Its tokens as bytes of the file.
-            num_tokens: Number of tokens.
-            row: Its JSON line among the held-out documents; None for a training document.
-        """
+        """Write a document, and its JSON line `row` if it is held out (None if it is not)."""
         is_held_out = row is not None
         size = self._hash_document(text, is_held_out)
         counts = self.validation if is_held_out else self.train

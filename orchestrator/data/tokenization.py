@@ -1,12 +1,8 @@
 """Tokenize documents into a token folder: in one pass, on all cores, resumable.
 
-The threads of the tokenizers library encode the next batches of documents while this thread hashes
-and writes the previous ones; the corpus is never held as a whole. The files are written to a
-temporary folder, which is renamed at the end, so a folder with its final name is complete.
-
-`TokenWriter` commits the files from time to time. A later call with the same `resume_key` continues
-after the last commit. It reads the earlier documents again, because their hash is part of the
-fingerprint, but does not tokenize them again. The result is byte-identical.
+Threads encode the next batches of documents while this one hashes and writes the previous ones.
+A later call with the same `resume_key` reads the committed documents again, because their hash is
+part of the fingerprint, but does not tokenize them again. The result is byte-identical.
 """
 
 from __future__ import annotations
@@ -47,6 +43,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.provenance import content_key, file_digest
+from orchestrator.workspace.whole_folders import replace_folder
 
 TEMPORARY_PREFIX = ".writing-"
 TOKENIZER_CHARACTERS = 50_000_000
@@ -69,13 +66,9 @@ def write_tokens(
     resume_key: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Tokenize documents into `parent`/<fingerprint>.
-
-    A folder that already has the same content is kept.
+    """Tokenize documents into `parent`/<fingerprint>; keep a folder that has the same content.
 
     Args:
-        documents: The corpus; read once.
-        settings: Tokenizer and validation fraction; stored in the manifest.
         resume_key: Identifies the documents, so that a later call can resume this one; without it,
             an interrupted call leaves nothing.
 
@@ -93,8 +86,7 @@ def write_tokens(
         fingerprint = _write_folder(temporary, documents, settings, progress)
         final = parent / fingerprint
         if not is_complete(final):
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.replace(final)
+            replace_folder(temporary, final)
             verify_tokens(final)
     except BaseException as error:
         # Other user errors keep the commits: an unreachable network, for example, is one.
@@ -106,7 +98,7 @@ def write_tokens(
 
 
 def can_resume(folder: Path) -> bool:
-    """Tell whether a temporary folder holds work that a later call can resume."""
+    """Return whether a temporary folder holds work that a later call can resume."""
     return (folder / RECORD_NAME).is_file()
 
 
@@ -155,7 +147,7 @@ def _write_folder(
 def encode_batches(
     tokenizer: Tokenizer, documents: Iterator[Document]
 ) -> Iterator[tuple[DocumentBatch, list[list[int]]]]:
-    """Yield batches of documents with their token ids, in order; encode the next ones meanwhile."""
+    """Yield batches of documents with their token ids, in order; encode the next ones ahead."""
 
     def encode(batch: DocumentBatch) -> list[Any]:
         texts = [document.text for document in batch]
@@ -211,7 +203,7 @@ class TokenProgress(Progress):
 def _validation_fraction(
     documents: Iterator[Document], fraction: float
 ) -> tuple[float, Iterator[Document]]:
-    """Raise the fraction if a small corpus would have no validation document."""
+    # A small corpus with no document below the fraction gets a larger one.
     head = list(islice(documents, FEW_DOCUMENTS))
     if 1 < len(head) < FEW_DOCUMENTS:
         smallest = min(hash_fraction(document.text, "split") for document in head)
@@ -226,7 +218,7 @@ def _choose_tokenizer(
     fraction: float,
     progress: Progress,
 ) -> tuple[Tokenizer, Iterator[Document]]:
-    """Return the tokenizer and all documents, including those that its training has read."""
+    # The returned documents include those that the training of the tokenizer has read.
     path = folder / "tokenizer.json"
     if path.is_file():  # saved before an interruption
         return load_tokenizer(path), documents

@@ -1,8 +1,7 @@
 """Tokenizers: train a byte-level BPE on the corpus, or load an existing tokenizer.
 
-Byte-level means that any text has tokens and no token stands for "unknown". A tokenizer is trained
-on the training text only, never on held-out documents, and the same text gives the same file. The
-end-of-text token ends every document; in a trained tokenizer it has id 0.
+Any text has tokens; none stands for "unknown". Training reads no held-out document, and the same
+text gives the same file. The end-of-text token ends every document, with id 0 if it is trained.
 """
 
 from __future__ import annotations
@@ -71,10 +70,6 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a transformers folder as transformers does.
 
-    Args:
-        folder: Holds `tokenizer.json`, and usually `tokenizer_config.json`.
-        trust_remote_code: Run Python code of the folder, if it has any.
-
     Raises:
         UserError: If it cannot be loaded.
     """
@@ -90,11 +85,7 @@ def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the end-of-text token.
-
-    Raises:
-        UserError: If the tokenizer has none of the known ones.
-    """
+    """Return the id of the end-of-text token; a `UserError` if the tokenizer has no known one."""
     token_id = find_end_of_text_id(tokenizer)
     if token_id is None:
         raise UserError(

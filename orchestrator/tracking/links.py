@@ -1,8 +1,4 @@
-"""Addresses of MLflow's pages for one experiment, run or chart view.
-
-MLflow opens on pages for language-model applications and hides nested runs, so a plain address
-shows neither losses nor trials.
-"""
+"""Addresses of MLflow's pages; a plain address would show neither losses nor nested runs."""
 
 from __future__ import annotations
 
@@ -13,16 +9,12 @@ TRAINING_PAGES = "workflowType=machine_learning"
 
 @dataclass(frozen=True)
 class Links:
-    """Addresses of pages; None for pages that are not known yet."""
+    """Addresses of the experiment's runs, of one run, and of a chart view as charts or table."""
 
     training_view: str | None
-    """All runs of the experiment, on the training pages."""
     run: str | None
-    """One run: note, metrics, artifacts."""
     chart_view: str | None
-    """A saved chart view."""
     table_view: str | None
-    """The same runs as a flat table with their metrics as columns."""
 
     @classmethod
     def of(
@@ -33,7 +25,7 @@ class Links:
         run_id: str | None = None,
         view: str | None = None,
     ) -> Links:
-        """Build the links for a server."""
+        """Build the links for a server; None for pages that are not known."""
         if experiment_id is None:
             return cls(None, None, None, None)
         experiment = f"{base_url.rstrip('/')}/#/experiments/{experiment_id}"

@@ -1,7 +1,4 @@
-"""Operations on one run: functions of plain values that can be repeated without harm.
-
-So the outbox can deliver an operation later, or twice after a crash.
-"""
+"""Operations on one run, which the outbox may deliver later, or twice after a crash."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Operations that MLflow has not received: one JSON line each, kept until they are delivered.
-
-Operations can be repeated without harm, so a crash between a delivery and the removal of its line
-costs nothing.
-"""
+"""Operations that MLflow has not received: one JSON line each, kept until they are delivered."""
 
 from __future__ import annotations
 
@@ -38,11 +34,7 @@ class Outbox:
             return [json.loads(line) for line in self._lines()]
 
     def deliver(self, attempt: Callable[[Record], bool]) -> int:
-        """Attempt the pending operations in order, until one fails; remove those that succeed.
-
-        Returns:
-            The number that succeeded.
-        """
+        """Attempt the pending operations in order, until one fails; return how many succeeded."""
         delivered = 0
         for record in self.records():
             if not attempt(record):

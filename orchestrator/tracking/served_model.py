@@ -58,6 +58,6 @@ class TextModel:
         return str(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 
+# MLflow calls this function by its name.
 def _load_pyfunc(data_path: str) -> TextModel:
-    """Load the model; `mlflow.pyfunc.load_model` calls this."""
     return TextModel(data_path)

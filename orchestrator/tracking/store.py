@@ -1,8 +1,7 @@
 """MLflow's store: one experiment and its runs, found by their identity.
 
 The database and the experiment are created once, under a file lock: several processes that create
-the same sqlite file crash. An explicit artifact folder keeps `./mlruns` out of the current
-directory.
+the same sqlite file crash.
 """
 
 from __future__ import annotations
@@ -35,10 +34,9 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"
 
 
 class RunIdentity(BaseModel):
-    """What a run is found by, whether it exists or not.
+    """The values that a run is found by; the outbox stores them for runs that do not exist yet.
 
-    A plain value: it is stored in the outbox, and can name a parent that does not exist yet because
-    the server was down. A trial of two sweeps has one key and two runs, one under each parent.
+    A trial of two sweeps has one key and two runs, one under each parent.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -50,7 +48,6 @@ class RunIdentity(BaseModel):
     name: str
     """Name in the user interface; not used to find the run."""
     parent: RunIdentity | None = None
-    """The run it is nested in."""
 
 
 class Store:
@@ -78,7 +75,7 @@ class Store:
     def connect(self) -> MlflowClient:
         """Return the client; create the database and the experiment if they are missing."""
         if self._client is None:
-            check_database(self.uri)
+            _check_database(self.uri)
             with self._lock:
                 client = MlflowClient(tracking_uri=self.uri)  # This creates the database.
                 found = client.get_experiment_by_name(self.experiment_name)
@@ -113,6 +110,7 @@ class Store:
         return list(runs)
 
     def _create_experiment(self, client: MlflowClient) -> str:
+        # An explicit artifact folder keeps `./mlruns` out of the current directory.
         location = None if self.is_remote else self._artifacts.as_uri()
         # Without the tag, MLflow opens the experiment on its pages for language-model applications.
         tags = {"mlflow.experimentKind": "custom_model_development"}
@@ -127,12 +125,8 @@ def tag_filter(tags: Mapping[str, str]) -> str:
     return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items())
 
 
-def check_database(uri: str) -> None:
-    """Fail at once if an address cannot be a sqlite database; MLflow would retry for two minutes.
-
-    Raises:
-        OSError: If the address is a folder, a link to itself, or a file of another kind.
-    """
+def _check_database(uri: str) -> None:
+    # MLflow would retry for two minutes before it fails.
     path = Path(uri.removeprefix(SQLITE).partition("?")[0])
     if not uri.startswith(SQLITE) or not path.name:
         return
@@ -149,7 +143,7 @@ def check_database(uri: str) -> None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell whether the store received the request and refused it, so that a retry is useless."""
+    """Return whether the store refused the request, so that a retry is useless."""
     missing_file = isinstance(error, FileNotFoundError)
     return missing_file or getattr(error, "error_code", None) in _REFUSALS
 

@@ -1,8 +1,7 @@
 """Runs as the pipelines use them: open by key, write, finish; a dead server costs one warning.
 
-Every write is a record: operation, run, plain arguments. It is attempted at once; if that fails, it
-goes to the outbox. Each attempt at a dead server blocks for seconds, so after a failure there are
-no attempts for a while, longer each time.
+A write is attempted at once; if that fails, it goes to the outbox. Each attempt at a dead server
+blocks for seconds, so after a failure there are no attempts for a while, longer each time.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrackedSweep:
-    """A sweep's run, with what links to it need."""
+    """A sweep's run, for links to it."""
 
     name: str
     run_id: str
@@ -49,9 +48,8 @@ class Tracking:
         """Name store and outbox; `open_tracking` also connects.
 
         Args:
-            workspace: Gives the store's address, the artifact folder and the outbox.
-            warn: Called once when the store stops responding, and for values that it refuses;
-                default: a log message.
+            warn: Called once when the store stops responding, and for values that it refuses
+                (default: a log message).
         """
         self.store = Store(workspace)
         self.outbox = Outbox(workspace.root)
@@ -74,14 +72,10 @@ class Tracking:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
-        """Find the run with this key, kind and parent, or create it; there is never a second one.
+        """Find the run of this `RunIdentity`, or create it; there is never a second one.
 
-        A killed or failed run is set to running again; a finished one stays finished.
-
-        Args:
-            key, name, kind: See `RunIdentity`.
-            parent: The run it is nested in.
-            params: Parameters; MLflow never changes one, so existing ones keep their values.
+        A killed or failed run is set to running again; a finished one stays finished. Existing
+        parameters keep their values; tags are replaced.
         """
         run = TrackedRun(
             self,
@@ -101,9 +95,8 @@ class Tracking:
         """Log a finished trial, teacher or baseline as a nested run, with its role as kind.
 
         Args:
-            parent: The sweep's run.
+            parent: The run of the sweep.
             sweep: The sweep's name, by which the chart view filters.
-            journal_folder: Folder with the journal of its training.
         """
         run = self.run(
             result.key,
@@ -140,16 +133,12 @@ class Tracking:
         ]
 
     def sync(self) -> int:
-        """Deliver the pending operations of the outbox; those that fail stay in it.
-
-        Returns:
-            The number of operations delivered, or refused for good.
-        """
+        """Deliver the outbox; return how many operations were delivered, or refused for good."""
         self._paused_until = 0.0
         return self.outbox.deliver(self.attempt)
 
     def write(self, record: Record) -> None:
-        """Perform an operation now, or put it into the outbox; warn once if that fails, too."""
+        """Perform an operation now, or put it into the outbox."""
         if self.attempt(record):
             return
         try:
@@ -225,7 +214,7 @@ class TrackedRun:
         self._write("describe", params=texts, tags=dict(tags))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set or change tags."""
+        """Set tags; existing ones are replaced."""
         self.describe({}, tags)
 
     def set_note(self, markdown: str) -> None:
@@ -246,12 +235,7 @@ class TrackedRun:
         self._write("artifact", path=str(path), folder=folder)
 
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-        """Store rows as a sortable table on MLflow's pages; replace an existing one.
-
-        Args:
-            rows: One mapping per row; the first row's names are the columns.
-            name: Path inside the run, ending in `.json`.
-        """
+        """Store rows as a table, `NAME.json`, with the first row's names as columns."""
         columns = list(rows[0]) if rows else []
         data = [[row.get(column) for column in columns] for row in rows]
         self._write("table", columns=columns, data=data, name=name)
@@ -261,14 +245,12 @@ class TrackedRun:
         self._write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
 
     def register(self, model: str, folder: Path, *, key: str, alias: str, note: str = "") -> None:
-        """Store a model folder with the run, as a version of a registered model.
+        """Store an exported folder with the run, as a version of a registered model.
 
         Args:
             model: Name of the registered model; created if it is missing.
-            folder: A model exported by `iiet-orch export`.
             key: Content key of the model; the same key in the same run is the same version.
             alias: Moves to this version.
-            note: The version's description.
         """
         self._write("register", model=model, key=key, folder=str(folder), alias=alias, note=note)
 

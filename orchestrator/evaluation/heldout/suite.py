@@ -211,7 +211,7 @@ def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list
 
 def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
     """Return about `num_bytes` of held-out documents, chosen by hash, in their order."""
-    share = min(1.0, num_bytes / store.num_validation_bytes)
+    share = min(1.0, num_bytes / store.manifest.validation.bytes)
     with store.validation_documents_path.open(encoding="utf-8") as lines:
         documents = (Document(**json.loads(line)) for line in lines)
         return [document for document in documents if hash_fraction(document.text, "test") < share]

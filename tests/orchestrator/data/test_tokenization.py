@@ -41,7 +41,7 @@ def test_the_tokens_are_the_documents(tmp_path: Path) -> None:
     validation = [d for d in DOCUMENTS if is_validation(d.text, 0.2)]
     assert split_documents(store, store.train) == train
     assert split_documents(store, store.validation) == [d.text for d in validation]
-    assert store.num_validation_bytes == sum(len(d.text.encode()) for d in validation)
+    assert store.manifest.validation.bytes == sum(len(d.text.encode()) for d in validation)
     lines = store.validation_documents_path.read_text().splitlines()
     assert [Document(**json.loads(line)) for line in lines] == validation
     assert store.train.dtype == np.uint16
