@@ -34,8 +34,7 @@ from orchestrator.training.loop import Diverged
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
-from orchestrator.workspace.credentials import mask_secrets
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.journal import JOURNAL_NAME
 
 # isort: split
@@ -224,6 +223,4 @@ def failure_reason(error: BaseException) -> str:
         error = next(iter(error.worker_failures.values()))
     if isinstance(error, ray.train.ControllerError):
         error = error.controller_failure
-    cause = getattr(error, "cause", None) or error
-    first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
-    return mask_secrets(f"{type(cause).__name__}: {first}")
+    return first_line(getattr(error, "cause", None) or error, with_type=True)

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from orchestrator.data.hub import offline, require_hub
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.files import expand_user
 
 END_OF_TEXT = "<|endoftext|>"
@@ -80,8 +80,7 @@ def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False
         with offline():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise dozens of kinds
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load a tokenizer from {folder}: {line}") from None
+        raise UserError(f"cannot load a tokenizer from {folder}: {first_line(error)}") from None
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

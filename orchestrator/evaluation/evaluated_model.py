@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.evaluation.model_folders import EXPORTED_TYPE, read_model_folder
+from orchestrator.terminal.formatting import shortest_schedule
 from orchestrator.training.checkpoint import (
     load_config,
     load_decoder,
@@ -231,16 +231,7 @@ def _with_schedule(
 def _named(name: str, config: ModelConfig | None, schedule: str | IterationSchedule | None) -> str:
     if schedule is None or config is None:
         return name
-    return f"{name} r={compact_schedule(config.corrections)}"
-
-
-def compact_schedule(schedule: IterationSchedule) -> str:
-    """Return the shortest text that `IterationSchedule.parse` accepts: `3`, `2*4,0*20`, `2,1,0`."""
-    runs = [(count, len(list(same))) for count, same in groupby(schedule)]
-    if len(runs) == 1:
-        return str(runs[0][0])
-    parts = [str(count) if times == 1 else f"{count}*{times}" for count, times in runs]
-    return min(str(schedule), ",".join(parts), key=len)
+    return f"{name} r={shortest_schedule(tuple(config.corrections))}"
 
 
 def short_names(models: Sequence[EvaluatedModel]) -> list[str]:
@@ -252,7 +243,7 @@ def short_names(models: Sequence[EvaluatedModel]) -> list[str]:
     schedules = [model.config.corrections for model in models if model.config]
     is_one_model = len({model.path for model in models}) == 1
     if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
-        return [f"r={compact_schedule(schedule)}" for schedule in schedules]
+        return [f"r={shortest_schedule(tuple(schedule))}" for schedule in schedules]
     label_of = _labels(models)
     labels: list[str] = []
     for model in models:

@@ -70,7 +70,18 @@ def format_schedule(schedule: Sequence[int] | None) -> str:
     plain = ",".join(str(r) for r in schedule or ())
     if len(plain) <= MAX_PLAIN_SCHEDULE_LENGTH:
         return plain
-    groups = [(r, len(list(same))) for r, same in groupby(schedule or ())]
+    return _with_repetitions(schedule or ())
+
+
+def shortest_schedule(schedule: Sequence[int]) -> str:
+    """Write a schedule as short as it can be typed: `3` (all layers), `2*4,0*20`, `2,1,0`."""
+    if len(set(schedule)) == 1:
+        return str(schedule[0])
+    return min(",".join(map(str, schedule)), _with_repetitions(schedule), key=len)
+
+
+def _with_repetitions(schedule: Sequence[int]) -> str:
+    groups = [(r, len(list(same))) for r, same in groupby(schedule)]
     return ",".join(f"{r}*{count}" if count > 1 else str(r) for r, count in groups)
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.tracking.client import MlflowClient, MlflowException, Run
-from orchestrator.workspace.credentials import mask_secrets, strip_credentials
+from orchestrator.workspace.credentials import strip_credentials
 from orchestrator.workspace.folders import Workspace
 
 EXPERIMENT_NAME = "iiet-orch"
@@ -146,9 +146,3 @@ def is_refusal(error: Exception) -> bool:
     """Return whether the store refused the request, so that a retry is useless."""
     missing_file = isinstance(error, FileNotFoundError)
     return missing_file or getattr(error, "error_code", None) in _REFUSALS
-
-
-def first_line(error: Exception) -> str:
-    """Return the error's text, short enough for one line and without passwords."""
-    lines = mask_secrets(str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -19,8 +19,8 @@ from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
 from orchestrator.tracking.links import Links
 from orchestrator.tracking.operations import OPERATIONS
 from orchestrator.tracking.outbox import Outbox, Record
-from orchestrator.tracking.store import FAILURES, RunIdentity, Store, first_line, is_refusal
-from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.tracking.store import FAILURES, RunIdentity, Store, is_refusal
+from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.folders import Workspace
 
 NOTE_TAG = "mlflow.note.content"
@@ -165,7 +165,7 @@ class Tracking:
                 OPERATIONS[record["operation"]](client, run_id, **record["arguments"])
         except FAILURES as error:
             if is_refusal(error):
-                self._warn(f"MLflow refused {record['operation']}: {first_line(error)}")
+                self._warn(f"MLflow refused {record['operation']}: {first_line(error)[:200]}")
                 return True
             self.pause(error)
             return False
@@ -181,7 +181,7 @@ class Tracking:
         """Make no attempts for a while; warn the first time."""
         if not self._pause_seconds:
             self._warn(
-                f"MLflow at {self.store.public_uri} does not respond ({first_line(error)}); "
+                f"MLflow at {self.store.public_uri} does not respond ({first_line(error)[:200]}); "
                 "training continues, and `iiet-orch sync` delivers the missing records later"
             )
         longer = max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS)
@@ -290,8 +290,8 @@ def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking
     except FAILURES as error:
         if not tracking.store.is_remote:
             raise UserError(
-                f"cannot open MLflow's store {uri}: {first_line(error)}; move the file away, or "
-                f"{valid}"
+                f"cannot open MLflow's store {uri}: {first_line(error)[:200]}; "
+                f"move the file away, or {valid}"
             ) from None
         tracking.pause(error)
     return tracking

@@ -40,6 +40,18 @@ def quoted(value: object) -> str:
         return f"a value too long to show ({type(value).__name__})"
 
 
+def first_line(error: BaseException, *, with_type: bool = False) -> str:
+    """Return the first line of an error's text without secrets, or its type if it has no text.
+
+    Args:
+        with_type: Put the type before the text.
+    """
+    name, lines = type(error).__name__, mask_secrets(str(error)).strip().splitlines()
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}" if with_type else lines[0]
+
+
 def shortened(text: str) -> str:
     """Return a text without secrets, cut in the middle to fit a message."""
     text = mask_secrets(text)  # Before the cut: half an address is not recognized.

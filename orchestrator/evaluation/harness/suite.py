@@ -27,7 +27,7 @@ from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.harness.task_index import index_names, nearest_name
 from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.records.evaluation import ACCURACY_METRICS
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.provenance import content_key
 
 FEWSHOT_SEED = 1234
@@ -176,7 +176,9 @@ def _check_files(manager: TaskManager, folders: Sequence[Path]) -> None:
         try:
             config = load_yaml(file, resolve_func=False)
         except Exception as error:
-            raise UserError(f"cannot read the task file {file}: {_first_line(error)}") from None
+            raise UserError(
+                f"cannot read the task file {file}: {first_line(error, with_type=True)}"
+            ) from None
         if not config:
             raise UserError(f"the task file {file} is empty")
 
@@ -221,13 +223,12 @@ def _load_tasks(
             with suppress_output(), nullcontext() if online else offline():
                 loaded = manager.load([name])["tasks"]
         except Exception as error:  # Tasks run their own code; data sets raise many types.
-            if name not in needing_hub:
-                file = manager.task_index[name].yaml_path
-                unusable[name] = f"{_first_line(error)}{f' ({file})' if file else ''}"
+            reason = first_line(error, with_type=True)
+            if name in needing_hub:
+                skipped[name] = f"it needs the hub, and {problem}" if problem else reason
             else:
-                skipped[name] = (
-                    f"it needs the hub, and {problem}" if problem else _first_line(error)
-                )
+                file = manager.task_index[name].yaml_path
+                unusable[name] = f"{reason} ({file})" if file else reason
             continue
         unfit = [why for task in loaded.values() if (why := _unsupported_reason(task))]
         if unfit:
@@ -237,11 +238,6 @@ def _load_tasks(
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
     return tasks, groups, skipped, unusable
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _reads_hub(manager: TaskManager, name: str) -> bool:

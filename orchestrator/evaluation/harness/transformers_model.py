@@ -19,7 +19,7 @@ from orchestrator.evaluation.harness.decoder_model import num_items
 from orchestrator.evaluation.harness.scoring_tokenizer import FolderTokenizer
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, first_line
 
 
 class _WatchedModel(HFLM):  # type: ignore[misc]
@@ -97,8 +97,7 @@ def _load(folder: Path, trust_remote_code: bool) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = ""
+        line, hint = first_line(error), ""
         if "trust_remote_code" in str(error):
             line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
         raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None

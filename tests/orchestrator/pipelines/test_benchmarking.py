@@ -17,7 +17,6 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.cost_measurement import MeasurementSettings
 from orchestrator.evaluation.evaluated_model import (
-    compact_schedule,
     open_model,
     open_models,
     short_names,
@@ -26,6 +25,7 @@ from orchestrator.pipelines.benchmarking import benchmark_models, family_of, usu
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
+from orchestrator.terminal.formatting import shortest_schedule
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -143,7 +143,7 @@ def test_each_model_is_a_run_with_its_costs(
     [((3, 3, 3), "3"), ((2, 1, 0), "2,1,0"), ((2, 2, 2, 2, 0, 0), "2*4,0*2"), ((1, 1, 0), "1,1,0")],
 )
 def test_typed_schedules_can_be_typed_again(schedule: tuple[int, ...], text: str) -> None:
-    assert compact_schedule(IterationSchedule(schedule)) == text
+    assert shortest_schedule(schedule) == text
     parsed = IterationSchedule.parse(text, num_layers=len(schedule))
     assert parsed == IterationSchedule(schedule)
 
