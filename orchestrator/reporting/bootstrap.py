@@ -1,12 +1,9 @@
 """Bootstrap of items and seeds, in plain arrays.
 
-In: the values of several models on the same items. Out: the score of each model if the items had
-been drawn again, with replacement and in equal number. All models share each draw, so what the
-items have in common cancels in differences and ratios. Each task is drawn separately. For a model
-trained with several seeds, each draw first draws its seeds with replacement.
-
-A draw is a count for each item and a score is a ratio of sums, so one matrix product scores all
-models: 10,000 draws of 1,400 items under 12 models take half a second.
+Each draw takes as many items as there are, with replacement, and scores all models on them, so what
+the items have in common cancels in differences and ratios. Each task is drawn separately. For a
+model trained with several seeds, each draw first draws its seeds. A draw is a count for each item
+and a score is a ratio of sums, so one matrix product scores all models.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ class Interval:
     """A number, and the range that contains most of its draws."""
 
     value: float
-    """The measured number."""
     low: float
     high: float
 
@@ -66,16 +62,13 @@ class Scores:
 
     def difference(self, model: int, other: int) -> Interval:
         """Return a model's score minus another one's over the same draws."""
-        return interval_of(
-            self.observed[model] - self.observed[other],
-            self.drawn[:, model] - self.drawn[:, other],
-        )
+        drawn = self.drawn[:, model] - self.drawn[:, other]
+        return interval_of(self.observed[model] - self.observed[other], drawn)
 
     def ratio(self, model: int, other: int) -> tuple[Interval, Floats] | None:
         """Return a model's score over another one's: its interval and all its draws.
 
-        Returns:
-            None if the divisor is zero in a draw, as with few items and a weak model.
+        None if the divisor is zero in a draw, as with few items and a weak model.
         """
         if min(self.observed[other], self.drawn[:, other].min()) <= 0:
             return None
@@ -108,7 +101,7 @@ def resample(
     Args:
         items: The items under every run.
         seed_weights: (resamples, runs): weight of each run in a draw; see `draw_seed_weights`.
-        model_of_run: (runs,)
+        model_of_run: (runs,): number of the model.
         rng: Draws the items.
     """
     num_resamples, num_models = len(seed_weights), int(model_of_run.max()) + 1
@@ -122,9 +115,8 @@ def resample(
     by_run = (sums[:, :-1] / sums[:, -1:])[:, row_of_run]
     total = columns.sum(axis=0)
     measured = (total[:-1] / total[-1])[row_of_run]
-    return Scores(
-        (measured @ is_of_model) / is_of_model.sum(axis=0), (by_run * seed_weights) @ is_of_model
-    )
+    observed = (measured @ is_of_model) / is_of_model.sum(axis=0)
+    return Scores(observed, (by_run * seed_weights) @ is_of_model)
 
 
 def draw_item_counts(
@@ -143,9 +135,9 @@ def draw_item_counts(
 def draw_seed_weights(
     model_of_run: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
 ) -> Floats:
-    """Return the weight of each run in each draw, (resamples, runs); a model's weights sum to one.
+    """Return the weight of each run (seed) in each draw, (resamples, runs).
 
-    Runs of one model are its seeds.
+    The weights of one model's runs sum to one.
     """
     weights = np.empty((num_resamples, len(model_of_run)))
     for model in range(int(model_of_run.max()) + 1):

@@ -39,6 +39,8 @@ def with_confidence(
 ) -> Front:
     """Return the front with the confidence of each place.
 
+    Without two models that answered the same items, return the front as it is.
+
     Args:
         front: Placed results.
         evaluations: Key of a result -> its evaluations, one for each seed. Results without
@@ -46,9 +48,6 @@ def with_confidence(
         kept_share: The share of the full model's quality that `Confidence.keeps` is about.
         num_resamples: Number of draws.
         seed: Random seed of the draws.
-
-    Returns:
-        The front itself if no two of its models answered the same items.
     """
     points = [point for point in front.points if point.result.key in evaluations]
     seeds = {p.result.key: evaluations[p.result.key] for p in points}
@@ -60,15 +59,14 @@ def with_confidence(
         return front
     draws = resample_scores(matched, num_resamples=num_resamples, seed=seed)
     basis = ConfidenceBasis(
-        full=full_name(front, full),
-        metrics=matched.metrics,
+        full_name(front, full),
+        matched.metrics,
         num_items=matched.num_items,
         num_left_out=matched.num_left_out,
         num_resamples=num_resamples,
     )
-    estimator = _ConfidenceEstimator(
-        front, points, draws.tasks, draws.quality(front.axes.quality), kept_share
-    )
+    quality = draws.quality(front.axes.quality)
+    estimator = _ConfidenceEstimator(front, points, draws.tasks, quality, kept_share)
     found = {point.result.key: estimator.confidence(n) for n, point in enumerate(points)}
     placed = (replace(p, confidence=found.get(p.result.key)) for p in front.points)
     return replace(front, points=tuple(placed), basis=basis)
@@ -136,14 +134,9 @@ class _ConfidenceEstimator:
         )
 
     def _compare(self, scores: Scores, number: int) -> PairedComparison:
-        return PairedComparison(
-            own=scores.interval(number),
-            against={
-                name: scores.difference(number, other)
-                for name, other in self.others.items()
-                if other != number
-            },
-        )
+        others = {name: other for name, other in self.others.items() if other != number}
+        against = {name: scores.difference(number, other) for name, other in others.items()}
+        return PairedComparison(scores.interval(number), against)
 
     def _share(self, number: int) -> tuple[Interval | None, float | None]:
         if self.quality is None or self.full is None:
@@ -157,11 +150,10 @@ class _ConfidenceEstimator:
         return share, float((drawn >= self.kept_share).mean())
 
     def _on_front(self) -> dict[int, float]:
-        """Return the share of draws on the front; empty if a candidate has no draws."""
         candidates = [number for number, point in enumerate(self.points) if point.is_candidate]
         num_candidates = sum(point.is_candidate for point in self.front.points)
         if self.quality is None or not candidates or len(candidates) < num_candidates:
-            return {}
+            return {}  # A candidate without draws could beat the others.
         drawn = self.quality.drawn[:, candidates]
         costs = np.array([self.points[number].cost for number in candidates])
         shares = front_shares(costs, drawn if self.front.axes.higher_is_better else -drawn)

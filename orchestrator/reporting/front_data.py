@@ -15,16 +15,17 @@ from orchestrator.reporting.pareto import Front
 
 
 def front_rows(front: Front) -> list[dict[str, Any]]:
-    """Return all metrics of every result, one mapping a row, all with the same names.
+    """Return all metrics of every result, in the order of `Front.results`.
 
-    Measured results come first, cheapest first. Missing numbers are None, as strict JSON asks.
+    All rows have the same names. Missing numbers are None, as strict JSON asks.
     """
-    results = [(p.result, p) for p in front.points] + [(r, None) for r in front.unmeasured]
-    paired = {p.result.key: confidence_metrics(p) for p in front.points}
-    names = sorted({name for result, _ in results for name in result.metrics()})
+    points = {point.result.key: point for point in front.points}
+    paired = {key: confidence_metrics(point) for key, point in points.items()}
+    names = sorted({name for result in front.results for name in result.metrics()})
     names += sorted({name for metrics in paired.values() for name in metrics})
     rows = []
-    for result, point in results:
+    for result in front.results:
+        point = points.get(result.key)
         row: dict[str, Any] = {
             "name": result.name,
             **({"sweep": front.sweep_of[result.key]} if front.sweep_of else {}),
@@ -57,12 +58,12 @@ def front_json(front: Front) -> str:
     """Return axes, picks, hypervolume with its box, and every result, as strict JSON."""
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
     box = front.hypervolume_box
+    box_json = box and {"cost": box.cost, "quality": [box.quality, box.full_quality]}
     return json.dumps(
         {
             "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
             "hypervolume": front.hypervolume,
-            "hypervolume_box": box
-            and {"cost": box.cost, "quality": [box.quality, box.full_quality]},
+            "hypervolume_box": box_json,
             "picks": {name: point and point.result.key for name, point in picks.items()},
             "front": [point.result.key for point in front.members],
             "confidence_basis": front.basis and asdict(front.basis),

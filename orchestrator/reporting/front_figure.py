@@ -1,10 +1,8 @@
 """Figure of a front: cost and quality of each model with standard errors, for a paper.
 
-The line is a staircase: the best quality at each cost budget. Dominated trials are faint; teacher
-and baselines have their own shapes; the top and right axes show shares of the full model.
-
-With several sweeps, each has a color, a shape and a faint front. The front of all sweeps is drawn
-above them, and only its members are filled.
+The line is a staircase: the best quality at each cost budget. The top and right axes show shares of
+the full model. With several sweeps, each has a color, a shape and a faint front; only the members
+of the front of all sweeps are filled.
 """
 
 from __future__ import annotations
@@ -16,14 +14,7 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from orchestrator.reporting.figure_style import (
-    DOTS_PER_INCH,
-    GRAY,
-    GRID,
-    INK,
-    ORANGE,
-    SWEEP_COLORS,
-)
+from orchestrator.reporting.figure_style import DOTS_PER_INCH, GRAY, GRID, INK, ORANGE, SWEEP_COLORS
 from orchestrator.reporting.front_axes import (
     PAPER_COST_SHARE,
     PAPER_MARK,
@@ -49,8 +40,8 @@ def draw_front(front: Front, *, title: str = "", mark_paper: bool = False) -> Fi
     Args:
         front: The front.
         title: Title of the figure.
-        mark_paper: Mark the paper's headline, scaled to the full model; only where the quality is
-            an accuracy.
+        mark_paper: Mark the paper's headline, scaled to the full model, if the quality is an
+            accuracy.
 
     Raises:
         ValueError: If the front has no point.
@@ -147,39 +138,25 @@ def _draw_points(
     panel: Panel, front: Front, points: Sequence[FrontPoint], name: str, style: Style
 ) -> None:
     """Draw points with their standard errors; `name` is their legend entry."""
-    errors = [_scale(front) * (point.error or 0.0) for point in points]
-    if points:
-        panel.errorbar(
-            [point.cost for point in points],
-            [_scale(front) * point.quality for point in points],
-            yerr=errors if any(errors) else None,
-            label=name or None,
-            linestyle="none",
-            **style,
-            mew=1.2,
-            elinewidth=0.7,
-            capsize=2,
-        )
+    if not points:
+        return
+    scale = _scale(front)
+    costs, qualities = zip(*((point.cost, scale * point.quality) for point in points), strict=True)
+    errors = [scale * (point.error or 0.0) for point in points]
+    bars: Style = {"yerr": errors if any(errors) else None, "elinewidth": 0.7, "capsize": 2}
+    panel.errorbar(costs, qualities, label=name or None, linestyle="none", mew=1.2, **bars, **style)
 
 
 def _draw_paper_mark(panel: Panel, front: Front) -> None:
     full = front.full
     if full is not None:
-        panel.plot(
-            [PAPER_COST_SHARE * full.cost],
-            [_scale(front) * PAPER_QUALITY_SHARE * full.quality],
-            label=PAPER_MARK,
-            linestyle="none",
-            marker="x",
-            markersize=9,
-            mew=2,
-            color=INK,
-            zorder=3.5,
-        )
+        cost = PAPER_COST_SHARE * full.cost
+        quality = _scale(front) * PAPER_QUALITY_SHARE * full.quality
+        style: Style = {"marker": "x", "markersize": 9, "mew": 2, "color": INK, "zorder": 3.5}
+        panel.plot([cost], [quality], label=PAPER_MARK, linestyle="none", **style)
 
 
 def _finish_panel(panel: Panel, front: Front) -> None:
-    """Add axis titles, grid, legend and the axes of shares."""
     quality = metric_title(front.axes.quality)
     panel.set_xlabel(metric_title(front.axes.cost))
     panel.set_ylabel(f"{quality} (%)" if is_accuracy(front.axes.quality) else quality)
@@ -191,14 +168,8 @@ def _finish_panel(panel: Panel, front: Front) -> None:
         panel.invert_yaxis()
     if all(point.cost == int(point.cost) for point in front.points):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend = panel.legend(
-        fontsize=8,
-        title="labels: corrections per layer",
-        title_fontsize=7.5,
-        loc="lower right",
-        framealpha=0.95,
-        edgecolor=GRID,
-    )
+    style: Style = {"fontsize": 8, "title_fontsize": 7.5, "framealpha": 0.95, "edgecolor": GRID}
+    legend = panel.legend(title="labels: corrections per layer", loc="lower right", **style)
     legend.set_zorder(8)
     full = front.full
     if full is not None and full.cost and full.quality:
@@ -217,7 +188,7 @@ def _percent_of(whole: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any
 
 
 def _add_labels(labels: LabelPlacer, front: Front) -> None:
-    """Add the labels of trials, the most important first; the legend names baselines."""
+    # The most important first; the legend names baselines.
     scale, knee = _scale(front), front.knee
     for point in front.points:
         labels.avoid_point(point.cost, scale * point.quality, scale * (point.error or 0.0))

@@ -1,13 +1,12 @@
 """Tables of a front: all models, and each task separately; for the terminal, Markdown and HTML.
 
-One list of columns serves all formats: rounded numbers with their errors, cheapest first. The
-terminal table drops the least important columns until it fits. `reporting.front_data` has the
-unrounded numbers.
+The terminal table drops the least important columns until it fits. The unrounded numbers are in
+`reporting.front_data`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,6 +34,7 @@ TASK_TABLES_NOTE = (
     "over the same items; differences of an accuracy are in points. An interval without zero is a "
     "difference that these items can resolve."
 )
+ROW_STYLES = {"baseline": "cyan", "member": "bold", "full": "", "dominated": "dim"}
 SHORT_TITLES = {
     "quality/accuracy": "accuracy %",
     "quality/bits_per_byte": "bits/byte",
@@ -58,6 +58,15 @@ class FrontColumn:
 def front_columns(front: Front) -> list[FrontColumn]:
     """Return the columns of a front's table: schedule, costs, qualities, confidences, place."""
     quality, full = front.axes.quality, front.basis.full if front.basis else "full"
+
+    def keeps(point: FrontPoint) -> str:
+        if point is front.full or point.confidence is None:
+            return ""
+        return confidence_text(point.confidence.keeps)
+
+    def on_front(point: FrontPoint) -> str:
+        return confidence_text(point.confidence.on_front) if point.confidence else ""
+
     columns = [
         FrontColumn("schedule", model_name, justify="left"),
         FrontColumn("threshold", _threshold, 6),
@@ -66,8 +75,8 @@ def front_columns(front: Front) -> list[FrontColumn]:
         FrontColumn("bits/byte", lambda p: _number(p, "quality/bits_per_byte", ".3f"), 5),
         FrontColumn("of full", lambda p: _percent(front.share(p), 1), 2),
         FrontColumn(f"vs {full}", lambda p: _difference(front, p), 8),
-        FrontColumn(f"P({KEPT_SHARE:.0%})", lambda p: _keeps(front, p), 9),
-        FrontColumn("P(front)", _on_front, 10),
+        FrontColumn(f"P({KEPT_SHARE:.0%})", keeps, 9),
+        FrontColumn("P(front)", on_front, 10),
         FrontColumn("front", lambda p: verdict(front, p), justify="left"),
     ]
     if front.sweep_of:
@@ -94,7 +103,7 @@ def terminal_table(front: Front, *, width: int, title: str = "") -> Table:
         min_width = _width(front, column) if number else None
         table.add_column(column.title, justify=column.justify, no_wrap=True, min_width=min_width)
     for point in front.points:
-        table.add_row(*(column.cell(point) for column in columns), style=_row_style(point))
+        table.add_row(*(column.cell(point) for column in columns), style=ROW_STYLES[point.kind])
     return table
 
 
@@ -110,7 +119,7 @@ def front_markdown(front: Front) -> str:
 
 
 def _cost_columns(axis: str) -> list[FrontColumn]:
-    """Return the standard costs, and the cost axis of the front, which is never dropped."""
+    # The cost axis of the front is never dropped.
     columns = {
         "cost/evaluations": FrontColumn("NFE", lambda p: _number(p, "cost/evaluations", "g")),
         "cost/relative_flops": FrontColumn(
@@ -139,22 +148,10 @@ def _number(point: FrontPoint, name: str, form: str) -> str:
 
 
 def _difference(front: Front, point: FrontPoint) -> str:
-    confidence = point.confidence
-    if confidence is None or confidence.overall is None or front.basis is None:
-        return ""
-    interval = confidence.overall.against.get(front.basis.full)
+    overall = point.confidence and point.confidence.overall
+    interval = overall.against.get(front.basis.full) if overall and front.basis else None
     is_percent = is_accuracy(front.axes.quality)
     return difference_text(interval, is_percent=is_percent) if interval else ""
-
-
-def _on_front(point: FrontPoint) -> str:
-    return "" if point.confidence is None else confidence_text(point.confidence.on_front)
-
-
-def _keeps(front: Front, point: FrontPoint) -> str:
-    if point.confidence is None or point is front.full:
-        return ""
-    return confidence_text(point.confidence.keeps)
 
 
 def _threshold(point: FrontPoint) -> str:
@@ -177,14 +174,6 @@ def _bytes(count: float | None) -> str:
     return f"{count:.3g} {unit}"
 
 
-def _row_style(point: FrontPoint) -> str:
-    if not point.is_candidate:
-        return "cyan"
-    if point.on_front:
-        return "bold"
-    return "" if point.result.role == "teacher" else "dim"
-
-
 def _width(front: Front, column: FrontColumn) -> int:
     return max(map(cell_len, [column.title, *(column.cell(point) for point in front.points)]))
 
@@ -194,9 +183,7 @@ class TaskTable:
     """Scores of every model on one task, with paired differences."""
 
     title: str
-    """The task and its metric."""
     heads: tuple[str, ...]
-    """Titles of the columns."""
     rows: tuple[tuple[FrontPoint, tuple[str, ...]], ...]
     """Models and their cells, cheapest first."""
 
@@ -223,7 +210,7 @@ def task_tables(front: Front) -> list[TaskTable]:
 def _task_table(
     front: Front,
     title: str,
-    comparisons: dict[str, PairedComparison | None] | dict[str, PairedComparison],
+    comparisons: Mapping[str, PairedComparison | None],
     *,
     is_percent: bool,
 ) -> TaskTable:
@@ -239,11 +226,7 @@ def _task_table(
             difference_text(one.against[name], is_percent=is_percent) if name in one.against else ""
             for name in others
         ]
-        cells = (
-            full_name(front, point),
-            format_with_error(one.own.value, None, is_percent=is_percent),
-            range_text(one.own, is_percent=is_percent),
-            *differences,
-        )
-        rows.append((point, cells))
+        own = format_with_error(one.own.value, None, is_percent=is_percent)
+        interval = range_text(one.own, is_percent=is_percent)
+        rows.append((point, (full_name(front, point), own, interval, *differences)))
     return TaskTable(title, heads, tuple(rows))

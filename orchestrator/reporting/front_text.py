@@ -66,8 +66,7 @@ def verdict(front: Front, point: FrontPoint) -> str:
         return f"beats {num_beaten} ●" if num_beaten else ""
     if not point.on_front:
         return ""
-    picks = {"knee": front.knee, "best": front.best, "cheapest": front.cheapest}
-    return " ".join(["●", *(name for name, pick in picks.items() if pick is point)])
+    return " ".join(["●", *(name for name, pick in front.picks.items() if pick is point)])
 
 
 def hypervolume_text(front: Front) -> str:

@@ -1,8 +1,4 @@
-"""HTML tables of the report page, which read without scripts.
-
-All models with their schedules as strips, each task, and the heat map of influences. All text from
-outside is escaped.
-"""
+"""HTML tables of the report page, readable without scripts; all text from outside is escaped."""
 
 from __future__ import annotations
 
@@ -103,7 +99,7 @@ def _head(title: str, classes: str) -> str:
 
 def _row(point: FrontPoint, cells: Iterable[str]) -> str:
     key = escape(point.result.key)
-    return f'<tr class="{_kind(point)}" data-key="{key}">{"".join(cells)}</tr>'
+    return f'<tr class="{point.kind}" data-key="{key}">{"".join(cells)}</tr>'
 
 
 def _cell(text: str, classes: str = "") -> str:
@@ -116,7 +112,7 @@ def _classes(column: FrontColumn) -> str:
 
 
 def _sort_value(text: str) -> str:
-    """Return the number at the start of a cell, bytes in their smallest unit, or the text."""
+    # The number at the start of the cell, in bytes for KiB and MiB; else the text.
     words = text.removeprefix(">").rstrip("%").split()
     units = {"KiB": 1024, "MiB": 1024**2}
     try:
@@ -132,11 +128,3 @@ def _heat_cell(value: float, low: float, high: float) -> str:
     r, g, b = (round(a + (b - a) * share) for a, b in zip(HEAT_LOW, HEAT_HIGH, strict=True))
     style = f"background:rgb({r} {g} {b});color:{'#fff' if share > 0.5 else '#222'}"
     return f'<td style="{style}">{value:.2g}</td>'
-
-
-def _kind(point: FrontPoint) -> str:
-    if not point.is_candidate:
-        return "baseline"
-    if point.on_front:
-        return "member"
-    return "full" if point.result.role == "teacher" else "dominated"

@@ -1,8 +1,8 @@
 """Places labels beside points so that they cover no point, no line and no other label.
 
-Greedy: each label tries positions around its point, from near to far, and takes the first free one
-inside the panel. Without a free position, an important label may cover an error bar; another one
-is left out, because the tables name every trial. This suffices for some dozens of points.
+Each label takes the first free position around its point, from near to far. Without a free one, an
+important label may cover an error bar; another label is left out, because the tables name every
+trial. This suffices for some dozens of points.
 """
 
 from __future__ import annotations
@@ -14,26 +14,8 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-# Offsets from the point in typographic points, and the alignment that goes with each.
-_PLACES = [
-    (7, 4, "left", "bottom"),
-    (-7, 4, "right", "bottom"),
-    (7, -4, "left", "top"),
-    (-7, -4, "right", "top"),
-    (8, 0, "left", "center"),
-    (-8, 0, "right", "center"),
-    (0, 9, "center", "bottom"),
-    (0, -9, "center", "top"),
-    (7, 14, "left", "bottom"),
-    (-7, 14, "right", "bottom"),
-    (7, -14, "left", "top"),
-    (-7, -14, "right", "top"),
-    (7, 25, "left", "bottom"),
-    (-7, 25, "right", "bottom"),
-    (7, -25, "left", "top"),
-    (-7, -25, "right", "top"),
-]
-_SHIFTS = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
+# Offsets from the point in typographic points, each also to the left of the point.
+_OFFSETS = [(7, 4), (7, -4), (8, 0), (0, 9), (0, -9), (7, 14), (7, -14), (7, 25), (7, -25)]
 _POINT_RADIUS, _LINE_RADIUS = 5.0, 1.5
 
 
@@ -50,7 +32,7 @@ _Line = tuple[tuple[float, float], tuple[float, float]]
 
 
 class LabelPlacer:
-    """Collects obstacles and labels of one panel, then places the labels."""
+    """Collects the obstacles and labels of one panel, then places the labels."""
 
     def __init__(self, panel: Panel) -> None:
         self._panel = panel
@@ -106,9 +88,9 @@ class LabelPlacer:
         )
         # Measuring a text is slow, so it is measured once and its box is moved.
         at_point = text.get_window_extent()
-        for dx, dy, horizontal, vertical in _PLACES:
-            right = dx * self._pixels_per_point - _SHIFTS[horizontal] * at_point.width
-            up = dy * self._pixels_per_point - _SHIFTS[vertical] * at_point.height
+        for dx, dy in ((sign * x, y) for x, y in _OFFSETS for sign in (1, -1)):
+            right = dx * self._pixels_per_point - _share_before(dx) * at_point.width
+            up = dy * self._pixels_per_point - _share_before(dy) * at_point.height
             box = at_point.translated(right, up)
             within = inside.x0 <= box.x0 and box.x1 <= inside.x1
             within = within and inside.y0 <= box.y0 and box.y1 <= inside.y1
@@ -144,3 +126,8 @@ class LabelPlacer:
         figure = self._panel.get_figure(root=True)
         assert figure is not None, "the panel must be part of a figure"
         return figure.dpi / 72
+
+
+def _share_before(offset: float) -> float:
+    """Return the share of a label that lies left of, or below, its anchor."""
+    return 0.5 if not offset else 0.0 if offset > 0 else 1.0

@@ -57,7 +57,7 @@ class MatchedItems:
 
 @dataclass(frozen=True)
 class ResampledScores:
-    """Scores of all models on every task, measured and in every draw."""
+    """Scores of all models on every task."""
 
     matched: MatchedItems
     tasks: Mapping[str, Scores]
@@ -91,13 +91,10 @@ class ResampledScores:
 
 
 def match_items(evaluations: Mapping[str, Sequence[EvaluationResult]]) -> MatchedItems | None:
-    """Find the items that all models answered.
+    """Find the items that all models answered; None if there is no such item.
 
     Args:
         evaluations: Key of a model -> its evaluations, one for each seed.
-
-    Returns:
-        None if there is no such item.
     """
     runs = [run for seeds in evaluations.values() for run in seeds]
     num_seeds = [len(seeds) for seeds in evaluations.values() if seeds]
@@ -124,13 +121,9 @@ def resample_scores(
     rng = np.random.default_rng(seed)
     seed_weights = draw_seed_weights(matched.model_of_run, num_resamples, rng)
     # A generator for each task: adding a task does not change another one's draws.
+    rngs = {task: np.random.default_rng([seed, *task.encode()]) for task in matched.tasks}
     scores = {
-        task: resample(
-            items,
-            seed_weights,
-            matched.model_of_run,
-            np.random.default_rng([seed, *task.encode()]),
-        )
+        task: resample(items, seed_weights, matched.model_of_run, rngs[task])
         for task, items in matched.tasks.items()
     }
     return ResampledScores(matched, scores)
@@ -146,7 +139,7 @@ def _items(result: TaskResult) -> list[Item]:
 
 
 def _shared_metric(results: Sequence[TaskResult]) -> str | None:
-    """Return the metric that all runs have by item: an accuracy, else the bits per byte."""
+    # An accuracy, else the bits per byte.
     metrics = (*ACCURACY_METRICS, BITS_METRIC)
     return next((m for m in metrics if all(m in result.values for result in results)), None)
 

@@ -1,11 +1,7 @@
 """The Pareto front of trial results: which models no other one beats on cost and quality together.
 
-With a teacher, the teacher and its students compete for the front; baselines are placed but do not
-compete, so the front tells which schedule to take and `members_beaten_by` whether it was worth it.
-Without a teacher all models were trained from scratch and compete, vanilla too.
-
-The hypervolume is a share of a box: from no cost to the full model's cost, and from the reference
-quality (0 for an accuracy, the worst measured for a loss) to the full model's quality.
+Beside a teacher, baselines are placed but do not compete: the front tells which schedule to take,
+and `members_beaten_by` whether that was worth it. Without a teacher all models compete.
 Non-domination and hypervolume are moocore's. `reporting.confidence` fills in `Confidence`.
 """
 
@@ -31,7 +27,6 @@ class PairedComparison:
     """One quality of a model over the items that all models answered."""
 
     own: Interval
-    """The quality itself."""
     against: Mapping[str, Interval]
     """Name of the full model or of a baseline -> this model's quality minus that one's."""
 
@@ -43,7 +38,6 @@ class Confidence:
     overall: PairedComparison | None
     """On the front's quality; None if that has no values by item."""
     tasks: Mapping[str, PairedComparison]
-    """On each task."""
     share: Interval | None
     """Share of the full model's quality that the model keeps."""
     keeps: float | None
@@ -65,7 +59,6 @@ class ConfidenceBasis:
     num_left_out: int
     """Items that only some of them answered."""
     num_resamples: int
-    """Number of draws."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class FrontPoint:
     quality: float
     error: float | None
     """Standard error of the quality; None if it was not measured."""
-    on_front: bool
+    on_front: bool = False
     """Whether no other candidate is as good in both and better in one."""
     confidence: Confidence | None = None
     """How certain the place is; None without values of single items."""
@@ -89,17 +82,25 @@ class FrontPoint:
         """Whether the result is a model trained from scratch to compare with."""
         return self.result.role == "baseline"
 
+    @property
+    def kind(self) -> str:
+        """How tables show the row: `baseline`, `member`, `full` or `dominated`."""
+        if not self.is_candidate:
+            return "baseline"
+        if self.on_front:
+            return "member"
+        return "full" if self.result.role == "teacher" else "dominated"
+
 
 @dataclass(frozen=True)
 class HypervolumeBox:
-    """The box that the hypervolume is a share of."""
+    """The hypervolume is a share of this box; one corner is the full model."""
 
     cost: float
-    """The full model's cost."""
+    """The full model's cost; the other corner costs nothing."""
     quality: float
-    """The reference quality."""
+    """The other corner's quality: 0 for an accuracy, the worst measured for a loss."""
     full_quality: float
-    """The full model's quality, opposite the reference."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,9 @@ class Front:
 
     @property
     def knee(self) -> FrontPoint | None:
-        """The member farthest above the chord from cheapest to best, both axes scaled to one.
+        """The member farthest above the chord from cheapest to best; None if none lies above it.
 
-        Returns:
-            None if no member lies above the chord.
+        Both axes are scaled to one.
         """
         cheapest, best = self.cheapest, self.best
         if cheapest is None or best is None or cheapest.cost == best.cost:
@@ -185,16 +185,14 @@ class Front:
         full = self.full
         if full is None:
             return None
-        is_accuracy = self.axes.higher_is_better
-        worst = 0.0 if is_accuracy else max(point.quality for point in self.points)
+        worst = 0.0 if self.axes.higher_is_better else max(p.quality for p in self.points)
         return HypervolumeBox(full.cost, worst, full.quality)
 
     @property
     def hypervolume(self) -> float | None:
-        """Share of the box that the front dominates; over 1 if the front beats the full model.
+        """Share of the box that the front dominates; over 1 if it beats the full model.
 
-        Returns:
-            None if the box is empty.
+        None if the box is empty.
         """
         box = self.hypervolume_box
         if box is None or box.cost <= 0 or box.full_quality == box.quality:
@@ -252,11 +250,11 @@ def find_front(
     *,
     sweep_of: Mapping[str, str] | None = None,
 ) -> Front:
-    """Place results on two axes and find those that no other candidate beats.
+    """Place results on two axes, NFE and accuracy by default, and find those that none beats.
 
     Args:
         results: Trials, teacher and baselines, in any order.
-        axes: Cost and quality; NFE and accuracy by default.
+        axes: Cost and quality.
         sweep_of: Key of a result -> its sweep, if they are from several.
     """
     axes = axes or FrontAxes()
@@ -269,18 +267,13 @@ def find_front(
         else:
             competes = not has_teacher or result.role != "baseline"
             error = result.value(axes.error)
-            points.append(
-                FrontPoint(result, cost, quality, error, on_front=False, is_candidate=competes)
-            )
+            points.append(FrontPoint(result, cost, quality, error, is_candidate=competes))
     candidates = [point for point in points if point.is_candidate]
     if candidates:
-        is_member = moocore.is_nondominated(
-            np.array([[point.cost, point.quality] for point in candidates]),
-            maximise=[False, axes.higher_is_better],
-            keep_weakly=True,
-        )
-        members = {id(p) for p, member in zip(candidates, is_member, strict=True) if member}
-        points = [replace(p, on_front=id(p) in members) for p in points]
+        values = np.array([[point.cost, point.quality] for point in candidates])
+        maximise = [False, axes.higher_is_better]
+        on_front = iter(moocore.is_nondominated(values, maximise=maximise, keep_weakly=True))
+        points = [replace(p, on_front=p.is_candidate and bool(next(on_front))) for p in points]
     sign = 1.0 if axes.higher_is_better else -1.0
     points.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
     return Front(axes, tuple(points), tuple(unmeasured), sweep_of or {})
