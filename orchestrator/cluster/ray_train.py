@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -182,7 +183,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     )
     job = TrainingJob.from_dict(config["job"])
     try:
-        return {"result": run_job(job, world=world).to_dict()}
+        return {"result": asdict(run_job(job, world=world))}
     except Exception as error:
         # One of several workers that fails alone must die: the others wait for it for ever.
         return final_answer(error, is_stopping=world.size == 1 and is_stop_requested(job.folder))

@@ -1,9 +1,7 @@
-"""Write checkpoints in a background thread: training copies its state and continues.
+"""Write checkpoints in a background thread: a step waits only for a copy of the state in memory.
 
-A step waits only for the copy in memory. One checkpoint is written at a time: the next one, a stop
-and the end of the run wait for it. A killed process loses at most that one; the next start removes
-its temporary folder. A write error (full disk) is raised at the next of these moments, on all
-workers at once.
+One checkpoint is written at a time: the next one, a stop and the end of the run wait for it, and
+raise its error (full disk) on all workers. A killed process loses at most that checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +37,6 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 class CheckpointWriteFailed(RunFailed):
     """A checkpoint could not be written; retrying at once would fail again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """Copy of a run's state after a step, on the CPU."""
-
-    position: Position
-    weights: dict[str, Tensor]
-    """Full tensors of the decoder."""
-    training_state: dict[str, Any]
-    """Optimizer, position and random state."""
 
 
 class CheckpointWriter:
@@ -99,12 +86,10 @@ class CheckpointWriter:
         self.checkpoint, self._saved_step = checkpoint, step
 
     def is_due(self, step: int) -> bool:
-        """Return whether to save now: at the end of a shared first stage, or after the recipe's
-        minutes."""
-        if self._ends_first_stage(step):
-            return True
+        """Return whether a shared first stage ends, or the recipe's minutes have passed."""
         minutes = self._job.recipe.checkpoint_every_minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
+        is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
+        return is_late or self._ends_first_stage(step)
 
     def save(self, position: Position, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Start to write a checkpoint, unless this step has one or is the start.
@@ -119,17 +104,15 @@ class CheckpointWriter:
         is_first = self._world.is_first
         if not (is_first or self._world.is_sharded):
             return
-        snapshot = Snapshot(
-            position=replace(position),
-            weights=_copy_to_cpu(decoder.state_dict(), keep=is_first),
-            training_state={
-                "optimizer": _copy_to_cpu(optimizer.state_dict(), keep=is_first),
-                "position": asdict(position),
-                "random": random_state(self._world),
-            },
-        )
+        weights = _copy_to_cpu(decoder.state_dict(), keep=is_first)
+        training_state = {
+            "optimizer": _copy_to_cpu(optimizer.state_dict(), keep=is_first),
+            "position": asdict(position),
+            "random": _random_state(self._world),
+        }
         if is_first:
-            self._writing = self._pool.submit(self._write, snapshot)
+            copied = replace(position)
+            self._writing = self._pool.submit(self._write, copied, weights, training_state)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -152,14 +135,16 @@ class CheckpointWriter:
         """Wait for the thread to end, whether its work succeeded or not."""
         self._pool.shutdown()
 
-    def _write(self, snapshot: Snapshot) -> None:
-        folder, recipe, position = self._job.folder, self._job.recipe, snapshot.position
+    def _write(
+        self, position: Position, weights: dict[str, Tensor], training_state: dict[str, Any]
+    ) -> None:
+        folder, recipe = self._job.folder, self._job.recipe
         self.checkpoint = save_checkpoint(
             folder,
             position.step,
             config=self._job.config(),
-            weights=snapshot.weights,
-            training_state=snapshot.training_state,
+            weights=weights,
+            training_state=training_state,
             tokenizer_path=self._store.tokenizer_path,
             provenance=_provenance(self._job, self._store),
             text_files=self._text_files,
@@ -218,11 +203,8 @@ def _provenance(job: TrainingJob, store: TokenStore) -> dict[str, Any]:
     }
 
 
-def random_state(world: World) -> dict[str, Tensor]:
-    """Return the state of the random number generators.
-
-    No step draws random numbers yet; saving the state allows dropout to be added.
-    """
+def _random_state(world: World) -> dict[str, Tensor]:
+    # No step draws random numbers yet; saving the state allows dropout to be added.
     state = {"cpu": torch.get_rng_state()}
     if world.device.startswith("cuda"):
         state["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -230,7 +212,7 @@ def random_state(world: World) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
-    """Restore what `random_state` returned."""
+    """Restore the state of the random number generators from a checkpoint."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and world.device.startswith("cuda"):
         torch.cuda.set_rng_state(state["cuda"], world.device)

@@ -1,8 +1,7 @@
 """Operations that differ between one worker and several; each does nothing for one worker.
 
-The world (rank, size, device) is passed in; nothing here starts processes. All workers agree on
-every number that decides what happens next (stop, divergence, losses) before they act on it:
-a collective operation that one worker leaves out hangs all others.
+All workers agree on every number that decides what happens next (stop, divergence, losses) before
+they act on it: a collective operation that one worker leaves out hangs all others.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> n
     """Return a model whose backward pass averages gradients over all workers.
 
     Args:
-        decoder: On this worker's device. Returned as it is for one worker, or if it is sharded.
+        decoder: Returned as it is for one worker, or if it is sharded.
         world: This worker's place.
         has_idle_parameters: Some parameters get no gradient in some steps, such as the correction
             norms of layers without corrections. Finding them costs a walk over the graph per step.

@@ -1,27 +1,24 @@
-"""Description of a training: folders, model, recipe and objective.
+"""Description of a training: folders, model, recipe and objective. `run.py` executes it.
 
-It pickles and converts to JSON, so the same job runs in this process, in a Ray Train worker or in a
-Ray Tune trial. Its key is the hash of everything that determines the result, without paths, worker
-counts and how often the run validates or saves. `run.py` executes it.
+The same job runs in this process, in a Ray Train worker or in a Ray Tune trial. Its key is the hash
+of everything that determines the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import (
-    check_checkpoint,
-    checkpoint_name,
-    weights_key,
-)
+from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.provenance import content_key
@@ -102,25 +99,16 @@ class TrainingJob:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able mapping; `from_dict` is its inverse."""
-        return {
-            **{name: getattr(self, name) for name in _plain_fields()},
-            "recipe": self.recipe.model_dump(mode="json"),
-            "distillation": asdict(self.distillation) if self.distillation else None,
-        }
+        values: dict[str, Any] = _JOB.dump_python(self, mode="json")
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingJob:
         """Rebuild a job from `to_dict`."""
-        distillation = values.get("distillation")
-        return cls(
-            **{name: values[name] for name in _plain_fields() if name in values},
-            recipe=TrainingSettings.model_validate(values["recipe"]),
-            distillation=DistillationConfig(**distillation) if distillation else None,
-        )
+        return _JOB.validate_python(values)
 
 
-def _plain_fields() -> list[str]:
-    return [f.name for f in fields(TrainingJob) if f.name not in ("recipe", "distillation")]
+_JOB = TypeAdapter(TrainingJob)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +132,6 @@ class TrainingOutcome:
     shared_flops: float = 0.0
     """Part of them that another run spent on a shared first stage."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able mapping of the fields."""
-        return asdict(self)
-
 
 def job_key(job: TrainingJob) -> str:
     """Return the hash of everything that determines a job's result.
@@ -161,20 +145,14 @@ def job_key(job: TrainingJob) -> str:
 def key_fields(job: TrainingJob) -> dict[str, Any]:
     """Return everything that determines a job's result, as JSON-able values."""
     distills = job.objective == "distill"
-    loss = asdict(job.distillation or DistillationConfig()) if distills else None
+    teacher = job.teacher_folder if distills else None
     return {
         "model": job.config().to_dict(),
-        "recipe": {
-            name: value
-            for name, value in job.recipe.model_dump(mode="json").items()
-            if name not in NON_KEY_FIELDS
-        },
+        "recipe": job.recipe.model_dump(mode="json", exclude=set(NON_KEY_FIELDS)),
         "tokens": open_tokens(job.tokens_folder).fingerprint,
-        "teacher": weights_key(Path(job.teacher_folder))
-        if job.teacher_folder and distills
-        else None,
+        "teacher": weights_key(Path(teacher)) if teacher else None,
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
-        "distillation": loss,
+        "distillation": asdict(job.distillation or DistillationConfig()) if distills else None,
     }
 
 
@@ -182,11 +160,6 @@ def sequences_per_step(
     recipe: TrainingSettings, config: ModelConfig, *, section: str = "training"
 ) -> int:
     """Return the number of sequences in the global batch.
-
-    Args:
-        recipe: Tokens per step.
-        config: Context length.
-        section: Settings section of the recipe, named in the error.
 
     Raises:
         UserError: If the tokens per step are not a multiple of the context length.
@@ -206,9 +179,7 @@ def finished_outcome(
 ) -> TrainingOutcome | None:
     """Return the outcome of a finished job with an intact last checkpoint, else None.
 
-    Args:
-        job: A job, finished or not.
-        warn: Called with a sentence if the job was finished and its last checkpoint is damaged.
+    `warn` is called with a sentence if the last checkpoint of a finished job is damaged.
     """
     path = job.folder / DONE_NAME
     done = read_json_object(path)

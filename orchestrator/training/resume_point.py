@@ -1,4 +1,4 @@
-"""The step that a run resumes from, and the text that tells an interrupted user what is saved."""
+"""What an interrupted run has saved, as a text for the user."""
 
 from __future__ import annotations
 
@@ -12,24 +12,8 @@ from orchestrator.training.job import DONE_NAME, TrainingJob
 from orchestrator.workspace.errors import UserError
 
 
-def resume_step(job: TrainingJob) -> int | None:
-    """Return the step that a run resumes from; None if it starts anew."""
-    if checkpoints := find_checkpoints(job.folder):
-        return step_of(checkpoints[-1])
-    with suppress(UserError):  # Its tokens or its teacher were deleted.
-        stage = first_stage_of(job)
-        if stage and stage.exists:
-            return stage.num_steps
-    return None
-
-
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
-    """Say what each run has saved.
-
-    Args:
-        jobs: Name -> job, at least one.
-        named: Write the name even for a single job.
-    """
+    """Say what each run, by its name, has saved; a single run is named only if `named`."""
     texts = {name: _describe(job) for name, job in jobs.items()}
     if len(texts) == 1 and not named:
         return next(iter(texts.values()))
@@ -39,5 +23,10 @@ def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False
 def _describe(job: TrainingJob) -> str:
     if (job.folder / DONE_NAME).is_file():
         return "the training is finished"
-    step = resume_step(job)
-    return "nothing was saved" if step is None else f"saved at step {step}"
+    if checkpoints := find_checkpoints(job.folder):
+        return f"saved at step {step_of(checkpoints[-1])}"
+    with suppress(UserError):  # Its tokens or its teacher were deleted.
+        stage = first_stage_of(job)
+        if stage and stage.exists:
+            return f"saved at step {stage.num_steps}"
+    return "nothing was saved"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +114,21 @@ class _Run:
         self.position = Position()
 
     def close(self) -> None:
-        """Wait for the last checkpoint, and close the journal."""
         self.writer.close()
         if self.journal:
             self.journal.close()
 
     def setup(self) -> TrainingSetup:
-        """Return model, optimizer and loss for the loop."""
         has_idle_parameters = self.decoder.method.has_corrections
         return TrainingSetup(
             model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
             optimizer=self.optimizer,
-            objective=make_objective(self.job, self.schedule_at, self.teacher),
+            objective=make_objective(self.schedule_at, self.teacher, self.job.distillation),
             recipe=self.job.recipe,
             world=self.world,
         )
 
     def hooks(self, should_stop: Callable[[], bool] | None) -> Hooks:
-        """Return what the loop calls."""
         folder, is_first = self.job.folder, self.world.is_first
         stop_here = should_stop or (lambda: False)
         return Hooks(
@@ -148,7 +146,6 @@ class _Run:
         )
 
     def end(self, finished: bool) -> TrainingOutcome:
-        """Record the outcome and return it."""
         outcome = TrainingOutcome(
             checkpoint=str(self.writer.checkpoint) if self.writer.checkpoint else None,
             step=self.position.step,
@@ -161,12 +158,11 @@ class _Run:
         )
         if self.journal:
             if finished:
-                write_json(self.job.folder / DONE_NAME, outcome.to_dict())
+                write_json(self.job.folder / DONE_NAME, asdict(outcome))
             self.journal.event("finished" if finished else "stopped", step=outcome.step)
         return outcome
 
     def batch(self, step: int) -> Batch:
-        """Return this worker's share of a step's batch."""
         return self.plan.batch(
             step,
             self.store.train,
@@ -176,7 +172,7 @@ class _Run:
         )
 
     def validate(self, step: int) -> float:
-        """Return the validation loss under the schedule of the latest step."""
+        # Under the schedule of the latest step.
         recipe, world = self.job.recipe, self.world
         batches = validation_batches(
             self.store.validation,
@@ -193,19 +189,16 @@ class _Run:
         )
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write metrics into the journal, and report them."""
         if self.journal:
             self.journal.metrics(step, numbers)
             if self._report:
                 self._report(step, numbers)
 
     def event(self, name: str, **details: Any) -> None:
-        """Write an event into the journal."""
         if self.journal:
             self.journal.event(name, **details)
 
     def prepare(self, checkpoint: Path | None) -> None:
-        """Make decoder and optimizer, initial or from the checkpoint."""
         recipe, world = self.job.recipe, self.world
         decoder = initial_decoder(self.job, self.config)
         if checkpoint:
@@ -247,8 +240,6 @@ class _Run:
         }
 
     def newest_checkpoint(self) -> Path | None:
-        """Return the checkpoint to resume from, if any: the run's own or a shared first stage."""
-
         def warn(text: str) -> None:
             self.event("damaged", text=text)
 
@@ -263,7 +254,6 @@ class _Run:
         return shared
 
     def with_last_checkpoint(self, error: Diverged) -> Diverged:
-        """Return the error with the last good checkpoint and advice in its text."""
         with suppress(RunFailed):  # The divergence is the error to report.
             self.writer.finish()
         self.event("diverged", step=self.position.step, text=str(error))

@@ -19,7 +19,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.distributed import World
 from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
-from orchestrator.training.objective import Objective, distillation_objective, pretraining_objective
+from orchestrator.training.objective import Objective, make_objective
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
 from orchestrator.training.validation import validation_loss
 
@@ -100,9 +100,9 @@ def trained(
 @pytest.mark.parametrize("source", [completions, answers])
 @pytest.mark.parametrize("distills", [False, True])
 def test_passes_of_any_size_equal_one_pass(source: Source, distills: bool) -> None:
-    objective = pretraining_objective(lambda _: SCHEDULE)
+    objective = make_objective(lambda _: SCHEDULE)
     if distills:
-        objective = distillation_objective(
+        objective = make_objective(
             lambda _: SCHEDULE,
             frozen_teacher(fresh_decoder(seed=1)),
             DistillationConfig(hidden_weight=0.5),
@@ -118,7 +118,7 @@ def test_passes_of_any_size_equal_one_pass(source: Source, distills: bool) -> No
 
 
 def test_the_loss_counts_unmasked_targets_only() -> None:
-    _, numbers = trained(answers, pretraining_objective(lambda _: SCHEDULE), per_pass=4)
+    _, numbers = trained(answers, make_objective(lambda _: SCHEDULE), per_pass=4)
     batch, terms = answers(0), []
     log_p = fresh_decoder()(batch.input_ids).log_softmax(-1)
     for row, column in (batch.targets != NO_TARGET).nonzero().tolist():
@@ -129,7 +129,7 @@ def test_the_loss_counts_unmasked_targets_only() -> None:
 
 def test_a_step_without_targets_changes_nothing() -> None:
     teacher = frozen_teacher(fresh_decoder(seed=1))
-    objective = distillation_objective(lambda _: SCHEDULE, teacher, DistillationConfig())
+    objective = make_objective(lambda _: SCHEDULE, teacher, DistillationConfig())
     decoder, numbers = trained(nothing, objective, per_pass=4)
     assert [n["train/loss"] for n in numbers] == [0.0] * NUM_STEPS
     assert [n["train/gradient_norm"] for n in numbers] == [0.0] * NUM_STEPS
