@@ -1,15 +1,13 @@
 """Export a checkpoint as a folder that transformers and lm-eval load without this package.
 
-The folder holds weights, tokenizer, the model's code and a card with the quality of the very
-weights and schedule that are exported. It is written under another name and renamed at the end, so
-a folder under its own name is complete. `MANIFEST.sha256` lists all files and checksums for
+The folder holds weights, tokenizer, the model's code and a card with the quality of these weights
+under this schedule. It is complete once it has its own name. `MANIFEST.sha256` lists all files for
 `sha256sum --check`; a folder with other or changed files is never overwritten.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -73,8 +71,7 @@ def export(
         model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
-        measure: Whether to evaluate the model for the card. If that fails, the card is written
-            without quality.
+        measure: Evaluate the model for the card. If that fails, the card is without quality.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
@@ -98,45 +95,26 @@ def export(
     card = model_card(
         context, checkpoint, decoder.config, evaluation, metric=settings.influence.metric
     )
-    return export_checkpoint(checkpoint, decoder, folder, card, context.progress)
-
-
-def export_checkpoint(
-    checkpoint: Path, decoder: Decoder, folder: Path, card: ModelCard, progress: Progress
-) -> Path:
-    """Write a checkpoint's model, under the decoder's schedule, with the checkpoint's tokenizer.
-
-    Raises:
-        UserError: As `write_export`.
-    """
-    tokenizer = checkpoint / TOKENIZER
-    return write_export(
-        decoder,
-        folder,
-        tokenizer_file=tokenizer if tokenizer.is_file() else None,
-        text_files=read_text_files(checkpoint),
-        card=card,
-        progress=progress,
+    return export_checkpoint(
+        checkpoint, folder, decoder=decoder, card=card, progress=context.progress
     )
 
 
-def write_export(
-    decoder: Decoder,
+def export_checkpoint(
+    checkpoint: Path,
     folder: Path,
     *,
-    tokenizer_file: Path | None,
+    decoder: Decoder,
     card: ModelCard,
-    text_files: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the folder and return it.
+    """Export the decoder with the checkpoint's tokenizer and text files, and return the folder.
 
     Args:
-        decoder: The model; its own schedule becomes the default.
+        checkpoint: Holds the tokenizer, and an imported model's tokenizer and chat files.
         folder: Created if missing; replaced if it is an earlier export and nothing else.
-        tokenizer_file: Copied beside the weights; None where there is none.
+        decoder: The model; its own schedule becomes the default.
         card: Text of `README.md`.
-        text_files: Tokenizer and chat files of an imported model; exported unchanged.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
@@ -147,21 +125,27 @@ def write_export(
     progress = progress or Progress()
     check_target(folder)
     progress.start("export")
-    text = dict(text_files or {})
-    token_ids = json.loads(text.pop(TOKEN_IDS)) if TOKEN_IDS in text else None
-    end = "" if text_files else _end_of_text(tokenizer_file)
+    file = checkpoint / TOKENIZER
+    tokenizer_file = file if file.is_file() else None
+    text_files = read_text_files(checkpoint)
+    end_of_text = ""
+    if tokenizer_file and not text_files:
+        tokenizer = load_tokenizer(tokenizer_file)
+        end_of_text = str(tokenizer.id_to_token(end_of_text_id(tokenizer)))
+    token_ids = json.loads(text_files.pop(TOKEN_IDS)) if TOKEN_IDS in text_files else None
     try:
         with new_folder(folder) as temporary:
             export_pretrained(
                 decoder,
                 temporary,
                 tokenizer_file,
-                end_of_text=end,
+                end_of_text=end_of_text,
                 token_ids=token_ids,
-                text_files=text or None,
+                text_files=text_files or None,
             )
             write_text(temporary / CARD, card.to_markdown())
-            _write_manifest(temporary)
+            lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+            write_text(temporary / MANIFEST, "".join(lines))
             check_target(folder)  # Again: somebody may have written there meanwhile.
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
@@ -185,9 +169,7 @@ def model_card(
 
     Args:
         context: Its workspace holds the teacher, if there is one.
-        checkpoint: The model.
-        config: Its configuration, with the schedule that is exported.
-        evaluation: Its quality, if measured.
+        config: The checkpoint's configuration, with the schedule that is exported.
         influence: The table that its schedule was chosen by; when unset, that of the teacher, else
             of the model itself.
         metric: Metric of the table to look for.
@@ -210,11 +192,7 @@ def model_card(
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a folder that holds anything but an earlier export.
-
-    Raises:
-        UserError: If it does.
-    """
+    """Raise `UserError` if a folder holds anything but an earlier export."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
@@ -233,11 +211,6 @@ def check_target(folder: Path) -> None:
         )
 
 
-def _write_manifest(folder: Path) -> None:
-    lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-    write_text(folder / MANIFEST, "".join(lines))
-
-
 def _other_files(folder: Path) -> list[str]:
     """Return the files in an export that it did not write, or that were changed since."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
@@ -253,10 +226,3 @@ def _other_files(folder: Path) -> list[str]:
         for name in names
         if not (folder / name).is_file() or file_digest(folder / name) != digests.get(name)
     ]
-
-
-def _end_of_text(tokenizer_file: Path | None) -> str:
-    if tokenizer_file is None:
-        return ""
-    tokenizer = load_tokenizer(tokenizer_file)
-    return str(tokenizer.id_to_token(end_of_text_id(tokenizer)))

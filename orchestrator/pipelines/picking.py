@@ -120,4 +120,5 @@ def _export(
     if result.schedule is not None:
         decoder = decoder.with_schedule(IterationSchedule(result.schedule))
     card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
-    export_checkpoint(checkpoint, decoder, folder, replace(card, chosen=chosen), context.progress)
+    card = replace(card, chosen=chosen)
+    export_checkpoint(checkpoint, folder, decoder=decoder, card=card, progress=context.progress)

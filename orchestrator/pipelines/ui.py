@@ -1,8 +1,7 @@
 """Start MLflow's server for a workspace and print links to its runs, sweeps and charts.
 
-The server is MLflow's own command on the loopback interface, in its own process group, with one
-worker and without its job runner (half a gigabyte instead of three). The whole group is stopped
-after Ctrl-C. If `MLFLOW_TRACKING_URI` names a remote server, only the links are printed.
+The server runs on the loopback interface, with one worker and without its job runner (half a
+gigabyte instead of three). If `MLFLOW_TRACKING_URI` names a remote server, only links are printed.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 
 from orchestrator.terminal.logs import mask_secrets_in_file
+from orchestrator.terminal.signals import SIGNALS, signal_handlers
 from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import Workspace
@@ -35,21 +35,17 @@ START_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 2.0
 MAX_SWEEPS_SHOWN = 5
 
-Say = Callable[[str], None]
-
 
 def serve(
     workspace: Workspace,
     *,
     port: int = DEFAULT_PORT,
-    say: Say = print,
+    say: Callable[[str], None] = print,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Serve MLflow's pages until Ctrl-C, SIGTERM or `should_stop`; then return normally.
 
     Args:
-        workspace: Its runs are shown.
-        port: Port on the loopback interface.
         say: Called with each line for the user, links included.
         should_stop: Called a few times a second.
 
@@ -71,9 +67,13 @@ def serve(
     check_port(port)
     url = f"http://{HOST}:{port}"
     say(f"starting MLflow on {url} (takes some seconds)")
+    stopped = threading.Event()
     # Python imports from the current directory first. The server starts in an empty one, so a file
     # in a shared workspace is never imported.
-    with _stop_signals() as stopped, TemporaryDirectory(prefix="iiet-ui-") as empty:
+    with (
+        signal_handlers(SIGNALS, lambda *_: stopped.set()),
+        TemporaryDirectory(prefix="iiet-ui-") as empty,
+    ):
         server = _start(workspace, tracking.store.uri, port, Path(empty))
         try:
             _wait_until_healthy(server, url, workspace.logs / LOG_NAME, stopped)
@@ -196,21 +196,3 @@ def _failed(server: subprocess.Popen[bytes], log: Path) -> RunFailed:
     state = "did not answer in time" if server.poll() is None else f"ended ({server.returncode})"
     last = f"; its last line: {lines[-1].strip()}" if lines else ""
     return RunFailed(f"MLflow's server {state}{last}; see {log}")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event while the server runs, in the main thread only."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {
-        kind: signal.signal(kind, lambda *_: stopped.set())
-        for kind in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stopped
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

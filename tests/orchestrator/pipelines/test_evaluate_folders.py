@@ -25,7 +25,7 @@ from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.exporting import write_export
+from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.pipelines.importing import import_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
@@ -34,9 +34,7 @@ from orchestrator.sweeping.trial_run import measure_quality
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import (
     load_decoder,
-    read_text_files,
     save_checkpoint,
-    tokenizer_file,
 )
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -226,13 +224,8 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
     theirs = by_lm_eval(folder, settings)
     checkpoint = import_model(folder, workspace=workspace)
     decoder = load_decoder(checkpoint)
-    exported = write_export(
-        decoder,
-        tmp_path / "exported",
-        tokenizer_file=tokenizer_file(checkpoint),
-        text_files=read_text_files(checkpoint),
-        card=ModelCard(name="tiny", config=decoder.config),
-    )
+    card = ModelCard(name="tiny", config=decoder.config)
+    exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
     for place in (checkpoint, exported):
         ours = evaluate(place, settings, workspace)
         for name, result in ours.results.items():

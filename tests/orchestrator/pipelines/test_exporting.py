@@ -23,11 +23,11 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.exporting import CARD, MANIFEST, write_export
+from orchestrator.pipelines.exporting import CARD, MANIFEST, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
-from orchestrator.training.checkpoint import load_decoder, save_checkpoint, tokenizer_file
+from orchestrator.training.checkpoint import load_decoder, save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -115,7 +115,7 @@ def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) ->
 def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None = None) -> Path:
     decoder = load_decoder(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config, evaluation=evaluation)
-    return write_export(decoder, folder, tokenizer_file=tokenizer_file(checkpoint), card=card)
+    return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_method_whose_source_cannot_be_copied_is_refused(
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
     card = ModelCard(name="local", config=decoder.config)
     with pytest.raises(UserError, match=r"method 'local' .* define it at the top of a module"):
-        write_export(decoder, tmp_path / "out", tokenizer_file=None, card=card)
+        export_checkpoint(tmp_path / "none", tmp_path / "out", decoder=decoder, card=card)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from iiet.huggingface import IIETConfig
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.exporting import write_export
+from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.importing import import_model
 from orchestrator.reporting.model_card import ModelCard
@@ -24,7 +24,6 @@ from orchestrator.training.checkpoint import (
     TEXT_FILES,
     load_decoder,
     read_text_files,
-    tokenizer_file,
 )
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -67,13 +66,8 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 def exported(checkpoint: Path, folder: Path) -> Path:
     decoder = load_decoder(checkpoint)
-    return write_export(
-        decoder,
-        folder,
-        tokenizer_file=tokenizer_file(checkpoint),
-        text_files=read_text_files(checkpoint),
-        card=ModelCard(name="tiny", config=decoder.config),
-    )
+    card = ModelCard(name="tiny", config=decoder.config)
+    return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
 
 
 def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(
