@@ -1,15 +1,13 @@
 """Measure what models cost on this machine, beside what the cost model says.
 
-Models in, each under its own iteration schedule, or one IIET under several of its family; one
-measurement per model, batch size and context out. It is written as JSON to the workspace, under the
-hash of the models, the conditions and the machine, and tracked in MLflow as one run per model.
-Every call measures anew.
+The measurements are written as JSON to the workspace, under the hash of the models, the conditions
+and the machine, and tracked in MLflow as one run per model. Every call measures anew.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -107,11 +105,7 @@ def benchmark(
 def benchmark_models(
     models: Sequence[EvaluatedModel], conditions: MeasurementSettings, context: Context
 ) -> BenchmarkResult:
-    """Measure models side by side; those with the same weights share them.
-
-    Raises:
-        UserError: If a model is no decoder or damaged, or a condition does not fit it.
-    """
+    """Measure models; those with the same weights share them. Raises as `benchmark`."""
     names = short_names(models)
     decoders = dict(zip(names, _decoders(models), strict=True))
     some = next(iter(decoders.values()))
@@ -126,7 +120,15 @@ def benchmark_models(
         dtype=str(next(some.parameters()).dtype).removeprefix("torch."),
         path=context.workspace.benchmarks / f"{key}.json",
     )
-    _write(result)
+    values = {
+        "device": result.device,
+        "dtype": result.dtype,
+        "machine": {**environment(), "cpus": os.cpu_count()},
+        "conditions": asdict(conditions),
+        "peak_bytes": HOW_MEASURED,
+        "costs": [cost.to_dict() for cost in costs],
+    }
+    write_json(result.path, values)
     context.progress.finish(f"{len(decoders)} models, {len(costs)} measurements")
     for name, model in zip(names, models, strict=True):
         _track(context, model, [cost for cost in costs if cost.model == name], result)
@@ -171,19 +173,6 @@ def _decoders(models: Sequence[EvaluatedModel]) -> list[Decoder]:
         assert model.config is not None, "EvaluatedModel.decoder refuses what is no decoder"
         decoders.append(loaded[model.path].with_schedule(model.config.corrections))
     return decoders
-
-
-def _write(result: BenchmarkResult) -> None:
-    machine: Mapping[str, object] = {**environment(), "cpus": os.cpu_count()}
-    values = {
-        "device": result.device,
-        "dtype": result.dtype,
-        "machine": machine,
-        "conditions": asdict(result.conditions),
-        "peak_bytes": HOW_MEASURED,
-        "costs": [cost.to_dict() for cost in result.costs],
-    }
-    write_json(result.path, values)
 
 
 def _track(

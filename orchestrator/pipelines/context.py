@@ -1,4 +1,4 @@
-"""What every pipeline needs: the workspace, a progress display and MLflow's store."""
+"""The context that every pipeline opens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Context:
 
     @property
     def tracking(self) -> Tracking:
-        """MLflow's store. Making its database takes seconds, so mistakes are reported before.
+        """MLflow's store; opening it takes seconds, so open it after arguments are checked.
 
         Raises:
             UserError: If MLflow does not know the store's address, or a local store is damaged.

@@ -1,8 +1,7 @@
 """Distill one student: the teacher's weights under a cheaper schedule, trained with the IIAD loss.
 
-A student is stored where a sweep would store it, so a sweep that plans the same schedule finds it
-trained. The controls (cross-entropy only, from scratch) use the same recipe. The control without
-training needs no command of its own: `evaluate --schedule` measures it.
+A student is stored where a sweep stores it, so a sweep that plans the same schedule finds it
+trained. The controls (cross-entropy only, from scratch) use the same recipe.
 """
 
 from __future__ import annotations

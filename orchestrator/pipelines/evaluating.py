@@ -1,10 +1,8 @@
 """Measure accuracy and bits per byte of models with lm-eval; each task is measured once.
 
-Checkpoints or transformers folders in, and what to measure (`heldout`, `paper`, or names of lm-eval
-tasks); evaluations out. The result of each task is stored in the workspace under the hash of all
-that determines it: weights and precision, configuration with its schedule, tokenizer, the task's
-items and metrics. So a further task costs only that task, and the same call again costs nothing.
-The files hold one value per item, which paired comparisons of two models need.
+The result of each task is stored in the workspace under the hash of all that determines it:
+weights and precision, configuration with its schedule, tokenizer, the task's items and metrics. So
+a further task costs only that task. The files hold one value per item, for paired comparisons.
 """
 
 from __future__ import annotations
@@ -48,23 +46,20 @@ class ModelEvaluations:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per model, task and metric: value, standard error, number of items."""
-        rows = []
-        for model, evaluation in self.evaluations.items():
-            for task, result in evaluation.results.items():
-                for metric, value in result.metrics.items():
-                    if metric.endswith(STDERR_SUFFIX):
-                        continue
-                    rows.append(
-                        {
-                            "model": model,
-                            "task": task,
-                            "metric": metric,
-                            "value": value,
-                            "stderr": result.metrics.get(metric + STDERR_SUFFIX, math.nan),
-                            "num_items": result.num_items,
-                        }
-                    )
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(
+            {
+                "model": model,
+                "task": task,
+                "metric": metric,
+                "value": value,
+                "stderr": result.metrics.get(metric + STDERR_SUFFIX, math.nan),
+                "num_items": result.num_items,
+            }
+            for model, evaluation in self.evaluations.items()
+            for task, result in evaluation.results.items()
+            for metric, value in result.metrics.items()
+            if not metric.endswith(STDERR_SUFFIX)
+        )
 
 
 def evaluate(
@@ -112,9 +107,7 @@ def evaluate_model(
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     Raises:
-        UserError: If the model is damaged, its tokens are not in the workspace, or a task does not
-            exist or cannot be read.
-        RunFailed: If the hub gives none of the tasks.
+        UserError, RunFailed: As `evaluate`.
     """
     workspace, progress = context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
@@ -155,8 +148,6 @@ def evaluate_model(
 def _load(
     model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, progress: Progress
 ) -> Suite:
-    """Load the tasks, and say which are skipped."""
-
     def tokens() -> Path:
         if not model.is_external:
             return tokens_folder_of(model.path, workspace)
@@ -198,11 +189,11 @@ def _run(
         return run_model(
             suite, runner, limit=settings.limit, progress=progress, on_result=on_result
         ).results
-    path = model.path
+    tokenizer = FolderTokenizer if model.is_external else checkpoint_tokenizer
     return run_suite(
         suite,
         model.decoder(DTYPES[settings.precision]),
-        FolderTokenizer(path) if model.is_external else checkpoint_tokenizer(path),
+        tokenizer(model.path),
         batch_size=settings.batch_size,
         limit=settings.limit,
         progress=progress,
@@ -226,19 +217,14 @@ def _track(
     model: EvaluatedModel,
     precision: str,
 ) -> None:
-    of_decoder: dict[str, Any] = {}
+    params: dict[str, Any] = {"method": model.architecture}
     if model.config is not None:
-        of_decoder = {"schedule": model.config.corrections, "precision": precision}
+        params |= {"schedule": model.config.corrections, "precision": precision}
     run = context.tracking.run(
         content_key("evaluation", dict(keys)),
         name=f"evaluate {', '.join(keys)}"[:80],
         kind="evaluation",
-        params={
-            "method": model.architecture,
-            **of_decoder,
-            "checkpoint": model.path,
-            "num_items": evaluation.num_items,
-        },
+        params={**params, "checkpoint": model.path, "num_items": evaluation.num_items},
     )
     run.log_metrics({f"quality/{name}": value for name, value in evaluation.quality().items()})
     run.finish()

@@ -109,11 +109,7 @@ def _open(
 
 
 class TextGenerator:
-    """A checkpoint with its tokenizer.
-
-    Args:
-        checkpoint: The model.
-        schedule: Iteration schedule, if not the checkpoint's own.
+    """A checkpoint, under its own iteration schedule or another, with its tokenizer.
 
     Raises:
         UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule.
@@ -124,10 +120,13 @@ class TextGenerator:
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file(checkpoint))
         # An imported model's tokenizer as transformers loads it; None for our own models.
         self._imported: Any = None
+        self._ends: set[int] = set()
         if (checkpoint / TOKENIZER_CONFIG).is_file():
             self._imported = load_transformers_tokenizer(checkpoint)
             self.tokenizer = self._imported.backend_tokenizer
-        self._ends = self._end_tokens(checkpoint)
+            end = self._imported.eos_token_id
+            self._ends = stop_token_ids(checkpoint) | (set() if end is None else {end})
+        self._ends = self._ends or {end_of_text_id(self.tokenizer)}
         self.end_of_text = min(self._ends)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.decoder: Decoder = load_decoder(checkpoint, device=device)
@@ -138,11 +137,7 @@ class TextGenerator:
                 raise UserError(f"{checkpoint}: {error}") from None
 
     def chat(self, prompt: str) -> str:
-        """Return a user's message as the model's chat template writes it, ready to be answered.
-
-        Raises:
-            UserError: If the model has no chat template, or it fails.
-        """
+        """Return a user's message as the model's chat template writes it, ready to be answered."""
         if self._imported is None or not self._imported.chat_template:
             raise UserError(
                 f"{self.checkpoint} has no chat template, which --chat needs; without it the model "
@@ -172,11 +167,7 @@ class TextGenerator:
         return self._pieces((int(step) for step in steps), stops)
 
     def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-        """Return the continuation of each prompt, all decoded as one batch.
-
-        Raises:
-            UserError: As `stream`.
-        """
+        """Return the continuation of each prompt, all decoded as one batch. Raises as `stream`."""
         encoded = [self._encode(prompt) for prompt in prompts]
         length = max(map(len, encoded))
         rows = [[self.end_of_text] * (length - len(row)) + row for row in encoded]
@@ -202,13 +193,6 @@ class TextGenerator:
             piece = decoding.step(self.tokenizer, token)
             if piece:
                 yield piece
-
-    def _end_tokens(self, checkpoint: Path) -> set[int]:
-        if self._imported is None:
-            return {end_of_text_id(self.tokenizer)}
-        own = self._imported.eos_token_id
-        stops = stop_token_ids(checkpoint) | (set() if own is None else {own})
-        return stops or {end_of_text_id(self.tokenizer)}
 
     def _encode(self, prompt: str) -> list[int]:
         """Encode a prompt as the beginning of a document.

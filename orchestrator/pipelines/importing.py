@@ -1,9 +1,8 @@
 """Import a model folder from elsewhere as a checkpoint of the workspace.
 
-The result is a checkpoint like any other: to evaluate, to generate from, to measure, to distill. It
-keeps the folder's tokenizer files: special tokens and chat template. It has no optimizer state to
-resume from and no tokens that it was trained on; commands that need tokens take the workspace's
-tokens that were made with its tokenizer.
+The result is a checkpoint like any other, with the folder's special tokens and chat template, but
+without an optimizer state to resume from. Commands that need its tokens take the workspace's tokens
+that were made with its tokenizer.
 """
 
 from __future__ import annotations
@@ -58,14 +57,17 @@ def import_model(
     if not (folder / CONFIG).is_file() and find_checkpoints(folder):
         folder = resolve_checkpoint(folder)
     model = read_model_folder(folder)
+    config = model.decoder.config
     file = resolve_path(tokenizer) if tokenizer else model.tokenizer_file
     if file is None:
         progress.note(
             f"{folder} has no tokenizer.json: the model can be used with token ids only; "
             "import it with --tokenizer FILE to generate and evaluate"
         )
-    else:
-        _check_tokenizer(file, model.decoder.config.vocab_size)
+    elif (num_ids := num_token_ids(load_tokenizer(file))) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer {file} has {num_ids} entries, the model only {config.vocab_size}"
+        )
     text_files = read_model_text_files(model, folder, file)
     named = folder.parent.name if folder in find_checkpoints(folder.parent) else folder.name
     run_folder = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
@@ -76,7 +78,7 @@ def import_model(
         checkpoint = save_checkpoint(
             run_folder,
             0,
-            config=model.decoder.config,
+            config=config,
             weights=model.decoder.state_dict(),
             training_state={},
             tokenizer_path=file,
@@ -87,18 +89,13 @@ def import_model(
                 "environment": environment(),
             },
         )
-    config = model.decoder.config
-    count = num_parameters(config)
-    progress.finish(f"{model.origin}: {config.method}, {count / 1e6:.3g} million parameters")
+    count = num_parameters(config) / 1e6
+    progress.finish(f"{model.origin}: {config.method}, {count:.3g} million parameters")
     return checkpoint
 
 
 def _imported_before(run_folder: Path, source: str) -> Path | None:
-    """Return the checkpoint of the same import; `source` is the key of what was imported.
-
-    Raises:
-        UserError: If the name belongs to another model.
-    """
+    """Return the checkpoint of the same import; `source` is the key of what was imported."""
     if not run_folder.exists():
         return None
     checkpoint, damage = newest_intact_checkpoint(run_folder)
@@ -111,11 +108,3 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
         )
     os.utime(run_folder)  # Commands without a path take the newest run.
     return checkpoint
-
-
-def _check_tokenizer(file: Path, vocab_size: int) -> None:
-    found = load_tokenizer(file)
-    if num_token_ids(found) > vocab_size:
-        raise UserError(
-            f"the tokenizer {file} has {num_token_ids(found)} entries, the model only {vocab_size}"
-        )

@@ -1,10 +1,8 @@
 """Measure how much each correction of a checkpoint matters, once.
 
-A checkpoint and its tokens in; out a table with influence, residuals and contraction factors,
-stored beside the weights as `influence-<metric>.json` with a picture of the same name. The file
-names all that determined it, so other settings or data are measured anew and anything else is read
-again. The calibration set is taken evenly from the held-out tokens, which are the same for every
-model.
+The table with influence, residuals and contraction factors is stored beside the weights as
+`influence-<metric>.json`, with a picture. It is read again unless settings or tokens differ. The
+calibration set is taken evenly from the held-out tokens, which are the same for every model.
 """
 
 from __future__ import annotations
@@ -99,8 +97,6 @@ def read_or_measure_influence(
     """Return the influence table of a checkpoint, measured if it is not stored.
 
     Args:
-        checkpoint: The model.
-        settings: Metric and size of the calibration set.
         tokens_folder: Prepared tokens that the model was trained on.
         device: Where it is measured; a GPU if there is one when unset.
 
@@ -137,7 +133,6 @@ def read_or_measure_influence(
 
 
 def _check(decoder: Decoder, checkpoint: Path, store: TokenStore) -> None:
-    """Refuse a model without corrections, and tokens that it does not know."""
     if not decoder.schedule.num_corrections:
         raise UserError(
             f"{checkpoint} is a model ({decoder.config.method}) without corrections, so there is "

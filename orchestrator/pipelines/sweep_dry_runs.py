@@ -1,4 +1,4 @@
-"""What a sweep would do: its trials, what is finished, and what the rest costs."""
+"""Dry runs of sweeps: the trials, what is finished, and what the rest costs."""
 
 from __future__ import annotations
 
@@ -62,17 +62,9 @@ class SweepDryRun:
         rows = []
         for state in self.states:
             config = state.trial.config()
-            rows.append(
-                {
-                    "name": state.trial.label,
-                    "role": state.trial.role,
-                    "method": config.method,
-                    "schedule": str(config.corrections),
-                    "state": state.name,
-                    "steps_done": state.steps_done,
-                    **exact_cost(config, full),
-                }
-            )
+            row = {"name": state.trial.label, "role": state.trial.role, "method": config.method}
+            row |= {"schedule": str(config.corrections), "state": state.name}
+            rows.append({**row, "steps_done": state.steps_done, **exact_cost(config, full)})
         return pandas.DataFrame(rows)
 
 
@@ -91,9 +83,7 @@ def plan_sweep(
     that of its training, and a sentence says how many students there will be at most.
 
     Args:
-        settings: The whole tree; `sweep.kind` says what is swept.
-        teacher: As in `sweep`.
-        models: As in `sweep`.
+        settings, teacher, models: As in `sweep`.
 
     Raises:
         UserError: If the settings do not go together.
@@ -116,8 +106,7 @@ def plan_sweep(
 def _dry_run_of_students(
     settings: Settings, context: Context, teacher: Path, name: str | None
 ) -> SweepDryRun:
-    planned = plan_students(settings, context, teacher, name=name)
-    plan, search = planned.plan, planned.search
+    plan, _, search = plan_students(settings, context, teacher, name=name)
     if search is None:
         return dry_run_of(plan, settings, context)
     found: list[PlannedTrial] = []

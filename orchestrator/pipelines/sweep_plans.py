@@ -1,7 +1,7 @@
 """Plan a sweep from settings and a workspace: what is trained, and how it is measured.
 
-A plan trains nothing, but it makes what it follows from where that is missing: tokens, held-out
-tasks, and the teacher's influence.
+Planning trains nothing, but it makes tokens, held-out tasks and the teacher's influence table where
+they are missing.
 """
 
 from __future__ import annotations
@@ -66,11 +66,7 @@ class SweepModel:
 def check_arguments(
     settings: Settings, teacher: Path | str | None, models: Sequence[SweepModel] | None
 ) -> None:
-    """Check that the arguments fit the kind of sweep.
-
-    Raises:
-        UserError: If they do not.
-    """
+    """Raise `UserError` if the arguments do not fit the kind of sweep."""
     kind = settings.sweep.kind
     if kind == "iterations" and teacher is not None:
         raise UserError(
@@ -85,13 +81,8 @@ def check_arguments(
 
 
 def teacher_checkpoint(context: Context, teacher: Path | str) -> Path:
-    """Return the checkpoint of a teacher given by path, by name or as `NEWEST`.
-
-    Raises:
-        UserError: If there is none, or it is damaged.
-    """
-    path = None if teacher == NEWEST else Path(teacher)
-    return resolve_teacher(context.workspace, path)
+    """Return the checkpoint of a teacher that is given by path, by name or as `NEWEST`."""
+    return resolve_teacher(context.workspace, None if teacher == NEWEST else Path(teacher))
 
 
 def plan_teacher(settings: Settings, context: Context) -> tuple[Path, dict[str, TrainingJob]]:
@@ -119,8 +110,7 @@ def plan_iterations(
     """Plan a sweep of models trained from scratch on the same tokens.
 
     Args:
-        settings: Section `sweep` names methods, iteration counts, learning rates and seeds;
-            `training` is the recipe of all.
+        settings: Section `sweep` names methods, iteration counts, learning rates and seeds.
         models: Models to train instead of those.
 
     Raises:
@@ -158,18 +148,6 @@ def _models(settings: Settings) -> Iterator[SweepModel]:
                 yield SweepModel(label=label, settings=own)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudentsPlan:
-    """A sweep over one teacher's students."""
-
-    plan: SweepPlan
-    """The trials that are known before any has run."""
-    influence: InfluenceTable
-    """The teacher's influence."""
-    search: ScheduleSearch | None
-    """Suggests further trials; None for a threshold sweep."""
-
-
 def plan_students(
     settings: Settings,
     context: Context,
@@ -177,14 +155,17 @@ def plan_students(
     *,
     baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
-) -> StudentsPlan:
+) -> tuple[SweepPlan, InfluenceTable, ScheduleSearch | None]:
     """Plan a threshold sweep or a search.
 
     Args:
-        settings: Sections `influence`, `sweep`, `search`, `distillation` and `evaluation`.
         teacher: Checkpoint of the full model.
         baselines: Label to checkpoint; when unset, the workspace's models without corrections that
             have the teacher's shape and tokens.
+
+    Returns:
+        The trials that are known before any has run, the teacher's influence, and what suggests
+        further trials of a search.
 
     Raises:
         UserError: If something does not go together.
@@ -213,7 +194,7 @@ def plan_students(
         name=None if is_search else name,
     )
     if not is_search:
-        return StudentsPlan(plan=plan, influence=influence, search=None)
+        return plan, influence, None
 
     def make_trial(schedule: IterationSchedule) -> PlannedTrial:
         member = FamilyMember(schedule, math.nan, math.nan)
@@ -221,8 +202,7 @@ def plan_students(
         return student_trial(settings, context.workspace, teacher, config, member, suite)
 
     search = ScheduleSearch(plan, full.corrections, settings.search, make_trial)
-    plan = search_plan(plan, settings.search, name)
-    return StudentsPlan(plan=plan, influence=influence, search=search)
+    return search_plan(plan, settings.search, name), influence, search
 
 
 def plan_suite(
@@ -253,6 +233,6 @@ def plan_suite(
 
 
 def text_of_teacher(teacher: Path) -> dict[str, Any]:
-    """Return what makes a suite read text as an imported teacher does; empty for others."""
+    """Return the keys of a suite that read text as an imported teacher does; none for others."""
     key = text_files_key(teacher)
     return {"vocabulary": key, "vocabulary_folder": str(teacher)} if key else {}

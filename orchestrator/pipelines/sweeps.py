@@ -1,7 +1,6 @@
 """Run a sweep: from settings, or from a teacher's checkpoint, to the front and its report.
 
-Every step finds what is finished. So a sweep that was interrupted resumes when it is called again,
-and a finished one only writes its report anew.
+The same call resumes an interrupted sweep; for a finished one, it only writes the report again.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas
 
@@ -75,8 +73,8 @@ def sweep(
 ) -> SweepResult:
     """Run the sweep that `settings.sweep.kind` describes, and write its report.
 
-    `threshold` prunes a teacher by influence and distills and evaluates each schedule; `search`
-    goes on with schedules that a sampler suggests; `iterations` pretrains methods and iteration
+    `threshold` prunes a teacher by influence, and distills and evaluates each schedule; `search`
+    continues with schedules that a sampler suggests; `iterations` pretrains methods and iteration
     counts from scratch. Finished trials are not run again.
 
     Args:
@@ -130,9 +128,10 @@ def _sweep_students(
     baselines: Mapping[str, Path] | None,
     name: str | None,
 ) -> SweepResult:
-    planned = plan_students(settings, context, teacher, baselines=baselines, name=name)
-    next_trials = planned.search.next_trials if planned.search else None
-    return _run(planned.plan, settings, context, planned.influence, next_trials)
+    plan, influence, search = plan_students(
+        settings, context, teacher, baselines=baselines, name=name
+    )
+    return _run(plan, settings, context, influence, search.next_trials if search else None)
 
 
 def _run(
@@ -161,7 +160,15 @@ def _run(
             **({LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
             "Trials": _states(plan, outcome),
             "Settings": flatten(settings),
-            "Provenance": _provenance(plan),
+            "Provenance": {
+                "sweep": plan.key,
+                "kind": plan.kind,
+                "teacher": plan.teacher or "none",
+                "tokens": plan.tokens_folder,
+                "schedules asked for": plan.num_requested,
+                "trials": len(plan.trials),
+                **environment(),
+            },
         },
     )
     written = write_sweep_report(context.workspace, found, tracking=context.tracking)
@@ -190,15 +197,3 @@ def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:
         return "trained and measured" if trial.job else "measured"
 
     return {trial.label: state(trial) for trial in plan.trials}
-
-
-def _provenance(plan: SweepPlan) -> dict[str, Any]:
-    return {
-        "sweep": plan.key,
-        "kind": plan.kind,
-        "teacher": plan.teacher or "none",
-        "tokens": plan.tokens_folder,
-        "schedules asked for": plan.num_requested,
-        "trials": len(plan.trials),
-        **environment(),
-    }
