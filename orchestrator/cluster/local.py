@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
-import torch
-
+from orchestrator.evaluation.decode_timing import threads
 from orchestrator.planning.resources import local_resources
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import (
@@ -65,7 +64,7 @@ def run_local_jobs(
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
         for ours in parts:
             num_threads = local_resources(count_gpus=False).cpus
-            with _saving_on_signals(ours, watch) as should_stop, _threads(num_threads):
+            with _saving_on_signals(ours, watch) as should_stop, threads(num_threads):
                 for job in ours:
                     clear_stop_request(job.folder)
                     outcome = run_job(job, world=world, should_stop=should_stop)
@@ -110,13 +109,3 @@ def _saving_on_signals(
         raise
     if signals:
         raise Interrupted(interruption_text(saved()))
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

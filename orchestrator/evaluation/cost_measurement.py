@@ -1,18 +1,14 @@
 """Measured time and memory of models on this machine, and the prediction of the cost model.
 
-For each batch size and context: time to the first token, time per decoded token, memory, and the
-time as a share of the full model's. Shares are taken within a repetition, where the models ran one
-after the other, so a slow phase of the machine affects both. The prediction is the share of FLOPs,
-which includes what no schedule changes (head, mix, attention over the context). The share of
-evaluations alone is the simplest prediction.
+Times are compared as shares of the full model's time. Shares are taken within a repetition, where
+the models ran one after the other, so a slow phase of the machine affects both.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -31,9 +27,9 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
 PREDICTION = "FLOPs"
-"""The prediction that is compared with the measurement."""
+"""The share of FLOPs, which includes what no schedule changes: head, mix, attention."""
 SIMPLEST = "evaluations"
-"""The simplest prediction, for comparison."""
+"""The share of evaluations alone, the simplest prediction."""
 DECODING = "decoding"
 FIRST_TOKEN = "first token"
 HOW_MEASURED = "bytes that PyTorch's allocator handed out at once, weights included"
@@ -52,7 +48,6 @@ class MeasurementSettings:
     new_tokens: int = 32
     """Tokens decoded after the prompt, one by one."""
     repetitions: int = 7
-    """Number of measurements of each model."""
     num_threads: int = 1
     """PyTorch threads on a CPU."""
 
@@ -78,9 +73,7 @@ class MeasuredCost:
     """One model under one condition; spreads are half interquartile ranges."""
 
     model: str
-    """Its name."""
     batch_size: int
-    """Rows decoded together."""
     context: int
     """Tokens of the prompt."""
     first_token_ms: float
@@ -92,17 +85,12 @@ class MeasuredCost:
     tokens_per_second: float
     """New tokens per second of all rows, without the prefill."""
     weight_bytes: int
-    """Bytes of all parameters."""
     kv_bytes: int
     """Bytes of keys and values of prompt and new tokens, all rows; exact."""
     peak_bytes: int
     """Largest number of bytes allocated at once, including weights; see `peak_bytes`."""
     shares: dict[str, RelativeTime]
     """Share of the full model's time, for `decoding` and `first token`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
     def metrics(self) -> dict[str, float]:
         """Return the tracked numbers; each name contains the condition."""
@@ -148,7 +136,7 @@ def measure_costs(
                 new_tokens=conditions.new_tokens,
                 batch_size=batch_size,
                 repetitions=conditions.repetitions,
-                on_done=lambda done, _, before=before, text=text: progress.advance(  # type: ignore[misc]
+                on_done=lambda done, before=before, text=text: progress.advance(  # type: ignore[misc]
                     before + done, text
                 ),
             )
@@ -206,11 +194,8 @@ def _share(
     times: Sequence[float], full: Sequence[float], predicted: dict[str, float]
 ) -> RelativeTime:
     ratios = [own / whole for own, whole in zip(times, full, strict=True)]
-    return RelativeTime(
-        measured=statistics.median(ratios),
-        spread=half_quartile_distance(ratios),
-        predicted=predicted,
-    )
+    measured, spread = statistics.median(ratios), half_quartile_distance(ratios)
+    return RelativeTime(measured=measured, spread=spread, predicted=predicted)
 
 
 def _kv_bytes(decoder: Decoder, num_tokens: int) -> int:

@@ -42,9 +42,6 @@ class Timing:
     first_token_repetitions: tuple[float, ...]
     batch_size: int
     """Rows decoded together."""
-    num_threads: int
-    """Threads of PyTorch."""
-    device: str
 
 
 def decode_milliseconds(
@@ -54,7 +51,7 @@ def decode_milliseconds(
     new_tokens: int = 32,
     batch_size: int = 1,
     repetitions: int = 7,
-    on_done: Callable[[int, int], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Measure decoding of several models side by side.
 
@@ -62,8 +59,7 @@ def decode_milliseconds(
         decoders: Name to model; each uses its own schedule.
         prompt_tokens: Tokens of each prompt, read in one pass.
         new_tokens: Tokens to decode; at least 2, because the first is part of the prefill.
-        batch_size: Rows decoded together.
-        on_done: Called with the number of measurements done and their total.
+        on_done: Called with the number of measurements done.
 
     Raises:
         UserError: If a setting is out of range, or prompt and new tokens exceed a model's context.
@@ -85,7 +81,7 @@ def decode_milliseconds(
             steps[name].append(per_step)
             done += 1
             if on_done:
-                on_done(done, repetitions * len(names))
+                on_done(done)
     return {
         name: Timing(
             median=statistics.median(steps[name]),
@@ -95,37 +91,29 @@ def decode_milliseconds(
             repetitions=tuple(steps[name]),
             first_token_repetitions=tuple(firsts[name]),
             batch_size=batch_size,
-            num_threads=torch.get_num_threads(),
-            device=str(decoder.device),
         )
-        for name, decoder in decoders.items()
+        for name in decoders
     }
 
 
 def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[str, Timing]:
     """Time how the models of a sweep decode one row."""
     progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
-    prompt_tokens, new_tokens = _lengths_within(
-        min(decoder.config.context_length for decoder in decoders.values())
-    )
+    context_length = min(decoder.config.context_length for decoder in decoders.values())
+    # In a short context, the prompt takes a third, and the new tokens the rest.
+    prompt_tokens = min(SWEEP_PROMPT_TOKENS, context_length // 3)
     # One row is too little work for several threads: they would wait for each other.
     with threads(1):
         timings = decode_milliseconds(
             decoders,
             prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
+            new_tokens=min(SWEEP_NEW_TOKENS, context_length - prompt_tokens),
             repetitions=SWEEP_REPETITIONS,
-            on_done=lambda done, _: progress.advance(done),
+            on_done=progress.advance,
         )
     slowest = max(timing.median for timing in timings.values())
     progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
     return timings
-
-
-def _lengths_within(context_length: int) -> tuple[int, int]:
-    """Return prompt and new tokens: the defaults, or a third and the rest of a short context."""
-    prompt_tokens = min(SWEEP_PROMPT_TOKENS, context_length // 3)
-    return prompt_tokens, min(SWEEP_NEW_TOKENS, context_length - prompt_tokens)
 
 
 @contextmanager

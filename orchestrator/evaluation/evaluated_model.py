@@ -1,9 +1,8 @@
 """The model that is evaluated or benchmarked: a checkpoint, or a model folder from elsewhere.
 
-A checkpoint, and every folder that a decoder can read (an exported model, the published naming, a
-plain Llama), is scored as a decoder. Any other architecture is run by transformers: it can be
-evaluated, but has no iteration schedule and no cost model here. A model's key contains all that its
-scores depend on: weights, configuration with schedule, tokenizer, and whether transformers runs it.
+Checkpoints, and folders that a decoder can read (an exported model, the published naming, a plain
+Llama), are scored as a decoder. transformers runs any other architecture: it can be evaluated, but
+has no iteration schedule and no cost model here.
 """
 
 from __future__ import annotations
@@ -52,9 +51,8 @@ class EvaluatedModel:
 
     path: Path
     name: str
-    """Its name in tables."""
     key: tuple[Any, ...]
-    """All that its scores depend on; can be written as JSON."""
+    """All that its scores depend on, as JSON values: weights, configuration, tokenizer."""
     config: ModelConfig | None
     """Sizes, method and schedule; None if transformers runs the model."""
     architecture: str
@@ -136,8 +134,7 @@ def open_models(
     """Return the models that a user named, each under each of the schedules.
 
     Args:
-        workspace: Where runs are found by name, and the newest model if no path is given.
-        paths: Checkpoints, runs, their names, or model folders.
+        paths: Checkpoints, runs, their names, or model folders; if empty, the newest model.
         schedules: Iteration schedules; if empty, each model's own.
         warn: As in `open_model`.
 

@@ -1,10 +1,8 @@
-"""Reads model folders from elsewhere into a decoder.
+"""Read model folders from elsewhere into a decoder.
 
-`config.json` identifies four kinds: folders written by `iiet-orch export`, folders in the published
-naming of IIET and PCformer, plain Llama folders (they become vanilla models), and checkpoints of
-another workspace or an earlier version. Weights are safetensors, in one file or in shards; pickles
-are not opened, and no code of the folder runs. The special tokens and chat template of the folder
-are kept, so the model reads and writes text as it does elsewhere.
+Four kinds: folders of `iiet-orch export`, of the published naming (IIET, PCformer), of Llama (they
+become vanilla models), and checkpoints of another workspace. Pickles are not opened, and no code of
+the folder runs. Special tokens and chat template are kept.
 """
 
 from __future__ import annotations
@@ -115,8 +113,6 @@ def read_model_text_files(
     A model that was trained here needs none of them.
 
     Args:
-        model: The model that was read from the folder.
-        folder: The model's folder.
         tokenizer: The `tokenizer.json` to use; the other files of the tokenizer are beside it.
 
     Raises:
@@ -171,10 +167,7 @@ def _load_tokenizer(folder: Path, tokenizer: Path) -> tuple[Any, dict[str, bytes
 def _tokenizer_config(
     loaded: Any, beside: Mapping[str, bytes], token_ids: Mapping[str, Any]
 ) -> bytes:
-    """Return a complete `tokenizer_config.json`.
-
-    A checkpoint's `config.json` names no tokenizer class, and scoring needs a token before a text.
-    """
+    # A checkpoint's `config.json` names no tokenizer class; scoring needs a token before a text.
     config = json.loads(beside.get(TOKENIZER_CONFIG, b"{}"))
     config["tokenizer_class"] = type(loaded).__name__
     for name in ("bos_token", "eos_token"):

@@ -1,11 +1,8 @@
 """Log-likelihoods of continuations under a decoder: what lm-eval's tasks need from a model.
 
-In: pairs of token lists, a context and its continuation. Out: the sum of log-probabilities of each
-continuation, and whether greedy decoding would produce it. A context that several continuations
-share (the choices of one question) is run once, and the continuations reuse its keys and values. A
-repeated pair is scored once, and the head is applied only where a token is scored. None of this
-changes a number beyond rounding, because the cache has a slot for every evaluation. Pairs are
-sorted by length, so there is little padding.
+A context that several continuations share (the choices of one question) is run once, and they reuse
+its keys and values. A repeated pair is scored once, and the head is applied only where a token is
+scored. None of this changes a number beyond rounding: the cache has a slot for every evaluation.
 """
 
 from __future__ import annotations

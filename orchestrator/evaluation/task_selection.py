@@ -1,8 +1,6 @@
-"""Selects the tasks of an evaluation: the suite in the settings as names and folders for lm-eval.
+"""Select the tasks of an evaluation: the suite in the settings as names and folders for lm-eval.
 
-A suite is a list of names; `heldout` stands for the held-out tasks. Single evaluations and sweeps
-both select their tasks here, so `heldout` means the same items in both: those made from the
-documents that were kept out of a model's training.
+A suite is a list of names; `heldout` stands for the tasks made from held-out documents.
 """
 
 from __future__ import annotations
@@ -61,10 +59,8 @@ def select_tasks(
     """Return the tasks to run; held-out tasks are made if they are missing.
 
     Args:
-        settings: The suite, the number of items, and the user's folder of task files.
         tokens: Returns the folder of prepared tokens; called only for held-out tasks.
         context_length: Tokens that the model reads; every held-out item fits into them.
-        progress: Shows progress and warnings.
 
     Raises:
         UserError: If held-out tasks are requested, and there are no tokens or they give no items.
@@ -74,10 +70,7 @@ def select_tasks(
     if HELDOUT not in names:
         return TaskSelection(names=tuple(names), folders=tuple(folders))
     built = build_heldout(
-        tokens(),
-        num_items=settings.num_items,
-        context_length=context_length,
-        progress=progress,
+        tokens(), num_items=settings.num_items, context_length=context_length, progress=progress
     )
     for note in built.notes:
         progress.note(note)
@@ -111,13 +104,11 @@ def lm_eval_task_fingerprints(
     """Load the suite's tasks, without held-out tasks, and return a hash of each.
 
     Args:
-        settings: The suite, and the user's folder of task files.
         progress: Shows which tasks are skipped.
         needs_accuracy: Whether one task of the suite must report an accuracy.
 
     Returns:
-        Name of a task -> hash of all that determines its items and metrics. Groups and named suites
-        are replaced by their tasks.
+        Name of a task -> hash of all that determines its items and metrics.
 
     Raises:
         UserError: If a task does not exist or cannot be read, or none reports an accuracy although

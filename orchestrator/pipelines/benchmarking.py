@@ -61,7 +61,7 @@ class BenchmarkResult:
         """Return one row per model, batch size and context."""
         rows = []
         for cost in self.costs:
-            row = cost.to_dict()
+            row = asdict(cost)
             for part, share in row.pop("shares").items():
                 row[f"{part}_share"] = share["measured"]
             rows.append(row)
@@ -126,7 +126,7 @@ def benchmark_models(
         "machine": {**environment(), "cpus": os.cpu_count()},
         "conditions": asdict(conditions),
         "peak_bytes": HOW_MEASURED,
-        "costs": [cost.to_dict() for cost in costs],
+        "costs": [asdict(cost) for cost in costs],
     }
     write_json(result.path, values)
     context.progress.finish(f"{len(decoders)} models, {len(costs)} measurements")

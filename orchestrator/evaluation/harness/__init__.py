@@ -1,9 +1,8 @@
 """Accuracy by lm-eval; the only package that imports it.
 
-In: a decoder, its tokenizer, and names of tasks or folders of task files. Out: metrics with
-standard errors, and one value per item. lm-eval builds the prompts and computes the metrics; the
-log-likelihoods come from `evaluation.scoring`. Three habits of lm-eval are avoided: the scan of all
-task files (8 seconds), retries without network (23 seconds per task), and its output.
+lm-eval builds the prompts and computes the metrics; the log-likelihoods come from
+`evaluation.scoring`. Three habits of lm-eval are avoided: the scan of all task files (8 seconds),
+retries without network (23 seconds per task), and its output.
 """
 
 from orchestrator.evaluation.harness.run import run_model, run_suite

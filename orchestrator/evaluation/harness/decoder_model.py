@@ -1,9 +1,8 @@
 """A decoder as a model class of lm-eval: text in, log-likelihoods out.
 
 lm-eval's own class for Hugging Face models gives the same log-likelihoods up to rounding, but takes
-1.5 times as long over the held-out tasks, and twice as long for multiple choice: it runs a shared
-context once per choice, and the head at every position. Its cache of logits, on by default, returns
-wrong scores for some inputs.
+1.5 to 2 times as long: it runs a shared context once per choice, and the head at every position.
+Its cache of logits, on by default, returns wrong scores for some inputs.
 """
 
 from __future__ import annotations

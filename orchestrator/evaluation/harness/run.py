@@ -43,7 +43,6 @@ def run_suite(
     """Run the tasks of a suite on a decoder, one after the other.
 
     Args:
-        suite: The loaded tasks.
         decoder: The model; it uses its own schedule.
         tokenizer: The `tokenizer.json` that it was trained with, or how it reads text.
         batch_size: Sequences of full length in one forward pass.
@@ -93,11 +92,7 @@ def run_model(
 
 @contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    """Cache compiled prompt templates.
-
-    lm-eval compiles a template again for each item, which takes longer than a small model needs to
-    answer.
-    """
+    # lm-eval compiles a template again for each item, which takes longer than a small model needs.
     environment = utils.env
     environment.from_string = lru_cache(maxsize=256)(environment.from_string)
     try:

@@ -1,10 +1,8 @@
 """How text becomes tokens for a model that is scored.
 
-Checkpoints that were trained here read text as their training data were written: no special tokens,
-and the end-of-text token if there is no context. A transformers folder may add tokens (one that
-opens every text, for example), and its published scores were measured with them. So its own
-tokenizer is used, called as lm-eval calls it. An imported checkpoint keeps this behaviour: its
-scores are those of the folder.
+Checkpoints that were trained here add no special tokens. A transformers folder may (one that opens
+every text, for example), and its published scores were measured with them. So its own tokenizer is
+used, called as lm-eval calls it, also by a checkpoint that was imported from it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Tasks by name: found, loaded and fingerprinted.
+"""Find, load and fingerprint tasks by name.
 
 A name without a task, and a local task that cannot be loaded or scored, are errors: an average over
 the rest would be another number under the same name. Only tasks that the hub does not provide are
-skipped, and named with the reason. Names are looked up in the user's folders first, then among
-lm-eval's own tasks. The hub is contacted at most once, and only if a task needs it; everything else
-is loaded offline, so a local task never waits for the network.
+skipped. The hub is contacted at most once, and only if a task needs it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Models that are no decoder, through lm-eval's class for transformers.
 
-Its cache of logits is off: with it, a text that occurs with two different splits into context and
-continuation gets wrong scores. Missing weights are an error here; transformers would fill them with
-random numbers and only warn. Code in a folder runs only if the user allows it.
+Its cache of logits is off: it gives wrong scores for a text that is split in two ways. Missing
+weights are an error; transformers would fill them with random numbers and only warn.
 """
 
 from __future__ import annotations
@@ -62,8 +61,6 @@ def load_transformers_model(
     """Load a transformers model folder as a model of lm-eval.
 
     Args:
-        folder: `config.json`, weights and tokenizer.
-        batch_size: Sequences in one forward pass.
         device: If unset, a GPU if there is one.
 
     Raises:
@@ -91,10 +88,7 @@ def _load(folder: Path, trust_remote_code: bool) -> Any:
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         model, found = load(
-            folder,
-            dtype="auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.
         line, hint = first_line(error), ""

@@ -1,11 +1,8 @@
-"""Test items from held-out documents; the same documents always give the same items.
+"""Choose test items from held-out documents; the same documents always give the same items.
 
-`lastword` (like LAMBADA): a passage without its last word, which is to be predicted. A reader of
-the training text could expect that word, so small models predict some and large models miss some.
-`continuation` (like HellaSwag): a passage that stops within a sentence, and four endings. Each
-ending is right in one item and wrong in three others, taken from other documents, with similar
-length and probability. So an ending alone does not reveal whether it is right: a model that ignores
-the passage gets one in four. Passages are unchanged slices that begin with a sentence.
+Passages are unchanged slices that begin with a sentence. The wrong endings of a passage are the
+right ones of other passages, with similar length and probability. So an ending alone does not
+reveal whether it is right: a model that ignores the passage gets one in four.
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ from orchestrator.data.prose import GRAMMAR_WORDS, plain_word_fraction
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams, words_of
 from orchestrator.evaluation.heldout.sentence_splitting import (
     MIN_PLAIN_SHARE,
-    Sentence,
     cut_position,
     find_sentences,
     is_plain,
@@ -52,7 +48,7 @@ _ASKED_WORD = re.compile(r"(?<= )([a-z]{2,})(?=[.,;:!?]?(?: |$))")
 
 @dataclass(frozen=True)
 class LastWordItem:
-    """A passage without its last word, and that word."""
+    """A passage without its last word (as in LAMBADA), which a reader could expect."""
 
     context: str
     word: str
@@ -61,7 +57,7 @@ class LastWordItem:
 
 @dataclass(frozen=True)
 class ContinuationItem:
-    """A passage, four endings, and the index of the right one."""
+    """A passage that stops within a sentence, four endings (as in HellaSwag), and the right one."""
 
     context: str
     endings: tuple[str, ...]
@@ -71,8 +67,6 @@ class ContinuationItem:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A passage and its continuation."""
-
     document: int
     context: str
     ending: str
@@ -81,13 +75,11 @@ class _Cut:
 
 
 class ItemBuilder:
-    """Cuts items out of documents.
+    """Cuts items out of held-out documents.
 
     Args:
-        documents: The held-out documents.
         words: Word statistics of the training text.
         tokens: Token statistics of the training text.
-        encode: Returns the tokens of a text.
         max_tokens: Length limit of a passage with its ending.
     """
 
@@ -108,7 +100,7 @@ class ItemBuilder:
         self._max_tokens = max_tokens
         self._sentences = [list(find_sentences(document.text)) for document in documents]
         self._sizes = [
-            [self._num_tokens(document.text[s.start : s.end]) + 1 for s in sentences]
+            [self._num_tokens(document.text[span]) + 1 for span in sentences]
             for document, sentences in zip(documents, self._sentences, strict=True)
         ]
 
@@ -144,7 +136,7 @@ class ItemBuilder:
         """Yield the document's index, the sentence's index in it, and the text."""
         for document, sentences in enumerate(self._sentences):
             for index, sentence in enumerate(sentences):
-                text = self.documents[document].text[sentence.start : sentence.end]
+                text = self.documents[document].text[sentence]
                 if is_plain(text):
                     yield document, index, text
 
@@ -172,21 +164,18 @@ class ItemBuilder:
 
     def _passage(self, document: int, index: int, head: str, ending: str) -> str | None:
         """Return `head` after as many sentences as fit; None if the result is no usable passage."""
-        sentences: list[Sentence] = self._sentences[document]
         size = self._num_tokens(head + ending)
         first = index
         while first > 0 and size + self._sizes[document][first - 1] <= self._max_tokens:
             first -= 1
             size += self._sizes[document][first]
         text = self.documents[document].text
-        context = text[sentences[first].start : sentences[index].start] + head
+        starts = [sentence.start for sentence in self._sentences[document]]
+        context = text[starts[first] : starts[index]] + head
         fits = self._num_tokens(context + ending) <= self._max_tokens
         is_long = len(context.split()) >= MIN_CONTEXT_WORDS
-        return (
-            context
-            if fits and is_long and plain_word_fraction(context) >= MIN_PLAIN_SHARE
-            else None
-        )
+        is_prose = plain_word_fraction(context) >= MIN_PLAIN_SHARE
+        return context if fits and is_long and is_prose else None
 
     def _items_of(self, ring: list[_Cut]) -> Iterator[ContinuationItem]:
         for position, cut in enumerate(ring):

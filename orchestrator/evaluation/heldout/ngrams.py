@@ -1,7 +1,6 @@
 """Two simple language models, counted from the training text, that choose test items.
 
-Word trigrams estimate which words a reader of that text could expect after a passage. Token bigrams
-estimate which endings are equally likely without the passage. Neither takes part in a measurement.
+Neither takes part in a measurement.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def words_of(text: str) -> list[str]:
 
 
 class WordTrigrams:
-    """Word trigrams of the training text, or of a large part of it."""
+    """Word trigrams of the training text: which words its reader could expect after a passage."""
 
     def __init__(self, text: str) -> None:
         words = words_of(text)
@@ -50,12 +49,7 @@ class WordTrigrams:
 
 
 class TokenBigrams:
-    """Token bigrams of the training text.
-
-    Args:
-        tokens: Flat tokens of the training text, or a large part of them.
-        vocab_size: One more than the largest token.
-    """
+    """Token bigrams of the training text: which endings are equally likely without the passage."""
 
     def __init__(self, tokens: np.ndarray, vocab_size: int) -> None:
         wide = tokens.astype(np.int64)

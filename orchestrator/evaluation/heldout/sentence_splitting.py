@@ -1,14 +1,13 @@
 """Sentences of a document, which of them are plain prose, and where one can be cut.
 
-A sentence is a span, not a copy, so an item is a slice of its document and a model reads the text
-as it was in training. A sentence never crosses a blank line.
+A sentence is a slice, not a copy, so a model reads the text as it was in training. It never crosses
+a blank line.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from orchestrator.data.prose import GRAMMAR_WORDS, plain_word_fraction
 
@@ -24,23 +23,15 @@ _ABBREVIATION = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """Start and end of a sentence in its document."""
-
-    start: int
-    end: int
-
-
-def find_sentences(text: str) -> Iterator[Sentence]:
-    """Yield the sentences of a document in order."""
+def find_sentences(text: str) -> Iterator[slice]:
+    """Yield the slice of each sentence of a document, in order."""
     for block in _BLOCK.finditer(text):
         start = None
         for match in _SENTENCE.finditer(block[0]):
             if start is None:
                 start = match.start()
             if not _ABBREVIATION.search(match[0]):
-                yield Sentence(block.start() + start, block.start() + match.end())
+                yield slice(block.start() + start, block.start() + match.end())
                 start = None
 
 

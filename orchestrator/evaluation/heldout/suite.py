@@ -1,10 +1,8 @@
 """The offline test suite: lm-eval tasks made from the documents that were held out of training.
 
-In: a folder of prepared tokens. Out: a folder `heldout-<key>` in it with the items of three tasks
-as JSON lines: `lastword`, `continuation` and `bits_per_byte`; `items.py` chooses them. An existing
-suite is reused. The folder holds data only, and its files are compared with the checksums in
-`suite.json`. How a task asks and scores is defined in `TASK_CONFIGS`. The YAML files are only for
-lm-eval's own command (`lm_eval run --include_path . --tasks heldout ...` in the folder).
+The folder `heldout-<key>` beside the tokens holds the items of each task as JSON lines, and their
+checksums in `suite.json`. `TASK_CONFIGS` says how a task asks and scores; the YAML files are only
+for lm-eval's own command (`lm_eval run --include_path . --tasks heldout ...` in the folder).
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,6 @@ def build_heldout(
         tokens: Folder of prepared tokens.
         num_items: Largest number of items of each accuracy task.
         context_length: Tokens that the model reads; every item fits into them.
-        progress: Shows that the suite is made.
 
     Raises:
         UserError: If the tokens or the suite are damaged, or the documents give no items.
@@ -141,7 +139,7 @@ def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "task": name,
-            "custom_dataset": _Items(suite.folder, name),
+            "custom_dataset": partial(_read_items, _rows_path(suite.folder, name)),
             "test_split": "test",
             **copy.deepcopy(TASK_CONFIGS[name]),
             "metadata": {"version": SUITE_VERSION},
@@ -150,17 +148,12 @@ def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-class _Items:
-    """Callable that reads the items of a task, for lm-eval's `custom_dataset`."""
+def _read_items(path: Path, **_settings: Any) -> dict[str, Any]:
+    """Read the items of a task, for lm-eval's `custom_dataset`."""
+    import datasets  # The import takes a second.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-
-    def __call__(self, **_settings: Any) -> dict[str, Any]:
-        import datasets  # The import takes a second.
-
-        lines = _rows_path(self._folder, self._name).read_text(encoding="utf-8").splitlines()
-        return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
 
 
 def _rows_path(folder: Path, name: str) -> Path:

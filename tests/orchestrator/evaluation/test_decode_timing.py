@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ def test_models_take_turns_and_the_median_ignores_one_outlier(
 
 
 def test_a_measurement_reports_its_conditions(decoder: Decoder) -> None:
-    done: list[tuple[int, int]] = []
+    done: list[int] = []
     decoder.train()
     timing = decode_milliseconds(
         {"model": decoder},
@@ -51,14 +50,12 @@ def test_a_measurement_reports_its_conditions(decoder: Decoder) -> None:
         new_tokens=5,
         batch_size=2,
         repetitions=2,
-        on_done=lambda *counts: done.append(counts),
+        on_done=done.append,
     )["model"]
     assert timing.median > 0
     assert timing.first_token > 0
-    assert done == [(1, 2), (2, 2)]
-    stated = asdict(timing)
-    assert stated["num_threads"] == torch.get_num_threads()
-    assert (stated["batch_size"], stated["device"]) == (2, "cpu")
+    assert done == [1, 2]
+    assert timing.batch_size == 2
     assert decoder.training
 
 

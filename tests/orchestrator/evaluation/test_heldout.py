@@ -201,7 +201,7 @@ def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
 
 def test_sentences_are_spans_of_the_text() -> None:
     text = "He asked Dr. Who, i.e. a man.\n\n(So it was.) Then he left, e.g. by car! No end"
-    spans = [text[s.start : s.end] for s in find_sentences(text)]
+    spans = [text[span] for span in find_sentences(text)]
     assert spans == ["He asked Dr. Who, i.e. a man.", "(So it was.)", "Then he left, e.g. by car!"]
 
 
