@@ -27,9 +27,7 @@ from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_text import hypervolume_text
 from orchestrator.reporting.html_tables import influence_section, models_table, tasks_section
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
-
-Curve = tuple[str, Sequence[tuple[int, float]]]
-"""A name and its points: step and value."""
+from orchestrator.reporting.report_content import SweepReport
 
 SCRIPTS = ("plot.js", "front.js", "report.js")
 SHARES = ("cost/relative_flops", "cost/relative_evaluations", "share_of_full")
@@ -45,47 +43,26 @@ TOOLTIP_METRICS = (
 )
 
 
-def render_page(
-    front: Front,
-    *,
-    title: str,
-    sentences: Sequence[str] = (),
-    mark_paper: bool = False,
-    influence: tuple[str, Sequence[Sequence[float]]] | None = None,
-    curves: Mapping[str, Sequence[Curve]] | None = None,
-    facts: Mapping[str, Mapping[str, Any]] | None = None,
-    picture: str | None = None,
-) -> str:
-    """Return the whole page.
-
-    Args:
-        front: Placed results.
-        title: Heading, usually the sweep's name.
-        sentences: The findings.
-        mark_paper: Mark the paper's headline where the quality is an accuracy.
-        influence: Name of the measure, and its values, one row for each layer.
-        curves: Title of a chart -> its curves.
-        facts: Title of a list -> names and values, such as settings and provenance.
-        picture: The front as SVG text, for readers without scripts.
-    """
+def render_page(report: SweepReport, *, picture: str | None = None) -> str:
+    """Return the whole page; `picture` is the front as SVG text, for readers without scripts."""
+    front = report.front
     volume = hypervolume_text(front)
     counts = f"{len(front.points)} models, {len(front.members)} on the front"
     parts = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{escape(report.title)}</h1>",
         f'<p class="lead">{escape(f"{counts}; {volume}." if volume else f"{counts}.")}</p>',
-        _findings(sentences),
-        _front_section(picture, mark_paper=mark_paper),
+        _findings(report.sentences),
+        _front_section(picture, mark_paper=report.mark_paper),
         '<section class="wide"><h2>All models, cheapest first</h2>',
         f"{models_table(front)}{tasks_section(front)}</section>",
     ]
-    if influence is not None:
-        parts.append(influence_section(*influence))
-    for name in curves or {}:
+    if report.influence is not None:
+        parts.append(influence_section(report.influence))
+    for name in report.curves:
         parts.append(f"<h2>{escape(name)}</h2>")
         parts.append(f'<div class="plot" data-curves="{escape(name)}"></div>')
-    parts += [_facts_section(name, values) for name, values in (facts or {}).items()]
-    data = _script_data(front, curves or {}, mark_paper=mark_paper)
-    return _document(title, "\n".join(parts), data)
+    parts += [_facts_section(name, values) for name, values in report.facts.items()]
+    return _document(report.title, "\n".join(parts), _script_data(report))
 
 
 def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
@@ -111,9 +88,8 @@ def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
 """
 
 
-def _script_data(
-    front: Front, curves: Mapping[str, Sequence[Curve]], *, mark_paper: bool
-) -> dict[str, Any]:
+def _script_data(report: SweepReport) -> dict[str, Any]:
+    front = report.front
     rows = front_rows(front)
     names = [name for row in rows for name, value in row.items() if isinstance(value, float)]
     metrics = [name for name in dict.fromkeys(names) if "/" in name]
@@ -147,9 +123,9 @@ def _script_data(
                 {"name": name, "points": [[s, v] for s, v in points if math.isfinite(v)]}
                 for name, points in series
             ]
-            for title, series in curves.items()
+            for title, series in report.curves.items()
         },
-        "paper": paper if mark_paper else None,
+        "paper": paper if report.mark_paper else None,
     }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from iiet.influence import InfluenceTable
 from orchestrator.reporting.front_tables import (
     TASK_TABLES_NOTE,
     FrontColumn,
@@ -67,8 +68,9 @@ def schedule_strip(schedule: Sequence[int] | None) -> str:
     return f'<span class="{kind}">{"".join(cells)}</span>'
 
 
-def influence_section(metric: str, rows: Sequence[Sequence[float]]) -> str:
+def influence_section(influence: InfluenceTable) -> str:
     """Return the heat map of influences, a row for each layer."""
+    rows = influence.rows()
     width = max((len(row) for row in rows), default=0)
     positive = [math.log10(v) for row in rows for v in row if v > 0]
     low, high = min(positive, default=0.0), max(positive, default=0.0)
@@ -78,7 +80,7 @@ def influence_section(metric: str, rows: Sequence[Sequence[float]]) -> str:
         for layer, row in enumerate(rows, start=1)
     )
     return (
-        f"<h2>Influence of each correction ({escape(metric)})</h2>"
+        f"<h2>Influence of each correction ({escape(influence.metric)})</h2>"
         '<p class="lead">How much each correction matters; darker is more, on a logarithmic scale. '
         "A threshold drops corrections from a layer's last one backwards.</p>"
         '<div class="scroll"><table class="heat">'

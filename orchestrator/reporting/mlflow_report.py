@@ -16,7 +16,7 @@ from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_tables import front_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import KEPT_SHARE, Front
-from orchestrator.reporting.report_files import SweepReport
+from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.reporting.training_curves import VALIDATION_METRIC

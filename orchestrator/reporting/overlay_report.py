@@ -15,7 +15,8 @@ from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import COSTS, FrontAxes
 from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.report_files import SweepReport, WrittenReport, write_report_files
+from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.report_files import WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import (
     StoredSweep,

@@ -7,55 +7,24 @@ give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from iiet.influence import InfluenceTable
 from orchestrator.reporting.figure_style import save_figure
-from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_data import front_csv, front_json
 from orchestrator.reporting.front_figure import draw_front
 from orchestrator.reporting.front_tables import TASK_TABLES_NOTE, front_markdown, task_tables
 from orchestrator.reporting.front_text import hypervolume_text, model_name
-from orchestrator.reporting.html_page import Curve, render_page
+from orchestrator.reporting.html_page import render_page
 from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.report_content import SweepReport
 from orchestrator.workspace.files import write_text
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepReport:
-    """Content of a report."""
-
-    name: str
-    """The sweep's name."""
-    front: Front
-    influence: InfluenceTable | None = None
-    """The teacher's influence table, if the sweep has one."""
-    curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
-    """Title of a chart -> its curves over steps."""
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Title of a list -> names and values, such as settings and provenance."""
-    notes: Sequence[str] = ()
-    """Sentences to read before the findings, such as that the tasks differ."""
-    mark_paper: bool = True
-    """Whether the picture marks the paper's headline."""
-
-    @property
-    def sentences(self) -> list[str]:
-        """The notes and the findings."""
-        return [*self.notes, *findings(self.front)]
-
-    @property
-    def title(self) -> str:
-        """Heading of picture and page."""
-        return f"Sweeps {self.name}" if self.front.sweep_of else f"Sweep {self.name}"
 
 
 @dataclass(frozen=True)
@@ -77,21 +46,17 @@ class WrittenReport:
 
 
 def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
-    """Write all files of a report.
-
-    Returns:
-        The files, pictures first; without pictures and page if the front has no point.
-    """
+    """Write all files of a report and return them; no picture or page if the front has no point."""
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     texts = {}
     if report.influence is not None and any(report.influence.rows()):
-        figure = influence_figure(report.influence, report.front)
+        figure = _influence_figure(report.influence, report.front)
         paths += save_figure(figure, folder / "influence")
     if report.front.points:
         figure = draw_front(report.front, title=report.title, mark_paper=report.mark_paper)
         paths += save_figure(figure, folder / "front")
-        texts["front.html"] = report_page(report, (folder / "front.svg").read_text("utf-8"))
+        texts["front.html"] = render_page(report, picture=(folder / "front.svg").read_text("utf-8"))
     texts["front.md"] = report_markdown(report)
     texts["front.csv"] = front_csv(report.front)
     texts["front.json"] = front_json(report.front) + "\n"
@@ -101,8 +66,7 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
     return paths
 
 
-def influence_figure(table: InfluenceTable, front: Front) -> Figure:
-    """Draw the teacher's influence table, with a line where the front's knee cuts it."""
+def _influence_figure(table: InfluenceTable, front: Front) -> Figure:
     knee = front.knee
     return draw_influence(
         table.rows(),
@@ -110,21 +74,6 @@ def influence_figure(table: InfluenceTable, front: Front) -> Figure:
         title="Influence of each correction",
         kept=knee.result.schedule if knee is not None else None,
         kept_name=f"{model_name(knee)} (knee)" if knee is not None else "",
-    )
-
-
-def report_page(report: SweepReport, picture: str | None = None) -> str:
-    """Return the report as one HTML file; `picture` is the front as SVG text."""
-    table = report.influence
-    return render_page(
-        report.front,
-        title=report.title,
-        sentences=report.sentences,
-        mark_paper=report.mark_paper,
-        influence=None if table is None else (table.metric, table.rows()),
-        curves=report.curves,
-        facts=report.facts,
-        picture=picture,
     )
 
 

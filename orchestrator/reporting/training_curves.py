@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.reporting.front_text import full_name
-from orchestrator.reporting.html_page import Curve
 from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.report_content import Curve
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.workspace.journal import read_journal

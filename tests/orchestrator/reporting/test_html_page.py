@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.confidence import with_confidence
@@ -20,6 +21,7 @@ from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.html_page import render_page
 from orchestrator.reporting.html_tables import schedule_strip
 from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.report_content import SweepReport
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -29,6 +31,10 @@ def front(sample_results: list[TrialResult]) -> Front:
     return find_front(sample_results)
 
 
+def page_of(front: Front, **content: Any) -> str:
+    return render_page(SweepReport(name="toy", front=front, **content))
+
+
 def data_in(page: str) -> dict[str, Any]:
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert found is not None
@@ -36,7 +42,7 @@ def data_in(page: str) -> dict[str, Any]:
 
 
 def test_the_page_needs_no_network(front: Front) -> None:
-    page = render_page(front, title="toy")
+    page = page_of(front)
     without_names = page.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?://|src=|@import|url\(", without_names)
     assert page.count("<tr class=") == len(front.points)
@@ -45,14 +51,18 @@ def test_the_page_needs_no_network(front: Front) -> None:
 def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult]) -> None:
     bad = "</script><script>alert(1)</script>"
     renamed = TrialResult.from_dict({**sample_results[1].to_dict(), "label": bad})
-    page = render_page(
-        find_front([renamed]),
-        title=bad,
-        sentences=[bad],
-        influence=(bad, [[0.1]]),
+    metric: Any = bad
+    rows = ((0.1,),)
+    influence = InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64)
+    report = SweepReport(
+        name=bad,
+        front=find_front([renamed]),
+        notes=[bad],
+        influence=influence,
         curves={bad: [(bad, [(0, 1.0), (1, 2.0)])]},
         facts={bad: {bad: bad}},
     )
+    page = render_page(report)
     assert "<script>alert" not in page
     assert page.count("</script>") == 2
     assert bad in json.dumps(data_in(page)["curves"])
@@ -63,7 +73,7 @@ def test_tasks_and_sweeps_are_distinguished(
 ) -> None:
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = find_front(sample_results, sweep_of=sweep_of)
-    page = render_page(with_confidence(front, sample_evaluations, num_resamples=100), title="toy")
+    page = page_of(with_confidence(front, sample_evaluations, num_resamples=100))
     assert page.count("<details") == 3
     assert page.count("<tr class=") == 4 * len(front.points)
     assert "a &amp; b" in page
@@ -77,7 +87,7 @@ def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[Trial
     unmeasured = replace(sample_results[1], key="new", cost={"evaluations": 1.0}, quality={})
     results = [*sample_results, unmeasured]
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}
-    data = data_in(render_page(find_front(results, sweep_of=sweep_of), title="toy"))
+    data = data_in(page_of(find_front(results, sweep_of=sweep_of)))
     keys = [row["key"] for row in data["rows"]]
     assert set(data["fronts"]) == set(data["costs"]) >= {"cost/evaluations", "cost/flops_per_token"}
     for cost, by_quality in data["fronts"].items():
@@ -105,7 +115,7 @@ def test_a_model_with_an_infinite_number_is_not_drawn() -> None:
         )
         for key, cost in costs.items()
     ]
-    data = data_in(render_page(find_front(results), title="toy"))
+    data = data_in(page_of(find_front(results)))
     found = data["fronts"]["cost/evaluations"]["quality/validation_loss"]
     assert [data["rows"][number]["key"] for number in found["members"]] == ["b"]
 
@@ -123,7 +133,7 @@ def test_a_browser_distinguishes_sweeps_and_marks_the_paper(
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = find_front(sample_results, sweep_of=sweep_of)
     path = tmp_path / "front.html"
-    path.write_text(render_page(front, title="toy", mark_paper=True), encoding="utf-8")
+    path.write_text(page_of(front), encoding="utf-8")
     dom = read_in_browser(path.as_uri(), tmp_path / "profile")
     assert 'data-ready="yes"' in dom
     paths = re.findall(r'<path d="M[^"]*H[^"]*" fill="none"([^>]*)>', dom)
@@ -140,7 +150,7 @@ def test_a_browser_distinguishes_sweeps_and_marks_the_paper(
 def test_a_browser_draws_front_and_curves(front: Front, tmp_path: Path) -> None:
     curves = {"Validation loss": [("a", [(0, 3.0), (10, 2.0)]), ("b", [(0, 3.0), (10, 1.0)])]}
     path = tmp_path / "front.html"
-    path.write_text(render_page(front, title="toy", curves=curves), encoding="utf-8")
+    path.write_text(page_of(front, curves=curves), encoding="utf-8")
     dom = read_in_browser(path.as_uri(), tmp_path / "profile")
     assert 'data-ready="yes"' in dom
     assert dom.count('class="point"') == len(front.points)

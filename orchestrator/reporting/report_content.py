@@ -1,0 +1,43 @@
+"""Content of a report, from which all of its files are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from iiet.influence import InfluenceTable
+from orchestrator.reporting.findings import findings
+from orchestrator.reporting.pareto import Front
+
+Curve = tuple[str, Sequence[tuple[int, float]]]
+"""A name and its points: step and value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport:
+    """Content of a report."""
+
+    name: str
+    """The sweep's name."""
+    front: Front
+    influence: InfluenceTable | None = None
+    """The teacher's influence table, if the sweep has one."""
+    curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
+    """Title of a chart -> its curves over steps."""
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Title of a list -> names and values, such as settings and provenance."""
+    notes: Sequence[str] = ()
+    """Sentences to read before the findings, such as that the tasks differ."""
+    mark_paper: bool = True
+    """Whether the picture marks the paper's headline."""
+
+    @property
+    def sentences(self) -> list[str]:
+        """The notes and the findings."""
+        return [*self.notes, *findings(self.front)]
+
+    @property
+    def title(self) -> str:
+        """Heading of picture and page."""
+        return f"Sweeps {self.name}" if self.front.sweep_of else f"Sweep {self.name}"
