@@ -1,10 +1,7 @@
-"""Write, verify and load checkpoints.
+"""Write, verify and load checkpoints: folders `step_00000100/` that are complete or absent.
 
-A checkpoint is a folder `step_00000100/` with `config.json`, `model.safetensors`, `tokenizer.json`,
-`training_state.pt` and `provenance.json`; an imported one may lack the tokenizer and may have
-`TEXT_FILES`. It is written to a temporary name, flushed and renamed: a crash leaves all of it or
-nothing. `provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing
-is unpickled: weights are safetensors, the training state loads with `weights_only=True`.
+`provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
+unpickled: weights are safetensors, the training state loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -80,10 +77,10 @@ def save_checkpoint(
     provenance: Mapping[str, Any],
     text_files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a checkpoint completely, or raise and leave nothing. Replace an existing one.
+    """Write a checkpoint completely, or raise and leave nothing; return its folder.
 
     Args:
-        run_folder: Parent of the checkpoint's folder.
+        run_folder: Parent of the checkpoint's folder. An existing checkpoint is replaced.
         step: Optimizer steps done.
         config: The model's configuration.
         weights: The decoder's state.
@@ -91,9 +88,6 @@ def save_checkpoint(
         tokenizer_path: Copied into the folder.
         provenance: JSON-able; the step, the weights' key and all checksums are added.
         text_files: Name -> content of an imported model's `TEXT_FILES`.
-
-    Returns:
-        The checkpoint's folder.
     """
     folder = run_folder / checkpoint_name(step)
     with new_folder(folder) as temporary:
@@ -213,10 +207,7 @@ def weights_key(folder: Path) -> str:
 def check_checkpoint(folder: Path, *, with_training_state: bool = False) -> None:
     """Verify the checksums; a file that is unchanged since it was last verified is not read.
 
-    Args:
-        folder: The checkpoint's folder.
-        with_training_state: Verify also what only a resumed training reads, which is most of the
-            bytes.
+    `with_training_state` adds the file that only a resumed training reads, most of the bytes.
 
     Raises:
         UserError: If the folder is no checkpoint, or a file is missing or damaged.
@@ -227,11 +218,9 @@ def check_checkpoint(folder: Path, *, with_training_state: bool = False) -> None
     checksums = provenance.get("checksums", {})
     if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
         raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
-    names = {CONFIG: None, WEIGHTS: None, **checksums}
+    names = [name for name in {CONFIG: 0, WEIGHTS: 0, **checksums} if name != TRAINING_STATE]
     if with_training_state:
-        names[TRAINING_STATE] = None
-    else:
-        names.pop(TRAINING_STATE, None)
+        names.append(TRAINING_STATE)
     if damage := damaged_file(folder, checksums, names=names):
         raise UserError(f"the checkpoint {folder} is damaged: {damage}")
 

@@ -47,13 +47,7 @@ def newest_checkpoint(
     *,
     with_training_state: bool = False,
 ) -> Path | None:
-    """Return the newest intact checkpoint of a run, or None.
-
-    Args:
-        run_folder: The run's folder.
-        warn: Called with one sentence for each damaged checkpoint that is skipped.
-        with_training_state: As `check_checkpoint`.
-    """
+    """Return the newest intact checkpoint of a run, or None; warn of each damaged newer one."""
     newest, damage = newest_intact_checkpoint(run_folder, with_training_state=with_training_state)
     if warn is not None:
         instead = f"{newest} is used instead" if newest else "no older one is left"

@@ -1,8 +1,7 @@
-"""`torch.compile` for the fields of a decoder.
+"""`torch.compile` for the fields of a decoder; it changes only the rounding of results.
 
-All evaluations, layers and iteration schedules use the same field, so one compiled graph serves
-them all, and a ramp of corrections compiles nothing new. A new batch size, a mask or validation
-compiles another graph. Compiling changes only the rounding of results.
+One compiled graph serves all evaluations, layers and iteration schedules. A new batch size, a mask
+or validation compiles another graph.
 """
 
 from __future__ import annotations
@@ -28,9 +27,6 @@ def compile_fields(decoder: Decoder, backend: str | Callable[..., Any] = "induct
 
 def check_compiler(section: str) -> None:
     """Check that this machine has the C++ compiler that PyTorch needs.
-
-    Args:
-        section: Settings section of the recipe, named in the error.
 
     Raises:
         UserError: If there is no C++ compiler.

@@ -1,10 +1,8 @@
 """The first stage of training in stages, trained once for all models that share it.
 
-An IIET is first trained without corrections, whatever its schedule. So models with the same seed,
-rate and recipe are equal until then, r = 0 among them. The first model that gets there stores its
-checkpoint and journal in a folder named by the hash of everything that determines them; later
-models resume from it. Resuming is exact to the last bit, so the result is the same as without
-sharing. Models that start at the same time each train the stage: nobody waits.
+An IIET is first trained without corrections, so models with the same seed, rate and recipe are
+equal until then. The first one stores its checkpoint and journal; later ones resume from it, with
+bitwise equal results. Models that start at the same time each train the stage: none waits.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ class FirstStage:
     folder: Path
     """Holds the checkpoint after the last step, and a journal."""
     num_steps: int
-    """Number of steps."""
 
     @property
     def checkpoint(self) -> Path:
@@ -56,10 +53,7 @@ class FirstStage:
     def find(self, warn: Callable[[str], None]) -> Path | None:
         """Return the stored checkpoint if it is intact, else None.
 
-        A damaged one is deleted: the next run that trains the stage stores it again.
-
-        Args:
-            warn: Called with a sentence if the checkpoint is damaged.
+        A damaged one is reported and deleted: the next run that trains the stage stores it again.
         """
         if not self.folder.exists():
             return None
@@ -72,9 +66,13 @@ class FirstStage:
             return None
         return self.checkpoint
 
-    def read_metrics(self) -> list[tuple[int, dict[str, float]]]:
-        """Return the steps and metrics of the stored journal, in order."""
-        return _read_metrics(self.folder, self.num_steps)
+    def read_metrics(self, folder: Path | None = None) -> list[tuple[int, dict[str, float]]]:
+        """Return the steps and metrics of the stage from its own journal, or from that of a run."""
+        return [
+            (record["step"], record["values"])
+            for record in read_journal(folder or self.folder)[0]
+            if record["kind"] == "metrics" and record["step"] <= self.num_steps
+        ]
 
     def store(self, checkpoint: Path) -> None:
         """Store a run's checkpoint after the last step, and its metrics until then.
@@ -85,7 +83,7 @@ class FirstStage:
         with new_folder(self.folder) as temporary:
             shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=_link)
             journal = Journal(temporary)
-            for step, values in _read_metrics(checkpoint.parent, self.num_steps):
+            for step, values in self.read_metrics(checkpoint.parent):
                 journal.metrics(step, values)
             journal.close()
 
@@ -122,15 +120,6 @@ def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
         if stage and (stage.exists or len(users[stage.folder]) > 1)
         else replace(job, first_stages=None)
         for job, stage in zip(jobs, stages, strict=True)
-    ]
-
-
-def _read_metrics(folder: Path, num_steps: int) -> list[tuple[int, dict[str, float]]]:
-    records, _ = read_journal(folder)
-    return [
-        (record["step"], record["values"])
-        for record in records
-        if record["kind"] == "metrics" and record["step"] <= num_steps
     ]
 
 

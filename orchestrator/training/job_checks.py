@@ -72,7 +72,7 @@ def write_job_file(job: TrainingJob) -> None:
 
 
 def _check_job_file(job: TrainingJob) -> dict[str, Any]:
-    """Return the fields of the key after comparing them with those in `job.json`."""
+    # Compares the fields of the key with those in `job.json`, and returns them.
     earlier = read_json_object(job.folder / JOB_NAME)
     if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
         raise UserError(

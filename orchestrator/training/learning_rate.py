@@ -13,12 +13,7 @@ from orchestrator.settings import TrainingSettings
 
 
 def learning_rate_at(step: int, recipe: TrainingSettings) -> float:
-    """Return the learning rate of one optimizer step.
-
-    Args:
-        step: Steps done before this one, from 0 to `recipe.num_steps - 1`.
-        recipe: Peak, warm-up and shape.
-    """
+    """Return the learning rate of an optimizer step, from 0 to `recipe.num_steps - 1`."""
     peak = recipe.learning_rate
     if step < recipe.warmup_steps:
         return peak * (step + 1) / recipe.warmup_steps

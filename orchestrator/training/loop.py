@@ -1,8 +1,7 @@
 """The training loop, for pretraining and distillation, one worker or several.
 
-It knows neither Ray nor MLflow nor files: batches, journal, checkpoints and stop requests come as
-`Hooks`. All its state is in the model, the optimizer and a `Position`, so a run that saves and
-loads these three resumes bit for bit.
+It knows neither Ray nor MLflow nor files: they come as `Hooks`. All its state is in the model, the
+optimizer and a `Position`, so a run that saves and loads these three resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -168,7 +167,7 @@ def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
 
 
 def _is_good(numbers: Mapping[str, float], position: Position, recipe: TrainingSettings) -> bool:
-    """Return whether to update the weights; count the step as skipped if not."""
+    # Whether to update the weights; if not, the step is counted as skipped.
     if problem := _problem(numbers, position.recent_norms, recipe.spike_factor):
         _count_skipped(position, numbers, problem, max_skipped=recipe.skip_bad_steps)
         return False
@@ -182,7 +181,6 @@ def _is_good(numbers: Mapping[str, float], position: Position, recipe: TrainingS
 def _problem(
     numbers: Mapping[str, float], recent_norms: Sequence[float], spike_factor: float | None
 ) -> str:
-    """Return what is wrong with a step; empty if nothing is."""
     loss, norm = numbers["loss"], numbers["gradient_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return "diverged"

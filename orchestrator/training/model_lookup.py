@@ -1,8 +1,4 @@
-"""Find models in a workspace: by path, by name, or the newest one that a command can use.
-
-Everything is read from the folders themselves, so this works in a workspace that was copied or
-partly deleted.
-"""
+"""Find models in a workspace: by path, by name, or the newest one that a command can use."""
 
 from __future__ import annotations
 
@@ -29,12 +25,7 @@ from orchestrator.training.checkpoint_lookup import (
     newest_intact_checkpoint,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    INVALID_VALUE_ERRORS,
-    expand_user,
-    read_json,
-    resolve_path,
-)
+from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
 from orchestrator.workspace.folders import Workspace, is_valid_name
 from orchestrator.workspace.provenance import file_key
 
@@ -119,11 +110,7 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
 
 
 def resolve_checkpoint(path: Path, warn: Warn | None = None) -> Path:
-    """Return a checkpoint, or the newest one of a run.
-
-    Args:
-        path: A checkpoint or a run.
-        warn: As in `resolve_teacher`.
+    """Return a checkpoint, or the newest one of a run; `warn` as in `resolve_teacher`.
 
     Raises:
         UserError: If there is no checkpoint, or it is damaged.
@@ -185,13 +172,8 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
 def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
     """Return the influence table stored beside a checkpoint for its own schedule.
 
-    Args:
-        checkpoint: The measured model.
-        metric: Measure of influence; the default of the settings when unset.
-
-    Returns:
-        The table of that metric. Without it, the only other table; None if there are none or
-        several.
+    It is the table of `metric` (default: that of the settings). Without it, it is the only other
+    table; None if there are none or several.
     """
     own = load_config(checkpoint).corrections
     tables: dict[str, InfluenceTable] = {}
@@ -221,11 +203,7 @@ def parse_schedule(text: str | None, checkpoint: Path) -> IterationSchedule | No
 def _newest(
     workspace: Workspace, may_be_meant: Callable[[Sequence[Path]], bool], warn: Warn | None
 ) -> Path | None:
-    """Return the newest intact checkpoint of the newest run that `may_be_meant` accepts.
-
-    Raises:
-        UserError: If all accepted ones are damaged, or the newest is and `warn` is None.
-    """
+    """Return the newest intact checkpoint of the newest run that `may_be_meant` accepts."""
     all_damage: list[str] = []
     for run in _newest_runs(workspace):
         checkpoint, damage = newest_intact_checkpoint(run)

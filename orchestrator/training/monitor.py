@@ -1,7 +1,6 @@
 """Follow running jobs through their journals, for the progress bar and for MLflow.
 
-Training writes only journals. The process that started it reads them a few times a second, so
-neither the terminal nor the tracking server can slow training or stop it.
+Training writes only journals, so neither the terminal nor the tracking server can slow or stop it.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ class JournalReader:
 
 
 class RunMonitor:
-    """Follows running jobs, named by label.
-
-    As a context manager it ends the tracked runs with the status of the block.
-    """
+    """Follows running jobs, named by label; as a context manager it ends the tracked runs."""
 
     def __init__(
         self, jobs: Mapping[str, TrainingJob], tracking: Tracking, progress: Progress
@@ -87,7 +83,7 @@ class RunMonitor:
             self._copy()
 
     def _running(self) -> dict[str, dict[str, float]]:
-        """Return the latest metrics of the jobs between their first and last step."""
+        # The latest metrics of the jobs between their first and last step.
         return {
             label: numbers
             for label, numbers in self._numbers.items()
@@ -147,6 +143,6 @@ class RunMonitor:
 
 
 def _remaining_costs(job: TrainingJob) -> list[float]:
-    """Return the FLOPs per token summed over the remaining steps, by number of steps done."""
+    # FLOPs per token summed over the remaining steps, by number of steps done.
     steps = reversed(range(job.recipe.num_steps))
     return [*accumulate(map(flops_per_token_by_step(job), steps), initial=0.0)][::-1]

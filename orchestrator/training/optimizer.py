@@ -14,11 +14,9 @@ from orchestrator.settings import TrainingSettings
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
-    """Return AdamW over all parameters in two groups, with and without decay; fused on CUDA.
+    """Return AdamW over the parameters of a bare decoder on its device; fused on CUDA.
 
-    Args:
-        model: The bare decoder (not wrapped for parallel training), already on its device.
-        recipe: Learning rate, betas and weight decay.
+    They are in two groups, with and without decay.
     """
     decayed = _linear_weights(model)
     parameters = list(model.parameters())

@@ -1,8 +1,4 @@
-"""Peak FLOP/s of a processor, the reference for estimated hours and MFU.
-
-GPUs: the vendor's dense figures. CPUs: measured by multiplying matrices, several times, because the
-figure changes with the load of the machine.
-"""
+"""Peak FLOP/s of a GPU (the vendor's figures) or a CPU (measured by multiplying matrices)."""
 
 from __future__ import annotations
 
@@ -27,12 +23,7 @@ _SIZE = 512
 
 
 def gpu_peak_flops(name: str, precision: str) -> float | None:
-    """Return the peak FLOP/s of a GPU; None if its model is not in the table.
-
-    Args:
-        name: PyTorch's name of it, such as `NVIDIA H100 80GB HBM3`.
-        precision: `bf16` or `fp32`.
-    """
+    """Return the peak FLOP/s of a GPU such as `NVIDIA H100 80GB HBM3`; None if it is unknown."""
     known = next((peaks for model, peaks in _PEAK_TFLOPS.items() if model in name), None)
     return known[precision] * 1e12 if known else None
 
@@ -45,9 +36,7 @@ def installed_gpu() -> str | None:
 def measure_cpu_flops(count: int = 9, seconds: float = 0.03) -> list[float]:
     """Return the FLOP/s of float32 matrix products on this CPU, the best first.
 
-    Args:
-        count: Number of measurements.
-        seconds: Duration of each; short, so that other programs disturb few of them.
+    The `count` measurements are short, so that other programs disturb few of them.
     """
     a = torch.ones(_SIZE, _SIZE)
     a @ a  # Warm-up.

@@ -1,9 +1,8 @@
-"""Copies of a run's checkpoints on a remote file system, given by a URI that pyarrow knows.
+"""Copies of a run's checkpoints on a remote file system, as `URI/RUN/step_...`.
 
-The run folder stays authoritative. The thread that writes a checkpoint copies it to
-`URI/RUN/step_...`, with `provenance.json` last, so that an interrupted copy is recognized. A
-machine without the run folder downloads the newest intact copy and resumes from it. If the storage
-does not answer, training continues, and the next checkpoint is copied with the missing ones.
+`provenance.json` is copied last, so that an interrupted copy is recognized. A machine without the
+run folder downloads the newest intact copy. If the storage does not answer, training continues, and
+the next checkpoint is copied with the missing ones.
 """
 
 from __future__ import annotations
@@ -67,10 +66,7 @@ class RemoteCopy:
             self._store.delete_dir(str(self._root / name))
 
     def download(self, warn: Callable[[str], None]) -> Path | None:
-        """Download the newest intact copy; None if there is none.
-
-        Args:
-            warn: Called with a sentence for each damaged copy.
+        """Download the newest intact copy, and warn of each damaged one; None if there is none.
 
         Raises:
             OSError, ArrowException: If the storage fails.

@@ -1,9 +1,8 @@
-"""Run a training job in this process, from whatever is on disk to its end.
+"""Run a training job in this process.
 
 `run_job` is idempotent: a finished job returns at once; an unfinished one resumes from its newest
 intact checkpoint, with the same result as without interruption. Only the first worker accesses
-files, and sends what it finds to the others. A lock keeps two processes out of one folder: workers
-outlive a killed driver by seconds, and a second start by mistake must not mix two runs.
+files, and sends what it finds to the others.
 """
 
 from __future__ import annotations
@@ -269,6 +268,7 @@ class _Run:
 
 @contextmanager
 def _locked(folder: Path, world: World) -> Iterator[None]:
+    # Workers outlive a killed driver by seconds, and a second start must not mix two runs.
     lock = FileLock(folder / LOCK_NAME)
 
     def acquire() -> None:

@@ -1,9 +1,8 @@
-"""Exclusive lock on a run folder: one process at a time trains in it.
+"""Exclusive lock on a run folder: one driver or trial at a time trains in it.
 
-A driver of trainings and a trial of a sweep may come to the same folder. The process that holds the
-lock trains; the others wait, then use the result, or take over if the process died: the system
-releases a dead process's lock. The workers take another lock (`run.py`), because they outlive a
-killed driver by seconds. The folder must be on a file system that supports locks.
+The others wait, then use the result, or take over if the process died: the system releases a dead
+process's lock. The workers take another lock (`run.py`), because they outlive a killed driver by
+seconds. The folder must be on a file system that supports locks.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from orchestrator.workspace.errors import Interrupted
 RUN_LOCK_NAME = "trial.lock"
 """Trials that measure other tasks on the same weights share this file."""
 POLL_SECONDS = 0.5
-"""Time between two questions whether to stop waiting."""
 
 
 @contextmanager
@@ -32,10 +30,7 @@ def lock_run_folder(
 ) -> Iterator[bool]:
     """Hold a run folder's lock in the block; yields whether the lock was acquired.
 
-    Args:
-        folder: The run's; created if it is missing.
-        wait: Wait for another process that holds the lock.
-        should_stop: Called while waiting; True ends the wait without the lock.
+    With `wait`, wait for another process that holds it, until `should_stop` returns True.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / RUN_LOCK_NAME, timeout=POLL_SECONDS if wait else 0)
@@ -113,8 +108,6 @@ def _wait_for_one(
     watch: Callable[[], None] | None,
     note: Callable[[str], None] | None,
 ) -> None:
-    """Wait until one of the jobs is unlocked or finished."""
-
     def is_over() -> bool:
         return any(
             _done_stamp(job) != stamp or not is_run_locked(job.folder)

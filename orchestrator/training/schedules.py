@@ -1,8 +1,4 @@
-"""The iteration schedule of each training step, and the FLOPs of each step.
-
-In training in stages the decoder first runs without corrections, which costs a quarter of the time
-at r = 3. The corrections follow all at once or one by one. The weights are the same throughout.
-"""
+"""The iteration schedule of each training step, and the FLOPs of each step."""
 
 from __future__ import annotations
 
@@ -24,7 +20,6 @@ def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> S
     """Return the schedule of each step: no corrections in the first stage, then all of them.
 
     The ramp between the two has equal parts: in part k, layer l makes `min(r_l, k)` corrections.
-    The last part makes all corrections.
     """
     most = max(schedule.corrections)
     stages = tuple(
@@ -50,11 +45,9 @@ def flops_per_token_by_step(
     """Return step -> training FLOPs per token; a teacher that runs adds its forward pass."""
     config, distillation = job.config(), job.distillation or DistillationConfig()
     schedule_at = schedule_by_step(config.corrections, job.recipe)
-    teacher_flops = (
-        inference_cost(teacher.config).forward_flops_per_token
-        if isinstance(teacher, Decoder)
-        else 0.0
-    )
+    teacher_flops = 0.0
+    if isinstance(teacher, Decoder):
+        teacher_flops = inference_cost(teacher.config).forward_flops_per_token
 
     @lru_cache
     def student_flops(schedule: IterationSchedule) -> float:

@@ -1,10 +1,8 @@
 """Fully sharded training (FSDP2): each worker holds a shard of weights, gradients and moments.
 
-A layer's weights are gathered once for all evaluations of its field. Embedding, final norm and head
-form one more group. With bf16, fields are sent as bf16 (half the bytes) and gradients are summed in
-float32; embedding, mix and the method's norms stay float32 in small groups, as in one process.
-Checkpoints hold full tensors in the order of an unsharded optimizer, so a run can resume with
-another number of workers, sharded or not. Importing FSDP takes a second: import this when needed.
+A layer's weights are gathered once for all evaluations of its field. With bf16, fields are sent as
+bf16 and gradients are summed in float32; all else stays float32. Checkpoints hold full tensors, so
+a run can resume with another number of workers. Importing FSDP takes a second: import this late.
 """
 
 from __future__ import annotations
@@ -23,13 +21,7 @@ from orchestrator.training.distributed import World
 
 
 def shard(decoder: Decoder, world: World, *, precision: str) -> None:
-    """Shard a decoder over all workers, in place. Make its optimizer afterwards.
-
-    Args:
-        decoder: The same weights on every worker, on its device.
-        world: This worker's place.
-        precision: `fp32`, or `bf16` to send fields as bf16.
-    """
+    """Shard a decoder over all workers, in place. Make its optimizer afterwards."""
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     policy = MixedPrecisionPolicy()
     if precision == "bf16":

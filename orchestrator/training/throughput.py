@@ -1,8 +1,7 @@
-"""Speed and memory of a run, as metrics for the journal.
+"""Speed and memory of a run, as metrics for the journal; without validation and saving.
 
-Speed counts the time of steps only, without validation and saving. The load of the machine has the
-names of MLflow's system metrics. MFU is the share of the GPU's peak FLOP/s; it is left out if the
-peak is not known, and on CPUs.
+The load of the machine has the names of MLflow's system metrics. MFU is the share of the GPU's peak
+FLOP/s; it is left out if the peak is not known, and on CPUs.
 """
 
 from __future__ import annotations

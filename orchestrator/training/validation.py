@@ -28,14 +28,8 @@ def validation_loss(
 ) -> float:
     """Return the mean loss per target in nats, the same on all workers; 0 without targets.
 
-    The decoder's mode (training or evaluation) is restored afterwards.
-
-    Args:
-        decoder: On this worker's device.
-        batches: The same on every worker, on the CPU.
-        schedule: Corrections to make.
-        precision: `fp32` or `bf16`, as in training.
-        world: This worker's place.
+    The batches are the same on every worker. The decoder's mode (training or evaluation) is
+    restored afterwards.
     """
     total = count = 0.0
     was_training = decoder.training
