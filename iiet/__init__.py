@@ -11,7 +11,7 @@ from iiet.config import PRESETS, ModelConfig, preset
 from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-from iiet.generate import generate, stream
+from iiet.generation import generate, stream
 from iiet.influence import InfluenceTable, influence_table
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.methods import METHODS

@@ -177,6 +177,19 @@ def _check_no_cycle(graph: dict[str, set[str]]) -> None:
         raise AssertionError(f"imports go in a circle: {' -> '.join(error.args[1])}") from None
 
 
+def test_no_module_is_hidden_by_a_name_that_its_package_exports() -> None:
+    for name, path in MODULES.items():
+        if path.name == "__init__.py":
+            exported = {
+                alias.asname or alias.name
+                for node in ast.parse(path.read_text(encoding="utf-8")).body
+                if isinstance(node, ast.ImportFrom) and node.module != name
+                for alias in node.names
+            }
+            hidden = {f"{name}.{alias}" for alias in exported} & set(MODULES)
+            assert not hidden, f"{name} exports a function or class of the name of {hidden}"
+
+
 def test_every_module_has_a_docstring() -> None:
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.generate import stream
+from iiet.generation import stream
 from orchestrator.evaluation.decode_timing import (
     Timing,
     decode_milliseconds,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from iiet.decoder import Decoder
-from iiet.generate import stream
+from iiet.generation import stream
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 

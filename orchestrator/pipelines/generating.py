@@ -17,8 +17,8 @@ from tokenizers.decoders import DecodeStream
 
 from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
-from iiet.generate import generate as generate_tokens
-from iiet.generate import stream as stream_tokens
+from iiet.generation import generate as generate_tokens
+from iiet.generation import stream as stream_tokens
 from iiet.schedule import IterationSchedule
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
 from orchestrator.evaluation.model_folders import stop_token_ids

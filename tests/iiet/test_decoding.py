@@ -5,7 +5,7 @@ import torch
 
 from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, stream
 from iiet.cache import evaluation_slots
-from iiet.generate import sample
+from iiet.generation import sample
 
 VOCAB = 31
 

@@ -9,7 +9,7 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.generate import generate
+from iiet.generation import generate
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import scoring

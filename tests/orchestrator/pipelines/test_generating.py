@@ -11,7 +11,7 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.generate import generate
+from iiet.generation import generate
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.generating import Sampling, TextGenerator
