@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
@@ -85,7 +84,17 @@ def distill_teacher(
     local: bool = False,
 ) -> DistillResult:
     """Distill a teacher on these tokens; as `distill`."""
-    config = _student_config(teacher, schedule)
+    full = load_config(teacher)
+    try:
+        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
+        config = replace(full, schedule=wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not wanted.is_within(full.corrections):
+        raise UserError(
+            f"the schedule {wanted} asks for more corrections than the teacher makes, "
+            f"{full.corrections}"
+        )
     job = student_job(
         settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
     )
@@ -106,18 +115,3 @@ def distill_teacher(
         validation_loss=outcome.validation_loss,
         schedule=config.corrections,
     )
-
-
-def _student_config(teacher: Path, schedule: str) -> ModelConfig:
-    full = load_config(teacher)
-    try:
-        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
-        config = replace(full, schedule=wanted)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not wanted.is_within(full.corrections):
-        raise UserError(
-            f"the schedule {wanted} asks for more corrections than the teacher makes, "
-            f"{full.corrections}"
-        )
-    return config

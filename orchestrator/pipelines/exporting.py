@@ -67,7 +67,7 @@ def export(
     """Export a checkpoint with its card, and return the folder.
 
     Args:
-        settings: Section `evaluation` says what the card's quality is measured on.
+        settings: Section `evaluation`: tasks for the card's quality.
         model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
@@ -146,10 +146,10 @@ def export_checkpoint(
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
             write_text(temporary / MANIFEST, "".join(lines))
-            check_target(folder)  # Again: somebody may have written there meanwhile.
+            check_target(folder)  # Again: another process may have written there meanwhile.
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
-    except ValueError as error:  # The source of the method of another package.
+    except ValueError as error:  # The source of another package's method cannot be copied.
         raise UserError(f"cannot export this model: {error}") from None
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     progress.finish(f"{num_bytes / 1e6:.1f} MB with code, tokenizer and card")

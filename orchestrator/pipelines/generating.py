@@ -1,7 +1,7 @@
 """Generate text from a checkpoint.
 
-One prompt is streamed in pieces of whole characters: a byte-level token may end in the middle of
-one. Several prompts run as one batch, padded on the left, and are returned when all are finished.
+One prompt is streamed in pieces of whole characters, as a byte-level token may end inside of one.
+Several prompts are one batch, padded on the left.
 """
 
 from __future__ import annotations
@@ -197,9 +197,9 @@ class TextGenerator:
     def _encode(self, prompt: str) -> list[int]:
         """Encode a prompt as the beginning of a document.
 
-        As in training, it comes after an end-of-text token, unless the tokenizer puts a token of
-        its own there. For an imported model, the prompt is encoded as transformers does; a prompt
-        that has its opening token already, as from a chat template, gets no second one.
+        As in training, an end-of-text token comes first, unless the tokenizer adds a token of its
+        own. An imported model's prompt is encoded as by transformers; a prompt that already has the
+        first token, as from a chat template, gets no second one.
         """
         if self._imported is not None:
             first = self._imported.bos_token

@@ -1,4 +1,4 @@
-"""Measure how much each correction of a checkpoint matters, once.
+"""Measure how much each correction of a checkpoint matters.
 
 The table with influence, residuals and contraction factors is stored beside the weights as
 `influence-<metric>.json`, with a picture. It is read again unless settings or tokens differ. The
@@ -31,7 +31,7 @@ from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
 SEQUENCES_PER_BATCH = 8
-"""The errors are taken over batches, so there should be many."""
+"""Standard errors are over batches, so batches are small and many."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class PickResult:
     point: FrontPoint
     """The model with its place on the front."""
     sentence: str
-    """What it is, how good, at what cost, how surely."""
+    """Its schedule, quality and cost, and how certain they are."""
     folder: Path | None
     """Where it was exported to; None if it was not."""
     version: str | None
@@ -68,8 +68,7 @@ def pick(
     Args:
         sweep: Name of the sweep; the newest when unset.
         rule: How to choose; the cheapest that keeps 99% of the quality when unset.
-        cost: Cost of the front: `evaluations` (the default), `flops`, `ms` or `kv`.
-        quality: Its quality: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+        cost, quality: Axes of the front, as in `report`.
         to: Folder to export to; under the workspace when unset.
         dry_run: Choose only; export and register nothing.
 

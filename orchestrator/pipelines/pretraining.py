@@ -109,12 +109,9 @@ def pretrain_models(
         models: Label to settings; section `cluster` of the first says where all of them run.
         tokens: Folder of prepared tokens.
         name: Name of the run, for a single model.
-        local: Train in this process, without Ray.
 
     Raises:
-        UserError: If the settings do not go together; nothing is started then.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If a run failed or diverged.
+        UserError, Interrupted, RunFailed: As `pretrain`; nothing is started after a `UserError`.
     """
     planned = [pretraining_job(own, context.workspace, tokens, name) for own in models.values()]
     jobs = dict(zip(models, share_first_stages(planned), strict=True))
@@ -161,31 +158,16 @@ def tracked_jobs(
     monitor = RunMonitor(jobs, context.tracking, progress)
     runs = monitor.open_runs(kind, params)
     progress.start(kind, sum(job.recipe.num_steps for job in jobs.values()))
-    run_jobs = job_runner(local=local)
-    say = partial(progress.advance, 0)
+    # A `partial` adds no call of this repository to the path that a debugger shows.
+    run_jobs = partial(job_runner(local=local), list(jobs.values()), cluster, watch=monitor.poll)
     with monitor:
-        yield (
-            # A `partial` adds no call of this repository to the path that a debugger shows.
-            partial(
-                run_jobs,
-                list(jobs.values()),
-                cluster,
-                watch=monitor.poll,
-                note=progress.note,
-                say=say,
-            ),
-            runs,
-        )
+        yield partial(run_jobs, note=progress.note, say=partial(progress.advance, 0)), runs
 
 
 def pretraining_job(
     settings: Settings, workspace: Workspace, tokens: Path, name: str | None = None
 ) -> TrainingJob:
-    """Return the job that pretrains the model of these settings; arguments as `pretrain_models`.
-
-    Raises:
-        UserError: If the model's sizes do not go together.
-    """
+    """Return the job that pretrains the model of these settings; its sizes are checked."""
     config = build_model_config(settings.model, vocab_size=open_tokens(tokens).vocab_size)
     job = TrainingJob(
         run_folder="",

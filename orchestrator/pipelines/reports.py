@@ -22,14 +22,14 @@ from orchestrator.workspace.folders import Workspace
 
 @dataclass(frozen=True, kw_only=True)
 class ReportResult:
-    """The front of one sweep or several, and where its report lies."""
+    """The front of one sweep or several, and the files of its report."""
 
     title: str
     """Heading of the report."""
     front: Front
     """Every model with its place."""
     sentences: tuple[str, ...]
-    """What to know before the front is read, and what it says."""
+    """Notes on how to read the front, then its findings."""
     folder: Path
     """Folder of the report's files."""
     page: Path | None
@@ -52,8 +52,8 @@ def report(
 
     Args:
         sweeps: Names of sweeps; the newest one when empty.
-        cost: Cost on the front: `evaluations` (the default), `flops`, `ms` or `kv`.
-        quality: Quality on it: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+        cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
+        quality: Quality axis: `accuracy` (the default), `bits`, `perplexity` or `loss`.
 
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
@@ -71,7 +71,6 @@ def report(
 
 
 def report_result(written: WrittenReport) -> ReportResult:
-    """Return what a written report says."""
     return ReportResult(
         title=written.report.title,
         front=written.report.front,

@@ -79,8 +79,8 @@ def plan_sweep(
 ) -> SweepDryRun:
     """Return what `sweep` would do with the same arguments, as far as it is known.
 
-    Schedules follow from the teacher's influence. If the teacher is not trained yet, the plan is
-    that of its training, and a sentence says how many students there will be at most.
+    If the teacher is not trained yet, its influence and so the schedules are unknown. The plan is
+    then that of its training, and a sentence says how many students there will be at most.
 
     Args:
         settings, teacher, models: As in `sweep`.
@@ -141,7 +141,7 @@ def _dry_run_of_pretraining(
 
 
 def dry_run_of(plan: SweepPlan, settings: Settings, context: Context, *more: str) -> SweepDryRun:
-    """Return what a plan would do: how far its trials are, and what the rest costs."""
+    """Return how far a plan's trials are, and what the rest costs; `more` are further sentences."""
     states = trial_states(plan, settings.sweep)
     price = estimate_remaining_cost(plan, states, settings, context.workspace.teachers)
     lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)

@@ -86,11 +86,7 @@ def teacher_checkpoint(context: Context, teacher: Path | str) -> Path:
 
 
 def plan_teacher(settings: Settings, context: Context) -> tuple[Path, dict[str, TrainingJob]]:
-    """Return the tokens, and the jobs that pretrain the teacher and its baselines.
-
-    Raises:
-        UserError: If one of them cannot be made, or the tokens cannot.
-    """
+    """Return the tokens, and the jobs that pretrain the teacher and its baselines."""
     check_models(settings)
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     jobs = {
@@ -107,15 +103,7 @@ def plan_iterations(
     *,
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan a sweep of models trained from scratch on the same tokens.
-
-    Args:
-        settings: Section `sweep` names methods, iteration counts, learning rates and seeds.
-        models: Models to train instead of those.
-
-    Raises:
-        UserError: If a model cannot be made, or the tokens cannot.
-    """
+    """Plan a sweep of models trained from scratch on the same tokens; arguments as `sweep`."""
     if models is None:
         check_models(settings)
         models = list(_models(settings))
@@ -166,9 +154,6 @@ def plan_students(
     Returns:
         The trials that are known before any has run, the teacher's influence, and what suggests
         further trials of a search.
-
-    Raises:
-        UserError: If something does not go together.
     """
     tokens, full = tokens_folder_of(teacher, context.workspace), load_config(teacher)
     influence = read_or_measure_influence(teacher, settings.influence, tokens, context)
@@ -208,7 +193,7 @@ def plan_students(
 def plan_suite(
     settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
 ) -> dict[str, Any]:
-    """Return what is measured as a plain value; held-out tasks are made if they are missing."""
+    """Return how trials are evaluated, as plain values; held-out tasks are made if missing."""
     asked = select_tasks(
         settings, lambda: tokens, context_length=config.context_length, progress=progress
     )

@@ -54,7 +54,7 @@ class SweepResult:
     stopped: Mapping[str, str]
     """Label to reason of the trials that a rule stopped early."""
     report: ReportResult
-    """The front, and where its report lies."""
+    """The front, and the files of its report."""
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per trial: cost, quality, place on the front, checkpoint."""
@@ -141,7 +141,7 @@ def _run(
     influence: InfluenceTable | None = None,
     next_trials: Callable[[], Sequence[PlannedTrial]] | None = None,
 ) -> SweepResult:
-    """Run a plan and write its report; `next_trials` returns further trials when all have ended."""
+    """Run a plan and write its report; `next_trials` is called when all trials have ended."""
     outcome = run_sweep(
         plan,
         settings,
@@ -182,7 +182,7 @@ def _run(
 
 
 def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:
-    """Say of each trial whether this call made it, found it finished, or could not make it."""
+    """Return label -> whether a trial was run, was finished before, was stopped or failed."""
     finished = {result.key for result in outcome.results}
 
     def state(trial: PlannedTrial) -> str:

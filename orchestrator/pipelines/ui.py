@@ -103,11 +103,7 @@ def link_lines(tracking: Tracking, url: str) -> list[str]:
 
 
 def check_port(port: int) -> None:
-    """Check that a port is free.
-
-    Raises:
-        UserError: If it is taken or out of range; names a free one.
-    """
+    """Raise `UserError` if a port is taken or out of range; it names a free one."""
     if not 1 <= port <= 65535:
         raise UserError(f"--port takes a number from 1 to 65535, got {port}")
     with socket.socket() as probe:
