@@ -54,9 +54,7 @@ def cost_table(costs: Sequence[MeasuredCost]) -> ResponsiveLayout:
 def share_table(costs: Sequence[MeasuredCost], phase: str) -> ResponsiveLayout:
     """Return shares of the full model's time in percent, predicted and measured.
 
-    Args:
-        costs: All models and conditions.
-        phase: A key of `MeasuredCost.shares`.
+    `phase` is a key of `MeasuredCost.shares`.
     """
 
     def measured(cost: MeasuredCost) -> str:

@@ -28,8 +28,7 @@ class _MetricRow:
 def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> ResponsiveLayout:
     """Return every task's metrics: a column for each model, or on narrow terminals a row.
 
-    Args:
-        evaluations: Name of the model -> its evaluation; the tasks may differ.
+    The evaluations are by name of the model; their tasks may differ.
     """
     names, rows = list(evaluations), _metric_rows(list(evaluations.values()))
     heads = names if len(names) > 1 else ["value ± error"]
@@ -93,7 +92,6 @@ def _model_columns(heads: Sequence[str], rows: Sequence[_MetricRow], *, with_ite
 
 
 def _grouped_by_task(heads: Sequence[str], rows: Sequence[_MetricRow]) -> Table:
-    """Return a table whose first column holds each task, with its items, above its metrics."""
     table = _table("task", numbers=heads)
     for task, metrics in groupby(rows, key=lambda row: row.task):
         if task == AVERAGE:
@@ -106,7 +104,6 @@ def _grouped_by_task(heads: Sequence[str], rows: Sequence[_MetricRow]) -> Table:
 
 
 def _model_rows(names: Sequence[str], rows: Sequence[_MetricRow]) -> Table:
-    """Return a table whose first column holds task, metric and model, indented step by step."""
     table = _table(numbers=["value ± error", "items"], folded="task")
     for task, metrics in groupby(rows, key=lambda row: row.task):
         if task == AVERAGE:

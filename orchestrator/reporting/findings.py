@@ -1,9 +1,8 @@
 """Findings of a front in sentences: which model to take, its cost, and whether it beats baselines.
 
-A model is called better or worse only where the 95% interval of the difference excludes zero. If
-the models answered the same items, the interval is that of the draws, and each claim has its
-confidence. Without values of single items it is 1.96 standard errors of separate measurements,
-which is wider, so the sentences err on the careful side.
+A model is called better or worse only where the 95% interval of the difference excludes zero. The
+interval is that of the draws; without values of single items it is 1.96 standard errors of separate
+measurements, which is wider, so the sentences err on the careful side.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ def findings(front: Front) -> list[str]:
 def describe_point(front: Front, point: FrontPoint, *, kept_share: float = KEPT_SHARE) -> str:
     """Return one clause on a model: its name, quality, cost and confidence.
 
-    Args:
-        front: The model's front.
-        point: The model.
-        kept_share: The share that the confidences of the front relate to.
+    `kept_share` is the share that the confidences of the front relate to.
     """
     full, share = front.full, front.share(point)
     text = f"{full_name(front, point)} with {_quality(front, point)}"
@@ -83,7 +79,6 @@ def describe_point(front: Front, point: FrontPoint, *, kept_share: float = KEPT_
 
 
 def _about_keeping(front: Front, full: FrontPoint, kept: FrontPoint | None) -> list[str]:
-    """Say which cheaper model keeps the quality, and which one does so with high confidence."""
     keeps = {
         point.result.key: point.confidence.keeps
         for point in front.points
@@ -110,7 +105,6 @@ def _about_keeping(front: Front, full: FrontPoint, kept: FrontPoint | None) -> l
 
 
 def _about_confidence(front: Front) -> list[str]:
-    """Say what a confidence is; nothing if there is none."""
     basis = front.basis
     if basis is None or not any(p.confidence and p.confidence.overall for p in front.points):
         return []

@@ -1,8 +1,8 @@
 """The report as one HTML file without server or network, for a screen, a phone or paper.
 
-Tables, schedule strips and the heat map are static HTML, so the page reads without scripts. The
-scripts in `web/` draw the front on any two metrics and link its points with the rows; their data
-are JSON inside the page. All text from outside is escaped.
+Tables, schedule strips and the heat map are static HTML, so the page is readable without scripts.
+The scripts in `web/` draw the front on any two metrics and link its points with the rows; their
+data are JSON inside the page. All text from outside is escaped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Heat map of the influence of each correction of each layer.
 
-Rows are layers and columns corrections. Colors are on a logarithmic scale, because influence falls
-by powers of ten; each cell also has its number. A line can show where an iteration schedule cuts.
+Colors are on a logarithmic scale, because influence falls by powers of ten; each cell also has its
+number. A line can show which corrections an iteration schedule keeps.
 """
 
 from __future__ import annotations
@@ -83,10 +83,8 @@ def _write_numbers(
     for layer, row in enumerate(cells):
         for i, value in enumerate(row):
             if not math.isnan(value):
-                color = "white" if logs[layer][i] < middle else "black"
-                panel.text(
-                    i, layer, f"{value:.2g}", ha="center", va="center", fontsize=9, color=color
-                )
+                text = panel.text(i, layer, f"{value:.2g}", ha="center", va="center", fontsize=9)
+                text.set_color("white" if logs[layer][i] < middle else "black")
 
 
 def _draw_cut(panel: Panel, kept: Sequence[int]) -> None:

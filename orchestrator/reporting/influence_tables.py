@@ -15,10 +15,7 @@ from orchestrator.terminal.layout import ResponsiveLayout
 
 
 def influence_terminal_table(influence: InfluenceTable) -> Group:
-    """Return the influence with standard errors, and the residuals below, one row for each layer.
-
-    Where the terminal is too narrow for all corrections, the table is split into parts.
-    """
+    """Return the influence with standard errors, then the residuals; a row for each layer."""
     width = influence.schedule.max_corrections
     heads = [f"correction {number}" for number in range(1, width + 1)]
     values = [
@@ -61,8 +58,7 @@ def _with_contractions(
 def _layers_table(
     title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> ResponsiveLayout:
-    """Return a table with a row for each layer, in as few parts as the width allows."""
-
+    # A narrow terminal shows the table in parts, as few as its width allows.
     def part(first: int, count: int) -> Table:
         table = Table(title=None if first else title, title_justify="left", box=box.SIMPLE_HEAD)
         for head in ("layer", *heads[first : first + count]):
@@ -71,12 +67,10 @@ def _layers_table(
             table.add_row(str(layer), *cells[first : first + count])
         return table
 
-    return ResponsiveLayout(
-        *(
-            Group(*(part(first, count) for first in range(0, len(heads), count)))
-            for count in range(len(heads), 0, -1)
-        )
-    )
+    def parts(count: int) -> Group:
+        return Group(*(part(first, count) for first in range(0, len(heads), count)))
+
+    return ResponsiveLayout(*(parts(count) for count in range(len(heads), 0, -1)))
 
 
 def _with_error(value: float, error: float) -> str:

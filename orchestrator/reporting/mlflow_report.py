@@ -1,7 +1,7 @@
 """Report of a sweep in MLflow.
 
-The sweep's run holds the front as metrics, files and table, and a note with picture and table. Each
-result is a nested run with its paired errors. A saved chart view shows cost against quality.
+The sweep's run holds the front as metrics, files, table and note. Each result is a nested run with
+its paired errors. A saved chart view shows cost against quality.
 """
 
 from __future__ import annotations
@@ -55,10 +55,8 @@ def track_results(
 ) -> tuple[StoredSweep, Front]:
     """Track every result as a run nested in the sweep's run, with its paired errors.
 
-    Each seed of a model gets the paired errors of the mean over seeds.
-
-    Returns:
-        The same results and front, each result with the id of its run.
+    Each seed of a model gets the paired errors of the mean over seeds. The returned results have
+    the ids of their runs.
     """
     keys_of_seeds = average_seeds(sweep.results).keys_of_seeds
     paired = {
@@ -74,18 +72,14 @@ def track_results(
         if paired.get(result.key):
             nested.log_metrics(paired[result.key])
         tracked.append(replace(result, run_id=nested.run_id))
-    sweep = sweep.with_results(tuple(tracked))
+    sweep = replace(sweep, results=tuple(tracked))
     return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
 
 
 def track_front(
     tracking: Tracking, run: TrackedRun, report: SweepReport, files: Sequence[Path]
 ) -> str:
-    """Log a report to the sweep's run: metrics, files, table, note, chart view.
-
-    Returns:
-        Key of the chart view.
-    """
+    """Log a report to the sweep's run, and return the key of its chart view."""
     run.log_metrics(front_metrics(report.front))
     for path in files:
         run.log_artifact(path, ARTIFACT_FOLDER)
@@ -101,7 +95,7 @@ def track_front(
 def run_note(report: SweepReport, run_id: str | None) -> str:
     """Return the note of a sweep's run in Markdown: findings, picture and table.
 
-    What does not fit into a tag is replaced by the name of its artifact.
+    A part that does not fit into a tag is replaced by the name of its artifact.
     """
     # MLflow first shows only the top of a note, so the findings come first.
     sentences = report.sentences
@@ -133,21 +127,13 @@ def front_chart_view(report: SweepReport) -> ChartView:
     num_layers = max((len(p.result.schedule or ()) for p in front.points), default=0)
     layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
     measured = {name for point in front.points for name in point.result.metrics()}
-    wanted = [
-        front.axes.cost,
-        front.axes.quality,
-        front.axes.error,
-        "quality/bits_per_byte",
-        "cost/relative_flops",
-        "cost/decode_ms_per_token",
-        "cost/kv_bytes_per_token",
-    ]
-    metrics = [name for name in dict.fromkeys(wanted) if name in measured]
-    scatters = [(front.axes.cost, front.axes.quality)]
-    for pair in (
-        ("cost/decode_ms_per_token", front.axes.quality),
-        (front.axes.cost, "quality/bits_per_byte"),
-    ):
+    cost, quality = front.axes.cost, front.axes.quality
+    time, bits = "cost/decode_ms_per_token", "quality/bits_per_byte"
+    others = ("cost/relative_flops", time, "cost/kv_bytes_per_token")
+    wanted = dict.fromkeys([cost, quality, front.axes.error, bits, *others])
+    metrics = [name for name in wanted if name in measured]
+    scatters = [(cost, quality)]
+    for pair in ((time, quality), (cost, bits)):
         if set(pair) <= measured and pair not in scatters:
             scatters.append(pair)
     curves = [VALIDATION_METRIC, "train/loss"] if report.curves else []
@@ -156,11 +142,11 @@ def front_chart_view(report: SweepReport) -> ChartView:
         name=f"Front of {report.name}",
         # The sweep's own run has no cost and would be an empty row in the charts.
         run_filter=tag_filter({"iiet.sweep": report.name}) + " and tags.`iiet.kind` != 'sweep'",
-        order_by=front.axes.cost,
+        order_by=cost,
         columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
         scatters=scatters,
         parallel_params=layers,
-        parallel_metrics=[front.axes.cost, front.axes.quality],
+        parallel_metrics=[cost, quality],
         curves=curves,
         folded_groups=sorted({name.rpartition("/")[0] for name in [*measured, *curves]}),
     )

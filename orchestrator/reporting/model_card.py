@@ -26,19 +26,16 @@ class ModelCard:
     """Content of a model card."""
 
     name: str
-    """Heading."""
     config: ModelConfig
-    """Sizes, method and iteration schedule."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Provenance of the weights, as in the checkpoint."""
+    """As in the checkpoint."""
     evaluation: EvaluationResult | None = None
-    """The model's evaluation; None if it was not measured."""
     influence: InfluenceTable | None = None
     """The table that the schedule was chosen by: the model's own, or its teacher's."""
     chosen: str = ""
     """Sentence on how the model was picked from a sweep; empty if it was not."""
     full: ModelConfig | None = None
-    """The full model's configuration, to compare costs; None if this is the full model."""
+    """The full model, to compare costs; None if this is the full model."""
 
     def to_markdown(self) -> str:
         """Return the whole card."""

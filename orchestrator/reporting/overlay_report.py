@@ -1,8 +1,7 @@
 """Report of several sweeps on one front, in a folder of its own.
 
-A result that several sweeps share counts once, for the first of them. Sweeps that were measured on
-different tasks or texts are shown together with a note: their costs compare, their qualities do
-not. Paired differences use the items that all models answered.
+A result that several sweeps share counts once, for the first of them. If the sweeps were measured
+on different tasks or texts, a note says that their qualities do not compare.
 """
 
 from __future__ import annotations
@@ -35,12 +34,7 @@ MAX_FOLDER_NAME_LENGTH = 80
 def write_overlay_report(
     workspace: Workspace, names: Sequence[str], *, axes: FrontAxes | None = None
 ) -> WrittenReport:
-    """Write the report of several sweeps on one front.
-
-    Args:
-        workspace: Holds the sweeps.
-        names: The sweeps; a result that they share counts for the first.
-        axes: Cost and quality; NFE and accuracy by default.
+    """Write the report of several sweeps on one front, of NFE and accuracy by default.
 
     Raises:
         UserError: If there is no such sweep, or one has no result yet.
@@ -77,7 +71,7 @@ def write_overlay_report(
 
 
 def _facts(sweeps: Sequence[StoredSweep]) -> Mapping[str, Mapping[str, Any]]:
-    """Return shared facts once, and the differing ones for each sweep."""
+    # Facts that all sweeps share come once, the others for each sweep.
     facts: dict[str, Mapping[str, Any]] = {}
     for title in dict.fromkeys(title for sweep in sweeps for title in sweep.facts):
         lists = [sweep.facts.get(title, {}) for sweep in sweeps]
@@ -96,7 +90,6 @@ def _facts(sweeps: Sequence[StoredSweep]) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _notes(workspace: Workspace, sweeps: Sequence[StoredSweep], axes: FrontAxes) -> list[str]:
-    """Return sentences on what makes the sweeps hard to compare."""
     notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
     notes += _suite_notes({sweep.name: _planned_suite(workspace, sweep) for sweep in sweeps})
     if axes.cost == COSTS["ms"] and len(sweeps) > 1:
@@ -108,7 +101,6 @@ def _notes(workspace: Workspace, sweeps: Sequence[StoredSweep], axes: FrontAxes)
 
 
 def _suite_notes(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a sentence if the sweeps were measured on different tasks or texts."""
     if len({content_key(suite) for suite in suites.values()}) == 1:
         return []
     names = dict.fromkeys(name for suite in suites.values() for name in suite)
@@ -124,17 +116,14 @@ def _suite_notes(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _planned_suite(workspace: Workspace, sweep: StoredSweep) -> dict[str, Any]:
-    """Return the suite in a sweep's plan, without values that do not change its results."""
     path = sweep.folder(workspace) / "plan.json"
     plan = read_json_object(path) or {}
     with damage_as_user_error(path):
         trials = plan.get("trials", [])
         suite: dict[str, Any] = dict(next((trial.get("suite", {}) for trial in trials), {}))
-    return {
-        name: value
-        for name, value in suite.items()
-        if not name.endswith("_folder") and name != "batch_size"
-    }
+    # These values do not change the results.
+    ignored = {name for name in suite if name.endswith("_folder")} | {"batch_size"}
+    return {name: value for name, value in suite.items() if name not in ignored}
 
 
 def _folder_name(sweeps: Sequence[StoredSweep], axes: FrontAxes) -> str:

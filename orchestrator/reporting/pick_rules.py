@@ -54,11 +54,7 @@ class PickRule:
 
 
 def pick_from_front(front: Front, rule: PickRule) -> FrontPoint:
-    """Return the model of a front that a rule picks.
-
-    Args:
-        front: Its confidences relate to the rule's share.
-        rule: The rule.
+    """Return the model of a front that a rule picks; confidences must relate to the rule's share.
 
     Raises:
         UserError: If no model meets the rule; the message names the nearest.
@@ -92,13 +88,10 @@ def _pick_keeping(front: Front, rule: PickRule) -> FrontPoint:
             )
         return kept
     # Candidates off the front count too: one that is dominated by a hair may be the most certain.
-    confident = [
-        point
-        for point in front.points
-        if point.is_candidate
-        and (
-            point is front.full
-            or (point.confidence is not None and (point.confidence.keeps or 0) >= rule.confidence)
-        )
-    ]
+
+    def is_confident(point: FrontPoint) -> bool:
+        keeps = point.confidence.keeps if point.confidence else None
+        return point is front.full or (keeps or 0.0) >= rule.confidence
+
+    confident = [point for point in front.points if point.is_candidate and is_confident(point)]
     return min(confident, key=lambda point: (point.cost, -front.goodness(point)))

@@ -19,7 +19,6 @@ class SweepReport:
     """Content of a report."""
 
     name: str
-    """The sweep's name."""
     front: Front
     influence: InfluenceTable | None = None
     """The teacher's influence table, if the sweep has one."""

@@ -2,7 +2,6 @@
 
 The standard error combines two parts: the spread over seeds, divided by the root of their number,
 and the mean of the seeds' own errors over items, because all seeds answered the same items.
-`keys_of_seeds` lets paired comparisons draw seeds before they draw items.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ def average_seeds(results: Sequence[TrialResult]) -> SeedAverages:
     for result in results:
         name = f"{result.role} {result.group}" if result.group else result.key
         groups.setdefault(name, []).append(result)
-    averages = [_average(group) if len(group) > 1 else group[0] for group in groups.values()]
-    keys = [tuple(result.key for result in group) for group in groups.values()]
-    return SeedAverages(
-        tuple(averages), {one.key: seeds for one, seeds in zip(averages, keys, strict=True)}
-    )
+    keys_of_seeds, averages = {}, []
+    for group in groups.values():
+        averages.append(_average(group) if len(group) > 1 else group[0])
+        keys_of_seeds[averages[-1].key] = tuple(result.key for result in group)
+    return SeedAverages(tuple(averages), keys_of_seeds)
 
 
 def lowest_seed(group: Sequence[TrialResult]) -> TrialResult:

@@ -38,13 +38,13 @@ def write_sweep_report(
     axes: FrontAxes | None = None,
     tracking: Tracking | None = None,
 ) -> WrittenReport:
-    """Write the report of a sweep, and track it.
+    """Write the report of a sweep, and track it in MLflow unless `tracking` is None.
 
     Args:
         workspace: Holds the sweep.
         sweep: Its results, or its name to use the stored ones.
         axes: Cost and quality; NFE and accuracy by default.
-        tracking: MLflow; None to write files only.
+        tracking: MLflow.
 
     Raises:
         UserError: If there is no such sweep, or it has no result yet.
@@ -95,11 +95,7 @@ def sweep_front(
 ) -> Front:
     """Return the front of a sweep's results, with the confidence of each place.
 
-    Args:
-        sweep: The results.
-        items: Values of single items; see `load_item_values`.
-        axes: Cost and quality.
-        kept_share: The share of the full model's quality that confidences relate to.
+    `items` is from `load_item_values`; `kept_share` is that of `with_confidence`.
     """
     averages = average_seeds(sweep.results)
     front = find_front(averages.results, axes)

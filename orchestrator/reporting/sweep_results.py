@@ -1,8 +1,8 @@
 """The results of a sweep, stored in `sweeps/NAME/results.json`.
 
-A sweep stores its results as trials finish, and reports are made from the file alone, without Ray
-or MLflow. The values of single items lie in the trials' folders, in files named by the key of the
-result; a report without them lacks only the paired errors.
+Reports are made from this file alone, without Ray or MLflow. The values of single items lie in the
+trials' folders, in files named by the key of the result; a report without them lacks only the
+paired errors.
 """
 
 from __future__ import annotations
@@ -50,10 +50,6 @@ class StoredSweep:
         return [
             f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT_TITLE, {}).items()
         ]
-
-    def with_results(self, results: tuple[TrialResult, ...]) -> StoredSweep:
-        """Return the same sweep with other results."""
-        return replace(self, results=results)
 
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""
@@ -105,11 +101,9 @@ class StoredSweep:
 
 
 def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
-    """Read the stored results of a sweep.
+    """Read the stored results of a sweep; they are named after their folder.
 
-    Returns:
-        The results, named after their folder. So a folder that was copied or renamed is a sweep of
-        its own, and nothing is written into the original.
+    So a folder that was copied or renamed is a sweep of its own.
 
     Raises:
         UserError: If there is no such sweep, it has no result yet, or its file is damaged.

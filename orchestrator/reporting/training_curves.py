@@ -1,8 +1,7 @@
 """Training losses of a sweep's models, and its hypervolume over time, read from journals.
 
-Students have their validation loss; if they were validated too rarely for a curve, their
-divergence from the teacher, else their training loss. The full model and the baselines have their
-own chart, because they start from nothing and would flatten the other curves.
+The full model and the baselines have their own chart, because they start from random weights and
+would flatten the students' curves.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ STUDENT_CHARTS = {
     "Divergence from the teacher (KL) while training": "train/kl",
     "Loss while training": "train/loss",
 }
-"""Title -> metric; the report shows the first chart that has a curve."""
+"""Title -> metric; the report shows the first chart that has a curve. Short trainings are validated
+too rarely for the first one."""
 BASELINE_CHART = "Validation loss of full model and baselines"
 HISTORY_CHARTS = {
     "Hypervolume against trials finished": HYPERVOLUME_BY_TRIALS,
@@ -63,11 +63,7 @@ def read_training_curves(sweep: StoredSweep, front: Front) -> Mapping[str, Seque
 
 
 def read_history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
-    """Return the hypervolume while the sweep ran, by chart title.
-
-    Args:
-        folder: Folder of the journal; see `history_folder`.
-    """
+    """Return the hypervolume while the sweep ran, by chart title; see `history_folder`."""
     charts = {title: _read_curves([("front", folder)], m) for title, m in HISTORY_CHARTS.items()}
     return {title: curves for title, curves in charts.items() if curves}
 

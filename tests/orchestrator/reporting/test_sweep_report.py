@@ -138,7 +138,7 @@ def of_two_seeds(workspace: Workspace, sweep: StoredSweep) -> StoredSweep:
                     checkpoint=str(folder / "step_00000020"),
                 )
             )
-    return sweep.with_results(tuple(results))
+    return replace(sweep, results=tuple(results))
 
 
 def test_each_seed_has_its_curve(workspace: Workspace, sweep: StoredSweep) -> None:
@@ -250,7 +250,7 @@ def test_mlflow_holds_the_sweep_once(
 
 def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: StoredSweep) -> None:
     many = [replace(result, key=f"{result.key}{n}") for n in range(12) for result in sweep.results]
-    written = write_sweep_report(workspace, sweep.with_results(tuple(many)))
+    written = write_sweep_report(workspace, replace(sweep, results=tuple(many)))
     note = run_note(written.report, "run")
     assert len(note) <= 8000
     assert "front/table.json" in note
@@ -262,7 +262,7 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
 def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: StoredSweep) -> None:
     teacher, trial = sweep.results[:2]
     pruned = replace(trial, checkpoint=teacher.checkpoint)
-    sweep = sweep.with_results((teacher, pruned))
+    sweep = replace(sweep, results=(teacher, pruned))
     assert sweep.journal_of(teacher) is not None
     assert sweep.journal_of(pruned) is None
 
@@ -295,7 +295,7 @@ def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
     bare = tuple(replace(result, quality={}) for result in sweep.results)
-    written = write_sweep_report(workspace, sweep.with_results(bare))
+    written = write_sweep_report(workspace, replace(sweep, results=bare))
     assert written.page is None
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
 
