@@ -1,7 +1,6 @@
 """The command line: a command parses, calls one pipeline and prints what it returns.
 
-Nothing heavy is imported at the top, so that `--help` is instant: each command imports what it
-needs.
+Each command imports what it needs when it runs, so that `--help` is instant.
 """
 
 from orchestrator.cli import training, measuring, sweeps, results, models  # noqa: F401, I001  # the order of --help

@@ -1,7 +1,6 @@
 """The application that commands register with, and its exit codes.
 
-0 done, 1 failed, 2 the user's mistake, 130 interrupted. A command that fails while it is
-interrupted has failed.
+0 done, 1 failed (also while it was interrupted), 2 the user's mistake, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        arguments: The text after `iiet-orch`, split; that of this process when unset.
+        arguments: The words after `iiet-orch` (default: those of this process).
     """
     try:
         app(arguments, prog_name="iiet-orch")
@@ -41,7 +40,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, SystemExit):  # Typer has printed what was wrong
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, Interrupted):
-        _complain(str(error) or "interrupted; the same command resumes")
+        _complain(str(error) or "interrupted; run the same command again to resume")
         return 130
     if isinstance(error, UserError | RunFailed):
         _complain(str(error))

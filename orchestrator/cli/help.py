@@ -86,12 +86,11 @@ def _names(parameter: Any) -> str:
 
 
 def _value(record: str) -> str:
-    """Return the placeholder of a value, from `-n, --number <int range>`."""
+    # Such as N from `-n, --number <int range>`.
     value = re.sub(r"^(?:--?[\w-]+(?:, | / |$)?)+", "", record).strip().removeprefix("<")
     value = re.sub(r"^list\[(.*)\]$", r"\1", value.removesuffix(">"))
     return SHORT_TYPES.get(value.lower(), value)
 
 
 def _unfolded(text: str) -> str:
-    """Join the lines of each paragraph; the terminal wraps them again."""
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))

@@ -13,6 +13,7 @@ from orchestrator.cli.options import (
     MAX_COUNT,
     CheckpointArgument,
     ConfigOption,
+    MetricOption,
     SetOption,
     VerboseOption,
     WorkspaceOption,
@@ -31,7 +32,7 @@ def influence(
     checkpoint: CheckpointArgument = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
-    metric: Annotated[str | None, typer.Option(help="cosine, relative or loss.")] = None,
+    metric: MetricOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -41,9 +42,7 @@ def influence(
         from orchestrator.pipelines.influence import measure_influence
         from orchestrator.reporting.influence_tables import influence_terminal_table
 
-        result = measure_influence(
-            settings, workspace=session.workspace, model=checkpoint, progress=session.progress
-        )
+        result = measure_influence(settings, model=checkpoint, **session.common)
         session.console.print(influence_terminal_table(result.table))
 
 
@@ -97,11 +96,10 @@ def evaluate(
 
         result = evaluating.evaluate(
             settings,
-            workspace=session.workspace,
             models=checkpoints or [],
             schedules=schedule or [],
             trust_remote_code=trust_remote_code,
-            progress=session.progress,
+            **session.common,
         )
         _print_evaluations(session, result.evaluations)
 
@@ -165,7 +163,6 @@ def benchmark(
         from orchestrator.reporting import benchmark_tables
 
         found = benchmarking.benchmark(
-            workspace=session.workspace,
             models=checkpoints or [],
             schedules=schedule or [],
             conditions=MeasurementSettings(
@@ -175,16 +172,13 @@ def benchmark(
                 repetitions=repetitions,
                 num_threads=threads,
             ),
-            progress=session.progress,
+            **session.common,
         )
         for table in benchmark_tables.cost_and_share_tables(found.costs):
             session.console.print(table)
+        lines = benchmark_tables.benchmark_sentences(found.costs)
         how = benchmark_tables.conditions_sentence(
             found.conditions, device=found.device, dtype=found.dtype
         )
-        for line in [
-            *benchmark_tables.benchmark_sentences(found.costs),
-            how,
-            f"written to {found.path}",
-        ]:
+        for line in (*lines, how, f"written to {found.path}"):
             print_line(session.console, f"  {line}")

@@ -12,7 +12,10 @@ from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
     ConfigOption,
+    CostOption,
+    FolderToWriteOption,
     ModelArgument,
+    QualityOption,
     ScheduleOption,
     SetOption,
     VerboseOption,
@@ -79,23 +82,18 @@ def generate(
     with open_session(workspace, "generate", verbose=verbose) as session:
         from orchestrator.pipelines import generating
 
-        options: dict[str, Any] = {
-            "workspace": session.workspace,
-            "model": checkpoint,
-            "schedule": schedule,
-            "sampling": generating.Sampling(
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                stop=tuple(stop or ()),
-                kv_strategy=kv,
-            ),
-            "chat": chat,
-            # The text goes to standard output, so warnings go elsewhere.
-            "progress": _Warnings(session.terminal),
-        }
+        sampling = generating.Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop or ()),
+            kv_strategy=kv,
+        )
+        options = {**session.common, "model": checkpoint, "schedule": schedule, "chat": chat}
+        # The text goes to standard output, so warnings go elsewhere.
+        options |= {"sampling": sampling, "progress": _Warnings(session.terminal)}
         if len(prompts) > 1:
             for text, written in zip(prompts, generating.generate(prompts, **options), strict=True):
                 typer.echo(f"{text}{': ' if chat else ''}{written}\n")
@@ -119,11 +117,6 @@ class _Warnings(Progress):
 
 
 def _piped_prompt() -> str:
-    """Read a prompt from standard input.
-
-    Raises:
-        UserError: If there is none.
-    """
     import sys
 
     text = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
@@ -151,22 +144,14 @@ def import_folder(
     with open_session(workspace, "import", verbose=verbose) as session:
         from orchestrator.pipelines.importing import import_model
 
-        checkpoint = import_model(
-            folder,
-            workspace=session.workspace,
-            tokenizer=tokenizer,
-            name=name,
-            progress=session.progress,
-        )
+        checkpoint = import_model(folder, tokenizer=tokenizer, name=name, **session.common)
         print_line(session.console, f"checkpoint: {checkpoint}")
 
 
 @app.command(rich_help_panel="Models")
 def export(
     checkpoint: ModelArgument = None,
-    to: Annotated[
-        Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
-    ] = None,
+    to: FolderToWriteOption = None,
     schedule: ScheduleOption = None,
     measure: Annotated[
         bool, typer.Option(help="Evaluate the model for its card, unless that is done.")
@@ -183,12 +168,11 @@ def export(
 
         folder = exporting.export(
             settings,
-            workspace=session.workspace,
             model=checkpoint,
             to=to,
             schedule=schedule,
             measure=measure,
-            progress=session.progress,
+            **session.common,
         )
         print_line(session.console, f"exported: {folder}")
 
@@ -213,11 +197,9 @@ def pick(
     ] = False,
     best: Annotated[bool, typer.Option("--best", help="Highest quality.")] = False,
     cheapest: Annotated[bool, typer.Option("--cheapest", help="Lowest cost.")] = False,
-    cost: Annotated[str | None, typer.Option(help="evaluations, flops, ms or kv.")] = None,
-    quality: Annotated[str | None, typer.Option(help="accuracy, bits, perplexity or loss.")] = None,
-    to: Annotated[
-        Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
-    ] = None,
+    cost: CostOption = None,
+    quality: QualityOption = None,
+    to: FolderToWriteOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the choice; export and register nothing.")
     ] = False,
@@ -231,14 +213,13 @@ def pick(
         from orchestrator.pipelines import picking
 
         choice = picking.pick(
-            workspace=session.workspace,
             sweep=sweep,
             rule=rule,
             cost=cost,
             quality=quality,
             to=to,
             dry_run=dry_run or only_name,  # --only-name is the option's earlier name
-            progress=session.progress,
+            **session.common,
         )
         lines = [f"{rule.alias}: {choice.sentence}"]
         if choice.folder is None:
@@ -250,11 +231,6 @@ def pick(
 
 
 def _rule(keep: float | None, confidence: float, budget: float | None, **flags: bool) -> Any:
-    """Return the rule of the options; by default the cheapest that keeps 99%.
-
-    Raises:
-        UserError: If the options name several rules.
-    """
     from orchestrator.reporting.pick_rules import PickRule
 
     asked = [name for name, is_set in flags.items() if is_set]

@@ -57,6 +57,19 @@ ModelArgument = Annotated[
         help="Checkpoint or run, by path or name; the newest IIET or imported model by default."
     ),
 ]
+CostOption = Annotated[
+    str | None, typer.Option(help="Cost of the front: evaluations, flops, ms or kv.")
+]
+QualityOption = Annotated[
+    str | None, typer.Option(help="Quality of the front: accuracy, bits, perplexity or loss.")
+]
+FolderToWriteOption = Annotated[
+    Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
+]
+MetricOption = Annotated[str | None, typer.Option(help="cosine, relative or loss.")]
+ControlOption = Annotated[
+    str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
+]
 ScheduleOption = Annotated[
     str | None,
     typer.Option("--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0."),
@@ -96,8 +109,6 @@ def read_options(config: str | None, assignments: list[str] | None, **options: A
     """Read the settings: file, then --set, then the command's own options.
 
     Args:
-        config: A YAML file, or the name of a shipped sweep.
-        assignments: `KEY=VALUE` texts.
         **options: `section__key` to the option's value; None means that it was not given.
 
     Raises:
@@ -132,11 +143,7 @@ def parse_numbers(text: str | None, option: str) -> list[float] | None:
 
 
 def parse_rates(text: str | None) -> dict[str, list[float]] | None:
-    """Read `--rates`: the same learning rates for every method; None stays None.
-
-    Raises:
-        UserError: If one is not a number.
-    """
+    """Read `--rates`: the same learning rates for every method; None stays None."""
     from iiet.methods import METHODS
 
     rates = parse_numbers(text, "--rates")
@@ -166,11 +173,7 @@ def parse_whole_numbers(
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
-    """Read `--seeds`; None stays None.
-
-    Raises:
-        UserError: If one is not a seed.
-    """
+    """Read `--seeds`; None stays None."""
     found = parse_whole_numbers(text, "--seeds", at_least=0, at_most=MAX_SEED)
     return None if found is None else list(found)
 
@@ -188,12 +191,8 @@ def split_names(text: str | None) -> list[str | int] | None:
 
 
 def _number_texts(text: str) -> list[str]:
-    """Split at commas.
-
-    Raises:
-        ValueError: If a part has characters that only Python reads as a number, such as `1_0`.
-    """
     found = [part.strip() for part in text.split(",")]
+    # Only Python reads `1_0` as a number.
     if not all(re.fullmatch("[-+.0-9eE]{1,40}", part) for part in found):
         raise ValueError(text)
     return found

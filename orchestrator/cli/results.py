@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.app import app
-from orchestrator.cli.options import VerboseOption, WorkspaceOption
+from orchestrator.cli.options import CostOption, QualityOption, VerboseOption, WorkspaceOption
 from orchestrator.cli.printing import print_report
 from orchestrator.cli.session import open_session
 
@@ -21,12 +21,8 @@ def show_report(
             help="Names of sweeps, several on one front (default: the newest).",
         ),
     ] = None,
-    cost: Annotated[
-        str | None, typer.Option(help="Cost of the front: evaluations, flops, ms or kv.")
-    ] = None,
-    quality: Annotated[
-        str | None, typer.Option(help="Quality of the front: accuracy, bits, perplexity or loss.")
-    ] = None,
+    cost: CostOption = None,
+    quality: QualityOption = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -34,13 +30,7 @@ def show_report(
     with open_session(workspace, "report", verbose=verbose) as session:
         from orchestrator.pipelines import reports
 
-        result = reports.report(
-            workspace=session.workspace,
-            sweeps=sweeps or [],
-            cost=cost,
-            quality=quality,
-            progress=session.progress,
-        )
+        result = reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **session.common)
         print_report(session.console, result, session.workspace.root)
 
 
@@ -62,5 +52,5 @@ def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = False) -> N
     with open_session(workspace, "sync", verbose=verbose) as session:
         from orchestrator.pipelines import syncing
 
-        delivered = syncing.sync(workspace=session.workspace, progress=session.progress)
+        delivered = syncing.sync(**session.common)
         session.console.print(f"{delivered} records delivered")

@@ -1,7 +1,6 @@
-"""What a command works with: a workspace, a progress display and a console.
+"""The workspace, progress display and console of a command, and a log of the libraries' output.
 
-While a session is open, the libraries' output goes to a log. An unexpected error becomes one
-sentence on the terminal and a traceback in that log.
+An unexpected error becomes one sentence on the terminal and a traceback in that log.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
@@ -27,13 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """What a command works with."""
+    """What a command works with; see the module's docstring."""
 
     workspace: Workspace
     progress: Progress
     console: Console
     terminal: TextIO
     """The terminal's standard error; `sys.stderr` goes to the log meanwhile."""
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The keyword arguments that every pipeline takes."""
+        return {"workspace": self.workspace, "progress": self.progress}
 
 
 @contextmanager
@@ -62,7 +66,7 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise RunFailed(
                     f"no space is left on the disk of {space.root} (or of temporary files); free "
-                    f"some, then the same command resumes from what was saved{notes}"
+                    f"some, then run the same command again to resume from what was saved{notes}"
                 ) from error
             if log.path is not None:
                 with log.path.open("a", encoding="utf-8") as file:

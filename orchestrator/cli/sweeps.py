@@ -13,8 +13,10 @@ from orchestrator.cli.options import (
     MAX_SEED,
     CheckpointArgument,
     ConfigOption,
+    ControlOption,
     DryRunOption,
     GpusPerTrialOption,
+    MetricOption,
     NameOption,
     SeedsOption,
     SetOption,
@@ -52,10 +54,8 @@ def sweep_threshold(
         str | None, typer.Option(help="Unit of budgets: evaluations, flops or kv (bytes).")
     ] = None,
     selection: Annotated[str | None, typer.Option(help="threshold or knapsack.")] = None,
-    metric: Annotated[str | None, typer.Option(help="cosine, relative or loss.")] = None,
-    control: Annotated[
-        str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
-    ] = None,
+    metric: MetricOption = None,
+    control: ControlOption = None,
     seeds: SeedsOption = None,
     trials_at_once: TrialsAtOnceOption = None,
     workers_per_trial: WorkersPerTrialOption = None,
@@ -228,12 +228,7 @@ def _sweep(
     with open_session(workspace, command, verbose=verbose) as session:
         from orchestrator.pipelines import sweep_dry_runs, sweeps
 
-        options: dict[str, Any] = {
-            "workspace": session.workspace,
-            "teacher": teacher,
-            "name": name,
-            "progress": session.progress,
-        }
+        options = {**session.common, "teacher": teacher, "name": name}
         if dry_run:
             print_plan(session.console, sweep_dry_runs.plan_sweep(settings, **options))
         else:

@@ -12,6 +12,7 @@ from orchestrator.cli.options import (
     MAX_COUNT,
     CheckpointArgument,
     ConfigOption,
+    ControlOption,
     DryRunOption,
     GpusOption,
     SetOption,
@@ -46,7 +47,7 @@ def quickstart(
     with open_session(workspace, "quickstart", verbose=verbose) as session:
         from orchestrator.pipelines.sweeps import sweep
 
-        result = sweep(settings, workspace=session.workspace, progress=session.progress)
+        result = sweep(settings, **session.common)
         print_sweep(session.console, result, session.workspace.root)
 
 
@@ -69,7 +70,7 @@ def prepare(
     with open_session(workspace, "prepare", verbose=verbose) as session:
         from orchestrator.pipelines import preparing
 
-        folder = preparing.prepare(settings, workspace=session.workspace, progress=session.progress)
+        folder = preparing.prepare(settings, **session.common)
         print_line(session.console, f"tokens: {folder}")
 
 
@@ -150,9 +151,7 @@ def distill(
     checkpoint: CheckpointArgument = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
-    control: Annotated[
-        str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
-    ] = None,
+    control: ControlOption = None,
     local: LocalOption = False,
     set_: SetOption = None,
     verbose: VerboseOption = False,
