@@ -69,7 +69,8 @@ class Runs:
 
     def __init__(self, size: RunSize, folder: Path) -> None:
         self.size, self.folder = size, folder
-        self.tokens = write_tokens(folder / "tokens", _documents(), DataSettings(vocab_size=300))
+        settings = DataSettings(vocab_size=300)
+        self.tokens = write_tokens(folder / "tokens", _documents(), settings, resume_key="text")
         self._numbers = count()
 
     def job(self, *, checkpoint_every_steps: int | None = None) -> TrainingJob:

@@ -51,7 +51,7 @@ def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(80)
     ]
     settings = DataSettings(vocab_size=300, validation_fraction=0.2)
-    return write_tokens(tmp_path_factory.mktemp("tokens"), documents, settings)
+    return write_tokens(tmp_path_factory.mktemp("tokens"), documents, settings, resume_key="a key")
 
 
 @pytest.fixture

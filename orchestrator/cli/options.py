@@ -172,10 +172,9 @@ def parse_whole_numbers(
     return tuple(dict.fromkeys(found))
 
 
-def parse_seeds(text: str | None) -> list[int] | None:
+def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     """Read `--seeds`; None stays None."""
-    found = parse_whole_numbers(text, "--seeds", at_least=0, at_most=MAX_SEED)
-    return None if found is None else list(found)
+    return parse_whole_numbers(text, "--seeds", at_least=0, at_most=MAX_SEED)
 
 
 def split_names(text: str | None) -> list[str | int] | None:

@@ -50,16 +50,16 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
     space = open_workspace(workspace)
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
     console = Console(file=sys.stdout, highlight=False)
-    with command_log(space.logs, command, verbose=verbose) as log:
+    with command_log(space.logs, command, verbose=verbose) as (log, terminal):
         try:
             with terminal_progress(console) as progress:
-                yield Session(space, progress, console, log.terminal)
+                yield Session(space, progress, console, terminal)
         except (UserError, Interrupted):
             raise
         except KeyboardInterrupt:
             raise Interrupted from None
         except RunFailed as error:
-            where = f"\nThe log is {log.path}" if log.path else ""
+            where = f"\nThe log is {log}" if log else ""
             raise RunFailed(f"{error}{where}") from error
         except Exception as error:
             notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
@@ -68,13 +68,13 @@ def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iter
                     f"no space is left on the disk of {space.root} (or of temporary files); free "
                     f"some, then run the same command again to resume from what was saved{notes}"
                 ) from error
-            if log.path is not None:
-                with log.path.open("a", encoding="utf-8") as file:
+            if log is not None:
+                with log.open("a", encoding="utf-8") as file:
                     file.write(mask_secrets("".join(traceback.format_exception(error))))
             if isinstance(error, OSError) and (sentence := path_error_message(error)):
                 raise UserError(sentence) from error
-            if log.path is None:
+            if log is None:
                 raise
             raise RunFailed(
-                f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log.path}"
+                f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log}"
             ) from error

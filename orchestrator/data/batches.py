@@ -89,11 +89,7 @@ class BatchPlan:
 
 
 def check_even_split(global_batch: int, num_workers: int, *, section: str = "training") -> None:
-    """Check that workers can share a batch evenly.
-
-    Raises:
-        UserError: If they cannot; names the settings `section` that sets the size of a step.
-    """
+    """Raise a `UserError`, about settings of `section`, if workers cannot share a batch evenly."""
     if global_batch % num_workers or global_batch < 1:
         raise UserError(
             f"a step has {global_batch} sequences, which {num_workers} workers cannot share "
@@ -121,11 +117,7 @@ def validation_batches(
 
 
 def check_text_length(num_tokens: int, context_length: int, split: str) -> None:
-    """Check that the text of a split fills at least one sequence.
-
-    Raises:
-        UserError: If `num_tokens` is below `context_length`.
-    """
+    """Raise a `UserError` if the text of a split has fewer tokens than one sequence."""
     if num_tokens < context_length:
         raise UserError(
             f"the {split} text has {num_tokens} tokens, fewer than one sequence of "

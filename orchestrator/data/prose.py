@@ -155,11 +155,7 @@ def _drop_introductions(chunks: list[_Chunk]) -> list[str]:
 
 
 class NoveltyFilter:
-    """Remembers the paragraphs read so far and recognizes repetitions.
-
-    A paragraph is repeated if too many of its runs of `SHINGLE_WORDS` words were seen before. Each
-    run is stored as an 8-byte hash.
-    """
+    """Recognizes paragraphs whose runs of `SHINGLE_WORDS` words were seen before."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()

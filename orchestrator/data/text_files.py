@@ -124,10 +124,7 @@ def split_text_file(text: str) -> list[str]:
 
 
 def split_long(text: str) -> Iterator[str]:
-    """Yield a document whole, or one of book length as passages that end with a paragraph.
-
-    So even a single book gives both training and validation text.
-    """
+    """Yield passages of a document of book length, so that some are held out; others whole."""
     if len(text) <= LONG_DOCUMENT_CHARACTERS:
         yield text
         return

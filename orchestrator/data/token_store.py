@@ -112,11 +112,7 @@ def open_tokens(folder: Path | str) -> TokenStore:
 
 
 def verify_tokens(folder: Path, *, always: bool = False) -> None:
-    """Verify the files' content; without `always`, of those changed since the last verification.
-
-    Raises:
-        UserError: If a file's content has changed; names it.
-    """
+    """Raise a `UserError` if a file's content has changed; see `whole_folders.damaged_file`."""
     manifest = _read_manifest(folder)
     _check_files(folder, manifest)
     if damage := damaged_file(folder, manifest.sha256, always=always):

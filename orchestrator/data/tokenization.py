@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections import deque
@@ -63,22 +62,19 @@ def write_tokens(
     documents: Iterable[Document],
     settings: DataSettings,
     *,
-    resume_key: str | None = None,
+    resume_key: str,
     progress: Progress | None = None,
 ) -> Path:
     """Tokenize documents into `parent`/<fingerprint>; keep a folder that has the same content.
 
     Args:
-        resume_key: Identifies the documents, so that a later call can resume this one; without it,
-            an interrupted call leaves nothing.
+        resume_key: Identifies the documents, so that a later call can resume this one.
 
     Raises:
         UserError: If there is no text, or too little to hold some out.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f"{TEMPORARY_PREFIX}{resume_key or os.getpid()}"
-    if resume_key is None:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary = parent / f"{TEMPORARY_PREFIX}{resume_key}"
     temporary.mkdir(exist_ok=True)
     if not isinstance(progress, TokenProgress):
         progress = TokenProgress(progress or Progress())
@@ -90,7 +86,7 @@ def write_tokens(
             verify_tokens(final)
     except BaseException as error:
         # Other user errors keep the commits: an unreachable network, for example, is one.
-        if resume_key is None or isinstance(error, StaleTokens) or not can_resume(temporary):
+        if isinstance(error, StaleTokens) or not can_resume(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(temporary, ignore_errors=True)

@@ -68,11 +68,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a transformers folder as transformers does.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
+    """Load the tokenizer of a folder as transformers does; a `UserError` if that fails."""
     # Imported here because it takes seconds; our own models do not need it.
     from transformers import AutoTokenizer
 

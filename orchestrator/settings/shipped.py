@@ -21,11 +21,7 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def find_settings_file(name: str) -> Path:
-    """Return the file of a path, or of the name of a shipped sweep.
-
-    Raises:
-        UserError: If it is neither.
-    """
+    """Return the file of a path, or of the name of a shipped sweep; a `UserError` for others."""
     try:
         path = Path(name).expanduser()
         if path.is_file():

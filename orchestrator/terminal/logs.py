@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -23,22 +22,16 @@ from orchestrator.workspace.credentials import mask_secrets
 NUM_LOGS_KEPT = 20
 
 
-@dataclass(frozen=True)
-class CommandLog:
-    """A command's log file (None if verbose), and the user's terminal."""
-
-    path: Path | None
-    terminal: TextIO
-
-
 @contextmanager
-def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[CommandLog]:
+def command_log(
+    folder: Path, command: str, *, verbose: bool
+) -> Iterator[tuple[Path | None, TextIO]]:
     """Redirect standard error to a new log file until the block ends, unless `verbose`.
 
-    Only the newest `NUM_LOGS_KEPT` files in the folder are kept.
+    Yields the log file, or None, and the user's terminal. The folder keeps `NUM_LOGS_KEPT` files.
     """
     if verbose:
-        yield CommandLog(None, sys.stderr)
+        yield None, sys.stderr
         return
     folder.mkdir(parents=True, exist_ok=True)
     for old in sorted(folder.glob("*.log"))[: -NUM_LOGS_KEPT + 1]:
@@ -54,7 +47,7 @@ def command_log(folder: Path, command: str, *, verbose: bool) -> Iterator[Comman
     logging.captureWarnings(True)
     terminal = io.TextIOWrapper(os.fdopen(os.dup(saved), "wb"), write_through=True)
     try:
-        yield CommandLog(path, terminal)
+        yield path, terminal
     finally:
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(handler)

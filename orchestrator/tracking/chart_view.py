@@ -45,11 +45,7 @@ class ChartView:
     """Groups of metrics (the part before the last `/`) whose automatic charts stay folded."""
 
     def tag_value(self) -> str:
-        """Return the value of the experiment's tag.
-
-        Raises:
-            ValueError: If the view is larger than MLflow stores in a tag.
-        """
+        """Return the value of the experiment's tag; a ValueError if it is too large for MLflow."""
         now = int(time.time() * 1000)
         tag = {
             "name": self.name,

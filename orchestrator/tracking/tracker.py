@@ -81,7 +81,8 @@ class Tracking:
             self,
             RunIdentity(key=key, kind=kind, name=name, parent=parent.identity if parent else None),
         )
-        run.describe(params or {}, tags or {})
+        texts = {name: str(value) for name, value in (params or {}).items()}
+        run.write("describe", params=texts, tags=dict(tags or {}))
         return run
 
     def log_trial(
@@ -208,41 +209,36 @@ class TrackedRun:
                 self._tracking.pause(error)
         return self._run_id
 
-    def describe(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Add parameters and tags; an existing parameter keeps its value, a tag is replaced."""
-        texts = {name: str(value) for name, value in params.items()}
-        self._write("describe", params=texts, tags=dict(tags))
-
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; existing ones are replaced."""
-        self.describe({}, tags)
+        self.write("describe", params={}, tags=dict(tags))
 
     def set_note(self, markdown: str) -> None:
         """Set the description at the top of the run's page."""
-        self.describe({}, {NOTE_TAG: markdown})
+        self.set_tags({NOTE_TAG: markdown})
 
     def log_journal(self, folder: Path) -> None:
         """Copy the journal's new metrics; records already in the run are not copied again."""
-        self._write("mirror", folder=str(folder))
+        self.write("mirror", folder=str(folder))
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Set metrics at a step."""
         numbers = {name: float(value) for name, value in values.items()}
-        self._write("metrics", values=numbers, step=step, time_ms=_now_ms())
+        self.write("metrics", values=numbers, step=step, time_ms=_now_ms())
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or the files of a folder, in a folder of the run; replace existing ones."""
-        self._write("artifact", path=str(path), folder=folder)
+        self.write("artifact", path=str(path), folder=folder)
 
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         """Store rows as a table, `NAME.json`, with the first row's names as columns."""
         columns = list(rows[0]) if rows else []
         data = [[row.get(column) for column in columns] for row in rows]
-        self._write("table", columns=columns, data=data, name=name)
+        self.write("table", columns=columns, data=data, name=name)
 
     def log_dataset(self, name: str, digest: str, profile: Mapping[str, Any]) -> None:
         """Log the data that the run read; `digest` is a hash, `profile` its origin and sizes."""
-        self._write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
+        self.write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
 
     def register(self, model: str, folder: Path, *, key: str, alias: str, note: str = "") -> None:
         """Store an exported folder with the run, as a version of a registered model.
@@ -252,13 +248,14 @@ class TrackedRun:
             key: Content key of the model; the same key in the same run is the same version.
             alias: Moves to this version.
         """
-        self._write("register", model=model, key=key, folder=str(folder), alias=alias, note=note)
+        self.write("register", model=model, key=key, folder=str(folder), alias=alias, note=note)
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED; an unchanged status keeps its end time."""
-        self._write("finish", status=status, time_ms=_now_ms())
+        self.write("finish", status=status, time_ms=_now_ms())
 
-    def _write(self, operation: str, **arguments: Any) -> None:
+    def write(self, operation: str, **arguments: Any) -> None:
+        """Perform one of `OPERATIONS` on this run, now or later."""
         run = self.identity.model_dump()
         self._tracking.write({"operation": operation, "run": run, "arguments": arguments})
 

@@ -69,7 +69,11 @@ def test_a_data_set_and_its_files_give_the_same_tokens(tmp_path: Path) -> None:
     streamed = DataSettings(source="hub", hub_name=str(tmp_path / "set"), **common)
     read = DataSettings(source="files", files=(str(tmp_path / "set" / "*.jsonl"),), **common)
     stores = [
-        open_tokens(write_tokens(tmp_path / settings.source, read_documents(settings), settings))
+        open_tokens(
+            write_tokens(
+                tmp_path / settings.source, read_documents(settings), settings, resume_key="a key"
+            )
+        )
         for settings in (streamed, read)
     ]
     assert stores[0].fingerprint == stores[1].fingerprint

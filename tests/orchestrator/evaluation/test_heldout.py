@@ -56,7 +56,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
     documents = [Document(story(draw), f"story {number}") for number in range(150)]
     settings = DataSettings(vocab_size=400, validation_fraction=0.3)
-    return write_tokens(tmp_path_factory.mktemp("tokens"), documents, settings)
+    return write_tokens(tmp_path_factory.mktemp("tokens"), documents, settings, resume_key="a key")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_suite_does_not_depend_on_its_path(suite: HeldoutSuite, tmp_path: Path
 
 def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
     documents = [Document(f"{i} " + "0x1f;" * i, "code") for i in range(1, 20)]
-    folder = write_tokens(tmp_path, documents, DataSettings(vocab_size=300))
+    folder = write_tokens(tmp_path, documents, DataSettings(vocab_size=300), resume_key="a key")
     with pytest.raises(UserError, match="give no test items"):
         build_heldout(folder, num_items=50, context_length=64)
     assert not list(folder.glob("*heldout*"))
