@@ -44,8 +44,8 @@ TEXT_FILES = (
     GENERATION_CONFIG,
     TOKEN_IDS,
 )
-"""Files of an imported model beside `tokenizer.json`: its special tokens and chat template. All but
-`TOKEN_IDS` (from the model's own `config.json`) are files of transformers."""
+"""Special tokens and chat template of an imported model. All but `TOKEN_IDS` (from the model's own
+`config.json`) are files of transformers."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision in the settings -> dtype."""
@@ -79,15 +79,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint completely, or raise and leave nothing; return its folder.
 
-    Args:
-        run_folder: Parent of the checkpoint's folder. An existing checkpoint is replaced.
-        step: Optimizer steps done.
-        config: The model's configuration.
-        weights: The decoder's state.
-        training_state: Tensors, numbers, strings and containers of them; no other classes.
-        tokenizer_path: Copied into the folder.
-        provenance: JSON-able; the step, the weights' key and all checksums are added.
-        text_files: Name -> content of an imported model's `TEXT_FILES`.
+    An existing checkpoint of that step is replaced. The training state consists of tensors,
+    numbers, strings and containers of them. `text_files` are an imported model's `TEXT_FILES`.
     """
     folder = run_folder / checkpoint_name(step)
     with new_folder(folder) as temporary:

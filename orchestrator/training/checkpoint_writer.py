@@ -20,17 +20,21 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import TokenStore
 from orchestrator.training.checkpoint import read_text_files, save_checkpoint, weights_key
+from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.distributed import World, full_tensor, run_on_first
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Position
-from orchestrator.training.retention import best_checkpoint, prune_checkpoints, record_best
 from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
+from orchestrator.workspace.folders import is_valid_name
 from orchestrator.workspace.provenance import environment
+from orchestrator.workspace.whole_folders import delete_folder, delete_leftovers
 
 if TYPE_CHECKING:
     from orchestrator.training.remote_copy import RemoteCopy
 
+BEST = "best.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, PyTorch and safetensors raise if the disk is full."""
 
@@ -176,11 +180,40 @@ class CheckpointWriter:
             self._event("not copied", text=f"{text}; training continues and tries again later")
 
 
-def _copy_to_cpu(value: Any, *, keep: bool) -> Any:
-    """Return a state with a full copy of every tensor on the CPU.
+def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
+    """Record a checkpoint in `best.json`, unless the one there is at least as good."""
+    path = checkpoint.parent / BEST
+    best = read_json_object(path) if best_checkpoint(checkpoint.parent) else None
+    with damage_as_user_error(path):
+        is_better = best is None or validation_loss < best["validation_loss"]
+    if is_better:
+        found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
+        write_json(path, found)
 
-    All workers that hold shards take part; without `keep` the copies are None.
+
+def best_checkpoint(run_folder: Path) -> Path | None:
+    """Return the checkpoint that `best.json` names; None if there is none or it was deleted.
+
+    Raises:
+        UserError: If the file is damaged.
     """
+    best = read_json_object(run_folder / BEST)
+    folder = (
+        run_folder / best["checkpoint"] if best and is_valid_name(best.get("checkpoint")) else None
+    )
+    return folder if folder and folder.is_dir() else None
+
+
+def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = None) -> None:
+    """Delete all checkpoints but the newest and `keep`; delete partial ones."""
+    for folder in find_checkpoints(run_folder)[:-num_kept]:
+        if folder != keep:
+            delete_folder(folder)
+    delete_leftovers(run_folder)
+
+
+def _copy_to_cpu(value: Any, *, keep: bool) -> Any:
+    # A full copy of every tensor. All workers that hold shards take part; only the first keeps it.
     if isinstance(value, Tensor):
         tensor = full_tensor(value.detach())
         return tensor.to("cpu", copy=True) if keep else None

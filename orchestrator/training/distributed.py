@@ -107,11 +107,7 @@ def mean_over_workers(values: Mapping[str, float], world: World) -> dict[str, fl
 
 
 def run_on_first(function: Callable[[], T], world: World) -> T:
-    """Call a function on the first worker and return its result on all.
-
-    Raises:
-        Exception: On every worker, if the function raises, so that none waits for the others.
-    """
+    """Call a function on the first worker; return its result, or raise its error, on all."""
     if world.size == 1:
         return function()
     box: list[tuple[T | None, Exception | None]] = [(None, None)]

@@ -37,15 +37,13 @@ JOURNAL_ONLY_FIELDS = (
 """Fields of a recipe that change the journal or the rounding of a run, but not its result.
 `skip_bad_steps` decides only whether a run gets to its end."""
 
-NON_KEY_FIELDS = frozenset(
-    [
-        *JOURNAL_ONLY_FIELDS,
-        "checkpoint_every_steps",
-        "checkpoint_every_minutes",
-        "num_checkpoints_kept",
-        "keep_best",
-    ]
-)
+NON_KEY_FIELDS = {
+    *JOURNAL_ONLY_FIELDS,
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "num_checkpoints_kept",
+    "keep_best",
+}
 """Fields of a recipe that are not part of the key."""
 
 
@@ -148,7 +146,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     teacher = job.teacher_folder if distills else None
     return {
         "model": job.config().to_dict(),
-        "recipe": job.recipe.model_dump(mode="json", exclude=set(NON_KEY_FIELDS)),
+        "recipe": job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS),
         "tokens": open_tokens(job.tokens_folder).fingerprint,
         "teacher": weights_key(Path(teacher)) if teacher else None,
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,

@@ -30,7 +30,6 @@ from orchestrator.workspace.folders import Workspace, is_valid_name
 from orchestrator.workspace.provenance import file_key
 
 MAX_RUNS_NAMED = 20
-"""Most runs that a message names."""
 
 Warn = Callable[[str], None]
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from orchestrator.data.token_store import open_tokens
@@ -35,7 +34,8 @@ class JournalReader:
         """Return the records since the last call."""
         records, self._offset = read_journal(self._folder, self._offset)
         for record in records:
-            self.step = record.get("step", self.step) if record["kind"] == "metrics" else self.step
+            if record["kind"] == "metrics":
+                self.step = record.get("step", self.step)
         return records
 
 
@@ -124,12 +124,7 @@ class RunMonitor:
     def __enter__(self) -> RunMonitor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Copy the rest into MLflow and end the runs, except those that another process trains."""
         self._copy()
         for label, run in self._runs.items():

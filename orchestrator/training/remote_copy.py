@@ -28,11 +28,7 @@ class RemoteCopy:
     """The remote copies of one run's checkpoints."""
 
     def __init__(self, uri: str, run_folder: Path) -> None:
-        """Open the storage.
-
-        Args:
-            uri: `s3://bucket/path`, `gs://bucket/path`, `hdfs://...`, `file:///path` or a path.
-            run_folder: The run; the folder of its copies has the same name.
+        """Open the storage: `s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `file:///PATH` or a path.
 
         Raises:
             UserError: If the URI names no usable file system, or contains a secret.

@@ -48,8 +48,7 @@ from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.whole_folders import delete_leftovers
 
 LOCK_NAME = "lock"
-LOCK_SECONDS = 20.0
-"""Longest wait for another process that trains in the same folder."""
+LOCK_SECONDS = 20.0  # Longest wait for another process that trains in the same folder.
 
 Report = Callable[[int, Mapping[str, float]], None]
 

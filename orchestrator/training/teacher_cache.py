@@ -21,7 +21,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from iiet.decoder import Decoder
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.data.batches import BatchPlan
 from orchestrator.data.token_store import open_tokens
@@ -46,7 +45,6 @@ FORMAT_VERSION = 1
 
 TeacherOutput = Tensor | CoarseDistribution
 """Output for a batch: logits (batch, time, vocab), or their coarse form."""
-
 OutputsByStep = Callable[[int], tuple[Tensor, TeacherOutput]]
 """Number of a teaching step, from 0 -> its sequences (batch, time), and the teacher's output."""
 
@@ -87,17 +85,15 @@ class CachePlan:
     def files(self) -> dict[str, np.dtype[Any]]:
         """Return file name -> its values in one step, as a dtype with a shape."""
         shape = (self.num_sequences, self.context_length)
-        files: dict[str, Any] = {"tokens.bin": ("<i4", shape)}
+        files: dict[str, Any] = {"tokens": ("<i4", shape)}
         if self.top_k is None:
             # NumPy has no bfloat16; the bits are stored as integers.
             stored_as = "<i2" if self.precision == "bf16" else "<f4"
-            files["logits.bin"] = (stored_as, (*shape, self.vocab_size))
+            files["logits"] = (stored_as, (*shape, self.vocab_size))
         else:
-            top_k = min(self.top_k, self.vocab_size)
-            files["ids.bin"] = ("<i4", (*shape, top_k))
-            files["log_probs.bin"] = ("<f4", (*shape, top_k))
-            files["log_tail.bin"] = ("<f4", shape)
-        return {name: np.dtype(values) for name, values in files.items()}
+            top = (*shape, min(self.top_k, self.vocab_size))
+            files |= {"ids": ("<i4", top), "log_probs": ("<f4", top), "log_tail": ("<f4", shape)}
+        return {f"{name}.bin": np.dtype(values) for name, values in files.items()}
 
 
 def teaching_steps(job: TrainingJob) -> list[int]:
@@ -145,10 +141,9 @@ def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> Outputs
     plan = BatchPlan(len(store.train), config.context_length, recipe.seed)
     global_batch = sequences_per_step(recipe, config)
     loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)
-
-    @cache  # Loaded at the first call: a complete cache needs no teacher.
-    def teacher() -> Decoder:
-        return load_decoder(Path(str(job.teacher_folder)), device=device, frozen=True)
+    folder = Path(str(job.teacher_folder))
+    # Loaded at the first call: a complete cache needs no teacher.
+    teacher = cache(lambda: load_decoder(folder, device=device, frozen=True))
 
     @torch.no_grad()
     def output_of_pass(input_ids: Tensor) -> Any:

@@ -152,17 +152,15 @@ def _chosen_caches(
         needed, limit = bytes_to_write(plan, parent), free - promised
         if is_auto:
             limit = max(0, min(MAX_BYTES - promised, int(MAX_SHARE_OF_DISK * limit)))
-        problem = ""
-        if needed > limit:
-            problem = (
-                f"its outputs would take {format_bytes(needed)}, more than {format_bytes(limit)} "
-                f"(the smaller of {format_bytes(MAX_BYTES)} for a whole sweep and "
-                f"{MAX_SHARE_OF_DISK:.0%} of the free disk)"
+        if is_auto and needed and len(students) < MIN_STUDENTS:
+            progress.note(f"the teacher runs in each trial: only {len(students)} needs it")
+            continue
+        if is_auto and needed > limit:
+            progress.note(
+                f"the teacher runs in each trial: its outputs would take {format_bytes(needed)}, "
+                f"more than {format_bytes(limit)} (the smaller of {format_bytes(MAX_BYTES)} for "
+                f"a whole sweep and {MAX_SHARE_OF_DISK:.0%} of the free disk)"
             )
-        if needed and len(students) < MIN_STUDENTS:
-            problem = f"only {len(students)} needs it"
-        if is_auto and problem:
-            progress.note(f"the teacher runs in each trial: {problem}")
             continue
         if needed > limit:
             raise UserError(
@@ -177,6 +175,5 @@ def _chosen_caches(
 
 
 def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free

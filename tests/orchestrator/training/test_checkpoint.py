@@ -20,8 +20,8 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
+from orchestrator.training.checkpoint_writer import prune_checkpoints
 from orchestrator.training.model_lookup import resolve_checkpoint
-from orchestrator.training.retention import prune_checkpoints
 from orchestrator.workspace.errors import UserError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "training_state.pt")
