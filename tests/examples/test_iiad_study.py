@@ -1,4 +1,4 @@
-"""The study's phases: a failed trial ends none of them, and stands in the error at the end."""
+"""The study's phases: they run in spite of failed trials, which the error at the end names."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def results_of_students() -> list[TrialResult]:
 
 @pytest.fixture
 def session(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
-    """A session in which sweeps are made up."""
+    """A session whose sweeps return made-up results."""
     workspace = open_workspace(tmp_path / "space")
 
     def sweep(settings: Settings, **options: Any) -> SimpleNamespace:
@@ -100,7 +100,7 @@ def settings() -> Settings:
     )
 
 
-def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
+def test_a_study_continues_after_failed_trials_and_names_them_at_the_end(
     session: Session, settings: Settings
 ) -> None:
     with pytest.raises(RunFailed, match="2 trials failed") as failed:
@@ -110,7 +110,7 @@ def test_a_study_goes_on_past_failed_trials_and_names_them_at_the_end(
     assert "| vanilla | 2 |" in text, "at the rate that did not fail"
     assert "pcformer" not in text
     assert "r = 1 against vanilla at equal tokens: loss" in text
-    assert "± 0.000" not in text, "what has no error is not told one"
+    assert "± 0.000" not in text, "one seed has no error"
     assert "keeps 100.0% of its teacher's accuracy" in text
 
 
@@ -156,7 +156,7 @@ def test_equal_flops_are_those_that_the_trainings_count(
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_settings_that_contradict_each_other_are_refused(
     session: Session,
     settings: Settings,
     changes: dict[str, float],
@@ -175,7 +175,7 @@ def test_a_study_without_corrections_is_refused(session: Session, settings: Sett
         study.run_study(settings.model_copy(update={"sweep": sweep}), CHOICES, session)
 
 
-def test_a_mistake_on_its_command_line_is_said(
+def test_a_mistake_on_its_command_line_is_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--workspace", str(tmp_path), "--set", "training.num_step=3", "--dry-run"]

@@ -1,4 +1,4 @@
-"""What a study says of models: differences are taken seed by seed."""
+"""The study's sentences: differences are taken seed by seed."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ def test_one_seed_has_no_error(number: int) -> None:
     assert f"- r = 1 against r = 0 at equal tokens: loss {difference:+.3f}, accuracy" in text
 
 
-def test_a_teacher_that_knows_nothing_has_no_share_to_keep() -> None:
+def test_no_share_is_given_of_a_teacher_with_accuracy_0() -> None:
     assert "keeps 100.0% of its teacher's accuracy" in said(LOSSES)
     assert "of its teacher's accuracy" not in said(LOSSES, accuracy=0.0)

@@ -122,7 +122,7 @@ def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
     monkeypatch.setattr(mlflow, "set_tracking_uri", pytest.fail)
     source = version_of(context, "two-models", "keep-99").source
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of what other libraries do while they load.
+        warnings.simplefilter("ignore")  # Other libraries warn while they load.
         model = mlflow.pyfunc.load_model(source)
     prompts = ["abc def", "ghi", ""]
     found = model.predict(prompts, params={"max_new_tokens": 5})
@@ -132,7 +132,7 @@ def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
     table = pandas.DataFrame({"prompt": prompts})
     assert list(model.predict(table, params={"max_new_tokens": 5})) == found
     assert len(set(model.predict(3 * ["abc"], params={"temperature": 5.0}))) > 1
-    assert model.predict([50 * "abc def "]) == model.predict([49 * "abc def "])  # Its end counts.
+    assert model.predict([50 * "abc def "]) == model.predict([49 * "abc def "])  # Its start is cut.
     with pytest.raises(ValueError, match=r"at least 1; got 0"):
         model.predict(prompts, params={"max_new_tokens": 0})
     assert model.metadata.get_input_schema().input_types() == [DataType.string]
@@ -161,12 +161,7 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
 def test_a_pruned_model_is_the_teacher_under_its_schedule(
     context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
-    choice = pick_from(
-        context,
-        "two-models",
-        PickRule(name="cheapest"),
-        to=tmp_path / "cheapest",
-    )
+    choice = pick_from(context, "two-models", PickRule(name="cheapest"), to=tmp_path / "cheapest")
     assert choice.folder == tmp_path / "cheapest"
     model = IIETForCausalLM.from_pretrained(choice.folder)
     assert model.to_decoder().schedule == IterationSchedule((0, 0))
@@ -213,12 +208,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
         items = EvaluationResult(results={"choices": task})
         write_json(context.workspace.trials / "t" / items_file_name(result.key), items.to_dict())
     replace(sweep, name="seeds", results=(full, *seeds)).store(context.workspace)
-    choice = pick_from(
-        context,
-        "seeds",
-        PickRule(name="cheapest"),
-        to=tmp_path / "seeds",
-    )
+    choice = pick_from(context, "seeds", PickRule(name="cheapest"), to=tmp_path / "seeds")
     assert choice.point.quality == pytest.approx(0.5)
     assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
     card = (tmp_path / "seeds" / "README.md").read_text()
@@ -227,13 +217,8 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
     assert version_of(context, "seeds", "cheapest").tags["iiet.key"] == "cheap-0"
 
 
-def test_only_the_name_leaves_nothing_behind(context: Context, sweep: StoredSweep) -> None:
-    choice = pick_from(
-        context,
-        "two-models",
-        PickRule(name="budget", budget=2),
-        dry_run=True,
-    )
+def test_a_dry_run_exports_nothing(context: Context, sweep: StoredSweep) -> None:
+    choice = pick_from(context, "two-models", PickRule(name="budget", budget=2), dry_run=True)
     assert choice.point.result.key == "pruned"
     assert choice.folder is None
     assert not (context.workspace.exports / "two-models" / "budget-2").exists()
@@ -275,9 +260,8 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
         write_json(teacher / f"influence-{metric}.json", table_of(metric, (2, 1)).to_dict())
 
     def card(name: str, *settings: str) -> str:
-        chosen = read_settings(None, settings)
         folder = export(
-            chosen,
+            read_settings(None, settings),
             workspace=context.workspace,
             model=student,
             to=tmp_path / name,
@@ -301,7 +285,7 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
 
 
-def test_which_influence_is_meant(
+def test_an_influence_table_is_taken_only_if_one_can_be_meant(
     context: Context, tiny_model: dict[str, Any], tiny_tokens: Path
 ) -> None:
     checkpoint = checkpoint_of(context, "measured", tiny_model, tiny_tokens, 0)
