@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
-from orchestrator.reporting.front_axes import is_accuracy, metric_title
+from orchestrator.reporting.front_axes import COSTS, is_accuracy, metric_title
 from orchestrator.reporting.front_text import (
     confidence_text,
     difference_text,
@@ -119,19 +119,14 @@ def front_markdown(front: Front) -> str:
 
 
 def _cost_columns(axis: str) -> list[FrontColumn]:
-    # The cost axis of the front is never dropped.
+    flops, kv, ms = "cost/relative_flops", COSTS["kv"], COSTS["ms"]
     columns = {
         "cost/evaluations": FrontColumn("NFE", lambda p: _number(p, "cost/evaluations", "g")),
-        "cost/relative_flops": FrontColumn(
-            "FLOPs", lambda p: _percent(p.result.value("cost/relative_flops"), 0), 4
-        ),
-        "cost/kv_bytes_per_token": FrontColumn(
-            "KV/token", lambda p: _bytes(p.result.value("cost/kv_bytes_per_token")), 7
-        ),
-        "cost/decode_ms_per_token": FrontColumn(
-            "ms/token", lambda p: _number(p, "cost/decode_ms_per_token", ".2f"), 3
-        ),
+        flops: FrontColumn("FLOPs", lambda p: _percent(p.result.value(flops), 0), 4),
+        kv: FrontColumn("KV/token", lambda p: _bytes(p.result.value(kv)), 7),
+        ms: FrontColumn("ms/token", lambda p: _number(p, ms, ".2f"), 3),
     }
+    # The cost axis of the front is never dropped.
     if axis in columns:
         columns[axis] = replace(columns[axis], priority=0)
         return list(columns.values())

@@ -132,7 +132,7 @@ def _script_data(report: SweepReport) -> dict[str, Any]:
 def _front_by_row(
     front: Front, rows: Sequence[Mapping[str, Any]], axes: FrontAxes
 ) -> dict[str, Any]:
-    """Return the full model and the members of the fronts on other axes, as row numbers."""
+    """Return the full model and the members of the fronts on two axes, as row numbers."""
     # Rows have no infinite numbers, so a model with one cannot be drawn.
     number_of = {
         row["key"]: number

@@ -56,7 +56,7 @@ def tasks_section(front: Front) -> str:
 
 
 def schedule_strip(schedule: Sequence[int] | None) -> str:
-    """Return an iteration schedule as a strip with a cell for each layer, darker for higher r."""
+    """Return an iteration schedule as a strip with a cell for each layer; darker is a higher r."""
     if schedule is None:
         return ""
     cells = []

@@ -79,7 +79,7 @@ class FrontPoint:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the result is a model trained from scratch to compare with."""
+        """Whether the model was trained from scratch, to compare with."""
         return self.result.role == "baseline"
 
     @property
@@ -215,7 +215,7 @@ class Front:
     def share(self, point: FrontPoint) -> float | None:
         """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
 
-        For a loss it is the full model's loss over this one's.
+        For a loss: the full model's loss over this model's.
         """
         full = self.full
         if full is None:

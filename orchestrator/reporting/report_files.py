@@ -78,7 +78,7 @@ def _influence_figure(table: InfluenceTable, front: Front) -> Figure:
 
 
 def report_markdown(report: SweepReport) -> str:
-    """Return the report as Markdown: findings, table, tasks, influence, facts."""
+    """Return the whole report as Markdown."""
     parts = [f"# {report.title}", bullets(report.sentences)]
     if report.front.points:
         volume = hypervolume_text(report.front)
