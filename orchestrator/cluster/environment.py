@@ -1,8 +1,4 @@
-"""Environment variables that Ray reads when it is imported.
-
-`orchestrator/cluster/__init__.py` sets them, so they are set before any module of this package
-imports Ray, whichever comes first.
-"""
+"""Environment variables that Ray reads when it is imported; the package's `__init__` sets them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Training jobs in this process, without Ray, for debuggers and profilers.
 
 The loop runs in the main thread with as many PyTorch threads as the single Ray worker would have,
-so losses are bitwise the same. Ctrl-C and SIGTERM are a request to save and stop, as elsewhere; a
-second one ends at once.
+so losses are bitwise the same. Ctrl-C and SIGTERM ask to save and stop; a second one ends at once.
 """
 
 from __future__ import annotations
@@ -39,19 +38,7 @@ def run_local_jobs(
     note: Callable[[str], None] | None = None,
     say: Callable[[str], None] | None = None,  # noqa: ARG001 - nothing has to be started here
 ) -> list[TrainingOutcome]:
-    """Run jobs one after the other in this process; finished ones take no time.
-
-    Jobs that another process trains are waited for.
-
-    Args:
-        jobs: What to train, each in a folder of its own; checked by `check_trainings`.
-        cluster: `num_gpus` of 1 trains on the first GPU, 0 on the CPU.
-        watch: Called a few times a second between steps, to show progress.
-        note: Called with a sentence if another process is waited for.
-        say: Not called; `run_train_jobs` says that Ray starts.
-
-    Returns:
-        The outcome of each job, in their order.
+    """Run jobs one after the other in this process, the first GPU or the CPU; as `run_train_jobs`.
 
     Raises:
         UserError: If a job cannot run as described.
@@ -63,8 +50,8 @@ def run_local_jobs(
     outcomes: dict[str, TrainingOutcome] = {}
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
         for ours in parts:
-            num_threads = local_resources(count_gpus=False).cpus
-            with _saving_on_signals(ours, watch) as should_stop, threads(num_threads):
+            cpus = local_resources(count_gpus=False).cpus
+            with _saving_on_signals(ours, watch) as should_stop, threads(cpus):
                 for job in ours:
                     clear_stop_request(job.folder)
                     outcome = run_job(job, world=world, should_stop=should_stop)

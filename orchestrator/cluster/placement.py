@@ -41,7 +41,7 @@ def job_placement(
         num_jobs: Jobs that wait.
         num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of each job, one for each worker; 0 runs on CPUs.
-        resources: CPUs and GPUs of the Ray that runs.
+        resources: What the Ray that runs has.
         most_at_once: Limit of jobs at the same time.
         per_trial: Whether the jobs are trials of a sweep, for the error.
 

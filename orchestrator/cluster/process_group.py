@@ -100,8 +100,7 @@ def _join(rank: int, *, path: str, backend: str, size: int, timeout: timedelta) 
 
 def _loopback() -> str:
     """Return the name of the loopback interface: `lo` on Linux, `lo0` on macOS."""
-    addresses = psutil.net_if_addrs()
-    return next(
-        (name for name, own in addresses.items() if any(a.address == "127.0.0.1" for a in own)),
-        "lo",
-    )
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    return "lo"

@@ -1,8 +1,7 @@
 """Training jobs under Ray Train, which starts a job's workers again when one dies.
 
-A job resumes from its own folder, so Ray's records of checkpoints, which a crash can damage, are
-deleted. A user's mistake or a diverged loss comes back as an answer instead of an exception,
-because starting the workers again would not help.
+A job resumes from its own folder, so Ray's own records, which a crash can damage, are deleted. An
+error that trying again cannot help comes back as an answer instead of an exception.
 """
 
 from __future__ import annotations
@@ -65,18 +64,13 @@ def run_train_jobs(
 ) -> list[TrainingOutcome]:
     """Run jobs under Ray Train, as many at the same time as fit; finished ones take no time.
 
-    Jobs that another process trains are waited for.
+    Jobs that another process trains are waited for. The outcomes are in the order of the jobs.
 
     Args:
         jobs: What to train, each in a folder of its own; checked by `check_trainings`.
-        cluster: Workers and GPUs of each job, and how often it is started again after a worker
-            died; the defaults when unset.
         watch: Called a few times a second, to show progress.
         note: Called with a sentence if another process is waited for.
         say: Called with a sentence when Ray starts.
-
-    Returns:
-        The outcome of each job, in their order.
 
     Raises:
         UserError: If there are too few CPUs or GPUs, or a job cannot run as described.
@@ -91,9 +85,9 @@ def run_train_jobs(
             for job in ours:
                 clear_stop_request(job.folder)
             sizes = [_journal_bytes(job) for job in ours]
-            with ray_cluster(say=say) as running, recorded_signals() as signals:
+            with ray_cluster(say=say) as resources, recorded_signals() as signals:
                 placement = job_placement(
-                    len(ours), cluster.num_workers, cluster.num_gpus, running.resources
+                    len(ours), cluster.num_workers, cluster.num_gpus, resources
                 )
                 pool = ThreadPoolExecutor(placement.jobs_at_once)
                 fit = partial(
@@ -117,13 +111,12 @@ def run_train_jobs(
 def fit_job(
     job: TrainingJob, placement: Placement, *, parallel: str = "ddp", max_failures: int = 0
 ) -> None:
-    """Run one job under Ray Train in the Ray that runs already, from the driver or inside a trial.
+    """Run one job in the Ray that runs already, from the driver or inside a trial.
 
-    The caller watches for signals, and reads the outcome from the job's folder.
+    Nothing is started if the job was asked to stop. The caller watches for signals, and reads the
+    outcome from the job's folder.
 
     Args:
-        job: What to train; nothing is started if it was asked to stop.
-        placement: Its workers.
         parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it.
         max_failures: How often it is started again after a worker died.
 
@@ -193,9 +186,7 @@ def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:
     """Return `{"error": kind, "text": ...}` if trying again cannot help; else raise the error.
 
     Args:
-        error: What happened in a worker.
-        is_stopping: Whether a stop was asked for. Nothing is tried again then, so any error is an
-            answer.
+        is_stopping: Whether a stop was asked for; nothing is tried again then.
     """
     for name, kind in FINAL_ERRORS.items():
         if isinstance(error, kind):

@@ -1,9 +1,8 @@
 """Trials under Ray Tune: one worker runs directly in a Tune function, several as a Ray Train job.
 
-A Ray Train job inside each trial takes five times the start-up and three times the memory, so only
-trials of several workers have one. A trial resumes from its own folder, so Tune's experiment
-snapshots, which miss what happened in their last seconds, are deleted. A trial that fails is tried
-again a set number of times; then it is reported with its reason, and the other trials continue.
+A Ray Train job takes five times the start-up and three times the memory. A trial resumes from its
+own folder, so Tune's snapshots, which miss their last seconds, are deleted. A trial that fails is
+tried again a set number of times; then it is reported, and the others continue.
 """
 
 from __future__ import annotations
@@ -52,28 +51,27 @@ class TrialContext:
     """Where a trial runs, and whether it is asked to stop."""
 
     placement: Placement
-    """How many workers it has, and what each gets."""
     should_stop: Callable[[], bool]
     """Whether to save and return soon."""
 
     @property
-    def world(self) -> World:
-        """The place of the trial's own process."""
-        use_gpu = self.placement.use_gpu and self.placement.workers == 1
-        return World(device="cuda" if use_gpu else "cpu")
+    def device(self) -> str:
+        """Device of the trial's own process."""
+        return "cuda" if self.placement.use_gpu and self.placement.workers == 1 else "cpu"
 
     def train(
         self, job: TrainingJob, should_stop: Callable[[], bool], report: Report | None = None
     ) -> TrainingOutcome:
         """Train a job here, or on the trial's workers; as `run_job`."""
         if self.placement.workers == 1:
-            return run_job(job, world=self.world, should_stop=should_stop, report=report)
+            world = World(device=self.device)
+            return run_job(job, world=world, should_stop=should_stop, report=report)
         return train_with_workers(job, self.placement, should_stop=should_stop, report=report)
 
     def on_device(self, work: Callable[[str], T]) -> T:
         """Call a function with the name of one of the trial's devices, where that device is."""
         if self.placement.workers == 1 or not self.placement.use_gpu:
-            return work(self.world.device)
+            return work(self.device)
         # The trial's own process has no GPU: its workers had them, and have ended.
         cpus = self.placement.cpus
         remote = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy="DEFAULT")
@@ -95,20 +93,16 @@ def run_trials(
     saved: Callable[[], str] = lambda: "finished trials are saved",
 ) -> list[TrialReport]:
     """Run trials under Ray Tune, as many at the same time as fit. A failed one does not end the
-    others.
+    others. The reports are in the order of the trials.
 
     Args:
         function: Importable function from parameters and context to a JSON-able result. It may be
             called again for the same trial after a crash; it resumes from what is on disk.
         trials: Parameters of each trial.
         stop_folder: Shared folder for the file that asks running trials to stop.
-        sweep: Trials at the same time, workers and GPUs of each, and how often one is tried again.
         on_result: Called in this thread for each trial, soon after it ended.
         watch: Called a few times a second, to show progress.
         saved: Says what unfinished trials have saved; called after a signal.
-
-    Returns:
-        One report for each trial, in their order.
 
     Raises:
         UserError: If there are too few CPUs or GPUs for one trial.
@@ -119,8 +113,8 @@ def run_trials(
         return []
     clear_stop_request(stop_folder)
     reports: dict[int, TrialReport] = {}
-    with ray_cluster() as cluster:
-        placement = trial_placement(sweep, len(trials), cluster.resources)
+    with ray_cluster() as resources:
+        placement = trial_placement(sweep, len(trials), resources)
         callback = TuneCallback(trials, stop_folder)
 
         def deliver() -> None:
@@ -211,16 +205,13 @@ def train_with_workers(
     should_stop: Callable[[], bool],
     report: Report | None = None,
 ) -> TrainingOutcome:
-    """Train a job on a trial's workers, until its end or a stop.
+    """Train a job on a trial's workers, until its end or a stop; a finished one takes no time.
 
-    The trial's own process reserves no CPUs, so trials cannot wait for each other's. It learns of
-    losses from the journal that the first worker writes; a request to stop reaches the workers as
-    the stop file in the job's folder. If a worker dies, the trial fails and is tried again, which
-    resumes from the newest checkpoint.
+    The trial's own process reads losses from the journal that the first worker writes; a request to
+    stop reaches the workers as a file in the job's folder. If a worker dies, the trial fails and is
+    tried again, which resumes from the newest checkpoint.
 
     Args:
-        job: What to train; a finished one takes no time.
-        placement: Its workers.
         should_stop: Asked a few times a second.
         report: Called with the training step and its numbers.
 
@@ -229,8 +220,7 @@ def train_with_workers(
         Diverged: If a loss is not finite.
         RunFailed: If a worker failed.
     """
-    outcome = finished_outcome(job)
-    if outcome:
+    if outcome := finished_outcome(job):
         return outcome
     tail = JournalReader(job.folder)
     tail.read()  # Whoever resumes the trial has read what is there already.

@@ -1,8 +1,7 @@
-"""Start Ray on this machine only, quietly, and remove all of it at the end.
+"""Start Ray on this machine for a block of code, or join the cluster that `RAY_ADDRESS` names.
 
-`ray_cluster` starts Ray for a block of code, or joins the cluster that `RAY_ADDRESS` names. A local
-one listens on loopback only, with a token of its own, in a short temporary folder (a socket's path
-is limited to 107 characters). At the end, whatever ends it, all of its processes are gone.
+A local Ray listens on loopback only, with a token of its own, in a short temporary folder (a
+socket's path is limited to 107 characters). At the end, all of its processes are gone.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +45,15 @@ SHUTDOWN_SECONDS = 60.0  # after a normal end
 EXIT_CODE_INTERRUPTED = 130
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A running Ray."""
-
-    resources: Resources
-    """What its jobs may use."""
-    scratch: Path
-    """Ray's own files; deleted at the end."""
-
-
-_running: Cluster | None = None
+_running: Resources | None = None
+"""What the jobs of the running Ray may use."""
 
 
 @contextmanager
 def ray_cluster(
     *, num_cpus: int | None = None, say: Callable[[str], None] | None = None
-) -> Iterator[Cluster]:
-    """Start Ray until the block ends, or use the one that runs already.
+) -> Iterator[Resources]:
+    """Start Ray until the block ends, or use the one that runs; yield what its jobs may use.
 
     Args:
         num_cpus: CPUs of a local cluster; all that this process may use when unset.
@@ -108,7 +98,7 @@ class _RayThread:
         self._should_end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def started(self) -> Cluster:
+    def started(self) -> Resources:
         """Start Ray and wait until it runs.
 
         Raises:
@@ -124,7 +114,7 @@ class _RayThread:
                     deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
         if signals:
             raise KeyboardInterrupt
-        return Cluster(self._resources.result(), self.scratch.folder)
+        return self._resources.result()
 
     def end(self, seconds: float) -> None:
         """Shut Ray down; kill processes that are left after `seconds`."""
@@ -149,7 +139,7 @@ class _RayThread:
         ray.shutdown()
 
     def _ray_processes(self) -> list[psutil.Process]:
-        """Return Ray's processes, without other children and those from before the start."""
+        # Without other children of this process, and those from before the start.
         roots = [
             child
             for child in psutil.Process().children()

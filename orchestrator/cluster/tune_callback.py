@@ -28,7 +28,7 @@ class TrialReport:
     """How one trial ended."""
 
     number: int
-    """Its index in the list of trials."""
+    """Index in the list of trials."""
     parameters: dict[str, Any]
     result: dict[str, Any] | None = None
     """What it returned; None if it failed."""
@@ -79,7 +79,7 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
         return not self._to_wait_for or time.monotonic() > self._give_up_at
 
     def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:
-        """Record that a trial runs."""
+        """Note that a trial runs."""
         self._running.add(trial.config["number"])
 
     def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:

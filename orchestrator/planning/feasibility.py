@@ -1,9 +1,8 @@
-"""Whether trainings can run with the CPUs, GPUs, memory and disk that there are.
+"""Whether trainings can run with the memory and disk that there are, checked before any starts.
 
-One check for each kind of command: one or several trainings, a sweep's trials, the students of a
-teacher that is not trained yet. Each runs once, before anything is written or started. It raises
-one error that names the nearest setting that fits. If `RAY_ADDRESS` names a cluster, only the disk
-is checked here; the cluster's own CPUs and GPUs are checked when it has been asked for them.
+One check for trainings, one for a sweep's trials, one for the students of a teacher that is not
+trained yet. Each raises one error that names the nearest setting that fits. If `RAY_ADDRESS` names
+a cluster, only the disk is checked.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ def check_trainings(
 
     Args:
         jobs: The trainings; as many run side by side as there are CPUs or GPUs for.
-        cluster: Workers and GPUs of each.
         settings: Settings of each job, if a smaller model may be proposed.
 
     Raises:
@@ -124,7 +122,6 @@ def check_students_fit(
     """Refuse students that would not fit, before their teacher is trained.
 
     Args:
-        settings: All settings.
         jobs: The teacher first, then the baselines that are pretrained with it.
         max_students: Largest number of students that the sweep may train.
 

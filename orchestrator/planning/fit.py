@@ -1,9 +1,7 @@
 """Whether a training fits into memory and onto the disk, and if not, the nearest setting that does.
 
-The check passes silently or raises one error: how much is needed and for what, how much is free,
-and what to type instead. The nearest setting is the first of these that fits: fewer sequences per
-pass (same gradients), layers recomputed in the backward pass (slower), a model shared by its
-workers, a smaller model.
+The nearest setting is the first of these that fits: fewer sequences per pass (same gradients),
+layers recomputed in the backward pass (slower), a model shared by its workers, a smaller model.
 """
 
 from __future__ import annotations
@@ -101,8 +99,7 @@ def check_fit(
         raise UserError(_too_little_disk(request, estimate, free.disk + present_bytes, new_bytes))
 
 
-def nearest_fit(request: ResourceRequest, fits: Callable[[TrainingEstimate], bool]) -> str | None:
-    """Return what to type so that the training fits, or None if no known change is enough."""
+def _nearest_fit(request: ResourceRequest, fits: Callable[[TrainingEstimate], bool]) -> str | None:
     return next((text for text, estimate in _alternatives(request) if fits(estimate)), None)
 
 
@@ -176,7 +173,7 @@ def _too_little_memory(
         )
         if value
     )  # fmt: skip
-    change = nearest_fit(request, lambda other: needed_memory(other) <= free)
+    change = _nearest_fit(request, lambda other: needed_memory(other) <= free)
     advice = f"the nearest setting that fits: {change}" if change else "no preset fits"
     return (
         f"training would take about {format_bytes(needed_memory(estimate))}{each} ({parts}), "
@@ -197,7 +194,7 @@ def _too_little_disk(
         (n for n in range(kept - 1, 0, -1) if fits(request.estimate(num_checkpoints_kept=n))), None
     )
     change = f"--set {request.section}.num_checkpoints_kept={fewer}" if fewer else None
-    change = change or nearest_fit(request, fits)
+    change = change or _nearest_fit(request, fits)
     advice = f"the nearest setting that fits: {change}; or " if change else ""
     return (
         f"the run would write about {format_bytes(estimate.disk_bytes + new_bytes)} "

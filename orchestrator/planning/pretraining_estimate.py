@@ -1,8 +1,7 @@
 """What a pretraining will take, and whether it fits, before its tokens are prepared.
 
-A dry run prints the estimate. A real run that does not fit is refused here at once, before text is
-read or a process is started. The tokens need not be prepared, and no GPU need be there: the
-estimate says what it assumes instead.
+A dry run prints the estimate; a real run that does not fit is refused before text is read. Without
+prepared tokens or a GPU, the estimate says what it assumes.
 """
 
 from __future__ import annotations
@@ -67,8 +66,8 @@ def estimate_pretraining(settings: Settings, workspace: Workspace) -> Pretrainin
 def check_pretraining(settings: Settings, workspace: Workspace) -> None:
     """Refuse a pretraining whose memory or disk this machine lacks, before its text is read.
 
-    If its tokens are prepared, `check_trainings` decides instead: the run folder is known then, and
-    the checkpoints in it are replaced, not added to.
+    If its tokens are prepared, `check_trainings` decides: it knows the run folder, in which new
+    checkpoints replace old ones.
 
     Raises:
         UserError: If it does not fit, or no machine could run it; says what would fit.

@@ -1,7 +1,7 @@
-"""CPUs, GPUs, memory and disk of this machine, and the check that a job's workers can be placed.
+"""CPUs, GPUs, memory and disk of this machine, and the check that they are enough for a job.
 
-Ray would wait forever for GPUs that do not exist. Nothing here imports Ray, and PyTorch is imported
-only if GPUs are asked for, so a wrong number on the command line is reported without start-up time.
+Ray would wait forever for GPUs that do not exist. Only counting GPUs imports PyTorch, so a wrong
+number on the command line is reported at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ class FreeBytes:
 
 def local_resources(*, count_gpus: bool = True) -> Resources:
     """Return what this process may use of this machine; counting GPUs imports PyTorch."""
-    return Resources(cpus=_available_cpus(), gpus=_visible_gpus() if count_gpus else 0)
+    num_gpus = 0
+    if count_gpus:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    return Resources(cpus=_available_cpus(), gpus=num_gpus)
 
 
 def check_resources(
@@ -59,7 +64,7 @@ def check_resources(
         num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of the training, one per worker; 0 trains on CPUs.
         local: Whether the training runs in this process, without Ray.
-        per_trial: Whether the numbers are those of a sweep's trial, which has options of its own.
+        per_trial: Whether a trial of a sweep is meant, which has options of its own.
 
     Raises:
         UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
@@ -122,12 +127,6 @@ def _too_few_gpus(num_gpus: int, resources: Resources, option: str, option_for_c
 
 def _cpus(resources: Resources) -> str:
     return f"{resources.cpus} CPU{'s' * (resources.cpus > 1)}"
-
-
-def _visible_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _available_cpus() -> int:

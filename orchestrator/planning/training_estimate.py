@@ -1,9 +1,4 @@
-"""What a training takes, computed from its settings alone; nothing is built or started.
-
-In: model configuration, recipe, number of workers. Out: tokens, passes, FLOPs, and bytes on disk
-and in memory. A dry run prints them, and they are compared with what the machine has before a run
-starts. Hours follow from a rate that the caller assumes.
-"""
+"""What a training takes (passes, FLOPs, memory, disk), computed from its settings alone."""
 
 from __future__ import annotations
 
@@ -40,7 +35,7 @@ class TrainingEstimate:
     num_workers: int
     num_parameters: int
     num_tokens: int
-    """Tokens of all steps and workers."""
+    """All tokens that are read."""
     sequences_per_worker: int
     """Sequences of one step."""
     num_passes: int
@@ -92,7 +87,6 @@ def estimate_training(
     """Estimate a training.
 
     Args:
-        config: The model; its iteration schedule is the one that is trained in the end.
         parallel: `ddp`: each worker has the whole model; `fsdp`: the workers share it.
         on_gpus: Whether the workers use GPU memory.
         teacher: A frozen model whose forward pass runs in each step.
@@ -100,9 +94,18 @@ def estimate_training(
     Raises:
         UserError: If a step's sequences cannot be divided evenly among the workers.
     """
-    per_worker = _sequences_per_worker(config, recipe, num_workers)
+    sequences = sequences_per_step(recipe, config)
+    if sequences % num_workers:
+        nearest = -(-sequences // num_workers) * num_workers * config.context_length
+        raise UserError(
+            f"a step has {sequences} sequences, which {num_workers} workers cannot share evenly; "
+            f"type --set training.num_tokens_per_step={nearest}"
+        )
+    per_worker = sequences // num_workers
     per_pass = min(per_worker, recipe.num_sequences_per_pass or per_worker)
-    stages = _stages(config, recipe)
+    schedule_at = schedule_by_step(config.corrections, recipe)
+    counts = Counter(schedule_at(step) for step in range(recipe.num_steps))
+    stages = tuple(TrainingStage(schedule=s, num_steps=count) for s, count in counts.items())
     costliest = max(stages, key=lambda stage: stage.schedule.num_corrections)
     parameters = num_parameters(config)
     teacher_flops = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
@@ -116,13 +119,10 @@ def estimate_training(
         num_passes=-(-per_worker // per_pass),
         sequences_per_pass=per_pass,
         stages=stages,
-        training_flops=float(
-            sum(
-                stage.num_steps
-                * recipe.num_tokens_per_step
-                * (float(training_flops_per_token(config, stage.schedule)) + teacher_flops)
-                for stage in stages
-            )
+        training_flops=recipe.num_tokens_per_step
+        * sum(
+            stage.num_steps * (training_flops_per_token(config, stage.schedule) + teacher_flops)
+            for stage in stages
         ),
         memory=training_memory(
             config,
@@ -137,20 +137,3 @@ def estimate_training(
         # The first worker makes the copy, and all workers share the machine's memory.
         snapshot_bytes=0 if on_gpus else CHECKPOINT_BYTES_PER_PARAMETER * parameters // num_workers,
     )
-
-
-def _sequences_per_worker(config: ModelConfig, recipe: TrainingSettings, num_workers: int) -> int:
-    sequences = sequences_per_step(recipe, config)
-    if sequences % num_workers:
-        nearest = -(-sequences // num_workers) * num_workers * config.context_length
-        raise UserError(
-            f"a step has {sequences} sequences, which {num_workers} workers cannot share evenly; "
-            f"type --set training.num_tokens_per_step={nearest}"
-        )
-    return sequences // num_workers
-
-
-def _stages(config: ModelConfig, recipe: TrainingSettings) -> tuple[TrainingStage, ...]:
-    schedule_at = schedule_by_step(config.corrections, recipe)
-    counts = Counter(schedule_at(step) for step in range(recipe.num_steps))
-    return tuple(TrainingStage(schedule=s, num_steps=count) for s, count in counts.items())

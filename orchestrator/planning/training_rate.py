@@ -1,4 +1,4 @@
-"""The FLOP/s that training is assumed to reach, which the hours of a plan rest on."""
+"""The FLOP/s that training is assumed to reach; the hours of a plan follow from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class TrainingRate:
     """Assumed speed of one worker."""
 
     peak_flops: float
-    """Highest FLOP/s."""
     utilization: float
     """Share of the peak that training reaches (MFU), assumed."""
     peak_source: str
@@ -32,19 +31,15 @@ class TrainingRate:
 
     @property
     def flops_range(self) -> tuple[float, float]:
-        """FLOP/s that the shortest and the longest time rest on."""
+        """FLOP/s for the shortest and the longest time."""
         return self.peak_flops, self.median_flops or self.peak_flops
 
 
 def assumed_training_rate(settings: Settings, utilization: float | None = None) -> TrainingRate:
-    """Return the rate that a plan's hours rest on.
+    """Return the assumed rate of one worker.
 
     On GPUs, the peak is that of the installed GPU in the recipe's precision, or an H100's where
     there is no GPU or its peak is unknown. On CPUs, the peak is measured for a moment.
-
-    Args:
-        settings: Workers, devices and precision.
-        utilization: Share of the peak; `DEFAULT_UTILIZATION` if None.
     """
     utilization = utilization or DEFAULT_UTILIZATION
     if not settings.cluster.num_gpus:

@@ -31,7 +31,7 @@ def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> Non
             "square": parameters["x"] ** 2,
             "pid": os.getpid(),
             "threads": torch.get_num_threads(),
-            "device": context.world.device,
+            "device": context.device,
         }
 
     heard: list[TrialReport] = []
