@@ -79,6 +79,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.selection import choose_members
     from orchestrator.sweeping.student_plans import threshold_plan
+    from orchestrator.sweeping.trials import TrialSuite
     from orchestrator.training.job import TrainingJob
     from orchestrator.training.run import run_job
     from orchestrator.workspace.folders import open_workspace
@@ -101,7 +102,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
         open_workspace(tmp_path),
         teacher=Path(str(outcome.checkpoint)),
         members=choose_members(table, settings.sweep),
-        suite={"suite": "x", "tokens_folder": str(tiny_tokens), "precision": "fp32"},
+        suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
     )
 
 

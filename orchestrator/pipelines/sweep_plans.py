@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
@@ -40,7 +39,7 @@ from orchestrator.sweeping.model_plans import (
 from orchestrator.sweeping.search import ScheduleSearch, search_plan
 from orchestrator.sweeping.selection import choose_members, schedule_cost
 from orchestrator.sweeping.student_plans import student_trial, threshold_plan
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
 from orchestrator.training.job import TrainingJob
@@ -165,7 +164,7 @@ def plan_students(
             context.progress.note(f"run {run}: {reason}")
     is_search = settings.sweep.kind == "search"
     suite = plan_suite(settings.evaluation, tokens, full, context.progress)
-    suite |= text_of_teacher(teacher)
+    suite = suite.model_copy(update=text_of_teacher(teacher))
     plan = threshold_plan(
         settings,
         context.workspace,
@@ -192,32 +191,30 @@ def plan_students(
 
 def plan_suite(
     settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
-) -> dict[str, Any]:
-    """Return how trials are evaluated, as plain values; held-out tasks are made if missing."""
+) -> TrialSuite:
+    """Return how trials are evaluated; held-out tasks are made if they are missing."""
     asked = select_tasks(
         settings, lambda: tokens, context_length=config.context_length, progress=progress
     )
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
-    suite: dict[str, Any] = {
-        "tokens": open_tokens(tokens).fingerprint,
-        "tokens_folder": str(tokens),
-        "tasks": [] if is_heldout_alone else list(asked.names),
-        "suite": asked.heldout.name if asked.heldout else "",
-        "suite_folder": str(asked.heldout or ""),
-        "include_folder": "".join(map(str, user_task_folders(settings))),
-        "batch_size": settings.batch_size,
-        "limit": settings.limit,
-        "num_fewshot": settings.num_fewshot,
-        "precision": settings.precision,
-    }
-    # Held-out tasks are named by their content; others may change under their names.
-    if others := lm_eval_task_fingerprints(settings):
-        suite["fingerprints"] = others
-    return suite
+    return TrialSuite(
+        tokens=open_tokens(tokens).fingerprint,
+        tokens_folder=str(tokens),
+        tasks=() if is_heldout_alone else tuple(asked.names),
+        suite=asked.heldout.name if asked.heldout else "",
+        suite_folder=str(asked.heldout or ""),
+        include_folder="".join(map(str, user_task_folders(settings))),
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        precision=settings.precision,
+        # Held-out tasks are named by their content; others may change under their names.
+        fingerprints=lm_eval_task_fingerprints(settings) or None,
+    )
 
 
-def text_of_teacher(teacher: Path) -> dict[str, Any]:
-    """Return the keys of a suite that read text as an imported teacher does; none for others."""
+def text_of_teacher(teacher: Path) -> dict[str, str]:
+    """Return the fields of a suite that read text as an imported teacher does; none for others."""
     key = text_files_key(teacher)
     return {"vocabulary": key, "vocabulary_folder": str(teacher)} if key else {}

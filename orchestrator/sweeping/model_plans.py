@@ -13,7 +13,7 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, make_plan, suite_key
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite, make_plan
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import TrainingJob, job_key
 from orchestrator.workspace.provenance import content_key
@@ -89,7 +89,7 @@ class ScratchModel:
 
 
 def iterations_plan(
-    models: Sequence[ScratchModel], *, suite: dict[str, Any], name: str | None = None
+    models: Sequence[ScratchModel], *, suite: TrialSuite, name: str | None = None
 ) -> SweepPlan:
     """Plan a sweep that pretrains several models from scratch.
 
@@ -105,7 +105,7 @@ def iterations_plan(
         is_baseline = not METHODS[config.method].has_corrections
         trials.append(
             PlannedTrial(
-                key=content_key("trial", job_key(job), suite_key(suite)),
+                key=content_key("trial", job_key(job), suite.key),
                 role="baseline" if is_baseline else "trial",
                 label=model.label,
                 model=config.to_dict(),

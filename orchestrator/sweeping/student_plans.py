@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
@@ -15,9 +14,9 @@ from orchestrator.settings import DistillationSettings, Settings
 from orchestrator.sweeping.trials import (
     PlannedTrial,
     SweepPlan,
+    TrialSuite,
     checkpoint_trial,
     make_plan,
-    suite_key,
 )
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.job import TrainingJob, job_key, sequences_per_step
@@ -32,7 +31,7 @@ def threshold_plan(
     *,
     teacher: Path,
     members: Sequence[FamilyMember],
-    suite: dict[str, Any],
+    suite: TrialSuite,
     baselines: Sequence[tuple[str, Path]] = (),
     left_out: Mapping[str, str] | None = None,
     name: str | None = None,
@@ -153,7 +152,7 @@ def student_trial(
     teacher: Path,
     config: ModelConfig,
     member: FamilyMember,
-    suite: dict[str, Any],
+    suite: TrialSuite,
     *,
     seed: int | None = None,
 ) -> PlannedTrial:
@@ -170,7 +169,7 @@ def student_trial(
     """
     distillation = settings.distillation
     job = student_job(
-        distillation, teacher=teacher, config=config, tokens_folder=suite["tokens_folder"]
+        distillation, teacher=teacher, config=config, tokens_folder=suite.tokens_folder
     )
     if job and seed is not None:
         job = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
@@ -182,7 +181,7 @@ def student_trial(
         group += f", {control.replace('_', ' ')}"
     has_thresholds = not math.isnan(member.threshold_up_to)
     return PlannedTrial(
-        key=content_key("trial", weights, suite_key(suite)),
+        key=content_key("trial", weights, suite.key),
         role="trial",
         label=group if seed is None else f"{group}, seed {seed}",
         model=config.to_dict(),

@@ -23,7 +23,7 @@ from orchestrator.evaluation.harness import checkpoint_tokenizer, load_suite, ru
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_results import items_file_name
 from orchestrator.sweeping.asha import AshaMonitor, AshaTrial, write_early_stop
-from orchestrator.sweeping.trials import PlannedTrial
+from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
 from orchestrator.training.distributed import World
 from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, clear_stop_request
@@ -160,15 +160,13 @@ def _measure(
 
 
 def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:
-    dtype = DTYPES[trial.suite["precision"]]
+    dtype = DTYPES[trial.suite.precision]
     decoder = load_decoder(Path(checkpoint), device=device, dtype=dtype)
     decoder = decoder.with_schedule(trial.config().corrections)
     return measure_quality(decoder, trial.suite, Path(trial.folder) / items_file_name(trial.key))
 
 
-def measure_quality(
-    decoder: Decoder, suite: Mapping[str, Any], items_path: Path
-) -> dict[str, float]:
+def measure_quality(decoder: Decoder, suite: TrialSuite, items_path: Path) -> dict[str, float]:
     """Measure a decoder's accuracy and losses.
 
     Args:
@@ -179,22 +177,19 @@ def measure_quality(
     Returns:
         `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where known.
     """
-    store = open_tokens(suite["tokens_folder"])
-    # Students of an imported model read text as it does.
-    imported = suite.get("vocabulary_folder")
+    store = open_tokens(suite.tokens_folder)
     tasks = load_suite(
-        suite["tasks"],
-        folders=[Path(suite["include_folder"])] if suite["include_folder"] else [],
-        heldout=Path(suite["suite_folder"]) if suite["suite_folder"] else None,
-        num_fewshot=suite["num_fewshot"],
-        planned=suite.get("fingerprints"),
+        suite.tasks,
+        folders=[Path(suite.include_folder)] if suite.include_folder else [],
+        heldout=Path(suite.suite_folder) if suite.suite_folder else None,
+        num_fewshot=suite.num_fewshot,
+        planned=suite.fingerprints,
     )
+    # Students of an imported model read text as it does.
+    imported = suite.vocabulary_folder
+    tokenizer = checkpoint_tokenizer(Path(imported)) if imported else store.tokenizer_path
     evaluation = run_suite(
-        tasks,
-        decoder,
-        checkpoint_tokenizer(Path(imported)) if imported else store.tokenizer_path,
-        batch_size=suite["batch_size"],
-        limit=suite["limit"],
+        tasks, decoder, tokenizer, batch_size=suite.batch_size, limit=suite.limit
     )
     write_json(items_path, evaluation.to_dict())
     return {

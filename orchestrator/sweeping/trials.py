@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from orchestrator.records.trial import (
@@ -28,6 +30,51 @@ from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
 SweepKind = Literal["threshold", "iterations", "search"]
+
+
+class TrialSuite(BaseModel):
+    """What a trial is measured on. Its folders differ between machines and are not in its key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens_folder: str
+    """Prepared tokens, for the validation loss and the held-out tasks."""
+    tokens: str = ""
+    """Fingerprint of these tokens."""
+    tasks: tuple[str, ...] = ()
+    """Names of tasks; if empty, all tasks of `suite_folder`."""
+    suite: str = ""
+    """Key of the held-out tasks; empty if none are measured."""
+    suite_folder: str = ""
+    """Folder of the held-out tasks."""
+    include_folder: str = ""
+    """The user's folder of task files."""
+    batch_size: int = 32
+    """Sequences in one forward pass."""
+    limit: int | None = None
+    """Score only this many items of each task."""
+    num_fewshot: int | None = None
+    """Solved examples before each item; the task's own number when unset."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Weights and arithmetic of the measured model."""
+    fingerprints: dict[str, str] | None = None
+    """Task -> hash of its items and metrics, without held-out tasks."""
+    vocabulary: str | None = None
+    """Hash of the tokenizer files of an imported teacher."""
+    vocabulary_folder: str | None = None
+    """Folder of these files."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A field that is None is part of the key, except those that came later.
+        later = ("fingerprints", "vocabulary", "vocabulary_folder")
+        return {k: v for k, v in dump(self).items() if v is not None or k not in later}
+
+    @property
+    def key(self) -> str:
+        """Hash of what is measured."""
+        values = self.model_dump(mode="json")
+        return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +95,8 @@ class PlannedTrial:
     """`TrainingJob.to_dict()`; None when a checkpoint is measured without training."""
     checkpoint: str | None
     """Checkpoint to measure when nothing is trained."""
-    suite: dict[str, Any]
-    """What is measured: evaluation settings, suite folder, tokens folder."""
+    suite: TrialSuite
+    """What is measured."""
     threshold_above: float | None = None
     """Thresholds above this, and up to `threshold_up_to`, give this schedule; both are None if no
     threshold does."""
@@ -112,6 +159,7 @@ class PlannedTrial:
         `PlannedTrial(**mapping)` is its inverse.
         """
         return asdict(self) | {
+            "suite": self.suite.model_dump(mode="json"),
             "threshold_above": finite_or_none(self.threshold_above),
             "threshold_up_to": finite_or_none(self.threshold_up_to),
         }
@@ -191,13 +239,13 @@ def checkpoint_trial(
     label: str,
     checkpoint: Path,
     config: ModelConfig,
-    suite: dict[str, Any],
+    suite: TrialSuite,
     workspace: Workspace,
 ) -> PlannedTrial:
     """Return the trial that measures a checkpoint without training it."""
     weights = content_key("as it is", weights_key(checkpoint), config.to_dict())
     return PlannedTrial(
-        key=content_key("trial", weights, suite_key(suite)),
+        key=content_key("trial", weights, suite.key),
         role=role,
         label=label,
         model=config.to_dict(),
@@ -212,7 +260,7 @@ def make_plan(
     kind: str,
     name: str | None,
     trials: Sequence[PlannedTrial],
-    suite: dict[str, Any],
+    suite: TrialSuite,
     num_requested: int,
     *,
     teacher: Path | None,
@@ -228,7 +276,7 @@ def make_plan(
         key=key,
         name=name or f"{kind}-{key[:8]}",
         kind=kind,
-        tokens_folder=suite["tokens_folder"],
+        tokens_folder=suite.tokens_folder,
         teacher=str(teacher) if teacher else None,
         num_requested=num_requested,
         trials=tuple(trials),
@@ -242,11 +290,3 @@ def num_models(trials: Sequence[PlannedTrial]) -> int:
     """
     own = [trial for trial in trials if trial.role == "trial" or trial.job]
     return len({trial.group or trial.key for trial in own})
-
-
-def suite_key(suite: dict[str, Any]) -> str:
-    """Return the hash of what is measured."""
-    # Folders differ between machines; the suite's own key and the settings do not.
-    return content_key(
-        {name: value for name, value in suite.items() if not name.endswith("_folder")}
-    )

@@ -52,7 +52,7 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
         from orchestrator.sweeping import trial_run
 
         def measure(decoder: Any, suite: Any, items_path: Path) -> dict[str, float]:
-            loss = trial_run.heldout_loss(decoder, Path(suite["tokens_folder"]))
+            loss = trial_run.heldout_loss(decoder, Path(suite.tokens_folder))
             return {"validation_loss": loss}
 
         trial_run.measure_quality = measure

@@ -31,6 +31,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial_run import measure_quality
+from orchestrator.sweeping.trials import TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import (
     load_decoder,
@@ -232,16 +233,13 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
             for mine, other in zip(result.log_likelihoods, theirs[name], strict=True):
                 assert mine == pytest.approx(other, abs=2e-3)
     # As in a sweep, whose students are measured as the model is that they were made from.
-    suite = {
-        "tokens_folder": str(tokenizer_path.parent),
-        "tasks": list(TASKS),
-        "include_folder": settings.include_path,
-        "suite_folder": "",
-        "batch_size": 4,
-        "limit": None,
-        "num_fewshot": None,
-        "vocabulary_folder": str(checkpoint),
-    }
+    suite = TrialSuite(
+        tokens_folder=str(tokenizer_path.parent),
+        tasks=tuple(TASKS),
+        include_folder=settings.include_path or "",
+        batch_size=4,
+        vocabulary_folder=str(checkpoint),
+    )
     quality = measure_quality(decoder, suite, tmp_path / "items.json")
     assert quality["accuracy"] == pytest.approx(ours.accuracy)
     assert quality["bits_per_byte"] == pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)

@@ -19,7 +19,7 @@ from orchestrator.pipelines.sweeps import sweep
 from orchestrator.settings import EvaluationSettings, resolve_settings
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.selection import schedule_cost
-from orchestrator.sweeping.trials import SweepKind
+from orchestrator.sweeping.trials import SweepKind, TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -137,7 +137,8 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
         (file.parent / "first.yaml").write_text(TASK.format(name="first", file=file))
         settings = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
         suite = plan_suite(settings, tiny_tokens, config, Progress())
-        return {name: value for name, value in suite.items() if not name.endswith("_folder")}
+        values = suite.model_dump(mode="json").items()
+        return {name: value for name, value in values if not name.endswith("_folder")}
 
     first = suite_of("one", "b")
     assert suite_of("one", "b") == first
@@ -164,7 +165,7 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
     workspace: Workspace, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(sweep_plans, "prepare_tokens", lambda *_: tiny_tokens)
-    suite = {"tokens_folder": str(tiny_tokens)}
+    suite = TrialSuite(tokens_folder=str(tiny_tokens))
     monkeypatch.setattr(sweep_dry_runs, "plan_suite", lambda *_: suite)
     assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
     found = plan_sweep(resolve_settings({}, assignments), workspace=workspace)

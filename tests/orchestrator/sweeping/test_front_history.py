@@ -19,7 +19,7 @@ from orchestrator.reporting.training_curves import (
     read_history_curves,
 )
 from orchestrator.sweeping.front_history import record_front
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import read_journal
 
@@ -38,7 +38,7 @@ def planned(result: TrialResult, folder: Path) -> PlannedTrial:
         folder=str(folder),
         job={"recipe": {}, "objective": "distill"} if result.role == "trial" else None,
         checkpoint=None,
-        suite={},
+        suite=TrialSuite(tokens_folder=""),
     )
 
 

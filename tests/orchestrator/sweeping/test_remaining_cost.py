@@ -32,7 +32,7 @@ from orchestrator.sweeping.remaining_cost import (
 )
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
@@ -241,7 +241,7 @@ def test_fifty_thresholds_come_to_nine_schedules(
             open_workspace(tmp_path),
             teacher=teacher,
             members=choose_members(table, chosen.sweep),
-            suite={"suite": "x", "tokens_folder": str(tiny_tokens)},
+            suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
             baselines=[("vanilla", teacher)],
         )
         return told(plan, chosen, tmp_path)[0]
@@ -282,7 +282,7 @@ def test_models_from_scratch_are_counted_with_baselines_and_without_seeds(
             "1,1": {"schedule": [1, 1]},
         }
         every = [variant for name in models for variant in variants(name, models[name], seeds)]
-        return iterations_plan(every, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+        return iterations_plan(every, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
 
     alone, seeded = plan_under(0), plan_under(0, 1)
     assert told(alone, chosen, tmp_path)[0] == "3 models asked for, 2 distinct"
@@ -308,7 +308,7 @@ def test_learning_rates_are_shown_where_they_differ(
             )
             for number, rate in enumerate(rates)
         ]
-        return iterations_plan(models, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+        return iterations_plan(models, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
 
     found = rows(plan_at(2e-3, 4e-3), chosen)
     assert "model rate NFE FLOPs KV/token state" in found
@@ -332,7 +332,7 @@ def test_a_first_stage_in_common_is_paid_once(
         return ScratchModel(label=str(schedule), job=job)
 
     variants = [variant(schedule) for schedule in ([2, 1], [1, 1], [0, 0])]
-    plan = iterations_plan(variants, suite={"suite": "x", "tokens_folder": str(tiny_tokens)})
+    plan = iterations_plan(variants, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
     price = estimate_remaining_cost(plan, trial_states(plan, chosen.sweep), chosen, tmp_path)
     behind = 4 * (114_816 + 97_728 + 63_264)
     assert price.num_tokens == (6 + 3 * 4) * STEP

@@ -16,7 +16,7 @@ from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import SearchSettings
 from orchestrator.sweeping.search import ScheduleSearch, search_plan
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 
@@ -50,7 +50,7 @@ class World:
         ).to_dict()  # fmt: skip
         return PlannedTrial(
             key=str(schedule).replace(",", ""), role="trial", label=str(schedule), model=model,
-            folder=str(self.folder), job=None, checkpoint=None, suite={},
+            folder=str(self.folder), job=None, checkpoint=None, suite=TrialSuite(tokens_folder=""),
         )  # fmt: skip
 
     def finish(self, trial: PlannedTrial) -> None:

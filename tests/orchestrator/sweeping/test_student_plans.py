@@ -18,7 +18,7 @@ from orchestrator.settings import DistillationSettings, Settings, resolve_settin
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import student_job, threshold_plan
-from orchestrator.sweeping.trials import exact_cost, suite_key
+from orchestrator.sweeping.trials import TrialSuite, exact_cost
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
@@ -60,18 +60,18 @@ TABLE = InfluenceTable(
 )
 
 
-def _plan(settings: Settings, space: Workspace, teacher: Path, suite: dict[str, Any], **more: Any):
+def _plan(settings: Settings, space: Workspace, teacher: Path, suite: TrialSuite, **more: Any):
     members = choose_members(TABLE, settings.sweep)
     return threshold_plan(settings, space, teacher=teacher, members=members, suite=suite, **more)
 
 
 @pytest.fixture
-def suite(tiny_tokens: Path) -> dict[str, Any]:
-    return {"suite": "heldout-x", "suite_folder": "/a", "tokens_folder": str(tiny_tokens)}
+def suite(tiny_tokens: Path) -> TrialSuite:
+    return TrialSuite(suite="heldout-x", suite_folder="/a", tokens_folder=str(tiny_tokens))
 
 
 def test_a_plan_runs_from_all_corrections_to_none(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     plan = _plan(Settings(), space, teacher, suite)
     assert [t.role for t in plan.trials] == ["teacher", *["trial"] * 4]
@@ -81,7 +81,7 @@ def test_a_plan_runs_from_all_corrections_to_none(
 
 
 def test_thresholds_that_lead_to_one_schedule_are_one_trial(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     asked = resolve_settings({}, ["sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]"])
     plan = _plan(asked, space, teacher, suite)
@@ -93,7 +93,7 @@ def test_thresholds_that_lead_to_one_schedule_are_one_trial(
 
 
 def test_a_trial_of_another_sweep_has_the_same_key_and_folder(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     few = _plan(resolve_settings({}, ["sweep.num_schedules=2"]), space, teacher, suite)
     many = _plan(Settings(), space, teacher, suite)
@@ -111,7 +111,7 @@ def test_a_trial_of_another_sweep_has_the_same_key_and_folder(
     ],
 )
 def test_what_changes_the_weights_changes_the_folder(
-    change: str, space: Workspace, teacher: Path, suite: dict[str, Any]
+    change: str, space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     usual = _plan(Settings(), space, teacher, suite)
     other = _plan(resolve_settings({}, [change]), space, teacher, suite)
@@ -121,11 +121,11 @@ def test_what_changes_the_weights_changes_the_folder(
 
 
 def test_other_tasks_are_put_to_the_same_weights(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     usual = _plan(Settings(), space, teacher, suite)
-    other = _plan(Settings(), space, teacher, {**suite, "suite": "heldout-y"})
-    moved = _plan(Settings(), space, teacher, {**suite, "suite_folder": "/b"})
+    other = _plan(Settings(), space, teacher, suite.model_copy(update={"suite": "heldout-y"}))
+    moved = _plan(Settings(), space, teacher, suite.model_copy(update={"suite_folder": "/b"}))
     for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
         assert a.folder == b.folder == c.folder
         assert a.key != b.key
@@ -133,7 +133,7 @@ def test_other_tasks_are_put_to_the_same_weights(
 
 
 def test_how_often_a_run_looks_and_saves_changes_no_key(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     usual = _plan(Settings(), space, teacher, suite)
     other = _plan(
@@ -146,7 +146,7 @@ def test_how_often_a_run_looks_and_saves_changes_no_key(
 
 
 def test_where_a_teacher_is_asked_changes_no_key_and_how_roughly_does(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     def keys(*assignments: str) -> list[str]:
         plan = _plan(resolve_settings({}, assignments), space, teacher, suite)
@@ -161,7 +161,7 @@ def test_where_a_teacher_is_asked_changes_no_key_and_how_roughly_does(
 
 
 def test_a_finished_result_is_found_under_the_names_of_this_sweep(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     trial = _plan(Settings(), space, teacher, suite).trials[1]
     assert trial.result() is None
@@ -204,7 +204,7 @@ def test_relative_costs_relate_to_the_full_model(teacher: Path) -> None:
 
 
 def test_an_iterations_plan_has_each_model_once(
-    teacher: Path, tiny_tokens: Path, suite: dict[str, Any]
+    teacher: Path, tiny_tokens: Path, suite: TrialSuite
 ) -> None:
     def job(method: str, schedule: list[int] | None) -> TrainingJob:
         model = {**_config(teacher), "method": method, "schedule": schedule}
@@ -223,9 +223,7 @@ def test_an_iterations_plan_has_each_model_once(
     assert plan.num_requested == 3
 
 
-def test_seeds_are_trials_of_one_group(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
-) -> None:
+def test_seeds_are_trials_of_one_group(space: Workspace, teacher: Path, suite: TrialSuite) -> None:
     settings = resolve_settings({}, ["sweep.seeds=[0, 1]", "sweep.num_schedules=2"])
     trials = [t for t in _plan(settings, space, teacher, suite).trials if t.role == "trial"]
     assert [(t.group, t.seed) for t in trials] == [
@@ -237,9 +235,7 @@ def test_seeds_are_trials_of_one_group(
     assert alone.trials[1].key == trials[0].key
 
 
-def test_pruned_students_have_no_seeds(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
-) -> None:
+def test_pruned_students_have_no_seeds(space: Workspace, teacher: Path, suite: TrialSuite) -> None:
     settings = resolve_settings(
         {}, ["sweep.seeds=[0, 1, 2]", "sweep.num_schedules=2", "distillation.control=pruned"]
     )
@@ -321,7 +317,7 @@ def _config(checkpoint: Path) -> dict[str, Any]:
 
 
 def test_what_was_left_out_is_in_the_plan_and_not_in_its_key(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
     left_out = {"v-1": "vanilla is left out: its training is not finished"}
     plan = _plan(Settings(), space, teacher, suite, left_out=left_out)
@@ -329,9 +325,7 @@ def test_what_was_left_out_is_in_the_plan_and_not_in_its_key(
     assert plan.key == _plan(Settings(), space, teacher, suite).key
 
 
-def test_planned_trials_survive_json(
-    space: Workspace, teacher: Path, suite: dict[str, Any]
-) -> None:
+def test_planned_trials_survive_json(space: Workspace, teacher: Path, suite: TrialSuite) -> None:
     trial = _plan(Settings(), space, teacher, suite).trials[1]
     again = type(trial)(**json.loads(json.dumps(trial.to_dict())))
     assert dataclasses.asdict(again) == dataclasses.asdict(trial)
@@ -344,9 +338,9 @@ def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(
     imported = tmp_path / "imported" / teacher.name
     shutil.copytree(teacher, imported)
     (imported / "token_ids.json").write_text('{"eos_token_id": 2}')
-    suite = text_of_teacher(imported)
-    assert suite["vocabulary_folder"] == str(imported)
-    moved = {**suite, "vocabulary_folder": "elsewhere"}
+    suite = TrialSuite(tokens_folder="", **text_of_teacher(imported))
+    assert suite.vocabulary_folder == str(imported)
+    moved = suite.model_copy(update={"vocabulary_folder": "elsewhere"})
     (imported / "token_ids.json").write_text('{"eos_token_id": 7}')
-    other = text_of_teacher(imported)
-    assert suite_key(suite) == suite_key(moved) != suite_key(other)
+    other = TrialSuite(tokens_folder="", **text_of_teacher(imported))
+    assert suite.key == moved.key != other.key

@@ -37,7 +37,7 @@ from orchestrator.sweeping import trial_run
 def measure(decoder, suite, items_path):
     with (items_path.parent / "measured").open("a") as file:
         file.write("once\\n")
-    return {"validation_loss": trial_run.heldout_loss(decoder, suite["tokens_folder"])}
+    return {"validation_loss": trial_run.heldout_loss(decoder, suite.tokens_folder)}
 
 trial_run.measure_quality = measure
 print("ready", flush=True)
@@ -269,7 +269,7 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
 
     monkeypatch.setattr(trial_run, "measure_quality", measure)
     teacher = trials[0]
-    for suite in (teacher.suite, {**teacher.suite, "precision": "bf16"}):
+    for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):
         trial = replace(teacher, suite=suite)
         trial.result_path.unlink(missing_ok=True)
         run_trial(trial.to_dict())

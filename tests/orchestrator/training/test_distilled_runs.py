@@ -21,7 +21,7 @@ from orchestrator.settings import DistillationSettings, TrainingSettings, resolv
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trials import PlannedTrial
+from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training import job_models
 from orchestrator.training.checkpoint import load_decoder, read_text_files
 from orchestrator.training.distributed import World
@@ -200,7 +200,7 @@ def _trial(control: str, teacher: Path, tokens: Path, space: Path) -> PlannedTri
         teacher,
         ModelConfig.from_dict({**MODEL, "schedule": [1, 0]}),
         FamilyMember(schedule=schedule, threshold_above=0.1, threshold_up_to=0.2),
-        {"suite": "x", "tokens_folder": str(tokens), "precision": "fp32"},
+        TrialSuite(suite="x", tokens_folder=str(tokens)),
     )
 
 
