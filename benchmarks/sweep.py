@@ -15,7 +15,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -267,7 +267,9 @@ def _finish(trial: PlannedTrial) -> None:
         schedule=tuple(trial.config().corrections),
         quality={"accuracy": 0.5},
     )
-    write_json(trial.result_path, replace(result, label=trial.label).to_dict())
+    write_json(
+        trial.result_path, result.model_copy(update={"label": trial.label}).model_dump(mode="json")
+    )
 
 
 def _seconds(label: str, seconds: float) -> Quantity:

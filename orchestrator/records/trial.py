@@ -15,25 +15,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from orchestrator.workspace.errors import UserError
 
 Role = Literal["trial", "teacher", "baseline"]
-ROLES = ("trial", "teacher", "baseline")
 T = TypeVar("T")
 MAX_EXPONENT = 700.0
 """Above it, `exp` overflows a float."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrialResult:
-    """One model with its cost and quality.
+def finite_or_none(number: float | None) -> float | None:
+    """Return the number, or None if strict JSON cannot hold it."""
+    return number if number is not None and math.isfinite(number) else None
 
-    Raises:
-        ValueError: If the role is unknown.
-    """
+
+def _finite_only(values: dict[str, float]) -> dict[str, float]:
+    return {name: number for name, number in values.items() if math.isfinite(number)}
+
+
+Threshold = Annotated[float | None, PlainSerializer(finite_or_none)]
+"""A bound of a range of thresholds; an infinite one is None in JSON."""
+Numbers = Annotated[dict[str, int | float], PlainSerializer(_finite_only)]
+"""Numbers by name, without NaN and infinity in JSON."""
+
+
+class TrialResult(BaseModel):
+    """One model with its cost and quality."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     """Content key of everything that determines the result."""
@@ -45,22 +57,22 @@ class TrialResult:
     """Corrections per layer; None if the method has none."""
     label: str = ""
     """Name in tables and figures, such as `threshold 0.004` or `vanilla`."""
-    threshold_above: float | None = None
+    threshold_above: Threshold = None
     """Thresholds above this, up to `threshold_up_to`, give this schedule; None or -infinity: no
     lower bound."""
-    threshold_up_to: float | None = None
+    threshold_up_to: Threshold = None
     """Largest threshold that gives this schedule; None or infinity: no upper bound."""
-    cost: dict[str, float] = field(default_factory=dict)
+    cost: Numbers = Field(default_factory=dict)
     """Inference cost, lower is better."""
-    quality: dict[str, float] = field(default_factory=dict)
+    quality: Numbers = Field(default_factory=dict)
     """Accuracy and losses, with standard errors as `NAME_stderr`."""
-    train: dict[str, float] = field(default_factory=dict)
+    train: Numbers = Field(default_factory=dict)
     """Training cost: steps, tokens, FLOPs, seconds."""
     checkpoint: str | None = None
     """Folder of the weights."""
     parent: str | None = None
     """Key of the teacher."""
-    recipe: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, str] = Field(default_factory=dict)
     """Training settings; empty if the model was not trained."""
     run_id: str | None = None
     """MLflow run of the trial."""
@@ -68,10 +80,6 @@ class TrialResult:
     """Training seed, if the sweep trains every model with several."""
     group: str | None = None
     """Name without the seed; results of one group are seeds of one model."""
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
 
     def value(self, name: str) -> float | None:
         """Return a number by its tracked name (`cost/evaluations`); None if it was not measured."""
@@ -127,39 +135,26 @@ class TrialResult:
             quality = {"perplexity": math.exp(loss), **quality}
         return {"cost": self.cost, "quality": quality, "train": self.train}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return values for strict JSON, without NaN and infinity; see `from_dict`."""
-        values = asdict(self)
-        for group in ("cost", "quality", "train"):
-            values[group] = {
-                name: number
-                for name, number in values[group].items()
-                if finite_or_none(number) is not None
-            }
-        return values | {
-            "schedule": None if self.schedule is None else list(self.schedule),
-            "threshold_above": finite_or_none(self.threshold_above),
-            "threshold_up_to": finite_or_none(self.threshold_up_to),
-        }
-
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:
-        """Rebuild a result; the inverse of `to_dict`.
+    def from_stored(cls, values: Mapping[str, Any]) -> TrialResult:
+        """Rebuild a result from `model_dump(mode="json")`.
 
         Raises:
-            UserError: If a name is unknown or missing: the file is damaged, or of another version.
+            UserError: If a field is unknown, missing or invalid: the file is damaged, or of another
+                version.
         """
-        known = {item.name for item in fields(cls)}
-        required = {"key", "role", "method"}
-        problems = [f"unknown: {name}" for name in values if name not in known]
-        problems += [f"missing: {name}" for name in sorted(required - set(values))]
-        if problems:
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            kinds = {"extra_forbidden": "unknown", "missing": "missing"}
+            problems = [
+                f"{kinds.get(found['type'], 'invalid')}: {'.'.join(map(str, found['loc']))}"
+                for found in error.errors()
+            ]
             raise UserError(
                 f"the trial result is not readable ({'; '.join(problems)}); delete it and run the "
                 "sweep again"
-            )
-        schedule = values.get("schedule")
-        return cls(**{**values, "schedule": None if schedule is None else tuple(schedule)})
+            ) from None
 
 
 def teacher_or_costliest(
@@ -169,7 +164,7 @@ def teacher_or_costliest(
 
     This is the teacher, else the costliest trial, else the costliest model.
     """
-    for wanted in ({"teacher"}, {"teacher", "trial"}, set(ROLES)):
+    for wanted in ({"teacher"}, {"teacher", "trial"}, set(get_args(Role))):
         if found := [model for model in models if role(model) in wanted]:
             return max(found, key=cost)
     return None
@@ -181,8 +176,3 @@ def threshold_range_text(above: float | None, up_to: float | None) -> str:
     if above is None:
         return "" if up_to is None else f"<={up_to:.2g}"
     return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
-
-
-def finite_or_none(number: float | None) -> float | None:
-    """Return the number, or None if strict JSON cannot hold it."""
-    return number if number is not None and math.isfinite(number) else None

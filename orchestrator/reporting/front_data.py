@@ -68,7 +68,7 @@ def front_json(front: Front) -> str:
             "front": [point.result.key for point in front.members],
             "confidence_basis": front.basis and asdict(front.basis),
             "results": [
-                {**row, "details": result.to_dict()}
+                {**row, "details": result.model_dump(mode="json")}
                 for row, result in zip(front_rows(front), front.results, strict=True)
             ],
         },

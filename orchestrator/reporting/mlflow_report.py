@@ -71,7 +71,7 @@ def track_results(
         )
         if paired.get(result.key):
             nested.log_metrics(paired[result.key])
-        tracked.append(replace(result, run_id=nested.run_id))
+        tracked.append(result.model_copy(update={"run_id": nested.run_id}))
     sweep = replace(sweep, results=tuple(tracked))
     return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
 

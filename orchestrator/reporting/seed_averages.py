@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.trial import TrialResult
@@ -55,15 +55,16 @@ def lowest_seed(group: Sequence[TrialResult]) -> TrialResult:
 
 def _average(group: Sequence[TrialResult]) -> TrialResult:
     first = lowest_seed(group)
-    return replace(
-        first,
-        key=content_key("seeds", *sorted(result.key for result in group)),
-        label=first.group or first.label,
-        quality=_average_quality([result.quality for result in group]),
-        cost=_means([result.cost for result in group]),
-        train=_means([result.train for result in group]) | {"seeds": float(len(group))},
-        seed=None,
-        group=None,
+    return first.model_copy(
+        update={
+            "key": content_key("seeds", *sorted(result.key for result in group)),
+            "label": first.group or first.label,
+            "quality": _average_quality([result.quality for result in group]),
+            "cost": _means([result.cost for result in group]),
+            "train": _means([result.train for result in group]) | {"seeds": float(len(group))},
+            "seed": None,
+            "group": None,
+        }
     )
 
 

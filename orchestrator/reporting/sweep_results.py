@@ -78,7 +78,7 @@ class StoredSweep:
         return {
             "name": self.name,
             "key": self.key,
-            "results": [result.to_dict() for result in self.results],
+            "results": [result.model_dump(mode="json") for result in self.results],
             "influence": self.influence.to_dict() if self.influence is not None else None,
             "facts": {title: dict(values) for title, values in self.facts.items()},
         }
@@ -94,7 +94,7 @@ class StoredSweep:
         return cls(
             name=values["name"],
             key=values["key"],
-            results=tuple(TrialResult.from_dict(result) for result in values["results"]),
+            results=tuple(TrialResult.from_stored(result) for result in values["results"]),
             influence=None if influence is None else InfluenceTable.from_dict(influence),
             facts=values["facts"],
         )

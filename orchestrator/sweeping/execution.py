@@ -294,7 +294,7 @@ def _with_costs(
     full = full_config(plan)
     times = _decode_times([trial for trial, _ in found], folder, progress)
     return [
-        replace(result, cost={**exact_cost(trial.config(), full), **times[trial.key]})
+        result.model_copy(update={"cost": {**exact_cost(trial.config(), full), **times[trial.key]}})
         for trial, result in found
     ]
 

@@ -8,7 +8,6 @@ share of a box that the full model spans; so the curves start once that model is
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.records.trial import TrialResult
@@ -35,7 +34,9 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     full = full_trial(plan)
     config = full.config()
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
-    joined = average_seeds([replace(r, cost=exact_cost(t.config(), config)) for t, r in found])
+    joined = average_seeds(
+        [r.model_copy(update={"cost": exact_cost(t.config(), config)}) for t, r in found]
+    )
     front = find_front(joined.results)
     volume = front.hypervolume
     spans_box = front.full is not None and full.key in joined.keys_of_seeds[front.full.result.key]

@@ -153,7 +153,7 @@ def _measure(
         checkpoint=checkpoint,
         parent=trial.parent,
     )
-    write_json(trial.result_path, result.to_dict())
+    write_json(trial.result_path, result.model_dump(mode="json"))
     written = trial.result()
     assert written is not None
     return written

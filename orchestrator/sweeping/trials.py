@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,17 +135,18 @@ class PlannedTrial:
         if not found:
             return None
         with damage_as_user_error(self.result_path):
-            result = TrialResult.from_dict(found)
-        return replace(
-            result,
-            role=self.role,
-            label=self.label,
-            threshold_above=self.threshold_above,
-            threshold_up_to=self.threshold_up_to,
-            seed=self.seed,
-            group=self.group,
-            parent=self.parent,
-            recipe=_recipe(self.job) if self.job else {},
+            result = TrialResult.from_stored(found)
+        return result.model_copy(
+            update={
+                "role": self.role,
+                "label": self.label,
+                "threshold_above": self.threshold_above,
+                "threshold_up_to": self.threshold_up_to,
+                "seed": self.seed,
+                "group": self.group,
+                "parent": self.parent,
+                "recipe": _recipe(self.job) if self.job else {},
+            }
         )
 
     @property

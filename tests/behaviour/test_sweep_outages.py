@@ -68,7 +68,7 @@ def finish(trial: PlannedTrial) -> None:
         key=trial.key, role=trial.role, method="iiet", schedule=tuple(trial.config().corrections),
         quality={"accuracy": 0.5}, train={"flops": 1},
     )  # fmt: skip
-    write_json(trial.result_path, result.to_dict())
+    write_json(trial.result_path, result.model_dump(mode="json"))
 
 
 def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(

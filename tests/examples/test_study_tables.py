@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 import pytest
 from study_tables import Phases, Ways, losses_by_seed, study_markdown
@@ -40,8 +39,8 @@ def said(losses: dict[str, list[float]], accuracy: float = 0.5) -> str:
         key="teacher", role="teacher", method="iiet", schedule=(1,), cost={"evaluations": 2.0},
         quality={"validation_loss": 4.0, "accuracy": accuracy},
     )  # fmt: skip
-    student = replace(
-        teacher, key="student", role="trial", schedule=(0,), cost={"evaluations": 1.0}
+    student = teacher.model_copy(
+        update={"key": "student", "role": "trial", "schedule": (0,), "cost": {"evaluations": 1.0}}
     )
     phases = Phases(by_rate={}, best=joined, tokens=joined, losses=losses_by_seed(found), flops={})
     ways = Ways(

@@ -83,10 +83,15 @@ def sweep(context: Context, tiny_model: dict[str, Any], tiny_tokens: Path) -> St
         key="sweep-key",
         results=(
             full,
-            replace(full, key="cheap", role="trial", label="1,0", schedule=(1, 0),
-                    cost={"evaluations": 3}, quality={"accuracy": 0.498}, checkpoint=str(student)),
-            replace(full, key="pruned", role="trial", label="0,0", schedule=(0, 0),
-                    cost={"evaluations": 2}, quality={"accuracy": 0.3}),
+            full.model_copy(update={
+                "key": "cheap", "role": "trial", "label": "1,0", "schedule": (1, 0),
+                "cost": {"evaluations": 3}, "quality": {"accuracy": 0.498},
+                "checkpoint": str(student),
+            }),
+            full.model_copy(update={
+                "key": "pruned", "role": "trial", "label": "0,0", "schedule": (0, 0),
+                "cost": {"evaluations": 2}, "quality": {"accuracy": 0.3},
+            }),
         ),
     )  # fmt: skip
     found.store(context.workspace)
@@ -191,14 +196,15 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
     seeds = []
     for seed, accuracy in ((1, 0.52), (0, 0.48)):
         folder = checkpoint_of(context, f"seed{seed}", model, tiny_tokens, seed)
-        result = replace(
-            student,
-            key=f"cheap-{seed}",
-            label=f"1,0, seed {seed}",
-            seed=seed,
-            group="1,0",
-            quality={"accuracy": accuracy},
-            checkpoint=str(folder),
+        result = student.model_copy(
+            update={
+                "key": f"cheap-{seed}",
+                "label": f"1,0, seed {seed}",
+                "seed": seed,
+                "group": "1,0",
+                "quality": {"accuracy": accuracy},
+                "checkpoint": str(folder),
+            }
         )
         seeds.append(result)
         task = TaskResult(
@@ -272,7 +278,7 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     assert "Influence of each correction (cosine)\n\nMeasured over 64 tokens" in card("usual")
     assert "under the schedule `2,1`" in card("again")
     assert "Influence of each correction (loss)" in card("loss", "influence.metric=loss")
-    result = replace(sweep.results[1], checkpoint=str(student))
+    result = sweep.results[1].model_copy(update={"checkpoint": str(student)})
     found = replace(
         sweep,
         name="by-relative",

@@ -28,7 +28,7 @@ def a_trial() -> TrialResult:
 
 def test_a_json_round_trip_changes_nothing() -> None:
     trial = a_trial()
-    assert TrialResult.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
+    assert TrialResult.from_stored(json.loads(json.dumps(trial.model_dump(mode="json")))) == trial
 
 
 def test_metrics_hold_every_number_and_params_every_layer() -> None:
@@ -65,7 +65,9 @@ def test_an_unbounded_threshold_range_survives_strict_json(
     trial = TrialResult(
         key="k", role="trial", method="iiet", threshold_above=above, threshold_up_to=up_to
     )
-    again = TrialResult.from_dict(json.loads(json.dumps(trial.to_dict(), allow_nan=False)))
+    again = TrialResult.from_stored(
+        json.loads(json.dumps(trial.model_dump(mode="json"), allow_nan=False))
+    )
     assert again.threshold_text == trial.threshold_text == text
     assert again.params().get("threshold") == threshold
 
@@ -78,13 +80,13 @@ def test_value_is_none_if_not_measured() -> None:
     assert trial.schedule_text == ""
 
 
-def test_from_dict_names_unknown_and_missing_keys() -> None:
-    with pytest.raises(UserError, match=r"unknown: colour.*missing: key.*missing: role"):
-        TrialResult.from_dict({"method": "iiet", "colour": "blue"})
+def test_a_stored_result_names_unknown_and_missing_fields() -> None:
+    with pytest.raises(UserError, match=r"missing: key; missing: role; unknown: colour"):
+        TrialResult.from_stored({"method": "iiet", "colour": "blue"})
 
 
 def test_an_unknown_role_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"trial, teacher, baseline, got 'student'"):
+    with pytest.raises(ValueError, match=r"'trial', 'teacher' or 'baseline'.*'student'"):
         TrialResult(key="k", role="student", method="iiet")  # type: ignore[arg-type]
 
 
@@ -92,6 +94,6 @@ def test_perplexity_is_exp_of_the_loss() -> None:
     trial = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 2.0})
     assert trial.value("quality/perplexity") == pytest.approx(math.exp(2.0))
     assert trial.metrics()["quality/perplexity"] == pytest.approx(math.exp(2.0))
-    assert "perplexity" not in trial.to_dict()["quality"]
+    assert "perplexity" not in trial.model_dump(mode="json")["quality"]
     huge = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
     assert huge.value("quality/perplexity") is None

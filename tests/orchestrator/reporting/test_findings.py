@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.confidence import with_confidence
@@ -13,7 +11,7 @@ from orchestrator.reporting.pareto import find_front
 
 
 def with_accuracy(result: TrialResult, accuracy: float) -> TrialResult:
-    return replace(result, quality={**result.quality, "accuracy": accuracy})
+    return result.model_copy(update={"quality": {**result.quality, "accuracy": accuracy}})
 
 
 def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -92,11 +91,15 @@ def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial
     assert {row["key"] for row in values["results"]} == set(by_key)
     assert values["picks"]["knee"] == next(r["key"] for r in rows if "knee" in r["verdict"])
     assert values["hypervolume"] == front.hypervolume
-    assert values["results"][0]["details"] in [result.to_dict() for result in sample_results]
+    assert values["results"][0]["details"] in [
+        result.model_dump(mode="json") for result in sample_results
+    ]
 
 
 def test_an_unmeasured_result_is_listed_with_null(sample_results: list[TrialResult]) -> None:
-    lacking = replace(sample_results[1], key="lacking", quality={"accuracy": float("nan")})
+    lacking = sample_results[1].model_copy(
+        update={"key": "lacking", "quality": {"accuracy": float("nan")}}
+    )
     front = find_front([*sample_results, lacking])
     row = front_rows(front)[-1]
     assert row["verdict"] == "not measured"

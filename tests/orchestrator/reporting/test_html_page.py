@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def test_the_page_needs_no_network(front: Front) -> None:
 
 def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult]) -> None:
     bad = "</script><script>alert(1)</script>"
-    renamed = TrialResult.from_dict({**sample_results[1].to_dict(), "label": bad})
+    renamed = sample_results[1].model_copy(update={"label": bad})
     metric: Any = bad
     rows = ((0.1,),)
     influence = InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64)
@@ -84,7 +83,8 @@ def test_tasks_and_sweeps_are_distinguished(
 
 
 def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[TrialResult]) -> None:
-    unmeasured = replace(sample_results[1], key="new", cost={"evaluations": 1.0}, quality={})
+    changes = {"key": "new", "cost": {"evaluations": 1.0}, "quality": {}}
+    unmeasured = sample_results[1].model_copy(update=changes)
     results = [*sample_results, unmeasured]
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}
     data = data_in(page_of(find_front(results, sweep_of=sweep_of)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,12 @@ def workspace(tmp_path: Path, sample_results: list[TrialResult]) -> Workspace:
     trials = [result for result in sample_results if result.role == "trial"]
     others = [result for result in sample_results if result.role != "trial"]
     better = [
-        replace(t, key=f"b{t.key}", quality={**t.quality, "accuracy": t.quality["accuracy"] + 0.01})
+        t.model_copy(
+            update={
+                "key": f"b{t.key}",
+                "quality": {**t.quality, "accuracy": t.quality["accuracy"] + 0.01},
+            }
+        )
         for t in trials[::2]
     ]
     for name, own in (("first", trials), ("second", better)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -41,7 +40,7 @@ def test_the_error_combines_the_spread_over_seeds_and_over_items() -> None:
 
 
 def test_results_without_other_seeds_stay_as_they_are() -> None:
-    alone, other = _seed(0, 0.3), replace(_seed(0, 0.4, None), key="other")
+    alone, other = _seed(0, 0.3), _seed(0, 0.4, None).model_copy(update={"key": "other"})
     joined = average_seeds([alone, other])
     assert joined.results == (alone, other)
     assert joined.keys_of_seeds == {alone.key: (alone.key,), "other": ("other",)}
@@ -59,8 +58,10 @@ def test_an_interval_is_wider_where_the_seeds_differ() -> None:
 
     def width(first: int, second: int) -> float:
         results = [
-            _seed(0, first / 100), _seed(1, second / 100), replace(_seed(0, 0.5, None), key="full")
-        ]  # fmt: skip
+            _seed(0, first / 100),
+            _seed(1, second / 100),
+            _seed(0, 0.5, None).model_copy(update={"key": "full"}),
+        ]
         joined = average_seeds(results)
         items = {
             results[0].key: answers(*range(first)),

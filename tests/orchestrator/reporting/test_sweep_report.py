@@ -60,7 +60,7 @@ def sweep(
         for step in (10, 20, 20):  # a resumed run repeats a step
             journal.metrics(step, {"train/loss": 5.0 - step / 20, "validation/loss": 4.9})
         journal.close()
-        placed.append(replace(result, checkpoint=str(folder / "step_00000020")))
+        placed.append(result.model_copy(update={"checkpoint": str(folder / "step_00000020")}))
     errors = tuple(tuple(0.0 for _ in row) for row in sample_influence)
     table = InfluenceTable(
         metric="cosine", value_rows=sample_influence, error_rows=errors, num_tokens=4096
@@ -129,13 +129,14 @@ def of_two_seeds(workspace: Workspace, sweep: StoredSweep) -> StoredSweep:
                 shutil.copytree(workspace.trials / result.key, folder)
             label = result.label if seed is None else f"{result.label}, seed {seed}"
             results.append(
-                replace(
-                    result,
-                    key=key,
-                    label=label,
-                    seed=seed,
-                    group=None if seed is None else result.label,
-                    checkpoint=str(folder / "step_00000020"),
+                result.model_copy(
+                    update={
+                        "key": key,
+                        "label": label,
+                        "seed": seed,
+                        "group": None if seed is None else result.label,
+                        "checkpoint": str(folder / "step_00000020"),
+                    }
                 )
             )
     return replace(sweep, results=tuple(results))
@@ -249,7 +250,11 @@ def test_mlflow_holds_the_sweep_once(
 
 
 def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: StoredSweep) -> None:
-    many = [replace(result, key=f"{result.key}{n}") for n in range(12) for result in sweep.results]
+    many = [
+        result.model_copy(update={"key": f"{result.key}{n}"})
+        for n in range(12)
+        for result in sweep.results
+    ]
     written = write_sweep_report(workspace, replace(sweep, results=tuple(many)))
     note = run_note(written.report, "run")
     assert len(note) <= 8000
@@ -261,7 +266,7 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
 
 def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: StoredSweep) -> None:
     teacher, trial = sweep.results[:2]
-    pruned = replace(trial, checkpoint=teacher.checkpoint)
+    pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
     sweep = replace(sweep, results=(teacher, pruned))
     assert sweep.journal_of(teacher) is not None
     assert sweep.journal_of(pruned) is None
@@ -294,7 +299,7 @@ def test_an_average_without_some_tasks_has_a_note(
 def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
-    bare = tuple(replace(result, quality={}) for result in sweep.results)
+    bare = tuple(result.model_copy(update={"quality": {}}) for result in sweep.results)
     written = write_sweep_report(workspace, replace(sweep, results=bare))
     assert written.page is None
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")

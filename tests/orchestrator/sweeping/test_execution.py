@@ -53,7 +53,7 @@ def finish(trial: PlannedTrial) -> None:
     result = TrialResult(
         key=trial.key, role=trial.role, method="iiet", quality={"accuracy": 0.5}, train={"flops": 1}
     )
-    write_json(trial.result_path, result.to_dict())
+    write_json(trial.result_path, result.model_dump(mode="json"))
 
 
 def test_what_was_stopped_is_told_and_trained_on_without_stopping(

@@ -53,7 +53,7 @@ def plan(tmp_path: Path, sample_results: list[TrialResult]) -> SweepPlan:
 
 def finish(plan: SweepPlan, result: TrialResult) -> None:
     trial = next(trial for trial in plan.trials if trial.key == result.key)
-    write_json(trial.result_path, replace(result, cost={}).to_dict())
+    write_json(trial.result_path, result.model_copy(update={"cost": {}}).model_dump(mode="json"))
 
 
 def series(folder: Path, metric: str) -> list[tuple[int, float]]:
@@ -85,7 +85,11 @@ def test_what_two_models_have_in_common_is_spent_once(
     plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
 ) -> None:
     teacher, first, second, *_ = sample_results
-    for result in (teacher, first, replace(second, train={**second.train, "shared_flops": 0.9e12})):
+    for result in (
+        teacher,
+        first,
+        second.model_copy(update={"train": {**second.train, "shared_flops": 0.9e12}}),
+    ):
         finish(plan, result)
     assert record_front(plan, tmp_path / "history")
     [(_, spent)] = series(tmp_path / "history", "sweep/training_flops")
@@ -104,10 +108,10 @@ def test_a_lucky_seed_is_no_front(
     plan = replace(plan, trials=(plan.trials[0], *seeds))
     finish(plan, teacher)
     for seed, accuracy in zip(seeds, (0.1, 0.5), strict=True):
-        finish(plan, replace(cheap, key=seed.key, quality={"accuracy": accuracy}))
+        finish(plan, cheap.model_copy(update={"key": seed.key, "quality": {"accuracy": accuracy}}))
     assert record_front(plan, tmp_path / "history")
     [(_, volume)] = series(tmp_path / "history", HYPERVOLUME_BY_TRIALS)
-    usual = replace(cheap, quality={"accuracy": 0.3})
+    usual = cheap.model_copy(update={"quality": {"accuracy": 0.3}})
     assert volume == pytest.approx(find_front([teacher, usual]).hypervolume)
 
 

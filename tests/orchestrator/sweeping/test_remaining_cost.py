@@ -71,7 +71,7 @@ def rows(plan: SweepPlan, chosen: Settings, width: int = 80) -> list[str]:
 
 def finish(trial: PlannedTrial) -> None:
     result = TrialResult(key=trial.key, role=trial.role, method="iiet", label="another sweep's")
-    write_json(trial.result_path, result.to_dict())
+    write_json(trial.result_path, result.model_dump(mode="json"))
 
 
 def begin(trial: PlannedTrial, num_steps: int) -> float:

@@ -62,7 +62,7 @@ class World:
                 quality={"accuracy": accuracy(schedule)},
                 cost={"evaluations": schedule.num_evaluations},
             )  # fmt: skip
-            write_json(trial.result_path, result.to_dict())
+            write_json(trial.result_path, result.model_dump(mode="json"))
 
     def search(self, **settings: Any) -> ScheduleSearch:
         return ScheduleSearch(self.family, FULL, SearchSettings(**settings), self.trial)

@@ -43,7 +43,7 @@ trial_run.measure_quality = measure
 print("ready", flush=True)
 for line in sys.stdin:
     run = trial_run.run_trial(json.loads(line))
-    print(json.dumps([run.state, run.result.to_dict()]), flush=True)
+    print(json.dumps([run.state, run.result.model_dump(mode="json")]), flush=True)
 """
 
 HOLDER = """
