@@ -162,7 +162,8 @@ class _Bench:
         ends = sorted(trial.result_path.stat().st_mtime for trial in swept)
         loop_ends: list[float] = []
         for trial in looped:
-            outcome = run_job(TrainingJob.from_dict(trial.job or {}))
+            assert trial.job
+            outcome = run_job(trial.job)
             decoder = load_decoder(Path(str(outcome.checkpoint)))
             measure_quality(decoder, trial.suite, Path(trial.folder) / "items.json")
             loop_ends.append(time.time())
@@ -233,7 +234,7 @@ class _Bench:
     def stopped(self) -> Row:
         """Stop a trial halfway and resume it."""
         plan = self.plan(open_workspace(self.folder / "stopped"), num_schedules=2)
-        job = TrainingJob.from_dict(next(t.job for t in plan.trials if t.job) or {})
+        job = next(t.job for t in plan.trials if t.job)
         reported: list[tuple[int, float]] = []
 
         def report(step: int, _: Mapping[str, float]) -> None:

@@ -147,7 +147,7 @@ def dry_run_of(plan: SweepPlan, settings: Settings, context: Context, *more: str
     lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
     if settings.trials_use_gpus:
         jobs = [s.trial.job for s in states if s.name == "to train" and s.trial.job]
-        requests = [request_of(TrainingJob.from_dict(job)) for job in jobs]
+        requests = [request_of(job) for job in jobs]
         sweep = assign_trial_gpus(settings, requests).sweep
         at_once = f", at most {sweep.trials_at_once} at once" if sweep.trials_at_once else ""
         gpus = format_count(sweep.gpus_per_trial or 0, "GPU")

@@ -32,7 +32,7 @@ def finite_or_none(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _finite_only(values: dict[str, float]) -> dict[str, float]:
+def _finite_only(values: dict[str, int | float]) -> dict[str, int | float]:
     return {name: number for name, number in values.items() if math.isfinite(number)}
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.journal import Journal, read_journal
 
@@ -97,11 +97,11 @@ def asha_trials(plan: SweepPlan, sweep: SweepSettings) -> dict[str, AshaTrial]:
     return found
 
 
-def _without_learning_rate(trial: PlannedTrial) -> dict[str, Any] | None:
+def _without_learning_rate(trial: PlannedTrial) -> TrainingJob | None:
     if not trial.job:
         return None
-    recipe = {**trial.job["recipe"], "learning_rate": None}
-    return {**trial.job, "recipe": recipe, "run_folder": None, "first_stages": None}
+    recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
+    return replace(trial.job, recipe=recipe, run_folder="", first_stages=None)
 
 
 class AshaMonitor:
@@ -112,7 +112,7 @@ class AshaMonitor:
         assert trial.job is not None, "a trial without training cannot be stopped"
         self.early_stop: EarlyStop | None = None
         self._trial, self._asha = trial, asha
-        self._num_steps = int(trial.job["recipe"]["num_steps"])
+        self._num_steps = trial.job.recipe.num_steps
         self._losses = validation_losses(Path(trial.folder))
         if self._losses:
             self._decide()

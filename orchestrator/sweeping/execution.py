@@ -153,7 +153,7 @@ class _SweepRun:
         stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
         waiting = [t for t in trials if t.result() is None and t.key not in stopped]
         waiting = self._with_shared_teacher(waiting)
-        self._jobs += [TrainingJob.from_dict(trial.job) for trial in waiting if trial.job]
+        self._jobs += [trial.job for trial in waiting if trial.job]
         queue = TrialQueue(
             self.folder,
             self.settings.sweep,
@@ -171,9 +171,8 @@ class _SweepRun:
         """Run the teacher once for all students where that pays; the students' jobs name the
         stored outputs.
         """
-        jobs = {trial.key: TrainingJob.from_dict(trial.job) for trial in waiting if trial.job}
         # A trial that is only measured needs no teacher.
-        jobs = {key: job for key, job in jobs.items() if finished_outcome(job) is None}
+        jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
         unfinished = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
         num_tokens = estimate_teacher_work(unfinished, distillation, teachers).num_stored_tokens
@@ -191,7 +190,7 @@ class _SweepRun:
             named = {f"sweep/{name}": float(number) for name, number in numbers.items()}
             self.run.log_metrics(named, step=len(self.plan.trials))
         jobs = dict(zip(jobs, shared, strict=True))
-        return [replace(t, job=jobs[t.key].to_dict()) if t.key in jobs else t for t in waiting]
+        return [t.model_copy(update={"job": jobs[t.key]}) if t.key in jobs else t for t in waiting]
 
     def delete_teacher_caches(self) -> None:
         """Delete the teacher's stored outputs, unless a failed student will need them again."""
@@ -223,9 +222,7 @@ def _check_trials(
     trials: Sequence[PlannedTrial], settings: Settings, workspace: Workspace
 ) -> Settings:
     """Check that the unfinished trials fit, and return the settings with the trials' GPUs."""
-    waiting = [
-        TrainingJob.from_dict(trial.job) for trial in trials if trial.job and not trial.result()
-    ]
+    waiting = [trial.job for trial in trials if trial.job and not trial.result()]
     settings = assign_trial_gpus(settings, [request_of(job) for job in waiting])
     num_workers = settings.sweep.gpus_per_trial or settings.sweep.workers_per_trial
     for job in waiting:

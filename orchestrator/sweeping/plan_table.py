@@ -31,7 +31,7 @@ def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayou
 
 
 def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Container[str]) -> Table:
-    rates = [trial.job["recipe"]["learning_rate"] if trial.job else None for trial in plan.trials]
+    rates = [trial.job.recipe.learning_rate if trial.job else None for trial in plan.trials]
     full = full_config(plan)
     costs = [exact_cost(state.trial.config(), full) for state in states]
     columns = {

@@ -92,7 +92,7 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
 
 
 def _waiting(trial: PlannedTrial) -> TrialState:
-    job = TrainingJob.from_dict(trial.job) if trial.job else None
+    job = trial.job
     if job is None or finished_outcome(job):
         return TrialState(trial=trial, name="to measure")
     newest = newest_checkpoint(job.folder)
@@ -119,7 +119,7 @@ def estimate_remaining_cost(
             teacher says.
     """
     left = [state for state in states if state.name == "to train"]
-    jobs = [TrainingJob.from_dict(state.trial.job) for state in left if state.trial.job]
+    jobs = [state.trial.job for state in left if state.trial.job]
     done = _steps_made([state.steps_done for state in left], jobs)
     teacher = estimate_teacher_work(jobs, settings.distillation, teachers, steps_done=done)
     forward = inference_cost(full_config(plan)).forward_flops_per_token

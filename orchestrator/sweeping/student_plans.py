@@ -186,7 +186,7 @@ def student_trial(
         label=group if seed is None else f"{group}, seed {seed}",
         model=config.to_dict(),
         folder=folder,
-        job=replace(job, run_folder=folder).to_dict() if job else None,
+        job=replace(job, run_folder=folder) if job else None,
         checkpoint=None if job else str(teacher),
         suite=suite,
         threshold_above=member.threshold_above if has_thresholds else None,

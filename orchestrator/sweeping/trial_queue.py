@@ -29,7 +29,6 @@ from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.terminal.formatting import join_names
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.monitor import JournalReader
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted, RunFailed
@@ -116,7 +115,7 @@ class TrialQueue:
 
         def saved() -> str:
             begun = [t for t in trials if t.job and not t.result() and journals[t.key].step]
-            jobs = {f"trial {t.label}": TrainingJob.from_dict(t.job) for t in begun if t.job}
+            jobs = {f"trial {t.label}": t.job for t in begun if t.job}
             num_finished = num_done + sum(trial.result() is not None for trial in trials)
             text = f"{num_finished} of {self.num_all} trials are finished"
             return f"{text}; {describe_saved_state(jobs, named=True)}" if jobs else text
@@ -146,10 +145,10 @@ class TrialQueue:
             own_folder.parent.rmdir()
 
     def _parameters(self, trial: PlannedTrial) -> dict[str, Any]:
-        return {"trial": trial.to_dict(), "asha": self.asha.get(trial.key)}
+        return {"trial": trial.model_dump(mode="json"), "asha": self.asha.get(trial.key)}
 
     def _record_end(self, report: TrialReport) -> None:
-        trial = PlannedTrial(**report.parameters["trial"])
+        trial = PlannedTrial.model_validate(report.parameters["trial"])
         state = (report.result or {}).get("state")
         if report.error:
             self.failures[trial.label] = report.error
@@ -168,7 +167,7 @@ class TrialQueue:
 def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Run one trial in a Ray worker. Tune gets how it ended; the result is in a file."""
     run = run_trial(
-        parameters["trial"],
+        PlannedTrial.model_validate(parameters["trial"]),
         wait=False,
         should_stop=context.should_stop,
         asha=parameters["asha"],
@@ -197,4 +196,4 @@ def _share_done(trial: PlannedTrial, journal: JournalReader) -> float:
     if not trial.job:
         return 0.0
     journal.read()
-    return 0.9 * journal.step / int(trial.job["recipe"]["num_steps"])
+    return 0.9 * journal.step / trial.job.recipe.num_steps

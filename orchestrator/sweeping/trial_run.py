@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
@@ -54,7 +54,7 @@ class TrialRun:
 
 
 def run_trial(
-    spec: Mapping[str, Any],
+    trial: PlannedTrial,
     *,
     wait: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
@@ -66,7 +66,7 @@ def run_trial(
     """Run a trial to its result, or take the result of the process that runs it.
 
     Args:
-        spec: `PlannedTrial.to_dict()`.
+        trial: What is trained and measured.
         wait: Wait for another process that runs this trial; otherwise the trial ends as `busy`.
         should_stop: Asked before each training step, and while waiting.
         report: Called with the training step and its numbers.
@@ -77,7 +77,6 @@ def run_trial(
     Returns:
         How it ended. A result also lies in the trial's folder.
     """
-    trial = PlannedTrial(**spec)
     finished = trial.result()
     if finished:
         return TrialRun("found", finished)
@@ -129,7 +128,7 @@ def _train(
     def should_end() -> bool:
         return should_stop() or bool(monitor and monitor.early_stop)
 
-    return train(TrainingJob.from_dict(trial.job), should_end, report_all) if trial.job else None
+    return train(trial.job, should_end, report_all) if trial.job else None
 
 
 def _measure(

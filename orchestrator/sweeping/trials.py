@@ -8,23 +8,31 @@ finished trials, and other tasks are measured with the same weights without trai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from orchestrator.records.trial import (
     Role,
+    Threshold,
     TrialResult,
     finite_or_none,
     teacher_or_costliest,
     threshold_range_text,
 )
 from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -77,30 +85,30 @@ class TrialSuite(BaseModel):
         return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedTrial:
+class PlannedTrial(BaseModel):
     """One trial, which any process that sees the workspace can run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     """Hash of all that determines the result; the same trial in another sweep has the same key."""
     role: Role
-    """`trial`, `teacher` or `baseline`."""
     label: str
     """Name in tables and figures."""
     model: dict[str, Any]
     """`ModelConfig.to_dict()` with the schedule that is measured."""
     folder: str
     """Folder of its training and its result."""
-    job: dict[str, Any] | None
-    """`TrainingJob.to_dict()`; None when a checkpoint is measured without training."""
-    checkpoint: str | None
+    job: TrainingJob | None = None
+    """Its training; None when a checkpoint is measured without training."""
+    checkpoint: str | None = None
     """Checkpoint to measure when nothing is trained."""
     suite: TrialSuite
     """What is measured."""
-    threshold_above: float | None = None
+    threshold_above: Threshold = None
     """Thresholds above this, and up to `threshold_up_to`, give this schedule; both are None if no
     threshold does."""
-    threshold_up_to: float | None = None
+    threshold_up_to: Threshold = None
     """Largest threshold that gives this schedule."""
     parent: str | None = None
     """Weights key of the teacher."""
@@ -109,12 +117,13 @@ class PlannedTrial:
     group: str | None = None
     """Label without the seed; trials of one group are seeds of one model."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="before")
+    @classmethod
+    def _with_infinite_bounds(cls, values: Any) -> Any:
         # Strict JSON has no infinity: there, a bound that is missing beside the other is one.
-        if self.threshold_above is None and self.threshold_up_to is not None:
-            object.__setattr__(self, "threshold_above", -math.inf)
-        if self.threshold_up_to is None and self.threshold_above is not None:
-            object.__setattr__(self, "threshold_up_to", math.inf)
+        bounds = {"threshold_above": -math.inf, "threshold_up_to": math.inf}
+        given = {k: v for k, v in dict(values).items() if k in bounds and v is not None}
+        return {**values, **bounds, **given} if given else values
 
     def config(self) -> ModelConfig:
         """Return the model's configuration."""
@@ -154,22 +163,11 @@ class PlannedTrial:
         """The thresholds that give this schedule; see `threshold_range_text`."""
         return threshold_range_text(self.threshold_above, self.threshold_up_to)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a mapping that strict JSON can hold, infinite thresholds as None.
 
-        `PlannedTrial(**mapping)` is its inverse.
-        """
-        return asdict(self) | {
-            "suite": self.suite.model_dump(mode="json"),
-            "threshold_above": finite_or_none(self.threshold_above),
-            "threshold_up_to": finite_or_none(self.threshold_up_to),
-        }
-
-
-def _recipe(job: Mapping[str, Any]) -> dict[str, str]:
+def _recipe(job: TrainingJob) -> dict[str, str]:
     """Return how a job trains, setting by setting, what it takes from its teacher included."""
-    settings = {**job["recipe"], "objective": job["objective"]}
-    loss = job.get("distillation") or {}
+    settings = {**job.recipe.model_dump(mode="json"), "objective": job.objective}
+    loss = asdict(job.distillation) if job.distillation else {}
     settings |= {f"distillation.{name}": value for name, value in loss.items()}
     return {name: str(value) for name, value in settings.items() if value is not None}
 
@@ -200,7 +198,7 @@ class SweepPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping that strict JSON can hold."""
-        return asdict(self) | {"trials": [trial.to_dict() for trial in self.trials]}
+        return vars(self) | {"trials": [trial.model_dump(mode="json") for trial in self.trials]}
 
 
 def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
@@ -251,7 +249,6 @@ def checkpoint_trial(
         label=label,
         model=config.to_dict(),
         folder=str(workspace.trials / weights),
-        job=None,
         checkpoint=str(checkpoint),
         suite=suite,
     )

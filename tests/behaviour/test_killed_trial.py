@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_trials import in_folder, with_job
 
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
@@ -20,10 +20,8 @@ from orchestrator.workspace.journal import read_journal
 
 def long_trial(trial: PlannedTrial, folder: Path) -> PlannedTrial:
     """Return the trial with another folder and more frequent checkpoints."""
-    assert trial.job is not None
-    recipe = {**trial.job["recipe"], "num_steps": 400, "checkpoint_every_steps": 20}
-    job = {**trial.job, "recipe": recipe, "run_folder": str(folder)}
-    return replace(trial, key=folder.name, label=folder.name, folder=str(folder), job=job)
+    longer = with_job(trial, {"num_steps": 400, "checkpoint_every_steps": 20})
+    return in_folder(longer, folder, key=folder.name, label=folder.name)
 
 
 def events(trial: PlannedTrial, name: str) -> list[dict[str, Any]]:

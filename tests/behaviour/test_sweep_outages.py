@@ -42,13 +42,15 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
         room = 4096 if parameters["is_full"] else limits[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
-            return {"state": trial_run.run_trial(parameters["trial"]).state}
+            return {
+                "state": trial_run.run_trial(PlannedTrial.model_validate(parameters["trial"])).state
+            }
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def reports(is_full: bool) -> list[Any]:
         given = [
-            {"trial": trial.to_dict(), "is_full": is_full and trial is victim}
+            {"trial": trial.model_dump(mode="json"), "is_full": is_full and trial is victim}
             for trial in (victim, other)
         ]
         return run_trials(run, given, tmp_path / "s", SweepSettings(max_failures_per_trial=1))

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from changed_trials import with_job
 
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
@@ -271,17 +272,19 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
 
     monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
     trial = with_checkpoints(tiny_plan.trials[1])
-    job = TrainingJob.from_dict(trial.job or {})
+    job = trial.job
+    assert job
     driver = start(job, hold=True)
     wait_for(lambda: find_checkpoints(job.folder), driver)
-    assert run_trial(trial.to_dict(), wait=False).state == "busy"
+    assert run_trial(trial, wait=False).state == "busy"
     close_input(driver)
-    assert run_trial(trial.to_dict()).state == "made", "measured; trained by the other one"
+    assert run_trial(trial).state == "made", "measured; trained by the other one"
     assert result(driver)
     assert len(events(job, "started", "resumed")) == 1
 
     other = with_checkpoints(tiny_plan.trials[2])
-    job = TrainingJob.from_dict(other.job or {})
+    job = other.job
+    assert job
     drivers = []
 
     def begin(*_: Any) -> None:
@@ -289,15 +292,13 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
             drivers.append(start(job))
             assert line(drivers[0]).startswith("waiting")
 
-    assert run_trial(other.to_dict(), report=begin).state == "made"
+    assert run_trial(other, report=begin).state == "made"
     assert result(drivers[0])
     assert len(events(job, "started", "resumed")) == 1
 
 
 def with_checkpoints(trial: PlannedTrial) -> PlannedTrial:
-    assert trial.job is not None
-    recipe = {**trial.job["recipe"], "checkpoint_every_steps": 10}
-    return replace(trial, job={**trial.job, "recipe": recipe})
+    return with_job(trial, {"checkpoint_every_steps": 10})
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from changed_trials import in_folder, with_job
 
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.training.checkpoint import load_decoder
-from orchestrator.training.job import STOP_NAME, TrainingJob, job_key
+from orchestrator.training.job import STOP_NAME, job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -24,15 +25,13 @@ pytestmark = pytest.mark.slow
 
 
 def parameters(trial: PlannedTrial) -> dict[str, Any]:
-    return {"trial": trial.to_dict(), "asha": None}
+    return {"trial": trial.model_dump(mode="json"), "asha": None}
 
 
 def shared(trial: PlannedTrial, tmp_path: Path, *, num_steps: int = 12) -> PlannedTrial:
     """Return a trial whose batch two workers can share, and the validation of which is quick."""
-    assert trial.job is not None
-    recipe = {**trial.job["recipe"], "num_steps": num_steps, "checkpoint_every_steps": 10**6}
-    job = {**trial.job, "recipe": recipe, "run_folder": str(tmp_path / "trial")}
-    return replace(trial, folder=job["run_folder"], job=job)
+    recipe = {"num_steps": num_steps, "checkpoint_every_steps": 10**6}
+    return in_folder(with_job(trial, recipe), tmp_path / "trial")
 
 
 def weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
@@ -89,8 +88,8 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
     resumed = next(r for r in events if r["name"] == "resumed")
     assert (resumed["num_workers"], resumed["step"]) == (2, step)
 
-    job = TrainingJob.from_dict({**trial.job, "run_folder": str(tmp_path / "alone")})
-    assert job_key(job) == job_key(TrainingJob.from_dict(trial.job))
+    job = replace(trial.job, run_folder=str(tmp_path / "alone"))
+    assert job_key(job) == job_key(trial.job)
     alone = weights(run_job(job).checkpoint)
     for name, tensor in weights(result.checkpoint).items():
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5, msg=name)
@@ -100,9 +99,7 @@ def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
     tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:
     trials = [shared(tiny_plan.trials[n], tmp_path / str(n)) for n in (1, 2)]
-    victim = replace(trials[0], job={**(trials[0].job or {})})
-    recipe = {**victim.job["recipe"], "num_steps": 400, "checkpoint_every_steps": 20}  # type: ignore[index]
-    victim = replace(victim, job={**victim.job, "recipe": recipe})  # type: ignore[dict-item]
+    victim = with_job(trials[0], {"num_steps": 400, "checkpoint_every_steps": 20})
     killed: list[int] = []
 
     def kill_a_worker() -> None:

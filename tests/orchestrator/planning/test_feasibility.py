@@ -21,7 +21,6 @@ from orchestrator.settings import (
     resolve_settings,
 )
 from orchestrator.sweeping.trials import SweepPlan
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
@@ -35,7 +34,7 @@ def measured(*, memory: float | None = None, disk: float | None = None) -> Measu
 
 
 def test_trials_that_do_not_fit_in_memory_together_are_refused(tiny_plan: SweepPlan) -> None:
-    jobs = [TrainingJob.from_dict(trial.job) for trial in tiny_plan.trials if trial.job]
+    jobs = [trial.job for trial in tiny_plan.trials if trial.job]
 
     def check(gigabytes: float, sweep: SweepSettings) -> None:
         check_trials_fit(
@@ -54,7 +53,7 @@ def test_trials_that_do_not_fit_in_memory_together_are_refused(tiny_plan: SweepP
 
 
 def test_trainings_that_fit_on_the_disk_only_one_by_one_are_refused(tiny_plan: SweepPlan) -> None:
-    jobs = [TrainingJob.from_dict(trial.job) for trial in tiny_plan.trials if trial.job]
+    jobs = [trial.job for trial in tiny_plan.trials if trial.job]
     assert len(jobs) == 4
     one = 12 * 10_146  # Bytes of a checkpoint.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from changed_trials import with_job
 
 from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
@@ -60,9 +61,8 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped, better = tiny_plan.trials[1], tiny_plan.trials[2]
-    assert stopped.job
-    rates = {**stopped.job["recipe"], "learning_rate": 1.0}
-    better = replace(better, job={**stopped.job, "recipe": rates})
+    rated = with_job(stopped, {"learning_rate": 1.0})
+    better = better.model_copy(update={"job": rated.job})
     trials = (tiny_plan.trials[0], stopped, better, *tiny_plan.trials[3:])
     plan = replace(tiny_plan, kind="iterations", trials=trials)
     for trial in trials:
@@ -103,7 +103,7 @@ def test_what_a_stored_teacher_costs_is_counted_once(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(rounds: TrialQueue, waiting: list[PlannedTrial]) -> None:
-        assert all(trial.job and trial.job["teacher_cache"] for trial in waiting if trial.job)
+        assert all(trial.job and trial.job.teacher_cache for trial in waiting if trial.job)
         for trial in waiting:
             finish(trial)
 

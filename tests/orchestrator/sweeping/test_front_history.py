@@ -18,8 +18,10 @@ from orchestrator.reporting.training_curves import (
     HYPERVOLUME_BY_TRIALS,
     read_history_curves,
 )
+from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
+from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import read_journal
 
@@ -30,14 +32,16 @@ def planned(result: TrialResult, folder: Path) -> PlannedTrial:
         vocab_size=300, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=32,
         context_length=16, method=result.method, schedule=schedule,
     )  # fmt: skip
+    job = TrainingJob(
+        run_folder="", tokens_folder="", model={}, recipe=TrainingSettings(), objective="distill"
+    )
     return PlannedTrial(
         key=result.key,
         role=result.role,
         label=result.label,
         model=config.to_dict(),
         folder=str(folder),
-        job={"recipe": {}, "objective": "distill"} if result.role == "trial" else None,
-        checkpoint=None,
+        job=job if result.role == "trial" else None,
         suite=TrialSuite(tokens_folder=""),
     )
 
@@ -102,7 +106,9 @@ def test_a_lucky_seed_is_no_front(
     teacher, cheap = sample_results[0], sample_results[5]
     trial = plan.trials[5]
     seeds = [
-        replace(trial, key=f"seed{n}", folder=f"{trial.folder}-{n}", seed=n, group="cheap")
+        trial.model_copy(
+            update={"key": f"seed{n}", "folder": f"{trial.folder}-{n}", "seed": n, "group": "cheap"}
+        )
         for n in range(2)
     ]
     plan = replace(plan, trials=(plan.trials[0], *seeds))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_trials import with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
@@ -84,18 +85,15 @@ def begin(trial: PlannedTrial, num_steps: int) -> float:
         return done > num_steps
 
     assert trial.job
-    outcome = run_job(TrainingJob.from_dict(trial.job), should_stop=should_stop)
+    outcome = run_job(trial.job, should_stop=should_stop)
     assert outcome.step == num_steps
     return outcome.training_flops
 
 
 def of_one(plan: SweepPlan, **recipe: Any) -> SweepPlan:
     """A plan of the costliest student alone, trained as a control without teacher."""
-    student = plan.trials[1]
-    assert student.job
-    job = {**student.job, "objective": "cross_entropy", "teacher_folder": None}
-    job["recipe"] = {**student.job["recipe"], **recipe}
-    return replace(plan, trials=(replace(student, job=job),))
+    student = with_job(plan.trials[1], recipe, objective="cross_entropy", teacher_folder=None)
+    return replace(plan, trials=(student,))
 
 
 def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
@@ -195,10 +193,8 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
     for trial in tiny_plan.trials[:3]:
         finish(trial)
     better, worse = tiny_plan.trials[3:]
-    assert better.job
-    assert worse.job
-    rates = {**better.job["recipe"], "learning_rate": 1.0}
-    worse = replace(worse, job={**better.job, "recipe": rates})
+    rated = with_job(better, {"learning_rate": 1.0})
+    worse = worse.model_copy(update={"job": rated.job})
     tiny_plan = replace(tiny_plan, kind="iterations", trials=(*tiny_plan.trials[:3], better, worse))
     chosen = settings("sweep.asha=true")
     rule = AshaRule(chosen.sweep.asha_first_rung, chosen.sweep.asha_reduction_factor)
@@ -339,7 +335,7 @@ def test_a_first_stage_in_common_is_paid_once(
     assert price.flops == STEP * (6 * 63_264 + behind)
     first = plan.trials[0]
     assert first.job
-    run_job(TrainingJob.from_dict(first.job))
+    run_job(first.job)
     states = trial_states(plan, chosen.sweep)
     assert [state.text for state in states] == ["to measure", "from step 6", "from step 6"]
     price = estimate_remaining_cost(plan, states, chosen, tmp_path)
@@ -368,7 +364,7 @@ def test_the_stored_plan_is_strict_json_with_its_price(
     assert stored["reused"] == ["0,0"]
     assert stored["price"]["num_tokens"] == 3 * 40 * STEP
     assert stored["price"]["flops"] == 40 * STEP * (ALL_FOUR - 63_264 + TEACHER)
-    trials = [PlannedTrial(**values) for values in stored["trials"]]
+    trials = [PlannedTrial.model_validate(values) for values in stored["trials"]]
     assert trials == list(tiny_plan.trials), "-infinity is back"
     assert [trial.threshold_text for trial in trials] == [
         "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",

@@ -37,7 +37,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.made = folder, 0
-        teacher = replace(self.trial(FULL), role="teacher", key="teacher")
+        teacher = self.trial(FULL).model_copy(update={"role": "teacher", "key": "teacher"})
         self.family = SweepPlan(
             key="family", name="family", kind="threshold", tokens_folder="", teacher="",
             num_requested=3, trials=(teacher, *map(self.trial, FAMILY)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -166,7 +165,7 @@ def test_a_finished_result_is_found_under_the_names_of_this_sweep(
     trial = _plan(Settings(), space, teacher, suite).trials[1]
     assert trial.result() is None
     stored = TrialResult(key=trial.key, role="baseline", method="iiet", label="another name")
-    write_json(trial.result_path, stored.to_dict())
+    write_json(trial.result_path, stored.model_dump(mode="json"))
     found = trial.result()
     assert found is not None
     assert (found.role, found.label) == ("trial", trial.label)
@@ -327,8 +326,8 @@ def test_what_was_left_out_is_in_the_plan_and_not_in_its_key(
 
 def test_planned_trials_survive_json(space: Workspace, teacher: Path, suite: TrialSuite) -> None:
     trial = _plan(Settings(), space, teacher, suite).trials[1]
-    again = type(trial)(**json.loads(json.dumps(trial.to_dict())))
-    assert dataclasses.asdict(again) == dataclasses.asdict(trial)
+    stored = json.loads(json.dumps(trial.model_dump(mode="json"), allow_nan=False))
+    assert type(trial).model_validate(stored) == trial
 
 
 def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(

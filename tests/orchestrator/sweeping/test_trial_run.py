@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from changed_trials import in_folder, with_job
 from filelock import FileLock
 
 from iiet.decoder import Decoder
@@ -42,7 +43,7 @@ def measure(decoder, suite, items_path):
 trial_run.measure_quality = measure
 print("ready", flush=True)
 for line in sys.stdin:
-    run = trial_run.run_trial(json.loads(line))
+    run = trial_run.run_trial(trial_run.PlannedTrial.model_validate_json(line))
     print(json.dumps([run.state, run.result.model_dump(mode="json")]), flush=True)
 """
 
@@ -89,7 +90,7 @@ def test_two_processes_make_a_trial_once(trials: tuple[PlannedTrial, ...]) -> No
     for trial in trials[:2]:
         for process in processes:
             assert process.stdin is not None
-            process.stdin.write(json.dumps(trial.to_dict()) + "\n")
+            process.stdin.write(json.dumps(trial.model_dump(mode="json")) + "\n")
             process.stdin.flush()
         answers = [json.loads(p.stdout.readline()) for p in processes if p.stdout]
         assert sorted(state for state, _ in answers) == ["found", "made"]
@@ -114,7 +115,7 @@ def test_a_damaged_record_of_a_training_costs_only_its_numbers(
     trials: tuple[PlannedTrial, ...], measured: None, record: str
 ) -> None:
     (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
-    run = run_trial(trials[0].to_dict())
+    run = run_trial(trials[0])
     assert run.result is not None
     assert run.result.train == {"steps": 2.0}, "another step's record says nothing of this one"
 
@@ -127,19 +128,19 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
     folder.mkdir(parents=True)
     with start(HOLDER, str(folder / RUN_LOCK_NAME)) as holder:
         assert is_trial_locked(trial)
-        assert run_trial(trial.to_dict(), wait=False).state == "busy"
-        assert run_trial(trial.to_dict(), should_stop=lambda: True).state == "stopped"
+        assert run_trial(trial, wait=False).state == "busy"
+        assert run_trial(trial, should_stop=lambda: True).state == "stopped"
         assert starts(trial) == 0
 
         def kill_what_it_waits_for() -> bool:
             holder.kill()
             return False
 
-        run = run_trial(trial.to_dict(), should_stop=kill_what_it_waits_for)
+        run = run_trial(trial, should_stop=kill_what_it_waits_for)
     assert run.state == "made"
     assert starts(trial) == 1
     assert not is_trial_locked(trial)
-    assert run_trial(trial.to_dict()).state == "found"
+    assert run_trial(trial).state == "found"
 
 
 def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
@@ -147,7 +148,7 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
 ) -> None:
     trial = trials[1]
     folder = Path(trial.folder)
-    made = run_trial(trial.to_dict())
+    made = run_trial(trial)
     text = trial.result_path.read_text()
     trial.result_path.unlink()
     lock = FileLock(folder / RUN_LOCK_NAME)
@@ -158,7 +159,7 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
         lock.release()
         return False
 
-    run = run_trial(trial.to_dict(), should_stop=finish_it)
+    run = run_trial(trial, should_stop=finish_it)
     assert run.state == "found"
     assert run.result == made.result
 
@@ -168,9 +169,9 @@ def test_a_stopped_trial_lets_another_process_go_on(
 ) -> None:
     trial = trials[1]
     asked = iter([False, False, True, True])
-    assert run_trial(trial.to_dict(), should_stop=lambda: next(asked)).state == "stopped"
+    assert run_trial(trial, should_stop=lambda: next(asked)).state == "stopped"
     assert not is_trial_locked(trial)
-    assert run_trial(trial.to_dict()).state == "made"
+    assert run_trial(trial).state == "made"
     assert starts(trial) == 1, "it went on from its checkpoint"
 
 
@@ -186,13 +187,13 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     from orchestrator.sweeping import trial_queue as trial_rounds
 
     finished, begun, waits = trials[:3]
-    run_trial(finished.to_dict())
+    run_trial(finished)
 
     def run_trials(
         _: Any, given: list[dict[str, Any]], *__: Any, on_result: Any, watch: Any, **more: Any
     ) -> None:
         asked = iter([False] * 5 + [True] * 2)
-        run_trial(begun.to_dict(), should_stop=lambda: next(asked))
+        run_trial(begun, should_stop=lambda: next(asked))
         watch()
         if error:
             parameters = next(p for p in given if p["trial"]["key"] == begun.key)
@@ -246,7 +247,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
 
     monkeypatch.setattr(trial_rounds, "run_tune_trial", measure_nothing)
     monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
-    run_trial(finished_meanwhile.to_dict())
+    run_trial(finished_meanwhile)
     progress = Told()
     rounds = trial_rounds.TrialQueue(
         tmp_path / "sweep", resolve_settings({}).sweep, progress, num_all=4
@@ -270,9 +271,9 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
     monkeypatch.setattr(trial_run, "measure_quality", measure)
     teacher = trials[0]
     for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):
-        trial = replace(teacher, suite=suite)
+        trial = teacher.model_copy(update={"suite": suite})
         trial.result_path.unlink(missing_ok=True)
-        run_trial(trial.to_dict())
+        run_trial(trial)
     assert dtypes == [torch.float32, torch.bfloat16]
 
 
@@ -291,10 +292,10 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
 
     asha = asha_of(low, high, trials[2])
     assert asha[low.key].competitors == {high.label: high.folder}, "another schedule is no rate"
-    shares = replace(low, job={**(low.job or {}), "first_stages": str(tmp_path)})
+    shares = with_job(low, {}, first_stages=str(tmp_path))
     assert asha_of(shares, high)[low.key] == asha[low.key], "what it shares changes no model"
-    assert run_trial(high.to_dict(), asha=asha[high.key]).state == "made", "the first continues"
-    assert run_trial(low.to_dict(), asha=asha[low.key]).state == "stopped early"
+    assert run_trial(high, asha=asha[high.key]).state == "made", "the first continues"
+    assert run_trial(low, asha=asha[low.key]).state == "stopped early"
     stop = stored_early_stop(low, asha[low.key])
     assert stop is not None
     assert (stop.step, stop.competitor) == (10, high.label)
@@ -303,27 +304,22 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
     alone = replace(asha[low.key], competitors={})
     assert stored_early_stop(low, alone) is None, "a sweep without the competitor did not stop it"
     steps = len(read_journal(Path(low.folder))[0])
-    assert run_trial(low.to_dict(), asha=asha[low.key]).state == "stopped early"
+    assert run_trial(low, asha=asha[low.key]).state == "stopped early"
     records = read_journal(Path(low.folder))[0][steps:]
     assert not [r for r in records if r["kind"] == "metrics"], "nothing was trained again"
-    assert run_trial(low.to_dict()).state == "made"
+    assert run_trial(low).state == "made"
     assert starts(low) == 1, "it resumed from where it was stopped"
     assert stored_early_stop(low, asha[low.key]) is None
 
 
 def with_rate(trial: PlannedTrial, rate: float, folder: Path) -> PlannedTrial:
-    seen = with_looks(trial)
-    assert seen.job is not None
-    recipe = {**seen.job["recipe"], "learning_rate": rate}
-    job = {**seen.job, "recipe": recipe, "run_folder": str(folder)}
-    return replace(seen, key=folder.name, label=folder.name, folder=str(folder), job=job)
+    seen = with_job(with_looks(trial), {"learning_rate": rate})
+    return in_folder(seen, folder, key=folder.name, label=folder.name)
 
 
 def with_looks(trial: PlannedTrial) -> PlannedTrial:
     """Return a trial that is validated every five steps."""
-    assert trial.job is not None
-    recipe = {**trial.job["recipe"], "validate_every_steps": 5, "learning_rate": 1e-6}
-    return replace(trial, job={**trial.job, "recipe": recipe})
+    return with_job(trial, {"validate_every_steps": 5, "learning_rate": 1e-6})
 
 
 def test_what_travels_to_a_trial_is_small(trials: tuple[PlannedTrial, ...]) -> None:

@@ -229,12 +229,13 @@ def test_a_control_is_trained_without_a_teacher(
 
     monkeypatch.setattr("orchestrator.training.run.initial_decoder", watched)
     monkeypatch.setattr(job_models, "load_decoder", counted)
-    run = run_trial(trial.to_dict())
+    run = run_trial(trial)
     assert run.state == "made"
     assert run.result
     assert run.result.train["steps"] == RECIPE["num_steps"]
 
-    job = TrainingJob.from_dict(trial.job or {})
+    job = trial.job
+    assert job
     assert job_models.load_teacher(job, World()) is None
     assert numbers(job, "train/kl") == {}
     assert len(numbers(job, "train/loss")) == RECIPE["num_steps"]

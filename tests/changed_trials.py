@@ -1,0 +1,22 @@
+"""Planned trials with another recipe or folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.sweeping.trials import PlannedTrial
+
+
+def with_job(trial: PlannedTrial, recipe: dict[str, Any], **changes: Any) -> PlannedTrial:
+    """Return a trial whose job has other settings in its recipe, and other fields."""
+    assert trial.job is not None
+    changed = trial.job.recipe.model_copy(update=recipe)
+    return trial.model_copy(update={"job": replace(trial.job, recipe=changed, **changes)})
+
+
+def in_folder(trial: PlannedTrial, folder: Path, **changes: Any) -> PlannedTrial:
+    """Return a trial that is trained and stored in another folder."""
+    moved = with_job(trial, {}, run_folder=str(folder))
+    return moved.model_copy(update={"folder": str(folder), **changes})
