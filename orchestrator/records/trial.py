@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from orchestrator.workspace.errors import UserError
 
@@ -36,8 +36,8 @@ def _finite_only(values: dict[str, int | float]) -> dict[str, int | float]:
     return {name: number for name, number in values.items() if math.isfinite(number)}
 
 
-Threshold = Annotated[float | None, PlainSerializer(finite_or_none)]
-"""A bound of a range of thresholds; an infinite one is None in JSON."""
+Threshold = Annotated[float | None, AfterValidator(finite_or_none)]
+"""A bound of a range of thresholds. Strict JSON has no infinity, so no bound is None."""
 Numbers = Annotated[dict[str, int | float], PlainSerializer(_finite_only)]
 """Numbers by name, without NaN and infinity in JSON."""
 
@@ -58,10 +58,9 @@ class TrialResult(BaseModel):
     label: str = ""
     """Name in tables and figures, such as `threshold 0.004` or `vanilla`."""
     threshold_above: Threshold = None
-    """Thresholds above this, up to `threshold_up_to`, give this schedule; None or -infinity: no
-    lower bound."""
+    """Thresholds above this, up to `threshold_up_to`, give this schedule."""
     threshold_up_to: Threshold = None
-    """Largest threshold that gives this schedule; None or infinity: no upper bound."""
+    """Largest threshold that gives this schedule."""
     cost: Numbers = Field(default_factory=dict)
     """Inference cost, lower is better."""
     quality: Numbers = Field(default_factory=dict)
@@ -118,7 +117,7 @@ class TrialResult(BaseModel):
             params["schedule"] = self.schedule_text
             params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(self.schedule, start=1)}
         if self.threshold_text:
-            up_to = finite_or_none(self.threshold_up_to)
+            up_to = self.threshold_up_to
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"
             params["threshold_range"] = self.threshold_text
         if self.checkpoint:
@@ -171,8 +170,7 @@ def teacher_or_costliest(
 
 
 def threshold_range_text(above: float | None, up_to: float | None) -> str:
-    """Format the thresholds from above one up to another; None and infinity are no bounds."""
-    above, up_to = finite_or_none(above), finite_or_none(up_to)
+    """Format the thresholds from above one up to another; None is no bound."""
     if above is None:
         return "" if up_to is None else f"<={up_to:.2g}"
     return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"

@@ -24,7 +24,7 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     """Check that a sweep's settings go together.
 
     Args:
-        settings: The whole tree.
+        settings: All sections.
         progress: Gets a note of each task that is skipped; tasks are not checked when unset.
 
     Raises:

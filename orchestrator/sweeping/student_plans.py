@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +40,13 @@ def threshold_plan(
     Students that are pruned but not trained have no seeds: each schedule is one trial.
 
     Args:
-        settings: Sections `sweep` and `distillation` count.
+        settings: Sections `sweep` and `distillation`.
         workspace: Where trials are stored.
         teacher: Checkpoint of the full model.
         members: The schedules, costliest first; see `choose_members`.
         suite: What is measured.
-        baselines: Label and checkpoint of the baselines.
-        left_out: Run and reason of models that cannot be baselines.
+        baselines: Label and checkpoint of each baseline.
+        left_out: Name of a run that cannot be a baseline -> reason.
         name: Name of the sweep; made from its key when unset.
     """
     full = load_config(teacher)
@@ -79,15 +78,9 @@ def student_job(
 ) -> TrainingJob | None:
     """Return the job that trains a student; None for the control without training.
 
-    Args:
-        distillation: Recipe, loss, and which control.
-        teacher: Checkpoint of the full model.
-        config: The student: the teacher's configuration under its own schedule.
-        tokens_folder: Prepared tokens.
-        run_folder: Where it is trained.
-
     Raises:
-        UserError: If the settings of the loss do not go together.
+        UserError: If the settings of the loss do not go together, or a step of the training is not
+            a whole number of sequences.
     """
     if distillation.control == "pruned":
         return None
@@ -159,13 +152,13 @@ def student_trial(
     """Return the trial that trains and measures a student or a control under one schedule.
 
     Args:
-        settings: Section `distillation` counts.
+        settings: Section `distillation`.
         workspace: Where trials are stored.
         teacher: Checkpoint of the full model.
         config: The student: the teacher's configuration under its own schedule.
-        member: The thresholds that give this schedule; NaN if none does.
+        member: Its thresholds are those that give this schedule; NaN if none does.
         suite: What is measured.
-        seed: Seed of the training where a sweep has several; the recipe's when unset.
+        seed: Seed of the training if the sweep has several; the recipe's when unset.
     """
     distillation = settings.distillation
     job = student_job(
@@ -175,11 +168,9 @@ def student_trial(
         job = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
     weights = job_key(job) if job else content_key("pruned", weights_key(teacher), config.to_dict())
     folder = str(workspace.trials / weights)
-    control = distillation.control
     group = str(config.corrections)
-    if control != "distill":
-        group += f", {control.replace('_', ' ')}"
-    has_thresholds = not math.isnan(member.threshold_up_to)
+    if distillation.control != "distill":
+        group += f", {distillation.control.replace('_', ' ')}"
     return PlannedTrial(
         key=content_key("trial", weights, suite.key),
         role="trial",
@@ -189,8 +180,8 @@ def student_trial(
         job=replace(job, run_folder=folder) if job else None,
         checkpoint=None if job else str(teacher),
         suite=suite,
-        threshold_above=member.threshold_above if has_thresholds else None,
-        threshold_up_to=member.threshold_up_to if has_thresholds else None,
+        threshold_above=member.threshold_above,
+        threshold_up_to=member.threshold_up_to,
         parent=weights_key(teacher),
         seed=seed,
         group=None if seed is None else group,

@@ -7,7 +7,6 @@ finished trials, and other tasks are measured with the same weights without trai
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from pydantic import (
     ConfigDict,
     SerializerFunctionWrapHandler,
     model_serializer,
-    model_validator,
 )
 
 from iiet.config import ModelConfig
@@ -27,7 +25,6 @@ from orchestrator.records.trial import (
     Role,
     Threshold,
     TrialResult,
-    finite_or_none,
     teacher_or_costliest,
     threshold_range_text,
 )
@@ -106,7 +103,7 @@ class PlannedTrial(BaseModel):
     suite: TrialSuite
     """What is measured."""
     threshold_above: Threshold = None
-    """Thresholds above this, and up to `threshold_up_to`, give this schedule; both are None if no
+    """Thresholds above this, up to `threshold_up_to`, give this schedule; both are None if no
     threshold does."""
     threshold_up_to: Threshold = None
     """Largest threshold that gives this schedule."""
@@ -116,14 +113,6 @@ class PlannedTrial(BaseModel):
     """Seed of its training, if the sweep has several."""
     group: str | None = None
     """Label without the seed; trials of one group are seeds of one model."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_infinite_bounds(cls, values: Any) -> Any:
-        # Strict JSON has no infinity: there, a bound that is missing beside the other is one.
-        bounds = {"threshold_above": -math.inf, "threshold_up_to": math.inf}
-        given = {k: v for k, v in dict(values).items() if k in bounds and v is not None}
-        return {**values, **bounds, **given} if given else values
 
     def config(self) -> ModelConfig:
         """Return the model's configuration."""
@@ -217,8 +206,7 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
 
 
 def full_trial(plan: SweepPlan) -> PlannedTrial:
-    """Return the trial of a plan that the others are compared with, as a front does; see
-    `orchestrator.records.trial.teacher_or_costliest`."""
+    """Return the trial that the others are compared with; see `teacher_or_costliest`."""
     found = teacher_or_costliest(
         plan.trials,
         role=lambda trial: trial.role,
@@ -229,7 +217,7 @@ def full_trial(plan: SweepPlan) -> PlannedTrial:
 
 
 def full_config(plan: SweepPlan) -> ModelConfig:
-    """Return the model that relative costs relate to."""
+    """Return the model that relative costs are relative to."""
     return full_trial(plan).config()
 
 
@@ -265,10 +253,7 @@ def make_plan(
 ) -> SweepPlan:
     """Return the plan of these trials, named by their keys where the user gave no name."""
     # Two measures of influence may lead to the same schedules by other thresholds.
-    shown = [
-        [t.key, finite_or_none(t.threshold_above), finite_or_none(t.threshold_up_to)]
-        for t in trials
-    ]
+    shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
     key = content_key("sweep", kind, shown)
     return SweepPlan(
         key=key,
@@ -283,8 +268,6 @@ def make_plan(
 
 
 def num_models(trials: Sequence[PlannedTrial]) -> int:
-    """Return how many models, seeds apart, trials are of that a sweep makes itself: all but the
-    teacher and baselines that were there before.
-    """
+    """Return the number of models that a sweep makes itself; seeds of one model count once."""
     own = [trial for trial in trials if trial.role == "trial" or trial.job]
     return len({trial.group or trial.key for trial in own})

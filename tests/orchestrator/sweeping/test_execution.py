@@ -114,7 +114,7 @@ def test_what_a_stored_teacher_costs_is_counted_once(
     run_sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
     job = tiny_plan.trials[-1].job
     assert job
-    num_tokens = job["recipe"]["num_steps"] * job["recipe"]["num_tokens_per_step"]
+    num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
     forward = inference_cost(tiny_plan.trials[0].config()).forward_flops_per_token
     assert tracking.metrics["sweep/teacher_tokens"] == num_tokens
     assert tracking.metrics["sweep/teacher_flops"] == num_tokens * forward
