@@ -111,7 +111,7 @@ class EvaluationResult:
 
     @property
     def accuracies(self) -> dict[str, tuple[float, float]]:
-        """Terms of the average: task or group to accuracy and standard error."""
+        """Terms of the average: task or group to its accuracy and standard error."""
         in_group = {name for names in self.groups.values() for name in names}
         tasks = {name: (name,) for name in self.results if name not in in_group}
         found = {}

@@ -44,9 +44,6 @@ from orchestrator.workspace.files import read_cached, read_json_object, write_js
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
-NextTrials = Callable[[], Sequence[PlannedTrial]]
-"""Returns the trials to run next, none at the end."""
-
 PLAN_NAME = "plan.json"
 STOPPED_TAG = "iiet.stopped_early"
 TIMES_NAME = "times.json"
@@ -77,7 +74,7 @@ def run_sweep(
     *,
     tracking: Tracking,
     progress: Progress | None = None,
-    next_trials: NextTrials | None = None,
+    next_trials: Callable[[], Sequence[PlannedTrial]] | None = None,
 ) -> SweepOutcome:
     """Run the unfinished trials of a plan, measure the time per token, and store the results.
 
@@ -85,10 +82,10 @@ def run_sweep(
         plan: The trials.
         settings: Section `sweep` says how many run at once and how often one may fail.
         workspace: Where trials and the sweep are stored.
-        tracking: MLflow.
+        tracking: Logs the sweep's run.
         progress: Progress display.
-        next_trials: Called when all trials have ended; those that it returns are run next, until it
-            returns none. For searches, which choose by the results.
+        next_trials: For searches: called when all trials have ended, and returns those to run next,
+            none at the end.
 
     Raises:
         UserError: If one trial does not fit, or its workers cannot share a batch.
@@ -126,7 +123,7 @@ def run_sweep(
 
 @dataclass
 class _SweepRun:
-    """A sweep in progress: its trials, run part by part, and how they ended."""
+    """A sweep in progress: runs its trials in rounds and records how they ended."""
 
     plan: SweepPlan
     settings: Settings
@@ -143,8 +140,8 @@ class _SweepRun:
         return self.workspace.sweeps / self.plan.name
 
     def run_trials(self, trials: Sequence[PlannedTrial]) -> None:
-        """Run the unfinished ones among some of the plan's trials."""
-        # The remaining cost is that of the start: it reads checkpoints, and measures this machine.
+        """Run those of the plan's trials that are not finished."""
+        # The remaining cost is estimated once: that reads checkpoints and measures this machine.
         first = self._stored or plan_record(self.plan, self.settings, self.workspace.teachers)
         self._stored = first | self.plan.to_dict()
         write_json(self.folder / PLAN_NAME, self._stored)
@@ -168,9 +165,8 @@ class _SweepRun:
         self.made |= queue.made
 
     def _with_shared_teacher(self, waiting: Sequence[PlannedTrial]) -> list[PlannedTrial]:
-        """Run the teacher once for all students where that pays; the students' jobs name the
-        stored outputs.
-        """
+        """Store the teacher's outputs once for all students if that is cheaper, and return the
+        trials that read them."""
         # A trial that is only measured needs no teacher.
         jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
         unfinished = list(jobs.values())

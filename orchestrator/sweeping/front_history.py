@@ -21,15 +21,11 @@ FLOPS_PER_STEP = 1e9
 
 
 def record_front(plan: SweepPlan, folder: Path) -> bool:
-    """Record the hypervolume of the trials that are finished now.
-
-    Args:
-        plan: The sweep.
-        folder: Of the journal; see `history_folder`.
+    """Record the hypervolume of the trials that are finished now in a folder's journal.
 
     Returns:
-        Whether there was anything new: False while the full model is not measured yet, if it has no
-        accuracy, or if nothing was finished since the last time.
+        Whether anything was recorded: False while the full model is not measured, if it has no
+        accuracy, or if no trial was finished since the last time.
     """
     full = full_trial(plan)
     config = full.config()

@@ -81,7 +81,7 @@ class ScratchModel:
     """One model that a sweep trains from scratch."""
 
     label: str
-    """What tables and pictures call it."""
+    """Name in tables and figures."""
     job: TrainingJob
     """Its training, in the folder of a pretraining run of the same settings."""
     group: str | None = None
@@ -93,10 +93,7 @@ def iterations_plan(
 ) -> SweepPlan:
     """Plan a sweep that pretrains several models from scratch.
 
-    Args:
-        models: What is trained; models with the same job are one trial.
-        suite: What is measured.
-        name: Name of the sweep; made from its key when unset.
+    Models with the same job are one trial. The name is made from the plan's key when unset.
     """
     trials = []
     jobs = share_first_stages([model.job for model in models])

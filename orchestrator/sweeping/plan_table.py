@@ -21,8 +21,9 @@ from orchestrator.terminal.layout import ResponsiveLayout
 
 
 def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayout:
-    """Return a plan's trials with how far they are, in their order; with their learning rates where
-    these differ. Narrow terminals show fewer columns.
+    """Return a table of a plan's trials and their states; narrow terminals show fewer columns.
+
+    Learning rates are shown if they differ.
     """
     without: list[set[str]] = [set()]
     for title in ("KV/token", "FLOPs", "thresholds", "rate"):
@@ -71,7 +72,7 @@ def plan_sentences(
         plan: The sweep.
         noun: What `num_requested` counts, such as `threshold`.
         states: How far its trials are.
-        price: Of what is left.
+        price: Cost of what is left.
     """
     return [
         _asked_for(plan, noun),

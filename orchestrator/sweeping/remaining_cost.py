@@ -30,7 +30,6 @@ class TrialState:
     """How far a trial is."""
 
     trial: PlannedTrial
-    """The trial."""
     name: Literal["finished", "stopped early", "to measure", "to train"]
     """Its state, or what is done next."""
     steps_done: int = 0
@@ -63,22 +62,17 @@ class RemainingCost:
     usual_flops: float
     """FLOP/s at the present load."""
     share: float
-    """Share of it that training is assumed to reach."""
+    """Share of the FLOP/s that training is assumed to reach."""
     of_what: str
     """Name of the CPUs or GPU."""
     checkpoint_bytes: int
     """Upper bound of the trials' new checkpoints."""
     teacher_bytes: int
-    """Of the teacher's outputs that will be stored."""
+    """Size of the teacher's outputs that will be stored."""
 
 
 def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
-    """Return how far each trial of a plan is.
-
-    Args:
-        plan: The sweep.
-        sweep: Says whether trials are ended early.
-    """
+    """Return how far each trial of a plan is."""
     asha = asha_trials(plan, sweep)
     states = []
     for trial in plan.trials:
@@ -108,15 +102,9 @@ def estimate_remaining_cost(
 ) -> RemainingCost:
     """Return what is left to train, and what that takes.
 
-    Args:
-        plan: The sweep.
-        states: How far its trials are.
-        settings: Whether the teacher runs once for all, and on what trials run.
-        teachers: Folder of stored teacher outputs.
-
     Raises:
-        UserError: If a step is no whole number of sequences, or the disk has no room for what a
-            teacher says.
+        UserError: If a step is no whole number of sequences, or the teacher's outputs do not fit on
+            the disk.
     """
     left = [state for state in states if state.name == "to train"]
     jobs = [state.trial.job for state in left if state.trial.job]

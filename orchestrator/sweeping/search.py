@@ -29,10 +29,7 @@ MakeTrial = Callable[[IterationSchedule], PlannedTrial]
 def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
     """Return the plan that a search starts with: the trials of a family of schedules.
 
-    Args:
-        family: Plan of the schedules that are tried before the sampler suggests any.
-        settings: Number of trials, objective and sampler.
-        name: Name of the sweep; made from its key when unset.
+    Its name is made from its key when unset.
     """
     key = content_key("search", family.key, settings.model_dump(mode="json"))
     return replace(family, key=key, kind="search", name=name or f"search-{key[:8]}")
@@ -48,10 +45,10 @@ class ScheduleSearch:
         settings: SearchSettings,
         make_trial: MakeTrial,
     ) -> None:
-        """Start from a family.
+        """Start from a family, whose students are the first results that the sampler gets.
 
         Args:
-            family: Its students are the first results that the sampler gets.
+            family: Plan of the family.
             full: Largest number of corrections of each layer.
             settings: Number of trials, objective and sampler.
             make_trial: Returns the trial of a schedule.
@@ -76,7 +73,7 @@ class ScheduleSearch:
 
     @property
     def num_wanted(self) -> int:
-        """Largest number of schedules that are tried beside the family's."""
+        """Largest number of schedules that are tried in addition to the family's."""
         return min(self._settings.num_trials, self.num_schedules - self._num_given)
 
     @property

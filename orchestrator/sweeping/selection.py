@@ -96,11 +96,9 @@ def _within(
 
 
 def schedule_cost(unit: str, full: ModelConfig) -> Cost:
-    """Return the function that computes a schedule's cost per token.
+    """Return the function that computes the cost per token of a model's schedules.
 
-    Args:
-        unit: `evaluations`, `flops` or `kv` (bytes).
-        full: The model that the schedules are of.
+    Its unit is `evaluations`, `flops` or `kv` (bytes).
     """
     if unit == "evaluations":
         return num_evaluations
@@ -115,10 +113,6 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
 
 def check_budgets(sweep: SweepSettings, full: ModelConfig) -> None:
     """Check that every budget is enough for a model without corrections.
-
-    Args:
-        sweep: Budgets and their unit.
-        full: The model that the schedules are of.
 
     Raises:
         UserError: Names the budgets that are not.

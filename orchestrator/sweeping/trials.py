@@ -71,9 +71,9 @@ class TrialSuite(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A field that is None is part of the key, except those that came later.
-        later = ("fingerprints", "vocabulary", "vocabulary_folder")
-        return {k: v for k, v in dump(self).items() if v is not None or k not in later}
+        # The other fields are part of the key even if they are None.
+        absent = ("fingerprints", "vocabulary", "vocabulary_folder")
+        return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
 
     @property
     def key(self) -> str:
@@ -154,7 +154,7 @@ class PlannedTrial(BaseModel):
 
 
 def _recipe(job: TrainingJob) -> dict[str, str]:
-    """Return how a job trains, setting by setting, what it takes from its teacher included."""
+    """Return the settings of a job's training, those of the distillation loss included."""
     settings = {**job.recipe.model_dump(mode="json"), "objective": job.objective}
     loss = asdict(job.distillation) if job.distillation else {}
     settings |= {f"distillation.{name}": value for name, value in loss.items()}
