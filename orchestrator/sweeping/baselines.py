@@ -49,7 +49,9 @@ def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
             left_out[run.name] = f"the run {run.name} is left out: {damage}"
         if label is None or "imported" in made.get("provenance", {}):
             continue
-        reason = _difference(_comparable(made), wanted) or _why_unfinished(run)
+        reason = _difference(_comparable(made), wanted)
+        if not reason and not (run / DONE_NAME).exists():
+            reason = "its training is not finished"
         if reason:
             unlike[label] = (run.name, f"{label} is left out: {reason}")
             continue
@@ -101,10 +103,6 @@ def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": provenance.get("tokens"),
         **{f"training.{name}": value for name, value in recipe.items() if name not in free},
     }
-
-
-def _why_unfinished(run: Path) -> str:
-    return "" if (run / DONE_NAME).exists() else "its training is not finished"
 
 
 def _finished_checkpoint(run: Path) -> Path:

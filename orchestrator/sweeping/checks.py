@@ -38,9 +38,13 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         check_teacher_cache(settings.distillation)
     if kind in ("threshold", "search"):
         _check_thresholds(settings)
-    _check_stopping(settings)
-    if kind == "search":
-        _check_search(settings)
+    if sweep.asha:
+        _check_asha(settings)
+    if kind == "search" and sweep.seeds:
+        raise UserError(
+            "a search distills each schedule once, and sweep.seeds is for threshold sweeps; "
+            "leave it out"
+        )
     if progress:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
 
@@ -95,33 +99,20 @@ def _check_thresholds(settings: Settings) -> None:
         )
 
 
-def _check_stopping(settings: Settings) -> None:
+def _check_asha(settings: Settings) -> None:
     sweep = settings.sweep
-    if sweep.asha and sweep.kind == "iterations":
-        _check_several_rates(settings)
-    elif sweep.asha:
+    if sweep.kind != "iterations":
         raise UserError(
             f"sweep.asha compares learning rates, and all trials of a {sweep.kind} sweep have the "
             "same; leave it out"
         )
-
-
-def _check_search(settings: Settings) -> None:
-    if settings.sweep.seeds:
-        raise UserError(
-            "a search distills each schedule once, and sweep.seeds is for threshold sweeps; "
-            "leave it out"
-        )
-
-
-def _check_several_rates(settings: Settings) -> None:
-    if settings.sweep.seeds:
+    if sweep.seeds:
         raise UserError(
             "sweep.asha looks for each model's best learning rate, under one seed; leave "
             "sweep.seeds out, and train the best rates under several seeds afterwards"
         )
-    methods, rates = settings.sweep.methods, settings.sweep.learning_rates
-    swept = [own for name, own in rates.items() if method_of_label(name) in methods]
+    rates = sweep.learning_rates.items()
+    swept = [own for name, own in rates if method_of_label(name) in sweep.methods]
     if not any(isinstance(own, tuple) and len(own) > 1 for own in swept):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
