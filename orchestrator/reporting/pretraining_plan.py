@@ -91,9 +91,7 @@ def _rows(found: PretrainingEstimate, rate: TrainingRate) -> Iterator[tuple[str,
         yield "token files", f"about {format_bytes(tokens.new_bytes)}, to be written"
     for place, problem in found.problems.items():
         is_known = found.is_memory_known or place != THIS_MACHINE
-        fits = (
-            "there is room for it" if is_known else "enough disk; the cluster's memory is unknown"
-        )
+        fits = "it fits" if is_known else "enough disk; the cluster's memory is unknown"
         yield f"on {place}", problem or fits
 
 

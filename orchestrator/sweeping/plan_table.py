@@ -106,8 +106,8 @@ def _found(states: Sequence[TrialState]) -> str:
 
 
 def _left_to_train(price: RemainingCost) -> list[str]:
-    told = price.num_teacher_tokens
-    teacher = f", and the teacher reads {told:,}" if told else ""
+    num_teacher_tokens = price.num_teacher_tokens
+    teacher = f", and the teacher reads {num_teacher_tokens:,}" if num_teacher_tokens else ""
     clock = "of one GPU" if price.uses_gpus else "of all CPUs here"
     written = [f"checkpoints of up to {format_bytes(price.checkpoint_bytes)}"]
     if price.teacher_bytes:

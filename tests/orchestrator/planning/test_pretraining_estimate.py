@@ -46,7 +46,7 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
     assert "40% of 989 TFLOP/s" in lines["time"]
     assert "H100" in lines["time"]
     assert "no GPU" in lines["on this machine"]
-    assert lines["on an H100"] == "there is room for it"
+    assert lines["on an H100"] == "it fits"
     half = printed(capsys, "--config", "paper-340m", "--mfu", "0.2", "-w", str(tmp_path / "ws"))
     hours = [float(re.match(r"[\d.]+", text["time"])[0]) for text in (lines, half)]  # type: ignore[index]
     # Both figures are printed in hours.
