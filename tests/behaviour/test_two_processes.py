@@ -40,6 +40,7 @@ from orchestrator.workspace.journal import read_journal
 # With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
 DRIVER = """
 import json, sys
+from dataclasses import asdict
 from orchestrator.cluster import local
 from orchestrator.planning.resources import Resources
 from orchestrator.training.checkpoint_lookup import find_checkpoints
@@ -62,11 +63,12 @@ try:
 except Interrupted as error:
     print(error, flush=True)
     sys.exit(130)
-print(json.dumps([outcome.to_dict() for outcome in outcomes]), flush=True)
+print(json.dumps([asdict(outcome) for outcome in outcomes]), flush=True)
 """
 
 UNDER_RAY = """
 import json, sys
+from dataclasses import asdict
 from orchestrator.cluster.ray_train import run_train_jobs
 from orchestrator.training.job import TrainingJob
 
@@ -76,7 +78,7 @@ def note(text):
 if __name__ == "__main__":
     jobs = [TrainingJob.from_dict(value) for value in json.loads(sys.argv[1])]
     outcomes = run_train_jobs(jobs, note=note)
-    print(json.dumps([outcome.to_dict() for outcome in outcomes]), flush=True)
+    print(json.dumps([asdict(outcome) for outcome in outcomes]), flush=True)
 """
 
 WAITING = "waiting for another process, which trains run\n"
