@@ -187,7 +187,7 @@ def test_a_crash_while_writing_leaves_the_old_state(
     assert newest is not None
     assert newest.name == "step_00000100"
     prune_checkpoints(run, 2)
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob(".*.iiet-temporary"))
 
 
 def test_pruning_keeps_the_newest_checkpoints(run: Path) -> None:

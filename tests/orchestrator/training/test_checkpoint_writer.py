@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_keeps_earlier_checkpoints(
     assert "free disk space" in text
     assert text.endswith(str(job.folder / "step_00000003"))
     assert names(job) == ["step_00000002", "step_00000003"]
-    assert not list(job.folder.glob("*.tmp"))
+    assert not list(job.folder.glob(".*.iiet-temporary"))
     run_job(job)
     assert losses(job) == losses(make_job("whole"))
 
@@ -162,11 +162,11 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
 
 KILLED = """
 import json, pathlib, sys, time
-from orchestrator.training import checkpoint
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
+from orchestrator.workspace import whole_folders
 
-flush = checkpoint._flush_to_disk
+flush = whole_folders._flush_to_disk
 
 def hang(path):
     if "step_00000004" in str(path):
@@ -174,7 +174,7 @@ def hang(path):
         time.sleep(600)
     flush(path)
 
-checkpoint._flush_to_disk = hang
+whole_folders._flush_to_disk = hang
 run_job(TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text())))
 """
 
@@ -196,9 +196,9 @@ def test_a_kill_in_the_middle_of_a_write_leaves_a_folder_that_the_next_start_rem
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert names(job) == ["step_00000002"]
-    assert len(list(job.folder.glob("step_00000004.*.tmp"))) == 1
+    assert len(list(job.folder.glob(".step_00000004.*.iiet-temporary"))) == 1
     run_job(job)
-    assert not list(job.folder.glob("*.tmp"))
+    assert not list(job.folder.glob(".*.iiet-temporary"))
     run_job(make_job("whole"))
     assert losses(job) == losses(make_job("whole"))
     resumed = [r for r in read_journal(job.folder)[0] if r.get("name") == "resumed"]
