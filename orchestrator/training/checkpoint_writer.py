@@ -29,7 +29,7 @@ from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.folders import is_valid_name
 from orchestrator.workspace.provenance import environment
-from orchestrator.workspace.whole_folders import delete_folder, delete_leftovers
+from orchestrator.workspace.whole_folders import delete_folder
 
 if TYPE_CHECKING:
     from orchestrator.training.remote_copy import RemoteCopy
@@ -205,11 +205,10 @@ def best_checkpoint(run_folder: Path) -> Path | None:
 
 
 def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = None) -> None:
-    """Delete all checkpoints but the newest and `keep`; delete partial ones."""
+    """Delete all checkpoints but the newest and `keep`."""
     for folder in find_checkpoints(run_folder)[:-num_kept]:
         if folder != keep:
             delete_folder(folder)
-    delete_leftovers(run_folder)
 
 
 def _copy_to_cpu(value: Any, *, keep: bool) -> Any:

@@ -62,7 +62,7 @@ def replace_folder(source: Path, folder: Path) -> None:
     Raises:
         OSError: If it cannot be renamed; the earlier folder is then in place.
     """
-    replaced: Path | None = None
+    replaced: list[Path] = []
     while True:
         try:
             source.rename(folder)
@@ -70,11 +70,12 @@ def replace_folder(source: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 if replaced:
-                    replaced.rename(folder)
+                    replaced[-1].rename(folder)
                 raise
         with suppress(FileNotFoundError):  # Another process replaced it at the same moment.
-            replaced = folder.rename(_temporary_name(folder))
-    delete_leftovers(folder.parent)
+            replaced.append(folder.rename(_temporary_name(folder)))
+    for earlier in replaced:
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def delete_folder(folder: Path) -> None:
