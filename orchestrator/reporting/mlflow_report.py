@@ -19,8 +19,8 @@ from orchestrator.reporting.pareto import KEPT_SHARE, Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import StoredSweep
-from orchestrator.reporting.training_curves import VALIDATION_METRIC
 from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, tag_filter
+from orchestrator.workspace.journal import VALIDATION_METRIC
 
 ARTIFACT_FOLDER = "front"
 MAX_NOTE_CHARACTERS = 7500

@@ -18,6 +18,7 @@ from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import (
+    PLAN_FILE,
     StoredSweep,
     item_notes,
     load_item_values,
@@ -116,7 +117,7 @@ def _suite_notes(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _planned_suite(workspace: Workspace, sweep: StoredSweep) -> dict[str, Any]:
-    path = sweep.folder(workspace) / "plan.json"
+    path = sweep.folder(workspace) / PLAN_FILE
     plan = read_json_object(path) or {}
     with damage_as_user_error(path):
         trials = plan.get("trials", [])

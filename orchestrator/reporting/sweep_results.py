@@ -25,6 +25,7 @@ from orchestrator.workspace.files import (
 from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
 
 RESULTS_FILE = "results.json"
+PLAN_FILE = "plan.json"
 LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""
 

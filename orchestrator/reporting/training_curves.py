@@ -14,13 +14,12 @@ from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import Curve
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import StoredSweep
-from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 
 HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
 """Metric whose step is the number of finished models."""
 HYPERVOLUME_BY_GFLOPS = "sweep/hypervolume_by_gflops"
 """Metric whose step is the training so far in 1e9 FLOPs, rounded."""
-VALIDATION_METRIC = "validation/loss"
 STUDENT_CHARTS = {
     "Validation loss while training": VALIDATION_METRIC,
     "Divergence from the teacher (KL) while training": "train/kl",

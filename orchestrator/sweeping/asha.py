@@ -18,10 +18,9 @@ from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
-from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.journal import VALIDATION_METRIC, Journal, read_journal
 
 STOPPED_NAME = "stopped-early.json"
-VALIDATION_METRIC = "validation/loss"
 
 
 @dataclass(frozen=True, kw_only=True)

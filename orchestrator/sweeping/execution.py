@@ -23,6 +23,7 @@ from orchestrator.planning.feasibility import check_trials_fit
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.trial import TrialResult
+from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping.asha import EarlyStop, asha_trials, stored_early_stop
@@ -44,7 +45,6 @@ from orchestrator.workspace.files import read_cached, read_json_object, write_js
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
-PLAN_NAME = "plan.json"
 STOPPED_TAG = "iiet.stopped_early"
 TIMES_NAME = "times.json"
 
@@ -144,7 +144,7 @@ class _SweepRun:
         # The remaining cost is estimated once: that reads checkpoints and measures this machine.
         first = self._stored or plan_record(self.plan, self.settings, self.workspace.teachers)
         self._stored = first | self.plan.to_dict()
-        write_json(self.folder / PLAN_NAME, self._stored)
+        write_json(self.folder / PLAN_FILE, self._stored)
         self._track_front()
         asha = asha_trials(self.plan, self.settings.sweep)
         stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
@@ -232,7 +232,7 @@ def _check_trials(
 def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
     """Note that a sweep of this name had other trials before, or that its plan is damaged."""
     try:
-        earlier = read_json_object(folder / PLAN_NAME, remedy="it is written anew") or {}
+        earlier = read_json_object(folder / PLAN_FILE, remedy="it is written anew") or {}
     except UserError as error:
         progress.note(str(error))
         return

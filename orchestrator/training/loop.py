@@ -29,6 +29,7 @@ from orchestrator.training.learning_rate import learning_rate_at
 from orchestrator.training.objective import Objective
 from orchestrator.training.optimizer import set_learning_rate
 from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.journal import VALIDATION_METRIC
 
 NUM_RECORDED_POINTS = 250
 """Approximate number of training losses in the journal of a run of any length."""
@@ -160,7 +161,7 @@ def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
         if is_last or position.step % recipe.validate_every_steps == 0:
             position.validation_loss = hooks.validate(position.step)
             position.validated_step = position.step
-            hooks.report(position.step, {"validation/loss": position.validation_loss})
+            hooks.report(position.step, {VALIDATION_METRIC: position.validation_loss})
         if is_last or position.step % recipe.checkpoint_every_steps == 0:
             hooks.save(position)
     return True

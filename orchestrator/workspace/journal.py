@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 JOURNAL_NAME = "journal.jsonl"
+VALIDATION_METRIC = "validation/loss"
 
 
 class Journal:
