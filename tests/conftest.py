@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,25 @@ def tiny_model() -> dict[str, Any]:
         context_length=16,
         schedule=IterationSchedule((2, 1)),
     ).to_dict()
+
+
+@pytest.fixture
+def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Any]:
+    """A function that makes a `TrainingJob` in `tmp_path`: its folder's name, then its recipe."""
+    from orchestrator.settings import TrainingSettings
+    from orchestrator.training.job import TrainingJob
+
+    def make(name: str = "run", **recipe: Any) -> TrainingJob:
+        return TrainingJob(
+            run_folder=str(tmp_path / name),
+            tokens_folder=str(tiny_tokens),
+            model=tiny_model,
+            recipe=TrainingSettings(
+                **{"num_tokens_per_step": 64, "num_validation_tokens": 64, **recipe}
+            ),
+        )
+
+    return make
 
 
 @pytest.fixture

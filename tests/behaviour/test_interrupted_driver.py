@@ -10,14 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import DONE_NAME, STOP_NAME, TrainingJob
@@ -39,19 +37,8 @@ except (Interrupted, KeyboardInterrupt):
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> TrainingJob:
-    return TrainingJob(
-        run_folder=str(tmp_path / "run"),
-        tokens_folder=str(tiny_tokens),
-        model=tiny_model,
-        recipe=TrainingSettings(
-            num_steps=400,
-            num_tokens_per_step=64,
-            validate_every_steps=400,
-            num_validation_tokens=64,
-            checkpoint_every_steps=20,
-        ),
-    )
+def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+    return tiny_job(num_steps=400, validate_every_steps=400, checkpoint_every_steps=20)
 
 
 def losses(job: TrainingJob) -> dict[int, float]:

@@ -8,13 +8,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from orchestrator.settings import TrainingSettings
 from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
@@ -70,21 +69,10 @@ assert lost
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["job", "trial"])
 def test_a_lost_node_changes_no_loss(
-    kind: str, tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+    kind: str, tmp_path: Path, tiny_job: Callable[..., TrainingJob]
 ) -> None:
     def job(name: str) -> TrainingJob:
-        return TrainingJob(
-            run_folder=str(tmp_path / name),
-            tokens_folder=str(tiny_tokens),
-            model=tiny_model,
-            recipe=TrainingSettings(
-                num_steps=300,
-                num_tokens_per_step=64,
-                validate_every_steps=300,
-                num_validation_tokens=64,
-                checkpoint_every_steps=20,
-            ),
-        )
+        return tiny_job(name, num_steps=300, validate_every_steps=300, checkpoint_every_steps=20)
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("lost").to_dict()))

@@ -20,7 +20,6 @@ from changed_trials import with_job
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
-from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.training.checkpoint import weights_key
@@ -85,19 +84,8 @@ WAITING = "waiting for another process, which trains run\n"
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> TrainingJob:
-    return TrainingJob(
-        run_folder=str(tmp_path / "run"),
-        tokens_folder=str(tiny_tokens),
-        model=tiny_model,
-        recipe=TrainingSettings(
-            num_steps=40,
-            num_tokens_per_step=64,
-            validate_every_steps=40,
-            num_validation_tokens=64,
-            checkpoint_every_steps=10,
-        ),
-    )
+def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+    return tiny_job(num_steps=40, validate_every_steps=40, checkpoint_every_steps=10)
 
 
 Start = Callable[..., subprocess.Popen[str]]

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,6 @@ from orchestrator import cli
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
-from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import step_of, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
@@ -28,19 +26,9 @@ from orchestrator.workspace.journal import read_journal
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> TrainingJob:
-    return TrainingJob(
-        run_folder=str(tmp_path / "run"),
-        tokens_folder=str(tiny_tokens),
-        model=tiny_model,
-        recipe=TrainingSettings(
-            num_steps=30,
-            num_tokens_per_step=64,
-            validate_every_steps=15,
-            num_validation_tokens=64,
-            checkpoint_every_steps=10,
-            iterate_from_fraction=0.5,
-        ),
+def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+    return tiny_job(
+        num_steps=30, validate_every_steps=15, checkpoint_every_steps=10, iterate_from_fraction=0.5
     )
 
 

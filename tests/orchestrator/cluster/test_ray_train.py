@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from orchestrator.planning.feasibility import check_trainings
-from orchestrator.settings import ClusterSettings, TrainingSettings
+from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.job import TrainingJob
@@ -27,7 +27,7 @@ MakeJob = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> MakeJob:
+def make_job(tiny_job: MakeJob) -> MakeJob:
     def make(name: str, **recipe: Any) -> TrainingJob:
         values = {
             "num_steps": 12,
@@ -39,12 +39,7 @@ def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> M
             "checkpoint_every_steps": 6,
             "iterate_from_fraction": 0.5,
         }
-        return TrainingJob(
-            run_folder=str(tmp_path / name),
-            tokens_folder=str(tiny_tokens),
-            model=tiny_model,
-            recipe=TrainingSettings(**{**values, **recipe}),
-        )
+        return tiny_job(name, **{**values, **recipe})
 
     return make
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.settings import TrainingSettings
 from orchestrator.training import checkpoint_writer as writer_module
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state
@@ -30,7 +29,7 @@ MakeJob = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> MakeJob:
+def make_job(tiny_job: MakeJob) -> MakeJob:
     def make(name: str = "run", **recipe: Any) -> TrainingJob:
         values = {
             "num_steps": 8,
@@ -40,12 +39,7 @@ def make_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> M
             "warmup_steps": 2,
             "checkpoint_every_steps": 2,
         }
-        return TrainingJob(
-            run_folder=str(tmp_path / name),
-            tokens_folder=str(tiny_tokens),
-            model=tiny_model,
-            recipe=TrainingSettings(**{**values, **recipe}),
-        )
+        return tiny_job(name, **{**values, **recipe})
 
     return make
 
