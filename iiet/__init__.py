@@ -11,6 +11,7 @@ from iiet.config import PRESETS, ModelConfig, preset
 from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.dropping import drop_layers, most_important_layers
 from iiet.generation import generate, stream
 from iiet.influence import InfluenceTable, influence_table
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
@@ -42,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "decoder_from_published",
     "distillation_loss",
+    "drop_layers",
     "frozen_teacher",
     "generate",
     "hidden_state_error",
@@ -49,6 +51,7 @@ __all__ = [
     "influence_table",
     "kl_divergence",
     "knapsack",
+    "most_important_layers",
     "next_token_loss",
     "num_parameters",
     "plain_formulas",

@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         hiddens = []
-        for hidden in self._advances(
+        for hidden in self.hidden_states(
             self.embedding(input_ids) if inputs_embeds is None else inputs_embeds,
             schedule=schedule,
             cache=cache,
@@ -191,6 +191,45 @@ class Decoder(nn.Module):
                 hiddens.append(hidden)
         logits = self.logits(last[:, -1:] if last_only else last)
         return (logits, tuple(hiddens)) if return_hidden else logits
+
+    def hidden_states(
+        self,
+        embeddings: Tensor,
+        *,
+        schedule: IterationSchedule | None = None,
+        attention_mask: Tensor | None = None,
+        cache: DecodingCache | None = None,
+        position_ids: Tensor | None = None,
+        observe: Observer | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield `h_1, ..., h_L`, each (batch, time, dim); the only loop over layers.
+
+        Arguments and errors are those of `forward`.
+        """
+        evaluations_per_layer = self.evaluations_per_layer(schedule)
+        context = make_context(
+            embeddings,
+            self.rope,
+            fields=self.fields,
+            cache=cache,
+            record=None if cache is None else agreed_record(cache, evaluations_per_layer),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
+        schedule = schedule or self.schedule
+        slots = None if cache is None else evaluation_slots(evaluations_per_layer)
+        hidden, state = embeddings, self.method.start(embeddings, self.config.num_layers)
+        for number, layer in enumerate(self.layers):
+            call = LayerCall(
+                schedule[number],
+                context,
+                slots=None if slots is None else slots[number],
+                shared=self.shared,
+                recompute=self.activation_checkpointing and cache is None,
+                observe=observe,
+            )
+            hidden, state = layer(hidden, state, call)
+            yield hidden
 
     def evaluations(
         self,
@@ -211,7 +250,7 @@ class Decoder(nn.Module):
         def observe(seen: Evaluation) -> None:
             record[seen.layer, seen.k] = seen.input if inputs else seen.output
 
-        for _ in self._advances(
+        for _ in self.hidden_states(
             self.embedding(input_ids),
             schedule=schedule,
             attention_mask=attention_mask,
@@ -243,39 +282,3 @@ class Decoder(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         rename_older_weights(state_dict, prefix, num_layers=self.config.num_layers)
         super()._load_from_state_dict(state_dict, prefix, *others)
-
-    def _advances(
-        self,
-        hidden: Tensor,
-        *,
-        schedule: IterationSchedule | None,
-        attention_mask: Tensor | None,
-        cache: DecodingCache | None = None,
-        position_ids: Tensor | None = None,
-        observe: Observer | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield `h_1, ..., h_L`, starting from the embeddings; the only loop over layers."""
-        evaluations_per_layer = self.evaluations_per_layer(schedule)
-        context = make_context(
-            hidden,
-            self.rope,
-            fields=self.fields,
-            cache=cache,
-            record=None if cache is None else agreed_record(cache, evaluations_per_layer),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-        )
-        schedule = schedule or self.schedule
-        slots = None if cache is None else evaluation_slots(evaluations_per_layer)
-        state = self.method.start(hidden, self.config.num_layers)
-        for number, layer in enumerate(self.layers):
-            call = LayerCall(
-                schedule[number],
-                context,
-                slots=None if slots is None else slots[number],
-                shared=self.shared,
-                recompute=self.activation_checkpointing and cache is None,
-                observe=observe,
-            )
-            hidden, state = layer(hidden, state, call)
-            yield hidden

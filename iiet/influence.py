@@ -1,7 +1,8 @@
 """Influence: how much each correction of each layer matters, measured on a calibration set.
 
 In: a decoder and batches of tokens. Out: for each layer and correction its influence, with its
-standard error over batches, and its residual, whose decline says how well the iteration contracts.
+standard error over batches, and its residual, whose decline says how well the iteration contracts;
+and for each layer its block influence, by which whole layers are dropped (`iiet.dropping`).
 Two metrics compare consecutive evaluations of a layer and cost one forward per batch. The third,
 `loss`, ends layers early, one correction at a time: it costs one forward per correction and
 measures what pruning does to the loss.
@@ -43,6 +44,7 @@ class _BatchMeans:
     num_tokens: int
     values: Rows
     residuals: Rows
+    layers: tuple[float, ...]
 
 
 @dataclass
@@ -83,12 +85,11 @@ class InfluenceAccumulator:
         observer = _Comparing(decoder.schedule, counted, num_tokens, compare)
         if compare is None:
             values = _rises_of_loss(decoder, known, attention_mask, observer)
-        else:  # The logits of all tokens would need more memory than everything else.
-            decoder(
-                known.input_ids, attention_mask=attention_mask, observe=observer, last_only=True
-            )
+        else:  # Without logits, which would need more memory than everything else.
+            observer.run(decoder, known.input_ids, attention_mask)
             values = _numbers(observer.values)
-        self.batches.append(_BatchMeans(num_tokens, values, _numbers(observer.residuals)))
+        residuals, (layers,) = _numbers(observer.residuals), _numbers([observer.layers])
+        self.batches.append(_BatchMeans(num_tokens, values, residuals, layers))
 
     def merge(self, other: InfluenceAccumulator) -> None:
         """Add the batches that another worker measured with the same decoder and metric.
@@ -114,7 +115,8 @@ class InfluenceAccumulator:
         counts = [batch.num_tokens for batch in self.batches]
         values, errors = _means_and_errors([batch.values for batch in self.batches], counts)
         residuals, _ = _means_and_errors([batch.residuals for batch in self.batches], counts)
-        return InfluenceTable(self.metric, values, errors, sum(counts), residuals)
+        (layers,), _ = _means_and_errors([(batch.layers,) for batch in self.batches], counts)
+        return InfluenceTable(self.metric, values, errors, sum(counts), residuals, layers)
 
 
 def influence_table(
@@ -131,6 +133,8 @@ def influence_table(
         cosine     1 - cos(y(i-1), y(i))
         relative   |y(i) - y(i-1)| / |y(i)|
         loss       rise of the loss when the layer stops after i-1 corrections, all else full
+
+    The block influence of a layer is `1 - cos(h_{l-1}, h_l)` with each metric.
 
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
@@ -189,9 +193,18 @@ class _Comparing:
     ) -> None:
         self.values: list[list[Tensor]] = [[] for _ in schedule]
         self.residuals: list[list[Tensor]] = [[] for _ in schedule]
+        self.layers: list[Tensor] = []
         self._schedule, self._counted, self._num_tokens = schedule, counted, num_tokens
         self._compare = compare
         self._previous: Tensor | None = None
+
+    def run(self, decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Run the decoder's layers under this observer; return the last hidden state."""
+        before: Tensor = decoder.embedding(input_ids)
+        for after in decoder.hidden_states(before, attention_mask=attention_mask, observe=self):
+            self.layers.append(self._mean(_cosine_distance, before, after))
+            before = after
+        return before
 
     def __call__(self, seen: Evaluation) -> None:
         if self._compare is not None and 1 <= seen.k <= self._schedule[seen.layer]:
@@ -238,10 +251,7 @@ def _rises_of_loss(
     sequences = replace(batch, target_count=None).split(1)
     counts = [sequence.num_targets for sequence in sequences]
 
-    def loss(schedule: IterationSchedule, observe: _Comparing | None = None) -> float:
-        logits = decoder(
-            batch.input_ids, schedule=schedule, attention_mask=attention_mask, observe=observe
-        )
+    def loss(logits: Tensor) -> float:
         # In float64, because rises are small beside the loss; by sequence, to spare memory.
         losses = [
             batch_cross_entropy(ours[None].double(), sequence).item()
@@ -249,10 +259,14 @@ def _rises_of_loss(
         ]
         return math.fsum(n * each for n, each in zip(counts, losses, strict=True)) / sum(counts)
 
+    def stopped_loss(layer: int, corrections: int) -> float:
+        schedule = full.with_layer(layer, corrections)
+        return loss(decoder(batch.input_ids, schedule=schedule, attention_mask=attention_mask))
+
     full = decoder.schedule
-    full_loss = loss(full, observer)
+    full_loss = loss(decoder.logits(observer.run(decoder, batch.input_ids, attention_mask)))
     return tuple(
-        tuple(loss(full.with_layer(layer, i)) - full_loss for i in range(count))
+        tuple(stopped_loss(layer, i) - full_loss for i in range(count))
         for layer, count in enumerate(full)
     )
 

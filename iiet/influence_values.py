@@ -45,6 +45,9 @@ class InfluenceTable:
     """Relative residual of each correction, the mean of `|g(e) - e| / |g(e)|` over tokens: `e` is
     the estimate that it starts from, `g(e)` its normalized output. Methods that correct
     without a schedule have rows, too. Tables from before version 0.2 have none."""
+    layer_values: tuple[float, ...] = ()
+    """Block influence of each layer, the mean of `1 - cos(h_{l-1}, h_l)` over tokens: by how much
+    the whole layer turns the hidden state. Tables of earlier versions have none."""
 
     @property
     def schedule(self) -> IterationSchedule:
@@ -114,6 +117,7 @@ class InfluenceTable:
             "num_tokens": self.num_tokens,
             "residuals": [list(row) for row in self.residual_rows],
             "contractions": [_finite(factor) for factor in self.contractions],
+            "layers": list(self.layer_values),
         }
 
     @classmethod
@@ -125,6 +129,7 @@ class InfluenceTable:
             error_rows=_rows_of(table["errors"]),
             num_tokens=int(table["num_tokens"]),
             residual_rows=_rows_of(table.get("residuals", ())),
+            layer_values=tuple(map(float, table.get("layers", ()))),
         )
 
 

@@ -174,7 +174,8 @@ def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
             return None
         table = InfluenceTable.from_dict(found)
         table.schedule  # noqa: B018  # a layer without a row is found here
-        return table
+        # A table of an earlier version does not say how much each layer matters.
+        return table if len(table.layer_values) == len(table.value_rows) else None
 
     return read_cached(path, parse, progress.note)
 
@@ -210,6 +211,8 @@ def _track(context: Context, key: str, table: InfluenceTable, path: Path, checkp
             if len(row) >= correction
         }
         run.log_metrics(values, step=correction)
+    for layer, value in enumerate(table.layer_values, start=1):
+        run.log_metrics({"block_influence": value}, step=layer)
     for layer, factor in enumerate(table.contractions, start=1):
         if not math.isnan(factor):
             run.log_metrics({"contraction": factor}, step=layer)

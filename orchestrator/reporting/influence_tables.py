@@ -1,4 +1,7 @@
-"""Influence table for the terminal and in Markdown, with residuals and contraction factors."""
+"""Influence table for the terminal and in Markdown, with residuals and contraction factors.
+
+The column `whole layer` is the layer's block influence, by which whole layers are dropped.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,17 @@ def influence_terminal_table(influence: InfluenceTable) -> Group:
     width = influence.schedule.max_corrections
     heads = [f"correction {number}" for number in range(1, width + 1)]
     values = [
-        [_with_error(value, error) for value, error in zip(*rows, strict=True)]
-        for rows in zip(influence.value_rows, influence.error_rows, strict=True)
+        [
+            *(_with_error(value, error) for value, error in zip(*rows, strict=True)),
+            *[""] * (width - len(rows[0])),
+            *of_layer,
+        ]
+        for *rows, of_layer in zip(
+            influence.value_rows, influence.error_rows, _whole_layers(influence), strict=True
+        )
     ]
     title = f"Influence ({influence.metric}, {influence.num_tokens:,} tokens)"
-    tables = [_layers_table(title, heads, values)]
+    tables = [_layers_table(title, [*heads, *_whole_layer_head(influence)], values)]
     if influence.residual_rows:  # Tables of earlier versions have none.
         residuals = _with_contractions(influence, influence.residual_rows, width, ".2g")
         title = "Residual |g(e) - e| / |g(e)|, and its contraction factor"
@@ -35,8 +44,27 @@ def influence_markdown(influence: InfluenceTable) -> str:
     """Return the influence and contraction factors in Markdown, one row for each layer."""
     width = max((len(row) for row in influence.rows()), default=0)
     heads = ["layer", *(f"correction {i}" for i in range(1, width + 1)), "contraction"]
-    rows = enumerate(_with_contractions(influence, influence.rows(), width, ".3g"), start=1)
-    return markdown_table(heads, ([str(layer), *cells] for layer, cells in rows), left=())
+    rows = zip(
+        _with_contractions(influence, influence.rows(), width, ".3g"),
+        _whole_layers(influence),
+        strict=True,
+    )
+    return markdown_table(
+        [*heads, *_whole_layer_head(influence)],
+        ([str(layer), *cells, *more] for layer, (cells, more) in enumerate(rows, start=1)),
+        left=(),
+    )
+
+
+def _whole_layer_head(influence: InfluenceTable) -> list[str]:
+    return ["whole layer"] if influence.layer_values else []
+
+
+def _whole_layers(influence: InfluenceTable) -> list[list[str]]:
+    """Return the cell of each layer; tables of earlier versions have none."""
+    if not influence.layer_values:
+        return [[] for _ in influence.value_rows]
+    return [[f"{value:.2g}"] for value in influence.layer_values]
 
 
 def _with_contractions(

@@ -91,6 +91,22 @@ def test_loss_influence_is_the_rise_of_the_published_loss():
     assert table.num_tokens == tensors["input_ids"][:, 1:].numel()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
+def test_block_influence_is_the_turn_of_the_hidden_state_in_each_layer(metric):
+    decoder, tokens = small_decoder().double(), random_batches(1)[0]
+    _, hidden = decoder(tokens, return_hidden=True)
+    states = [decoder.embedding(tokens), *hidden]
+    if metric == "loss":  # Only positions with a target count.
+        states = [state[:, :-1] for state in states]
+    expected = [
+        (1 - torch.cosine_similarity(before, after, dim=-1)).mean().item()
+        for before, after in itertools.pairwise(states)
+    ]
+    table = influence_table(decoder, [tokens[:1], tokens[1:]], metric=metric)
+    assert table.layer_values == pytest.approx(expected, rel=1e-10)
+
+
 def small_decoder(schedule=(2, 0, 1)):
     torch.manual_seed(0)
     config = ModelConfig(
@@ -151,6 +167,7 @@ def test_padding_has_no_effect(metric, side):
     )
     expected = influence_table(decoder, alone, metric=metric)
     assert padded.num_tokens == expected.num_tokens == sum(lengths) - 3 * (metric == "loss")
+    assert padded.layer_values == pytest.approx(expected.layer_values, rel=1e-9)
     for row, expected_row in zip(padded.value_rows, expected.value_rows, strict=True):
         assert row == pytest.approx(expected_row, rel=1e-9, abs=1e-12)
 
@@ -325,12 +342,12 @@ def test_a_method_that_corrects_once_has_residuals_and_no_influence():
     assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
 
-def test_an_older_table_without_residuals_loads():
+def test_an_older_table_without_residuals_and_block_influence_loads():
     table = influence_table(small_decoder(), random_batches(2))
     stored = table.to_dict()
-    del stored["residuals"], stored["contractions"]
+    del stored["residuals"], stored["contractions"], stored["layers"]
     again = InfluenceTable.from_dict(stored)
-    assert again == dataclasses.replace(table, residual_rows=())
+    assert again == dataclasses.replace(table, residual_rows=(), layer_values=())
     assert again.contractions == ()
 
 
@@ -342,6 +359,7 @@ def test_table_survives_json():
         assert again.to_dict() == table.to_dict()
         assert again.value_rows == table.value_rows
         assert again.residual_rows == table.residual_rows
+        assert again.layer_values == table.layer_values
 
 
 def test_wrong_use_is_named():

@@ -93,9 +93,15 @@ def test_it_is_found_again_until_something_changes(
         checkpoint, InfluenceSettings(metric="loss", num_tokens=64), tiny_tokens, context
     )
     assert measured == ["cosine", "cosine", "loss"]
-    (checkpoint / "influence-cosine.json").write_text('{"key"')
+    path = checkpoint / "influence-cosine.json"
+    path.write_text('{"key"')
     assert read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context) == first
     assert len(measured) == 4
+    stored = json.loads(path.read_text())
+    del stored["layers"]  # As earlier versions wrote it.
+    path.write_text(json.dumps(stored))
+    assert read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context) == first
+    assert len(measured) == 5
 
 
 def test_it_lies_beside_the_weights_with_a_picture(
@@ -130,6 +136,8 @@ def test_it_is_a_run_with_one_curve_a_layer(
     assert curve == dict(enumerate(found.rows()[0], start=1))
     residuals = client.get_metric_history(run.info.run_id, "residual/layer_01")
     assert [point.value for point in residuals] == list(found.residual_rows[0])
+    layers = client.get_metric_history(run.info.run_id, "block_influence")
+    assert [point.value for point in layers] == list(found.layer_values)
     (factor,) = client.get_metric_history(run.info.run_id, "contraction")
     assert (factor.step, factor.value) == (1, found.contractions[0])
     names = {file.path for file in client.list_artifacts(run.info.run_id, "influence")}

@@ -43,6 +43,19 @@ def test_residuals_and_contraction_factors_follow_the_influence() -> None:
     assert "Residual" not in captured.get(), "a table of an earlier version has no residuals"
 
 
+def test_the_block_influence_of_whole_layers_has_a_column() -> None:
+    rows = ((0.04, 0.02), (0.5,))
+    table = InfluenceTable("cosine", rows, rows, 64, rows, (0.31, 0.024))
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(influence_terminal_table(table))
+    printed = [line.replace("\u00a0", "").split() for line in captured.get().splitlines()]
+    assert ["2", "0.5±0.5", "0.024"] in printed
+    heads, _, first, second = influence_markdown(table).splitlines()
+    assert heads.endswith("| contraction | whole layer |")
+    assert (first.endswith("| 0.31 |"), second) == (True, "| 2 | 0.5 |  |  | 0.024 |")
+
+
 def test_markdown_has_the_contraction_factors() -> None:
     rows = ((0.04, 0.02, 0.01), (0.5,))
     table = InfluenceTable("cosine", rows, rows, 64, ((0.8, 0.4, 0.2), (0.25,)))
