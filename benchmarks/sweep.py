@@ -30,6 +30,7 @@ from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
 from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
@@ -40,7 +41,7 @@ from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.checkpoint import load_decoder
-from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -117,7 +118,7 @@ class _Bench:
         job = TrainingJob(
             run_folder=str(folder / "teacher"),
             tokens_folder=str(self.tokens),
-            model=self.config.to_dict(),
+            model=self.config,
             recipe=self.settings().training,
         )
         self.teacher = Path(str(run_job(job).checkpoint))

@@ -31,8 +31,9 @@ from orchestrator.data.batches import BatchPlan
 from orchestrator.data.corpus import Document
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenization import write_tokens
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DataSettings, TrainingSettings
-from orchestrator.training.job import TrainingJob, sequences_per_step
+from orchestrator.training.job import sequences_per_step
 from orchestrator.training.learning_rate import learning_rate_at
 from orchestrator.training.optimizer import make_optimizer, set_learning_rate
 from orchestrator.training.run import run_job
@@ -86,7 +87,7 @@ class Runs:
         return TrainingJob(
             run_folder=str(self.folder / f"run-{next(self._numbers)}"),
             tokens_folder=str(self.tokens),
-            model=config.to_dict(),
+            model=config,
             recipe=TrainingSettings(
                 num_steps=size.num_steps,
                 num_tokens_per_step=size.num_sequences * size.context_length,
@@ -113,7 +114,7 @@ class Runs:
     def bare(self) -> Steps:
         """Run the same steps in a plain loop."""
         job = self.job()
-        config, recipe = job.config(), job.recipe
+        config, recipe = job.model, job.recipe
         torch.manual_seed(recipe.seed)
         decoder = Decoder(config).train()
         optimizer = make_optimizer(decoder, recipe)
@@ -133,14 +134,14 @@ class Runs:
 
     def batch(self, job: TrainingJob, step: int) -> Batch:
         """Return the batch of a step, read as the loop reads it."""
-        store, config = open_tokens(job.tokens_folder), job.config()
+        store, config = open_tokens(job.tokens_folder), job.model
         plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
         return plan.batch(step, store.train, global_batch=sequences_per_step(job.recipe, config))
 
     def loading(self) -> float:
         """Return the seconds that the loop spends on one step's batch."""
         job = self.job()
-        store, config = open_tokens(job.tokens_folder), job.config()
+        store, config = open_tokens(job.tokens_folder), job.model
         plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
         number = sequences_per_step(job.recipe, config)
         started = time.perf_counter()
@@ -167,7 +168,9 @@ class Runs:
             )
             for rank in range(num_workers)
         ]
-        request = json.dumps({"job": job.to_dict(), "meeting": str(self.folder / job.folder.name)})
+        request = json.dumps(
+            {"job": job.model_dump(mode="json"), "meeting": str(self.folder / job.folder.name)}
+        )
         for process in processes:
             assert process.stdin
             process.stdin.write(request)

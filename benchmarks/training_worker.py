@@ -13,8 +13,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 
 
@@ -26,7 +26,7 @@ def main(rank: int, size: int) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{request['meeting']}.meeting", rank=rank, world_size=size
         )
-    run_job(TrainingJob.from_dict(request["job"]), world=World(rank=rank, size=size))
+    run_job(TrainingJob.model_validate(request["job"]), world=World(rank=rank, size=size))
     if size > 1:
         dist.destroy_process_group()
 

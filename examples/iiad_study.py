@@ -50,6 +50,7 @@ from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.pipelines.sweeps import raise_failures
+from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.settings import BASELINE_METHOD, model_label
 from orchestrator.sweeping.checks import check_models, check_sweep
@@ -57,7 +58,6 @@ from orchestrator.sweeping.model_plans import settings_at_rates, swept_models
 from orchestrator.sweeping.student_plans import check_student_batch
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.files import write_text
 
@@ -198,7 +198,7 @@ class _Study:
         self.contenders = {c.name: c for c in _contenders(settings, choices.two_stage_from)}
         self.tokens = prepare(settings, workspace=session.workspace, progress=session.progress)
         first = next(iter(self.contenders.values()))
-        config = self._job(first.at(rate=1.0, seed=0)).config()
+        config = self._job(first.at(rate=1.0, seed=0)).model
         check_student_batch(settings.distillation, config)
 
     def all_rates(self) -> dict[str, Sequence[float]]:
@@ -254,7 +254,7 @@ class _Study:
         """Run the fronts of the best IIET with most corrections."""
         most = max(sum(result.schedule or ()) for result in phases.best.values())
         wanted = max(
-            self._job(contender.at(rate=1.0, seed=0)).config().corrections.num_corrections
+            self._job(contender.at(rate=1.0, seed=0)).model.corrections.num_corrections
             for contender in self.contenders.values()
         )
         if most < wanted:  # The teacher failed; another one's students would not compare.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ def with_job(trial: PlannedTrial, recipe: dict[str, Any], **changes: Any) -> Pla
     """Return a trial whose job has other settings in its recipe, and other fields."""
     assert trial.job is not None
     changed = trial.job.recipe.model_copy(update=recipe)
-    return trial.model_copy(update={"job": replace(trial.job, recipe=changed, **changes)})
+    job = trial.job.model_copy(update={"recipe": changed, **changes})
+    return trial.model_copy(update={"job": job})
 
 
 def in_folder(trial: PlannedTrial, folder: Path, **changes: Any) -> PlannedTrial:

@@ -75,8 +75,8 @@ def tiny_model() -> dict[str, Any]:
 @pytest.fixture
 def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Any]:
     """A function that makes a `TrainingJob` in `tmp_path`: its folder's name, then its recipe."""
+    from orchestrator.records.training import TrainingJob
     from orchestrator.settings import TrainingSettings
-    from orchestrator.training.job import TrainingJob
 
     def make(name: str = "run", **recipe: Any) -> TrainingJob:
         return TrainingJob(
@@ -95,11 +95,11 @@ def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> C
 def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Any:
     """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
     from iiet.influence import InfluenceTable
+    from orchestrator.records.training import TrainingJob
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.selection import choose_members
     from orchestrator.sweeping.student_plans import threshold_plan
     from orchestrator.sweeping.trials import TrialSuite
-    from orchestrator.training.job import TrainingJob
     from orchestrator.training.run import run_job
     from orchestrator.workspace.folders import open_workspace
 

@@ -32,9 +32,9 @@ ADAPTERS = {
 
 ORDER = (
     "workspace",
-    "records",
     "terminal",
     "settings",
+    "records",
     "data",
     "tracking",
     "training",

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
-from orchestrator.training.job import TrainingJob, TrainingOutcome
 
 
 class RunJobs(Protocol):

@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.evaluation.decode_timing import threads
 from orchestrator.planning.resources import local_resources
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
@@ -23,7 +24,7 @@ from orchestrator.terminal.signals import (
     signal_handlers,
 )
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob, TrainingOutcome, clear_stop_request
+from orchestrator.training.job import clear_stop_request
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train

@@ -19,17 +19,12 @@ import torch
 from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import recorded_signals, wait_for_work
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.distributed import World
-from orchestrator.training.job import (
-    TrainingJob,
-    TrainingOutcome,
-    clear_stop_request,
-    is_stop_requested,
-    request_stop,
-)
+from orchestrator.training.job import clear_stop_request, is_stop_requested, request_stop
 from orchestrator.training.loop import Diverged
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
@@ -133,7 +128,7 @@ def fit_job(
     trainer = train_api.torch.TorchTrainer(
         _train_worker,
         train_loop_config={
-            "job": job.to_dict(),
+            "job": job.model_dump(mode="json"),
             "num_threads": placement.cpus,
             "parallel": parallel,
         },
@@ -174,7 +169,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
         device=str(device),
         parallel=config["parallel"],
     )
-    job = TrainingJob.from_dict(config["job"])
+    job = TrainingJob.model_validate(config["job"])
     try:
         return {"result": asdict(run_job(job, world=world))}
     except Exception as error:

@@ -21,12 +21,11 @@ from orchestrator.cluster.placement import Placement, trial_placement
 from orchestrator.cluster.ray_train import RAY_FOLDER, final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.signals import POLL_SECONDS, run_interruptibly
 from orchestrator.training.distributed import World
 from orchestrator.training.job import (
-    TrainingJob,
-    TrainingOutcome,
     clear_stop_request,
     finished_outcome,
     is_stop_requested,

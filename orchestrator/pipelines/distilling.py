@@ -103,7 +103,7 @@ def distill_teacher(
             "distillation.control=pruned trains nothing; "
             "`iiet-orch evaluate --schedule` measures it"
         )
-    job = replace(job, run_folder=str(context.workspace.trials / job_key(job)))
+    job = job.model_copy(update={"run_folder": str(context.workspace.trials / job_key(job))})
     check_trainings([job], settings.cluster)
     label = str(config.corrections)
     jobs, params = {label: job}, {label: {"schedule": label, **flatten(settings)}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from orchestrator.planning.pretraining_estimate import (
 )
 from orchestrator.planning.resources import check_resources
 from orchestrator.planning.training_rate import TrainingRate, assumed_training_rate
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun
 from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import TrainingJob, TrainingOutcome, finished_outcome, job_key
+from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.files import write_text
@@ -172,7 +173,7 @@ def pretraining_job(
     job = TrainingJob(
         run_folder="",
         tokens_folder=str(tokens),
-        model=config.to_dict(),
+        model=config,
         recipe=settings.training,
         first_stages=str(workspace.first_stages),
         storage=settings.cluster.storage,
@@ -182,7 +183,7 @@ def pretraining_job(
         schedule = f"-r{counts[0]}" if len(counts) == 1 else "-ragged"
         middle = schedule if METHODS[config.method].has_corrections else ""
         name = f"{config.method}{middle}-{job_key(job)[:KEY_CHARACTERS]}"
-    return replace(job, run_folder=str(workspace.runs / name))
+    return job.model_copy(update={"run_folder": str(workspace.runs / name)})
 
 
 @dataclass(frozen=True, kw_only=True)

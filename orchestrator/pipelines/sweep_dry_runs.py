@@ -21,6 +21,7 @@ from orchestrator.pipelines.sweep_plans import (
 )
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import Settings
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_sweep
@@ -41,7 +42,7 @@ from orchestrator.sweeping.search import ScheduleSearch
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.job import TrainingJob, finished_outcome
+from orchestrator.training.job import finished_outcome
 from orchestrator.workspace.folders import Workspace
 
 
@@ -119,7 +120,7 @@ def _dry_run_of_students(
 def _dry_run_of_pretraining(
     settings: Settings, context: Context, tokens: Path, jobs: Mapping[str, TrainingJob]
 ) -> SweepDryRun:
-    config = jobs[TEACHER].config()
+    config = jobs[TEACHER].model
     plan = iterations_plan(
         [ScratchModel(label=label, job=job) for label, job in jobs.items()],
         suite=plan_suite(settings.evaluation, tokens, config, context.progress),

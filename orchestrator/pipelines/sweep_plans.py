@@ -26,6 +26,7 @@ from orchestrator.evaluation.task_selection import (
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.pipelines.pretraining import pretraining_job
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models
@@ -42,7 +43,6 @@ from orchestrator.sweeping.student_plans import student_trial, threshold_plan
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 
@@ -115,7 +115,7 @@ def plan_iterations(
         )
         for model in models
     ]
-    config = variants[0].job.config()
+    config = variants[0].job.model
     suite = plan_suite(settings.evaluation, tokens, config, context.progress)
     return iterations_plan(variants, suite=suite, name=name)
 

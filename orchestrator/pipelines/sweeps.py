@@ -104,7 +104,7 @@ def sweep(
     tokens, jobs = plan_teacher(settings, context)
     # The students of a teacher that exists are checked when they are planned.
     if settings.distillation.control != "pruned" and finished_outcome(jobs[TEACHER]) is None:
-        most = max_num_students(settings, jobs[TEACHER].config())
+        most = max_num_students(settings, jobs[TEACHER].model)
         check_students_fit(settings, list(jobs.values()), most)
     with ray_cluster(say=context.progress.start):
         trained = pretrain_models(teacher_and_baselines(settings), context, tokens)

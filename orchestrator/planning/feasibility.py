@@ -19,10 +19,11 @@ from orchestrator.planning.resources import (
     local_resources,
 )
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import DONE_NAME, TrainingJob, finished_outcome
+from orchestrator.training.job import DONE_NAME, finished_outcome
 from orchestrator.training.job_checks import check_job
 from orchestrator.workspace.errors import UserError
 
@@ -128,7 +129,7 @@ def check_students_fit(
     Raises:
         UserError: If one student, or all trainings together, would not fit; says what would.
     """
-    teacher, distillation = jobs[0].config(), settings.distillation
+    teacher, distillation = jobs[0].model, settings.distillation
     request = ResourceRequest(
         config=teacher,
         recipe=distillation.training,

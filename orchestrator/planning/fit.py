@@ -14,10 +14,10 @@ from iiet.config import PRESETS, ModelConfig
 from iiet.cost import num_parameters
 from orchestrator.planning.resources import FreeBytes
 from orchestrator.planning.training_estimate import TrainingEstimate, estimate_training
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ModelSettings, TrainingSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.checkpoint import load_config
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
@@ -66,7 +66,7 @@ class ResourceRequest:
 def request_of(job: TrainingJob) -> ResourceRequest:
     """Return what a job asks for, on one CPU worker."""
     return ResourceRequest(
-        config=job.config(),
+        config=job.model,
         recipe=job.recipe,
         section=job.section,
         teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,

@@ -1,1 +1,1 @@
-"""Values that several packages share and store as JSON: results of trials and evaluations."""
+"""Values that several packages share and store as JSON: trainings, trials, evaluations."""

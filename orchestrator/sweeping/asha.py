@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
-from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal, read_journal
 
@@ -100,7 +100,7 @@ def _without_learning_rate(trial: PlannedTrial) -> TrainingJob | None:
     if not trial.job:
         return None
     recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
-    return replace(trial.job, recipe=recipe, run_folder="", first_stages=None)
+    return trial.job.model_copy(update={"recipe": recipe, "run_folder": "", "first_stages": None})
 
 
 class AshaMonitor:

@@ -22,6 +22,7 @@ from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_tok
 from orchestrator.planning.feasibility import check_trials_fit
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
@@ -33,7 +34,7 @@ from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import DONE_NAME, TrainingJob, finished_outcome
+from orchestrator.training.job import DONE_NAME, finished_outcome
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.teacher_cache_policy import (
     delete_teacher_caches,

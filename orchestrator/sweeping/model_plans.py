@@ -12,10 +12,11 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite, make_plan
 from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import job_key
 from orchestrator.workspace.provenance import content_key
 
 TEACHER = "teacher"
@@ -98,7 +99,7 @@ def iterations_plan(
     trials = []
     jobs = share_first_stages([model.job for model in models])
     for model, job in zip(models, jobs, strict=True):
-        config = job.config()
+        config = job.model
         is_baseline = not METHODS[config.method].has_corrections
         trials.append(
             PlannedTrial(

@@ -14,13 +14,14 @@ from typing import Any, Literal
 from iiet.cost import inference_cost
 from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.planning.training_rate import assumed_training_rate
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, full_config
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
 from orchestrator.training.first_stage import first_stage_of
-from orchestrator.training.job import TrainingJob, finished_outcome
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.training.teacher_cache_policy import estimate_teacher_work
 
@@ -179,6 +180,6 @@ def _training_flops(job: TrainingJob, steps_done: int) -> float:
 
 
 def _new_checkpoint_bytes(job: TrainingJob) -> int:
-    estimate = estimate_training(job.config(), job.recipe)
+    estimate = estimate_training(job.model, job.recipe)
     present = len(find_checkpoints(job.folder)) * estimate.checkpoint_bytes
     return max(0, estimate.disk_bytes - present)

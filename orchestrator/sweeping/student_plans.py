@@ -9,6 +9,7 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, Settings
 from orchestrator.sweeping.trials import (
     PlannedTrial,
@@ -18,7 +19,7 @@ from orchestrator.sweeping.trials import (
     make_plan,
 )
 from orchestrator.training.checkpoint import load_config, weights_key
-from orchestrator.training.job import TrainingJob, job_key, sequences_per_step
+from orchestrator.training.job import job_key, sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -90,7 +91,7 @@ def student_job(
     return TrainingJob(
         run_folder=run_folder,
         tokens_folder=tokens_folder,
-        model=config.to_dict(),
+        model=config,
         recipe=distillation.training,
         objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
         teacher_folder=str(teacher) if is_distilled else None,
@@ -165,7 +166,7 @@ def student_trial(
         distillation, teacher=teacher, config=config, tokens_folder=suite.tokens_folder
     )
     if job and seed is not None:
-        job = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
+        job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"seed": seed})})
     weights = job_key(job) if job else content_key("pruned", weights_key(teacher), config.to_dict())
     folder = str(workspace.trials / weights)
     group = str(config.corrections)
@@ -177,7 +178,7 @@ def student_trial(
         label=group if seed is None else f"{group}, seed {seed}",
         model=config.to_dict(),
         folder=folder,
-        job=replace(job, run_folder=folder) if job else None,
+        job=job.model_copy(update={"run_folder": folder}) if job else None,
         checkpoint=None if job else str(teacher),
         suite=suite,
         threshold_above=member.threshold_above,

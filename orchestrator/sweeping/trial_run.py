@@ -8,8 +8,8 @@ Milliseconds are not measured here: trials that run at the same time would distu
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +20,19 @@ from iiet.methods import METHODS
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import checkpoint_tokenizer, load_suite, run_suite
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_results import items_file_name
 from orchestrator.sweeping.asha import AshaMonitor, AshaTrial, write_early_stop
 from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
 from orchestrator.training.distributed import World
-from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, clear_stop_request
+from orchestrator.training.job import DONE_NAME, clear_stop_request
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object, write_json
+from orchestrator.workspace.files import write_json
 
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss in the tables."""
@@ -229,10 +230,9 @@ def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
 def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
     """Return what a checkpoint's own run took, if its record is there, whole, and of its step."""
     step = load_provenance(checkpoint).get("step", 0)
-    known = {field.name for field in dataclasses.fields(TrainingOutcome)}
-    try:
-        done = read_json_object(checkpoint.parent / DONE_NAME)
-        outcome = TrainingOutcome(**{k: v for k, v in (done or {}).items() if k in known})
-        return _training_numbers(outcome) if outcome.step == step else {"steps": float(step)}
-    except (UserError, TypeError, AttributeError):
-        return {"steps": float(step)}
+    outcome = None
+    with suppress(UserError):
+        outcome = TrainingOutcome.read(checkpoint.parent / DONE_NAME)
+    if outcome and outcome.step == step:
+        return _training_numbers(outcome)
+    return {"steps": float(step)}

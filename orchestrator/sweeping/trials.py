@@ -21,6 +21,7 @@ from pydantic import (
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import (
     Role,
     Threshold,
@@ -29,7 +30,6 @@ from orchestrator.records.trial import (
     threshold_range_text,
 )
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import TokenStore
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import read_text_files, save_checkpoint, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.distributed import World, full_tensor, run_on_first
 from orchestrator.training.first_stage import first_stage_of
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Position
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
@@ -146,7 +146,7 @@ class CheckpointWriter:
         self.checkpoint = save_checkpoint(
             folder,
             position.step,
-            config=self._job.config(),
+            config=self._job.model,
             weights=weights,
             training_state=training_state,
             tokenizer_path=self._store.tokenizer_path,

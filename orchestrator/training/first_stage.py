@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iiet.methods import METHODS
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import (
     PROVENANCE,
     check_checkpoint,
     checkpoint_name,
     load_provenance,
 )
-from orchestrator.training.job import JOURNAL_ONLY_FIELDS, TrainingJob, job_key
+from orchestrator.training.job import JOURNAL_ONLY_FIELDS, job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.provenance import content_key
@@ -90,18 +91,18 @@ class FirstStage:
 
 def first_stage_of(job: TrainingJob) -> FirstStage | None:
     """Return the first stage that a job may share with others; None if there is none."""
-    config, recipe = job.config(), job.recipe
+    config, recipe = job.model, job.recipe
     num_steps = round(recipe.num_steps * recipe.iterate_from_fraction)
     may_share = job.first_stages and job.objective == "pretrain" and not job.initial_folder
     has_stages = 0 < num_steps < recipe.num_steps and METHODS[config.method].has_corrections
     if not (may_share and has_stages):
         return None
-    plain = replace(
-        job,
-        model=replace(config, schedule=config.corrections.none(config.num_layers)).to_dict(),
-        recipe=recipe.model_copy(
-            update={"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
-        ),
+    no_stages = {"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
+    plain = job.model_copy(
+        update={
+            "model": replace(config, schedule=config.corrections.none(config.num_layers)),
+            "recipe": recipe.model_copy(update=no_stages),
+        }
     )
     journal_fields = {name: getattr(recipe, name) for name in JOURNAL_ONLY_FIELDS}
     key = content_key("first stage", job_key(plain), num_steps, journal_fields)
@@ -118,7 +119,7 @@ def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
     return [
         job
         if stage and (stage.exists or len(users[stage.folder]) > 1)
-        else replace(job, first_stages=None)
+        else job.model_copy(update={"first_stages": None})
         for job, stage in zip(jobs, stages, strict=True)
     ]
 

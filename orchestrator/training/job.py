@@ -1,26 +1,22 @@
-"""Description of a training: folders, model, recipe and objective. `run.py` executes it.
+"""Key of a training, its outcome when it has finished, and requests to stop it.
 
-The same job runs in this process, in a Ray Train worker or in a Ray Tune trial. Its key is the hash
-of everything that determines the result.
+The key is the hash of everything that determines the result.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import TypeAdapter
+from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from orchestrator.data.token_store import open_tokens
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.provenance import content_key
 
 STOP_NAME = "stop"
@@ -47,90 +43,6 @@ NON_KEY_FIELDS = {
 """Fields of a recipe that are not part of the key."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """Everything that determines one training. Paths and `section` are not part of the key."""
-
-    run_folder: str
-    """Folder of journal, checkpoints and result; every worker must see it."""
-    tokens_folder: str
-    """Prepared tokens."""
-    model: dict[str, Any]
-    """`ModelConfig.to_dict()`, with the iteration schedule to train."""
-    recipe: TrainingSettings
-    """Steps, batch, learning rate, when to validate and save."""
-    objective: Literal["pretrain", "distill", "cross_entropy"] = "pretrain"
-    """`pretrain`: cross-entropy from random weights; `distill`: from a teacher; `cross_entropy`: a
-    student trained without its teacher."""
-    teacher_folder: str | None = None
-    """Checkpoint of the frozen teacher; for `distill`."""
-    initial_folder: str | None = None
-    """Checkpoint with the initial weights; random weights when unset."""
-    distillation: DistillationConfig | None = None
-    """The distillation loss; defaults when unset."""
-    teacher_cache: str | None = None
-    """Folder of the teacher's stored outputs."""
-    first_stages: str | None = None
-    """Folder of first stages shared between models; nothing is shared when unset."""
-    storage: str | None = None
-    """URI for copies of the checkpoints."""
-    section: str = "training"
-    """Settings section of the recipe, named in errors."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """JSON-able entries for the `provenance.json` of every checkpoint; not part of the key."""
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.run_folder)
-
-    def config(self) -> ModelConfig:
-        """Return the model's configuration.
-
-        Raises:
-            UserError: If it is not valid.
-        """
-        try:
-            return ModelConfig.from_dict(self.model)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able mapping; `from_dict` is its inverse."""
-        values: dict[str, Any] = _JOB.dump_python(self, mode="json")
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainingJob:
-        """Rebuild a job from `to_dict`."""
-        return _JOB.validate_python(values)
-
-
-_JOB = TypeAdapter(TrainingJob)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOutcome:
-    """The result of a run, finished or stopped."""
-
-    checkpoint: str | None
-    """Folder of the newest checkpoint; None if the run was stopped before the first."""
-    step: int
-    """Optimizer steps done."""
-    finished: bool
-    """False if the run was stopped on request; the same job resumes it."""
-    validation_loss: float = math.nan
-    """Latest validation loss; NaN before the first."""
-    train_seconds: float = 0.0
-    """Time spent in steps, over all restarts."""
-    num_tokens: int = 0
-    """Tokens trained on."""
-    training_flops: float = 0.0
-    """Training FLOPs, with the forward passes of a teacher that ran."""
-    shared_flops: float = 0.0
-    """Part of them that another run spent on a shared first stage."""
-
-
 def job_key(job: TrainingJob) -> str:
     """Return the hash of everything that determines a job's result.
 
@@ -145,7 +57,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     distills = job.objective == "distill"
     teacher = job.teacher_folder if distills else None
     return {
-        "model": job.config().to_dict(),
+        "model": job.model.to_dict(),
         "recipe": job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS),
         "tokens": open_tokens(job.tokens_folder).fingerprint,
         "teacher": weights_key(Path(teacher)) if teacher else None,
@@ -180,19 +92,17 @@ def finished_outcome(
     `warn` is called with a sentence if the last checkpoint of a finished job is damaged.
     """
     path = job.folder / DONE_NAME
-    done = read_json_object(path)
-    if not done:
+    outcome = TrainingOutcome.read(path)
+    if not outcome:
         return None
-    with damage_as_user_error(path):
-        folder = job.folder / checkpoint_name(done["step"])  # The workspace may have been moved.
-        outcome = TrainingOutcome(**{**done, "checkpoint": str(folder)})
+    folder = job.folder / checkpoint_name(outcome.step)  # The workspace may have been moved.
     try:
         check_checkpoint(folder)
     except UserError as error:
         if warn:
             warn(f"{error}; the end of this training is lost and is trained again")
         return None
-    return outcome
+    return outcome.model_copy(update={"checkpoint": str(folder)})
 
 
 def request_stop(run_folder: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from orchestrator.data.batches import check_even_split, check_text_length
 from orchestrator.data.token_store import open_tokens
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import check_checkpoint, load_config
 from orchestrator.training.compiling import check_compiler
-from orchestrator.training.job import TrainingJob, key_fields, sequences_per_step
+from orchestrator.training.job import key_fields, sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
@@ -25,7 +26,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         UserError: If tokens or checkpoints are missing, sizes do not fit together, or the batch
         cannot be divided among the workers.
     """
-    config = job.config()
+    config = job.model
     if job.recipe.compile:
         check_compiler(job.section)
     if job.storage:
@@ -68,7 +69,7 @@ def write_job_file(job: TrainingJob) -> None:
     path = job.folder / JOB_NAME
     if not path.exists():
         record = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
-        write_json(path, {**record, "essence": essence, "job": job.to_dict()})
+        write_json(path, {**record, "essence": essence, "job": job.model_dump(mode="json")})
 
 
 def _check_job_file(job: TrainingJob) -> dict[str, Any]:

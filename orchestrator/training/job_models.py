@@ -8,9 +8,9 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.teacher_cache import CachedTeacher, cache_plan, open_cache
 
 

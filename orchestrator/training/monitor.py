@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.token_store import open_tokens
+from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.journal import read_journal
@@ -63,7 +64,7 @@ class RunMonitor:
                 name=job.folder.name,
                 kind=kind,
                 params=params[label],
-                tags={"iiet.method": str(job.model["method"])},
+                tags={"iiet.method": job.model.method},
             )
             tokens = open_tokens(job.tokens_folder)
             self._runs[label].log_dataset("tokens", tokens.fingerprint, tokens.profile)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import step_of
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.first_stage import first_stage_of
-from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.job import DONE_NAME
 from orchestrator.workspace.errors import UserError
 
 

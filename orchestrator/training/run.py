@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.token_store import open_tokens
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.training.checkpoint import load_decoder, load_training_state
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random_state
@@ -27,8 +27,6 @@ from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World, replicate, run_on_first
 from orchestrator.training.job import (
     DONE_NAME,
-    TrainingJob,
-    TrainingOutcome,
     finished_outcome,
     is_stop_requested,
     sequences_per_step,
@@ -43,7 +41,6 @@ from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.whole_folders import delete_leftovers
 
@@ -100,7 +97,7 @@ class _Run:
 
     def __init__(self, job: TrainingJob, world: World, report: Report | None) -> None:
         self.job, self.world = job, world
-        self.config = job.config()
+        self.config = job.model
         self.store = open_tokens(job.tokens_folder)
         self.journal = Journal(job.folder) if world.is_first else None
         self._report = report
@@ -156,7 +153,7 @@ class _Run:
         )
         if self.journal:
             if finished:
-                write_json(self.job.folder / DONE_NAME, asdict(outcome))
+                outcome.write(self.job.folder / DONE_NAME)
             self.journal.event("finished" if finished else "stopped", step=outcome.step)
         return outcome
 

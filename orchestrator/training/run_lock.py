@@ -13,9 +13,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.terminal.formatting import join_names
 from orchestrator.terminal.signals import interruption_text, wait_interruptibly
-from orchestrator.training.job import DONE_NAME, TrainingJob, TrainingOutcome, finished_outcome
+from orchestrator.training.job import DONE_NAME, finished_outcome
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted
 

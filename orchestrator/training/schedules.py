@@ -9,8 +9,8 @@ from iiet.cost import inference_cost, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, Model
 from iiet.schedule import IterationSchedule
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.job import TrainingJob
 
 ScheduleByStep = Callable[[int], IterationSchedule]
 """Step -> the iteration schedule that is trained in this step."""
@@ -43,7 +43,7 @@ def flops_per_token_by_step(
     job: TrainingJob, teacher: Model | None = None
 ) -> Callable[[int], float]:
     """Return step -> training FLOPs per token; a teacher that runs adds its forward pass."""
-    config, distillation = job.config(), job.distillation or DistillationConfig()
+    config, distillation = job.model, job.distillation or DistillationConfig()
     schedule_at = schedule_by_step(config.corrections, job.recipe)
     teacher_flops = 0.0
     if isinstance(teacher, Decoder):

@@ -24,10 +24,11 @@ from torch import Tensor
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.data.batches import BatchPlan
 from orchestrator.data.token_store import open_tokens
+from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, load_decoder, weights_key
 from orchestrator.training.distributed import World, autocast
-from orchestrator.training.job import TrainingJob, sequences_per_step
+from orchestrator.training.job import sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.provenance import content_key
@@ -113,7 +114,7 @@ def cache_plan(job: TrainingJob) -> CachePlan | None:
     loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)
     if loss.hidden_weight or not steps:
         return None
-    config, recipe, folder = job.config(), job.recipe, Path(str(job.teacher_folder))
+    config, recipe, folder = job.model, job.recipe, Path(str(job.teacher_folder))
     teacher = load_config(folder)
     return CachePlan(
         origin={
@@ -137,7 +138,7 @@ def cache_plan(job: TrainingJob) -> CachePlan | None:
 
 def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> OutputsByStep:
     """Return a function that computes the teacher's outputs of a step as the job itself would."""
-    store, config, recipe = open_tokens(job.tokens_folder), job.config(), job.recipe
+    store, config, recipe = open_tokens(job.tokens_folder), job.model, job.recipe
     plan = BatchPlan(len(store.train), config.context_length, recipe.seed)
     global_batch = sequences_per_step(recipe, config)
     loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)

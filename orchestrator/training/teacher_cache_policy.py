@@ -9,16 +9,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.teacher_cache import (
     CachePlan,
     bytes_to_write,
@@ -85,7 +84,7 @@ def store_teacher_outputs(
         if settings.teacher_cache != "auto":
             (folder / _KEPT_NAME).touch()
         for student in students:
-            shared[student] = replace(jobs[student], teacher_cache=str(folder))
+            shared[student] = jobs[student].model_copy(update={"teacher_cache": str(folder)})
     return shared
 
 

@@ -19,7 +19,7 @@ from orchestrator.workspace.errors import UserError, shortened
 T = TypeVar("T")
 
 _CHECKSUM_KEY = "sha256_of_content"
-_DELETE_AND_RERUN = "delete it and run the command again"
+DELETE_AND_RERUN = "delete it and run the command again"
 INVALID_VALUE_ERRORS = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Any:
+def read_json(path: Path, *, remedy: str = DELETE_AND_RERUN) -> Any:
     """Read JSON; None if the file is missing. An object's checksum is verified and removed.
 
     Raises:
@@ -89,7 +89,7 @@ def read_json(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Any:
     return value
 
 
-def read_json_object(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> dict[str, Any] | None:
+def read_json_object(path: Path, *, remedy: str = DELETE_AND_RERUN) -> dict[str, Any] | None:
     """Read a JSON object like `read_json`; a `UserError` also if the file holds something else."""
     value = read_json(path, remedy=remedy)
     if value is not None and not isinstance(value, dict):
@@ -98,7 +98,7 @@ def read_json_object(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> dict[str
 
 
 @contextmanager
-def damage_as_user_error(path: Path, *, remedy: str = _DELETE_AND_RERUN) -> Iterator[None]:
+def damage_as_user_error(path: Path, *, remedy: str = DELETE_AND_RERUN) -> Iterator[None]:
     """Convert errors of a block that reads a file's values to a `UserError` that names the file."""
     try:
         yield

@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import DONE_NAME, STOP_NAME, TrainingJob
+from orchestrator.training.job import DONE_NAME, STOP_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -26,9 +26,9 @@ DRIVER = """
 import json, pathlib, sys
 from orchestrator.cluster.ray_train import run_train_jobs
 from orchestrator.settings import ClusterSettings
-from orchestrator.training.job import TrainingJob
+from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted
-job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+job = TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 try:
     run_train_jobs([job], ClusterSettings(num_workers=int(sys.argv[2])))
 except (Interrupted, KeyboardInterrupt):
@@ -61,7 +61,7 @@ def family() -> Iterator[list[psutil.Process]]:
 
 def start_driver(job: TrainingJob, num_workers: int = 1) -> subprocess.Popen[str]:
     path = job.folder.with_suffix(".json")
-    path.write_text(json.dumps(job.to_dict()))
+    path.write_text(json.dumps(job.model_dump(mode="json")))
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(path), str(num_workers)],
         stderr=subprocess.PIPE,
@@ -100,7 +100,7 @@ def test_an_interrupted_driver_leaves_a_run_that_resumes(
         assert find_checkpoints(job.folder)[-1].name == f"step_{last['step']:08d}"
     assert not (job.folder / DONE_NAME).exists()
 
-    whole = replace(job, run_folder=str(job.folder.parent / "whole"))
+    whole = job.model_copy(update={"run_folder": str(job.folder.parent / "whole")})
     run_here(whole, as_in=job)
     (job.folder / STOP_NAME).unlink(missing_ok=True)  # The driver's request to its workers.
     run_here(job, as_in=job)  # One worker, and no Ray.

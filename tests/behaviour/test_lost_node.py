@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.training.job import TrainingJob
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -39,9 +39,9 @@ os.environ["RAY_ADDRESS"] = nodes.address
 from orchestrator.cluster.ray_train import run_train_jobs
 from orchestrator.cluster.ray_tune import run_trials
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import TrainingJob
+from orchestrator.records.training import TrainingJob
 
-job = TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+job = TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 lost = []
 
 def watch():
@@ -51,14 +51,15 @@ def watch():
         nodes.add_node(num_cpus=1, **small)
 
 def train(parameters, context):
-    return {"finished": context.train(TrainingJob.from_dict(parameters), lambda: False).finished}
+    job = TrainingJob.model_validate(parameters)
+    return {"finished": context.train(job, lambda: False).finished}
 
 try:
     if sys.argv[2] == "job":
         run_train_jobs([job], watch=watch)
     else:
         folder = job.folder.with_name("sweep")
-        [report] = run_trials(train, [job.to_dict()], folder, watch=watch)
+        [report] = run_trials(train, [job.model_dump(mode="json")], folder, watch=watch)
         assert report.result == {"finished": True}, report
 finally:
     nodes.shutdown()

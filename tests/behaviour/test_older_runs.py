@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.importing import import_model
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, load_decoder, weights_key
-from orchestrator.training.job import DONE_NAME, TrainingJob
+from orchestrator.training.job import DONE_NAME
 from orchestrator.training.job_checks import JOB_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
@@ -138,7 +140,7 @@ def test_an_older_model_can_be_the_teacher_and_start_of_a_student(older_job: Old
     job = TrainingJob(
         run_folder=str(older.folder.with_name("student")),
         tokens_folder=older.tokens_folder,
-        model={**older.model, "schedule": [1, 0]},
+        model=replace(older.model, schedule=IterationSchedule((1, 0))),
         recipe=older.recipe,
         objective="distill",
         teacher_folder=str(teacher),

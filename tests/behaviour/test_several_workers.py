@@ -13,12 +13,12 @@ import torch
 import torch.multiprocessing as mp
 
 from iiet.batch import Batch
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import load_decoder, load_training_state
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -83,7 +83,7 @@ def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
         is_masked = job["run_folder"].endswith("-masked")
         run_module.BatchPlan.batch = completions_only(batch) if is_masked else batch
         world = World(rank=rank, size=2, parallel=parallel)
-        run_job(TrainingJob.from_dict(job), world=world, should_stop=stop_after(step))
+        run_job(TrainingJob.model_validate(job), world=world, should_stop=stop_after(step))
     torch.distributed.destroy_process_group()
 
 

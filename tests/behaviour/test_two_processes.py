@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,12 @@ from changed_trials import with_job
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import (
-    STOP_NAME,
-    TrainingJob,
-    TrainingOutcome,
-    finished_outcome,
-    request_stop,
-)
+from orchestrator.training.job import STOP_NAME, finished_outcome, request_stop
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import is_run_locked, jobs_to_train, lock_run_folder
 from orchestrator.workspace.errors import Interrupted
@@ -43,10 +37,10 @@ from dataclasses import asdict
 from orchestrator.cluster import local
 from orchestrator.planning.resources import Resources
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import TrainingJob
+from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted
 
-jobs = [TrainingJob.from_dict(value) for value in json.loads(sys.argv[1])]
+jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
 local.POLL_SECONDS = 0.0
 local.local_resources = lambda **_: Resources(cpus=1, gpus=0)
 
@@ -62,22 +56,22 @@ try:
 except Interrupted as error:
     print(error, flush=True)
     sys.exit(130)
-print(json.dumps([asdict(outcome) for outcome in outcomes]), flush=True)
+print(json.dumps([outcome.model_dump() for outcome in outcomes]), flush=True)
 """
 
 UNDER_RAY = """
 import json, sys
 from dataclasses import asdict
 from orchestrator.cluster.ray_train import run_train_jobs
-from orchestrator.training.job import TrainingJob
+from orchestrator.records.training import TrainingJob
 
 def note(text):
     print(text, flush=True)
 
 if __name__ == "__main__":
-    jobs = [TrainingJob.from_dict(value) for value in json.loads(sys.argv[1])]
+    jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
     outcomes = run_train_jobs(jobs, note=note)
-    print(json.dumps([asdict(outcome) for outcome in outcomes]), flush=True)
+    print(json.dumps([outcome.model_dump() for outcome in outcomes]), flush=True)
 """
 
 WAITING = "waiting for another process, which trains run\n"
@@ -97,7 +91,7 @@ def start() -> Iterator[Start]:
     started = []
 
     def start(*jobs: TrainingJob, hold: bool = False, script: str = DRIVER) -> Any:
-        asked = json.dumps([job.to_dict() for job in jobs])
+        asked = json.dumps([job.model_dump(mode="json") for job in jobs])
         process = subprocess.Popen(
             [sys.executable, "-c", script, asked, "hold" if hold else ""],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -180,7 +174,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(
     assert resumed["step"] >= 10
     assert resumed["pid"] == second.pid
     monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources(cpus=1, gpus=0))
-    (whole,) = run_local_jobs([replace(job, run_folder=f"{job.run_folder}-whole")])
+    (whole,) = run_local_jobs([job.model_copy(update={"run_folder": f"{job.run_folder}-whole"})])
     assert outcome["validation_loss"] == whole.validation_loss
     assert weights_key(Path(outcome["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))
 
@@ -215,7 +209,7 @@ def test_after_the_first_is_interrupted_the_second_continues(
 
 @pytest.mark.slow
 def test_jobs_in_opposite_orders_are_each_trained_once(job: TrainingJob, start: Start) -> None:
-    jobs = [replace(job, run_folder=f"{job.run_folder}-{name}") for name in "abc"]
+    jobs = [job.model_copy(update={"run_folder": f"{job.run_folder}-{name}"}) for name in "abc"]
     first = start(*jobs[:2], hold=True)
     wait_for(lambda: find_checkpoints(jobs[0].folder), first)
     second = start(*reversed(jobs))
@@ -295,7 +289,7 @@ def with_checkpoints(trial: PlannedTrial) -> PlannedTrial:
 def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     job: TrainingJob, start: Start
 ) -> None:
-    job = replace(job, recipe=job.recipe.model_copy(update={"num_steps": 400}))
+    job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"num_steps": 400})})
     killed = start(job, script=UNDER_RAY)
     wait_for(lambda: events(job, "started"), killed)
     trainer = psutil.Process(events(job, "started")[0]["pid"])

@@ -19,10 +19,10 @@ from iiet.cost import training_flops_per_token
 from orchestrator import SweepModel
 from orchestrator.cli.session import Session
 from orchestrator.pipelines.pretraining import pretraining_job
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import open_workspace
@@ -38,7 +38,7 @@ def results_of(
     """Make up a result of each model: a higher learning rate gives a higher loss."""
     results = []
     for model in models:
-        config = job(model.settings).config()
+        config = job(model.settings).model
         training = model.settings.training
         results.append(
             TrialResult(
@@ -136,7 +136,7 @@ def test_equal_flops_are_those_that_the_trainings_count(
     totals, largest = {}, 0.0
     for name, contender in planned.contenders.items():
         own = contender.at(rate=1.0, seed=0, num_steps=steps[name])
-        config = planned._job(own).config()
+        config = planned._job(own).model
         schedule_at = schedule_by_step(config.corrections, own.training)
         at_step = [training_flops_per_token(config, schedule_at(n)) for n in range(steps[name])]
         totals[name], largest = sum(at_step), max(largest, *at_step)

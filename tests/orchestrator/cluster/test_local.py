@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from orchestrator import cli
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import step_of, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
-from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 
@@ -67,7 +66,7 @@ def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
 
     # As many threads as the one worker of the session's Ray.
     monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources(cpus=2, gpus=0))
-    under_ray = replace(job, run_folder=f"{job.run_folder}-ray")
+    under_ray = job.model_copy(update={"run_folder": f"{job.run_folder}-ray"})
     (expected,) = run_train_jobs([under_ray])
     (outcome,) = run_local_jobs([job])
     assert said(job) == said(under_ray)
@@ -92,7 +91,7 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(
     assert outcome.finished
     assert len(looks) > 10, "progress is shown between steps"
 
-    whole = replace(job, run_folder=f"{job.run_folder}-whole")
+    whole = job.model_copy(update={"run_folder": f"{job.run_folder}-whole"})
     run_local_jobs([whole])
     assert said(job) == said(whole)
     assert weights(job) == weights(whole)

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from orchestrator.planning.feasibility import check_trainings
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import RunFailed, UserError

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
     resumed = next(r for r in events if r["name"] == "resumed")
     assert (resumed["num_workers"], resumed["step"]) == (2, step)
 
-    job = replace(trial.job, run_folder=str(tmp_path / "alone"))
+    job = trial.job.model_copy(update={"run_folder": str(tmp_path / "alone")})
     assert job_key(job) == job_key(trial.job)
     alone = weights(run_job(job).checkpoint)
     for name, tensor in weights(result.checkpoint).items():

@@ -13,12 +13,12 @@ from orchestrator.pipelines import pretraining
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.distilling import distill, distill_teacher
 from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import TrainingJob, TrainingOutcome
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.folders import Workspace

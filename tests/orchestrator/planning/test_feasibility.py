@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +58,9 @@ def test_trainings_that_fit_on_the_disk_only_one_by_one_are_refused(tiny_plan: S
 
     def check(num_checkpoints: float, *, teacher_bytes: int = 0, **recipe: int) -> None:
         measure_free = measured(disk=num_checkpoints * one)
-        own = [replace(job, recipe=job.recipe.model_copy(update=recipe)) for job in jobs]
+        own = [
+            job.model_copy(update={"recipe": job.recipe.model_copy(update=recipe)}) for job in jobs
+        ]
         check_trials_fit(
             own, SweepSettings(), teacher_bytes=teacher_bytes, measure_free=measure_free
         )

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from iiet.config import ModelConfig, preset
+from iiet.config import preset
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
 from orchestrator.planning.training_estimate import estimate_training
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import TRAINING_STATE
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 
@@ -78,7 +78,7 @@ def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
         recipe=recipe,
     )
     outcome = run_job(job)
-    estimate = estimate_training(ModelConfig.from_dict(job.model), recipe)
+    estimate = estimate_training(job.model, recipe)
     assert estimate.training_flops == pytest.approx(outcome.training_flops)
     assert estimate.num_tokens == outcome.num_tokens
     folder = Path(str(outcome.checkpoint))

@@ -11,6 +11,7 @@ from iiet.config import ModelConfig
 from orchestrator.planning.fit import ResourceRequest, check_fit, request_of
 from orchestrator.planning.resources import FreeBytes
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import (
     Settings,
     TrainingSettings,
@@ -19,7 +20,6 @@ from orchestrator.settings import (
 )
 from orchestrator.settings.shipped import shipped_sweeps
 from orchestrator.sweeping.model_plans import settings_of_model, swept_models, teacher_and_baselines
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
@@ -32,7 +32,7 @@ def job_of(
     return TrainingJob(
         run_folder="not/there",
         tokens_folder="not/there",
-        model=config.to_dict(),
+        model=config,
         recipe=recipe,
         teacher_folder=str(teacher) if teacher else None,
     )
@@ -121,8 +121,8 @@ def test_a_shipped_sweep_fits_on_the_devices_it_names(name: str, tmp_path: Path)
     if on_gpus:
         free = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None)
         for job in [*jobs["run"], *jobs["trials"]]:
-            teacher = job.config() if job.teacher_folder else None
+            teacher = job.model if job.teacher_folder else None
             request = ResourceRequest(
-                config=job.config(), recipe=job.recipe, on_gpus=True, teacher=teacher
+                config=job.model, recipe=job.recipe, on_gpus=True, teacher=teacher
             )
             check_fit(request, free)

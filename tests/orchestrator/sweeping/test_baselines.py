@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.folders import Workspace, open_workspace
 

@@ -10,6 +10,7 @@ import pytest
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.training_curves import (
@@ -21,7 +22,6 @@ from orchestrator.reporting.training_curves import (
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
-from orchestrator.training.job import TrainingJob
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import read_journal
 
@@ -33,7 +33,11 @@ def planned(result: TrialResult, folder: Path) -> PlannedTrial:
         context_length=16, method=result.method, schedule=schedule,
     )  # fmt: skip
     job = TrainingJob(
-        run_folder="", tokens_folder="", model={}, recipe=TrainingSettings(), objective="distill"
+        run_folder="",
+        tokens_folder="",
+        model=config,
+        recipe=TrainingSettings(),
+        objective="distill",
     )
     return PlannedTrial(
         key=result.key,

@@ -19,6 +19,7 @@ from iiet.influence import InfluenceTable
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.sweep_dry_runs import dry_run_of
 from orchestrator.planning.training_rate import TrainingRate
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import remaining_cost as plan_price
@@ -34,7 +35,6 @@ from orchestrator.sweeping.remaining_cost import (
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace

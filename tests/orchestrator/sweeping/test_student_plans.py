@@ -12,13 +12,13 @@ import pytest
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from orchestrator.pipelines.sweep_plans import text_of_teacher
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialResult
 from orchestrator.settings import DistillationSettings, Settings, resolve_settings
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import student_job, threshold_plan
 from orchestrator.sweeping.trials import TrialSuite, exact_cost
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError

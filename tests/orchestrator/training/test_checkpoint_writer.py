@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint_writer as writer_module
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import best_checkpoint
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
@@ -156,7 +156,7 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
 
 KILLED = """
 import json, pathlib, sys, time
-from orchestrator.training.job import TrainingJob
+from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace import whole_folders
 
@@ -169,7 +169,7 @@ def hang(path):
     flush(path)
 
 whole_folders._flush_to_disk = hang
-run_job(TrainingJob.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text())))
+run_job(TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text())))
 """
 
 
@@ -178,7 +178,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_a_folder_that_the_next_start_rem
     make_job: MakeJob, tmp_path: Path
 ) -> None:
     job, marker = make_job(), tmp_path / "writing"
-    (tmp_path / "job.json").write_text(json.dumps(job.to_dict()))
+    (tmp_path / "job.json").write_text(json.dumps(job.model_dump(mode="json")))
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "job.json"), str(marker)]
     )

@@ -11,9 +11,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from iiet import Decoder, IterationSchedule, next_token_loss, preset
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.compiling import compile_fields
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.multiprocessing as mp
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.student_plans import student_job, student_trial
@@ -25,7 +25,7 @@ from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training import job_models
 from orchestrator.training.checkpoint import load_decoder, read_text_files
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import open_workspace
@@ -89,7 +89,7 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(
     job = student(control=control)
     folders = {name: str(imported) for name in ("teacher_folder", "initial_folder")}
     kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
-    checkpoint = Path(str(run_job(replace(job, **kept)).checkpoint))
+    checkpoint = Path(str(run_job(job.model_copy(update=kept)).checkpoint))
     assert read_text_files(checkpoint) == read_text_files(imported)
 
 
@@ -154,7 +154,9 @@ def test_distillation_in_stages_trains_the_schedule_of_each_step(student: MakeJo
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_hidden_states_are_a_term_of_a_run(student: MakeJob, precision: str) -> None:
     job = student(hidden_weight=0.5, kl_weight=2.0, recipe={"precision": precision})
-    assert job_key(job) != job_key(replace(job, distillation=DistillationConfig(kl_weight=2.0)))
+    assert job_key(job) != job_key(
+        job.model_copy(update={"distillation": DistillationConfig(kl_weight=2.0)})
+    )
     outcome = run_job(job)
     assert outcome.finished
     assert math.isfinite(outcome.validation_loss)
@@ -240,7 +242,7 @@ def test_a_control_is_trained_without_a_teacher(
     assert numbers(job, "train/kl") == {}
     assert len(numbers(job, "train/loss")) == RECIPE["num_steps"]
     torch.manual_seed(job.recipe.seed)
-    fresh, taught = Decoder(ModelConfig.from_dict(trial.model)), load_decoder(teacher)
+    fresh, taught = Decoder(trial.config()), load_decoder(teacher)
     (first,) = started_from
     expected = fresh if control == "scratch" else taught
     assert same_weights(first, expected)
@@ -272,7 +274,7 @@ def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
     for job, parallel in calls:
-        run_job(TrainingJob.from_dict(job), world=World(rank=rank, size=2, parallel=parallel))
+        run_job(TrainingJob.model_validate(job), world=World(rank=rank, size=2, parallel=parallel))
     torch.distributed.destroy_process_group()
 
 
@@ -286,7 +288,9 @@ def test_two_workers_distill_hidden_states_like_one(
         parallel: (student(parallel, **more), student(f"{parallel}-lean", **more, recipe=lean))
         for parallel in ("ddp", "fsdp")
     }
-    calls = [(job.to_dict(), parallel) for parallel, pair in pairs.items() for job in pair]
+    calls = [
+        (job.model_dump(mode="json"), parallel) for parallel, pair in pairs.items() for job in pair
+    ]
     alone, rough = student("alone", **more), student("rough", **more, recipe=lean)
     for job in (alone, rough):
         run_job(job)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import PROVENANCE, checkpoint_name, weights_key
 from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
-from orchestrator.training.job import TrainingJob, TrainingOutcome, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -97,7 +97,7 @@ def test_a_run_that_resumes_from_the_first_stage_equals_one_from_the_start(
     for name in ("validation/loss", "train/loss", "train/flops"):
         assert recorded(job, name) == recorded(alone, name)
     assert set(recorded(job, "validation/loss")) == {2, 4, 6, 8}
-    none = training_flops_per_token(ModelConfig.from_dict(job.model), IterationSchedule((0, 0)))
+    none = training_flops_per_token(job.model, IterationSchedule((0, 0)))
     assert outcome.shared_flops == pytest.approx(SWITCH * 32 * none)
     assert expected.shared_flops == 0.0
     assert run_job(job) == outcome
@@ -141,7 +141,7 @@ def test_only_a_run_before_the_end_of_the_stage_resumes_from_it(
 ) -> None:
     behind, ahead = make_job((1, 1)), make_job((0, 0))
     for job, last in ((behind, 2), (ahead, SWITCH + 1)):
-        alone = replace(job, first_stages=None)
+        alone = job.model_copy(update={"first_stages": None})
         assert run_job(alone, should_stop=partial(_is_last, iter(range(100)), last)).step == last
     run_job(make_job((2, 1)))
     outcomes = [run_job(behind), run_job(ahead)]
@@ -197,7 +197,7 @@ def test_an_interrupted_store_leaves_nothing(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job((2, 1))
-    outcome = run_job(replace(job, first_stages=None))
+    outcome = run_job(job.model_copy(update={"first_stages": None}))
     stage = stage_of(job)
 
     def refuse(*_: object) -> None:
@@ -211,10 +211,11 @@ def test_an_interrupted_store_leaves_nothing(
 
 def test_only_models_with_the_same_first_stage_share_it(make_job: MakeJob) -> None:
     vanilla = make_job((0, 0))
-    vanilla = replace(
-        vanilla,
-        run_folder=f"{vanilla.run_folder}-vanilla",
-        model={**vanilla.model, "method": "vanilla"},
+    vanilla = vanilla.model_copy(
+        update={
+            "run_folder": f"{vanilla.run_folder}-vanilla",
+            "model": replace(vanilla.model, method="vanilla"),
+        }
     )
     jobs = [
         make_job((2, 1)),

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import BarProgress, PlainProgress, Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.journal import Journal
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import PROVENANCE, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal

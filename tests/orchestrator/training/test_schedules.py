@@ -11,8 +11,9 @@ import pytest
 from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import UserError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache, teacher_cache_policy
 from orchestrator.training.checkpoint import load_decoder, weights_key
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.job_models import load_teacher
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import (
@@ -106,7 +106,9 @@ def plan_of(job: TrainingJob) -> CachePlan:
 
 def stored(job: TrainingJob, parent: Path) -> TrainingJob:
     plan = plan_of(job)
-    return replace(job, teacher_cache=str(write_cache(plan, parent, teacher_outputs_by_step(job))))
+    return job.model_copy(
+        update={"teacher_cache": str(write_cache(plan, parent, teacher_outputs_by_step(job)))}
+    )
 
 
 def opened(job: TrainingJob) -> CachedTeacher:
@@ -158,7 +160,7 @@ def test_a_job_with_stored_outputs_loads_no_teacher(
     monkeypatch.setattr("orchestrator.training.job_models.load_decoder", forbidden)
     assert isinstance(load_teacher(job, World()), CachedTeacher)
     with pytest.raises(AssertionError, match="was loaded"):
-        load_teacher(replace(job, teacher_cache=None), World())
+        load_teacher(job.model_copy(update={"teacher_cache": None}), World())
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
@@ -483,7 +485,9 @@ def test_live_stores_nothing_and_hidden_states_need_live(
     live = DistillationSettings(teacher_cache="live")
     assert store_teacher_outputs(jobs, live, tmp_path / "t", progress=notes) == jobs
     assert notes.notes == []
-    jobs = [replace(j, distillation=DistillationConfig(hidden_weight=0.5)) for j in jobs]
+    jobs = [
+        j.model_copy(update={"distillation": DistillationConfig(hidden_weight=0.5)}) for j in jobs
+    ]
     auto = DistillationSettings(hidden_weight=0.5)
     assert store_teacher_outputs(jobs, auto, tmp_path / "t", progress=notes) == jobs
     assert "hidden_weight" in notes.notes[0]

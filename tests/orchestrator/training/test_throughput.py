@@ -9,10 +9,10 @@ import psutil
 import pytest
 import torch
 
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import throughput as throughput_module
 from orchestrator.training.distributed import World
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.loop import Position
 from orchestrator.training.run import run_job
 from orchestrator.training.throughput import ThroughputMeter

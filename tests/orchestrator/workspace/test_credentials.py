@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from orchestrator import cli
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.logs import command_log
-from orchestrator.training.job import TrainingJob
 from orchestrator.training.job_checks import check_job
 from orchestrator.workspace.credentials import has_secret, mask_secrets, strip_credentials
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, quoted

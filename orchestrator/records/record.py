@@ -1,0 +1,71 @@
+"""Base of all records: frozen values that are stored as JSON, read back and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
+
+from iiet.config import ModelConfig
+from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.files import DELETE_AND_RERUN, read_json_object, write_json
+
+
+class Record(BaseModel):
+    """A frozen value whose stored form is checked: unknown and missing fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON with a checksum."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, path: Path, *, remedy: str = DELETE_AND_RERUN) -> Self | None:
+        """Read a record; None if the file is missing.
+
+        Raises:
+            UserError: If the file is damaged or of another version; tells the user the `remedy`.
+        """
+        stored = read_json_object(path, remedy=remedy)
+        return None if stored is None else cls.parse(stored, path, remedy=remedy)
+
+    @classmethod
+    def parse(
+        cls, stored: Mapping[str, Any], path: Path, *, remedy: str = DELETE_AND_RERUN
+    ) -> Self:
+        """Rebuild a record from the JSON values of a file.
+
+        Raises:
+            UserError: As `read`.
+        """
+        try:
+            return cls.model_validate(stored)
+        except ValidationError as error:
+            raise UserError(f"{path} is damaged ({_problem(error)}); {remedy}") from None
+
+
+def _problem(error: ValidationError) -> str:
+    """Name the first field that is wrong, and why."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return shortened(f"{place}: {first['msg']}" if place else first["msg"])
+
+
+def _parsed_config(value: Any) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("a model's configuration is a mapping")
+    try:
+        return ModelConfig.from_dict(value)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None
+
+
+Config = Annotated[
+    ModelConfig, PlainValidator(_parsed_config), PlainSerializer(ModelConfig.to_dict)
+]
+"""A model's configuration; `ModelConfig.to_dict()` in JSON."""
