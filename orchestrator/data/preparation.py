@@ -10,8 +10,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from orchestrator.data.corpus import read_documents, source_state
 from orchestrator.data.text_files import find_files
 from orchestrator.data.token_store import is_complete, open_tokens, verify_tokens
@@ -27,6 +25,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user, read_json, write_json
 from orchestrator.workspace.folders import Workspace, is_valid_name
+from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key
 
 ASSUMED_VOCABULARY = 32000
@@ -68,9 +67,8 @@ def prepare(
     progress = progress or Progress()
     folder = find_prepared(settings, workspace.tokens)
     if folder is None:
-        workspace.tokens.mkdir(parents=True, exist_ok=True)
         # One process at a time: two would write the same files.
-        with FileLock(workspace.tokens / ".lock"):
+        with lock_file(workspace.tokens / ".lock"):
             folder = find_prepared(settings, workspace.tokens)
             if folder is None:
                 return _write(settings, workspace, progress)

@@ -26,11 +26,11 @@ from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.asha import AshaTrial, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.sweeping.trials import PlannedTrial
-from orchestrator.terminal.formatting import join_names
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
 from orchestrator.training.monitor import JournalReader
 from orchestrator.training.resume_point import describe_saved_state
+from orchestrator.training.run_lock import waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
 
 
@@ -86,8 +86,7 @@ class TrialQueue:
             left = [t for t in left if self._is_unfinished(t)]
 
     def _note_waiting(self, trials: Sequence[PlannedTrial]) -> None:
-        names = join_names([trial.label for trial in trials])
-        self.progress.note(f"waiting for another process, which is at: {names}")
+        self.progress.note(waiting_text([trial.label for trial in trials]))
 
     def _is_unfinished(self, trial: PlannedTrial) -> bool:
         if trial.result():

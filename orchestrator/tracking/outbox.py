@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from orchestrator.workspace.files import write_text
+from orchestrator.workspace.locks import lock_file
 
 OUTBOX_NAME = "tracking-outbox.jsonl"
 
@@ -22,7 +21,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         """Use `folder`/tracking-outbox.jsonl; the first `add` creates it."""
         self.path = folder / OUTBOX_NAME
-        self._lock = FileLock(str(self.path) + ".lock")
+        self._lock = folder / f"{OUTBOX_NAME}.lock"
 
     def add(self, record: Record) -> None:
         """Append an operation; an equal pending one moves to the end."""
@@ -30,7 +29,7 @@ class Outbox:
 
     def records(self) -> list[Record]:
         """Return the pending operations in order; lines cut off by a crash are skipped."""
-        with self._lock:
+        with lock_file(self._lock):
             return [json.loads(line) for line in self._lines()]
 
     def deliver(self, attempt: Callable[[Record], bool]) -> int:
@@ -46,7 +45,7 @@ class Outbox:
     def _replace(self, record: Record, *, keep: bool) -> None:
         # Compared as text: a metric may be NaN, which does not equal itself.
         line = json.dumps(record, sort_keys=True)
-        with self._lock:
+        with lock_file(self._lock):
             lines = [other for other in self._lines() if other != line] + [line] * keep
             write_text(self.path, "".join(line + "\n" for line in lines))
 

@@ -12,13 +12,13 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.tracking.client import MlflowClient, MlflowException, Run
 from orchestrator.workspace.credentials import strip_credentials
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.locks import lock_file
 
 EXPERIMENT_NAME = "iiet-orch"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
@@ -59,7 +59,7 @@ class Store:
         self.experiment_name = os.environ.get(EXPERIMENT_VARIABLE) or EXPERIMENT_NAME
         self.experiment_id: str | None = None
         self._artifacts = workspace.artifacts
-        self._lock = FileLock(str(workspace.root / ".tracking.lock"))
+        self._lock = workspace.root / ".tracking.lock"
         self._client: MlflowClient | None = None
 
     @property
@@ -76,7 +76,7 @@ class Store:
         """Return the client; create the database and the experiment if they are missing."""
         if self._client is None:
             _check_database(self.uri)
-            with self._lock:
+            with lock_file(self._lock):
                 client = MlflowClient(tracking_uri=self.uri)  # This creates the database.
                 found = client.get_experiment_by_name(self.experiment_name)
                 self.experiment_id = (
@@ -92,7 +92,7 @@ class Store:
         if identity.parent:
             tags[PARENT_TAG] = self.run_id(identity.parent)
         experiment = str(self.experiment_id)
-        with self._lock:
+        with lock_file(self._lock):
             for run in client.search_runs([experiment], tag_filter(tags), max_results=1):
                 return str(run.info.run_id)
             tags |= {"mlflow.source.name": "iiet-orch", "mlflow.source.type": "LOCAL"}

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
@@ -42,6 +41,7 @@ from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.whole_folders import delete_leftovers
 
 LOCK_NAME = "lock"
@@ -265,20 +265,14 @@ class _Run:
 @contextmanager
 def _locked(folder: Path, world: World) -> Iterator[None]:
     # Workers outlive a killed driver by seconds, and a second start must not mix two runs.
-    lock = FileLock(folder / LOCK_NAME)
+    with ExitStack() as stack:
 
-    def acquire() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout:
-            raise UserError(
-                f"another process trains in {folder}; wait for it, stop it, or choose another name"
-            ) from None
+        def acquire() -> None:
+            if not stack.enter_context(lock_file(folder / LOCK_NAME, seconds=LOCK_SECONDS)):
+                raise UserError(
+                    f"another process trains in {folder}; wait for it, stop it, or choose another "
+                    "name"
+                )
 
-    run_on_first(acquire, world)
-    try:
+        run_on_first(acquire, world)
         yield
-    finally:
-        if world.is_first:
-            lock.release()

@@ -7,11 +7,9 @@ seconds. The folder must be on a file system that supports locks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.terminal.formatting import join_names
@@ -19,44 +17,25 @@ from orchestrator.terminal.signals import interruption_text, wait_interruptibly
 from orchestrator.training.job import DONE_NAME, finished_outcome
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.locks import is_locked, lock_file
 
 RUN_LOCK_NAME = "trial.lock"
 """Trials that measure other tasks on the same weights share this file."""
-POLL_SECONDS = 0.5
 
 
-@contextmanager
 def lock_run_folder(
     folder: Path, *, wait: bool = False, should_stop: Callable[[], bool] | None = None
-) -> Iterator[bool]:
-    """Hold a run folder's lock in the block; yields whether the lock was acquired.
+) -> AbstractContextManager[bool]:
+    """Hold a run folder's lock in a `with` block; it yields whether the lock was acquired.
 
     With `wait`, wait for another process that holds it, until `should_stop` returns True.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / RUN_LOCK_NAME, timeout=POLL_SECONDS if wait else 0)
-    while not lock.is_locked:
-        try:
-            lock.acquire()
-        except Timeout:
-            if not wait or (should_stop and should_stop()):
-                break
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
+    return lock_file(folder / RUN_LOCK_NAME, seconds=None if wait else 0.0, should_stop=should_stop)
 
 
 def is_run_locked(folder: Path) -> bool:
     """Return whether a process holds a run folder's lock."""
-    path = folder / RUN_LOCK_NAME
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
+    return is_locked(folder / RUN_LOCK_NAME)
 
 
 def jobs_to_train(

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
@@ -31,6 +30,7 @@ from orchestrator.training.distributed import World, autocast
 from orchestrator.training.job import sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
+from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key
 from orchestrator.workspace.whole_folders import (
     checksums_of,
@@ -225,7 +225,7 @@ def write_cache(
     folder = parent / plan.key
     temporary = parent / f"{TEMPORARY_PREFIX}{plan.key}"
     parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(parent / f".{plan.key}.lock"):
+    with lock_file(parent / f".{plan.key}.lock"):
         problem = find_cache_damage(folder, plan)
         if problem is None:
             return folder

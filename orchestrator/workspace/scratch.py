@@ -6,7 +6,6 @@ abandoned folders. Process ids are reused, and differ between containers that sh
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -14,6 +13,8 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from orchestrator.workspace.locks import lock_descriptor
 
 PREFIX = "iiet-orch-ray-"
 OWNER_NAME = "owner"
@@ -51,7 +52,7 @@ def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
     # Locked before it gets its name, so that no process sees it unlocked while this one lives.
     unnamed = folder / f"{OWNER_NAME}.new"
     owner_file = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    fcntl.flock(owner_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock_descriptor(owner_file)
     os.write(owner_file, _MARK.encode())
     unnamed.rename(folder / OWNER_NAME)
     return ScratchFolder(folder, owner_file)
@@ -66,7 +67,7 @@ def delete_abandoned_folders(parent: Path) -> None:
                 continue
             owner_file = os.open(folder / OWNER_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                fcntl.flock(owner_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_descriptor(owner_file)
                 if os.read(owner_file, 2 * len(_MARK)) == _MARK.encode():
                     shutil.rmtree(folder, ignore_errors=True)
             finally:

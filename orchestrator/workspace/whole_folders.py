@@ -8,7 +8,6 @@ Size and time of each verified file are stored, so the next process does not rea
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
+from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import file_digest
 
 VERIFIED_NAME = ".verified.json"
@@ -41,7 +41,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     lock = os.open(made, os.O_RDONLY)
     try:
         with suppress(OSError):  # Some network file systems lock no folders.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_descriptor(lock)
         made.rename(filling)
         try:
             yield filling
@@ -89,7 +89,7 @@ def delete_leftovers(parent: Path) -> None:
         with suppress(OSError):
             lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_descriptor(lock)
                 shutil.rmtree(leftover, ignore_errors=True)
             finally:
                 os.close(lock)

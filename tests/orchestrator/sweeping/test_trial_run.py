@@ -238,7 +238,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
         summary = ""
 
         def note(self, text: str) -> None:
-            assert text == f"waiting for another process, which is at: {trials[2].label}"
+            assert text == f"waiting for another process, which trains {trials[2].label}"
             assert [trial.result() is not None for trial in asked] == [True, True, False, True]
             lock.release()
 

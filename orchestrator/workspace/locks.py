@@ -1,0 +1,61 @@
+"""Exclusive locks between processes; the system releases the locks of a process that has ended.
+
+The folder must be on a file system that supports locks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+POLL_SECONDS = 0.5
+
+
+@contextmanager
+def lock_file(
+    path: Path, *, seconds: float | None = None, should_stop: Callable[[], bool] | None = None
+) -> Iterator[bool]:
+    """Hold the lock of a file in the block; yields whether it was acquired. The file stays.
+
+    Args:
+        path: The lock file; it is made with its folder if it is missing.
+        seconds: Longest wait for another process that holds it (default: until it is free).
+        should_stop: Called every `POLL_SECONDS`; True ends the wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    while not lock.is_locked:
+        left = deadline - time.monotonic()
+        try:
+            lock.acquire(timeout=max(0.0, min(POLL_SECONDS, left)))
+        except Timeout:
+            if left <= POLL_SECONDS or (should_stop and should_stop()):
+                break
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file."""
+    if not path.exists():
+        return False
+    with lock_file(path, seconds=0.0) as is_ours:
+        return not is_ours
+
+
+def lock_descriptor(descriptor: int) -> None:
+    """Lock an open file or folder until its descriptor is closed.
+
+    Raises:
+        OSError: If another process has locked it, or its file system does not lock folders.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

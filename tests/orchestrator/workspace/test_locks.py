@@ -1,0 +1,77 @@
+"""One process at a time holds a lock, and a process that ends gives it up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.workspace.locks import is_locked, lock_file
+
+HOLDER = """
+import sys
+from pathlib import Path
+from orchestrator.workspace.locks import lock_file
+with lock_file(Path(sys.argv[1])) as is_ours:
+    print(is_ours, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "lock"
+
+
+@pytest.fixture
+def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "True\n"
+        yield process
+        process.kill()
+
+
+def test_a_lock_is_released_at_the_end_of_its_block(path: Path) -> None:
+    assert not is_locked(path)
+    with lock_file(path) as is_ours:
+        assert is_ours
+        assert is_locked(path)
+        with lock_file(path, seconds=0.0) as is_ours_again:
+            assert not is_ours_again
+    assert not is_locked(path)
+
+
+def test_a_lock_of_another_process_is_waited_for(path: Path, holder: subprocess.Popen[str]) -> None:
+    started = time.monotonic()
+    with lock_file(path, seconds=0.1) as is_ours:
+        assert not is_ours
+    assert 0.1 <= time.monotonic() - started < 5.0
+    asked: list[int] = []
+
+    def kill_then_stop() -> bool:
+        asked.append(len(asked))
+        if len(asked) == 2:
+            holder.kill()
+            holder.wait()
+        return False
+
+    with lock_file(path, should_stop=kill_then_stop) as is_ours:
+        assert is_ours, "the system releases the lock of a killed process"
+    assert len(asked) >= 2
+
+
+def test_a_wait_ends_on_request(path: Path, holder: subprocess.Popen[str]) -> None:
+    with lock_file(path, should_stop=lambda: True) as is_ours:
+        assert not is_ours
+    assert is_locked(path)
