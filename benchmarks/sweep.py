@@ -40,8 +40,8 @@ from orchestrator.sweeping.trial_run import measure_quality
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
-from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.job import DONE_NAME
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -165,7 +165,7 @@ class _Bench:
         for trial in looped:
             assert trial.job
             outcome = run_job(trial.job)
-            decoder = load_decoder(Path(str(outcome.checkpoint)))
+            decoder = load_model(Path(str(outcome.checkpoint)))
             measure_quality(decoder, trial.suite, Path(trial.folder) / "items.json")
             loop_ends.append(time.time())
         pairs = zip(_losses(swept), _losses(looped), strict=True)

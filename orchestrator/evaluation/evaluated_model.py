@@ -16,22 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
-from orchestrator.evaluation.model_folders import EXPORTED_TYPE, read_model_folder
 from orchestrator.terminal.formatting import shortest_schedule
 from orchestrator.training.checkpoint import (
     load_config,
-    load_decoder,
     text_files_key,
     tokenizer_file,
     weights_key,
 )
+from orchestrator.training.model_loading import AUTO, decoder_config, load_model
 from orchestrator.training.model_lookup import find_model_folder, resolve_checkpoint, resolve_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
@@ -40,9 +37,7 @@ from orchestrator.workspace.provenance import content_key, file_key
 
 _EXTERNAL_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
 """A `config.json` with one of these keys is not that of a checkpoint."""
-_PUBLISHED_KEYS = ("kind", "num_heads")
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
-_PICKLED = "pytorch_model*.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +68,7 @@ class EvaluatedModel:
                 f"{self.path} is a {self.architecture} model; only IIET, PCformer and Llama models "
                 "can be loaded as a decoder"
             )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.is_external:
-            decoder = read_model_folder(self.path).decoder.to(device, dtype)
-        else:
-            decoder = load_decoder(self.path, device=device, dtype=dtype)
-        return decoder.with_schedule(self.config.corrections)
+        return load_model(self.path, device=AUTO, dtype=dtype, schedule=self.config.corrections)
 
 
 def open_model(
@@ -160,7 +150,7 @@ def _config_values(folder: Path) -> Mapping[str, Any]:
 def _open_external(
     path: Path, values: Mapping[str, Any], schedule: str | IterationSchedule | None
 ) -> EvaluatedModel:
-    config = _decoder_config(path, values)
+    config = decoder_config(path)
     architecture = str(values.get("model_type") or "unknown")
     if config is not None:
         config = _with_schedule(config, schedule, path)
@@ -180,36 +170,6 @@ def _open_external(
         context_length=config.context_length if config else int(length),
         is_external=True,
     )
-
-
-def _decoder_config(path: Path, values: Mapping[str, Any]) -> ModelConfig | None:
-    """Return the configuration of a decoder; None if only transformers can run the model."""
-    has_safetensors = any(path.glob("*.safetensors"))
-    if not has_safetensors and not any(path.glob(_PICKLED)):
-        raise UserError(
-            f"{path} has a {CONFIG} of transformers but no weights beside it (*.safetensors)"
-        )
-    is_exported = values.get("model_type") == EXPORTED_TYPE and "corrections" in values
-    is_known = values.get("model_type") == "llama" or any(k in values for k in _PUBLISHED_KEYS)
-    if not has_safetensors or not (is_exported or is_known):
-        return None
-    names = [name for file in path.glob("*.safetensors") for name in _weight_names(file)]
-    try:
-        if is_exported:
-            from iiet.huggingface import IIETConfig
-
-            return IIETConfig.from_pretrained(path).to_model_config()
-        return config_from_published(values, dict.fromkeys(names))
-    except (ValueError, TypeError):
-        return None  # For example scaled rotary angles or biases; transformers supports them.
-
-
-def _weight_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return list(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
 
 
 def _with_schedule(

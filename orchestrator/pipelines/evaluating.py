@@ -17,14 +17,8 @@ from typing import Any
 import pandas
 
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
-from orchestrator.evaluation.harness import (
-    FolderTokenizer,
-    Suite,
-    checkpoint_tokenizer,
-    load_suite,
-    run_model,
-    run_suite,
-)
+from orchestrator.evaluation.harness import Suite, load_suite, run_model, run_suite
+from orchestrator.evaluation.model_tokenizer import FolderTokenizer, checkpoint_tokenizer
 from orchestrator.evaluation.task_selection import newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult, TaskResult

@@ -17,7 +17,6 @@ from iiet.influence import InfluenceTable
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.evaluation.evaluated_model import open_model
-from orchestrator.evaluation.model_folders import EXPORTED_TYPE
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.records.evaluation import EvaluationResult
@@ -28,11 +27,11 @@ from orchestrator.training.checkpoint import (
     TOKEN_IDS,
     TOKENIZER,
     load_config,
-    load_decoder,
     load_provenance,
     read_text_files,
     weights_key,
 )
+from orchestrator.training.model_loading import EXPORTED_TYPE, load_model
 from orchestrator.training.model_lookup import (
     find_checkpoint_by_weights,
     load_influence_table,
@@ -82,9 +81,7 @@ def export(
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
     folder = resolve_path(to) if to else context.workspace.exports / name
     check_target(folder)
-    decoder = load_decoder(checkpoint)
-    if wanted is not None:
-        decoder = decoder.with_schedule(wanted)
+    decoder = load_model(checkpoint, schedule=wanted)
     evaluation = None
     if measure:
         try:

@@ -21,10 +21,11 @@ from iiet.generation import generate as generate_tokens
 from iiet.generation import stream as stream_tokens
 from iiet.schedule import IterationSchedule
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
-from orchestrator.evaluation.model_folders import stop_token_ids
+from orchestrator.evaluation.model_tokenizer import stop_token_ids
 from orchestrator.pipelines.context import open_context
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import TOKENIZER_CONFIG, load_decoder, tokenizer_file
+from orchestrator.training.checkpoint import TOKENIZER_CONFIG, tokenizer_file
+from orchestrator.training.model_loading import AUTO, load_model
 from orchestrator.training.model_lookup import parse_schedule, resolve_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
@@ -128,13 +129,7 @@ class TextGenerator:
             self._ends = stop_token_ids(checkpoint) | (set() if end is None else {end})
         self._ends = self._ends or {end_of_text_id(self.tokenizer)}
         self.end_of_text = min(self._ends)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.decoder: Decoder = load_decoder(checkpoint, device=device)
-        if schedule is not None:
-            try:
-                self.decoder = self.decoder.with_schedule(schedule)
-            except ValueError as error:
-                raise UserError(f"{checkpoint}: {error}") from None
+        self.decoder: Decoder = load_model(checkpoint, device=AUTO, schedule=schedule)
 
     def chat(self, prompt: str) -> str:
         """Return a user's message as the model's chat template writes it, ready to be answered."""

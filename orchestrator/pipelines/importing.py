@@ -14,15 +14,17 @@ from pathlib import Path
 from iiet.cost import num_parameters
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
-from orchestrator.evaluation.model_folders import (
-    model_folder_key,
-    read_model_folder,
-    read_model_text_files,
-)
 from orchestrator.pipelines.context import open_context
+from orchestrator.pipelines.imported_text import read_model_text_files
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_provenance, save_checkpoint
+from orchestrator.training.checkpoint import TOKENIZER, load_provenance, save_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_intact_checkpoint
+from orchestrator.training.model_loading import (
+    PUBLISHED,
+    folder_kind,
+    load_model,
+    model_folder_key,
+)
 from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
@@ -56,9 +58,12 @@ def import_model(
     progress.start("import")
     if not (folder / CONFIG).is_file() and find_checkpoints(folder):
         folder = resolve_checkpoint(folder)
-    model = read_model_folder(folder)
-    config = model.decoder.config
-    file = resolve_path(tokenizer) if tokenizer else model.tokenizer_file
+    decoder = load_model(folder)
+    config = decoder.config
+    is_llama = folder_kind(folder) == PUBLISHED and config.method == "vanilla"
+    origin = "a Llama folder" if is_llama else folder_kind(folder)
+    own = folder / TOKENIZER
+    file = resolve_path(tokenizer) if tokenizer else own if own.is_file() else None
     if file is None:
         progress.note(
             f"{folder} has no tokenizer.json: the model can be used with token ids only; "
@@ -68,7 +73,7 @@ def import_model(
         raise UserError(
             f"the tokenizer {file} has {num_ids} entries, the model only {config.vocab_size}"
         )
-    text_files = read_model_text_files(model, folder, file)
+    text_files = read_model_text_files(folder, file, vocab_size=config.vocab_size)
     named = folder.parent.name if folder in find_checkpoints(folder.parent) else folder.name
     run_folder = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
     text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
@@ -79,18 +84,18 @@ def import_model(
             run_folder,
             0,
             config=config,
-            weights=model.decoder.state_dict(),
+            weights=decoder.state_dict(),
             training_state={},
             tokenizer_path=file,
             text_files=text_files,
             provenance={
                 "objective": "import",
-                "imported": {"from": folder.name, "read as": model.origin, "source": source},
+                "imported": {"from": folder.name, "read as": origin, "source": source},
                 "environment": environment(),
             },
         )
     count = num_parameters(config) / 1e6
-    progress.finish(f"{model.origin}: {config.method}, {count:.3g} million parameters")
+    progress.finish(f"{origin}: {config.method}, {count:.3g} million parameters")
     return checkpoint
 
 

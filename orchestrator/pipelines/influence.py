@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-import torch
 
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
@@ -23,7 +22,8 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_decoder, weights_key
+from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.model_loading import AUTO, load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_cached, write_json
@@ -105,9 +105,7 @@ def read_or_measure_influence(
             makes no corrections.
     """
     progress = context.progress
-    decoder = load_decoder(
-        checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    decoder = load_model(checkpoint, device=device or AUTO)
     store = open_tokens(tokens_folder)
     _check(decoder, checkpoint, store)
     num_tokens = min(settings.num_tokens, len(store.validation))

@@ -26,7 +26,7 @@ from orchestrator.reporting.sweep_results import (
     newest_sweep,
 )
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_decoder
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
@@ -115,9 +115,8 @@ def _export(
     if result.checkpoint is None:
         raise UserError(f"the sweep {sweep.name} has no weights of {result.name}")
     checkpoint = resolve_checkpoint(Path(result.checkpoint))
-    decoder = load_decoder(checkpoint)
-    if result.schedule is not None:
-        decoder = decoder.with_schedule(IterationSchedule(result.schedule))
+    schedule = None if result.schedule is None else IterationSchedule(result.schedule)
+    decoder = load_model(checkpoint, schedule=schedule)
     card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
     card = replace(card, chosen=chosen)
     export_checkpoint(checkpoint, folder, decoder=decoder, card=card, progress=context.progress)

@@ -19,15 +19,17 @@ from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.harness import checkpoint_tokenizer, load_suite, run_suite
+from orchestrator.evaluation.harness import load_suite, run_suite
+from orchestrator.evaluation.model_tokenizer import checkpoint_tokenizer
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.sweep_results import items_file_name
 from orchestrator.sweeping.asha import AshaMonitor, AshaTrial, write_early_stop
 from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
-from orchestrator.training.checkpoint import DTYPES, load_decoder, load_provenance
+from orchestrator.training.checkpoint import DTYPES, load_provenance
 from orchestrator.training.distributed import World
 from orchestrator.training.job import DONE_NAME, clear_stop_request
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.training.validation import validation_loss
@@ -161,8 +163,8 @@ def _measure(
 
 def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:
     dtype = DTYPES[trial.suite.precision]
-    decoder = load_decoder(Path(checkpoint), device=device, dtype=dtype)
-    decoder = decoder.with_schedule(trial.config().corrections)
+    schedule = trial.config().corrections
+    decoder = load_model(Path(checkpoint), device=device, dtype=dtype, schedule=schedule)
     return measure_quality(decoder, trial.suite, Path(trial.folder) / items_file_name(trial.key))
 
 

@@ -1,4 +1,4 @@
-"""Write, verify and load checkpoints: folders `step_00000100/` that are complete or absent.
+"""Write, verify and read checkpoints: folders `step_00000100/` that are complete or absent.
 
 `provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
 unpickled: weights are safetensors, the training state loads with `weights_only=True`.
@@ -6,7 +6,6 @@ unpickled: weights are safetensors, the training state loads with `weights_only=
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from iiet.weights import CONFIG, WEIGHTS, write_folder
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object
@@ -97,39 +95,6 @@ def save_checkpoint(
         (temporary / PROVENANCE).write_text(text, encoding="utf-8")
         mark_verified(temporary, checksums)
     return folder
-
-
-def load_decoder(
-    folder: Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    check: bool = True,
-    frozen: bool = False,
-) -> Decoder:
-    """Load a checkpoint's decoder, in evaluation mode.
-
-    Args:
-        folder: The checkpoint's folder.
-        device: Device of the weights.
-        dtype: Dtype of the weights, whatever the file holds.
-        check: Verify checksums first.
-        frozen: Without gradients. On the CPU the weights stay memory-mapped, so that all processes
-            of a machine share them; otherwise they are a copy that can be trained.
-
-    Raises:
-        UserError: If the folder is no checkpoint, is damaged, or has weights that are not finite.
-    """
-    if check:
-        check_checkpoint(folder)
-    try:
-        decoder = Decoder.load(folder)
-    except ValueError as error:
-        raise UserError(f"this version of the program cannot use {folder}: {error}") from None
-    decoder = decoder.to(device, dtype)
-    if not frozen and decoder.device.type == "cpu":  # On other devices it is a copy.
-        decoder = copy.deepcopy(decoder)
-    return decoder.requires_grad_(not frozen).eval()
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -9,8 +9,8 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.distributed import World
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.teacher_cache import CachedTeacher, cache_plan, open_cache
 
 
@@ -19,8 +19,7 @@ def initial_decoder(job: TrainingJob, config: ModelConfig) -> Decoder:
     torch.manual_seed(job.recipe.seed)
     if job.initial_folder is None:
         return Decoder(config)
-    decoder = load_decoder(Path(job.initial_folder), check=False)
-    return decoder.with_schedule(config.corrections)
+    return load_model(Path(job.initial_folder), schedule=config.corrections, check=False)
 
 
 def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
@@ -33,4 +32,4 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | No
     plan = cache_plan(job) if job.teacher_cache else None
     if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
         return cached
-    return load_decoder(Path(job.teacher_folder), device=world.device, check=False, frozen=True)
+    return load_model(Path(job.teacher_folder), device=world.device, check=False, frozen=True)

@@ -19,7 +19,7 @@ from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.training.checkpoint import load_decoder, load_training_state
+from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random_state
 from orchestrator.training.compiling import compile_fields
@@ -33,6 +33,7 @@ from orchestrator.training.job import (
 from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import initial_decoder, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import make_optimizer
 from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
@@ -197,7 +198,7 @@ class _Run:
         recipe, world = self.job.recipe, self.world
         decoder = initial_decoder(self.job, self.config)
         if checkpoint:
-            decoder.load_state_dict(load_decoder(checkpoint, check=False).state_dict())
+            decoder.load_state_dict(load_model(checkpoint, check=False).state_dict())
         self.decoder = decoder.to(world.device).train()
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
         if recipe.compile:

@@ -25,9 +25,10 @@ from orchestrator.data.batches import BatchPlan
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config, load_decoder, weights_key
+from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.distributed import World, autocast
 from orchestrator.training.job import sequences_per_step
+from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.locks import lock_file
@@ -144,7 +145,7 @@ def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> Outputs
     loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)
     folder = Path(str(job.teacher_folder))
     # Loaded at the first call: a complete cache needs no teacher.
-    teacher = cache(lambda: load_decoder(folder, device=device, frozen=True))
+    teacher = cache(lambda: load_model(folder, device=device, frozen=True))
 
     @torch.no_grad()
     def output_of_pass(input_ids: Tensor) -> Any:

@@ -23,9 +23,10 @@ from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.importing import import_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import check_checkpoint, load_decoder, weights_key
+from orchestrator.training.checkpoint import check_checkpoint, weights_key
 from orchestrator.training.job import DONE_NAME
 from orchestrator.training.job_checks import JOB_NAME
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
@@ -124,12 +125,12 @@ def test_moments_that_belong_to_other_parameters_are_refused(older_job: OlderJob
 
 
 def test_moments_of_the_same_parameters_are_resumed(older_job: OlderJob) -> None:
-    finished = load_decoder(RUNS / "run_vanilla" / "step_00000002").state_dict()
+    finished = load_model(RUNS / "run_vanilla" / "step_00000002").state_dict()
     job = interrupted(older_job("vanilla"))
     (job.folder / JOB_NAME).unlink()
     outcome = run_job(job)
     assert (outcome.finished, outcome.step) == (True, 2)
-    resumed = load_decoder(job.folder / "step_00000002").state_dict()
+    resumed = load_model(job.folder / "step_00000002").state_dict()
     for name, tensor in finished.items():
         torch.testing.assert_close(resumed[name], tensor)
 
@@ -148,8 +149,8 @@ def test_an_older_model_can_be_the_teacher_and_start_of_a_student(older_job: Old
     )
     outcome = run_job(job)
     assert outcome.finished
-    student = load_decoder(Path(str(outcome.checkpoint))).state_dict()
-    assert student.keys() == load_decoder(teacher).state_dict().keys()
+    student = load_model(Path(str(outcome.checkpoint))).state_dict()
+    assert student.keys() == load_model(teacher).state_dict().keys()
     names = load_file(Path(str(outcome.checkpoint)) / "model.safetensors").keys()
     assert not any(name.startswith(("method.", "fields.")) for name in names)
 
@@ -160,7 +161,7 @@ def test_an_older_exported_model_is_imported(older_job: OlderJob, tmp_path: Path
 
     checkpoint = older_job("iiet").folder / "step_00000002"
     exported = tmp_path / "exported"
-    decoder = load_decoder(checkpoint)
+    decoder = load_model(checkpoint)
     IIETConfig.from_model_config(decoder.config).save_pretrained(exported)
     weights = load_file(checkpoint / "model.safetensors")
     save_file({f"decoder.{n}": w for n, w in weights.items()}, exported / "model.safetensors")
@@ -168,4 +169,4 @@ def test_an_older_exported_model_is_imported(older_job: OlderJob, tmp_path: Path
     imported = import_model(exported, workspace=tmp_path / "workspace")
     assert weights_key(imported) != weights_key(checkpoint)
     ids = torch.arange(12).view(1, 12)
-    assert torch.equal(load_decoder(imported)(ids), decoder(ids))
+    assert torch.equal(load_model(imported)(ids), decoder(ids))

@@ -16,9 +16,10 @@ from iiet.batch import Batch
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import load_decoder, load_training_state
+from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.distributed import World
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -167,8 +168,7 @@ def test_two_workers_have_the_losses_of_one(runs: Runs, parallel: str, kind: str
         expected = pytest.approx(runs.numbers("alone", metric), rel=1e-4, abs=1e-5)
         assert runs.numbers(name, metric) == expected
     weights, alone = (
-        load_decoder(find_checkpoints(runs.folder / run)[-1]).state_dict()
-        for run in (name, "alone")
+        load_model(find_checkpoints(runs.folder / run)[-1]).state_dict() for run in (name, "alone")
     )
     for key in alone:
         assert torch.allclose(weights[key], alone[key], atol=1e-4), key
@@ -189,7 +189,7 @@ def test_bf16_of_two_workers_is_close_to_that_of_one(runs: Runs, parallel: str) 
     found = runs.numbers(f"{parallel}-bf16")
     assert found == pytest.approx(runs.numbers("alone-bf16"), abs=0.03)
     assert found == pytest.approx(runs.numbers("alone"), abs=0.1)
-    weights = load_decoder(find_checkpoints(runs.folder / f"{parallel}-bf16")[-1]).state_dict()
+    weights = load_model(find_checkpoints(runs.folder / f"{parallel}-bf16")[-1]).state_dict()
     assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
 
 

@@ -6,18 +6,10 @@ retries without network (23 seconds per task), and its output.
 """
 
 from orchestrator.evaluation.harness.run import run_model, run_suite
-from orchestrator.evaluation.harness.scoring_tokenizer import (
-    FolderTokenizer,
-    ScoringTokenizer,
-    checkpoint_tokenizer,
-)
 from orchestrator.evaluation.harness.suite import Suite, load_suite
 
 __all__ = [
-    "FolderTokenizer",
     "Suite",
-    "ScoringTokenizer",
-    "checkpoint_tokenizer",
     "load_suite",
     "run_model",
     "run_suite",

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from iiet.decoder import Decoder
-from orchestrator.evaluation.harness.scoring_tokenizer import ScoringTokenizer
+from orchestrator.evaluation.model_tokenizer import ScoringTokenizer
 from orchestrator.evaluation.scoring import Score, score_continuations
 from orchestrator.terminal.progress import Progress
 

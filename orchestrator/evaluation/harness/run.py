@@ -16,9 +16,9 @@ from lm_eval.api.task import Task
 from iiet.decoder import Decoder
 from orchestrator.data.hub import offline
 from orchestrator.evaluation.harness.decoder_model import DecoderModel
-from orchestrator.evaluation.harness.scoring_tokenizer import PlainTokenizer, ScoringTokenizer
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
+from orchestrator.evaluation.model_tokenizer import PlainTokenizer, ScoringTokenizer
 from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
     EvaluationResult,

@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 
 from orchestrator.data.hub import offline
 from orchestrator.evaluation.harness.decoder_model import num_items
-from orchestrator.evaluation.harness.scoring_tokenizer import FolderTokenizer
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
+from orchestrator.evaluation.model_tokenizer import FolderTokenizer
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line
 

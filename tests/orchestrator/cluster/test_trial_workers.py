@@ -15,8 +15,8 @@ from changed_trials import in_folder, with_job
 
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
-from orchestrator.training.checkpoint import load_decoder
 from orchestrator.training.job import STOP_NAME, job_key
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -34,7 +34,7 @@ def shared(trial: PlannedTrial, tmp_path: Path, *, num_steps: int = 12) -> Plann
 
 
 def weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
-    return load_decoder(Path(str(checkpoint))).state_dict()
+    return load_model(Path(str(checkpoint))).state_dict()
 
 
 def run_with_two(

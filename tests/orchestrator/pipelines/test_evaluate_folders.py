@@ -34,9 +34,9 @@ from orchestrator.sweeping.trial_run import measure_quality
 from orchestrator.sweeping.trials import TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import (
-    load_decoder,
     save_checkpoint,
 )
+from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -224,7 +224,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
     theirs = by_lm_eval(folder, settings)
     checkpoint = import_model(folder, workspace=workspace)
-    decoder = load_decoder(checkpoint)
+    decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
     exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
     for place in (checkpoint, exported):

@@ -27,7 +27,8 @@ from orchestrator.pipelines.exporting import CARD, MANIFEST, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
-from orchestrator.training.checkpoint import load_decoder, save_checkpoint
+from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -113,7 +114,7 @@ def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) ->
 
 
 def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None = None) -> Path:
-    decoder = load_decoder(checkpoint)
+    decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config, evaluation=evaluation)
     return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
 

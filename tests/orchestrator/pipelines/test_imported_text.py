@@ -22,9 +22,9 @@ from orchestrator.pipelines.importing import import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.training.checkpoint import (
     TEXT_FILES,
-    load_decoder,
     read_text_files,
 )
+from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -65,7 +65,7 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 
 def exported(checkpoint: Path, folder: Path) -> Path:
-    decoder = load_decoder(checkpoint)
+    decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
     return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
 

@@ -17,7 +17,8 @@ from iiet.export import export_pretrained
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.importing import import_model
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_decoder, tokenizer_file
+from orchestrator.training.checkpoint import tokenizer_file
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint, resolve_model, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -48,7 +49,7 @@ def test_an_imported_model_is_the_same_model(
     assert resolve_checkpoint(checkpoint.parent) == checkpoint
     tokens = torch.arange(12).view(1, 12)
     with torch.no_grad():
-        torch.testing.assert_close(load_decoder(checkpoint)(tokens), decoder(tokens))
+        torch.testing.assert_close(load_model(checkpoint)(tokens), decoder(tokens))
 
 
 def test_importing_again_finds_it_and_another_model_needs_another_name(
@@ -107,7 +108,7 @@ def test_without_a_tokenizer_it_says_what_is_missing(
     notes = Notes()
     checkpoint = import_model(folder, workspace=workspace, progress=notes)
     assert "--tokenizer FILE" in notes.notes[0]
-    assert load_decoder(checkpoint).config == decoder.config
+    assert load_model(checkpoint).config == decoder.config
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         tokenizer_file(checkpoint)
 
@@ -138,8 +139,8 @@ def test_a_run_of_an_earlier_version_is_imported_as_the_same_model(
     assert not [name for name in weights if name.startswith(("fields", "method"))]
     tokens = torch.arange(12).view(1, 12)
     with torch.no_grad():
-        older = load_decoder(OLDER_RUN / "step_00000002")(tokens)
-        assert torch.equal(load_decoder(checkpoint)(tokens), older)
+        older = load_model(OLDER_RUN / "step_00000002")(tokens)
+        assert torch.equal(load_model(checkpoint)(tokens), older)
     open_workspace(workspace.root)
 
 

@@ -20,7 +20,8 @@ from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
-from orchestrator.training.checkpoint import check_checkpoint, load_decoder, save_checkpoint
+from orchestrator.training.checkpoint import check_checkpoint, save_checkpoint
+from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -73,7 +74,7 @@ def test_the_table_is_the_cores_over_the_calibration_set(
     batches = validation_batches(
         open_tokens(tiny_tokens).validation, context_length=16, num_tokens=512, batch_size=8
     )
-    assert found == influence_table(load_decoder(checkpoint), batches)
+    assert found == influence_table(load_model(checkpoint), batches)
     assert found.num_tokens == 512
     assert [len(row) for row in found.rows()] == [2, 1]
     table = InfluenceResult(checkpoint=checkpoint, table=found).to_pandas()

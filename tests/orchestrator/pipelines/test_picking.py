@@ -28,7 +28,8 @@ from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import StoredSweep, items_file_name
 from orchestrator.settings import read_settings
-from orchestrator.training.checkpoint import load_decoder, save_checkpoint, weights_key
+from orchestrator.training.checkpoint import save_checkpoint, weights_key
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
@@ -113,7 +114,7 @@ def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSwee
     card = (choice.folder / "README.md").read_text()
     assert f"Chosen as `keep-99` of the sweep `two-models`: {choice.sentence}." in card
     registered = IIETForCausalLM.from_pretrained(version.source.removeprefix("file://"))
-    student = load_decoder(Path(str(choice.point.result.checkpoint)))
+    student = load_model(Path(str(choice.point.result.checkpoint)))
     tokens = torch.arange(8).view(1, 8)
     with torch.no_grad():
         torch.testing.assert_close(registered(tokens).logits, student(tokens))

@@ -13,7 +13,6 @@ from orchestrator.training.checkpoint import (
     TRAINING_STATE,
     check_checkpoint,
     load_config,
-    load_decoder,
     load_provenance,
     load_training_state,
     save_checkpoint,
@@ -21,6 +20,7 @@ from orchestrator.training.checkpoint import (
 )
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.errors import UserError
 
@@ -56,7 +56,7 @@ def save(folder: Path, step: int, decoder: Decoder) -> Path:
 
 def test_a_saved_checkpoint_loads_unchanged(run: Path, decoder: Decoder) -> None:
     folder = find_checkpoints(run)[-1]
-    loaded = load_decoder(folder)
+    loaded = load_model(folder)
     assert loaded.config == decoder.config
     assert not loaded.training
     for name, tensor in decoder.state_dict().items():
@@ -73,7 +73,7 @@ def test_frozen_weights_are_memory_mapped_and_give_the_same_logits(
 ) -> None:
     config = preset("tiny", method=method, num_layers=2, tie_embeddings=ties)
     folder = save(tmp_path, 1, Decoder(config))
-    plain, frozen = load_decoder(folder), load_decoder(folder, frozen=True)
+    plain, frozen = load_model(folder), load_model(folder, frozen=True)
     tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(frozen(tokens), plain(tokens))
@@ -132,10 +132,10 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(
     with pytest.raises(UserError, match=name):
         check_checkpoint(newest, with_training_state=True)
     if name == TRAINING_STATE:  # Only a resumed training reads it.
-        load_decoder(newest)
+        load_model(newest)
         return
     with pytest.raises(UserError, match=name):
-        load_decoder(newest)
+        load_model(newest)
 
 
 def damage(path: Path, harm: str) -> None:
@@ -215,4 +215,4 @@ def test_weights_of_another_shape_are_refused(run: Path) -> None:
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"dim": 16', '"dim": 32'))
     with pytest.raises(UserError, match=r"does not fit config.json: size mismatch for embedding"):
-        load_decoder(folder, check=False)
+        load_model(folder, check=False)

@@ -23,9 +23,10 @@ from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training import job_models
-from orchestrator.training.checkpoint import load_decoder, read_text_files
+from orchestrator.training.checkpoint import read_text_files
 from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import open_workspace
@@ -218,7 +219,7 @@ def test_a_control_is_trained_without_a_teacher(
     trial = _trial(control, teacher, tiny_tokens, tmp_path)
     started_from: list[Decoder] = []
     loaded: list[Path] = []
-    initial_decoder, load = job_models.initial_decoder, job_models.load_decoder
+    initial_decoder, load = job_models.initial_decoder, job_models.load_model
 
     def watched(job: TrainingJob, config: ModelConfig) -> Decoder:
         decoder = initial_decoder(job, config)
@@ -230,7 +231,7 @@ def test_a_control_is_trained_without_a_teacher(
         return load(folder, **options)
 
     monkeypatch.setattr("orchestrator.training.run.initial_decoder", watched)
-    monkeypatch.setattr(job_models, "load_decoder", counted)
+    monkeypatch.setattr(job_models, "load_model", counted)
     run = run_trial(trial)
     assert run.state == "made"
     assert run.result
@@ -242,7 +243,7 @@ def test_a_control_is_trained_without_a_teacher(
     assert numbers(job, "train/kl") == {}
     assert len(numbers(job, "train/loss")) == RECIPE["num_steps"]
     torch.manual_seed(job.recipe.seed)
-    fresh, taught = Decoder(trial.config()), load_decoder(teacher)
+    fresh, taught = Decoder(trial.config()), load_model(teacher)
     (first,) = started_from
     expected = fresh if control == "scratch" else taught
     assert same_weights(first, expected)

@@ -18,11 +18,12 @@ from iiet.weights import WEIGHTS
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import load_decoder, load_training_state, weights_key
+from orchestrator.training.checkpoint import load_training_state, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import clear_stop_request, finished_outcome, job_key, request_stop
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.loop import Diverged
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, write_json
@@ -95,7 +96,7 @@ def test_options_of_a_method_are_trained_saved_and_part_of_the_key(
     assert not run_job(split, should_stop=stop_at(5)).finished
     assert run_job(split).finished
     assert losses(split) == losses(whole)
-    decoder = load_decoder(Path(str(outcome.checkpoint)))
+    decoder = load_model(Path(str(outcome.checkpoint)))
     assert decoder.config.to_dict()["method_options"] == options
     dampings = [p for name, p in decoder.named_parameters() if name.endswith("damping")]
     assert len(dampings) == 2
@@ -406,9 +407,9 @@ def test_distillation_starts_from_the_weights_and_leaves_the_teacher_alone(
         recipe={"learning_rate": 1e-9, "iterate_from_fraction": 0.0},
     )
     outcome = run_job(job)
-    decoder = load_decoder(Path(outcome.checkpoint or ""))
+    decoder = load_model(Path(outcome.checkpoint or ""))
     assert decoder.schedule.corrections == (0, 1)
-    for name, tensor in load_decoder(teacher).state_dict().items():
+    for name, tensor in load_model(teacher).state_dict().items():
         assert torch.allclose(decoder.state_dict()[name], tensor, atol=1e-6), name
     assert (weights_key(teacher), (teacher / "model.safetensors").read_bytes()) == before
     first = read_journal(job.folder)[0][1]["values"]

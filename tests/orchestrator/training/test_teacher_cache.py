@@ -16,10 +16,11 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache, teacher_cache_policy
-from orchestrator.training.checkpoint import load_decoder, weights_key
+from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
 from orchestrator.training.job_models import load_teacher
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import (
     CachedTeacher,
@@ -157,7 +158,7 @@ def test_a_job_with_stored_outputs_loads_no_teacher(
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("orchestrator.training.job_models.load_decoder", forbidden)
+    monkeypatch.setattr("orchestrator.training.job_models.load_model", forbidden)
     assert isinstance(load_teacher(job, World()), CachedTeacher)
     with pytest.raises(AssertionError, match="was loaded"):
         load_teacher(job.model_copy(update={"teacher_cache": None}), World())
@@ -168,7 +169,7 @@ def test_any_part_of_a_step_in_any_order_finds_its_outputs(
     student: MakeStudent, tmp_path: Path, teacher: Path, num_workers: int
 ) -> None:
     job = stored(student(), tmp_path / "t")
-    cache, decoder = opened(job), load_decoder(teacher)
+    cache, decoder = opened(job), load_model(teacher)
     outputs = teacher_outputs_by_step(job)
     for step in (0, 5):
         sequences, _ = outputs(step)

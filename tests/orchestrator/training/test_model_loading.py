@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
-from orchestrator.evaluation.model_folders import model_folder_key, read_model_folder
+from iiet.schedule import IterationSchedule
+from orchestrator.training.model_loading import load_model, model_folder_key
 from orchestrator.workspace.errors import UserError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -34,26 +35,14 @@ def published_folder(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize(
-    ("name", "origin"),
-    [
-        ("iiet_r3", "the published naming"),
-        ("iiet_schedule_201", "the published naming"),
-        ("pcformer_rk2", "the published naming"),
-        ("vanilla", "a Llama folder"),
-    ],
-)
-def test_published_folders_give_the_published_logits(
-    name: str, origin: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["iiet_r3", "iiet_schedule_201", "pcformer_rk2", "vanilla"])
+def test_published_folders_give_the_published_logits(name: str, tmp_path: Path) -> None:
     tensors = published_folder(tmp_path / name, name)
-    model = read_model_folder(tmp_path / name)
+    decoder = load_model(tmp_path / name)
     with torch.no_grad():
-        logits = model.decoder(tensors["input_ids"])
+        logits = decoder(tensors["input_ids"])
     torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-5)
-    assert model.origin == origin
-    assert model.tokenizer_file is None
-    assert not model.decoder.training
+    assert not decoder.training
 
 
 def llama_folder(folder: Path, **options: Any) -> LlamaForCausalLM:
@@ -77,17 +66,17 @@ def llama_folder(folder: Path, **options: Any) -> LlamaForCausalLM:
 def test_a_llama_folder_becomes_a_vanilla_model(shards: dict[str, str], tmp_path: Path) -> None:
     llama = llama_folder(tmp_path / "llama", **shards)
     assert (len(list((tmp_path / "llama").glob("*.safetensors"))) > 1) == bool(shards)
-    model = read_model_folder(tmp_path / "llama")
+    decoder = load_model(tmp_path / "llama")
     tokens = torch.arange(20).view(2, 10)
     with torch.no_grad():
-        torch.testing.assert_close(model.decoder(tokens), llama(tokens).logits, rtol=0, atol=1e-5)
-    assert model.decoder.config.method == "vanilla"
+        torch.testing.assert_close(decoder(tokens), llama(tokens).logits, rtol=0, atol=1e-5)
+    assert decoder.config.method == "vanilla"
 
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     llama_folder(tmp_path / "llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    model = read_model_folder(tmp_path / "half")
-    assert model.decoder.embedding.weight.dtype == torch.float32
+    decoder = load_model(tmp_path / "half")
+    assert decoder.embedding.weight.dtype == torch.float32
 
 
 def exported(folder: Path) -> Decoder:
@@ -99,12 +88,14 @@ def exported(folder: Path) -> Decoder:
 
 def test_an_exported_folder_gives_the_same_model(tmp_path: Path) -> None:
     decoder = exported(tmp_path / "out")
-    model = read_model_folder(tmp_path / "out")
-    assert model.decoder.config == decoder.config
-    state = decoder.state_dict()
-    assert all(
-        torch.equal(state[name], value) for name, value in model.decoder.state_dict().items()
-    )
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config == decoder.config
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in decoder.state_dict().items())
+    cheaper = load_model(tmp_path / "out", schedule=IterationSchedule((1, 0, 0, 0, 0, 0)))
+    assert tuple(cheaper.schedule) == (1, 0, 0, 0, 0, 0)
+    with pytest.raises(UserError, match="out: "):
+        load_model(tmp_path / "out", schedule=IterationSchedule((1, 0)))
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
@@ -114,7 +105,7 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     del weights["decoder.norm.weight"]
     save_file(weights, file)
     with pytest.raises(UserError, match=r"norm\.weight"):
-        read_model_folder(tmp_path / "out")
+        load_model(tmp_path / "out")
 
 
 def spoil(folder: Path, name: str) -> None:
@@ -165,7 +156,7 @@ def test_unreadable_folders_are_errors(damage: str, words: str, tmp_path: Path) 
     llama_folder(tmp_path / "llama")
     spoil(tmp_path / "llama", damage)
     with pytest.raises(UserError, match=words):
-        read_model_folder(tmp_path / "llama")
+        load_model(tmp_path / "llama")
 
 
 def test_the_key_depends_on_the_content(tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
-from orchestrator.training.checkpoint import TOKENIZER_CONFIG, tokenizer_file
+from orchestrator.training.checkpoint import (
+    GENERATION_CONFIG,
+    TOKEN_IDS,
+    TOKENIZER_CONFIG,
+    tokenizer_file,
+)
+from orchestrator.training.model_loading import read_config
 from orchestrator.workspace.errors import UserError
 
 
@@ -81,3 +87,31 @@ def checkpoint_tokenizer(checkpoint: Path) -> ScoringTokenizer:
     if (checkpoint / TOKENIZER_CONFIG).is_file():
         return FolderTokenizer(checkpoint)
     return PlainTokenizer(tokenizer_file(checkpoint))
+
+
+def stop_token_ids(checkpoint: Path) -> set[int]:
+    """Return the tokens that end a text, from the files of an imported checkpoint.
+
+    The set is empty if no file names one, as for a model that was trained here.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    files = [checkpoint / name for name in (TOKEN_IDS, GENERATION_CONFIG)]
+    found = [read_token_ids(file, "eos_token_id") for file in files if file.is_file()]
+    return {number for ids in found for number in ids if number >= 0}
+
+
+def read_token_ids(file: Path, name: str) -> list[int]:
+    """Return the ids of a special token in a configuration; it may be one, a list, or absent.
+
+    Raises:
+        UserError: If the file cannot be read, or the value is no token's number.
+    """
+    value = read_config(file.parent, file.name).get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(number) is int for number in ids):
+        raise UserError(
+            f"{name} in {file} must be a token's number, or a list of them; got {value!r}"
+        )
+    return ids
