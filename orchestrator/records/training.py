@@ -34,6 +34,8 @@ class TrainingJob(Record):
     """Checkpoint of the frozen teacher; for `distill`."""
     initial_folder: str | None = None
     """Checkpoint with the initial weights; random weights when unset."""
+    kept_layers: tuple[int, ...] | None = None
+    """Layers of the initial weights that the model has, the first being 0; all when unset."""
     distillation: DistillationConfig | None = None
     """The distillation loss; defaults when unset."""
     teacher_cache: str | None = None

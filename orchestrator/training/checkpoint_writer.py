@@ -230,6 +230,7 @@ def _provenance(job: TrainingJob, store: TokenStore) -> dict[str, Any]:
         "recipe": job.recipe.model_dump(mode="json"),
         "distillation": asdict(job.distillation) if job.distillation else None,
         "teacher": weights_key(Path(job.teacher_folder)) if job.teacher_folder else None,
+        "kept_layers": job.kept_layers,
         "environment": environment(),
         **job.provenance,
     }

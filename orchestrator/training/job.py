@@ -56,7 +56,10 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     """Return everything that determines a job's result, as JSON-able values."""
     distills = job.objective == "distill"
     teacher = job.teacher_folder if distills else None
+    # Absent where all layers are kept, so that keys of such jobs are those of earlier versions.
+    dropping = {} if job.kept_layers is None else {"kept_layers": list(job.kept_layers)}
     return {
+        **dropping,
         "model": job.model.to_dict(),
         "recipe": job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS),
         "tokens": open_tokens(job.tokens_folder).fingerprint,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from iiet.dropping import kept_config
 from orchestrator.data.batches import check_even_split, check_text_length
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob
@@ -51,7 +52,13 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         folder = Path(job.initial_folder)
         check_checkpoint(folder)
         initial = load_config(folder)
-        if replace(initial, schedule=config.schedule) != config:
+        if job.kept_layers is not None:
+            try:
+                initial = kept_config(initial, job.kept_layers)
+            except ValueError as error:
+                raise UserError(f"the model in {folder}: {error}") from None
+        has_layers = initial.num_layers == config.num_layers
+        if not has_layers or replace(initial, schedule=config.schedule) != config:
             raise UserError(
                 f"the weights in {job.initial_folder} belong to a model with another configuration "
                 "than the one to train; only the iteration schedule may differ"

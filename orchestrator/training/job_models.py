@@ -8,6 +8,7 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.dropping import drop_layers
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.distributed import World
 from orchestrator.training.model_loading import load_model
@@ -19,7 +20,10 @@ def initial_decoder(job: TrainingJob, config: ModelConfig) -> Decoder:
     torch.manual_seed(job.recipe.seed)
     if job.initial_folder is None:
         return Decoder(config)
-    return load_model(Path(job.initial_folder), schedule=config.corrections, check=False)
+    if job.kept_layers is None:
+        return load_model(Path(job.initial_folder), schedule=config.corrections, check=False)
+    decoder = load_model(Path(job.initial_folder), check=False, frozen=True)  # It is copied below.
+    return drop_layers(decoder, job.kept_layers).with_schedule(config.corrections)
 
 
 def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:

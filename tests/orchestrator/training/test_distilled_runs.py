@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
+from iiet.dropping import kept_config
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping import trial_run
@@ -23,9 +24,10 @@ from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training import job_models
-from orchestrator.training.checkpoint import read_text_files
+from orchestrator.training.checkpoint import load_config, read_text_files
 from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
+from orchestrator.training.job_models import initial_decoder
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
@@ -92,6 +94,26 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(
     kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
     checkpoint = Path(str(run_job(job.model_copy(update=kept)).checkpoint))
     assert read_text_files(checkpoint) == read_text_files(imported)
+
+
+def test_a_student_of_fewer_layers_starts_from_the_kept_ones(
+    student: MakeJob, teacher: Path
+) -> None:
+    job = student()
+    config = kept_config(load_config(teacher), (1,))
+    smaller = job.model_copy(update={"model": config, "kept_layers": (1,)})
+    assert job_key(smaller) != job_key(smaller.model_copy(update={"kept_layers": (0,)}))
+    start, full = initial_decoder(smaller, config), load_model(teacher)
+    for name, weights in full.fields[1].state_dict().items():
+        assert torch.equal(start.fields[0].state_dict()[name], weights)
+    outcome = run_job(smaller)
+    trained = load_model(Path(str(outcome.checkpoint)))
+    assert trained.config == config
+    assert all(value > 0 for value in numbers(smaller, "train/kl").values())
+    with pytest.raises(UserError, match="from 0 to 1 in ascending order"):
+        run_job(smaller.model_copy(update={"kept_layers": (2,)}))
+    with pytest.raises(UserError, match="another configuration"):
+        run_job(smaller.model_copy(update={"kept_layers": (0, 1)}))
 
 
 def numbers(job: TrainingJob, metric: str) -> dict[int, float]:
