@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.dropping import drop_layers
 from orchestrator.records.training import TrainingJob
@@ -15,15 +14,22 @@ from orchestrator.training.model_loading import load_model
 from orchestrator.training.teacher_cache import CachedTeacher, cache_plan, open_cache
 
 
-def initial_decoder(job: TrainingJob, config: ModelConfig) -> Decoder:
-    """Return the decoder before the first step, with random weights or those of a checkpoint."""
+def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) -> Decoder:
+    """Return the decoder on this worker's device, in training mode.
+
+    Its weights are those of the checkpoint to resume from, else the job's initial ones, or random.
+    """
     torch.manual_seed(job.recipe.seed)
-    if job.initial_folder is None:
-        return Decoder(config)
-    if job.kept_layers is None:
-        return load_model(Path(job.initial_folder), schedule=config.corrections, check=False)
-    decoder = load_model(Path(job.initial_folder), check=False, frozen=True)  # It is copied below.
-    return drop_layers(decoder, job.kept_layers).with_schedule(config.corrections)
+    schedule = job.model.corrections
+    folder = checkpoint or job.initial_folder
+    if folder is None:
+        decoder = Decoder(job.model)
+    elif checkpoint is None and job.kept_layers is not None:
+        whole = load_model(Path(folder), check=False, frozen=True)  # It is copied below.
+        decoder = drop_layers(whole, job.kept_layers).with_schedule(schedule)
+    else:
+        decoder = load_model(Path(folder), device=world.device, schedule=schedule, check=False)
+    return decoder.to(world.device).train()
 
 
 def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:

@@ -31,9 +31,8 @@ from orchestrator.training.job import (
     sequences_per_step,
 )
 from orchestrator.training.job_checks import check_job, write_job_file
-from orchestrator.training.job_models import initial_decoder, load_teacher
+from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import make_optimizer
 from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
@@ -196,10 +195,7 @@ class _Run:
 
     def prepare(self, checkpoint: Path | None) -> None:
         recipe, world = self.job.recipe, self.world
-        decoder = initial_decoder(self.job, self.config)
-        if checkpoint:
-            decoder.load_state_dict(load_model(checkpoint, check=False).state_dict())
-        self.decoder = decoder.to(world.device).train()
+        self.decoder = decoder_to_train(self.job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
         if recipe.compile:
             compile_fields(self.decoder)

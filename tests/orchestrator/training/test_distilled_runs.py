@@ -241,10 +241,10 @@ def test_a_control_is_trained_without_a_teacher(
     trial = _trial(control, teacher, tiny_tokens, tmp_path)
     started_from: list[Decoder] = []
     loaded: list[Path] = []
-    initial_decoder, load = job_models.initial_decoder, job_models.load_model
+    decoder_to_train, load = job_models.decoder_to_train, job_models.load_model
 
-    def watched(job: TrainingJob, config: ModelConfig) -> Decoder:
-        decoder = initial_decoder(job, config)
+    def watched(*arguments: Any) -> Decoder:
+        decoder = decoder_to_train(*arguments)
         started_from.append(load_like(decoder))
         return decoder
 
@@ -252,7 +252,7 @@ def test_a_control_is_trained_without_a_teacher(
         loaded.append(folder)
         return load(folder, **options)
 
-    monkeypatch.setattr("orchestrator.training.run.initial_decoder", watched)
+    monkeypatch.setattr("orchestrator.training.run.decoder_to_train", watched)
     monkeypatch.setattr(job_models, "load_model", counted)
     run = run_trial(trial)
     assert run.state == "made"

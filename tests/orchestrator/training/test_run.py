@@ -164,6 +164,22 @@ def test_a_stopped_and_resumed_run_is_bitwise_equal(make_job: MakeJob, step: int
         assert written == (Path(whole.checkpoint or "") / name).read_bytes()
 
 
+def test_a_resumed_run_builds_one_model_without_random_weights(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(make_job(), should_stop=stop_at(6))
+    devices: list[str] = []
+    built = Decoder.__init__
+
+    def counted(self: Decoder, *arguments: Any) -> None:
+        devices.append(str(torch.get_default_device()))
+        built(self, *arguments)
+
+    monkeypatch.setattr(Decoder, "__init__", counted)
+    assert run_job(make_job()).finished
+    assert devices == ["meta"]
+
+
 def test_a_crashed_run_resumes_from_the_previous_checkpoint(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
