@@ -27,7 +27,7 @@ from orchestrator.training import job_models
 from orchestrator.training.checkpoint import load_config, read_text_files
 from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
-from orchestrator.training.job_models import initial_decoder
+from orchestrator.training.job_models import decoder_to_train
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
@@ -103,7 +103,7 @@ def test_a_student_of_fewer_layers_starts_from_the_kept_ones(
     config = kept_config(load_config(teacher), (1,))
     smaller = job.model_copy(update={"model": config, "kept_layers": (1,)})
     assert job_key(smaller) != job_key(smaller.model_copy(update={"kept_layers": (0,)}))
-    start, full = initial_decoder(smaller, config), load_model(teacher)
+    start, full = decoder_to_train(smaller, World(), None), load_model(teacher)
     for name, weights in full.fields[1].state_dict().items():
         assert torch.equal(start.fields[0].state_dict()[name], weights)
     outcome = run_job(smaller)
