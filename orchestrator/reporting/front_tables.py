@@ -27,7 +27,7 @@ from orchestrator.reporting.front_text import (
 )
 from orchestrator.reporting.markdown import markdown_table
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint, PairedComparison
-from orchestrator.terminal.formatting import format_with_error
+from orchestrator.terminal.formatting import format_parameters, format_with_error
 
 TASK_TABLES_NOTE = (
     f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
@@ -35,6 +35,8 @@ TASK_TABLES_NOTE = (
     "difference that these items can resolve."
 )
 ROW_STYLES = {"baseline": "cyan", "member": "bold", "full": "", "dominated": "dim"}
+NOTABLE_SIZE_RATIO = 1.1
+"""The mix of a method adds less than this to a model; other depths show a column of parameters."""
 SHORT_TITLES = {
     "quality/accuracy": "accuracy %",
     "quality/bits_per_byte": "bits/byte",
@@ -71,6 +73,7 @@ def front_columns(front: Front) -> list[FrontColumn]:
         FrontColumn("schedule", model_name, justify="left"),
         FrontColumn("threshold", _threshold, 6),
         *_cost_columns(front.axes.cost),
+        FrontColumn("parameters", lambda p: _parameters(front, p), 4),
         FrontColumn(_short_title(quality), lambda p: quality_text(front, p)),
         FrontColumn("bits/byte", lambda p: _number(p, "quality/bits_per_byte", ".3f"), 5),
         FrontColumn("of full", lambda p: _percent(front.share(p), 1), 2),
@@ -153,6 +156,15 @@ def _threshold(point: FrontPoint) -> str:
     """Return the largest threshold that gives the schedule, which a user would type."""
     text = point.result.threshold_text
     return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
+
+
+def _parameters(front: Front, point: FrontPoint) -> str:
+    """Return a model's parameters; empty if all models are of about one size."""
+    name = "cost/num_parameters"
+    counts = [count for p in front.points if (count := p.result.value(name))]
+    if not counts or max(counts) < NOTABLE_SIZE_RATIO * min(counts):
+        return ""
+    return format_parameters(point.result.value(name) or 0.0)
 
 
 def _percent(share: float | None, digits: int) -> str:

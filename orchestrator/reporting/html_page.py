@@ -36,6 +36,7 @@ TOOLTIP_METRICS = (
     "cost/relative_flops",
     "cost/decode_ms_per_token",
     "cost/kv_bytes_per_token",
+    "cost/num_parameters",
     "quality/accuracy",
     "quality/bits_per_byte",
     "quality/validation_loss",
@@ -170,7 +171,7 @@ def _front_section(picture: str | None, *, mark_paper: bool) -> str:
 <div class="plot" id="front"></div>
 <div class="key" id="series"></div>
 <p class="lead">Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond:
-baseline, trained from scratch. Bars: one standard error. Line: the best quality at each cost
+baseline. Bars: one standard error. Line: the best quality at each cost
 budget.{paper}</p>
 {fallback}"""
 

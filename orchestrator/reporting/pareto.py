@@ -79,7 +79,7 @@ class FrontPoint:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model was trained from scratch, to compare with."""
+        """Whether the model is there to compare with, and no schedule of the teacher."""
         return self.result.role == "baseline"
 
     @property

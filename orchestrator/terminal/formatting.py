@@ -19,6 +19,11 @@ def format_bytes(value: float) -> str:
     return f"{value / 1024:.1f} KiB"
 
 
+def format_parameters(count: float) -> str:
+    """Format a number of parameters in millions or billions: `1.5 M`, `1.34 B`."""
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
 def format_number(value: float) -> str:
     """Format a number: without decimals from 1,000 on, else with up to two."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}".rstrip("0").rstrip(".")

@@ -60,6 +60,24 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     assert "44.4 ± 1.2" in knee
 
 
+def test_parameters_have_a_column_if_models_are_of_different_sizes(
+    sample_results: list[TrialResult],
+) -> None:
+    def sized(last: int) -> str:
+        counts = [1_480_000] * (len(sample_results) - 1) + [last]
+        results = [
+            result.model_copy(update={"cost": {**result.cost, "num_parameters": count}})
+            for result, count in zip(sample_results, counts, strict=True)
+        ]
+        return "\n".join(printed(find_front(results), 120))
+
+    assert "parameters" not in sized(1_490_000), "the mix of a method is no other size"
+    table = sized(3_210_000)
+    assert "parameters" in table
+    assert table.count(" 1.48 M ") == len(sample_results) - 1
+    assert table.count(" 3.21 M ") == 1
+
+
 def test_baselines_say_what_they_beat(front: Front) -> None:
     vanilla = next(line for line in printed(front, 100) if "vanilla" in line)
     assert "beats 1 ●" in vanilla
