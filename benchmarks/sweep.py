@@ -31,19 +31,18 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_run import measure_quality
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.job import DONE_NAME
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 __all__ = ["measure"]
@@ -200,7 +199,7 @@ class _Bench:
         top = max(map(max, self.influence.rows()))
         thresholds = [top * n / _NUM_THRESHOLDS for n in range(_NUM_THRESHOLDS)]
         plan = self.plan(open_workspace(self.folder / "merged"), thresholds=thresholds)
-        planned = {t.config().corrections for t in plan.trials if t.role == "trial"}
+        planned = {t.model.corrections for t in plan.trials if t.role == "trial"}
         wanted = {schedule_at_threshold(self.influence, t) for t in thresholds}
         check = checked("schedules planned and asked for", float(len(planned ^ wanted)), 0.0)
         num_trials = float(len(planned))
@@ -256,22 +255,13 @@ class _Bench:
         )
 
 
-def _losses(trials: Sequence[PlannedTrial]) -> list[float]:
+def _losses(trials: Sequence[Trial]) -> list[float]:
     texts = [(Path(trial.folder) / DONE_NAME).read_text() for trial in trials]
     return [float(json.loads(text)["validation_loss"]) for text in texts]
 
 
-def _finish(trial: PlannedTrial) -> None:
-    result = TrialResult(
-        key=trial.key,
-        role=trial.role,
-        method="iiet",
-        schedule=tuple(trial.config().corrections),
-        quality={"accuracy": 0.5},
-    )
-    write_json(
-        trial.result_path, result.model_copy(update={"label": trial.label}).model_dump(mode="json")
-    )
+def _finish(trial: Trial) -> None:
+    trial.model_copy(update={"quality": {"accuracy": 0.5}}).write(trial.result_path)
 
 
 def _seconds(label: str, seconds: float) -> Quantity:

@@ -36,7 +36,7 @@ from orchestrator import (
     Settings,
     SweepModel,
     SweepResult,
-    TrialResult,
+    Trial,
     UserError,
     plan_sweep,
     prepare,
@@ -229,7 +229,7 @@ class _Study:
         """Run the phases that train from scratch."""
         first, seeds = self.choices.seeds[:1], self.choices.seeds
         tried = _joined(self._run("rates", self.models(self.all_rates(), seeds=first)))
-        by_rate: dict[str, dict[float, TrialResult]] = {}
+        by_rate: dict[str, dict[float, Trial]] = {}
         for name, own in self.all_rates().items():
             for rate in own:
                 if (label := _label(name, rate, own)) in tried:  # Others failed.
@@ -237,7 +237,7 @@ class _Study:
         best = {name: _best_rate(own) for name, own in by_rate.items()}
         chosen: dict[str, Sequence[float]] = {name: (rate,) for name, rate in best.items()}
         of_seeds = self._run("tokens", self.models(chosen, seeds=seeds))
-        flops: Mapping[str, TrialResult] = {}
+        flops: Mapping[str, Trial] = {}
         if self.choices.equal_flops:
             steps = self._steps_of_equal_flops()
             flops = _joined(self._run("flops", self.models(chosen, seeds=first, num_steps=steps)))
@@ -292,7 +292,7 @@ class _Study:
     def _sweep_name(self, phase: str) -> str:
         return f"{self.name}-{phase.replace(' ', '-')}"
 
-    def _run(self, phase: str, models: Sequence[SweepModel]) -> Sequence[TrialResult]:
+    def _run(self, phase: str, models: Sequence[SweepModel]) -> Sequence[Trial]:
         result = sweep(
             self.settings,
             workspace=self.session.workspace,
@@ -324,7 +324,7 @@ class _Study:
         return pretraining_job(settings, self.session.workspace, self.tokens)
 
 
-def _joined(results: Sequence[TrialResult]) -> dict[str, TrialResult]:
+def _joined(results: Sequence[Trial]) -> dict[str, Trial]:
     return {result.label: result for result in average_seeds(results).results}
 
 
@@ -332,7 +332,7 @@ def _label(name: str, rate: float, rates: Sequence[float]) -> str:
     return name if len(rates) == 1 else f"{name}, rate {rate:g}"
 
 
-def _best_rate(tried: Mapping[float, TrialResult]) -> float:
+def _best_rate(tried: Mapping[float, Trial]) -> float:
     return min(tried, key=lambda rate: tried[rate].quality[LOSS])
 
 

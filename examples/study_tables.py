@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iiet.methods import METHODS
-from orchestrator import TrialResult
+from orchestrator import Trial
 from orchestrator.records.evaluation import STDERR_SUFFIX
 from orchestrator.settings import BASELINE_METHOD, model_label
 from orchestrator.terminal.formatting import format_with_error
@@ -33,15 +33,15 @@ PAPER_KEPT, PAPER_SAVED = 0.994, 0.55
 class Phases:
     """Results of the models trained from scratch."""
 
-    by_rate: Mapping[str, Mapping[float, TrialResult]]
+    by_rate: Mapping[str, Mapping[float, Trial]]
     """Model -> learning rate -> result, one seed; without rates that were stopped early."""
-    best: Mapping[str, TrialResult]
+    best: Mapping[str, Trial]
     """Model -> its result of lowest validation loss."""
-    tokens: Mapping[str, TrialResult]
+    tokens: Mapping[str, Trial]
     """Model -> result at its best rate and equal tokens, mean over seeds."""
     losses: Mapping[str, Mapping[int, float]]
     """Model -> seed -> validation loss at its best rate and equal tokens."""
-    flops: Mapping[str, TrialResult]
+    flops: Mapping[str, Trial]
     """Model -> result at its best rate and equal training FLOPs; empty without that phase."""
 
 
@@ -49,9 +49,9 @@ class Phases:
 class Ways:
     """Results of students; a way is how they were chosen and trained."""
 
-    teacher: TrialResult
+    teacher: Trial
     """The full model that all start from."""
-    results: Mapping[str, Sequence[TrialResult]]
+    results: Mapping[str, Sequence[Trial]]
     """Way -> its sweep's results; the usual way first."""
     schedule_sweeps: Sequence[str]
     """Sweeps that choose schedules differently, the usual one first."""
@@ -59,7 +59,7 @@ class Ways:
     """Sweeps that train the same schedules differently, the usual one first."""
 
 
-def losses_by_seed(results: Sequence[TrialResult]) -> dict[str, dict[int, float]]:
+def losses_by_seed(results: Sequence[Trial]) -> dict[str, dict[int, float]]:
     """Return model -> seed -> validation loss; results without a seed are left out."""
     found: dict[str, dict[int, float]] = {}
     for result in results:
@@ -139,7 +139,7 @@ def _rates(phases: Phases) -> list[str]:
     return _table(rows)
 
 
-def _models(models: Mapping[str, TrialResult]) -> list[str]:
+def _models(models: Mapping[str, Trial]) -> list[str]:
     rows = [[
         "model", "NFE", "training FLOPs", "tokens", "validation loss", "bits per byte",
         "accuracy %", "seeds",
@@ -177,13 +177,13 @@ def _pivot(ways: Ways, name: str | None) -> list[str]:
     return _table(rows)
 
 
-def _cell(result: TrialResult | None, name: str | None) -> str:
+def _cell(result: Trial | None, name: str | None) -> str:
     if result is None:
         return ""
     return result.schedule_text if name is None else _number(result, name, with_errors=False)
 
 
-def _number(result: TrialResult, name: str, *, with_errors: bool = True) -> str:
+def _number(result: Trial, name: str, *, with_errors: bool = True) -> str:
     if name not in result.quality:
         return ""
     error = result.quality.get(name + STDERR_SUFFIX) if with_errors else None

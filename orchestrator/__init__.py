@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.sweep_plans import SweepModel
     from orchestrator.pipelines.sweeps import SweepResult, sweep
     from orchestrator.pipelines.syncing import sync
-    from orchestrator.records.trial import TrialResult
+    from orchestrator.records.trial import Trial
     from orchestrator.reporting.pick_rules import PickRule
     from orchestrator.settings import Settings, read_settings
     from orchestrator.terminal.progress import Progress, terminal_progress
@@ -61,7 +61,7 @@ _MODULES = {
     "pipelines.sweep_plans": ("SweepModel",),
     "pipelines.sweeps": ("SweepResult", "sweep"),
     "pipelines.syncing": ("sync",),
-    "records.trial": ("TrialResult",),
+    "records.trial": ("Trial",),
     "reporting.pick_rules": ("PickRule",),
     "settings": ("Settings", "read_settings"),
     "terminal.progress": ("Progress", "terminal_progress"),
@@ -89,7 +89,7 @@ __all__ = [
     "SweepDryRun",
     "SweepModel",
     "SweepResult",
-    "TrialResult",
+    "Trial",
     "UserError",
     "Workspace",
     "benchmark",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.sweeping.trials import PlannedTrial
+from orchestrator.records.trial import Trial
 
 
-def with_job(trial: PlannedTrial, recipe: dict[str, Any], **changes: Any) -> PlannedTrial:
+def with_job(trial: Trial, recipe: dict[str, Any], **changes: Any) -> Trial:
     """Return a trial whose job has other settings in its recipe, and other fields."""
     assert trial.job is not None
     changed = trial.job.recipe.model_copy(update=recipe)
@@ -16,7 +16,7 @@ def with_job(trial: PlannedTrial, recipe: dict[str, Any], **changes: Any) -> Pla
     return trial.model_copy(update={"job": job})
 
 
-def in_folder(trial: PlannedTrial, folder: Path, **changes: Any) -> PlannedTrial:
+def in_folder(trial: Trial, folder: Path, **changes: Any) -> Trial:
     """Return a trial that is trained and stored in another folder."""
     moved = with_job(trial, {}, run_folder=str(folder))
     return moved.model_copy(update={"folder": str(folder), **changes})

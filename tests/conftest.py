@@ -96,10 +96,10 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
     from iiet.influence import InfluenceTable
     from orchestrator.records.training import TrainingJob
+    from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.selection import choose_members
     from orchestrator.sweeping.student_plans import threshold_plan
-    from orchestrator.sweeping.trials import TrialSuite
     from orchestrator.training.run import run_job
     from orchestrator.workspace.folders import open_workspace
 

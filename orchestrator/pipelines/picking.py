@@ -11,7 +11,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.exporting import export_checkpoint, model_card
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import describe_point
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.pareto import FrontPoint
@@ -106,7 +106,7 @@ def pick(
 
 def _export(
     sweep: StoredSweep,
-    result: TrialResult,
+    result: Trial,
     evaluation: EvaluationResult | None,
     folder: Path,
     chosen: str,

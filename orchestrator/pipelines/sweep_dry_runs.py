@@ -22,6 +22,7 @@ from orchestrator.pipelines.sweep_plans import (
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_sweep
@@ -39,7 +40,11 @@ from orchestrator.sweeping.remaining_cost import (
     trial_states,
 )
 from orchestrator.sweeping.search import ScheduleSearch
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
+from orchestrator.sweeping.trials import (
+    SweepPlan,
+    exact_cost,
+    full_config,
+)
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
@@ -62,7 +67,7 @@ class SweepDryRun:
         full = full_config(self.plan)
         rows = []
         for state in self.states:
-            config = state.trial.config()
+            config = state.trial.model
             row = {"name": state.trial.label, "role": state.trial.role, "method": config.method}
             row |= {"schedule": str(config.corrections), "state": state.name}
             rows.append({**row, "steps_done": state.steps_done, **exact_cost(config, full)})
@@ -110,7 +115,7 @@ def _dry_run_of_students(
     plan, _, search = plan_students(settings, context, teacher, name=name)
     if search is None:
         return dry_run_of(plan, settings, context)
-    found: list[PlannedTrial] = []
+    found: list[Trial] = []
     if all(trial.result() for trial in plan.trials if trial.role == "trial"):
         found = search.known_trials()
     plan = replace(plan, trials=(*plan.trials, *found))
@@ -163,7 +168,7 @@ def _search_price(plan: SweepPlan, search: ScheduleSearch, settings: Settings) -
     recipe = settings.distillation.training
     tokens = recipe.num_steps * recipe.num_tokens_per_step
     # The frozen teacher's forward pass costs a third of a training step.
-    flops = tokens * training_flops_per_token(plan.trials[0].config()) * 4 / 3
+    flops = tokens * training_flops_per_token(plan.trials[0].model) * 4 / 3
     wanted, left = search.num_wanted, search.num_left
     if not wanted:
         return ["the search has nothing to try beside the family"]

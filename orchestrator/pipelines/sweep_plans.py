@@ -27,6 +27,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models
@@ -40,7 +41,7 @@ from orchestrator.sweeping.model_plans import (
 from orchestrator.sweeping.search import ScheduleSearch, search_plan
 from orchestrator.sweeping.selection import choose_members, schedule_cost
 from orchestrator.sweeping.student_plans import student_trial, threshold_plan
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
@@ -180,7 +181,7 @@ def plan_students(
     if not is_search:
         return plan, influence, None
 
-    def make_trial(schedule: IterationSchedule) -> PlannedTrial:
+    def make_trial(schedule: IterationSchedule) -> Trial:
         member = FamilyMember(schedule, math.nan, math.nan)
         config = replace(full, schedule=schedule)
         return student_trial(settings, context.workspace, teacher, config, member, suite)

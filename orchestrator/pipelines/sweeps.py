@@ -26,14 +26,14 @@ from orchestrator.pipelines.sweep_plans import (
 )
 from orchestrator.planning.feasibility import check_students_fit
 from orchestrator.planning.resources import check_resources
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.execution import SweepOutcome, run_sweep
 from orchestrator.sweeping.model_plans import TEACHER, max_num_students, teacher_and_baselines
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
 from orchestrator.workspace.errors import RunFailed
@@ -47,7 +47,7 @@ class SweepResult:
 
     name: str
     """Name of the sweep; `report` and `pick` find it by this."""
-    trials: tuple[TrialResult, ...]
+    trials: tuple[Trial, ...]
     """Finished trials, the teacher and the baselines among them, in the plan's order."""
     failures: Mapping[str, str]
     """Label to reason of the trials that failed; the same call tries them again."""
@@ -139,7 +139,7 @@ def _run(
     settings: Settings,
     context: Context,
     influence: InfluenceTable | None = None,
-    next_trials: Callable[[], Sequence[PlannedTrial]] | None = None,
+    next_trials: Callable[[], Sequence[Trial]] | None = None,
 ) -> SweepResult:
     """Run a plan and write its report; `next_trials` is called when all trials have ended."""
     outcome = run_sweep(
@@ -185,7 +185,7 @@ def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:
     """Return label -> whether a trial was run, was finished before, was stopped or failed."""
     finished = {result.key for result in outcome.results}
 
-    def state(trial: PlannedTrial) -> str:
+    def state(trial: Trial) -> str:
         if trial.label in outcome.failures:
             return f"failed: {outcome.failures[trial.label]}"
         if trial.label in outcome.stopped:

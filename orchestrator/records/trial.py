@@ -1,4 +1,4 @@
-"""The result of a trial: one value for tables, fronts, reports and MLflow.
+"""A trial: one value from the plan of a sweep to tables, fronts, reports and MLflow.
 
 The full model (`teacher`) and models trained from scratch (`baseline`) have the same form, so that
 a front can hold all three. Numbers are in three flat mappings, named as the tracked metrics:
@@ -15,11 +15,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
-from orchestrator.workspace.errors import UserError
+from iiet.methods import METHODS
+from orchestrator.records.record import Config, Record
+from orchestrator.records.training import TrainingJob
+from orchestrator.workspace.provenance import content_key
 
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
@@ -42,43 +53,113 @@ Numbers = Annotated[dict[str, int | float], PlainSerializer(_finite_only)]
 """Numbers by name, without NaN and infinity in JSON."""
 
 
-class TrialResult(BaseModel):
-    """One model with its cost and quality."""
+class TrialSuite(Record):
+    """What a trial is measured on. Its folders differ between machines and are not in its key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    tokens_folder: str
+    """Prepared tokens, for the validation loss and the held-out tasks."""
+    tokens: str = ""
+    """Fingerprint of these tokens."""
+    tasks: tuple[str, ...] = ()
+    """Names of tasks; if empty, all tasks of `suite_folder`."""
+    suite: str = ""
+    """Key of the held-out tasks; empty if none are measured."""
+    suite_folder: str = ""
+    """Folder of the held-out tasks."""
+    include_folder: str = ""
+    """The user's folder of task files."""
+    batch_size: int = 32
+    """Sequences in one forward pass."""
+    limit: int | None = None
+    """Score only this many items of each task."""
+    num_fewshot: int | None = None
+    """Solved examples before each item; the task's own number when unset."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Weights and arithmetic of the measured model."""
+    fingerprints: dict[str, str] | None = None
+    """Task -> hash of its items and metrics, without held-out tasks."""
+    vocabulary: str | None = None
+    """Hash of the tokenizer files of an imported teacher."""
+    vocabulary_folder: str | None = None
+    """Folder of these files."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The other fields are part of the key even if they are None.
+        absent = ("fingerprints", "vocabulary", "vocabulary_folder")
+        return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
+
+    @property
+    def key(self) -> str:
+        """Hash of what is measured."""
+        values = self.model_dump(mode="json")
+        return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
+
+
+class Trial(Record):
+    """One model of a sweep: what is trained and measured, and what was measured."""
 
     key: str
-    """Content key of everything that determines the result."""
+    """Hash of all that determines the result; the same trial in another sweep has the same key."""
     role: Role
     """`trial`, `teacher` (the full model) or `baseline` (trained from scratch)."""
-    method: str
-    """Registry key of the method: iiet, vanilla, pcformer."""
-    schedule: tuple[int, ...] | None = None
-    """Corrections per layer; None if the method has none."""
     label: str = ""
-    """Name in tables and figures, such as `threshold 0.004` or `vanilla`."""
+    """Name in tables and figures."""
+    model: Config
+    """The model, with the schedule that is measured."""
+    folder: str
+    """Folder of its training and its result."""
+    job: TrainingJob | None = None
+    """Its training; None when a checkpoint is measured without training."""
+    checkpoint: str | None = None
+    """Folder of the weights; None before they are trained."""
+    suite: TrialSuite
+    """What is measured."""
     threshold_above: Threshold = None
-    """Thresholds above this, up to `threshold_up_to`, give this schedule."""
+    """Thresholds above this, up to `threshold_up_to`, give this schedule; both are None if no
+    threshold does."""
     threshold_up_to: Threshold = None
     """Largest threshold that gives this schedule."""
+    parent: str | None = None
+    """Weights key of the teacher."""
+    seed: int | None = None
+    """Seed of its training, if the sweep has several."""
+    group: str | None = None
+    """Label without the seed; trials of one group are seeds of one model."""
     cost: Numbers = Field(default_factory=dict)
-    """Inference cost, lower is better."""
+    """Inference cost, lower is better; like all numbers empty until it is measured."""
     quality: Numbers = Field(default_factory=dict)
     """Accuracy and losses, with standard errors as `NAME_stderr`."""
     train: Numbers = Field(default_factory=dict)
     """Training cost: steps, tokens, FLOPs, seconds."""
-    checkpoint: str | None = None
-    """Folder of the weights."""
-    parent: str | None = None
-    """Key of the teacher."""
-    recipe: dict[str, str] = Field(default_factory=dict)
-    """Training settings; empty if the model was not trained."""
     run_id: str | None = None
     """MLflow run of the trial."""
-    seed: int | None = None
-    """Training seed, if the sweep trains every model with several."""
-    group: str | None = None
-    """Name without the seed; results of one group are seeds of one model."""
+
+    @property
+    def method(self) -> str:
+        """Registry key of the method: iiet, vanilla, pcformer."""
+        return self.model.method
+
+    @property
+    def schedule(self) -> tuple[int, ...] | None:
+        """Corrections per layer; None if the method has none."""
+        return tuple(self.model.corrections) if METHODS[self.method].has_corrections else None
+
+    @property
+    def result_path(self) -> Path:
+        """File of the measured trial; it exists when the trial is finished."""
+        return Path(self.folder) / f"result-{self.key}.json"
+
+    def result(self) -> Trial | None:
+        """Return the trial with what was measured; None while it is not finished.
+
+        All else is this sweep's: another sweep may have measured the same trial under other names.
+        """
+        found = Trial.read(self.result_path)
+        if not found:
+            return None
+        measured = ("quality", "train", "checkpoint")
+        return self.model_copy(update={name: getattr(found, name) for name in measured})
 
     def value(self, name: str) -> float | None:
         """Return a number by its tracked name (`cost/evaluations`); None if it was not measured."""
@@ -126,7 +207,8 @@ class TrialResult(BaseModel):
             params |= {"seed": str(self.seed), "group": self.group or ""}
         if self.parent:
             params["parent"] = self.parent
-        return params | {f"recipe/{name}": text for name, text in self.recipe.items()}
+        recipe = _recipe(self.job) if self.job else {}
+        return params | {f"recipe/{name}": text for name, text in recipe.items()}
 
     def _groups(self) -> dict[str, Mapping[str, float]]:
         quality, loss = self.quality, finite_or_none(self.quality.get("validation_loss"))
@@ -134,26 +216,13 @@ class TrialResult(BaseModel):
             quality = {"perplexity": math.exp(loss), **quality}
         return {"cost": self.cost, "quality": quality, "train": self.train}
 
-    @classmethod
-    def from_stored(cls, values: Mapping[str, Any]) -> TrialResult:
-        """Rebuild a result from `model_dump(mode="json")`.
 
-        Raises:
-            UserError: If a field is unknown, missing or invalid: the file is damaged, or of another
-                version.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            kinds = {"extra_forbidden": "unknown", "missing": "missing"}
-            problems = [
-                f"{kinds.get(found['type'], 'invalid')}: {'.'.join(map(str, found['loc']))}"
-                for found in error.errors()
-            ]
-            raise UserError(
-                f"the trial result is not readable ({'; '.join(problems)}); delete it and run the "
-                "sweep again"
-            ) from None
+def _recipe(job: TrainingJob) -> dict[str, str]:
+    """Return the settings of a job's training, those of the distillation loss included."""
+    settings = {**job.recipe.model_dump(mode="json"), "objective": job.objective}
+    loss = asdict(job.distillation) if job.distillation else {}
+    settings |= {f"distillation.{name}": value for name, value in loss.items()}
+    return {name: str(value) for name, value in settings.items() if value is not None}
 
 
 def teacher_or_costliest(

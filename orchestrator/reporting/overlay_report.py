@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import COSTS, FrontAxes
 from orchestrator.reporting.pareto import find_front
@@ -42,7 +42,7 @@ def write_overlay_report(
     """
     axes = axes or FrontAxes()
     sweeps = [load_sweep_results(workspace, name) for name in dict.fromkeys(names)]
-    results: dict[str, TrialResult] = {}
+    results: dict[str, Trial] = {}
     sweep_of: dict[str, str] = {}
     evaluations: dict[str, Sequence[EvaluationResult]] = {}
     items: dict[str, EvaluationResult] = {}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import moocore
 import numpy as np
 
-from orchestrator.records.trial import TrialResult, teacher_or_costliest
+from orchestrator.records.trial import Trial, teacher_or_costliest
 from orchestrator.reporting.bootstrap import Interval
 from orchestrator.reporting.front_axes import FrontAxes
 
@@ -65,7 +65,7 @@ class ConfidenceBasis:
 class FrontPoint:
     """A result with its cost, quality and place."""
 
-    result: TrialResult
+    result: Trial
     cost: float
     quality: float
     error: float | None
@@ -110,7 +110,7 @@ class Front:
     axes: FrontAxes
     points: tuple[FrontPoint, ...]
     """Every result that has both metrics."""
-    unmeasured: tuple[TrialResult, ...] = ()
+    unmeasured: tuple[Trial, ...] = ()
     """Results that lack one of them."""
     sweep_of: Mapping[str, str] = field(default_factory=dict)
     """Key of a result -> its sweep; empty if all are from one sweep."""
@@ -118,7 +118,7 @@ class Front:
     """What the confidences are computed from; None if there are none."""
 
     @property
-    def results(self) -> tuple[TrialResult, ...]:
+    def results(self) -> tuple[Trial, ...]:
         """All results: the placed ones, cheapest first, then the unmeasured ones."""
         return (*(point.result for point in self.points), *self.unmeasured)
 
@@ -202,7 +202,7 @@ class Front:
         area = float(moocore.hypervolume(points, ref=[box.cost, sign * box.quality]))
         return area / (box.cost * abs(box.full_quality - box.quality))
 
-    def with_results(self, results: Mapping[str, TrialResult]) -> Front:
+    def with_results(self, results: Mapping[str, Trial]) -> Front:
         """Return the same front with results replaced by key."""
         points = (replace(p, result=results.get(p.result.key, p.result)) for p in self.points)
         unmeasured = (results.get(result.key, result) for result in self.unmeasured)
@@ -245,7 +245,7 @@ class Front:
 
 
 def find_front(
-    results: Sequence[TrialResult],
+    results: Sequence[Trial],
     axes: FrontAxes | None = None,
     *,
     sweep_of: Mapping[str, str] | None = None,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.workspace.provenance import content_key
 
 
@@ -19,7 +19,7 @@ from orchestrator.workspace.provenance import content_key
 class SeedAverages:
     """One result for each model, and the seeds that it is the mean of."""
 
-    results: tuple[TrialResult, ...]
+    results: tuple[Trial, ...]
     """In the order in which the models first appear."""
     keys_of_seeds: Mapping[str, tuple[str, ...]]
     """Key of a result -> keys of the results it is the mean of; its own key for a single seed."""
@@ -35,9 +35,9 @@ class SeedAverages:
         }
 
 
-def average_seeds(results: Sequence[TrialResult]) -> SeedAverages:
+def average_seeds(results: Sequence[Trial]) -> SeedAverages:
     """Average the results of each group; a result without other seeds stays as it is."""
-    groups: dict[str, list[TrialResult]] = {}
+    groups: dict[str, list[Trial]] = {}
     for result in results:
         name = f"{result.role} {result.group}" if result.group else result.key
         groups.setdefault(name, []).append(result)
@@ -48,12 +48,12 @@ def average_seeds(results: Sequence[TrialResult]) -> SeedAverages:
     return SeedAverages(tuple(averages), keys_of_seeds)
 
 
-def lowest_seed(group: Sequence[TrialResult]) -> TrialResult:
+def lowest_seed(group: Sequence[Trial]) -> Trial:
     """Return the seed whose weights stand for the model; the best seed would flatter it."""
     return min(group, key=lambda result: result.seed or 0)
 
 
-def _average(group: Sequence[TrialResult]) -> TrialResult:
+def _average(group: Sequence[Trial]) -> Trial:
     first = lowest_seed(group)
     return first.model_copy(
         update={

@@ -14,7 +14,7 @@ from typing import Any
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     damage_as_user_error,
@@ -38,7 +38,7 @@ class StoredSweep:
     """Name of the sweep's folder and of its run in MLflow."""
     key: str
     """Content key of the sweep's plan, which identifies its run in MLflow."""
-    results: tuple[TrialResult, ...]
+    results: tuple[Trial, ...]
     """The finished ones among teacher, trials and baselines."""
     influence: InfluenceTable | None = None
     """The teacher's influence table, if the sweep had one."""
@@ -62,7 +62,7 @@ class StoredSweep:
         write_json(path, self.to_dict())
         return path
 
-    def journal_of(self, result: TrialResult) -> Path | None:
+    def journal_of(self, result: Trial) -> Path | None:
         """Return the folder with the journal of a result's own training; None if it has none.
 
         A model that was measured without training, such as a pruned teacher, shares its checkpoint
@@ -95,7 +95,7 @@ class StoredSweep:
         return cls(
             name=values["name"],
             key=values["key"],
-            results=tuple(TrialResult.from_stored(result) for result in values["results"]),
+            results=tuple(Trial.model_validate(result) for result in values["results"]),
             influence=None if influence is None else InfluenceTable.from_dict(influence),
             facts=values["facts"],
         )
@@ -122,9 +122,7 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     return replace(found, name=name)
 
 
-def load_item_values(
-    workspace: Workspace, results: Iterable[TrialResult]
-) -> dict[str, EvaluationResult]:
+def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str, EvaluationResult]:
     """Read the values of single items by key of the result, without missing or damaged files."""
     folders = (workspace.trials, workspace.runs)
     paths = {path.name: path for folder in folders for path in folder.glob("*/items-*.json")}
@@ -140,7 +138,7 @@ def load_item_values(
     return found
 
 
-def item_notes(results: Iterable[TrialResult], items: Mapping[str, EvaluationResult]) -> list[str]:
+def item_notes(results: Iterable[Trial], items: Mapping[str, EvaluationResult]) -> list[str]:
     """Return sentences on tasks that are in no average and on models without values of items."""
     skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
     notes = [f"Averages do not include {name}: {reason}." for name, reason in skipped.items()]

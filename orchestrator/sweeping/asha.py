@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal, read_journal
 
@@ -96,7 +97,7 @@ def asha_trials(plan: SweepPlan, sweep: SweepSettings) -> dict[str, AshaTrial]:
     return found
 
 
-def _without_learning_rate(trial: PlannedTrial) -> TrainingJob | None:
+def _without_learning_rate(trial: Trial) -> TrainingJob | None:
     if not trial.job:
         return None
     recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
@@ -106,7 +107,7 @@ def _without_learning_rate(trial: PlannedTrial) -> TrainingJob | None:
 class AshaMonitor:
     """Reads a trial's validation losses, and decides when to stop it."""
 
-    def __init__(self, trial: PlannedTrial, asha: AshaTrial) -> None:
+    def __init__(self, trial: Trial, asha: AshaTrial) -> None:
         """Start from what the trial's journal holds, if it resumes."""
         assert trial.job is not None, "a trial without training cannot be stopped"
         self.early_stop: EarlyStop | None = None
@@ -144,7 +145,7 @@ def validation_losses(folder: Path) -> dict[int, float]:
     }
 
 
-def write_early_stop(trial: PlannedTrial, stop: EarlyStop, rule: AshaRule) -> None:
+def write_early_stop(trial: Trial, stop: EarlyStop, rule: AshaRule) -> None:
     """Store why a trial was stopped, beside it and in its journal; call it when the run is over."""
     stored = asdict(stop)
     stored["rival"] = stored.pop("competitor")
@@ -154,7 +155,7 @@ def write_early_stop(trial: PlannedTrial, stop: EarlyStop, rule: AshaRule) -> No
     journal.close()
 
 
-def stored_early_stop(trial: PlannedTrial, asha: AshaTrial | None) -> EarlyStop | None:
+def stored_early_stop(trial: Trial, asha: AshaTrial | None) -> EarlyStop | None:
     """Return why a trial was stopped, if it was: by this rule, for one of these competitors."""
     if asha is None or trial.result():
         return None

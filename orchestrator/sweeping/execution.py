@@ -23,7 +23,7 @@ from orchestrator.planning.feasibility import check_trials_fit
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import Settings, flatten, to_yaml
@@ -31,7 +31,11 @@ from orchestrator.sweeping.asha import EarlyStop, asha_trials, stored_early_stop
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.remaining_cost import plan_record
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, exact_cost, full_config
+from orchestrator.sweeping.trials import (
+    SweepPlan,
+    exact_cost,
+    full_config,
+)
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import DONE_NAME, finished_outcome
@@ -58,7 +62,7 @@ class SweepOutcome:
     """All trials, with those that a search found."""
     folder: Path
     """The sweep's folder."""
-    results: tuple[TrialResult, ...]
+    results: tuple[Trial, ...]
     """Finished trials in the plan's order, the teacher and the baselines among them."""
     failures: dict[str, str]
     """Label -> reason of trials that failed for good."""
@@ -75,7 +79,7 @@ def run_sweep(
     *,
     tracking: Tracking,
     progress: Progress | None = None,
-    next_trials: Callable[[], Sequence[PlannedTrial]] | None = None,
+    next_trials: Callable[[], Sequence[Trial]] | None = None,
 ) -> SweepOutcome:
     """Run the unfinished trials of a plan, measure the time per token, and store the results.
 
@@ -140,7 +144,7 @@ class _SweepRun:
     def folder(self) -> Path:
         return self.workspace.sweeps / self.plan.name
 
-    def run_trials(self, trials: Sequence[PlannedTrial]) -> None:
+    def run_trials(self, trials: Sequence[Trial]) -> None:
         """Run those of the plan's trials that are not finished."""
         # The remaining cost is estimated once: that reads checkpoints and measures this machine.
         first = self._stored or plan_record(self.plan, self.settings, self.workspace.teachers)
@@ -165,7 +169,7 @@ class _SweepRun:
         self.failures |= queue.failures
         self.made |= queue.made
 
-    def _with_shared_teacher(self, waiting: Sequence[PlannedTrial]) -> list[PlannedTrial]:
+    def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:
         """Store the teacher's outputs once for all students if that is cheaper, and return the
         trials that read them."""
         # A trial that is only measured needs no teacher.
@@ -215,9 +219,7 @@ class _SweepRun:
             self.run.log_journal(history)
 
 
-def _check_trials(
-    trials: Sequence[PlannedTrial], settings: Settings, workspace: Workspace
-) -> Settings:
+def _check_trials(trials: Sequence[Trial], settings: Settings, workspace: Workspace) -> Settings:
     """Check that the unfinished trials fit, and return the settings with the trials' GPUs."""
     waiting = [trial.job for trial in trials if trial.job and not trial.result()]
     settings = assign_trial_gpus(settings, [request_of(job) for job in waiting])
@@ -244,9 +246,7 @@ def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
         )
 
 
-def _finished_trials(
-    plan: SweepPlan, failures: Mapping[str, str]
-) -> list[tuple[PlannedTrial, TrialResult]]:
+def _finished_trials(plan: SweepPlan, failures: Mapping[str, str]) -> list[tuple[Trial, Trial]]:
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
     if not found:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
@@ -279,25 +279,25 @@ def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Ite
 
 
 def _with_costs(
-    found: Sequence[tuple[PlannedTrial, TrialResult]],
+    found: Sequence[tuple[Trial, Trial]],
     plan: SweepPlan,
     folder: Path,
     progress: Progress,
-) -> list[TrialResult]:
+) -> list[Trial]:
     """Add what each model costs: exact counts, and measured milliseconds."""
     full = full_config(plan)
     times = _decode_times([trial for trial, _ in found], folder, progress)
     return [
-        result.model_copy(update={"cost": {**exact_cost(trial.config(), full), **times[trial.key]}})
+        result.model_copy(update={"cost": {**exact_cost(trial.model, full), **times[trial.key]}})
         for trial, result in found
     ]
 
 
 def _decode_times(
-    trials: Sequence[PlannedTrial], folder: Path, progress: Progress
+    trials: Sequence[Trial], folder: Path, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """Measure decoding once per sweep and machine; only shapes count, not the weights' values."""
-    shapes = {trial.key: content_key(trial.model) for trial in trials}
+    shapes = {trial.key: content_key(trial.model.to_dict()) for trial in trials}
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
     path = folder / TIMES_NAME
 
@@ -308,7 +308,7 @@ def _decode_times(
 
     if (known := read_cached(path, parse, progress.note)) is not None:
         return known
-    decoders = {shapes[trial.key]: Decoder(trial.config()) for trial in trials}
+    decoders = {shapes[trial.key]: Decoder(trial.model) for trial in trials}
     timings = time_per_token(decoders, progress)
     milliseconds = {
         shape: {"decode_ms_per_token": t.median, "decode_ms_spread": t.spread}

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_GFLOPS, HYPERVOLUME_BY_TRIALS
-from orchestrator.sweeping.trials import SweepPlan, exact_cost, full_trial
+from orchestrator.sweeping.trials import (
+    SweepPlan,
+    exact_cost,
+    full_trial,
+)
 from orchestrator.workspace.journal import Journal, read_journal
 
 FLOPS_PER_STEP = 1e9
@@ -28,10 +32,10 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
         accuracy, or if no trial was finished since the last time.
     """
     full = full_trial(plan)
-    config = full.config()
+    config = full.model
     found = [(trial, result) for trial in plan.trials if (result := trial.result())]
     joined = average_seeds(
-        [r.model_copy(update={"cost": exact_cost(t.config(), config)}) for t, r in found]
+        [r.model_copy(update={"cost": exact_cost(t.model, config)}) for t, r in found]
     )
     front = find_front(joined.results)
     volume = front.hypervolume
@@ -51,7 +55,7 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     return True
 
 
-def _flops_spent(result: TrialResult) -> float:
+def _flops_spent(result: Trial) -> float:
     # A first stage in common counts for the model that made it.
     return result.train.get("flops", 0.0) - result.train.get("shared_flops", 0.0)
 

@@ -13,8 +13,12 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite, make_plan
+from orchestrator.sweeping.trials import (
+    SweepPlan,
+    make_plan,
+)
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import job_key
 from orchestrator.workspace.provenance import content_key
@@ -102,11 +106,11 @@ def iterations_plan(
         config = job.model
         is_baseline = not METHODS[config.method].has_corrections
         trials.append(
-            PlannedTrial(
+            Trial(
                 key=content_key("trial", job_key(job), suite.key),
                 role="baseline" if is_baseline else "trial",
                 label=model.label,
-                model=config.to_dict(),
+                model=config,
                 folder=job.run_folder,
                 job=job,
                 suite=suite,

@@ -10,7 +10,12 @@ from rich import box
 from rich.table import Table
 
 from orchestrator.sweeping.remaining_cost import RemainingCost, TrialState
-from orchestrator.sweeping.trials import SweepPlan, exact_cost, full_config, num_models
+from orchestrator.sweeping.trials import (
+    SweepPlan,
+    exact_cost,
+    full_config,
+    num_models,
+)
 from orchestrator.terminal.formatting import (
     format_bytes,
     format_count,
@@ -34,7 +39,7 @@ def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayou
 def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Container[str]) -> Table:
     rates = [trial.job.recipe.learning_rate if trial.job else None for trial in plan.trials]
     full = full_config(plan)
-    costs = [exact_cost(state.trial.config(), full) for state in states]
+    costs = [exact_cost(state.trial.model, full) for state in states]
     columns = {
         "model": [state.trial.label for state in states],
         "thresholds": [state.trial.threshold_text for state in states],

@@ -15,9 +15,13 @@ from iiet.cost import inference_cost
 from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.planning.training_rate import assumed_training_rate
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, full_config
+from orchestrator.sweeping.trials import (
+    SweepPlan,
+    full_config,
+)
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
 from orchestrator.training.first_stage import first_stage_of
@@ -30,7 +34,7 @@ from orchestrator.training.teacher_cache_policy import estimate_teacher_work
 class TrialState:
     """How far a trial is."""
 
-    trial: PlannedTrial
+    trial: Trial
     name: Literal["finished", "stopped early", "to measure", "to train"]
     """Its state, or what is done next."""
     steps_done: int = 0
@@ -86,7 +90,7 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
     return states
 
 
-def _waiting(trial: PlannedTrial) -> TrialState:
+def _waiting(trial: Trial) -> TrialState:
     job = trial.job
     if job is None or finished_outcome(job):
         return TrialState(trial=trial, name="to measure")

@@ -14,15 +14,16 @@ from dataclasses import replace
 import optuna
 
 from iiet.schedule import IterationSchedule
+from orchestrator.records.trial import Trial
 from orchestrator.settings import SearchSettings
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
 MAX_ROUNDS_WITHOUT_NEW = 100
 """The search ends after this many rounds without a new schedule."""
 
-MakeTrial = Callable[[IterationSchedule], PlannedTrial]
+MakeTrial = Callable[[IterationSchedule], Trial]
 """Returns the trial of a schedule."""
 
 
@@ -81,7 +82,7 @@ class ScheduleSearch:
         """Number of those that were not suggested yet."""
         return self.num_wanted + self._num_given - len(self._known)
 
-    def next_trials(self) -> list[PlannedTrial]:
+    def next_trials(self) -> list[Trial]:
         """Give the sampler the last results, and return the next trials; none at the end."""
         if not self._study.trials:
             self._ask(self._num_given)  # Those that were enqueued come first.
@@ -93,9 +94,9 @@ class ScheduleSearch:
             self._report_results()
         return []
 
-    def known_trials(self) -> list[PlannedTrial]:
+    def known_trials(self) -> list[Trial]:
         """Return the finished trials that the search suggests, and the first unfinished round."""
-        found: list[PlannedTrial] = []
+        found: list[Trial] = []
         while (new := self.next_trials()) and all(trial.result() for trial in new):
             found += new
         return [*found, *new]
@@ -104,7 +105,7 @@ class ScheduleSearch:
     def _free_layers(self) -> list[int]:
         return [n for n, most in enumerate(self._full) if most]
 
-    def _ask(self, most: int) -> list[PlannedTrial]:
+    def _ask(self, most: int) -> list[Trial]:
         new = []
         while len(self._asked) < most and self.num_left:
             trial = self._study.ask()
@@ -127,7 +128,7 @@ class ScheduleSearch:
                 self._study.tell(trial, values)
         self._asked = []
 
-    def _values(self, trial: PlannedTrial) -> Sequence[float] | None:
+    def _values(self, trial: Trial) -> Sequence[float] | None:
         result = trial.result()
         if result is None:
             return None
@@ -148,8 +149,8 @@ def _sampler(settings: SearchSettings, num_given: int) -> optuna.samplers.BaseSa
     return optuna.samplers.TPESampler(n_startup_trials=num_given, seed=settings.seed)
 
 
-def _schedule(trial: PlannedTrial) -> IterationSchedule:
-    return trial.config().corrections
+def _schedule(trial: Trial) -> IterationSchedule:
+    return trial.model.corrections
 
 
 def _name(layer: int) -> str:

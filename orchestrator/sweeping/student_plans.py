@@ -10,11 +10,10 @@ from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, Settings
 from orchestrator.sweeping.trials import (
-    PlannedTrial,
     SweepPlan,
-    TrialSuite,
     checkpoint_trial,
     make_plan,
 )
@@ -149,7 +148,7 @@ def student_trial(
     suite: TrialSuite,
     *,
     seed: int | None = None,
-) -> PlannedTrial:
+) -> Trial:
     """Return the trial that trains and measures a student or a control under one schedule.
 
     Args:
@@ -172,11 +171,11 @@ def student_trial(
     group = str(config.corrections)
     if distillation.control != "distill":
         group += f", {distillation.control.replace('_', ' ')}"
-    return PlannedTrial(
+    return Trial(
         key=content_key("trial", weights, suite.key),
         role="trial",
         label=group if seed is None else f"{group}, seed {seed}",
-        model=config.to_dict(),
+        model=config,
         folder=folder,
         job=job.model_copy(update={"run_folder": folder}) if job else None,
         checkpoint=None if job else str(teacher),

@@ -22,10 +22,10 @@ from iiet.cost import inference_cost
 from orchestrator.cluster.ray_tune import TrialContext, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.tune_callback import TrialReport
+from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.asha import AshaTrial, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
-from orchestrator.sweeping.trials import PlannedTrial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
 from orchestrator.training.monitor import JournalReader
@@ -58,7 +58,7 @@ class TrialQueue:
     _failed_while_stopping: dict[str, str] = field(default_factory=dict)
     _busy: set[str] = field(default_factory=set)
 
-    def run(self, waiting: Sequence[PlannedTrial]) -> None:
+    def run(self, waiting: Sequence[Trial]) -> None:
         """Run unfinished trials, and wait for those that another process runs.
 
         Raises:
@@ -72,7 +72,7 @@ class TrialQueue:
                 self._run_or_wait(waiting)
         self.progress.finish(self._summary(num_found))
 
-    def _run_or_wait(self, trials: Sequence[PlannedTrial]) -> None:
+    def _run_or_wait(self, trials: Sequence[Trial]) -> None:
         self._run_round(trials)
         left = [t for t in trials if t.key in self._busy and self._is_unfinished(t)]
         begin: Callable[[], None] | None = partial(self._note_waiting, left)
@@ -85,10 +85,10 @@ class TrialQueue:
             left = [t for t in left if t not in free or t.key in self._busy]
             left = [t for t in left if self._is_unfinished(t)]
 
-    def _note_waiting(self, trials: Sequence[PlannedTrial]) -> None:
+    def _note_waiting(self, trials: Sequence[Trial]) -> None:
         self.progress.note(waiting_text([trial.label for trial in trials]))
 
-    def _is_unfinished(self, trial: PlannedTrial) -> bool:
+    def _is_unfinished(self, trial: Trial) -> bool:
         if trial.result():
             self._found.add(trial.key)
         return trial.key not in self._found
@@ -103,7 +103,7 @@ class TrialQueue:
         parts = [f", {count} {what}" for what, count in counts.items() if count]
         return f"{self.num_all} trials{''.join(parts)}"
 
-    def _run_round(self, trials: Sequence[PlannedTrial], *, num_elsewhere: int = 0) -> None:
+    def _run_round(self, trials: Sequence[Trial], *, num_elsewhere: int = 0) -> None:
         journals = {trial.key: JournalReader(Path(trial.folder)) for trial in trials}
         num_done = self.num_all - len(trials) - num_elsewhere
 
@@ -143,11 +143,11 @@ class TrialQueue:
         with suppress(OSError):  # Another process has a folder there.
             own_folder.parent.rmdir()
 
-    def _parameters(self, trial: PlannedTrial) -> dict[str, Any]:
+    def _parameters(self, trial: Trial) -> dict[str, Any]:
         return {"trial": trial.model_dump(mode="json"), "asha": self.asha.get(trial.key)}
 
     def _record_end(self, report: TrialReport) -> None:
-        trial = PlannedTrial.model_validate(report.parameters["trial"])
+        trial = Trial.model_validate(report.parameters["trial"])
         state = (report.result or {}).get("state")
         if report.error:
             self.failures[trial.label] = report.error
@@ -166,7 +166,7 @@ class TrialQueue:
 def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Run one trial in a Ray worker. Tune gets how it ended; the result is in a file."""
     run = run_trial(
-        PlannedTrial.model_validate(parameters["trial"]),
+        Trial.model_validate(parameters["trial"]),
         wait=False,
         should_stop=context.should_stop,
         asha=parameters["asha"],
@@ -176,19 +176,19 @@ def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[st
     return {"state": run.state}
 
 
-def _any_ended(trials: Sequence[PlannedTrial]) -> bool:
+def _any_ended(trials: Sequence[Trial]) -> bool:
     return any(trial.result() or not is_trial_locked(trial) for trial in trials)
 
 
-def _run_order(trial: PlannedTrial) -> tuple[bool, bool, float]:
+def _run_order(trial: Trial) -> tuple[bool, bool, float]:
     # Trials that another process runs come last. The teacher comes first, because it spans the box
     # of hypervolumes. Then the costly ones, so none runs alone at the end.
-    evaluations = inference_cost(trial.config()).evaluations_per_token
+    evaluations = inference_cost(trial.model).evaluations_per_token
     expected_work = evaluations * (3.0 if trial.job else 1.0)
     return is_trial_locked(trial), trial.role != "teacher", -expected_work
 
 
-def _share_done(trial: PlannedTrial, journal: JournalReader) -> float:
+def _share_done(trial: Trial, journal: JournalReader) -> float:
     """Return how far a trial is, from its files: nine tenths for training, the rest to measure."""
     if trial.result_path.exists():
         return 1.0

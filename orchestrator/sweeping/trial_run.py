@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 from iiet.decoder import Decoder
-from iiet.methods import METHODS
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import load_suite, run_suite
 from orchestrator.evaluation.model_tokenizer import checkpoint_tokenizer
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.sweep_results import items_file_name
 from orchestrator.sweeping.asha import AshaMonitor, AshaTrial, write_early_stop
-from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training.checkpoint import DTYPES, load_provenance
 from orchestrator.training.distributed import World
 from orchestrator.training.job import DONE_NAME, clear_stop_request
@@ -52,12 +50,12 @@ class TrialRun:
     state: Literal["made", "found", "busy", "stopped", "stopped early"]
     """`made` by this call, `found` finished, `busy` in another process, `stopped` on request, or
     `stopped early` by ASHA."""
-    result: TrialResult | None = None
+    result: Trial | None = None
     """The result, where it was made or found."""
 
 
 def run_trial(
-    trial: PlannedTrial,
+    trial: Trial,
     *,
     wait: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
@@ -102,7 +100,7 @@ def run_trial(
         return TrialRun("made", result) if result else TrialRun("stopped")
 
 
-def is_trial_locked(trial: PlannedTrial) -> bool:
+def is_trial_locked(trial: Trial) -> bool:
     """Return whether a process runs a trial now."""
     return is_run_locked(Path(trial.folder))
 
@@ -114,7 +112,7 @@ def _train_here(
 
 
 def _train(
-    trial: PlannedTrial,
+    trial: Trial,
     train: Train,
     should_stop: Callable[[], bool],
     report: Report | None,
@@ -135,35 +133,27 @@ def _train(
 
 
 def _measure(
-    trial: PlannedTrial,
+    trial: Trial,
     outcome: TrainingOutcome | None,
     on_device: Callable[[Measure], dict[str, float]],
-) -> TrialResult:
+) -> Trial:
     """Measure the trained checkpoint, or the planned one, and write the result."""
     checkpoint = outcome.checkpoint if outcome else trial.checkpoint
     assert checkpoint is not None
-    result = TrialResult(
-        key=trial.key,
-        role=trial.role,
-        method=trial.config().method,
-        schedule=_schedule(trial),
-        label=trial.label,
-        threshold_above=trial.threshold_above,
-        threshold_up_to=trial.threshold_up_to,
-        quality=on_device(partial(_quality, trial, checkpoint)),
-        train=_training_numbers(outcome) if outcome else _numbers_of_run(Path(checkpoint)),
-        checkpoint=checkpoint,
-        parent=trial.parent,
+    measured = trial.model_copy(
+        update={
+            "checkpoint": checkpoint,
+            "quality": on_device(partial(_quality, trial, checkpoint)),
+            "train": _training_numbers(outcome) if outcome else _numbers_of_run(Path(checkpoint)),
+        }
     )
-    write_json(trial.result_path, result.model_dump(mode="json"))
-    written = trial.result()
-    assert written is not None
-    return written
+    measured.write(trial.result_path)
+    return measured
 
 
-def _quality(trial: PlannedTrial, checkpoint: str, device: str) -> dict[str, float]:
+def _quality(trial: Trial, checkpoint: str, device: str) -> dict[str, float]:
     dtype = DTYPES[trial.suite.precision]
-    schedule = trial.config().corrections
+    schedule = trial.model.corrections
     decoder = load_model(Path(checkpoint), device=device, dtype=dtype, schedule=schedule)
     return measure_quality(decoder, trial.suite, Path(trial.folder) / items_file_name(trial.key))
 
@@ -210,11 +200,6 @@ def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
     )
     world = World(device=str(decoder.device))
     return validation_loss(decoder, list(batches), decoder.schedule, precision="fp32", world=world)
-
-
-def _schedule(trial: PlannedTrial) -> tuple[int, ...] | None:
-    config = trial.config()
-    return tuple(config.corrections) if METHODS[config.method].has_corrections else None
 
 
 def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:

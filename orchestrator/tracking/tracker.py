@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
 from orchestrator.tracking.links import Links
 from orchestrator.tracking.operations import OPERATIONS
@@ -87,7 +87,7 @@ class Tracking:
 
     def log_trial(
         self,
-        result: TrialResult,
+        result: Trial,
         *,
         parent: TrackedRun,
         sweep: str,

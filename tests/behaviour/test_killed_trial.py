@@ -10,25 +10,26 @@ from typing import Any
 import pytest
 from changed_trials import in_folder, with_job
 
+from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
 
-def long_trial(trial: PlannedTrial, folder: Path) -> PlannedTrial:
+def long_trial(trial: Trial, folder: Path) -> Trial:
     """Return the trial with another folder and more frequent checkpoints."""
     longer = with_job(trial, {"num_steps": 400, "checkpoint_every_steps": 20})
     return in_folder(longer, folder, key=folder.name, label=folder.name)
 
 
-def events(trial: PlannedTrial, name: str) -> list[dict[str, Any]]:
+def events(trial: Trial, name: str) -> list[dict[str, Any]]:
     return [r for r in read_journal(Path(trial.folder))[0] if r.get("name") == name]
 
 
-def losses(trial: PlannedTrial) -> dict[int, float]:
+def losses(trial: Trial) -> dict[int, float]:
     """Return the last recorded loss of each step."""
     return {
         record["step"]: record["values"]["train/loss"]

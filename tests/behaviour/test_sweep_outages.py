@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 
 from orchestrator.evaluation import decode_timing as benchmark
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.tracking import open_tracking
 from orchestrator.tracking.store import Store
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
 
 
@@ -42,9 +41,7 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
         room = 4096 if parameters["is_full"] else limits[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
-            return {
-                "state": trial_run.run_trial(PlannedTrial.model_validate(parameters["trial"])).state
-            }
+            return {"state": trial_run.run_trial(Trial.model_validate(parameters["trial"])).state}
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -65,12 +62,9 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
     assert found.result == {"state": "found"}
 
 
-def finish(trial: PlannedTrial) -> None:
-    result = TrialResult(
-        key=trial.key, role=trial.role, method="iiet", schedule=tuple(trial.config().corrections),
-        quality={"accuracy": 0.5}, train={"flops": 1},
-    )  # fmt: skip
-    write_json(trial.result_path, result.model_dump(mode="json"))
+def finish(trial: Trial) -> None:
+    measured = {"quality": {"accuracy": 0.5}, "train": {"flops": 1}}
+    trial.model_copy(update=measured).write(trial.result_path)
 
 
 def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
@@ -84,7 +78,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         return connect(store)
 
     def run_rounds(then: Callable[[], None]) -> Callable[..., None]:
-        def run(rounds: TrialQueue, waiting: list[PlannedTrial]) -> None:
+        def run(rounds: TrialQueue, waiting: list[Trial]) -> None:
             for number, trial in enumerate(waiting):
                 finish(trial)
                 rounds.on_end()

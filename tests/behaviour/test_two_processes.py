@@ -20,8 +20,9 @@ from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.trial import Trial
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import STOP_NAME, finished_outcome, request_stop
@@ -281,7 +282,7 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
     assert len(events(job, "started", "resumed")) == 1
 
 
-def with_checkpoints(trial: PlannedTrial) -> PlannedTrial:
+def with_checkpoints(trial: Trial) -> Trial:
     return with_job(trial, {"checkpoint_every_steps": 10})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import iiad_study as study
 import pytest
 from rich.console import Console
+from sample_trials import sample_trial
 from small_size import SMALL
 
 from iiet.cost import training_flops_per_token
@@ -20,7 +21,7 @@ from orchestrator import SweepModel
 from orchestrator.cli.session import Session
 from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.schedules import schedule_by_step
@@ -32,16 +33,14 @@ CHOICES = study.Choices(seeds=(0,), two_stage_from=0.75)
 FAILING = {"vanilla, rate 0.004", "pcformer"}
 
 
-def results_of(
-    models: Sequence[SweepModel], job: Callable[[Settings], TrainingJob]
-) -> list[TrialResult]:
+def results_of(models: Sequence[SweepModel], job: Callable[[Settings], TrainingJob]) -> list[Trial]:
     """Make up a result of each model: a higher learning rate gives a higher loss."""
     results = []
     for model in models:
         config = job(model.settings).model
         training = model.settings.training
         results.append(
-            TrialResult(
+            sample_trial(
                 key=content_key(model.label, training.model_dump(mode="json")),
                 role="trial" if config.corrections.num_corrections else "baseline",
                 method=config.method,
@@ -58,12 +57,12 @@ def results_of(
     return [result for result in results if result.label not in FAILING]
 
 
-def results_of_students() -> list[TrialResult]:
+def results_of_students() -> list[Trial]:
     common: dict[str, Any] = {"method": "iiet", "quality": {"accuracy": 0.5}}
     common["quality"]["validation_loss"] = 3.0
     full, none = {"evaluations": 4.0}, {"evaluations": 2.0}
-    teacher = TrialResult(key="t", role="teacher", schedule=(1, 1), cost=full, **common)
-    student = TrialResult(key="s", role="trial", schedule=(0, 0), cost=none, **common)
+    teacher = sample_trial(key="t", role="teacher", schedule=(1, 1), cost=full, **common)
+    student = sample_trial(key="s", role="trial", schedule=(0, 0), cost=none, **common)
     return [teacher, student]
 
 

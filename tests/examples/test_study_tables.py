@@ -5,18 +5,19 @@ from __future__ import annotations
 import statistics
 
 import pytest
+from sample_trials import sample_trial
 from study_tables import Phases, Ways, losses_by_seed, study_markdown
 
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.seed_averages import average_seeds
 
 # Seeds differ by more than models do: only differences of one seed show which is better.
 LOSSES = {"vanilla": [4.1, 3.9, 4.3], "r = 0": [4.0, 3.81, 4.19], "r = 1": [4.01, 3.82, 4.2]}
 
 
-def results(losses: dict[str, list[float]]) -> list[TrialResult]:
+def results(losses: dict[str, list[float]]) -> list[Trial]:
     return [
-        TrialResult(
+        sample_trial(
             key=f"{group} {seed}",
             role="baseline" if group == "vanilla" else "trial",
             method="vanilla" if group == "vanilla" else "iiet",
@@ -35,12 +36,12 @@ def results(losses: dict[str, list[float]]) -> list[TrialResult]:
 def said(losses: dict[str, list[float]], accuracy: float = 0.5) -> str:
     found = results(losses)
     joined = {result.label: result for result in average_seeds(found).results}
-    teacher = TrialResult(
+    teacher = sample_trial(
         key="teacher", role="teacher", method="iiet", schedule=(1,), cost={"evaluations": 2.0},
         quality={"validation_loss": 4.0, "accuracy": accuracy},
     )  # fmt: skip
-    student = teacher.model_copy(
-        update={"key": "student", "role": "trial", "schedule": (0,), "cost": {"evaluations": 1.0}}
+    student = sample_trial(
+        key="student", schedule=(0,), cost={"evaluations": 1.0}, quality=teacher.quality
     )
     phases = Phases(by_rate={}, best=joined, tokens=joined, losses=losses_by_seed(found), flops={})
     ways = Ways(

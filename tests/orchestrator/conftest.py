@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sample_trials import sample_trial
 
 from iiet.pruning import schedule_family
 from iiet.schedule import IterationSchedule
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 
 Influence = tuple[tuple[float, ...], ...]
 
@@ -27,7 +28,7 @@ def sample_influence() -> Influence:
 
 def made_up(
     key: str, role: str, schedule: IterationSchedule | None, accuracy: float, **more: object
-) -> TrialResult:
+) -> Trial:
     evaluations = schedule.num_evaluations if schedule else 6
     values: dict[str, object] = {
         "key": key,
@@ -58,11 +59,11 @@ def made_up(
         "checkpoint": f"/workspace/trials/{key}/step_00000150",
         "parent": "7e1c0ffee0000000" if role == "trial" else None,
     }
-    return TrialResult(**{**values, **more})  # type: ignore[arg-type]
+    return sample_trial(**{**values, **more})  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def sample_results(sample_influence: Influence) -> list[TrialResult]:
+def sample_results(sample_influence: Influence) -> list[Trial]:
     """Nine trials from all corrections to none, the teacher, vanilla and r = 0."""
     family = schedule_family(sample_influence)
     chosen = [0, 3, 6, 8, 10, 11, 12, 14, 16]
@@ -89,7 +90,7 @@ def sample_results(sample_influence: Influence) -> list[TrialResult]:
 
 
 @pytest.fixture
-def sample_evaluations(sample_results: list[TrialResult]) -> dict[str, EvaluationResult]:
+def sample_evaluations(sample_results: list[Trial]) -> dict[str, EvaluationResult]:
     """What the models answered: 1,000 items of each of two tasks, that all find alike hard."""
     hardness = np.random.default_rng(0).permutation(1000) / 1000
     found = {}

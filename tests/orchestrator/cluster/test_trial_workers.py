@@ -13,8 +13,9 @@ import pytest
 import torch
 from changed_trials import in_folder, with_job
 
+from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.job import STOP_NAME, job_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
@@ -23,11 +24,11 @@ from orchestrator.workspace.journal import read_journal
 pytestmark = pytest.mark.slow
 
 
-def parameters(trial: PlannedTrial) -> dict[str, Any]:
+def parameters(trial: Trial) -> dict[str, Any]:
     return {"trial": trial.model_dump(mode="json"), "asha": None}
 
 
-def shared(trial: PlannedTrial, tmp_path: Path, *, num_steps: int = 12) -> PlannedTrial:
+def shared(trial: Trial, tmp_path: Path, *, num_steps: int = 12) -> Trial:
     """Return a trial whose batch two workers can share, and the validation of which is quick."""
     recipe = {"num_steps": num_steps, "checkpoint_every_steps": 10**6}
     return in_folder(with_job(trial, recipe), tmp_path / "trial")
@@ -38,7 +39,7 @@ def weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
 
 
 def run_with_two(
-    trials: list[PlannedTrial], folder: Path, watch: Callable[[], None] | None = None
+    trials: list[Trial], folder: Path, watch: Callable[[], None] | None = None
 ) -> list[Any]:
     from orchestrator.cluster.ray_tune import TrialContext, run_trials
 

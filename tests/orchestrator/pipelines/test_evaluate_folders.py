@@ -28,10 +28,10 @@ from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.pipelines.importing import import_model
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import TrialSuite
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial_run import measure_quality
-from orchestrator.sweeping.trials import TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import (
     save_checkpoint,

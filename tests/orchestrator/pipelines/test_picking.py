@@ -12,6 +12,7 @@ import pandas
 import pytest
 import torch
 from mlflow.types import DataType
+from sample_trials import sample_trial
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -24,7 +25,6 @@ from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.trial import TrialResult
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import StoredSweep, items_file_name
 from orchestrator.settings import read_settings
@@ -69,7 +69,7 @@ def checkpoint_of(
 def sweep(context: Context, tiny_model: dict[str, Any], tiny_tokens: Path) -> StoredSweep:
     teacher = checkpoint_of(context, "teacher", tiny_model, tiny_tokens, 0)
     student = checkpoint_of(context, "student", {**tiny_model, "schedule": [1, 0]}, tiny_tokens, 1)
-    full = TrialResult(
+    full = sample_trial(
         key="full",
         role="teacher",
         method="iiet",
@@ -84,15 +84,14 @@ def sweep(context: Context, tiny_model: dict[str, Any], tiny_tokens: Path) -> St
         key="sweep-key",
         results=(
             full,
-            full.model_copy(update={
-                "key": "cheap", "role": "trial", "label": "1,0", "schedule": (1, 0),
-                "cost": {"evaluations": 3}, "quality": {"accuracy": 0.498},
-                "checkpoint": str(student),
-            }),
-            full.model_copy(update={
-                "key": "pruned", "role": "trial", "label": "0,0", "schedule": (0, 0),
-                "cost": {"evaluations": 2}, "quality": {"accuracy": 0.3},
-            }),
+            sample_trial(
+                key="cheap", label="1,0", schedule=(1, 0), cost={"evaluations": 3},
+                quality={"accuracy": 0.498}, checkpoint=str(student),
+            ),
+            sample_trial(
+                key="pruned", label="0,0", schedule=(0, 0), cost={"evaluations": 2},
+                quality={"accuracy": 0.3}, checkpoint=str(teacher),
+            ),
         ),
     )  # fmt: skip
     found.store(context.workspace)

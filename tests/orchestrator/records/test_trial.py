@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+from sample_trials import sample_trial
 
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.workspace.errors import UserError
 
 
-def a_trial() -> TrialResult:
-    return TrialResult(
+def a_trial() -> Trial:
+    return sample_trial(
         key="0123",
         role="trial",
         method="iiet",
@@ -28,7 +30,7 @@ def a_trial() -> TrialResult:
 
 def test_a_json_round_trip_changes_nothing() -> None:
     trial = a_trial()
-    assert TrialResult.from_stored(json.loads(json.dumps(trial.model_dump(mode="json")))) == trial
+    assert Trial.model_validate(json.loads(json.dumps(trial.model_dump(mode="json")))) == trial
 
 
 def test_metrics_hold_every_number_and_params_every_layer() -> None:
@@ -62,10 +64,10 @@ def test_metrics_hold_every_number_and_params_every_layer() -> None:
 def test_an_unbounded_threshold_range_survives_strict_json(
     above: float | None, up_to: float | None, text: str, threshold: str | None
 ) -> None:
-    trial = TrialResult(
+    trial = sample_trial(
         key="k", role="trial", method="iiet", threshold_above=above, threshold_up_to=up_to
     )
-    again = TrialResult.from_stored(
+    again = Trial.model_validate(
         json.loads(json.dumps(trial.model_dump(mode="json"), allow_nan=False))
     )
     assert again.threshold_text == trial.threshold_text == text
@@ -73,27 +75,31 @@ def test_an_unbounded_threshold_range_survives_strict_json(
 
 
 def test_value_is_none_if_not_measured() -> None:
-    trial = TrialResult(key="k", role="baseline", method="vanilla", quality={"accuracy": math.nan})
+    trial = sample_trial(key="k", role="baseline", method="vanilla", quality={"accuracy": math.nan})
     assert trial.value("quality/accuracy") is None
     assert trial.value("cost/evaluations") is None
     assert trial.value("nonsense") is None
     assert trial.schedule_text == ""
 
 
-def test_a_stored_result_names_unknown_and_missing_fields() -> None:
-    with pytest.raises(UserError, match=r"missing: key; missing: role; unknown: colour"):
-        TrialResult.from_stored({"method": "iiet", "colour": "blue"})
+def test_a_stored_trial_names_the_first_wrong_field(tmp_path: Path) -> None:
+    stored = {**a_trial().model_dump(mode="json"), "colour": "blue"}
+    with pytest.raises(UserError, match=r"x.json is damaged \(colour: Extra inputs"):
+        Trial.parse(stored, tmp_path / "x.json")
+    del stored["colour"], stored["model"]["dim"]
+    with pytest.raises(UserError, match=r"damaged \(model: .*missing key 'dim'.*; delete it"):
+        Trial.parse(stored, tmp_path / "x.json")
 
 
 def test_an_unknown_role_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"'trial', 'teacher' or 'baseline'.*'student'"):
-        TrialResult(key="k", role="student", method="iiet")  # type: ignore[arg-type]
+        sample_trial(role="student")
 
 
 def test_perplexity_is_exp_of_the_loss() -> None:
-    trial = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 2.0})
+    trial = sample_trial(key="0", role="trial", method="iiet", quality={"validation_loss": 2.0})
     assert trial.value("quality/perplexity") == pytest.approx(math.exp(2.0))
     assert trial.metrics()["quality/perplexity"] == pytest.approx(math.exp(2.0))
     assert "perplexity" not in trial.model_dump(mode="json")["quality"]
-    huge = TrialResult(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
+    huge = sample_trial(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
     assert huge.value("quality/perplexity") is None

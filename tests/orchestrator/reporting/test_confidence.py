@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from sample_trials import sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
-from orchestrator.records.trial import Role, TrialResult
+from orchestrator.records.trial import Role
 from orchestrator.reporting.confidence import confidence_metrics, with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.paired_bootstrap import match_items, resample_scores
@@ -62,7 +63,7 @@ def front_of(
     points: dict[str, tuple[Role, float, EvaluationResult]], axes: FrontAxes | None = None
 ) -> Front:
     results = [
-        TrialResult(
+        sample_trial(
             key=name,
             role=role,
             method="iiet",
@@ -207,7 +208,7 @@ def test_the_share_of_a_loss_is_inverted() -> None:
 def test_a_result_without_items_has_no_confidence() -> None:
     words = {name: evaluation(task("words", answers(s))) for name, s in (("a", 0.5), ("b", 0.4))}
     results = [
-        TrialResult(
+        sample_trial(
             key=name,
             role="trial",
             method="iiet",

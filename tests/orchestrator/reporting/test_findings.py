@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.pareto import find_front
 
 
-def with_accuracy(result: TrialResult, accuracy: float) -> TrialResult:
+def with_accuracy(result: Trial, accuracy: float) -> Trial:
     return result.model_copy(update={"quality": {**result.quality, "accuracy": accuracy}})
 
 
 def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
-    sample_results: list[TrialResult],
+    sample_results: list[Trial],
 ) -> None:
     first = findings(find_front(sample_results))[0]
     assert first.startswith(
@@ -25,7 +25,7 @@ def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
 
 
 def test_a_baseline_is_called_worse_only_beyond_the_error(
-    sample_results: list[TrialResult],
+    sample_results: list[Trial],
 ) -> None:
     def about_vanilla(accuracy: float) -> str:
         results = [
@@ -44,7 +44,7 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(
 
 
 def test_claims_have_their_confidence(
-    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=1000)
     said = findings(front)
@@ -70,7 +70,7 @@ def test_claims_have_their_confidence(
 
 
 def test_an_unresolved_difference_is_stated(
-    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     kept, vanilla = (
         next(r for r in sample_results if r.label == label) for label in ("0,1,1,1,1,1", "vanilla")
@@ -81,7 +81,7 @@ def test_an_unresolved_difference_is_stated(
     assert "differ by less than these items can resolve (0.0 points, 0.0 to 0.0 in" in said
 
 
-def test_a_front_that_keeps_no_quality_says_so(sample_results: list[TrialResult]) -> None:
+def test_a_front_that_keeps_no_quality_says_so(sample_results: list[Trial]) -> None:
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
     assert findings(find_front(results))[0] == (
         "No cheaper model keeps 99% of the full model's quality."
@@ -89,7 +89,7 @@ def test_a_front_that_keeps_no_quality_says_so(sample_results: list[TrialResult]
     assert findings(find_front([])) == ["No trial has been measured on both axes yet."]
 
 
-def test_metrics_of_the_front_are_finite_numbers(sample_results: list[TrialResult]) -> None:
+def test_metrics_of_the_front_are_finite_numbers(sample_results: list[Trial]) -> None:
     metrics = front_metrics(find_front(sample_results))
     assert metrics["front/size"] == 6
     assert metrics["front/knee_cost"] == 11

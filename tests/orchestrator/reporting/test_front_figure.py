@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.front_axes import PAPER_MARK, FrontAxes
 from orchestrator.reporting.front_figure import draw_front
@@ -26,7 +26,7 @@ def boxes_of_labels(figure: Figure) -> dict[str, tuple[float, float, float, floa
     return {t.get_text(): t.get_window_extent().extents for t in texts}
 
 
-def test_front_shows_roles_steps_and_labels(sample_results: list[TrialResult]) -> None:
+def test_front_shows_roles_steps_and_labels(sample_results: list[Trial]) -> None:
     front = find_front(sample_results)
     figure = draw_front(front, title="Toy", mark_paper=True)
     panel = figure.axes[0]
@@ -39,7 +39,7 @@ def test_front_shows_roles_steps_and_labels(sample_results: list[TrialResult]) -
     assert "000000" in labels
 
 
-def test_labels_do_not_overlap(sample_results: list[TrialResult]) -> None:
+def test_labels_do_not_overlap(sample_results: list[Trial]) -> None:
     boxes = list(boxes_of_labels(draw_front(find_front(sample_results))).values())
     assert len(boxes) > 5
     for i, (left, bottom, right, top) in enumerate(boxes):
@@ -48,7 +48,7 @@ def test_labels_do_not_overlap(sample_results: list[TrialResult]) -> None:
             assert apart or top <= other_bottom or other_top <= bottom
 
 
-def test_a_loss_has_an_inverted_axis(sample_results: list[TrialResult]) -> None:
+def test_a_loss_has_an_inverted_axis(sample_results: list[Trial]) -> None:
     axes = FrontAxes("cost/decode_ms_per_token", "quality/bits_per_byte")
     panel = draw_front(find_front(sample_results, axes), mark_paper=True).axes[0]
     low, high = panel.get_ylim()
@@ -57,7 +57,7 @@ def test_a_loss_has_an_inverted_axis(sample_results: list[TrialResult]) -> None:
     assert PAPER_MARK not in names_in(panel)
 
 
-def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[TrialResult]) -> None:
+def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[Trial]) -> None:
     half = [result for result in sample_results if result.role == "trial"][::2]
     sweep_of = {r.key: "first" if r in half else "second" for r in sample_results}
     front = find_front(sample_results, sweep_of=sweep_of)
@@ -73,7 +73,7 @@ def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[TrialRes
     assert {"o", "s", "*"} <= markers
 
 
-def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[TrialResult]) -> None:
+def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[Trial]) -> None:
     front = find_front(sample_results)
     panel = draw_front(front).axes[0]
     ends = sorted(
@@ -88,9 +88,7 @@ def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[Tri
         draw_front(find_front([]))
 
 
-def test_the_same_picture_has_the_same_bytes(
-    sample_results: list[TrialResult], tmp_path: Path
-) -> None:
+def test_the_same_picture_has_the_same_bytes(sample_results: list[Trial], tmp_path: Path) -> None:
     front = find_front(sample_results)
     first = save_figure(draw_front(front), tmp_path / "a")
     second = save_figure(draw_front(front), tmp_path / "b")

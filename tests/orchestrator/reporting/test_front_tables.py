@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.front_data import front_csv, front_json, front_rows
@@ -25,7 +25,7 @@ from orchestrator.terminal.formatting import format_schedule
 
 
 @pytest.fixture
-def front(sample_results: list[TrialResult]) -> Front:
+def front(sample_results: list[Trial]) -> Front:
     return find_front(sample_results)
 
 
@@ -61,7 +61,7 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
 
 
 def test_parameters_have_a_column_if_models_are_of_different_sizes(
-    sample_results: list[TrialResult],
+    sample_results: list[Trial],
 ) -> None:
     def sized(last: int) -> str:
         counts = [1_480_000] * (len(sample_results) - 1) + [last]
@@ -90,7 +90,7 @@ def test_long_schedules_count_repetitions(front: Front) -> None:
 
 
 def test_a_table_on_other_axes_shows_them(
-    sample_results: list[TrialResult],
+    sample_results: list[Trial],
 ) -> None:
     axes = FrontAxes("cost/flops_per_token", "quality/bits_per_byte")
     head = printed(find_front(sample_results, axes), 110)[0]
@@ -99,7 +99,7 @@ def test_a_table_on_other_axes_shows_them(
     assert "accuracy" not in head
 
 
-def test_csv_and_json_hold_every_number(front: Front, sample_results: list[TrialResult]) -> None:
+def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial]) -> None:
     rows = list(csv.DictReader(io.StringIO(front_csv(front))))
     values = json.loads(front_json(front))
     by_key = {row["key"]: row for row in rows}
@@ -114,7 +114,7 @@ def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial
     ]
 
 
-def test_an_unmeasured_result_is_listed_with_null(sample_results: list[TrialResult]) -> None:
+def test_an_unmeasured_result_is_listed_with_null(sample_results: list[Trial]) -> None:
     lacking = sample_results[1].model_copy(
         update={"key": "lacking", "quality": {"accuracy": float("nan")}}
     )
@@ -200,7 +200,7 @@ def test_csv_and_json_have_the_paired_numbers(sure_front: Front) -> None:
     assert "paired/lastword/vs_r_0_from_scratch_high" in header
 
 
-def test_several_sweeps_have_a_column_and_full_names(sample_results: list[TrialResult]) -> None:
+def test_several_sweeps_have_a_column_and_full_names(sample_results: list[Trial]) -> None:
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = find_front(sample_results, sweep_of=sweep_of)
     head, _, *rows = printed(front, 120)
@@ -210,7 +210,7 @@ def test_several_sweeps_have_a_column_and_full_names(sample_results: list[TrialR
 
 
 def test_the_cost_axis_is_never_dropped(
-    sample_results: list[TrialResult],
+    sample_results: list[Trial],
 ) -> None:
     for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):
         front = find_front(sample_results, FrontAxes(cost=f"cost/{cost}"))

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_trials import sample_trial
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.html_page import render_page
@@ -26,7 +27,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
-def front(sample_results: list[TrialResult]) -> Front:
+def front(sample_results: list[Trial]) -> Front:
     return find_front(sample_results)
 
 
@@ -47,7 +48,7 @@ def test_the_page_needs_no_network(front: Front) -> None:
     assert page.count("<tr class=") == len(front.points)
 
 
-def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult]) -> None:
+def test_text_from_outside_cannot_become_markup(sample_results: list[Trial]) -> None:
     bad = "</script><script>alert(1)</script>"
     renamed = sample_results[1].model_copy(update={"label": bad})
     metric: Any = bad
@@ -68,7 +69,7 @@ def test_text_from_outside_cannot_become_markup(sample_results: list[TrialResult
 
 
 def test_tasks_and_sweeps_are_distinguished(
-    sample_results: list[TrialResult], sample_evaluations: dict[str, EvaluationResult]
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = find_front(sample_results, sweep_of=sweep_of)
@@ -82,7 +83,7 @@ def test_tasks_and_sweeps_are_distinguished(
     assert all(name in data["rows"][0] for name in data["hover"] if name.startswith("paired/"))
 
 
-def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[TrialResult]) -> None:
+def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[Trial]) -> None:
     changes = {"key": "new", "cost": {"evaluations": 1.0}, "quality": {}}
     unmeasured = sample_results[1].model_copy(update=changes)
     results = [*sample_results, unmeasured]
@@ -106,7 +107,7 @@ def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[Trial
 def test_a_model_with_an_infinite_number_is_not_drawn() -> None:
     costs = {"a": 1.0, "b": 2.0}
     results = [
-        TrialResult(
+        sample_trial(
             key=key,
             role="trial",
             method="iiet",
@@ -128,7 +129,7 @@ def test_a_strip_has_a_cell_for_each_layer() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_distinguishes_sweeps_and_marks_the_paper(
-    sample_results: list[TrialResult], tmp_path: Path
+    sample_results: list[Trial], tmp_path: Path
 ) -> None:
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = find_front(sample_results, sweep_of=sweep_of)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.overlay_report import write_overlay_report
 from orchestrator.reporting.sweep_results import StoredSweep
@@ -17,7 +17,7 @@ from orchestrator.workspace.folders import Workspace, open_workspace
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, sample_results: list[TrialResult]) -> Workspace:
+def workspace(tmp_path: Path, sample_results: list[Trial]) -> Workspace:
     """Two sweeps that share the teacher and the baselines; the second one's trials are better."""
     space = open_workspace(tmp_path / "ws")
     trials = [result for result in sample_results if result.role == "trial"]

@@ -7,15 +7,16 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_trials import sample_trial
 
-from orchestrator.records.trial import Role, TrialResult
+from orchestrator.records.trial import Role, Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.pareto import Front, find_front
 
 
-def result(cost: float, accuracy: float, role: Role = "trial", key: str = "") -> TrialResult:
-    return TrialResult(
+def result(cost: float, accuracy: float, role: Role = "trial", key: str = "") -> Trial:
+    return sample_trial(
         key=key or f"{role}-{cost}-{accuracy}",
         role=role,
         method="iiet",
@@ -152,7 +153,7 @@ def test_hypervolume_of_a_loss_counts_from_the_worst() -> None:
 
 
 def test_results_without_both_metrics_are_unmeasured() -> None:
-    lacking = TrialResult(key="x", role="trial", method="iiet", cost={"evaluations": 3})
+    lacking = sample_trial(key="x", role="trial", method="iiet", cost={"evaluations": 3})
     unsure = result(3, math.nan)
     front = find_front([lacking, unsure, result(6, 0.5)])
     assert {r.key for r in front.unmeasured} == {"x", unsure.key}

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.pareto import Confidence, Front, find_front
 from orchestrator.reporting.pick_rules import PickRule, pick_from_front
 from orchestrator.workspace.errors import UserError
 
 
 @pytest.fixture
-def front(sample_results: list[TrialResult]) -> Front:
+def front(sample_results: list[Trial]) -> Front:
     return find_front(sample_results)
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
+from sample_trials import sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.seed_averages import average_seeds
 
 
-def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> TrialResult:
-    return TrialResult(
+def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
+    return sample_trial(
         key=f"key-{group}-{number}",
         role="trial",
         method="iiet",

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.front_data import front_rows
@@ -50,7 +50,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 @pytest.fixture
 def sweep(
     workspace: Workspace,
-    sample_results: list[TrialResult],
+    sample_results: list[Trial],
     sample_influence: tuple[tuple[float, ...], ...],
 ) -> StoredSweep:
     placed = []
@@ -120,7 +120,7 @@ def test_paired_errors_come_from_the_stored_items(
 
 def of_two_seeds(workspace: Workspace, sweep: StoredSweep) -> StoredSweep:
     """Return the sweep with each student trained under two seeds."""
-    results: list[TrialResult] = []
+    results: list[Trial] = []
     for result in sweep.results:
         for seed in (0, 1) if result.role == "trial" else (None,):
             key = result.key if seed is None else f"{result.key}-{seed}"
@@ -169,7 +169,7 @@ def test_seeds_have_paired_errors_and_runs(
         def __init__(self) -> None:
             self.runs: dict[str, Run] = {}
 
-        def log_trial(self, result: TrialResult, **_: Any) -> Run:
+        def log_trial(self, result: Trial, **_: Any) -> Run:
             return self.runs.setdefault(result.key, Run(result.key))
 
     seeded = of_two_seeds(workspace, sweep)

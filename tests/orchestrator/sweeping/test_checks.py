@@ -16,10 +16,11 @@ from orchestrator.pipelines import sweep_dry_runs, sweep_plans
 from orchestrator.pipelines.sweep_dry_runs import plan_sweep
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.pipelines.sweeps import sweep
+from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import EvaluationSettings, resolve_settings
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.selection import schedule_cost
-from orchestrator.sweeping.trials import SweepKind, TrialSuite
+from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace

@@ -12,14 +12,13 @@ from changed_trials import with_job
 
 from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import AshaRule, EarlyStop, write_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.tracking import Tracking
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
 
 
@@ -50,11 +49,9 @@ class FakeTracking:
         pass
 
 
-def finish(trial: PlannedTrial) -> None:
-    result = TrialResult(
-        key=trial.key, role=trial.role, method="iiet", quality={"accuracy": 0.5}, train={"flops": 1}
-    )
-    write_json(trial.result_path, result.model_dump(mode="json"))
+def finish(trial: Trial) -> None:
+    measured = {"quality": {"accuracy": 0.5}, "train": {"flops": 1}}
+    trial.model_copy(update=measured).write(trial.result_path)
 
 
 def test_what_was_stopped_is_told_and_trained_on_without_stopping(
@@ -102,7 +99,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 def test_what_a_stored_teacher_costs_is_counted_once(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(rounds: TrialQueue, waiting: list[PlannedTrial]) -> None:
+    def run(rounds: TrialQueue, waiting: list[Trial]) -> None:
         assert all(trial.job and trial.job.teacher_cache for trial in waiting if trial.job)
         for trial in waiting:
             finish(trial)
@@ -115,6 +112,6 @@ def test_what_a_stored_teacher_costs_is_counted_once(
     job = tiny_plan.trials[-1].job
     assert job
     num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
-    forward = inference_cost(tiny_plan.trials[0].config()).forward_flops_per_token
+    forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
     assert tracking.metrics["sweep/teacher_tokens"] == num_tokens
     assert tracking.metrics["sweep/teacher_flops"] == num_tokens * forward

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from iiet.config import ModelConfig
-from iiet.schedule import IterationSchedule
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.training_curves import (
     HISTORY_CHARTS,
@@ -21,37 +19,24 @@ from orchestrator.reporting.training_curves import (
 )
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.front_history import record_front
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
-from orchestrator.workspace.files import write_json
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.workspace.journal import read_journal
 
 
-def planned(result: TrialResult, folder: Path) -> PlannedTrial:
-    schedule = None if result.schedule is None else IterationSchedule(result.schedule)
-    config = ModelConfig(
-        vocab_size=300, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=32,
-        context_length=16, method=result.method, schedule=schedule,
-    )  # fmt: skip
+def planned(result: Trial, folder: Path) -> Trial:
     job = TrainingJob(
         run_folder="",
         tokens_folder="",
-        model=config,
+        model=result.model,
         recipe=TrainingSettings(),
         objective="distill",
     )
-    return PlannedTrial(
-        key=result.key,
-        role=result.role,
-        label=result.label,
-        model=config.to_dict(),
-        folder=str(folder),
-        job=job if result.role == "trial" else None,
-        suite=TrialSuite(tokens_folder=""),
-    )
+    job_of_trial = job if result.role == "trial" else None
+    return result.model_copy(update={"folder": str(folder), "job": job_of_trial})
 
 
 @pytest.fixture
-def plan(tmp_path: Path, sample_results: list[TrialResult]) -> SweepPlan:
+def plan(tmp_path: Path, sample_results: list[Trial]) -> SweepPlan:
     trials = tuple(planned(result, tmp_path / result.key) for result in sample_results)
     return SweepPlan(
         key="k", name="n", kind="threshold", tokens_folder="", teacher="t", num_requested=9,
@@ -59,9 +44,9 @@ def plan(tmp_path: Path, sample_results: list[TrialResult]) -> SweepPlan:
     )  # fmt: skip
 
 
-def finish(plan: SweepPlan, result: TrialResult) -> None:
+def finish(plan: SweepPlan, result: Trial) -> None:
     trial = next(trial for trial in plan.trials if trial.key == result.key)
-    write_json(trial.result_path, result.model_copy(update={"cost": {}}).model_dump(mode="json"))
+    result.model_copy(update={"cost": {}}).write(trial.result_path)
 
 
 def series(folder: Path, metric: str) -> list[tuple[int, float]]:
@@ -71,7 +56,7 @@ def series(folder: Path, metric: str) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_grows_in_any_order_and_ends_at_the_front(
-    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path, seed: int
+    plan: SweepPlan, sample_results: list[Trial], tmp_path: Path, seed: int
 ) -> None:
     teacher, *others = sample_results
     random.Random(seed).shuffle(others)
@@ -90,7 +75,7 @@ def test_it_grows_in_any_order_and_ends_at_the_front(
 
 
 def test_what_two_models_have_in_common_is_spent_once(
-    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+    plan: SweepPlan, sample_results: list[Trial], tmp_path: Path
 ) -> None:
     teacher, first, second, *_ = sample_results
     for result in (
@@ -105,7 +90,7 @@ def test_what_two_models_have_in_common_is_spent_once(
 
 
 def test_a_lucky_seed_is_no_front(
-    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+    plan: SweepPlan, sample_results: list[Trial], tmp_path: Path
 ) -> None:
     teacher, cheap = sample_results[0], sample_results[5]
     trial = plan.trials[5]
@@ -126,7 +111,7 @@ def test_a_lucky_seed_is_no_front(
 
 
 def test_nothing_is_said_before_the_full_model_is_measured(
-    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+    plan: SweepPlan, sample_results: list[Trial], tmp_path: Path
 ) -> None:
     teacher, *others = sample_results
     for result in others[:3]:
@@ -138,7 +123,7 @@ def test_nothing_is_said_before_the_full_model_is_measured(
 
 
 def test_what_is_known_is_not_written_again(
-    plan: SweepPlan, sample_results: list[TrialResult], tmp_path: Path
+    plan: SweepPlan, sample_results: list[Trial], tmp_path: Path
 ) -> None:
     for result in sample_results[:2]:
         finish(plan, result)

@@ -20,7 +20,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.sweep_dry_runs import dry_run_of
 from orchestrator.planning.training_rate import TrainingRate
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import remaining_cost as plan_price
 from orchestrator.sweeping.asha import AshaRule, EarlyStop, write_early_stop
@@ -34,7 +34,7 @@ from orchestrator.sweeping.remaining_cost import (
 )
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
@@ -70,12 +70,11 @@ def rows(plan: SweepPlan, chosen: Settings, width: int = 80) -> list[str]:
     return [" ".join(line.split()) for line in captured.get().splitlines()]
 
 
-def finish(trial: PlannedTrial) -> None:
-    result = TrialResult(key=trial.key, role=trial.role, method="iiet", label="another sweep's")
-    write_json(trial.result_path, result.model_dump(mode="json"))
+def finish(trial: Trial) -> None:
+    trial.model_copy(update={"label": "another sweep's"}).write(trial.result_path)
 
 
-def begin(trial: PlannedTrial, num_steps: int) -> float:
+def begin(trial: Trial, num_steps: int) -> float:
     """Train a trial until it is stopped, and return the FLOPs so far."""
     done = 0
 
@@ -364,7 +363,7 @@ def test_the_stored_plan_is_strict_json_with_its_price(
     assert stored["reused"] == ["0,0"]
     assert stored["price"]["num_tokens"] == 3 * 40 * STEP
     assert stored["price"]["flops"] == 40 * STEP * (ALL_FOUR - 63_264 + TEACHER)
-    trials = [PlannedTrial.model_validate(values) for values in stored["trials"]]
+    trials = [Trial.model_validate(values) for values in stored["trials"]]
     assert trials == list(tiny_plan.trials), "-infinity is back"
     assert [trial.threshold_text for trial in trials] == [
         "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_trials import sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import SearchSettings
 from orchestrator.sweeping.search import ScheduleSearch, search_plan
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan, TrialSuite
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 
@@ -43,21 +44,21 @@ class World:
             num_requested=3, trials=(teacher, *map(self.trial, FAMILY)),
         )  # fmt: skip
 
-    def trial(self, schedule: IterationSchedule) -> PlannedTrial:
+    def trial(self, schedule: IterationSchedule) -> Trial:
         model = ModelConfig(
             vocab_size=64, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=32,
             context_length=16, schedule=schedule,
         ).to_dict()  # fmt: skip
-        return PlannedTrial(
+        return Trial(
             key=str(schedule).replace(",", ""), role="trial", label=str(schedule), model=model,
             folder=str(self.folder), job=None, checkpoint=None, suite=TrialSuite(tokens_folder=""),
         )  # fmt: skip
 
-    def finish(self, trial: PlannedTrial) -> None:
+    def finish(self, trial: Trial) -> None:
         if trial.result() is None:
             self.made += 1
-            schedule = trial.config().corrections
-            result = TrialResult(
+            schedule = trial.model.corrections
+            result = sample_trial(
                 key=trial.key, role="trial", method="iiet", schedule=tuple(schedule),
                 quality={"accuracy": accuracy(schedule)},
                 cost={"evaluations": schedule.num_evaluations},
@@ -133,7 +134,7 @@ def test_it_finds_a_better_front_than_the_family(tmp_path: Path) -> None:
 
     def front(labels: set[str]) -> float:
         results = [
-            TrialResult(
+            sample_trial(
                 key=label, role="teacher" if label == str(FULL) else "trial", method="iiet",
                 quality={"accuracy": accuracy(IterationSchedule.parse(label, num_layers=6))},
                 cost={"evaluations": 6 + sum(map(int, label.split(",")))},

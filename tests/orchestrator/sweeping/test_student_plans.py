@@ -13,16 +13,15 @@ from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from orchestrator.pipelines.sweep_plans import text_of_teacher
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialResult
+from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import DistillationSettings, Settings, resolve_settings
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import student_job, threshold_plan
-from orchestrator.sweeping.trials import TrialSuite, exact_cost
+from orchestrator.sweeping.trials import exact_cost
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 
@@ -74,7 +73,7 @@ def test_a_plan_runs_from_all_corrections_to_none(
 ) -> None:
     plan = _plan(Settings(), space, teacher, suite)
     assert [t.role for t in plan.trials] == ["teacher", *["trial"] * 4]
-    schedules = [t.model["schedule"] for t in plan.trials if t.role == "trial"]
+    schedules = [list(t.model.corrections) for t in plan.trials if t.role == "trial"]
     assert schedules == [[2, 1], [1, 1], [1, 0], [0, 0]]
     assert len({t.key for t in plan.trials}) == 5
 
@@ -85,7 +84,7 @@ def test_thresholds_that_lead_to_one_schedule_are_one_trial(
     asked = resolve_settings({}, ["sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]"])
     plan = _plan(asked, space, teacher, suite)
     trials = [t for t in plan.trials if t.role == "trial"]
-    assert [t.model["schedule"] for t in trials] == [[1, 1], [1, 0]]
+    assert [list(t.model.corrections) for t in trials] == [[1, 1], [1, 0]]
     assert plan.num_requested == 5
     for trial, low, high in zip(trials, (0.1, 0.3), (0.3, 0.5), strict=True):
         assert (trial.threshold_above, trial.threshold_up_to) == (low, high)
@@ -164,8 +163,8 @@ def test_a_finished_result_is_found_under_the_names_of_this_sweep(
 ) -> None:
     trial = _plan(Settings(), space, teacher, suite).trials[1]
     assert trial.result() is None
-    stored = TrialResult(key=trial.key, role="baseline", method="iiet", label="another name")
-    write_json(trial.result_path, stored.model_dump(mode="json"))
+    stored = trial.model_copy(update={"role": "baseline", "label": "another name"})
+    stored.write(trial.result_path)
     found = trial.result()
     assert found is not None
     assert (found.role, found.label) == ("trial", trial.label)

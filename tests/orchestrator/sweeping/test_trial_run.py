@@ -18,11 +18,12 @@ from changed_trials import in_folder, with_job
 from filelock import FileLock
 
 from iiet.decoder import Decoder
+from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.asha import AshaTrial, asha_trials, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
-from orchestrator.sweeping.trials import PlannedTrial, SweepPlan
+from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
 from orchestrator.training.job import DONE_NAME
@@ -43,7 +44,7 @@ def measure(decoder, suite, items_path):
 trial_run.measure_quality = measure
 print("ready", flush=True)
 for line in sys.stdin:
-    run = trial_run.run_trial(trial_run.PlannedTrial.model_validate_json(line))
+    run = trial_run.run_trial(trial_run.Trial.model_validate_json(line))
     print(json.dumps([run.state, run.result.model_dump(mode="json")]), flush=True)
 """
 
@@ -58,7 +59,7 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def trials(tiny_plan: SweepPlan) -> tuple[PlannedTrial, ...]:
+def trials(tiny_plan: SweepPlan) -> tuple[Trial, ...]:
     """A teacher that is measured as it is, and its students."""
     return tiny_plan.trials
 
@@ -69,7 +70,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
 
 
-def starts(trial: PlannedTrial) -> int:
+def starts(trial: Trial) -> int:
     return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
 
 
@@ -85,7 +86,7 @@ def start(script: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_make_a_trial_once(trials: tuple[PlannedTrial, ...]) -> None:
+def test_two_processes_make_a_trial_once(trials: tuple[Trial, ...]) -> None:
     processes = [start(WORKER) for _ in range(2)]
     for trial in trials[:2]:
         for process in processes:
@@ -112,7 +113,7 @@ def test_two_processes_make_a_trial_once(trials: tuple[PlannedTrial, ...]) -> No
     ],
 )
 def test_a_damaged_record_of_a_training_costs_only_its_numbers(
-    trials: tuple[PlannedTrial, ...], measured: None, record: str
+    trials: tuple[Trial, ...], measured: None, record: str
 ) -> None:
     (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
     run = run_trial(trials[0])
@@ -121,7 +122,7 @@ def test_a_damaged_record_of_a_training_costs_only_its_numbers(
 
 
 def test_a_trial_is_taken_over_from_a_process_that_died(
-    trials: tuple[PlannedTrial, ...], measured: None
+    trials: tuple[Trial, ...], measured: None
 ) -> None:
     trial = trials[1]
     folder = Path(trial.folder)
@@ -144,7 +145,7 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
 
 
 def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
-    trials: tuple[PlannedTrial, ...], measured: None
+    trials: tuple[Trial, ...], measured: None
 ) -> None:
     trial = trials[1]
     folder = Path(trial.folder)
@@ -165,7 +166,7 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
 
 
 def test_a_stopped_trial_lets_another_process_go_on(
-    trials: tuple[PlannedTrial, ...], measured: None
+    trials: tuple[Trial, ...], measured: None
 ) -> None:
     trial = trials[1]
     asked = iter([False, False, True, True])
@@ -178,7 +179,7 @@ def test_a_stopped_trial_lets_another_process_go_on(
 @pytest.mark.parametrize("error", [None, "OSError: no room"])
 def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhile(
     error: str | None,
-    trials: tuple[PlannedTrial, ...],
+    trials: tuple[Trial, ...],
     tmp_path: Path,
     measured: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -214,7 +215,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
 
 @pytest.mark.slow
 def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
-    trials: tuple[PlannedTrial, ...],
+    trials: tuple[Trial, ...],
     tmp_path: Path,
     ray_session: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -260,7 +261,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
 
 
 def test_the_precision_of_the_suite_is_that_of_the_measured_model(
-    trials: tuple[PlannedTrial, ...], monkeypatch: pytest.MonkeyPatch
+    trials: tuple[Trial, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtypes = []
 
@@ -278,14 +279,14 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
 
 
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
-    tiny_plan: SweepPlan, trials: tuple[PlannedTrial, ...], measured: None, tmp_path: Path
+    tiny_plan: SweepPlan, trials: tuple[Trial, ...], measured: None, tmp_path: Path
 ) -> None:
     low, high = (
         with_rate(trials[1], rate, tmp_path / name)
         for name, rate in (("low", 1e-5), ("high", 1e-2))
     )
 
-    def asha_of(*trials: PlannedTrial, first_rung: float = 0.25) -> dict[str, AshaTrial]:
+    def asha_of(*trials: Trial, first_rung: float = 0.25) -> dict[str, AshaTrial]:
         assignments = ["sweep.asha=true", f"sweep.asha_first_rung={first_rung}"]
         plan = replace(tiny_plan, kind="iterations", trials=trials)
         return asha_trials(plan, resolve_settings({}, assignments).sweep)
@@ -312,17 +313,17 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
     assert stored_early_stop(low, asha[low.key]) is None
 
 
-def with_rate(trial: PlannedTrial, rate: float, folder: Path) -> PlannedTrial:
+def with_rate(trial: Trial, rate: float, folder: Path) -> Trial:
     seen = with_job(with_looks(trial), {"learning_rate": rate})
     return in_folder(seen, folder, key=folder.name, label=folder.name)
 
 
-def with_looks(trial: PlannedTrial) -> PlannedTrial:
+def with_looks(trial: Trial) -> Trial:
     """Return a trial that is validated every five steps."""
     return with_job(trial, {"validate_every_steps": 5, "learning_rate": 1e-6})
 
 
-def test_what_travels_to_a_trial_is_small(trials: tuple[PlannedTrial, ...]) -> None:
+def test_what_travels_to_a_trial_is_small(trials: tuple[Trial, ...]) -> None:
     from orchestrator.sweeping.trial_queue import TrialQueue, run_tune_trial
 
     rounds = TrialQueue(Path(), resolve_settings({}).sweep, Progress(), num_all=len(trials))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from sample_trials import sample_trial
 
-from orchestrator.records.trial import TrialResult
 from orchestrator.tracking import TrackedRun, Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -91,7 +91,7 @@ def test_a_journal_record_is_copied_once(tracking: Tracking, tmp_path: Path) -> 
 
 def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
     sweep = tracking.run("nesting", name="sweep", kind="sweep")
-    result = TrialResult(
+    result = sample_trial(
         key="trial-key",
         role="trial",
         method="iiet",

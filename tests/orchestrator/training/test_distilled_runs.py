@@ -18,11 +18,11 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from iiet.dropping import kept_config
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trials import PlannedTrial, TrialSuite
 from orchestrator.training import job_models
 from orchestrator.training.checkpoint import load_config, read_text_files
 from orchestrator.training.distributed import World
@@ -211,7 +211,7 @@ def test_several_passes_and_recomputation_give_the_hidden_states_of_one_pass(
         assert numbers(split, metric) == expected
 
 
-def _trial(control: str, teacher: Path, tokens: Path, space: Path) -> PlannedTrial:
+def _trial(control: str, teacher: Path, tokens: Path, space: Path) -> Trial:
     from iiet.pruning import FamilyMember
     from iiet.schedule import IterationSchedule
 
@@ -265,7 +265,7 @@ def test_a_control_is_trained_without_a_teacher(
     assert numbers(job, "train/kl") == {}
     assert len(numbers(job, "train/loss")) == RECIPE["num_steps"]
     torch.manual_seed(job.recipe.seed)
-    fresh, taught = Decoder(trial.config()), load_model(teacher)
+    fresh, taught = Decoder(trial.model), load_model(teacher)
     (first,) = started_from
     expected = fresh if control == "scratch" else taught
     assert same_weights(first, expected)
