@@ -1,12 +1,13 @@
 """Text generation: prefill once, then one token per step through the cache.
 
 Prompts of different lengths are padded on the left. A row that has ended repeats its stop token;
-generation ends when all rows have ended. The seed alone determines what is sampled.
+generation ends when all rows have ended. The seed alone determines what is sampled; with a seed for
+each row, a row's tokens do not depend on the other rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stop_tokens: Collection[int] = (),
     attention_mask: Tensor | None = None,
     kv_strategy: KvStrategy = "exact",
@@ -53,7 +54,7 @@ def stream(
         temperature: 0 takes the likeliest token; above, sample from `softmax(logits / T)`.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
-        seed: random seed for sampling (default: random).
+        seed: random seed for sampling, or one for each row (default: random).
         stop_tokens: tokens that end a row; they are part of the result.
         attention_mask: (batch, time), false for padding.
         kv_strategy: `exact`, or `last` for one cache slot per layer.
@@ -63,11 +64,12 @@ def stream(
         at the first step.
     """
     _check(decoder, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
-    generator = torch.Generator(device=input_ids.device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    seeds = [seed] if seed is None or isinstance(seed, int) else seed
+    if len(seeds) not in (1, len(input_ids)):
+        raise ValueError(f"seed must be one, or one for each of {len(input_ids)} rows")
+    generators = [torch.Generator(device=input_ids.device) for _ in seeds]
+    for generator, number in zip(generators, seeds, strict=True):
+        generator.seed() if number is None else generator.manual_seed(number)
     cache = KeyValueCache(
         decoder.config,
         batch_size=input_ids.size(0),
@@ -85,7 +87,7 @@ def stream(
             with torch.inference_mode():
                 logits = decoder(current, cache=cache, attention_mask=mask, last_only=True)[:, -1]
                 following = sample(
-                    logits, temperature, top_k=top_k, top_p=top_p, generator=generator
+                    logits, temperature, top_k=top_k, top_p=top_p, generators=generators
                 )
                 if len(stops):
                     if ended is not None:
@@ -108,9 +110,12 @@ def sample(
     *,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator | None] = (None,),
 ) -> Tensor:
-    """Choose a token, (batch,), for each row of logits, (batch, vocab); settings as in `stream`."""
+    """Choose a token, (batch,), for each row of logits, (batch, vocab); settings as in `stream`.
+
+    `generators` is one for all rows, or one for each.
+    """
     if temperature == 0.0:
         return logits.argmax(-1)
     values, tokens = (logits.float() / temperature), None
@@ -123,7 +128,8 @@ def sample(
         # A token stays if those before it do not reach p yet; the first always stays.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
+    chunks = zip(probabilities.chunk(len(generators)), generators, strict=True)
+    choice = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in chunks])
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 

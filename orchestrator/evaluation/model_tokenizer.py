@@ -1,4 +1,4 @@
-"""How text becomes tokens for a model that is scored.
+"""How text becomes tokens for a model that is evaluated or writes, and tokens become text.
 
 Checkpoints that were trained here add no special tokens. A transformers folder may (one that opens
 every text, for example), and its published scores were measured with them. So its own tokenizer is
@@ -7,9 +7,13 @@ used, called as lm-eval calls it, also by a checkpoint that was imported from it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from tokenizers import Tokenizer
+
+from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
 from orchestrator.training.checkpoint import (
     GENERATION_CONFIG,
@@ -20,17 +24,42 @@ from orchestrator.training.checkpoint import (
 from orchestrator.training.model_loading import read_config
 from orchestrator.workspace.errors import UserError
 
+Message = dict[str, str]
+"""`role` (system, user, assistant) and `content`."""
 
-class ScoringTokenizer(Protocol):
-    """What scoring needs from a tokenizer."""
 
-    @property
-    def prefix_id(self) -> int:
-        """The token that replaces an empty context."""
-        ...
+class ModelTokenizer(Protocol):
+    """What scoring and generation need from a tokenizer."""
+
+    prefix_id: int
+    """The token that replaces an empty context."""
+    end_ids: frozenset[int]
+    """Tokens that end a text."""
+    tokenizer: Any
+    """The library's tokenizer, for pieces of text."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Return the tokens of a text, with the tokenizer's special tokens if wanted."""
+        ...
+
+    def encode_document(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of the beginning of a document; at least one."""
+        ...
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+        ...
+
+    def chat(self, messages: Sequence[Message], *, opens_answer: bool, template: str | None) -> str:
+        """Return messages as the chat template writes them.
+
+        Args:
+            opens_answer: Begin the assistant's answer; otherwise the last message is its beginning.
+            template: Name of a template; the model's default when None.
+
+        Raises:
+            UserError: If there is no such template, or it fails.
+        """
         ...
 
 
@@ -42,12 +71,33 @@ class PlainTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        self._tokenizer = load_tokenizer(path)
-        self.prefix_id = end_of_text_id(self._tokenizer)
+        self._path = path
+        self.tokenizer: Tokenizer = load_tokenizer(path)
+        self.prefix_id = end_of_text_id(self.tokenizer)
+        self.end_ids = frozenset({self.prefix_id})
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:  # noqa: ARG002
         """Return the tokens of a text, as in the training data."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_document(self, text: str) -> tuple[int, ...]:
+        """Return the tokens after an end-of-text token, unless the tokenizer adds its own."""
+        ids, plain = self.tokenizer.encode(text).ids, self.encode(text, add_special_tokens=False)
+        return tuple(ids) if tuple(ids[:1]) != plain[:1] else (self.prefix_id, *plain)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+
+    def chat(
+        self,
+        messages: Sequence[Message],  # noqa: ARG002
+        *,
+        opens_answer: bool,  # noqa: ARG002
+        template: str | None,  # noqa: ARG002
+    ) -> str:
+        """Raise `UserError`: models that were trained here have no chat template."""
+        raise _no_template(self._path.parent)
 
 
 class FolderTokenizer:
@@ -59,26 +109,64 @@ class FolderTokenizer:
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        self.tokenizer = load_transformers_tokenizer(folder, trust_remote_code=trust_remote_code)
-        first = self.tokenizer.bos_token_id
-        first = self.tokenizer.eos_token_id if first is None else first
+        self._folder = folder
+        self.loaded = load_transformers_tokenizer(folder, trust_remote_code=trust_remote_code)
+        self.tokenizer: Any = getattr(self.loaded, "backend_tokenizer", None)
+        first, end = self.loaded.bos_token_id, self.loaded.eos_token_id
+        first = end if first is None else first
         if first is None:
             raise UserError(
                 f"the tokenizer in {folder} names neither a bos_token nor an eos_token, and a text "
                 "without context needs one; name one in tokenizer_config.json"
             )
         self.prefix_id = int(first)
-        self._prefix = self.tokenizer.decode([self.prefix_id])
+        self.end_ids = frozenset(_stop_token_ids(folder) | (set() if end is None else {end}))
+        self._prefix = self.loaded.decode([self.prefix_id])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Return the tokens of a text; an opening token that is present is not added again."""
         wanted = add_special_tokens and not text.startswith(self._prefix)
-        return tuple(
-            self.tokenizer.encode(text, **({} if wanted else {"add_special_tokens": False}))
-        )
+        return tuple(self.loaded.encode(text, **({} if wanted else {"add_special_tokens": False})))
+
+    def encode_document(self, text: str) -> tuple[int, ...]:
+        """Return the tokens as transformers does; the opening token for an empty text."""
+        return self.encode(text, add_special_tokens=True) or (self.prefix_id,)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+        return str(self.loaded.decode(tokens, skip_special_tokens=skip_special_tokens))
+
+    def chat(self, messages: Sequence[Message], *, opens_answer: bool, template: str | None) -> str:
+        """Return messages as the chat template writes them; see `ModelTokenizer`."""
+        try:
+            return str(
+                self.loaded.apply_chat_template(
+                    list(messages),
+                    chat_template=self._template(template),
+                    tokenize=False,
+                    add_generation_prompt=opens_answer,
+                    continue_final_message=not opens_answer,
+                )
+            )
+        except UserError:
+            raise
+        except Exception as error:  # A template is a program and can fail in any way.
+            raise UserError(f"the chat template of {self._folder} fails: {error}") from None
+
+    def _template(self, name: str | None) -> str:
+        known = self.loaded.chat_template
+        if not known:
+            raise _no_template(self._folder)
+        named = known if isinstance(known, dict) else {"default": known}
+        if (name or "default") not in named:
+            raise UserError(
+                f"{self._folder} has no chat template named {name or 'default'}; it has "
+                f"{', '.join(sorted(named))}"
+            )
+        return str(named[name or "default"])
 
 
-def checkpoint_tokenizer(checkpoint: Path) -> ScoringTokenizer:
+def checkpoint_tokenizer(checkpoint: Path) -> ModelTokenizer:
     """Return how a checkpoint reads text: as in training here, or as in the folder it came from.
 
     Raises:
@@ -87,19 +175,6 @@ def checkpoint_tokenizer(checkpoint: Path) -> ScoringTokenizer:
     if (checkpoint / TOKENIZER_CONFIG).is_file():
         return FolderTokenizer(checkpoint)
     return PlainTokenizer(tokenizer_file(checkpoint))
-
-
-def stop_token_ids(checkpoint: Path) -> set[int]:
-    """Return the tokens that end a text, from the files of an imported checkpoint.
-
-    The set is empty if no file names one, as for a model that was trained here.
-
-    Raises:
-        UserError: If a file cannot be read.
-    """
-    files = [checkpoint / name for name in (TOKEN_IDS, GENERATION_CONFIG)]
-    found = [read_token_ids(file, "eos_token_id") for file in files if file.is_file()]
-    return {number for ids in found for number in ids if number >= 0}
 
 
 def read_token_ids(file: Path, name: str) -> list[int]:
@@ -115,3 +190,18 @@ def read_token_ids(file: Path, name: str) -> list[int]:
             f"{name} in {file} must be a token's number, or a list of them; got {value!r}"
         )
     return ids
+
+
+def _stop_token_ids(folder: Path) -> set[int]:
+    """Return the tokens that end a text, as the files of a model from elsewhere name them."""
+    files = [folder / name for name in (CONFIG, TOKEN_IDS, GENERATION_CONFIG)]
+    found = [read_token_ids(file, "eos_token_id") for file in files if file.is_file()]
+    return {number for ids in found for number in ids if number >= 0}
+
+
+def _no_template(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} has no chat template, so messages cannot be written for it; put one into its "
+        "tokenizer_config.json (chat_template) if the model was trained with one, or leave the "
+        "template out: the model then reads the text as it is"
+    )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from iiet.cache import KvStrategy
@@ -20,11 +19,9 @@ from iiet.decoder import Decoder
 from iiet.generation import generate as generate_tokens
 from iiet.generation import stream as stream_tokens
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
-from orchestrator.evaluation.model_tokenizer import stop_token_ids
+from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import TOKENIZER_CONFIG, tokenizer_file
 from orchestrator.training.model_loading import AUTO, load_model
 from orchestrator.training.model_lookup import parse_schedule, resolve_model
 from orchestrator.workspace.errors import UserError
@@ -117,34 +114,13 @@ class TextGenerator:
     """
 
     def __init__(self, checkpoint: Path, schedule: IterationSchedule | None = None) -> None:
-        self.checkpoint = checkpoint
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file(checkpoint))
-        # An imported model's tokenizer as transformers loads it; None for our own models.
-        self._imported: Any = None
-        self._ends: set[int] = set()
-        if (checkpoint / TOKENIZER_CONFIG).is_file():
-            self._imported = load_transformers_tokenizer(checkpoint)
-            self.tokenizer = self._imported.backend_tokenizer
-            end = self._imported.eos_token_id
-            self._ends = stop_token_ids(checkpoint) | (set() if end is None else {end})
-        self._ends = self._ends or {end_of_text_id(self.tokenizer)}
-        self.end_of_text = min(self._ends)
+        self.text: ModelTokenizer = checkpoint_tokenizer(checkpoint)
         self.decoder: Decoder = load_model(checkpoint, device=AUTO, schedule=schedule)
 
     def chat(self, prompt: str) -> str:
         """Return a user's message as the model's chat template writes it, ready to be answered."""
-        if self._imported is None or not self._imported.chat_template:
-            raise UserError(
-                f"{self.checkpoint} has no chat template, which --chat needs; without it the model "
-                "continues the prompt as it is"
-            )
-        try:
-            text = self._imported.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # A template is a program and can fail in any way.
-            raise UserError(f"the chat template of {self.checkpoint} fails: {error}") from None
-        return str(text)
+        message = {"role": "user", "content": prompt}
+        return self.text.chat([message], opens_answer=True, template=None)
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the continuation of a prompt in pieces of whole characters.
@@ -153,7 +129,7 @@ class TextGenerator:
             UserError: At the call: a setting is out of range, or prompt and new tokens do not fit
                 the context.
         """
-        ids = torch.tensor([self._encode(prompt)], device=self.decoder.device)
+        ids = torch.tensor([self.text.encode_document(prompt)], device=self.decoder.device)
         stops = self._stop_tokens(sampling)
         try:
             steps = stream_tokens(self.decoder, ids, stop_tokens=stops, **_options(sampling))
@@ -163,9 +139,9 @@ class TextGenerator:
 
     def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Return the continuation of each prompt, all decoded as one batch. Raises as `stream`."""
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.text.encode_document(prompt) for prompt in prompts]
         length = max(map(len, encoded))
-        rows = [[self.end_of_text] * (length - len(row)) + row for row in encoded]
+        rows = [[self.text.prefix_id] * (length - len(row)) + [*row] for row in encoded]
         mask = [[False] * (length - len(row)) + [True] * len(row) for row in encoded]
         stops, device = self._stop_tokens(sampling), self.decoder.device
         try:
@@ -185,32 +161,14 @@ class TextGenerator:
         for token in tokens:
             if token in stops:
                 return
-            piece = decoding.step(self.tokenizer, token)
+            piece = decoding.step(self.text.tokenizer, token)
             if piece:
                 yield piece
 
-    def _encode(self, prompt: str) -> list[int]:
-        """Encode a prompt as the beginning of a document.
-
-        As in training, an end-of-text token comes first, unless the tokenizer adds a token of its
-        own. An imported model's prompt is encoded as by transformers; a prompt that already has the
-        first token, as from a chat template, gets no second one.
-        """
-        if self._imported is not None:
-            first = self._imported.bos_token
-            has_first = bool(first) and prompt.startswith(first)
-            first_id = self._imported.bos_token_id
-            return list(self._imported.encode(prompt, add_special_tokens=not has_first)) or [
-                self.end_of_text if first_id is None else first_id
-            ]
-        ids = self.tokenizer.encode(prompt).ids
-        plain = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return ids if ids[:1] != plain[:1] else [self.end_of_text, *plain]
-
     def _stop_tokens(self, sampling: Sampling) -> set[int]:
-        stops = set(self._ends)
+        stops = set(self.text.end_ids)
         for text in sampling.stop:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            ids = self.text.encode(text, add_special_tokens=False)
             if len(ids) != 1:
                 raise UserError(
                     f"--stop takes texts that are one token; {text!r} is {len(ids)} of them"

@@ -4,15 +4,15 @@ Per-item values are kept for paired comparisons of two models on the same items,
 noise cancels. Standard errors are analytic, not bootstrapped (0 seconds instead of several per
 task): s / sqrt(n) for means, the delta method for functions of means.
 
-    accuracy = mean over the requested tasks of acc_norm if a task reports it, else acc
-               (a group counts as one task)
+    accuracy = mean over the requested tasks of acc_norm if a task reports it, else acc, else
+               exact_match under the task's first filter (a group counts as one task)
     error    = sqrt(sum of squared errors) / number of tasks, for independent tasks
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ from orchestrator.workspace.errors import UserError, shortened
 
 ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
 """A task's accuracy is the first of these that it reports."""
+
+FILTER_MARK = ":"
+"""Stands between a metric and the name of a task's filter."""
 
 BITS_METRIC = "bits_per_byte"
 STDERR_SUFFIX = "_stderr"
@@ -40,18 +43,22 @@ class TaskResult:
     num_fewshot: int
     """Solved examples before each item."""
     metrics: dict[str, float]
-    """Metric to value, and `METRIC_stderr` to its standard error if known."""
+    """Metric to value, and `METRIC_stderr` to its standard error if known. Where a task filters
+    the answers before they are compared, one metric per filter: `exact_match:strict-match`."""
     items: list[str]
     """A hash of each document, in order; equal hashes mean equal items."""
     values: dict[str, list[Any]]
     """Metric to one value per item; pairs (log-likelihood, weight) for metrics per byte or word."""
     log_likelihoods: list[list[float]]
-    """Per item, the log-likelihood of each continuation, in nats."""
+    """Per item, the log-likelihood of each continuation, in nats; none where answers are
+    generated."""
+    answers: list[list[str]] = field(default_factory=list)
+    """Per item, the generated answers; none where continuations are scored."""
 
     @property
     def accuracy_metric(self) -> str | None:
         """The metric that counts as accuracy; None if the task has none."""
-        return next((name for name in ACCURACY_METRICS if name in self.metrics), None)
+        return accuracy_among(name for name in self.metrics if not name.endswith(STDERR_SUFFIX))
 
     def with_error(self, metric: str | None) -> tuple[float, float] | None:
         """Return a metric and its standard error (NaN if unknown); None if it is not reported."""
@@ -160,6 +167,13 @@ class EvaluationResult:
             raise
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"the evaluation is not readable ({error!r}); evaluate again") from None
+
+
+def accuracy_among(metrics: Iterable[str]) -> str | None:
+    """Return the metric that counts as accuracy: the first of the best kind; None without one."""
+    names = list(metrics)
+    found = (n for kind in ACCURACY_METRICS for n in names if n.partition(FILTER_MARK)[0] == kind)
+    return next(found, None)
 
 
 def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

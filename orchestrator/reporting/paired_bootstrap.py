@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.records.evaluation import (
-    ACCURACY_METRICS,
     BITS_METRIC,
     EvaluationResult,
     TaskResult,
+    accuracy_among,
 )
 from orchestrator.reporting.bootstrap import (
     NUM_RESAMPLES,
@@ -140,8 +140,9 @@ def _items(result: TaskResult) -> list[Item]:
 
 def _shared_metric(results: Sequence[TaskResult]) -> str | None:
     # An accuracy, else the bits per byte.
-    metrics = (*ACCURACY_METRICS, BITS_METRIC)
-    return next((m for m in metrics if all(m in result.values for result in results)), None)
+    shared = set.intersection(*(set(result.values) for result in results))
+    metric = accuracy_among(name for name in results[0].values if name in shared)
+    return metric or (BITS_METRIC if BITS_METRIC in shared else None)
 
 
 def _item_values(results: Sequence[TaskResult], metric: str) -> ItemValues | None:

@@ -204,6 +204,16 @@ def test_the_seed_determines_the_samples():
     assert not torch.equal(generate(decoder, prompt(), seed=2, **settings), first)
 
 
+def test_a_row_with_its_own_seed_does_not_depend_on_the_others():
+    decoder, settings = decoder_of(), {"max_new_tokens": 6, "temperature": 1.0, "top_k": 20}
+    together = generate(decoder, prompt(), seed=[7, 8], **settings)
+    for row, seed in enumerate((7, 8)):
+        alone = generate(decoder, prompt()[row : row + 1], seed=seed, **settings)
+        assert torch.equal(together[row], alone[0])
+    with pytest.raises(ValueError, match="one for each of 2 rows"):
+        generate(decoder, prompt(), seed=[7, 8, 9], **settings)
+
+
 def test_stop_tokens_end_rows_and_then_the_batch():
     decoder = decoder_of()
     free = generate(decoder, prompt(), max_new_tokens=10)
@@ -220,7 +230,7 @@ def shares(logits, **settings):
     """How often each token is chosen in many draws."""
     generator = torch.Generator().manual_seed(0)
     rows = logits.expand(20_000, -1)
-    chosen = sample(rows, settings.pop("temperature", 1.0), generator=generator, **settings)
+    chosen = sample(rows, settings.pop("temperature", 1.0), generators=[generator], **settings)
     return torch.bincount(chosen, minlength=logits.numel()) / len(rows)
 
 

@@ -1,4 +1,4 @@
-"""A decoder as a model class of lm-eval: text in, log-likelihoods out.
+"""A decoder as a model class of lm-eval: text in, log-likelihoods or generated answers out.
 
 lm-eval's own class for Hugging Face models gives the same log-likelihoods up to rounding, but takes
 1.5 to 2 times as long: it runs a shared context once per choice, and the head at every position.
@@ -7,6 +7,8 @@ Its cache of logits, on by default, returns wrong scores for some inputs.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,23 +17,26 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from iiet.decoder import Decoder
-from orchestrator.evaluation.model_tokenizer import ScoringTokenizer
+from orchestrator.evaluation.answers import Question, generate_answers
+from orchestrator.evaluation.harness.answer_settings import answer_settings
+from orchestrator.evaluation.model_tokenizer import ModelTokenizer
 from orchestrator.evaluation.scoring import Score, score_continuations
 from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.provenance import content_key
 
 
 class DecoderModel(TemplateLM):  # type: ignore[misc]
-    """A decoder as a model of lm-eval: text in, log-likelihoods out."""
+    """A decoder as a model of lm-eval: text in, log-likelihoods or generated answers out."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: ScoringTokenizer, batch_size: int, progress: Progress
+        self, decoder: Decoder, tokenizer: ModelTokenizer, batch_size: int, progress: Progress
     ) -> None:
         super().__init__()
         self.num_cut = 0
         # The choices of a question follow each other, and each encodes the same context.
         self._ids = lru_cache(maxsize=8)(tokenizer.encode)
         self._decoder = decoder
-        self._prefix_id = tokenizer.prefix_id
+        self._text = tokenizer
         self._batch_size = batch_size
         self._progress = progress
         self._num_items = self._num_items_done = 0
@@ -39,7 +44,7 @@ class DecoderModel(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """The token before a text without context."""
-        return self._prefix_id
+        return self._text.prefix_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -71,9 +76,29 @@ class DecoderModel(TemplateLM):  # type: ignore[misc]
         scores = iter(self._score(windows))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
-    def generate_until(self, *_: Any, **__: Any) -> list[str]:
-        """Not supported; `load_suite` refuses such tasks."""
-        raise NotImplementedError("an evaluation by log-likelihoods does not generate text")
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
+        """Generate the answer to each (context, generation_kwargs)."""
+        self._num_items = num_items(requests)
+        context_length = self._decoder.config.context_length
+        seen: Counter[str] = Counter()
+        questions = []
+        for request in requests:
+            text, options = request.args[:2]
+            settings = answer_settings(options, context_length)
+            context = tuple(self.tok_encode(text)) or (self.prefix_token_id,)
+            self.num_cut += len(context) + settings.max_new_tokens > context_length
+            # A task may ask for several samples of one answer.
+            seed = int(content_key("answer", text, seen[text])[:8], 16)
+            seen[text] += 1
+            questions.append(Question(context, settings, seed))
+        advance = self._advance()
+        return generate_answers(
+            self._decoder,
+            self._text,
+            questions,
+            batch_size=self._batch_size,
+            on_answered=lambda done: advance(done, len(questions)),
+        )
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -84,15 +109,15 @@ class DecoderModel(TemplateLM):  # type: ignore[misc]
         return [(score.log_likelihood, score.is_greedy) for score in self._score(pairs)]
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+        return score_continuations(
+            self._decoder, pairs, batch_size=self._batch_size, on_scored=self._advance()
+        )
+
+    def _advance(self) -> Callable[[int, int], None]:
+        """Return what shows the progress of these requests as (done, total)."""
         before = self._num_items_done
         self._num_items_done += self._num_items
-
-        def advance(done: int, total: int) -> None:
-            self._progress.advance(before + self._num_items * done / total)
-
-        return score_continuations(
-            self._decoder, pairs, batch_size=self._batch_size, on_scored=advance
-        )
+        return lambda done, total: self._progress.advance(before + self._num_items * done / total)
 
 
 def num_items(requests: list[Instance]) -> int:

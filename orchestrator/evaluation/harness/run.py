@@ -15,11 +15,13 @@ from lm_eval.api.task import Task
 
 from iiet.decoder import Decoder
 from orchestrator.data.hub import offline
+from orchestrator.evaluation.harness.answer_settings import check_answer_settings
 from orchestrator.evaluation.harness.decoder_model import DecoderModel
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer, ScoringTokenizer
+from orchestrator.evaluation.model_tokenizer import ModelTokenizer, PlainTokenizer
 from orchestrator.records.evaluation import (
+    FILTER_MARK,
     STDERR_SUFFIX,
     EvaluationResult,
     TaskResult,
@@ -29,11 +31,19 @@ from orchestrator.terminal.progress import Progress
 
 OnResult = Callable[[TaskResult], None]
 
+FEWSHOT_SEED = 1234
+"""lm-eval's default, so that prompts are the usual ones."""
+
+NO_FILTER = "none"
+"""lm-eval's name of the filter of tasks that name none."""
+
+AGGREGATIONS = {function: key for key, function in AGGREGATION_REGISTRY.items()}
+
 
 def run_suite(
     suite: Suite,
     decoder: Decoder,
-    tokenizer: Path | ScoringTokenizer,
+    tokenizer: Path | ModelTokenizer,
     *,
     batch_size: int = 32,
     limit: int | None = None,
@@ -51,11 +61,13 @@ def run_suite(
         on_result: Called with the result of each task when it is complete.
 
     Raises:
-        UserError: If the tokenizer is missing or damaged.
+        UserError: If the tokenizer is missing or damaged, or a task wants answers that the decoder
+            cannot generate.
     """
     progress = progress or Progress()
     if isinstance(tokenizer, Path):
         tokenizer = PlainTokenizer(tokenizer)
+    check_answer_settings(suite.tasks, decoder.config.context_length)
     model = DecoderModel(decoder, tokenizer, batch_size, progress)
     result = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
     if model.num_cut:
@@ -79,6 +91,7 @@ def run_model(
     progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
     results: dict[str, TaskResult] = {}
     for name, task in suite.tasks.items():
+        task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
         with suppress_output(), offline(), _templates_compiled_once():
             output = evaluator.evaluate(
                 lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0
@@ -102,22 +115,31 @@ def _templates_compiled_once() -> Iterator[None]:
 
 
 def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
-    """Convert lm-eval's output: one value per metric and item."""
-    samples = output["samples"][name]
-    first_filter = samples[0]["filter"] if samples else "none"
-    samples = [sample for sample in samples if sample["filter"] == first_filter]
-    aggregations = {function: key for key, function in AGGREGATION_REGISTRY.items()}
+    """Convert lm-eval's output: one value per metric, filter and item."""
+    by_filter: dict[str, list[dict[str, Any]]] = {}
+    for sample in output["samples"][name]:
+        by_filter.setdefault(sample["filter"], []).append(sample)
     metrics: dict[str, float] = {}
     values: dict[str, list[Any]] = {}
-    for metric, aggregate in task.aggregation().items():
-        total = output["results"][name].get(f"{metric},{first_filter}")
-        if not isinstance(total, int | float):
-            continue
-        metrics[metric] = float(total)
-        values[metric] = [_plain(sample[metric]) for sample in samples if metric in sample]
-        error = standard_error(aggregations.get(aggregate, ""), values[metric])
-        if error is not None:
-            metrics[metric + STDERR_SUFFIX] = error
+    for filter_name, samples in by_filter.items():
+        for metric, aggregate in task.aggregation().items():
+            total = output["results"][name].get(f"{metric},{filter_name}")
+            if not isinstance(total, int | float):
+                continue
+            label = metric if filter_name == NO_FILTER else f"{metric}{FILTER_MARK}{filter_name}"
+            metrics[label] = float(total)
+            found = [_plain(sample[metric]) for sample in samples if metric in sample]
+            if None in found:  # Texts, such as those that BLEU compares.
+                continue
+            values[label] = found
+            error = standard_error(AGGREGATIONS.get(aggregate, ""), found)
+            if error is not None:
+                metrics[label + STDERR_SUFFIX] = error
+    samples = next(iter(by_filter.values()), [])
+    responses = [sample["resps"] for sample in samples]  # By request, then by repetition.
+    texts = [[r for rs in of_item for r in rs if isinstance(r, str)] for of_item in responses]
+    is_generated = any(texts)
+    scores = [[_score(rs[0]) for rs in of_item] for of_item in responses if not is_generated]
     return TaskResult(
         name=name,
         version=str(task.VERSION),
@@ -126,13 +148,18 @@ def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
         metrics=metrics,
         items=[sample["doc_hash"][:16] for sample in samples],
         values=values,
-        log_likelihoods=[[_plain_score(r[0]) for r in sample["resps"]] for sample in samples],
+        log_likelihoods=scores,
+        answers=texts if is_generated else [],
     )
 
 
 def _plain(value: Any) -> Any:
-    return [float(part) for part in value] if isinstance(value, tuple | list) else float(value)
+    """Return a value of an item as numbers; None if it is none."""
+    try:
+        return [float(part) for part in value] if isinstance(value, tuple | list) else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
-def _plain_score(response: Any) -> float:
+def _score(response: Any) -> float:
     return float(response[0] if isinstance(response, tuple | list) else response)

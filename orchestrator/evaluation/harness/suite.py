@@ -28,9 +28,6 @@ from orchestrator.records.evaluation import ACCURACY_METRICS
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.provenance import content_key
 
-FEWSHOT_SEED = 1234
-"""lm-eval's default, so that prompts are the usual ones."""
-
 SUITES = {
     "paper": (
         "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
@@ -142,7 +139,6 @@ def load_suite(
             task.set_config("num_fewshot", num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(FEWSHOT_SEED)
     suite = Suite(tasks=tasks, groups=groups, skipped=skipped)
     return suite if planned is None else _as_planned(suite, {*planned, *heldout_tasks})
 
@@ -254,8 +250,6 @@ def _reads_hub(manager: TaskManager, name: str) -> bool:
 
 
 def _unsupported_reason(task: Task) -> str | None:
-    if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice"):
-        return f"it needs {task.OUTPUT_TYPE}; only tasks scored by log-likelihoods are supported"
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         return "it runs code that a model wrote, or needs more than text"
     return None

@@ -14,11 +14,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from orchestrator.data.hub import offline
+from orchestrator.evaluation.harness.answer_settings import usual_max_new_tokens
 from orchestrator.evaluation.harness.decoder_model import num_items
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.model_tokenizer import FolderTokenizer
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line
+
+SEED = 1234
+"""Random seed of sampled answers, lm-eval's default."""
 
 
 class _WatchedModel(HFLM):  # type: ignore[misc]
@@ -37,17 +41,43 @@ class _WatchedModel(HFLM):  # type: ignore[misc]
         self._begin(requests)
         return super().loglikelihood_rolling(requests, **options)
 
+    def generate_until(self, requests: list[Instance], **options: Any) -> Any:
+        """Generate the answer to each (context, generation_kwargs)."""
+        self._begin(requests)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(SEED)
+                return super().generate_until(requests, **options)
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"transformers cannot generate the answers of {requests[0].task_name}: "
+                f"{first_line(error)}"
+            ) from None
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Largest number of tokens of an answer, for tasks that set none."""
+        return usual_max_new_tokens(self.max_length)
+
     def _begin(self, requests: list[Instance]) -> None:
         self._num_before += self._num_items
         self._num_items, self._num_requests, self._num_done = num_items(requests), len(requests), 0
 
     def _model_call(self, inps: torch.Tensor, **options: Any) -> Any:
         logits = super()._model_call(inps, **options)
-        self._num_done += len(inps)
+        self._advance(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, **options: Any) -> Any:
+        tokens = super()._model_generate(context, **options)
+        self._advance(len(context))
+        return tokens
+
+    def _advance(self, num_sequences: int) -> None:
+        self._num_done += num_sequences
         # A text of several windows is more than one sequence.
         share = min(1.0, self._num_done / max(1, self._num_requests))
         self.progress.advance(self._num_before + self._num_items * share)
-        return logits
 
 
 def load_transformers_model(
@@ -67,7 +97,7 @@ def load_transformers_model(
         UserError: If transformers cannot load it, it needs code that is not trusted, or weights
             are missing.
     """
-    tokenizer = FolderTokenizer(folder, trust_remote_code=trust_remote_code).tokenizer
+    tokenizer = FolderTokenizer(folder, trust_remote_code=trust_remote_code).loaded
     with suppress_output(), offline():
         model = _load(folder, trust_remote_code)
         model.config.use_cache = False  # Scoring would fill a cache and discard it.

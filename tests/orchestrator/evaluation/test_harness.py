@@ -371,7 +371,7 @@ def test_local_tasks_never_contact_the_hub(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}, "generate"),
+        ({"unsafe_code": True}, "runs code that a model wrote"),
         ({"doc_to_text": "{{no_such_field.x}}"}, "UndefinedError"),
     ],
 )

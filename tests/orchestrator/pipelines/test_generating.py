@@ -51,16 +51,16 @@ def write(decoder: Decoder, folder: Path, tokens: Path) -> Path:
 
 
 def test_the_pieces_are_the_decoded_tokens(writer: TextGenerator) -> None:
-    ids = [writer.end_of_text, *writer.tokenizer.encode("abc def").ids]
+    ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
     tokens = generate(
         writer.decoder,
         torch.tensor([ids]),
         max_new_tokens=8,
-        stop_tokens=[writer.end_of_text],
+        stop_tokens=[writer.text.prefix_id],
     )[0, len(ids) :]
     text = "".join(writer.stream("abc def", FEW))
     assert text
-    assert text == writer.tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
+    assert text == writer.text.tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
 
 
 def test_a_batch_of_different_lengths_says_what_each_says_alone(writer: TextGenerator) -> None:
@@ -78,16 +78,18 @@ def test_a_seed_decides_and_no_seed_does_not(writer: TextGenerator) -> None:
 
 
 def test_text_ends_before_the_stop_token(writer: TextGenerator) -> None:
-    ids = [writer.end_of_text, *writer.tokenizer.encode("abc def").ids]
+    ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
     tokens = generate(writer.decoder, torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
-    stop = next(t for t in tokens[1:] if t != tokens[0] and writer.tokenizer.decode([t]).isascii())
-    expected = writer.tokenizer.decode(tokens[: tokens.index(stop)])
-    sampling = replace(FEW, stop=(writer.tokenizer.decode([stop]),))
+    stop = next(
+        t for t in tokens[1:] if t != tokens[0] and writer.text.tokenizer.decode([t]).isascii()
+    )
+    expected = writer.text.tokenizer.decode(tokens[: tokens.index(stop)])
+    sampling = replace(FEW, stop=(writer.text.tokenizer.decode([stop]),))
     assert "".join(writer.stream("abc def", sampling)) == expected
 
 
 def test_characters_come_whole(writer: TextGenerator) -> None:
-    ids = writer.tokenizer.encode("é 好 你").ids
+    ids = writer.text.tokenizer.encode("é 好 你").ids
     pieces = list(writer._pieces(ids, ()))
     assert "".join(pieces) == "é 好 你"
     assert "\ufffd" not in "".join(pieces)

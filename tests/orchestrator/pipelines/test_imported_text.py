@@ -120,9 +120,9 @@ def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Worksp
     writer = TextGenerator(import_model(llama, workspace=workspace))
     asked = writer.chat("a bag")
     assert asked == "<s>user: a bag\n"
-    ids = writer._encode(asked)
+    ids = list(writer.text.encode_document(asked))
     assert ids.count(300) == 1
-    assert ids == writer._encode("user: a bag\n")
+    assert ids == list(writer.text.encode_document("user: a bag\n"))
     assert writer.continue_all([asked, asked], FEW) == ["".join(writer.stream(asked, FEW))] * 2
     (llama / "chat_template.jinja").unlink()
     plain = TextGenerator(import_model(llama, workspace=workspace, name="plain"))
@@ -176,7 +176,7 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.save(str(llama / "tokenizer.json"))
     write(llama / "tokenizer_config.json", {"bos_token": first, "eos_token": "<|end|>"})
-    assert TextGenerator(import_model(llama, workspace=workspace))._encode("") == [0]
+    assert TextGenerator(import_model(llama, workspace=workspace)).text.encode_document("") == (0,)
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: Workspace) -> None:
@@ -185,4 +185,4 @@ def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: 
     write(llama / "tokenizer_config.json", {**config, **own})
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
     writer = TextGenerator(import_model(llama, workspace=workspace))
-    assert writer._encode("a bag")[0] == 300
+    assert writer.text.encode_document("a bag")[0] == 300

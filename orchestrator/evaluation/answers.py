@@ -1,0 +1,148 @@
+"""Generated answers: texts that continue contexts, until a stop text or a stop token.
+
+Contexts of one batch are padded on the left and decoded together with the key/value cache. A batch
+changes no answer: padding is masked, and each sampled context has a seed of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from iiet.decoder import Decoder
+from iiet.generation import stream
+from orchestrator.evaluation.model_tokenizer import ModelTokenizer
+
+_TAIL_MARGIN = 8
+"""Tokens read before a possible stop text: the first ones may be parts of characters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """How an answer is generated, and when it ends."""
+
+    until: tuple[str, ...] = ()
+    """Texts that end the answer, and are no part of it."""
+    max_new_tokens: int = 256
+    """Largest number of tokens of an answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample among this many likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered."""
+
+    context: tuple[int, ...]
+    """Tokens before the answer, at least one. A context that leaves no place for the answer loses
+    its beginning."""
+    settings: AnswerSettings
+    seed: int = 0
+    """Random seed of a sampled answer."""
+
+
+def generate_answers(
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 32,
+    on_answered: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return the answer to each question, without the text that ended it.
+
+    Args:
+        decoder: The model in evaluation mode, under its own schedule.
+        tokenizer: Its tokenizer; its end tokens end an answer, too.
+        questions: In any order; those of the same settings and similar lengths are one batch.
+        batch_size: Largest number of contexts that are decoded together.
+        on_answered: Called after each batch with the number of answers so far.
+
+    Raises:
+        ValueError: If an answer may fill the model's context, or a setting is out of range.
+    """
+    answers: dict[int, str] = {}
+    by_settings: dict[AnswerSettings, list[int]] = {}
+    for number, question in enumerate(questions):
+        by_settings.setdefault(question.settings, []).append(number)
+    for settings, numbers in by_settings.items():
+        numbers.sort(key=lambda number: -len(questions[number].context))
+        for start in range(0, len(numbers), batch_size):
+            batch = numbers[start : start + batch_size]
+            rows = _Rows(tokenizer, settings.until, len(batch))
+            _answer(decoder, [questions[number] for number in batch], rows)
+            answers |= dict(zip(batch, rows.texts(), strict=True))
+            if on_answered:
+                on_answered(len(answers))
+    return [answers[number] for number in range(len(questions))]
+
+
+def _answer(decoder: Decoder, questions: Sequence[Question], rows: _Rows) -> None:
+    """Decode contexts of the same settings together, until all rows have ended."""
+    settings, device = questions[0].settings, decoder.device
+    room = decoder.config.context_length - settings.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_gen_toks={settings.max_new_tokens} leaves no place for a question in the "
+            f"{decoder.config.context_length} tokens of the model's context"
+        )
+    contexts = [question.context[-room:] for question in questions]
+    length = max(map(len, contexts))
+    padded = [[0] * (length - len(context)) + [*context] for context in contexts]
+    is_token = [[False] * (length - len(context)) + [True] * len(context) for context in contexts]
+    needs_mask = min(map(len, contexts)) < length
+    steps = stream(
+        decoder,
+        torch.tensor(padded, device=device),
+        attention_mask=torch.tensor(is_token, device=device) if needs_mask else None,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=[question.seed for question in questions],
+        stop_tokens=rows.end_ids,
+    )
+    for tokens in steps:
+        if rows.add(tokens.tolist()):
+            return
+
+
+class _Rows:
+    """The answers of a batch while they grow."""
+
+    def __init__(self, tokenizer: ModelTokenizer, until: Sequence[str], num_rows: int) -> None:
+        self.end_ids = tokenizer.end_ids
+        self._tokenizer = tokenizer
+        self._until = [text for text in until if text]
+        longest = max((len(text.encode()) for text in self._until), default=0)
+        self._tail = longest + _TAIL_MARGIN  # A token stands for at least one byte.
+        self._tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        self._open = set(range(num_rows))
+
+    def add(self, tokens: Sequence[int]) -> bool:
+        """Add the next token of each row that has not ended; return whether all have."""
+        for row in sorted(self._open):
+            if tokens[row] in self.end_ids:
+                self._open.remove(row)
+                continue
+            self._tokens[row].append(tokens[row])
+            if self._until:
+                # A stop text may be a special token, and may begin inside of a token.
+                tail = self._tokens[row][-self._tail :]
+                text = self._tokenizer.decode(tail, skip_special_tokens=False)
+                if any(stop in text for stop in self._until):
+                    self._open.remove(row)
+        return not self._open
+
+    def texts(self) -> list[str]:
+        """Return the answers up to their first stop text."""
+        answers = [self._tokenizer.decode(tokens) for tokens in self._tokens]
+        for stop in self._until:
+            answers = [answer.partition(stop)[0] for answer in answers]
+        return answers

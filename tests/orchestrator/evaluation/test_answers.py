@@ -1,0 +1,156 @@
+"""Generated answers: a batch says what each context says alone, and stops where the text does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.generation import generate, sample
+from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
+from orchestrator.evaluation.harness.answer_settings import answer_settings
+from orchestrator.evaluation.model_tokenizer import PlainTokenizer
+from orchestrator.workspace.errors import UserError
+
+CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed", "x", "dad had"]
+
+
+@pytest.fixture
+def tokenizer(tiny_tokens: Path) -> PlainTokenizer:
+    return PlainTokenizer(open_tokens(tiny_tokens).tokenizer_path)
+
+
+@pytest.fixture
+def decoder(tiny_model: dict[str, Any]) -> Decoder:
+    torch.manual_seed(0)
+    config = {**tiny_model, "context_length": 48, "initializer_std": 0.4}
+    return Decoder(ModelConfig.from_dict(config)).eval()
+
+
+def questions(
+    tokenizer: PlainTokenizer, settings: AnswerSettings, texts: Sequence[str] = CONTEXTS
+) -> list[Question]:
+    return [
+        Question(tokenizer.encode(text, add_special_tokens=False), settings, seed=number)
+        for number, text in enumerate(texts)
+    ]
+
+
+@torch.no_grad()
+def slowly(decoder: Decoder, tokenizer: PlainTokenizer, question: Question) -> str:
+    """Answer without cache, batch or padding; look for the stop texts in the whole answer."""
+    settings = question.settings
+    room = decoder.config.context_length - settings.max_new_tokens
+    tokens, answer = list(question.context[-room:]), []
+    generator = torch.Generator().manual_seed(question.seed)
+    for _ in range(settings.max_new_tokens):
+        logits = decoder(torch.tensor([tokens]))[:, -1]
+        options = {"top_k": settings.top_k, "top_p": settings.top_p}
+        token = int(sample(logits, settings.temperature, generators=[generator], **options))
+        if token in tokenizer.end_ids:
+            break
+        tokens.append(token)
+        answer.append(token)
+        text = tokenizer.decode(answer)
+        if found := [text.index(stop) for stop in settings.until if stop in text]:
+            return text[: min(found)]
+    return tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AnswerSettings(max_new_tokens=12),
+        AnswerSettings(max_new_tokens=12, temperature=1.0),
+        AnswerSettings(max_new_tokens=9, temperature=0.7, top_k=20),
+        AnswerSettings(max_new_tokens=9, temperature=1.3, top_p=0.8),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_a_batch_answers_as_each_context_alone(
+    decoder: Decoder, tokenizer: PlainTokenizer, settings: AnswerSettings, batch_size: int
+) -> None:
+    asked = questions(tokenizer, settings)
+    answers = generate_answers(decoder, tokenizer, asked, batch_size=batch_size)
+    assert answers == [slowly(decoder, tokenizer, question) for question in asked]
+    assert len(set(answers)) > 2
+
+
+def test_stop_texts_end_an_answer_also_across_tokens(
+    decoder: Decoder, tokenizer: PlainTokenizer
+) -> None:
+    free = questions(tokenizer, AnswerSettings(max_new_tokens=16))
+    whole = [slowly(decoder, tokenizer, question) for question in free]
+    across = []
+    for text in whole:
+        # The middle of the answer: from within one token into others.
+        stop = text[len(text) // 2 : len(text) // 2 + 5]
+        assert len(tokenizer.encode(stop, add_special_tokens=False)) > 1
+        across.append(stop)
+    settings = AnswerSettings(max_new_tokens=16, until=("never there", *across))
+    asked = questions(tokenizer, settings)
+    answers = generate_answers(decoder, tokenizer, asked, batch_size=3)
+    assert answers == [slowly(decoder, tokenizer, question) for question in asked]
+    for answer, text in zip(answers, whole, strict=True):
+        assert text.startswith(answer)
+        assert len(answer) < len(text)
+        assert not any(stop in answer for stop in across)
+
+
+def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: PlainTokenizer) -> None:
+    free = AnswerSettings(max_new_tokens=8, temperature=1.0)
+    (asked,) = questions(tokenizer, free, ["a bag"])
+    ids = torch.tensor([asked.context])
+    tokens = generate(decoder, ids, max_new_tokens=8, temperature=1.0, seed=0)[0, ids.size(1) :]
+    stop = int(tokens[4])
+    before = tokens[: tokens.tolist().index(stop)].tolist()
+    tokenizer.tokenizer.add_special_tokens([tokenizer.tokenizer.id_to_token(stop)])
+    assert tokenizer.decode([stop]) == ""
+    name = tokenizer.decode([stop], skip_special_tokens=False)
+    assert name not in tokenizer.decode(before)
+    stopped = replace(asked, settings=replace(free, until=(name,)))
+    assert generate_answers(decoder, tokenizer, [stopped]) == [tokenizer.decode(before)]
+
+
+def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: PlainTokenizer) -> None:
+    settings = AnswerSettings(max_new_tokens=20)
+    long = "one two three " * 20
+    (asked,) = questions(tokenizer, settings, [long])
+    assert len(asked.context) > 48
+    kept = replace(asked, context=asked.context[-28:])
+    other = replace(asked, context=(1, 2, *asked.context[-28:]))
+    answers = generate_answers(decoder, tokenizer, [asked, kept, other])
+    assert len(set(answers)) == 1
+    with pytest.raises(ValueError, match="leaves no place"):
+        generate_answers(
+            decoder, tokenizer, [replace(asked, settings=AnswerSettings(max_new_tokens=48))]
+        )
+
+
+def test_settings_of_a_task_become_those_of_the_generator() -> None:
+    greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
+    assert greedy == AnswerSettings(until=("\n", "Q:"), max_new_tokens=256)
+    assert answer_settings({"until": "."}, 100) == AnswerSettings(until=(".",), max_new_tokens=50)
+    sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
+    assert sampled == AnswerSettings(max_new_tokens=7, temperature=1.0, top_p=0.9)
+    assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
+        ({"max_gen_toks": 64}, "up to 64 tokens .max_gen_toks., and the model's context holds 64"),
+    ],
+)
+def test_what_the_generator_lacks_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        answer_settings(options, 64)
