@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -171,7 +170,8 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     )
     job = TrainingJob.model_validate(config["job"])
     try:
-        return {"result": asdict(run_job(job, world=world))}
+        run_job(job, world=world)
+        return {}  # The outcome is read from the job's folder.
     except Exception as error:
         # One of several workers that fails alone must die: the others wait for it for ever.
         return final_answer(error, is_stopping=world.size == 1 and is_stop_requested(job.folder))
