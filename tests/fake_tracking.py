@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,13 +29,16 @@ class FakeRun:
     def log_metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
         assert all(isinstance(value, int | float) for value in values.values())
 
+    def log_points(self, points: Sequence[tuple[str, float, int]]) -> None:
+        assert all(isinstance(value, int | float) for _, value, _ in points)
+
     def log_artifact(self, path: Path, folder: str) -> None:
         assert path.is_file()
 
-    def log_journal(self, folder: Path) -> None:
+    def log_journal(self, folder: Path, part: object = None) -> None:
         assert folder.is_dir()
 
-    def finish(self, status: str = "FINISHED") -> None:
+    def finish(self, status: str = "FINISHED", *, wait: bool = True) -> None:
         self.statuses.append((self.kind, status))
 
 

@@ -201,19 +201,18 @@ def _track(context: Context, key: str, table: InfluenceTable, path: Path, checkp
             "checkpoint": checkpoint,
         },
     )
-    for correction in range(1, table.schedule.max_corrections + 1):
-        values = {
-            f"{name}/layer_{layer:02d}": row[correction - 1]
-            for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
-            for layer, row in enumerate(rows, start=1)
-            if len(row) >= correction
-        }
-        run.log_metrics(values, step=correction)
-    for layer, value in enumerate(table.layer_values, start=1):
-        run.log_metrics({"block_influence": value}, step=layer)
-    for layer, factor in enumerate(table.contractions, start=1):
-        if not math.isnan(factor):
-            run.log_metrics({"contraction": factor}, step=layer)
+    points = [
+        (f"{name}/layer_{layer:02d}", value, correction)
+        for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
+        for layer, row in enumerate(rows, start=1)
+        for correction, value in enumerate(row, start=1)
+    ]
+    points += [
+        ("block_influence", value, layer) for layer, value in enumerate(table.layer_values, start=1)
+    ]
+    contractions = enumerate(table.contractions, start=1)
+    points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
+    run.log_points(points)
     for file in (path, path.with_suffix(".png")):
         if file.is_file():
             run.log_artifact(file, "influence")

@@ -97,7 +97,7 @@ def pick(
     folder = resolve_path(to) if to else context.workspace.exports / found.name / rule.alias
     chosen = f"`{rule.alias}` of the sweep `{found.name}`: {sentence}."
     _export(found, result, items.get(result.key), folder, chosen, context)
-    run = context.tracking.run(found.key, name=found.name, kind="sweep")
+    run = context.tracking.handle(found.key, name=found.name, kind="sweep")
     run.register(found.name, folder, key=result.key, alias=rule.alias, note=sentence)
     run.finish()
     version = f"models:/{found.name}@{rule.alias}"

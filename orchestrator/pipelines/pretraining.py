@@ -123,13 +123,15 @@ def pretrain_models(
         write_text(job.folder / "settings.yaml", to_yaml(models[label]))
     params = {label: flatten(own) for label, own in models.items()}
     with tracked_jobs("pretrain", jobs, params, cluster, context, local=local) as (run_jobs, runs):
-        outcomes = run_jobs()
-    results = {}
-    for (label, run), outcome in zip(runs.items(), outcomes, strict=True):
-        run.set_tags({"iiet.checkpoint": str(outcome.checkpoint)})
-        results[label] = PretrainResult(
+        outcomes = dict(zip(runs, run_jobs(), strict=True))
+        for label, outcome in outcomes.items():
+            runs[label].set_tags({"iiet.checkpoint": str(outcome.checkpoint)})
+    results = {
+        label: PretrainResult(
             checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss
         )
+        for label, outcome in outcomes.items()
+    }
     losses = [
         f"{label} {result.validation_loss:.3f}"
         for label, result in results.items()

@@ -19,10 +19,20 @@ from orchestrator.reporting.pareto import KEPT_SHARE, Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import StoredSweep
-from orchestrator.tracking import VIEW_TAG, ChartView, TrackedRun, Tracking, tag_filter
+from orchestrator.tracking import (
+    NOTE_TAG,
+    VIEW_TAG,
+    ChartView,
+    FinishedRun,
+    TrackedRun,
+    Tracking,
+    tag_filter,
+)
 from orchestrator.workspace.journal import VALIDATION_METRIC
 
 ARTIFACT_FOLDER = "front"
+SWEEP_TAG = "iiet.sweep"
+"""Name of the sweep; the chart view filters by it."""
 MAX_NOTE_CHARACTERS = 7500
 MAX_FINDINGS_CHARACTERS = 6000
 MAX_PARALLEL_LAYERS = 24
@@ -64,14 +74,23 @@ def track_results(
         for point in front.points
         for key in keys_of_seeds[point.result.key]
     }
-    tracked = []
-    for result in sweep.results:
-        nested = tracking.log_trial(
-            result, parent=run, sweep=sweep.name, journal_folder=sweep.journal_of(result)
+    runs = [
+        FinishedRun(
+            key=result.key,
+            kind=result.role,
+            name=result.name,
+            params=result.params(),
+            tags={SWEEP_TAG: sweep.name, "iiet.method": result.method},
+            metrics={**result.metrics(), **paired.get(result.key, {})},
+            journal_folder=sweep.journal_of(result),
         )
-        if paired.get(result.key):
-            nested.log_metrics(paired[result.key])
-        tracked.append(result.model_copy(update={"run_id": nested.run_id}))
+        for result in sweep.results
+    ]
+    nested = tracking.log_finished(runs, parent=run)
+    tracked = [
+        result.model_copy(update={"run_id": own.run_id})
+        for result, own in zip(sweep.results, nested, strict=True)
+    ]
     sweep = replace(sweep, results=tuple(tracked))
     return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
 
@@ -84,10 +103,9 @@ def track_front(
     for path in files:
         run.log_artifact(path, ARTIFACT_FOLDER)
     run.log_table(front_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
-    run.set_note(run_note(report, run.run_id))
     view = front_chart_view(report)
     tracking.save_view(view)
-    run.set_tags({VIEW_TAG: view.key})
+    run.set_tags({NOTE_TAG: run_note(report, run.run_id), VIEW_TAG: view.key})
     run.finish()
     return view.key
 
@@ -141,7 +159,7 @@ def front_chart_view(report: SweepReport) -> ChartView:
         key=chart_view_key(report.name),
         name=f"Front of {report.name}",
         # The sweep's own run has no cost and would be an empty row in the charts.
-        run_filter=tag_filter({"iiet.sweep": report.name}) + " and tags.`iiet.kind` != 'sweep'",
+        run_filter=tag_filter({SWEEP_TAG: report.name}) + " and tags.`iiet.kind` != 'sweep'",
         order_by=cost,
         columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
         scatters=scatters,

@@ -57,7 +57,7 @@ def write_sweep_report(
     front = sweep_front(sweep, items, axes)
     run = None
     if tracking is not None:
-        run = tracking.run(sweep.key, name=sweep.name, kind="sweep")
+        run = tracking.handle(sweep.key, name=sweep.name, kind="sweep")
         if not axes.slug:
             sweep, front = track_results(tracking, run, sweep, front)
             sweep.store(workspace)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ class Outbox:
         self.path = folder / OUTBOX_NAME
         self._lock = folder / f"{OUTBOX_NAME}.lock"
 
-    def add(self, record: Record) -> None:
-        """Append an operation; an equal pending one moves to the end."""
-        self._replace(record, keep=True)
+    def add(self, records: Sequence[Record]) -> None:
+        """Append operations; an equal pending one moves to the end."""
+        self._replace(records, keep=True)
 
     def records(self) -> list[Record]:
         """Return the pending operations in order; lines cut off by a crash are skipped."""
@@ -39,14 +39,15 @@ class Outbox:
             if not attempt(record):
                 break
             delivered += 1
-            self._replace(record, keep=False)
+            self._replace([record], keep=False)
         return delivered
 
-    def _replace(self, record: Record, *, keep: bool) -> None:
+    def _replace(self, records: Sequence[Record], *, keep: bool) -> None:
         # Compared as text: a metric may be NaN, which does not equal itself.
-        line = json.dumps(record, sort_keys=True)
+        changed = dict.fromkeys(json.dumps(record, sort_keys=True) for record in records)
         with lock_file(self._lock):
-            lines = [other for other in self._lines() if other != line] + [line] * keep
+            lines = [other for other in self._lines() if other not in changed]
+            lines += changed if keep else []
             write_text(self.path, "".join(line + "\n" for line in lines))
 
     def _lines(self) -> list[str]:

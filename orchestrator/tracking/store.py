@@ -1,7 +1,8 @@
 """MLflow's store: one experiment and its runs, found by their identity.
 
 The database and the experiment are created once, under a file lock: several processes that create
-the same sqlite file crash.
+the same sqlite file crash. Each run is searched for once in a process, a sweep's run together with
+those nested in it; then the process knows what the run holds, and sends only what is new.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.tracking.client import MlflowClient, MlflowException, Run
+from orchestrator.tracking.client import Metric, MlflowClient, MlflowException, Run
 from orchestrator.workspace.credentials import strip_credentials
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.locks import lock_file
@@ -26,7 +28,10 @@ SQLITE = "sqlite:///"
 SQLITE_HEAD = b"SQLite format 3\0"
 """First bytes of every sqlite file that is not empty."""
 KEY_TAG, KIND_TAG = "iiet.key", "iiet.kind"
+ROOT_TAG = "iiet.root_key"
+"""Key of the sweep, for a run that is nested in one; else the run's own key."""
 PARENT_TAG = "mlflow.parentRunId"
+MAX_RUNS_FOUND = 50_000  # MLflow's own limit.
 
 FAILURES = (MlflowException, SQLAlchemyError, OSError)
 """Errors of MLflow's client if a store cannot be reached or refuses a value."""
@@ -49,6 +54,34 @@ class RunIdentity(BaseModel):
     """Name in the user interface; not used to find the run."""
     parent: RunIdentity | None = None
 
+    @property
+    def root_key(self) -> str:
+        """The tag `iiet.root_key`."""
+        return self.parent.root_key if self.parent else self.key
+
+
+@dataclass
+class StoredRun:
+    """What a run in the store holds; whoever changes the run also changes this."""
+
+    id: str
+    status: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, Metric]
+    """The last point of each."""
+
+    @classmethod
+    def of(cls, run: Run) -> StoredRun:
+        """Return the state of a run that MLflow returned."""
+        return cls(
+            id=run.info.run_id,
+            status=run.info.status,
+            params=dict(run.data.params),
+            tags=dict(run.data.tags),
+            metrics={point.key: point for point in run.data._metric_objs},
+        )
+
 
 class Store:
     """One experiment in one store; methods raise what MLflow raises (`FAILURES`)."""
@@ -61,6 +94,8 @@ class Store:
         self._artifacts = workspace.artifacts
         self._lock = workspace.root / ".tracking.lock"
         self._client: MlflowClient | None = None
+        # By kind, key and id of the parent.
+        self._runs: dict[tuple[str, str, str | None], StoredRun] = {}
 
     @property
     def public_uri(self) -> str:
@@ -85,19 +120,36 @@ class Store:
             self._client = client
         return self._client
 
-    def run_id(self, identity: RunIdentity) -> str:
-        """Return the id of the run with this identity; create the run if it is missing."""
+    def prepare(self, identities: Iterable[RunIdentity]) -> None:
+        """Find the runs that this process does not know yet; create those that are missing."""
+        unknown = [identity for identity in identities if self.known(identity) is None]
+        if not unknown:
+            return
         client = self.connect()
-        tags = {KEY_TAG: identity.key, KIND_TAG: identity.kind}
-        if identity.parent:
-            tags[PARENT_TAG] = self.run_id(identity.parent)
-        experiment = str(self.experiment_id)
-        with lock_file(self._lock):
-            for run in client.search_runs([experiment], tag_filter(tags), max_results=1):
-                return str(run.info.run_id)
-            tags |= {"mlflow.source.name": "iiet-orch", "mlflow.source.type": "LOCAL"}
-            run = client.create_run(experiment, run_name=identity.name, tags=tags)
-        return str(run.info.run_id)
+        with lock_file(self._lock):  # Two processes must not create the same run.
+            for root in dict.fromkeys(identity.root_key for identity in unknown):
+                self._search(client, root)
+            for identity in unknown:
+                self._find_or_create(client, identity)
+
+    def run(self, identity: RunIdentity) -> StoredRun:
+        """Return the run with this identity; create it if it is missing."""
+        self.prepare([identity])
+        run = self.known(identity)
+        assert run is not None
+        return run
+
+    def known(self, identity: RunIdentity) -> StoredRun | None:
+        """Return a run that this process has found or created before, without asking the store."""
+        parent = self.known(identity.parent) if identity.parent else None
+        if identity.parent and not parent:
+            return None
+        return self._runs.get((identity.kind, identity.key, parent.id if parent else None))
+
+    def forget(self, identity: RunIdentity) -> None:
+        """Search for a run again, because the store may have changed."""
+        forgotten = self.known(identity)
+        self._runs = {place: run for place, run in self._runs.items() if run is not forgotten}
 
     def newest(self, kind: str, limit: int) -> list[Run]:
         """Return the newest runs of a kind, newest first."""
@@ -108,6 +160,29 @@ class Store:
             order_by=["attributes.start_time DESC"],
         )
         return list(runs)
+
+    def _search(self, client: MlflowClient, root_key: str) -> None:
+        wanted = tag_filter({ROOT_TAG: root_key})
+        for run in client.search_runs(
+            [str(self.experiment_id)], wanted, max_results=MAX_RUNS_FOUND
+        ):
+            found = StoredRun.of(run)
+            tags = found.tags
+            place = (tags.get(KIND_TAG, ""), tags.get(KEY_TAG, ""), tags.get(PARENT_TAG))
+            self._runs.setdefault(place, found)
+
+    def _find_or_create(self, client: MlflowClient, identity: RunIdentity) -> StoredRun:
+        parent = self._find_or_create(client, identity.parent) if identity.parent else None
+        if found := self.known(identity):
+            return found
+        tags = {KEY_TAG: identity.key, KIND_TAG: identity.kind, ROOT_TAG: identity.root_key}
+        tags |= {"mlflow.source.name": "iiet-orch", "mlflow.source.type": "LOCAL"}
+        if parent:
+            tags[PARENT_TAG] = parent.id
+        created = client.create_run(str(self.experiment_id), run_name=identity.name, tags=tags)
+        run = StoredRun.of(created)
+        self._runs[identity.kind, identity.key, parent.id if parent else None] = run
+        return run
 
     def _create_experiment(self, client: MlflowClient) -> str:
         # An explicit artifact folder keeps `./mlruns` out of the current directory.

@@ -18,7 +18,7 @@ from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import job_key
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
-from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.journal import JournalPart, Record, read_journal
 
 SECONDS_BETWEEN_COPIES = 5.0
 
@@ -29,11 +29,13 @@ class JournalReader:
     def __init__(self, folder: Path) -> None:
         self.step = 0
         """The last recorded step."""
-        self._folder, self._offset = folder, 0
+        self.offset = 0
+        """Bytes that were read."""
+        self._folder = folder
 
     def read(self) -> list[dict[str, Any]]:
         """Return the records since the last call."""
-        records, self._offset = read_journal(self._folder, self._offset)
+        records, self.offset = read_journal(self._folder, self.offset)
         for record in records:
             if record["kind"] == "metrics":
                 self.step = record.get("step", self.step)
@@ -51,6 +53,9 @@ class RunMonitor:
         self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
         self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
         self._runs: dict[str, TrackedRun] = {}
+        # Records that were read and not yet sent to MLflow, and the offset where they begin.
+        self._unsent: dict[str, list[Record]] = {label: [] for label in jobs}
+        self._sent = dict.fromkeys(jobs, 0)
         self._copied_at = time.monotonic()
         self._started_ms = int(time.time() * 1000)
 
@@ -71,17 +76,22 @@ class RunMonitor:
         return self._runs
 
     def poll(self) -> None:
-        """Read new records; call it a few times a second."""
-        for label, journal in self._journals.items():
-            for record in journal.read():
-                if record["kind"] == "metrics":
-                    self._numbers[label] |= record["values"]
-                elif record["time"] >= self._started_ms:
-                    self._note(label, record)
+        """Show new records, and copy them into MLflow in the background; call it often."""
+        self._read()
         num_done = sum(journal.step for journal in self._journals.values())
         self._progress.advance(num_done, self._text(), seconds_left=self._seconds_left())
         if time.monotonic() - self._copied_at > SECONDS_BETWEEN_COPIES:
             self._copy()
+
+    def _read(self) -> None:
+        for label, journal in self._journals.items():
+            records = journal.read()
+            self._unsent[label] += records
+            for record in records:
+                if record["kind"] == "metrics":
+                    self._numbers[label] |= record["values"]
+                elif record["time"] >= self._started_ms:
+                    self._note(label, record)
 
     def _running(self) -> dict[str, dict[str, float]]:
         # The latest metrics of the jobs between their first and last step.
@@ -127,14 +137,23 @@ class RunMonitor:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Copy the rest into MLflow and end the runs, except those that another process trains."""
+        self._read()
         self._copy()
-        for label, run in self._runs.items():
-            if error is None or not is_run_locked(self._jobs[label].folder):
-                run.finish(status_after(error))
+        ended = [
+            run
+            for label, run in self._runs.items()
+            if error is None or not is_run_locked(self._jobs[label].folder)
+        ]
+        for number, run in enumerate(ended, start=1):
+            run.finish(status_after(error), wait=number == len(ended))
 
     def _copy(self) -> None:
         for label, run in self._runs.items():
-            run.log_journal(self._jobs[label].folder)
+            start, end = self._sent[label], self._journals[label].offset
+            if end > start:
+                part = JournalPart(self._unsent[label], start, end)
+                run.log_journal(self._jobs[label].folder, part)
+                self._unsent[label], self._sent[label] = [], end
         self._copied_at = time.monotonic()
 
 

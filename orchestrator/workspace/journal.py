@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 JOURNAL_NAME = "journal.jsonl"
 VALIDATION_METRIC = "validation/loss"
+
+Record = dict[str, Any]
 
 
 class Journal:
@@ -49,14 +52,27 @@ class Journal:
         self._file.flush()
 
 
-def read_journal(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the complete records after a byte offset, and the offset to continue from."""
+@dataclass(frozen=True)
+class JournalPart:
+    """The records between two byte offsets of a journal."""
+
+    records: Sequence[Record]
+    start: int
+    end: int
+
+
+def read_journal(folder: Path, offset: int = 0, end: int | None = None) -> tuple[list[Record], int]:
+    """Return the complete records after a byte offset, and the offset to continue from.
+
+    Args:
+        end: Byte offset of the end of an earlier read; records after it are not read.
+    """
     path = folder / JOURNAL_NAME
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
-        data = file.read()
+        data = file.read() if end is None else file.read(max(0, end - offset))
     whole = data[: data.rfind(b"\n") + 1]
     records = []
     for line in whole.splitlines():

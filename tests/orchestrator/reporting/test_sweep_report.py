@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +33,7 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
 )
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
-from orchestrator.tracking import open_tracking
+from orchestrator.tracking import FinishedRun, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -156,21 +158,12 @@ def test_each_seed_has_its_curve(workspace: Workspace, sweep: StoredSweep) -> No
 def test_seeds_have_paired_errors_and_runs(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    class Run:
-        def __init__(self, name: str) -> None:
-            self.run_id, self.metrics = f"run of {name}", {}
-
-        def log_metrics(self, values: dict[str, float]) -> None:
-            self.metrics |= values
-
     class Runs:
         """Fake of MLflow, whose database takes seconds to create."""
 
-        def __init__(self) -> None:
-            self.runs: dict[str, Run] = {}
-
-        def log_trial(self, result: Trial, **_: Any) -> Run:
-            return self.runs.setdefault(result.key, Run(result.key))
+        def log_finished(self, runs: Sequence[FinishedRun], **_: Any) -> list[Any]:
+            self.runs = {run.key: run for run in runs}
+            return [SimpleNamespace(run_id=f"run of {run.key}") for run in runs]
 
     seeded = of_two_seeds(workspace, sweep)
     for result in seeded.results:

@@ -14,8 +14,7 @@ def records(*numbers: int) -> list[Record]:
 
 def test_delivery_stops_at_the_first_failure(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    for record in records(1, 2, 3):
-        outbox.add(record)
+    outbox.add(records(1, 2, 3))
     assert outbox.deliver(lambda record: record["number"] < 2) == 1
     assert outbox.records() == records(2, 3)
     assert outbox.deliver(lambda record: True) == 2
@@ -25,23 +24,23 @@ def test_delivery_stops_at_the_first_failure(tmp_path: Path) -> None:
 def test_records_with_nan_are_stored_once_and_removed(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     for _ in range(2):
-        outbox.add({"value": math.nan})
+        outbox.add([{"value": math.nan}])
     assert outbox.deliver(lambda record: True) == 1
     assert outbox.records() == []
 
 
 def test_an_equal_operation_waits_once_and_last(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    for record in records(1, 2, 1):
-        outbox.add(record)
+    outbox.add(records(1, 2))
+    outbox.add(records(1))
     assert outbox.records() == records(2, 1)
 
 
 def test_a_line_cut_off_by_a_crash_is_skipped(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    outbox.add(records(1)[0])
+    outbox.add(records(1))
     with outbox.path.open("a") as file:
         file.write('{"operation": "met')
     assert Outbox(tmp_path).records() == records(1)
-    outbox.add(records(2)[0])
+    outbox.add(records(2))
     assert outbox.records() == records(1, 2)

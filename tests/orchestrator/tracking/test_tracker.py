@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from sample_trials import sample_trial
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from orchestrator.tracking import TrackedRun, Tracking, open_tracking
+from orchestrator.tracking import NOTE_TAG, FinishedRun, TrackedRun, Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.journal import Journal, JournalPart, read_journal
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,21 @@ def tracking(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     return open_tracking(workspace, warn=pytest.fail)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the calls of the store; a client of a server makes a request for each."""
+    counts: Counter[str] = Counter()
+    for name in ("search_runs", "create_run", "get_run", "log_batch", "update_run_info"):
+        method = getattr(SqlAlchemyStore, name)
+
+        def counted(*given: Any, name: str = name, method: Any = method, **more: Any) -> Any:
+            counts[name] += 1
+            return method(*given, **more)
+
+        monkeypatch.setattr(SqlAlchemyStore, name, counted)
+    return counts
 
 
 def stored(tracking: Tracking, run: TrackedRun) -> Run:
@@ -61,7 +78,9 @@ def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> N
         run.log_metrics(values)
     run.log_metrics({"a": 0.1}, step=7)  # The same value, later.
     run.log_metrics({"a": 0.1})  # The summary of a curve that has later points.
+    assert run.run_id is not None  # It waits; MLflow joins equal points of one millisecond.
     run.log_metrics({"f": 3.0})
+    assert run.run_id is not None
     run.log_metrics({"f": 2.0})  # The first value again, after another one.
     assert run.run_id is not None
     points = {
@@ -89,25 +108,94 @@ def test_a_journal_record_is_copied_once(tracking: Tracking, tmp_path: Path) -> 
     assert stored(tracking, run).data.metrics["train/acc_none"] == 0.5
 
 
+def test_a_journal_that_was_read_is_not_read_again(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, journal = tracking.run("parts", name="j", kind="pretrain"), Journal(tmp_path)
+    journal.metrics(1, {"train/loss": 3.0})
+    first, middle = read_journal(tmp_path)
+    journal.metrics(2, {"train/loss": 2.0})
+    second, end = read_journal(tmp_path, middle)
+    journal.metrics(3, {"train/loss": 1.0})
+    journal.close()
+    read: list[tuple[int, int | None]] = []
+
+    def reading(folder: Path, offset: int = 0, end: int | None = None) -> object:
+        read.append((offset, end))
+        return read_journal(folder, offset, end)
+
+    monkeypatch.setattr("orchestrator.tracking.operations.read_journal", reading)
+
+    def steps() -> list[int]:
+        assert run.run_id is not None
+        return [p.step for p in client(tracking).get_metric_history(run.run_id, "train/loss")]
+
+    run.log_journal(tmp_path, JournalPart(first, 0, middle))
+    assert steps() == [1]
+    assert read == []
+    # Another process, which has read everything, resumes the run; then the server was away.
+    run.log_journal(tmp_path, JournalPart([*first, *second], 0, end))
+    assert steps() == [1, 2]
+    run.log_journal(tmp_path)
+    assert steps() == [1, 2, 3]
+    assert read == [(middle, end), (end, None)]
+
+
+def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
+    tracking: Tracking, workspace: Workspace, requests: Counter[str]
+) -> None:
+    sweep = tracking.run("counted", name="s", kind="sweep", params={"seed": 1}, tags={"a": "b"})
+    trials = [
+        FinishedRun(
+            key=f"counted-{n}", kind="trial", name="t", params={"n": str(n)}, tags={},
+            metrics={"loss": n},
+        )
+        for n in range(20)
+    ]  # fmt: skip
+    assert sweep.run_id is not None
+    assert requests == {"search_runs": 1, "create_run": 1, "log_batch": 1}
+    requests.clear()
+    tracking.log_finished(trials, parent=sweep)
+    sweep.finish()
+    assert requests == {"search_runs": 1, "create_run": 20, "log_batch": 20, "update_run_info": 21}
+    requests.clear()
+    tracking.log_finished(trials, parent=sweep)
+    sweep.finish()
+    assert not requests
+    again = open_tracking(workspace, warn=pytest.fail)
+    requests.clear()
+    sweep = again.handle("counted", name="s", kind="sweep")
+    again.log_finished(trials, parent=sweep)
+    sweep.finish()
+    assert requests == {"search_runs": 1}
+
+
+def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking: Tracking) -> None:
+    run = tracking.run("deleted", name="d", kind="pretrain")
+    assert run.run_id is not None
+    client(tracking).delete_run(run.run_id)
+    run.log_metrics({"loss": 1.0})
+    assert stored(tracking, run).data.metrics == {"loss": 1.0}
+    assert stored(tracking, run).info.lifecycle_stage == "active"
+
+
 def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
     sweep = tracking.run("nesting", name="sweep", kind="sweep")
-    result = sample_trial(
+    trial = FinishedRun(
         key="trial-key",
-        role="trial",
-        method="iiet",
-        schedule=(1, 0),
-        threshold_up_to=0.25,
-        cost={"evaluations": 3},
-        quality={"accuracy": 0.5},
+        kind="trial",
+        name="t",
+        params={"schedule": "1,0"},
+        tags={"iiet.sweep": "nesting"},
+        metrics={"cost/evaluations": 3, "quality/accuracy": 0.5},
     )
     for _ in range(2):
-        run = tracking.log_trial(result, parent=sweep, sweep="nesting")
+        [run] = tracking.log_finished([trial], parent=sweep)
     found = stored(tracking, run)
-    assert found.data.params["r_01"] == "1"
-    assert found.data.params["schedule"] == "1,0"
-    assert found.data.params["threshold"] == "0.25"
-    assert found.data.metrics == {"cost/evaluations": 3.0, "quality/accuracy": 0.5}
+    assert found.data.params == trial.params
+    assert found.data.metrics == trial.metrics
     assert found.data.tags["iiet.sweep"] == "nesting"
+    assert found.data.tags["mlflow.parentRunId"] == sweep.run_id
     assert found.info.status == "FINISHED"
 
 
@@ -153,7 +241,7 @@ def test_artifacts_and_note(tracking: Tracking, tmp_path: Path) -> None:
     run = tracking.run("artifacts", name="a", kind="sweep")
     (tmp_path / "front.csv").write_text("a,b\n")
     run.log_artifact(tmp_path / "front.csv", "front")
-    run.set_note("**hello**")
+    run.set_tags({NOTE_TAG: "**hello**"})
     assert run.run_id is not None
     paths = [file.path for file in client(tracking).list_artifacts(run.run_id, "front")]
     assert paths == ["front/front.csv"]
@@ -167,6 +255,7 @@ def test_a_refused_operation_is_reported_and_not_stored(
     tracking = open_tracking(workspace, warn=warnings.append)
     run = tracking.run("refused", name="r", kind="sweep")
     run.log_artifact(tmp_path / "missing.png")
+    run.finish()
     assert len(warnings) == 1
     assert "missing.png" in warnings[0]
     assert tracking.outbox.records() == []
@@ -259,14 +348,21 @@ def test_an_invalid_database_is_found_before_mlflow_opens_it(
 
 
 def test_pending_operations_are_plain_json(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     tracking = open_tracking(workspace, warn=lambda text: None)
-    tracking.run("plain", name="p", kind="sweep").log_metrics({"hypervolume": 0.5})
+    run = tracking.run("plain", name="p", kind="sweep")
+    run.log_metrics({"hypervolume": 0.5})
+    run.log_journal(tmp_path, JournalPart([], 0, 7))
+    assert run.run_id is None
     lines = [json.loads(line) for line in tracking.outbox.path.read_text().splitlines()]
-    assert [line["operation"] for line in lines] == ["describe", "metrics"]
+    assert [sorted(line["arguments"]) for line in lines] == [
+        ["params", "status", "tags"],
+        ["points", "time_ms"],
+        ["journal"],
+    ]
     tracking.outbox.path.unlink()
 
 
@@ -305,6 +401,7 @@ def test_a_model_has_one_version_for_each_key_and_aliases_move(
     run.register("front", tmp_path / "small", key="s", alias="knee")
     run.register("front", tmp_path / "large", key="l", alias="best", note="the full model")
     run.register("front", tmp_path / "small", key="s", alias="best")
+    run.finish()
     assert len(client(tracking).search_model_versions("name = 'front'")) == 2
     best = client(tracking).get_model_version_by_alias("front", "best")
     assert best.version == client(tracking).get_model_version_by_alias("front", "knee").version

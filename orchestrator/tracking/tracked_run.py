@@ -1,0 +1,115 @@
+"""One tracked run, as the pipelines use it: write, finish."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.tracking.delivery import MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS, Delivery
+from orchestrator.tracking.outbox import Record
+from orchestrator.tracking.store import RunIdentity
+from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.journal import JournalPart
+
+NOTE_TAG = "mlflow.note.content"
+"""Tag with the description at the top of a run's page, in Markdown."""
+
+
+class TrackedRun:
+    """One run. No method raises if the store fails."""
+
+    def __init__(self, delivery: Delivery, identity: RunIdentity) -> None:
+        """Name a run; `Tracking.run` also creates it."""
+        self.identity = identity
+        self._delivery = delivery
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id; None if the store does not respond."""
+        self._delivery.wait()
+        run = self._delivery.store.known(self.identity)
+        return run.id if run else None
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags; existing ones are replaced."""
+        self.write("update", tags=dict(tags))
+
+    def log_journal(self, folder: Path, part: JournalPart | None = None) -> None:
+        """Copy the journal's new metrics; records already in the run are not copied again.
+
+        Args:
+            part: What was read from the journal since the last copy, so that it is not read again.
+        """
+        self.write("update", journal=str(folder), part=part)
+
+    def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Set metrics at a step."""
+        self.log_points(metric_points(values, step))
+
+    def log_points(self, points: Sequence[tuple[str, float, int]]) -> None:
+        """Set metrics, given by name, value and step."""
+        self.write("update", points=points, time_ms=now_ms())
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file, or the files of a folder, in a folder of the run; replace existing ones."""
+        self.write("artifact", path=str(path), folder=folder)
+
+    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+        """Store rows as a table, `NAME.json`, with the first row's names as columns."""
+        columns = list(rows[0]) if rows else []
+        data = [[row.get(column) for column in columns] for row in rows]
+        self.write("table", columns=columns, data=data, name=name)
+
+    def log_dataset(self, name: str, digest: str, profile: Mapping[str, Any]) -> None:
+        """Log the data that the run read; `digest` is a hash, `profile` its origin and sizes."""
+        self.write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
+
+    def register(self, model: str, folder: Path, *, key: str, alias: str, note: str = "") -> None:
+        """Store an exported folder with the run, as a version of a registered model.
+
+        Args:
+            model: Name of the registered model; created if it is missing.
+            key: Content key of the model; the same key in the same run is the same version.
+            alias: Moves to this version.
+        """
+        self.write("register", model=model, key=key, folder=str(folder), alias=alias, note=note)
+
+    def finish(self, status: str = "FINISHED", *, wait: bool = True) -> None:
+        """End the run as FINISHED, FAILED or KILLED; an unchanged status keeps its end time.
+
+        Args:
+            wait: Wait until the store has everything; after a failure, only for a moment.
+        """
+        self.write("update", status=status, time_ms=now_ms())
+        if wait:
+            self._delivery.wait(MAX_WAIT_SECONDS if status == "FINISHED" else SHORT_WAIT_SECONDS)
+
+    def write(self, operation: str, **arguments: Any) -> None:
+        """Perform one of `OPERATIONS` on this run, now or later."""
+        self._delivery.write(self.record(operation, arguments))
+
+    def record(self, operation: str, arguments: dict[str, Any]) -> Record:
+        """Return one of `OPERATIONS` on this run, for `Delivery.write`."""
+        return {
+            "operation": operation, "run": self.identity.model_dump(), "arguments": arguments
+        }  # fmt: skip
+
+
+def status_after(error: BaseException | None) -> str:
+    """Return a run's final status: KILLED after an interruption, FAILED, or FINISHED."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
+
+
+def metric_points(values: Mapping[str, float], step: int = 0) -> list[tuple[str, float, int]]:
+    """Return metrics at one step as name, value and step."""
+    return [(name, float(value), step) for name, value in values.items()]
+
+
+def now_ms() -> int:
+    """Return the time in MLflow's unit."""
+    return int(time.time() * 1000)

@@ -1,0 +1,64 @@
+"""An MLflow server that never answers delays neither training nor Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from small_size import SMALL
+
+from orchestrator.terminal.signals import GRACE_SECONDS
+from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
+from orchestrator.tracking.outbox import OUTBOX_NAME
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+
+pytestmark = pytest.mark.slow
+
+SECONDS_TO_CLOSE = 8.0  # Ray's processes, on a busy machine.
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The address of a server that accepts connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(100)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("options", [["--local"], []], ids=["here", "under Ray"])
+def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
+    options: list[str], silent_server: str, tmp_path: Path
+) -> None:
+    settings = [*SMALL, "training.num_steps=100000", "training.checkpoint_every_steps=50"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.cli", "pretrain", "--workspace", str(tmp_path)]
+        + options
+        + [part for setting in settings for part in ("--set", setting)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "MLFLOW_TRACKING_URI": silent_server},
+    )
+    # The first request gets no answer for half a minute; the training does not wait for it.
+    while not any(map(find_checkpoints, tmp_path.glob("runs/*"))):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    asked_at = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    seconds = time.monotonic() - asked_at
+    assert process.returncode == 130, printed
+    assert seconds < GRACE_SECONDS + SHORT_WAIT_SECONDS + SECONDS_TO_CLOSE, printed
+    assert "saved at step" in printed
+    lines = (tmp_path / OUTBOX_NAME).read_text().splitlines()
+    statuses = [json.loads(line)["arguments"].get("status") for line in lines]
+    assert (statuses[0], statuses[-1]) == ("RUNNING", "KILLED")
