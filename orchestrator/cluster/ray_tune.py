@@ -2,14 +2,15 @@
 
 A Ray Train job takes five times the start-up and three times the memory. A trial resumes from its
 own folder, so Tune's snapshots, which miss their last seconds, are deleted. A trial that fails is
-tried again a set number of times; then it is reported, and the others continue.
+tried again a set number of times; then it is reported, and the others continue. Trials report
+their validation losses to Tune, for its schedulers.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from orchestrator.cluster.asha_scheduler import LOSS, STEP
 from orchestrator.cluster.placement import Placement, trial_placement
 from orchestrator.cluster.ray_train import RAY_FOLDER, final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
@@ -34,6 +36,7 @@ from orchestrator.training.job import (
 from orchestrator.training.monitor import JournalReader
 from orchestrator.training.run import Report, run_job
 from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.journal import VALIDATION_METRIC
 
 # isort: split
 # After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
@@ -57,6 +60,11 @@ class TrialContext:
     def device(self) -> str:
         """Device of the trial's own process."""
         return "cuda" if self.placement.use_gpu and self.placement.workers == 1 else "cpu"
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Report a validation loss to Tune; returns when its scheduler has decided."""
+        if VALIDATION_METRIC in numbers:
+            tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
 
     def train(
         self, job: TrainingJob, should_stop: Callable[[], bool], report: Report | None = None
@@ -83,22 +91,25 @@ TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
 
 def run_trials(
     function: TrialFunction,
-    trials: Sequence[dict[str, Any]],
+    trials: Mapping[str, dict[str, Any]],
     stop_folder: Path,
     sweep: SweepSettings | None = None,
     *,
+    scheduler: Any = None,
     on_result: Callable[[TrialReport], None] | None = None,
     watch: Callable[[], None] | None = None,
     saved: Callable[[], str] = lambda: "finished trials are saved",
-) -> list[TrialReport]:
-    """Run trials under Ray Tune, as many at the same time as fit. A failed one does not end the
-    others. The reports are in the order of the trials.
+) -> dict[str, TrialReport]:
+    """Run trials under Ray Tune, as many at the same time as fit; return their reports by key.
+
+    A failed trial does not end the others.
 
     Args:
         function: Importable function from parameters and context to a JSON-able result. It may be
             called again for the same trial after a crash; it resumes from what is on disk.
-        trials: Parameters of each trial.
+        trials: Key -> parameters of each trial, which JSON can hold.
         stop_folder: Shared folder for the file that asks running trials to stop.
+        scheduler: Tune scheduler that hears the validation losses.
         on_result: Called in this thread for each trial, soon after it ended.
         watch: Called a few times a second, to show progress.
         saved: Says what unfinished trials have saved; called after a signal.
@@ -109,88 +120,84 @@ def run_trials(
     """
     sweep = sweep or SweepSettings()
     if not trials:
-        return []
+        return {}
     clear_stop_request(stop_folder)
-    reports: dict[int, TrialReport] = {}
+    reports: dict[str, TrialReport] = {}
     with ray_cluster() as resources:
         placement = trial_placement(sweep, len(trials), resources)
-        callback = TuneCallback(trials, stop_folder)
+        callback = TuneCallback(stop_folder)
 
         def deliver() -> None:
             for report in callback.new_reports():
-                reports[report.number] = report
+                reports[report.key] = report
                 if on_result:
                     on_result(report)
             if watch:
                 watch()
 
+        def run() -> None:
+            configs = [{"key": key, "parameters": json.dumps(own)} for key, own in trials.items()]
+            tuner = _tuner(function, configs, placement, callback, sweep, scheduler)
+            tuner.fit()
+            shutil.rmtree(stop_folder / RAY_FOLDER, ignore_errors=True)
+
         try:
-            run_interruptibly(
-                lambda: _tune(function, callback, placement, sweep.max_failures_per_trial),
-                ask_to_stop=callback.request_stop,
-                saved=saved,
-                watch=deliver,
-            )
+            run_interruptibly(run, ask_to_stop=callback.request_stop, saved=saved, watch=deliver)
         except Interrupted:
             deliver()  # Trials may have failed in the last moment.
             raise
         deliver()
-    return [
-        reports.get(number, TrialReport(number, parameters, error="it was not run"))
-        for number, parameters in enumerate(trials)
-    ]
+    return reports
 
 
-def _tune(
-    function: TrialFunction, callback: TuneCallback, placement: Placement, max_failures: int
-) -> None:
+def _tuner(
+    function: TrialFunction,
+    configs: list[dict[str, str]],
+    placement: Placement,
+    callback: TuneCallback,
+    sweep: SweepSettings,
+    scheduler: Any,
+) -> Any:
     storage = callback.stop_folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
     trainable = tune.with_parameters(
-        _tune_trial,
-        function=function,
-        trials=list(callback.trials),
-        stop_folder=callback.stop_folder,
-        placement=placement,
+        _tune_trial, function=function, stop_folder=callback.stop_folder, placement=placement
     )
     own: dict[str, int] = {"CPU": placement.cpus, "GPU": int(placement.use_gpu)}
     if placement.workers > 1:
         # The workers have resources of their own, and a trial that reserved some, too, could keep
         # them from its workers. Tune requires a non-empty request.
         own = {"memory": 1}
-    tune.Tuner(
+    return tune.Tuner(
         tune.with_resources(trainable, own),
-        param_space={"number": tune.grid_search(list(range(len(callback.trials))))},
+        param_space={"trial": tune.grid_search(configs)},
         # The same processes serve one trial after another: 1 s a trial instead of 2 to 3.
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=placement.jobs_at_once, reuse_actors=True
+            max_concurrent_trials=placement.jobs_at_once,
+            reuse_actors=True,
+            scheduler=scheduler,
+            trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
-            failure_config=tune.FailureConfig(max_failures=max_failures),
+            failure_config=tune.FailureConfig(max_failures=sweep.max_failures_per_trial),
             callbacks=[callback],
             stop=callback,
             verbose=0,
         ),
-    ).fit()
-    shutil.rmtree(storage, ignore_errors=True)
+    )
 
 
 def _tune_trial(
-    config: dict[str, Any],
-    *,
-    function: TrialFunction,
-    trials: Sequence[dict[str, Any]],
-    stop_folder: Path,
-    placement: Placement,
+    config: dict[str, Any], *, function: TrialFunction, stop_folder: Path, placement: Placement
 ) -> None:
     torch.set_num_threads(placement.cpus * placement.workers)
     context = TrialContext(placement, lambda: is_stop_requested(stop_folder))
     answer = {}
     if not context.should_stop():
         try:
-            answer = {"result": function(trials[config["number"]], context)}
+            answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}
         except Exception as error:
             answer = final_answer(error, is_stopping=context.should_stop())
     # Also when nothing was begun: Tune prints a warning about a trial that ends without a report.

@@ -7,7 +7,7 @@ import math
 import pickle
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,8 @@ ANSWER = "answer"
 class TrialReport:
     """How one trial ended."""
 
-    number: int
-    """Index in the list of trials."""
-    parameters: dict[str, Any]
+    key: str
+    """Key of the trial."""
     result: dict[str, Any] | None = None
     """What it returned; None if it failed."""
     error: str | None = None
@@ -45,11 +44,11 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
     object lets Tune end once those have returned. Tune pickles it; it pickles as an empty callback.
     """
 
-    def __init__(self, trials: Sequence[dict[str, Any]], stop_folder: Path) -> None:
-        self.trials, self.stop_folder = trials, stop_folder
+    def __init__(self, stop_folder: Path) -> None:
+        self.stop_folder = stop_folder
         self._reports: queue.SimpleQueue[TrialReport] = queue.SimpleQueue()
-        self._running: set[int] = set()
-        self._to_wait_for: set[int] | None = None
+        self._running: set[str] = set()
+        self._to_wait_for: set[str] | None = None
         self._give_up_at = math.inf
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,14 +79,14 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
     def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:
         """Note that a trial runs."""
-        self._running.add(trial.config["number"])
+        self._running.add(trial.config["trial"]["key"])
 
     def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
         """Report a trial's answer; one that stopped without an answer is not reported."""
-        number = self._ended(trial)
+        key = self._ended(trial)
         answer = json.loads((trial.last_result or {}).get(ANSWER, "{}"))
         if answer:
-            self._report(number, result=answer.get("result"), error=answer.get("text"))
+            self._report(key, result=answer.get("result"), error=answer.get("text"))
 
     def on_trial_recover(self, *_: Any, trial: Any, **__: Any) -> None:
         """Report a trial that died after a stop, as trying it again would do nothing.
@@ -99,22 +98,20 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
         """Report why a trial failed for the last time."""
-        number = self._ended(trial)
-        self._report(number, error=failure_reason(_last_error(trial)))
+        key = self._ended(trial)
+        self._report(key, error=failure_reason(_last_error(trial)))
 
     def _report(
-        self, number: int, result: dict[str, Any] | None = None, error: str | None = None
+        self, key: str, result: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
-        after_stop = is_stop_requested(self.stop_folder)
-        parameters = dict(self.trials[number])
-        self._reports.put(TrialReport(number, parameters, result, error, after_stop))
+        self._reports.put(TrialReport(key, result, error, is_stop_requested(self.stop_folder)))
 
-    def _ended(self, trial: Any) -> int:
-        number: int = trial.config["number"]
-        self._running.discard(number)
+    def _ended(self, trial: Any) -> str:
+        key: str = trial.config["trial"]["key"]
+        self._running.discard(key)
         if self._to_wait_for is not None:
-            self._to_wait_for.discard(number)
-        return number
+            self._to_wait_for.discard(key)
+        return key
 
 
 def _last_error(trial: Any) -> BaseException:

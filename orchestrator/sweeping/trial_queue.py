@@ -24,7 +24,7 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.tune_callback import TrialReport
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.asha import AshaTrial, stored_early_stop
+from orchestrator.sweeping.asha import AshaTrial, asha_scheduler, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
@@ -106,6 +106,7 @@ class TrialQueue:
     def _run_round(self, trials: Sequence[Trial], *, num_elsewhere: int = 0) -> None:
         journals = {trial.key: JournalReader(Path(trial.folder)) for trial in trials}
         num_done = self.num_all - len(trials) - num_elsewhere
+        by_key = {trial.key: trial for trial in trials}
 
         def watch() -> None:
             shares = [_share_done(trial, journals[trial.key]) for trial in trials]
@@ -124,10 +125,11 @@ class TrialQueue:
         try:
             run_trials(
                 run_tune_trial,
-                [self._parameters(trial) for trial in sorted(trials, key=_run_order)],
+                {trial.key: self._parameters(trial) for trial in sorted(trials, key=_run_order)},
                 own_folder,
                 self.settings,
-                on_result=self._record_end,
+                scheduler=asha_scheduler(self.asha),
+                on_result=lambda report: self._record_end(report, by_key[report.key]),
                 watch=watch,
                 saved=saved,
             )
@@ -144,10 +146,10 @@ class TrialQueue:
             own_folder.parent.rmdir()
 
     def _parameters(self, trial: Trial) -> dict[str, Any]:
-        return {"trial": trial.model_dump(mode="json"), "asha": self.asha.get(trial.key)}
+        asha = self.asha.get(trial.key)
+        return {"trial": trial.model_dump(mode="json"), "asha": asha.model_dump() if asha else None}
 
-    def _record_end(self, report: TrialReport) -> None:
-        trial = Trial.model_validate(report.parameters["trial"])
+    def _record_end(self, report: TrialReport, trial: Trial) -> None:
         state = (report.result or {}).get("state")
         if report.error:
             self.failures[trial.label] = report.error
@@ -169,7 +171,8 @@ def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[st
         Trial.model_validate(parameters["trial"]),
         wait=False,
         should_stop=context.should_stop,
-        asha=parameters["asha"],
+        report=context.report,
+        asha=AshaTrial.model_validate(parameters["asha"]) if parameters["asha"] else None,
         train=context.train,
         on_device=context.on_device,
     )

@@ -8,7 +8,7 @@ Milliseconds are not measured here: trials that run at the same time would distu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,10 @@ from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import load_suite, run_suite
 from orchestrator.evaluation.model_tokenizer import checkpoint_tokenizer
-from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.sweep_results import items_file_name
-from orchestrator.sweeping.asha import AshaMonitor, AshaTrial, write_early_stop
+from orchestrator.sweeping.asha import AshaTrial, discard_early_stop, stored_early_stop
 from orchestrator.training.checkpoint import DTYPES, load_provenance
 from orchestrator.training.distributed import World
 from orchestrator.training.job import DONE_NAME, clear_stop_request
@@ -33,12 +33,13 @@ from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
+from orchestrator.workspace.journal import Journal
 
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss in the tables."""
 
-Train = Callable[[TrainingJob, Callable[[], bool], Report], TrainingOutcome]
-"""Trains a job, given when to stop and what to call with each step's numbers; see `run_job`."""
+Train = Callable[..., TrainingOutcome]
+"""Trains a job as `run_job` does, with its arguments `should_stop` and `report`."""
 Measure = Callable[[str], dict[str, float]]
 """Returns the quality of a model on a device, given by name."""
 
@@ -71,7 +72,7 @@ def run_trial(
         wait: Wait for another process that runs this trial; otherwise the trial ends as `busy`.
         should_stop: Asked before each training step, and while waiting.
         report: Called with the training step and its numbers.
-        asha: What the trial is compared with; it trains to its end when unset.
+        asha: What the trial competes with; an earlier stop by another rule is discarded.
         train: Trains its job; in this process, on the CPU, when unset.
         on_device: Measures on some device; here, on the CPU, when unset.
 
@@ -88,48 +89,26 @@ def run_trial(
         finished = trial.result()
         if finished:
             return TrialRun("found", finished)
-        clear_stop_request(Path(trial.folder))  # Left by a driver that was killed.
-        monitor = AshaMonitor(trial, asha) if asha else None
-        outcome = _train(trial, train or _train_here, should_stop, report, monitor)
-        result = None
-        if outcome is None or (outcome.finished and not should_stop()):
-            result = _measure(trial, outcome, on_device or (lambda measure: measure("cpu")))
-        if asha and monitor and monitor.early_stop and not result:
-            write_early_stop(trial, monitor.early_stop, asha.rule)
+        if stored_early_stop(trial, asha):
             return TrialRun("stopped early")
-        return TrialRun("made", result) if result else TrialRun("stopped")
+        discard_early_stop(trial)  # Left by another rule, or by a driver that was killed.
+        outcome = None
+        if trial.job:
+            outcome = (train or run_job)(trial.job, should_stop=should_stop, report=report)
+        if outcome is None or (outcome.finished and not should_stop()):
+            on_device = on_device or (lambda measure: measure("cpu"))
+            return TrialRun("made", _measure(trial, outcome, on_device))
+        if stop := stored_early_stop(trial, asha):
+            journal = Journal(Path(trial.folder))
+            journal.event("stopped early", text=stop.text)
+            journal.close()
+            clear_stop_request(Path(trial.folder))
+        return TrialRun("stopped early" if stop else "stopped")
 
 
 def is_trial_locked(trial: Trial) -> bool:
     """Return whether a process runs a trial now."""
     return is_run_locked(Path(trial.folder))
-
-
-def _train_here(
-    job: TrainingJob, should_stop: Callable[[], bool], report: Report
-) -> TrainingOutcome:
-    return run_job(job, should_stop=should_stop, report=report)
-
-
-def _train(
-    trial: Trial,
-    train: Train,
-    should_stop: Callable[[], bool],
-    report: Report | None,
-    monitor: AshaMonitor | None,
-) -> TrainingOutcome | None:
-    """Train until the end, a stop, or ASHA's decision; None if there is nothing to train."""
-
-    def report_all(step: int, numbers: Mapping[str, float]) -> None:
-        if monitor:
-            monitor.report(step, numbers)
-        if report:
-            report(step, numbers)
-
-    def should_end() -> bool:
-        return should_stop() or bool(monitor and monitor.early_stop)
-
-    return train(trial.job, should_end, report_all) if trial.job else None
 
 
 def _measure(

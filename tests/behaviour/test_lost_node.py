@@ -59,7 +59,8 @@ try:
         run_train_jobs([job], watch=watch)
     else:
         folder = job.folder.with_name("sweep")
-        [report] = run_trials(train, [job.model_dump(mode="json")], folder, watch=watch)
+        trials = {"a trial": job.model_dump(mode="json")}
+        report = run_trials(train, trials, folder, watch=watch)["a trial"]
         assert report.result == {"finished": True}, report
 finally:
     nodes.shutdown()

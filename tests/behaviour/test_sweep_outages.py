@@ -46,11 +46,16 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def reports(is_full: bool) -> list[Any]:
-        given = [
-            {"trial": trial.model_dump(mode="json"), "is_full": is_full and trial is victim}
+        given = {
+            trial.key: {
+                "trial": trial.model_dump(mode="json"),
+                "is_full": is_full and trial is victim,
+            }
             for trial in (victim, other)
-        ]
-        return run_trials(run, given, tmp_path / "s", SweepSettings(max_failures_per_trial=1))
+        }
+        sweep = SweepSettings(max_failures_per_trial=1)
+        ended = run_trials(run, given, tmp_path / "s", sweep)
+        return [ended[key] for key in given]
 
     failed, made = reports(is_full=True)
     assert failed.result is None

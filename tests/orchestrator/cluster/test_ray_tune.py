@@ -41,14 +41,14 @@ def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> Non
         heard.append(report)
         threads.add(threading.get_ident())
 
-    reports = run_trials(trial, [{"x": x} for x in range(5)], tmp_path, on_result=on_result)
-    results = [report.result or {} for report in reports]
-    assert [report.number for report in reports] == list(range(5))
+    trials = {str(x): {"x": x} for x in range(5)}
+    reports = run_trials(trial, trials, tmp_path, on_result=on_result)
+    results = [reports[key].result or {} for key in trials]
     assert [result["square"] for result in results] == [0, 1, 4, 9, 16]
     assert {result["threads"] for result in results} == {1}, "two CPUs, two trials, a thread each"
     assert {result["device"] for result in results} == {"cpu"}
     assert len({result["pid"] for result in results}) <= 2, "processes serve again"
-    assert sorted(heard, key=lambda report: report.number) == reports
+    assert {report.key: report for report in heard} == reports
     assert threads == {threading.get_ident()}
     assert not (tmp_path / "ray").exists()
 
@@ -77,17 +77,16 @@ def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
     names = ["always", "once", "killed", "mistaken", "fine", "also fine"]
     reports = run_trials(
         trial,
-        [{"name": name} for name in names],
+        {name: {"name": name} for name in names},
         tmp_path,
         SweepSettings(max_failures_per_trial=2),
     )
-    by_name = {report.parameters["name"]: report for report in reports}
     for name in ("once", "killed", "fine", "also fine"):
-        assert by_name[name].result == {"name": name}
-        assert by_name[name].error is None
-    assert by_name["always"].result is None
-    assert by_name["always"].error == "ValueError: bad luck"
-    assert by_name["mistaken"].error == "type something else"
+        assert reports[name].result == {"name": name}
+        assert reports[name].error is None
+    assert reports["always"].result is None
+    assert reports["always"].error == "ValueError: bad luck"
+    assert reports["mistaken"].error == "type something else"
     assert attempts(folder, "always") == 3
     assert attempts(folder, "once") == attempts(folder, "killed") == 2
     assert attempts(folder, "mistaken") == attempts(folder, "fine") == 1
@@ -127,14 +126,14 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
     with pytest.raises(Interrupted, match="interrupted; 18 are left"):
         run_trials(
             trial,
-            [{"x": x} for x in range(20)],
+            {f"{x:02d}": {"x": x} for x in range(20)},
             tmp_path,
             on_result=heard.append,
             watch=watch,
             saved=lambda: "18 are left",
         )
     assert attempts(folder, "trial") == 2
-    raised, died = sorted(heard, key=lambda report: report.number)
+    raised, died = sorted(heard, key=lambda report: report.key)
     assert (raised.error, raised.after_stop) == ("OSError: no room", True)
     assert "died" in str(died.error)
     assert died.after_stop, "what fails while it stops is told, not tried again"
@@ -144,7 +143,7 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
 def test_no_trials_are_no_work(tmp_path: Path) -> None:
     from orchestrator.cluster.ray_tune import run_trials
 
-    assert run_trials(lambda parameters, context: {}, [], tmp_path) == []
+    assert run_trials(lambda parameters, context: {}, {}, tmp_path) == {}
 
 
 def test_more_at_once_than_cpus_is_cut_down(ray_session: None, tmp_path: Path) -> None:
@@ -153,5 +152,6 @@ def test_more_at_once_than_cpus_is_cut_down(ray_session: None, tmp_path: Path) -
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         return {"done": True}
 
-    reports = run_trials(trial, [{}] * 3, tmp_path, SweepSettings(trials_at_once=50))
-    assert all(report.result == {"done": True} for report in reports)
+    trials: dict[str, dict[str, Any]] = {key: {} for key in "abc"}
+    reports = run_trials(trial, trials, tmp_path, SweepSettings(trials_at_once=50))
+    assert [report.result for report in reports.values()] == [{"done": True}] * 3

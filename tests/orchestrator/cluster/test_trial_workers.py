@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from changed_trials import in_folder, with_job
 
 from orchestrator.records.trial import Trial
-from orchestrator.settings import SweepSettings
+from orchestrator.settings import SweepSettings, resolve_settings
+from orchestrator.sweeping.asha import AshaTrial, asha_scheduler, asha_trials, stored_early_stop
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.job import STOP_NAME, job_key
 from orchestrator.training.model_loading import load_model
@@ -24,8 +26,9 @@ from orchestrator.workspace.journal import read_journal
 pytestmark = pytest.mark.slow
 
 
-def parameters(trial: Trial) -> dict[str, Any]:
-    return {"trial": trial.model_dump(mode="json"), "asha": None}
+def parameters(trial: Trial, asha: AshaTrial | None) -> dict[str, Any]:
+    shown = asha.model_dump(mode="json") if asha else None
+    return {"trial": trial.model_dump(mode="json"), "asha": shown}
 
 
 def shared(trial: Trial, tmp_path: Path, *, num_steps: int = 12) -> Trial:
@@ -39,7 +42,10 @@ def weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
 
 
 def run_with_two(
-    trials: list[Trial], folder: Path, watch: Callable[[], None] | None = None
+    trials: list[Trial],
+    folder: Path,
+    watch: Callable[[], None] | None = None,
+    asha: Mapping[str, AshaTrial] | None = None,
 ) -> list[Any]:
     from orchestrator.cluster.ray_tune import TrialContext, run_trials
 
@@ -51,8 +57,11 @@ def run_with_two(
         return run_tune_trial(parameters, context)
 
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
-    given = [parameters(trial) for trial in trials]
-    return run_trials(trial, given, folder, sweep, watch=watch)
+    asha = asha or {}
+    given = {trial.key: parameters(trial, asha.get(trial.key)) for trial in trials}
+    scheduler = asha_scheduler(asha)
+    reports = run_trials(trial, given, folder, sweep, scheduler=scheduler, watch=watch)
+    return [reports[key] for key in given]
 
 
 def test_two_workers_make_what_one_makes_also_through_a_stop(
@@ -113,3 +122,34 @@ def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
     assert [r.result for r in reports] == [{"state": "made"}] * 2, [r.error for r in reports]
     names = [r.get("name") for r in read_journal(Path(victim.folder))[0]]
     assert "resumed" in names, "it went on from its checkpoint"
+
+
+def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
+    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+) -> None:
+    import ray
+
+    trials = [
+        in_folder(
+            with_job(
+                tiny_plan.trials[1],
+                {"num_steps": steps, "learning_rate": rate, "validate_every_steps": 20},
+            ),
+            tmp_path / name, key=name, label=name,
+        )
+        for name, rate, steps in (("good", 1e-2, 400), ("bad", 1e-7, 400))
+    ]  # fmt: skip
+    plan = replace(tiny_plan, kind="iterations", trials=tuple(trials))
+    asha = asha_trials(plan, resolve_settings({}, ["sweep.asha=true"]).sweep)
+    good, bad = run_with_two(trials, tmp_path / "sweep", asha=asha)
+    assert good.result == {"state": "made"}, good.error
+    assert bad.result == {"state": "stopped early"}, bad.error
+    stop = stored_early_stop(trials[1], asha["bad"])
+    assert stop is not None
+    assert stop.step in (100, 200)
+    [saved] = Path(trials[1].folder).glob("step_*")
+    assert stop.step <= int(saved.name.removeprefix("step_")) < 400
+    give_up = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < give_up, "the workers keep their CPUs"
+        time.sleep(0.2)

@@ -14,7 +14,7 @@ from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.asha import AshaRule, EarlyStop, write_early_stop
+from orchestrator.sweeping.asha import asha_trials, stop_early, stored_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import SweepPlan
@@ -65,10 +65,10 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     for trial in trials:
         if trial is not stopped:
             finish(trial)
-    stop = EarlyStop(step=30, num_steps=40, competitor=better.label, reason=f"{better.label} won")
-    asha = resolve_settings().sweep
-    rule = AshaRule(asha.asha_first_rung, asha.asha_reduction_factor)
-    write_early_stop(stopped, stop, rule)
+    asha = asha_trials(plan, resolve_settings({}, ["sweep.asha=true"]).sweep)
+    stop_early(asha, stopped.key, 30, 5.0)
+    stop = stored_early_stop(stopped, asha[stopped.key])
+    assert stop is not None
     asked: list[str] = []
     monkeypatch.setattr(
         TrialQueue, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)

@@ -23,7 +23,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import remaining_cost as plan_price
-from orchestrator.sweeping.asha import AshaRule, EarlyStop, write_early_stop
+from orchestrator.sweeping.asha import asha_trials, stop_early
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.remaining_cost import (
@@ -196,9 +196,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
     worse = worse.model_copy(update={"job": rated.job})
     tiny_plan = replace(tiny_plan, kind="iterations", trials=(*tiny_plan.trials[:3], better, worse))
     chosen = settings("sweep.asha=true")
-    rule = AshaRule(chosen.sweep.asha_first_rung, chosen.sweep.asha_reduction_factor)
-    stop = EarlyStop(step=20, num_steps=40, competitor=better.label, reason="made up")
-    write_early_stop(worse, stop, rule)
+    stop_early(asha_trials(tiny_plan, chosen.sweep), worse.key, 20, 5.0)
     price = estimate_remaining_cost(
         tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
     )

@@ -7,9 +7,11 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from iiet.decoder import Decoder
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.asha import AshaTrial, asha_trials, stored_early_stop
+from orchestrator.sweeping.asha import asha_scheduler, asha_trials, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
@@ -29,7 +31,7 @@ from orchestrator.terminal.signals import interruption_text
 from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run_lock import RUN_LOCK_NAME
 from orchestrator.workspace.errors import Interrupted, RunFailed
-from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 
 WORKER = """
 import json, sys
@@ -191,14 +193,14 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     run_trial(finished)
 
     def run_trials(
-        _: Any, given: list[dict[str, Any]], *__: Any, on_result: Any, watch: Any, **more: Any
+        _: Any, given: dict[str, Any], *__: Any, on_result: Any, watch: Any, **more: Any
     ) -> None:
         asked = iter([False] * 5 + [True] * 2)
         run_trial(begun, should_stop=lambda: next(asked))
         watch()
         if error:
-            parameters = next(p for p in given if p["trial"]["key"] == begun.key)
-            on_result(TrialReport(0, parameters, error=error, after_stop=True))
+            assert begun.key in given
+            on_result(TrialReport(begun.key, error=error, after_stop=True))
         raise Interrupted(interruption_text(more["saved"]()))
 
     monkeypatch.setattr(trial_rounds, "ray_cluster", lambda **_: nullcontext())
@@ -285,29 +287,34 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
         with_rate(trials[1], rate, tmp_path / name)
         for name, rate in (("low", 1e-5), ("high", 1e-2))
     )
+    plan = replace(tiny_plan, kind="iterations", trials=(low, high))
+    asha = asha_trials(plan, resolve_settings({}, ["sweep.asha=true"]).sweep)
 
-    def asha_of(*trials: Trial, first_rung: float = 0.25) -> dict[str, AshaTrial]:
-        assignments = ["sweep.asha=true", f"sweep.asha_first_rung={first_rung}"]
-        plan = replace(tiny_plan, kind="iterations", trials=trials)
-        return asha_trials(plan, resolve_settings({}, assignments).sweep)
+    def state(trial: Trial) -> str:
+        """Run a trial as under Tune, with a scheduler that has just been started."""
+        scheduler = asha_scheduler(asha)
+        assert scheduler is not None
+        tune_trial = SimpleNamespace(config={"trial": {"key": trial.key}}, status="RUNNING")
+        scheduler.on_trial_add(None, tune_trial)
 
-    asha = asha_of(low, high, trials[2])
-    assert asha[low.key].competitors == {high.label: high.folder}, "another schedule is no rate"
-    shares = with_job(low, {}, first_stages=str(tmp_path))
-    assert asha_of(shares, high)[low.key] == asha[low.key], "what it shares changes no model"
-    assert run_trial(high, asha=asha[high.key]).state == "made", "the first continues"
-    assert run_trial(low, asha=asha[low.key]).state == "stopped early"
+        def report(step: int, numbers: Mapping[str, float]) -> None:
+            if VALIDATION_METRIC in numbers:
+                result = {"step": step, "validation_loss": numbers[VALIDATION_METRIC]}
+                scheduler.on_trial_result(None, tune_trial, result)
+
+        return run_trial(trial, asha=asha[trial.key], report=report).state
+
+    assert state(high) == "made", "the first continues"
+    assert state(low) == "stopped early"
     stop = stored_early_stop(low, asha[low.key])
     assert stop is not None
     assert (stop.step, stop.competitor) == (10, high.label)
     assert low.result() is None, "what was not trained to its end is not finished"
-    assert stored_early_stop(low, asha_of(low, high, first_rung=0.5)[low.key]) is None, "other rule"
-    alone = replace(asha[low.key], competitors={})
-    assert stored_early_stop(low, alone) is None, "a sweep without the competitor did not stop it"
-    steps = len(read_journal(Path(low.folder))[0])
-    assert run_trial(low, asha=asha[low.key]).state == "stopped early"
-    records = read_journal(Path(low.folder))[0][steps:]
-    assert not [r for r in records if r["kind"] == "metrics"], "nothing was trained again"
+    records = read_journal(Path(low.folder))[0]
+    assert records[-1]["name"] == "stopped early"
+    assert max(r["step"] for r in records if r["kind"] == "metrics") == 10, "no step more"
+    assert state(low) == "stopped early"
+    assert read_journal(Path(low.folder))[0] == records, "nothing was trained again"
     assert run_trial(low).state == "made"
     assert starts(low) == 1, "it resumed from where it was stopped"
     assert stored_early_stop(low, asha[low.key]) is None
@@ -328,7 +335,7 @@ def test_what_travels_to_a_trial_is_small(trials: tuple[Trial, ...]) -> None:
 
     rounds = TrialQueue(Path(), resolve_settings({}).sweep, Progress(), num_all=len(trials))
     given = [rounds._parameters(trial) for trial in trials]
-    sent = len(pickle.dumps((run_tune_trial, given)))
+    sent = len(pickle.dumps(run_tune_trial)) + len(json.dumps(given))
     tokens = Path(given[0]["trial"]["suite"]["tokens_folder"])
     assert sent < 4096 * len(trials), "paths and settings; no weights, no tokens, no answers"
     assert sum(path.stat().st_size for path in tokens.rglob("*")) > sent
