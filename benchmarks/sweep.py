@@ -30,6 +30,7 @@ from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
 from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
@@ -37,7 +38,6 @@ from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_run import measure_quality
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.job import DONE_NAME

@@ -26,7 +26,6 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.model_lookup import tokens_folder_of
-from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -116,7 +115,7 @@ def evaluate_model(
     results = {
         name: found
         for name, path in paths.items()
-        if (found := read_cached(path, TaskResult.from_dict, progress.note)) is not None
+        if (found := TaskResult.read_measured(path, progress.note))
     }
     missing = [name for name in suite.tasks if name not in results]
     if missing:
@@ -197,7 +196,7 @@ def _run(
 
 def _store(path: Path, result: TaskResult, progress: Progress) -> None:
     try:
-        write_json(path, result.to_dict())
+        result.write(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
@@ -21,6 +21,7 @@ from orchestrator.pipelines.sweep_plans import (
 )
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings
@@ -41,7 +42,6 @@ from orchestrator.sweeping.remaining_cost import (
 )
 from orchestrator.sweeping.search import ScheduleSearch
 from orchestrator.sweeping.trials import (
-    SweepPlan,
     exact_cost,
     full_config,
 )
@@ -118,7 +118,7 @@ def _dry_run_of_students(
     found: list[Trial] = []
     if all(trial.result() for trial in plan.trials if trial.role == "trial"):
         found = search.known_trials()
-    plan = replace(plan, trials=(*plan.trials, *found))
+    plan = plan.model_copy(update={"trials": (*plan.trials, *found)})
     return dry_run_of(plan, settings, context, *_search_price(plan, search, settings))
 
 

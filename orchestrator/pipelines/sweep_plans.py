@@ -26,6 +26,7 @@ from orchestrator.evaluation.task_selection import (
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.pipelines.pretraining import pretraining_job
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import EvaluationSettings, Settings
@@ -41,7 +42,6 @@ from orchestrator.sweeping.model_plans import (
 from orchestrator.sweeping.search import ScheduleSearch, search_plan
 from orchestrator.sweeping.selection import choose_members, schedule_cost
 from orchestrator.sweeping.student_plans import student_trial, threshold_plan
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of

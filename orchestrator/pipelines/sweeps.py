@@ -26,6 +26,7 @@ from orchestrator.pipelines.sweep_plans import (
 )
 from orchestrator.planning.feasibility import check_students_fit
 from orchestrator.planning.resources import check_resources
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
@@ -33,7 +34,6 @@ from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.execution import SweepOutcome, run_sweep
 from orchestrator.sweeping.model_plans import TEACHER, max_num_students, teacher_and_baselines
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
 from orchestrator.workspace.errors import RunFailed

@@ -12,11 +12,12 @@ task): s / sqrt(n) for means, the delta method for functions of means.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from orchestrator.workspace.errors import UserError, shortened
+from pydantic import Field
+
+from orchestrator.records.record import Record
 
 ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
 """A task's accuracy is the first of these that it reports."""
@@ -30,8 +31,7 @@ STDERR_SUFFIX = "_stderr"
 Values = Sequence[float] | Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
+class TaskResult(Record):
     """One task under one model."""
 
     name: str
@@ -52,7 +52,7 @@ class TaskResult:
     log_likelihoods: list[list[float]]
     """Per item, the log-likelihood of each continuation, in nats; none where answers are
     generated."""
-    answers: list[list[str]] = field(default_factory=list)
+    answers: list[list[str]] = Field(default_factory=list)
     """Per item, the generated answers; none where continuations are scored."""
 
     @property
@@ -66,39 +66,15 @@ class TaskResult:
             return None
         return self.metrics[metric], self.metrics.get(metric + STDERR_SUFFIX, math.nan)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; `from_dict` is the inverse."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TaskResult:
-        """Rebuild a stored result.
-
-        Raises:
-            UserError: If its fields are not those of this version.
-        """
-        try:
-            found = cls(**values)
-            for number in found.metrics.values():
-                float(number)
-            dict(found.values)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"the evaluation is not readable ({shortened(str(error))}); delete it and evaluate "
-                "again"
-            ) from None
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
+class EvaluationResult(Record):
     """All tasks of an evaluation."""
 
     results: dict[str, TaskResult]
     """Task name to result."""
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Requested group or tag, and its tasks."""
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = Field(default_factory=dict)
     """Requested task that could not run, and the reason."""
 
     @property
@@ -147,26 +123,6 @@ class EvaluationResult:
         for task, metrics in self.tasks.items():
             numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; `from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationResult:
-        """Rebuild a stored evaluation.
-
-        Raises:
-            UserError: If its fields are not those of this version.
-        """
-        try:
-            results = {k: TaskResult.from_dict(v) for k, v in values["results"].items()}
-            groups = {name: tuple(members) for name, members in values["groups"].items()}
-            return cls(results=results, groups=groups, skipped=dict(values["skipped"]))
-        except UserError:
-            raise
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"the evaluation is not readable ({error!r}); evaluate again") from None
 
 
 def accuracy_among(metrics: Iterable[str]) -> str | None:

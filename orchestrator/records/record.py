@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from iiet.config import ModelConfig
+from iiet.influence import InfluenceTable
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import DELETE_AND_RERUN, read_json_object, write_json
+from orchestrator.workspace.files import (
+    DELETE_AND_RERUN,
+    INVALID_VALUE_ERRORS,
+    read_json_object,
+    write_json,
+)
 
 
 class Record(BaseModel):
@@ -31,6 +37,18 @@ class Record(BaseModel):
         """
         stored = read_json_object(path, remedy=remedy)
         return None if stored is None else cls.parse(stored, path, remedy=remedy)
+
+    @classmethod
+    def read_measured(cls, path: Path, note: Callable[[str], None]) -> Self | None:
+        """Read a stored measurement; None if it is missing or damaged, so it is measured again.
+
+        `note` is called with a sentence if the file is damaged.
+        """
+        try:
+            return cls.read(path, remedy="it is measured again")
+        except UserError as error:
+            note(str(error))
+            return None
 
     @classmethod
     def parse(
@@ -57,11 +75,9 @@ def _problem(error: ValidationError) -> str:
 def _parsed_config(value: Any) -> ModelConfig:
     if isinstance(value, ModelConfig):
         return value
-    if not isinstance(value, Mapping):
-        raise ValueError("a model's configuration is a mapping")
     try:
         return ModelConfig.from_dict(value)
-    except (TypeError, AttributeError) as error:
+    except INVALID_VALUE_ERRORS as error:
         raise ValueError(str(error)) from None
 
 
@@ -69,3 +85,18 @@ Config = Annotated[
     ModelConfig, PlainValidator(_parsed_config), PlainSerializer(ModelConfig.to_dict)
 ]
 """A model's configuration; `ModelConfig.to_dict()` in JSON."""
+
+
+def _parsed_influence(value: Any) -> InfluenceTable:
+    if isinstance(value, InfluenceTable):
+        return value
+    try:
+        return InfluenceTable.from_dict(value)
+    except INVALID_VALUE_ERRORS as error:
+        raise ValueError(f"it is not an influence table ({error})") from None
+
+
+Influence = Annotated[
+    InfluenceTable, PlainValidator(_parsed_influence), PlainSerializer(InfluenceTable.to_dict)
+]
+"""A teacher's influence table; `InfluenceTable.to_dict()` in JSON."""

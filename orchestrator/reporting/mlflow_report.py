@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.reporting.confidence import confidence_metrics
@@ -91,7 +90,7 @@ def track_results(
         result.model_copy(update={"run_id": own.run_id})
         for result, own in zip(sweep.results, nested, strict=True)
     ]
-    sweep = replace(sweep, results=tuple(tracked))
+    sweep = sweep.model_copy(update={"results": tuple(tracked)})
     return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
 
 

@@ -18,14 +18,12 @@ from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import (
-    PLAN_FILE,
     StoredSweep,
     item_notes,
     load_item_values,
     load_sweep_results,
 )
 from orchestrator.reporting.training_curves import read_training_curves
-from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -65,7 +63,7 @@ def write_overlay_report(
             for title, curves in read_training_curves(sweep, front).items()
         },
         facts=_facts(sweeps),
-        notes=[*_notes(workspace, sweeps, axes), *item_notes(all_results, items)],
+        notes=[*_notes(sweeps, axes), *item_notes(all_results, items)],
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     return WrittenReport(report, folder, tuple(write_report_files(report, folder)))
@@ -90,9 +88,9 @@ def _facts(sweeps: Sequence[StoredSweep]) -> Mapping[str, Mapping[str, Any]]:
     return facts
 
 
-def _notes(workspace: Workspace, sweeps: Sequence[StoredSweep], axes: FrontAxes) -> list[str]:
+def _notes(sweeps: Sequence[StoredSweep], axes: FrontAxes) -> list[str]:
     notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
-    notes += _suite_notes({sweep.name: _planned_suite(workspace, sweep) for sweep in sweeps})
+    notes += _suite_notes({sweep.name: _suite(sweep) for sweep in sweeps})
     if axes.cost == COSTS["ms"] and len(sweeps) > 1:
         notes.append(
             "Milliseconds were measured separately for each sweep: differences between sweeps "
@@ -116,15 +114,10 @@ def _suite_notes(suites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _planned_suite(workspace: Workspace, sweep: StoredSweep) -> dict[str, Any]:
-    path = sweep.folder(workspace) / PLAN_FILE
-    plan = read_json_object(path) or {}
-    with damage_as_user_error(path):
-        trials = plan.get("trials", [])
-        suite: dict[str, Any] = dict(next((trial.get("suite", {}) for trial in trials), {}))
-    # These values do not change the results.
-    ignored = {name for name in suite if name.endswith("_folder")} | {"batch_size"}
-    return {name: value for name, value in suite.items() if name not in ignored}
+def _suite(sweep: StoredSweep) -> dict[str, Any]:
+    """Return what a sweep was measured on, without what does not change the results."""
+    suite = sweep.results[0].suite.model_dump(mode="json")
+    return {k: v for k, v in suite.items() if not k.endswith("_folder") and k != "batch_size"}
 
 
 def _folder_name(sweeps: Sequence[StoredSweep], axes: FrontAxes) -> str:

@@ -8,20 +8,16 @@ paired errors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from iiet.influence import InfluenceTable
+from pydantic import Field
+
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import Trial
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    damage_as_user_error,
-    read_json,
-    read_json_object,
-    write_json,
-)
 from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
 
 RESULTS_FILE = "results.json"
@@ -30,8 +26,7 @@ LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredSweep:
+class StoredSweep(Record):
     """Everything that a report of a sweep needs."""
 
     name: str
@@ -40,9 +35,9 @@ class StoredSweep:
     """Content key of the sweep's plan, which identifies its run in MLflow."""
     results: tuple[Trial, ...]
     """The finished ones among teacher, trials and baselines."""
-    influence: InfluenceTable | None = None
+    influence: Influence | None = None
     """The teacher's influence table, if the sweep had one."""
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
     """Title of a list -> names and values, such as settings, provenance and reused trials."""
 
     @property
@@ -59,7 +54,7 @@ class StoredSweep:
     def store(self, workspace: Workspace) -> Path:
         """Write the results to the sweep's folder and return the path."""
         path = self.folder(workspace) / RESULTS_FILE
-        write_json(path, self.to_dict())
+        self.write(path)
         return path
 
     def journal_of(self, result: Trial) -> Path | None:
@@ -74,32 +69,6 @@ class StoredSweep:
         owner = next((other for other in same if other.role != "trial"), same[0])
         return Path(result.checkpoint).parent if owner.key == result.key else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able mapping."""
-        return {
-            "name": self.name,
-            "key": self.key,
-            "results": [result.model_dump(mode="json") for result in self.results],
-            "influence": self.influence.to_dict() if self.influence is not None else None,
-            "facts": {title: dict(values) for title, values in self.facts.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StoredSweep:
-        """Rebuild stored results.
-
-        Raises:
-            KeyError: If a value is missing.
-        """
-        influence = values["influence"]
-        return cls(
-            name=values["name"],
-            key=values["key"],
-            results=tuple(Trial.model_validate(result) for result in values["results"]),
-            influence=None if influence is None else InfluenceTable.from_dict(influence),
-            facts=values["facts"],
-        )
-
 
 def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     """Read the stored results of a sweep; they are named after their folder.
@@ -112,14 +81,12 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     check_name(name, "the sweep")
     path = workspace.sweeps / name / RESULTS_FILE
     remedy = "delete it and run the sweep again, which finds its trials finished"
-    stored = read_json_object(path, remedy=remedy)
-    if stored is None:
+    found = StoredSweep.read(path, remedy=remedy)
+    if found is None:
         raise UserError(_no_results(workspace, name))
-    with damage_as_user_error(path, remedy=remedy):
-        found = StoredSweep.from_dict(stored)
     check_name(found.name, f"{path} is damaged: name")
     check_name(found.key, f"{path} is damaged: key")
-    return replace(found, name=name)
+    return found.model_copy(update={"name": name})
 
 
 def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str, EvaluationResult]:
@@ -129,12 +96,10 @@ def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str
     found = {}
     for result in results:
         path = paths.get(items_file_name(result.key))
-        try:
-            stored = read_json(path) if path else None
-            if stored is not None:
-                found[result.key] = EvaluationResult.from_dict(stored)
-        except UserError:
-            continue  # The metrics themselves are in the results.
+        # Damage is no error: the metrics themselves are in the results.
+        with suppress(UserError):
+            if path and (evaluation := EvaluationResult.read(path)):
+                found[result.key] = evaluation
     return found
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from orchestrator.cluster.asha_scheduler import AshaByModel, Contestant, validation_losses
 from orchestrator.records.record import Record
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.job import clear_stop_request, request_stop
 from orchestrator.workspace.journal import read_journal
 

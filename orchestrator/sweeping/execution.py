@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_tok
 from orchestrator.planning.feasibility import check_trials_fit
 from orchestrator.planning.fit import request_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_results import PLAN_FILE
@@ -32,7 +33,6 @@ from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.remaining_cost import plan_record
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import (
-    SweepPlan,
     exact_cost,
     full_config,
 )
@@ -107,7 +107,7 @@ def run_sweep(
         sweep.run_trials(plan.trials)
         while more := tuple(next_trials()) if next_trials else ():
             _check_trials(more, settings_on_gpus, workspace)
-            sweep.plan = replace(sweep.plan, trials=(*sweep.plan.trials, *more))
+            sweep.plan = sweep.plan.model_copy(update={"trials": (*sweep.plan.trials, *more)})
             if any(trial.result() is None for trial in more):
                 # Ray is started once for all rounds of a search.
                 stack.enter_context(ray_cluster(say=progress.start))
@@ -148,7 +148,7 @@ class _SweepRun:
         """Run those of the plan's trials that are not finished."""
         # The remaining cost is estimated once: that reads checkpoints and measures this machine.
         first = self._stored or plan_record(self.plan, self.settings, self.workspace.teachers)
-        self._stored = first | self.plan.to_dict()
+        self._stored = first | self.plan.model_dump(mode="json")
         write_json(self.folder / PLAN_FILE, self._stored)
         self._track_front()
         asha = asha_trials(self.plan, self.settings.sweep)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_GFLOPS, HYPERVOLUME_BY_TRIALS
 from orchestrator.sweeping.trials import (
-    SweepPlan,
     exact_cost,
     full_trial,
 )

@@ -12,13 +12,11 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
-from orchestrator.sweeping.trials import (
-    SweepPlan,
-    make_plan,
-)
+from orchestrator.sweeping.trials import make_plan
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import job_key
 from orchestrator.workspace.provenance import content_key

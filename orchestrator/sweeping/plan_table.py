@@ -9,9 +9,9 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.sweeping.remaining_cost import RemainingCost, TrialState
 from orchestrator.sweeping.trials import (
-    SweepPlan,
     exact_cost,
     full_config,
     num_models,

@@ -14,14 +14,12 @@ from typing import Any, Literal
 from iiet.cost import inference_cost
 from orchestrator.planning.training_estimate import estimate_training
 from orchestrator.planning.training_rate import assumed_training_rate
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, Settings, SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
-from orchestrator.sweeping.trials import (
-    SweepPlan,
-    full_config,
-)
+from orchestrator.sweeping.trials import full_config
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
 from orchestrator.training.first_stage import first_stage_of
@@ -147,7 +145,7 @@ def estimate_remaining_cost(
 def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
     """Return what is stored of a plan: its trials, those found finished, and the remaining cost."""
     states = trial_states(plan, settings.sweep)
-    values = plan.to_dict()
+    values = plan.model_dump(mode="json")
     return {
         **{name: value for name, value in values.items() if name != "trials"},
         "requested": requested_noun(plan, settings.sweep) + "s",

@@ -9,14 +9,13 @@ suggests in the order in which trials happen to end, so two runs of one search w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import optuna
 
 from iiet.schedule import IterationSchedule
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SearchSettings
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
@@ -33,7 +32,9 @@ def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = 
     Its name is made from its key when unset.
     """
     key = content_key("search", family.key, settings.model_dump(mode="json"))
-    return replace(family, key=key, kind="search", name=name or f"search-{key[:8]}")
+    return family.model_copy(
+        update={"key": key, "kind": "search", "name": name or f"search-{key[:8]}"}
+    )
 
 
 class ScheduleSearch:

@@ -9,11 +9,11 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, Settings
 from orchestrator.sweeping.trials import (
-    SweepPlan,
     checkpoint_trial,
     make_plan,
 )
@@ -65,7 +65,7 @@ def threshold_plan(
     sweep = settings.sweep
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     plan = make_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
-    return replace(plan, left_out=dict(left_out or {}))
+    return plan.model_copy(update={"left_out": dict(left_out or {})})
 
 
 def student_job(

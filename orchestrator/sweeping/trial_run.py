@@ -32,7 +32,6 @@ from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
 
 NUM_VALIDATION_TOKENS = 65_536
@@ -162,7 +161,7 @@ def measure_quality(decoder: Decoder, suite: TrialSuite, items_path: Path) -> di
     evaluation = run_suite(
         tasks, decoder, tokenizer, batch_size=suite.batch_size, limit=suite.limit
     )
-    write_json(items_path, evaluation.to_dict())
+    evaluation.write(items_path)
     return {
         **evaluation.quality(),
         "validation_loss": heldout_loss(decoder, store.folder),

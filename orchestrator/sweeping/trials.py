@@ -8,12 +8,12 @@ finished trials, and other tasks are measured with the same weights without trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import (
     Role,
     Trial,
@@ -25,35 +25,6 @@ from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
 SweepKind = Literal["threshold", "iterations", "search"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepPlan:
-    """All trials of a sweep."""
-
-    key: str
-    """Hash of the trials' keys: the same sweep has the same key."""
-    name: str
-    """Name of its folder and of its run in MLflow."""
-    kind: str
-    """`threshold`, `iterations` or `search`."""
-    tokens_folder: str
-    """Folder of prepared tokens."""
-    teacher: str | None
-    """Checkpoint of the teacher; None for `iterations`."""
-    num_requested: int
-    """Thresholds, budgets, schedules or models asked for, before those that coincide were merged;
-    seeds do not count."""
-    trials: tuple[Trial, ...]
-    """Trials, teacher and baselines, each once."""
-    num_distinct: int = 0
-    """Different schedules or models among them; those that a search adds do not count."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Run and reason of models that cannot be baselines; not part of the key."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a mapping that strict JSON can hold."""
-        return vars(self) | {"trials": [trial.model_dump(mode="json") for trial in self.trials]}
 
 
 def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:

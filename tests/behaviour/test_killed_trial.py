@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from changed_trials import in_folder, with_job
 
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.tracking import open_tracking
 from orchestrator.tracking.store import Store
 from orchestrator.workspace.folders import open_workspace
@@ -105,7 +104,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
             is_down[0] |= when == "middle"
 
         monkeypatch.setattr(TrialQueue, "run", run_rounds(go_down))
-        plan = replace(tiny_plan, key=f"down at {when}", name=f"down-{when}")
+        plan = tiny_plan.model_copy(update={"key": f"down at {when}", "name": f"down-{when}"})
         told: list[str] = []
         tracking = open_tracking(workspace, warn=told.append)
         settings = resolve_settings({})

@@ -19,10 +19,10 @@ from changed_trials import with_job
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.resources import Resources
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import STOP_NAME, finished_outcome, request_stop

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import pytest
 import torch
 from changed_trials import in_folder, with_job
 
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.asha import AshaTrial, asha_scheduler, asha_trials, stored_early_stop
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.job import STOP_NAME, job_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
@@ -139,7 +138,7 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
         )
         for name, rate, steps in (("good", 1e-2, 400), ("bad", 1e-7, 400))
     ]  # fmt: skip
-    plan = replace(tiny_plan, kind="iterations", trials=tuple(trials))
+    plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": tuple(trials)})
     asha = asha_trials(plan, resolve_settings({}, ["sweep.asha=true"]).sweep)
     good, bad = run_with_two(trials, tmp_path / "sweep", asha=asha)
     assert good.result == {"state": "made"}, good.error

@@ -19,7 +19,7 @@ from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines import evaluating
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
-from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import save_checkpoint
@@ -221,15 +221,15 @@ def test_an_interrupted_evaluation_keeps_the_tasks_that_were_done(
     runs: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def stop_after_first(path: Path, value: Any) -> None:
-        write(path, value)
+    def stop_after_first(result: TaskResult, path: Path) -> None:
+        write(result, path)
         raise KeyboardInterrupt
 
-    write = evaluating.write_json
-    monkeypatch.setattr(evaluating, "write_json", stop_after_first)
+    write = TaskResult.write
+    monkeypatch.setattr(TaskResult, "write", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, settings, workspace)
-    monkeypatch.setattr(evaluating, "write_json", write)
+    monkeypatch.setattr(TaskResult, "write", write)
     evaluate(checkpoint, settings, workspace)
     assert runs == ["first", "second", "second"]
 

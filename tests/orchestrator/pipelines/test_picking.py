@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +211,8 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
             metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
         )  # fmt: skip
         items = EvaluationResult(results={"choices": task})
-        write_json(context.workspace.trials / "t" / items_file_name(result.key), items.to_dict())
-    replace(sweep, name="seeds", results=(full, *seeds)).store(context.workspace)
+        items.write(context.workspace.trials / "t" / items_file_name(result.key))
+    sweep.model_copy(update={"name": "seeds", "results": (full, *seeds)}).store(context.workspace)
     choice = pick_from(context, "seeds", PickRule(name="cheapest"), to=tmp_path / "seeds")
     assert choice.point.quality == pytest.approx(0.5)
     assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
@@ -279,9 +278,9 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     assert "under the schedule `2,1`" in card("again")
     assert "Influence of each correction (loss)" in card("loss", "influence.metric=loss")
     result = sweep.results[1].model_copy(update={"checkpoint": str(student)})
-    found = replace(
-        sweep,
+    found = StoredSweep(
         name="by-relative",
+        key=sweep.key,
         results=(sweep.results[0], result),
         influence=table_of("relative", (2, 1)),
     )

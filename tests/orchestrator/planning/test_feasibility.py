@@ -14,12 +14,12 @@ from orchestrator.pipelines import sweeps
 from orchestrator.planning.feasibility import MeasureFree, check_trainings, check_trials_fit
 from orchestrator.planning.fit import ResourceRequest
 from orchestrator.planning.resources import FreeBytes, Resources
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import (
     ClusterSettings,
     SweepSettings,
     resolve_settings,
 )
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 

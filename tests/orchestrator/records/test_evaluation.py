@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +16,7 @@ from orchestrator.records.evaluation import (
     mean_and_error,
     standard_error,
 )
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_json
 
 
 def task(name: str, **metrics: float) -> TaskResult:
@@ -109,10 +109,14 @@ def test_the_mean_of_nothing_is_nan() -> None:
 
 def test_an_evaluation_json_round_trip_changes_nothing() -> None:
     found = evaluation(task("b1", acc=0.2), task("b2", acc=0.4), blimp=("b1", "b2"))
-    assert EvaluationResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert EvaluationResult.model_validate_json(found.model_dump_json()) == found
 
 
-@pytest.mark.parametrize("stored", [{}, {"results": {"a": {"name": "a"}}, "groups": {}}])
-def test_an_unreadable_evaluation_is_a_user_error(stored: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="the evaluation is not readable"):
-        EvaluationResult.from_dict(stored)
+def test_a_damaged_evaluation_is_measured_again(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = tmp_path / "x.json"
+    for stored in ({}, {"results": {"a": {"name": "a"}}, "groups": {}}):
+        write_json(path, stored)
+        assert EvaluationResult.read_measured(path, notes.append) is None
+    assert f"{path} is damaged (results: Field required); it is measured again" == notes[0]
+    assert "(results.a.version: Field required)" in notes[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rich.console import Console
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
@@ -35,10 +33,12 @@ def printed(*evaluations: EvaluationResult) -> list[list[str]]:
 
 
 def test_one_row_a_metric_and_one_column_a_model() -> None:
-    other = replace(RESULT, metrics={"acc": 0.75})
+    other = RESULT.model_copy(update={"metrics": {"acc": 0.75}})
     rows = printed(
         EvaluationResult(results={"choices": RESULT}),
-        EvaluationResult(results={"choices": other, "more": replace(RESULT, name="more")}),
+        EvaluationResult(
+            results={"choices": other, "more": RESULT.model_copy(update={"name": "more"})}
+        ),
     )
     assert ["task", "metric", "model0", "model1", "items"] in rows
     assert ["choices", "acc", "0.2500±0.1250", "0.7500", "2"] in rows
@@ -55,7 +55,7 @@ def test_the_accuracy_metric_is_marked_and_averaged() -> None:
 
 def test_an_average_without_some_tasks_has_a_note() -> None:
     whole = EvaluationResult(results={"choices": RESULT})
-    less = replace(whole, skipped={"piqa": "it needs the hub"})
+    less = whole.model_copy(update={"skipped": {"piqa": "it needs the hub"}})
     assert average_notes({"a": whole}) == []
     assert average_notes({"a": less}) == ["the average is over choices, without piqa"]
     assert average_notes({"a": whole, "b": less}) == [
@@ -64,13 +64,15 @@ def test_an_average_without_some_tasks_has_a_note() -> None:
 
 
 def test_a_task_without_accuracy_has_no_average() -> None:
-    plain = replace(RESULT, metrics={"bits_per_byte": 2.0})
+    plain = RESULT.model_copy(update={"metrics": {"bits_per_byte": 2.0}})
     rows = printed(EvaluationResult(results={"choices": plain}))
     assert not any("average" in row for row in rows)
 
 
 def test_tasks_with_different_items_are_found() -> None:
     same = EvaluationResult(results={"choices": RESULT})
-    other = EvaluationResult(results={"choices": replace(RESULT, items=["one", "three"])})
+    other = EvaluationResult(
+        results={"choices": RESULT.model_copy(update={"items": ["one", "three"]})}
+    )
     assert tasks_with_other_items([same, same]) == []
     assert tasks_with_other_items([same, other]) == ["choices"]

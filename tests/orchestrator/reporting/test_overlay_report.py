@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.overlay_report import write_overlay_report
-from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 
@@ -33,9 +32,9 @@ def workspace(tmp_path: Path, sample_results: list[Trial]) -> Workspace:
     ]
     for name, own in (("first", trials), ("second", better)):
         facts = {"Settings": {"training.seed": "0", "name": name}}
-        StoredSweep(name=name, key=name, results=(*others, *own), facts=facts).store(space)
-        plan = {"trials": [{"suite": {"suite": "heldout-1", "tokens_folder": name}}]}
-        write_json(space.sweeps / name / "plan.json", plan)
+        suite = TrialSuite(suite="heldout-1", tokens_folder=name)
+        results = tuple(r.model_copy(update={"suite": suite}) for r in (*others, *own))
+        StoredSweep(name=name, key=name, results=results, facts=facts).store(space)
     return space
 
 
@@ -67,8 +66,10 @@ def test_an_overlay_on_other_axes_has_its_own_folder(workspace: Workspace) -> No
 
 
 def test_different_tasks_have_a_note(workspace: Workspace) -> None:
-    suite = {"suite": "heldout-2", "tokens_folder": "elsewhere"}
-    write_json(workspace.sweeps / "second" / "plan.json", {"trials": [{"suite": suite}]})
+    suite = TrialSuite(suite="heldout-2", tokens_folder="elsewhere")
+    sweep = load_sweep_results(workspace, "second")
+    results = tuple(r.model_copy(update={"suite": suite}) for r in sweep.results)
+    sweep.model_copy(update={"results": results}).store(workspace)
     written = write_overlay_report(workspace, ["first", "second"])
     [note] = written.report.notes
     assert "not measured on the same tasks and texts (suite heldout-1 / heldout-2)" in note

@@ -84,7 +84,7 @@ def test_files_are_written_and_read_back_without_the_trials(
     assert all(path.stat().st_size > 100 for path in written.files)
     assert written.page is not None
     assert "distillation.kl_weight" in written.page.read_text(encoding="utf-8")
-    assert load_sweep_results(workspace, "toy").to_dict() == sweep.to_dict()
+    assert load_sweep_results(workspace, "toy") == sweep
     before = {path.name: path.read_bytes() for path in written.files}
     again = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in again.files} == before
@@ -103,7 +103,7 @@ def test_paired_errors_come_from_the_stored_items(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
-        write_json(workspace.trials / "any" / items_file_name(key), evaluation.to_dict())
+        evaluation.write(workspace.trials / "any" / items_file_name(key))
     written = write_sweep_report(workspace, sweep)
     assert written.report.front.basis is not None
     assert written.report.front.basis.num_items == 2000
@@ -141,7 +141,7 @@ def of_two_seeds(workspace: Workspace, sweep: StoredSweep) -> StoredSweep:
                     }
                 )
             )
-    return replace(sweep, results=tuple(results))
+    return sweep.model_copy(update={"results": tuple(results)})
 
 
 def test_each_seed_has_its_curve(workspace: Workspace, sweep: StoredSweep) -> None:
@@ -168,7 +168,7 @@ def test_seeds_have_paired_errors_and_runs(
     seeded = of_two_seeds(workspace, sweep)
     for result in seeded.results:
         found = sample_evaluations[result.key.partition("-")[0]]
-        write_json(workspace.trials / "any" / items_file_name(result.key), found.to_dict())
+        found.write(workspace.trials / "any" / items_file_name(result.key))
     items = load_item_values(workspace, seeded.results)
     front = sweep_front(seeded, items, FrontAxes())
     tracking: Any = Runs()
@@ -196,7 +196,7 @@ def test_mlflow_holds_the_sweep_once(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
-        write_json(workspace.trials / "any" / items_file_name(key), evaluation.to_dict())
+        evaluation.write(workspace.trials / "any" / items_file_name(key))
     tracking = open_tracking(workspace, warn=pytest.fail)
     tracking.run(sweep.key, name="toy", kind="sweep", tags={"iiet.sweep": "toy"})
     first = write_sweep_report(workspace, sweep, tracking=tracking)
@@ -248,7 +248,7 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
         for n in range(12)
         for result in sweep.results
     ]
-    written = write_sweep_report(workspace, replace(sweep, results=tuple(many)))
+    written = write_sweep_report(workspace, sweep.model_copy(update={"results": tuple(many)}))
     note = run_note(written.report, "run")
     assert len(note) <= 8000
     assert "front/table.json" in note
@@ -260,14 +260,14 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
 def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: StoredSweep) -> None:
     teacher, trial = sweep.results[:2]
     pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
-    sweep = replace(sweep, results=(teacher, pruned))
+    sweep = sweep.model_copy(update={"results": (teacher, pruned)})
     assert sweep.journal_of(teacher) is not None
     assert sweep.journal_of(pruned) is None
 
 
 def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: StoredSweep) -> None:
     reason = "vanilla is left out: done.json is damaged"
-    sweep = replace(sweep, facts={**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}})
+    sweep = sweep.model_copy(update={"facts": {**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}}})
     write_sweep_report(workspace, sweep)
     written = write_sweep_report(workspace, "toy")
     sentence = f"Run v-1: {reason}."
@@ -282,8 +282,8 @@ def test_an_average_without_some_tasks_has_a_note(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     for key, evaluation in sample_evaluations.items():
-        less = replace(evaluation, skipped={"piqa": "it needs the hub"})
-        write_json(workspace.trials / "any" / items_file_name(key), less.to_dict())
+        less = evaluation.model_copy(update={"skipped": {"piqa": "it needs the hub"}})
+        less.write(workspace.trials / "any" / items_file_name(key))
     sentence = "Averages do not include piqa: it needs the hub."
     assert write_sweep_report(workspace, sweep).report.sentences[0] == sentence
     assert sentence in write_overlay_report(workspace, ["toy"]).report.sentences
@@ -293,7 +293,7 @@ def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
     bare = tuple(result.model_copy(update={"quality": {}}) for result in sweep.results)
-    written = write_sweep_report(workspace, replace(sweep, results=bare))
+    written = write_sweep_report(workspace, sweep.model_copy(update={"results": bare}))
     assert written.page is None
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
 
@@ -320,14 +320,14 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(
 ) -> None:
     outside = sweep.store(open_workspace(tmp_path / "outside" / "in")).parent
     outside.rename(tmp_path / "elsewhere")
-    write_json(tmp_path / "outside" / RESULTS_FILE, sweep.to_dict())
+    write_json(tmp_path / "outside" / RESULTS_FILE, sweep.model_dump(mode="json"))
     write_sweep_report(workspace, sweep)
     before = sorted(tmp_path.rglob("*"))
     # From the command line, and from a file in a shared workspace.
     with pytest.raises(UserError, match="a name has letters, digits"):
         write_sweep_report(workspace, name)
     for part in ("name", "key"):
-        stored = {**sweep.to_dict(), part: name}
+        stored = {**sweep.model_dump(mode="json"), part: name}
         write_json(workspace.sweeps / "toy" / RESULTS_FILE, stored)
         with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
             write_sweep_report(workspace, "toy")
@@ -337,7 +337,9 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(
 def test_a_copied_sweep_is_its_own_sweep(workspace: Workspace, sweep: StoredSweep) -> None:
     stored = write_sweep_report(workspace, sweep).folder / RESULTS_FILE
     before = stored.read_bytes()
-    write_json(workspace.sweeps / "copy" / RESULTS_FILE, {**sweep.to_dict(), "facts": {}})
+    write_json(
+        workspace.sweeps / "copy" / RESULTS_FILE, {**sweep.model_dump(mode="json"), "facts": {}}
+    )
     assert write_sweep_report(workspace, "copy").folder == workspace.sweeps / "copy"
     assert stored.read_bytes() == before
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from changed_trials import in_folder, with_job
 
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import (
@@ -18,7 +18,6 @@ from orchestrator.sweeping.asha import (
     stop_early,
     stored_early_stop,
 )
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.job import is_stop_requested
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
 
@@ -34,7 +33,7 @@ def rates(plan: SweepPlan, folder: Path) -> tuple[Trial, Trial]:
 
 def asha_of(plan: SweepPlan, *trials: Trial, first_rung: float = 0.25) -> dict[str, AshaTrial]:
     assignments = ["sweep.asha=true", f"sweep.asha_first_rung={first_rung}"]
-    plan = replace(plan, kind="iterations", trials=trials)
+    plan = plan.model_copy(update={"kind": "iterations", "trials": trials})
     return asha_trials(plan, resolve_settings({}, assignments).sweep)
 
 

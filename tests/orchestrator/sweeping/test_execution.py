@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +11,12 @@ from changed_trials import with_job
 
 from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import asha_trials, stop_early, stored_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.folders import open_workspace
 
@@ -61,7 +60,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     rated = with_job(stopped, {"learning_rate": 1.0})
     better = better.model_copy(update={"job": rated.job})
     trials = (tiny_plan.trials[0], stopped, better, *tiny_plan.trials[3:])
-    plan = replace(tiny_plan, kind="iterations", trials=trials)
+    plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": trials})
     for trial in trials:
         if trial is not stopped:
             finish(trial)

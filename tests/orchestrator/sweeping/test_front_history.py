@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.pareto import find_front
@@ -19,7 +19,6 @@ from orchestrator.reporting.training_curves import (
 )
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.front_history import record_front
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.workspace.journal import read_journal
 
 
@@ -100,7 +99,7 @@ def test_a_lucky_seed_is_no_front(
         )
         for n in range(2)
     ]
-    plan = replace(plan, trials=(plan.trials[0], *seeds))
+    plan = plan.model_copy(update={"trials": (plan.trials[0], *seeds)})
     finish(plan, teacher)
     for seed, accuracy in zip(seeds, (0.1, 0.5), strict=True):
         finish(plan, cheap.model_copy(update={"key": seed.key, "quality": {"accuracy": accuracy}}))

@@ -7,7 +7,6 @@ under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from iiet.influence import InfluenceTable
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.sweep_dry_runs import dry_run_of
 from orchestrator.planning.training_rate import TrainingRate
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import Settings, resolve_settings
@@ -34,7 +34,6 @@ from orchestrator.sweeping.remaining_cost import (
 )
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
@@ -92,7 +91,7 @@ def begin(trial: Trial, num_steps: int) -> float:
 def of_one(plan: SweepPlan, **recipe: Any) -> SweepPlan:
     """A plan of the costliest student alone, trained as a control without teacher."""
     student = with_job(plan.trials[1], recipe, objective="cross_entropy", teacher_folder=None)
-    return replace(plan, trials=(student,))
+    return plan.model_copy(update={"trials": (student,)})
 
 
 def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
@@ -194,7 +193,9 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
     better, worse = tiny_plan.trials[3:]
     rated = with_job(better, {"learning_rate": 1.0})
     worse = worse.model_copy(update={"job": rated.job})
-    tiny_plan = replace(tiny_plan, kind="iterations", trials=(*tiny_plan.trials[:3], better, worse))
+    tiny_plan = tiny_plan.model_copy(
+        update={"kind": "iterations", "trials": (*tiny_plan.trials[:3], better, worse)}
+    )
     chosen = settings("sweep.asha=true")
     stop_early(asha_trials(tiny_plan, chosen.sweep), worse.key, 20, 5.0)
     price = estimate_remaining_cost(
@@ -340,7 +341,7 @@ def test_a_first_stage_in_common_is_paid_once(
 
 
 def test_what_a_search_adds_is_told_apart(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    first = replace(tiny_plan, kind="search", num_requested=3, num_distinct=3)
+    first = tiny_plan.model_copy(update={"kind": "search", "num_requested": 3, "num_distinct": 3})
     assert told(first, settings("sweep.num_schedules=3"), tmp_path)[0] == (
         "3 schedules asked for, 3 distinct schedules; 1 more that the search suggested"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from sample_trials import sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import SearchSettings
 from orchestrator.sweeping.search import ScheduleSearch, search_plan
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 
@@ -115,7 +114,8 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
 def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -> None:
     world = World(tmp_path)
     full, none = IterationSchedule((1, 0, 0, 1, 0, 1)), FAMILY[-1]
-    family = replace(world.family, trials=(world.trial(full), world.trial(none)))
+    trials = (world.trial(full), world.trial(none))
+    family = world.family.model_copy(update={"trials": trials})
     search = ScheduleSearch(family, full, SearchSettings(num_trials=10**6), world.trial)
     asked: list[str] = []
     while trials := search.next_trials():

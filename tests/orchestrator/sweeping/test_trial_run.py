@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +19,12 @@ from changed_trials import in_folder, with_job
 from filelock import FileLock
 
 from iiet.decoder import Decoder
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.asha import asha_scheduler, asha_trials, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
-from orchestrator.sweeping.trials import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
 from orchestrator.training.job import DONE_NAME
@@ -287,7 +286,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
         with_rate(trials[1], rate, tmp_path / name)
         for name, rate in (("low", 1e-5), ("high", 1e-2))
     )
-    plan = replace(tiny_plan, kind="iterations", trials=(low, high))
+    plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (low, high)})
     asha = asha_trials(plan, resolve_settings({}, ["sweep.asha=true"]).sweep)
 
     def state(trial: Trial) -> str:
