@@ -89,6 +89,14 @@ def pretrain(
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps.")
     ] = None,
+    continue_: Annotated[
+        Path | None,
+        typer.Option(
+            "--continue",
+            metavar="RUN",
+            help="Finished run, by path or name, to continue to more --steps (wsd or constant).",
+        ),
+    ] = None,
     skip_bad_steps: Annotated[
         int | None,
         typer.Option(
@@ -117,7 +125,7 @@ def pretrain(
 ) -> None:
     """Pretrain one model on GPUs or CPUs; an interrupted run resumes."""
     settings = read_options(
-        config,
+        _settings_to_continue(workspace, continue_, config) if continue_ else config,
         set_,
         cluster__num_gpus=gpus,
         cluster__num_workers=workers,
@@ -139,7 +147,7 @@ def pretrain(
         from orchestrator.pipelines.pretraining import pretrain_in_context
 
         context = Context(session.workspace, session.progress)
-        result = pretrain_in_context(settings, context, name=name, local=local)
+        result = pretrain_in_context(settings, context, continued=continue_, name=name, local=local)
         print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
@@ -168,6 +176,21 @@ def distill(
             settings, context, schedule=schedule, teacher=checkpoint, local=local
         )
         print_line(session.console, f"checkpoint: {result.checkpoint}")
+
+
+def _settings_to_continue(workspace: Path | None, run: Path, config: str | None) -> str:
+    if config is not None:
+        raise UserError("--continue takes the run's own settings; use it without --config")
+    from orchestrator.settings import SETTINGS_NAME
+    from orchestrator.training.model_lookup import find_run_folder
+    from orchestrator.workspace.folders import locate_workspace
+
+    path = find_run_folder(locate_workspace(workspace), run) / SETTINGS_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} was not made by `iiet-orch pretrain`: it has no {path.name}"
+        )
+    return str(path)
 
 
 def _check_resources(settings: Any, *, local: bool) -> None:

@@ -30,9 +30,10 @@ from orchestrator.planning.pretraining_estimate import (
 from orchestrator.planning.resources import check_resources
 from orchestrator.planning.training_rate import TrainingRate, assumed_training_rate
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import ClusterSettings, Settings, flatten, to_yaml
+from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun
+from orchestrator.training.continuing import continue_job, continued_recipe, find_finished_job
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.model_config import build_model_config
@@ -66,6 +67,7 @@ def pretrain(
     settings: Settings,
     *,
     workspace: Workspace | Path | str,
+    continued: Path | str | None = None,
     name: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
@@ -74,6 +76,8 @@ def pretrain(
 
     Args:
         settings: Sections `data`, `model`, `training` and `cluster`.
+        continued: Finished run to continue, by path or name; the settings are those in its
+            `settings.yaml`, with more steps. The result is bitwise that of one longer training.
         name: Name of the run's folder; made from method, schedule and content when unset.
         local: Train in this process, without Ray.
 
@@ -83,17 +87,32 @@ def pretrain(
         RunFailed: If the run failed or diverged.
     """
     check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
-    return pretrain_in_context(settings, open_context(workspace, progress), name=name, local=local)
+    context = open_context(workspace, progress)
+    return pretrain_in_context(settings, context, continued=continued, name=name, local=local)
 
 
 def pretrain_in_context(
-    settings: Settings, context: Context, *, name: str | None = None, local: bool = False
+    settings: Settings,
+    context: Context,
+    *,
+    continued: Path | str | None = None,
+    name: str | None = None,
+    local: bool = False,
 ) -> PretrainResult:
     """Pretrain one model in an open workspace; as `pretrain`, after `check_resources`."""
-    check_pretraining(settings, context.workspace)
-    tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     method = settings.model.method
-    return pretrain_models({method: settings}, context, tokens, name=name, local=local)[method]
+    earlier = None
+    if continued is None:
+        check_pretraining(settings, context.workspace)
+        tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+    else:
+        earlier = find_finished_job(context.workspace, Path(continued), settings.data)
+        tokens = Path(earlier.tokens_folder)
+        recipe = continued_recipe(earlier.recipe, settings.training)
+        settings = settings.model_copy(update={"training": recipe})
+    models = {method: settings}
+    trained = pretrain_models(models, context, tokens, earlier=earlier, name=name, local=local)
+    return trained[method]
 
 
 def pretrain_models(
@@ -101,6 +120,7 @@ def pretrain_models(
     context: Context,
     tokens: Path,
     *,
+    earlier: TrainingJob | None = None,
     name: str | None = None,
     local: bool = False,
 ) -> dict[str, PretrainResult]:
@@ -109,23 +129,28 @@ def pretrain_models(
     Args:
         models: Label to settings; section `cluster` of the first says where all of them run.
         tokens: Folder of prepared tokens.
+        earlier: Finished run that they continue.
         name: Name of the run, for a single model.
 
     Raises:
         UserError, Interrupted, RunFailed: As `pretrain`; nothing is started after a `UserError`.
     """
     planned = [pretraining_job(own, context.workspace, tokens, name) for own in models.values()]
+    if earlier:
+        planned = [continue_job(earlier, job, context.progress.note) for job in planned]
     jobs = dict(zip(models, share_first_stages(planned), strict=True))
     cluster = next(iter(models.values())).cluster
     check_trainings(list(jobs.values()), cluster, settings=list(models.values()))
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
-        write_text(job.folder / "settings.yaml", to_yaml(models[label]))
+        write_text(job.folder / SETTINGS_NAME, to_yaml(models[label]))
     params = {label: flatten(own) for label, own in models.items()}
     with tracked_jobs("pretrain", jobs, params, cluster, context, local=local) as (run_jobs, runs):
         outcomes = dict(zip(runs, run_jobs(), strict=True))
         for label, outcome in outcomes.items():
-            runs[label].set_tags({"iiet.checkpoint": str(outcome.checkpoint)})
+            origin = jobs[label].continued_from
+            tags = {"iiet.continued_from": origin} if origin else {}
+            runs[label].set_tags({"iiet.checkpoint": str(outcome.checkpoint), **tags})
     results = {
         label: PretrainResult(
             checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss

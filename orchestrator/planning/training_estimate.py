@@ -11,6 +11,7 @@ from iiet.schedule import IterationSchedule
 from iiet.training_memory import TrainingMemory, training_memory
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.job import sequences_per_step
+from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import UserError
 
@@ -56,17 +57,19 @@ class TrainingEstimate:
     @property
     def kept_bytes(self) -> int:
         """Bytes of all checkpoints that are kept."""
-        return self._bytes_of(self.recipe.num_checkpoints_kept + self.recipe.keep_best)
+        return self._bytes_of(self.recipe.num_checkpoints_kept)
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of all checkpoints that are kept, and of the one being written."""
-        return self._bytes_of(self.recipe.num_checkpoints_kept + self.recipe.keep_best + 1)
+        return self._bytes_of(self.recipe.num_checkpoints_kept + 1)
 
-    def _bytes_of(self, num_checkpoints: int) -> int:
+    def _bytes_of(self, num_newest: int) -> int:
         recipe = self.recipe
+        has_stable = 0 < stable_steps(recipe) < recipe.num_steps
+        num_checkpoints = num_newest + recipe.keep_best + has_stable
         if recipe.checkpoint_every_minutes is None:
-            num_written = -(-recipe.num_steps // recipe.checkpoint_every_steps)
+            num_written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
             num_checkpoints = min(num_checkpoints, num_written)
         return self.checkpoint_bytes * num_checkpoints
 

@@ -36,6 +36,8 @@ class TrainingJob(Record):
     """Checkpoint with the initial weights; random weights when unset."""
     kept_layers: tuple[int, ...] | None = None
     """Layers of the initial weights that the model has, the first being 0; all when unset."""
+    continued_from: str | None = None
+    """Checkpoint of a shorter run whose steps this one has in common with it; it starts there."""
     distillation: DistillationConfig | None = None
     """The distillation loss; defaults when unset."""
     teacher_cache: str | None = None
@@ -73,4 +75,4 @@ class TrainingOutcome(Record):
     training_flops: float = 0.0
     """Training FLOPs, with the forward passes of a teacher that ran."""
     shared_flops: float = 0.0
-    """Part of them that another run spent on a shared first stage."""
+    """Part of them that another run spent: on a shared first stage, or before it was continued."""

@@ -13,7 +13,13 @@ from orchestrator.settings.model import (
     method_of_label,
     model_label,
 )
-from orchestrator.settings.resolve import flatten, read_settings, resolve_settings, to_yaml
+from orchestrator.settings.resolve import (
+    SETTINGS_NAME,
+    flatten,
+    read_settings,
+    resolve_settings,
+    to_yaml,
+)
 from orchestrator.settings.schema import (
     ClusterSettings,
     EvaluationSettings,
@@ -28,6 +34,7 @@ from orchestrator.settings.training import DistillationSettings, TrainingSetting
 __all__ = [
     "BASELINE_METHOD",
     "DEFAULT_METHOD",
+    "SETTINGS_NAME",
     "ClusterSettings",
     "DataSettings",
     "DistillationSettings",

@@ -98,6 +98,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+SETTINGS_NAME = "settings.yaml"
+"""File with the settings of a run or sweep, in its folder."""
+
+
 def to_yaml(settings: Section) -> str:
     """Return the whole tree as YAML, in the order of declaration."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

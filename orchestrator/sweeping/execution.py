@@ -27,7 +27,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
-from orchestrator.settings import Settings, flatten, to_yaml
+from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
 from orchestrator.sweeping.asha import EarlyStop, asha_trials, stored_early_stop
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.remaining_cost import plan_record
@@ -101,7 +101,7 @@ def run_sweep(
     settings_on_gpus = _check_trials(plan.trials, settings, workspace)
     folder = workspace.sweeps / plan.name
     _note_other_plan(plan, folder, progress)
-    write_text(folder / "settings.yaml", to_yaml(settings))
+    write_text(folder / SETTINGS_NAME, to_yaml(settings))
     with _tracked_run(plan, settings, tracking) as run, ExitStack() as stack:
         sweep = _SweepRun(plan, settings_on_gpus, workspace, run, progress)
         sweep.run_trials(plan.trials)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint
+from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint, step_of
 from orchestrator.workspace.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -27,11 +28,13 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def newest_intact_checkpoint(
-    run_folder: Path, *, with_training_state: bool = False
+    run_folder: Path, *, up_to_step: float = math.inf, with_training_state: bool = False
 ) -> tuple[Path | None, list[str]]:
     """Return the newest intact checkpoint of a run or None, and what is wrong with newer ones."""
     damage = []
     for folder in reversed(find_checkpoints(run_folder)):
+        if step_of(folder) > up_to_step:
+            continue
         try:
             check_checkpoint(folder, with_training_state=with_training_state)
         except UserError as error:

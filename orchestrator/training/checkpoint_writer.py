@@ -7,7 +7,7 @@ raise its error (full disk) on all workers. A killed process loses at most that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,10 +20,16 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import TokenStore
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import read_text_files, save_checkpoint, weights_key
+from orchestrator.training.checkpoint import (
+    checkpoint_name,
+    read_text_files,
+    save_checkpoint,
+    weights_key,
+)
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.distributed import World, full_tensor, run_on_first
 from orchestrator.training.first_stage import first_stage_of
+from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.loop import Position
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
@@ -90,10 +96,10 @@ class CheckpointWriter:
         self.checkpoint, self._saved_step = checkpoint, step
 
     def is_due(self, step: int) -> bool:
-        """Return whether a shared first stage ends, or the recipe's minutes have passed."""
+        """Return whether a first stage or the stable part ends, or the minutes have passed."""
         minutes = self._job.recipe.checkpoint_every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
-        return is_late or self._ends_first_stage(step)
+        return is_late or step == stable_steps(self._job.recipe) or self._ends_first_stage(step)
 
     def save(self, position: Position, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Start to write a checkpoint, unless this step has one or is the start.
@@ -156,7 +162,8 @@ class CheckpointWriter:
         if recipe.keep_best and position.validated_step == position.step:
             record_best(self.checkpoint, position.step, position.validation_loss)
         best = best_checkpoint(folder) if recipe.keep_best else None
-        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=best)
+        stable = folder / checkpoint_name(stable_steps(recipe))
+        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=(best, stable))
         self._event("checkpoint", step=position.step, path=str(self.checkpoint))
         if self.first_stage and self._ends_first_stage(position.step):
             try:
@@ -204,10 +211,12 @@ def best_checkpoint(run_folder: Path) -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
-def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Path | None = None) -> None:
-    """Delete all checkpoints but the newest and `keep`."""
+def prune_checkpoints(
+    run_folder: Path, num_kept: int, *, keep: Collection[Path | None] = ()
+) -> None:
+    """Delete all checkpoints but the newest and those to keep."""
     for folder in find_checkpoints(run_folder)[:-num_kept]:
-        if folder != keep:
+        if folder not in keep:
             delete_folder(folder)
 
 

@@ -20,7 +20,7 @@ from orchestrator.training.checkpoint import (
     PROVENANCE,
     check_checkpoint,
     checkpoint_name,
-    load_provenance,
+    step_of,
 )
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, job_key
 from orchestrator.workspace.errors import UserError
@@ -49,7 +49,7 @@ class FirstStage:
 
     def saves_steps(self, checkpoint: Path | None) -> bool:
         """Return whether the stage ends after a run's newest checkpoint, or the run has none."""
-        return checkpoint is None or int(load_provenance(checkpoint)["step"]) < self.num_steps
+        return checkpoint is None or step_of(checkpoint) < self.num_steps
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
         """Return the stored checkpoint if it is intact, else None.
@@ -67,14 +67,6 @@ class FirstStage:
             return None
         return self.checkpoint
 
-    def read_metrics(self, folder: Path | None = None) -> list[tuple[int, dict[str, float]]]:
-        """Return the steps and metrics of the stage from its own journal, or from that of a run."""
-        return [
-            (record["step"], record["values"])
-            for record in read_journal(folder or self.folder)[0]
-            if record["kind"] == "metrics" and record["step"] <= self.num_steps
-        ]
-
     def store(self, checkpoint: Path) -> None:
         """Store a run's checkpoint after the last step, and its metrics until then.
 
@@ -84,7 +76,7 @@ class FirstStage:
         with new_folder(self.folder) as temporary:
             shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=_link)
             journal = Journal(temporary)
-            for step, values in self.read_metrics(checkpoint.parent):
+            for step, values in metrics_until(checkpoint):
                 journal.metrics(step, values)
             journal.close()
 
@@ -107,6 +99,15 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
     journal_fields = {name: getattr(recipe, name) for name in JOURNAL_ONLY_FIELDS}
     key = content_key("first stage", job_key(plain), num_steps, journal_fields)
     return FirstStage(Path(str(job.first_stages)) / key, num_steps)
+
+
+def metrics_until(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
+    """Return the steps and metrics in the journal beside a checkpoint, until the checkpoint."""
+    return [
+        (record["step"], record["values"])
+        for record in read_journal(checkpoint.parent)[0]
+        if record["kind"] == "metrics" and record["step"] <= step_of(checkpoint)
+    ]
 
 
 def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:

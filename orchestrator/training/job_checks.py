@@ -92,17 +92,19 @@ def _check_job_file(job: TrainingJob) -> dict[str, Any]:
     if earlier is not None and earlier.get("key") != content_key(essence):
         raise UserError(
             f"{job.folder} holds a run with other settings "
-            f"({_difference(earlier.get('essence'), essence)}); "
+            f"({describe_difference(earlier.get('essence'), essence)}); "
             "choose another name, or delete the folder"
         )
     return essence
 
 
-def _difference(earlier: Any, now: Any, prefix: str = "") -> str:
+def describe_difference(earlier: Any, now: Any, prefix: str = "") -> str:
+    """Say which fields of two nested mappings differ; empty if none."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
         parts = [
-            _difference(earlier.get(name), now.get(name), f"{prefix}{name}.") for name in names
+            describe_difference(earlier.get(name), now.get(name), f"{prefix}{name}.")
+            for name in names
         ]
         return ", ".join(parts)
     return f"{prefix.removesuffix('.')} was {earlier!r}, is {now!r}"

@@ -20,14 +20,20 @@ def learning_rate_at(step: int, recipe: TrainingSettings) -> float:
     return peak * (1.0 - (1.0 - recipe.final_learning_rate_fraction) * _decay(step, recipe))
 
 
+def stable_steps(recipe: TrainingSettings) -> int:
+    """Return the steps of a `wsd` training before its decay; 0 for another shape.
+
+    A run keeps the checkpoint after these steps: a longer training can start from it.
+    """
+    if recipe.decay != "wsd":
+        return 0
+    return max(recipe.warmup_steps, round(recipe.num_steps * (1.0 - recipe.decay_fraction)))
+
+
 def _decay(step: int, recipe: TrainingSettings) -> float:
     # From 0 at the peak to 1 at the final rate.
-    if recipe.decay == "constant":
-        return 0.0
-    first = recipe.warmup_steps
-    if recipe.decay == "wsd":
-        first = max(first, round(recipe.num_steps * (1.0 - recipe.decay_fraction)))
-    if step < first:
+    first = stable_steps(recipe) or recipe.warmup_steps
+    if recipe.decay == "constant" or step < first:
         return 0.0
     progress = (step - first) / max(1, recipe.num_steps - 1 - first)
     return progress if recipe.decay == "wsd" else 0.5 * (1.0 - math.cos(math.pi * progress))

@@ -52,7 +52,7 @@ class Position:
     flops: float = 0.0
     """Training FLOPs, counted from shapes."""
     shared_flops: float = 0.0
-    """Part of them that another run spent on a shared first stage."""
+    """Part of them that another run spent: on a shared first stage, or before it was continued."""
     seconds: float = 0.0
     """Time spent in steps, without validation and saving."""
     validation_loss: float = math.nan

@@ -108,6 +108,16 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
     )
 
 
+def find_run_folder(workspace: Workspace, path: Path) -> Path:
+    """Return the folder of the run that a user names, also by one of its checkpoints.
+
+    Raises:
+        UserError: If there is no such folder; names the runs of the workspace.
+    """
+    folder = find_model_folder(workspace, path)
+    return folder.parent if is_checkpoint(folder) else folder
+
+
 def resolve_checkpoint(path: Path, warn: Warn | None = None) -> Path:
     """Return a checkpoint, or the newest one of a run; `warn` as in `resolve_teacher`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import step_of
@@ -26,6 +27,8 @@ def _describe(job: TrainingJob) -> str:
         return "the training is finished"
     if checkpoints := find_checkpoints(job.folder):
         return f"saved at step {step_of(checkpoints[-1])}"
+    if job.continued_from:
+        return f"saved at step {step_of(Path(job.continued_from))}"
     with suppress(UserError):  # Its tokens or its teacher were deleted.
         stage = first_stage_of(job)
         if stage and stage.exists:

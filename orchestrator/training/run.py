@@ -19,11 +19,12 @@ from iiet.batch import Batch
 from orchestrator.data.batches import BatchPlan, validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.training.checkpoint import load_training_state
+from orchestrator.training.checkpoint import check_checkpoint, load_training_state
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random_state
 from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World, replicate, run_on_first
+from orchestrator.training.first_stage import metrics_until
 from orchestrator.training.job import (
     DONE_NAME,
     finished_outcome,
@@ -237,13 +238,16 @@ class _Run:
 
         own = newest_checkpoint(self.job.folder, warn, with_training_state=True)
         own = own or self.writer.download()
-        stage = self.writer.first_stage
-        shared = stage.find(warn) if stage and stage.saves_steps(own) else None
-        if not (stage and shared):
-            return own
-        for step, numbers in stage.read_metrics():
-            self.report(step, numbers)
-        return shared
+        newest, stage = own, self.writer.first_stage
+        if own is None and self.job.continued_from:
+            newest = Path(self.job.continued_from)
+            check_checkpoint(newest, with_training_state=True)
+        if stage and stage.saves_steps(newest):
+            newest = stage.find(warn) or newest
+        if newest and newest != own:
+            for step, numbers in metrics_until(newest):
+                self.report(step, numbers)
+        return newest
 
     def with_last_checkpoint(self, error: Diverged) -> Diverged:
         with suppress(RunFailed):  # The divergence is the error to report.

@@ -103,5 +103,6 @@ def test_all_kept_checkpoints_are_counted() -> None:
 
     assert kept() == 3
     assert kept(keep_best=True) == 4
+    assert kept(decay="wsd") == 4, "the one before the decay stays"
     assert kept(checkpoint_every_steps=1000) == 1
     assert kept(checkpoint_every_steps=1000, checkpoint_every_minutes=1) == 3
