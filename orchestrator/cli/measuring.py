@@ -70,6 +70,14 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(help="Solved examples before each item.")
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Write prompts with the model's chat template."),
+    ] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The same, with one of its named templates."),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(help="Score only the first N items of each task (default: all)."),
@@ -88,6 +96,7 @@ def evaluate(
         evaluation__suite=suite,
         evaluation__include_path=str(include_path) if include_path else None,
         evaluation__num_fewshot=num_fewshot,
+        evaluation__apply_chat_template=chat_template or apply_chat_template or None,
         evaluation__limit=limit,
         evaluation__batch_size=batch_size,
     )

@@ -157,7 +157,9 @@ def _open_external(
     elif schedule is not None:
         raise UserError(f"{path} is a {architecture} model, which has no iteration schedule")
     # Hashing reads all files once, which takes less time than loading the weights.
-    files = sorted(f for f in path.iterdir() if f.suffix in _MODEL_FILES and f.is_file())
+    templates = path.glob("additional_chat_templates/*.jinja")
+    files = [f for f in path.iterdir() if f.suffix in _MODEL_FILES and f.is_file()]
+    files = sorted([*files, *templates])
     digests = content_key([(file.name, file_key(file)) for file in files])
     how = "transformers" if config is None else config.to_dict()
     length = values.get("max_position_embeddings") or values.get("n_positions") or 2048

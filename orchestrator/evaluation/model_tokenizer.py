@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
+from orchestrator.settings.prompts import Prompts
 from orchestrator.training.checkpoint import (
     GENERATION_CONFIG,
     TOKEN_IDS,
@@ -177,6 +178,13 @@ def checkpoint_tokenizer(checkpoint: Path) -> ModelTokenizer:
     return PlainTokenizer(tokenizer_file(checkpoint))
 
 
+def check_template(tokenizer: ModelTokenizer, prompts: Prompts) -> None:
+    """Raise `UserError` if prompts need a chat template that the model does not have."""
+    if prompts.chat_template:
+        question: list[Message] = [{"role": "user", "content": "?"}]
+        tokenizer.chat(question, opens_answer=True, template=prompts.template_name)
+
+
 def read_token_ids(file: Path, name: str) -> list[int]:
     """Return the ids of a special token in a configuration; it may be one, a list, or absent.
 
@@ -201,7 +209,7 @@ def _stop_token_ids(folder: Path) -> set[int]:
 
 def _no_template(folder: Path) -> UserError:
     return UserError(
-        f"{folder} has no chat template, so messages cannot be written for it; put one into its "
-        "tokenizer_config.json (chat_template) if the model was trained with one, or leave the "
-        "template out: the model then reads the text as it is"
+        f"{folder} has no chat template; put the one that the model was trained with into its "
+        "tokenizer_config.json (as chat_template), or use the model without: it then reads the "
+        "text as it is"
     )

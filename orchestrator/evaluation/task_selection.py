@@ -122,7 +122,9 @@ def lm_eval_task_fingerprints(
         return {}
     from orchestrator.evaluation.harness import load_suite  # Imports lm-eval, which takes seconds.
 
-    loaded = load_suite(others, folders=folders, num_fewshot=settings.num_fewshot)
+    loaded = load_suite(
+        others, folders=folders, num_fewshot=settings.num_fewshot, prompts=settings.prompts
+    )
     progress = progress or Progress()
     for name, reason in loaded.skipped.items():
         progress.note(f"skipped {name}: {reason}")

@@ -18,7 +18,12 @@ import pandas
 
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import Suite, load_suite, run_model, run_suite
-from orchestrator.evaluation.model_tokenizer import FolderTokenizer, checkpoint_tokenizer
+from orchestrator.evaluation.model_tokenizer import (
+    FolderTokenizer,
+    ModelTokenizer,
+    check_template,
+    checkpoint_tokenizer,
+)
 from orchestrator.evaluation.task_selection import newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult, TaskResult
@@ -75,7 +80,7 @@ def evaluate(
 
     Raises:
         UserError: If a model is missing or damaged, a schedule does not fit it, its tokens are not
-            in the workspace, or a task does not exist.
+            in the workspace, it has no chat template where one is wanted, or a task does not exist.
         RunFailed: If the hub gives none of the tasks.
     """
     context = open_context(workspace, progress)
@@ -83,6 +88,9 @@ def evaluate(
     opened = open_models(
         context.workspace, list(map(Path, models)), schedules, warn=context.progress.note
     )
+    if prompts := settings.evaluation.prompts:
+        for model in opened:
+            check_template(_tokenizer(model, trust_remote_code), prompts)
     evaluations = [
         evaluate_model(model, settings.evaluation, context, trust_remote_code=trust_remote_code)
         for model in opened
@@ -154,6 +162,7 @@ def _load(
         folders=asked.folders,
         heldout=asked.heldout,
         num_fewshot=settings.num_fewshot,
+        prompts=settings.prompts,
     )
     for name, reason in suite.skipped.items():
         progress.note(f"skipped {name}: {reason}")
@@ -177,21 +186,27 @@ def _run(
             model.path,
             batch_size=settings.batch_size,
             trust_remote_code=trust_remote_code,
+            prompts=suite.prompts,
             progress=progress,
         )
         return run_model(
             suite, runner, limit=settings.limit, progress=progress, on_result=on_result
         ).results
-    tokenizer = FolderTokenizer if model.is_external else checkpoint_tokenizer
     return run_suite(
         suite,
         model.decoder(DTYPES[settings.precision]),
-        tokenizer(model.path),
+        _tokenizer(model),
         batch_size=settings.batch_size,
         limit=settings.limit,
         progress=progress,
         on_result=on_result,
     ).results
+
+
+def _tokenizer(model: EvaluatedModel, trust_remote_code: bool = False) -> ModelTokenizer:
+    if model.is_external:
+        return FolderTokenizer(model.path, trust_remote_code=trust_remote_code)
+    return checkpoint_tokenizer(model.path)
 
 
 def _store(path: Path, result: TaskResult, progress: Progress) -> None:

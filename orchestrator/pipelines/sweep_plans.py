@@ -17,6 +17,7 @@ from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.model_tokenizer import check_template, checkpoint_tokenizer
 from orchestrator.evaluation.task_selection import (
     HELDOUT,
     lm_eval_task_fingerprints,
@@ -166,6 +167,8 @@ def plan_students(
     is_search = settings.sweep.kind == "search"
     suite = plan_suite(settings.evaluation, tokens, full, context.progress)
     suite = suite.model_copy(update=text_of_teacher(teacher))
+    if suite.prompts:
+        check_template(checkpoint_tokenizer(teacher), suite.prompts)
     plan = threshold_plan(
         settings,
         context.workspace,
@@ -209,6 +212,7 @@ def plan_suite(
         batch_size=settings.batch_size,
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
+        prompts=settings.prompts,
         precision=settings.precision,
         # Held-out tasks are named by their content; others may change under their names.
         fingerprints=lm_eval_task_fingerprints(settings) or None,

@@ -30,6 +30,7 @@ from pydantic import (
 from iiet.methods import METHODS
 from orchestrator.records.record import Config, Record
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings.prompts import Prompts
 from orchestrator.workspace.provenance import content_key
 
 Role = Literal["trial", "teacher", "baseline"]
@@ -74,6 +75,8 @@ class TrialSuite(Record):
     """Score only this many items of each task."""
     num_fewshot: int | None = None
     """Solved examples before each item; the task's own number when unset."""
+    prompts: Prompts | None = None
+    """How items become prompts, if not as the tasks' files say."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Weights and arithmetic of the measured model."""
     fingerprints: dict[str, str] | None = None
@@ -86,7 +89,7 @@ class TrialSuite(Record):
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The other fields are part of the key even if they are None.
-        absent = ("fingerprints", "vocabulary", "vocabulary_folder")
+        absent = ("prompts", "fingerprints", "vocabulary", "vocabulary_folder")
         return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
 
     @property

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from orchestrator.settings.model import DataSettings, ModelSettings
+from orchestrator.settings.prompts import Prompts
 from orchestrator.settings.section import MAX_COUNT, Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
 from orchestrator.settings.training import DistillationSettings, TrainingSettings
@@ -36,6 +37,13 @@ class EvaluationSettings(Section):
     num_fewshot: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     """Solved examples before each item, unless a task fixes it at 0 (default: the task's own
     number)."""
+    apply_chat_template: bool | str = False
+    """Write prompts with the model's chat template: `true`, or the name of one of its templates."""
+    fewshot_as_multiturn: bool = True
+    """With a chat template, solved examples are turns of the chat; `false` puts them into the
+    user's one message."""
+    system_instruction: str | None = Field(default=None, min_length=1)
+    """Text directly before each prompt; with a chat template, the system's message."""
     batch_size: int = Field(default=32, gt=0, le=MAX_COUNT)
     """Sequences in one forward pass of the evaluation."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -43,6 +51,16 @@ class EvaluationSettings(Section):
     little, so its results are stored apart. Models that transformers runs keep their own dtype."""
     include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """How items become prompts; None if as the tasks' files say."""
+        prompts = Prompts(
+            chat_template=self.apply_chat_template,
+            fewshot_as_multiturn=self.fewshot_as_multiturn or not self.apply_chat_template,
+            system_instruction=self.system_instruction,
+        )
+        return None if prompts == Prompts() else prompts
 
 
 def storage_problem(uri: str) -> str | None:

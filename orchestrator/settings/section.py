@@ -35,7 +35,8 @@ class Section(BaseModel):
                         "this is a number, and YAML reads true, yes and on as a switch"
                     )
             elif takes_switch and not takes_number and leaf is not None:
-                raise ValueError("this is a switch: true or false")
+                if not (isinstance(leaf, str) and str in types):
+                    raise ValueError("this is a switch: true or false")
             elif takes_number and isinstance(leaf, str) and str not in types:
                 if _LEADING_ZERO.match(leaf):
                     raise ValueError("a number does not begin with 0; leave the 0 out")

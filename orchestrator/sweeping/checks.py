@@ -40,6 +40,11 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         _check_thresholds(settings)
     if sweep.asha:
         _check_asha(settings)
+    if kind == "iterations" and settings.evaluation.apply_chat_template:
+        raise UserError(
+            "sweep.kind=iterations trains models from scratch, which have no chat template; leave "
+            "evaluation.apply_chat_template out"
+        )
     if kind == "search" and sweep.seeds:
         raise UserError(
             "a search distills each schedule once, and sweep.seeds is for threshold sweeps; "

@@ -153,6 +153,7 @@ def measure_quality(decoder: Decoder, suite: TrialSuite, items_path: Path) -> di
         folders=[Path(suite.include_folder)] if suite.include_folder else [],
         heldout=Path(suite.suite_folder) if suite.suite_folder else None,
         num_fewshot=suite.num_fewshot,
+        prompts=suite.prompts,
         planned=suite.fingerprints,
     )
     # Students of an imported model read text as it does.

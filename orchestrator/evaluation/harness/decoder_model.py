@@ -19,32 +19,39 @@ from lm_eval.api.model import TemplateLM
 from iiet.decoder import Decoder
 from orchestrator.evaluation.answers import Question, generate_answers
 from orchestrator.evaluation.harness.answer_settings import answer_settings
+from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer
 from orchestrator.evaluation.scoring import Score, score_continuations
+from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.provenance import content_key
 
 
-class DecoderModel(TemplateLM):  # type: ignore[misc]
+class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
     """A decoder as a model of lm-eval: text in, log-likelihoods or generated answers out."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: ModelTokenizer, batch_size: int, progress: Progress
+        self,
+        decoder: Decoder,
+        tokenizer: ModelTokenizer,
+        batch_size: int,
+        *,
+        prompts: Prompts,
+        progress: Progress,
     ) -> None:
         super().__init__()
+        self.text, self.prompts, self.progress = tokenizer, prompts, progress
         self.num_cut = 0
         # The choices of a question follow each other, and each encodes the same context.
         self._ids = lru_cache(maxsize=8)(tokenizer.encode)
         self._decoder = decoder
-        self._text = tokenizer
         self._batch_size = batch_size
-        self._progress = progress
         self._num_items = self._num_items_done = 0
 
     @property
     def eot_token_id(self) -> int:
         """The token before a text without context."""
-        return self._text.prefix_id
+        return self.text.prefix_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -94,7 +101,7 @@ class DecoderModel(TemplateLM):  # type: ignore[misc]
         advance = self._advance()
         return generate_answers(
             self._decoder,
-            self._text,
+            self.text,
             questions,
             batch_size=self._batch_size,
             on_answered=lambda done: advance(done, len(questions)),
@@ -117,7 +124,7 @@ class DecoderModel(TemplateLM):  # type: ignore[misc]
         """Return what shows the progress of these requests as (done, total)."""
         before = self._num_items_done
         self._num_items_done += self._num_items
-        return lambda done, total: self._progress.advance(before + self._num_items * done / total)
+        return lambda done, total: self.progress.advance(before + self._num_items * done / total)
 
 
 def num_items(requests: list[Instance]) -> int:

@@ -19,7 +19,11 @@ from orchestrator.evaluation.harness.answer_settings import check_answer_setting
 from orchestrator.evaluation.harness.decoder_model import DecoderModel
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
-from orchestrator.evaluation.model_tokenizer import ModelTokenizer, PlainTokenizer
+from orchestrator.evaluation.model_tokenizer import (
+    ModelTokenizer,
+    PlainTokenizer,
+    check_template,
+)
 from orchestrator.records.evaluation import (
     FILTER_MARK,
     STDERR_SUFFIX,
@@ -27,6 +31,7 @@ from orchestrator.records.evaluation import (
     TaskResult,
     standard_error,
 )
+from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
 
 OnResult = Callable[[TaskResult], None]
@@ -68,7 +73,9 @@ def run_suite(
     if isinstance(tokenizer, Path):
         tokenizer = PlainTokenizer(tokenizer)
     check_answer_settings(suite.tasks, decoder.config.context_length)
-    model = DecoderModel(decoder, tokenizer, batch_size, progress)
+    prompts = suite.prompts or Prompts()
+    check_template(tokenizer, prompts)
+    model = DecoderModel(decoder, tokenizer, batch_size, prompts=prompts, progress=progress)
     result = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
     if model.num_cut:
         progress.note(
@@ -88,13 +95,20 @@ def run_model(
 ) -> EvaluationResult:
     """Run a suite on any model of lm-eval; arguments as in `run_suite`."""
     progress = progress or Progress()
+    prompts = suite.prompts or Prompts()
     progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
     results: dict[str, TaskResult] = {}
     for name, task in suite.tasks.items():
         task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
         with suppress_output(), offline(), _templates_compiled_once():
             output = evaluator.evaluate(
-                lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0
+                lm=model,
+                task_dict={"tasks": {name: task}},
+                limit=limit,
+                bootstrap_iters=0,
+                system_instruction=prompts.system_instruction,
+                apply_chat_template=prompts.chat_template,
+                fewshot_as_multiturn=prompts.fewshot_as_multiturn,
             )
         results[name] = _task_result(task, name, output)
         progress.advance(sum(result.num_items for result in results.values()))

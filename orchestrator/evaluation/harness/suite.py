@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.harness.task_index import index_names, nearest_name
 from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.records.evaluation import ACCURACY_METRICS
+from orchestrator.settings.prompts import Prompts
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.provenance import content_key
 
@@ -34,6 +35,9 @@ SUITES = {
     ),
 }  # fmt: skip
 """Names for several tasks; each task counts in the average as if it had been named."""
+
+MAX_LOADED = 4
+"""Suites that a process keeps; the models of one command have one to a few."""
 
 LOCAL_FORMATS = ("json", "csv", "text", "parquet", "arrow")
 """Values of `dataset_path` of tasks that read files of this machine."""
@@ -49,6 +53,9 @@ class Suite:
     """Requested group or tag -> names of its tasks."""
     skipped: dict[str, str]
     """Name of a task -> why it is not run."""
+    prompts: Prompts | None = None
+    """How items become prompts, if not as the tasks' files say."""
+    _hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def has_accuracy(self) -> bool:
@@ -65,8 +72,13 @@ class Suite:
         return available if limit is None else min(available, limit)
 
     def fingerprint(self, name: str) -> str:
-        """Return a hash of all that determines items and metrics, independent of file paths."""
-        task = self.tasks[name]
+        """Return a hash of all that determines items, prompts and metrics, but no file paths."""
+        if name not in self._hashes:
+            self._hashes[name] = self._task_hash(self.tasks[name])
+        key = self._hashes[name]
+        return content_key(key, self.prompts.key) if self.prompts else key
+
+    def _task_hash(self, task: Task) -> str:
         # The source of the documents does not matter: the documents themselves are hashed.
         config = {
             name: value
@@ -85,15 +97,19 @@ class Suite:
         )
 
 
+_LOADED: dict[Hashable, Suite] = {}
+
+
 def load_suite(
     names: Sequence[str] = (),
     *,
     folders: Sequence[Path] = (),
     heldout: Path | None = None,
     num_fewshot: int | None = None,
+    prompts: Prompts | None = None,
     planned: Collection[str] | None = None,
 ) -> Suite:
-    """Load tasks by name.
+    """Load tasks by name; in one process, tasks of the same files are loaded once.
 
     Args:
         names: Tasks, groups, tags, or a key of `SUITES`; if empty, all tasks in `folders` and
@@ -102,6 +118,7 @@ def load_suite(
         heldout: Folder of the held-out tasks; they take precedence over all others.
         num_fewshot: Solved examples before each item, unless a task fixes 0; if unset, the task's
             own number.
+        prompts: How items become prompts, if not as the tasks' files say.
         planned: Names of tasks found when a sweep was planned, without those of `heldout`. The
             suite gets exactly these, so that all models have an average over the same tasks.
 
@@ -112,6 +129,28 @@ def load_suite(
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder} to find lm-eval task files in")
+    key = (tuple(names), tuple(folders), heldout, num_fewshot, _state(*folders, heldout))
+    suite = _LOADED.get(key) or _load(names, folders, heldout, num_fewshot)
+    if not suite.skipped:  # The hub may provide them later.
+        _LOADED[key] = suite
+        if len(_LOADED) > MAX_LOADED:
+            del _LOADED[next(iter(_LOADED))]
+    suite = replace(suite, prompts=prompts)
+    if planned is None:
+        return suite
+    return _as_planned(suite, {*planned, *(heldout_configs(heldout) if heldout else ())})
+
+
+def _state(*folders: Path | None) -> tuple[tuple[Path, int, int], ...]:
+    """Return all files of the folders with their time and size."""
+    files = [file for folder in folders if folder for file in sorted(folder.rglob("*"))]
+    status = [(file, file.stat()) for file in files if file.is_file()]
+    return tuple((file, found.st_mtime_ns, found.st_size) for file, found in status)
+
+
+def _load(
+    names: Sequence[str], folders: Sequence[Path], heldout: Path | None, num_fewshot: int | None
+) -> Suite:
     heldout_tasks = _heldout_tasks(heldout) if heldout else {}
     manager = TaskManager(include_path=list(folders), include_defaults=False)
     wanted = [part for name in names for part in SUITES.get(name, (name,))]
@@ -139,8 +178,7 @@ def load_suite(
             task.set_config("num_fewshot", num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-    suite = Suite(tasks=tasks, groups=groups, skipped=skipped)
-    return suite if planned is None else _as_planned(suite, {*planned, *heldout_tasks})
+    return Suite(tasks=tasks, groups=groups, skipped=skipped)
 
 
 def _as_planned(suite: Suite, names: Collection[str]) -> Suite:

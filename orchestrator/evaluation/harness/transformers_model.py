@@ -15,20 +15,22 @@ from lm_eval.models.huggingface import HFLM
 
 from orchestrator.data.hub import offline
 from orchestrator.evaluation.harness.answer_settings import usual_max_new_tokens
+from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.harness.decoder_model import num_items
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.model_tokenizer import FolderTokenizer
+from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.model_loading import best_device
 from orchestrator.workspace.errors import UserError, first_line
 
 SEED = 1234
 """Random seed of sampled answers, lm-eval's default."""
 
 
-class _WatchedModel(HFLM):  # type: ignore[misc]
+class _WatchedModel(ChatModel, HFLM):  # type: ignore[misc]
     """Reports the number of items done after each forward pass."""
 
-    progress = Progress()
     _num_before = _num_items = _num_requests = _num_done = 0
 
     def loglikelihood(self, requests: list[Instance], **options: Any) -> Any:
@@ -85,29 +87,29 @@ def load_transformers_model(
     *,
     batch_size: int,
     trust_remote_code: bool = False,
-    device: str | None = None,
+    prompts: Prompts | None = None,
     progress: Progress | None = None,
 ) -> HFLM:
     """Load a transformers model folder as a model of lm-eval.
 
     Args:
-        device: If unset, a GPU if there is one.
+        prompts: How items become prompts.
 
     Raises:
         UserError: If transformers cannot load it, it needs code that is not trusted, or weights
             are missing.
     """
-    tokenizer = FolderTokenizer(folder, trust_remote_code=trust_remote_code).loaded
+    text = FolderTokenizer(folder, trust_remote_code=trust_remote_code)
     with suppress_output(), offline():
         model = _load(folder, trust_remote_code)
         model.config.use_cache = False  # Scoring would fill a cache and discard it.
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         watched = _WatchedModel(
-            pretrained=model.to(device).eval(),
-            tokenizer=tokenizer,
+            pretrained=model.to(best_device()).eval(),
+            tokenizer=text.loaded,
             batch_size=batch_size,
             logits_cache=False,
         )
+    watched.text, watched.prompts = text, prompts or Prompts()
     watched.progress = progress or Progress()
     return watched
 

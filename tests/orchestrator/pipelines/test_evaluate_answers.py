@@ -1,0 +1,230 @@
+"""`iiet-orch evaluate` of a task with generated answers: examples, chat templates, keys, errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from orchestrator import cli
+from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.harness import decoder_model, suite
+from orchestrator.workspace.files import read_json
+
+ROWS = [{"question": f"{a} and {b}?", "answer": a} for a, b in ("ab", "cd", "ef", "gh", "ij")]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SHORT = "{{ messages[-1]['content'] }}"
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A task as a user writes it: a YAML file and two files of items."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for split, rows in (("test", ROWS[:3]), ("train", ROWS[3:])):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+    config = {
+        "task": "questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {split: str(folder / f"{split}.jsonl") for split in ("test", "train")},
+            "cache_dir": str(tmp_path / "arrow"),
+        },
+        "test_split": "test",
+        "fewshot_split": "train",
+        "fewshot_config": {"sampler": "first_n"},
+        "output_type": "generate_until",
+        "doc_to_text": "Q: {{question}} A:",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 5},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean"}],
+        "filter_list": [
+            {"name": "strict-match", "filter": [{"function": "take_first"}]},
+            {
+                "name": "lowercase",
+                "filter": [{"function": "lowercase"}, {"function": "take_first"}],
+            },
+        ],
+        "metadata": {"version": 1.0},
+    }
+    (folder / "questions.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path, tiny_tokens: Path) -> Callable[..., Path]:
+    def save(name: str = "llama", **changes: Any) -> Path:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=320,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=96,
+            initializer_range=0.3,
+            **changes,
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        tokenizer = Tokenizer.from_file(str(open_tokens(tiny_tokens).tokenizer_path))
+        tokenizer.add_special_tokens(["<s>", "<|user|>", "<|assistant|>"])
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token="<s>",
+            eos_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+            chat_template=TEMPLATE,
+        )
+        fast.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that the generator got."""
+    seen: list[str] = []
+    real = decoder_model.DecoderModel.generate_until
+
+    def recorded(self: Any, requests: Any, **options: Any) -> list[str]:
+        seen.extend(request.args[0] for request in requests)
+        return real(self, requests, **options)
+
+    monkeypatch.setattr(decoder_model.DecoderModel, "generate_until", recorded)
+    return seen
+
+
+@pytest.fixture
+def evaluate(
+    tmp_path: Path, tasks: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, list[Any]]]:
+    def run(*arguments: Any) -> tuple[int, str, list[Any]]:
+        """Return the exit code, what was printed, and all stored results."""
+        command = ["evaluate", *map(str, arguments), "--suite", "questions"]
+        code = cli.main([*command, "--include-path", str(tasks), "-w", str(tmp_path / "space")])
+        printed = capfd.readouterr()
+        files = sorted((tmp_path / "space" / "evaluations").glob("*.json"))
+        text = " ".join((printed.out + printed.err).split())
+        return code, text, [read_json(path) for path in files]
+
+    return run
+
+
+def test_answers_with_examples_and_a_template_from_the_command_line(
+    llama: Any, evaluate: Any, prompts: list[str]
+) -> None:
+    folder = llama()
+    code, text, stored = evaluate(folder, "--num-fewshot", 1, "--apply-chat-template")
+    assert code == 0, text
+    assert prompts[0] == (
+        "<|user|>Q: g and h? A:\n<|assistant|>g\n<|user|>Q: a and b? A:\n<|assistant|>"
+    )
+    (result,) = stored
+    assert result["num_fewshot"] == 1
+    assert {"exact_match:strict-match", "exact_match:lowercase"} < set(result["metrics"])
+    assert len(result["answers"]) == len(prompts) == 3
+    assert "exact_match:strict-match" in text
+    evaluate(folder, "--num-fewshot", 1, "--apply-chat-template")
+    assert len(prompts) == 3, "the stored result is read again"
+
+
+def test_all_that_shapes_a_prompt_is_in_the_key(
+    llama: Any, evaluate: Any, prompts: list[str]
+) -> None:
+    folder = llama()
+    chat = ("--apply-chat-template", "--num-fewshot", 1)
+    forms = [
+        (),
+        ("--num-fewshot", 1),
+        ("--apply-chat-template",),
+        chat,
+        (*chat, "--set", "evaluation.fewshot_as_multiturn=false"),
+        (*chat, "--set", "evaluation.system_instruction=Answer."),
+        ("--set", "evaluation.system_instruction=Answer."),
+        ("--set", "evaluation.fewshot_as_multiturn=false"),  # Without a template nothing changes.
+    ]
+    for form in forms:
+        code, text, stored = evaluate(folder, *form)
+        assert code == 0, text
+    assert len(stored) == len(forms) - 1
+    first = prompts[::3]
+    assert first == [
+        "Q: a and b? A:",
+        "Q: g and h? A: g\n\nQ: a and b? A:",
+        "<|user|>Q: a and b? A:\n<|assistant|>",
+        "<|user|>Q: g and h? A:\n<|assistant|>g\n<|user|>Q: a and b? A:\n<|assistant|>",
+        "<|user|>Q: g and h? A: g\n\nQ: a and b? A:\n<|assistant|>",
+        "<|system|>Answer.\n<|user|>Q: g and h? A:\n<|assistant|>g\n"
+        "<|user|>Q: a and b? A:\n<|assistant|>",
+        "Answer.Q: a and b? A:",
+    ]
+    # Another template of the model is another evaluation.
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("assistant", "bot"))
+    assert len(evaluate(folder, "--apply-chat-template")[2]) == len(stored) + 1
+
+
+def test_a_template_is_chosen_by_its_name(llama: Any, evaluate: Any, prompts: list[str]) -> None:
+    folder = llama()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "short.jinja").write_text(SHORT)
+    assert evaluate(folder, "--chat-template", "short")[0] == 0
+    assert prompts[0] == "Q: a and b? A:"
+    code, text, _ = evaluate(folder, "--chat-template", "long")
+    assert code == 2
+    assert "has no chat template named long; it has default, short" in text
+
+
+def test_a_model_without_a_template_is_an_error_before_anything_is_measured(
+    llama: Any, evaluate: Any, prompts: list[str]
+) -> None:
+    first, second = llama(), llama("plain")
+    (second / "chat_template.jinja").unlink()
+    code, text, stored = evaluate(first, second, "--apply-chat-template")
+    assert code == 2
+    assert "plain has no chat template; put the one that the model was trained with" in text
+    assert not stored
+    assert not prompts
+
+
+def test_a_model_that_transformers_runs_answers_as_the_decoder(llama: Any, evaluate: Any) -> None:
+    scaled = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
+    models = [llama(), llama("scaled", rope_parameters=scaled)]
+    code, text, stored = evaluate(*models, "--apply-chat-template", "--num-fewshot", 2)
+    assert code == 0, text
+    assert len(stored) == 2
+    assert stored[0]["answers"] == stored[1]["answers"]
+    assert stored[0]["metrics"] == stored[1]["metrics"]
+
+
+def test_models_of_one_command_share_the_loaded_tasks(
+    llama: Any, evaluate: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Any] = []
+    real = suite._load
+    monkeypatch.setattr(suite, "_load", lambda *a: loads.append(a) or real(*a))
+    models = [llama("one"), llama("two", tie_word_embeddings=True)]
+    assert evaluate(*models, "--num-fewshot", 1)[0] == 0
+    assert len(loads) == 1
+    again = evaluate(*models, "--num-fewshot", 1, "--limit", 2)[2]
+    assert len(loads) == 1
+    # The same examples are drawn for each model and each time.
+    assert again[0]["answers"][:2] in [result["answers"][:2] for result in again[1:]]
+    evaluate(*models)
+    assert len(loads) == 2
+    (tasks / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    changed = evaluate(models[0])[2]
+    assert len(loads) == 3
+    assert 5 in {result["num_items"] for result in changed}
