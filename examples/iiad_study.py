@@ -48,7 +48,6 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.printing import print_plan, print_report
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.pipelines.pretraining import pretraining_job
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.seed_averages import average_seeds
@@ -58,6 +57,7 @@ from orchestrator.sweeping.model_plans import settings_at_rates, swept_models
 from orchestrator.sweeping.student_plans import check_student_batch
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
+from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.files import write_text
 

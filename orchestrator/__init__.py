@@ -26,17 +26,13 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.picking import PickResult, pick
     from orchestrator.pipelines.preparing import prepare
-    from orchestrator.pipelines.pretraining import (
-        PretrainDryRun,
-        PretrainResult,
-        plan_pretrain,
-        pretrain,
-    )
+    from orchestrator.pipelines.pretraining import PretrainResult, pretrain
     from orchestrator.pipelines.reports import ReportResult, report
     from orchestrator.pipelines.sweep_dry_runs import SweepDryRun, plan_sweep
     from orchestrator.pipelines.sweep_plans import SweepModel
     from orchestrator.pipelines.sweeps import SweepResult, sweep
     from orchestrator.pipelines.syncing import sync
+    from orchestrator.pipelines.training_dry_runs import TrainingDryRun, plan_distill, plan_pretrain
     from orchestrator.records.trial import Trial
     from orchestrator.reporting.pick_rules import PickRule
     from orchestrator.settings import Settings, read_settings
@@ -48,6 +44,7 @@ _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
     "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
     "pipelines.distilling": ("DistillResult", "distill"),
+    "pipelines.training_dry_runs": ("TrainingDryRun", "plan_distill", "plan_pretrain"),
     "pipelines.evaluating": ("ModelEvaluations", "evaluate"),
     "pipelines.exporting": ("export",),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
@@ -55,7 +52,7 @@ _MODULES = {
     "pipelines.influence": ("InfluenceResult", "measure_influence"),
     "pipelines.picking": ("PickResult", "pick"),
     "pipelines.preparing": ("prepare",),
-    "pipelines.pretraining": ("PretrainDryRun", "PretrainResult", "plan_pretrain", "pretrain"),
+    "pipelines.pretraining": ("PretrainResult", "pretrain"),
     "pipelines.reports": ("ReportResult", "report"),
     "pipelines.sweep_dry_runs": ("SweepDryRun", "plan_sweep"),
     "pipelines.sweep_plans": ("SweepModel",),
@@ -78,7 +75,6 @@ __all__ = [
     "InfluenceResult",
     "Interrupted",
     "PickResult",
-    "PretrainDryRun",
     "PretrainResult",
     "Progress",
     "ReportResult",
@@ -89,6 +85,7 @@ __all__ = [
     "SweepDryRun",
     "SweepModel",
     "SweepResult",
+    "TrainingDryRun",
     "Trial",
     "UserError",
     "Workspace",
@@ -101,6 +98,7 @@ __all__ = [
     "import_model",
     "measure_influence",
     "pick",
+    "plan_distill",
     "plan_pretrain",
     "plan_sweep",
     "prepare",

@@ -209,7 +209,8 @@ def pick(
 ) -> None:
     """Choose a model from a sweep's front; export it and register it in MLflow."""
     rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
-    with open_session(workspace, "pick", verbose=verbose) as session:
+    dry_run = dry_run or only_name  # --only-name is the option's earlier name
+    with open_session(workspace, "pick", verbose=verbose, dry_run=dry_run) as session:
         from orchestrator.pipelines import picking
 
         choice = picking.pick(
@@ -218,7 +219,7 @@ def pick(
             cost=cost,
             quality=quality,
             to=to,
-            dry_run=dry_run or only_name,  # --only-name is the option's earlier name
+            dry_run=dry_run,
             **session.common,
         )
         lines = [f"{rule.alias}: {choice.sentence}"]

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.reports import ReportResult
     from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
     from orchestrator.pipelines.sweeps import SweepResult
+    from orchestrator.pipelines.training_dry_runs import TrainingDryRun
 
 
 def print_report(console: Console, report: ReportResult, workspace: Path) -> None:
@@ -38,9 +40,19 @@ def print_sweep(console: Console, result: SweepResult, workspace: Path) -> None:
 
 
 def print_plan(console: Console, found: SweepDryRun) -> None:
-    """Print what a sweep would do: its trials, what is finished, what the rest costs."""
+    """Print what a sweep would do: its trials, what is finished, what the rest takes."""
     from orchestrator.sweeping.plan_table import plan_table
 
     console.print(plan_table(found.plan, found.states))
     for line in found.sentences:
         print_line(console, f"  {line}")
+
+
+def print_training_plan(console: Console, found: TrainingDryRun) -> None:
+    """Print what one training would do and take."""
+    from orchestrator.reporting.price_table import two_column_table
+
+    training = found.training
+    workers = format_count(training.num_workers, "GPU" if training.on_gpus else "CPU worker")
+    title = f"Plan: {training.config.method}, {workers}"
+    console.print(two_column_table(title, found.rows))

@@ -9,7 +9,7 @@ import errno
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -41,16 +41,27 @@ class Session:
 
 
 @contextmanager
-def open_session(workspace: Path | None, command: str, *, verbose: bool) -> Iterator[Session]:
-    """Open the workspace, send the libraries' output to a log, and name the log on failure."""
+def open_session(
+    workspace: Path | None, command: str, *, verbose: bool, dry_run: bool = False
+) -> Iterator[Session]:
+    """Open the workspace, send the libraries' output to a log, and name the log on failure.
+
+    A dry run writes no log, and nothing else.
+    """
     from orchestrator.terminal.logs import command_log
     from orchestrator.terminal.progress import terminal_progress
     from orchestrator.workspace.folders import open_workspace
+    from orchestrator.workspace.read_only import read_only
 
-    space = open_workspace(workspace)
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
     console = Console(file=sys.stdout, highlight=False)
-    with command_log(space.logs, command, verbose=verbose) as (log, terminal):
+    with ExitStack() as stack:
+        if dry_run:
+            stack.enter_context(read_only())
+        space = open_workspace(workspace)
+        log, terminal = stack.enter_context(
+            command_log(space.logs, command, verbose=verbose or dry_run)
+        )
         try:
             with terminal_progress(console) as progress:
                 yield Session(space, progress, console, terminal)

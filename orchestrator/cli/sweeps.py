@@ -225,12 +225,14 @@ def _sweep(
     teacher: Path | str | None = None,
     name: str | None = None,
 ) -> None:
-    with open_session(workspace, command, verbose=verbose) as session:
-        from orchestrator.pipelines import sweep_dry_runs, sweeps
-
+    with open_session(workspace, command, verbose=verbose, dry_run=dry_run) as session:
         options = {**session.common, "teacher": teacher, "name": name}
         if dry_run:
+            from orchestrator.pipelines import sweep_dry_runs
+
             print_plan(session.console, sweep_dry_runs.plan_sweep(settings, **options))
         else:
+            from orchestrator.pipelines import sweeps
+
             result = sweeps.sweep(settings, **options)
             print_sweep(session.console, result, session.workspace.root)

@@ -21,7 +21,7 @@ from orchestrator.cli.options import (
     WorkspaceOption,
     read_options,
 )
-from orchestrator.cli.printing import print_sweep
+from orchestrator.cli.printing import print_plan, print_sweep, print_training_plan
 from orchestrator.cli.session import open_session
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
@@ -36,6 +36,7 @@ LocalOption = Annotated[
 def quickstart(
     workspace: WorkspaceOption = None,
     config: ConfigOption = "toy",
+    dry_run: DryRunOption = False,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -44,7 +45,12 @@ def quickstart(
     With --config, run the sweep of that file.
     """
     settings = read_options(config, set_)
-    with open_session(workspace, "quickstart", verbose=verbose) as session:
+    with open_session(workspace, "quickstart", verbose=verbose, dry_run=dry_run) as session:
+        if dry_run:
+            from orchestrator.pipelines.sweep_dry_runs import plan_sweep
+
+            print_plan(session.console, plan_sweep(settings, **session.common))
+            return
         from orchestrator.pipelines.sweeps import sweep
 
         result = sweep(settings, **session.common)
@@ -137,7 +143,17 @@ def pretrain(
         cluster__storage=storage,
     )
     if dry_run:
-        _print_plan(settings, workspace, mfu)
+        with open_session(workspace, "pretrain", verbose=verbose, dry_run=True) as session:
+            from orchestrator.pipelines import training_dry_runs
+
+            plan = training_dry_runs.plan_pretrain(
+                settings,
+                workspace=session.workspace,
+                continued=continue_,
+                name=name,
+                mfu=mfu,
+            )
+            print_training_plan(session.console, plan)
         return
     if mfu is not None:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
@@ -161,11 +177,21 @@ def distill(
     config: ConfigOption = None,
     control: ControlOption = None,
     local: LocalOption = False,
+    dry_run: DryRunOption = False,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
     settings = read_options(config, set_, distillation__control=control)
+    if dry_run:
+        with open_session(workspace, "distill", verbose=verbose, dry_run=True) as session:
+            from orchestrator.pipelines import training_dry_runs
+
+            plan = training_dry_runs.plan_distill(
+                settings, workspace=session.workspace, schedule=schedule, teacher=checkpoint
+            )
+            print_training_plan(session.console, plan)
+        return
     _check_resources(settings, local=local)
     with open_session(workspace, "distill", verbose=verbose) as session:
         from orchestrator.pipelines.context import Context
@@ -198,13 +224,3 @@ def _check_resources(settings: Any, *, local: bool) -> None:
     from orchestrator.planning.resources import check_resources
 
     check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
-
-
-def _print_plan(settings: Any, workspace: Path | None, mfu: float | None) -> None:
-    from rich.console import Console
-
-    from orchestrator.pipelines.pretraining import plan_pretrain
-    from orchestrator.reporting.pretraining_plan import pretraining_plan_table
-
-    plan = plan_pretrain(settings, workspace=workspace, mfu=mfu)
-    Console(highlight=False).print(pretraining_plan_table(plan.estimate, plan.rate))

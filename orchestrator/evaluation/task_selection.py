@@ -55,12 +55,14 @@ def select_tasks(
     *,
     context_length: int,
     progress: Progress,
+    make: bool = True,
 ) -> TaskSelection:
     """Return the tasks to run; held-out tasks are made if they are missing.
 
     Args:
         tokens: Returns the folder of prepared tokens; called only for held-out tasks.
         context_length: Tokens that the model reads; every held-out item fits into them.
+        make: Whether missing held-out tasks are made.
 
     Raises:
         UserError: If held-out tasks are requested, and there are no tokens or they give no items.
@@ -70,7 +72,11 @@ def select_tasks(
     if HELDOUT not in names:
         return TaskSelection(names=tuple(names), folders=tuple(folders))
     built = build_heldout(
-        tokens(), num_items=settings.num_items, context_length=context_length, progress=progress
+        tokens(),
+        num_items=settings.num_items,
+        context_length=context_length,
+        progress=progress,
+        make=make,
     )
     for note in built.notes:
         progress.note(note)

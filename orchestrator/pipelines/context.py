@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.folders import Workspace, open_workspace
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import Tracking
 
 
 class Context:
@@ -32,12 +35,14 @@ class Context:
             UserError: If MLflow does not know the store's address, or a local store is damaged.
         """
         if self._tracking is None:
+            from orchestrator.tracking import open_tracking  # Importing MLflow takes a second.
+
             self._tracking = open_tracking(self.workspace, warn=self.progress.note)
         return self._tracking
 
 
 def open_context(workspace: Workspace | Path | str, progress: Progress | None = None) -> Context:
-    """Open the workspace; its folder is made if it is missing.
+    """Open the workspace; its folder is made if it is missing, except in a `read_only` block.
 
     Raises:
         UserError: If the folder cannot be used; see `open_workspace`.

@@ -6,21 +6,18 @@ trained. The controls (cross-entropy only, from scratch) use the same recipe.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
-from orchestrator.planning.feasibility import check_trainings
+from orchestrator.planning.fit import check_trainings
 from orchestrator.planning.resources import check_resources
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.student_plans import student_job
+from orchestrator.sweeping.student_plans import distillation_job
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config
-from orchestrator.training.job import job_key
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
 
@@ -84,28 +81,9 @@ def distill_teacher(
     local: bool = False,
 ) -> DistillResult:
     """Distill a teacher on these tokens; as `distill`."""
-    full = load_config(teacher)
-    try:
-        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
-        config = replace(full, schedule=wanted)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not wanted.is_within(full.corrections):
-        raise UserError(
-            f"the schedule {wanted} asks for more corrections than the teacher makes, "
-            f"{full.corrections}"
-        )
-    job = student_job(
-        settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
-    )
-    if job is None:
-        raise UserError(
-            "distillation.control=pruned trains nothing; "
-            "`iiet-orch evaluate --schedule` measures it"
-        )
-    job = job.model_copy(update={"run_folder": str(context.workspace.trials / job_key(job))})
+    job = distillation_job(settings, context.workspace, teacher, schedule, tokens)
     check_trainings([job], settings.cluster)
-    label = str(config.corrections)
+    label = str(job.model.corrections)
     jobs, params = {label: job}, {label: {"schedule": label, **flatten(settings)}}
     with tracked_jobs("distill", jobs, params, settings.cluster, context, local=local) as (run, _):
         (outcome,) = run()
@@ -113,5 +91,5 @@ def distill_teacher(
     return DistillResult(
         checkpoint=Path(str(outcome.checkpoint)),
         validation_loss=outcome.validation_loss,
-        schedule=config.corrections,
+        schedule=job.model.corrections,
     )

@@ -10,25 +10,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas
+from typing import TYPE_CHECKING, Any
 
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.model_loading import AUTO, load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    import pandas
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
@@ -45,6 +45,8 @@ class InfluenceResult:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per layer and correction: influence, its standard error, residual."""
+        import pandas
+
         table = self.table
         rows = []
         for layer, values in enumerate(table.rows()):
@@ -104,23 +106,12 @@ def read_or_measure_influence(
         UserError: If the checkpoint or the tokens are damaged, do not go together, or the model
             makes no corrections.
     """
-    progress = context.progress
-    decoder = load_model(checkpoint, device=device or AUTO)
-    store = open_tokens(tokens_folder)
-    _check(decoder, checkpoint, store)
-    num_tokens = min(settings.num_tokens, len(store.validation))
-    key = content_key(
-        "influence",
-        weights_key(checkpoint),
-        list(decoder.schedule),
-        store.fingerprint,
-        settings.metric,
-        num_tokens,
-    )
-    path = checkpoint / f"influence-{settings.metric}.json"
+    progress, store = context.progress, open_tokens(tokens_folder)
+    path, key, num_tokens = _place(checkpoint, settings, store)
     found = _stored(path, key, progress)
     progress.start(f"influence ({settings.metric})", num_tokens)
     if found is None:
+        decoder = load_model(checkpoint, device=device or AUTO)
         found = _measured(decoder, store, settings.metric, num_tokens, progress)
         _store(path, key, found, progress)
         progress.finish(_summary(found))
@@ -130,17 +121,43 @@ def read_or_measure_influence(
     return found
 
 
-def _check(decoder: Decoder, checkpoint: Path, store: TokenStore) -> None:
-    if not decoder.schedule.num_corrections:
+def stored_influence(
+    checkpoint: Path, settings: InfluenceSettings, tokens_folder: Path, progress: Progress
+) -> InfluenceTable | None:
+    """Return the influence table of a checkpoint; None if it is not measured yet.
+
+    Raises:
+        UserError: As `read_or_measure_influence`.
+    """
+    path, key, _ = _place(checkpoint, settings, open_tokens(tokens_folder))
+    return _stored(path, key, progress)
+
+
+def _place(
+    checkpoint: Path, settings: InfluenceSettings, store: TokenStore
+) -> tuple[Path, str, int]:
+    """Return file and key of a checkpoint's table, and the number of tokens that it is of."""
+    config = load_config(checkpoint)
+    if not config.corrections.num_corrections:
         raise UserError(
-            f"{checkpoint} is a model ({decoder.config.method}) without corrections, so there is "
+            f"{checkpoint} is a model ({config.method}) without corrections, so there is "
             "no influence to measure; take an IIET with r >= 1"
         )
-    if store.vocab_size > decoder.config.vocab_size:
+    if store.vocab_size > config.vocab_size:
         raise UserError(
-            f"{checkpoint} knows {decoder.config.vocab_size} tokens, but {store.folder} uses "
+            f"{checkpoint} knows {config.vocab_size} tokens, but {store.folder} uses "
             f"{store.vocab_size}: these are not the tokens it was trained on"
         )
+    num_tokens = min(settings.num_tokens, len(store.validation))
+    key = content_key(
+        "influence",
+        weights_key(checkpoint),
+        list(config.corrections),
+        store.fingerprint,
+        settings.metric,
+        num_tokens,
+    )
+    return checkpoint / f"influence-{settings.metric}.json", key, num_tokens
 
 
 def _measured(
@@ -179,6 +196,8 @@ def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
 
 
 def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:
+    from orchestrator.reporting.influence_figure import draw_influence  # Imports matplotlib.
+
     picture = path.with_suffix(".png")
     try:
         draw_influence(

@@ -16,33 +16,24 @@ from typing import Any
 
 import pandas
 
-from iiet.methods import METHODS
 from orchestrator.cluster.launch import job_runner
 from orchestrator.data.preparation import prepare as prepare_tokens
-from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.planning.feasibility import check_trainings
-from orchestrator.planning.pretraining_estimate import (
-    PretrainingEstimate,
-    check_pretraining,
-    estimate_pretraining,
-)
+from orchestrator.pipelines.training_dry_runs import check_pretraining
+from orchestrator.planning.fit import check_trainings
 from orchestrator.planning.resources import check_resources
-from orchestrator.planning.training_rate import TrainingRate, assumed_training_rate
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun
 from orchestrator.training.continuing import continue_job, continued_recipe, find_finished_job
 from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import finished_outcome, job_key
-from orchestrator.training.model_config import build_model_config
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import RunMonitor
+from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace, locate_workspace
+from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import read_journal
-
-KEY_CHARACTERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,58 +181,3 @@ def tracked_jobs(
     run_jobs = partial(job_runner(local=local), list(jobs.values()), cluster, watch=monitor.poll)
     with monitor:
         yield partial(run_jobs, note=progress.note, say=partial(progress.advance, 0)), runs
-
-
-def pretraining_job(
-    settings: Settings, workspace: Workspace, tokens: Path, name: str | None = None
-) -> TrainingJob:
-    """Return the job that pretrains the model of these settings; its sizes are checked."""
-    config = build_model_config(settings.model, vocab_size=open_tokens(tokens).vocab_size)
-    job = TrainingJob(
-        run_folder="",
-        tokens_folder=str(tokens),
-        model=config,
-        recipe=settings.training,
-        first_stages=str(workspace.first_stages),
-        storage=settings.cluster.storage,
-    )
-    if name is None:
-        counts = sorted(set(config.corrections))
-        schedule = f"-r{counts[0]}" if len(counts) == 1 else "-ragged"
-        middle = schedule if METHODS[config.method].has_corrections else ""
-        name = f"{config.method}{middle}-{job_key(job)[:KEY_CHARACTERS]}"
-    return job.model_copy(update={"run_folder": str(workspace.runs / name)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainDryRun:
-    """What a pretraining will take; nothing was read, written or started for it."""
-
-    estimate: PretrainingEstimate
-    """Tokens, memory, disk, and whether the run fits."""
-    rate: TrainingRate
-    """FLOP/s that the hours are computed with."""
-
-
-def plan_pretrain(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str | None = None,
-    mfu: float | None = None,
-) -> PretrainDryRun:
-    """Return what a pretraining will take.
-
-    Args:
-        settings: Sections `data`, `model`, `training` and `cluster`.
-        workspace: A workspace or its folder, which need not exist.
-        mfu: Share of the peak FLOP/s that training is assumed to reach; measured or usual if unset.
-
-    Raises:
-        UserError: If the settings do not go together on any machine.
-    """
-    if not isinstance(workspace, Workspace):
-        workspace = locate_workspace(None if workspace is None else Path(workspace))
-    return PretrainDryRun(
-        estimate=estimate_pretraining(settings, workspace),
-        rate=assumed_training_rate(settings, mfu),
-    )

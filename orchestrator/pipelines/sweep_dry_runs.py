@@ -1,32 +1,42 @@
-"""Dry runs of sweeps: the trials, what is finished, and what the rest costs."""
+"""Dry runs of sweeps: the trials, what is finished, and what the rest takes.
+
+Nothing is started, downloaded, tokenized, measured or written. What is not known yet has an upper
+bound.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas
-
-from iiet.cost import training_flops_per_token
+from iiet.config import ModelConfig
+from orchestrator.data.preparation import expected_tokens, find_prepared
+from orchestrator.evaluation.task_selection import HELDOUT
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.influence import stored_influence
 from orchestrator.pipelines.sweep_plans import (
     SweepModel,
     check_arguments,
     plan_iterations,
     plan_students,
-    plan_suite,
     plan_teacher,
     teacher_checkpoint,
 )
-from orchestrator.planning.fit import request_of
-from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.pipelines.training_dry_runs import UNPREPARED
+from orchestrator.planning.fit import find_problems
+from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.price import Price, pretraining_group, price_of
+from orchestrator.planning.resources import check_resources
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.price_table import price_rows
+from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import Settings
 from orchestrator.sweeping.asha import asha_trials
-from orchestrator.sweeping.checks import check_sweep
+from orchestrator.sweeping.checks import check_models, check_sweep, check_trial_devices
 from orchestrator.sweeping.model_plans import (
     TEACHER,
     ScratchModel,
@@ -34,36 +44,47 @@ from orchestrator.sweeping.model_plans import (
     max_num_students,
 )
 from orchestrator.sweeping.plan_table import plan_sentences
-from orchestrator.sweeping.remaining_cost import (
+from orchestrator.sweeping.student_plans import costliest_students
+from orchestrator.sweeping.trial_states import (
     TrialState,
-    estimate_remaining_cost,
     requested_noun,
+    sweep_trial_group,
     trial_states,
 )
-from orchestrator.sweeping.search import ScheduleSearch
 from orchestrator.sweeping.trials import (
     exact_cost,
     full_config,
 )
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
+from orchestrator.training.model_lookup import tokens_folder_of
+from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.read_only import read_only
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepDryRun:
-    """What a sweep would do."""
+    """What a sweep would do, and what that takes."""
 
     plan: SweepPlan
-    """Its trials."""
+    """Its trials, as far as they are known."""
     states: tuple[TrialState, ...]
     """How far each trial is."""
+    price: Price
+    """Tokens, FLOPs, hours, memory and disk of what is left, at most."""
     sentences: tuple[str, ...]
-    """What is reused, what is left to train, and what that costs."""
+    """What is reused, what is not known yet, and the price in words."""
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per trial: label, role, schedule, exact costs, state."""
+        import pandas
+
         full = full_config(self.plan)
         rows = []
         for state in self.states:
@@ -74,6 +95,21 @@ class SweepDryRun:
         return pandas.DataFrame(rows)
 
 
+@dataclass(kw_only=True)
+class _Draft:
+    """A dry run in the making."""
+
+    plan: SweepPlan
+    states: list[TrialState]
+    pretraining: Sequence[TrialState] = ()
+    """Those that the run itself trains, on the devices of section `cluster`."""
+    unknown: Sequence[PlannedTraining] = ()
+    """Trainings of trials whose schedules are not known yet."""
+    notes: list[str] = field(default_factory=list)
+    new_token_bytes: int = 0
+
+
+@read_only()
 def plan_sweep(
     settings: Settings,
     *,
@@ -85,8 +121,8 @@ def plan_sweep(
 ) -> SweepDryRun:
     """Return what `sweep` would do with the same arguments, as far as it is known.
 
-    If the teacher is not trained yet, its influence and so the schedules are unknown. The plan is
-    then that of its training, and a sentence says how many students there will be at most.
+    If the teacher or its influence is missing, its students' schedules are unknown. Their largest
+    number is then priced as if each made all corrections.
 
     Args:
         settings, teacher, models: As in `sweep`.
@@ -96,89 +132,142 @@ def plan_sweep(
     """
     context = open_context(workspace, progress)
     check_arguments(settings, teacher, models)
-    check_sweep(settings, context.progress)
-    if settings.sweep.kind == "iterations":
-        return dry_run_of(plan_iterations(settings, context, models, name=name), settings, context)
+    check_sweep(settings)
     if teacher is not None:
-        checkpoint = teacher_checkpoint(context, teacher)
-        return _dry_run_of_students(settings, context, checkpoint, name)
-    tokens, jobs = plan_teacher(settings, context)
-    outcome = finished_outcome(jobs[TEACHER], context.progress.note)
-    if outcome and outcome.checkpoint:
-        return _dry_run_of_students(settings, context, Path(outcome.checkpoint), name)
-    return _dry_run_of_pretraining(settings, context, tokens, jobs)
+        draft = _draft_of_students(settings, context, teacher_checkpoint(context, teacher), name)
+        return _finished(draft, settings, context)
+    tokens = find_prepared(settings.data, context.workspace.tokens)
+    if settings.sweep.kind == "iterations":
+        if models is None:
+            check_models(settings)
+        name = name or (None if tokens else "the sweep")  # Names follow from the tokens.
+        plan = plan_iterations(settings, context, tokens, models, name=name, make=False)
+        draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
+    else:
+        jobs = plan_teacher(settings, context.workspace, tokens)
+        outcomes = {label: finished_outcome(job) for label, job in jobs.items()}
+        done = {n: Path(str(o.checkpoint)) for n, o in outcomes.items() if o}
+        if TEACHER in done:
+            checkpoint = done.pop(TEACHER)
+            draft = _draft_of_students(settings, context, checkpoint, name, baselines=done)
+            _add_pretraining(draft, {n: jobs[n] for n, o in outcomes.items() if not o}, settings)
+        else:
+            draft = _draft_of_whole_sweep(settings, jobs)
+    if tokens is None:
+        draft.notes.insert(0, UNPREPARED)
+        draft.new_token_bytes = expected_tokens(settings.data, None).new_bytes
+    return _finished(draft, settings, context)
 
 
-def _dry_run_of_students(
-    settings: Settings, context: Context, teacher: Path, name: str | None
-) -> SweepDryRun:
-    plan, _, search = plan_students(settings, context, teacher, name=name)
-    if search is None:
-        return dry_run_of(plan, settings, context)
-    found: list[Trial] = []
-    if all(trial.result() for trial in plan.trials if trial.role == "trial"):
-        found = search.known_trials()
-    plan = plan.model_copy(update={"trials": (*plan.trials, *found)})
-    return dry_run_of(plan, settings, context, *_search_price(plan, search, settings))
-
-
-def _dry_run_of_pretraining(
-    settings: Settings, context: Context, tokens: Path, jobs: Mapping[str, TrainingJob]
-) -> SweepDryRun:
+def _draft_of_whole_sweep(settings: Settings, jobs: Mapping[str, TrainingJob]) -> _Draft:
+    plan = _plan_of_pretraining(jobs)
     config = jobs[TEACHER].model
-    plan = iterations_plan(
-        [ScratchModel(label=label, job=job) for label, job in jobs.items()],
-        suite=plan_suite(settings.evaluation, tokens, config, context.progress),
-        name="the teacher and its baselines",
+    draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
+    draft.pretraining = draft.states
+    _add_unknown_students(draft, settings, config, "the teacher is not trained")
+    return draft
+
+
+def _draft_of_students(
+    settings: Settings,
+    context: Context,
+    teacher: Path,
+    name: str | None,
+    *,
+    baselines: Mapping[str, Path] | None = None,
+) -> _Draft:
+    tokens, full = tokens_folder_of(teacher, context.workspace), load_config(teacher)
+    influence = stored_influence(teacher, settings.influence, tokens, context.progress)
+    plan = plan_students(
+        settings, context, teacher, influence, baselines=baselines, name=name, make=False
     )
-    # They are pretrained on the cluster's GPUs, not on those of the sweep's trials.
-    gpus = settings.sweep.model_copy(update={"gpus_per_trial": settings.cluster.num_gpus})
-    recipe, most = settings.distillation.training, max_num_students(settings, config)
-    num_tokens = recipe.num_steps * recipe.num_tokens_per_step
-    is_pruned = settings.distillation.control == "pruned"
-    training = "none of them trained" if is_pruned else f"each on {num_tokens:,} tokens"
-    return dry_run_of(
-        plan,
-        settings.model_copy(update={"sweep": gpus}),
-        context,
-        f"then at most {format_count(most, 'student')}, {training}; their schedules follow from "
-        "the teacher's influence, and stand in this plan once it is trained",
+    draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
+    if influence is None:
+        _add_unknown_students(draft, settings, full, "the teacher's influence is not measured")
+    elif settings.sweep.kind == "search":
+        _add_search(draft, settings, context, full)
+    return draft
+
+
+def _plan_of_pretraining(jobs: Mapping[str, TrainingJob]) -> SweepPlan:
+    models = [ScratchModel(label=label, job=job) for label, job in jobs.items()]
+    suite = TrialSuite(tokens_folder=models[0].job.tokens_folder)
+    return iterations_plan(models, suite=suite, name="the teacher and its baselines")
+
+
+def _add_pretraining(draft: _Draft, jobs: Mapping[str, TrainingJob], settings: Settings) -> None:
+    """Add baselines that are not trained yet beside a teacher that is."""
+    if jobs:
+        draft.pretraining = trial_states(_plan_of_pretraining(jobs), settings.sweep)
+        draft.states += draft.pretraining
+
+
+def _add_unknown_students(
+    draft: _Draft, settings: Settings, teacher: ModelConfig, reason: str
+) -> None:
+    number = max_num_students(settings, teacher)
+    draft.unknown = costliest_students(settings, teacher, number)
+    priced = (
+        "they are priced as if each made all of the teacher's corrections"
+        if draft.unknown
+        else "none of them is trained"
+    )
+    draft.notes.append(
+        f"{reason}, so its students' schedules are not known yet: at most "
+        f"{format_count(number, 'student')}; {priced}"
     )
 
 
-def dry_run_of(plan: SweepPlan, settings: Settings, context: Context, *more: str) -> SweepDryRun:
-    """Return how far a plan's trials are, and what the rest costs; `more` are further sentences."""
-    states = trial_states(plan, settings.sweep)
-    price = estimate_remaining_cost(plan, states, settings, context.workspace.teachers)
-    lines = plan_sentences(plan, requested_noun(plan, settings.sweep), states, price)
-    if settings.trials_use_gpus:
-        jobs = [s.trial.job for s in states if s.name == "to train" and s.trial.job]
-        requests = [request_of(job) for job in jobs]
-        sweep = assign_trial_gpus(settings, requests).sweep
-        at_once = f", at most {sweep.trials_at_once} at once" if sweep.trials_at_once else ""
-        gpus = format_count(sweep.gpus_per_trial or 0, "GPU")
-        lines.append(f"each trial runs on {gpus}{at_once}")
+def _add_search(draft: _Draft, settings: Settings, context: Context, full: ModelConfig) -> None:
+    """Add what a search has suggested so far, and what it may still suggest."""
+    plan, num_family = draft.plan, sum(t.role == "trial" for t in draft.plan.trials)
+    num_schedules = full.corrections.num_within
+    most = min(settings.search.num_trials, num_schedules - num_family)
+    stored = read_json_object(context.workspace.sweeps / plan.name / PLAN_FILE) or {}
+    if stored.get("key") == plan.key:
+        found = tuple(Trial.model_validate(values) for values in stored["trials"])
+        draft.plan = plan.model_copy(update={"trials": found})
+        draft.states = trial_states(draft.plan, settings.sweep)
+    left = most + num_family - sum(t.role == "trial" for t in draft.plan.trials)
+    draft.unknown = costliest_students(settings, full, left)
+    draft.notes.append(
+        f"the search tries at most {most:,} more of {num_schedules:,} schedules; which ones "
+        f"follows from the results, {left:,} are not known yet and priced as if each made all of "
+        "the teacher's corrections"
+        if most
+        else "the search has nothing to try beside the family"
+    )
+
+
+def _finished(draft: _Draft, settings: Settings, context: Context) -> SweepDryRun:
+    plan, cluster, root = draft.plan, settings.cluster, context.workspace.root
+    own = [state for state in draft.states if state not in draft.pretraining]
+    trials = sweep_trial_group(
+        [*_trainings(own), *draft.unknown], settings, context.workspace.teachers
+    )
+    pretraining = pretraining_group(_trainings(draft.pretraining), cluster)
+    groups = [pretraining, trials]
+    price = price_of(groups, root, new_token_bytes=draft.new_token_bytes)
+
+    def check_devices() -> None:
+        check_trial_devices(settings)
+        if pretraining.trainings:
+            check_resources(cluster.num_workers, cluster.num_gpus)
+
+    problems = find_problems(groups, root, check_devices, new_token_bytes=draft.new_token_bytes)
+    lines = plan_sentences(plan, requested_noun(plan, settings.sweep), draft.states)
+    lines += draft.notes
+    is_lm_eval = settings.evaluation.include_path or settings.evaluation.suite != HELDOUT
+    if is_lm_eval and any(state.name == "to measure" for state in draft.states):
+        lines.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
+    if settings.trials_use_gpus and trials.trainings:
+        gpus = format_count(trials.trainings[0].num_workers, "GPU")
+        lines.append(f"each trial runs on {gpus}, at most {trials.at_once} at once")
     if asha := asha_trials(plan, settings.sweep):
         lines.append(next(iter(asha.values())).rule.text)
-    return SweepDryRun(plan=plan, states=tuple(states), sentences=(*lines, *more))
+    lines += [f"{name}: {text}" for name, text in price_rows(price, problems)]
+    return SweepDryRun(plan=plan, states=tuple(draft.states), price=price, sentences=tuple(lines))
 
 
-def _search_price(plan: SweepPlan, search: ScheduleSearch, settings: Settings) -> list[str]:
-    """Say what a search may still train, and what that costs at most."""
-    recipe = settings.distillation.training
-    tokens = recipe.num_steps * recipe.num_tokens_per_step
-    # The frozen teacher's forward pass costs a third of a training step.
-    flops = tokens * training_flops_per_token(plan.trials[0].model) * 4 / 3
-    wanted, left = search.num_wanted, search.num_left
-    if not wanted:
-        return ["the search has nothing to try beside the family"]
-    lines = [
-        f"the search tries at most {wanted:,} more of {search.num_schedules:,} schedules; which "
-        f"ones follows from the results, {left:,} are not known yet"
-    ]
-    if left:
-        lines.append(
-            f"each of these trains once, on {tokens:,} tokens: at most {flops:.3g} FLOPs, "
-            f"{left * flops:.3g} together"
-        )
-    return lines
+def _trainings(states: Sequence[TrialState]) -> list[PlannedTraining]:
+    return [state.training for state in states if state.training]

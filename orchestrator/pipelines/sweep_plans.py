@@ -1,7 +1,6 @@
 """Plan a sweep from settings and a workspace: what is trained, and how it is measured.
 
-Planning trains nothing, but it makes tokens, held-out tasks and the teacher's influence table where
-they are missing.
+A dry run plans without tokens (None), or without the teacher's influence, if they are missing.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
-from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.model_tokenizer import check_template, checkpoint_tokenizer
 from orchestrator.evaluation.task_selection import (
@@ -25,8 +24,8 @@ from orchestrator.evaluation.task_selection import (
     user_task_folders,
 )
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.influence import read_or_measure_influence
-from orchestrator.pipelines.pretraining import pretraining_job
+from orchestrator.planning.planned_training import planned_training
+from orchestrator.planning.price import TrainingGroup, pretraining_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
@@ -34,19 +33,33 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models
 from orchestrator.sweeping.model_plans import (
+    TEACHER,
     ScratchModel,
     iterations_plan,
+    max_num_students,
     settings_at_rates,
     swept_models,
     teacher_and_baselines,
 )
-from orchestrator.sweeping.search import ScheduleSearch, search_plan
 from orchestrator.sweeping.selection import choose_members, schedule_cost
-from orchestrator.sweeping.student_plans import student_trial, threshold_plan
+from orchestrator.sweeping.student_plans import (
+    costliest_students,
+    search_plan,
+    student_trial,
+    threshold_plan,
+)
+from orchestrator.sweeping.trial_states import sweep_trial_group
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
+from orchestrator.training.first_stage import share_first_stages
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
+from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
+
+if TYPE_CHECKING:
+    from orchestrator.sweeping.search import ScheduleSearch
 
 NEWEST = "newest"
 """As a teacher: the workspace's newest IIET with corrections."""
@@ -86,39 +99,53 @@ def teacher_checkpoint(context: Context, teacher: Path | str) -> Path:
     return resolve_teacher(context.workspace, None if teacher == NEWEST else Path(teacher))
 
 
-def plan_teacher(settings: Settings, context: Context) -> tuple[Path, dict[str, TrainingJob]]:
-    """Return the tokens, and the jobs that pretrain the teacher and its baselines."""
+def plan_teacher(
+    settings: Settings, workspace: Workspace, tokens: Path | None
+) -> dict[str, TrainingJob]:
+    """Return the jobs that pretrain the teacher and its baselines."""
     check_models(settings)
-    tokens = prepare_tokens(settings.data, context.workspace, context.progress)
-    jobs = {
-        label: pretraining_job(own, context.workspace, tokens)
-        for label, own in teacher_and_baselines(settings).items()
-    }
-    return tokens, jobs
+    models = teacher_and_baselines(settings).items()
+    jobs = {label: pretraining_job(own, workspace, tokens) for label, own in models}
+    return dict(zip(jobs, share_first_stages([*jobs.values()]), strict=True))
+
+
+def groups_of_sweep(
+    settings: Settings, jobs: Mapping[str, TrainingJob], workspace: Workspace
+) -> list[TrainingGroup]:
+    """Return what a sweep trains, at most, whose teacher is not trained yet.
+
+    Raises:
+        UserError: If trials and devices do not go together.
+    """
+    waiting = [planned_training(job) for job in jobs.values() if not finished_outcome(job)]
+    teacher = jobs[TEACHER].model
+    students = costliest_students(settings, teacher, max_num_students(settings, teacher))
+    return [
+        pretraining_group(waiting, settings.cluster),
+        sweep_trial_group(students, settings, workspace.teachers),
+    ]
 
 
 def plan_iterations(
     settings: Settings,
     context: Context,
+    tokens: Path | None,
     models: Sequence[SweepModel] | None = None,
     *,
     name: str | None = None,
+    make: bool = True,
 ) -> SweepPlan:
     """Plan a sweep of models trained from scratch on the same tokens; arguments as `sweep`."""
-    if models is None:
-        check_models(settings)
-        models = list(_models(settings))
-    tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     variants = [
         ScratchModel(
             label=model.label,
             job=pretraining_job(model.settings, context.workspace, tokens),
             group=model.group,
         )
-        for model in models
+        for model in (_models(settings) if models is None else models)
     ]
     config = variants[0].job.model
-    suite = plan_suite(settings.evaluation, tokens, config, context.progress)
+    suite = plan_suite(settings.evaluation, tokens, config, context.progress, make=make)
     return iterations_plan(variants, suite=suite, name=name)
 
 
@@ -141,64 +168,84 @@ def plan_students(
     settings: Settings,
     context: Context,
     teacher: Path,
+    influence: InfluenceTable | None,
     *,
     baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
-) -> tuple[SweepPlan, InfluenceTable, ScheduleSearch | None]:
-    """Plan a threshold sweep or a search.
+    make: bool = True,
+) -> SweepPlan:
+    """Plan a threshold sweep or a search: the trials that are known before any has run.
 
     Args:
         teacher: Checkpoint of the full model.
+        influence: Its table; without it the plan has no students.
         baselines: Label to checkpoint; when unset, the workspace's models without corrections that
             have the teacher's shape and tokens.
-
-    Returns:
-        The trials that are known before any has run, the teacher's influence, and what suggests
-        further trials of a search.
+        make: Whether missing held-out tasks are made, and lm-eval's tasks loaded.
     """
     tokens, full = tokens_folder_of(teacher, context.workspace), load_config(teacher)
-    influence = read_or_measure_influence(teacher, settings.influence, tokens, context)
     left_out: dict[str, str] = {}
     if baselines is None:
         known = find_baselines(context.workspace, teacher)
         baselines, left_out = known.found, known.left_out
         for run, reason in left_out.items():
             context.progress.note(f"run {run}: {reason}")
-    is_search = settings.sweep.kind == "search"
-    suite = plan_suite(settings.evaluation, tokens, full, context.progress)
+    suite = plan_suite(settings.evaluation, tokens, full, context.progress, make=make)
     suite = suite.model_copy(update=text_of_teacher(teacher))
     if suite.prompts:
         check_template(checkpoint_tokenizer(teacher), suite.prompts)
+    cost = schedule_cost(settings.sweep.budget_unit, full)
+    is_search = settings.sweep.kind == "search"
     plan = threshold_plan(
         settings,
         context.workspace,
         teacher=teacher,
-        members=choose_members(
-            influence, settings.sweep, cost=schedule_cost(settings.sweep.budget_unit, full)
-        ),
+        members=choose_members(influence, settings.sweep, cost=cost) if influence else (),
         suite=suite,
         baselines=list(baselines.items()),
         left_out=left_out,
         name=None if is_search else name,
     )
-    if not is_search:
-        return plan, influence, None
+    return search_plan(plan, settings.search, name) if is_search else plan
+
+
+def schedule_search(
+    settings: Settings, workspace: Workspace, plan: SweepPlan, teacher: Path
+) -> ScheduleSearch:
+    """Return what suggests further trials for the plan of a search."""
+    from orchestrator.sweeping.search import ScheduleSearch  # Imports optuna.
+
+    full, suite = load_config(teacher), plan.trials[0].suite
 
     def make_trial(schedule: IterationSchedule) -> Trial:
         member = FamilyMember(schedule, math.nan, math.nan)
         config = replace(full, schedule=schedule)
-        return student_trial(settings, context.workspace, teacher, config, member, suite)
+        return student_trial(settings, workspace, teacher, config, member, suite)
 
-    search = ScheduleSearch(plan, full.corrections, settings.search, make_trial)
-    return search_plan(plan, settings.search, name), influence, search
+    return ScheduleSearch(plan, full.corrections, settings.search, make_trial)
 
 
 def plan_suite(
-    settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
+    settings: EvaluationSettings,
+    tokens: Path | None,
+    config: ModelConfig,
+    progress: Progress,
+    *,
+    make: bool = True,
 ) -> TrialSuite:
-    """Return how trials are evaluated; held-out tasks are made if they are missing."""
+    """Return how trials are evaluated.
+
+    Args:
+        make: Whether missing held-out tasks are made, and lm-eval's tasks loaded.
+    """
+    if tokens is None:
+        return TrialSuite(tokens_folder="")
     asked = select_tasks(
-        settings, lambda: tokens, context_length=config.context_length, progress=progress
+        settings,
+        lambda: tokens,
+        context_length=config.context_length,
+        progress=progress,
+        make=make,
     )
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
@@ -215,7 +262,7 @@ def plan_suite(
         prompts=settings.prompts,
         precision=settings.precision,
         # Held-out tasks are named by their content; others may change under their names.
-        fingerprints=lm_eval_task_fingerprints(settings) or None,
+        fingerprints=(make and lm_eval_task_fingerprints(settings)) or None,
     )
 
 

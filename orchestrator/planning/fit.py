@@ -1,129 +1,228 @@
-"""Whether a training fits into memory and onto the disk, and if not, the nearest setting that does.
+"""Whether trainings fit into memory and onto the disk, and if not, the nearest setting that does.
 
 The nearest setting is the first of these that fits: fewer sequences per pass (same gradients),
 layers recomputed in the backward pass (slower), a model shared by its workers, a smaller model.
+If `RAY_ADDRESS` names a cluster, only the disk is checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from iiet.config import PRESETS, ModelConfig
-from iiet.cost import num_parameters
-from orchestrator.planning.resources import FreeBytes
-from orchestrator.planning.training_estimate import TrainingEstimate, estimate_training
+from iiet.config import PRESETS
+from orchestrator.planning.planned_training import PlannedTraining, planned_training
+from orchestrator.planning.price import TrainingGroup, disk_parts, pretraining_group
+from orchestrator.planning.resources import FreeBytes, local_free_bytes
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import ModelSettings, TrainingSettings
-from orchestrator.terminal.formatting import format_bytes
-from orchestrator.training.checkpoint import load_config
+from orchestrator.settings import ClusterSettings, Settings
+from orchestrator.terminal.formatting import format_byte_parts, format_bytes
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.job_checks import check_job
 from orchestrator.training.model_config import build_model_config
+from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES, installed_gpu
 from orchestrator.workspace.errors import UserError
 
-PROCESS_BYTES = 512 * 2**20
-"""Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
-ALLOCATOR_FACTOR = 1.1
-"""The allocator holds more than the activations that exist at one time."""
+THIS_MACHINE = "this machine"
+MeasureFree = Callable[..., FreeBytes]
+"""Returns free memory and disk, like `local_free_bytes`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResourceRequest:
-    """What a training asks for."""
+def check_trainings(
+    jobs: Sequence[TrainingJob],
+    cluster: ClusterSettings,
+    *,
+    settings: Sequence[Settings] = (),
+    measure_free: MeasureFree = local_free_bytes,
+) -> None:
+    """Refuse jobs that cannot run: descriptions, memory, disk. Finished jobs need nothing.
 
-    config: ModelConfig
-    recipe: TrainingSettings
-    section: str = "training"
-    """Section of the settings that holds the recipe, for messages."""
-    num_workers: int = 1
-    parallel: str | None = None
-    """`ddp` or `fsdp`; None if the settings offer no choice."""
-    on_gpus: bool = False
-    """Whether the workers use GPU memory."""
-    model: ModelSettings | None = None
-    """Settings of the model, if a smaller model may be proposed."""
-    teacher: ModelConfig | None = None
-    """A frozen model whose forward pass runs in each step."""
+    The number of CPUs and GPUs has been checked before; see `check_resources`.
 
-    def estimate(
-        self,
-        config: ModelConfig | None = None,
-        *,
-        parallel: str | None = None,
-        **recipe: int | bool,
-    ) -> TrainingEstimate:
-        """Estimate the training, optionally with another model, parallelism or recipe fields."""
-        return estimate_training(
-            config or self.config,
-            self.recipe.model_copy(update=recipe),
-            num_workers=self.num_workers,
-            parallel=parallel or self.parallel or "ddp",
-            on_gpus=self.on_gpus,
-            teacher=self.teacher,
-        )
+    Args:
+        jobs: The trainings; as many run side by side as there are CPUs or GPUs for.
+        settings: Settings of each job, if a smaller model may be proposed.
 
-
-def request_of(job: TrainingJob) -> ResourceRequest:
-    """Return what a job asks for, on one CPU worker."""
-    return ResourceRequest(
-        config=job.model,
-        recipe=job.recipe,
-        section=job.section,
-        teacher=load_config(Path(job.teacher_folder)) if job.teacher_folder else None,
-    )
-
-
-def needed_memory(estimate: TrainingEstimate) -> int:
-    """Return the bytes that one worker needs, including the process itself."""
-    memory = estimate.memory
-    spare = int(memory.activations * (ALLOCATOR_FACTOR - 1))
-    return memory.total + spare + estimate.snapshot_bytes + PROCESS_BYTES
+    Raises:
+        UserError: If one cannot run; says what could.
+    """
+    for job in jobs:
+        check_job(job, num_workers=cluster.num_gpus or cluster.num_workers)
+    waiting = [n for n, job in enumerate(jobs) if finished_outcome(job) is None]
+    trainings = [
+        replace(planned_training(jobs[n]), model=settings[n].model if settings else None)
+        for n in waiting
+    ]
+    if waiting:
+        group = pretraining_group(trainings, cluster)
+        check_fit([group], jobs[waiting[0]].folder, measure_free=measure_free)
 
 
 def check_fit(
-    request: ResourceRequest, free: FreeBytes, *, present_bytes: int = 0, new_bytes: int = 0
+    groups: Sequence[TrainingGroup],
+    folder: Path,
+    *,
+    new_token_bytes: int = 0,
+    measure_free: MeasureFree = local_free_bytes,
 ) -> None:
-    """Refuse a training that would run out of memory or disk.
+    """Refuse trainings that would run out of memory (each of them) or disk (all together).
 
     Args:
-        present_bytes: Bytes of this run's checkpoints, which new ones replace.
-        new_bytes: Bytes that will be written beside the checkpoints.
+        folder: A folder on the workspace's disk; it need not exist.
+        new_token_bytes: Bytes of the tokens that are prepared first.
 
     Raises:
-        UserError: If it does not fit; says what would.
+        UserError: If they do not fit; says what would.
     """
-    estimate = request.estimate()
-    if free.memory is not None and needed_memory(estimate) > free.memory:
-        raise UserError(_too_little_memory(request, estimate, free.memory, free.place))
-    if free.disk is not None and estimate.disk_bytes + new_bytes > free.disk + present_bytes:
-        raise UserError(_too_little_disk(request, estimate, free.disk + present_bytes, new_bytes))
+    groups = [group for group in groups if group.trainings]
+    for group in groups:
+        _check_memory(group, folder, measure_free)
+    if groups and (disk := measure_free(folder).disk) is not None:
+        _check_disk(groups, disk, new_token_bytes)
 
 
-def _nearest_fit(request: ResourceRequest, fits: Callable[[TrainingEstimate], bool]) -> str | None:
-    return next((text for text, estimate in _alternatives(request) if fits(estimate)), None)
+def find_problems(
+    groups: Sequence[TrainingGroup],
+    folder: Path,
+    check_devices: Callable[[], None],
+    *,
+    new_token_bytes: int = 0,
+) -> dict[str, str | None]:
+    """Return place -> why trainings do not fit there, None if they do.
+
+    The first place is this machine. Without the GPUs that are asked for, an assumed one is another.
+
+    Args:
+        check_devices: Raises `UserError` if this machine has too few CPUs or GPUs.
+    """
+
+    def problem_of(*checks: Callable[[], None]) -> str | None:
+        found = []
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                found.append(str(error))
+        return ". Also: ".join(found) or None
+
+    fits_here = partial(check_fit, groups, folder, new_token_bytes=new_token_bytes)
+    place = THIS_MACHINE
+    if os.environ.get("RAY_ADDRESS"):
+        place += " (the cluster's memory is unknown)"
+    problems = {place: problem_of(check_devices, fits_here)}
+    on_gpus = any(training.on_gpus for group in groups for training in group.trainings)
+    if on_gpus and installed_gpu() is None:
+        gpu = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=f"an {ASSUMED_GPU}")
+        fits_there = partial(check_fit, groups, folder, measure_free=lambda *_, **__: gpu)
+        problems[gpu.place] = problem_of(fits_there)
+    return problems
 
 
-def _alternatives(request: ResourceRequest) -> Iterator[tuple[str, TrainingEstimate]]:
-    """Yield what to type and the estimate for it, the smallest change first."""
-    yield from _with_less_memory(request)
-    if request.parallel not in (None, "fsdp") and request.num_workers > 1:
-        yield from _with_less_memory(request, "--set cluster.parallel=fsdp", parallel="fsdp")
-    for name, config in _smaller_presets(request):
-        yield from _with_less_memory(request, f"--preset {name}", config=config)
+def _check_memory(group: TrainingGroup, folder: Path, measure_free: MeasureFree) -> None:
+    first = group.trainings[0]
+    # On GPUs each training has its own memory. On CPUs those that run at the same time share it,
+    # and of the trials of a sweep fewer can be asked for.
+    sharing = 1 if first.on_gpus or group.is_trials else group.at_once
+    free = measure_free(
+        folder,
+        num_workers=first.num_workers * sharing,
+        num_gpus=first.num_workers if first.on_gpus else 0,
+    )
+    if free.memory is None:
+        return
+    for training in group.trainings:
+        if training.worker_bytes > free.memory:
+            raise UserError(_too_little_memory(training, free.memory, free.place))
+    needed = max(training.worker_bytes for training in group.trainings)
+    most = free.memory // needed
+    if group.is_trials and not first.on_gpus and most < group.at_once:
+        raise UserError(
+            f"{group.at_once} trials at once would take about "
+            f"{format_bytes(group.at_once * first.num_workers * needed)} of memory, and this "
+            f"machine has {format_bytes(first.num_workers * free.memory)} free; the nearest "
+            f"setting that fits: --set sweep.trials_at_once={most}"
+        )
+
+
+def _too_little_memory(training: PlannedTraining, free: int, place: str) -> str:
+    each = f" for each of {training.num_workers} workers" if training.num_workers > 1 else ""
+    change = _nearest_fit(training, lambda other: other.worker_bytes <= free)
+    advice = f"the nearest setting that fits: {change}" if change else "no preset fits"
+    return (
+        f"training would take about {format_bytes(training.worker_bytes)}{each} "
+        f"({format_byte_parts(training.worker_memory)}), and {place} has {format_bytes(free)} "
+        f"free{' for each' if each else ''}; {advice}"
+    )
+
+
+def _check_disk(groups: Sequence[TrainingGroup], disk: int, new_token_bytes: int) -> None:
+    def parts(num_kept: int | None = None) -> Mapping[str, int]:
+        return disk_parts([_keeping(group, num_kept) for group in groups], new_token_bytes)
+
+    needed = parts()
+    if sum(needed.values()) <= disk:
+        return
+    trainings = [training for group in groups for training in group.trainings]
+    sections = dict.fromkeys(training.section for training in trainings)
+    most = max(training.recipe.num_checkpoints_kept for training in trainings)
+    changes = [
+        " ".join(f"--set {section}.num_checkpoints_kept={number}" for section in sections)
+        for number in range(most - 1, 0, -1)
+        if sum(parts(number).values()) <= disk
+    ]
+    if sum(needed.values()) - needed.get("teacher outputs", 0) <= disk:
+        changes.append("--set distillation.teacher_cache=live")
+    if not changes and len(trainings) == 1:
+        change = _nearest_fit(
+            trainings[0],
+            lambda other: other.new_bytes + other.bytes_in_writing + new_token_bytes <= disk,
+        )
+        changes += [change] if change else []
+    advice = f"the nearest setting that fits: {changes[0]}; or " if changes else ""
+    what = f"{len(trainings)} trainings" if len(trainings) > 1 else "the run"
+    raise UserError(
+        f"{what} would write about {format_bytes(sum(needed.values()))} "
+        f"({format_byte_parts(needed)}), and the workspace's disk has {format_bytes(disk)} free; "
+        f"{advice}free some space, or choose another place with --workspace"
+    )
+
+
+def _keeping(group: TrainingGroup, num_checkpoints: int | None) -> TrainingGroup:
+    if num_checkpoints is None:
+        return group
+    fewer = (
+        each.with_recipe(
+            num_checkpoints_kept=min(num_checkpoints, each.recipe.num_checkpoints_kept)
+        )
+        for each in group.trainings
+    )
+    return replace(group, trainings=tuple(fewer))
+
+
+def _nearest_fit(training: PlannedTraining, fits: Callable[[PlannedTraining], bool]) -> str | None:
+    return next((text for text, other in _alternatives(training) if fits(other)), None)
+
+
+def _alternatives(training: PlannedTraining) -> Iterator[tuple[str, PlannedTraining]]:
+    """Yield what to type and the training that it gives, the smallest change first."""
+    yield from _with_less_memory(training)
+    if training.parallel == "ddp" and training.num_workers > 1:
+        shared = replace(training, parallel="fsdp")
+        yield from _with_less_memory(shared, "--set cluster.parallel=fsdp")
+    for name, smaller in _smaller_presets(training):
+        yield from _with_less_memory(smaller, f"--preset {name}")
 
 
 def _with_less_memory(
-    request: ResourceRequest,
-    text: str = "",
-    *,
-    config: ModelConfig | None = None,
-    parallel: str | None = None,
-) -> Iterator[tuple[str, TrainingEstimate]]:
+    training: PlannedTraining, text: str = ""
+) -> Iterator[tuple[str, PlannedTraining]]:
     """Yield `text` alone, with fewer sequences per pass, and both with layers recomputed."""
     if text:
-        yield text, request.estimate(config, parallel=parallel)
-    per_pass = request.estimate(config).sequences_per_pass
-    key = f"--set {request.section}."
+        yield text, training
+    per_pass, key = training.sequences_per_pass, f"--set {training.section}."
     for recomputes in (False, True):
         for sequences in (per_pass >> halvings for halvings in range(per_pass.bit_length())):
             if sequences == per_pass and not recomputes:
@@ -133,72 +232,28 @@ def _with_less_memory(
                 f"{key}activation_checkpointing=true" if recomputes else "",
                 f"{key}num_sequences_per_pass={sequences}" if sequences < per_pass else "",
             )
-            estimate = request.estimate(
-                config,
-                parallel=parallel,
-                num_sequences_per_pass=sequences,
-                activation_checkpointing=recomputes or request.recipe.activation_checkpointing,
+            yield (
+                " ".join(filter(None, parts)),
+                training.with_recipe(
+                    num_sequences_per_pass=sequences,
+                    activation_checkpointing=recomputes or training.recipe.activation_checkpointing,
+                ),
             )
-            yield " ".join(filter(None, parts)), estimate
 
 
-def _smaller_presets(request: ResourceRequest) -> list[tuple[str, ModelConfig]]:
+def _smaller_presets(training: PlannedTraining) -> list[tuple[str, PlannedTraining]]:
     """Return the presets that make the model smaller, the largest first."""
-    if request.model is None:
+    if training.model is None:
         return []
     found = []
     for name in PRESETS:
-        changed = request.model.model_copy(update={"preset": name})
+        changed = training.model.model_copy(update={"preset": name})
         try:
-            config = build_model_config(changed, vocab_size=request.config.vocab_size)
-            request.estimate(config)
+            config = build_model_config(changed, vocab_size=training.config.vocab_size)
+            smaller = replace(training, config=config)
+            smaller.sequences_per_worker  # noqa: B018  # raises if the step does not go with it
         except UserError:
-            continue  # The settings' own sizes, or the step, do not go with this preset.
-        if num_parameters(config) < num_parameters(request.config):
-            found.append((name, config))
-    return sorted(found, key=lambda entry: -num_parameters(entry[1]))
-
-
-def _too_little_memory(
-    request: ResourceRequest, estimate: TrainingEstimate, free: int, place: str
-) -> str:
-    memory = estimate.memory
-    each = f" for each of {request.num_workers} workers" if request.num_workers > 1 else ""
-    parts = ", ".join(
-        f"{name} {format_bytes(value)}"
-        for name, value in (
-            ("weights", memory.weights), ("gradients", memory.gradients),
-            ("AdamW", memory.optimizer), ("activations", memory.activations),
-            ("a copy for the checkpoint", estimate.snapshot_bytes),
-        )
-        if value
-    )  # fmt: skip
-    change = _nearest_fit(request, lambda other: needed_memory(other) <= free)
-    advice = f"the nearest setting that fits: {change}" if change else "no preset fits"
-    return (
-        f"training would take about {format_bytes(needed_memory(estimate))}{each} ({parts}), "
-        f"and {place} has {format_bytes(free)} free{' for each' if each else ''}; {advice}"
-    )
-
-
-def _too_little_disk(
-    request: ResourceRequest, estimate: TrainingEstimate, free: int, new_bytes: int
-) -> str:
-    kept = request.recipe.num_checkpoints_kept
-    tokens = f", tokens {format_bytes(new_bytes)}" if new_bytes else ""
-
-    def fits(other: TrainingEstimate) -> bool:
-        return other.disk_bytes + new_bytes <= free
-
-    fewer = next(
-        (n for n in range(kept - 1, 0, -1) if fits(request.estimate(num_checkpoints_kept=n))), None
-    )
-    change = f"--set {request.section}.num_checkpoints_kept={fewer}" if fewer else None
-    change = change or _nearest_fit(request, fits)
-    advice = f"the nearest setting that fits: {change}; or " if change else ""
-    return (
-        f"the run would write about {format_bytes(estimate.disk_bytes + new_bytes)} "
-        f"(checkpoints of {format_bytes(estimate.checkpoint_bytes)}, {kept} kept and one in "
-        f"writing{tokens}), and the workspace's disk has {format_bytes(free)} free; {advice}"
-        "choose another place with --workspace"
-    )
+            continue  # The settings' own sizes do not go with this preset.
+        if smaller.num_parameters < training.num_parameters:
+            found.append((name, smaller))
+    return sorted(found, key=lambda entry: -entry[1].num_parameters)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.planning.fit import ResourceRequest, needed_memory
+from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.resources import local_free_bytes
 from orchestrator.settings import Settings
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
@@ -15,7 +15,7 @@ from orchestrator.workspace.errors import UserError
 
 def assign_trial_gpus(
     settings: Settings,
-    requests: Sequence[ResourceRequest] = (),
+    trainings: Sequence[PlannedTraining] = (),
     *,
     gpu_bytes: int | None = None,
 ) -> Settings:
@@ -25,7 +25,7 @@ def assign_trial_gpus(
     many trials run at once as the run's GPUs allow.
 
     Args:
-        requests: What the unfinished trials ask for; if unknown, a trial gets one GPU.
+        trainings: The unfinished trials; if unknown, a trial gets one GPU.
         gpu_bytes: Free memory of a GPU; that of this machine's, or of the assumed GPU, if unset.
 
     Raises:
@@ -46,7 +46,7 @@ def assign_trial_gpus(
         per_trial = sweep.workers_per_trial
     if per_trial is None:
         free = gpu_bytes or local_free_bytes(Path.cwd(), num_gpus=1).memory or ASSUMED_GPU_BYTES
-        fitting = (n for n in range(1, num_gpus) if all(_fits(r, n, free) for r in requests))
+        fitting = (n for n in range(1, num_gpus) if all(_fits(each, n, free) for each in trainings))
         per_trial = next(fitting, num_gpus)
     if per_trial > num_gpus:
         raise UserError(
@@ -61,9 +61,8 @@ def _with_sweep(settings: Settings, **changes: int) -> Settings:
     return settings.model_copy(update={"sweep": settings.sweep.model_copy(update=changes)})
 
 
-def _fits(request: ResourceRequest, num_gpus: int, free: int) -> bool:
+def _fits(training: PlannedTraining, num_gpus: int, free: int) -> bool:
     try:
-        estimate = replace(request, num_workers=num_gpus, on_gpus=True).estimate()
+        return replace(training, num_workers=num_gpus, on_gpus=True).worker_bytes <= free
     except UserError:
         return False  # The sequences of a step cannot be divided evenly among this many GPUs.
-    return needed_memory(estimate) <= free

@@ -22,7 +22,7 @@ class TrainingJob(Record):
     run_folder: str
     """Folder of journal, checkpoints and result; every worker must see it."""
     tokens_folder: str
-    """Prepared tokens."""
+    """Prepared tokens; empty in a dry run while there are none."""
     model: Config
     """The model, with the iteration schedule to train."""
     recipe: TrainingSettings

@@ -32,7 +32,6 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     """
     kind = settings.sweep.kind
     sweep = assign_trial_gpus(settings).sweep
-    check_resources(sweep.workers_per_trial, sweep.gpus_per_trial or 0, per_trial=True)
     if kind != "iterations" and settings.distillation.control == "distill":
         distillation_config(settings.distillation)
         check_teacher_cache(settings.distillation)
@@ -52,6 +51,16 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         )
     if progress:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
+
+
+def check_trial_devices(settings: Settings) -> None:
+    """Check that this machine has the CPUs and GPUs of one trial.
+
+    Raises:
+        UserError: If it has not.
+    """
+    sweep = assign_trial_gpus(settings).sweep
+    check_resources(sweep.workers_per_trial, sweep.gpus_per_trial or 0, per_trial=True)
 
 
 def check_models(settings: Settings) -> None:

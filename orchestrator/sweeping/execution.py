@@ -19,8 +19,9 @@ from iiet.decoder import Decoder
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
-from orchestrator.planning.feasibility import check_trials_fit
-from orchestrator.planning.fit import request_of
+from orchestrator.planning.fit import check_fit
+from orchestrator.planning.planned_training import planned_training
+from orchestrator.planning.price import trial_group
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -30,19 +31,15 @@ from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
 from orchestrator.sweeping.asha import EarlyStop, asha_trials, stored_early_stop
 from orchestrator.sweeping.front_history import record_front
-from orchestrator.sweeping.remaining_cost import plan_record
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trials import (
-    exact_cost,
-    full_config,
-)
+from orchestrator.sweeping.trial_states import plan_record
+from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import DONE_NAME, finished_outcome
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.teacher_cache_policy import (
     delete_teacher_caches,
-    estimate_teacher_work,
     store_teacher_outputs,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -176,7 +173,8 @@ class _SweepRun:
         jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
         unfinished = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
-        num_tokens = estimate_teacher_work(unfinished, distillation, teachers).num_stored_tokens
+        trainings = [planned_training(job) for job in unfinished]
+        group = trial_group(trainings, self.settings.sweep, distillation, teachers)
         shared = store_teacher_outputs(
             unfinished,
             distillation,
@@ -184,7 +182,7 @@ class _SweepRun:
             on_gpu=self.settings.trials_use_gpus,
             progress=self.progress,
         )
-        if num_tokens:
+        if num_tokens := group.teacher.num_stored_tokens:
             # A teacher that runs in each trial is in the trials' own FLOPs.
             forward = inference_cost(full_config(self.plan)).forward_flops_per_token
             numbers = {"teacher_tokens": num_tokens, "teacher_flops": num_tokens * forward}
@@ -222,13 +220,13 @@ class _SweepRun:
 def _check_trials(trials: Sequence[Trial], settings: Settings, workspace: Workspace) -> Settings:
     """Check that the unfinished trials fit, and return the settings with the trials' GPUs."""
     waiting = [trial.job for trial in trials if trial.job and not trial.result()]
-    settings = assign_trial_gpus(settings, [request_of(job) for job in waiting])
+    trainings = [planned_training(job) for job in waiting if finished_outcome(job) is None]
+    settings = assign_trial_gpus(settings, trainings)
     num_workers = settings.sweep.gpus_per_trial or settings.sweep.workers_per_trial
     for job in waiting:
         check_job(job, num_workers=num_workers)
-    to_train = [job for job in waiting if not (job.folder / DONE_NAME).is_file()]
-    answers = estimate_teacher_work(to_train, settings.distillation, workspace.teachers).num_bytes
-    check_trials_fit(waiting, settings.sweep, teacher_bytes=answers)
+    group = trial_group(trainings, settings.sweep, settings.distillation, workspace.teachers)
+    check_fit([group], workspace.root)
     return settings
 
 

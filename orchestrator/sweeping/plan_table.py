@@ -1,4 +1,4 @@
-"""Show the plan of a sweep in a terminal: a table of trials, and sentences about the rest."""
+"""Show the plan of a sweep in a terminal: a table of trials, and sentences about them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,9 @@ from rich import box
 from rich.table import Table
 
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.sweeping.remaining_cost import RemainingCost, TrialState
-from orchestrator.sweeping.trials import (
-    exact_cost,
-    full_config,
-    num_models,
-)
-from orchestrator.terminal.formatting import (
-    format_bytes,
-    format_count,
-    format_flop_rates,
-    format_hours_range,
-)
+from orchestrator.sweeping.trial_states import TrialState
+from orchestrator.sweeping.trials import exact_cost, full_config, num_models
+from orchestrator.terminal.formatting import format_bytes, format_count
 from orchestrator.terminal.layout import ResponsiveLayout
 
 
@@ -68,59 +59,28 @@ def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Contain
     return table
 
 
-def plan_sentences(
-    plan: SweepPlan, noun: str, states: Sequence[TrialState], price: RemainingCost
-) -> list[str]:
-    """Say what was merged, what is reused, and what the rest costs.
+def plan_sentences(plan: SweepPlan, noun: str, states: Sequence[TrialState]) -> list[str]:
+    """Say what was merged, and what is reused.
 
     Args:
-        plan: The sweep.
-        noun: What `num_requested` counts, such as `threshold`.
-        states: How far its trials are.
-        price: Cost of what is left.
+        noun: What the plan's `num_requested` counts, such as `threshold`.
     """
-    return [
-        _asked_for(plan, noun),
-        _found(states),
-        *(_left_to_train(price) if price.flops else ["nothing is left to train"]),
-    ]
-
-
-def _asked_for(plan: SweepPlan, noun: str) -> str:
     made = "" if noun == "model" else " schedule" if plan.num_distinct == 1 else " schedules"
-    text = (
+    asked = (
         f"{format_count(plan.num_requested, noun)} asked for, {plan.num_distinct:,} distinct{made}"
     )
     num_seeds = len({trial.seed for trial in plan.trials if trial.seed is not None})
-    text += f", each under {format_count(num_seeds, 'seed')}" if num_seeds else ""
+    asked += f", each under {format_count(num_seeds, 'seed')}" if num_seeds else ""
     num_more = num_models(plan.trials) - plan.num_distinct
-    return text + (f"; {num_more:,} more that the search suggested" if num_more else "")
+    asked += f"; {num_more:,} more that the search suggested" if num_more else ""
 
-
-def _found(states: Sequence[TrialState]) -> str:
     names = Counter(state.name for state in states)
     are = "is" if len(states) == 1 else "are"
-    text = (
+    found = (
         f"{names['finished']:,} of {format_count(len(states), 'trial')} {are} finished and reused"
     )
     if num_stopped := names["stopped early"]:
-        text += f", {num_stopped:,} stopped early and left so"
+        found += f", {num_stopped:,} stopped early and left so"
     if num_begun := sum(bool(state.steps_done) for state in states):
-        text += f", {num_begun:,} partly trained"
-    return text
-
-
-def _left_to_train(price: RemainingCost) -> list[str]:
-    num_teacher_tokens = price.num_teacher_tokens
-    teacher = f", and the teacher reads {num_teacher_tokens:,}" if num_teacher_tokens else ""
-    clock = "of one GPU" if price.uses_gpus else "of all CPUs here"
-    written = [f"checkpoints of up to {format_bytes(price.checkpoint_bytes)}"]
-    if price.teacher_bytes:
-        written.append(f"the teacher's outputs, {format_bytes(price.teacher_bytes)}")
-    return [
-        f"left to train: {price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
-        f"time: {format_hours_range(price.hours, price.most_hours)} {clock}, at "
-        f"{price.share:.0%} of {format_flop_rates(price.peak_flops, price.usual_flops)} "
-        f"({price.of_what}); validation, saving and measuring come on top",
-        f"to be written: {' and '.join(written)}",
-    ]
+        found += f", {num_begun:,} partly trained"
+    return [asked, found]

@@ -17,24 +17,12 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.provenance import content_key
 
 MAX_ROUNDS_WITHOUT_NEW = 100
 """The search ends after this many rounds without a new schedule."""
 
 MakeTrial = Callable[[IterationSchedule], Trial]
 """Returns the trial of a schedule."""
-
-
-def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
-    """Return the plan that a search starts with: the trials of a family of schedules.
-
-    Its name is made from its key when unset.
-    """
-    key = content_key("search", family.key, settings.model_dump(mode="json"))
-    return family.model_copy(
-        update={"key": key, "kind": "search", "name": name or f"search-{key[:8]}"}
-    )
 
 
 class ScheduleSearch:

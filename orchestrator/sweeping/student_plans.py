@@ -9,16 +9,19 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
+from iiet.schedule import IterationSchedule
+from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.settings import DistillationSettings, Settings
+from orchestrator.settings import DistillationSettings, SearchSettings, Settings
 from orchestrator.sweeping.trials import (
     checkpoint_trial,
     make_plan,
 )
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.job import job_key, sequences_per_step
+from orchestrator.training.teacher_cache import outputs_plan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -68,6 +71,16 @@ def threshold_plan(
     return plan.model_copy(update={"left_out": dict(left_out or {})})
 
 
+def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
+    """Return the plan that a search starts with: the trials of a family of schedules.
+
+    Its name is made from its key when unset.
+    """
+    key = content_key("search", family.key, settings.model_dump(mode="json"))
+    name = name or f"search-{key[:8]}"
+    return family.model_copy(update={"key": key, "kind": "search", "name": name})
+
+
 def student_job(
     distillation: DistillationSettings,
     *,
@@ -99,6 +112,68 @@ def student_job(
         section="distillation.training",
         provenance={"teacher": weights_key(teacher)},
     )
+
+
+def distillation_job(
+    settings: Settings, workspace: Workspace, teacher: Path, schedule: str, tokens: Path
+) -> TrainingJob:
+    """Return the job that distills a teacher under a schedule, in the folder of a sweep's trial.
+
+    Raises:
+        UserError: If the schedule does not fit the teacher, or the control trains nothing.
+    """
+    full = load_config(teacher)
+    try:
+        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
+        config = replace(full, schedule=wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not wanted.is_within(full.corrections):
+        raise UserError(
+            f"the schedule {wanted} asks for more corrections than the teacher makes, "
+            f"{full.corrections}"
+        )
+    job = student_job(
+        settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
+    )
+    if job is None:
+        raise UserError(
+            "distillation.control=pruned trains nothing; "
+            "`iiet-orch evaluate --schedule` measures it"
+        )
+    return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
+
+
+def costliest_students(
+    settings: Settings, teacher: ModelConfig, number: int
+) -> list[PlannedTraining]:
+    """Return trainings of students whose schedules are unknown, as if each made all corrections.
+
+    Args:
+        teacher: The full model, trained or not.
+        number: All students; seeds share them evenly.
+    """
+    distillation = settings.distillation
+    if distillation.control == "pruned":
+        return []
+    is_distilled = distillation.control == "distill"
+    loss = distillation_config(distillation) if is_distilled else DistillationConfig()
+    seeds = settings.sweep.seeds or (distillation.training.seed,)
+    recipes = [distillation.training.model_copy(update={"seed": seed}) for seed in seeds]
+    return [
+        PlannedTraining(
+            config=teacher,
+            recipe=recipe,
+            section="distillation.training",
+            teacher=teacher if is_distilled else None,
+            loss=loss,
+            cache=outputs_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
+            if is_distilled
+            else None,
+        )
+        for recipe in recipes
+        for _ in range(number // len(seeds))
+    ]
 
 
 def check_student_batch(distillation: DistillationSettings, config: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 
@@ -22,6 +22,11 @@ def format_bytes(value: float) -> str:
 def format_parameters(count: float) -> str:
     """Format a number of parameters in millions or billions: `1.5 M`, `1.34 B`."""
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
+def format_byte_parts(parts: Mapping[str, int]) -> str:
+    """Format the parts of a sum of bytes: `checkpoints 1.0 GiB, tokens 3.0 MiB`."""
+    return ", ".join(f"{name} {format_bytes(value)}" for name, value in parts.items())
 
 
 def format_number(value: float) -> str:
@@ -48,11 +53,6 @@ def format_hours(hours: float) -> str:
     if hours < 1:
         return f"{hours * 60:.2g} minutes"
     return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
-
-
-def format_flop_rates(best: float, usual: float) -> str:
-    """Format a range of FLOP/s as TFLOP/s."""
-    return _range(*(f"{speed / 1e12:,.3g} TFLOP/s" for speed in (best, usual)))
 
 
 def _range(first: str, second: str) -> str:

@@ -62,7 +62,8 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         **dropping,
         "model": job.model.to_dict(),
         "recipe": job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS),
-        "tokens": open_tokens(job.tokens_folder).fingerprint,
+        # A dry run plans jobs whose tokens are not prepared; no stored job has their key.
+        "tokens": open_tokens(job.tokens_folder).fingerprint if job.tokens_folder else "",
         "teacher": weights_key(Path(teacher)) if teacher else None,
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
         "distillation": asdict(job.distillation or DistillationConfig()) if distills else None,
@@ -94,6 +95,8 @@ def finished_outcome(
 
     `warn` is called with a sentence if the last checkpoint of a finished job is damaged.
     """
+    if not job.tokens_folder:
+        return None
     path = job.folder / DONE_NAME
     outcome = TrainingOutcome.read(path)
     if not outcome:

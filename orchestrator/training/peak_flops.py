@@ -1,8 +1,6 @@
-"""Peak FLOP/s of a GPU (the vendor's figures) or a CPU (measured by multiplying matrices)."""
+"""Peak FLOP/s of GPUs, by their vendors' figures."""
 
 from __future__ import annotations
-
-import time
 
 import torch
 
@@ -19,7 +17,6 @@ _PEAK_TFLOPS = {
     "A100": {"bf16": 312.0, "fp32": 19.5},
     "L40S": {"bf16": 362.0, "fp32": 91.6},
 }
-_SIZE = 512
 
 
 def gpu_peak_flops(name: str, precision: str) -> float | None:
@@ -31,20 +28,3 @@ def gpu_peak_flops(name: str, precision: str) -> float | None:
 def installed_gpu() -> str | None:
     """Return the name of this machine's first GPU; None without one."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-
-
-def measure_cpu_flops(count: int = 9, seconds: float = 0.03) -> list[float]:
-    """Return the FLOP/s of float32 matrix products on this CPU, the best first.
-
-    The `count` measurements are short, so that other programs disturb few of them.
-    """
-    a = torch.ones(_SIZE, _SIZE)
-    a @ a  # Warm-up.
-    speeds = []
-    for _ in range(count):
-        started, num_products = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - started) < seconds:
-            a @ a
-            num_products += 1
-        speeds.append(2.0 * _SIZE**3 * num_products / elapsed)
-    return sorted(speeds, reverse=True)

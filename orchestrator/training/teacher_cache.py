@@ -7,6 +7,7 @@ and the mass of the rest (coarse): 4 bytes, and 4 x vocabulary (2 x in bf16) or 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,16 +15,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from iiet.config import ModelConfig
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.data.batches import BatchPlan
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.distributed import World, autocast
@@ -49,6 +52,18 @@ TeacherOutput = Tensor | CoarseDistribution
 """Output for a batch: logits (batch, time, vocab), or their coarse form."""
 OutputsByStep = Callable[[int], tuple[Tensor, TeacherOutput]]
 """Number of a teaching step, from 0 -> its sequences (batch, time), and the teacher's output."""
+
+
+class StepValues(NamedTuple):
+    """The values of one step in a file."""
+
+    base: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of all values."""
+        return self.base.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +99,8 @@ class CachePlan:
         """Tokens of all sequences."""
         return self.num_steps * self.num_sequences * self.context_length
 
-    def files(self) -> dict[str, np.dtype[Any]]:
-        """Return file name -> its values in one step, as a dtype with a shape."""
+    def files(self) -> dict[str, StepValues]:
+        """Return file name -> its values in one step."""
         shape = (self.num_sequences, self.context_length)
         files: dict[str, Any] = {"tokens": ("<i4", shape)}
         if self.top_k is None:
@@ -95,15 +110,16 @@ class CachePlan:
         else:
             top = (*shape, min(self.top_k, self.vocab_size))
             files |= {"ids": ("<i4", top), "log_probs": ("<f4", top), "log_tail": ("<f4", shape)}
-        return {f"{name}.bin": np.dtype(values) for name, values in files.items()}
+        # No dtype with a shape: NumPy's hold at most 2 GiB.
+        return {
+            f"{name}.bin": StepValues(np.dtype(base), shape)
+            for name, (base, shape) in files.items()
+        }
 
 
-def teaching_steps(job: TrainingJob) -> list[int]:
+def teaching_steps(recipe: TrainingSettings, loss: DistillationConfig) -> list[int]:
     """Return the steps whose loss needs the teacher."""
-    if job.objective != "distill" or not job.teacher_folder:
-        return []
-    loss = job.distillation or DistillationConfig()
-    return [step for step in range(job.recipe.num_steps) if loss.uses_teacher(step)]
+    return [step for step in range(recipe.num_steps) if loss.uses_teacher(step)]
 
 
 def cache_plan(job: TrainingJob) -> CachePlan | None:
@@ -112,24 +128,51 @@ def cache_plan(job: TrainingJob) -> CachePlan | None:
     Raises:
         UserError: If tokens or teacher are missing, or the batch is no whole number of sequences.
     """
-    loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)
+    if job.objective != "distill" or not job.teacher_folder:
+        return None
+    folder = Path(job.teacher_folder)
+    return outputs_plan(
+        load_config(folder),
+        job.recipe,
+        job.distillation or DistillationConfig(),
+        teacher_key=weights_key(folder),
+        tokens=open_tokens(job.tokens_folder).fingerprint,
+    )
+
+
+def outputs_plan(
+    teacher: ModelConfig,
+    recipe: TrainingSettings,
+    loss: DistillationConfig,
+    *,
+    teacher_key: str,
+    tokens: str,
+) -> CachePlan | None:
+    """Return the outputs that a recipe and a loss need; None if they cannot be stored.
+
+    Args:
+        teacher_key: Hash of the teacher's weights; any text if only the size matters.
+        tokens: Fingerprint of the tokens; likewise.
+
+    Raises:
+        UserError: If the batch is no whole number of sequences.
+    """
+    steps = teaching_steps(recipe, loss)
     if loss.hidden_weight or not steps:
         return None
-    config, recipe, folder = job.model, job.recipe, Path(str(job.teacher_folder))
-    teacher = load_config(folder)
     return CachePlan(
         origin={
-            "teacher": weights_key(folder),
+            "teacher": teacher_key,
             "model": teacher.to_dict(),
-            "tokens": open_tokens(job.tokens_folder).fingerprint,
+            "tokens": tokens,
             "seed": recipe.seed,
             "first_step": steps[0],
             # The last bits of a row can depend on how many rows are computed together.
             "sequences_per_pass": recipe.num_sequences_per_pass,
         },
         num_steps=len(steps),
-        num_sequences=sequences_per_step(recipe, config),
-        context_length=config.context_length,
+        num_sequences=sequences_per_step(recipe, teacher),
+        context_length=teacher.context_length,
         vocab_size=teacher.vocab_size,
         precision=recipe.precision,
         top_k=loss.top_k,
@@ -142,7 +185,8 @@ def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> Outputs
     store, config, recipe = open_tokens(job.tokens_folder), job.model, job.recipe
     plan = BatchPlan(len(store.train), config.context_length, recipe.seed)
     global_batch = sequences_per_step(recipe, config)
-    loss, steps = job.distillation or DistillationConfig(), teaching_steps(job)
+    loss = job.distillation or DistillationConfig()
+    steps = teaching_steps(recipe, loss)
     folder = Path(str(job.teacher_folder))
     # Loaded at the first call: a complete cache needs no teacher.
     teacher = cache(lambda: load_model(folder, device=device, frozen=True))
@@ -283,7 +327,7 @@ def bytes_to_write(plan: CachePlan, parent: Path) -> int:
     return max(0, plan.num_bytes - sum(path.stat().st_size for path in paths if path.is_file()))
 
 
-def _encoded(values: Tensor, step: np.dtype[Any]) -> bytes:
+def _encoded(values: Tensor, step: StepValues) -> bytes:
     if values.dtype == torch.bfloat16:
         values = values.view(torch.int16)
     array = values.detach().cpu().numpy()

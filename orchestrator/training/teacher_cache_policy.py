@@ -23,7 +23,6 @@ from orchestrator.training.teacher_cache import (
     bytes_to_write,
     cache_plan,
     teacher_outputs_by_step,
-    teaching_steps,
     write_cache,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -40,9 +39,9 @@ _NEEDS_TEACHER = "distillation.hidden_weight needs its hidden states, which are 
 class TeacherWork(NamedTuple):
     """Tokens that teachers have yet to compute, those of them to store, and the bytes to store."""
 
-    num_tokens: int
-    num_stored_tokens: int
-    num_bytes: int
+    num_tokens: int = 0
+    num_stored_tokens: int = 0
+    num_bytes: int = 0
 
 
 def store_teacher_outputs(
@@ -67,7 +66,8 @@ def store_teacher_outputs(
         check_teacher_cache(settings)
         if settings.teacher_cache == "auto":
             progress.note(f"the teacher runs in each trial: {_NEEDS_TEACHER}")
-    for plan, students, _ in _chosen_caches(jobs, settings.teacher_cache, parent, progress):
+    plans = [cache_plan(job) for job in jobs]
+    for plan, students, _ in _chosen_caches(plans, settings.teacher_cache, parent, progress):
         progress.start("teacher", plan.num_steps)
         try:
             outputs = teacher_outputs_by_step(jobs[students[0]], device=device)
@@ -89,22 +89,22 @@ def store_teacher_outputs(
 
 
 def estimate_teacher_work(
-    jobs: Sequence[TrainingJob],
-    settings: DistillationSettings,
-    parent: Path,
-    *,
-    steps_done: Sequence[int] | None = None,
+    plans: Sequence[CachePlan | None], tokens_left: Sequence[int], mode: str, parent: Path
 ) -> TeacherWork:
-    """Return what teachers will compute if the jobs run now: shared outputs count once.
+    """Return what teachers will compute for trainings: shared outputs count once.
 
-    `steps_done` holds the step that each job resumes from (default: 0).
+    Args:
+        plans: The outputs that each training needs; None if they cannot be stored.
+        tokens_left: Tokens that a teacher reads which runs in the training.
+        mode: The setting `distillation.teacher_cache`.
+        parent: Folder of all caches.
+
+    Raises:
+        UserError: If the requested outputs do not fit on the disk.
     """
-    tokens_left = [
-        sum(step >= done for step in teaching_steps(job)) * job.recipe.num_tokens_per_step
-        for job, done in zip(jobs, steps_done or [0] * len(jobs), strict=True)
-    ]
+    tokens_left = list(tokens_left)
     num_stored = num_bytes = 0
-    for plan, students, needed in _chosen_caches(jobs, settings.teacher_cache, parent, Progress()):
+    for plan, students, needed in _chosen_caches(plans, mode, parent, Progress()):
         for student in students:
             tokens_left[student] = 0
         num_bytes += needed
@@ -133,17 +133,17 @@ def delete_teacher_caches(jobs: Sequence[TrainingJob], settings: DistillationSet
 
 
 def _chosen_caches(
-    jobs: Sequence[TrainingJob], mode: str, parent: Path, progress: Progress
+    plans: Sequence[CachePlan | None], mode: str, parent: Path, progress: Progress
 ) -> Iterator[tuple[CachePlan, list[int], int]]:
-    """Yield each cache to use, the numbers of its jobs, and its missing bytes; note each decision.
+    """Yield each cache to use, the numbers of its users, and its missing bytes; note each decision.
 
     A complete cache is used. Another one is written if its missing bytes fit on the disk and, for
     `auto`, if enough students share it and the bytes stay within the limits above.
     """
     name, is_auto = "distillation.teacher_cache", mode == "auto"
     caches: dict[str, tuple[CachePlan, list[int]]] = {}
-    for number, job in enumerate(jobs):
-        if mode != "live" and (plan := cache_plan(job)):
+    for number, plan in enumerate(plans):
+        if mode != "live" and plan:
             caches.setdefault(plan.key, (plan, []))[1].append(number)
     # Read the free space once, so that bytes already promised are not subtracted twice.
     free, promised = _free_bytes(parent), 0

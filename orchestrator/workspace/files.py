@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.read_only import check_may_write
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ def is_folder(path: Path | str) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: temporary name, flush to disk, rename."""
+    check_may_write(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:

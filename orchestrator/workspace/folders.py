@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, resolve_path, write_json
 from orchestrator.workspace.provenance import RECIPE_VERSION
+from orchestrator.workspace.read_only import is_read_only
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
@@ -86,6 +87,8 @@ def check_name(name: Any, source: str) -> str:
 def open_workspace(path: Path | None = None) -> Workspace:
     """Return the workspace (default: `IIET_WORKSPACE`, else `./iiet-workspace`); made if missing.
 
+    A `read_only` block makes nothing.
+
     Raises:
         UserError: If the folder cannot be made or written, holds trainings of another version, or
             is a copy whose records refer to files of the original.
@@ -93,6 +96,11 @@ def open_workspace(path: Path | None = None) -> Workspace:
     workspace = locate_workspace(path)
     root = workspace.root
     probe = root / f".write-test-{os.getpid()}"
+    if is_read_only():
+        if not root.is_dir() and root.exists():
+            raise UserError(f"the workspace {root} is no folder; choose another with --workspace")
+        _refuse_another_version(root, _training_records(root))
+        return workspace
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe.touch()

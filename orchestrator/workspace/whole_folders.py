@@ -19,6 +19,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import file_digest
+from orchestrator.workspace.read_only import check_may_write, is_read_only
 
 VERIFIED_NAME = ".verified.json"
 """File in a folder: name -> size, time and digest of each file when it was last read."""
@@ -32,6 +33,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     An existing folder of that name is replaced at the end; after an error, it is unchanged. The
     writer locks its temporary folder, so that others delete it only after this process has ended.
     """
+    check_may_write(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     delete_leftovers(folder.parent)
     # Locked before it gets the name that others look for.
@@ -80,6 +82,7 @@ def replace_folder(source: Path, folder: Path) -> None:
 
 def delete_folder(folder: Path) -> None:
     """Delete a folder; for readers it is gone at once."""
+    check_may_write(folder)
     shutil.rmtree(folder.rename(_temporary_name(folder)), ignore_errors=True)
 
 
@@ -128,6 +131,8 @@ def damaged_file(
         checksums: Name -> SHA-256 as it was written.
         names: The files to verify (default: all that have a checksum).
         always: Read also files that have not changed since they were last verified.
+
+    A `read_only` block compares sizes only.
     """
     verified = _verified(folder)
     read: dict[str, str] = {}
@@ -137,7 +142,11 @@ def damaged_file(
             return f"{name} is missing"
         if path.parent != folder or digest is None:
             return f"{name} is not what was written"
-        if always or verified.get(name) != _stamp(path, digest):
+        stamp = verified.get(name)
+        if is_read_only():
+            if stamp and stamp[2] == digest and stamp[0] != path.stat().st_size:
+                return f"{name} was changed after writing"
+        elif always or stamp != _stamp(path, digest):
             if file_digest(path) != digest:
                 return f"{name} was changed after writing"
             read[name] = digest

@@ -99,7 +99,12 @@ class HeldoutSuite:
 
 
 def build_heldout(
-    tokens: Path | str, *, num_items: int, context_length: int, progress: Progress | None = None
+    tokens: Path | str,
+    *,
+    num_items: int,
+    context_length: int,
+    progress: Progress | None = None,
+    make: bool = True,
 ) -> HeldoutSuite:
     """Return the suite of a folder of tokens; make it if it is missing.
 
@@ -107,6 +112,7 @@ def build_heldout(
         tokens: Folder of prepared tokens.
         num_items: Largest number of items of each accuracy task.
         context_length: Tokens that the model reads; every item fits into them.
+        make: If not, a missing suite is returned as it will be called, with all tasks.
 
     Raises:
         UserError: If the tokens or the suite are damaged, or the documents give no items.
@@ -116,6 +122,8 @@ def build_heldout(
     key = content_key("heldout", SUITE_VERSION, store.fingerprint, num_items, max_tokens)
     folder = store.folder / f"heldout-{key}"
     suite = _stored_suite(folder)
+    if suite is None and not make:
+        return HeldoutSuite(folder=folder, tasks=dict.fromkeys(TASKS, 0), notes=())
     if suite is None:
         progress = progress or Progress()
         progress.start("held-out tasks")

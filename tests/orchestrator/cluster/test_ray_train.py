@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.planning.feasibility import check_trainings
+from orchestrator.planning.fit import check_trainings
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint_lookup import find_checkpoints

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from iiet.config import preset
-from orchestrator.planning.fit import ResourceRequest, check_fit, needed_memory
+from orchestrator.planning.fit import MeasureFree, check_fit, find_problems
+from orchestrator.planning.planned_training import PlannedTraining, planned_training
+from orchestrator.planning.price import TrainingGroup
 from orchestrator.planning.resources import FreeBytes
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import ModelSettings, Settings, resolve_settings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.training.model_config import build_model_config
+from orchestrator.training.teacher_cache_policy import TeacherWork
 from orchestrator.workspace.errors import UserError
 
 GIB = 2**30
 
 
 def request(
-    *assignments: str, num_workers: int = 1, parallel: str | None = None
-) -> ResourceRequest:
+    *assignments: str, num_workers: int = 1, parallel: Literal["ddp", "fsdp"] | None = None
+) -> PlannedTraining:
     given = ["model.preset=340m", "training.num_tokens_per_step=65536", *assignments]
     settings = resolve_settings({}, given)
-    return ResourceRequest(
+    return PlannedTraining(
         config=build_model_config(settings.model, vocab_size=32000),
         recipe=settings.training,
         num_workers=num_workers,
@@ -31,9 +38,19 @@ def request(
     )
 
 
-def refused(asked: ResourceRequest, free: FreeBytes) -> str:
+def always(free: FreeBytes) -> MeasureFree:
+    """Return a stand-in for `local_free_bytes` that always finds the same."""
+    return lambda *_, **__: free
+
+
+def check(asked: PlannedTraining, free: FreeBytes, new_token_bytes: int = 0) -> None:
+    group = TrainingGroup(trainings=(asked,))
+    check_fit([group], Path(), new_token_bytes=new_token_bytes, measure_free=always(free))
+
+
+def refused(asked: PlannedTraining, free: FreeBytes) -> str:
     with pytest.raises(UserError) as caught:
-        check_fit(asked, free)
+        check(asked, free)
     return str(caught.value)
 
 
@@ -53,7 +70,7 @@ def test_the_proposed_change_fits(gigabytes: int) -> None:
     assert f"{gigabytes}.0 GiB free" in message
     settings, name = follow(message)
     assert settings or name != "340m"
-    check_fit(request(*settings, f"model.preset={name}"), free)
+    check(request(*settings, f"model.preset={name}"), free)
 
 
 def test_the_smallest_change_comes_first() -> None:
@@ -62,7 +79,7 @@ def test_the_smallest_change_comes_first() -> None:
         return refused(request(), free).partition("fits: ")[2]
 
     per_pass = {
-        n: needed_memory(request().estimate(num_sequences_per_pass=n)) / GIB for n in (1, 2, 16)
+        n: request().with_recipe(num_sequences_per_pass=n).worker_bytes / GIB for n in (1, 2, 16)
     }
     assert proposal(per_pass[16]) == "--set training.num_sequences_per_pass=16"
     assert proposal(per_pass[1]) == "--set training.num_sequences_per_pass=1"
@@ -74,8 +91,8 @@ def test_the_smallest_change_comes_first() -> None:
 
 def test_fsdp_is_proposed_if_the_settings_offer_it() -> None:
     asked = request("training.num_sequences_per_pass=1", num_workers=8, parallel="ddp")
-    alone = asked.estimate(activation_checkpointing=True)
-    free = FreeBytes(memory=needed_memory(alone) - GIB // 2, disk=None)
+    alone = asked.with_recipe(activation_checkpointing=True)
+    free = FreeBytes(memory=alone.worker_bytes - GIB // 2, disk=None)
     message = refused(asked, free)
     assert "for each of 8 workers" in message
     assert "--set cluster.parallel=fsdp" in message
@@ -85,27 +102,27 @@ def test_fsdp_is_proposed_if_the_settings_offer_it() -> None:
 
 def test_a_full_disk_is_refused_before_the_first_checkpoint() -> None:
     asked = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
-    one = asked.estimate().checkpoint_bytes
+    one = asked.checkpoint_bytes
     free = FreeBytes(memory=None, disk=3 * one)
     message = refused(asked, free)
     assert "training.num_checkpoints_kept=2" in message
     assert "--workspace" in message
-    assert format_bytes(one) in message
+    assert f"checkpoints {format_bytes(5 * one)}" in message
     settings, _ = follow(message)
-    check_fit(request("training.num_steps=100000", *settings), free)
+    check(request("training.num_steps=100000", *settings), free)
     # Checkpoints that this run has written already are replaced, not added to.
-    check_fit(asked, free, present_bytes=2 * one)
+    check(replace(asked, present_bytes=2 * one), free)
     with pytest.raises(UserError, match="tokens"):
-        check_fit(asked, FreeBytes(memory=None, disk=5 * one), new_bytes=one)
+        check(asked, FreeBytes(memory=None, disk=5 * one), new_token_bytes=one)
 
 
 def test_unknown_free_bytes_are_not_checked() -> None:
-    check_fit(request(), FreeBytes(memory=None, disk=None, place="the cluster at x"))
+    check(request(), FreeBytes(memory=None, disk=None, place="the cluster at x"))
 
 
 def test_proposals_keep_explicit_sizes() -> None:
     model = ModelSettings(preset="1.3b", dim=2048, num_heads=16, num_layers=24, ffn_dim=5432)
-    asked = ResourceRequest(
+    asked = PlannedTraining(
         config=build_model_config(model, vocab_size=32000), recipe=request().recipe, model=model
     )
     # No preset makes a model with these explicit sizes smaller, so none is proposed.
@@ -115,6 +132,70 @@ def test_proposals_keep_explicit_sizes() -> None:
 def test_a_teachers_weights_are_counted() -> None:
     recipe = Settings().distillation.training
     config = preset("tiny")
-    with_teacher = ResourceRequest(config=config, recipe=recipe, teacher=config).estimate().memory
-    without = ResourceRequest(config=config, recipe=recipe).estimate().memory
+    with_teacher = PlannedTraining(config=config, recipe=recipe, teacher=config).memory
+    without = PlannedTraining(config=config, recipe=recipe).memory
     assert with_teacher.weights == 2 * without.weights
+
+
+def test_trials_that_do_not_fit_in_memory_together_are_refused(tiny_plan: SweepPlan) -> None:
+    trainings = [planned_training(trial.job) for trial in tiny_plan.trials if trial.job]
+
+    def check(gigabytes: float, at_once: int) -> None:
+        group = TrainingGroup(trainings=tuple(trainings), at_once=at_once, is_trials=True)
+        free = FreeBytes(memory=int(gigabytes * GIB), disk=None)
+        check_fit([group], Path(), measure_free=always(free))
+
+    # Each takes little more memory than a process does.
+    check(1.3, 2)
+    with pytest.raises(UserError, match=r"sweep\.trials_at_once=2"):
+        check(1.3, 4)
+    with pytest.raises(UserError, match="training would take"):
+        check(0.1, 1)
+
+
+def test_trainings_that_fit_on_the_disk_only_one_by_one_are_refused(tiny_plan: SweepPlan) -> None:
+    trainings = [planned_training(trial.job) for trial in tiny_plan.trials if trial.job]
+    assert len(trainings) == 4
+    one = 12 * 10_146  # Bytes of a checkpoint.
+
+    def check(num_checkpoints: float, *, teacher_bytes: int = 0, **recipe: int) -> None:
+        group = TrainingGroup(
+            trainings=tuple(training.with_recipe(**recipe) for training in trainings),
+            at_once=2,
+            teacher=TeacherWork(num_bytes=teacher_bytes),
+        )
+        free = FreeBytes(memory=None, disk=int(num_checkpoints * one))
+        check_fit([group], Path(), measure_free=always(free))
+
+    check(4)
+    with pytest.raises(
+        UserError, match=r"4 trainings .* 475\.2 KiB \(checkpoints .* has 356\.7 KiB free"
+    ):
+        check(3)
+    with pytest.raises(
+        UserError, match=r"teacher outputs 118\.9 KiB.*--set distillation\.teacher_cache=live"
+    ):
+        check(4.5, teacher_bytes=one)
+    check(5, teacher_bytes=one)
+    # Each keeps two, and each that runs at the same time writes one more.
+    often = {"checkpoint_every_steps": 10, "num_checkpoints_kept": 2}
+    check(8 + 2, **often)
+    with pytest.raises(UserError, match=r"--set distillation\.training\.num_checkpoints_kept=1;"):
+        check(8, **often)
+
+
+def test_an_assumed_gpu_stands_beside_a_machine_that_has_none() -> None:
+    asked = replace(request("training.num_sequences_per_pass=1"), on_gpus=True)
+
+    def refuse() -> None:
+        raise UserError("no GPU here")
+
+    group = TrainingGroup(trainings=(asked,))
+    assert find_problems([group], Path(), refuse) == {
+        "this machine": "no GPU here",
+        "an H100": None,
+    }
+    too_large = TrainingGroup(trainings=(request("training.num_sequences_per_pass=32"),))
+    (problem,) = find_problems([too_large], Path(), lambda: None).values()
+    assert problem
+    assert "training would take about" in problem

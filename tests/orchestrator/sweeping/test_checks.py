@@ -12,11 +12,10 @@ from rich.console import Console
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.cli.printing import print_plan
-from orchestrator.pipelines import sweep_dry_runs, sweep_plans
+from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweep_dry_runs import plan_sweep
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.pipelines.sweeps import sweep
-from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import EvaluationSettings, resolve_settings
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.selection import schedule_cost
@@ -89,7 +88,7 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("something was started")
 
-    monkeypatch.setattr(sweep_plans, "prepare_tokens", never)
+    monkeypatch.setattr(sweeps, "prepare_tokens", never)
     with pytest.raises(UserError, match=words):
         sweep(resolve_settings({}, [f"sweep.kind={kind}", *settings]), workspace=workspace)
 
@@ -163,11 +162,8 @@ def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> N
 
 @pytest.mark.parametrize("kind", ["threshold", "search"])
 def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training(
-    workspace: Workspace, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    workspace: Workspace, kind: str
 ) -> None:
-    monkeypatch.setattr(sweep_plans, "prepare_tokens", lambda *_: tiny_tokens)
-    suite = TrialSuite(tokens_folder=str(tiny_tokens))
-    monkeypatch.setattr(sweep_dry_runs, "plan_suite", lambda *_: suite)
     assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
     found = plan_sweep(resolve_settings({}, assignments), workspace=workspace)
     assert found.to_pandas()["name"].tolist() == ["teacher", "vanilla", "r = 0"]
@@ -176,7 +172,8 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
     told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert all(f"{name} " in told for name in ("teacher", "vanilla", "r = 0"))
     assert "3 models asked for, 3 distinct 0 of 3 trials are finished" in told
-    assert f"then at most {2 if kind == 'threshold' else 7} students" in told
+    assert "the tokens are not prepared" in told
+    assert f"at most {2 if kind == 'threshold' else 7} students" in told
     assert not list(workspace.runs.glob("*"))
 
 

@@ -16,7 +16,8 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import SearchSettings
-from orchestrator.sweeping.search import ScheduleSearch, search_plan
+from orchestrator.sweeping.search import ScheduleSearch
+from orchestrator.sweeping.student_plans import search_plan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 
@@ -114,8 +115,7 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
 def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -> None:
     world = World(tmp_path)
     full, none = IterationSchedule((1, 0, 0, 1, 0, 1)), FAMILY[-1]
-    trials = (world.trial(full), world.trial(none))
-    family = world.family.model_copy(update={"trials": trials})
+    family = world.family.model_copy(update={"trials": (world.trial(full), world.trial(none))})
     search = ScheduleSearch(family, full, SearchSettings(num_trials=10**6), world.trial)
     asked: list[str] = []
     while trials := search.next_trials():

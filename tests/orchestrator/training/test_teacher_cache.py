@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
+from orchestrator.planning.planned_training import planned_training
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings
 from orchestrator.terminal.progress import Progress
@@ -33,6 +34,7 @@ from orchestrator.training.teacher_cache import (
     write_cache,
 )
 from orchestrator.training.teacher_cache_policy import (
+    TeacherWork,
     delete_teacher_caches,
     estimate_teacher_work,
     store_teacher_outputs,
@@ -345,14 +347,23 @@ def test_the_teacher_runs_on_a_gpu_if_its_students_do(
     assert calls == [device]
 
 
+def work_of(
+    jobs: Sequence[TrainingJob], settings: DistillationSettings, parent: Path
+) -> TeacherWork:
+    trainings = list(map(planned_training, jobs))
+    tokens = [training.num_teacher_tokens for training in trainings]
+    caches = [training.cache for training in trainings]
+    return estimate_teacher_work(caches, tokens, settings.teacher_cache, parent)
+
+
 def test_the_estimate_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: Path) -> None:
     jobs = [student("a"), student("b"), student("c", objective="cross_entropy")]
     own = RECIPE["num_steps"] * RECIPE["num_tokens_per_step"]
     live, shared = (DistillationSettings(teacher_cache=mode) for mode in ("live", "exact"))
-    assert estimate_teacher_work(jobs, live, tmp_path / "t").num_tokens == 2 * own
-    assert estimate_teacher_work(jobs, shared, tmp_path / "t").num_tokens == own
+    assert work_of(jobs, live, tmp_path / "t").num_tokens == 2 * own
+    assert work_of(jobs, shared, tmp_path / "t").num_tokens == own
     store_teacher_outputs(jobs, shared, tmp_path / "t")
-    assert estimate_teacher_work(jobs, shared, tmp_path / "t").num_tokens == 0
+    assert work_of(jobs, shared, tmp_path / "t").num_tokens == 0
 
 
 def test_auto_deletes_its_cache_and_a_later_job_runs_the_teacher(
@@ -412,7 +423,7 @@ def test_bytes_that_are_written_already_are_not_needed_again(
     assert left == plan.num_bytes - plan.num_steps // 2 * (plan.num_bytes // plan.num_steps)
     monkeypatch.setattr(teacher_cache_policy, "_free_bytes", lambda _: left + 1)
     exact = DistillationSettings(teacher_cache="exact")
-    assert estimate_teacher_work(jobs, exact, tmp_path / "t").num_bytes == left
+    assert work_of(jobs, exact, tmp_path / "t").num_bytes == left
     shared = store_teacher_outputs(jobs, exact, tmp_path / "t")
     assert opened(shared[0])
     assert bytes_to_write(plan, tmp_path / "t") == 0
@@ -425,7 +436,7 @@ def test_the_limit_of_auto_holds_for_all_seeds_together(
     plan = plan_of(jobs[0])
     monkeypatch.setattr(teacher_cache_policy, "MAX_BYTES", int(2.5 * plan.num_bytes))
     auto, own = DistillationSettings(), plan.num_tokens
-    work = estimate_teacher_work(jobs, auto, tmp_path / "t")
+    work = work_of(jobs, auto, tmp_path / "t")
     assert (work.num_stored_tokens, work.num_tokens) == (2 * own, 4 * own)
     shared = store_teacher_outputs(jobs, auto, tmp_path / "t")
     assert [bool(job.teacher_cache) for job in shared] == [True] * 4 + [False] * 2

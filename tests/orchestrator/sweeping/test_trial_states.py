@@ -15,25 +15,23 @@ from changed_trials import with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
-from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.sweep_dry_runs import dry_run_of
-from orchestrator.planning.training_rate import TrainingRate
+from orchestrator.planning.price import Price, price_of
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.price_table import price_rows
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.sweeping import remaining_cost as plan_price
 from orchestrator.sweeping.asha import asha_trials, stop_early
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.plan_table import plan_sentences, plan_table
-from orchestrator.sweeping.remaining_cost import (
-    estimate_remaining_cost,
-    plan_record,
-    requested_noun,
-    trial_states,
-)
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
+from orchestrator.sweeping.trial_states import (
+    plan_record,
+    requested_noun,
+    sweep_trial_group,
+    trial_states,
+)
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
@@ -44,22 +42,18 @@ ALL_FOUR = 114_816 + 97_728 + 80_448 + 63_264
 TEACHER = 38_272
 
 
-@pytest.fixture(autouse=True)
-def rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = TrainingRate(
-        peak_flops=1e9, median_flops=0.25e9, utilization=0.5, peak_source="made up"
-    )
-    monkeypatch.setattr(plan_price, "assumed_training_rate", lambda _: known)
-
-
 def settings(*assignments: str) -> Settings:
     return resolve_settings({}, assignments)
 
 
-def told(plan: SweepPlan, chosen: Settings, teachers: Path) -> list[str]:
+def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
+    trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
+    return price_of([sweep_trial_group(trainings, chosen, teachers)], teachers)
+
+
+def told(plan: SweepPlan, chosen: Settings) -> list[str]:
     states = trial_states(plan, chosen.sweep)
-    price = estimate_remaining_cost(plan, states, chosen, teachers)
-    return plan_sentences(plan, requested_noun(plan, chosen.sweep), states, price)
+    return plan_sentences(plan, requested_noun(plan, chosen.sweep), states)
 
 
 def rows(plan: SweepPlan, chosen: Settings, width: int = 80) -> list[str]:
@@ -108,42 +102,37 @@ def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
 
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     chosen = settings()
-    price = estimate_remaining_cost(
-        tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
-    )
+    price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 4 * 40 * STEP
     assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
     assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
-    assert price.hours == pytest.approx(price.flops / 0.5e9 / 3600)
-    assert price.most_hours == pytest.approx(4 * price.hours), "as busy as this machine is now"
-    assert price.checkpoint_bytes == 4 * 12 * 10_138
-    assert price.teacher_bytes == 40 * STEP * (300 * 4 + 4), "logits in float32, and the token"
-    assert told(tiny_plan, chosen, tmp_path)[2:] == [
-        "left to train: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs",
-        "time: 2 to 8.1 seconds of all CPUs here, at 50% of 0.001 to 0.00025 TFLOP/s (made up); "
-        "validation, saving and measuring come on top",
-        "to be written: checkpoints of up to 475.2 KiB and the teacher's outputs, 2.9 MiB",
-    ]
+    shortest, longest = price.hours
+    assert price.rate
+    highest = price.rate.peak_flops * price.rate.shares[1] * price.num_devices
+    assert shortest == pytest.approx(price.flops / highest / 3600)
+    assert longest == pytest.approx(5 * shortest), "a CPU reaches 10 to 50% of its peak"
+    assert price.disk == {
+        "checkpoints": 4 * 12 * 10_138,
+        "teacher outputs": 40 * STEP * (300 * 4 + 4),  # Logits in float32, and the token.
+    }
+    words = dict(price_rows(price, {"this machine": None}))
+    assert words["to train"] == (
+        "4 trainings: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs"
+    )
+    assert "at 10 to 50% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["time"]
+    assert words["disk"].startswith(
+        "at most 3.4 MiB: checkpoints 475.2 KiB, teacher outputs 2.9 MiB; "
+    )
+    assert words["on this machine"] == "it fits"
 
 
 def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     chosen = settings("distillation.teacher_cache=live", "sweep.gpus_per_trial=1")
-    price = estimate_remaining_cost(
-        tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
-    )
-    assert (price.num_teacher_tokens, price.teacher_bytes) == (4 * 40 * STEP, 0)
+    price = price_left(tiny_plan, chosen, tmp_path)
+    assert price.num_teacher_tokens == 4 * 40 * STEP
+    assert "teacher outputs" not in price.disk
     assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
-    lines = told(tiny_plan, chosen, tmp_path)
-    assert "of one GPU" in lines[3]
-    assert lines[4] == "to be written: checkpoints of up to 475.2 KiB"
-
-
-def test_a_plan_says_on_how_many_gpus_its_trials_run(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    context = Context(open_workspace(tmp_path))
-    sentence = "each trial runs on 1 GPU, at most 8 at once"
-    on_gpus = dry_run_of(tiny_plan, settings("cluster.num_gpus=8"), context)
-    assert sentence in on_gpus.sentences
-    assert sentence not in dry_run_of(tiny_plan, settings(), context).sentences
+    assert price.uses_gpus
 
 
 @pytest.mark.parametrize(
@@ -161,10 +150,7 @@ def test_each_stage_has_its_own_price(
     tiny_plan: SweepPlan, tmp_path: Path, recipe: dict[str, float], flops: int
 ) -> None:
     plan, chosen = of_one(tiny_plan, num_steps=10, **recipe), settings()
-    assert (
-        estimate_remaining_cost(plan, trial_states(plan, chosen.sweep), chosen, tmp_path).flops
-        == STEP * flops
-    )
+    assert price_left(plan, chosen, tmp_path).flops == STEP * flops
 
 
 def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
@@ -173,14 +159,12 @@ def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> 
     spent = begin(student, 30)
     states = trial_states(tiny_plan, chosen.sweep)
     assert [state.steps_done for state in states] == [0, 30, 0, 0, 0]
-    price = estimate_remaining_cost(tiny_plan, states, chosen, tmp_path)
+    price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == (3 * 40 + 10) * STEP
     assert spent == 30 * STEP * (114_816 + TEACHER)
     assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     assert "2,1 <=0.1 5 100 % 0.6 KiB from step 30" in rows(tiny_plan, chosen)
-    assert told(tiny_plan, chosen, tmp_path)[1] == (
-        "0 of 5 trials are finished and reused, 1 partly trained"
-    )
+    assert told(tiny_plan, chosen)[1] == ("0 of 5 trials are finished and reused, 1 partly trained")
     begin(student, 40)
     assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"
 
@@ -198,19 +182,16 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
     )
     chosen = settings("sweep.asha=true")
     stop_early(asha_trials(tiny_plan, chosen.sweep), worse.key, 20, 5.0)
-    price = estimate_remaining_cost(
-        tiny_plan, trial_states(tiny_plan, chosen.sweep), chosen, tmp_path
-    )
+    price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 40 * STEP
-    assert told(tiny_plan, chosen, tmp_path)[1] == (
+    assert told(tiny_plan, chosen)[1] == (
         "3 of 5 trials are finished and reused, 1 stopped early and left so"
     )
     finish(better)
     finish(worse)
-    assert told(tiny_plan, chosen, tmp_path)[1:] == [
-        "5 of 5 trials are finished and reused",
-        "nothing is left to train",
-    ]
+    assert told(tiny_plan, chosen)[1:] == ["5 of 5 trials are finished and reused"]
+    nothing = price_left(tiny_plan, chosen, tmp_path)
+    assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 
 
 def test_fifty_thresholds_come_to_nine_schedules(
@@ -238,7 +219,7 @@ def test_fifty_thresholds_come_to_nine_schedules(
             suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
             baselines=[("vanilla", teacher)],
         )
-        return told(plan, chosen, tmp_path)[0]
+        return told(plan, chosen)[0]
 
     fifty = f"sweep.thresholds={[round(0.02 * n, 2) for n in range(50)]}"
     assert first_line(fifty) == "50 thresholds asked for, 9 distinct schedules"
@@ -279,8 +260,8 @@ def test_models_from_scratch_are_counted_with_baselines_and_without_seeds(
         return iterations_plan(every, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
 
     alone, seeded = plan_under(0), plan_under(0, 1)
-    assert told(alone, chosen, tmp_path)[0] == "3 models asked for, 2 distinct"
-    assert told(seeded, chosen, tmp_path)[0] == "3 models asked for, 2 distinct, each under 2 seeds"
+    assert told(alone, chosen)[0] == "3 models asked for, 2 distinct"
+    assert told(seeded, chosen)[0] == "3 models asked for, 2 distinct, each under 2 seeds"
     assert "thresholds" not in " ".join(rows(alone, chosen))
 
 
@@ -327,7 +308,7 @@ def test_a_first_stage_in_common_is_paid_once(
 
     variants = [variant(schedule) for schedule in ([2, 1], [1, 1], [0, 0])]
     plan = iterations_plan(variants, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
-    price = estimate_remaining_cost(plan, trial_states(plan, chosen.sweep), chosen, tmp_path)
+    price = price_left(plan, chosen, tmp_path)
     behind = 4 * (114_816 + 97_728 + 63_264)
     assert price.num_tokens == (6 + 3 * 4) * STEP
     assert price.flops == STEP * (6 * 63_264 + behind)
@@ -336,13 +317,13 @@ def test_a_first_stage_in_common_is_paid_once(
     run_job(first.job)
     states = trial_states(plan, chosen.sweep)
     assert [state.text for state in states] == ["to measure", "from step 6", "from step 6"]
-    price = estimate_remaining_cost(plan, states, chosen, tmp_path)
+    price = price_left(plan, chosen, tmp_path)
     assert price.flops == STEP * 4 * (97_728 + 63_264)
 
 
 def test_what_a_search_adds_is_told_apart(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     first = tiny_plan.model_copy(update={"kind": "search", "num_requested": 3, "num_distinct": 3})
-    assert told(first, settings("sweep.num_schedules=3"), tmp_path)[0] == (
+    assert told(first, settings("sweep.num_schedules=3"))[0] == (
         "3 schedules asked for, 3 distinct schedules; 1 more that the search suggested"
     )
 

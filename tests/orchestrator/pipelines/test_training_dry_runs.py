@@ -1,20 +1,23 @@
-"""`pretrain --dry-run` starts nothing, and a run that does not fit is refused."""
+"""Dry runs of trainings, and what does not fit is refused before text is read."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from orchestrator import cli
-from orchestrator.data.preparation import prepare
-from orchestrator.settings import (
-    resolve_settings,
-)
+from orchestrator.data.preparation import expected_tokens, prepare
+from orchestrator.pipelines import sweeps
+from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.settings import resolve_settings
+from orchestrator.training.model_config import build_model_config
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import open_workspace
 
 
@@ -43,14 +46,13 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
     assert "15,728,640,000 in 30,000 steps of 524,288" in lines["tokens"]
     assert "256 sequences" in lines["a step"]
     assert "32 for each worker, in 8 passes of at most 4" in lines["a step"]
-    assert "40% of 989 TFLOP/s" in lines["time"]
+    assert "20 to 40% of 989 TFLOP/s" in lines["time"]
     assert "H100" in lines["time"]
     assert "no GPU" in lines["on this machine"]
     assert lines["on an H100"] == "it fits"
     half = printed(capsys, "--config", "paper-340m", "--mfu", "0.2", "-w", str(tmp_path / "ws"))
-    hours = [float(re.match(r"[\d.]+", text["time"])[0]) for text in (lines, half)]  # type: ignore[index]
-    # Both figures are printed in hours.
-    assert hours[1] == pytest.approx(2 * hours[0], rel=0.01)
+    (_, longest), (only, _) = (re.findall(r"[\d.]+", text["time"])[:2] for text in (lines, half))
+    assert longest == only
 
 
 def test_prepared_tokens_replace_assumptions(
@@ -66,12 +68,14 @@ def test_prepared_tokens_replace_assumptions(
     before = printed(capsys, *options, "-w", str(tmp_path))
     assert "may give fewer" in before["vocabulary"]
     assert "epochs" not in before["tokens"]
-    assert "to be written" in before["token files"]
+    assert "tokens " in before["disk"]
+    assert "tokens are not prepared" in before["state"]
     prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
     after = printed(capsys, *options, "-w", str(tmp_path))
     assert "of the prepared tokens" in after["vocabulary"]
     assert "epochs of the prepared ones" in after["tokens"]
-    assert "token files" not in after
+    assert "tokens " not in after["disk"]
+    assert after["state"] == "not begun"
 
 
 @pytest.mark.parametrize(
@@ -113,3 +117,38 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(
 def test_mfu_needs_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrain", "--mfu", "0.3"]) == 2
     assert "--dry-run" in capsys.readouterr().err
+
+
+def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the teacher is trained")
+
+    text = tmp_path / "text.jsonl"
+    rows = [{"text": f"A sentence about {n} and its square {n * n}."} for n in range(300)]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    settings = resolve_settings(
+        {},
+        [
+            "data.source=files", f"data.files=[{text}]", "data.vocab_size=300",
+            "model={num_layers: 2, dim: 16, num_heads: 2, ffn_dim: 32, context_length: 16}",
+            "training={num_steps: 10, num_tokens_per_step: 64, num_validation_tokens: 64}",
+            "distillation.training={num_steps: 10, num_tokens_per_step: 64}",
+            "sweep.num_schedules=5",
+        ],
+    )  # fmt: skip
+    monkeypatch.setattr(sweeps, "pretrain_models", never)
+    monkeypatch.setattr(sweeps, "ray_cluster", lambda **_: nullcontext())
+    config = build_model_config(settings.model, vocab_size=300)
+    new_tokens = expected_tokens(settings.data, None).new_bytes
+    checkpoint = PlannedTraining(config=config, recipe=settings.training).checkpoint_bytes
+    # Three models are pretrained, and at most five students follow. Two share a first stage.
+    for num_checkpoints, error, words in (
+        (9, AssertionError, "the teacher is trained"),
+        (8.5, UserError, "8 trainings would write about"),
+    ):
+        usage = SimpleNamespace(free=int(num_checkpoints * checkpoint) + new_tokens)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, found=usage: found)
+        with pytest.raises(error, match=words):
+            sweeps.sweep(settings, workspace=tmp_path / "ws")

@@ -1,0 +1,211 @@
+"""The price of trainings before they start: tokens, FLOPs, hours, memory and disk.
+
+Only training is counted, without validation, saving and measuring. What several trainings share
+counts once: a first stage, and a teacher's stored outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pydantic import Field
+
+from iiet.cost import inference_cost
+from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.rate import Rate, assumed_rate
+from orchestrator.planning.resources import local_free_bytes, local_resources
+from orchestrator.records.record import Record
+from orchestrator.settings import ClusterSettings, DistillationSettings, SweepSettings
+from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingGroup:
+    """Trainings that share the same devices."""
+
+    trainings: tuple[PlannedTraining, ...]
+    """Those that are not finished."""
+    at_once: int = 1
+    """Largest number of them that run at the same time."""
+    teacher: TeacherWork = field(default_factory=TeacherWork)
+    """What their teacher computes."""
+    is_trials: bool = False
+    """Whether `sweep.trials_at_once` says how many run at the same time."""
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs that they use together, or the CPUs of this machine, which they share whole."""
+        first = self.trainings[0]
+        return (
+            self.at_once * first.num_workers
+            if first.on_gpus
+            else local_resources(count_gpus=False).cpus
+        )
+
+    def disk(self) -> dict[str, int]:
+        """Return what is written -> bytes."""
+        in_writing = sorted((each.bytes_in_writing for each in self.trainings), reverse=True)
+        stages = {
+            each.first_stage.folder: each.checkpoint_bytes
+            for each in self.trainings
+            if each.first_stage and not each.first_stage.exists
+        }
+        return {
+            "checkpoints": sum(each.new_bytes for each in self.trainings)
+            + sum(in_writing[: self.at_once]),
+            "shared first stages": sum(stages.values()),
+            "teacher outputs": self.teacher.num_bytes,
+        }
+
+    def without_shared_steps(self) -> Iterator[PlannedTraining]:
+        """Yield the trainings; one trains a first stage, and the others resume after it."""
+        trained: set[Path] = set()
+        for each in self.trainings:
+            stage = each.first_stage
+            if stage and stage.folder in trained and each.steps_done < stage.num_steps:
+                yield replace(each, steps_done=stage.num_steps)
+            else:
+                yield each
+            if stage:
+                trained.add(stage.folder)
+
+
+def pretraining_group(
+    trainings: Sequence[PlannedTraining], cluster: ClusterSettings
+) -> TrainingGroup:
+    """Return trainings as `cluster` runs them: one after another on GPUs, side by side on CPUs."""
+    num_workers = cluster.num_gpus or cluster.num_workers
+    on_gpus = cluster.num_gpus > 0
+    placed = (
+        replace(each, num_workers=num_workers, on_gpus=on_gpus, parallel=cluster.parallel)
+        for each in trainings
+    )
+    places = 1 if on_gpus else local_resources(count_gpus=False).cpus // num_workers
+    return TrainingGroup(
+        trainings=tuple(placed),
+        at_once=max(1, min(places, len(trainings))),
+        teacher=TeacherWork(sum(each.num_teacher_tokens for each in trainings)),
+    )
+
+
+def trial_group(
+    trainings: Sequence[PlannedTraining],
+    sweep: SweepSettings,
+    distillation: DistillationSettings,
+    teachers: Path,
+) -> TrainingGroup:
+    """Return trainings as the trials of a sweep, whose GPUs are assigned.
+
+    Args:
+        teachers: Folder of stored teacher outputs.
+
+    Raises:
+        UserError: If the requested teacher outputs do not fit on the disk.
+    """
+    gpus = sweep.gpus_per_trial or 0
+    num_workers = gpus or sweep.workers_per_trial
+    placed = tuple(replace(each, num_workers=num_workers, on_gpus=gpus > 0) for each in trainings)
+    most = max(1, local_resources(count_gpus=False).cpus // num_workers)
+    at_once = (sweep.trials_at_once or 1) if gpus else min(sweep.trials_at_once or most, most)
+    teacher = estimate_teacher_work(
+        [each.cache for each in placed],
+        [each.num_teacher_tokens for each in placed],
+        distillation.teacher_cache,
+        teachers,
+    )
+    return TrainingGroup(
+        trainings=placed,
+        at_once=max(1, min(at_once, len(placed))),
+        teacher=teacher,
+        is_trials=True,
+    )
+
+
+class Price(Record):
+    """What trainings take from here on."""
+
+    num_trainings: int = 0
+    num_tokens: int = 0
+    """Tokens that they train on."""
+    num_teacher_tokens: int = 0
+    """Tokens that their teachers read."""
+    flops: float = 0.0
+    """FLOPs of both."""
+    hours: tuple[float, float] = (0.0, 0.0)
+    """Shortest and longest time at the assumed rate."""
+    num_devices: int = 0
+    """GPUs or CPUs that are used."""
+    uses_gpus: bool = False
+    rate: Rate | None = None
+    """Assumed speed of one of them; None if nothing is trained."""
+    memory: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes of what takes memory in a worker of the largest training."""
+    disk: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes of what will be written, at most."""
+    free_disk: int | None = None
+    """Free bytes on the workspace's disk."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all that will be written."""
+        return sum(self.disk.values())
+
+
+def price_of(
+    groups: Sequence[TrainingGroup],
+    folder: Path,
+    *,
+    new_token_bytes: int = 0,
+    share: float | None = None,
+) -> Price:
+    """Return the price of groups that run one after another.
+
+    Args:
+        folder: A folder on the workspace's disk; it need not exist.
+        new_token_bytes: Bytes of the tokens that are prepared first.
+        share: Share of the peak FLOP/s that training is assumed to reach.
+    """
+    groups = [group for group in groups if group.trainings]
+    trainings: list[PlannedTraining] = []
+    flops, hours = 0.0, [0.0, 0.0]
+    rate: Rate | None = None
+    for group in groups:
+        rate = assumed_rate(group.trainings[0], share)
+        own = list(group.without_shared_steps())
+        own_flops = sum(each.flops for each in own) + _teacher_flops(group)
+        for number, speed in enumerate(rate.flops_range):
+            hours[number] += own_flops / (speed * group.num_devices) / 3600
+        flops += own_flops
+        trainings += own
+    largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
+    return Price(
+        num_trainings=len(trainings),
+        num_tokens=sum(each.num_tokens for each in trainings),
+        num_teacher_tokens=sum(group.teacher.num_tokens for group in groups),
+        flops=flops,
+        hours=(hours[0], hours[1]),
+        num_devices=max((group.num_devices for group in groups), default=0),
+        uses_gpus=any(each.on_gpus for each in trainings),
+        rate=rate,
+        memory=largest.worker_memory if largest else {},
+        disk=disk_parts(groups, new_token_bytes),
+        free_disk=local_free_bytes(folder).disk,
+    )
+
+
+def disk_parts(groups: Sequence[TrainingGroup], new_token_bytes: int = 0) -> dict[str, int]:
+    """Return what groups write -> bytes, without what takes none."""
+    total = {"tokens": new_token_bytes}
+    for group in groups:
+        for name, value in group.disk().items():
+            total[name] = total.get(name, 0) + value
+    return {name: value for name, value in total.items() if value}
+
+
+def _teacher_flops(group: TrainingGroup) -> float:
+    teacher = next((each.teacher for each in group.trainings if each.teacher), None)
+    if teacher is None:
+        return 0.0
+    return group.teacher.num_tokens * inference_cost(teacher).forward_flops_per_token

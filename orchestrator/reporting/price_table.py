@@ -1,0 +1,103 @@
+"""Say in words what trainings take: rows of a table, or sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+
+from iiet.schedule import IterationSchedule
+from orchestrator.data.preparation import ExpectedTokens
+from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.price import Price
+from orchestrator.terminal.formatting import (
+    format_byte_parts,
+    format_bytes,
+    format_count,
+    format_hours_range,
+)
+
+
+def two_column_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """Return names and texts as a table."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("how much", overflow="fold")
+    for name, text in rows:
+        table.add_row(name, text)
+    return table
+
+
+def training_rows(
+    training: PlannedTraining, tokens: ExpectedTokens | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield what one training does, apart from its price."""
+    recipe, config = training.recipe, training.config
+    yield "parameters", f"{training.num_parameters:,}"
+    if tokens:
+        yield "vocabulary", f"{config.vocab_size:,} ({tokens.origin})"
+    all_tokens = recipe.num_steps * recipe.num_tokens_per_step
+    epochs = (
+        f", {all_tokens / tokens.num_train_tokens:.3g} epochs of the prepared ones"
+        if tokens and tokens.num_train_tokens
+        else ""
+    )
+    yield (
+        "tokens",
+        f"{all_tokens:,} in {recipe.num_steps:,} steps of {recipe.num_tokens_per_step:,}{epochs}",
+    )
+    yield (
+        "a step",
+        f"{training.sequences_per_worker * training.num_workers:,} sequences of "
+        f"{config.context_length:,} tokens; {training.sequences_per_worker:,} for each worker, in "
+        f"{format_count(training.num_passes, 'pass', 'passes')} of at most "
+        f"{training.sequences_per_pass}",
+    )
+    if training.stages:
+        yield (
+            "corrections",
+            ", then ".join(
+                f"{_corrections(schedule)} for {num_steps:,} steps"
+                for schedule, num_steps in training.stages.items()
+            ),
+        )
+    yield "a checkpoint", format_bytes(training.checkpoint_bytes)
+
+
+def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    """Yield what trainings take, and whether they fit.
+
+    Args:
+        problems: Place -> why they do not fit there; None if they do.
+    """
+    if not price.num_trainings or price.rate is None:
+        yield "to train", "nothing is left"
+        return
+    count = f"{format_count(price.num_trainings, 'training')}: " * (price.num_trainings > 1)
+    teacher = f", and the teacher reads {price.num_teacher_tokens:,}" * bool(
+        price.num_teacher_tokens
+    )
+    yield "to train", f"{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs"
+    rate, device = price.rate, "GPU" if price.uses_gpus else "CPU"
+    shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
+    yield (
+        "time",
+        f"{format_hours_range(*price.hours)} on {format_count(price.num_devices, device)}, at "
+        f"{shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s each ({rate.source}); validation, "
+        "saving and measuring come on top",
+    )
+    memory = sum(price.memory.values())
+    yield "memory", f"{format_bytes(memory)} for each worker: {format_byte_parts(price.memory)}"
+    free = "" if price.free_disk is None else f"; {format_bytes(price.free_disk)} are free"
+    yield (
+        "disk",
+        f"at most {format_bytes(price.disk_bytes)}: {format_byte_parts(price.disk)}{free}",
+    )
+    for place, problem in problems.items():
+        yield f"on {place}", problem or "it fits"
+
+
+def _corrections(schedule: IterationSchedule) -> str:
+    counts = set(schedule)
+    return f"r = {counts.pop()}" if len(counts) == 1 else f"r = {schedule}"

@@ -1,0 +1,96 @@
+"""How far each trial of a plan is, and the price of what is left.
+
+A dry run prints both, and they are stored with the sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.planning.planned_training import PlannedTraining, planned_training
+from orchestrator.planning.price import TrainingGroup, price_of, trial_group
+from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import Trial
+from orchestrator.settings import Settings, SweepSettings
+from orchestrator.sweeping.asha import asha_trials, stored_early_stop
+from orchestrator.training.job import finished_outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialState:
+    """How far a trial is."""
+
+    trial: Trial
+    name: Literal["finished", "stopped early", "to measure", "to train"]
+    """Its state, or what is done next."""
+    training: PlannedTraining | None = None
+    """Its training, if that is not finished."""
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps that it resumes after."""
+        return self.training.steps_done if self.training else 0
+
+    @property
+    def text(self) -> str:
+        """The state in a table."""
+        return f"from step {self.steps_done:,}" if self.steps_done else self.name
+
+
+def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
+    """Return how far each trial of a plan is."""
+    asha = asha_trials(plan, sweep)
+    states = []
+    for trial in plan.trials:
+        if trial.result():
+            states.append(TrialState(trial=trial, name="finished"))
+        elif stored_early_stop(trial, asha.get(trial.key)):
+            states.append(TrialState(trial=trial, name="stopped early"))
+        elif trial.job is None or finished_outcome(trial.job):
+            states.append(TrialState(trial=trial, name="to measure"))
+        else:
+            training = planned_training(trial.job)
+            states.append(TrialState(trial=trial, name="to train", training=training))
+    return states
+
+
+def sweep_trial_group(
+    trainings: Sequence[PlannedTraining], settings: Settings, teachers: Path
+) -> TrainingGroup:
+    """Return trainings on the devices of the sweep's trials.
+
+    Args:
+        teachers: Folder of stored teacher outputs.
+
+    Raises:
+        UserError: If trials and devices do not go together, or a teacher's outputs do not fit on
+            the disk.
+    """
+    sweep = assign_trial_gpus(settings, trainings).sweep
+    return trial_group(trainings, sweep, settings.distillation, teachers)
+
+
+def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
+    """Return what is stored of a plan: its trials, those found finished, and the price."""
+    states = trial_states(plan, settings.sweep)
+    values = plan.model_dump(mode="json")
+    trainings = [state.training for state in states if state.training]
+    price = price_of([sweep_trial_group(trainings, settings, teachers)], teachers)
+    return {
+        **{name: value for name, value in values.items() if name != "trials"},
+        "requested": requested_noun(plan, settings.sweep) + "s",
+        "reused": [state.trial.label for state in states if state.name == "finished"],
+        "price": price.model_dump(mode="json"),
+        "trials": values["trials"],
+    }
+
+
+def requested_noun(plan: SweepPlan, sweep: SweepSettings) -> str:
+    """Return what `num_requested` of a plan counts."""
+    if plan.kind == "iterations":
+        return "model"
+    return "threshold" if sweep.thresholds else "budget" if sweep.budgets else "schedule"

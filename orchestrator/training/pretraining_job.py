@@ -1,0 +1,43 @@
+"""The job that pretrains the model of some settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from iiet.methods import METHODS
+from orchestrator.data.preparation import expected_tokens
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import Settings
+from orchestrator.training.job import job_key
+from orchestrator.training.model_config import build_model_config
+from orchestrator.workspace.folders import Workspace
+
+KEY_CHARACTERS = 8
+
+
+def pretraining_job(
+    settings: Settings, workspace: Workspace, tokens: Path | None, name: str | None = None
+) -> TrainingJob:
+    """Return the job that pretrains the model of these settings; its sizes are checked.
+
+    Args:
+        tokens: Folder of prepared tokens. Without it the job has the expected vocabulary and can be
+            planned, but not run.
+        name: Name of the run's folder; made from method, schedule and content when unset.
+    """
+    vocab_size = expected_tokens(settings.data, tokens).vocab_size
+    config = build_model_config(settings.model, vocab_size=vocab_size)
+    job = TrainingJob(
+        run_folder="",
+        tokens_folder=str(tokens or ""),
+        model=config,
+        recipe=settings.training,
+        first_stages=str(workspace.first_stages),
+        storage=settings.cluster.storage,
+    )
+    if name is None:
+        counts = sorted(set(config.corrections))
+        schedule = f"-r{counts[0]}" if len(counts) == 1 else "-ragged"
+        middle = schedule if METHODS[config.method].has_corrections else ""
+        name = f"{config.method}{middle}-{job_key(job)[:KEY_CHARACTERS]}"
+    return job.model_copy(update={"run_folder": str(workspace.runs / name)})

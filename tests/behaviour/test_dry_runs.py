@@ -1,0 +1,166 @@
+"""`--dry-run` writes nothing, needs no network, and names the trials that the sweep then runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_size import SMALL
+
+from orchestrator import measure_influence, plan_sweep, prepare, pretrain, sweep
+from orchestrator.settings import Settings, resolve_settings
+from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.workspace.files import write_text
+from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.read_only import read_only
+from orchestrator.workspace.whole_folders import VERIFIED_NAME
+
+OFFLINE = """
+import socket, sys
+
+def refuse(*arguments, **options):
+    raise AssertionError("a dry run used the network")
+
+socket.socket.connect = socket.socket.bind = socket.getaddrinfo = refuse
+from orchestrator.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+OPTIONS = [f"--set={assignment}" for assignment in SMALL]
+FROM_SETTINGS = {
+    "pretrain": ["pretrain", *OPTIONS],
+    "quickstart": ["quickstart", *OPTIONS],
+    "sweep-iterations": ["sweep-iterations", *OPTIONS],
+    **{f"sweep {name}": ["sweep", name] for name in shipped_sweeps()},
+}
+"""Dry runs that need nothing of a workspace."""
+FROM_MODELS = {
+    "distill": ["distill", "1", "full", *OPTIONS],
+    "sweep-threshold": ["sweep-threshold", "full", *OPTIONS],
+    "search": ["search", "full", *OPTIONS],
+    "pick": ["pick", "mine"],
+}
+"""Dry runs about a model or a sweep of a workspace."""
+
+
+def dry_run(arguments: list[str], workspace: Path) -> tuple[int, str]:
+    """Run a command without a network; return its exit code and what it printed."""
+    command = [sys.executable, "-c", OFFLINE, *arguments, "--dry-run", "-w", str(workspace)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" not in found.stderr, found.stderr
+    return found.returncode, found.stdout + found.stderr
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of everything in a folder."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FROM_SETTINGS, *FROM_MODELS])
+def test_a_missing_workspace_stays_missing(name: str, tmp_path: Path) -> None:
+    code, printed = dry_run({**FROM_SETTINGS, **FROM_MODELS}[name], tmp_path / "ws")
+    assert code == (0 if name in FROM_SETTINGS else 2), printed
+    if name in FROM_SETTINGS:
+        assert "tokens are not prepared" in printed
+        assert " FLOPs" in printed
+        assert "at most" in printed
+    assert not (tmp_path / "ws").exists()
+
+
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    return resolve_settings({}, SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, settings: Settings, ray_session: None
+) -> Workspace:
+    """A workspace with the run `full`, its influence, and the sweep `mine` of its students."""
+    workspace = open_workspace(tmp_path_factory.mktemp("trained"))
+    pretrain(settings, workspace=workspace, name="full")
+    unknown = plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
+    assert "the teacher's influence is not measured" in " ".join(unknown.sentences)
+    assert unknown.price.num_trainings == settings.sweep.num_schedules
+    measure_influence(settings, workspace=workspace, model="full")
+    planned = plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
+    assert unknown.price.flops > planned.price.flops > 0, "an upper bound"
+    assert unknown.price.hours > planned.price.hours
+    assert unknown.price.disk_bytes >= planned.price.disk_bytes
+    sweep(settings, workspace=workspace, teacher="full", name="mine")
+    stored = json.loads((workspace.sweeps / "mine" / "plan.json").read_text())
+    assert planned.plan.model_dump(mode="json").items() <= stored.items()
+    assert stored["price"]["num_tokens"] == planned.price.num_tokens
+    assert stored["price"]["flops"] == planned.price.flops
+    for stamp in workspace.root.rglob(VERIFIED_NAME):
+        stamp.unlink()
+    return workspace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FROM_SETTINGS, *FROM_MODELS])
+def test_a_dry_run_changes_no_file(name: str, trained: Workspace) -> None:
+    before = tree(trained.root)
+    code, printed = dry_run({**FROM_SETTINGS, **FROM_MODELS}[name], trained.root)
+    assert code == 0, printed
+    assert tree(trained.root) == before
+    if name in ("sweep-threshold", "search"):
+        assert "4 of 4 trials are finished and reused" in printed
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_dry_run_is_the_plan_of_the_sweep(
+    trained: Workspace, settings: Settings
+) -> None:
+    chosen = resolve_settings(
+        {}, [*SMALL, "sweep={kind: iterations, methods: [vanilla, iiet], iterations: [0, 1]}"]
+    )
+    planned = plan_sweep(chosen, workspace=trained, name="models")
+    assert {state.name for state in planned.states} == {"to train"}
+    sweep(chosen, workspace=trained, name="models")
+    stored = json.loads((trained.sweeps / "models" / "plan.json").read_text())
+    assert planned.plan.model_dump(mode="json").items() <= stored.items()
+    again = plan_sweep(chosen, workspace=trained, name="models")
+    assert {state.name for state in again.states} == {"finished"}
+    assert again.price.num_trainings == 0
+
+
+def test_what_would_write_fails_in_a_dry_run(tmp_path: Path) -> None:
+    with read_only():
+        with pytest.raises(AssertionError, match="a dry run would write"):
+            write_text(tmp_path / "file", "text")
+        open_workspace(tmp_path / "ws")
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepared_tokens_are_named_in_a_plan(tmp_path: Path, settings: Settings) -> None:
+    unprepared = plan_sweep(settings, workspace=tmp_path)
+    prepare(settings, workspace=tmp_path)
+    before = tree(tmp_path)
+    prepared = plan_sweep(settings, workspace=tmp_path)
+    assert tree(tmp_path) == before
+    assert "tokens are not prepared" in " ".join(unprepared.sentences)
+    assert "tokens are not prepared" not in " ".join(prepared.sentences)
+    assert "the teacher is not trained" in " ".join(prepared.sentences)
+    assert prepared.price.num_tokens == unprepared.price.num_tokens
+    number = 3 * settings.training.num_steps * settings.training.num_tokens_per_step
+    recipe = settings.distillation.training
+    number += settings.sweep.num_schedules * recipe.num_steps * recipe.num_tokens_per_step
+    # The teacher and the model without corrections share a first stage.
+    shared = round(settings.training.num_steps * settings.training.iterate_from_fraction)
+    assert prepared.price.num_tokens == number - shared * settings.training.num_tokens_per_step
+
+
+def test_a_sweep_on_gpus_says_how_many_each_trial_gets(tmp_path: Path) -> None:
+    chosen = resolve_settings({}, ["sweep.kind=iterations", "cluster.num_gpus=8"])
+    found = plan_sweep(chosen, workspace=tmp_path).sentences
+    assert "each trial runs on 1 GPU, at most 5 at once" in found
+    assert any("no GPU" in sentence for sentence in found)
+    on_cpus = plan_sweep(resolve_settings({}, ["sweep.kind=iterations"]), workspace=tmp_path)
+    assert not any("each trial runs on" in sentence for sentence in on_cpus.sentences)
