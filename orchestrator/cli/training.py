@@ -32,6 +32,18 @@ LocalOption = Annotated[
 ]
 
 
+ProfileOption = Annotated[
+    int | None,
+    typer.Option(
+        "--profile",
+        metavar="STEPS",
+        min=0,
+        max=MAX_COUNT,
+        help="Record this many steps with PyTorch's profiler, time and memory.",
+    ),
+]
+
+
 @app.command(rich_help_panel="All steps")
 def quickstart(
     workspace: WorkspaceOption = None,
@@ -121,6 +133,7 @@ def pretrain(
         ),
     ] = None,
     local: LocalOption = False,
+    profile: ProfileOption = None,
     dry_run: DryRunOption = False,
     mfu: Annotated[
         float | None,
@@ -140,6 +153,7 @@ def pretrain(
         model__corrections=corrections,
         training__num_steps=steps,
         training__skip_bad_steps=skip_bad_steps,
+        training__profile_steps=profile,
         cluster__storage=storage,
     )
     if dry_run:
@@ -177,12 +191,18 @@ def distill(
     config: ConfigOption = None,
     control: ControlOption = None,
     local: LocalOption = False,
+    profile: ProfileOption = None,
     dry_run: DryRunOption = False,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
-    settings = read_options(config, set_, distillation__control=control)
+    settings = read_options(
+        config,
+        set_,
+        distillation__control=control,
+        distillation__training__profile_steps=profile,
+    )
     if dry_run:
         with open_session(workspace, "distill", verbose=verbose, dry_run=True) as session:
             from orchestrator.pipelines import training_dry_runs

@@ -176,6 +176,8 @@ def tracked_jobs(
     progress = context.progress
     monitor = RunMonitor(jobs, context.tracking, progress)
     runs = monitor.open_runs(kind, params)
+    if any(job.recipe.profile_steps and finished_outcome(job) for job in jobs.values()):
+        progress.note("no profile of a run that is finished: no step is trained")
     progress.start(kind, sum(job.recipe.num_steps for job in jobs.values()))
     # A `partial` adds no call of this repository to the path that a debugger shows.
     run_jobs = partial(job_runner(local=local), list(jobs.values()), cluster, watch=monitor.poll)

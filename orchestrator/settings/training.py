@@ -71,6 +71,8 @@ class TrainingSettings(Section):
     """Longest time in minutes without a checkpoint (default: only steps count)."""
     num_checkpoints_kept: int = Field(default=2, ge=1)
     """Newest checkpoints kept on disk."""
+    profile_steps: int = Field(default=0, ge=0)
+    """Steps to record with PyTorch's profiler, in the run's folder `profile`; 0 records none."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss, which `best.json` names; only
     checkpoints of steps with a validation loss are compared."""

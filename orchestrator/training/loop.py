@@ -101,6 +101,8 @@ class Hooks:
     """Whether a stop was requested on this worker."""
     should_save: Callable[[], bool]
     """Whether this worker wants a checkpoint now, in addition to those at the recipe's steps."""
+    end_step: Callable[[], None]
+    """Called after each step, on every worker."""
 
 
 def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
@@ -164,6 +166,7 @@ def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
             hooks.report(position.step, {VALIDATION_METRIC: position.validation_loss})
         if is_last or position.step % recipe.checkpoint_every_steps == 0:
             hooks.save(position)
+        hooks.end_step()
     return True
 
 

@@ -124,7 +124,7 @@ class RunMonitor:
         return max(times, default=None)
 
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
-        if event["name"] in ("damaged", "not copied"):
+        if event["name"] in ("damaged", "not copied", "profiled", "not profiled"):
             self._progress.note(event["text"])
         elif event["name"] == "skipped":
             self._progress.note(

@@ -36,6 +36,7 @@ from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import make_optimizer
+from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
@@ -108,8 +109,15 @@ class _Run:
         self.teacher = load_teacher(job, world)
         self.writer = CheckpointWriter(job, world, self.store, self.event)
         self.position = Position()
+        self.profiler: StepProfiler | None = None
+        if job.recipe.profile_steps and world.is_first:
+            self.profiler = StepProfiler(
+                job.folder, job.recipe.profile_steps, world.device, self.event
+            )
 
     def close(self) -> None:
+        if self.profiler:
+            self.profiler.close()
         self.writer.close()
         if self.journal:
             self.journal.close()
@@ -139,6 +147,7 @@ class _Run:
             save=lambda position: self.writer.save(position, self.decoder, self.optimizer),
             should_stop=lambda: is_first and (is_stop_requested(folder) or stop_here()),
             should_save=lambda: is_first and self.writer.is_due(self.position.step),
+            end_step=self.profiler.end_step if self.profiler else lambda: None,
         )
 
     def end(self, finished: bool) -> TrainingOutcome:
