@@ -47,9 +47,11 @@ class FakeTracking:
 
     def __init__(self) -> None:
         self.statuses: list[tuple[str, str]] = []
+        self.runs: list[FakeRun] = []
 
     def run(self, key: str, *, kind: str, **_: Any) -> FakeRun:
-        return FakeRun(kind, self.statuses)
+        self.runs.append(FakeRun(kind, self.statuses))
+        return self.runs[-1]
 
 
 def untracked(workspace: Workspace, progress: Progress | None = None) -> Context:

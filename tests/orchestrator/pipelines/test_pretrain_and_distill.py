@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,15 +13,16 @@ from fake_tracking import FakeTracking
 from orchestrator.pipelines import pretraining
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.distilling import distill, distill_teacher
-from orchestrator.pipelines.pretraining import pretrain_models, pretraining_job
+from orchestrator.pipelines.pretraining import pretrain_in_context, pretrain_models, pretraining_job
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import Settings, resolve_settings
+from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.checkpoint import load_config
+from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace
 
 RECIPE = {
@@ -198,6 +200,40 @@ def test_a_result_has_a_row_for_each_logged_step(context: Context, tiny_tokens: 
     assert table["step"].iloc[-1] == RECIPE["num_steps"]
     assert table["train/loss"].notna().any()
     assert table["validation/loss"].dropna().iloc[-1] == pytest.approx(result.validation_loss)
+
+
+def test_a_finished_run_is_continued_on_its_own_tokens(
+    context: Context, tiny_tokens: Path, tracking: FakeTracking, notes: Notes
+) -> None:
+    tokens = context.workspace.tokens / tiny_tokens.name
+    shutil.copytree(tiny_tokens, tokens)
+    run = context.workspace.runs / "short"
+    wsd = settings(decay="wsd", decay_fraction=0.5)
+    job = pretraining_job(wsd, context.workspace, tokens, "short")
+    calls = iter([False, False, False, True])
+    run_job(job, should_stop=lambda: next(calls))
+    write_text(run / SETTINGS_NAME, to_yaml(wsd))
+    longer = read_settings(run / SETTINGS_NAME, ["training.num_steps=12"])
+    with pytest.raises(UserError, match="is not finished; the command that started it resumes it"):
+        pretrain_in_context(longer, context, continued="short")
+    pretrain_models({"a": wsd}, context, tokens, name="short")
+
+    result = pretrain_in_context(longer, context, continued="short", name="long")
+    assert "long continues short from step 4 of 12" in notes.notes[-1], "the fourth step is equal"
+    scratch = read_settings(result.checkpoint.parent / SETTINGS_NAME)
+    assert round(12 * scratch.training.iterate_from_fraction) == round(6 * 0.6)
+    expected = pretrain_models({"a": scratch}, context, tokens, name="scratch")["a"]
+    assert weights_key(result.checkpoint) == weights_key(expected.checkpoint)
+    assert result.validation_loss == expected.validation_loss
+    origins = [run.tags["iiet.continued_from"] for run in tracking.runs if len(run.tags) > 1]
+    assert [Path(origin).parent.name for origin in origins] == ["short"]
+
+    other = read_settings(run / SETTINGS_NAME, ["training.num_steps=12", "data.vocab_size=500"])
+    with pytest.raises(UserError, match="continued on its own tokens"):
+        pretrain_in_context(other, context, continued="short")
+    (run / SETTINGS_NAME).unlink()
+    with pytest.raises(UserError, match="was not made by `iiet-orch pretrain`"):
+        pretrain_in_context(longer, context, continued=run)
 
 
 @pytest.fixture
