@@ -37,11 +37,10 @@ from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
-from orchestrator.sweeping.trial_run import measure_quality
+from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.job import DONE_NAME
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -164,8 +163,7 @@ class _Bench:
         for trial in looped:
             assert trial.job
             outcome = run_job(trial.job)
-            decoder = load_model(Path(str(outcome.checkpoint)))
-            measure_quality(decoder, trial.suite, Path(trial.folder) / "items.json")
+            measure_trial(trial.model_copy(update={"checkpoint": outcome.checkpoint}), "cpu")
             loop_ends.append(time.time())
         pairs = zip(_losses(swept), _losses(looped), strict=True)
         check = checked(

@@ -20,3 +20,8 @@ def in_folder(trial: Trial, folder: Path, **changes: Any) -> Trial:
     """Return a trial that is trained and stored in another folder."""
     moved = with_job(trial, {}, run_folder=str(folder))
     return moved.model_copy(update={"folder": str(folder), **changes})
+
+
+def with_accuracy(trial: Trial, device: str = "cpu") -> Trial:
+    """Return a trial as if it had been measured; takes the place of `measure_trial`."""
+    return trial.model_copy(update={"quality": {"accuracy": 0.5}})

@@ -1,13 +1,17 @@
-"""Trials that were measured, without a plan or weights."""
+"""Trials that were measured, and stored values of their items, without a plan or weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
+from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.workspace.folders import Workspace
 
 
 def sample_trial(
@@ -28,3 +32,18 @@ def sample_trial(
     )
     given = {"role": "trial", "folder": "", "suite": TrialSuite(tokens_folder=""), **values}
     return Trial(key=key, model=model, **given)
+
+
+def with_items(
+    workspace: Workspace, results: Iterable[Trial], evaluations: Mapping[str, EvaluationResult]
+) -> tuple[Trial, ...]:
+    """Store the evaluations, by key of the trial, and return the trials that name them."""
+    store, found = EvaluationStore(workspace.evaluations), []
+    for trial in results:
+        evaluation = evaluations[trial.key]
+        keys = {name: f"{trial.key}-{name}" for name in evaluation.results}
+        for name, result in evaluation.results.items():
+            store.write(keys[name], result)
+        stored = EvaluationKeys(tasks=keys, groups=evaluation.groups, skipped=evaluation.skipped)
+        found.append(trial.model_copy(update={"evaluation": stored}))
+    return tuple(found)

@@ -21,6 +21,11 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
+from orchestrator.evaluation.model_tokenizer import (
+    FolderTokenizer,
+    ModelTokenizer,
+    checkpoint_tokenizer,
+)
 from orchestrator.terminal.formatting import shortest_schedule
 from orchestrator.training.checkpoint import (
     load_config,
@@ -56,9 +61,21 @@ class EvaluatedModel:
     """Largest number of tokens that it reads."""
     is_external: bool
     """Whether it is a model folder from elsewhere, not a checkpoint of this project."""
+    text_folder: Path
+    """Folder of its tokenizer."""
 
-    def decoder(self, dtype: torch.dtype = torch.float32) -> Decoder:
-        """Load the model with weights of this dtype, on a GPU if there is one.
+    def tokenizer(self, *, trust_remote_code: bool = False) -> ModelTokenizer:
+        """Load its tokenizer.
+
+        Raises:
+            UserError: If it has none, or one that cannot be used.
+        """
+        if self.is_external:
+            return FolderTokenizer(self.text_folder, trust_remote_code=trust_remote_code)
+        return checkpoint_tokenizer(self.text_folder)
+
+    def decoder(self, dtype: torch.dtype = torch.float32, *, device: str = AUTO) -> Decoder:
+        """Load the model with weights of this dtype, by default on a GPU if there is one.
 
         Raises:
             UserError: If only transformers can run it, or its weights are missing or damaged.
@@ -68,7 +85,7 @@ class EvaluatedModel:
                 f"{self.path} is a {self.architecture} model; only IIET, PCformer and Llama models "
                 "can be loaded as a decoder"
             )
-        return load_model(self.path, device=AUTO, dtype=dtype, schedule=self.config.corrections)
+        return load_model(self.path, device=device, dtype=dtype, schedule=self.config.corrections)
 
 
 def open_model(
@@ -76,6 +93,7 @@ def open_model(
     schedule: str | IterationSchedule | None = None,
     *,
     warn: Callable[[str], None] | None = None,
+    text_folder: Path | None = None,
 ) -> EvaluatedModel:
     """Return the model at a path.
 
@@ -84,6 +102,7 @@ def open_model(
         schedule: Iteration schedule to use instead of the model's own.
         warn: Called if a run's newest checkpoint is damaged and an older one is used; without it,
             the damage is an error.
+        text_folder: Checkpoint whose tokenizer reads text for a checkpoint; its own when unset.
 
     Raises:
         UserError: If there is no model, it is damaged, or the schedule does not fit it.
@@ -96,11 +115,12 @@ def open_model(
         return _open_external(path, values, schedule)
     checkpoint = resolve_checkpoint(path, warn)
     config = _with_schedule(load_config(checkpoint), schedule, checkpoint)
-    text = text_files_key(checkpoint)
+    text_folder = text_folder or checkpoint
+    text = text_files_key(text_folder)
     key = (
         weights_key(checkpoint),
         config.to_dict(),
-        file_key(tokenizer_file(checkpoint)),
+        file_key(tokenizer_file(text_folder)),
         *([text] if text else []),
     )
     return EvaluatedModel(
@@ -111,6 +131,7 @@ def open_model(
         architecture=config.method,
         context_length=config.context_length,
         is_external=False,
+        text_folder=text_folder,
     )
 
 
@@ -171,6 +192,7 @@ def _open_external(
         architecture=architecture if config is None else config.method,
         context_length=config.context_length if config else int(length),
         is_external=True,
+        text_folder=path,
     )
 
 

@@ -1,15 +1,9 @@
-"""Measure accuracy and bits per byte of models with lm-eval; each task is measured once.
-
-The result of each task is stored in the workspace under the hash of all that determines it:
-weights and precision, configuration with its schedule, tokenizer, the task's items and metrics. So
-a further task costs only that task. The files hold one value per item, for paired comparisons.
-"""
+"""Measure accuracy and bits per byte of models with lm-eval; each task is measured once."""
 
 from __future__ import annotations
 
-import errno
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +11,15 @@ from typing import Any
 import pandas
 
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
-from orchestrator.evaluation.harness import Suite, load_suite, run_model, run_suite
-from orchestrator.evaluation.model_tokenizer import (
-    FolderTokenizer,
-    ModelTokenizer,
-    check_template,
-    checkpoint_tokenizer,
-)
+from orchestrator.evaluation.harness import Suite, load_suite
+from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
+from orchestrator.evaluation.model_tokenizer import check_template
+from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.task_selection import newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult, TaskResult
+from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -90,7 +80,7 @@ def evaluate(
     )
     if prompts := settings.evaluation.prompts:
         for model in opened:
-            check_template(_tokenizer(model, trust_remote_code), prompts)
+            check_template(model.tokenizer(trust_remote_code=trust_remote_code), prompts)
     evaluations = [
         evaluate_model(model, settings.evaluation, context, trust_remote_code=trust_remote_code)
         for model in opened
@@ -113,37 +103,17 @@ def evaluate_model(
     workspace, progress = context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
     suite = _load(model, settings, workspace, progress)
-    # Models that transformers runs keep their own dtype.
-    model_key = [*model.key, settings.precision if model.config else None]
-    keys = {
-        name: content_key("evaluation", model_key, suite.fingerprint(name), settings.limit)
-        for name in suite.tasks
-    }
-    paths = {name: workspace.evaluations / f"{key}.json" for name, key in keys.items()}
-    results = {
-        name: found
-        for name, path in paths.items()
-        if (found := TaskResult.read_measured(path, progress.note))
-    }
-    missing = [name for name in suite.tasks if name not in results]
-    if missing:
-        results |= _run(
-            suite.only(missing),
-            model,
-            settings,
-            progress,
-            trust_remote_code=trust_remote_code,
-            # Stored one by one: what is measured survives an interruption.
-            on_result=lambda result: _store(paths[result.name], result, progress),
-        )
-    evaluation = EvaluationResult(
-        results={name: results[name] for name in suite.tasks},
-        groups=suite.groups,
-        skipped=suite.skipped,
+    conditions = Conditions(
+        precision=settings.precision,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        trust_remote_code=trust_remote_code,
     )
-    progress.finish(_summary(evaluation) + ("" if missing else ", found again"))
-    _track(context, keys, evaluation, model, settings.precision)
-    return evaluation
+    store = EvaluationStore(workspace.evaluations, progress.note)
+    measured = ModelMeasurer(model, store, conditions, progress).tasks(suite)
+    progress.finish(_summary(measured.evaluation) + ("" if measured.num_run else ", found again"))
+    _track(context, measured, model, settings.precision)
+    return measured.evaluation
 
 
 def _load(
@@ -169,67 +139,13 @@ def _load(
     return suite
 
 
-def _run(
-    suite: Suite,
-    model: EvaluatedModel,
-    settings: EvaluationSettings,
-    progress: Progress,
-    *,
-    trust_remote_code: bool,
-    on_result: Callable[[TaskResult], None],
-) -> dict[str, TaskResult]:
-    if model.config is None:
-        # Imported here: transformers takes seconds, and our own models do without it.
-        from orchestrator.evaluation.harness.transformers_model import load_transformers_model
-
-        runner = load_transformers_model(
-            model.path,
-            batch_size=settings.batch_size,
-            trust_remote_code=trust_remote_code,
-            prompts=suite.prompts,
-            progress=progress,
-        )
-        return run_model(
-            suite, runner, limit=settings.limit, progress=progress, on_result=on_result
-        ).results
-    return run_suite(
-        suite,
-        model.decoder(DTYPES[settings.precision]),
-        _tokenizer(model),
-        batch_size=settings.batch_size,
-        limit=settings.limit,
-        progress=progress,
-        on_result=on_result,
-    ).results
-
-
-def _tokenizer(model: EvaluatedModel, trust_remote_code: bool = False) -> ModelTokenizer:
-    if model.is_external:
-        return FolderTokenizer(model.path, trust_remote_code=trust_remote_code)
-    return checkpoint_tokenizer(model.path)
-
-
-def _store(path: Path, result: TaskResult, progress: Progress) -> None:
-    try:
-        result.write(path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        progress.note(f"cannot store the result of {result.name} as {path}: {error.strerror}")
-
-
-def _track(
-    context: Context,
-    keys: Mapping[str, str],
-    evaluation: EvaluationResult,
-    model: EvaluatedModel,
-    precision: str,
-) -> None:
+def _track(context: Context, measured: Measured, model: EvaluatedModel, precision: str) -> None:
+    keys, evaluation = measured.keys.tasks, measured.evaluation
     params: dict[str, Any] = {"method": model.architecture}
     if model.config is not None:
         params |= {"schedule": model.config.corrections, "precision": precision}
     run = context.tracking.run(
-        content_key("evaluation", dict(keys)),
+        content_key("evaluation", keys),
         name=f"evaluate {', '.join(keys)}"[:80],
         kind="evaluation",
         params={**params, "checkpoint": model.path, "num_items": evaluation.num_items},

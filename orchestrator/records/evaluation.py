@@ -38,18 +38,18 @@ class TaskResult(Record):
     """The task's name in lm-eval."""
     version: str
     """Version of the task."""
-    num_items: int
+    num_items: int = 0
     """Documents that were scored."""
-    num_fewshot: int
+    num_fewshot: int = 0
     """Solved examples before each item."""
     metrics: dict[str, float]
     """Metric to value, and `METRIC_stderr` to its standard error if known. Where a task filters
     the answers before they are compared, one metric per filter: `exact_match:strict-match`."""
-    items: list[str]
+    items: list[str] = Field(default_factory=list)
     """A hash of each document, in order; equal hashes mean equal items."""
-    values: dict[str, list[Any]]
+    values: dict[str, list[Any]] = Field(default_factory=dict)
     """Metric to one value per item; pairs (log-likelihood, weight) for metrics per byte or word."""
-    log_likelihoods: list[list[float]]
+    log_likelihoods: list[list[float]] = Field(default_factory=list)
     """Per item, the log-likelihood of each continuation, in nats; none where answers are
     generated."""
     answers: list[list[str]] = Field(default_factory=list)
@@ -65,6 +65,17 @@ class TaskResult(Record):
         if metric is None or metric not in self.metrics:
             return None
         return self.metrics[metric], self.metrics.get(metric + STDERR_SUFFIX, math.nan)
+
+
+class EvaluationKeys(Record):
+    """Where the results of an evaluation are stored."""
+
+    tasks: dict[str, str]
+    """Task to its key in the store of evaluations."""
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Requested group or tag, and its tasks."""
+    skipped: dict[str, str] = Field(default_factory=dict)
+    """Requested task that could not run, and the reason."""
 
 
 class EvaluationResult(Record):

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from iiet.methods import METHODS
+from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.records.record import Config, Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.prompts import Prompts
@@ -133,6 +134,8 @@ class Trial(Record):
     """Inference cost, lower is better; like all numbers empty until it is measured."""
     quality: Numbers = Field(default_factory=dict)
     """Accuracy and losses, with standard errors as `NAME_stderr`."""
+    evaluation: EvaluationKeys | None = None
+    """Where the results of the tasks are stored, with a value for each item."""
     train: Numbers = Field(default_factory=dict)
     """Training cost: steps, tokens, FLOPs, seconds."""
     run_id: str | None = None
@@ -161,7 +164,7 @@ class Trial(Record):
         found = Trial.read(self.result_path)
         if not found:
             return None
-        measured = ("quality", "train", "checkpoint")
+        measured = ("quality", "evaluation", "train", "checkpoint")
         return self.model_copy(update={name: getattr(found, name) for name in measured})
 
     def value(self, name: str) -> float | None:

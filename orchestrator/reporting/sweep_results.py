@@ -1,19 +1,18 @@
 """The results of a sweep, stored in `sweeps/NAME/results.json`.
 
 Reports are made from this file alone, without Ray or MLflow. The values of single items lie in the
-trials' folders, in files named by the key of the result; a report without them lacks only the
-paired errors.
+store of evaluations; a report without them lacks only the paired errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import Trial
@@ -90,17 +89,10 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
 
 
 def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str, EvaluationResult]:
-    """Read the values of single items by key of the result, without missing or damaged files."""
-    folders = (workspace.trials, workspace.runs)
-    paths = {path.name: path for folder in folders for path in folder.glob("*/items-*.json")}
-    found = {}
-    for result in results:
-        path = paths.get(items_file_name(result.key))
-        # Damage is no error: the metrics themselves are in the results.
-        with suppress(UserError):
-            if path and (evaluation := EvaluationResult.read(path)):
-                found[result.key] = evaluation
-    return found
+    """Read the values of single items by key of the result, without missing or damaged ones."""
+    store = EvaluationStore(workspace.evaluations)
+    found = {r.key: store.load(r.evaluation) for r in results if r.evaluation}
+    return {key: evaluation for key, evaluation in found.items() if evaluation}
 
 
 def item_notes(results: Iterable[Trial], items: Mapping[str, EvaluationResult]) -> list[str]:
@@ -114,11 +106,6 @@ def item_notes(results: Iterable[Trial], items: Mapping[str, EvaluationResult]) 
             f"missing or damaged: {', '.join(lacking)}."
         )
     return notes
-
-
-def items_file_name(key: str) -> str:
-    """Return the name of the file with a result's values of single items."""
-    return f"items-{key}.json"
 
 
 def _no_results(workspace: Workspace, name: str) -> str:

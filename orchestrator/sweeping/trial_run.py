@@ -15,32 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from iiet.decoder import Decoder
-from orchestrator.data.batches import validation_batches
-from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.harness import load_suite, run_suite
-from orchestrator.evaluation.model_tokenizer import checkpoint_tokenizer
+from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.evaluation.harness import load_suite
+from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
+from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.training import TrainingOutcome
-from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.sweep_results import items_file_name
+from orchestrator.records.trial import Trial
 from orchestrator.sweeping.asha import AshaTrial, discard_early_stop, stored_early_stop
-from orchestrator.training.checkpoint import DTYPES, load_provenance
-from orchestrator.training.distributed import World
+from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.job import DONE_NAME, clear_stop_request
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
-from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
-
-NUM_VALIDATION_TOKENS = 65_536
-"""Tokens of the validation loss in the tables."""
 
 Train = Callable[..., TrainingOutcome]
 """Trains a job as `run_job` does, with its arguments `should_stop` and `report`."""
-Measure = Callable[[str], dict[str, float]]
-"""Returns the quality of a model on a device, given by name."""
+Measure = Callable[[str], Trial]
+"""Returns a trial with its quality, measured on a device, given by name."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ def run_trial(
     report: Report | None = None,
     asha: AshaTrial | None = None,
     train: Train | None = None,
-    on_device: Callable[[Measure], dict[str, float]] | None = None,
+    on_device: Callable[[Measure], Trial] | None = None,
 ) -> TrialRun:
     """Run a trial to its result, or take the result of the process that runs it.
 
@@ -95,8 +88,16 @@ def run_trial(
         if trial.job:
             outcome = (train or run_job)(trial.job, should_stop=should_stop, report=report)
         if outcome is None or (outcome.finished and not should_stop()):
-            on_device = on_device or (lambda measure: measure("cpu"))
-            return TrialRun("made", _measure(trial, outcome, on_device))
+            trained = trial.model_copy(
+                update={
+                    "checkpoint": outcome.checkpoint if outcome else trial.checkpoint,
+                    "train": _training_numbers(trial, outcome),
+                }
+            )
+            measure = partial(measure_trial, trained)
+            measured = on_device(measure) if on_device else measure("cpu")
+            measured.write(trial.result_path)
+            return TrialRun("made", measured)
         if stop := stored_early_stop(trial, asha):
             journal = Journal(Path(trial.folder))
             journal.event("stopped early", text=stop.text)
@@ -110,44 +111,13 @@ def is_trial_locked(trial: Trial) -> bool:
     return is_run_locked(Path(trial.folder))
 
 
-def _measure(
-    trial: Trial,
-    outcome: TrainingOutcome | None,
-    on_device: Callable[[Measure], dict[str, float]],
-) -> Trial:
-    """Measure the trained checkpoint, or the planned one, and write the result."""
-    checkpoint = outcome.checkpoint if outcome else trial.checkpoint
-    assert checkpoint is not None
-    measured = trial.model_copy(
-        update={
-            "checkpoint": checkpoint,
-            "quality": on_device(partial(_quality, trial, checkpoint)),
-            "train": _training_numbers(outcome) if outcome else _numbers_of_run(Path(checkpoint)),
-        }
-    )
-    measured.write(trial.result_path)
-    return measured
+def measure_trial(trial: Trial, device: str) -> Trial:
+    """Return a trial with its quality, measured on a device; its checkpoint is known.
 
-
-def _quality(trial: Trial, checkpoint: str, device: str) -> dict[str, float]:
-    dtype = DTYPES[trial.suite.precision]
-    schedule = trial.model.corrections
-    decoder = load_model(Path(checkpoint), device=device, dtype=dtype, schedule=schedule)
-    return measure_quality(decoder, trial.suite, Path(trial.folder) / items_file_name(trial.key))
-
-
-def measure_quality(decoder: Decoder, suite: TrialSuite, items_path: Path) -> dict[str, float]:
-    """Measure a decoder's accuracy and losses.
-
-    Args:
-        decoder: The model under the schedule that is measured.
-        suite: Tokens, tasks and batch size, as planned.
-        items_path: File for the values of single items, for paired comparisons.
-
-    Returns:
-        `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where known.
+    Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where
+    known. The results of the tasks are in the workspace's store of evaluations.
     """
-    store = open_tokens(suite.tokens_folder)
+    suite = trial.suite
     tasks = load_suite(
         suite.tasks,
         folders=[Path(suite.include_folder)] if suite.include_folder else [],
@@ -157,31 +127,32 @@ def measure_quality(decoder: Decoder, suite: TrialSuite, items_path: Path) -> di
         planned=suite.fingerprints,
     )
     # Students of an imported model read text as it does.
-    imported = suite.vocabulary_folder
-    tokenizer = checkpoint_tokenizer(Path(imported)) if imported else store.tokenizer_path
-    evaluation = run_suite(
-        tasks, decoder, tokenizer, batch_size=suite.batch_size, limit=suite.limit
+    imported = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
+    model = open_model(Path(str(trial.checkpoint)), trial.model.corrections, text_folder=imported)
+    # A trial's folder lies in `trials` or `runs` of its workspace.
+    store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
+    conditions = Conditions(
+        precision=suite.precision, limit=suite.limit, batch_size=suite.batch_size, device=device
     )
-    evaluation.write(items_path)
-    return {
-        **evaluation.quality(),
-        "validation_loss": heldout_loss(decoder, store.folder),
-    }
+    measurer = ModelMeasurer(model, store, conditions)
+    measured = measurer.tasks(tasks)
+    loss = measurer.validation_loss(Path(suite.tokens_folder))
+    quality = {**measured.evaluation.quality(), "validation_loss": loss}
+    return trial.model_copy(update={"quality": quality, "evaluation": measured.keys})
 
 
-def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
-    """Return the mean next-token loss over held-out tokens, in nats, under the model's schedule."""
-    batches = validation_batches(
-        open_tokens(tokens_folder).validation,
-        context_length=decoder.config.context_length,
-        num_tokens=NUM_VALIDATION_TOKENS,
-        batch_size=16,
-    )
-    world = World(device=str(decoder.device))
-    return validation_loss(decoder, list(batches), decoder.schedule, precision="fp32", world=world)
+def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str, float]:
+    """Return what a training took; of a given checkpoint, what its own run took.
 
-
-def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
+    That run's record may be missing, damaged or of another step; only steps are known then.
+    """
+    if outcome is None:
+        checkpoint = Path(str(trial.checkpoint))
+        step = load_provenance(checkpoint).get("step", 0)
+        with suppress(UserError):
+            outcome = TrainingOutcome.read(checkpoint.parent / DONE_NAME)
+        if outcome is None or outcome.step != step:
+            return {"steps": float(step)}
     numbers = {
         "steps": outcome.step,
         "tokens": outcome.num_tokens,
@@ -191,14 +162,3 @@ def _training_numbers(outcome: TrainingOutcome) -> dict[str, float]:
     if outcome.shared_flops:
         numbers["shared_flops"] = outcome.shared_flops
     return numbers
-
-
-def _numbers_of_run(checkpoint: Path) -> dict[str, float]:
-    """Return what a checkpoint's own run took, if its record is there, whole, and of its step."""
-    step = load_provenance(checkpoint).get("step", 0)
-    outcome = None
-    with suppress(UserError):
-        outcome = TrainingOutcome.read(checkpoint.parent / DONE_NAME)
-    if outcome and outcome.step == step:
-        return _training_numbers(outcome)
-    return {"steps": float(step)}

@@ -132,6 +132,30 @@ def test_other_thresholds_reuse_equal_trials(finished: tuple[Path, str]) -> None
     assert "5 of 5 trials are finished and reused" in plan
 
 
+def test_what_the_sweep_measured_is_not_measured_again(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    folder = next((workspace / "sweeps").iterdir())
+    results = json.loads((folder / "results.json").read_text())["results"]
+    before = {path: path.stat().st_mtime_ns for path in (workspace / "evaluations").iterdir()}
+    for result in results:
+        schedule = ",".join(map(str, result["model"]["schedule"] or ()))
+        options = ["--schedule", schedule] if schedule else []
+        printed = run("evaluate", result["checkpoint"], *options, *small(), workspace=workspace)
+        assert "found again" in printed
+    run("export", results[1]["checkpoint"], *small(), workspace=workspace)
+    run("pick", workspace=workspace)
+    after = {path: path.stat().st_mtime_ns for path in (workspace / "evaluations").iterdir()}
+    assert after == before
+
+
+def test_another_suite_measures_without_training(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    before, num_before = _checkpoints(workspace), len(list((workspace / "evaluations").iterdir()))
+    run("sweep-threshold", *small("evaluation.limit=5"), workspace=workspace)
+    assert _checkpoints(workspace) == before
+    assert len(list((workspace / "evaluations").iterdir())) > num_before
+
+
 def test_commands_run_one_by_one(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
     assert "correction 2" in run("influence", "--metric", "relative", *small(), workspace=workspace)

@@ -48,13 +48,16 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     run_one = trial_rounds.run_tune_trial
 
     def measure_losses_only(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
+        from orchestrator.evaluation.measuring import heldout_loss
         from orchestrator.sweeping import trial_run
+        from orchestrator.training.model_loading import load_model
 
-        def measure(decoder: Any, suite: Any, items_path: Path) -> dict[str, float]:
-            loss = trial_run.heldout_loss(decoder, Path(suite.tokens_folder))
-            return {"validation_loss": loss}
+        def measure(trial: Trial, device: str) -> Trial:
+            model = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
+            loss = heldout_loss(model, Path(trial.suite.tokens_folder))
+            return trial.model_copy(update={"quality": {"validation_loss": loss}})
 
-        trial_run.measure_quality = measure
+        trial_run.measure_trial = measure
         return run_one(parameters, context)
 
     class Killer(Progress):

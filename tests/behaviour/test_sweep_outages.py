@@ -34,7 +34,9 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
 
         from orchestrator.sweeping import trial_run
 
-        trial_run.measure_quality = lambda *_: {"accuracy": 0.5}  # type: ignore[assignment]
+        trial_run.measure_trial = lambda trial, _: trial.model_copy(
+            update={"quality": {"accuracy": 0.5}}
+        )
         # No file may grow beyond this, as on a disk that is full.
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         room = 4096 if parameters["is_full"] else limits[1]

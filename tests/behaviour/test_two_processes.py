@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from changed_trials import with_job
+from changed_trials import with_accuracy, with_job
 
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
@@ -255,7 +255,7 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
 ) -> None:
     from orchestrator.sweeping import trial_run
 
-    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(trial_run, "measure_trial", with_accuracy)
     trial = with_checkpoints(tiny_plan.trials[1])
     job = trial.job
     assert job

@@ -52,7 +52,9 @@ def run_with_two(
         from orchestrator.sweeping import trial_run
         from orchestrator.sweeping.trial_queue import run_tune_trial
 
-        trial_run.measure_quality = lambda *_: {"accuracy": 0.5}  # type: ignore[assignment]
+        trial_run.measure_trial = lambda trial, _: trial.model_copy(
+            update={"quality": {"accuracy": 0.5}}
+        )
         return run_tune_trial(parameters, context)
 
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)

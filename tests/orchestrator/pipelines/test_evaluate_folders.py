@@ -28,10 +28,10 @@ from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.pipelines.importing import import_model
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import TrialSuite
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
-from orchestrator.sweeping.trial_run import measure_quality
+from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import (
     save_checkpoint,
@@ -240,7 +240,11 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         batch_size=4,
         vocabulary_folder=str(checkpoint),
     )
-    quality = measure_quality(decoder, suite, tmp_path / "items.json")
+    trial = Trial(
+        key="k", role="trial", model=decoder.config, suite=suite, checkpoint=str(checkpoint),
+        folder=str(workspace.trials / "k"),
+    )  # fmt: skip
+    quality = measure_trial(trial, "cpu").quality
     assert quality["accuracy"] == pytest.approx(ours.accuracy)
     assert quality["bits_per_byte"] == pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)
 

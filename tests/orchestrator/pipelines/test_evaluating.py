@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,20 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation import measuring
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import suite
-from orchestrator.pipelines import evaluating
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
+from orchestrator.pipelines.exporting import export
+from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.settings import EvaluationSettings
+from orchestrator.reporting.sweep_results import load_item_values
+from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.training.checkpoint import load_config, save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -84,13 +90,13 @@ def settings(tmp_path: Path) -> EvaluationSettings:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tasks that were run, in order."""
     names: list[str] = []
-    real = evaluating.run_suite
+    real = measuring.run_suite
 
     def recorded(suite: Any, *arguments: Any, **options: Any) -> EvaluationResult:
         names.extend(suite.tasks)
         return real(suite, *arguments, **options)
 
-    monkeypatch.setattr(evaluating, "run_suite", recorded)
+    monkeypatch.setattr(measuring, "run_suite", recorded)
     return names
 
 
@@ -135,6 +141,47 @@ def test_each_task_is_run_once(
     assert "5 items, found again" in lines.summary
     assert again.results["first"].values["acc"]
     assert len(list(workspace.evaluations.glob("*.json"))) == 2
+
+
+def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
+    checkpoint: Path,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    tiny_tokens: Path,
+    runs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load_config(checkpoint)
+    suite = plan_suite(settings, tiny_tokens, config, Progress())
+    cheaper = replace(config, schedule=IterationSchedule((1, 0)))
+    measured = []
+    for model in (config, cheaper):
+        trial = checkpoint_trial("trial", "x", checkpoint, model, suite, workspace)
+        run = run_trial(trial)
+        assert run.result
+        measured.append(run.result)
+    assert runs == 2 * ["first", "second"]
+    for model, result in zip((config, cheaper), measured, strict=True):
+        found = evaluate(checkpoint, settings, workspace, schedule=model.corrections)
+        assert found.quality().items() <= result.quality.items()
+        assert load_item_values(workspace, [result]) == {result.key: found}
+    folder = export(
+        Settings(evaluation=settings), workspace=workspace, model=checkpoint, to=tmp_path / "out"
+    )
+    assert (
+        f"| first | acc | {measured[0].quality['first/acc']:.4f} |"
+        in (folder / "README.md").read_text()
+    )
+    # Another suite measures what is new, and the loss over held-out tokens is known.
+    monkeypatch.setattr(measuring, "heldout_loss", pytest.fail)
+    write_task(tmp_path / "tasks", "third", ["k l"])
+    wider = settings.model_copy(update={"suite": "first,second,third"})
+    suite = plan_suite(wider, tiny_tokens, config, Progress())
+    run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
+    assert run.result
+    assert run.result.quality["validation_loss"] == measured[0].quality["validation_loss"]
+    assert runs == [*2 * ["first", "second"], "third"]
 
 
 def test_a_change_of_model_or_items_is_another_evaluation(

@@ -11,7 +11,7 @@ import pandas
 import pytest
 import torch
 from mlflow.types import DataType
-from sample_trials import sample_trial
+from sample_trials import sample_trial, with_items
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -25,7 +25,7 @@ from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.pick_rules import PickRule
-from orchestrator.reporting.sweep_results import StoredSweep, items_file_name
+from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import read_settings
 from orchestrator.training.checkpoint import save_checkpoint, weights_key
 from orchestrator.training.model_loading import load_model
@@ -205,13 +205,12 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
                 "checkpoint": str(folder),
             }
         )
-        seeds.append(result)
         task = TaskResult(
             name="choices", version="1", num_items=100, num_fewshot=0,
             metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
         )  # fmt: skip
-        items = EvaluationResult(results={"choices": task})
-        items.write(context.workspace.trials / "t" / items_file_name(result.key))
+        items = {result.key: EvaluationResult(results={"choices": task})}
+        seeds += with_items(context.workspace, [result], items)
     sweep.model_copy(update={"name": "seeds", "results": (full, *seeds)}).store(context.workspace)
     choice = pick_from(context, "seeds", PickRule(name="cheapest"), to=tmp_path / "seeds")
     assert choice.point.quality == pytest.approx(0.5)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from sample_trials import with_items
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
@@ -28,7 +29,6 @@ from orchestrator.reporting.sweep_results import (
     LEFT_OUT_TITLE,
     RESULTS_FILE,
     StoredSweep,
-    items_file_name,
     load_item_values,
     load_sweep_results,
 )
@@ -102,15 +102,15 @@ def test_other_axes_get_their_own_folder(workspace: Workspace, sweep: StoredSwee
 def test_paired_errors_come_from_the_stored_items(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    for key, evaluation in sample_evaluations.items():
-        evaluation.write(workspace.trials / "any" / items_file_name(key))
+    results = with_items(workspace, sweep.results, sample_evaluations)
+    sweep = sweep.model_copy(update={"results": results})
     written = write_sweep_report(workspace, sweep)
     assert written.report.front.basis is not None
     assert written.report.front.basis.num_items == 2000
     text = (written.folder / "front.md").read_text("utf-8")
     assert "### lastword (acc)" in text
     # A model with a damaged file has no confidence; the report is written all the same.
-    (workspace.trials / "any" / items_file_name(sweep.results[1].key)).write_text("{")
+    (workspace.evaluations / f"{sweep.results[1].key}-lastword.json").write_text("{")
     again = write_sweep_report(workspace, sweep)
     lacking = [p for p in again.report.front.points if p.confidence is None]
     assert [p.result.key for p in lacking] == [sweep.results[1].key]
@@ -166,9 +166,9 @@ def test_seeds_have_paired_errors_and_runs(
             return [SimpleNamespace(run_id=f"run of {run.key}") for run in runs]
 
     seeded = of_two_seeds(workspace, sweep)
-    for result in seeded.results:
-        found = sample_evaluations[result.key.partition("-")[0]]
-        found.write(workspace.trials / "any" / items_file_name(result.key))
+    found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in seeded.results}
+    results = with_items(workspace, seeded.results, found)
+    seeded = seeded.model_copy(update={"results": results})
     items = load_item_values(workspace, seeded.results)
     front = sweep_front(seeded, items, FrontAxes())
     tracking: Any = Runs()
@@ -195,8 +195,8 @@ def num_points(workspace: Workspace) -> int:
 def test_mlflow_holds_the_sweep_once(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    for key, evaluation in sample_evaluations.items():
-        evaluation.write(workspace.trials / "any" / items_file_name(key))
+    results = with_items(workspace, sweep.results, sample_evaluations)
+    sweep = sweep.model_copy(update={"results": results})
     tracking = open_tracking(workspace, warn=pytest.fail)
     tracking.run(sweep.key, name="toy", kind="sweep", tags={"iiet.sweep": "toy"})
     first = write_sweep_report(workspace, sweep, tracking=tracking)
@@ -281,9 +281,10 @@ def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: Sto
 def test_an_average_without_some_tasks_has_a_note(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    for key, evaluation in sample_evaluations.items():
-        less = evaluation.model_copy(update={"skipped": {"piqa": "it needs the hub"}})
-        less.write(workspace.trials / "any" / items_file_name(key))
+    skipped = {"skipped": {"piqa": "it needs the hub"}}
+    less = {key: found.model_copy(update=skipped) for key, found in sample_evaluations.items()}
+    results = with_items(workspace, sweep.results, less)
+    sweep = sweep.model_copy(update={"results": results})
     sentence = "Averages do not include piqa: it needs the hub."
     assert write_sweep_report(workspace, sweep).report.sentences[0] == sentence
     assert sentence in write_overlay_report(workspace, ["toy"]).report.sentences

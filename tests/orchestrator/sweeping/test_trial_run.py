@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from changed_trials import in_folder, with_job
+from changed_trials import in_folder, with_accuracy, with_job
 from filelock import FileLock
 
 from iiet.decoder import Decoder
+from orchestrator.evaluation import measuring
+from orchestrator.evaluation.harness import Suite
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
@@ -35,14 +37,18 @@ from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 WORKER = """
 import json, sys
 from pathlib import Path
+from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.sweeping import trial_run
+from orchestrator.training.model_loading import load_model
 
-def measure(decoder, suite, items_path):
-    with (items_path.parent / "measured").open("a") as file:
+def measure(trial, device):
+    with (Path(trial.folder) / "measured").open("a") as file:
         file.write("once\\n")
-    return {"validation_loss": trial_run.heldout_loss(decoder, suite.tokens_folder)}
+    decoder = load_model(Path(trial.checkpoint), schedule=trial.model.corrections)
+    loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
+    return trial.model_copy(update={"quality": {"validation_loss": loss}})
 
-trial_run.measure_quality = measure
+trial_run.measure_trial = measure
 print("ready", flush=True)
 for line in sys.stdin:
     run = trial_run.run_trial(trial_run.Trial.model_validate_json(line))
@@ -68,7 +74,7 @@ def trials(tiny_plan: SweepPlan) -> tuple[Trial, ...]:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure nothing, which would take tasks."""
-    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(trial_run, "measure_trial", with_accuracy)
 
 
 def starts(trial: Trial) -> int:
@@ -233,7 +239,9 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     def measure_nothing(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
         from orchestrator.sweeping import trial_run
 
-        trial_run.measure_quality = lambda *_: {"accuracy": 0.5}
+        trial_run.measure_trial = lambda trial, _: trial.model_copy(
+            update={"quality": {"accuracy": 0.5}}
+        )
         return rounds_function(parameters, context)
 
     class Told(Progress):
@@ -248,7 +256,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
             self.summary = summary
 
     monkeypatch.setattr(trial_rounds, "run_tune_trial", measure_nothing)
-    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(trial_run, "measure_trial", with_accuracy)
     run_trial(finished_meanwhile)
     progress = Told()
     rounds = trial_rounds.TrialQueue(
@@ -266,11 +274,13 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
 ) -> None:
     dtypes = []
 
-    def measure(decoder: Decoder, *_: object) -> dict[str, float]:
+    def loss(decoder: Decoder, _: Path) -> float:
         dtypes.append(decoder.embedding.weight.dtype)
-        return {"accuracy": 0.5}
+        return 1.0
 
-    monkeypatch.setattr(trial_run, "measure_quality", measure)
+    no_tasks = Suite(tasks={}, groups={}, skipped={})
+    monkeypatch.setattr(trial_run, "load_suite", lambda *_, **__: no_tasks)
+    monkeypatch.setattr(measuring, "heldout_loss", loss)
     teacher = trials[0]
     for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):
         trial = teacher.model_copy(update={"suite": suite})

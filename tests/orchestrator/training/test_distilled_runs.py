@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from changed_trials import with_accuracy
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -237,7 +238,7 @@ def test_a_control_is_trained_without_a_teacher(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trial_run, "measure_quality", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(trial_run, "measure_trial", with_accuracy)
     trial = _trial(control, teacher, tiny_tokens, tmp_path)
     started_from: list[Decoder] = []
     loaded: list[Path] = []

@@ -1,0 +1,152 @@
+"""Measure a model on tasks and held-out tokens; what the store holds is not measured again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from iiet.decoder import Decoder
+from orchestrator.data.batches import validation_batches
+from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.evaluated_model import EvaluatedModel
+from orchestrator.evaluation.harness import Suite, run_model, run_suite
+from orchestrator.evaluation.harness.run import OnResult
+from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.distributed import World
+from orchestrator.training.model_loading import AUTO
+from orchestrator.training.validation import validation_loss
+from orchestrator.workspace.provenance import content_key
+
+VALIDATION_LOSS = "validation_loss"
+NUM_VALIDATION_TOKENS = 65_536
+"""Tokens of the validation loss in the tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """How a model is measured; only precision and limit determine the numbers."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    limit: int | None = None
+    """Score only this many items of each task."""
+    batch_size: int = 32
+    device: str = AUTO
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation, the keys of its results in the store, and how many tasks were run for it."""
+
+    evaluation: EvaluationResult
+    keys: EvaluationKeys
+    num_run: int
+
+
+class ModelMeasurer:
+    """Measures one model; its weights are loaded when something has to be measured."""
+
+    def __init__(
+        self,
+        model: EvaluatedModel,
+        store: EvaluationStore,
+        conditions: Conditions,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model, self._store, self._conditions = model, store, conditions
+        self._progress = progress or Progress()
+
+    def tasks(self, suite: Suite) -> Measured:
+        """Measure the tasks of a suite.
+
+        Raises:
+            UserError: If the weights or the tokenizer are missing or damaged.
+        """
+        keys = {name: self._key(suite.fingerprint(name)) for name in suite.tasks}
+        found = {name: self._store.read(key) for name, key in keys.items()}
+        results = {name: result for name, result in found.items() if result}
+        missing = [name for name in suite.tasks if name not in results]
+
+        def store(result: TaskResult) -> None:
+            # One by one: what is measured survives an interruption.
+            self._store.write(keys[result.name], result)
+            results[result.name] = result
+
+        if missing:
+            self._run(suite.only(missing), store)
+        evaluation = EvaluationResult(
+            results={name: results[name] for name in suite.tasks},
+            groups=suite.groups,
+            skipped=suite.skipped,
+        )
+        stored = EvaluationKeys(tasks=keys, groups=suite.groups, skipped=suite.skipped)
+        return Measured(evaluation, stored, len(missing))
+
+    def validation_loss(self, tokens_folder: Path) -> float:
+        """Measure the mean loss over held-out tokens, in nats.
+
+        Raises:
+            UserError: If the weights or the tokens are missing or damaged.
+        """
+        fingerprint = open_tokens(tokens_folder).fingerprint
+        key = self._key(content_key(VALIDATION_LOSS, fingerprint, NUM_VALIDATION_TOKENS))
+        found = self._store.read(key)
+        if found is None:
+            loss = heldout_loss(self._decoder, tokens_folder)
+            found = TaskResult(name=VALIDATION_LOSS, version="1", metrics={VALIDATION_LOSS: loss})
+            self._store.write(key, found)
+        return found.metrics[VALIDATION_LOSS]
+
+    def _key(self, what: str) -> str:
+        # Models that transformers runs keep their own dtype.
+        precision = self._conditions.precision if self._model.config else None
+        limit = self._conditions.limit
+        return content_key("evaluation", [*self._model.key, precision], what, limit)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self._model.decoder(
+            DTYPES[self._conditions.precision], device=self._conditions.device
+        )
+
+    def _run(self, suite: Suite, on_result: OnResult) -> None:
+        model, conditions, progress = self._model, self._conditions, self._progress
+        if model.config is not None:
+            run_suite(
+                suite,
+                self._decoder,
+                model.tokenizer(),
+                batch_size=conditions.batch_size,
+                limit=conditions.limit,
+                progress=progress,
+                on_result=on_result,
+            )
+            return
+        # Imported here: transformers takes seconds, and our own models do without it.
+        from orchestrator.evaluation.harness.transformers_model import load_transformers_model
+
+        runner = load_transformers_model(
+            model.path,
+            batch_size=conditions.batch_size,
+            trust_remote_code=conditions.trust_remote_code,
+            prompts=suite.prompts,
+            progress=progress,
+        )
+        run_model(suite, runner, limit=conditions.limit, progress=progress, on_result=on_result)
+
+
+def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
+    """Return the mean next-token loss over held-out tokens, in nats, under the model's schedule."""
+    batches = validation_batches(
+        open_tokens(tokens_folder).validation,
+        context_length=decoder.config.context_length,
+        num_tokens=NUM_VALIDATION_TOKENS,
+        batch_size=16,
+    )
+    world = World(device=str(decoder.device))
+    return validation_loss(decoder, list(batches), decoder.schedule, precision="fp32", world=world)
