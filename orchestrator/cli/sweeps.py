@@ -54,6 +54,10 @@ def sweep_threshold(
         str | None, typer.Option(help="Unit of budgets: evaluations, flops or kv (bytes).")
     ] = None,
     selection: Annotated[str | None, typer.Option(help="threshold or knapsack.")] = None,
+    distilled_baselines: Annotated[
+        str | None,
+        typer.Option(help="Distill baselines of the students' FLOPs, too: vanilla,fewer_layers."),
+    ] = None,
     metric: MetricOption = None,
     control: ControlOption = None,
     seeds: SeedsOption = None,
@@ -75,6 +79,7 @@ def sweep_threshold(
         sweep__budgets=parse_numbers(budgets, "--budgets"),
         sweep__budget_unit=unit,
         sweep__selection=selection,
+        sweep__distilled_baselines=split_names(distilled_baselines),
         sweep__seeds=parse_seeds(seeds),
         influence__metric=metric,
         distillation__control=control,

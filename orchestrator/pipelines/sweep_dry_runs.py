@@ -37,6 +37,7 @@ from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import Settings
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_models, check_sweep, check_trial_devices
+from orchestrator.sweeping.distilled_baselines import costliest_distilled_baselines
 from orchestrator.sweeping.model_plans import (
     TEACHER,
     ScratchModel,
@@ -206,15 +207,18 @@ def _add_unknown_students(
     draft: _Draft, settings: Settings, teacher: ModelConfig, reason: str
 ) -> None:
     number = max_num_students(settings, teacher)
-    draft.unknown = costliest_students(settings, teacher, number)
+    students = costliest_students(settings, teacher, number)
+    baselines = costliest_distilled_baselines(settings, teacher)
+    draft.unknown = [*students, *baselines]
     priced = (
         "they are priced as if each made all of the teacher's corrections"
         if draft.unknown
         else "none of them is trained"
     )
+    more = f" and {format_count(len(baselines), 'distilled baseline')}" if baselines else ""
     draft.notes.append(
         f"{reason}, so its students' schedules are not known yet: at most "
-        f"{format_count(number, 'student')}; {priced}"
+        f"{format_count(number, 'student')}{more}; {priced}"
     )
 
 

@@ -32,6 +32,10 @@ from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models
+from orchestrator.sweeping.distilled_baselines import (
+    costliest_distilled_baselines,
+    distilled_baseline_trials,
+)
 from orchestrator.sweeping.model_plans import (
     TEACHER,
     ScratchModel,
@@ -49,6 +53,7 @@ from orchestrator.sweeping.student_plans import (
     threshold_plan,
 )
 from orchestrator.sweeping.trial_states import sweep_trial_group
+from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
 from orchestrator.training.first_stage import share_first_stages
@@ -120,6 +125,7 @@ def groups_of_sweep(
     waiting = [planned_training(job) for job in jobs.values() if not finished_outcome(job)]
     teacher = jobs[TEACHER].model
     students = costliest_students(settings, teacher, max_num_students(settings, teacher))
+    students += costliest_distilled_baselines(settings, teacher)
     return [
         pretraining_group(waiting, settings.cluster),
         sweep_trial_group(students, settings, workspace.teachers),
@@ -183,10 +189,11 @@ def plan_students(
             have the teacher's shape and tokens.
         make: Whether missing held-out tasks are made, and lm-eval's tasks loaded.
     """
-    tokens, full = tokens_folder_of(teacher, context.workspace), load_config(teacher)
+    workspace, full = context.workspace, load_config(teacher)
+    tokens = tokens_folder_of(teacher, workspace)
     left_out: dict[str, str] = {}
     if baselines is None:
-        known = find_baselines(context.workspace, teacher)
+        known = find_baselines(workspace, teacher)
         baselines, left_out = known.found, known.left_out
         for run, reason in left_out.items():
             context.progress.note(f"run {run}: {reason}")
@@ -196,13 +203,22 @@ def plan_students(
         check_template(checkpoint_tokenizer(teacher), suite.prompts)
     cost = schedule_cost(settings.sweep.budget_unit, full)
     is_search = settings.sweep.kind == "search"
+    members = choose_members(influence, settings.sweep, cost=cost) if influence else ()
+    beside = [
+        checkpoint_trial("baseline", label, folder, load_config(folder), suite, workspace)
+        for label, folder in baselines.items()
+    ]
+    if influence:
+        beside += distilled_baseline_trials(
+            settings, workspace, teacher=teacher, members=members, influence=influence, suite=suite
+        )
     plan = threshold_plan(
         settings,
-        context.workspace,
+        workspace,
         teacher=teacher,
-        members=choose_members(influence, settings.sweep, cost=cost) if influence else (),
+        members=members,
         suite=suite,
-        baselines=list(baselines.items()),
+        baselines=beside,
         left_out=left_out,
         name=None if is_search else name,
     )

@@ -1,7 +1,7 @@
 """A trial: one value from the plan of a sweep to tables, fronts, reports and MLflow.
 
-The full model (`teacher`) and models trained from scratch (`baseline`) have the same form, so that
-a front can hold all three. Numbers are in three flat mappings, named as the tracked metrics:
+The full model (`teacher`) and models of other kinds (`baseline`) have the same form, so that a
+front can hold all three. Numbers are in three flat mappings, named as the tracked metrics:
 `cost["evaluations"]` is the metric `cost/evaluations`. A number that was not measured is absent.
 
 Usual names. cost: evaluations, relative_evaluations, flops_per_token, relative_flops,
@@ -106,7 +106,8 @@ class Trial(Record):
     key: str
     """Hash of all that determines the result; the same trial in another sweep has the same key."""
     role: Role
-    """`trial`, `teacher` (the full model) or `baseline` (trained from scratch)."""
+    """`trial`, `teacher` (the full model) or `baseline` (a model of another kind, beside the
+    front)."""
     label: str = ""
     """Name in tables and figures."""
     model: Config
@@ -145,6 +146,11 @@ class Trial(Record):
     def method(self) -> str:
         """Registry key of the method: iiet, vanilla, pcformer."""
         return self.model.method
+
+    @property
+    def is_distilled_baseline(self) -> bool:
+        """Whether it is no schedule of its teacher, but learned from it."""
+        return self.role == "baseline" and self.parent is not None
 
     @property
     def schedule(self) -> tuple[int, ...] | None:

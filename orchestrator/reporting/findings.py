@@ -43,7 +43,13 @@ def findings(front: Front) -> list[str]:
         sentences.append(f"The best model is {describe_point(front, front.best)}.")
     choice = kept or full
     baselines = [point for point in front.points if point.is_baseline and point is not choice]
-    sentences += [_comparison(front, baseline, choice) for baseline in baselines]
+    for baseline in baselines:
+        peer = _peer(front, baseline)
+        sentences.append(
+            _comparison(front, baseline, peer, ", the schedule of the nearest cost,")
+            if peer
+            else _comparison(front, baseline, choice)
+        )
     if front.unmeasured:
         names = join_names([result.name for result in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
@@ -121,9 +127,21 @@ def _about_confidence(front: Front) -> list[str]:
     ]
 
 
-def _comparison(front: Front, baseline: FrontPoint, choice: FrontPoint) -> str:
+def _peer(front: Front, baseline: FrontPoint) -> FrontPoint | None:
+    """Return the schedule of nearest cost to a distilled baseline, which is made to match it."""
+    if not baseline.result.is_distilled_baseline:
+        return None
+    return min(
+        (point for point in front.points if point.result.role == "trial"),
+        key=lambda point: (abs(point.cost - baseline.cost), -front.goodness(point)),
+        default=None,
+    )
+
+
+def _comparison(front: Front, baseline: FrontPoint, choice: FrontPoint, about: str = "") -> str:
+    """Compare a baseline with a model; `about` says more of the model."""
     better, size, is_significant = _difference(front, baseline, choice)
-    other = full_name(front, choice)
+    other = full_name(front, choice) + about
     if not is_significant:
         claim = f"and {other} differ by less than these items can resolve ({size})"
     else:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from iiet.methods import METHODS
 from orchestrator.reporting.figure_style import DOTS_PER_INCH, GRAY, GRID, INK, ORANGE, SWEEP_COLORS
 from orchestrator.reporting.front_axes import (
     PAPER_COST_SHARE,
@@ -25,6 +26,7 @@ from orchestrator.reporting.front_axes import (
 from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.label_placement import LabelPlacer
 from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.terminal.formatting import format_count
 
 MAX_LABELED_LAYERS = 12
 BASELINE_MARKERS = "Ds^vP<"
@@ -124,14 +126,23 @@ def _draw_teachers_and_baselines(panel: Panel, front: Front) -> None:
     teachers = [point for point in front.points if point.result.role == "teacher"]
     star = {"marker": "*", "markersize": 14, "mfc": ORANGE, "mec": "black", "ecolor": ORANGE}
     _draw_points(panel, front, teachers, "teacher", {**star, "zorder": 5})
-    baselines = [point for point in front.points if point.is_baseline]
+    series: dict[str, list[FrontPoint]] = {}
+    for point in front.points:
+        if point.is_baseline:
+            series.setdefault(_series_name(front, point), []).append(point)
     hollow = {"markersize": 6, "mfc": "white", "mec": "black", "ecolor": GRAY, "zorder": 4}
-    if len(baselines) > len(BASELINE_MARKERS):
-        style = {**hollow, "marker": BASELINE_MARKERS[0]}
-        _draw_points(panel, front, baselines, "baseline", style)
-        return
-    for point, marker in zip(baselines, BASELINE_MARKERS, strict=False):
-        _draw_points(panel, front, [point], full_name(front, point), {**hollow, "marker": marker})
+    if len(series) > len(BASELINE_MARKERS):
+        series = {"baseline": [point for points in series.values() for point in points]}
+    for (name, points), marker in zip(series.items(), BASELINE_MARKERS, strict=False):
+        _draw_points(panel, front, points, name, {**hollow, "marker": marker})
+
+
+def _series_name(front: Front, baseline: FrontPoint) -> str:
+    """Return the legend's name: distilled baselines of one kind differ in their layers only."""
+    if not baseline.result.is_distilled_baseline:
+        return full_name(front, baseline)
+    method = baseline.result.method
+    return "fewer layers" if METHODS[method].has_corrections else f"{method}, distilled"
 
 
 def _draw_points(
@@ -199,6 +210,9 @@ def _add_labels(labels: LabelPlacer, front: Front) -> None:
     for point in front.points:
         if _is_trial(point) and not point.on_front:
             labels.add(point.cost, scale * point.quality, _label(point), color=GRAY)
+        elif point.result.is_distilled_baseline:
+            layers = format_count(point.result.model.num_layers, "layer")
+            labels.add(point.cost, scale * point.quality, layers, color=GRAY)
 
 
 def _label(point: FrontPoint) -> str:

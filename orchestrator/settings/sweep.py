@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from iiet.methods import METHODS
 from orchestrator.settings.model import BASELINE_METHOD, DEFAULT_METHOD, method_of_label
 from orchestrator.settings.section import Section
+from orchestrator.settings.training import MAX_STEPS
 from orchestrator.workspace.errors import quoted, shortened
 
 MAX_SEED = 2**32 - 1
@@ -45,6 +46,15 @@ class SweepSettings(Section):
     selection: Literal["threshold", "knapsack"] = "threshold"
     """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
     cost."""
+    distilled_baselines: tuple[Literal["vanilla", "fewer_layers"], ...] = ()
+    """Baselines that are distilled from the teacher, at the FLOPs of students: `vanilla`, of as
+    many layers as a student has evaluations, from random weights; `fewer_layers`, the teacher
+    without its least important layers."""
+    num_distilled_baselines: int = Field(default=3, ge=1)
+    """Largest number of distilled baselines of each kind, spread over the students' costs."""
+    distilled_vanilla_steps: int | None = Field(default=None, gt=0, le=MAX_STEPS)
+    """Optimizer steps of the distilled vanilla models. They train at their method's own rate in
+    `learning_rates`, and otherwise as students do (default: as many steps as students)."""
     iterations: tuple[int | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections of the IIETs that `sweep-iterations` pretrains: a number for all layers, a ramp
     over the depth (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""

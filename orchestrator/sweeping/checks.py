@@ -44,6 +44,8 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
             "sweep.kind=iterations trains models from scratch, which have no chat template; leave "
             "evaluation.apply_chat_template out"
         )
+    if sweep.distilled_baselines:
+        _check_distilled_baselines(settings)
     if kind == "search" and sweep.seeds:
         raise UserError(
             "a search distills each schedule once, and sweep.seeds is for threshold sweeps; "
@@ -110,6 +112,27 @@ def _check_thresholds(settings: Settings) -> None:
         raise UserError(
             f"sweep.thresholds: {below[0]:g} is below 0, which no influence of the metric "
             f"{settings.influence.metric} is; give thresholds of at least 0, such as 0.001,0.01"
+        )
+
+
+def _check_distilled_baselines(settings: Settings) -> None:
+    kind, distillation = settings.sweep.kind, settings.distillation
+    name = "sweep.distilled_baselines"
+    if kind == "iterations":
+        raise UserError(
+            f"{name} learn from a teacher, and sweep.kind=iterations has none; leave it out, or "
+            "set sweep.kind to threshold or search"
+        )
+    if distillation.control != "distill":
+        raise UserError(
+            f"{name} are distilled as students are, and distillation.control="
+            f"{distillation.control} distills nothing; leave one of the two out"
+        )
+    if distillation.hidden_weight:
+        raise UserError(
+            f"{name} have other numbers of layers than the teacher, and distillation.hidden_weight="
+            f"{distillation.hidden_weight:g} compares layer with layer; set it to 0, or leave "
+            f"{name} out"
         )
 
 

@@ -11,7 +11,12 @@ from rich.table import Table
 
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.sweeping.trial_states import TrialState
-from orchestrator.sweeping.trials import exact_cost, full_config, num_models
+from orchestrator.sweeping.trials import (
+    exact_cost,
+    full_config,
+    num_distilled_baselines,
+    num_models,
+)
 from orchestrator.terminal.formatting import format_bytes, format_count
 from orchestrator.terminal.layout import ResponsiveLayout
 
@@ -71,6 +76,8 @@ def plan_sentences(plan: SweepPlan, noun: str, states: Sequence[TrialState]) -> 
     )
     num_seeds = len({trial.seed for trial in plan.trials if trial.seed is not None})
     asked += f", each under {format_count(num_seeds, 'seed')}" if num_seeds else ""
+    if num_baselines := num_distilled_baselines(plan.trials):
+        asked += f"; {format_count(num_baselines, 'distilled baseline')}"
     num_more = num_models(plan.trials) - plan.num_distinct
     asked += f"; {num_more:,} more that the search suggested" if num_more else ""
 

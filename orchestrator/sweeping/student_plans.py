@@ -14,10 +14,16 @@ from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.settings import DistillationSettings, SearchSettings, Settings
+from orchestrator.settings import (
+    DistillationSettings,
+    SearchSettings,
+    Settings,
+    TrainingSettings,
+)
 from orchestrator.sweeping.trials import (
     checkpoint_trial,
     make_plan,
+    trained_trial,
 )
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.job import job_key, sequences_per_step
@@ -34,7 +40,7 @@ def threshold_plan(
     teacher: Path,
     members: Sequence[FamilyMember],
     suite: TrialSuite,
-    baselines: Sequence[tuple[str, Path]] = (),
+    baselines: Sequence[Trial] = (),
     left_out: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> SweepPlan:
@@ -48,7 +54,7 @@ def threshold_plan(
         teacher: Checkpoint of the full model.
         members: The schedules, costliest first; see `choose_members`.
         suite: What is measured.
-        baselines: Label and checkpoint of each baseline.
+        baselines: Models that stand beside the front.
         left_out: Name of a run that cannot be a baseline -> reason.
         name: Name of the sweep; made from its key when unset.
     """
@@ -61,10 +67,7 @@ def threshold_plan(
             trials.append(
                 student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
             )
-    trials += [
-        checkpoint_trial("baseline", label, folder, load_config(folder), suite, workspace)
-        for label, folder in baselines
-    ]
+    trials += baselines
     sweep = settings.sweep
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     plan = make_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
@@ -153,27 +156,46 @@ def costliest_students(
         teacher: The full model, trained or not.
         number: All students; seeds share them evenly.
     """
-    distillation = settings.distillation
-    if distillation.control == "pruned":
+    if settings.distillation.control == "pruned":
         return []
-    is_distilled = distillation.control == "distill"
-    loss = distillation_config(distillation) if is_distilled else DistillationConfig()
-    seeds = settings.sweep.seeds or (distillation.training.seed,)
-    recipes = [distillation.training.model_copy(update={"seed": seed}) for seed in seeds]
-    return [
-        PlannedTraining(
-            config=teacher,
-            recipe=recipe,
-            section="distillation.training",
-            teacher=teacher if is_distilled else None,
-            loss=loss,
-            cache=outputs_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
-            if is_distilled
-            else None,
-        )
-        for recipe in recipes
-        for _ in range(number // len(seeds))
-    ]
+    recipe, num_schedules = settings.distillation.training, number // len(sweep_seeds(settings))
+    return unplanned_trainings(settings, teacher, [(teacher, recipe)] * num_schedules)
+
+
+def unplanned_trainings(
+    settings: Settings,
+    teacher: ModelConfig,
+    models: Sequence[tuple[ModelConfig, TrainingSettings]],
+) -> list[PlannedTraining]:
+    """Return the trainings of models with each of the sweep's seeds.
+
+    Args:
+        teacher: Their teacher, trained or not.
+        models: Each model and how it trains, but for the seed.
+    """
+    is_distilled = settings.distillation.control == "distill"
+    loss = distillation_config(settings.distillation) if is_distilled else DistillationConfig()
+    found = []
+    for seed in sweep_seeds(settings):
+        for config, training in models:
+            recipe = training.model_copy(update={"seed": seed})
+            cache = outputs_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
+            found.append(
+                PlannedTraining(
+                    config=config,
+                    recipe=recipe,
+                    section="distillation.training",
+                    teacher=teacher if is_distilled else None,
+                    loss=loss,
+                    cache=cache if is_distilled else None,
+                )
+            )
+    return found
+
+
+def sweep_seeds(settings: Settings) -> tuple[int, ...]:
+    """Return the seeds that each student is trained with."""
+    return settings.sweep.seeds or (settings.distillation.training.seed,)
 
 
 def check_student_batch(distillation: DistillationSettings, config: ModelConfig) -> None:
@@ -239,25 +261,21 @@ def student_trial(
     job = student_job(
         distillation, teacher=teacher, config=config, tokens_folder=suite.tokens_folder
     )
-    if job and seed is not None:
-        job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"seed": seed})})
-    weights = job_key(job) if job else content_key("pruned", weights_key(teacher), config.to_dict())
-    folder = str(workspace.trials / weights)
-    group = str(config.corrections)
+    label = str(config.corrections)
     if distillation.control != "distill":
-        group += f", {distillation.control.replace('_', ' ')}"
+        label += f", {distillation.control.replace('_', ' ')}"
+    if job:
+        return trained_trial("trial", label, job, suite, workspace, member=member, seed=seed)
+    weights = content_key("pruned", weights_key(teacher), config.to_dict())
     return Trial(
         key=content_key("trial", weights, suite.key),
         role="trial",
-        label=group if seed is None else f"{group}, seed {seed}",
+        label=label,
         model=config,
-        folder=folder,
-        job=job.model_copy(update={"run_folder": folder}) if job else None,
-        checkpoint=None if job else str(teacher),
+        folder=str(workspace.trials / weights),
+        checkpoint=str(teacher),
         suite=suite,
         threshold_above=member.threshold_above,
         threshold_up_to=member.threshold_up_to,
         parent=weights_key(teacher),
-        seed=seed,
-        group=None if seed is None else group,
     )

@@ -13,7 +13,9 @@ from typing import Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
+from iiet.pruning import FamilyMember
 from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import (
     Role,
     Trial,
@@ -21,6 +23,7 @@ from orchestrator.records.trial import (
     teacher_or_costliest,
 )
 from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.job import job_key
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -79,6 +82,47 @@ def checkpoint_trial(
     )
 
 
+def trained_trial(
+    role: Role,
+    label: str,
+    job: TrainingJob,
+    suite: TrialSuite,
+    workspace: Workspace,
+    *,
+    member: FamilyMember | None = None,
+    seed: int | None = None,
+) -> Trial:
+    """Return the trial that trains a teacher's student, and measures it.
+
+    Args:
+        role: `trial` or `baseline`.
+        label: Name without the seed.
+        job: The training; its folder follows from its key.
+        suite: What is measured.
+        workspace: Where trials are stored.
+        member: Its thresholds are those that give this schedule.
+        seed: Seed of the training if the sweep has several; the recipe's when unset.
+    """
+    if seed is not None:
+        job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"seed": seed})})
+    weights = job_key(job)
+    folder = str(workspace.trials / weights)
+    return Trial(
+        key=content_key("trial", weights, suite.key),
+        role=role,
+        label=label if seed is None else f"{label}, seed {seed}",
+        model=job.model,
+        folder=folder,
+        job=job.model_copy(update={"run_folder": folder}),
+        suite=suite,
+        threshold_above=member.threshold_above if member else None,
+        threshold_up_to=member.threshold_up_to if member else None,
+        parent=job.provenance.get("teacher"),
+        seed=seed,
+        group=None if seed is None else label,
+    )
+
+
 def make_plan(
     kind: str,
     name: str | None,
@@ -105,6 +149,14 @@ def make_plan(
 
 
 def num_models(trials: Sequence[Trial]) -> int:
-    """Return the number of models that a sweep makes itself; seeds of one model count once."""
-    own = [trial for trial in trials if trial.role == "trial" or trial.job]
+    """Return the number of schedules or models that a sweep is about; seeds count once.
+
+    Baselines count where all models are trained from scratch.
+    """
+    own = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
     return len({trial.group or trial.key for trial in own})
+
+
+def num_distilled_baselines(trials: Sequence[Trial]) -> int:
+    """Return the number of baselines that a sweep distills; seeds of one count once."""
+    return len({t.group or t.key for t in trials if t.is_distilled_baseline})

@@ -20,8 +20,11 @@ def format_bytes(value: float) -> str:
 
 
 def format_parameters(count: float) -> str:
-    """Format a number of parameters in millions or billions: `1.5 M`, `1.34 B`."""
-    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+    """Format a number of parameters in thousands, millions or billions: `1.48 M`, `1.34 B`."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} K"
 
 
 def format_byte_parts(parts: Mapping[str, int]) -> str:

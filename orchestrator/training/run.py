@@ -264,8 +264,9 @@ class _Run:
         self.event("diverged", step=self.position.step, text=str(error))
         last = f"the last good checkpoint is {self.writer.checkpoint or 'none'}"
         section = self.job.section
-        # Only models from scratch can have a learning rate of their own in sweep.learning_rates.
-        own = " (or its own in sweep.learning_rates)" if section == "training" else ""
+        # Models from scratch, and vanilla ones that are distilled, may have a rate of their own.
+        has_own = section == "training" or (self.job.teacher_folder and not self.job.initial_folder)
+        own = " (or its own in sweep.learning_rates)" if has_own else ""
         return Diverged(
             f"{error}; {last}; lower {section}.learning_rate={self.job.recipe.learning_rate:g}"
             f"{own}, lengthen {section}.warmup_steps, or raise {section}.skip_bad_steps"

@@ -156,6 +156,38 @@ def test_another_suite_measures_without_training(finished: tuple[Path, str]) -> 
     assert len(list((workspace / "evaluations").iterdir())) > num_before
 
 
+def test_distilled_baselines_stand_beside_the_front(finished: tuple[Path, str]) -> None:
+    workspace, _ = finished
+    arguments = ["sweep-threshold", "--distilled-baselines", "vanilla,fewer_layers"]
+    arguments += ["--name", "fair", *small()]
+    plan = run(*arguments, "--dry-run", workspace=workspace)
+    labels = ["vanilla, 3 layers, distilled", "1 of 3 layers", "2 of 3 layers"]
+    assert all(label in plan for label in labels), plan
+    assert "3 distinct schedules; 4 distilled baselines" in plan
+    run(*arguments, workspace=workspace)
+    again = run(*arguments, "--dry-run", workspace=workspace)
+    assert "10 of 10 trials are finished and reused" in again
+    folder = workspace / "sweeps" / "fair"
+    table = (folder / "front.md").read_text()
+    assert all(word in table for word in ("parameters", *labels)), table
+    results = json.loads((folder / "results.json").read_text())["results"]
+    distilled = {r["label"]: r for r in results if r["role"] == "baseline" and r["parent"]}
+    assert len(distilled) == 4
+    students = [result for result in results if result["role"] == "trial"]
+    cost = {label: r["cost"]["flops_per_token"] for label, r in distilled.items()}
+    assert cost[labels[0]] == pytest.approx(students[-1]["cost"]["flops_per_token"], rel=0.05)
+    journals = {
+        label: (Path(r["checkpoint"]).parent / "journal.jsonl").read_text()
+        for label, r in distilled.items()
+    }
+    assert all("train/kl" in journal for journal in journals.values())
+    rows = json.loads((folder / "front.json").read_text())
+    assert "1 of 3 layers" in (folder / "front.html").read_text()
+    assert "1 of 3 layers" in json.dumps(rows)
+    picked = run("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
+    assert " layers" not in picked, "a baseline is never picked"
+
+
 def test_commands_run_one_by_one(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
     assert "correction 2" in run("influence", "--metric", "relative", *small(), workspace=workspace)

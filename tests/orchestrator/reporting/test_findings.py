@@ -43,6 +43,21 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
 
 
+def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
+    sample_results: list[Trial],
+) -> None:
+    (vanilla,) = (r for r in sample_results if r.label == "vanilla")
+    deep = vanilla.model_copy(
+        update={
+            "key": "deep", "label": "vanilla, 11 layers, distilled", "parent": "7e1c0ffee0000000",
+            "cost": {**vanilla.cost, "evaluations": 10.9},
+        }
+    )  # fmt: skip
+    said = findings(find_front([*sample_results, with_accuracy(deep, 0.3)]))
+    (about,) = (sentence for sentence in said if sentence.startswith("vanilla, 11 layers"))
+    assert "is worse than 0,1,1,1,1,1, the schedule of the nearest cost, by 14 points" in about
+
+
 def test_claims_have_their_confidence(
     sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:

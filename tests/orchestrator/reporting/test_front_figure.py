@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,29 @@ def test_front_shows_roles_steps_and_labels(sample_results: list[Trial]) -> None
     labels = boxes_of_labels(figure)
     assert "011111 (knee)" in labels
     assert "000000" in labels
+
+
+def test_distilled_baselines_of_one_kind_share_a_marker(sample_results: list[Trial]) -> None:
+    (vanilla,) = (r for r in sample_results if r.label == "vanilla")
+    (teacher,) = (r for r in sample_results if r.role == "teacher")
+    distilled = {"role": "baseline", "parent": teacher.key}
+    deep = [
+        vanilla.model_copy(
+            update={
+                **distilled, "key": f"deep{count}",
+                "model": dataclasses.replace(vanilla.model, num_layers=count),
+                "cost": {**vanilla.cost, "evaluations": count},
+            }
+        )
+        for count in (8, 16)
+    ]  # fmt: skip
+    fewer = teacher.model_copy(update={**distilled, "key": "fewer"})
+    figure = draw_front(find_front([*sample_results, *deep, fewer]))
+    names = names_in(figure.axes[0])
+    assert [name for name in names if "front" not in name and "trial" not in name] == [
+        "teacher", "vanilla", "r = 0 from scratch", "vanilla, distilled", "fewer layers"
+    ]  # fmt: skip
+    assert {"8 layers", "16 layers"} <= set(boxes_of_labels(figure))
 
 
 def test_labels_do_not_overlap(sample_results: list[Trial]) -> None:

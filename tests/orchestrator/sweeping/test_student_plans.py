@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from orchestrator.pipelines.sweep_plans import text_of_teacher
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import DistillationSettings, Settings, resolve_settings
+from orchestrator.sweeping.checks import check_sweep
+from orchestrator.sweeping.distilled_baselines import distilled_baseline_trials
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import student_job, threshold_plan
-from orchestrator.sweeping.trials import exact_cost
+from orchestrator.sweeping.trials import (
+    SweepPlan,
+    exact_cost,
+    num_distilled_baselines,
+    num_models,
+)
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
@@ -231,6 +239,61 @@ def test_seeds_are_trials_of_one_group(space: Workspace, teacher: Path, suite: T
     alone = _plan(resolve_settings({}, ["sweep.num_schedules=2"]), space, teacher, suite)
     # The recipe's own seed is 0: what a sweep without seeds has trained is found again.
     assert alone.trials[1].key == trials[0].key
+
+
+def test_distilled_baselines_are_trained_as_students_and_are_no_schedules(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    def plan(*more: str) -> tuple[SweepPlan, dict[str, TrainingJob]]:
+        settings = resolve_settings(
+            {}, ["sweep.distilled_baselines=[vanilla, fewer_layers]", "sweep.seeds=[3, 4]", *more]
+        )
+        table = replace(TABLE, layer_values=(0.2, 0.7))
+        members = choose_members(table, settings.sweep)
+        trials = distilled_baseline_trials(
+            settings, space, teacher=teacher, members=members, influence=table, suite=suite
+        )
+        whole = _plan(settings, space, teacher, suite, baselines=trials)
+        return whole, {t.label: t.job for t in whole.trials if t.job}
+
+    whole, jobs = plan("sweep.num_distilled_baselines=1")
+    baselines = [t for t in whole.trials if t.role == "baseline"]
+    assert [(t.group, t.seed) for t in baselines] == [
+        ("vanilla, 3 layers, distilled", 3), ("1 of 2 layers", 3),
+        ("vanilla, 3 layers, distilled", 4), ("1 of 2 layers", 4),
+    ]  # fmt: skip
+    assert (num_models(whole.trials), num_distilled_baselines(whole.trials)) == (4, 2)
+    assert all(t.parent == whole.trials[1].parent and not t.threshold_text for t in baselines)
+    student = jobs["1,0, seed 3"]
+    vanilla, smaller = (jobs[baseline.label] for baseline in baselines[:2])
+    assert smaller.kept_layers == (1,)
+    assert smaller.initial_folder == student.initial_folder
+    assert vanilla.initial_folder is None
+    for job in (smaller, vanilla):
+        assert job.teacher_folder == student.teacher_folder
+        assert (job.objective, job.distillation) == ("distill", student.distillation)
+    assert smaller.recipe == student.recipe
+    # Only the rate is another: that of vanilla models which start from random weights.
+    assert vanilla.recipe == student.recipe.model_copy(update={"learning_rate": 4e-3})
+    _, longer = plan("sweep.num_distilled_baselines=1", "sweep.distilled_vanilla_steps=500")
+    assert longer["vanilla, 3 layers, distilled, seed 3"].recipe.num_steps == 500
+    assert longer["1 of 2 layers, seed 3"] == smaller
+    assert longer["1,0, seed 3"] == student
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("sweep.kind=iterations", "sweep.kind=iterations has none"),
+        ("distillation.control=pruned", "control=pruned distills nothing"),
+        ("distillation.control=cross_entropy", "control=cross_entropy distills nothing"),
+        ("distillation.hidden_weight=0.5", "hidden_weight=0.5 compares layer with layer"),
+    ],
+)
+def test_distilled_baselines_that_cannot_be_are_refused(change: str, problem: str) -> None:
+    settings = resolve_settings({}, ["sweep.distilled_baselines=[vanilla]", change])
+    with pytest.raises(UserError, match=problem):
+        check_sweep(settings)
 
 
 def test_pruned_students_have_no_seeds(space: Workspace, teacher: Path, suite: TrialSuite) -> None:

@@ -32,6 +32,8 @@ from orchestrator.sweeping.trial_states import (
     sweep_trial_group,
     trial_states,
 )
+from orchestrator.sweeping.trials import checkpoint_trial
+from orchestrator.training.checkpoint import load_config
 from orchestrator.training.run import run_job
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
@@ -209,6 +211,8 @@ def test_fifty_thresholds_come_to_nine_schedules(
         num_tokens=64,
     )
 
+    suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
+
     def first_line(*assignments: str) -> str:
         chosen = settings("distillation.training.num_tokens_per_step=64", *assignments)
         plan = threshold_plan(
@@ -216,8 +220,17 @@ def test_fifty_thresholds_come_to_nine_schedules(
             open_workspace(tmp_path),
             teacher=teacher,
             members=choose_members(table, chosen.sweep),
-            suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
-            baselines=[("vanilla", teacher)],
+            suite=suite,
+            baselines=[
+                checkpoint_trial(
+                    "baseline",
+                    "vanilla",
+                    teacher,
+                    load_config(teacher),
+                    suite,
+                    open_workspace(tmp_path),
+                )
+            ],
         )
         return told(plan, chosen)[0]
 

@@ -29,6 +29,7 @@ from orchestrator.terminal.formatting import (
         (format_bytes(3 * 2**20), "3.0 MiB"),
         (format_bytes(1.5 * 2**30), "1.5 GiB"),
         (format_parameters(1_484_032), "1.48 M"),
+        (format_parameters(23_264), "23.3 K"),
         (format_parameters(1.34e9), "1.34 B"),
         (format_number(17410), "17,410"),
         (format_number(2.5), "2.5"),

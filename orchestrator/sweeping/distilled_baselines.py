@@ -1,0 +1,186 @@
+"""Choose the baselines that are distilled from a sweep's teacher, at the costs of its students.
+
+They are other ways to save the same FLOPs. `vanilla` is a plain decoder of the teacher's width with
+random weights; it has as many layers as a student has evaluations, so it may have more weights than
+the teacher. `fewer_layers` is the teacher without its least important layers, by block influence;
+the kept layers make as many corrections as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from iiet.dropping import kept_config, most_important_layers
+from iiet.influence import InfluenceTable
+from iiet.pruning import FamilyMember
+from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
+from orchestrator.settings.model import MAX_LAYERS
+from orchestrator.sweeping.model_plans import settings_of_model
+from orchestrator.sweeping.student_plans import student_job, unplanned_trainings
+from orchestrator.sweeping.trials import trained_trial
+from orchestrator.terminal.formatting import format_count
+from orchestrator.training.checkpoint import load_config
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilledBaseline:
+    """A baseline that learns from the teacher as its students do."""
+
+    label: str
+    """Name in tables and figures."""
+    config: ModelConfig
+    """The model."""
+    kept_layers: tuple[int, ...] | None = None
+    """Layers of the teacher that it starts from; None starts from random weights."""
+
+
+def choose_distilled_baselines(
+    sweep: SweepSettings,
+    full: ModelConfig,
+    members: Sequence[FamilyMember],
+    influence: InfluenceTable,
+) -> list[DistilledBaseline]:
+    """Return the baselines that a sweep asks for, cheapest first within each kind.
+
+    For each student the one whose FLOPs per decoded token are nearest is taken, and of these the
+    number asked for, spread from the cheapest to the costliest.
+
+    Args:
+        sweep: Kinds and number of baselines.
+        full: The teacher.
+        members: Schedules of the students; the teacher's own counts only if it is the only one.
+        influence: The teacher's table.
+
+    Raises:
+        UserError: If the teacher has one layer and a baseline is to have fewer.
+    """
+    schedules = {member.schedule for member in members}
+    cheaper = (schedules - {full.schedule}) or schedules
+    costs = sorted(_flops(replace(full, schedule=schedule)) for schedule in cheaper)
+    found: list[DistilledBaseline] = []
+    for kind in dict.fromkeys(sweep.distilled_baselines):
+        candidates = (
+            _vanilla(full) if kind == "vanilla" else _fewer_layers(full, influence.layer_values)
+        )
+        flops = [_flops(candidate.config) for candidate in candidates]
+        nearest = {
+            min(range(len(flops)), key=lambda number: abs(flops[number] - cost)) for cost in costs
+        }
+        numbers = _spread(sorted(nearest), sweep.num_distilled_baselines)
+        found += [candidates[number] for number in numbers]
+    return found
+
+
+def distilled_baseline_trials(
+    settings: Settings,
+    workspace: Workspace,
+    *,
+    teacher: Path,
+    members: Sequence[FamilyMember],
+    influence: InfluenceTable,
+    suite: TrialSuite,
+) -> list[Trial]:
+    """Return the trials of the chosen baselines, with each of the sweep's seeds."""
+    full = load_config(teacher)
+    baselines = choose_distilled_baselines(settings.sweep, full, members, influence)
+    trials = []
+    for seed in settings.sweep.seeds or (None,):
+        for baseline in baselines:
+            job = student_job(
+                settings.distillation,
+                teacher=teacher,
+                config=baseline.config,
+                tokens_folder=suite.tokens_folder,
+            )
+            assert job is not None, "check_sweep refuses controls"
+            own: dict[str, Any] = {"kept_layers": baseline.kept_layers}
+            if baseline.kept_layers is None:
+                own = {"recipe": vanilla_recipe(settings), "initial_folder": None}
+            job = job.model_copy(update=own)
+            label = baseline.label
+            trials.append(trained_trial("baseline", label, job, suite, workspace, seed=seed))
+    return trials
+
+
+def costliest_distilled_baselines(
+    settings: Settings, teacher: ModelConfig
+) -> list[PlannedTraining]:
+    """Return the trainings of the baselines of a teacher whose influence is unknown, at most.
+
+    They are as if each vanilla model had the most layers, and no other baseline dropped any.
+
+    Raises:
+        UserError: If the teacher has one layer and a baseline is to have fewer.
+    """
+    most, models = settings.sweep.num_distilled_baselines, []
+    for kind in dict.fromkeys(settings.sweep.distilled_baselines):
+        if kind == "vanilla":
+            models += [(_vanilla(teacher)[-1].config, vanilla_recipe(settings))] * most
+        else:
+            num_fewer = len(_fewer_layers(teacher, (0.0,) * teacher.num_layers))
+            models += [(teacher, settings.distillation.training)] * min(most, num_fewer)
+    return unplanned_trainings(settings, teacher, models) if models else []
+
+
+def vanilla_recipe(settings: Settings) -> TrainingSettings:
+    """Return how distilled vanilla models train: as students, but from random weights.
+
+    So they take the learning rate of vanilla models that are trained from scratch.
+    """
+    recipe = settings.distillation.training
+    rate = settings_of_model(settings, method=BASELINE_METHOD).training.learning_rate
+    steps = settings.sweep.distilled_vanilla_steps or recipe.num_steps
+    return recipe.model_copy(update={"learning_rate": rate, "num_steps": steps})
+
+
+def _vanilla(full: ModelConfig) -> list[DistilledBaseline]:
+    """Return the vanilla models of one layer and more, up to the teacher's evaluations."""
+    vanilla = replace(full, method=BASELINE_METHOD, method_options=None, schedule=None)
+    most = min(MAX_LAYERS, sum(full.evaluations_per_layer()))
+    return [
+        DistilledBaseline(
+            label=f"{BASELINE_METHOD}, {format_count(count, 'layer')}, distilled",
+            config=replace(vanilla, num_layers=count),
+        )
+        for count in range(1, 1 + most)
+    ]
+
+
+def _fewer_layers(full: ModelConfig, importance: Sequence[float]) -> list[DistilledBaseline]:
+    """Return the teacher with one layer, with two, and so on; not with all."""
+    if full.num_layers == 1:
+        raise UserError(
+            "sweep.distilled_baselines: a teacher of one layer has no layer to drop; leave "
+            "fewer_layers out"
+        )
+    kept = [most_important_layers(importance, count) for count in range(1, full.num_layers)]
+    return [
+        DistilledBaseline(
+            label=f"{len(layers)} of {full.num_layers} layers",
+            config=kept_config(full, layers),
+            kept_layers=layers,
+        )
+        for layers in kept
+    ]
+
+
+def _flops(config: ModelConfig) -> float:
+    return inference_cost(config).decode_flops_per_token
+
+
+def _spread(numbers: Sequence[int], most: int) -> list[int]:
+    """Return at most that many of the numbers: the first, the last, and evenly between them."""
+    if len(numbers) <= most:
+        return list(numbers)
+    if most == 1:
+        return [numbers[len(numbers) // 2]]
+    return [numbers[round(n * (len(numbers) - 1) / (most - 1))] for n in range(most)]
