@@ -53,7 +53,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.settings import BASELINE_METHOD, model_label
 from orchestrator.sweeping.checks import check_models, check_sweep
-from orchestrator.sweeping.model_plans import settings_at_rates, swept_models
+from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
 from orchestrator.sweeping.student_plans import check_student_batch
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
@@ -338,10 +338,9 @@ def _best_rate(tried: Mapping[float, Trial]) -> float:
 
 def _contenders(settings: Settings, two_stage_from: float | None) -> Iterable[_Contender]:
     models = []
-    for name, changes in swept_models(settings):
-        own = settings_at_rates(settings, **changes)
-        rates = tuple(each.training.learning_rate for each in own)
-        models.append(_Contender(name, own[0], rates))
+    for model in swept_models(settings):
+        rates = learning_rates(settings, model)
+        models.append(_Contender(model.name, settings_of(settings, model), rates))
     yield from models
     counts = [count for count in settings.sweep.iterations if isinstance(count, int) and count]
     correcting = [name for name in settings.sweep.methods if METHODS[name].has_corrections]

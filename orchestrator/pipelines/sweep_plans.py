@@ -41,8 +41,8 @@ from orchestrator.sweeping.model_plans import (
     ScratchModel,
     iterations_plan,
     max_num_students,
-    settings_at_rates,
-    swept_models,
+    settings_of,
+    swept_variants,
     teacher_and_baselines,
 )
 from orchestrator.sweeping.selection import choose_members, schedule_cost
@@ -156,18 +156,10 @@ def plan_iterations(
 
 
 def _models(settings: Settings) -> Iterator[SweepModel]:
-    for name, changes in swept_models(settings):
-        rates = settings_at_rates(settings, **changes)
-        for own in rates:
-            label = name
-            if len(rates) > 1:
-                label = f"{name}, rate {own.training.learning_rate:g}"
-            for seed in settings.sweep.seeds:
-                training = own.training.model_copy(update={"seed": seed})
-                seeded = own.model_copy(update={"training": training})
-                yield SweepModel(label=f"{label}, seed {seed}", settings=seeded, group=label)
-            if not settings.sweep.seeds:
-                yield SweepModel(label=label, settings=own)
+    for variant in swept_variants(settings):
+        group = None if variant.seed is None else variant.group
+        own = settings_of(settings, variant)
+        yield SweepModel(label=variant.label, settings=own, group=group)
 
 
 def plan_students(

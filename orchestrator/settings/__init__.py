@@ -10,7 +10,6 @@ from orchestrator.settings.model import (
     DEFAULT_METHOD,
     DataSettings,
     ModelSettings,
-    method_of_label,
     model_label,
 )
 from orchestrator.settings.resolve import (
@@ -47,7 +46,6 @@ __all__ = [
     "SweepSettings",
     "TrainingSettings",
     "flatten",
-    "method_of_label",
     "model_label",
     "read_settings",
     "resolve_settings",

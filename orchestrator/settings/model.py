@@ -93,8 +93,3 @@ def model_label(method: str, corrections: object) -> str:
     if not METHODS[method].has_corrections:
         return method
     return f"r = {corrections}" if method == DEFAULT_METHOD else f"{method}, r = {corrections}"
-
-
-def method_of_label(label: str) -> str:
-    """Return the method of a label; the inverse of `model_label`."""
-    return DEFAULT_METHOD if label.startswith("r = ") else label.split(", r = ")[0]

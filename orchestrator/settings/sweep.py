@@ -8,10 +8,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from iiet.methods import METHODS
-from orchestrator.settings.model import BASELINE_METHOD, DEFAULT_METHOD, method_of_label
+from orchestrator.settings.model import BASELINE_METHOD, DEFAULT_METHOD
 from orchestrator.settings.section import Section
 from orchestrator.settings.training import MAX_STEPS
 from orchestrator.workspace.errors import quoted, shortened
+
+_MODEL_WITH_COUNT = re.compile(r"((?P<method>.+), )?r = [0-9.,*]+")
+"""How users write a model with its corrections: `r = 3`, `other, r = 3..0`."""
 
 MAX_SEED = 2**32 - 1
 """Largest seed that every library's generator takes."""
@@ -112,8 +115,9 @@ class SweepSettings(Section):
             several = of_model if isinstance(of_model, tuple) else (of_model,)
             if not several or min(several) <= 0:
                 raise ValueError(f"a learning rate of {shortened(name)} is not above 0")
-            is_label = re.fullmatch(r"(.+, )?r = [0-9.,*]+", name) is not None
-            if name not in METHODS and not (is_label and method_of_label(name) in METHODS):
+            of_count = _MODEL_WITH_COUNT.fullmatch(name)
+            method = (of_count["method"] or DEFAULT_METHOD) if of_count else name
+            if method not in METHODS:
                 raise ValueError(
                     f"{quoted(name)} is not a model; name a method ({', '.join(METHODS)}), or the "
                     "corrections of an IIET, such as r = 3"

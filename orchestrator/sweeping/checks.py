@@ -10,8 +10,8 @@ from iiet.methods import METHODS
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
 from orchestrator.planning.resources import check_resources
 from orchestrator.planning.trial_gpus import assign_trial_gpus
-from orchestrator.settings import Settings, method_of_label
-from orchestrator.sweeping.model_plans import settings_of_model, swept_models
+from orchestrator.settings import Settings
+from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
 from orchestrator.sweeping.selection import check_budgets
 from orchestrator.sweeping.student_plans import check_student_batch, distillation_config
 from orchestrator.terminal.progress import Progress
@@ -77,15 +77,14 @@ def check_models(settings: Settings) -> None:
     vocab_size, kind = settings.data.vocab_size, settings.sweep.kind
     if kind == "iterations":
         problems = []
-        for _, changes in swept_models(settings):
+        models = list(swept_models(settings))
+        for model in models:
             try:
-                build_model_config(
-                    settings_of_model(settings, **changes).model, vocab_size=vocab_size
-                )
+                build_model_config(settings_of(settings, model).model, vocab_size=vocab_size)
             except UserError as error:
                 problems.append(str(error))
-        names = [name for name, _ in swept_models(settings)]
-        idle = [n for n in settings.sweep.learning_rates if "r = " in n and n not in names]
+        names = [model.name for model in models]
+        idle = [n for n in settings.sweep.learning_rates if n not in {*METHODS, *names}]
         if idle:
             problems.append(
                 f"sweep.learning_rates has a rate of {', '.join(idle)}, which is not swept; swept "
@@ -148,9 +147,7 @@ def _check_asha(settings: Settings) -> None:
             "sweep.asha looks for each model's best learning rate, under one seed; leave "
             "sweep.seeds out, and train the best rates under several seeds afterwards"
         )
-    rates = sweep.learning_rates.items()
-    swept = [own for name, own in rates if method_of_label(name) in sweep.methods]
-    if not any(isinstance(own, tuple) and len(own) > 1 for own in swept):
+    if not any(len(learning_rates(settings, model)) > 1 for model in swept_models(settings)):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
             "one; name several: --rates 1e-3,2e-3,4e-3, or sweep.learning_rates for each model"

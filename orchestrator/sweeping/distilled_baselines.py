@@ -22,7 +22,7 @@ from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
 from orchestrator.settings.model import MAX_LAYERS
-from orchestrator.sweeping.model_plans import settings_of_model
+from orchestrator.sweeping.model_plans import ModelVariant, learning_rates
 from orchestrator.sweeping.student_plans import student_job, unplanned_trainings
 from orchestrator.sweeping.trials import trained_trial
 from orchestrator.terminal.formatting import format_count
@@ -137,7 +137,7 @@ def vanilla_recipe(settings: Settings) -> TrainingSettings:
     So they take the learning rate of vanilla models that are trained from scratch.
     """
     recipe = settings.distillation.training
-    rate = settings_of_model(settings, method=BASELINE_METHOD).training.learning_rate
+    rate = learning_rates(settings, ModelVariant(method=BASELINE_METHOD))[0]
     steps = settings.sweep.distilled_vanilla_steps or recipe.num_steps
     return recipe.model_copy(update={"learning_rate": rate, "num_steps": steps})
 

@@ -7,7 +7,7 @@ iterations sweep trains methods and iteration counts, with learning rates and se
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from iiet.config import ModelConfig
@@ -24,13 +24,81 @@ from orchestrator.workspace.provenance import content_key
 TEACHER = "teacher"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelVariant:
+    """What distinguishes a model from the others that a sweep trains from scratch."""
+
+    method: str
+    corrections: int | str | tuple[int, ...] | None = None
+    """As in the settings; None for a method without corrections."""
+    learning_rate: float | None = None
+    """One of several rates of the model; None if it has only one."""
+    seed: int | None = None
+    """One of several seeds of the sweep; None if it has none."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model: `vanilla`, `r = 3`."""
+        return model_label(self.method, self.corrections)
+
+    @property
+    def group(self) -> str:
+        """Name with the learning rate; variants of one group are seeds of one model."""
+        return self.name + (f", rate {self.learning_rate:g}" if self.learning_rate else "")
+
+    @property
+    def label(self) -> str:
+        """Name with learning rate and seed, in tables and figures."""
+        return self.group + ("" if self.seed is None else f", seed {self.seed}")
+
+
+def swept_models(settings: Settings) -> Iterator[ModelVariant]:
+    """Yield the methods and iteration counts that a sweep trains."""
+    for method in settings.sweep.methods:
+        counts = settings.sweep.iterations if METHODS[method].has_corrections else (None,)
+        for count in counts:
+            yield ModelVariant(method=method, corrections=count)
+
+
+def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
+    """Yield the models that a sweep trains at each of their learning rates, under each seed."""
+    for model in swept_models(settings):
+        rates = learning_rates(settings, model)
+        for rate in rates if len(rates) > 1 else (None,):
+            for seed in settings.sweep.seeds or (None,):
+                yield replace(model, learning_rate=rate, seed=seed)
+
+
+def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
+    """Return the learning rates of a model: its own, its method's, else those of all."""
+    rates = settings.sweep.learning_rates
+    usual = rates.get(model.method, settings.training.learning_rate)
+    own = rates.get(model.name, usual)
+    return own if isinstance(own, tuple) else (own,)
+
+
+def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
+    """Return the settings of a variant, at its learning rate, or else its model's first one."""
+    changes: dict[str, Any] = {"method": variant.method}
+    if variant.corrections is not None:
+        changes["corrections"] = variant.corrections
+    if variant.method != settings.model.method:
+        changes["method_options"] = {}
+    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
+    recipe = {"learning_rate": variant.learning_rate or learning_rates(settings, variant)[0]}
+    if variant.seed is not None:
+        recipe["seed"] = variant.seed
+    training = settings.training.model_copy(update=recipe)
+    return settings.model_copy(update={"model": model, "training": training})
+
+
 def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the teacher and the baselines that a sweep trains."""
-    return {
-        TEACHER: settings_of_model(settings),
-        BASELINE_METHOD: settings_of_model(settings, method=BASELINE_METHOD),
-        model_label(settings.model.method, 0): settings_of_model(settings, corrections=0),
-    }
+    model = settings.model
+    teacher = ModelVariant(method=model.method, corrections=model.corrections)
+    baselines = (ModelVariant(method=BASELINE_METHOD), replace(teacher, corrections=0))
+    named = {TEACHER: teacher, **{baseline.name: baseline for baseline in baselines}}
+    return {name: settings_of(settings, variant) for name, variant in named.items()}
 
 
 def max_num_students(settings: Settings, teacher: ModelConfig) -> int:
@@ -43,40 +111,6 @@ def max_num_students(settings: Settings, teacher: ModelConfig) -> int:
         num_schedules = min(num_schedules, teacher.corrections.num_within)
     is_pruned = settings.distillation.control == "pruned"
     return num_schedules * (1 if is_pruned else max(1, len(sweep.seeds)))
-
-
-def swept_models(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and model settings of the methods and iteration counts that a sweep trains."""
-    for method in settings.sweep.methods:
-        if not METHODS[method].has_corrections:
-            yield method, {"method": method}
-            continue
-        for count in settings.sweep.iterations:
-            yield model_label(method, count), {"method": method, "corrections": count}
-
-
-def settings_of_model(settings: Settings, **changes: Any) -> Settings:
-    """Return the settings of another method or count, at that one's own (first) learning rate."""
-    return settings_at_rates(settings, **changes)[0]
-
-
-def settings_at_rates(settings: Settings, **changes: Any) -> list[Settings]:
-    """Return the settings of another method or count at each of its own learning rates."""
-    if changes.get("method", settings.model.method) != settings.model.method:
-        changes["method_options"] = {}
-    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
-    rates = settings.sweep.learning_rates
-    own = rates.get(model.method, settings.training.learning_rate)
-    own = rates.get(model_label(model.method, model.corrections), own)
-    return [
-        settings.model_copy(
-            update={
-                "model": model,
-                "training": settings.training.model_copy(update={"learning_rate": rate}),
-            }
-        )
-        for rate in (own if isinstance(own, Sequence) else (own,))
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

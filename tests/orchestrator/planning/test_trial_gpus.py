@@ -15,7 +15,7 @@ from orchestrator.settings import (
     resolve_settings,
 )
 from orchestrator.settings.shipped import shipped_sweeps
-from orchestrator.sweeping.model_plans import settings_of_model, swept_models, teacher_and_baselines
+from orchestrator.sweeping.model_plans import settings_of, swept_models, teacher_and_baselines
 from orchestrator.sweeping.student_plans import costliest_students
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
@@ -77,7 +77,7 @@ def trainings_of(settings: Settings) -> dict[str, list[PlannedTraining]]:
         return PlannedTraining(config=config, recipe=own.training)
 
     if settings.sweep.kind == "iterations":
-        models = [settings_of_model(settings, **changes) for _, changes in swept_models(settings)]
+        models = [settings_of(settings, model) for model in swept_models(settings)]
         return {"run": [], "trials": list(map(planned, models))}
     run = list(map(planned, teacher_and_baselines(settings).values()))
     return {"run": run, "trials": costliest_students(settings, run[0].config, 2)}

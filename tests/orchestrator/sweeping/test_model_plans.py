@@ -6,12 +6,14 @@ import pytest
 
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
-from orchestrator.settings import method_of_label, model_label, resolve_settings
+from orchestrator.settings import model_label, resolve_settings
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import (
-    settings_at_rates,
-    settings_of_model,
+    ModelVariant,
+    learning_rates,
+    settings_of,
     swept_models,
+    swept_variants,
     teacher_and_baselines,
 )
 from orchestrator.training.model_config import build_model_config
@@ -41,7 +43,6 @@ def test_labels_name_the_method_unless_it_is_the_usual_one(
     other: str, method: str, label: str
 ) -> None:
     assert model_label(method, 3) == label
-    assert method_of_label(label) == method
 
 
 def test_corrections_of_any_method_that_makes_some_are_swept(other: str) -> None:
@@ -53,12 +54,12 @@ def test_corrections_of_any_method_that_makes_some_are_swept(other: str) -> None
             "sweep.iterations=[0, 2]",
         ],
     )
-    assert dict(swept_models(settings)) == {
-        "vanilla": {"method": "vanilla"},
-        "r = 0": {"method": "iiet", "corrections": 0},
-        "r = 2": {"method": "iiet", "corrections": 2},
-        "other, r = 0": {"method": "other", "corrections": 0},
-        "other, r = 2": {"method": "other", "corrections": 2},
+    assert {model.name: (model.method, model.corrections) for model in swept_models(settings)} == {
+        "vanilla": ("vanilla", None),
+        "r = 0": ("iiet", 0),
+        "r = 2": ("iiet", 2),
+        "other, r = 0": ("other", 0),
+        "other, r = 2": ("other", 2),
     }
     check_models(settings)
 
@@ -67,14 +68,31 @@ def test_learning_rates_are_of_a_method_or_of_a_number_of_its_corrections(other:
     rates = "sweep.learning_rates={other: 3.0e-3, 'other, r = 2': [1.0e-3, 5.0e-4], r = 2: 7.0e-3}"
     settings = resolve_settings({}, [rates, "training.learning_rate=2e-3"])
 
-    def of(method: str, corrections: int) -> list[float]:
-        own = settings_at_rates(settings, method=method, corrections=corrections)
-        return [each.training.learning_rate for each in own]
+    def of(method: str, corrections: int) -> tuple[float, ...]:
+        return learning_rates(settings, ModelVariant(method=method, corrections=corrections))
 
-    assert of("other", 1) == [3e-3]
-    assert of("other", 2) == [1e-3, 5e-4]
-    assert of("iiet", 2) == [7e-3]
-    assert of("iiet", 1) == [2e-3]
+    assert of("other", 1) == (3e-3,)
+    assert of("other", 2) == (1e-3, 5e-4)
+    assert of("iiet", 2) == (7e-3,)
+    assert of("iiet", 1) == (2e-3,)
+
+
+def test_variants_have_a_label_for_each_rate_and_seed() -> None:
+    rates = "sweep.learning_rates={vanilla: 4.0e-3, r = 1: [1.0e-3, 5.0e-4]}"
+    changes = [rates, "sweep.iterations=[1]", "sweep.seeds=[0, 7]", "sweep.kind=iterations"]
+    settings = resolve_settings({}, changes)
+    variants = list(swept_variants(settings))
+    assert [variant.label for variant in variants] == [
+        "vanilla, seed 0",
+        "vanilla, seed 7",
+        "r = 1, rate 0.001, seed 0",
+        "r = 1, rate 0.001, seed 7",
+        "r = 1, rate 0.0005, seed 0",
+        "r = 1, rate 0.0005, seed 7",
+    ]
+    trainings = [settings_of(settings, variant).training for variant in variants]
+    assert [t.learning_rate for t in trainings] == [4e-3, 4e-3, 1e-3, 1e-3, 5e-4, 5e-4]
+    assert [t.seed for t in trainings] == [0, 7, 0, 7, 0, 7]
 
 
 @pytest.mark.parametrize("name", ["none, r = 2", "r = x", "other r = 2"])
@@ -121,8 +139,8 @@ def test_options_are_of_the_models_own_method(other: str) -> None:
         ],
     )
     options = {
-        name: build_model_config(settings_of_model(settings, **own).model, vocab_size=300).to_dict()
-        for name, own in swept_models(settings)
+        own.name: build_model_config(settings_of(settings, own).model, vocab_size=300).to_dict()
+        for own in swept_models(settings)
     }
     damped = [name for name, config in options.items() if "method_options" in config]
     assert damped == ["r = 0", "r = 1", "r = 2", "r = 3"]
