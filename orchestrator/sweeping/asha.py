@@ -12,14 +12,17 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from orchestrator.cluster.asha_scheduler import AshaByModel, Contestant, validation_losses
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.training.job import clear_stop_request, request_stop
 from orchestrator.workspace.journal import read_journal
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.asha_scheduler import AshaByModel
 
 STOPPED_NAME = "stopped-early.json"
 
@@ -114,6 +117,8 @@ def asha_scheduler(asha: Mapping[str, AshaTrial]) -> AshaByModel | None:
     """Return the Tune scheduler that stops a model's worse learning rates; None without ASHA."""
     if not asha:
         return None
+    from orchestrator.cluster.asha_scheduler import AshaByModel, Contestant  # Imports Ray.
+
     contestants = {
         key: Contestant(
             model=min([trial.folder, *trial.competitors.values()]),
@@ -151,6 +156,8 @@ def stop_early(asha: Mapping[str, AshaTrial], key: str, step: int, loss: float) 
 
 def _loss_near(step: int, folder: str) -> float:
     """Return a training's loss at the validation nearest to a step; infinite before the first."""
+    from orchestrator.cluster.asha_scheduler import validation_losses
+
     losses = validation_losses(read_journal(Path(folder))[0])
     return min(((abs(at - step), loss) for at, loss in losses), default=(0, math.inf))[1]
 
