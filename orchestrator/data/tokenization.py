@@ -38,6 +38,7 @@ from orchestrator.data.tokenizer import (
     train_tokenizer,
 )
 from orchestrator.settings import DataSettings
+from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
@@ -187,11 +188,11 @@ class TokenProgress(Progress):
         now = time.monotonic()
         self._first = self._first or (now, num_tokens, num_bytes)
         started, tokens_before, bytes_before = self._first
-        self._rate = f"{num_tokens / 1e6:,.1f}M tokens"
+        self._rate = f"{num_tokens:,} tokens"
         if seconds := now - started:
             self._rate += (
                 f", {(num_tokens - tokens_before) / seconds:,.0f} tokens/s, "
-                f"{(num_bytes - bytes_before) / seconds / 1e6:,.1f} MB/s"
+                f"{format_bytes((num_bytes - bytes_before) / seconds)}/s"
             )
         self.advance(self._done, self._text)
 

@@ -19,6 +19,7 @@ from orchestrator.evaluation.task_selection import newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.terminal.formatting import format_with_error
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.folders import Workspace
@@ -159,8 +160,8 @@ def _summary(evaluation: EvaluationResult) -> str:
     parts = []
     if "accuracy" in numbers:
         error = numbers.get("accuracy_stderr")
-        spread = f" ± {100 * error:.1f}" if error is not None else ""
-        parts.append(f"accuracy {100 * numbers['accuracy']:.1f}{spread} %")
+        accuracy = format_with_error(numbers["accuracy"], error, is_percent=True)
+        parts.append(f"accuracy {accuracy}%")
     if "bits_per_byte" in numbers:
         parts.append(f"{numbers['bits_per_byte']:.3f} bits per byte")
     if evaluation.skipped:

@@ -22,6 +22,7 @@ from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings
+from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import (
     TOKEN_IDS,
@@ -149,7 +150,7 @@ def export_checkpoint(
     except ValueError as error:  # The source of another package's method cannot be copied.
         raise UserError(f"cannot export this model: {error}") from None
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    progress.finish(f"{num_bytes / 1e6:.1f} MB with code, tokenizer and card")
+    progress.finish(f"{format_bytes(num_bytes)} with code, tokenizer and card")
     return folder
 
 

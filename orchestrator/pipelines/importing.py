@@ -16,6 +16,7 @@ from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.imported_text import read_model_text_files
+from orchestrator.terminal.formatting import format_parameters
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import TOKENIZER, load_provenance, save_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_intact_checkpoint
@@ -94,8 +95,8 @@ def import_model(
                 "environment": environment(),
             },
         )
-    count = num_parameters(config) / 1e6
-    progress.finish(f"{origin}: {config.method}, {count:.3g} million parameters")
+    count = format_parameters(num_parameters(config))
+    progress.finish(f"{origin}: {config.method}, {count} parameters")
     return checkpoint
 
 

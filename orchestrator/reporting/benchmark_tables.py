@@ -65,7 +65,7 @@ def share_table(costs: Sequence[MeasuredCost], phase: str) -> ResponsiveLayout:
         return lambda cost: f"{100 * cost.shares[phase].predicted[prediction]:.1f}"
 
     def error(prediction: str) -> Callable[[MeasuredCost], str]:
-        return lambda cost: f"{100 * cost.shares[phase].residual(prediction):+.1f} %"
+        return lambda cost: f"{cost.shares[phase].residual(prediction):+.1%}"
 
     columns: Columns = [
         ("measured", measured),
@@ -96,8 +96,8 @@ def prediction_error_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
             for prediction in (PREDICTION, SIMPLEST)
         }
         sentences.append(
-            f"{phase}: {PREDICTION} predict every share within {100 * errors[PREDICTION]:.1f} % "
-            f"of it, {SIMPLEST} alone within {100 * errors[SIMPLEST]:.1f} %"
+            f"{phase}: {PREDICTION} predict every share within {errors[PREDICTION]:.1%} "
+            f"of it, {SIMPLEST} alone within {errors[SIMPLEST]:.1%}"
         )
     return sentences
 

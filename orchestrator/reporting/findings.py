@@ -181,5 +181,5 @@ def _difference(front: Front, baseline: FrontPoint, choice: FrontPoint) -> tuple
 
 def _quality(front: Front, point: FrontPoint) -> str:
     name = metric_title(front.axes.quality).lower()
-    percent = " %" if is_accuracy(front.axes.quality) else ""
+    percent = "%" if is_accuracy(front.axes.quality) else ""
     return f"{name} {quality_text(front, point)}{percent}"

@@ -27,7 +27,7 @@ from orchestrator.reporting.front_text import (
 )
 from orchestrator.reporting.markdown import markdown_table
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint, PairedComparison
-from orchestrator.terminal.formatting import format_parameters, format_with_error
+from orchestrator.terminal.formatting import format_bytes, format_parameters, format_with_error
 
 TASK_TABLES_NOTE = (
     f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
@@ -168,17 +168,11 @@ def _parameters(front: Front, point: FrontPoint) -> str:
 
 
 def _percent(share: float | None, digits: int) -> str:
-    return "" if share is None else f"{100 * share:.{digits}f}%"
+    return "" if share is None else f"{share:.{digits}%}"
 
 
 def _bytes(count: float | None) -> str:
-    if count is None:
-        return ""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024 or unit == "MiB":
-            break
-        count /= 1024
-    return f"{count:.3g} {unit}"
+    return "" if count is None else format_bytes(count)
 
 
 def _width(front: Front, column: FrontColumn) -> int:

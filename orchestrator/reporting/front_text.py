@@ -76,7 +76,7 @@ def hypervolume_text(front: Front) -> str:
         return ""
     quality, cost = metric_title(front.axes.quality).lower(), metric_title(front.axes.cost)
     is_percent = is_accuracy(front.axes.quality)
-    unit = " %" if is_percent else ""
+    unit = "%" if is_percent else ""
     low, high = (
         format_with_error(number, None, is_percent=is_percent) + unit
         for number in (box.quality, box.full_quality)

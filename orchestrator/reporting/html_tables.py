@@ -14,6 +14,7 @@ from orchestrator.reporting.front_tables import (
     task_tables,
 )
 from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.terminal.formatting import BYTE_UNITS
 
 # Light to dark, one for each number of corrections; higher numbers share the last.
 STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")
@@ -114,9 +115,9 @@ def _classes(column: FrontColumn) -> str:
 
 
 def _sort_value(text: str) -> str:
-    # The number at the start of the cell, in bytes for KiB and MiB; else the text.
+    # The number at the start of the cell, in bytes if it has a unit of them; else the text.
     words = text.removeprefix(">").rstrip("%").split()
-    units = {"KiB": 1024, "MiB": 1024**2}
+    units = {unit: 1024**power for power, unit in enumerate(BYTE_UNITS)}
     try:
         return str(float(words[0]) * (units.get(words[1], 1) if len(words) > 1 else 1))
     except (ValueError, IndexError):

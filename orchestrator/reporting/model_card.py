@@ -16,6 +16,7 @@ from orchestrator.evaluation.heldout import TASKS as HELDOUT_TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.terminal.formatting import format_parameters
 
 OMITTED_PROVENANCE = ("checksums", "environment", "recipe", "distillation", "imported")
 """Parts of a provenance that have their own lines, or mean nothing outside the run's folder."""
@@ -60,7 +61,7 @@ class ModelCard:
 
     def _summary(self) -> str:
         config, cost = self.config, inference_cost(self.config)
-        size = f"{cost.num_parameters / 1e6:.4g} million parameters"
+        size = f"{format_parameters(cost.num_parameters)} parameters"
         text = (
             f"A causal language model of method `{config.method}` with {size}: "
             f"{config.num_layers} layers of width {config.dim}, {config.vocab_size:,} tokens, a "

@@ -15,7 +15,7 @@ from orchestrator.terminal.formatting import (
     format_byte_parts,
     format_bytes,
     format_count,
-    format_hours_range,
+    format_duration_range,
 )
 
 
@@ -81,11 +81,12 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     yield "to train", f"{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs"
     rate, device = price.rate, "GPU" if price.uses_gpus else "CPU"
     shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
+    duration = format_duration_range(*(3600 * hours for hours in price.hours))
     yield (
         "time",
-        f"{format_hours_range(*price.hours)} on {format_count(price.num_devices, device)}, at "
-        f"{shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s each ({rate.source}); validation, "
-        "saving and measuring come on top",
+        f"{duration} on {format_count(price.num_devices, device)}, at {shares}% of "
+        f"{rate.peak_flops / 1e12:,.3g} TFLOP/s each ({rate.source}); validation, saving and "
+        "measuring come on top",
     )
     memory = sum(price.memory.values())
     yield "memory", f"{format_bytes(memory)} for each worker: {format_byte_parts(price.memory)}"

@@ -41,7 +41,7 @@ def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Contain
         "thresholds": [state.trial.threshold_text for state in states],
         "rate": ["" if rate is None else f"{rate:g}" for rate in rates],
         "NFE": [f"{cost['evaluations']:.0f}" for cost in costs],
-        "FLOPs": [f"{100 * cost['relative_flops']:.0f} %" for cost in costs],
+        "FLOPs": [f"{cost['relative_flops']:.0%}" for cost in costs],
         "KV/token": [format_bytes(cost["kv_bytes_per_token"]) for cost in costs],
         "state": [state.text for state in states],
     }

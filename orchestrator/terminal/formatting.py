@@ -1,4 +1,7 @@
-"""Format numbers for people: counts, durations, bytes, FLOP rates, errors, schedules."""
+"""Format numbers for people: counts, durations, bytes, errors, schedules.
+
+A percent sign follows its number without a space, as in `f"{share:.0%}"`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,16 @@ def format_count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
 def format_bytes(value: float) -> str:
-    """Format bytes as GiB, MiB or KiB."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value / 1024:.1f} KiB"
+    """Format bytes with three digits: `512 B`, `1.5 GiB`."""
+    for unit in BYTE_UNITS[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} {BYTE_UNITS[-1]}"
 
 
 def format_parameters(count: float) -> str:
@@ -37,25 +44,17 @@ def format_number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def format_seconds(seconds: float) -> str:
-    """Format a duration in short units: `12 s`, `3 min`, `1.5 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+def format_duration(seconds: float) -> str:
+    """Format a duration in the largest unit that fits: `12 s`, `2.5 min`, `1.5 h`, `3 days`."""
+    units = (("days", 48 * 3600, 24 * 3600), ("h", 3600, 3600), ("min", 60, 60), ("s", 0, 1))
+    unit, size = next((unit, size) for unit, least, size in units if seconds >= least)
+    number = seconds / size
+    return f"{number:,.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
 
 
-def format_hours_range(least: float, most: float) -> str:
-    """Format a range of hours: `2 to 3 hours`."""
-    return _range(format_hours(least), format_hours(most))
-
-
-def format_hours(hours: float) -> str:
-    """Format hours as seconds, minutes, hours or days."""
-    if hours < 1 / 60:
-        return f"{hours * 3600:.2g} seconds"
-    if hours < 1:
-        return f"{hours * 60:.2g} minutes"
-    return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
+def format_duration_range(least: float, most: float) -> str:
+    """Format a range of seconds: `2 to 3 h`."""
+    return _range(format_duration(least), format_duration(most))
 
 
 def _range(first: str, second: str) -> str:

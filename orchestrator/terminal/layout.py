@@ -43,8 +43,8 @@ def _folded(line: Text, width: int) -> list[Text]:
     # Rich's own wrapping would break long words.
     parts = []
     end = 0
-    # A number and its error stay together, as in `44.5 ± 1.2 %`.
-    text = re.sub(" (?=± |%)|(?<=±) ", "\u00a0", line.plain)
+    # A number and its error stay together, as in `44.5 ± 1.2%`.
+    text = re.sub(" (?=± )|(?<=±) ", "\u00a0", line.plain)
     for paragraph in text.split("\n"):
         indent = " " * (len(paragraph) - len(paragraph.lstrip(" ")))
         wrapped = textwrap.wrap(

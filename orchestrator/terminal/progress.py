@@ -16,7 +16,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from orchestrator.terminal.formatting import format_number, format_seconds
+from orchestrator.terminal.formatting import format_duration, format_number
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.credentials import mask_secrets
 
@@ -66,8 +66,8 @@ class _ConsoleProgress(Progress):
 
     def finish(self, summary: str) -> None:
         self.close()
-        seconds = time.monotonic() - self._started
-        print_line(self.console, self._headline().append(f" {summary} ({seconds:.0f} s)"))
+        duration = format_duration(round(time.monotonic() - self._started))
+        print_line(self.console, self._headline().append(f" {summary} ({duration})"))
 
     def _headline(self) -> Text:
         return Text(f"{self._title}:")
@@ -91,7 +91,7 @@ class PlainProgress(_ConsoleProgress):
         threading.Thread(target=self._repeat_state, args=(self._ended,), daemon=True).start()
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        left = f", {format_seconds(seconds_left)} left" if seconds_left else ""
+        left = f", {format_duration(round(seconds_left))} left" if seconds_left else ""
         self._state = f"{self._share(done)} {text}{left}".strip()
         self._print_state()
 
@@ -113,7 +113,7 @@ class PlainProgress(_ConsoleProgress):
             if now - self._printed < SECONDS_BETWEEN_LINES:
                 return
             self._printed = now
-            seconds = f"{format_seconds(now - self._started)} so far"
+            seconds = f"{format_duration(round(now - self._started))} so far"
             state = ", ".join(filter(None, (self._state, seconds)))
             print_line(self.console, f"  {self._title}: {state}")
 
@@ -154,7 +154,9 @@ class BarProgress(_ConsoleProgress):
             self._bar.update(self._task, total=self._total, share=share)
         self._bar.update(self._task, completed=done, text=text)
         left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
-        self._bar.update(self._task, left="" if left is None else f"{format_seconds(left)} left")
+        self._bar.update(
+            self._task, left="" if left is None else f"{format_duration(round(left))} left"
+        )
 
     def close(self) -> None:
         if self._bar:

@@ -241,4 +241,4 @@ def test_progress_shows_rates(
     monkeypatch.setattr(tokenization, "DOCUMENTS_PER_BATCH", 10)
     progress = Texts()
     prepare(settings, workspace, progress)
-    assert any(re.search(r"M tokens, [\d,]+ tokens/s, [\d.]+ MB/s", t) for t in progress.texts)
+    assert any(re.search(r"\d tokens, [\d,]+ tokens/s, [\d.]+ \wi?B/s", t) for t in progress.texts)

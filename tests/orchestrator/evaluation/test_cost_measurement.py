@@ -71,7 +71,7 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(
                 assert share.predicted["evaluations"] == 2 / 5
                 assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
     lines = benchmark_tables.prediction_error_sentences(costs)
-    assert lines[0].startswith("decoding: FLOPs predict every share within 0.0 % of it")
+    assert lines[0].startswith("decoding: FLOPs predict every share within 0.0% of it")
 
 
 def test_a_share_that_differs_from_the_prediction_is_reported(
@@ -85,7 +85,7 @@ def test_a_share_that_differs_from_the_prediction_is_reported(
     assert none.residual() == pytest.approx(none.measured / none.predicted["FLOPs"] - 1)
     assert none.residual("evaluations") > none.residual() > 0.10
     most = max(share.residual() for share in shares)
-    assert f"within {100 * most:.1f} % of it" in line
+    assert f"within {most:.1%} of it" in line
 
 
 def test_peak_bytes_counts_allocations_exactly() -> None:

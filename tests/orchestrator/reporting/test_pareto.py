@@ -88,7 +88,7 @@ def test_where_all_are_trained_from_scratch_a_baseline_competes() -> None:
     )
     assert front.members_beaten_by(front.members[0]) == ()
     told = findings(front)
-    assert "vanilla (accuracy 40.0 ± 1.0 %) is worse than full by 10" in " ".join(told)
+    assert "vanilla (accuracy 40.0 ± 1.0%) is worse than full by 10" in " ".join(told)
 
 
 def test_methods_without_corrections_have_a_front_of_their_own() -> None:

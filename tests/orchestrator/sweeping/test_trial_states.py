@@ -95,11 +95,11 @@ def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
     found = rows(tiny_plan, settings())
     assert "model thresholds NFE FLOPs KV/token state" in found
     # Keys and values of 16 numbers in each evaluation; FLOPs beside the 40,672 of the full model.
-    assert "teacher 5 100 % 0.6 KiB to measure" in found
-    assert "2,1 <=0.1 5 100 % 0.6 KiB to train" in found
-    assert "1,1 0.1 to 0.3 4 85 % 0.5 KiB to train" in found
-    assert "1,0 0.3 to 0.5 3 69 % 0.4 KiB to train" in found
-    assert "0,0 >0.5 2 54 % 0.2 KiB finished" in found
+    assert "teacher 5 100% 640 B to measure" in found
+    assert "2,1 <=0.1 5 100% 640 B to train" in found
+    assert "1,1 0.1 to 0.3 4 85% 512 B to train" in found
+    assert "1,0 0.3 to 0.5 3 69% 384 B to train" in found
+    assert "0,0 >0.5 2 54% 256 B finished" in found
 
 
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     )
     assert "at 10 to 50% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["time"]
     assert words["disk"].startswith(
-        "at most 3.4 MiB: checkpoints 475.2 KiB, teacher outputs 2.9 MiB; "
+        "at most 3.4 MiB: checkpoints 475 KiB, teacher outputs 2.94 MiB; "
     )
     assert words["on this machine"] == "it fits"
 
@@ -165,7 +165,7 @@ def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> 
     assert price.num_tokens == (3 * 40 + 10) * STEP
     assert spent == 30 * STEP * (114_816 + TEACHER)
     assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
-    assert "2,1 <=0.1 5 100 % 0.6 KiB from step 30" in rows(tiny_plan, chosen)
+    assert "2,1 <=0.1 5 100% 640 B from step 30" in rows(tiny_plan, chosen)
     assert told(tiny_plan, chosen)[1] == ("0 of 5 trials are finished and reused, 1 partly trained")
     begin(student, 40)
     assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"

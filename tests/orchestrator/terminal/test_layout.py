@@ -10,7 +10,7 @@ from rich.text import Text
 
 from orchestrator.terminal.layout import ResponsiveLayout, print_line
 
-SUMMARY = "accuracy 44.5 ± 1.2 %, 2.345 bits per byte, 12,345 items of all the tasks together"
+SUMMARY = "accuracy 44.5 ± 1.2%, 2.345 bits per byte, 12,345 items of all the tasks together"
 
 
 def terminal(width: int) -> Console:

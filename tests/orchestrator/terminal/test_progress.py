@@ -15,7 +15,7 @@ from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.terminal.progress import BarProgress, PlainProgress
 
 WIDTHS = (60, 80, 200)
-SUMMARY = "accuracy 44.5 ± 1.2 %, 2.345 bits per byte, 12,345 items of all the tasks together"
+SUMMARY = "accuracy 44.5 ± 1.2%, 2.345 bits per byte, 12,345 items of all the tasks together"
 
 
 def terminal(width: int) -> Console:
@@ -37,7 +37,7 @@ def test_a_finished_line_is_folded_between_words(width: int) -> None:
     lines = [line for line in printed(console).splitlines() if line.strip()]
     words = " ".join(lines[-6:]).split()
     assert all(len(line.rstrip()) <= width for line in lines)
-    assert sum("44.5 ± 1.2 %," in line for line in lines) == 2
+    assert sum("44.5 ± 1.2%," in line for line in lines) == 2
     for word in SUMMARY.split():
         assert words.count(word) >= 2, (word, lines)
 

@@ -77,9 +77,9 @@ def test_lines_and_bar_show_the_time_left(monkeypatch: pytest.MonkeyPatch) -> No
     with PlainProgress(Console(file=out, width=100)) as plain:
         plain.start("pretrain", 100)
         plain.advance(10, "loss 5.5", seconds_left=150.0)
-    assert "pretrain: 10/100 loss 5.5, 2 min left" in out.getvalue()
+    assert "pretrain: 10/100 loss 5.5, 2.5 min left" in out.getvalue()
     out = io.StringIO()
     with BarProgress(Console(file=out, width=100, force_terminal=True)) as bar:
         bar.start("pretrain", 100)
         bar.advance(10, "loss 5.5", seconds_left=7200.0)
-    assert "2.0 h left" in out.getvalue()
+    assert "2 h left" in out.getvalue()
