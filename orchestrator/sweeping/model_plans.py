@@ -16,10 +16,9 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
-from orchestrator.sweeping.trials import make_plan
+from orchestrator.sweeping.trials import evaluation_key, make_plan
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import job_key
-from orchestrator.workspace.provenance import content_key
 
 TEACHER = "teacher"
 
@@ -139,7 +138,7 @@ def iterations_plan(
         is_baseline = not METHODS[config.method].has_corrections
         trials.append(
             Trial(
-                key=content_key("trial", job_key(job), suite.key),
+                key=evaluation_key(job_key(job), suite),
                 role="baseline" if is_baseline else "trial",
                 label=model.label,
                 model=config,

@@ -266,16 +266,9 @@ def student_trial(
         label += f", {distillation.control.replace('_', ' ')}"
     if job:
         return trained_trial("trial", label, job, suite, workspace, member=member, seed=seed)
-    weights = content_key("pruned", weights_key(teacher), config.to_dict())
-    return Trial(
-        key=content_key("trial", weights, suite.key),
-        role="trial",
-        label=label,
-        model=config,
-        folder=str(workspace.trials / weights),
-        checkpoint=str(teacher),
-        suite=suite,
-        threshold_above=member.threshold_above,
-        threshold_up_to=member.threshold_up_to,
-        parent=weights_key(teacher),
-    )
+    trial = checkpoint_trial("trial", label, teacher, config, suite, workspace)
+    thresholds = {
+        "threshold_above": member.threshold_above,
+        "threshold_up_to": member.threshold_up_to,
+    }
+    return trial.model_copy(update={**thresholds, "parent": weights_key(teacher)})

@@ -23,6 +23,7 @@ from orchestrator.records.trial import (
     teacher_or_costliest,
 )
 from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -61,6 +62,16 @@ def full_config(plan: SweepPlan) -> ModelConfig:
     return full_trial(plan).model
 
 
+def evaluation_key(weights: str, suite: TrialSuite) -> str:
+    """Return the key of a trial.
+
+    Args:
+        weights: Key of the training, or of a checkpoint under a schedule.
+        suite: What is measured.
+    """
+    return content_key("trial", weights, suite.key)
+
+
 def checkpoint_trial(
     role: Role,
     label: str,
@@ -70,9 +81,11 @@ def checkpoint_trial(
     workspace: Workspace,
 ) -> Trial:
     """Return the trial that measures a checkpoint without training it."""
-    weights = content_key("as it is", weights_key(checkpoint), config.to_dict())
+    # A pruned student under all corrections is another trial than its teacher.
+    kind = "pruned" if role == "trial" else "as it is"
+    weights = content_key(kind, weights_key(checkpoint), config.to_dict())
     return Trial(
-        key=content_key("trial", weights, suite.key),
+        key=evaluation_key(weights, suite),
         role=role,
         label=label,
         model=config,
@@ -97,7 +110,7 @@ def trained_trial(
     Args:
         role: `trial` or `baseline`.
         label: Name without the seed.
-        job: The training; its folder follows from its key.
+        job: The training; its folder is that of a finished one, or follows from its key.
         suite: What is measured.
         workspace: Where trials are stored.
         member: Its thresholds are those that give this schedule.
@@ -106,9 +119,9 @@ def trained_trial(
     if seed is not None:
         job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"seed": seed})})
     weights = job_key(job)
-    folder = str(workspace.trials / weights)
+    folder = str(folder_of_weights(workspace, weights, workspace.trials / weights))
     return Trial(
-        key=content_key("trial", weights, suite.key),
+        key=evaluation_key(weights, suite),
         role=role,
         label=label if seed is None else f"{label}, seed {seed}",
         model=job.model,

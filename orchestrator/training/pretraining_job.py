@@ -8,6 +8,7 @@ from iiet.methods import METHODS
 from orchestrator.data.preparation import expected_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import Settings
+from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.folders import Workspace
@@ -23,7 +24,8 @@ def pretraining_job(
     Args:
         tokens: Folder of prepared tokens. Without it the job has the expected vocabulary and can be
             planned, but not run.
-        name: Name of the run's folder; made from method, schedule and content when unset.
+        name: Name of the run's folder; when unset, that of a finished run of this model, or else
+            made from method, schedule and content.
     """
     vocab_size = expected_tokens(settings.data, tokens).vocab_size
     config = build_model_config(settings.model, vocab_size=vocab_size)
@@ -35,9 +37,12 @@ def pretraining_job(
         first_stages=str(workspace.first_stages),
         storage=settings.cluster.storage,
     )
+    folder = workspace.runs / (name or "")
     if name is None:
+        key = job_key(job)
         counts = sorted(set(config.corrections))
         schedule = f"-r{counts[0]}" if len(counts) == 1 else "-ragged"
         middle = schedule if METHODS[config.method].has_corrections else ""
-        name = f"{config.method}{middle}-{job_key(job)[:KEY_CHARACTERS]}"
-    return job.model_copy(update={"run_folder": str(workspace.runs / name)})
+        usual = workspace.runs / f"{config.method}{middle}-{key[:KEY_CHARACTERS]}"
+        folder = folder_of_weights(workspace, key, usual)
+    return job.model_copy(update={"run_folder": str(folder)})

@@ -12,21 +12,24 @@ import pytest
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
+from iiet.pruning import FamilyMember
 from orchestrator.pipelines.sweep_plans import text_of_teacher
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialSuite
-from orchestrator.settings import DistillationSettings, Settings, resolve_settings
+from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.settings import DistillationSettings, Settings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.checks import check_sweep
 from orchestrator.sweeping.distilled_baselines import distilled_baseline_trials
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import student_job, threshold_plan
+from orchestrator.sweeping.student_plans import student_job, student_trial, threshold_plan
 from orchestrator.sweeping.trials import (
     SweepPlan,
     exact_cost,
     num_distilled_baselines,
     num_models,
 )
+from orchestrator.training.checkpoint import load_config
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
@@ -405,3 +408,29 @@ def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(
     (imported / "token_ids.json").write_text('{"eos_token_id": 7}')
     other = TrialSuite(tokens_folder="", **text_of_teacher(imported))
     assert suite.key == moved.key != other.key
+
+
+def test_finished_weights_are_found_whatever_they_were_trained_for(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    recipe = TrainingSettings(num_steps=1, num_tokens_per_step=64, num_validation_tokens=64)
+    scratch = DistillationSettings(control="scratch", training=recipe)
+    settings = Settings(distillation=scratch)
+    config = load_config(teacher)
+    member = FamilyMember(config.corrections, 0.0, 1.0)
+
+    def planned() -> Trial:
+        return student_trial(settings, space, teacher, config, member, suite)
+
+    usual = planned()
+    assert Path(usual.folder).parent == space.trials
+    assert usual.job
+    named = usual.job.model_copy(update={"run_folder": str(space.runs / "mine")})
+    run_job(named)
+    found = planned()
+    assert (found.key, found.folder) == (usual.key, str(space.runs / "mine"))
+    assert found.job
+    assert finished_outcome(found.job), "nothing is left to train"
+    # What was begun in its usual place goes on there.
+    run_job(usual.job, should_stop=lambda: True)
+    assert planned().folder == usual.folder

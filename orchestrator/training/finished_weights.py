@@ -1,0 +1,40 @@
+"""Find finished trainings by their key: equal weights are not trained twice, whatever they are for.
+
+A run of `pretrain --name`, a model of a sweep and a student may be the same training.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from orchestrator.training.job import DONE_NAME
+from orchestrator.training.job_checks import JOB_NAME
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json_object
+from orchestrator.workspace.folders import Workspace
+
+
+def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
+    """Return the folder in which a training is finished or will run.
+
+    Args:
+        key: Key of the training.
+        usual: Its folder, unless it is finished in another one.
+    """
+    if (usual / JOB_NAME).exists():
+        return usual
+    for folder in (workspace.runs, workspace.trials):
+        for done in sorted(folder.glob(f"*/{DONE_NAME}")):
+            record = done.with_name(JOB_NAME)
+            if record.is_file() and _key_in(record, record.stat().st_mtime_ns) == key:
+                return done.parent
+    return usual
+
+
+@lru_cache(maxsize=4096)
+def _key_in(record: Path, _modified: int) -> str | None:
+    try:
+        return (read_json_object(record) or {}).get("key")
+    except UserError:
+        return None  # Who uses that run is told of the damage.
