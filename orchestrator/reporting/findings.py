@@ -50,6 +50,7 @@ def findings(front: Front) -> list[str]:
             if peer
             else _comparison(front, baseline, choice)
         )
+    sentences += _about_random_start(front)
     if front.unmeasured:
         names = join_names([result.name for result in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
@@ -136,6 +137,24 @@ def _peer(front: Front, baseline: FrontPoint) -> FrontPoint | None:
         key=lambda point: (abs(point.cost - baseline.cost), -front.goodness(point)),
         default=None,
     )
+
+
+def _about_random_start(front: Front) -> list[str]:
+    """Say on how many tokens distilled baselines trained that did not start from the teacher."""
+    fresh = [
+        result.train.get("tokens", 0)
+        for result in (point.result for point in front.points)
+        if result.is_distilled_baseline and result.job and not result.job.initial_folder
+    ]
+    if not fresh or front.full is None:
+        return []
+    seen = front.full.result.train.get("tokens")
+    of_teacher = f"{seen:,.0f} tokens" if seen else "all tokens"
+    return [
+        f"The distilled vanilla models started from random weights and trained on "
+        f"{max(fresh):,.0f} tokens; the students' weights also saw {of_teacher} of the teacher's "
+        "training. sweep.distilled_vanilla_steps gives those models more steps."
+    ]
 
 
 def _comparison(front: Front, baseline: FrontPoint, choice: FrontPoint, about: str = "") -> str:

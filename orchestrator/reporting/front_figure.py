@@ -180,7 +180,7 @@ def _finish_panel(panel: Panel, front: Front) -> None:
     if all(point.cost == int(point.cost) for point in front.points):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     style: Style = {"fontsize": 8, "title_fontsize": 7.5, "framealpha": 0.95, "edgecolor": GRID}
-    legend = panel.legend(title="labels: corrections per layer", loc="lower right", **style)
+    legend = panel.legend(title="labels: corrections per layer", loc="best", **style)
     legend.set_zorder(8)
     full = front.full
     if full is not None and full.cost and full.quality:

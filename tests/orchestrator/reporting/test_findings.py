@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.pareto import find_front
+from orchestrator.settings import TrainingSettings
 
 
 def with_accuracy(result: Trial, accuracy: float) -> Trial:
@@ -56,6 +58,14 @@ def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
     said = findings(find_front([*sample_results, with_accuracy(deep, 0.3)]))
     (about,) = (sentence for sentence in said if sentence.startswith("vanilla, 11 layers"))
     assert "is worse than 0,1,1,1,1,1, the schedule of the nearest cost, by 14 points" in about
+    assert not any("random weights" in sentence for sentence in said)
+    job = TrainingJob(
+        run_folder="", tokens_folder="", model=deep.model, recipe=TrainingSettings(),
+        objective="distill", teacher_folder="teacher",
+    )  # fmt: skip
+    deep = deep.model_copy(update={"job": job})
+    (about,) = (s for s in findings(find_front([*sample_results, deep])) if "random weights" in s)
+    assert "trained on 307,200 tokens; the students' weights also saw 307,200 tokens" in about
 
 
 def test_claims_have_their_confidence(
