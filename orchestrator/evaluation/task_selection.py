@@ -106,19 +106,22 @@ def lm_eval_task_fingerprints(
     progress: Progress | None = None,
     *,
     needs_accuracy: bool = False,
+    context_length: int | None = None,
 ) -> dict[str, str]:
     """Load the suite's tasks, without held-out tasks, and return a hash of each.
 
     Args:
         progress: Shows which tasks are skipped.
         needs_accuracy: Whether one task of the suite must report an accuracy.
+        context_length: Tokens that the models read, if they must be able to generate the answers of
+            the tasks that want some.
 
     Returns:
         Name of a task -> hash of all that determines its items and metrics.
 
     Raises:
-        UserError: If a task does not exist or cannot be read, or none reports an accuracy although
-            one is needed.
+        UserError: If a task does not exist, cannot be read or not be answered, or none reports an
+            accuracy although one is needed.
         RunFailed: If the hub provides none of the tasks.
     """
     folders = user_task_folders(settings)
@@ -126,7 +129,8 @@ def lm_eval_task_fingerprints(
     others = [name for name in names if name and name != HELDOUT]
     if not others and not (settings.include_path and HELDOUT not in names):
         return {}
-    from orchestrator.evaluation.harness import load_suite  # Imports lm-eval, which takes seconds.
+    # Imports lm-eval, which takes seconds.
+    from orchestrator.evaluation.harness import check_answer_settings, load_suite
 
     loaded = load_suite(
         others, folders=folders, num_fewshot=settings.num_fewshot, prompts=settings.prompts
@@ -139,4 +143,6 @@ def lm_eval_task_fingerprints(
             f"a sweep's front needs an accuracy, and no task of evaluation.suite={settings.suite} "
             f"reports one; add a task such as {HELDOUT}: {settings.suite},{HELDOUT}"
         )
+    if context_length is not None:
+        check_answer_settings(loaded.tasks, context_length)
     return {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}

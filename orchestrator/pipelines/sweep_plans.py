@@ -270,7 +270,10 @@ def plan_suite(
         prompts=settings.prompts,
         precision=settings.precision,
         # Held-out tasks are named by their content; others may change under their names.
-        fingerprints=(make and lm_eval_task_fingerprints(settings)) or None,
+        fingerprints=lm_eval_task_fingerprints(settings, context_length=config.context_length)
+        or None
+        if make
+        else None,
     )
 
 

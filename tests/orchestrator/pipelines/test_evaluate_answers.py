@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.harness import decoder_model, suite
 from orchestrator.workspace.files import read_json
 
+DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "evaluation.md"
 ROWS = [{"question": f"{a} and {b}?", "answer": a} for a, b in ("ab", "cd", "ef", "gh", "ij")]
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
@@ -228,3 +231,27 @@ def test_models_of_one_command_share_the_loaded_tasks(
     changed = evaluate(models[0])[2]
     assert len(loads) == 3
     assert 5 in {result["num_items"] for result in changed}
+
+
+def test_the_task_of_the_documentation_runs(
+    llama: Any,
+    tmp_path: Path,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)
+    (command,) = re.findall(
+        r"iiet-orch (evaluate tiny --suite capitals .*)", DOCUMENTATION.read_text()
+    )
+    Path("tasks").mkdir()
+    Path("tasks/capitals.yaml").write_text(text)
+    for name, country in (("capitals", "Chile"), ("examples", "Peru")):
+        row = {"country": country, "city": "Lima"}
+        Path(f"tasks/{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    arguments = shlex.split(command.replace("tiny", str(llama())))
+    assert cli.main([*arguments, "-w", "space"]) == 0
+    assert "exact_match *" in capfd.readouterr().out
+    assert prompts[0].startswith("Q: What is the capital of Peru?\nA: Lima\n\n")
