@@ -41,11 +41,13 @@ def print_sweep(console: Console, result: SweepResult, workspace: Path) -> None:
 
 def print_plan(console: Console, found: SweepDryRun) -> None:
     """Print what a sweep would do: its trials, what is finished, what the rest takes."""
+    from orchestrator.reporting.price_table import two_column_table
     from orchestrator.sweeping.plan_table import plan_table
 
     console.print(plan_table(found.plan, found.states))
-    for line in found.sentences:
+    for line in found.notes:
         print_line(console, f"  {line}")
+    console.print(two_column_table(None, found.rows))
 
 
 def print_training_plan(console: Console, found: TrainingDryRun) -> None:

@@ -25,9 +25,15 @@ from orchestrator.pipelines.sweep_plans import (
     teacher_checkpoint,
 )
 from orchestrator.pipelines.training_dry_runs import UNPREPARED
-from orchestrator.planning.fit import find_problems
+from orchestrator.planning.fit import check_fit, find_problems
 from orchestrator.planning.planned_training import PlannedTraining
-from orchestrator.planning.price import Price, pretraining_group, price_of
+from orchestrator.planning.price import (
+    Price,
+    TrainingGroup,
+    pretraining_group,
+    price_of,
+    trial_group,
+)
 from orchestrator.planning.resources import check_resources
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -49,7 +55,6 @@ from orchestrator.sweeping.student_plans import costliest_students
 from orchestrator.sweeping.trial_states import (
     TrialState,
     requested_noun,
-    sweep_trial_group,
     trial_states,
 )
 from orchestrator.sweeping.trials import (
@@ -77,10 +82,22 @@ class SweepDryRun:
     """Its trials, as far as they are known."""
     states: tuple[TrialState, ...]
     """How far each trial is."""
+    notes: tuple[str, ...]
+    """What is reused, and what is not known yet."""
     price: Price
-    """Tokens, FLOPs, hours, memory and disk of what is left, at most."""
-    sentences: tuple[str, ...]
-    """What is reused, what is not known yet, and the price in words."""
+    """Tokens, FLOPs, hours, memory and disk of what is left."""
+    problems: Mapping[str, str | None]
+    """Place -> why the trainings do not fit there; None if they do. The first is this machine."""
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """The price in words, as name and text."""
+        return list(price_rows(self.price, self.problems))
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All of it in words."""
+        return (*self.notes, *(f"{name}: {text}" for name, text in self.rows))
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per trial: label, role, schedule, exact costs, state."""
@@ -98,16 +115,26 @@ class SweepDryRun:
 
 @dataclass(kw_only=True)
 class _Draft:
-    """A dry run in the making."""
+    """What is known of a sweep before it runs."""
 
     plan: SweepPlan
     states: list[TrialState]
     pretraining: Sequence[TrialState] = ()
-    """Those that the run itself trains, on the devices of section `cluster`."""
+    """Those of them that the run itself trains, on the devices of section `cluster`."""
     unknown: Sequence[PlannedTraining] = ()
     """Trainings of trials whose schedules are not known yet."""
     notes: list[str] = field(default_factory=list)
     new_token_bytes: int = 0
+
+    def groups(self, settings: Settings, workspace: Workspace) -> list[TrainingGroup]:
+        """Return what is trained: by the run itself, and in trials."""
+        own = [state.training for state in self.pretraining if state.training]
+        others = (state for state in self.states if state not in self.pretraining)
+        trials = [state.training for state in others if state.training]
+        return [
+            pretraining_group(own, settings.cluster),
+            trial_group([*trials, *self.unknown], settings, workspace.teachers),
+        ]
 
 
 @read_only()
@@ -134,38 +161,87 @@ def plan_sweep(
     context = open_context(workspace, progress)
     check_arguments(settings, teacher, models)
     check_sweep(settings)
-    if teacher is not None:
-        draft = _draft_of_students(settings, context, teacher_checkpoint(context, teacher), name)
-        return _finished(draft, settings, context)
+    if teacher is None:
+        draft = _draft_from_settings(settings, context, models, name)
+    else:
+        checkpoint = teacher_checkpoint(context, teacher)
+        draft = _draft_of_students(settings, context, checkpoint, name)
+    plan, root = draft.plan, context.workspace.root
+    groups = draft.groups(settings, context.workspace)
+    pretraining, trials = groups
+    price = price_of(
+        groups,
+        root,
+        new_token_bytes=draft.new_token_bytes,
+        is_upper_bound=bool(draft.unknown),
+    )
+
+    def check_devices() -> None:
+        check_trial_devices(settings)
+        if pretraining.trainings:
+            check_resources(settings.cluster.num_workers, settings.cluster.num_gpus)
+
+    lines = plan_sentences(plan, requested_noun(plan, settings.sweep), draft.states) + draft.notes
+    if settings.trials_use_gpus and trials.trainings:
+        gpus = format_count(trials.trainings[0].num_workers, "GPU")
+        lines.append(f"each trial runs on {gpus}, at most {trials.at_once} at once")
+    if asha := asha_trials(plan, settings.sweep):
+        lines.append(next(iter(asha.values())).rule.text)
+    return SweepDryRun(
+        plan=plan,
+        states=tuple(draft.states),
+        notes=tuple(lines),
+        price=price,
+        problems=find_problems(groups, root, check_devices, new_token_bytes=draft.new_token_bytes),
+    )
+
+
+@read_only()
+def check_sweep_fits(
+    settings: Settings, workspace: Workspace, models: Sequence[SweepModel] | None = None
+) -> None:
+    """Refuse a sweep from settings whose trainings do not fit together, before text is read.
+
+    Raises:
+        UserError: If they do not fit; says what would.
+    """
+    draft = _draft_from_settings(settings, Context(workspace), models)
+    check_fit(
+        draft.groups(settings, workspace), workspace.root, new_token_bytes=draft.new_token_bytes
+    )
+
+
+def _draft_from_settings(
+    settings: Settings,
+    context: Context,
+    models: Sequence[SweepModel] | None,
+    name: str | None = None,
+) -> _Draft:
+    """Return what is known of a sweep that makes its tokens, and trains its teacher or models."""
     tokens = find_prepared(settings.data, context.workspace.tokens)
     if settings.sweep.kind == "iterations":
         if models is None:
             check_models(settings)
         name = name or (None if tokens else "the sweep")  # Names follow from the tokens.
         plan = plan_iterations(settings, context, tokens, models, name=name, make=False)
-        draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
+        draft = _draft_of_plan(plan, settings)
     else:
         jobs = plan_teacher(settings, context.workspace, tokens)
         outcomes = {label: finished_outcome(job) for label, job in jobs.items()}
         done = {n: Path(str(o.checkpoint)) for n, o in outcomes.items() if o}
-        if TEACHER in done:
-            checkpoint = done.pop(TEACHER)
-            draft = _draft_of_students(settings, context, checkpoint, name, baselines=done)
-            _add_pretraining(draft, {n: jobs[n] for n, o in outcomes.items() if not o}, settings)
+        if teacher := done.pop(TEACHER, None):
+            draft = _draft_of_students(settings, context, teacher, name, baselines=done)
+            if missing := {n: jobs[n] for n, outcome in outcomes.items() if not outcome}:
+                draft.pretraining = _draft_of_pretraining(missing, settings).states
+                draft.states += draft.pretraining
         else:
-            draft = _draft_of_whole_sweep(settings, jobs)
+            draft = _draft_of_pretraining(jobs, settings)
+            _add_unknown_students(
+                draft, settings, jobs[TEACHER].model, "the teacher is not trained"
+            )
     if tokens is None:
         draft.notes.insert(0, UNPREPARED)
         draft.new_token_bytes = expected_tokens(settings.data, None).new_bytes
-    return _finished(draft, settings, context)
-
-
-def _draft_of_whole_sweep(settings: Settings, jobs: Mapping[str, TrainingJob]) -> _Draft:
-    plan = _plan_of_pretraining(jobs)
-    config = jobs[TEACHER].model
-    draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
-    draft.pretraining = draft.states
-    _add_unknown_students(draft, settings, config, "the teacher is not trained")
     return draft
 
 
@@ -177,30 +253,59 @@ def _draft_of_students(
     *,
     baselines: Mapping[str, Path] | None = None,
 ) -> _Draft:
+    """Return what is known of a sweep whose teacher is trained."""
     tokens, full = tokens_folder_of(teacher, context.workspace), load_config(teacher)
     influence = stored_influence(teacher, settings.influence, tokens, context.progress)
     plan = plan_students(
         settings, context, teacher, influence, baselines=baselines, name=name, make=False
     )
-    draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
     if influence is None:
+        draft = _draft_of_plan(plan, settings)
         _add_unknown_students(draft, settings, full, "the teacher's influence is not measured")
-    elif settings.sweep.kind == "search":
-        _add_search(draft, settings, context, full)
+        return draft
+    if settings.sweep.kind == "search":
+        return _draft_of_search(plan, settings, context.workspace, full)
+    return _draft_of_plan(plan, settings)
+
+
+def _draft_of_plan(plan: SweepPlan, settings: Settings) -> _Draft:
+    draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
+    is_lm_eval = settings.evaluation.include_path or settings.evaluation.suite != HELDOUT
+    if is_lm_eval and plan.tokens_folder and not plan.trials[0].suite.fingerprints:
+        draft.notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
     return draft
 
 
-def _plan_of_pretraining(jobs: Mapping[str, TrainingJob]) -> SweepPlan:
+def _draft_of_pretraining(jobs: Mapping[str, TrainingJob], settings: Settings) -> _Draft:
     models = [ScratchModel(label=label, job=job) for label, job in jobs.items()]
     suite = TrialSuite(tokens_folder=models[0].job.tokens_folder)
-    return iterations_plan(models, suite=suite, name="the teacher and its baselines")
+    plan = iterations_plan(models, suite=suite, name="the teacher and its baselines")
+    states = trial_states(plan, settings.sweep)
+    return _Draft(plan=plan, states=states, pretraining=states)
 
 
-def _add_pretraining(draft: _Draft, jobs: Mapping[str, TrainingJob], settings: Settings) -> None:
-    """Add baselines that are not trained yet beside a teacher that is."""
-    if jobs:
-        draft.pretraining = trial_states(_plan_of_pretraining(jobs), settings.sweep)
-        draft.states += draft.pretraining
+def _draft_of_search(
+    plan: SweepPlan, settings: Settings, workspace: Workspace, full: ModelConfig
+) -> _Draft:
+    """Return what a search has suggested so far, and what it may still suggest."""
+    num_family = sum(trial.role == "trial" for trial in plan.trials)
+    num_schedules = full.corrections.num_within
+    most = min(settings.search.num_trials, num_schedules - num_family)
+    stored = read_json_object(workspace.sweeps / plan.name / PLAN_FILE) or {}
+    if stored.get("key") == plan.key:
+        found = tuple(Trial.model_validate(values) for values in stored["trials"])
+        plan = plan.model_copy(update={"trials": found})
+    left = most + num_family - sum(trial.role == "trial" for trial in plan.trials)
+    draft = _draft_of_plan(plan, settings)
+    draft.unknown = costliest_students(settings, full, left)
+    draft.notes.append(
+        f"the search tries at most {most:,} more of {num_schedules:,} schedules; which ones "
+        f"follows from the results, {left:,} are not known yet and priced as if each made "
+        "all of the teacher's corrections"
+        if most
+        else "the search has nothing to try beside the family"
+    )
+    return draft
 
 
 def _add_unknown_students(
@@ -220,58 +325,3 @@ def _add_unknown_students(
         f"{reason}, so its students' schedules are not known yet: at most "
         f"{format_count(number, 'student')}{more}; {priced}"
     )
-
-
-def _add_search(draft: _Draft, settings: Settings, context: Context, full: ModelConfig) -> None:
-    """Add what a search has suggested so far, and what it may still suggest."""
-    plan, num_family = draft.plan, sum(t.role == "trial" for t in draft.plan.trials)
-    num_schedules = full.corrections.num_within
-    most = min(settings.search.num_trials, num_schedules - num_family)
-    stored = read_json_object(context.workspace.sweeps / plan.name / PLAN_FILE) or {}
-    if stored.get("key") == plan.key:
-        found = tuple(Trial.model_validate(values) for values in stored["trials"])
-        draft.plan = plan.model_copy(update={"trials": found})
-        draft.states = trial_states(draft.plan, settings.sweep)
-    left = most + num_family - sum(t.role == "trial" for t in draft.plan.trials)
-    draft.unknown = costliest_students(settings, full, left)
-    draft.notes.append(
-        f"the search tries at most {most:,} more of {num_schedules:,} schedules; which ones "
-        f"follows from the results, {left:,} are not known yet and priced as if each made all of "
-        "the teacher's corrections"
-        if most
-        else "the search has nothing to try beside the family"
-    )
-
-
-def _finished(draft: _Draft, settings: Settings, context: Context) -> SweepDryRun:
-    plan, cluster, root = draft.plan, settings.cluster, context.workspace.root
-    own = [state for state in draft.states if state not in draft.pretraining]
-    trials = sweep_trial_group(
-        [*_trainings(own), *draft.unknown], settings, context.workspace.teachers
-    )
-    pretraining = pretraining_group(_trainings(draft.pretraining), cluster)
-    groups = [pretraining, trials]
-    price = price_of(groups, root, new_token_bytes=draft.new_token_bytes)
-
-    def check_devices() -> None:
-        check_trial_devices(settings)
-        if pretraining.trainings:
-            check_resources(cluster.num_workers, cluster.num_gpus)
-
-    problems = find_problems(groups, root, check_devices, new_token_bytes=draft.new_token_bytes)
-    lines = plan_sentences(plan, requested_noun(plan, settings.sweep), draft.states)
-    lines += draft.notes
-    is_lm_eval = settings.evaluation.include_path or settings.evaluation.suite != HELDOUT
-    if is_lm_eval and any(state.name == "to measure" for state in draft.states):
-        lines.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
-    if settings.trials_use_gpus and trials.trainings:
-        gpus = format_count(trials.trainings[0].num_workers, "GPU")
-        lines.append(f"each trial runs on {gpus}, at most {trials.at_once} at once")
-    if asha := asha_trials(plan, settings.sweep):
-        lines.append(next(iter(asha.values())).rule.text)
-    lines += [f"{name}: {text}" for name, text in price_rows(price, problems)]
-    return SweepDryRun(plan=plan, states=tuple(draft.states), price=price, sentences=tuple(lines))
-
-
-def _trainings(states: Sequence[TrialState]) -> list[PlannedTraining]:
-    return [state.training for state in states if state.training]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,43 +25,37 @@ from orchestrator.evaluation.task_selection import (
     user_task_folders,
 )
 from orchestrator.pipelines.context import Context
-from orchestrator.planning.planned_training import planned_training
-from orchestrator.planning.price import TrainingGroup, pretraining_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models
 from orchestrator.sweeping.distilled_baselines import (
-    costliest_distilled_baselines,
     distilled_baseline_trials,
 )
 from orchestrator.sweeping.model_plans import (
-    TEACHER,
     ScratchModel,
     iterations_plan,
-    max_num_students,
     settings_of,
     swept_variants,
     teacher_and_baselines,
 )
 from orchestrator.sweeping.selection import choose_members, schedule_cost
 from orchestrator.sweeping.student_plans import (
-    costliest_students,
     search_plan,
     student_trial,
     threshold_plan,
 )
-from orchestrator.sweeping.trial_states import sweep_trial_group
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key
 from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 
 if TYPE_CHECKING:
@@ -114,24 +109,6 @@ def plan_teacher(
     return dict(zip(jobs, share_first_stages([*jobs.values()]), strict=True))
 
 
-def groups_of_sweep(
-    settings: Settings, jobs: Mapping[str, TrainingJob], workspace: Workspace
-) -> list[TrainingGroup]:
-    """Return what a sweep trains, at most, whose teacher is not trained yet.
-
-    Raises:
-        UserError: If trials and devices do not go together.
-    """
-    waiting = [planned_training(job) for job in jobs.values() if not finished_outcome(job)]
-    teacher = jobs[TEACHER].model
-    students = costliest_students(settings, teacher, max_num_students(settings, teacher))
-    students += costliest_distilled_baselines(settings, teacher)
-    return [
-        pretraining_group(waiting, settings.cluster),
-        sweep_trial_group(students, settings, workspace.teachers),
-    ]
-
-
 def plan_iterations(
     settings: Settings,
     context: Context,
@@ -152,6 +129,8 @@ def plan_iterations(
     ]
     config = variants[0].job.model
     suite = plan_suite(settings.evaluation, tokens, config, context.progress, make=make)
+    if not make:
+        suite = _with_known_fingerprints(suite, context.workspace)
     return iterations_plan(variants, suite=suite, name=name)
 
 
@@ -191,6 +170,8 @@ def plan_students(
             context.progress.note(f"run {run}: {reason}")
     suite = plan_suite(settings.evaluation, tokens, full, context.progress, make=make)
     suite = suite.model_copy(update=text_of_teacher(teacher))
+    if not make:
+        suite = _with_known_fingerprints(suite, workspace)
     if suite.prompts:
         check_template(checkpoint_tokenizer(teacher), suite.prompts)
     cost = schedule_cost(settings.sweep.budget_unit, full)
@@ -275,6 +256,21 @@ def plan_suite(
         if make
         else None,
     )
+
+
+def _with_known_fingerprints(suite: TrialSuite, workspace: Workspace) -> TrialSuite:
+    """Return a suite with the fingerprints of lm-eval's tasks that the newest sweep found."""
+    for path in sorted(
+        workspace.sweeps.glob(f"*/{PLAN_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True
+    ):
+        with suppress(UserError):
+            stored = read_json_object(path) or {}
+            with damage_as_user_error(path):
+                known = TrialSuite.model_validate(stored["trials"][0]["suite"])
+            found = suite.model_copy(update={"fingerprints": known.fingerprints})
+            if found.key == known.key:
+                return found
+    return suite
 
 
 def text_of_teacher(teacher: Path) -> dict[str, str]:

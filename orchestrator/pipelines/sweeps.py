@@ -13,34 +13,30 @@ import pandas
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.pipelines.pretraining import pretrain_models
 from orchestrator.pipelines.reports import ReportResult, report_result
+from orchestrator.pipelines.sweep_dry_runs import check_sweep_fits
 from orchestrator.pipelines.sweep_plans import (
     SweepModel,
     check_arguments,
-    groups_of_sweep,
     plan_iterations,
     plan_students,
-    plan_teacher,
     schedule_search,
     teacher_checkpoint,
 )
-from orchestrator.planning.fit import check_fit
 from orchestrator.planning.resources import check_resources
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.checks import check_models, check_sweep, check_trial_devices
+from orchestrator.sweeping.checks import check_sweep, check_trial_devices
 from orchestrator.sweeping.execution import SweepOutcome, run_sweep
 from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.folders import Workspace
@@ -101,33 +97,20 @@ def sweep(
     check_arguments(settings, teacher, models)
     check_trial_devices(settings)
     check_sweep(settings, context.progress)
-    if settings.sweep.kind == "iterations":
-        if models is None:
-            check_models(settings)
-        tokens = prepare_tokens(settings.data, context.workspace, context.progress)
-        plan = plan_iterations(settings, context, tokens, models, name=name)
-        return _run(plan, settings, context)
     if teacher is not None:
         checkpoint = teacher_checkpoint(context, teacher)
         return _sweep_students(settings, context, checkpoint, baselines, name)
-    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus)
-    _check_fit(settings, context.workspace)
+    if settings.sweep.kind != "iterations":
+        check_resources(settings.cluster.num_workers, settings.cluster.num_gpus)
+    check_sweep_fits(settings, context.workspace, models)
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+    if settings.sweep.kind == "iterations":
+        plan = plan_iterations(settings, context, tokens, models, name=name)
+        return _run(plan, settings, context)
     with ray_cluster(say=context.progress.start):
         trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
         checkpoints = {label: result.checkpoint for label, result in trained.items()}
         return _sweep_students(settings, context, checkpoints.pop(TEACHER), checkpoints, name)
-
-
-def _check_fit(settings: Settings, workspace: Workspace) -> None:
-    """Refuse teacher, baselines and students that do not fit, before text is read."""
-    tokens = find_prepared(settings.data, workspace.tokens)
-    jobs = plan_teacher(settings, workspace, tokens)
-    # The students of a teacher that exists are checked when they are planned.
-    if finished_outcome(jobs[TEACHER]) is None:
-        new_bytes = expected_tokens(settings.data, tokens).new_bytes
-        groups = groups_of_sweep(settings, jobs, workspace)
-        check_fit(groups, workspace.root, new_token_bytes=new_bytes)
 
 
 def raise_failures(failures: Mapping[str, str]) -> None:

@@ -16,8 +16,9 @@ from iiet.cost import inference_cost
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.rate import Rate, assumed_rate
 from orchestrator.planning.resources import local_free_bytes, local_resources
+from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.record import Record
-from orchestrator.settings import ClusterSettings, DistillationSettings, SweepSettings
+from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
 
 
@@ -91,33 +92,33 @@ def pretraining_group(
 
 
 def trial_group(
-    trainings: Sequence[PlannedTraining],
-    sweep: SweepSettings,
-    distillation: DistillationSettings,
-    teachers: Path,
+    trainings: Sequence[PlannedTraining], settings: Settings, teachers: Path
 ) -> TrainingGroup:
-    """Return trainings as the trials of a sweep, whose GPUs are assigned.
+    """Return trainings on the devices of a sweep's trials.
 
     Args:
         teachers: Folder of stored teacher outputs.
 
     Raises:
-        UserError: If the requested teacher outputs do not fit on the disk.
+        UserError: If trials and devices do not go together, or a teacher's outputs do not fit on
+            the disk.
     """
+    sweep = assign_trial_gpus(settings, trainings).sweep
     gpus = sweep.gpus_per_trial or 0
     num_workers = gpus or sweep.workers_per_trial
-    placed = tuple(replace(each, num_workers=num_workers, on_gpus=gpus > 0) for each in trainings)
     most = max(1, local_resources(count_gpus=False).cpus // num_workers)
     at_once = (sweep.trials_at_once or 1) if gpus else min(sweep.trials_at_once or most, most)
     teacher = estimate_teacher_work(
-        [each.cache for each in placed],
-        [each.num_teacher_tokens for each in placed],
-        distillation.teacher_cache,
+        [each.cache for each in trainings],
+        [each.num_teacher_tokens for each in trainings],
+        settings.distillation.teacher_cache,
         teachers,
     )
     return TrainingGroup(
-        trainings=placed,
-        at_once=max(1, min(at_once, len(placed))),
+        trainings=tuple(
+            replace(each, num_workers=num_workers, on_gpus=gpus > 0) for each in trainings
+        ),
+        at_once=max(1, min(at_once, len(trainings))),
         teacher=teacher,
         is_trials=True,
     )
@@ -126,6 +127,8 @@ def trial_group(
 class Price(Record):
     """What trainings take from here on."""
 
+    is_upper_bound: bool = False
+    """Whether not all trainings are known, and the others are priced as the costliest."""
     num_trainings: int = 0
     num_tokens: int = 0
     """Tokens that they train on."""
@@ -159,6 +162,7 @@ def price_of(
     *,
     new_token_bytes: int = 0,
     share: float | None = None,
+    is_upper_bound: bool = False,
 ) -> Price:
     """Return the price of groups that run one after another.
 
@@ -166,6 +170,7 @@ def price_of(
         folder: A folder on the workspace's disk; it need not exist.
         new_token_bytes: Bytes of the tokens that are prepared first.
         share: Share of the peak FLOP/s that training is assumed to reach.
+        is_upper_bound: Whether some trainings are the costliest that are possible.
     """
     groups = [group for group in groups if group.trainings]
     trainings: list[PlannedTraining] = []
@@ -181,6 +186,7 @@ def price_of(
         trainings += own
     largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
     return Price(
+        is_upper_bound=is_upper_bound,
         num_trainings=len(trainings),
         num_tokens=sum(each.num_tokens for each in trainings),
         num_teacher_tokens=sum(group.teacher.num_tokens for group in groups),

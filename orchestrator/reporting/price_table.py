@@ -19,7 +19,7 @@ from orchestrator.terminal.formatting import (
 )
 
 
-def two_column_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+def two_column_table(title: str | None, rows: Sequence[tuple[str, str]]) -> Table:
     """Return names and texts as a table."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column("what", no_wrap=True)
@@ -74,17 +74,22 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     if not price.num_trainings or price.rate is None:
         yield "to train", "nothing is left"
         return
-    count = f"{format_count(price.num_trainings, 'training')}: " * (price.num_trainings > 1)
-    teacher = f", and the teacher reads {price.num_teacher_tokens:,}" * bool(
-        price.num_teacher_tokens
+    at_most = "at most " * price.is_upper_bound
+    number = format_count(price.num_trainings, "training")
+    count = f"{number}: " * (price.num_trainings > 1)
+    read = price.num_teacher_tokens
+    teacher = f", and the teacher reads {read:,}" * bool(read)
+    yield (
+        "to train",
+        f"{at_most}{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
     )
-    yield "to train", f"{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs"
-    rate, device = price.rate, "GPU" if price.uses_gpus else "CPU"
+    rate = price.rate
+    devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
     shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
     duration = format_duration_range(*(3600 * hours for hours in price.hours))
     yield (
         "time",
-        f"{duration} on {format_count(price.num_devices, device)}, at {shares}% of "
+        f"{at_most}{duration} on {devices}, at {shares}% of "
         f"{rate.peak_flops / 1e12:,.3g} TFLOP/s each ({rate.source}); validation, saving and "
         "measuring come on top",
     )

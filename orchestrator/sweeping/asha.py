@@ -44,7 +44,7 @@ class AshaRule(Record):
             share *= self.reduction_factor
         return (
             f"one of {self.reduction_factor} learning rates of a model continues at "
-            f"{', '.join(rungs)} of the steps (ASHA), so the cost above is an upper bound"
+            f"{', '.join(rungs)} of the steps (ASHA), so the cost is an upper bound"
         )
 
 

@@ -174,7 +174,7 @@ class _SweepRun:
         unfinished = list(jobs.values())
         distillation, teachers = self.settings.distillation, self.workspace.teachers
         trainings = [planned_training(job) for job in unfinished]
-        group = trial_group(trainings, self.settings.sweep, distillation, teachers)
+        group = trial_group(trainings, self.settings, teachers)
         shared = store_teacher_outputs(
             unfinished,
             distillation,
@@ -225,8 +225,7 @@ def _check_trials(trials: Sequence[Trial], settings: Settings, workspace: Worksp
     num_workers = settings.sweep.gpus_per_trial or settings.sweep.workers_per_trial
     for job in waiting:
         check_job(job, num_workers=num_workers)
-    group = trial_group(trainings, settings.sweep, settings.distillation, workspace.teachers)
-    check_fit([group], workspace.root)
+    check_fit([trial_group(trainings, settings, workspace.teachers)], workspace.root)
     return settings
 
 

@@ -5,14 +5,12 @@ A dry run prints both, and they are stored with the sweep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import TrainingGroup, price_of, trial_group
-from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.planning.price import price_of, trial_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, SweepSettings
@@ -58,28 +56,12 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
     return states
 
 
-def sweep_trial_group(
-    trainings: Sequence[PlannedTraining], settings: Settings, teachers: Path
-) -> TrainingGroup:
-    """Return trainings on the devices of the sweep's trials.
-
-    Args:
-        teachers: Folder of stored teacher outputs.
-
-    Raises:
-        UserError: If trials and devices do not go together, or a teacher's outputs do not fit on
-            the disk.
-    """
-    sweep = assign_trial_gpus(settings, trainings).sweep
-    return trial_group(trainings, sweep, settings.distillation, teachers)
-
-
 def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
     """Return what is stored of a plan: its trials, those found finished, and the price."""
     states = trial_states(plan, settings.sweep)
     values = plan.model_dump(mode="json")
     trainings = [state.training for state in states if state.training]
-    price = price_of([sweep_trial_group(trainings, settings, teachers)], teachers)
+    price = price_of([trial_group(trainings, settings, teachers)], teachers)
     return {
         **{name: value for name, value in values.items() if name != "trials"},
         "requested": requested_noun(plan, settings.sweep) + "s",

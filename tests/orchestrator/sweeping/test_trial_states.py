@@ -15,7 +15,7 @@ from changed_trials import with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
-from orchestrator.planning.price import Price, price_of
+from orchestrator.planning.price import Price, price_of, trial_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
@@ -29,7 +29,6 @@ from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_states import (
     plan_record,
     requested_noun,
-    sweep_trial_group,
     trial_states,
 )
 from orchestrator.sweeping.trials import checkpoint_trial
@@ -50,7 +49,7 @@ def settings(*assignments: str) -> Settings:
 
 def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
     trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
-    return price_of([sweep_trial_group(trainings, chosen, teachers)], teachers)
+    return price_of([trial_group(trainings, chosen, teachers)], teachers)
 
 
 def told(plan: SweepPlan, chosen: Settings) -> list[str]:
