@@ -146,6 +146,22 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     assert suite_of("two", "c") != first
     assert suite_of("one", "b", precision="fp32") == first
     assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
+    told = suite_of("one", "b", system_instruction="Answer.")
+    assert told["fingerprints"] != first["fingerprints"]
+
+
+def test_answers_that_the_models_cannot_generate_are_refused_when_a_sweep_is_planned(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
+) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+    (tmp_path / "first.jsonl").write_text('{"context": "a", "target": "b"}\n')
+    text = TASK.format(name="first", file=tmp_path / "first.jsonl")
+    text = text.replace("output_type: loglikelihood", "output_type: generate_until")
+    text = text.replace("metric: acc", "metric: exact_match")
+    (tmp_path / "first.yaml").write_text(text + "generation_kwargs: {max_gen_toks: 999}\n")
+    settings = EvaluationSettings(suite="first", include_path=str(tmp_path))
+    with pytest.raises(UserError, match=r"first: its answers have up to 999 tokens"):
+        plan_suite(settings, tiny_tokens, config, Progress())
 
 
 def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> None:
