@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
+from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer
@@ -61,7 +63,8 @@ def generate_answers(
         decoder: The model in evaluation mode, under its own schedule.
         tokenizer: Its tokenizer; its end tokens end an answer, too.
         questions: In any order; those of the same settings and similar lengths are one batch.
-        batch_size: Largest number of contexts that are decoded together.
+        batch_size: Largest number of contexts that are decoded together; fewer if their keys and
+            values need more than half of the free memory.
         on_answered: Called after each batch with the number of answers so far.
 
     Raises:
@@ -73,14 +76,30 @@ def generate_answers(
         by_settings.setdefault(question.settings, []).append(number)
     for settings, numbers in by_settings.items():
         numbers.sort(key=lambda number: -len(questions[number].context))
-        for start in range(0, len(numbers), batch_size):
-            batch = numbers[start : start + batch_size]
+        while numbers:  # The first of a batch is its longest.
+            length = len(questions[numbers[0]].context) + settings.max_new_tokens
+            num_rows = min(batch_size, _rows_that_fit(decoder, length))
+            batch, numbers = numbers[:num_rows], numbers[num_rows:]
             rows = _Rows(tokenizer, settings.until, len(batch))
             _answer(decoder, [questions[number] for number in batch], rows)
             answers |= dict(zip(batch, rows.texts(), strict=True))
             if on_answered:
                 on_answered(len(answers))
     return [answers[number] for number in range(len(questions))]
+
+
+def _rows_that_fit(decoder: Decoder, length: int) -> int:
+    """Return how many rows of keys and values half of the free memory holds; at least 1."""
+    if decoder.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(decoder.device)
+        unused -= torch.cuda.memory_allocated(decoder.device)
+        free = torch.cuda.mem_get_info(decoder.device)[0] + unused
+    else:
+        free = psutil.virtual_memory().available
+    size = decoder.embedding.weight.element_size()
+    bytes_per_token = inference_cost(decoder.config, bytes_per_value=size).kv_bytes_per_token
+    length = min(length, decoder.config.context_length)
+    return max(1, free // 2 // (bytes_per_token * length))
 
 
 def _answer(decoder: Decoder, questions: Sequence[Question], rows: _Rows) -> None:
