@@ -179,7 +179,7 @@ def search_schedules(
             help="Quality to weigh against NFE: accuracy, bits_per_byte or validation_loss."
         ),
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="nsga2 or tpe.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="nsga2, tpe or gp.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=MAX_SEED, help="Random seed of the suggestions.")
     ] = None,

@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from orchestrator.cluster.asha_scheduler import LOSS, STEP
+from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
 from orchestrator.cluster.placement import Placement, trial_placement
 from orchestrator.cluster.ray_train import RAY_FOLDER, final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SweepSettings
@@ -91,11 +92,11 @@ TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
 
 def run_trials(
     function: TrialFunction,
-    trials: Mapping[str, dict[str, Any]],
+    trials: Mapping[str, dict[str, Any]] | TrialSearch,
     stop_folder: Path,
     sweep: SweepSettings | None = None,
     *,
-    scheduler: Any = None,
+    scheduler: AshaByModel | None = None,
     on_result: Callable[[TrialReport], None] | None = None,
     watch: Callable[[], None] | None = None,
     saved: Callable[[], str] = lambda: "finished trials are saved",
@@ -107,9 +108,9 @@ def run_trials(
     Args:
         function: Importable function from parameters and context to a JSON-able result. It may be
             called again for the same trial after a crash; it resumes from what is on disk.
-        trials: Key -> parameters of each trial, which JSON can hold.
+        trials: Key -> parameters of each trial, which JSON can hold; or what suggests them.
         stop_folder: Shared folder for the file that asks running trials to stop.
-        scheduler: Tune scheduler that hears the validation losses.
+        scheduler: Gets the validation losses.
         on_result: Called in this thread for each trial, soon after it ended.
         watch: Called a few times a second, to show progress.
         saved: Says what unfinished trials have saved; called after a signal.
@@ -119,12 +120,13 @@ def run_trials(
         Interrupted: After Ctrl-C or SIGTERM.
     """
     sweep = sweep or SweepSettings()
-    if not trials:
+    num_trials = trials.source.num_left if isinstance(trials, TrialSearch) else len(trials)
+    if not num_trials:
         return {}
     clear_stop_request(stop_folder)
     reports: dict[str, TrialReport] = {}
     with ray_cluster() as resources:
-        placement = trial_placement(sweep, len(trials), resources)
+        placement = trial_placement(sweep, num_trials, resources)
         callback = TuneCallback(stop_folder)
 
         def deliver() -> None:
@@ -136,9 +138,8 @@ def run_trials(
                 watch()
 
         def run() -> None:
-            configs = [{"key": key, "parameters": json.dumps(own)} for key, own in trials.items()]
-            tuner = _tuner(function, configs, placement, callback, sweep, scheduler)
-            tuner.fit()
+            most = sweep.max_failures_per_trial
+            _tuner(function, trials, placement, callback, scheduler, max_failures=most).fit()
             shutil.rmtree(stop_folder / RAY_FOLDER, ignore_errors=True)
 
         try:
@@ -152,11 +153,12 @@ def run_trials(
 
 def _tuner(
     function: TrialFunction,
-    configs: list[dict[str, str]],
+    trials: Mapping[str, dict[str, Any]] | TrialSearch,
     placement: Placement,
     callback: TuneCallback,
-    sweep: SweepSettings,
-    scheduler: Any,
+    scheduler: AshaByModel | None,
+    *,
+    max_failures: int,
 ) -> Any:
     storage = callback.stop_folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
@@ -168,20 +170,27 @@ def _tuner(
         # The workers have resources of their own, and a trial that reserved some, too, could keep
         # them from its workers. Tune requires a non-empty request.
         own = {"memory": 1}
+    search = trials if isinstance(trials, TrialSearch) else None
+    space = {}
+    if not isinstance(trials, TrialSearch):
+        configs = [{"key": key, "parameters": json.dumps(own)} for key, own in trials.items()]
+        space = {"trial": tune.grid_search(configs)}
     return tune.Tuner(
         tune.with_resources(trainable, own),
-        param_space={"trial": tune.grid_search(configs)},
+        param_space=space,
         # The same processes serve one trial after another: 1 s a trial instead of 2 to 3.
         tune_config=tune.TuneConfig(
             max_concurrent_trials=placement.jobs_at_once,
             reuse_actors=True,
+            search_alg=search,
+            num_samples=-1 if search else 1,
             scheduler=scheduler,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
-            failure_config=tune.FailureConfig(max_failures=sweep.max_failures_per_trial),
+            failure_config=tune.FailureConfig(max_failures=max_failures),
             callbacks=[callback],
             stop=callback,
             verbose=0,

@@ -22,6 +22,7 @@ from orchestrator.pipelines.sweep_plans import (
     plan_iterations,
     plan_students,
     plan_teacher,
+    schedule_search,
     teacher_checkpoint,
 )
 from orchestrator.pipelines.training_dry_runs import UNPREPARED
@@ -37,9 +38,8 @@ from orchestrator.planning.price import (
 from orchestrator.planning.resources import check_resources
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import TrialSuite
 from orchestrator.reporting.price_table import price_rows
-from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import Settings
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_models, check_sweep, check_trial_devices
@@ -66,7 +66,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import tokens_folder_of
-from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.read_only import read_only
 
@@ -264,7 +263,7 @@ def _draft_of_students(
         _add_unknown_students(draft, settings, full, "the teacher's influence is not measured")
         return draft
     if settings.sweep.kind == "search":
-        return _draft_of_search(plan, settings, context.workspace, full)
+        return _draft_of_search(plan, settings, context.workspace, teacher)
     return _draft_of_plan(plan, settings)
 
 
@@ -285,24 +284,18 @@ def _draft_of_pretraining(jobs: Mapping[str, TrainingJob], settings: Settings) -
 
 
 def _draft_of_search(
-    plan: SweepPlan, settings: Settings, workspace: Workspace, full: ModelConfig
+    plan: SweepPlan, settings: Settings, workspace: Workspace, teacher: Path
 ) -> _Draft:
     """Return what a search has suggested so far, and what it may still suggest."""
-    num_family = sum(trial.role == "trial" for trial in plan.trials)
-    num_schedules = full.corrections.num_within
-    most = min(settings.search.num_trials, num_schedules - num_family)
-    stored = read_json_object(workspace.sweeps / plan.name / PLAN_FILE) or {}
-    if stored.get("key") == plan.key:
-        found = tuple(Trial.model_validate(values) for values in stored["trials"])
-        plan = plan.model_copy(update={"trials": found})
-    left = most + num_family - sum(trial.role == "trial" for trial in plan.trials)
-    draft = _draft_of_plan(plan, settings)
-    draft.unknown = costliest_students(settings, full, left)
+    search = schedule_search(settings, workspace, plan, teacher)
+    trials = (*plan.trials, *search.known_trials())
+    draft = _draft_of_plan(plan.model_copy(update={"trials": trials}), settings)
+    draft.unknown = costliest_students(settings, load_config(teacher), search.num_left)
     draft.notes.append(
-        f"the search tries at most {most:,} more of {num_schedules:,} schedules; which ones "
-        f"follows from the results, {left:,} are not known yet and priced as if each made "
-        "all of the teacher's corrections"
-        if most
+        f"the search tries at most {search.num_wanted:,} more of {search.num_schedules:,} "
+        f"schedules; which ones follows from the results, {search.num_left:,} are not known yet "
+        "and priced as if each made all of the teacher's corrections"
+        if search.num_wanted
         else "the search has nothing to try beside the family"
     )
     return draft

@@ -50,7 +50,7 @@ from orchestrator.sweeping.student_plans import (
 )
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config, text_files_key
+from orchestrator.training.checkpoint import load_config, text_files_key, weights_key
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
@@ -202,7 +202,7 @@ def schedule_search(
     settings: Settings, workspace: Workspace, plan: SweepPlan, teacher: Path
 ) -> ScheduleSearch:
     """Return what suggests further trials for the plan of a search."""
-    from orchestrator.sweeping.search import ScheduleSearch  # Imports optuna.
+    from orchestrator.sweeping.search import ScheduleSearch, finished_schedules  # Imports optuna.
 
     full, suite = load_config(teacher), plan.trials[0].suite
 
@@ -211,7 +211,14 @@ def schedule_search(
         config = replace(full, schedule=schedule)
         return student_trial(settings, workspace, teacher, config, member, suite)
 
-    return ScheduleSearch(plan, full.corrections, settings.search, make_trial)
+    return ScheduleSearch(
+        plan,
+        full.corrections,
+        settings.search,
+        make_trial,
+        folder=workspace.sweeps / plan.name,
+        others=finished_schedules(workspace, weights_key(teacher)),
+    )
 
 
 def plan_suite(

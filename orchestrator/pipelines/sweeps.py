@@ -5,9 +5,10 @@ The same call resumes an interrupted sweep; for a finished one, it only writes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas
 
@@ -41,6 +42,9 @@ from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import environment
+
+if TYPE_CHECKING:
+    from orchestrator.sweeping.search import ScheduleSearch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +136,11 @@ def _sweep_students(
     tokens = tokens_folder_of(teacher, context.workspace)
     influence = read_or_measure_influence(teacher, settings.influence, tokens, context)
     plan = plan_students(settings, context, teacher, influence, baselines=baselines, name=name)
-    next_trials = None
+    search = None
     if settings.sweep.kind == "search":
-        next_trials = schedule_search(settings, context.workspace, plan, teacher).next_trials
-    return _run(plan, settings, context, influence, next_trials)
+        search = schedule_search(settings, context.workspace, plan, teacher)
+        plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
+    return _run(plan, settings, context, influence, search)
 
 
 def _run(
@@ -143,16 +148,16 @@ def _run(
     settings: Settings,
     context: Context,
     influence: InfluenceTable | None = None,
-    next_trials: Callable[[], Sequence[Trial]] | None = None,
+    search: ScheduleSearch | None = None,
 ) -> SweepResult:
-    """Run a plan and write its report; `next_trials` is called when all trials have ended."""
+    """Run a plan, with the trials that a search suggests, and write its report."""
     outcome = run_sweep(
         plan,
         settings,
         context.workspace,
         tracking=context.tracking,
         progress=context.progress,
-        next_trials=next_trials,
+        search=search,
     )
     plan = outcome.plan
     found = StoredSweep(

@@ -132,9 +132,10 @@ class SearchSettings(Section):
     """Most schedules to try after those of the threshold sweep."""
     objective: Literal["accuracy", "bits_per_byte", "validation_loss"] = "accuracy"
     """Quality to optimize together with the number of evaluations."""
-    sampler: Literal["nsga2", "tpe"] = "nsga2"
-    """Optuna's sampler: the genetic one, or the tree-structured Parzen estimator."""
-    trials_per_round: int = Field(default=8, ge=2)
-    """Schedules suggested before the sampler receives their results: one generation."""
+    sampler: Literal["nsga2", "tpe", "gp"] = "nsga2"
+    """Optuna's sampler: the genetic one, the tree-structured Parzen estimator, or Gaussian
+    processes, which take seconds per suggestion."""
+    population_size: int = Field(default=8, ge=2)
+    """Schedules of one generation of `nsga2`."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of the sampler."""

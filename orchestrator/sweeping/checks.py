@@ -6,6 +6,8 @@ to train, so a missing task or an impossible model is found first.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from iiet.methods import METHODS
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
 from orchestrator.planning.resources import check_resources
@@ -50,6 +52,11 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         raise UserError(
             "a search distills each schedule once, and sweep.seeds is for threshold sweeps; "
             "leave it out"
+        )
+    if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:
+        raise UserError(
+            "search.sampler=gp needs scipy, which is not installed; run `pip install scipy`, or "
+            "set nsga2 or tpe"
         )
     if progress:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)

@@ -8,15 +8,14 @@ because trials that run at the same time would disturb the clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.planning.fit import check_fit
@@ -47,6 +46,9 @@ from orchestrator.workspace.files import read_cached, read_json_object, write_js
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
+if TYPE_CHECKING:
+    from orchestrator.sweeping.search import ScheduleSearch
+
 STOPPED_TAG = "iiet.stopped_early"
 TIMES_NAME = "times.json"
 
@@ -76,7 +78,7 @@ def run_sweep(
     *,
     tracking: Tracking,
     progress: Progress | None = None,
-    next_trials: Callable[[], Sequence[Trial]] | None = None,
+    search: ScheduleSearch | None = None,
 ) -> SweepOutcome:
     """Run the unfinished trials of a plan, measure the time per token, and store the results.
 
@@ -86,8 +88,7 @@ def run_sweep(
         workspace: Where trials and the sweep are stored.
         tracking: Logs the sweep's run.
         progress: Progress display.
-        next_trials: For searches: called when all trials have ended, and returns those to run next,
-            none at the end.
+        search: Suggests further trials when these have ended.
 
     Raises:
         UserError: If one trial does not fit, or its workers cannot share a batch.
@@ -95,20 +96,14 @@ def run_sweep(
         RunFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    settings_on_gpus = _check_trials(plan.trials, settings, workspace)
+    to_come = search.jobs_left() if search else []
+    settings_on_gpus = _check_trials(plan.trials, to_come, settings, workspace)
     folder = workspace.sweeps / plan.name
     _note_other_plan(plan, folder, progress)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
-    with _tracked_run(plan, settings, tracking) as run, ExitStack() as stack:
-        sweep = _SweepRun(plan, settings_on_gpus, workspace, run, progress)
-        sweep.run_trials(plan.trials)
-        while more := tuple(next_trials()) if next_trials else ():
-            _check_trials(more, settings_on_gpus, workspace)
-            sweep.plan = sweep.plan.model_copy(update={"trials": (*sweep.plan.trials, *more)})
-            if any(trial.result() is None for trial in more):
-                # Ray is started once for all rounds of a search.
-                stack.enter_context(ray_cluster(say=progress.start))
-            sweep.run_trials(more)
+    with _tracked_run(plan, settings, tracking) as run:
+        sweep = _SweepRun(plan, settings_on_gpus, workspace, run, progress, search)
+        sweep.run_trials()
         sweep.delete_teacher_caches()
         stopped = sweep.track_early_stops()
         found = _finished_trials(sweep.plan, sweep.failures)
@@ -125,13 +120,14 @@ def run_sweep(
 
 @dataclass
 class _SweepRun:
-    """A sweep in progress: runs its trials in rounds and records how they ended."""
+    """A sweep in progress: runs its trials and records how they ended."""
 
     plan: SweepPlan
     settings: Settings
     workspace: Workspace
     run: TrackedRun
     progress: Progress
+    search: ScheduleSearch | None = None
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     _jobs: list[TrainingJob] = field(default_factory=list)
@@ -141,37 +137,44 @@ class _SweepRun:
     def folder(self) -> Path:
         return self.workspace.sweeps / self.plan.name
 
-    def run_trials(self, trials: Sequence[Trial]) -> None:
-        """Run those of the plan's trials that are not finished."""
+    def run_trials(self) -> None:
+        """Run the plan's trials that are not finished, then those that the search suggests."""
         # The remaining cost is estimated once: that reads checkpoints and measures this machine.
-        first = self._stored or plan_record(self.plan, self.settings, self.workspace.teachers)
-        self._stored = first | self.plan.model_dump(mode="json")
+        self._stored = plan_record(self.plan, self.settings, self.workspace.teachers)
         write_json(self.folder / PLAN_FILE, self._stored)
         self._track_front()
-        asha = asha_trials(self.plan, self.settings.sweep)
+        asha, trials = asha_trials(self.plan, self.settings.sweep), self.plan.trials
         stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
         waiting = [t for t in trials if t.result() is None and t.key not in stopped]
-        waiting = self._with_shared_teacher(waiting)
-        self._jobs += [trial.job for trial in waiting if trial.job]
         queue = TrialQueue(
             self.folder,
             self.settings.sweep,
             self.progress,
-            num_all=len(trials),
+            num_all=len(trials) + (self.search.num_left if self.search else 0),
             asha=asha,
             stopped=stopped,
-            on_end=self._track_front,
+            on_end=self._record_end,
         )
-        queue.run(waiting)
-        self.failures |= queue.failures
-        self.made |= queue.made
+        queue.run(self._with_shared_teacher(waiting), self.search)
+        self._record_end()
+        self.failures, self.made = queue.failures, queue.made
+
+    def _record_end(self) -> None:
+        """Add what the search has suggested to the plan, and record the front."""
+        known = {trial.key for trial in self.plan.trials}
+        new = self.search.known_trials() if self.search else []
+        if new := [trial for trial in new if trial.key not in known]:
+            self.plan = self.plan.model_copy(update={"trials": (*self.plan.trials, *new)})
+            self._stored |= self.plan.model_dump(mode="json")
+            write_json(self.folder / PLAN_FILE, self._stored)
+        self._track_front()
 
     def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:
         """Store the teacher's outputs once for all students if that is cheaper, and return the
         trials that read them."""
         # A trial that is only measured needs no teacher.
         jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
-        unfinished = list(jobs.values())
+        unfinished = [*jobs.values(), *(self.search.jobs_left() if self.search else [])]
         distillation, teachers = self.settings.distillation, self.workspace.teachers
         trainings = [planned_training(job) for job in unfinished]
         group = trial_group(trainings, self.settings, teachers)
@@ -188,7 +191,10 @@ class _SweepRun:
             numbers = {"teacher_tokens": num_tokens, "teacher_flops": num_tokens * forward}
             named = {f"sweep/{name}": float(number) for name, number in numbers.items()}
             self.run.log_metrics(named, step=len(self.plan.trials))
-        jobs = dict(zip(jobs, shared, strict=True))
+        self._jobs = shared
+        if self.search and len(shared) > len(jobs):
+            self.search.teacher_cache = shared[-1].teacher_cache
+        jobs = dict(zip(jobs, shared, strict=False))
         return [t.model_copy(update={"job": jobs[t.key]}) if t.key in jobs else t for t in waiting]
 
     def delete_teacher_caches(self) -> None:
@@ -217,13 +223,22 @@ class _SweepRun:
             self.run.log_journal(history)
 
 
-def _check_trials(trials: Sequence[Trial], settings: Settings, workspace: Workspace) -> Settings:
-    """Check that the unfinished trials fit, and return the settings with the trials' GPUs."""
+def _check_trials(
+    trials: Sequence[Trial],
+    to_come: Sequence[TrainingJob],
+    settings: Settings,
+    workspace: Workspace,
+) -> Settings:
+    """Check that the unfinished trials fit, and return the settings with the trials' GPUs.
+
+    `to_come` holds a job for each trial that a search will suggest.
+    """
     waiting = [trial.job for trial in trials if trial.job and not trial.result()]
-    trainings = [planned_training(job) for job in waiting if finished_outcome(job) is None]
+    to_train = [*(job for job in waiting if finished_outcome(job) is None), *to_come]
+    trainings = [planned_training(job) for job in to_train]
     settings = assign_trial_gpus(settings, trainings)
     num_workers = settings.sweep.gpus_per_trial or settings.sweep.workers_per_trial
-    for job in waiting:
+    for job in [*waiting, *to_come[:1]]:
         check_job(job, num_workers=num_workers)
     check_fit([trial_group(trainings, settings, workspace.teachers)], workspace.root)
     return settings

@@ -1,60 +1,92 @@
 """Search free schedules, any number of corrections in any layer, with Optuna's samplers.
 
-Optuna is asked for a whole round of schedules and told all results afterwards, so its suggestions
-follow from the seed and the results alone. Nothing of a search is stored: it starts over each
-time and finds finished trials on disk, which is how it resumes. Ray Tune's own bridge to Optuna
-suggests in the order in which trials happen to end, so two runs of one search would differ.
+The study is stored in the sweep's folder, where `optuna-dashboard` can open it; Ray Tune's
+OptunaSearch suggests from it (`cluster/trial_search.py`). Finished students enter it first: the
+family's, and those of other searches with the same teacher and recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from iiet.schedule import IterationSchedule
 from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SearchSettings
+from orchestrator.settings.sweep import MAX_SEED
+from orchestrator.training.run_lock import is_run_locked
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import damage_as_user_error
+from orchestrator.workspace.folders import Workspace
 
-MAX_ROUNDS_WITHOUT_NEW = 100
-"""The search ends after this many rounds without a new schedule."""
+STUDY_FILE = "optuna.journal"
+GIVEN = "given"
+"""Attribute of the study's trials that this search did not suggest."""
+GENERATION = "NSGAIISampler:generation"
+"""Attribute without which NSGA-II ignores a trial that is added."""
 
-MakeTrial = Callable[[IterationSchedule], Trial]
-"""Returns the trial of a schedule."""
+
+def finished_schedules(workspace: Workspace, teacher: str) -> Iterator[IterationSchedule]:
+    """Yield the schedules of a teacher's students that are measured; `teacher` is its key."""
+    for path in sorted(workspace.trials.glob("*/result-*.json")):
+        with suppress(UserError):  # A damaged result is no knowledge.
+            trial = Trial.read(path)
+            if trial and trial.role == "trial" and trial.parent == teacher:
+                yield trial.model.corrections
 
 
 class ScheduleSearch:
-    """One search: suggests trials by the results of earlier ones."""
+    """One search: its stored study, and the trials of the schedules in it."""
 
     def __init__(
         self,
-        family: SweepPlan,
+        plan: SweepPlan,
         full: IterationSchedule,
         settings: SearchSettings,
-        make_trial: MakeTrial,
+        make_trial: Callable[[IterationSchedule], Trial],
+        *,
+        folder: Path,
+        others: Iterable[IterationSchedule] = (),
     ) -> None:
-        """Start from a family, whose students are the first results that the sampler gets.
+        """Read the stored study, if there is one. Nothing is written before `begin`.
 
         Args:
-            family: Plan of the family.
+            plan: The search's plan, with the trials of the family.
             full: Largest number of corrections of each layer.
             settings: Number of trials, objective and sampler.
             make_trial: Returns the trial of a schedule.
+            folder: The sweep's folder.
+            others: Schedules that other searches may have finished.
         """
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._full, self._settings, self._make_trial = full, settings, make_trial
-        self._known = {_schedule(t): t for t in family.trials if t.role == "trial"}
-        self._num_given = len(self._known)
-        self._asked: list[tuple[optuna.Trial, IterationSchedule]] = []
-        least, most = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
-        self._study = optuna.create_study(
-            directions=[most if settings.objective == "accuracy" else least, least],
-            sampler=_sampler(settings, self._num_given),
-        )
-        for schedule in self._known:
-            self._study.enqueue_trial({_name(n): schedule[n] for n in self._free_layers})
+        self._path, self._name = folder / STUDY_FILE, plan.key
+        self._family = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
+        self._given: dict[IterationSchedule, Trial] = {}
+        self._suggested: dict[IterationSchedule, Trial] = {}
+        self._study: optuna.Study | None = None
+        self.teacher_cache: str | None = None
+        """Folder of the teacher's stored outputs, for the trials that are suggested."""
+        if self._path.exists():
+            with self._damage():
+                self._storage = _storage(self._path)
+                if self._name in optuna.get_all_study_names(self._storage):
+                    self._read(optuna.load_study(study_name=self._name, storage=self._storage))
+        for schedule in others:
+            is_possible = len(schedule) == len(full) and all(map(int.__le__, schedule, full))
+            if is_possible and schedule not in self._known():
+                trial = make_trial(schedule)
+                if trial.result():
+                    self._given[schedule] = trial
 
     @property
     def num_schedules(self) -> int:
@@ -63,83 +95,169 @@ class ScheduleSearch:
 
     @property
     def num_wanted(self) -> int:
-        """Largest number of schedules that are tried in addition to the family's."""
-        return min(self._settings.num_trials, self.num_schedules - self._num_given)
+        """Largest number of schedules that the search suggests, over all restarts."""
+        known = len(self._family) + len(self._given)
+        return min(self._settings.num_trials, self.num_schedules - known)
 
     @property
     def num_left(self) -> int:
-        """Number of those that were not suggested yet."""
-        return self.num_wanted + self._num_given - len(self._known)
-
-    def next_trials(self) -> list[Trial]:
-        """Give the sampler the last results, and return the next trials; none at the end."""
-        if not self._study.trials:
-            self._ask(self._num_given)  # Those that were enqueued come first.
-        self._report_results()
-        for _ in range(MAX_ROUNDS_WITHOUT_NEW):
-            new = self._ask(self._settings.trials_per_round)
-            if new or not self.num_left:
-                return new
-            self._report_results()
-        return []
+        """Number of those that are not suggested yet."""
+        if self._study:
+            self._read(self._study)  # Another process may search, too.
+        return max(0, self.num_wanted - len(self._suggested))
 
     def known_trials(self) -> list[Trial]:
-        """Return the finished trials that the search suggests, and the first unfinished round."""
-        found: list[Trial] = []
-        while (new := self.next_trials()) and all(trial.result() for trial in new):
-            found += new
-        return [*found, *new]
+        """Return the trials beside the family: of other searches, and those suggested so far."""
+        return [*self._given.values(), *self._suggested.values()]
 
-    @property
-    def _free_layers(self) -> list[int]:
-        return [n for n, most in enumerate(self._full) if most]
+    def jobs_left(self) -> list[TrainingJob]:
+        """Return a job for each trial that is not suggested yet, each of the full schedule."""
+        job = self._make_trial(self._full).job
+        folder = str(self._path.parent)
+        return [job.model_copy(update={"run_folder": folder})] * self.num_left if job else []
 
-    def _ask(self, most: int) -> list[Trial]:
-        new = []
-        while len(self._asked) < most and self.num_left:
-            trial = self._study.ask()
-            corrections = [0] * len(self._full)
-            for n in self._free_layers:
-                corrections[n] = trial.suggest_int(_name(n), 0, self._full[n])
-            schedule = IterationSchedule(tuple(corrections))
-            self._asked.append((trial, schedule))
-            if schedule not in self._known:
-                self._known[schedule] = self._make_trial(schedule)
-                new.append(self._known[schedule])
-        return new
+    def begin(self) -> None:
+        """Open the study, close what a killed process left in it, and enter what is finished.
 
-    def _report_results(self) -> None:
-        for trial, schedule in self._asked:
-            values = self._values(self._known[schedule])
-            if values is None:
-                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                self._study.tell(trial, values)
-        self._asked = []
-
-    def _values(self, trial: Trial) -> Sequence[float] | None:
-        result = trial.result()
-        if result is None:
-            return None
-        quality = result.value(f"quality/{self._settings.objective}")
-        if quality is None:
+        Raises:
+            UserError: If the study is damaged, or no trial has the objective.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._damage():
+            self._storage = _storage(self._path)
+            self._study = optuna.create_study(
+                directions=["maximize" if mode == "max" else "minimize" for mode in self._modes],
+                study_name=self._name,
+                storage=self._storage,
+                load_if_exists=True,
+            )
+            self._read(self._study)
+            num_given = len(self._family) + len(self._given)
+            self._study.sampler = _sampler(self._settings, num_given, len(self._study.trials))
+            for stored in self._study.get_trials(states=(TrialState.RUNNING,)):
+                trial = self._known()[self._schedule(stored.params)]
+                if not is_run_locked(Path(trial.folder)):
+                    self._study.tell(stored.number, state=TrialState.FAIL)
+        finished = [trial.result() for trial in self._known().values()]
+        named = {name for trial in finished if trial for name in trial.quality}
+        if named and self._settings.objective not in named:
             raise UserError(
                 f"search.objective={self._settings.objective}: the tasks of this sweep do not give "
-                f"it; they give {', '.join(sorted(result.quality))}"
+                f"it; they give {', '.join(sorted(named))}"
             )
-        return quality, float(_schedule(trial).num_evaluations)
+        self._enter_finished(self._study)
 
+    @property
+    def study(self) -> Mapping[str, Any]:
+        """Arguments of Tune's OptunaSearch."""
+        assert self._study is not None, "call begin first"
+        return {
+            "space": self._space,
+            "mode": self._modes,
+            "sampler": self._study.sampler,
+            "study_name": self._name,
+            "storage": self._storage,
+        }
 
-def _sampler(settings: SearchSettings, num_given: int) -> optuna.samplers.BaseSampler:
-    if settings.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(
-            population_size=settings.trials_per_round, seed=settings.seed
+    def accept(self, point: Mapping[str, int]) -> Trial | None:
+        """Return the trial of a point of the study; None if it is known already."""
+        schedule = self._schedule(point)
+        if schedule in self._known():
+            return None
+        trial = self._suggested[schedule] = self._make_trial(schedule)
+        if not (trial.job and self.teacher_cache):
+            return trial
+        job = trial.job.model_copy(update={"teacher_cache": self.teacher_cache})
+        return trial.model_copy(update={"job": job})
+
+    def values(self, trial: Trial) -> list[float] | None:
+        """Return quality and cost of a trial; None while it has no result, or if one is NaN."""
+        result = trial.result()
+        quality = result.value(f"quality/{self._settings.objective}") if result else None
+        if quality is None:
+            return None
+        return [quality, float(trial.model.corrections.num_evaluations)]
+
+    def enqueue_unknown(self) -> None:
+        """Make the study suggest a schedule next that is not known, a random one."""
+        assert self._study is not None, "call begin first"
+        known = self._known()
+        draw, schedule = random.Random(len(self._study.trials)), next(iter(known))
+        while schedule in known:
+            schedule = IterationSchedule(tuple(draw.randint(0, most) for most in self._full))
+        self._study.enqueue_trial(self._point(schedule))
+
+    def _enter_finished(self, study: optuna.Study) -> None:
+        """Enter the trials that have a result and are not in the study with it."""
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        entered = {self._schedule(stored.params) for stored in complete}
+        newest = max((stored.system_attrs.get(GENERATION, 0) for stored in complete), default=0)
+        for schedule, trial in self._known().items():
+            values = self.values(trial)
+            if values is None or schedule in entered:
+                continue
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=self._point(schedule),
+                    distributions=self._space,
+                    values=values,
+                    user_attrs={GIVEN: schedule not in self._suggested},
+                    system_attrs={GENERATION: newest},
+                )
+            )
+
+    def _read(self, study: optuna.Study) -> None:
+        """Take over the schedules in the study that are not known yet."""
+        known = self._known()
+        for stored in study.get_trials(deepcopy=False):
+            schedule = self._schedule(stored.params)
+            if stored.params and schedule not in known:
+                known[schedule] = self._make_trial(schedule)
+                kind = self._given if stored.user_attrs.get(GIVEN) else self._suggested
+                kind[schedule] = known[schedule]
+
+    def _known(self) -> dict[IterationSchedule, Trial]:
+        return self._family | self._given | self._suggested
+
+    def _schedule(self, point: Mapping[str, int]) -> IterationSchedule:
+        return IterationSchedule(tuple(point.get(_name(n), 0) for n in range(len(self._full))))
+
+    def _point(self, schedule: IterationSchedule) -> dict[str, int]:
+        return {_name(n): schedule[n] for n, most in enumerate(self._full) if most}
+
+    @property
+    def _space(self) -> dict[str, Any]:
+        return {
+            _name(n): optuna.distributions.IntDistribution(0, most)
+            for n, most in enumerate(self._full)
+            if most
+        }
+
+    @property
+    def _modes(self) -> list[str]:
+        return ["max" if self._settings.objective == "accuracy" else "min", "min"]
+
+    def _damage(self) -> Any:
+        return damage_as_user_error(
+            self._path, remedy="delete it; finished trials enter the new one"
         )
-    return optuna.samplers.TPESampler(n_startup_trials=num_given, seed=settings.seed)
 
 
-def _schedule(trial: Trial) -> IterationSchedule:
-    return trial.model.corrections
+def _storage(path: Path) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+
+
+def _sampler(
+    settings: SearchSettings, num_given: int, num_before: int
+) -> optuna.samplers.BaseSampler:
+    # A sampler that starts again with the same seed would suggest the same again.
+    seed = (settings.seed + num_before) % (MAX_SEED + 1)
+    if settings.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(population_size=settings.population_size, seed=seed)
+    if settings.sampler == "gp":
+        return optuna.samplers.GPSampler(n_startup_trials=num_given, seed=seed)
+    # Layer by layer, it would suggest the ends of the front again and again.
+    return optuna.samplers.TPESampler(n_startup_trials=num_given, multivariate=True, seed=seed)
 
 
 def _name(layer: int) -> str:

@@ -77,9 +77,10 @@ def threshold_plan(
 def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
     """Return the plan that a search starts with: the trials of a family of schedules.
 
-    Its name is made from its key when unset.
+    Its name is made from its key when unset. A longer search has the same key and continues.
     """
-    key = content_key("search", family.key, settings.model_dump(mode="json"))
+    asked = settings.model_dump(mode="json", exclude={"num_trials"})
+    key = content_key("search", family.key, asked)
     name = name or f"search-{key[:8]}"
     return family.model_copy(update={"key": key, "kind": "search", "name": name})
 

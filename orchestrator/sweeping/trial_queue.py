@@ -16,11 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.ray_tune import TrialContext, run_trials
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
@@ -32,6 +33,9 @@ from orchestrator.training.monitor import JournalReader
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run_lock import waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
+
+if TYPE_CHECKING:
+    from orchestrator.sweeping.search import ScheduleSearch
 
 
 @dataclass
@@ -58,22 +62,43 @@ class TrialQueue:
     _failed_while_stopping: dict[str, str] = field(default_factory=dict)
     _busy: set[str] = field(default_factory=set)
 
-    def run(self, waiting: Sequence[Trial]) -> None:
-        """Run unfinished trials, and wait for those that another process runs.
+    def run(self, waiting: Sequence[Trial], search: ScheduleSearch | None = None) -> None:
+        """Run unfinished trials, then those that a search suggests.
+
+        Waits for those that another process runs.
 
         Raises:
             Interrupted: After Ctrl-C; finished trials stay finished.
             RunFailed: If a trial failed while it was stopping after Ctrl-C.
         """
         self.progress.start("sweep", self.num_all)
-        num_found = self.num_all - len(waiting) - len(self.stopped)
-        if waiting:
+        num_new = search.num_left if search else 0
+        num_found = self.num_all - len(waiting) - num_new - len(self.stopped)
+        if waiting or num_new:
             with ray_cluster(say=partial(self.progress.advance, num_found)):
                 self._run_or_wait(waiting)
+                if search:
+                    self._run_search(search)
         self.progress.finish(self._summary(num_found))
 
+    def _run_search(self, search: ScheduleSearch) -> None:
+        trials: list[Trial] = []
+
+        def parameters(trial: Trial) -> dict[str, Any]:
+            trials.append(trial)
+            return self._parameters(trial)
+
+        search.begin()
+        num_done = self.num_all - search.num_left
+        self._run_round(trials, num_done, TrialSearch(search, parameters))
+        # Another process may have suggested and may run the others.
+        more = [t for t in search.known_trials() if t.label not in self.failures]
+        self._run_or_wait([t for t in more if not t.result()])
+
     def _run_or_wait(self, trials: Sequence[Trial]) -> None:
-        self._run_round(trials)
+        if not trials:
+            return
+        self._run_round(trials, self.num_all - len(trials))
         left = [t for t in trials if t.key in self._busy and self._is_unfinished(t)]
         begin: Callable[[], None] | None = partial(self._note_waiting, left)
         while left:
@@ -81,7 +106,7 @@ class TrialQueue:
             begin = None
             free = [t for t in left if self._is_unfinished(t) and not is_trial_locked(t)]
             self._busy.difference_update(trial.key for trial in free)
-            self._run_round(free, num_elsewhere=len(left) - len(free))
+            self._run_round(free, self.num_all - len(left))
             left = [t for t in left if t not in free or t.key in self._busy]
             left = [t for t in left if self._is_unfinished(t)]
 
@@ -103,33 +128,37 @@ class TrialQueue:
         parts = [f", {count} {what}" for what, count in counts.items() if count]
         return f"{self.num_all} trials{''.join(parts)}"
 
-    def _run_round(self, trials: Sequence[Trial], *, num_elsewhere: int = 0) -> None:
-        journals = {trial.key: JournalReader(Path(trial.folder)) for trial in trials}
-        num_done = self.num_all - len(trials) - num_elsewhere
-        by_key = {trial.key: trial for trial in trials}
+    def _run_round(
+        self, trials: Sequence[Trial], num_done: int, search: TrialSearch | None = None
+    ) -> None:
+        """Run trials, or those that a search suggests, which it appends to `trials`."""
+        journals: dict[str, JournalReader] = {}
 
         def watch() -> None:
-            shares = [_share_done(trial, journals[trial.key]) for trial in trials]
-            running = [t.label for t, share in zip(trials, shares, strict=True) if 0 < share < 1]
-            self.progress.advance(num_done + sum(shares), "; ".join(running[:3]))
+            shares = {trial.label: _share_done(trial, journals) for trial in list(trials)}
+            running = [label for label, share in shares.items() if 0 < share < 1]
+            self.progress.advance(num_done + sum(shares.values()), "; ".join(running[:3]))
 
         def saved() -> str:
-            begun = [t for t in trials if t.job and not t.result() and journals[t.key].step]
+            begun = [t for t in trials if not t.result() and _journal(t, journals).step]
             jobs = {f"trial {t.label}": t.job for t in begun if t.job}
             num_finished = num_done + sum(trial.result() is not None for trial in trials)
             text = f"{num_finished} of {self.num_all} trials are finished"
             return f"{text}; {describe_saved_state(jobs, named=True)}" if jobs else text
+
+        def record_end(report: TrialReport) -> None:
+            self._record_end(report, next(t for t in trials if t.key == report.key))
 
         # One folder for each process: the same sweep may run twice at the same time.
         own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"
         try:
             run_trials(
                 run_tune_trial,
-                {trial.key: self._parameters(trial) for trial in sorted(trials, key=_run_order)},
+                search or {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
                 own_folder,
                 self.settings,
                 scheduler=asha_scheduler(self.asha),
-                on_result=lambda report: self._record_end(report, by_key[report.key]),
+                on_result=record_end,
                 watch=watch,
                 saved=saved,
             )
@@ -191,11 +220,16 @@ def _run_order(trial: Trial) -> tuple[bool, bool, float]:
     return is_trial_locked(trial), trial.role != "teacher", -expected_work
 
 
-def _share_done(trial: Trial, journal: JournalReader) -> float:
+def _share_done(trial: Trial, journals: dict[str, JournalReader]) -> float:
     """Return how far a trial is, from its files: nine tenths for training, the rest to measure."""
     if trial.result_path.exists():
         return 1.0
     if not trial.job:
         return 0.0
+    journal = _journal(trial, journals)
     journal.read()
     return 0.9 * journal.step / trial.job.recipe.num_steps
+
+
+def _journal(trial: Trial, journals: dict[str, JournalReader]) -> JournalReader:
+    return journals.setdefault(trial.key, JournalReader(Path(trial.folder)))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from small_size import SMALL
 
 from orchestrator import SweepResult, plan_sweep, sweep
@@ -83,7 +86,7 @@ def test_a_plan_names_what_is_known_and_what_follows_later(workspace: Workspace)
 
 
 def test_a_search_continues_from_the_family(workspace: Workspace) -> None:
-    options = ("search.num_trials=2", "search.trials_per_round=2")
+    options = ("search.num_trials=2", "search.population_size=2")
     run(workspace, "toy")
     before = done_in(workspace.trials)
     assert "tries at most 2 more of 27 schedules" in plan(workspace, "search", *options)
@@ -92,5 +95,10 @@ def test_a_search_continues_from_the_family(workspace: Workspace) -> None:
     run(workspace, "search", *options)
     after = done_in(workspace.trials)
     assert len(after - before) == 2, "the family was not trained again"
-    assert run(workspace, "search", *options).name.startswith("search-")
+    again = run(workspace, "search", *options)
+    assert again.name.startswith("search-")
     assert done_in(workspace.trials) == after
+    backend = JournalFileBackend(str(workspace.sweeps / again.name / "optuna.journal"))
+    study = optuna.load_study(study_name=None, storage=JournalStorage(backend))
+    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert len(complete) == sum(trial.role == "trial" for trial in again.trials)

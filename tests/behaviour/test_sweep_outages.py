@@ -84,7 +84,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         return connect(store)
 
     def run_rounds(then: Callable[[], None]) -> Callable[..., None]:
-        def run(rounds: TrialQueue, waiting: list[Trial]) -> None:
+        def run(rounds: TrialQueue, waiting: list[Trial], _: None) -> None:
             for number, trial in enumerate(waiting):
                 finish(trial)
                 rounds.on_end()

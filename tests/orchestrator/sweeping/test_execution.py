@@ -70,7 +70,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     assert stop is not None
     asked: list[str] = []
     monkeypatch.setattr(
-        TrialQueue, "run", lambda self, waiting: asked.extend(trial.key for trial in waiting)
+        TrialQueue, "run", lambda self, waiting, _: asked.extend(trial.key for trial in waiting)
     )
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
@@ -98,7 +98,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 def test_what_a_stored_teacher_costs_is_counted_once(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(rounds: TrialQueue, waiting: list[Trial]) -> None:
+    def run(rounds: TrialQueue, waiting: list[Trial], _: None) -> None:
         assert all(trial.job and trial.job.teacher_cache for trial in waiting if trial.job)
         for trial in waiting:
             finish(trial)

@@ -7,19 +7,29 @@ import math
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from filelock import FileLock
+from optuna.distributions import IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from ray.tune.search.optuna import OptunaSearch
 from sample_trials import sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
+from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import SearchSettings
-from orchestrator.sweeping.search import ScheduleSearch
+from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
 from orchestrator.sweeping.student_plans import search_plan
+from orchestrator.training.run_lock import RUN_LOCK_NAME
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import open_workspace
 
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
 FAMILY = [FULL, IterationSchedule((1, 1, 0, 1, 1, 1)), IterationSchedule((0,) * 6)]
@@ -37,7 +47,8 @@ class World:
     """Trials in a folder; `finish` does as if they were trained."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.made = folder, 0
+        self.workspace = open_workspace(folder)
+        self.folder, self.made, self.full, self.accuracy = folder, 0, FULL, accuracy
         teacher = self.trial(FULL).model_copy(update={"role": "teacher", "key": "teacher"})
         self.family = SweepPlan(
             key="family", name="family", kind="threshold", tokens_folder="", teacher="",
@@ -48,82 +59,169 @@ class World:
         model = ModelConfig(
             vocab_size=64, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=32,
             context_length=16, schedule=schedule,
-        ).to_dict()  # fmt: skip
+        )  # fmt: skip
+        key = str(schedule).replace(",", "")
         return Trial(
-            key=str(schedule).replace(",", ""), role="trial", label=str(schedule), model=model,
-            folder=str(self.folder), job=None, checkpoint=None, suite=TrialSuite(tokens_folder=""),
+            key=key, role="trial", label=str(schedule), model=model, parent="parent",
+            folder=str(self.workspace.trials / key), suite=TrialSuite(tokens_folder=""),
         )  # fmt: skip
 
     def finish(self, trial: Trial) -> None:
         if trial.result() is None:
-            self.made += 1
-            schedule = trial.model.corrections
-            result = sample_trial(
-                key=trial.key, role="trial", method="iiet", schedule=tuple(schedule),
-                quality={"accuracy": accuracy(schedule)},
-                cost={"evaluations": schedule.num_evaluations},
-            )  # fmt: skip
-            write_json(trial.result_path, result.model_dump(mode="json"))
+            self.made += trial.role == "trial"
+            quality = {"accuracy": self.accuracy(trial.model.corrections), "bits": 1.0}
+            trial.model_copy(update={"quality": quality}).write(trial.result_path)
 
     def search(self, **settings: Any) -> ScheduleSearch:
-        return ScheduleSearch(self.family, FULL, SearchSettings(**settings), self.trial)
+        own = SearchSettings(**settings)
+        others = finished_schedules(self.workspace, "parent")
+        plan = search_plan(self.family, own, "search")
+        return ScheduleSearch(plan, self.full, own, self.trial, folder=self.folder, others=others)
 
-    def run(self, failing: str = "", **settings: Any) -> list[str]:
-        """Run a whole search, and return the schedules in the order in which it asked for them."""
-        search, asked = self.search(**settings), []
-        for trial in self.family.trials:
+    def run(
+        self, *, failing: str = "", at_once: int = 1, most: int = 10**6, **settings: Any
+    ) -> list[str]:
+        """Run a search as Tune does, and return what it suggested, in this order.
+
+        It is killed once it has suggested `most` schedules.
+        """
+        search, suggested = self.search(**settings), []
+        for trial in (*self.family.trials, *search.known_trials()):
             self.finish(trial)
-        while trials := search.next_trials():
-            for trial in trials:
-                asked.append(trial.label)
-                if trial.label != failing:
-                    self.finish(trial)
-        return asked
+        search.begin()
+        searcher = TrialSearch(search, lambda trial: trial.model_dump(mode="json"))
+        running: dict[str, Trial] = {}
+        while len(suggested) < most:
+            while len(running) < at_once and len(suggested) < most:
+                name = f"tune {len(suggested)}"
+                found = searcher.suggest(name)
+                if found == TrialSearch.FINISHED:
+                    break
+                running[name] = Trial.model_validate_json(found["trial"]["parameters"])
+                assert running[name].key == found["trial"]["key"]
+                suggested.append(running[name].label)
+            if not running:
+                break
+            name, trial = next(iter(running.items()))
+            if trial.label != failing:
+                self.finish(trial)
+            searcher.on_trial_complete(name, error=trial.label == failing)
+            del running[name]
+        return suggested
+
+    def study(self) -> optuna.Study:
+        """Open the stored study as a person does."""
+        storage = JournalStorage(JournalFileBackend(str(self.folder / STUDY_FILE)))
+        return optuna.load_study(study_name=None, storage=storage)
+
+    def complete(self) -> list[tuple[int, ...]]:
+        """Return the schedules in the study that have values, in order."""
+        return [
+            tuple(stored.params.get(f"r_{n:02d}", 0) for n in range(1, 7))
+            for stored in self.study().get_trials(states=(TrialState.COMPLETE,))
+        ]
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
+@pytest.mark.parametrize(("attributes", "generation"), [({}, 0), ({GENERATION: 0}, 1)])
+def test_nsga2_breeds_from_added_trials_if_they_have_a_generation(
+    attributes: dict[str, int], generation: int
+) -> None:
+    space = {"r_01": IntDistribution(0, 9)}
+    study = optuna.create_study(
+        directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
+        sampler=optuna.samplers.NSGAIISampler(population_size=2, seed=0),
+    )
+    for r in (3, 4):
+        added = optuna.trial.create_trial(
+            params={"r_01": r}, distributions=space, values=[r, r], system_attrs=attributes
+        )
+        study.add_trial(added)
+    study.ask(space)
+    assert study.trials[-1].system_attrs[GENERATION] == generation
+
+
+def test_tunes_optuna_search_takes_evaluated_points_of_one_objective_only() -> None:
+    with pytest.raises((TypeError, ValueError)):
+        OptunaSearch(
+            {"r_01": IntDistribution(0, 9)}, metric=["a", "b"], mode=["min", "min"],
+            points_to_evaluate=[{"r_01": 3}], evaluated_rewards=[[0.0, 0.0]],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "gp"])
 def test_each_schedule_once_and_the_same_command_trains_nothing(
     tmp_path: Path, sampler: str
 ) -> None:
+    num_trials = 2 if sampler == "gp" else 20  # It takes seconds for each.
     world, other = World(tmp_path / "a"), World(tmp_path / "b")
-    first = world.run(sampler=sampler, num_trials=20)
-    assert len(first) == len(set(first)) == 20
+    first = world.run(sampler=sampler, num_trials=num_trials)
+    assert len(first) == len(set(first)) == num_trials
     assert not set(first) & {str(schedule) for schedule in FAMILY}
     assert all(text.split(",")[2] == "0" for text in first), "no more than the teacher has"
-    assert other.run(sampler=sampler, num_trials=20) == first, "the seed decides"
+    assert other.run(sampler=sampler, num_trials=num_trials) == first, "the seed decides"
+    assert world.study().directions == [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+    assert len(world.complete()) == len(set(world.complete())) == num_trials + len(FAMILY)
     made = world.made
-    assert world.run(sampler=sampler, num_trials=20) == first
-    assert world.made == made
-    longer = world.run(sampler=sampler, num_trials=30)
-    assert longer[:16] == first[:16], "a longer search begins as the shorter one"
-    assert world.run(sampler=sampler, num_trials=20, seed=1) != first
+    assert world.run(sampler=sampler, num_trials=num_trials) == []
+    assert [trial.label for trial in world.search(sampler=sampler).known_trials()] == first
+    assert len(world.run(sampler=sampler, num_trials=num_trials + 1)) == 1, "a longer one goes on"
+    assert world.made == made + 1
 
 
-def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
-    whole, killed = World(tmp_path / "a"), World(tmp_path / "b")
-    asked = whole.run(num_trials=20)
-    search = killed.search(num_trials=20)
-    for trial in killed.family.trials:
-        killed.finish(trial)
-    for trial in [*search.next_trials(), *search.next_trials()[:3]]:
-        killed.finish(trial)
-    before = killed.made
-    assert killed.run(num_trials=20) == asked
-    assert killed.made == whole.made > before
+def test_another_seed_suggests_others(tmp_path: Path) -> None:
+    first = World(tmp_path / "a").run(num_trials=8)
+    assert World(tmp_path / "b").run(num_trials=8, seed=1) != first
+
+
+def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    before = world.run(num_trials=12, at_once=3, most=6)
+    running = world.study().get_trials(states=(TrialState.RUNNING,))
+    assert len(running) == 2, "as a killed process leaves them"
+    half_trained = [trial for trial in world.search().known_trials() if not trial.result()]
+    assert len(half_trained) == 2, "they are run first"
+    made = world.made
+    after = world.run(num_trials=12, at_once=3)
+    assert len(set(before) | set(after)) == len(before) + len(after) == 12
+    assert world.made == made + len(half_trained) + len(after) == 12 + len(FAMILY)
+    assert world.study().get_trials(states=(TrialState.RUNNING,)) == []
+    assert len(world.complete()) == len(set(world.complete())) == 12 + len(FAMILY)
+
+
+def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.run(num_trials=12, at_once=2, most=4)
+    [theirs] = [trial for trial in world.search().known_trials() if not trial.result()]
+    search = world.search(num_trials=12)
+    with FileLock(Path(theirs.folder) / RUN_LOCK_NAME):
+        search.begin()
+    assert len(world.study().get_trials(states=(TrialState.RUNNING,))) == 1
+    assert search.accept(search._point(theirs.model.corrections)) is None
+    assert search.num_left == 8
+
+
+def test_what_other_searches_have_finished_is_known(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    first = world.run(num_trials=6)
+    second = world.run(num_trials=6, sampler="tpe")
+    assert not set(first) & set(second), "each model is trained once"
+    assert world.made == 12 + len(FAMILY)
+    search = world.search(sampler="tpe", num_trials=6)
+    assert [trial.label for trial in search.known_trials()] == [*sorted(first), *second]
+    assert (search.num_wanted, search.num_left) == (6, 0)
 
 
 def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -> None:
     world = World(tmp_path)
-    full, none = IterationSchedule((1, 0, 0, 1, 0, 1)), FAMILY[-1]
-    family = world.family.model_copy(update={"trials": (world.trial(full), world.trial(none))})
-    search = ScheduleSearch(family, full, SearchSettings(num_trials=10**6), world.trial)
-    asked: list[str] = []
-    while trials := search.next_trials():
-        asked += [trial.label for trial in trials]
-        for trial in trials:
-            world.finish(trial)
+    world.full = IterationSchedule((1, 0, 0, 1, 0, 1))
+    trials = (world.trial(world.full), world.trial(FAMILY[-1]))
+    world.family = world.family.model_copy(update={"trials": trials})
+    suggested = world.run(num_trials=10**6)
+    search = world.search(num_trials=10**6)
     assert search.num_schedules == 2**3
-    assert len(set(asked)) == len(asked) == search.num_schedules - 2
+    assert len(set(suggested)) == len(suggested) == search.num_schedules - 2
     assert search.num_left == 0
 
 
@@ -154,20 +252,32 @@ def test_a_failed_trial_does_not_end_the_search(tmp_path: Path) -> None:
     victim = world.run(num_trials=3)[1]
     other = World(tmp_path / "other")
     assert len(set(other.run(num_trials=12, failing=victim))) == 12
+    [left] = [trial for trial in other.search().known_trials() if not trial.result()]
+    assert left.label == victim, "the same command tries it again"
 
 
-def test_the_plan_of_a_dry_run_holds_what_is_finished_and_the_next_round(tmp_path: Path) -> None:
+def test_a_quality_that_is_no_number_closes_its_trial(tmp_path: Path) -> None:
     world = World(tmp_path)
-    asked = world.run(num_trials=5)
-    search = world.search(num_trials=20)
-    labels = [trial.label for trial in search.known_trials()]
-    assert labels[: len(asked)] == asked
-    assert len(asked) < len(labels) < 20
-    assert search.num_left == 20 - len(labels)
+    world.accuracy = lambda schedule: math.nan if schedule[0] == 1 else accuracy(schedule)
+    suggested = world.run(num_trials=12)
+    nans = [text for text in suggested if text.startswith("1")]
+    assert nans
+    assert len(suggested) == 12
+    assert world.study().get_trials(states=(TrialState.RUNNING,)) == []
+    assert not any(schedule[0] == 1 for schedule in world.complete())
+
+
+def test_a_damaged_study_is_named(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.run(num_trials=2)
+    path = tmp_path / STUDY_FILE
+    path.write_bytes(b"{]\n" + path.read_bytes())
+    with pytest.raises(UserError, match=rf"{STUDY_FILE}.*delete it"):
+        world.search(num_trials=2)
 
 
 def test_a_quality_that_is_not_measured_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"search.objective=bits_per_byte.*accuracy"):
+    with pytest.raises(UserError, match=r"search.objective=bits_per_byte.*accuracy, bits"):
         World(tmp_path).run(objective="bits_per_byte")
 
 
