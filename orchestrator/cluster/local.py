@@ -6,11 +6,9 @@ so losses are bitwise the same. Ctrl-C and SIGTERM ask to save and stop; a secon
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any
 
 from orchestrator.evaluation.decode_timing import threads
 from orchestrator.planning.resources import local_resources
@@ -18,10 +16,9 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
-    SIGNALS,
     interruption_text,
     note_saved_state,
-    signal_handlers,
+    recorded_signals,
 )
 from orchestrator.training.distributed import World
 from orchestrator.training.job import clear_stop_request
@@ -68,13 +65,7 @@ def _saving_on_signals(
     jobs: Sequence[TrainingJob], watch: Callable[[], None] | None
 ) -> Iterator[Callable[[], bool]]:
     """Yield a function that shows progress and returns whether a signal asked to save and stop."""
-    signals: list[int] = []
     watched_at = time.monotonic()
-
-    def on_signal(number: int, frame: Any) -> None:
-        signals.append(number)
-        if len(signals) > 1:
-            signal.default_int_handler(number, frame)
 
     def should_stop() -> bool:
         nonlocal watched_at
@@ -86,14 +77,14 @@ def _saving_on_signals(
     def saved() -> str:
         return describe_saved_state({job.folder.name: job for job in jobs})
 
-    try:
-        with signal_handlers(SIGNALS, on_signal):
+    with recorded_signals(second_ends=True) as signals:
+        try:
             yield should_stop
-    except KeyboardInterrupt:
-        raise Interrupted(interruption_text(saved(), in_time=False)) from None
-    except Exception as error:
-        if signals:
-            note_saved_state(error, saved())
-        raise
+        except KeyboardInterrupt:
+            raise Interrupted(interruption_text(saved(), in_time=False)) from None
+        except Exception as error:
+            if signals:
+                note_saved_state(error, saved())
+            raise
     if signals:
         raise Interrupted(interruption_text(saved()))

@@ -29,7 +29,7 @@ from orchestrator.planning.resources import Resources, local_resources
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
     SIGNALS,
-    raise_keyboard_interrupt,
+    recorded_signals,
     signal_handlers,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
@@ -72,7 +72,7 @@ def ray_cluster(
     cluster = _RayThread(make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER), num_cpus)
     seconds = SHUTDOWN_SECONDS
     try:
-        with signal_handlers((signal.SIGTERM,), raise_keyboard_interrupt):
+        with signal_handlers((signal.SIGTERM,), signal.default_int_handler):
             _running = cluster.started()
             yield _running
     except (KeyboardInterrupt, Interrupted):
@@ -104,8 +104,7 @@ class _RayThread:
         Raises:
             KeyboardInterrupt: After a signal, once Ray runs and can be ended, or it took too long.
         """
-        signals: list[int] = []
-        with signal_handlers(SIGNALS, lambda number, _: signals.append(number)):
+        with recorded_signals() as signals:
             self._thread.start()
             deadline = math.inf
             while not self._resources.done() and time.monotonic() < deadline:
