@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,21 +29,14 @@ from orchestrator.pipelines.sweep_plans import (
 from orchestrator.pipelines.training_dry_runs import UNPREPARED
 from orchestrator.planning.fit import check_fit, find_problems
 from orchestrator.planning.planned_training import PlannedTraining
-from orchestrator.planning.price import (
-    Price,
-    TrainingGroup,
-    pretraining_group,
-    price_of,
-    trial_group,
-)
-from orchestrator.planning.resources import check_resources
+from orchestrator.planning.price import PlannedWork, Price, pretraining_group, trial_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.reporting.price_table import price_rows
 from orchestrator.settings import Settings
 from orchestrator.sweeping.asha import asha_trials
-from orchestrator.sweeping.checks import check_models, check_sweep, check_trial_devices
+from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
 from orchestrator.sweeping.distilled_baselines import costliest_distilled_baselines
 from orchestrator.sweeping.model_plans import (
     TEACHER,
@@ -125,15 +119,20 @@ class _Draft:
     notes: list[str] = field(default_factory=list)
     new_token_bytes: int = 0
 
-    def groups(self, settings: Settings, workspace: Workspace) -> list[TrainingGroup]:
+    def work(self, settings: Settings, workspace: Workspace) -> PlannedWork:
         """Return what is trained: by the run itself, and in trials."""
         own = [state.training for state in self.pretraining if state.training]
         others = (state for state in self.states if state not in self.pretraining)
         trials = [state.training for state in others if state.training]
-        return [
-            pretraining_group(own, settings.cluster),
-            trial_group([*trials, *self.unknown], settings, workspace.teachers),
-        ]
+        return PlannedWork(
+            groups=(
+                pretraining_group(own, settings.cluster),
+                trial_group([*trials, *self.unknown], settings, workspace.teachers),
+            ),
+            folder=workspace.root,
+            new_token_bytes=self.new_token_bytes,
+            is_upper_bound=bool(self.unknown),
+        )
 
 
 @read_only()
@@ -165,33 +164,21 @@ def plan_sweep(
     else:
         checkpoint = teacher_checkpoint(context, teacher)
         draft = _draft_of_students(settings, context, checkpoint, name)
-    plan, root = draft.plan, context.workspace.root
-    groups = draft.groups(settings, context.workspace)
-    pretraining, trials = groups
-    price = price_of(
-        groups,
-        root,
-        new_token_bytes=draft.new_token_bytes,
-        is_upper_bound=bool(draft.unknown),
-    )
-
-    def check_devices() -> None:
-        check_trial_devices(settings)
-        if pretraining.trainings:
-            check_resources(settings.cluster.num_workers, settings.cluster.num_gpus)
-
-    lines = plan_sentences(plan, requested_noun(plan, settings.sweep), draft.states) + draft.notes
+    plan, work = draft.plan, draft.work(settings, context.workspace)
+    pretraining, trials = work.groups
+    pretrains = bool(pretraining.trainings)
+    notes = plan_sentences(plan, requested_noun(plan, settings.sweep), draft.states) + draft.notes
     if settings.trials_use_gpus and trials.trainings:
         gpus = format_count(trials.trainings[0].num_workers, "GPU")
-        lines.append(f"each trial runs on {gpus}, at most {trials.at_once} at once")
+        notes.append(f"each trial runs on {gpus}, at most {trials.at_once} at once")
     if asha := asha_trials(plan, settings.sweep):
-        lines.append(next(iter(asha.values())).rule.text)
+        notes.append(next(iter(asha.values())).rule.text)
     return SweepDryRun(
         plan=plan,
         states=tuple(draft.states),
-        notes=tuple(lines),
-        price=price,
-        problems=find_problems(groups, root, check_devices, new_token_bytes=draft.new_token_bytes),
+        notes=tuple(notes),
+        price=work.price(),
+        problems=find_problems(work, partial(check_devices, settings, pretrains=pretrains)),
     )
 
 
@@ -204,10 +191,7 @@ def check_sweep_fits(
     Raises:
         UserError: If they do not fit; says what would.
     """
-    draft = _draft_from_settings(settings, Context(workspace), models)
-    check_fit(
-        draft.groups(settings, workspace), workspace.root, new_token_bytes=draft.new_token_bytes
-    )
+    check_fit(_draft_from_settings(settings, Context(workspace), models).work(settings, workspace))
 
 
 def _draft_from_settings(

@@ -28,13 +28,12 @@ from orchestrator.pipelines.sweep_plans import (
     schedule_search,
     teacher_checkpoint,
 )
-from orchestrator.planning.resources import check_resources
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.checks import check_sweep, check_trial_devices
+from orchestrator.sweeping.checks import check_devices, check_sweep
 from orchestrator.sweeping.execution import SweepOutcome, run_sweep
 from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
 from orchestrator.terminal.progress import Progress
@@ -99,13 +98,12 @@ def sweep(
     """
     context = open_context(workspace, progress)
     check_arguments(settings, teacher, models)
-    check_trial_devices(settings)
+    pretrains = teacher is None and settings.sweep.kind != "iterations"
+    check_devices(settings, pretrains=pretrains)
     check_sweep(settings, context.progress)
     if teacher is not None:
         checkpoint = teacher_checkpoint(context, teacher)
         return _sweep_students(settings, context, checkpoint, baselines, name)
-    if settings.sweep.kind != "iterations":
-        check_resources(settings.cluster.num_workers, settings.cluster.num_gpus)
     check_sweep_fits(settings, context.workspace, models)
     tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     if settings.sweep.kind == "iterations":

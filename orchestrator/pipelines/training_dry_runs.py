@@ -12,7 +12,7 @@ from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_
 from orchestrator.pipelines.context import open_context
 from orchestrator.planning.fit import check_fit, find_problems
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import Price, TrainingGroup, pretraining_group, price_of
+from orchestrator.planning.price import PlannedWork, Price, pretraining_group
 from orchestrator.planning.resources import check_resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.price_table import price_rows, training_rows
@@ -117,15 +117,23 @@ def check_pretraining(settings: Settings, workspace: Workspace) -> None:
         UserError: If it does not fit, or no machine could run it; says what would fit.
     """
     if find_prepared(settings.data, workspace.tokens) is None:
-        group = _group(pretraining_job(settings, workspace, None), settings)
-        tokens = expected_tokens(settings.data, None)
-        check_fit([group], workspace.root, new_token_bytes=tokens.new_bytes)
+        job, tokens = (
+            pretraining_job(settings, workspace, None),
+            expected_tokens(settings.data, None),
+        )
+        check_fit(_work(job, settings, workspace, tokens))
 
 
-def _group(job: TrainingJob, settings: Settings) -> TrainingGroup:
+def _work(
+    job: TrainingJob, settings: Settings, workspace: Workspace, tokens: ExpectedTokens | None
+) -> PlannedWork:
     model = settings.model if job.objective == "pretrain" else None
     training = replace(planned_training(job), model=model)
-    return pretraining_group([training], settings.cluster)
+    return PlannedWork(
+        groups=[pretraining_group([training], settings.cluster)],
+        folder=workspace.root,
+        new_token_bytes=tokens.new_bytes if tokens else 0,
+    )
 
 
 def _dry_run(
@@ -136,24 +144,20 @@ def _dry_run(
     tokens: ExpectedTokens | None = None,
     mfu: float | None = None,
 ) -> TrainingDryRun:
-    group, cluster = _group(job, settings), settings.cluster
-    (training,) = group.trainings
+    work, cluster = _work(job, settings, workspace, tokens), settings.cluster
+    (training,) = work.trainings
     if not job.tokens_folder:
         state = UNPREPARED
     elif finished_outcome(job):
-        state, group = f"finished: {job.folder}", replace(group, trainings=())
+        state, work = f"finished: {job.folder}", replace(work, groups=[])
     else:
         state = f"from step {training.steps_done:,}" if training.steps_done else "not begun"
-    new_token_bytes = tokens.new_bytes if tokens else 0
     return TrainingDryRun(
         training=training,
         tokens=tokens,
         state=state,
-        price=price_of([group], workspace.root, new_token_bytes=new_token_bytes, share=mfu),
+        price=work.price(mfu),
         problems=find_problems(
-            [group],
-            workspace.root,
-            partial(check_resources, cluster.num_workers, cluster.num_gpus),
-            new_token_bytes=new_token_bytes,
+            work, partial(check_resources, cluster.num_workers, cluster.num_gpus)
         ),
     )

@@ -8,14 +8,14 @@ If `RAY_ADDRESS` names a cluster, only the disk is checked.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from iiet.config import PRESETS
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import TrainingGroup, disk_parts, pretraining_group
+from orchestrator.planning.price import PlannedWork, TrainingGroup, pretraining_group
 from orchestrator.planning.resources import FreeBytes, local_free_bytes
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings
@@ -26,7 +26,6 @@ from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES, installed_gpu
 from orchestrator.workspace.errors import UserError
 
-THIS_MACHINE = "this machine"
 MeasureFree = Callable[..., FreeBytes]
 """Returns free memory and disk, like `local_free_bytes`."""
 
@@ -56,41 +55,24 @@ def check_trainings(
         replace(planned_training(jobs[n]), model=settings[n].model if settings else None)
         for n in waiting
     ]
-    if waiting:
-        group = pretraining_group(trainings, cluster)
-        check_fit([group], jobs[waiting[0]].folder, measure_free=measure_free)
+    groups = [pretraining_group(trainings, cluster)]
+    check_fit(PlannedWork(groups=groups, folder=jobs[0].folder), measure_free=measure_free)
 
 
-def check_fit(
-    groups: Sequence[TrainingGroup],
-    folder: Path,
-    *,
-    new_token_bytes: int = 0,
-    measure_free: MeasureFree = local_free_bytes,
-) -> None:
+def check_fit(work: PlannedWork, *, measure_free: MeasureFree = local_free_bytes) -> None:
     """Refuse trainings that would run out of memory (each of them) or disk (all together).
-
-    Args:
-        folder: A folder on the workspace's disk; it need not exist.
-        new_token_bytes: Bytes of the tokens that are prepared first.
 
     Raises:
         UserError: If they do not fit; says what would.
     """
-    groups = [group for group in groups if group.trainings]
-    for group in groups:
-        _check_memory(group, folder, measure_free)
-    if groups and (disk := measure_free(folder).disk) is not None:
-        _check_disk(groups, disk, new_token_bytes)
+    for group in work.groups:
+        if group.trainings:
+            _check_memory(group, work.folder, measure_free)
+    if work.trainings and (disk := measure_free(work.folder).disk) is not None:
+        _check_disk(work, disk)
 
 
-def find_problems(
-    groups: Sequence[TrainingGroup],
-    folder: Path,
-    check_devices: Callable[[], None],
-    *,
-    new_token_bytes: int = 0,
-) -> dict[str, str | None]:
+def find_problems(work: PlannedWork, check_devices: Callable[[], None]) -> dict[str, str | None]:
     """Return place -> why trainings do not fit there, None if they do.
 
     The first place is this machine. Without the GPUs that are asked for, an assumed one is another.
@@ -108,15 +90,12 @@ def find_problems(
                 found.append(str(error))
         return ". Also: ".join(found) or None
 
-    fits_here = partial(check_fit, groups, folder, new_token_bytes=new_token_bytes)
-    place = THIS_MACHINE
-    if os.environ.get("RAY_ADDRESS"):
-        place += " (the cluster's memory is unknown)"
-    problems = {place: problem_of(check_devices, fits_here)}
-    on_gpus = any(training.on_gpus for group in groups for training in group.trainings)
-    if on_gpus and installed_gpu() is None:
+    is_far = bool(os.environ.get("RAY_ADDRESS"))
+    place = "this machine" + " (the cluster's memory is unknown)" * is_far
+    problems = {place: problem_of(check_devices, partial(check_fit, work))}
+    if installed_gpu() is None and any(training.on_gpus for training in work.trainings):
         gpu = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=f"an {ASSUMED_GPU}")
-        fits_there = partial(check_fit, groups, folder, measure_free=lambda *_, **__: gpu)
+        fits_there = partial(check_fit, work, measure_free=lambda *_, **__: gpu)
         problems[gpu.place] = problem_of(fits_there)
     return problems
 
@@ -158,48 +137,34 @@ def _too_little_memory(training: PlannedTraining, free: int, place: str) -> str:
     )
 
 
-def _check_disk(groups: Sequence[TrainingGroup], disk: int, new_token_bytes: int) -> None:
-    def parts(num_kept: int | None = None) -> Mapping[str, int]:
-        return disk_parts([_keeping(group, num_kept) for group in groups], new_token_bytes)
-
-    needed = parts()
-    if sum(needed.values()) <= disk:
+def _check_disk(work: PlannedWork, disk: int) -> None:
+    needed, trainings = work.disk(), work.trainings
+    total = sum(needed.values())
+    if total <= disk:
         return
-    trainings = [training for group in groups for training in group.trainings]
     sections = dict.fromkeys(training.section for training in trainings)
     most = max(training.recipe.num_checkpoints_kept for training in trainings)
     changes = [
         " ".join(f"--set {section}.num_checkpoints_kept={number}" for section in sections)
         for number in range(most - 1, 0, -1)
-        if sum(parts(number).values()) <= disk
+        if sum(work.disk(number).values()) <= disk
     ]
-    if sum(needed.values()) - needed.get("teacher outputs", 0) <= disk:
+    if total - needed.get("teacher outputs", 0) <= disk:
         changes.append("--set distillation.teacher_cache=live")
-    if not changes and len(trainings) == 1:
+    if len(trainings) == 1:
+        others = total - trainings[0].new_bytes() - trainings[0].bytes_in_writing()
         change = _nearest_fit(
             trainings[0],
-            lambda other: other.new_bytes + other.bytes_in_writing + new_token_bytes <= disk,
+            lambda other: others + other.new_bytes() + other.bytes_in_writing() <= disk,
         )
         changes += [change] if change else []
     advice = f"the nearest setting that fits: {changes[0]}; or " if changes else ""
     what = f"{len(trainings)} trainings" if len(trainings) > 1 else "the run"
     raise UserError(
-        f"{what} would write about {format_bytes(sum(needed.values()))} "
-        f"({format_byte_parts(needed)}), and the workspace's disk has {format_bytes(disk)} free; "
-        f"{advice}free some space, or choose another place with --workspace"
+        f"{what} would write about {format_bytes(total)} ({format_byte_parts(needed)}), and the "
+        f"workspace's disk has {format_bytes(disk)} free; {advice}free some space, or choose "
+        "another place with --workspace"
     )
-
-
-def _keeping(group: TrainingGroup, num_checkpoints: int | None) -> TrainingGroup:
-    if num_checkpoints is None:
-        return group
-    fewer = (
-        each.with_recipe(
-            num_checkpoints_kept=min(num_checkpoints, each.recipe.num_checkpoints_kept)
-        )
-        for each in group.trainings
-    )
-    return replace(group, trainings=tuple(fewer))
 
 
 def _nearest_fit(training: PlannedTraining, fits: Callable[[PlannedTraining], bool]) -> str | None:

@@ -170,20 +170,19 @@ class PlannedTraining:
         """Bytes of one checkpoint."""
         return CHECKPOINT_BYTES_PER_PARAMETER * self.num_parameters
 
-    @property
-    def new_bytes(self) -> int:
+    def new_bytes(self, most_kept: int | None = None) -> int:
         """Bytes of all checkpoints that are kept, beside those that exist."""
-        return max(0, self._bytes_of(0) - self.present_bytes)
+        return max(0, self._bytes_of(0, most_kept) - self.present_bytes)
 
-    @property
-    def bytes_in_writing(self) -> int:
+    def bytes_in_writing(self, most_kept: int | None = None) -> int:
         """Bytes of the checkpoint that is written while all others are still kept."""
-        return self._bytes_of(1) - self._bytes_of(0)
+        return self._bytes_of(1, most_kept) - self._bytes_of(0, most_kept)
 
-    def _bytes_of(self, num_more: int) -> int:
+    def _bytes_of(self, num_more: int, most_kept: int | None) -> int:
         recipe = self.recipe
+        kept = min(recipe.num_checkpoints_kept, most_kept or recipe.num_checkpoints_kept)
         has_stable = 0 < stable_steps(recipe) < recipe.num_steps
-        number = recipe.num_checkpoints_kept + num_more + recipe.keep_best + has_stable
+        number = kept + num_more + recipe.keep_best + has_stable
         if recipe.checkpoint_every_minutes is None:
             num_written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
             number = min(number, num_written)

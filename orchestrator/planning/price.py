@@ -6,6 +6,7 @@ counts once: a first stage, and a teacher's stored outputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,23 +40,27 @@ class TrainingGroup:
     def num_devices(self) -> int:
         """GPUs that they use together, or the CPUs of this machine, which they share whole."""
         first = self.trainings[0]
-        return (
-            self.at_once * first.num_workers
-            if first.on_gpus
-            else local_resources(count_gpus=False).cpus
-        )
+        cpus = local_resources(count_gpus=False).cpus
+        return self.at_once * first.num_workers if first.on_gpus else cpus
 
-    def disk(self) -> dict[str, int]:
-        """Return what is written -> bytes."""
-        in_writing = sorted((each.bytes_in_writing for each in self.trainings), reverse=True)
+    @property
+    def teacher_flops(self) -> float:
+        """FLOPs of their teacher."""
+        teacher = next((each.teacher for each in self.trainings if each.teacher), None)
+        per_token = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
+        return self.teacher.num_tokens * per_token
+
+    def disk(self, most_kept: int | None = None) -> dict[str, int]:
+        """Return what is written -> bytes, if each training keeps at most so many checkpoints."""
+        kept = [each.new_bytes(most_kept) for each in self.trainings]
+        in_writing = sorted(each.bytes_in_writing(most_kept) for each in self.trainings)
         stages = {
             each.first_stage.folder: each.checkpoint_bytes
             for each in self.trainings
             if each.first_stage and not each.first_stage.exists
         }
         return {
-            "checkpoints": sum(each.new_bytes for each in self.trainings)
-            + sum(in_writing[: self.at_once]),
+            "checkpoints": sum(kept) + sum(in_writing[-self.at_once :]),
             "shared first stages": sum(stages.values()),
             "teacher outputs": self.teacher.num_bytes,
         }
@@ -156,62 +161,55 @@ class Price(Record):
         return sum(self.disk.values())
 
 
-def price_of(
-    groups: Sequence[TrainingGroup],
-    folder: Path,
-    *,
-    new_token_bytes: int = 0,
-    share: float | None = None,
-    is_upper_bound: bool = False,
-) -> Price:
-    """Return the price of groups that run one after another.
+@dataclass(frozen=True, kw_only=True)
+class PlannedWork:
+    """All that a run or sweep trains: groups that run one after another."""
 
-    Args:
-        folder: A folder on the workspace's disk; it need not exist.
-        new_token_bytes: Bytes of the tokens that are prepared first.
-        share: Share of the peak FLOP/s that training is assumed to reach.
-        is_upper_bound: Whether some trainings are the costliest that are possible.
-    """
-    groups = [group for group in groups if group.trainings]
-    trainings: list[PlannedTraining] = []
-    flops, hours = 0.0, [0.0, 0.0]
-    rate: Rate | None = None
-    for group in groups:
-        rate = assumed_rate(group.trainings[0], share)
-        own = list(group.without_shared_steps())
-        own_flops = sum(each.flops for each in own) + _teacher_flops(group)
-        for number, speed in enumerate(rate.flops_range):
-            hours[number] += own_flops / (speed * group.num_devices) / 3600
-        flops += own_flops
-        trainings += own
-    largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
-    return Price(
-        is_upper_bound=is_upper_bound,
-        num_trainings=len(trainings),
-        num_tokens=sum(each.num_tokens for each in trainings),
-        num_teacher_tokens=sum(group.teacher.num_tokens for group in groups),
-        flops=flops,
-        hours=(hours[0], hours[1]),
-        num_devices=max((group.num_devices for group in groups), default=0),
-        uses_gpus=any(each.on_gpus for each in trainings),
-        rate=rate,
-        memory=largest.worker_memory if largest else {},
-        disk=disk_parts(groups, new_token_bytes),
-        free_disk=local_free_bytes(folder).disk,
-    )
+    groups: Sequence[TrainingGroup]
+    folder: Path
+    """A folder on the workspace's disk; it need not exist."""
+    new_token_bytes: int = 0
+    """Bytes of the tokens that are prepared first."""
+    is_upper_bound: bool = False
+    """Whether not all trainings are known, and the others are the costliest that are possible."""
 
+    @property
+    def trainings(self) -> list[PlannedTraining]:
+        """The trainings of all groups."""
+        return [training for group in self.groups for training in group.trainings]
 
-def disk_parts(groups: Sequence[TrainingGroup], new_token_bytes: int = 0) -> dict[str, int]:
-    """Return what groups write -> bytes, without what takes none."""
-    total = {"tokens": new_token_bytes}
-    for group in groups:
-        for name, value in group.disk().items():
-            total[name] = total.get(name, 0) + value
-    return {name: value for name, value in total.items() if value}
+    def disk(self, most_kept: int | None = None) -> dict[str, int]:
+        """Return what is written -> bytes, without what takes none; as `TrainingGroup.disk`."""
+        total = Counter({"tokens": self.new_token_bytes})
+        for group in self.groups:
+            total.update(group.disk(most_kept))
+        return {name: value for name, value in total.items() if value}
 
-
-def _teacher_flops(group: TrainingGroup) -> float:
-    teacher = next((each.teacher for each in group.trainings if each.teacher), None)
-    if teacher is None:
-        return 0.0
-    return group.teacher.num_tokens * inference_cost(teacher).forward_flops_per_token
+    def price(self, share: float | None = None) -> Price:
+        """Return the price; `share` of the peak FLOP/s is reached, or a usual one if unset."""
+        flops, hours = 0.0, [0.0, 0.0]
+        rate: Rate | None = None
+        trainings: list[PlannedTraining] = []
+        for group in filter(lambda group: group.trainings, self.groups):
+            rate = assumed_rate(group.trainings[0], share)
+            own = list(group.without_shared_steps())
+            own_flops = sum(each.flops for each in own) + group.teacher_flops
+            for number, speed in enumerate(rate.flops_range):
+                hours[number] += own_flops / (speed * group.num_devices) / 3600
+            flops += own_flops
+            trainings += own
+        largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
+        return Price(
+            is_upper_bound=self.is_upper_bound,
+            num_trainings=len(trainings),
+            num_tokens=sum(each.num_tokens for each in trainings),
+            num_teacher_tokens=sum(group.teacher.num_tokens for group in self.groups),
+            flops=flops,
+            hours=(hours[0], hours[1]),
+            num_devices=max((g.num_devices for g in self.groups if g.trainings), default=0),
+            uses_gpus=any(each.on_gpus for each in trainings),
+            rate=rate,
+            memory=largest.worker_memory if largest else {},
+            disk=self.disk(),
+            free_disk=local_free_bytes(self.folder).disk,
+        )

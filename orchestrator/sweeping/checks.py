@@ -62,14 +62,19 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
 
 
-def check_trial_devices(settings: Settings) -> None:
+def check_devices(settings: Settings, *, pretrains: bool) -> None:
     """Check that this machine has the CPUs and GPUs of one trial.
+
+    Args:
+        pretrains: Whether the sweep trains a teacher first, on the devices of section `cluster`.
 
     Raises:
         UserError: If it has not.
     """
-    sweep = assign_trial_gpus(settings).sweep
+    sweep, cluster = assign_trial_gpus(settings).sweep, settings.cluster
     check_resources(sweep.workers_per_trial, sweep.gpus_per_trial or 0, per_trial=True)
+    if pretrains:
+        check_resources(cluster.num_workers, cluster.num_gpus)
 
 
 def check_models(settings: Settings) -> None:

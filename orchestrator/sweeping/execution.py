@@ -20,7 +20,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.planning.fit import check_fit
 from orchestrator.planning.planned_training import planned_training
-from orchestrator.planning.price import trial_group
+from orchestrator.planning.price import PlannedWork, trial_group
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -240,7 +240,8 @@ def _check_trials(
     num_workers = settings.sweep.gpus_per_trial or settings.sweep.workers_per_trial
     for job in [*waiting, *to_come[:1]]:
         check_job(job, num_workers=num_workers)
-    check_fit([trial_group(trainings, settings, workspace.teachers)], workspace.root)
+    group = trial_group(trainings, settings, workspace.teachers)
+    check_fit(PlannedWork(groups=[group], folder=workspace.root))
     return settings
 
 

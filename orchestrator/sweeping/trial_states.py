@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import price_of, trial_group
+from orchestrator.planning.price import PlannedWork, trial_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, SweepSettings
@@ -61,7 +61,8 @@ def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str
     states = trial_states(plan, settings.sweep)
     values = plan.model_dump(mode="json")
     trainings = [state.training for state in states if state.training]
-    price = price_of([trial_group(trainings, settings, teachers)], teachers)
+    groups = [trial_group(trainings, settings, teachers)]
+    price = PlannedWork(groups=groups, folder=teachers).price()
     return {
         **{name: value for name, value in values.items() if name != "trials"},
         "requested": requested_noun(plan, settings.sweep) + "s",

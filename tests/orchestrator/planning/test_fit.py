@@ -12,7 +12,7 @@ import pytest
 from iiet.config import preset
 from orchestrator.planning.fit import MeasureFree, check_fit, find_problems
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import TrainingGroup
+from orchestrator.planning.price import PlannedWork, TrainingGroup
 from orchestrator.planning.resources import FreeBytes
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import ModelSettings, Settings, resolve_settings
@@ -45,7 +45,8 @@ def always(free: FreeBytes) -> MeasureFree:
 
 def check(asked: PlannedTraining, free: FreeBytes, new_token_bytes: int = 0) -> None:
     group = TrainingGroup(trainings=(asked,))
-    check_fit([group], Path(), new_token_bytes=new_token_bytes, measure_free=always(free))
+    work = PlannedWork(groups=[group], folder=Path(), new_token_bytes=new_token_bytes)
+    check_fit(work, measure_free=always(free))
 
 
 def refused(asked: PlannedTraining, free: FreeBytes) -> str:
@@ -143,7 +144,7 @@ def test_trials_that_do_not_fit_in_memory_together_are_refused(tiny_plan: SweepP
     def check(gigabytes: float, at_once: int) -> None:
         group = TrainingGroup(trainings=tuple(trainings), at_once=at_once, is_trials=True)
         free = FreeBytes(memory=int(gigabytes * GIB), disk=None)
-        check_fit([group], Path(), measure_free=always(free))
+        check_fit(PlannedWork(groups=[group], folder=Path()), measure_free=always(free))
 
     # Each takes little more memory than a process does.
     check(1.3, 2)
@@ -165,7 +166,7 @@ def test_trainings_that_fit_on_the_disk_only_one_by_one_are_refused(tiny_plan: S
             teacher=TeacherWork(num_bytes=teacher_bytes),
         )
         free = FreeBytes(memory=None, disk=int(num_checkpoints * one))
-        check_fit([group], Path(), measure_free=always(free))
+        check_fit(PlannedWork(groups=[group], folder=Path()), measure_free=always(free))
 
     check(4)
     with pytest.raises(
@@ -191,11 +192,13 @@ def test_an_assumed_gpu_stands_beside_a_machine_that_has_none() -> None:
         raise UserError("no GPU here")
 
     group = TrainingGroup(trainings=(asked,))
-    assert find_problems([group], Path(), refuse) == {
+    assert find_problems(PlannedWork(groups=[group], folder=Path()), refuse) == {
         "this machine": "no GPU here",
         "an H100": None,
     }
     too_large = TrainingGroup(trainings=(request("training.num_sequences_per_pass=32"),))
-    (problem,) = find_problems([too_large], Path(), lambda: None).values()
+    (problem,) = find_problems(
+        PlannedWork(groups=[too_large], folder=Path()), lambda: None
+    ).values()
     assert problem
     assert "training would take about" in problem

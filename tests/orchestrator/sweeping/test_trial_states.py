@@ -15,7 +15,7 @@ from changed_trials import with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
-from orchestrator.planning.price import Price, price_of, trial_group
+from orchestrator.planning.price import PlannedWork, Price, trial_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
@@ -49,7 +49,8 @@ def settings(*assignments: str) -> Settings:
 
 def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
     trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
-    return price_of([trial_group(trainings, chosen, teachers)], teachers)
+    groups = [trial_group(trainings, chosen, teachers)]
+    return PlannedWork(groups=groups, folder=teachers).price()
 
 
 def told(plan: SweepPlan, chosen: Settings) -> list[str]:
