@@ -82,6 +82,12 @@ def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _cost(result: Trial) -> float:
+    """Return the NFE of a measured model."""
+    assert result.cost.evaluations is not None
+    return result.cost.evaluations
+
+
 def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
     against = [(name, BASELINE_METHOD) for name in phases.tokens]
     against += [
@@ -96,15 +102,13 @@ def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
     students = [r for r in ways.results[usual] if r.role == "trial"]
     teacher = next(r for r in ways.results[usual] if r.role == "teacher")
     least = len(teacher.schedule or ())
-    overhead = teacher.cost["evaluations"] - least
-    within = [
-        r for r in students if r.cost["evaluations"] - least <= (1 - PAPER_SAVED) * overhead + 1e-9
-    ]
+    overhead = _cost(teacher) - least
+    within = [r for r in students if _cost(r) - least <= (1 - PAPER_SAVED) * overhead + 1e-9]
     if within and overhead and teacher.quality[ACCURACY]:
         # By loss: the best of several accuracies on the same items would be biased upwards.
         best = min(within, key=lambda r: r.quality[LOSS])
         share = best.quality[ACCURACY] / teacher.quality[ACCURACY]
-        saved = 1 - (best.cost["evaluations"] - least) / overhead
+        saved = 1 - (_cost(best) - least) / overhead
         yield (
             f"students with {PAPER_SAVED:.0%} less overhead: the one with the lowest loss, "
             f"{best.name}, saves {saved:.0%} of the corrections and keeps {share:.1%} of its "
@@ -148,13 +152,13 @@ def _models(models: Mapping[str, Trial]) -> list[str]:
         rows.append(
             [
                 name,
-                f"{result.cost['evaluations']:.0f}",
-                f"{result.train['flops']:.2e}",
-                f"{result.train['tokens']:,.0f}",
+                f"{_cost(result):.0f}",
+                f"{result.train.flops:.2e}",
+                f"{result.train.tokens:,.0f}",
                 _number(result, LOSS),
                 _number(result, BITS),
                 _number(result, ACCURACY),
-                f"{result.train.get('seeds', 1):.0f}",
+                f"{result.train.seeds or 1:.0f}",
             ]
         )
     return _table(rows)
@@ -163,7 +167,7 @@ def _models(models: Mapping[str, Trial]) -> list[str]:
 def _pivot(ways: Ways, name: str | None) -> list[str]:
     """Return one row per cost and one column per way: a number, or the schedule."""
     students = {
-        way: {r.cost["evaluations"]: r for r in results if r.role == "trial"}
+        way: {_cost(r): r for r in results if r.role == "trial"}
         for way, results in ways.results.items()
     }
     costs = sorted({cost for own in students.values() for cost in own}, reverse=True)

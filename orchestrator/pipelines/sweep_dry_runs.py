@@ -102,7 +102,9 @@ class SweepDryRun:
             config = state.trial.model
             row = {"name": state.trial.label, "role": state.trial.role, "method": config.method}
             row |= {"schedule": str(config.corrections), "state": state.name}
-            rows.append({**row, "steps_done": state.steps_done, **exact_cost(config, full)})
+            rows.append(
+                {**row, "steps_done": state.steps_done, **exact_cost(config, full).numbers()}
+            )
         return pandas.DataFrame(rows)
 
 

@@ -1,14 +1,11 @@
 """A trial: one value from the plan of a sweep to tables, fronts, reports and MLflow.
 
 The full model (`teacher`) and models of other kinds (`baseline`) have the same form, so that a
-front can hold all three. Numbers are in three flat mappings, named as the tracked metrics:
-`cost["evaluations"]` is the metric `cost/evaluations`. A number that was not measured is absent.
+front can hold all three. Its numbers are tracked by their names: `cost.evaluations` is the metric
+`cost/evaluations`. A number that was not measured is None, and no metric.
 
-Usual names. cost: evaluations, relative_evaluations, flops_per_token, relative_flops,
-kv_bytes_per_token, weight_bytes_per_token, num_parameters, decode_ms_per_token, decode_ms_spread.
-quality: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr, validation_loss, perplexity
-(per token: exp of that loss), and `TASK/METRIC` for each task. train: steps, tokens, flops,
-seconds.
+Usual names of qualities: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr,
+validation_loss, perplexity (per token: exp of that loss), and `TASK/METRIC` for each task.
 """
 
 from __future__ import annotations
@@ -53,6 +50,52 @@ Threshold = Annotated[float | None, AfterValidator(finite_or_none)]
 """A bound of a range of thresholds. Strict JSON has no infinity, so no bound is None."""
 Numbers = Annotated[dict[str, int | float], PlainSerializer(_finite_only)]
 """Numbers by name, without NaN and infinity in JSON."""
+
+
+class _NumbersByName(Record):
+    """Optional numbers; JSON holds those that are known and finite."""
+
+    def numbers(self) -> dict[str, int | float]:
+        """Return the known and finite numbers by name."""
+        known = {k: v for k, v in vars(self).items() if v is not None}
+        return _finite_only(known)
+
+    @model_serializer
+    def _known(self) -> dict[str, int | float]:
+        return self.numbers()
+
+
+class TrialCost(_NumbersByName):
+    """Inference cost of a model, lower is better: counted from shapes, and measured times."""
+
+    evaluations: int | float | None = None
+    """Field evaluations per token (NFE)."""
+    relative_evaluations: float | None = None
+    """Share of the full model's evaluations."""
+    flops_per_token: float | None = None
+    """FLOPs to decode a token at full context."""
+    relative_flops: float | None = None
+    """Share of the full model's FLOPs."""
+    prefill_flops_per_token: float | None = None
+    """FLOPs per token to read a full context."""
+    kv_bytes_per_token: int | float | None = None
+    weight_bytes_per_token: int | float | None = None
+    num_parameters: int | float | None = None
+    decode_ms_per_token: float | None = None
+    decode_ms_spread: float | None = None
+
+
+class TrialTraining(_NumbersByName):
+    """What the training of a model took."""
+
+    steps: int | float | None = None
+    tokens: int | float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    shared_flops: float | None = None
+    """Part of the FLOPs that another run spent on a shared first stage."""
+    seeds: int | float | None = None
+    """Number of seeds that this is the mean of."""
 
 
 class TrialSuite(Record):
@@ -131,14 +174,14 @@ class Trial(Record):
     """Seed of its training, if the sweep has several."""
     group: str | None = None
     """Label without the seed; trials of one group are seeds of one model."""
-    cost: Numbers = Field(default_factory=dict)
-    """Inference cost, lower is better; like all numbers empty until it is measured."""
+    cost: TrialCost = TrialCost()
+    """Inference cost; like all numbers unknown until it is measured."""
     quality: Numbers = Field(default_factory=dict)
     """Accuracy and losses, with standard errors as `NAME_stderr`."""
     evaluation: EvaluationKeys | None = None
     """Where the results of the tasks are stored, with a value for each item."""
-    train: Numbers = Field(default_factory=dict)
-    """Training cost: steps, tokens, FLOPs, seconds."""
+    train: TrialTraining = TrialTraining()
+    """What its training took."""
     run_id: str | None = None
     """MLflow run of the trial."""
 
@@ -226,7 +269,7 @@ class Trial(Record):
         quality, loss = self.quality, finite_or_none(self.quality.get("validation_loss"))
         if loss is not None and loss < MAX_EXPONENT:
             quality = {"perplexity": math.exp(loss), **quality}
-        return {"cost": self.cost, "quality": quality, "train": self.train}
+        return {"cost": self.cost.numbers(), "quality": quality, "train": self.train.numbers()}
 
 
 def _recipe(job: TrainingJob) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialCost, TrialTraining
 from orchestrator.workspace.provenance import content_key
 
 
@@ -55,13 +55,14 @@ def lowest_seed(group: Sequence[Trial]) -> Trial:
 
 def _average(group: Sequence[Trial]) -> Trial:
     first = lowest_seed(group)
+    train = _means([result.train.numbers() for result in group])
     return first.model_copy(
         update={
             "key": content_key("seeds", *sorted(result.key for result in group)),
             "label": first.group or first.label,
             "quality": _average_quality([result.quality for result in group]),
-            "cost": _means([result.cost for result in group]),
-            "train": _means([result.train for result in group]) | {"seeds": float(len(group))},
+            "cost": TrialCost(**_means([result.cost.numbers() for result in group])),
+            "train": TrialTraining(**train, seeds=len(group)),
             "seed": None,
             "group": None,
         }

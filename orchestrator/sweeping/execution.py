@@ -22,6 +22,7 @@ from orchestrator.planning.fit import check_fit
 from orchestrator.planning.planned_training import planned_training
 from orchestrator.planning.price import PlannedWork, trial_group
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
@@ -42,7 +43,7 @@ from orchestrator.training.teacher_cache_policy import (
     store_teacher_outputs,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import read_cached, read_json_object, write_json, write_text
+from orchestrator.workspace.files import read_json_object, write_json, write_text
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
@@ -267,6 +268,19 @@ def _finished_trials(plan: SweepPlan, failures: Mapping[str, str]) -> list[tuple
     return found
 
 
+class _DecodeTime(Record):
+    decode_ms_per_token: float
+    decode_ms_spread: float
+
+
+class _StoredTimes(Record):
+    """Times of the shapes of a sweep's models."""
+
+    state: str
+    """Hash of the shapes, this machine and its libraries."""
+    by_shape: dict[str, _DecodeTime]
+
+
 @contextmanager
 def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
     """Open the sweep's MLflow run; its status says how the block ended. The report nests the
@@ -300,32 +314,27 @@ def _with_costs(
     """Add what each model costs: exact counts, and measured milliseconds."""
     full = full_config(plan)
     times = _decode_times([trial for trial, _ in found], folder, progress)
+    costs = [exact_cost(t.model, full).model_copy(update=vars(times[t.key])) for t, _ in found]
     return [
-        result.model_copy(update={"cost": {**exact_cost(trial.model, full), **times[trial.key]}})
-        for trial, result in found
+        result.model_copy(update={"cost": cost})
+        for (_, result), cost in zip(found, costs, strict=True)
     ]
 
 
 def _decode_times(
     trials: Sequence[Trial], folder: Path, progress: Progress
-) -> dict[str, dict[str, float]]:
+) -> dict[str, _DecodeTime]:
     """Measure decoding once per sweep and machine; only shapes count, not the weights' values."""
     shapes = {trial.key: content_key(trial.model.to_dict()) for trial in trials}
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
     path = folder / TIMES_NAME
-
-    def parse(found: dict[str, Any]) -> dict[str, dict[str, float]] | None:
-        if found.get("state") != state:
-            return None
-        return {trial.key: found["milliseconds"][shapes[trial.key]] for trial in trials}
-
-    if (known := read_cached(path, parse, progress.note)) is not None:
-        return known
-    decoders = {shapes[trial.key]: Decoder(trial.model) for trial in trials}
-    timings = time_per_token(decoders, progress)
-    milliseconds = {
-        shape: {"decode_ms_per_token": t.median, "decode_ms_spread": t.spread}
-        for shape, t in timings.items()
-    }
-    write_json(path, {"state": state, "milliseconds": milliseconds})
-    return {trial.key: milliseconds[shapes[trial.key]] for trial in trials}
+    times = _StoredTimes.read_measured(path, progress.note)
+    if times is None or times.state != state:
+        decoders = {shapes[trial.key]: Decoder(trial.model) for trial in trials}
+        by_shape = {
+            shape: _DecodeTime(decode_ms_per_token=t.median, decode_ms_spread=t.spread)
+            for shape, t in time_per_token(decoders, progress).items()
+        }
+        times = _StoredTimes(state=state, by_shape=by_shape)
+        times.write(path)
+    return {trial.key: times.by_shape[shapes[trial.key]] for trial in trials}

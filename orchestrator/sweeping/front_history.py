@@ -57,7 +57,7 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
 
 def _flops_spent(result: Trial) -> float:
     # A first stage in common counts for the model that made it.
-    return result.train.get("flops", 0.0) - result.train.get("shared_flops", 0.0)
+    return (result.train.flops or 0.0) - (result.train.shared_flops or 0.0)
 
 
 def _last_step(folder: Path) -> int:

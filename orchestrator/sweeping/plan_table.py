@@ -9,10 +9,10 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
+from iiet.cost import inference_cost
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.sweeping.trial_states import TrialState
 from orchestrator.sweeping.trials import (
-    exact_cost,
     full_config,
     num_distilled_baselines,
     num_models,
@@ -34,15 +34,15 @@ def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayou
 
 def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Container[str]) -> Table:
     rates = [trial.job.recipe.learning_rate if trial.job else None for trial in plan.trials]
-    full = full_config(plan)
-    costs = [exact_cost(state.trial.model, full) for state in states]
+    full_flops = inference_cost(full_config(plan)).decode_flops_per_token
+    costs = [inference_cost(state.trial.model) for state in states]
     columns = {
         "model": [state.trial.label for state in states],
         "thresholds": [state.trial.threshold_text for state in states],
         "rate": ["" if rate is None else f"{rate:g}" for rate in rates],
-        "NFE": [f"{cost['evaluations']:.0f}" for cost in costs],
-        "FLOPs": [f"{cost['relative_flops']:.0%}" for cost in costs],
-        "KV/token": [format_bytes(cost["kv_bytes_per_token"]) for cost in costs],
+        "NFE": [str(cost.evaluations_per_token) for cost in costs],
+        "FLOPs": [f"{cost.decode_flops_per_token / full_flops:.0%}" for cost in costs],
+        "KV/token": [format_bytes(cost.kv_bytes_per_token) for cost in costs],
         "state": [state.text for state in states],
     }
     if not any(columns["thresholds"]):

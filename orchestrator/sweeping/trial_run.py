@@ -20,7 +20,7 @@ from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.training import TrainingOutcome
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.sweeping.asha import AshaTrial, discard_early_stop, stored_early_stop
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.job import DONE_NAME, clear_stop_request
@@ -141,7 +141,7 @@ def measure_trial(trial: Trial, device: str) -> Trial:
     return trial.model_copy(update={"quality": quality, "evaluation": measured.keys})
 
 
-def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str, float]:
+def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> TrialTraining:
     """Return what a training took; of a given checkpoint, what its own run took.
 
     That run's record may be missing, damaged or of another step; only steps are known then.
@@ -152,13 +152,11 @@ def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str
         with suppress(UserError):
             outcome = TrainingOutcome.read(checkpoint.parent / DONE_NAME)
         if outcome is None or outcome.step != step:
-            return {"steps": float(step)}
-    numbers = {
-        "steps": outcome.step,
-        "tokens": outcome.num_tokens,
-        "flops": outcome.training_flops,
-        "seconds": outcome.train_seconds,
-    }
-    if outcome.shared_flops:
-        numbers["shared_flops"] = outcome.shared_flops
-    return numbers
+            return TrialTraining(steps=step)
+    return TrialTraining(
+        steps=outcome.step,
+        tokens=outcome.num_tokens,
+        flops=outcome.training_flops,
+        seconds=outcome.train_seconds,
+        shared_flops=outcome.shared_flops or None,
+    )

@@ -19,6 +19,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import (
     Role,
     Trial,
+    TrialCost,
     TrialSuite,
     teacher_or_costliest,
 )
@@ -31,19 +32,19 @@ from orchestrator.workspace.provenance import content_key
 SweepKind = Literal["threshold", "iterations", "search"]
 
 
-def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
+def exact_cost(config: ModelConfig, full: ModelConfig) -> TrialCost:
     """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
     cost, most = inference_cost(config), inference_cost(full)
-    return {
-        "evaluations": cost.evaluations_per_token,
-        "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
-        "flops_per_token": cost.decode_flops_per_token,
-        "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
-        "prefill_flops_per_token": cost.prefill_flops_per_token,
-        "kv_bytes_per_token": cost.kv_bytes_per_token,
-        "weight_bytes_per_token": cost.weight_bytes_per_token,
-        "num_parameters": cost.num_parameters,
-    }
+    return TrialCost(
+        evaluations=cost.evaluations_per_token,
+        relative_evaluations=cost.evaluations_per_token / most.evaluations_per_token,
+        flops_per_token=cost.decode_flops_per_token,
+        relative_flops=cost.decode_flops_per_token / most.decode_flops_per_token,
+        prefill_flops_per_token=cost.prefill_flops_per_token,
+        kv_bytes_per_token=cost.kv_bytes_per_token,
+        weight_bytes_per_token=cost.weight_bytes_per_token,
+        num_parameters=cost.num_parameters,
+    )
 
 
 def full_trial(plan: SweepPlan) -> Trial:

@@ -86,7 +86,7 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     assert results[1]
     assert results[0].quality == results[1].quality
     for name in ("steps", "tokens", "flops"):
-        assert results[0].train[name] == results[1].train[name]
+        assert getattr(results[0].train, name) == getattr(results[1].train, name)
     assert losses(killed) == losses(whole)
     weights = [weights_key(Path(str(result.checkpoint))) for result in results if result]
     assert weights[0] == weights[1]

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import SweepSettings, resolve_settings
@@ -69,7 +69,7 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
 
 
 def finish(trial: Trial) -> None:
-    measured = {"quality": {"accuracy": 0.5}, "train": {"flops": 1}}
+    measured = {"quality": {"accuracy": 0.5}, "train": TrialTraining(flops=1)}
     trial.model_copy(update=measured).write(trial.result_path)
 
 

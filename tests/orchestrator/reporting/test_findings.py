@@ -52,7 +52,7 @@ def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
     deep = vanilla.model_copy(
         update={
             "key": "deep", "label": "vanilla, 11 layers, distilled", "parent": "7e1c0ffee0000000",
-            "cost": {**vanilla.cost, "evaluations": 10.9},
+            "cost": vanilla.cost.model_copy(update={"evaluations": 10.9}),
         }
     )  # fmt: skip
     said = findings(find_front([*sample_results, with_accuracy(deep, 0.3)]))

@@ -66,7 +66,9 @@ def test_parameters_have_a_column_if_models_are_of_different_sizes(
     def sized(last: int) -> str:
         counts = [1_480_000] * (len(sample_results) - 1) + [last]
         results = [
-            result.model_copy(update={"cost": {**result.cost, "num_parameters": count}})
+            result.model_copy(
+                update={"cost": result.cost.model_copy(update={"num_parameters": count})}
+            )
             for result, count in zip(sample_results, counts, strict=True)
         ]
         return "\n".join(printed(find_front(results), 120))

@@ -32,7 +32,7 @@ def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
 def test_the_error_combines_the_spread_over_seeds_and_over_items() -> None:
     joined = average_seeds([_seed(0, 0.30), _seed(1, 0.32), _seed(2, 0.37)])
     (one,) = joined.results
-    assert (one.label, one.train["seeds"], one.checkpoint) == ("r = 1", 3, "/runs/0")
+    assert (one.label, one.train.seeds, one.checkpoint) == ("r = 1", 3, "/runs/0")
     assert one.quality["accuracy"] == pytest.approx(0.33)
     over_seeds = (0.03**2 + 0.01**2 + 0.04**2) / 2 / 3
     assert one.quality["accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialCost
 from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.training_curves import (
     HISTORY_CHARTS,
@@ -45,7 +45,7 @@ def plan(tmp_path: Path, sample_results: list[Trial]) -> SweepPlan:
 
 def finish(plan: SweepPlan, result: Trial) -> None:
     trial = next(trial for trial in plan.trials if trial.key == result.key)
-    result.model_copy(update={"cost": {}}).write(trial.result_path)
+    result.model_copy(update={"cost": TrialCost()}).write(trial.result_path)
 
 
 def series(folder: Path, metric: str) -> list[tuple[int, float]]:
@@ -80,7 +80,9 @@ def test_what_two_models_have_in_common_is_spent_once(
     for result in (
         teacher,
         first,
-        second.model_copy(update={"train": {**second.train, "shared_flops": 0.9e12}}),
+        second.model_copy(
+            update={"train": second.train.model_copy(update={"shared_flops": 0.9e12})}
+        ),
     ):
         finish(plan, result)
     assert record_front(plan, tmp_path / "history")

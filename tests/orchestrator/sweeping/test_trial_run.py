@@ -22,7 +22,7 @@ from iiet.decoder import Decoder
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.harness import Suite
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.asha import asha_scheduler, asha_trials, stored_early_stop
@@ -125,7 +125,9 @@ def test_a_damaged_record_of_a_training_costs_only_its_numbers(
     (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
     run = run_trial(trials[0])
     assert run.result is not None
-    assert run.result.train == {"steps": 2.0}, "another step's record says nothing of this one"
+    assert run.result.train == TrialTraining(steps=2), (
+        "another step's record says nothing of this one"
+    )
 
 
 def test_a_trial_is_taken_over_from_a_process_that_died(
