@@ -7,7 +7,6 @@ that were made with its tokenizer.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.provenance import content_key, environment, file_key
 
 
@@ -95,6 +95,9 @@ def import_model(
                 "environment": environment(),
             },
         )
+    journal = Journal(run_folder)
+    journal.event("imported")  # Commands without a path take the newest run.
+    journal.close()
     count = format_parameters(num_parameters(config))
     progress.finish(f"{origin}: {config.method}, {count} parameters")
     return checkpoint
@@ -112,5 +115,4 @@ def _imported_before(run_folder: Path, source: str) -> Path | None:
         raise UserError(
             f"the workspace has another run named {run_folder.name}; choose one with --name"
         )
-    os.utime(run_folder)  # Commands without a path take the newest run.
     return checkpoint

@@ -273,7 +273,7 @@ def _with_known_fingerprints(suite: TrialSuite, workspace: Workspace) -> TrialSu
         with suppress(UserError):
             stored = read_json_object(path) or {}
             with damage_as_user_error(path):
-                known = TrialSuite.model_validate(stored["trials"][0]["suite"])
+                known = TrialSuite.parse(stored["trials"][0]["suite"], path)
             found = suite.model_copy(update={"fingerprints": known.fingerprints})
             if found.key == known.key:
                 return found

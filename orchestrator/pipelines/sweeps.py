@@ -40,6 +40,8 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.paths import portable_path
 from orchestrator.workspace.provenance import environment
 
 if TYPE_CHECKING:
@@ -170,8 +172,8 @@ def _run(
             "Provenance": {
                 "sweep": plan.key,
                 "kind": plan.kind,
-                "teacher": plan.teacher or "none",
-                "tokens": plan.tokens_folder,
+                "teacher": portable_path(plan.teacher or "none", context.workspace.root),
+                "tokens": portable_path(plan.tokens_folder, context.workspace.root),
                 "schedules asked for": plan.num_requested,
                 "trials": len(plan.trials),
                 **environment(),
@@ -179,6 +181,9 @@ def _run(
         },
     )
     written = write_sweep_report(context.workspace, found, tracking=context.tracking)
+    journal = Journal(outcome.folder)
+    journal.event("finished")  # Commands without a name take the newest sweep.
+    journal.close()
     return SweepResult(
         name=plan.name,
         trials=outcome.results,

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
+    ValidationError,
+    ValidationInfo,
+)
 
 from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
@@ -17,6 +26,7 @@ from orchestrator.workspace.files import (
     read_json_object,
     write_json,
 )
+from orchestrator.workspace.paths import absolute_path, portable_path, workspace_root
 
 
 class Record(BaseModel):
@@ -26,7 +36,11 @@ class Record(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the record as JSON with a checksum."""
-        write_json(path, self.model_dump(mode="json"))
+        write_json(path, self.stored_at(path))
+
+    def stored_at(self, path: Path) -> dict[str, Any]:
+        """Return the JSON values for a file; paths in the file's workspace are relative."""
+        return self.model_dump(mode="json", context=workspace_root(path))
 
     @classmethod
     def read(cls, path: Path, *, remedy: str = DELETE_AND_RERUN) -> Self | None:
@@ -60,7 +74,7 @@ class Record(BaseModel):
             UserError: As `read`.
         """
         try:
-            return cls.model_validate(stored)
+            return cls.model_validate(stored, context=workspace_root(path))
         except ValidationError as error:
             raise UserError(f"{path} is damaged ({_problem(error)}); {remedy}") from None
 
@@ -70,6 +84,18 @@ def _problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     return shortened(f"{place}: {first['msg']}" if place else first["msg"])
+
+
+def _absolute(path: str, info: ValidationInfo) -> str:
+    return absolute_path(path, info.context)
+
+
+def _portable(path: str, info: SerializationInfo) -> str:
+    return portable_path(path, info.context)
+
+
+WorkspacePath = Annotated[str, AfterValidator(_absolute), PlainSerializer(_portable)]
+"""An absolute path; `Record.write` and `read` store it relative to the workspace it lies in."""
 
 
 def _parsed_config(value: Any) -> ModelConfig:

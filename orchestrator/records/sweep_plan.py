@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from orchestrator.records.record import Record
+from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.records.trial import Trial
 
 
@@ -17,9 +17,9 @@ class SweepPlan(Record):
     """Name of its folder and of its run in MLflow."""
     kind: str
     """`threshold`, `iterations` or `search`."""
-    tokens_folder: str
+    tokens_folder: WorkspacePath
     """Folder of prepared tokens."""
-    teacher: str | None
+    teacher: WorkspacePath | None
     """Checkpoint of the teacher; None for `iterations`."""
     num_requested: int
     """Thresholds, budgets, schedules or models asked for, before those that coincide were merged;

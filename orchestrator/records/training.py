@@ -12,16 +12,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from iiet.distillation import DistillationConfig
-from orchestrator.records.record import Config, Record
+from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
 
 
 class TrainingJob(Record):
     """Everything that determines one training. Paths and `section` are not part of the key."""
 
-    run_folder: str
+    run_folder: WorkspacePath
     """Folder of journal, checkpoints and result; every worker must see it."""
-    tokens_folder: str
+    tokens_folder: WorkspacePath
     """Prepared tokens; empty in a dry run while there are none."""
     model: Config
     """The model, with the iteration schedule to train."""
@@ -30,19 +30,19 @@ class TrainingJob(Record):
     objective: Literal["pretrain", "distill", "cross_entropy"] = "pretrain"
     """`pretrain`: cross-entropy from random weights; `distill`: from a teacher; `cross_entropy`: a
     student trained without its teacher."""
-    teacher_folder: str | None = None
+    teacher_folder: WorkspacePath | None = None
     """Checkpoint of the frozen teacher; for `distill`."""
-    initial_folder: str | None = None
+    initial_folder: WorkspacePath | None = None
     """Checkpoint with the initial weights; random weights when unset."""
     kept_layers: tuple[int, ...] | None = None
     """Layers of the initial weights that the model has, the first being 0; all when unset."""
-    continued_from: str | None = None
+    continued_from: WorkspacePath | None = None
     """Checkpoint of a shorter run whose steps this one has in common with it; it starts there."""
     distillation: DistillationConfig | None = None
     """The distillation loss; defaults when unset."""
-    teacher_cache: str | None = None
+    teacher_cache: WorkspacePath | None = None
     """Folder of the teacher's stored outputs."""
-    first_stages: str | None = None
+    first_stages: WorkspacePath | None = None
     """Folder of first stages shared between models; nothing is shared when unset."""
     storage: str | None = None
     """URI for copies of the checkpoints."""
@@ -60,7 +60,7 @@ class TrainingJob(Record):
 class TrainingOutcome(Record):
     """The result of a run, finished or stopped."""
 
-    checkpoint: str | None
+    checkpoint: WorkspacePath | None
     """Folder of the newest checkpoint; None if the run was stopped before the first."""
     step: int
     """Optimizer steps done."""

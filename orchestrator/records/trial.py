@@ -26,7 +26,7 @@ from pydantic import (
 
 from iiet.methods import METHODS
 from orchestrator.records.evaluation import EvaluationKeys
-from orchestrator.records.record import Config, Record
+from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.prompts import Prompts
 from orchestrator.workspace.provenance import content_key
@@ -101,7 +101,7 @@ class TrialTraining(_NumbersByName):
 class TrialSuite(Record):
     """What a trial is measured on. Its folders differ between machines and are not in its key."""
 
-    tokens_folder: str
+    tokens_folder: WorkspacePath
     """Prepared tokens, for the validation loss and the held-out tasks."""
     tokens: str = ""
     """Fingerprint of these tokens."""
@@ -109,9 +109,9 @@ class TrialSuite(Record):
     """Names of tasks; if empty, all tasks of `suite_folder`."""
     suite: str = ""
     """Key of the held-out tasks; empty if none are measured."""
-    suite_folder: str = ""
+    suite_folder: WorkspacePath = ""
     """Folder of the held-out tasks."""
-    include_folder: str = ""
+    include_folder: WorkspacePath = ""
     """The user's folder of task files."""
     batch_size: int = 32
     """Sequences in one forward pass."""
@@ -127,7 +127,7 @@ class TrialSuite(Record):
     """Task -> hash of its items and metrics, without held-out tasks."""
     vocabulary: str | None = None
     """Hash of the tokenizer files of an imported teacher."""
-    vocabulary_folder: str | None = None
+    vocabulary_folder: WorkspacePath | None = None
     """Folder of these files."""
 
     @model_serializer(mode="wrap")
@@ -155,11 +155,11 @@ class Trial(Record):
     """Name in tables and figures."""
     model: Config
     """The model, with the schedule that is measured."""
-    folder: str
+    folder: WorkspacePath
     """Folder of its training and its result."""
     job: TrainingJob | None = None
     """Its training; None when a checkpoint is measured without training."""
-    checkpoint: str | None = None
+    checkpoint: WorkspacePath | None = None
     """Folder of the weights; None before they are trained."""
     suite: TrialSuite
     """What is measured."""

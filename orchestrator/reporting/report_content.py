@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from iiet.influence import InfluenceTable
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.pareto import Front
 
@@ -35,6 +37,12 @@ class SweepReport:
     def sentences(self) -> list[str]:
         """The notes and the findings."""
         return [*self.notes, *findings(self.front)]
+
+    def stored_at(self, folder: Path) -> SweepReport:
+        """Return the report for files in a folder: paths in its workspace are relative."""
+        front = self.front
+        stored = {r.key: Trial.model_validate(r.stored_at(folder)) for r in front.results}
+        return replace(self, front=front.with_results(stored))
 
     @property
     def title(self) -> str:

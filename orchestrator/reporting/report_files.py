@@ -47,6 +47,7 @@ class WrittenReport:
 
 def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
     """Write all files of a report and return them; no picture or page if the front has no point."""
+    report = report.stored_at(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     texts = {}

@@ -82,7 +82,7 @@ def write_sweep_report(
             run.log_artifact(path, f"{ARTIFACT_FOLDER}/{axes.slug}")
         run.finish()
     else:
-        view = track_front(tracking, run, report, files)
+        view = track_front(tracking, run, report.stored_at(folder), files)
     return WrittenReport(report, folder, tuple(files), run.run_id, view)
 
 

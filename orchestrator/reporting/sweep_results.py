@@ -18,6 +18,7 @@ from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import Trial
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
+from orchestrator.workspace.journal import last_recorded
 
 RESULTS_FILE = "results.json"
 PLAN_FILE = "plan.json"
@@ -123,9 +124,9 @@ def newest_sweep(workspace: Workspace) -> str:
         UserError: If there is none.
     """
     paths = workspace.sweeps.glob(f"*/{RESULTS_FILE}")
-    named = [path for path in paths if is_valid_name(path.parent.name)]
+    named = [path.parent for path in paths if is_valid_name(path.parent.name)]
     if not named:
         raise UserError(
             f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
         )
-    return max(named, key=lambda path: path.stat().st_mtime).parent.name
+    return max(named, key=last_recorded).name

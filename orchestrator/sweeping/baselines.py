@@ -20,6 +20,7 @@ from orchestrator.training.model_lookup import run_folders
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error, read_json
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import last_recorded
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
     unlike: dict[str, tuple[str, str]] = {}
     full = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
     wanted = _comparable(full)
-    for run in sorted(run_folders(workspace), key=lambda run: run.stat().st_mtime):
+    for run in sorted(run_folders(workspace), key=last_recorded):
         label, made = _made(run)
         if damage := made.get("damage"):
             left_out[run.name] = f"the run {run.name} is left out: {damage}"

@@ -132,7 +132,7 @@ class _SweepRun:
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     _jobs: list[TrainingJob] = field(default_factory=list)
-    _stored: dict[str, Any] = field(default_factory=dict)
+    _price: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -141,8 +141,8 @@ class _SweepRun:
     def run_trials(self) -> None:
         """Run the plan's trials that are not finished, then those that the search suggests."""
         # The remaining cost is estimated once: that reads checkpoints and measures this machine.
-        self._stored = plan_record(self.plan, self.settings, self.workspace.teachers)
-        write_json(self.folder / PLAN_FILE, self._stored)
+        self._price = plan_record(self.plan, self.settings, self.workspace.teachers)
+        self._write_plan()
         self._track_front()
         asha, trials = asha_trials(self.plan, self.settings.sweep), self.plan.trials
         stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
@@ -160,14 +160,17 @@ class _SweepRun:
         self._record_end()
         self.failures, self.made = queue.failures, queue.made
 
+    def _write_plan(self) -> None:
+        path = self.folder / PLAN_FILE
+        write_json(path, {**self._price, **self.plan.stored_at(path)})
+
     def _record_end(self) -> None:
         """Add what the search has suggested to the plan, and record the front."""
         known = {trial.key for trial in self.plan.trials}
         new = self.search.known_trials() if self.search else []
         if new := [trial for trial in new if trial.key not in known]:
             self.plan = self.plan.model_copy(update={"trials": (*self.plan.trials, *new)})
-            self._stored |= self.plan.model_dump(mode="json")
-            write_json(self.folder / PLAN_FILE, self._stored)
+            self._write_plan()
         self._track_front()
 
     def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:

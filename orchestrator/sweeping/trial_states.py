@@ -57,18 +57,15 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
 
 
 def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
-    """Return what is stored of a plan: its trials, those found finished, and the price."""
+    """Return what is stored beside a plan: the trials found finished, and the price."""
     states = trial_states(plan, settings.sweep)
-    values = plan.model_dump(mode="json")
     trainings = [state.training for state in states if state.training]
     groups = [trial_group(trainings, settings, teachers)]
     price = PlannedWork(groups=groups, folder=teachers).price()
     return {
-        **{name: value for name, value in values.items() if name != "trials"},
         "requested": requested_noun(plan, settings.sweep) + "s",
         "reused": [state.trial.label for state in states if state.name == "finished"],
         "price": price.model_dump(mode="json"),
-        "trials": values["trials"],
     }
 
 

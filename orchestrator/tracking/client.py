@@ -19,6 +19,9 @@ for _name, _value in QUIET_ENVIRONMENT.items():
 from mlflow import MlflowClient  # noqa: E402 - the environment comes first
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import (  # noqa: E402
+    get_artifact_repository,
+)
 
 __all__ = [
     "Dataset",
@@ -29,4 +32,5 @@ __all__ = [
     "Param",
     "Run",
     "RunTag",
+    "get_artifact_repository",
 ]

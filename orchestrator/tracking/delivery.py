@@ -39,6 +39,7 @@ class Delivery:
             warn: Called once when the store stops responding, and for values that it refuses
                 (default: a log message).
         """
+        self.root = workspace.root
         self.store = Store(workspace)
         self.outbox = Outbox(workspace.root)
         self._warn = warn or logging.getLogger(__name__).warning
@@ -90,6 +91,7 @@ class Delivery:
             return
         runs = [RunIdentity.model_validate(record["run"]) for record in records if "run" in record]
         try:
+            self.store.connect()
             self.store.prepare(runs)
         except FAILURES as error:
             if not is_refusal(error):  # Else each operation reports it.

@@ -11,7 +11,15 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
-from orchestrator.tracking.client import Dataset, DatasetInput, Metric, MlflowClient, Param, RunTag
+from orchestrator.tracking.client import (
+    Dataset,
+    DatasetInput,
+    Metric,
+    MlflowClient,
+    Param,
+    RunTag,
+    get_artifact_repository,
+)
 from orchestrator.tracking.flavor import write_flavor
 from orchestrator.tracking.store import StoredRun
 from orchestrator.workspace.journal import JournalPart, Record, read_journal
@@ -38,7 +46,7 @@ def _update(
     tags: Mapping[str, str] = NOTHING,
     points: Sequence[tuple[str, float, int]] = (),
     time_ms: int = 0,
-    journal: str | None = None,
+    journal: Path | None = None,
     part: JournalPart | None = None,
     status: str | None = None,
 ) -> None:
@@ -64,7 +72,7 @@ def _update(
     if journal:
         offset = int(run.tags.get(OFFSET_TAG, 0))
         if part is None or part.start != offset:
-            found, end = read_journal(Path(journal), offset, part.end if part else None)
+            found, end = read_journal(journal, offset, part.end if part else None)
             part = JournalPart(found, offset, end)
         metrics += _journal_metrics(part.records)
         new_tags[OFFSET_TAG] = str(part.end)
@@ -120,11 +128,17 @@ def _is_same(stored: float, value: float) -> bool:
     return stored in (value, min(max(value, -largest), largest))
 
 
-def _log_artifact(client: MlflowClient, run: StoredRun, path: str, folder: str | None) -> None:
-    if Path(path).is_dir():
-        client.log_artifacts(run.id, path, folder)
+def _artifacts(client: MlflowClient, run: StoredRun) -> Any:
+    # The client keeps one for each run id, and runs of a copied workspace have those of the
+    # original.
+    return get_artifact_repository(run.artifact_uri, tracking_uri=client.tracking_uri)
+
+
+def _log_artifact(client: MlflowClient, run: StoredRun, path: Path, folder: str | None) -> None:
+    if path.is_dir():
+        _artifacts(client, run).log_artifacts(str(path), folder)
     else:
-        client.log_artifact(run.id, path, folder)
+        _artifacts(client, run).log_artifact(str(path), folder)
 
 
 def _log_table(
@@ -135,7 +149,11 @@ def _log_table(
     name: str,
 ) -> None:
     # MLflow's own `log_table` appends to an existing table; a new report must replace it.
-    client.log_text(run.id, json.dumps({"columns": columns, "data": data}), name)
+    folder, _, file = name.rpartition("/")
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary, file)
+        path.write_text(json.dumps({"columns": columns, "data": data}), encoding="utf-8")
+        _log_artifact(client, run, path, folder)
     tables = json.loads(run.tags.get(TABLES_TAG, "[]"))
     entry = {"path": name, "type": "table"}
     if entry not in tables:
@@ -150,7 +168,7 @@ def _log_dataset(
 
 
 def _register(
-    client: MlflowClient, run: StoredRun, model: str, key: str, folder: str, alias: str, note: str
+    client: MlflowClient, run: StoredRun, model: str, key: str, folder: Path, alias: str, note: str
 ) -> None:
     if not client.search_registered_models(f"name = '{model}'"):
         client.create_registered_model(model)
@@ -158,11 +176,11 @@ def _register(
     same = [v for v in versions if v.tags.get(VERSION_TAG) == key and v.run_id == run.id]
     path = f"{MODEL_FOLDER}-{key}"
     if not same:
-        client.log_artifacts(run.id, folder, path)
+        _log_artifact(client, run, folder, path)
         with TemporaryDirectory() as flavor:
             write_flavor(Path(flavor))
-            client.log_artifacts(run.id, flavor, path)
-        source = f"{client.get_run(run.id).info.artifact_uri}/{path}"
+            _log_artifact(client, run, Path(flavor), path)
+        source = f"{run.artifact_uri}/{path}"
         same = [
             client.create_model_version(
                 model, source, run.id, tags={VERSION_TAG: key}, description=note

@@ -1,4 +1,7 @@
-"""Operations that MLflow has not received: one JSON line each, kept until they are delivered."""
+"""Operations that MLflow has not received: one JSON line each, kept until they are delivered.
+
+Values are those of JSON, and paths; a path in the workspace is stored relative to its root.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any
 
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.paths import absolute_path, portable_path, workspace_root
 
 OUTBOX_NAME = "tracking-outbox.jsonl"
+PATH_NAME = "path in workspace"
 
 Record = dict[str, Any]
 
@@ -21,6 +26,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         """Use `folder`/tracking-outbox.jsonl; the first `add` creates it."""
         self.path = folder / OUTBOX_NAME
+        self._root = workspace_root(folder)
         self._lock = folder / f"{OUTBOX_NAME}.lock"
 
     def add(self, records: Sequence[Record]) -> None:
@@ -30,7 +36,7 @@ class Outbox:
     def records(self) -> list[Record]:
         """Return the pending operations in order; lines cut off by a crash are skipped."""
         with lock_file(self._lock):
-            return [json.loads(line) for line in self._lines()]
+            return [json.loads(line, object_hook=self._loaded) for line in self._lines()]
 
     def deliver(self, attempt: Callable[[Record], bool]) -> int:
         """Attempt the pending operations in order, until one fails; return how many succeeded."""
@@ -44,11 +50,22 @@ class Outbox:
 
     def _replace(self, records: Sequence[Record], *, keep: bool) -> None:
         # Compared as text: a metric may be NaN, which does not equal itself.
-        changed = dict.fromkeys(json.dumps(record, sort_keys=True) for record in records)
+        changed = dict.fromkeys(self._to_text(record) for record in records)
         with lock_file(self._lock):
             lines = [other for other in self._lines() if other not in changed]
             lines += changed if keep else []
             write_text(self.path, "".join(line + "\n" for line in lines))
+
+    def _to_text(self, record: Record) -> str:
+        def stored(value: object) -> dict[str, str]:
+            assert isinstance(value, Path), value
+            return {PATH_NAME: portable_path(str(value), self._root)}
+
+        return json.dumps(record, sort_keys=True, default=stored)
+
+    def _loaded(self, values: dict[str, Any]) -> Any:
+        is_path = values.keys() == {PATH_NAME}
+        return Path(absolute_path(values[PATH_NAME], self._root)) if is_path else values
 
     def _lines(self) -> list[str]:
         if not self.path.exists():

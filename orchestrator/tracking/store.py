@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.tracking.client import Metric, MlflowClient, MlflowException, Run
+from orchestrator.tracking.relocation import ARTIFACTS_TAG, relocate_artifacts
 from orchestrator.workspace.credentials import strip_credentials
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.locks import lock_file
@@ -33,7 +35,7 @@ ROOT_TAG = "iiet.root_key"
 PARENT_TAG = "mlflow.parentRunId"
 MAX_RUNS_FOUND = 50_000  # MLflow's own limit.
 
-FAILURES = (MlflowException, SQLAlchemyError, OSError)
+FAILURES = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 """Errors of MLflow's client if a store cannot be reached or refuses a value."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 
@@ -65,6 +67,7 @@ class StoredRun:
     """What a run in the store holds; whoever changes the run also changes this."""
 
     id: str
+    artifact_uri: str
     status: str
     params: dict[str, str]
     tags: dict[str, str]
@@ -76,6 +79,7 @@ class StoredRun:
         """Return the state of a run that MLflow returned."""
         return cls(
             id=run.info.run_id,
+            artifact_uri=run.info.artifact_uri,
             status=run.info.status,
             params=dict(run.data.params),
             tags=dict(run.data.tags),
@@ -91,7 +95,7 @@ class Store:
         self.uri = workspace.tracking_uri  # May hold a password: show `public_uri` instead.
         self.experiment_name = os.environ.get(EXPERIMENT_VARIABLE) or EXPERIMENT_NAME
         self.experiment_id: str | None = None
-        self._artifacts = workspace.artifacts
+        self._workspace = workspace
         self._lock = workspace.root / ".tracking.lock"
         self._client: MlflowClient | None = None
         # By kind, key and id of the parent.
@@ -107,11 +111,17 @@ class Store:
         """Whether the store is a server, which may be down, and not a local database."""
         return self.uri.startswith(("http://", "https://", "databricks"))
 
+    @property
+    def _is_in_workspace(self) -> bool:
+        return self.uri == f"{SQLITE}{self._workspace.database}"
+
     def connect(self) -> MlflowClient:
         """Return the client; create the database and the experiment if they are missing."""
         if self._client is None:
             _check_database(self.uri)
             with lock_file(self._lock):
+                if self._is_in_workspace:
+                    relocate_artifacts(self._workspace.database, self._workspace.artifacts)
                 client = MlflowClient(tracking_uri=self.uri)  # This creates the database.
                 found = client.get_experiment_by_name(self.experiment_name)
                 self.experiment_id = (
@@ -186,9 +196,11 @@ class Store:
 
     def _create_experiment(self, client: MlflowClient) -> str:
         # An explicit artifact folder keeps `./mlruns` out of the current directory.
-        location = None if self.is_remote else self._artifacts.as_uri()
+        location = None if self.is_remote else self._workspace.artifacts.as_uri()
         # Without the tag, MLflow opens the experiment on its pages for language-model applications.
         tags = {"mlflow.experimentKind": "custom_model_development"}
+        if self._is_in_workspace:
+            tags[ARTIFACTS_TAG] = "true"
         return str(
             client.create_experiment(self.experiment_name, artifact_location=location, tags=tags)
         )

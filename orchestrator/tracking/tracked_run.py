@@ -13,6 +13,7 @@ from orchestrator.tracking.outbox import Record
 from orchestrator.tracking.store import RunIdentity
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import JournalPart
+from orchestrator.workspace.paths import portable_path
 
 NOTE_TAG = "mlflow.note.content"
 """Tag with the description at the top of a run's page, in Markdown."""
@@ -43,7 +44,7 @@ class TrackedRun:
         Args:
             part: What was read from the journal since the last copy, so that it is not read again.
         """
-        self.write("update", journal=str(folder), part=part)
+        self.write("update", journal=folder, part=part)
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Set metrics at a step."""
@@ -55,7 +56,7 @@ class TrackedRun:
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or the files of a folder, in a folder of the run; replace existing ones."""
-        self.write("artifact", path=str(path), folder=folder)
+        self.write("artifact", path=path, folder=folder)
 
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         """Store rows as a table, `NAME.json`, with the first row's names as columns."""
@@ -75,7 +76,7 @@ class TrackedRun:
             key: Content key of the model; the same key in the same run is the same version.
             alias: Moves to this version.
         """
-        self.write("register", model=model, key=key, folder=str(folder), alias=alias, note=note)
+        self.write("register", model=model, key=key, folder=folder, alias=alias, note=note)
 
     def finish(self, status: str = "FINISHED", *, wait: bool = True) -> None:
         """End the run as FINISHED, FAILED or KILLED; an unchanged status keeps its end time.
@@ -92,7 +93,14 @@ class TrackedRun:
         self._delivery.write(self.record(operation, arguments))
 
     def record(self, operation: str, arguments: dict[str, Any]) -> Record:
-        """Return one of `OPERATIONS` on this run, for `Delivery.write`."""
+        """Return one of `OPERATIONS` on this run, for `Delivery.write`.
+
+        Parameters and tags that are paths in the workspace are sent relative to its root.
+        """
+        root = self._delivery.root
+        for name in {"params", "tags"} & arguments.keys():
+            texts = arguments[name]
+            arguments[name] = {key: portable_path(text, root) for key, text in texts.items()}
         return {
             "operation": operation, "run": self.identity.model_dump(), "arguments": arguments
         }  # fmt: skip

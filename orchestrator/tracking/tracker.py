@@ -91,13 +91,12 @@ class Tracking:
         tracked, records = [], []
         for run in runs:
             tracked.append(self.handle(run.key, name=run.name, kind=run.kind, parent=parent))
-            folder = run.journal_folder
             arguments = {
                 "params": dict(run.params),
                 "tags": dict(run.tags),
                 "points": metric_points(run.metrics),
                 "time_ms": now_ms(),
-                "journal": str(folder) if folder else None,
+                "journal": run.journal_folder,
                 "status": "FINISHED",
             }
             records.append(tracked[-1].record("update", arguments))

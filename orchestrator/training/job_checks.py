@@ -76,7 +76,7 @@ def write_job_file(job: TrainingJob) -> None:
     path = job.folder / JOB_NAME
     if not path.exists():
         record = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
-        write_json(path, {**record, "essence": essence, "job": job.model_dump(mode="json")})
+        write_json(path, {**record, "essence": essence, "job": job.stored_at(path)})
 
 
 def _check_job_file(job: TrainingJob) -> dict[str, Any]:

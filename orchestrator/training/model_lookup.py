@@ -27,6 +27,7 @@ from orchestrator.training.checkpoint_lookup import (
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
 from orchestrator.workspace.folders import Workspace, is_valid_name
+from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.provenance import file_key
 
 MAX_RUNS_NAMED = 20
@@ -233,7 +234,7 @@ def _newest(
 
 
 def _newest_runs(workspace: Workspace) -> list[Path]:
-    return sorted(run_folders(workspace), key=lambda run: run.stat().st_mtime, reverse=True)
+    return sorted(run_folders(workspace), key=last_recorded, reverse=True)
 
 
 def _may_be_teacher(checkpoints: Sequence[Path]) -> bool:

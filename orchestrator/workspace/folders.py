@@ -1,7 +1,7 @@
 """The workspace: one folder with tokens, runs, trials, sweeps, the MLflow store and the logs.
 
-No other module invents paths in it. A workspace that was copied from another one, or was written by
-another version of the program, is refused.
+No other module invents paths in it. It can be moved and copied: see `workspace/paths.py`. One that
+was written by another version of the program is refused.
 """
 
 from __future__ import annotations
@@ -9,23 +9,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, resolve_path, write_json
+from orchestrator.workspace.paths import WORKSPACE_FILE_NAME
 from orchestrator.workspace.provenance import RECIPE_VERSION
 from orchestrator.workspace.read_only import is_read_only
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
-WORKSPACE_FILE_NAME = "workspace.json"
-"""Holds the workspace's path, and the other workspaces that its records refer to."""
-_WORKSPACE_MARKS = ("mlflow.db", "runs", "trials", "sweeps", "tokens", WORKSPACE_FILE_NAME)
-"""One of these makes a folder a workspace; MLflow recreates `artifacts` anywhere."""
+OWN_VERSION = {"recipe_version": RECIPE_VERSION}
+"""Content of `workspace.json`."""
 MAX_NAME_BYTES = 200
 """File systems allow 255; temporary names are a little longer than the name."""
 
@@ -50,13 +46,15 @@ class Workspace:
         # One file per content key: task results; costs of models under given conditions.
         self.evaluations = root / "evaluations"
         self.benchmarks = root / "benchmarks"
-        self.artifacts = root / "artifacts"  # MLflow's
+        # MLflow's.
+        self.database = root / "mlflow.db"
+        self.artifacts = root / "artifacts"
         self.logs = root / "logs"
 
     @property
     def tracking_uri(self) -> str:
         """MLflow's store: `MLFLOW_TRACKING_URI`, or a sqlite file in the workspace."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.database}"
 
 
 def is_valid_name(text: Any) -> bool:
@@ -90,24 +88,24 @@ def open_workspace(path: Path | None = None) -> Workspace:
     A `read_only` block makes nothing.
 
     Raises:
-        UserError: If the folder cannot be made or written, holds trainings of another version, or
-            is a copy whose records refer to files of the original.
+        UserError: If the folder cannot be made or written, or holds trainings of another version.
     """
     workspace = locate_workspace(path)
     root = workspace.root
-    probe = root / f".write-test-{os.getpid()}"
+    if root.exists() and not root.is_dir():
+        raise UserError(f"the workspace {root} is no folder; choose another with --workspace")
+    file, probe = root / WORKSPACE_FILE_NAME, root / f".write-test-{os.getpid()}"
+    is_known = read_json(file) == OWN_VERSION
+    if not is_known:  # A large workspace has thousands of records.
+        _refuse_another_version(root)
     if is_read_only():
-        if not root.is_dir() and root.exists():
-            raise UserError(f"the workspace {root} is no folder; choose another with --workspace")
-        _refuse_another_version(root, _training_records(root))
         return workspace
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        try:
-            _refuse_a_copy_or_another_version(root, probe.name)
-        finally:
-            probe.unlink()
+        probe.unlink()
+        if not is_known:
+            write_json(file, OWN_VERSION)
     except OSError as error:
         raise UserError(
             f"cannot write to the workspace {root} ({error.strerror}); "
@@ -116,51 +114,9 @@ def open_workspace(path: Path | None = None) -> Workspace:
     return workspace
 
 
-def _refuse_a_copy_or_another_version(root: Path, probe: str) -> None:
-    """Refuse a workspace whose records refer to another one, or are from another version.
-
-    In a copy, MLflow's database and the results' absolute paths still point into the original. If
-    the original no longer exists, the workspace was moved, and work continues. `probe` names a file
-    in the workspace; a folder that has it, too, is the same folder under another path.
-    """
-    stored = read_json(root / WORKSPACE_FILE_NAME)
-    own = {"root": str(root), "recipe_version": RECIPE_VERSION}
-    is_known = isinstance(stored, dict) and own.items() <= stored.items()
-    named = stored.get("records_name") if is_known else None
-    if not isinstance(named, list):
-        # Only once per location: a large workspace has thousands of records.
-        records = _training_records(root)
-        _refuse_another_version(root, records)
-        named = _workspaces_in_records(root, records)
-    for other in map(Path, named):
-        is_workspace = any((other / name).exists() for name in _WORKSPACE_MARKS)
-        if other != root and is_workspace and not (other / probe).exists():
-            raise UserError(
-                f"the workspace {root} was copied or moved from {other}, which is a workspace as "
-                f"well. The records of {root} refer to files in {other}, so commands would write "
-                f"there. Use {other}; or rename it, then {root} can be used; or start a new "
-                "workspace, and copy only the folder `tokens` into it"
-            )
-    location = {**own, "records_name": named}
-    if stored != location:
-        write_json(root / WORKSPACE_FILE_NAME, location)
-
-
-def _training_records(root: Path) -> list[dict[str, Any]]:
-    found = []
-    for path in (*root.glob("runs/*/job.json"), *root.glob("trials/*/job.json")):
-        try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError):
-            continue  # Damaged; reported when it is needed.
-        if isinstance(record, dict):
-            found.append(record)
-    return found
-
-
-def _refuse_another_version(root: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    versions = {record.get("recipe_version", 1) for record in records if "key" in record}
-    if versions - {RECIPE_VERSION}:
+def _refuse_another_version(root: Path) -> None:
+    jobs = (*root.glob("runs/*/job.json"), *root.glob("trials/*/job.json"))
+    if any(map(_is_of_another_version, jobs)):
         raise UserError(
             f"the workspace {root} holds trainings of another version of this program, which this "
             "version can neither find nor resume; nothing was changed. Choose a new workspace with "
@@ -169,26 +125,13 @@ def _refuse_another_version(root: Path, records: Iterable[Mapping[str, Any]]) ->
         )
 
 
-def _workspaces_in_records(root: Path, records: Iterable[Mapping[str, Any]]) -> list[str]:
-    # The other workspaces that the paths in the records lead to.
-    parent = _parent_of_artifacts(root / "mlflow.db")
-    found = {parent} if parent else set()
-    for record in records:
-        with suppress(KeyError, TypeError):
-            found.add(str(Path(record["job"]["run_folder"]).parent.parent))
-    return sorted(found - {str(root)})
-
-
-def _parent_of_artifacts(database: Path) -> str | None:
-    import sqlite3
-
+def _is_of_another_version(job: Path) -> bool:
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
-            rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
-    except sqlite3.Error:
-        return None  # Missing or damaged; reported when it is opened.
-    paths = [Path(unquote(urlsplit(str(row[0])).path)) for row in rows]
-    return next((str(path.parent) for path in paths if path.name == "artifacts"), None)
+        record = json.loads(job.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False  # Damaged; reported when it is needed.
+    is_training = isinstance(record, dict) and "key" in record
+    return is_training and record.get("recipe_version", 1) != RECIPE_VERSION
 
 
 def locate_workspace(path: Path | None = None) -> Workspace:

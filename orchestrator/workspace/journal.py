@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.workspace.paths import workspace_root
+
 JOURNAL_NAME = "journal.jsonl"
 VALIDATION_METRIC = "validation/loss"
+TAIL_BYTES = 65_536
 
 Record = dict[str, Any]
 
@@ -24,6 +27,8 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`/journal.jsonl for appending; make the folder if it is missing."""
+        root = workspace_root(folder)
+        self._root = f"{root}/" if root else ""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / JOURNAL_NAME
         self._file = self.path.open("a+b")
@@ -39,8 +44,15 @@ class Journal:
         self._write({"kind": "metrics", "step": step, "values": dict(values)})
 
     def event(self, name: str, **details: Any) -> None:
-        """Record an event: `resumed`, `checkpoint`, `stopped`, `finished`."""
-        self._write({"kind": "event", "name": name, **details})
+        """Record an event: `resumed`, `checkpoint`, `stopped`, `finished`.
+
+        Paths in the workspace, also those in sentences, are written relative to its root.
+        """
+        relative = {
+            key: value.replace(self._root, "") if self._root and isinstance(value, str) else value
+            for key, value in details.items()
+        }
+        self._write({"kind": "event", "name": name, **relative})
 
     def close(self) -> None:
         """Close the file."""
@@ -83,6 +95,17 @@ def read_journal(folder: Path, offset: int = 0, end: int | None = None) -> tuple
         if _is_record(record):
             records.append(record)
     return records, offset + len(whole)
+
+
+def last_recorded(folder: Path) -> float:
+    """Return the time of a folder's last record, or of the folder without one, in seconds.
+
+    The times of files would not do: a copied workspace has new ones.
+    """
+    path = folder / JOURNAL_NAME
+    size = path.stat().st_size if path.exists() else 0
+    records, _ = read_journal(folder, max(0, size - TAIL_BYTES))
+    return records[-1]["time"] / 1000 if records else folder.stat().st_mtime
 
 
 def _is_record(record: Any) -> bool:

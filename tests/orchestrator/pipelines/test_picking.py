@@ -154,10 +154,12 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     run = context.tracking.run("registering", name="r", kind="sweep")
     run.register("other", folder, key="k", alias="best")
+    run.finish()
     version = version_of(context, "other", "best")
     place = Path(version.source.removeprefix("file://"))
     assert (place / "MLmodel").is_file()
     run.register("other", folder, key="k", alias="best")
+    run.finish()
     assert version_of(context, "other", "best").version == version.version
     assert not (tmp_path / "ran").exists()
 

@@ -346,7 +346,8 @@ def test_the_stored_plan_is_strict_json_with_its_price(
 ) -> None:
     finish(tiny_plan.trials[-1])
     path = tmp_path / "plan.json"
-    write_json(path, plan_record(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path))
+    record = plan_record(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path)
+    write_json(path, {**record, **tiny_plan.stored_at(path)})
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -356,7 +357,7 @@ def test_the_stored_plan_is_strict_json_with_its_price(
     assert stored["reused"] == ["0,0"]
     assert stored["price"]["num_tokens"] == 3 * 40 * STEP
     assert stored["price"]["flops"] == 40 * STEP * (ALL_FOUR - 63_264 + TEACHER)
-    trials = [Trial.model_validate(values) for values in stored["trials"]]
+    trials = [Trial.parse(values, path) for values in stored["trials"]]
     assert trials == list(tiny_plan.trials), "-infinity is back"
     assert [trial.threshold_text for trial in trials] == [
         "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from mlflow import MlflowClient
@@ -366,20 +369,54 @@ def test_pending_operations_are_plain_json(
     tracking.outbox.path.unlink()
 
 
-def test_a_copy_never_writes_into_the_original(
+def test_a_copy_has_its_own_artifacts_and_the_original_stays(
     tracking: Tracking, workspace: Workspace, tmp_path: Path
 ) -> None:
-    tracking.run("original", name="o", kind="sweep")
-    copy = tmp_path / "a copy"
-    copy.mkdir()
-    # A workspace of an earlier version, and one of today.
-    for names in (["mlflow.db"], ["mlflow.db", "workspace.json"]):
-        for name in names:
-            shutil.copy(workspace.root / name, copy)
-        with pytest.raises(UserError, match=f"copied or moved from {workspace.root}, .*rename"):
-            open_workspace(copy)
-        assert sorted(path.name for path in copy.iterdir()) == names
-    assert open_workspace(workspace.root).root == workspace.root
+    run = tracking.run("copied", name="c", kind="sweep", tags={"at": f"{workspace.root}/runs/x"})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    run.register("copied", tmp_path / "model", key="k", alias="best")
+    elsewhere = client(tracking).create_experiment("of the user", f"file://{workspace.root}-x")
+    run.finish()
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    root = Path(shutil.copytree(workspace.root, tmp_path / "a copy"))
+    copy = open_tracking(open_workspace(root), warn=pytest.fail)
+    same = copy.run("copied", name="c", kind="sweep")
+    assert same.run_id == run.run_id
+    assert stored(copy, same).data.tags["at"] == "runs/x"
+    same.log_artifact(tmp_path / "model" / "config.json", "new")
+    same.finish()
+    assert list(root.glob("artifacts/*/artifacts/new/config.json"))
+    best = client(copy).get_model_version_by_alias("copied", "best")
+    assert best.source.startswith(f"file://{tmp_path}/a%20copy/artifacts/")
+    assert Path(unquote(urlsplit(best.source).path), "config.json").is_file()
+    assert client(copy).get_experiment(elsewhere).artifact_location == f"file://{workspace.root}-x"
+    after = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    assert after == before
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        dump = "\n".join(database.iterdump())
+    assert f"{workspace.root}/" not in dump
+
+
+def test_pending_operations_move_with_the_workspace(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracking = open_tracking(open_workspace(tmp_path / "old"), warn=lambda text: None)
+    journal = Journal(tmp_path / "old" / "runs" / "x")
+    journal.metrics(1, {"train/loss": 2.0})
+    journal.close()
+    run = tracking.run("moved", name="m", kind="pretrain")
+    run.log_journal(journal.path.parent)
+    run.finish()
+    assert str(tmp_path) not in tracking.outbox.path.read_text()
+    root = (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace.database}")
+    back = open_tracking(open_workspace(root), warn=pytest.fail)
+    assert back.sync() == 3
+    found = stored(back, back.run("moved", name="m", kind="pretrain"))
+    assert found.data.metrics == {"train/loss": 2.0}
 
 
 def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:

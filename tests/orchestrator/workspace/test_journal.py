@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from pathlib import Path
 
-from orchestrator.workspace.journal import JOURNAL_NAME, Journal, read_journal
+from orchestrator.workspace.journal import JOURNAL_NAME, Journal, last_recorded, read_journal
 
 
 def test_records_are_read_from_any_offset(tmp_path: Path) -> None:
@@ -54,3 +57,16 @@ def test_a_damaged_record_is_skipped(tmp_path: Path) -> None:
         assert len(read_journal(tmp_path)[0]) == (0 if old in in_both else 1)
     path.write_bytes(b"[" * 100_000 + b"\n" + whole)
     assert len(read_journal(tmp_path)[0]) == 2
+
+
+def test_the_time_of_the_last_record_survives_a_copy(tmp_path: Path) -> None:
+    os.utime(tmp_path, (7, 7))
+    assert last_recorded(tmp_path) == 7
+    journal = Journal(tmp_path / "run")
+    journal.event("started", text="x" * 100_000)
+    before = time.time()
+    journal.event("finished")
+    journal.close()
+    copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    os.utime(copy, (7, 7))
+    assert before - 0.01 < last_recorded(copy) == last_recorded(tmp_path / "run") <= time.time()

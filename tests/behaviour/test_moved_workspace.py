@@ -1,0 +1,145 @@
+"""A workspace that was copied or moved works at its new place, and the original stays as it is."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from small_size import SMALL
+
+from orchestrator.tracking.relocation import ADDRESS_COLUMNS
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.journal import read_journal
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = [part for setting in SMALL for part in ("--set", setting)]
+PAUSED = [
+    "pretrain", "--local", "--name", "paused", *SETTINGS,
+    "--set", "training.num_steps=300", "--set", "training.checkpoint_every_steps=20",
+]  # fmt: skip
+READ_MODEL = """
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from mlflow import MlflowClient, artifacts
+uri = f"sqlite:///{sys.argv[1]}/mlflow.db"
+client = MlflowClient(uri, registry_uri=uri)
+(model,) = client.search_registered_models()
+for alias in model.aliases:
+    source = client.get_model_version_by_alias(model.name, alias).source
+    folder = Path(unquote(urlsplit(source).path))
+    assert (folder / "config.json").is_file() and folder.is_relative_to(sys.argv[1]), source
+ids = [experiment.experiment_id for experiment in client.search_experiments()]
+runs = client.search_runs(ids)
+print(len(runs))
+for run in runs:
+    for file in client.list_artifacts(run.info.run_id, "front"):
+        folder = unquote(urlsplit(run.info.artifact_uri).path)
+        assert Path(folder, file.path).is_file() and folder.startswith(sys.argv[1]), folder
+"""
+
+
+def command(*arguments: str, workspace: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "orchestrator.cli"),
+        *arguments,
+        *("--workspace", str(workspace)),
+    ]
+
+
+def run(*arguments: str, workspace: Path) -> str:
+    done = subprocess.run(
+        command(*arguments, workspace=workspace), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def num_tracked_runs(workspace: Path) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", READ_MODEL, str(workspace)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return int(done.stdout)
+
+
+def contents(workspace: Path) -> dict[Path, bytes]:
+    """Return every file, without the logs."""
+    files = {path.relative_to(workspace): path for path in workspace.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name.parts[0] != "logs"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a finished sweep, a registered model and an interrupted training."""
+    workspace = tmp_path_factory.mktemp("original")
+    run("quickstart", *SETTINGS, workspace=workspace)
+    run("pick", "--best", workspace=workspace)
+    process = subprocess.Popen(
+        command(*PAUSED, workspace=workspace), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not find_checkpoints(workspace / "runs" / "paused"):
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    return workspace
+
+
+def test_no_stored_file_names_the_place_of_the_workspace(original: Path) -> None:
+    naming = [
+        name
+        for name, content in contents(original).items()
+        if name.suffix != ".db" and str(original).encode() in content
+    ]
+    assert naming == []
+    addresses = {(table, name) for table, names in ADDRESS_COLUMNS.items() for name in names}
+    with closing(sqlite3.connect(original / "mlflow.db")) as database:
+        tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        columns = {
+            (table, column[1])
+            for (table,) in tables
+            for column in database.execute(f"PRAGMA table_info('{table}')")
+        }
+        for table, column in columns - addresses:
+            query = f"SELECT count(*) FROM '{table}' WHERE instr(\"{column}\", ?)"
+            assert database.execute(query, (str(original),)).fetchone() == (0,), (table, column)
+
+
+@pytest.mark.parametrize("is_moved", [False, True], ids=["copied", "moved"])
+def test_everything_goes_on_at_the_new_place(
+    original: Path, tmp_path: Path, is_moved: bool
+) -> None:
+    there = tmp_path / "a new place"
+    before, num_runs = contents(original), num_tracked_runs(original)
+    subprocess.run(["cp", "-r", original, there], check=True)
+    if is_moved:
+        shutil.rmtree(original)
+    [(sweep, page)] = [(path.parent.name, path) for path in there.glob("sweeps/*/front.html")]
+    printed = run("report", workspace=there)
+    assert sweep in printed
+    assert str(page) in " ".join(printed.split())
+    run("pick", "--cheapest", workspace=there)
+    assert num_tracked_runs(there) == num_runs
+    # The same commands find what is finished, and resume what is not.
+    stopped_at = [r["step"] for r in read_journal(there / "runs" / "paused")[0] if "step" in r][-1]
+    run(*PAUSED, workspace=there)
+    events = [r for r in read_journal(there / "runs" / "paused")[0] if r["kind"] == "event"]
+    assert [e["step"] for e in events if e["name"] == "resumed"] == [stopped_at]
+    assert events[-1]["name"] == "finished"
+    finished = {path: path.stat().st_mtime for path in there.glob("*/*/done.json")}
+    printed = run("quickstart", *SETTINGS, workspace=there)
+    assert "6 trials, 6 of them found finished" in printed
+    assert {path: path.stat().st_mtime for path in there.glob("*/*/done.json")} == finished
+    assert num_tracked_runs(there) == num_runs
+    if not is_moved:
+        assert contents(original) == before
