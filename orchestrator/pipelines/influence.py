@@ -1,8 +1,9 @@
-"""Measure how much each correction of a checkpoint matters.
+"""Measure how much each correction, and each whole layer, of a checkpoint matters.
 
-The table with influence, residuals and contraction factors is stored beside the weights as
-`influence-<metric>.json`, with a picture. It is read again unless settings or tokens differ. The
-calibration set is taken evenly from the held-out tokens, which are the same for every model.
+The table with influence, block influence, residuals and contraction factors is stored beside the
+weights as `influence-<metric>.json`, with a picture. It is read again unless settings or tokens
+differ. The calibration set is taken evenly from the held-out tokens, which are the same for every
+model.
 """
 
 from __future__ import annotations
