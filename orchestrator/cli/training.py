@@ -153,7 +153,8 @@ def pretrain(
         model__corrections=corrections,
         training__num_steps=steps,
         training__skip_bad_steps=skip_bad_steps,
-        training__profile_steps=profile,
+        # A continued run is not profiled because the finished one was.
+        training__profile_steps=0 if continue_ and profile is None else profile,
         cluster__storage=storage,
     )
     if dry_run:

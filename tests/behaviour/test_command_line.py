@@ -70,6 +70,10 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["sweep-iterations", "--asha", "--seeds", "0,1"], "leave sweep.seeds out"),
         (["sweep-threshold", "--name", "../runs"], "begins with a letter or a digit"),
         (["pretrain", "--name", "a/b"], "--name 'a/b'"),
+        (["pretrain", "--continue", "no-such-run"], "there is no folder no-such-run"),
+        (["pretrain", "--continue", "a", "--config", "toy"], "use it without --config"),
+        (["pretrain", "--profile", "-1"], "--profile"),
+        (["distill", "1", "--profile", "many"], "--profile"),
         (["import", "folder", "--name", ""], "--name ''"),
         (
             ["sweep", "toy", "--set", "distillation.training.num_tokens_per_step=100"],
