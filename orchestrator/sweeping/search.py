@@ -7,13 +7,15 @@ family's, and those of other searches with the same teacher and recipe.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import OptunaError
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
@@ -122,22 +124,27 @@ class ScheduleSearch:
         Raises:
             UserError: If the study is damaged, or no trial has the objective.
         """
+        self._check_objective()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._damage():
+            _delete_cut_line(self._path)
             self._storage = _storage(self._path)
-            self._study = optuna.create_study(
+            study = self._study = optuna.create_study(
                 directions=["maximize" if mode == "max" else "minimize" for mode in self._modes],
                 study_name=self._name,
                 storage=self._storage,
                 load_if_exists=True,
             )
-            self._read(self._study)
+            self._read(study)
             num_given = len(self._family) + len(self._given)
-            self._study.sampler = _sampler(self._settings, num_given, len(self._study.trials))
-            for stored in self._study.get_trials(states=(TrialState.RUNNING,)):
-                trial = self._known()[self._schedule(stored.params)]
-                if not is_run_locked(Path(trial.folder)):
-                    self._study.tell(stored.number, state=TrialState.FAIL)
+            study.sampler = _sampler(self._settings, num_given, len(study.trials))
+            for stored in study.get_trials(states=(TrialState.RUNNING,)):
+                trial = self._known().get(self._schedule(stored.params))
+                if self._is_whole(stored) and trial and not is_run_locked(Path(trial.folder)):
+                    study.tell(stored.number, state=TrialState.FAIL)
+            self._enter_finished(study)
+
+    def _check_objective(self) -> None:
         finished = [trial.result() for trial in self._known().values()]
         named = {name for trial in finished if trial for name in trial.quality}
         if named and self._settings.objective not in named:
@@ -145,7 +152,6 @@ class ScheduleSearch:
                 f"search.objective={self._settings.objective}: the tasks of this sweep do not give "
                 f"it; they give {', '.join(sorted(named))}"
             )
-        self._enter_finished(self._study)
 
     @property
     def study(self) -> Mapping[str, Any]:
@@ -211,10 +217,14 @@ class ScheduleSearch:
         known = self._known()
         for stored in study.get_trials(deepcopy=False):
             schedule = self._schedule(stored.params)
-            if stored.params and schedule not in known:
+            if self._is_whole(stored) and schedule not in known:
                 known[schedule] = self._make_trial(schedule)
                 kind = self._given if stored.user_attrs.get(GIVEN) else self._suggested
                 kind[schedule] = known[schedule]
+
+    def _is_whole(self, stored: optuna.trial.FrozenTrial) -> bool:
+        # A process that is killed while it asks leaves a part of a schedule.
+        return stored.params.keys() == self._space.keys()
 
     def _known(self) -> dict[IterationSchedule, Trial]:
         return self._family | self._given | self._suggested
@@ -237,10 +247,21 @@ class ScheduleSearch:
     def _modes(self) -> list[str]:
         return ["max" if self._settings.objective == "accuracy" else "min", "min"]
 
-    def _damage(self) -> Any:
-        return damage_as_user_error(
-            self._path, remedy="delete it; finished trials enter the new one"
-        )
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        remedy = "delete it; finished trials enter the new one"
+        try:
+            with damage_as_user_error(self._path, remedy=remedy):
+                yield
+        except (AssertionError, OptunaError) as error:
+            raise UserError(f"{self._path} is damaged ({error!r}); {remedy}") from None
+
+
+def _delete_cut_line(path: Path) -> None:
+    """Delete a line that a crash cut off: Optuna would append to it."""
+    if path.exists():
+        data = path.read_bytes()
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def _storage(path: Path) -> optuna.storages.JournalStorage:

@@ -289,3 +289,20 @@ def test_the_plan_of_a_search_has_a_key_of_its_own(tmp_path: Path) -> None:
     assert plan.trials == family.trials
     keys = {plan.key, family.key, search_plan(family, SearchSettings(seed=1)).key}
     assert len(keys) == 3
+
+
+def test_a_line_that_a_crash_cut_off_is_no_damage(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.run(num_trials=2)
+    path, num_complete = tmp_path / STUDY_FILE, len(world.complete())
+    path.write_bytes(path.read_bytes() + b'{"op_code": 4, "wor')
+    assert len(world.run(num_trials=3)) == 1
+    assert len(world.complete()) == num_complete + 1
+
+
+def test_a_schedule_of_which_a_killed_process_stored_a_part_is_none(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.run(num_trials=2)
+    world.study().ask({"r_01": IntDistribution(0, 2)})
+    assert len(world.search(num_trials=3).known_trials()) == 2
+    assert len(world.run(num_trials=3)) == 1
