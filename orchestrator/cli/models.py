@@ -64,7 +64,8 @@ def generate(
         typer.Option(min=0, max=MAX_SEED, help="Random seed for sampling (default: random)."),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A further token that ends the text.")
+        list[str] | None,
+        typer.Option(help="A text that ends the continuation; may be repeated."),
     ] = None,
     kv: Annotated[
         Literal["exact", "last"],

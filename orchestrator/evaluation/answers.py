@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from iiet.cache import KvStrategy
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
@@ -35,6 +36,8 @@ class AnswerSettings:
     """Sample among this many likeliest tokens."""
     top_p: float | None = None
     """Sample among the likeliest tokens that together hold this probability."""
+    kv_strategy: KvStrategy = "exact"
+    """A cache slot per evaluation, or one per layer."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def _answer(decoder: Decoder, questions: Sequence[Question], rows: _Rows) -> Non
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
+        kv_strategy=settings.kv_strategy,
         seed=[question.seed for question in questions],
         stop_tokens=rows.end_ids,
     )

@@ -1,24 +1,25 @@
 """Generate text from a checkpoint.
 
 One prompt is streamed in pieces of whole characters, as a byte-level token may end inside of one.
-Several prompts are one batch, padded on the left.
+Several prompts are one batch; a batch says what each prompt alone says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
 
 from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
-from iiet.generation import generate as generate_tokens
 from iiet.generation import stream as stream_tokens
 from iiet.schedule import IterationSchedule
+from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.terminal.progress import Progress
@@ -26,6 +27,9 @@ from orchestrator.training.model_loading import AUTO, load_model
 from orchestrator.training.model_lookup import parse_schedule, resolve_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
+
+INCOMPLETE = "\ufffd"
+"""Stands for the bytes of a character whose last byte was not generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class Sampling:
     seed: int | None = None
     """Random seed for sampling; random when unset."""
     stop: tuple[str, ...] = ()
-    """Tokens, as texts, that end a row in addition to the end of text."""
+    """Texts that end the continuation, and are no part of it."""
     kv_strategy: KvStrategy = "exact"
     """A cache slot per evaluation, or one per layer."""
 
@@ -130,54 +134,56 @@ class TextGenerator:
                 the context.
         """
         ids = torch.tensor([self.text.encode_document(prompt)], device=self.decoder.device)
-        stops = self._stop_tokens(sampling)
+        one_token = [self.text.encode(stop, add_special_tokens=False) for stop in sampling.stop]
+        # A stop text that is one token may be a special token, which no piece shows.
+        ends = self.text.end_ids.union(*(tokens for tokens in one_token if len(tokens) == 1))
+        options = asdict(sampling)
+        del options["stop"]
         try:
-            steps = stream_tokens(self.decoder, ids, stop_tokens=stops, **_options(sampling))
+            steps = stream_tokens(self.decoder, ids, stop_tokens=ends, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
-        return self._pieces((int(step) for step in steps), stops)
+        tokens = takewhile(lambda token: token not in ends, map(int, steps))
+        return self._pieces(tokens, [stop for stop in sampling.stop if stop])
 
     def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Return the continuation of each prompt, all decoded as one batch. Raises as `stream`."""
-        encoded = [self.text.encode_document(prompt) for prompt in prompts]
-        length = max(map(len, encoded))
-        rows = [[self.text.prefix_id] * (length - len(row)) + [*row] for row in encoded]
-        mask = [[False] * (length - len(row)) + [True] * len(row) for row in encoded]
-        stops, device = self._stop_tokens(sampling), self.decoder.device
-        try:
-            written = generate_tokens(
-                self.decoder,
-                torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                stop_tokens=stops,
-                **_options(sampling),
+        settings = AnswerSettings(
+            until=sampling.stop,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            kv_strategy=sampling.kv_strategy,
+        )
+        seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        contexts = [self.text.encode_document(prompt) for prompt in prompts]
+        longest, room = max(map(len, contexts)), self.decoder.config.context_length
+        if longest + sampling.max_new_tokens > room:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} do not "
+                f"fit the context_length of {room}"
             )
+        asked = [Question(context, settings, seed + row) for row, context in enumerate(contexts)]
+        try:
+            texts = generate_answers(self.decoder, self.text, asked, batch_size=len(asked))
         except ValueError as error:
             raise UserError(str(error)) from None
-        return ["".join(self._pieces(row, stops)) for row in written[:, length:].tolist()]
+        return [text.rstrip(INCOMPLETE) for text in texts]
 
-    def _pieces(self, tokens: Iterable[int], stops: Collection[int]) -> Iterator[str]:
+    def _pieces(self, tokens: Iterable[int], stops: Sequence[str]) -> Iterator[str]:
+        """Yield the text of tokens; what may be the beginning of a stop text is held back."""
         decoding = DecodeStream(skip_special_tokens=True)
+        held = ""
         for token in tokens:
-            if token in stops:
-                return
-            piece = decoding.step(self.text.tokenizer, token)
-            if piece:
-                yield piece
-
-    def _stop_tokens(self, sampling: Sampling) -> set[int]:
-        stops = set(self.text.end_ids)
-        for text in sampling.stop:
-            ids = self.text.encode(text, add_special_tokens=False)
-            if len(ids) != 1:
-                raise UserError(
-                    f"--stop takes texts that are one token; {text!r} is {len(ids)} of them"
-                )
-            stops.add(ids[0])
-        return stops
-
-
-def _options(sampling: Sampling) -> dict[str, Any]:
-    values = asdict(sampling)
-    del values["stop"]
-    return values
+            held += decoding.step(self.text.tokenizer, token) or ""
+            if found := [held.index(stop) for stop in stops if stop in held]:
+                held = held[: min(found)]
+                break
+            starts = [stop[:size] for stop in stops for size in range(1, len(stop))]
+            num_held = max((len(start) for start in starts if held.endswith(start)), default=0)
+            ready, held = held[: len(held) - num_held], held[len(held) - num_held :]
+            if ready:
+                yield ready
+        if held:
+            yield held

@@ -75,6 +75,9 @@ def test_a_seed_decides_and_no_seed_does_not(writer: TextGenerator) -> None:
     assert "".join(writer.stream("abc", sampled)) == first
     others = {"".join(writer.stream("abc", replace(sampled, seed=seed))) for seed in range(4, 9)}
     assert others != {first}
+    # In a batch, each prompt has a seed of its own.
+    assert writer.continue_all(["abc", "a"], sampled)[0] == first
+    assert len(set(writer.continue_all(["abc"] * 4, sampled))) > 1
 
 
 def test_text_ends_before_the_stop_token(writer: TextGenerator) -> None:
@@ -86,6 +89,26 @@ def test_text_ends_before_the_stop_token(writer: TextGenerator) -> None:
     expected = writer.text.tokenizer.decode(tokens[: tokens.index(stop)])
     sampling = replace(FEW, stop=(writer.text.tokenizer.decode([stop]),))
     assert "".join(writer.stream("abc def", sampling)) == expected
+
+
+def test_a_stop_text_may_span_tokens(writer: TextGenerator) -> None:
+    sampled = replace(FEW, temperature=1.0, seed=5)
+    whole = "".join(writer.stream("abc def", sampled))
+    for size in (2, 3, 4):
+        stop = whole[len(whole) // 2 :][:size]
+        assert len(writer.text.encode(stop, add_special_tokens=False)) > 1
+        sampling = replace(sampled, stop=("not there", "", stop))
+        pieces = list(writer.stream("abc def", sampling))
+        assert "".join(pieces) == whole[: whole.index(stop)]
+        assert writer.continue_all(["abc def"], sampling) == ["".join(pieces)]
+
+
+def test_what_may_begin_a_stop_text_is_held_back(writer: TextGenerator) -> None:
+    ids = writer.text.tokenizer.encode("a b c").ids
+    text = [writer.text.decode([token]) for token in ids]
+    assert list(writer._pieces(ids, [f"{text[-1]}d"])) == [*text[:-1], text[-1]]
+    held = list(writer._pieces(ids, [f"{text[-2]}{text[-1]}d"]))
+    assert held == [*text[:-2], text[-2] + text[-1]]
 
 
 def test_characters_come_whole(writer: TextGenerator) -> None:
@@ -100,7 +123,6 @@ def test_characters_come_whole(writer: TextGenerator) -> None:
     [
         ({"max_new_tokens": 500}, "context_length of 32"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
-        ({"stop": ("two words",)}, "--stop"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(
