@@ -48,6 +48,7 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.printing import print_plan, print_report
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.seed_averages import average_seeds
@@ -101,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         settings = read_settings(SETTINGS, options.changes)
-        with open_session(options.workspace, "iiad-study", verbose=False) as session:
-            run_study(settings, choices, session, dry_run=options.dry_run)
+        is_dry = options.dry_run
+        with open_session(
+            options.workspace, "iiad-study", verbose=False, dry_run=is_dry
+        ) as session:
+            run_study(settings, choices, session, dry_run=is_dry)
     except BaseException as error:
         return exit_code_of(error)
     return 0
@@ -131,8 +135,12 @@ def run_study(
             it again.
     """
     settings = _with(settings, sweep={"kind": "iterations"})
-    _check(settings, choices, session)
-    study = _Study(settings, choices, session, name)
+    _check(settings, choices, session, dry_run=dry_run)
+    if dry_run:
+        tokens = find_prepared(settings.data, session.workspace.tokens)
+    else:
+        tokens = prepare(settings, workspace=session.workspace, progress=session.progress)
+    study = _Study(settings, choices, session, name, tokens=tokens)
     if dry_run:
         plan = plan_sweep(
             settings,
@@ -159,8 +167,8 @@ def run_study(
     raise_failures(study.failures)
 
 
-def _check(settings: Settings, choices: Choices, session: Session) -> None:
-    check_sweep(settings, session.progress)
+def _check(settings: Settings, choices: Choices, session: Session, *, dry_run: bool) -> None:
+    check_sweep(settings, None if dry_run else session.progress)
     check_models(settings)
     for own in _ways(settings, choices).values():
         check_sweep(own)
@@ -192,11 +200,19 @@ class _Contender:
 class _Study:
     """The phases in order."""
 
-    def __init__(self, settings: Settings, choices: Choices, session: Session, name: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        choices: Choices,
+        session: Session,
+        name: str,
+        *,
+        tokens: Path | None = None,
+    ) -> None:
         self.settings, self.choices, self.session, self.name = settings, choices, session, name
         self.failures: dict[str, str] = {}
         self.contenders = {c.name: c for c in _contenders(settings, choices.two_stage_from)}
-        self.tokens = prepare(settings, workspace=session.workspace, progress=session.progress)
+        self.tokens = tokens
         first = next(iter(self.contenders.values()))
         config = self._job(first.at(rate=1.0, seed=0)).model
         check_student_batch(settings.distillation, config)

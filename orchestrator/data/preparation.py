@@ -27,6 +27,7 @@ from orchestrator.workspace.files import expand_user, read_json, write_json
 from orchestrator.workspace.folders import Workspace, is_valid_name
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key
+from orchestrator.workspace.read_only import check_may_write
 
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, assumed without a request: as in the published models."""
@@ -67,6 +68,7 @@ def prepare(
     progress = progress or Progress()
     folder = find_prepared(settings, workspace.tokens)
     if folder is None:
+        check_may_write(workspace.tokens)
         # One process at a time: two would write the same files.
         with lock_file(workspace.tokens / ".lock"):
             folder = find_prepared(settings, workspace.tokens)

@@ -182,6 +182,13 @@ def test_a_mistake_on_its_command_line_is_reported(
     assert "did you mean training.num_steps?" in " ".join(capfd.readouterr().err.split())
 
 
+def test_its_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    changes = [f"--set={change}" for change in SMALL]
+    assert study.main(["--workspace", str(tmp_path / "ws"), "--dry-run", *changes]) == 0
+    assert "this is the first phase; then" in " ".join(capfd.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_example_runs_all_its_phases_and_trains_nothing_twice(
     tmp_path: Path, ray_session: None
