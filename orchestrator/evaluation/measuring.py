@@ -67,7 +67,8 @@ class ModelMeasurer:
         Raises:
             UserError: If the weights or the tokenizer are missing or damaged.
         """
-        keys = {name: self._key(suite.fingerprint(name)) for name in suite.tasks}
+        limit = self._conditions.limit
+        keys = {name: self._key(suite.fingerprint(name), limit) for name in suite.tasks}
         found = {name: self._store.read(key) for name, key in keys.items()}
         results = {name: result for name, result in found.items() if result}
         missing = [name for name in suite.tasks if name not in results]
@@ -102,10 +103,9 @@ class ModelMeasurer:
             self._store.write(key, found)
         return found.metrics[VALIDATION_LOSS]
 
-    def _key(self, what: str) -> str:
+    def _key(self, what: str, limit: int | None = None) -> str:
         # Models that transformers runs keep their own dtype.
         precision = self._conditions.precision if self._model.config else None
-        limit = self._conditions.limit
         return content_key("evaluation", [*self._model.key, precision], what, limit)
 
     @cached_property

@@ -48,6 +48,7 @@ from orchestrator.sweeping.student_plans import (
     student_trial,
     threshold_plan,
 )
+from orchestrator.sweeping.trial_states import StoredPlan
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, text_files_key, weights_key
@@ -55,7 +56,6 @@ from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, read_json_object
 from orchestrator.workspace.folders import Workspace
 
 if TYPE_CHECKING:
@@ -271,9 +271,10 @@ def _with_known_fingerprints(suite: TrialSuite, workspace: Workspace) -> TrialSu
         workspace.sweeps.glob(f"*/{PLAN_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True
     ):
         with suppress(UserError):
-            stored = read_json_object(path) or {}
-            with damage_as_user_error(path):
-                known = TrialSuite.parse(stored["trials"][0]["suite"], path)
+            stored = StoredPlan.read(path)
+            if not stored:
+                continue
+            known = stored.trials[0].suite
             found = suite.model_copy(update={"fingerprints": known.fingerprints})
             if found.key == known.key:
                 return found

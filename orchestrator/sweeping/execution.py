@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
@@ -32,7 +32,7 @@ from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
 from orchestrator.sweeping.asha import EarlyStop, asha_trials, stored_early_stop
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trial_states import plan_record
+from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -43,7 +43,7 @@ from orchestrator.training.teacher_cache_policy import (
     store_teacher_outputs,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import read_json_object, write_json, write_text
+from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
@@ -132,7 +132,7 @@ class _SweepRun:
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     _jobs: list[TrainingJob] = field(default_factory=list)
-    _price: dict[str, Any] = field(default_factory=dict)
+    _stored: StoredPlan | None = None
 
     @property
     def folder(self) -> Path:
@@ -141,8 +141,9 @@ class _SweepRun:
     def run_trials(self) -> None:
         """Run the plan's trials that are not finished, then those that the search suggests."""
         # The remaining cost is estimated once: that reads checkpoints and measures this machine.
-        self._price = plan_record(self.plan, self.settings, self.workspace.teachers)
-        self._write_plan()
+        stored = stored_plan(self.plan, self.settings, self.workspace.teachers)
+        stored.write(self.folder / PLAN_FILE)
+        self._stored = stored
         self._track_front()
         asha, trials = asha_trials(self.plan, self.settings.sweep), self.plan.trials
         stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
@@ -160,17 +161,15 @@ class _SweepRun:
         self._record_end()
         self.failures, self.made = queue.failures, queue.made
 
-    def _write_plan(self) -> None:
-        path = self.folder / PLAN_FILE
-        write_json(path, {**self._price, **self.plan.stored_at(path)})
-
     def _record_end(self) -> None:
         """Add what the search has suggested to the plan, and record the front."""
         known = {trial.key for trial in self.plan.trials}
         new = self.search.known_trials() if self.search else []
         if new := [trial for trial in new if trial.key not in known]:
             self.plan = self.plan.model_copy(update={"trials": (*self.plan.trials, *new)})
-            self._write_plan()
+            if self._stored:
+                stored = self._stored.model_copy(update={"trials": self.plan.trials})
+                stored.write(self.folder / PLAN_FILE)
         self._track_front()
 
     def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:
@@ -252,11 +251,11 @@ def _check_trials(
 def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
     """Note that a sweep of this name had other trials before, or that its plan is damaged."""
     try:
-        earlier = read_json_object(folder / PLAN_FILE, remedy="it is written anew") or {}
+        earlier = StoredPlan.read(folder / PLAN_FILE, remedy="it is written anew")
     except UserError as error:
         progress.note(str(error))
         return
-    if earlier.get("key", plan.key) != plan.key:
+    if earlier and earlier.key != plan.key:
         progress.note(
             f"the sweep {plan.name} had another plan before; its front is replaced by this one's, "
             "its trials stay"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import PlannedWork, trial_group
+from orchestrator.planning.price import PlannedWork, Price, trial_group
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, SweepSettings
@@ -56,17 +56,28 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
     return states
 
 
-def plan_record(plan: SweepPlan, settings: Settings, teachers: Path) -> dict[str, Any]:
-    """Return what is stored beside a plan: the trials found finished, and the price."""
+class StoredPlan(SweepPlan):
+    """What the folder of a sweep keeps of its plan."""
+
+    requested: str
+    """What `num_requested` counts: thresholds, budgets, schedules or models."""
+    reused: tuple[str, ...]
+    """Labels of the trials that were finished when the sweep was started."""
+    price: Price
+    """Price of what was left to train then."""
+
+
+def stored_plan(plan: SweepPlan, settings: Settings, teachers: Path) -> StoredPlan:
+    """Return what is stored of a plan."""
     states = trial_states(plan, settings.sweep)
     trainings = [state.training for state in states if state.training]
     groups = [trial_group(trainings, settings, teachers)]
-    price = PlannedWork(groups=groups, folder=teachers).price()
-    return {
-        "requested": requested_noun(plan, settings.sweep) + "s",
-        "reused": [state.trial.label for state in states if state.name == "finished"],
-        "price": price.model_dump(mode="json"),
-    }
+    return StoredPlan(
+        **vars(plan),
+        requested=requested_noun(plan, settings.sweep) + "s",
+        reused=tuple(state.trial.label for state in states if state.name == "finished"),
+        price=PlannedWork(groups=groups, folder=teachers).price(),
+    )
 
 
 def requested_noun(plan: SweepPlan, sweep: SweepSettings) -> str:

@@ -182,6 +182,10 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     assert run.result
     assert run.result.quality["validation_loss"] == measured[0].quality["validation_loss"]
     assert runs == [*2 * ["first", "second"], "third"]
+    fewer = wider.model_copy(update={"suite": "third", "limit": 1})
+    suite = plan_suite(fewer, tiny_tokens, config, Progress())
+    run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
+    assert run.state == "made", "the limit is of tasks, and changes no loss"
 
 
 def test_a_change_of_model_or_items_is_another_evaluation(

@@ -27,14 +27,13 @@ from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_states import (
-    plan_record,
     requested_noun,
+    stored_plan,
     trial_states,
 )
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.run import run_job
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
 
 STEP = 64
@@ -346,8 +345,7 @@ def test_the_stored_plan_is_strict_json_with_its_price(
 ) -> None:
     finish(tiny_plan.trials[-1])
     path = tmp_path / "plan.json"
-    record = plan_record(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path)
-    write_json(path, {**record, **tiny_plan.stored_at(path)})
+    stored_plan(tiny_plan, settings("sweep.thresholds=[0.1, 0.2]"), tmp_path).write(path)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
