@@ -26,7 +26,7 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun
-from orchestrator.training.continuing import continue_job, continued_recipe, find_finished_job
+from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import RunMonitor
@@ -97,10 +97,8 @@ def pretrain_in_context(
         check_pretraining(settings, context.workspace)
         tokens = prepare_tokens(settings.data, context.workspace, context.progress)
     else:
-        earlier = find_finished_job(context.workspace, Path(continued), settings.data)
+        settings, earlier = continued_settings(settings, context.workspace, Path(continued))
         tokens = Path(earlier.tokens_folder)
-        recipe = continued_recipe(earlier.recipe, settings.training)
-        settings = settings.model_copy(update={"training": recipe})
     models = {method: settings}
     trained = pretrain_models(models, context, tokens, earlier=earlier, name=name, local=local)
     return trained[method]

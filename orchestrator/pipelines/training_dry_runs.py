@@ -18,7 +18,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.price_table import price_rows, training_rows
 from orchestrator.settings import Settings
 from orchestrator.sweeping.student_plans import distillation_job
-from orchestrator.training.continuing import continue_job, continued_recipe, find_finished_job
+from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
@@ -78,9 +78,7 @@ def plan_pretrain(
         prepared = find_prepared(settings.data, space.tokens)
         job = pretraining_job(settings, space, prepared, name)
     else:
-        earlier = find_finished_job(space, Path(continued), settings.data)
-        recipe = continued_recipe(earlier.recipe, settings.training)
-        settings = settings.model_copy(update={"training": recipe})
+        settings, earlier = continued_settings(settings, space, Path(continued))
         prepared = Path(earlier.tokens_folder)
         longer = pretraining_job(settings, space, prepared, name)
         job = continue_job(earlier, longer, note=lambda _: None)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import SETTINGS_NAME, DataSettings, TrainingSettings, read_settings
+from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
 from orchestrator.training.checkpoint import step_of
 from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_intact_checkpoint
 from orchestrator.training.job import DONE_NAME, key_fields
@@ -34,11 +34,19 @@ FIELDS_OF_LATER_STEPS = {
 """Fields of a recipe that may differ: `shared_steps` says where their effect begins."""
 
 
-def find_finished_job(workspace: Workspace, run: Path, data: DataSettings) -> TrainingJob:
-    """Return the job of a finished pretraining by path or name, to be continued with this `data`.
+def continued_settings(
+    settings: Settings, workspace: Workspace, run: Path
+) -> tuple[Settings, TrainingJob]:
+    """Return the settings that continue a finished pretraining, and its job.
+
+    Args:
+        settings: The settings of that run with more steps; see `continued_recipe`.
+        workspace: Where names are looked up.
+        run: The run, by path or name.
 
     Raises:
-        UserError: If there is none, it is not finished, or its tokens are others or are missing.
+        UserError: If there is none, it is not finished or not shorter, or its tokens are others or
+            are missing.
     """
     folder = find_run_folder(workspace, run)
     path = folder / JOB_NAME
@@ -50,11 +58,13 @@ def find_finished_job(workspace: Workspace, run: Path, data: DataSettings) -> Tr
             f"{folder} is not finished; the command that started it resumes it, and then it can be "
             "continued"
         )
-    if read_settings(folder / SETTINGS_NAME).data != data:
+    if read_settings(folder / SETTINGS_NAME).data != settings.data:
         raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
     tokens = tokens_folder_of(find_checkpoints(folder)[-1], workspace)
     job = TrainingJob.parse(stored.get("job", {}), path)
-    return job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})
+    recipe = continued_recipe(job.recipe, settings.training)
+    job = job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})
+    return settings.model_copy(update={"training": recipe}), job
 
 
 def continued_recipe(earlier: TrainingSettings, longer: TrainingSettings) -> TrainingSettings:
@@ -86,7 +96,7 @@ def continue_job(
     """Return the longer job, which starts from a checkpoint of the finished one.
 
     Args:
-        earlier: The finished job; see `find_finished_job`.
+        earlier: The finished job; see `continued_settings`.
         longer: The job with more steps; one that has begun resumes from its own checkpoints.
         note: Called with a sentence that says where it starts and how the learning rate goes on.
 

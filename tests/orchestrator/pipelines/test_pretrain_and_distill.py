@@ -14,6 +14,7 @@ from orchestrator.pipelines import pretraining
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.distilling import distill, distill_teacher
 from orchestrator.pipelines.pretraining import pretrain_in_context, pretrain_models, pretraining_job
+from orchestrator.pipelines.training_dry_runs import plan_pretrain
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.terminal.progress import Progress
@@ -218,6 +219,8 @@ def test_a_finished_run_is_continued_on_its_own_tokens(
         pretrain_in_context(longer, context, continued="short")
     pretrain_models({"a": wsd}, context, tokens, name="short")
 
+    plan = plan_pretrain(longer, workspace=context.workspace, continued="short")
+    assert (plan.state, plan.price.num_tokens) == ("from step 4", (12 - 4) * 64)
     result = pretrain_in_context(longer, context, continued="short", name="long")
     assert "long continues short from step 4 of 12" in notes.notes[-1], "the fourth step is equal"
     scratch = read_settings(result.checkpoint.parent / SETTINGS_NAME)
