@@ -8,9 +8,8 @@ has no iteration schedule and no cost model here.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG
 from orchestrator.evaluation.model_tokenizer import (
     FolderTokenizer,
     ModelTokenizer,
@@ -33,15 +31,20 @@ from orchestrator.training.checkpoint import (
     tokenizer_file,
     weights_key,
 )
-from orchestrator.training.model_loading import AUTO, decoder_config, load_model
+from orchestrator.training.model_loading import (
+    AUTO,
+    CHECKPOINT,
+    decoder_config,
+    folder_kind,
+    load_model,
+    read_config,
+)
 from orchestrator.training.model_lookup import find_model_folder, resolve_checkpoint, resolve_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, file_key
 
-_EXTERNAL_KEYS = ("model_type", "architectures", "auto_map", "hidden_size")
-"""A `config.json` with one of these keys is not that of a checkpoint."""
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 
 
@@ -110,9 +113,8 @@ def open_model(
     path = resolve_path(path)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
-    values = _config_values(path)
-    if any(key in values for key in _EXTERNAL_KEYS):
-        return _open_external(path, values, schedule)
+    if _is_external(path):
+        return _open_external(path, schedule)
     checkpoint = resolve_checkpoint(path, warn)
     config = _with_schedule(load_config(checkpoint), schedule, checkpoint)
     text_folder = text_folder or checkpoint
@@ -160,18 +162,15 @@ def open_models(
     return [open_model(folder, schedule, warn=warn) for folder in folders for schedule in wanted]
 
 
-def _config_values(folder: Path) -> Mapping[str, Any]:
+def _is_external(folder: Path) -> bool:
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}  # A run, or a damaged file; `resolve_checkpoint` reports it.
-    return values if isinstance(values, dict) else {}
+        return folder_kind(folder) != CHECKPOINT
+    except UserError:
+        return False  # A run, or a damaged checkpoint; `resolve_checkpoint` reports it.
 
 
-def _open_external(
-    path: Path, values: Mapping[str, Any], schedule: str | IterationSchedule | None
-) -> EvaluatedModel:
-    config = decoder_config(path)
+def _open_external(path: Path, schedule: str | IterationSchedule | None) -> EvaluatedModel:
+    values, config = read_config(path), decoder_config(path)
     architecture = str(values.get("model_type") or "unknown")
     if config is not None:
         config = _with_schedule(config, schedule, path)
