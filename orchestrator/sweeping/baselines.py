@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iiet.config import ModelConfig
+from orchestrator.records.training import TrainingOutcome
 from orchestrator.settings import TrainingSettings, model_label
 from orchestrator.training.checkpoint import (
     check_checkpoint,
@@ -18,7 +20,6 @@ from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import DONE_NAME, NON_KEY_FIELDS
 from orchestrator.training.model_lookup import run_folders
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, read_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import last_recorded
 
@@ -33,6 +34,12 @@ class Baselines:
     """Name of a run that cannot be a baseline, to the reason."""
 
 
+@dataclass(frozen=True)
+class _MadeModel:
+    config: ModelConfig
+    provenance: Mapping[str, Any]
+
+
 def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
     """Return the workspace's newest models without corrections that can be a teacher's baselines.
 
@@ -42,14 +49,16 @@ def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     unlike: dict[str, tuple[str, str]] = {}
-    full = {"model": load_config(teacher).to_dict(), "provenance": load_provenance(teacher)}
-    wanted = _comparable(full)
+    wanted = _comparable(_MadeModel(load_config(teacher), load_provenance(teacher)))
     for run in sorted(run_folders(workspace), key=last_recorded):
-        label, made = _made(run)
-        if damage := made.get("damage"):
-            left_out[run.name] = f"the run {run.name} is left out: {damage}"
-        if label is None or "imported" in made.get("provenance", {}):
+        try:
+            made = _made(run)
+        except UserError as error:
+            left_out[run.name] = f"the run {run.name} is left out: {error}"
             continue
+        if not made or made.config.corrections.num_corrections or "imported" in made.provenance:
+            continue
+        label = model_label(made.config.method, 0)
         reason = _difference(_comparable(made), wanted)
         if not reason and not (run / DONE_NAME).exists():
             reason = "its training is not finished"
@@ -64,20 +73,21 @@ def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
     return Baselines(found, left_out)
 
 
-def _made(run: Path) -> tuple[str | None, dict[str, Any]]:
-    """Return the label of a run's model (None if it has corrections, or there is none) and how it
-    was made, by its newest intact checkpoint."""
-    damage = ""
+def _made(run: Path) -> _MadeModel | None:
+    """Return a run's model by its newest intact checkpoint; None if there are no checkpoints.
+
+    Raises:
+        UserError: If all checkpoints are damaged; names the damage of the newest.
+    """
+    damage: UserError | None = None
     for folder in reversed(find_checkpoints(run)):
         try:
-            config = load_config(folder)
-            made = {"model": config.to_dict(), "provenance": load_provenance(folder)}
+            return _MadeModel(load_config(folder), load_provenance(folder))
         except UserError as error:
-            damage = damage or str(error)
-            continue
-        label = model_label(config.method, 0)
-        return None if config.corrections.num_corrections else label, made
-    return None, {"damage": damage}
+            damage = damage or error
+    if damage:
+        raise damage
+    return None
 
 
 def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -91,14 +101,14 @@ def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ", ".join(parts[:3]) + more
 
 
-def _comparable(made: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = made["provenance"]
+def _comparable(made: _MadeModel) -> dict[str, Any]:
+    provenance = made.provenance
     # Each method may have its own best learning rate, and only corrections have two stages.
     free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *NON_KEY_FIELDS)
     # A checkpoint from before a setting existed was made as its default makes one.
     recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
     of_method = ("method", "method_options", "schedule")
-    shape = {name: value for name, value in made["model"].items() if name not in of_method}
+    shape = {name: value for name, value in made.config.to_dict().items() if name not in of_method}
     return {
         **{f"model.{name}": value for name, value in shape.items()},
         "tokens": provenance.get("tokens"),
@@ -113,8 +123,9 @@ def _finished_checkpoint(run: Path) -> Path:
         UserError: If it, or the record of its end, is damaged.
     """
     path, remedy = run / DONE_NAME, "delete it, and the same training again writes it"
-    done = read_json(path, remedy=remedy)
-    with damage_as_user_error(path, remedy=remedy):
-        checkpoint = run / checkpoint_name(done["step"])
+    outcome = TrainingOutcome.read(path, remedy=remedy)
+    if outcome is None:
+        raise UserError(f"{path} is missing; the same training again writes it")
+    checkpoint = run / checkpoint_name(outcome.step)
     check_checkpoint(checkpoint)
     return checkpoint

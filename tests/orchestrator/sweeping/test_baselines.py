@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.training.checkpoint_lookup import find_checkpoints
@@ -47,6 +47,7 @@ def pretrained(
 
 
 VANILLA = {"method": "vanilla", "schedule": None}
+OTHER_END = TrainingOutcome(checkpoint=None, step=7, finished=True)
 
 
 def test_a_baseline_may_be_saved_and_watched_in_another_way(
@@ -93,7 +94,8 @@ def test_a_baseline_of_another_recipe_is_left_out_with_the_difference(
     [
         (lambda run: (run / "done.json").write_text("{"), "done.json is damaged"),
         (lambda run: (run / "done.json").write_text("[]"), "done.json is damaged"),
-        (lambda run: (run / "done.json").write_text('{"step": 7}'), "no checkpoint folder .*07"),
+        (lambda run: (run / "done.json").write_text('{"step": 7}'), "done.json is damaged"),
+        (lambda run: OTHER_END.write(run / "done.json"), "no checkpoint folder .*07"),
         (lambda run: (run / "done.json").unlink(), "its training is not finished"),
         (damage_newest, "step_00000002 is damaged"),
     ],
