@@ -53,14 +53,15 @@ def continued_settings(
     stored = read_json_object(path)
     if stored is None or not (folder / SETTINGS_NAME).is_file():
         raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
-    if not (folder / DONE_NAME).is_file():
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints or not (folder / DONE_NAME).is_file():
         raise UserError(
-            f"{folder} is not finished; the command that started it resumes it, and then it can be "
-            "continued"
+            f"{folder} is not finished or has lost its checkpoints; the command that started it "
+            "resumes it, and then it can be continued"
         )
     if read_settings(folder / SETTINGS_NAME).data != settings.data:
         raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
-    tokens = tokens_folder_of(find_checkpoints(folder)[-1], workspace)
+    tokens = tokens_folder_of(checkpoints[-1], workspace)
     job = TrainingJob.parse(stored.get("job", {}), path)
     recipe = continued_recipe(job.recipe, settings.training)
     job = job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})

@@ -215,7 +215,7 @@ def test_a_finished_run_is_continued_on_its_own_tokens(
     run_job(job, should_stop=lambda: next(calls))
     write_text(run / SETTINGS_NAME, to_yaml(wsd))
     longer = read_settings(run / SETTINGS_NAME, ["training.num_steps=12"])
-    with pytest.raises(UserError, match="is not finished; the command that started it resumes it"):
+    with pytest.raises(UserError, match="is not finished or has lost its checkpoints"):
         pretrain_in_context(longer, context, continued="short")
     pretrain_models({"a": wsd}, context, tokens, name="short")
 
