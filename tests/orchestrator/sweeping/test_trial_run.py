@@ -21,6 +21,7 @@ from filelock import FileLock
 from iiet.decoder import Decoder
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.harness import Suite
+from orchestrator.evaluation.harness import suite as harness_suite
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.settings import resolve_settings
@@ -350,3 +351,27 @@ def test_what_travels_to_a_trial_is_small(trials: tuple[Trial, ...]) -> None:
     tokens = Path(given[0]["trial"]["suite"]["tokens_folder"])
     assert sent < 4096 * len(trials), "paths and settings; no weights, no tokens, no answers"
     assert sum(path.stat().st_size for path in tokens.rglob("*")) > sent
+
+
+def test_trials_of_one_process_load_their_tasks_once(
+    trials: tuple[Trial, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
+    (folder / "questions.yaml").write_text(
+        "task: questions\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'questions.jsonl'}}}}}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    loads: list[Any] = []
+    load = harness_suite._load
+    monkeypatch.setattr(harness_suite, "_load", lambda *a: loads.append(a) or load(*a))
+    changes = {"tasks": ("questions",), "include_folder": str(folder), "suite": ""}
+    for trial in trials[:2]:
+        run = run_trial(trial.model_copy(update={"suite": trial.suite.model_copy(update=changes)}))
+        assert run.result is not None
+        assert {"accuracy", "questions/exact_match"} < set(run.result.quality)
+    assert len(loads) == 1
