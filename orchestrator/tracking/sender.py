@@ -29,7 +29,8 @@ class Sender(Generic[T]):
         with self._changed:
             self._pending.append(item)
             if len(self._pending) == 1:
-                threading.Thread(target=self._send_all, name="mlflow", daemon=True).start()
+                thread = threading.Thread(target=self._send_from, args=(item,), daemon=True)
+                thread.start()
 
     def wait(self, seconds: float) -> bool:
         """Return whether everything was sent within some seconds.
@@ -56,10 +57,8 @@ class Sender(Generic[T]):
         with self._changed:
             return bool(self._pending) and self._pending[0] is item
 
-    def _send_all(self) -> None:
-        with self._changed:
-            item = self._pending[0] if self._pending else None
-        while item is not None:
+    def _send_from(self, item: T) -> None:
+        while True:
             try:
                 self._send(item)
             except BaseException as error:
@@ -69,4 +68,6 @@ class Sender(Generic[T]):
                     return
                 self._pending.popleft()
                 self._changed.notify_all()
-                item = self._pending[0] if self._pending else None
+                if not self._pending:
+                    return
+                item = self._pending[0]

@@ -10,15 +10,17 @@ from orchestrator.tracking.sender import Sender
 
 
 def test_items_are_sent_in_order_by_one_thread_that_ends() -> None:
-    sent: list[tuple[int, str]] = []
-    sender = Sender[int](lambda item: sent.append((item, threading.current_thread().name)))
+    sent: list[tuple[int, threading.Thread]] = []
+    sender = Sender[int](lambda item: sent.append((item, threading.current_thread())))
     for start in (0, 100):
         for number in range(100):
             sender.put(start + number)
         assert sender.wait(60)
     assert [item for item, _ in sent] == [*range(200)]
-    assert {name for _, name in sent} == {"mlflow"}
-    assert not [thread for thread in threading.enumerate() if thread.name == "mlflow"]
+    assert threading.main_thread() not in {thread for _, thread in sent}
+    for _, thread in sent:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_what_a_hanging_server_did_not_take_comes_back_and_later_items_are_sent() -> None:
