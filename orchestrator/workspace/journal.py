@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,11 @@ def last_recorded(folder: Path) -> float:
 
     The times of files would not do: a copied workspace has new ones.
     """
-    path = folder / JOURNAL_NAME
-    size = path.stat().st_size if path.exists() else 0
-    records, _ = read_journal(folder, max(0, size - TAIL_BYTES))
-    return records[-1]["time"] / 1000 if records else folder.stat().st_mtime
+    with suppress(OSError):  # No journal, or an unreadable one.
+        size = (folder / JOURNAL_NAME).stat().st_size
+        if records := read_journal(folder, max(0, size - TAIL_BYTES))[0]:
+            return float(records[-1]["time"] / 1000)
+    return folder.stat().st_mtime
 
 
 def _is_record(record: Any) -> bool:
