@@ -41,11 +41,8 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         _check_thresholds(settings)
     if sweep.asha:
         _check_asha(settings)
-    if kind == "iterations" and settings.evaluation.apply_chat_template:
-        raise UserError(
-            "sweep.kind=iterations trains models from scratch, which have no chat template; leave "
-            "evaluation.apply_chat_template out"
-        )
+    if kind == "iterations":
+        _refuse_chat_template(settings)
     if sweep.distilled_baselines:
         _check_distilled_baselines(settings)
     if kind == "search" and sweep.seeds:
@@ -81,11 +78,12 @@ def check_models(settings: Settings) -> None:
     """Check that the models of a sweep can be built, without any data.
 
     Args:
-        settings: Sections `model` and `sweep` count.
+        settings: Sections `model` and `sweep` count, and `evaluation.apply_chat_template`.
 
     Raises:
-        UserError: Names everything that is wrong, all at once.
+        UserError: Names everything that is wrong with the models, all at once.
     """
+    _refuse_chat_template(settings)
     vocab_size, kind = settings.data.vocab_size, settings.sweep.kind
     if kind == "iterations":
         problems = []
@@ -163,4 +161,12 @@ def _check_asha(settings: Settings) -> None:
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
             "one; name several: --rates 1e-3,2e-3,4e-3, or sweep.learning_rates for each model"
+        )
+
+
+def _refuse_chat_template(settings: Settings) -> None:
+    if settings.evaluation.apply_chat_template:
+        raise UserError(
+            "evaluation.apply_chat_template: models that are trained from scratch have no chat "
+            "template; leave it out, or distill an imported model that has one"
         )

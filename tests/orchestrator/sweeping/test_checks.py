@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweep_dry_runs import plan_sweep
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.pipelines.sweeps import sweep
-from orchestrator.settings import EvaluationSettings, resolve_settings
-from orchestrator.sweeping.checks import check_sweep
+from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
+from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.selection import schedule_cost
 from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
@@ -217,3 +218,13 @@ def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
         check("bits")
     check("bits,right")
     check("bits,heldout")
+
+
+@pytest.mark.parametrize("check", [check_sweep, check_models])
+def test_models_from_scratch_have_no_chat_template(check: Callable[[Settings], None]) -> None:
+    settings = resolve_settings({"sweep": {"kind": "iterations"}})
+    check(settings)
+    with pytest.raises(UserError, match="trained from scratch have no chat template"):
+        check(
+            resolve_settings({}, ["evaluation.apply_chat_template=true", "sweep.kind=iterations"])
+        )
