@@ -115,7 +115,7 @@ def run_sweep(
         results=tuple(results),
         failures=sweep.failures,
         stopped={label: stop.text for label, stop in stopped.items()},
-        reused=frozenset(trial.key for trial, _ in found) - sweep.made,
+        reused=frozenset(trial.key for trial in found) - sweep.made,
     )
 
 
@@ -262,8 +262,8 @@ def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
         )
 
 
-def _finished_trials(plan: SweepPlan, failures: Mapping[str, str]) -> list[tuple[Trial, Trial]]:
-    found = [(trial, result) for trial in plan.trials if (result := trial.result())]
+def _finished_trials(plan: SweepPlan, failures: Mapping[str, str]) -> list[Trial]:
+    found = [result for trial in plan.trials if (result := trial.result())]
     if not found:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
         raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
@@ -308,18 +308,14 @@ def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Ite
 
 
 def _with_costs(
-    found: Sequence[tuple[Trial, Trial]],
-    plan: SweepPlan,
-    folder: Path,
-    progress: Progress,
+    found: Sequence[Trial], plan: SweepPlan, folder: Path, progress: Progress
 ) -> list[Trial]:
     """Add what each model costs: exact counts, and measured milliseconds."""
     full = full_config(plan)
-    times = _decode_times([trial for trial, _ in found], folder, progress)
-    costs = [exact_cost(t.model, full).model_copy(update=vars(times[t.key])) for t, _ in found]
+    times = _decode_times(found, folder, progress)
+    costs = [exact_cost(t.model, full).model_copy(update=vars(times[t.key])) for t in found]
     return [
-        result.model_copy(update={"cost": cost})
-        for (_, result), cost in zip(found, costs, strict=True)
+        trial.model_copy(update={"cost": cost}) for trial, cost in zip(found, costs, strict=True)
     ]
 
 

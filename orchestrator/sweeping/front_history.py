@@ -33,16 +33,16 @@ def record_front(plan: SweepPlan, folder: Path) -> bool:
     """
     full = full_trial(plan)
     config = full.model
-    found = [(trial, result) for trial in plan.trials if (result := trial.result())]
+    found = [result for trial in plan.trials if (result := trial.result())]
     joined = average_seeds(
-        [r.model_copy(update={"cost": exact_cost(t.model, config)}) for t, r in found]
+        [trial.model_copy(update={"cost": exact_cost(trial.model, config)}) for trial in found]
     )
     front = find_front(joined.results)
     volume = front.hypervolume
     spans_box = front.full is not None and full.key in joined.keys_of_seeds[front.full.result.key]
     if volume is None or not spans_box or len(found) <= _last_step(folder):
         return False
-    flops = sum(_flops_spent(result) for trial, result in found if trial.job)
+    flops = sum(_flops_spent(trial) for trial in found if trial.job)
     numbers = {
         HYPERVOLUME_BY_TRIALS: volume,
         "sweep/front_size": len(front.members),
