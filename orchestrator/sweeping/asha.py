@@ -10,78 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from orchestrator.records.record import Record
+from orchestrator.records.early_stop import AshaRule, AshaTrial, EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.training.job import clear_stop_request, request_stop
-from orchestrator.workspace.journal import read_journal
-
-if TYPE_CHECKING:
-    from orchestrator.cluster.asha_scheduler import AshaByModel
+from orchestrator.workspace.journal import read_journal, validation_losses
 
 STOPPED_NAME = "stopped-early.json"
-
-
-class AshaRule(Record):
-    """When trials are compared, and how many continue."""
-
-    first_rung: float
-    """Share of the steps at which trials are first compared."""
-    reduction_factor: int = 2
-    """One of this many trials at a rung continues."""
-
-    @property
-    def text(self) -> str:
-        """One sentence for a plan."""
-        rungs, share = [], self.first_rung
-        while share < 1:
-            rungs.append(f"{share:.3g}")
-            share *= self.reduction_factor
-        return (
-            f"one of {self.reduction_factor} learning rates of a model continues at "
-            f"{', '.join(rungs)} of the steps (ASHA), so the cost is an upper bound"
-        )
-
-
-class EarlyStop(Record):
-    """Why a trial was stopped."""
-
-    rule: AshaRule
-    step: int
-    """Steps done."""
-    num_steps: int
-    """Steps of the whole training."""
-    competitor: str
-    """Label of the trial that was better."""
-    reason: str
-    """Both validation losses."""
-
-    @property
-    def share_saved(self) -> float:
-        """Share of the trial's steps that were not made."""
-        return 1.0 - self.step / self.num_steps
-
-    @property
-    def text(self) -> str:
-        """All of it in one line."""
-        return f"stopped early at step {self.step} of {self.num_steps}: {self.reason}"
-
-
-class AshaTrial(Record):
-    """What a trial competes with."""
-
-    rule: AshaRule
-    folder: str
-    """Folder of the trial."""
-    num_steps: int
-    """Steps of its whole training."""
-    competitors: dict[str, str]
-    """Label -> folder of the same model at other learning rates."""
 
 
 def asha_trials(plan: SweepPlan, sweep: SweepSettings) -> dict[str, AshaTrial]:
@@ -113,25 +51,6 @@ def _without_learning_rate(trial: Trial) -> str:
     return trial.job.model_copy(update=changes).model_dump_json(warnings=False)
 
 
-def asha_scheduler(asha: Mapping[str, AshaTrial]) -> AshaByModel | None:
-    """Return the Tune scheduler that stops a model's worse learning rates; None without ASHA."""
-    if not asha:
-        return None
-    from orchestrator.cluster.asha_scheduler import AshaByModel, Contestant  # Imports Ray.
-
-    contestants = {
-        key: Contestant(
-            model=min([trial.folder, *trial.competitors.values()]),
-            folder=trial.folder,
-            num_steps=trial.num_steps,
-            first_rung=max(1, math.ceil(trial.rule.first_rung * trial.num_steps)),
-        )
-        for key, trial in asha.items()
-    }
-    factor = next(iter(asha.values())).rule.reduction_factor
-    return AshaByModel(contestants, factor, partial(stop_early, dict(asha)))
-
-
 def stop_early(asha: Mapping[str, AshaTrial], key: str, step: int, loss: float) -> None:
     """Store why a trial is stopped, and ask its training to save and return.
 
@@ -156,8 +75,6 @@ def stop_early(asha: Mapping[str, AshaTrial], key: str, step: int, loss: float) 
 
 def _loss_near(step: int, folder: str) -> float:
     """Return a training's loss at the validation nearest to a step; infinite before the first."""
-    from orchestrator.cluster.asha_scheduler import validation_losses
-
     losses = validation_losses(read_journal(Path(folder))[0])
     return min(((abs(at - step), loss) for at, loss in losses), default=(0, math.inf))[1]
 

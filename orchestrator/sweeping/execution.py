@@ -22,6 +22,7 @@ from orchestrator.planning.fit import check_fit
 from orchestrator.planning.planned_training import planned_training
 from orchestrator.planning.price import PlannedWork, trial_group
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.early_stop import EarlyStop
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -29,7 +30,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
-from orchestrator.sweeping.asha import EarlyStop, asha_trials, stored_early_stop
+from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_states import StoredPlan, stored_plan

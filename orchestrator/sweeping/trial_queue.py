@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iiet.cost import inference_cost
+from orchestrator.cluster.asha_scheduler import AshaByModel
 from orchestrator.cluster.ray_tune import TrialContext, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
+from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.asha import AshaTrial, asha_scheduler, stored_early_stop
+from orchestrator.sweeping.asha import stop_early, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
@@ -157,7 +159,7 @@ class TrialQueue:
                 search or {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
                 own_folder,
                 self.settings,
-                scheduler=asha_scheduler(self.asha),
+                scheduler=AshaByModel(self.asha, partial(stop_early, dict(self.asha))),
                 on_result=record_end,
                 watch=watch,
                 saved=saved,

@@ -19,9 +19,10 @@ from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial, TrialTraining
-from orchestrator.sweeping.asha import AshaTrial, discard_early_stop, stored_early_stop
+from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.job import DONE_NAME, clear_stop_request
 from orchestrator.training.run import Report, run_job

@@ -7,8 +7,9 @@ Records: `{"kind": "metrics", "time": ms, "step": n, "values": {name: number}}` 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,16 @@ def last_recorded(folder: Path) -> float:
         if records := read_journal(folder, max(0, size - TAIL_BYTES))[0]:
             return float(records[-1]["time"] / 1000)
     return folder.stat().st_mtime
+
+
+def validation_losses(records: Iterable[Record]) -> list[tuple[int, float]]:
+    """Return the steps and validation losses in a journal's records, the finite ones."""
+    return [
+        (record["step"], loss)
+        for record in records
+        if record["kind"] == "metrics"
+        and math.isfinite(loss := record["values"].get(VALIDATION_METRIC, math.nan))
+    ]
 
 
 def _is_record(record: Any) -> bool:

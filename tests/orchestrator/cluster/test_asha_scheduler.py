@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel, Contestant
+from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
+from orchestrator.records.early_stop import AshaRule, AshaTrial
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
 
 NUM_STEPS = 8
@@ -34,16 +35,19 @@ class Race:
 
     def restart(self) -> None:
         """Begin again with a scheduler that knows nothing but the journals."""
-        contestants = {
-            key: Contestant(
-                model=self.model_of(key), folder=str(self.folder / key), num_steps=NUM_STEPS,
-                first_rung=2,
+        rule = AshaRule(first_rung=0.25, reduction_factor=self.reduction_factor)
+        folders = {key: str(self.folder / key) for key in self.curves}
+        asha = {
+            key: AshaTrial(
+                rule=rule, folder=folders[key], num_steps=NUM_STEPS,
+                competitors={
+                    other: folder for other, folder in folders.items()
+                    if other != key and self.model_of(other) == self.model_of(key)
+                },
             )
             for key in self.curves
         }  # fmt: skip
-        self.asha = AshaByModel(
-            contestants, self.reduction_factor, lambda key, step, loss: self.stop(key, step)
-        )
+        self.asha = AshaByModel(asha, lambda key, step, loss: self.stop(key, step))
         self.trials = {
             key: SimpleNamespace(config={"trial": {"key": key}}, status="RUNNING")
             for key in self.curves

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 import torch
 from changed_trials import in_folder, with_job
 
+from orchestrator.cluster.asha_scheduler import AshaByModel
+from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings, resolve_settings
-from orchestrator.sweeping.asha import AshaTrial, asha_scheduler, asha_trials, stored_early_stop
+from orchestrator.sweeping.asha import asha_trials, stop_early, stored_early_stop
 from orchestrator.training.job import STOP_NAME, job_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
@@ -60,7 +63,7 @@ def run_with_two(
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
     asha = asha or {}
     given = {trial.key: parameters(trial, asha.get(trial.key)) for trial in trials}
-    scheduler = asha_scheduler(asha)
+    scheduler = AshaByModel(asha, partial(stop_early, asha))
     reports = run_trials(trial, given, folder, sweep, scheduler=scheduler, watch=watch)
     return [reports[key] for key in given]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from changed_trials import in_folder, with_accuracy, with_job
 from filelock import FileLock
 
 from iiet.decoder import Decoder
+from orchestrator.cluster.asha_scheduler import AshaByModel
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.harness import Suite
 from orchestrator.evaluation.harness import suite as harness_suite
@@ -26,7 +28,7 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.asha import asha_scheduler, asha_trials, stored_early_stop
+from orchestrator.sweeping.asha import asha_trials, stop_early, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
@@ -304,8 +306,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
 
     def state(trial: Trial) -> str:
         """Run a trial as under Tune, with a scheduler that has just been started."""
-        scheduler = asha_scheduler(asha)
-        assert scheduler is not None
+        scheduler = AshaByModel(asha, partial(stop_early, asha))
         tune_trial = SimpleNamespace(config={"trial": {"key": trial.key}}, status="RUNNING")
         scheduler.on_trial_add(None, tune_trial)
 
