@@ -90,4 +90,4 @@ def plan_sentences(plan: SweepPlan, noun: str, states: Sequence[TrialState]) -> 
         found += f", {num_stopped:,} stopped early and left so"
     if num_begun := sum(bool(state.steps_done) for state in states):
         found += f", {num_begun:,} partly trained"
-    return [asked, found]
+    return [asked, found] if plan.num_distinct else [found]
