@@ -115,9 +115,10 @@ def _classes(column: FrontColumn) -> str:
 
 
 def _sort_value(text: str) -> str:
-    # The number at the start of the cell, in bytes if it has a unit of them; else the text.
+    # The number at the start of the cell, in bytes or billions if it has a unit; else the text.
     words = text.removeprefix(">").rstrip("%").split()
-    units = {unit: 1024**power for power, unit in enumerate(BYTE_UNITS)}
+    units = {unit: 1024.0**power for power, unit in enumerate(BYTE_UNITS)}
+    units |= {"M": 1e-3, "K": 1e-6}  # Of parameters, whose B are billions.
     try:
         return str(float(words[0]) * (units.get(words[1], 1) if len(words) > 1 else 1))
     except (ValueError, IndexError):

@@ -77,7 +77,7 @@ def test_a_lost_node_changes_no_loss(
         return tiny_job(name, num_steps=300, validate_every_steps=300, checkpoint_every_steps=20)
 
     path = tmp_path / "job.json"
-    path.write_text(json.dumps(job("lost").to_dict()))
+    path.write_text(json.dumps(job("lost").model_dump(mode="json")))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:

@@ -129,7 +129,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
     calls: list[Call] = []
 
     def call(name: str, parallel: str, step: int | None = None, **recipe: Any) -> None:
-        calls.append((runs.job(name, **recipe).to_dict(), parallel, step))
+        calls.append((runs.job(name, **recipe).model_dump(mode="json"), parallel, step))
 
     for parallel in ("ddp", "fsdp"):
         call(parallel, parallel)

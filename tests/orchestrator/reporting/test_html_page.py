@@ -19,7 +19,7 @@ from orchestrator.records.trial import Trial, TrialCost
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.html_page import render_page
-from orchestrator.reporting.html_tables import schedule_strip
+from orchestrator.reporting.html_tables import _sort_value, schedule_strip
 from orchestrator.reporting.pareto import Front, find_front
 from orchestrator.reporting.report_content import SweepReport
 
@@ -171,3 +171,8 @@ def read_in_browser(url: str, profile: Path) -> str:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
+
+
+def test_cells_with_units_are_sorted_by_size() -> None:
+    for cells in (["900 B", "6 KiB", "1.5 MiB", "1 GiB"], ["8.6 K", "340 M", "1.34 B"]):
+        assert sorted(cells, key=lambda text: float(_sort_value(text))) == cells
