@@ -59,7 +59,7 @@ class ScheduleSearch:
         folder: Path,
         others: Iterable[IterationSchedule] = (),
     ) -> None:
-        """Read the stored study, if there is one. Nothing is written before `begin`.
+        """Read the stored study, if there is one. Nothing is written before `update_study`.
 
         Args:
             plan: The search's plan, with the trials of the family.
@@ -118,7 +118,7 @@ class ScheduleSearch:
         folder = str(self._path.parent)
         return [job.model_copy(update={"run_folder": folder})] * self.num_left if job else []
 
-    def begin(self) -> None:
+    def update_study(self) -> None:
         """Open the study, close what a killed process left in it, and enter what is finished.
 
         Raises:
@@ -156,7 +156,7 @@ class ScheduleSearch:
     @property
     def study(self) -> Mapping[str, Any]:
         """Arguments of Tune's OptunaSearch."""
-        assert self._study is not None, "call begin first"
+        assert self._study is not None, "call update_study first"
         return {
             "space": self._space,
             "mode": self._modes,
@@ -186,7 +186,7 @@ class ScheduleSearch:
 
     def enqueue_unknown(self) -> None:
         """Make the study suggest a schedule next that is not known, a random one."""
-        assert self._study is not None, "call begin first"
+        assert self._study is not None, "call update_study first"
         known = self._known()
         draw, schedule = random.Random(len(self._study.trials)), next(iter(known))
         while schedule in known:

@@ -81,6 +81,8 @@ class TrialQueue:
                 self._run_or_wait(waiting)
                 if search:
                     self._run_search(search)
+        if search:
+            search.update_study()  # With what ended last, or was finished when this began.
         self.progress.finish(self._summary(num_found))
 
     def _run_search(self, search: ScheduleSearch) -> None:
@@ -90,7 +92,7 @@ class TrialQueue:
             trials.append(trial)
             return self._parameters(trial)
 
-        search.begin()
+        search.update_study()
         num_done = self.num_all - search.num_left
         self._run_round(trials, num_done, TrialSearch(search, parameters))
         # Another process may have suggested and may run the others.

@@ -88,7 +88,7 @@ class World:
         search, suggested = self.search(**settings), []
         for trial in (*self.family.trials, *search.known_trials()):
             self.finish(trial)
-        search.begin()
+        search.update_study()
         searcher = TrialSearch(search, lambda trial: trial.model_dump(mode="json"))
         running: dict[str, Trial] = {}
         while len(suggested) < most:
@@ -196,7 +196,7 @@ def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_pat
     [theirs] = [trial for trial in world.search().known_trials() if not trial.result()]
     search = world.search(num_trials=12)
     with FileLock(Path(theirs.folder) / RUN_LOCK_NAME):
-        search.begin()
+        search.update_study()
     assert len(world.study().get_trials(states=(TrialState.RUNNING,))) == 1
     assert search.accept(search._point(theirs.model.corrections)) is None
     assert search.num_left == 8
