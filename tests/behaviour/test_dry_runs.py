@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from small_size import SMALL
 
 from orchestrator import measure_influence, plan_sweep, prepare, pretrain, sweep
+from orchestrator.cli.app import app
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import Settings, resolve_settings
@@ -80,6 +82,16 @@ def stored_plan(workspace: Workspace, name: str) -> SweepPlan:
     found = StoredPlan.read(workspace.sweeps / name / PLAN_FILE)
     assert found
     return SweepPlan(**{name: getattr(found, name) for name in SweepPlan.model_fields})
+
+
+def test_every_command_with_a_dry_run_is_run_here() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    names = {
+        name
+        for name, command in commands.items()
+        if any("--dry-run" in parameter.opts for parameter in command.params)
+    }
+    assert names == {arguments[0] for arguments in (FROM_SETTINGS | FROM_MODELS).values()}
 
 
 @pytest.mark.slow
