@@ -34,7 +34,6 @@ from orchestrator.workspace.journal import read_journal
 # With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
 DRIVER = """
 import json, sys
-from dataclasses import asdict
 from orchestrator.cluster import local
 from orchestrator.planning.resources import Resources
 from orchestrator.training.checkpoint_lookup import find_checkpoints
@@ -62,7 +61,6 @@ print(json.dumps([outcome.model_dump() for outcome in outcomes]), flush=True)
 
 UNDER_RAY = """
 import json, sys
-from dataclasses import asdict
 from orchestrator.cluster.ray_train import run_train_jobs
 from orchestrator.records.training import TrainingJob
 
