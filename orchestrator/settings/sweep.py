@@ -57,7 +57,8 @@ class SweepSettings(Section):
     """Largest number of distilled baselines of each kind, spread over the students' costs."""
     distilled_vanilla_steps: int | None = Field(default=None, gt=0, le=MAX_STEPS)
     """Optimizer steps of the distilled vanilla models. They train at their method's own rate in
-    `learning_rates`, and otherwise as students do (default: as many steps as students)."""
+    `learning_rates`, and otherwise as students do (default: the teacher's tokens and the students'
+    together, which the students' weights have seen, too)."""
     iterations: tuple[int | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections of the IIETs that `sweep-iterations` pretrains: a number for all layers, a ramp
     over the depth (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""

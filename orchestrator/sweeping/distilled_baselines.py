@@ -8,6 +8,7 @@ the kept layers make as many corrections as before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,12 @@ from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
 from orchestrator.settings.model import MAX_LAYERS
+from orchestrator.settings.training import MAX_STEPS
 from orchestrator.sweeping.model_plans import ModelVariant, learning_rates
 from orchestrator.sweeping.student_plans import student_job, unplanned_trainings
 from orchestrator.sweeping.trials import trained_trial
 from orchestrator.terminal.formatting import format_count
-from orchestrator.training.checkpoint import load_config
+from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
@@ -90,7 +92,7 @@ def distilled_baseline_trials(
     suite: TrialSuite,
 ) -> list[Trial]:
     """Return the trials of the chosen baselines, with each of the sweep's seeds."""
-    full = load_config(teacher)
+    full, num_tokens = load_config(teacher), _tokens_seen(teacher)
     baselines = choose_distilled_baselines(settings.sweep, full, members, influence)
     trials = []
     for seed in settings.sweep.seeds or (None,):
@@ -104,7 +106,7 @@ def distilled_baseline_trials(
             assert job is not None, "check_sweep refuses controls"
             own: dict[str, Any] = {"kept_layers": baseline.kept_layers}
             if baseline.kept_layers is None:
-                own = {"recipe": vanilla_recipe(settings), "initial_folder": None}
+                own = {"recipe": vanilla_recipe(settings, num_tokens), "initial_folder": None}
             job = job.model_copy(update=own)
             label = baseline.label
             trials.append(trained_trial("baseline", label, job, suite, workspace, seed=seed))
@@ -122,24 +124,38 @@ def costliest_distilled_baselines(
         UserError: If the teacher has one layer and a baseline is to have fewer.
     """
     most, models = settings.sweep.num_distilled_baselines, []
+    pretraining = settings.training
+    num_tokens = pretraining.num_steps * pretraining.num_tokens_per_step
     for kind in dict.fromkeys(settings.sweep.distilled_baselines):
         if kind == "vanilla":
-            models += [(_vanilla(teacher)[-1].config, vanilla_recipe(settings))] * most
+            models += [(_vanilla(teacher)[-1].config, vanilla_recipe(settings, num_tokens))] * most
         else:
             num_fewer = len(_fewer_layers(teacher, (0.0,) * teacher.num_layers))
             models += [(teacher, settings.distillation.training)] * min(most, num_fewer)
     return unplanned_trainings(settings, teacher, models) if models else []
 
 
-def vanilla_recipe(settings: Settings) -> TrainingSettings:
+def vanilla_recipe(settings: Settings, teacher_tokens: int) -> TrainingSettings:
     """Return how distilled vanilla models train: as students, but from random weights.
 
-    So they take the learning rate of vanilla models that are trained from scratch.
+    So they take the learning rate of vanilla models that are trained from scratch, and train on as
+    many tokens as the students' weights have seen, in the teacher's training and in their own.
+
+    Args:
+        teacher_tokens: Tokens that the teacher was trained on.
     """
     recipe = settings.distillation.training
     rate = learning_rates(settings, ModelVariant(method=BASELINE_METHOD))[0]
-    steps = settings.sweep.distilled_vanilla_steps or recipe.num_steps
+    own_steps = recipe.num_steps + math.ceil(teacher_tokens / recipe.num_tokens_per_step)
+    steps = settings.sweep.distilled_vanilla_steps or min(own_steps, MAX_STEPS)
     return recipe.model_copy(update={"learning_rate": rate, "num_steps": steps})
+
+
+def _tokens_seen(checkpoint: Path) -> int:
+    """Return the number of tokens a checkpoint was trained on; 0 if it is not known."""
+    provenance = load_provenance(checkpoint)
+    per_step = provenance.get("recipe", {}).get("num_tokens_per_step", 0)
+    return int(provenance.get("step", 0) * per_step)
 
 
 def _vanilla(full: ModelConfig) -> list[DistilledBaseline]:

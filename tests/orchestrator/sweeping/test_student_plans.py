@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -276,8 +277,11 @@ def test_distilled_baselines_are_trained_as_students_and_are_no_schedules(
         assert job.teacher_folder == student.teacher_folder
         assert (job.objective, job.distillation) == ("distill", student.distillation)
     assert smaller.recipe == student.recipe
-    # Only the rate is another: that of vanilla models which start from random weights.
-    assert vanilla.recipe == student.recipe.model_copy(update={"learning_rate": 4e-3})
+    # The rate is that of vanilla models which start from random weights, and the tokens are those
+    # that the student's weights have seen.
+    steps = student.recipe.num_steps + math.ceil(2 * 64 / student.recipe.num_tokens_per_step)
+    changes = {"learning_rate": 4e-3, "num_steps": steps}
+    assert vanilla.recipe == student.recipe.model_copy(update=changes)
     _, longer = plan("sweep.num_distilled_baselines=1", "sweep.distilled_vanilla_steps=500")
     assert longer["vanilla, 3 layers, distilled, seed 3"].recipe.num_steps == 500
     assert longer["1 of 2 layers, seed 3"] == smaller
