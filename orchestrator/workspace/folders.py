@@ -92,15 +92,15 @@ def open_workspace(path: Path | None = None) -> Workspace:
     """
     workspace = locate_workspace(path)
     root = workspace.root
-    if root.exists() and not root.is_dir():
-        raise UserError(f"the workspace {root} is no folder; choose another with --workspace")
     file, probe = root / WORKSPACE_FILE_NAME, root / f".write-test-{os.getpid()}"
-    is_known = read_json(file) == OWN_VERSION
-    if not is_known:  # A large workspace has thousands of records.
-        _refuse_another_version(root)
-    if is_read_only():
-        return workspace
     try:
+        if root.exists() and not root.is_dir():
+            raise UserError(f"the workspace {root} is no folder; choose another with --workspace")
+        is_known = read_json(file) == OWN_VERSION
+        if not is_known:  # A large workspace has thousands of records.
+            _refuse_another_version(root)
+        if is_read_only():
+            return workspace
         root.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
@@ -108,8 +108,7 @@ def open_workspace(path: Path | None = None) -> Workspace:
             write_json(file, OWN_VERSION)
     except OSError as error:
         raise UserError(
-            f"cannot write to the workspace {root} ({error.strerror}); "
-            "choose another with --workspace"
+            f"cannot use the workspace {root} ({error.strerror}); choose another with --workspace"
         ) from None
     return workspace
 

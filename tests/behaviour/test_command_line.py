@@ -51,7 +51,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["search", "--trials", "9" * 5000], "--trials"),
         (["pretrain", "--config", "x" * 5000], "there is no settings file"),
         (["pretrain", "--config", "~no-such-user/a.yaml"], "there is no settings file"),
-        (["pretrain", "--workspace", "x" * 5000], "cannot write to the workspace"),
+        (["pretrain", "--workspace", "x" * 5000], "cannot use the workspace"),
         (["evaluate", "~no-such-user/a"], "cannot use the path ~no-such-user/a"),
         (["evaluate", "x" * 5000], "is too long for this file system"),
         (["evaluate", "--include-path", "nowhere"], "there is no folder nowhere"),

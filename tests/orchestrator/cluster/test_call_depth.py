@@ -29,7 +29,7 @@ import torch
 import orchestrator
 from orchestrator import cli
 from orchestrator.pipelines import pretraining
-from orchestrator.planning import pretraining_estimate, resources
+from orchestrator.planning import resources
 from orchestrator.planning.resources import check_resources
 from orchestrator.settings import resolve_settings
 
@@ -88,8 +88,7 @@ def test_a_pretraining_checks_the_resources_of_this_machine_once(
         check_resources(*given, **named)
 
     monkeypatch.setattr(resources, "check_resources", counted)
-    for module in (pretraining, pretraining_estimate):
-        monkeypatch.setattr(module, "check_resources", counted)
+    monkeypatch.setattr(pretraining, "check_resources", counted)
     command = arguments(tmp_path / "workspace", "--local")
     assert cli.main(command) == 0
     assert calls == [False], "once, before the workspace is made"
