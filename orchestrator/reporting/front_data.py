@@ -68,7 +68,7 @@ def front_json(front: Front) -> str:
             "front": [point.result.key for point in front.members],
             "confidence_basis": front.basis and asdict(front.basis),
             "results": [
-                {**row, "details": result.model_dump(mode="json")}
+                {**row, "details": result.model_dump(mode="json", exclude={"job", "suite"})}
                 for row, result in zip(front_rows(front), front.results, strict=True)
             ],
         },
