@@ -22,7 +22,7 @@ test: $(INSTALLED) ## Install, then run the whole test suite
 test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-long: $(INSTALLED) ## Fuzz settings, files and commands (ten minutes)
+test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (half an hour)
 	$(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED) ## Check style and types

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,22 @@ def test_quickstart_ends_with_a_front(finished: tuple[Path, str]) -> None:
     journals = [workspace / Path(r["checkpoint"]).parent / "journal.jsonl" for r in trials]
     assert all('"reads_teacher": true' in journal.read_text() for journal in journals)
     assert not list((workspace / "teachers").glob("*/")), "and not kept behind the sweep"
+
+
+def test_a_copy_of_the_workspace_finds_everything_again(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    workspace, _ = finished
+    copy = shutil.copytree(workspace, tmp_path / "copy")
+    naming = [
+        path
+        for path in copy.rglob("*")
+        if path.is_file() and path.suffix != ".db" and "logs" not in path.relative_to(copy).parts
+        if str(workspace).encode() in path.read_bytes()
+    ]
+    assert naming == []
+    assert "6 of 6 trials are finished" in run("quickstart", *small(), "--dry-run", workspace=copy)
+    assert str(copy) in "".join(run("report", workspace=copy).split())
 
 
 def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:
@@ -314,6 +331,7 @@ def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path: Path) -> None:
     _ends_from_where_it_was(tmp_path)
 
 
+@pytest.mark.long
 def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_resumes(
     tmp_path: Path,
 ) -> None:

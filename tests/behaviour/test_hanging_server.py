@@ -34,7 +34,9 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("options", [["--local"], []], ids=["here", "under Ray"])
+@pytest.mark.parametrize(
+    "options", [["--local"], pytest.param([], marks=pytest.mark.long)], ids=["here", "under Ray"]
+)
 def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     options: list[str], silent_server: str, tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ assert lost
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["job", "trial"])
+@pytest.mark.parametrize("kind", ["job", pytest.param("trial", marks=pytest.mark.long)])
 def test_a_lost_node_changes_no_loss(
     kind: str, tmp_path: Path, tiny_job: Callable[..., TrainingJob]
 ) -> None:

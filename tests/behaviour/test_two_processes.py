@@ -284,6 +284,7 @@ def with_checkpoints(trial: Trial) -> Trial:
     return with_job(trial, {"checkpoint_every_steps": 10})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     job: TrainingJob, start: Start

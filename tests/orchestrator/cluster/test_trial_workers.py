@@ -108,6 +108,7 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
     tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:
