@@ -21,6 +21,8 @@ from orchestrator.workspace.provenance import content_key
 
 STOP_NAME = "stop"
 DONE_NAME = "done.json"
+PROFILE_NAME = "profile"
+"""Folder of the profiler's files in a run's folder."""
 
 JOURNAL_ONLY_FIELDS = (
     "num_sequences_per_pass",

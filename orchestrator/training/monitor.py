@@ -15,7 +15,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
-from orchestrator.training.job import job_key
+from orchestrator.training.job import PROFILE_NAME, job_key
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.journal import JournalPart, Record, read_journal
@@ -124,7 +124,9 @@ class RunMonitor:
         return max(times, default=None)
 
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
-        if event["name"] in ("damaged", "not copied", "profiled", "not profiled"):
+        if event["name"] == "profiled":
+            self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
+        elif event["name"] in ("damaged", "not copied", "not profiled"):
             self._progress.note(event["text"])
         elif event["name"] == "skipped":
             self._progress.note(

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch.profiler import profile, schedule
 
+from orchestrator.training.job import PROFILE_NAME
 from orchestrator.workspace.whole_folders import new_folder
 
-PROFILE_NAME = "profile"
-"""Folder in a run's folder."""
 STEPS_BEFORE = 3
 """The first steps also allocate memory and choose kernels; it warms up in the last one."""
 MAX_MEMORY_EVENTS = 1_000_000
@@ -78,4 +77,4 @@ class StepProfiler:
                 table = averages.table(sort_by="self_cpu_memory_usage", row_limit=MAX_TABLE_ROWS)
                 (folder / "memory.txt").write_text(table, encoding="utf-8")
         num_steps = self._num_done - STEPS_BEFORE
-        self._event("profiled", text=f"profile of {num_steps} steps: {self._folder}")
+        self._event("profiled", text=f"profile of {num_steps} steps")
