@@ -14,6 +14,8 @@ from iiet import METHODS, Decoder, IterationSchedule, KeyValueCache, ModelConfig
 BATCH, TIME, VOCAB = 2, 6, 29
 GRAPHS = {"backend": "aot_eager", "fullgraph": True}
 FOLDER = Path(__file__).resolve().parent
+LONG = (pytest.mark.long, pytest.mark.slow)
+"""A long test is slow, too, so that `-m "not slow"` leaves it out."""
 
 
 def decoder_of(method, num_layers=1):
@@ -76,7 +78,7 @@ def cases(quick, *slow):
     def marks(case):
         if case == quick:
             return ()
-        return pytest.mark.slow if case in slow else pytest.mark.long
+        return pytest.mark.slow if case in slow else LONG
 
     every = [(method, masked) for method in METHODS for masked in (False, True)]
     return [pytest.param(*case, marks=marks(case)) for case in every]
@@ -121,10 +123,7 @@ def test_longer_decoding_recompiles_nothing():
 
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name == "iiet" else pytest.mark.long)
-        for name in METHODS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name == "iiet" else LONG) for name in METHODS],
 )
 def test_a_fresh_process_compiles(method):
     """No earlier run has filled a table or imported a module."""
@@ -146,7 +145,7 @@ assert not torch._dynamo.utils.counters["graph_break"]
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
 @pytest.mark.parametrize(
     "masked",
-    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.long)],
+    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=LONG)],
 )
 def test_the_default_compiler_gives_the_same(masked):
     decoder = decoder_of("iiet")
