@@ -26,7 +26,7 @@ _TAIL_MARGIN = 8
 class AnswerSettings:
     """How an answer is generated, and when it ends."""
 
-    until: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
     """Texts that end the answer, and are no part of it."""
     max_new_tokens: int = 256
     """Largest number of tokens of an answer."""
@@ -83,7 +83,7 @@ def generate_answers(
             length = len(questions[numbers[0]].context) + settings.max_new_tokens
             num_rows = min(batch_size, _rows_that_fit(decoder, length))
             batch, numbers = numbers[:num_rows], numbers[num_rows:]
-            rows = _Rows(tokenizer, settings.until, len(batch))
+            rows = _Rows(tokenizer, settings.stop, len(batch))
             _answer(decoder, [questions[number] for number in batch], rows)
             answers |= dict(zip(batch, rows.texts(), strict=True))
             if on_answered:
@@ -139,11 +139,11 @@ def _answer(decoder: Decoder, questions: Sequence[Question], rows: _Rows) -> Non
 class _Rows:
     """The answers of a batch while they grow."""
 
-    def __init__(self, tokenizer: ModelTokenizer, until: Sequence[str], num_rows: int) -> None:
+    def __init__(self, tokenizer: ModelTokenizer, stop: Sequence[str], num_rows: int) -> None:
         self.end_ids = tokenizer.end_ids
         self._tokenizer = tokenizer
-        self._until = [text for text in until if text]
-        longest = max((len(text.encode()) for text in self._until), default=0)
+        self._stop_texts = [text for text in stop if text]
+        longest = max((len(text.encode()) for text in self._stop_texts), default=0)
         self._tail = longest + _TAIL_MARGIN  # A token stands for at least one byte.
         self._tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self._open = set(range(num_rows))
@@ -155,17 +155,17 @@ class _Rows:
                 self._open.remove(row)
                 continue
             self._tokens[row].append(tokens[row])
-            if self._until:
+            if self._stop_texts:
                 # A stop text may be a special token, and may begin inside of a token.
                 tail = self._tokens[row][-self._tail :]
                 text = self._tokenizer.decode(tail, skip_special_tokens=False)
-                if any(stop in text for stop in self._until):
+                if any(stop in text for stop in self._stop_texts):
                     self._open.remove(row)
         return not self._open
 
     def texts(self) -> list[str]:
         """Return the answers up to their first stop text."""
         answers = [self._tokenizer.decode(tokens) for tokens in self._tokens]
-        for stop in self._until:
+        for stop in self._stop_texts:
             answers = [answer.partition(stop)[0] for answer in answers]
         return answers

@@ -1,4 +1,4 @@
-"""The one store of evaluations: each task is measured once for each model, whoever asks for it.
+"""The store of evaluations, shared by all commands: each task is measured once for each model.
 
 A file holds the result of one task, with a value for each item, under the hash of all that
 determines it: weights and precision, configuration with its schedule, tokenizer, the task's items

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from tokenizers.decoders import DecodeStream
 
-from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
 from iiet.generation import stream as stream_tokens
 from iiet.schedule import IterationSchedule
@@ -33,23 +32,13 @@ INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(AnswerSettings):
     """How tokens are chosen, and when to stop."""
 
     max_new_tokens: int = 128
     """Maximum number of tokens to add."""
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_k: int | None = None
-    """Sample among this many likeliest tokens."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this probability."""
     seed: int | None = None
     """Random seed for sampling; random when unset."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the continuation, and are no part of it."""
-    kv_strategy: KvStrategy = "exact"
-    """A cache slot per evaluation, or one per layer."""
 
 
 def generate(
@@ -148,14 +137,6 @@ class TextGenerator:
 
     def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Return the continuation of each prompt, all decoded as one batch. Raises as `stream`."""
-        settings = AnswerSettings(
-            until=sampling.stop,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            kv_strategy=sampling.kv_strategy,
-        )
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         contexts = [self.text.encode_document(prompt) for prompt in prompts]
         longest, room = max(map(len, contexts)), self.decoder.config.context_length
@@ -164,7 +145,7 @@ class TextGenerator:
                 f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} do not "
                 f"fit the context_length of {room}"
             )
-        asked = [Question(context, settings, seed + row) for row, context in enumerate(contexts)]
+        asked = [Question(context, sampling, seed + row) for row, context in enumerate(contexts)]
         try:
             texts = generate_answers(self.decoder, self.text, asked, batch_size=len(asked))
         except ValueError as error:

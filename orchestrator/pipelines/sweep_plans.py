@@ -57,6 +57,7 @@ from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import last_recorded
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
@@ -267,11 +268,9 @@ def plan_suite(
 
 def _with_known_fingerprints(suite: TrialSuite, workspace: Workspace) -> TrialSuite:
     """Return a suite with the fingerprints of lm-eval's tasks that the newest sweep found."""
-    for path in sorted(
-        workspace.sweeps.glob(f"*/{PLAN_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True
-    ):
+    for folder in sorted(workspace.sweeps.glob("*/"), key=last_recorded, reverse=True):
         with suppress(UserError):
-            stored = StoredPlan.read(path)
+            stored = StoredPlan.read(folder / PLAN_FILE)
             if not stored:
                 continue
             known = stored.trials[0].suite

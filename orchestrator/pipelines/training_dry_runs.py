@@ -115,11 +115,8 @@ def check_pretraining(settings: Settings, workspace: Workspace) -> None:
         UserError: If it does not fit, or no machine could run it; says what would fit.
     """
     if find_prepared(settings.data, workspace.tokens) is None:
-        job, tokens = (
-            pretraining_job(settings, workspace, None),
-            expected_tokens(settings.data, None),
-        )
-        check_fit(_work(job, settings, workspace, tokens))
+        job = pretraining_job(settings, workspace, None)
+        check_fit(_work(job, settings, workspace, expected_tokens(settings.data, None)))
 
 
 def _work(

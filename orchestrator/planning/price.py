@@ -51,7 +51,11 @@ class TrainingGroup:
         return self.teacher.num_tokens * per_token
 
     def disk(self, most_kept: int | None = None) -> dict[str, int]:
-        """Return what is written -> bytes, if each training keeps at most so many checkpoints."""
+        """Return the bytes that are written, by name.
+
+        Args:
+            most_kept: Largest number of checkpoints that a training keeps; its own when unset.
+        """
         kept = [each.new_bytes(most_kept) for each in self.trainings]
         in_writing = sorted(each.bytes_in_writing(most_kept) for each in self.trainings)
         stages = {
@@ -179,7 +183,7 @@ class PlannedWork:
         return [training for group in self.groups for training in group.trainings]
 
     def disk(self, most_kept: int | None = None) -> dict[str, int]:
-        """Return what is written -> bytes, without what takes none; as `TrainingGroup.disk`."""
+        """Return the bytes that are written, by name, without zeros; see `TrainingGroup.disk`."""
         total = Counter({"tokens": self.new_token_bytes})
         for group in self.groups:
             total.update(group.disk(most_kept))

@@ -98,31 +98,29 @@ WorkspacePath = Annotated[str, AfterValidator(_absolute), PlainSerializer(_porta
 """An absolute path; `Record.write` and `read` store it relative to the workspace it lies in."""
 
 
-def _parsed_config(value: Any) -> ModelConfig:
-    if isinstance(value, ModelConfig):
-        return value
-    try:
-        return ModelConfig.from_dict(value)
-    except INVALID_VALUE_ERRORS as error:
-        raise ValueError(str(error)) from None
+def _parsed_by(
+    kind: type[ModelConfig] | type[InfluenceTable], problem: str = "{}"
+) -> PlainValidator:
+    """Return a validator that takes a value of a kind, or what its `to_dict` returns."""
+
+    def parsed(value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        try:
+            return kind.from_dict(value)
+        except INVALID_VALUE_ERRORS as error:
+            raise ValueError(problem.format(error)) from None
+
+    return PlainValidator(parsed)
 
 
-Config = Annotated[
-    ModelConfig, PlainValidator(_parsed_config), PlainSerializer(ModelConfig.to_dict)
-]
+Config = Annotated[ModelConfig, _parsed_by(ModelConfig), PlainSerializer(ModelConfig.to_dict)]
 """A model's configuration; `ModelConfig.to_dict()` in JSON."""
 
 
-def _parsed_influence(value: Any) -> InfluenceTable:
-    if isinstance(value, InfluenceTable):
-        return value
-    try:
-        return InfluenceTable.from_dict(value)
-    except INVALID_VALUE_ERRORS as error:
-        raise ValueError(f"it is not an influence table ({error})") from None
-
-
 Influence = Annotated[
-    InfluenceTable, PlainValidator(_parsed_influence), PlainSerializer(InfluenceTable.to_dict)
+    InfluenceTable,
+    _parsed_by(InfluenceTable, "it is not an influence table ({})"),
+    PlainSerializer(InfluenceTable.to_dict),
 ]
 """A teacher's influence table; `InfluenceTable.to_dict()` in JSON."""

@@ -39,8 +39,10 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
+from orchestrator.training.teacher_cache import cache_plan
 from orchestrator.training.teacher_cache_policy import (
     delete_teacher_caches,
+    estimate_teacher_work,
     store_teacher_outputs,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -180,8 +182,8 @@ class _SweepRun:
         jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
         unfinished = [*jobs.values(), *(self.search.jobs_left() if self.search else [])]
         distillation, teachers = self.settings.distillation, self.workspace.teachers
-        trainings = [planned_training(job) for job in unfinished]
-        group = trial_group(trainings, self.settings, teachers)
+        plans, mode = [cache_plan(job) for job in unfinished], distillation.teacher_cache
+        work = estimate_teacher_work(plans, [0] * len(plans), mode, teachers)
         shared = store_teacher_outputs(
             unfinished,
             distillation,
@@ -189,7 +191,7 @@ class _SweepRun:
             on_gpu=self.settings.trials_use_gpus,
             progress=self.progress,
         )
-        if num_tokens := group.teacher.num_stored_tokens:
+        if num_tokens := work.num_stored_tokens:
             # A teacher that runs in each trial is in the trials' own FLOPs.
             forward = inference_cost(full_config(self.plan)).forward_flops_per_token
             numbers = {"teacher_tokens": num_tokens, "teacher_flops": num_tokens * forward}

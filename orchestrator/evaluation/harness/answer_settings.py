@@ -39,7 +39,7 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSe
     if temperature is None:  # As transformers does.
         temperature = 1.0 if samples else 0.0
     settings = AnswerSettings(
-        until=tuple(map(str, found.pop("until"))),
+        stop=tuple(map(str, found.pop("until"))),
         max_new_tokens=found.pop("max_gen_toks"),
         temperature=float(temperature),
         top_k=found.pop("top_k", None) or None,

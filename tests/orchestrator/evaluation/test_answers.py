@@ -4,35 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import generate, sample
-from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness.answer_settings import answer_settings
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.workspace.errors import UserError
 
 CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed", "x", "dad had"]
-
-
-@pytest.fixture
-def tokenizer(tiny_tokens: Path) -> PlainTokenizer:
-    return PlainTokenizer(open_tokens(tiny_tokens).tokenizer_path)
-
-
-@pytest.fixture
-def decoder(tiny_model: dict[str, Any]) -> Decoder:
-    torch.manual_seed(0)
-    config = {**tiny_model, "context_length": 48, "initializer_std": 0.4}
-    return Decoder(ModelConfig.from_dict(config)).eval()
 
 
 def questions(
@@ -60,7 +45,7 @@ def slowly(decoder: Decoder, tokenizer: PlainTokenizer, question: Question) -> s
         tokens.append(token)
         answer.append(token)
         text = tokenizer.decode(answer)
-        if found := [text.index(stop) for stop in settings.until if stop in text]:
+        if found := [text.index(stop) for stop in settings.stop if stop in text]:
             return text[: min(found)]
     return tokenizer.decode(answer)
 
@@ -111,7 +96,7 @@ def test_stop_texts_end_an_answer_also_across_tokens(
         stop = text[len(text) // 2 : len(text) // 2 + 5]
         assert len(tokenizer.encode(stop, add_special_tokens=False)) > 1
         across.append(stop)
-    settings = AnswerSettings(max_new_tokens=16, until=("never there", *across))
+    settings = AnswerSettings(max_new_tokens=16, stop=("never there", *across))
     asked = questions(tokenizer, settings)
     answers = generate_answers(decoder, tokenizer, asked, batch_size=3)
     assert answers == [slowly(decoder, tokenizer, question) for question in asked]
@@ -132,7 +117,7 @@ def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: Plain
     assert tokenizer.decode([stop]) == ""
     name = tokenizer.decode([stop], skip_special_tokens=False)
     assert name not in tokenizer.decode(before)
-    stopped = replace(asked, settings=replace(free, until=(name,)))
+    stopped = replace(asked, settings=replace(free, stop=(name,)))
     assert generate_answers(decoder, tokenizer, [stopped]) == [tokenizer.decode(before)]
 
 
@@ -153,8 +138,8 @@ def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: PlainTo
 
 def test_settings_of_a_task_become_those_of_the_generator() -> None:
     greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
-    assert greedy == AnswerSettings(until=("\n", "Q:"), max_new_tokens=256)
-    assert answer_settings({"until": "."}, 100) == AnswerSettings(until=(".",), max_new_tokens=50)
+    assert greedy == AnswerSettings(stop=("\n", "Q:"), max_new_tokens=256)
+    assert answer_settings({"until": "."}, 100) == AnswerSettings(stop=(".",), max_new_tokens=50)
     sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
     assert sampled == AnswerSettings(max_new_tokens=7, temperature=1.0, top_p=0.9)
     assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
@@ -52,21 +50,9 @@ def write_task(folder: Path, rows: list[dict[str, str]], **changes: Any) -> Path
 
 
 @pytest.fixture
-def tokenizer(tiny_tokens: Path) -> PlainTokenizer:
-    return PlainTokenizer(open_tokens(tiny_tokens).tokenizer_path)
-
-
-@pytest.fixture
-def decoder(tiny_model: dict[str, Any]) -> Decoder:
-    torch.manual_seed(0)
-    config = {**tiny_model, "context_length": 48, "initializer_std": 0.4}
-    return Decoder(ModelConfig.from_dict(config)).eval()
-
-
-@pytest.fixture
 def rows(decoder: Decoder, tokenizer: PlainTokenizer) -> list[dict[str, str]]:
     """Questions; the decoder's own answer is right for every second one."""
-    settings = AnswerSettings(max_new_tokens=6, until=("\n",))
+    settings = AnswerSettings(max_new_tokens=6, stop=("\n",))
     asked = [Question(tokenizer.encode(q, add_special_tokens=False), settings) for q in QUESTIONS]
     answers = generate_answers(decoder, tokenizer, asked)
     return [

@@ -1,0 +1,25 @@
+"""A small model and its tokenizer, for tests of scoring and of generated answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iiet import Decoder, ModelConfig
+from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.model_tokenizer import PlainTokenizer
+
+
+@pytest.fixture
+def tokenizer(tiny_tokens: Path) -> PlainTokenizer:
+    return PlainTokenizer(open_tokens(tiny_tokens).tokenizer_path)
+
+
+@pytest.fixture
+def decoder(tiny_model: dict[str, Any]) -> Decoder:
+    torch.manual_seed(0)
+    config = {**tiny_model, "context_length": 48, "initializer_std": 0.4}
+    return Decoder(ModelConfig.from_dict(config)).eval()
