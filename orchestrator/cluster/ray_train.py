@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.signals import run_interruptibly
+from orchestrator.terminal.signals import recorded_signals, wait_for_work
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.distributed import World
 from orchestrator.training.job import clear_stop_request, is_stop_requested, request_stop
@@ -78,19 +79,22 @@ def run_train_jobs(
             for job in ours:
                 clear_stop_request(job.folder)
             sizes = [_journal_bytes(job) for job in ours]
-            with ray_cluster(say=say) as resources:
+            with ray_cluster(say=say) as resources, recorded_signals() as signals:
                 placement = job_placement(
                     len(ours), cluster.num_workers, cluster.num_gpus, resources
                 )
+                pool = ThreadPoolExecutor(placement.jobs_at_once)
                 fit = partial(
                     fit_job,
                     placement=placement,
                     parallel=cluster.parallel,
                     max_failures=cluster.max_failures,
                 )
-                run_interruptibly(
-                    [partial(fit, job) for job in ours],
-                    at_once=placement.jobs_at_once,
+                trainings = [*map(partial(pool.submit, fit), ours)]
+                pool.shutdown(wait=False)  # It runs what was submitted, and ends.
+                wait_for_work(
+                    trainings,
+                    signals,
                     ask_to_stop=partial(_ask_all_to_stop, ours, sizes),
                     saved=partial(describe_saved_state, {job.folder.name: job for job in ours}),
                     watch=watch,

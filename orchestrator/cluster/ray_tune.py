@@ -143,7 +143,7 @@ def run_trials(
             shutil.rmtree(stop_folder / RAY_FOLDER, ignore_errors=True)
 
         try:
-            run_interruptibly([run], ask_to_stop=callback.request_stop, saved=saved, watch=deliver)
+            run_interruptibly(run, ask_to_stop=callback.request_stop, saved=saved, watch=deliver)
         except Interrupted:
             deliver()  # Trials may have failed in the last moment.
             raise

@@ -11,10 +11,9 @@ import math
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
@@ -45,18 +44,42 @@ def recorded_signals(*, second_ends: bool = False) -> Iterator[list[int]]:
 
 
 def run_interruptibly(
-    works: Sequence[Callable[[], T]],
+    work: Callable[[], T],
     *,
-    at_once: int = 1,
+    ask_to_stop: Callable[[], bool],
+    saved: Callable[[], str],
+    watch: Callable[[], None] | None = None,
+) -> T:
+    """Run a Ray job in a thread and wait for it; see `wait_for_work`."""
+    future: Future[T] = Future()
+
+    def fulfil() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    with recorded_signals() as signals:
+        threading.Thread(target=fulfil, daemon=True).start()
+        (result,) = wait_for_work(
+            [future], signals, ask_to_stop=ask_to_stop, saved=saved, watch=watch
+        )
+    return result
+
+
+def wait_for_work(
+    futures: Sequence[Future[T]],
+    signals: Sequence[int],
+    *,
     ask_to_stop: Callable[[], bool],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
 ) -> list[T]:
-    """Run Ray jobs in threads, wait for all of them, and return their results.
+    """Wait for Ray jobs that run in threads, and return their results; a signal stops them.
 
     Args:
-        works: The jobs; those that run end soon after `ask_to_stop`, the others at once.
-        at_once: How many run at the same time.
+        futures: The jobs; they end soon after `ask_to_stop`.
+        signals: The list of `recorded_signals`, entered before the jobs were started.
         ask_to_stop: Called once, at the first signal; returns whether there is a state to save.
         saved: Returns what is saved, such as "saved at step 40"; called at the end, after a signal.
         watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
@@ -68,45 +91,24 @@ def run_interruptibly(
     """
     has_state = is_over = False
     deadline = math.inf
-    with recorded_signals() as signals:
-        futures = _started(works, at_once)
-        try:
-            while not (is_over := all(future.done() for future in futures)):
-                if len(signals) > 1 or time.monotonic() > deadline:
-                    break
-                if signals and deadline == math.inf:
-                    has_state = ask_to_stop()
-                    deadline = time.monotonic() + (GRACE_SECONDS if has_state else 0.0)
-                wait(futures, timeout=POLL_SECONDS)
-                if watch:
-                    watch()
-            results = [future.result() for future in futures] if is_over else []
-        except Exception as error:
-            if signals:
-                note_saved_state(error, saved())
-            raise
-        if not signals:
-            return results
-        raise Interrupted(interruption_text(saved(), in_time=is_over or not has_state))
-
-
-def _started(works: Sequence[Callable[[], T]], at_once: int) -> list[Future[T]]:
-    # Not an executor: its threads would keep the interpreter from ending while Ray hangs.
-    futures: list[Future[T]] = [Future() for _ in works]
-    waiting = deque(zip(futures, works, strict=True))
-
-    def run_waiting() -> None:
-        with suppress(IndexError):
-            while True:
-                future, work = waiting.popleft()
-                try:
-                    future.set_result(work())
-                except BaseException as error:
-                    future.set_exception(error)
-
-    for _ in range(min(at_once, len(works))):
-        threading.Thread(target=run_waiting, daemon=True).start()
-    return futures
+    try:
+        while not (is_over := all(future.done() for future in futures)):
+            if len(signals) > 1 or time.monotonic() > deadline:
+                break
+            if signals and deadline == math.inf:
+                has_state = ask_to_stop()
+                deadline = time.monotonic() + (GRACE_SECONDS if has_state else 0.0)
+            wait(futures, timeout=POLL_SECONDS)
+            if watch:
+                watch()
+        results = [future.result() for future in futures] if is_over else []
+    except Exception as error:
+        if signals:
+            note_saved_state(error, saved())
+        raise
+    if not signals:
+        return results
+    raise Interrupted(interruption_text(saved(), in_time=is_over or not has_state))
 
 
 def interruption_text(saved: str, *, in_time: bool = True) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from orchestrator.terminal import signals
-from orchestrator.terminal.signals import run_interruptibly
+from orchestrator.terminal.signals import recorded_signals, run_interruptibly, wait_for_work
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 
@@ -24,11 +24,11 @@ def press(number: int = signal.SIGINT) -> None:
 
 def test_the_result_is_returned_and_the_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert run_interruptibly([lambda: 42], ask_to_stop=lambda: True, saved=saved) == [42]
+    assert run_interruptibly(lambda: 42, ask_to_stop=lambda: True, saved=saved) == 42
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_several_jobs_run_side_by_side_and_none_twice() -> None:
+def test_the_results_of_several_jobs_are_in_their_order() -> None:
     meeting = threading.Barrier(2)
     calls: list[int] = []
 
@@ -37,8 +37,10 @@ def test_several_jobs_run_side_by_side_and_none_twice() -> None:
         meeting.wait(timeout=30)
         return number
 
-    works = [partial(work, number) for number in range(6)]
-    assert run_interruptibly(works, at_once=2, ask_to_stop=bool, saved=saved) == [*range(6)]
+    with ThreadPoolExecutor(2) as pool, recorded_signals() as received:
+        futures = [pool.submit(work, number) for number in range(6)]
+        results = wait_for_work(futures, received, ask_to_stop=bool, saved=saved)
+    assert results == [*range(6)]
     assert sorted(calls) == [*range(6)]
 
 
@@ -47,7 +49,7 @@ def test_an_error_of_the_job_is_raised() -> None:
         raise ValueError("the job's own")
 
     with pytest.raises(ValueError, match="the job's own"):
-        run_interruptibly([fail], ask_to_stop=lambda: True, saved=saved)
+        run_interruptibly(fail, ask_to_stop=lambda: True, saved=saved)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -67,7 +69,7 @@ def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> N
             press(number)
 
     with pytest.raises(Interrupted, match=r"^interrupted; saved at step 40; "):
-        run_interruptibly([asked.wait], ask_to_stop=ask, watch=watch, saved=saved)
+        run_interruptibly(asked.wait, ask_to_stop=ask, watch=watch, saved=saved)
     assert len(requests) == 1
 
 
@@ -75,7 +77,7 @@ def test_a_second_signal_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "GRACE_SECONDS", 3600.0)
     never = threading.Event()
     with pytest.raises(Interrupted, match="not saved in time; saved at step 40"):
-        run_interruptibly([never.wait], ask_to_stop=lambda: True, watch=press, saved=saved)
+        run_interruptibly(never.wait, ask_to_stop=lambda: True, watch=press, saved=saved)
     never.set()
 
 
@@ -89,7 +91,7 @@ def test_there_is_no_wait_if_there_is_nothing_to_save(monkeypatch: pytest.Monkey
 
     with pytest.raises(Interrupted, match=r"^interrupted; nothing was saved; "):
         run_interruptibly(
-            [never.wait],
+            never.wait,
             ask_to_stop=lambda: False,
             watch=press_once,
             saved=lambda: "nothing was saved",
@@ -117,7 +119,7 @@ def test_an_error_after_a_signal_also_says_what_is_saved(
 
     with pytest.raises(error) as caught:
         run_interruptibly(
-            [fail], ask_to_stop=ask, watch=lambda: next(pressed, lambda: None)(), saved=saved
+            fail, ask_to_stop=ask, watch=lambda: next(pressed, lambda: None)(), saved=saved
         )
     asked.set()
     text = "; ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
