@@ -5,6 +5,7 @@ keys are errors, and validation never edits a value. The tree is saved with ever
 that determine a result are hashed into its key.
 """
 
+from orchestrator.settings.cluster import ClusterSettings, storage_problem
 from orchestrator.settings.model import (
     BASELINE_METHOD,
     DEFAULT_METHOD,
@@ -20,11 +21,9 @@ from orchestrator.settings.resolve import (
     to_yaml,
 )
 from orchestrator.settings.schema import (
-    ClusterSettings,
     EvaluationSettings,
     InfluenceSettings,
     Settings,
-    storage_problem,
 )
 from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings

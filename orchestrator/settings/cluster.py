@@ -1,0 +1,45 @@
+"""Settings of workers, GPUs and storage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from orchestrator.settings.section import Section
+from orchestrator.workspace.credentials import has_secret
+
+
+class ClusterSettings(Section):
+    """Workers, GPUs and storage."""
+
+    num_workers: int = Field(default=1, gt=0)
+    """Data-parallel workers of a training job; with GPUs, one each."""
+    num_gpus: int = Field(default=0, ge=0)
+    """GPUs of a training job; 0 trains on CPUs."""
+    storage: str | None = None
+    """URI of a second place for pretraining checkpoints, such as `s3://bucket/runs`. They are
+    copied there during training, and fetched from there if the workspace has none."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several workers share a model. `ddp`: each holds all of it; `fsdp`: each holds a part of
+    its weights, gradients and moments, which needs less memory and more traffic."""
+    max_failures: int = Field(default=2, ge=0)
+    """Restarts of a training job from its newest checkpoint after a worker died."""
+
+    @field_validator("storage")
+    @classmethod
+    def _refuse_secrets(cls, storage: str | None) -> str | None:
+        if problem := storage_problem(storage or ""):
+            raise ValueError(problem)
+        return storage
+
+
+def storage_problem(uri: str) -> str | None:
+    """Return why a storage address is refused (it holds a secret), or None."""
+    if not has_secret(uri):
+        return None
+    return (
+        "the address holds a password or a key, and settings are stored with every run; leave it "
+        "out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment (for GCS "
+        "GOOGLE_APPLICATION_CREDENTIALS)"
+    )
