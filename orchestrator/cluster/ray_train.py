@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.cluster.devices import collective_backend, worker_device
 from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
@@ -130,13 +131,14 @@ def fit_job(
             "job": job.model_dump(mode="json"),
             "num_threads": placement.cpus,
             "parallel": parallel,
+            "use_gpu": placement.use_gpu,
         },
         scaling_config=train_api.ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.use_gpu,
             resources_per_worker={"CPU": placement.cpus, **gpus},
         ),
-        torch_config=PrivateTorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        torch_config=PrivateTorchConfig(backend=collective_backend(use_gpu=placement.use_gpu)),
         run_config=train_api.RunConfig(
             name="train",
             storage_path=str(storage),
@@ -159,22 +161,29 @@ def fit_job(
 def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["num_threads"])
     context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    world = World(
-        rank=context.get_world_rank(),
-        size=context.get_world_size(),
-        device=str(device),
-        parallel=config["parallel"],
-    )
     job = TrainingJob.model_validate(config["job"])
+    num_workers = context.get_world_size()
     try:
+        world = World(
+            rank=context.get_world_rank(),
+            size=num_workers,
+            device=_train_device(use_gpu=config["use_gpu"]),
+            parallel=config["parallel"],
+        )
         run_job(job, world=world)
         return {}  # The outcome is read from the job's folder.
     except Exception as error:
         # One of several workers that fails alone must die: the others wait for it for ever.
-        return final_answer(error, is_stopping=world.size == 1 and is_stop_requested(job.folder))
+        return final_answer(error, is_stopping=num_workers == 1 and is_stop_requested(job.folder))
+
+
+def _train_device(*, use_gpu: bool) -> str:
+    if worker_device(use_gpu=use_gpu) == "cpu":
+        return "cpu"
+    # The workers of one node see all of their GPUs; Ray knows which one is whose.
+    device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)
+    return str(device)
 
 
 def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
+from orchestrator.cluster.devices import worker_device
 from orchestrator.cluster.placement import Placement, trial_placement
 from orchestrator.cluster.ray_train import RAY_FOLDER, final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
@@ -60,7 +61,7 @@ class TrialContext:
     @property
     def device(self) -> str:
         """Device of the trial's own process."""
-        return "cuda" if self.placement.use_gpu and self.placement.workers == 1 else "cpu"
+        return worker_device(use_gpu=self.placement.use_gpu and self.placement.workers == 1)
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Report a validation loss to Tune; returns when its scheduler has decided."""
@@ -83,7 +84,7 @@ class TrialContext:
         # The trial's own process has no GPU: its workers had them, and have ended.
         cpus = self.placement.cpus
         remote = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy="DEFAULT")
-        answer: T = ray.get(remote(work).remote("cuda"))
+        answer: T = ray.get(remote(lambda: work(worker_device(use_gpu=True))).remote())
         return answer
 
 
