@@ -41,13 +41,14 @@ from orchestrator.training.schedules import flops_per_token_by_step, schedule_by
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_loss
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.whole_folders import delete_leftovers
 
 LOCK_NAME = "lock"
-LOCK_SECONDS = 20.0  # Longest wait for another process that trains in the same folder.
+LOCK_SECONDS = 180.0
+"""Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -68,7 +69,8 @@ def run_job(
         report: Called with (steps done, metrics) on the first worker, in addition to the journal.
 
     Raises:
-        UserError: If the job cannot run, or its folder is in use or holds another job.
+        UserError: If the job cannot run, or its folder holds another job.
+        RunFailed: If another process keeps training in its folder.
         Diverged: If the loss is not finite or spikes; names the step and the last good checkpoint.
     """
     world = world or World()
@@ -275,14 +277,15 @@ class _Run:
 
 @contextmanager
 def _locked(folder: Path, world: World) -> Iterator[None]:
-    # Workers outlive a killed driver by seconds, and a second start must not mix two runs.
+    # Workers outlive a killed driver by seconds, and the lock of a lost node outlives the node. Two
+    # commands on one folder do not meet here: `run_lock.py` lets the second one wait.
     with ExitStack() as stack:
 
         def acquire() -> None:
             if not stack.enter_context(lock_file(folder / LOCK_NAME, seconds=LOCK_SECONDS)):
-                raise UserError(
-                    f"another process trains in {folder}; wait for it, stop it, or choose another "
-                    "name"
+                raise RunFailed(
+                    f"another process trained in {folder} for {LOCK_SECONDS:g} s; wait for it, "
+                    "stop it, or choose another name"
                 )
 
         run_on_first(acquire, world)

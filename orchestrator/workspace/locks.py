@@ -14,12 +14,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
 
 
 @contextmanager
 def lock_file(
-    path: Path, *, seconds: float | None = None, should_stop: Callable[[], bool] | None = None
+    path: Path,
+    *,
+    seconds: float | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[bool]:
     """Hold the lock of a file in the block; yields whether it was acquired. The file stays.
 
@@ -27,17 +32,19 @@ def lock_file(
         path: The lock file; it is made with its folder if it is missing.
         seconds: Longest wait for another process that holds it (default: until it is free).
         should_stop: Called every `POLL_SECONDS`; True ends the wait.
+        clock, sleep: Measure time and wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    deadline = math.inf if seconds is None else clock() + seconds
     while not lock.is_locked:
-        left = deadline - time.monotonic()
         try:
-            lock.acquire(timeout=max(0.0, min(POLL_SECONDS, left)))
+            lock.acquire(blocking=False)
         except Timeout:
-            if left <= POLL_SECONDS or (should_stop and should_stop()):
+            left = deadline - clock()
+            if left <= 0.0 or (should_stop and should_stop()):
                 break
+            sleep(min(POLL_SECONDS, left))
     try:
         yield lock.is_locked
     finally:

@@ -25,7 +25,7 @@ from orchestrator.training.job_checks import check_job
 from orchestrator.training.loop import Diverged
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import read_json, write_json
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.provenance import RECIPE_VERSION
@@ -528,5 +528,5 @@ def test_weights_of_another_model_are_refused(
 
 def test_a_folder_in_use_is_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
-    with pytest.raises(UserError, match="another process trains in"):
+    with pytest.raises(RunFailed, match="another process trained in"):
         run_job(make_job(), report=lambda *_: run_job(make_job()) and None)

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from orchestrator.training.run import LOCK_SECONDS
 from orchestrator.workspace.locks import is_locked, lock_file
 
 HOLDER = """
@@ -75,3 +77,19 @@ def test_a_wait_ends_on_request(path: Path, holder: subprocess.Popen[str]) -> No
     with lock_file(path, should_stop=lambda: True) as is_ours:
         assert not is_ours
     assert is_locked(path)
+
+
+def test_the_lock_of_a_lost_node_is_waited_for(path: Path) -> None:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now >= 90.0:
+            lost_node.close()
+
+    with ExitStack() as lost_node:
+        lost_node.enter_context(lock_file(path))
+        with lock_file(path, seconds=LOCK_SECONDS, clock=lambda: now, sleep=sleep) as is_ours:
+            assert is_ours
+    assert now == pytest.approx(90.0, abs=1.0)
