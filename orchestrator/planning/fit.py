@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from iiet.config import PRESETS
+from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
 from orchestrator.planning.price import PlannedWork, TrainingGroup, pretraining_group
 from orchestrator.planning.resources import FreeBytes, local_free_bytes
@@ -23,7 +24,7 @@ from orchestrator.terminal.formatting import format_byte_parts, format_bytes
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.model_config import build_model_config
-from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES, installed_gpu
+from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
 
 MeasureFree = Callable[..., FreeBytes]
@@ -93,7 +94,7 @@ def find_problems(work: PlannedWork, check_devices: Callable[[], None]) -> dict[
     is_far = bool(os.environ.get("RAY_ADDRESS"))
     place = "this machine" + " (the cluster's memory is unknown)" * is_far
     problems = {place: problem_of(check_devices, partial(check_fit, work))}
-    if installed_gpu() is None and any(training.on_gpus for training in work.trainings):
+    if not installed_gpus() and any(training.on_gpus for training in work.trainings):
         gpu = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=f"an {ASSUMED_GPU}")
         fits_there = partial(check_fit, work, measure_free=lambda *_, **__: gpu)
         problems[gpu.place] = problem_of(fits_there)

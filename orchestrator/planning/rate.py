@@ -6,9 +6,10 @@ lower one. CPUs differ more, and no table knows their peaks.
 
 from __future__ import annotations
 
+from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.records.record import Record
-from orchestrator.training.peak_flops import ASSUMED_GPU, gpu_peak_flops, installed_gpu
+from orchestrator.training.peak_flops import ASSUMED_GPU, gpu_peak_flops
 
 GPU_SHARES = (0.2, 0.4)
 """Shares of a GPU's peak that training reaches."""
@@ -47,7 +48,8 @@ def assumed_rate(training: PlannedTraining, share: float | None = None) -> Rate:
     if not training.on_gpus:
         shares = given or CPU_SHARES
         return Rate(peak_flops=CPU_PEAK_FLOPS, shares=shares, source="a CPU core, assumed")
-    name, precision = installed_gpu() or ASSUMED_GPU, training.recipe.precision
+    name = next((gpu.name for gpu in installed_gpus()), ASSUMED_GPU)
+    precision = training.recipe.precision
     peak = gpu_peak_flops(name, precision)
     if peak is None:
         name, peak = ASSUMED_GPU, gpu_peak_flops(ASSUMED_GPU, precision)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.workspace.errors import UserError
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -153,16 +154,10 @@ def local_free_bytes(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -
     if address := os.environ.get("RAY_ADDRESS"):
         return FreeBytes(memory=None, disk=disk, place=f"the cluster at {address}")
     if num_gpus:
-        return FreeBytes(memory=_gpu_memory(num_gpus), disk=disk, place="a GPU of this machine")
+        # The free bytes of each, not its size: other processes may use it too.
+        free = min((gpu.free_bytes for gpu in installed_gpus()[:num_gpus]), default=None)
+        return FreeBytes(memory=free, disk=disk, place="a GPU of this machine")
     return FreeBytes(memory=free_memory() // num_workers, disk=disk)
-
-
-def _gpu_memory(num_gpus: int) -> int | None:
-    import torch
-
-    # The free bytes of each, not its size: other processes may use it too.
-    visible = range(min(num_gpus, torch.cuda.device_count()))
-    return min((int(torch.cuda.mem_get_info(number)[0]) for number in visible), default=None)
 
 
 def free_memory(groups: Iterable[Path] | None = None) -> int:

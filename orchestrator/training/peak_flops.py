@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 ASSUMED_GPU = "H100"
 """GPU that estimates assume on a machine without one."""
 ASSUMED_GPU_BYTES = 79 * 2**30
@@ -23,8 +21,3 @@ def gpu_peak_flops(name: str, precision: str) -> float | None:
     """Return the peak FLOP/s of a GPU such as `NVIDIA H100 80GB HBM3`; None if it is unknown."""
     known = next((peaks for model, peaks in _PEAK_TFLOPS.items() if model in name), None)
     return known[precision] * 1e12 if known else None
-
-
-def installed_gpu() -> str | None:
-    """Return the name of this machine's first GPU; None without one."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

@@ -41,7 +41,7 @@ def test_the_table_is_what_its_commands_print(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Machines with a GPU of their own would plan for that one.
-    monkeypatch.setattr("orchestrator.planning.rate.installed_gpu", lambda: None)
+    monkeypatch.setattr("orchestrator.planning.rate.installed_gpus", lambda: [])
     assert len(ROWS) == 10
     for command, row in ROWS:
         assert row.split(" | ") == printed_cells(command, tmp_path, capsys), command
@@ -50,7 +50,7 @@ def test_the_table_is_what_its_commands_print(
 def test_every_row_of_the_table_fits_on_an_h100(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.planning.fit.installed_gpu", lambda: None)
+    monkeypatch.setattr("orchestrator.planning.fit.installed_gpus", lambda: [])
     for command, _ in ROWS:
         assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
         assert re.search(r"on an H100 +it fits", capsys.readouterr().out), command
