@@ -86,11 +86,12 @@ WorkersPerTrialOption = Annotated[
     int | None, typer.Option(min=1, max=MAX_COUNT, help="Data-parallel workers inside each trial.")
 ]
 GpusPerTrialOption = Annotated[
-    int | None,
+    float | None,
     typer.Option(
         min=0,
         max=MAX_COUNT,
-        help="GPUs of each trial (default: the fewest that it fits on, or none on CPUs).",
+        help="GPUs of each trial, or a share of one, such as 0.25 (default: the fewest that it "
+        "fits on, or none on CPUs).",
     ),
 ]
 SeedsOption = Annotated[

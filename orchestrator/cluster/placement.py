@@ -1,14 +1,17 @@
 """How many jobs run at the same time, and the CPUs and GPUs of each of their workers.
 
-A job is one process, or several data-parallel workers of equal CPUs or one GPU each. As many jobs
-run at the same time as find places for all of their workers, so none waits for half of them. The
-CPUs are shared evenly among all workers that run at the same time; each uses as many threads.
+A job is one process, or several data-parallel workers of equal CPUs, with one GPU each or none. As
+many jobs run at the same time as the nodes hold with all of their workers, so none waits for half
+of them. Jobs on CPUs share all CPUs evenly; a worker with a GPU gets the CPUs that belong to it.
+Each worker uses as many threads as CPUs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from orchestrator.planning.nodes import cpus_of_cpu_worker, cpus_of_gpu_worker, num_places
 from orchestrator.planning.resources import Resources, check_available
 from orchestrator.settings import SweepSettings
 
@@ -22,14 +25,26 @@ class Placement:
     """Workers of each job."""
     cpus: int
     """CPUs and threads of each worker; a job has `workers` times as many."""
-    use_gpu: bool
-    """Whether each worker has a GPU."""
+    gpus: float = 0
+    """GPUs of each worker: 1, a share of one, or 0."""
+    on_one_node: bool = False
+    """Whether all workers of a job must lie on the same node."""
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether each worker has a GPU, or a share of one."""
+        return self.gpus > 0
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
 def job_placement(
     num_jobs: int,
     num_workers: int,
-    num_gpus: int,
+    num_gpus: float,
     resources: Resources,
     *,
     most_at_once: int | None = None,
@@ -40,7 +55,7 @@ def job_placement(
     Args:
         num_jobs: Jobs that wait.
         num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
-        num_gpus: GPUs of each job, one for each worker; 0 runs on CPUs.
+        num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
         resources: What the Ray that runs has.
         most_at_once: Limit of jobs at the same time.
         per_trial: Whether the jobs are trials of a sweep, for the error.
@@ -50,11 +65,21 @@ def job_placement(
     """
     # A cluster elsewhere may have less than is asked for; nothing else could know before.
     check_available(num_workers, num_gpus, resources, per_trial=per_trial)
-    workers = num_gpus or num_workers
-    places = (resources.gpus if num_gpus else resources.cpus) // workers
+    nodes = resources.nodes
+    workers = math.ceil(num_gpus) or num_workers
+    gpus = num_gpus / workers
+    cpus = cpus_of_gpu_worker(nodes, gpus) if gpus else 1
+    # GPUs of one node are connected best, so a job waits for a node rather than lie on two.
+    on_one_node = gpus > 0 and num_places(nodes, workers, cpus, gpus, on_one_node=True) > 0
+    places = num_places(nodes, workers, cpus, gpus, on_one_node=on_one_node)
     at_once = max(1, min(most_at_once or places, places, num_jobs))
-    cpus = max(1, resources.cpus // (at_once * workers))
-    return Placement(jobs_at_once=at_once, workers=workers, cpus=cpus, use_gpu=num_gpus > 0)
+    return Placement(
+        jobs_at_once=at_once,
+        workers=workers,
+        cpus=cpus if gpus else cpus_of_cpu_worker(nodes, workers, at_once),
+        gpus=gpus,
+        on_one_node=on_one_node,
+    )
 
 
 def trial_placement(sweep: SweepSettings, num_trials: int, resources: Resources) -> Placement:

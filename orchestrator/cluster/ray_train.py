@@ -124,7 +124,6 @@ def fit_job(
         return
     storage = job.folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
-    gpus = {"GPU": 1} if placement.use_gpu else {}
     trainer = train_api.torch.TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -136,7 +135,8 @@ def fit_job(
         scaling_config=train_api.ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.use_gpu,
-            resources_per_worker={"CPU": placement.cpus, **gpus},
+            resources_per_worker=placement.worker_resources,
+            placement_strategy="STRICT_PACK" if placement.on_one_node else "PACK",
         ),
         torch_config=PrivateTorchConfig(backend=collective_backend(use_gpu=placement.use_gpu)),
         run_config=train_api.RunConfig(

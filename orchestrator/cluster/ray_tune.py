@@ -49,6 +49,9 @@ tune: Any = ray.tune
 
 T = TypeVar("T")
 
+TRIAL_PROCESS_BYTES = 256 * 2**20
+"""Memory of a trial's own process, which imports PyTorch and waits for its workers."""
+
 
 @dataclass(frozen=True)
 class TrialContext:
@@ -166,11 +169,11 @@ def _tuner(
     trainable = tune.with_parameters(
         _tune_trial, function=function, stop_folder=callback.stop_folder, placement=placement
     )
-    own: dict[str, int] = {"CPU": placement.cpus, "GPU": int(placement.use_gpu)}
+    own = placement.worker_resources
     if placement.workers > 1:
-        # The workers have resources of their own, and a trial that reserved some, too, could keep
-        # them from its workers. Tune requires a non-empty request.
-        own = {"memory": 1}
+        # The workers have CPUs and GPUs of their own, and a trial that reserved some, too, could
+        # keep them from its workers. By memory, Ray spreads the trials' processes over the nodes.
+        own = {"memory": TRIAL_PROCESS_BYTES}
     search = trials if isinstance(trials, TrialSearch) else None
     space = {}
     if not isinstance(trials, TrialSearch):

@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 
+from orchestrator.cluster.nodes import alive_nodes
 from orchestrator.planning.resources import Resources, local_resources
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
@@ -152,9 +152,8 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
     options: dict[str, Any] = {}
     if address == "local":
         resources = local_resources()
-        resources = replace(resources, cpus=num_cpus or resources.cpus)
         options = {
-            "num_cpus": resources.cpus,
+            "num_cpus": num_cpus or resources.cpus,
             "num_gpus": resources.gpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
@@ -169,11 +168,8 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except Exception as error:
         raise RunFailed(f"Ray did not start ({address}): {error}") from error
-    if address != "local":
-        found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
-        resources = Resources(cpus, gpus, f"the cluster at {address}")
-    return resources
+    place = "this machine" if address == "local" else f"the cluster at {address}"
+    return Resources(alive_nodes(), place)
 
 
 def _check_reachable(address: str) -> None:

@@ -103,8 +103,8 @@ def find_problems(work: PlannedWork, check_devices: Callable[[], None]) -> dict[
 
 def _check_memory(group: TrainingGroup, folder: Path, measure_free: MeasureFree) -> None:
     first = group.trainings[0]
-    # On GPUs each training has its own memory. On CPUs those that run at the same time share it,
-    # and of the trials of a sweep fewer can be asked for.
+    # A training on GPUs has its own memory, or a share of it. On CPUs those that run at the same
+    # time share it, and of the trials of a sweep fewer can be asked for.
     sharing = 1 if first.on_gpus or group.is_trials else group.at_once
     free = measure_free(
         folder,
@@ -113,16 +113,19 @@ def _check_memory(group: TrainingGroup, folder: Path, measure_free: MeasureFree)
     )
     if free.memory is None:
         return
+    on_same_gpu = min(group.sharing_a_gpu, group.at_once)
+    memory = free.memory // on_same_gpu
+    place = f"{free.place}, shared by {on_same_gpu} trials," if on_same_gpu > 1 else free.place
     for training in group.trainings:
-        if training.worker_bytes > free.memory:
-            raise UserError(_too_little_memory(training, free.memory, free.place))
+        if training.worker_bytes > memory:
+            raise UserError(_too_little_memory(training, memory, place))
     needed = max(training.worker_bytes for training in group.trainings)
-    most = free.memory // needed
+    most = memory // needed
     if group.is_trials and not first.on_gpus and most < group.at_once:
         raise UserError(
             f"{group.at_once} trials at once would take about "
             f"{format_bytes(group.at_once * first.num_workers * needed)} of memory, and this "
-            f"machine has {format_bytes(first.num_workers * free.memory)} free; the nearest "
+            f"machine has {format_bytes(first.num_workers * memory)} free; the nearest "
             f"setting that fits: --set sweep.trials_at_once={most}"
         )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import Field
 
 from iiet.cost import inference_cost
+from orchestrator.planning.nodes import num_sharing
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.rate import Rate, assumed_rate
 from orchestrator.planning.resources import local_free_bytes, local_resources
@@ -31,6 +32,8 @@ class TrainingGroup:
     """Those that are not finished."""
     at_once: int = 1
     """Largest number of them that run at the same time."""
+    sharing_a_gpu: int = 1
+    """Largest number of them that share a GPU."""
     teacher: TeacherWork = field(default_factory=TeacherWork)
     """What their teacher computes."""
     is_trials: bool = False
@@ -41,7 +44,8 @@ class TrainingGroup:
         """GPUs that they use together, or the CPUs of this machine, which they share whole."""
         first = self.trainings[0]
         cpus = local_resources(count_gpus=False).cpus
-        return self.at_once * first.num_workers if first.on_gpus else cpus
+        gpus = -(-self.at_once * first.num_workers // self.sharing_a_gpu)
+        return gpus if first.on_gpus else cpus
 
     @property
     def teacher_flops(self) -> float:
@@ -114,7 +118,7 @@ def trial_group(
     """
     sweep = assign_trial_gpus(settings, trainings).sweep
     gpus = sweep.gpus_per_trial or 0
-    num_workers = gpus or sweep.workers_per_trial
+    num_workers = sweep.num_workers_per_trial
     most = max(1, local_resources(count_gpus=False).cpus // num_workers)
     at_once = (sweep.trials_at_once or 1) if gpus else min(sweep.trials_at_once or most, most)
     teacher = estimate_teacher_work(
@@ -128,6 +132,7 @@ def trial_group(
             replace(each, num_workers=num_workers, on_gpus=gpus > 0) for each in trainings
         ),
         at_once=max(1, min(at_once, len(trainings))),
+        sharing_a_gpu=num_sharing(gpus) if gpus else 1,
         teacher=teacher,
         is_trials=True,
     )

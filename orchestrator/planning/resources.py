@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from orchestrator.planning.installed_gpus import installed_gpus
+from orchestrator.planning.nodes import Node, describe_nodes, num_workers_on
 from orchestrator.workspace.errors import UserError
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -24,14 +25,22 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs that jobs may use."""
+    """Nodes that jobs may use."""
 
-    cpus: int
-    """At least one."""
-    gpus: int
-    """GPUs that PyTorch can use; 0 if they were not counted."""
+    nodes: tuple[Node, ...]
+    """A machine without a cluster is one; its GPUs are 0 if they were not counted."""
     place: str = "this machine"
     """Where they are, for messages."""
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
 
 
 @dataclass(frozen=True)
@@ -53,17 +62,17 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
         import torch
 
         num_gpus = torch.cuda.device_count()
-    return Resources(cpus=_available_cpus(), gpus=num_gpus)
+    return Resources((Node(_available_cpus(), num_gpus),))
 
 
 def check_resources(
-    num_workers: int, num_gpus: int, *, local: bool = False, per_trial: bool = False
+    num_workers: int, num_gpus: float, *, local: bool = False, per_trial: bool = False
 ) -> None:
     """Check, before anything starts, that one training's workers get enough CPUs and GPUs.
 
     Args:
         num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
-        num_gpus: GPUs of the training, one per worker; 0 trains on CPUs.
+        num_gpus: GPUs of the training, one per worker, or a share of one; 0 trains on CPUs.
         local: Whether the training runs in this process, without Ray.
         per_trial: Whether a trial of a sweep is meant, which has options of its own.
 
@@ -71,7 +80,7 @@ def check_resources(
         UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
     """
     if local and max(num_workers, num_gpus) > 1:
-        asked = f"--gpus {num_gpus}" if num_gpus > 1 else f"--workers {num_workers}"
+        asked = f"--gpus {num_gpus:g}" if num_gpus > 1 else f"--workers {num_workers}"
         raise UserError(
             f"--local trains in this process alone, and {asked} asks for several (cluster.num_gpus "
             "and cluster.num_workers in the settings); leave out --local, or type "
@@ -80,8 +89,8 @@ def check_resources(
     if num_gpus and num_workers not in (1, num_gpus):
         option = "--workers-per-trial" if per_trial else "--workers"
         raise UserError(
-            f"{num_workers} workers on {num_gpus} GPUs were asked for, but each worker has one; "
-            f"leave out {option}, or type {option} {num_gpus}"
+            f"{num_workers} workers on {num_gpus:g} GPUs were asked for, but each worker has one; "
+            f"leave out {option}, or type {option} {math.ceil(num_gpus)}"
         )
     # A cluster elsewhere says itself what it has, once Ray runs: see `cluster.placement`.
     if not os.environ.get("RAY_ADDRESS"):
@@ -90,44 +99,57 @@ def check_resources(
 
 
 def check_available(
-    num_workers: int, num_gpus: int, resources: Resources, *, per_trial: bool = False
+    num_workers: int, num_gpus: float, resources: Resources, *, per_trial: bool = False
 ) -> None:
-    """Check that these resources are enough for one training; see `check_resources`."""
-    num_workers = num_gpus or num_workers
+    """Check that one training's workers find places on these nodes; see `check_resources`."""
+    num_workers = math.ceil(num_gpus) or num_workers
+    gpus_per_worker = num_gpus / num_workers
+    places = sum(num_workers_on(node, 1, gpus_per_worker) for node in resources.nodes)
+    if num_workers <= places:
+        return
     workers_option, gpus_option = "--workers", "--gpus"
     if per_trial:
         workers_option, gpus_option = "--workers-per-trial", "--gpus-per-trial"
-    if num_gpus > resources.gpus:
+    if num_gpus:
         # A trial uses GPUs also because the run does.
         on_cpus = f"{gpus_option} and set cluster.num_gpus=0" if per_trial else gpus_option
-        raise UserError(_too_few_gpus(num_gpus, resources, gpus_option, on_cpus))
-    if num_workers > resources.cpus:
-        raise UserError(
-            f"{num_workers} workers were asked for, but {resources.place} has {_cpus(resources)}, "
-            f"and each worker needs one; type {workers_option} {resources.cpus}"
-        )
-
-
-def _too_few_gpus(num_gpus: int, resources: Resources, option: str, option_for_cpus: str) -> str:
-    wanted = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
-    cluster = f"set RAY_ADDRESS to a Ray cluster that has {wanted}"
-    if resources.gpus:
-        return (
-            f"{option} {num_gpus}: {resources.place} has {resources.gpus} of them; "
-            f"type {option} {resources.gpus}, or {cluster}"
-        )
-    import torch
-
-    is_cpu_build = torch.version.cuda is None and getattr(torch.version, "hip", None) is None
-    build = f" {torch.__version__} (a build without GPU support)" if is_cpu_build else ""
-    return (
-        f"{option} {num_gpus}: {resources.place} has no GPU that PyTorch{build} can use; "
-        f"leave out {option_for_cpus} to train on its {_cpus(resources)}, or {cluster}"
+        raise UserError(_too_few_gpus(num_gpus, places, resources, gpus_option, on_cpus))
+    raise UserError(
+        f"{num_workers} workers were asked for, but {resources.place} has {_cpus(resources)}, "
+        f"and each worker needs one; type {workers_option} {resources.cpus}"
     )
 
 
+def _too_few_gpus(
+    num_gpus: float, places: int, resources: Resources, option: str, option_for_cpus: str
+) -> str:
+    is_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    other = f"set RAY_ADDRESS to a Ray cluster that has {num_gpus:g} GPU{'s' * (num_gpus > 1)}"
+    if is_cluster:
+        other = "set cluster.wait_for_gpus=true to wait for nodes that join later"
+    if resources.gpus:
+        needs = "" if resources.gpus < num_gpus else ", and each worker needs a CPU beside its GPU"
+        return (
+            f"{option} {num_gpus:g}: {resources.place} has {resources.gpus} "
+            f"({describe_nodes(resources.nodes)}){needs}; "
+            + (f"type {option} {places}, or {other}" if places else other)
+        )
+    return (
+        f"{option} {num_gpus:g}: {resources.place} has no GPU"
+        f"{'' if is_cluster else f' that PyTorch{_torch_build()} can use'}; "
+        f"leave out {option_for_cpus} to train on its {_cpus(resources)}, or {other}"
+    )
+
+
+def _torch_build() -> str:
+    import torch
+
+    is_cpu_build = torch.version.cuda is None and getattr(torch.version, "hip", None) is None
+    return f" {torch.__version__} (a build without GPU support)" if is_cpu_build else ""
+
+
 def _cpus(resources: Resources) -> str:
-    return f"{resources.cpus} CPU{'s' * (resources.cpus > 1)}"
+    return f"{resources.cpus} CPU{'s' * (resources.cpus != 1)}"
 
 
 def _available_cpus() -> int:

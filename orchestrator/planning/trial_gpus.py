@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
+from orchestrator.planning.nodes import num_sharing
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.resources import local_free_bytes
 from orchestrator.settings import Settings
@@ -50,14 +52,15 @@ def assign_trial_gpus(
         per_trial = next(fitting, num_gpus)
     if per_trial > num_gpus:
         raise UserError(
-            f"a trial asks for {per_trial} GPUs (sweep.gpus_per_trial, sweep.workers_per_trial), "
+            f"a trial asks for {per_trial:g} GPUs (sweep.gpus_per_trial, sweep.workers_per_trial), "
             f"and the run has {num_gpus} (cluster.num_gpus); lower the first or raise the second"
         )
-    at_once = min(sweep.trials_at_once or num_gpus, num_gpus // per_trial)
+    most = num_gpus * num_sharing(per_trial) // ceil(per_trial)
+    at_once = min(sweep.trials_at_once or most, most)
     return _with_sweep(settings, gpus_per_trial=per_trial, trials_at_once=at_once)
 
 
-def _with_sweep(settings: Settings, **changes: int) -> Settings:
+def _with_sweep(settings: Settings, **changes: float) -> Settings:
     return settings.model_copy(update={"sweep": settings.sweep.model_copy(update=changes)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -16,6 +17,8 @@ from orchestrator.workspace.errors import quoted, shortened
 _MODEL_WITH_COUNT = re.compile(r"((?P<method>.+), )?r = [0-9.,*]+")
 """How users write a model with its corrections: `r = 3`, `other, r = 3..0`."""
 
+MIN_GPU_SHARE = 0.01
+"""Smallest share of a GPU that a trial may ask for."""
 MAX_SEED = 2**32 - 1
 """Largest seed that every library's generator takes."""
 
@@ -82,11 +85,26 @@ class SweepSettings(Section):
     """Most trials at the same time (default: as many as CPUs or `cluster.num_gpus` allow)."""
     workers_per_trial: int = Field(default=1, gt=0)
     """Data-parallel workers of each trial; with GPUs, one each. Not part of a trial's key."""
-    gpus_per_trial: int | None = Field(default=None, ge=0)
-    """GPUs of each trial; 0 trains on CPUs (default: the fewest of `cluster.num_gpus` on which
-    every trial fits)."""
+    gpus_per_trial: float | None = Field(default=None, ge=0)
+    """GPUs of each trial, or a share of one, such as 0.25; 0 trains on CPUs (default: the fewest of
+    `cluster.num_gpus` on which every trial fits)."""
     max_failures_per_trial: int = Field(default=2, ge=0)
     """Retries of a failed trial."""
+
+    @property
+    def num_workers_per_trial(self) -> int:
+        """Workers of each trial, one for each of its GPUs."""
+        return ceil(self.gpus_per_trial or 0) or self.workers_per_trial
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _refuse_parts_of_several_gpus(cls, gpus: float | None) -> float | None:
+        if gpus and (gpus < MIN_GPU_SHARE or (gpus > 1 and gpus % 1)):
+            raise ValueError(
+                f"{gpus:g} GPUs are neither whole GPUs nor a share of one; give a whole number, or "
+                f"a share from {MIN_GPU_SHARE:g} to 1"
+            )
+        return gpus
 
     @field_validator("budgets")
     @classmethod

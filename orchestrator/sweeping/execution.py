@@ -243,9 +243,8 @@ def _check_trials(
     to_train = [*(job for job in waiting if finished_outcome(job) is None), *to_come]
     trainings = [planned_training(job) for job in to_train]
     settings = assign_trial_gpus(settings, trainings)
-    num_workers = settings.sweep.gpus_per_trial or settings.sweep.workers_per_trial
     for job in [*waiting, *to_come[:1]]:
-        check_job(job, num_workers=num_workers)
+        check_job(job, num_workers=settings.sweep.num_workers_per_trial)
     group = trial_group(trainings, settings, workspace.teachers)
     check_fit(PlannedWork(groups=[group], folder=workspace.root))
     return settings

@@ -18,6 +18,7 @@ from changed_trials import with_accuracy, with_job
 
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
+from orchestrator.planning.nodes import Node
 from orchestrator.planning.resources import Resources
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob, TrainingOutcome
@@ -35,6 +36,7 @@ from orchestrator.workspace.journal import read_journal
 DRIVER = """
 import json, sys
 from orchestrator.cluster import local
+from orchestrator.planning.nodes import Node
 from orchestrator.planning.resources import Resources
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.records.training import TrainingJob
@@ -42,7 +44,7 @@ from orchestrator.workspace.errors import Interrupted
 
 jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
 local.POLL_SECONDS = 0.0
-local.local_resources = lambda **_: Resources(cpus=1, gpus=0)
+local.local_resources = lambda **_: Resources((Node(1),))
 
 def watch():
     if sys.argv[2] == "hold" and find_checkpoints(jobs[0].folder):
@@ -172,7 +174,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(
     (resumed,) = events(job, "resumed")
     assert resumed["step"] >= 10
     assert resumed["pid"] == second.pid
-    monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources(cpus=1, gpus=0))
+    monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources((Node(1),)))
     (whole,) = run_local_jobs([job.model_copy(update={"run_folder": f"{job.run_folder}-whole"})])
     assert outcome["validation_loss"] == whole.validation_loss
     assert weights_key(Path(outcome["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))

@@ -15,6 +15,7 @@ import pytest
 from orchestrator import cli
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
+from orchestrator.planning.nodes import Node
 from orchestrator.planning.resources import Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import step_of, weights_key
@@ -65,7 +66,7 @@ def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
     from orchestrator.cluster.ray_train import run_train_jobs
 
     # As many threads as the one worker of the session's Ray.
-    monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources(cpus=2, gpus=0))
+    monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources((Node(2),)))
     under_ray = job.model_copy(update={"run_folder": f"{job.run_folder}-ray"})
     (expected,) = run_train_jobs([under_ray])
     (outcome,) = run_local_jobs([job])

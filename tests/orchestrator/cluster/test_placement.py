@@ -1,40 +1,128 @@
-"""Trials get CPUs or GPUs for all of their workers or none, and share the CPUs evenly."""
+"""Jobs get CPUs or GPUs for all of their workers or none, on nodes that really hold them."""
 
 from __future__ import annotations
 
 import itertools
+import math
+from copy import deepcopy
+from dataclasses import dataclass
 
 import pytest
 
-from orchestrator.cluster.placement import Placement, trial_placement
+from orchestrator.cluster.placement import Placement, job_placement, trial_placement
+from orchestrator.planning.nodes import Node
 from orchestrator.planning.resources import Resources
 from orchestrator.settings import SweepSettings
 from orchestrator.workspace.errors import UserError
 
+HEAD = Node(8)
+DOCUMENTED = (HEAD, *[Node(64, 8)] * 4)
+UNEQUAL = (HEAD, Node(64, 8), Node(16, 4))
+FEW_CPUS = (Node(4, 8), Node(16, 8))
+CLUSTERS = [
+    (Node(2),), (Node(16, 2),), (Node(3), Node(3)), (Node(7), Node(2), Node(5)),
+    DOCUMENTED, UNEQUAL, FEW_CPUS, (Node(1, 1), Node(31, 4)), (Node(0, 8), Node(16, 2)),
+]  # fmt: skip
 
-def placement(cpus: int, gpus: int = 0, num_trials: int = 100, **sweep: int) -> Placement:
-    return trial_placement(SweepSettings(**sweep), num_trials, Resources(cpus, gpus))
+
+def placement(cpus: int, gpus: int = 0, num_trials: int = 100, **sweep: float) -> Placement:
+    resources = Resources((Node(cpus, gpus),))
+    return trial_placement(SweepSettings.model_validate(sweep), num_trials, resources)
 
 
-def test_all_workers_of_jobs_that_run_together_fit() -> None:
+@dataclass
+class FreeNode:
+    """What is free on a node, as Ray counts it: GPUs one by one, in ten-thousandths."""
+
+    cpus: int
+    gpus: list[int]
+
+    def take(self, found: Placement, most: int) -> int:
+        """Place at most so many workers, and return how many."""
+        share = round(found.gpus * 10_000)
+        for number in range(most):
+            free = [n for n, rest in enumerate(self.gpus) if rest >= share]
+            if self.cpus < found.cpus or (share and not free):
+                return number
+            self.cpus -= found.cpus
+            if share:
+                self.gpus[free[0]] -= share
+        return most
+
+
+def fits(nodes: tuple[Node, ...], found: Placement) -> bool:
+    """Place the jobs one by one, as Ray does."""
+    free = [FreeNode(node.cpus, [10_000] * node.gpus) for node in nodes]
+    for _ in range(found.jobs_at_once):
+        if found.on_one_node:
+            holding = (n for n in free if deepcopy(n).take(found, found.workers) == found.workers)
+            places = list(holding)[:1]
+        else:
+            places = free
+        workers_left = found.workers
+        for node in places:
+            workers_left -= node.take(found, workers_left)
+        if workers_left:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("nodes", CLUSTERS)
+def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes: tuple[Node, ...]) -> None:
+    for asked, num_jobs in itertools.product(range(1, 33), (1, 2, 3, 100)):
+        for num_workers, num_gpus in ((asked, 0), (1, asked), (1, 1 / asked)):
+            try:
+                found = job_placement(num_jobs, num_workers, num_gpus, Resources(nodes))
+            except UserError:
+                continue
+            assert (found.workers, found.gpus > 0) == (
+                math.ceil(num_gpus) or num_workers, num_gpus > 0,
+            )  # fmt: skip
+            assert fits(nodes, found), (asked, num_jobs, found)
+            more = {**vars(found), "jobs_at_once": found.jobs_at_once + 1}
+            assert found.jobs_at_once == num_jobs or not fits(nodes, Placement(**more)), found
+
+
+def test_jobs_on_cpus_share_all_cpus_evenly() -> None:
     for cpus, workers, trials in itertools.product(range(1, 17), range(1, 5), range(1, 6)):
         if workers <= cpus:
             found = placement(cpus, num_trials=trials, workers_per_trial=workers)
-            taken = found.jobs_at_once * found.workers * found.cpus
-            assert taken <= cpus, "nobody waits for a place that another holds"
-            assert found.jobs_at_once == min(trials, cpus // workers), "and none is left to wait"
-            assert cpus - taken < found.jobs_at_once * found.workers, "no thread is left for all"
+            assert found.jobs_at_once == min(trials, cpus // workers)
+            assert found.cpus == cpus // (found.jobs_at_once * workers)
+    one = [job_placement(1, workers, 0, Resources(DOCUMENTED)).cpus for workers in (1, 4, 5, 9)]
+    assert one == [64, 64, 32, 21], "on nodes, not of their sum"
 
 
-def test_examples() -> None:
-    assert placement(2) == Placement(jobs_at_once=2, workers=1, cpus=1, use_gpu=False)
-    assert placement(2, workers_per_trial=2) == Placement(
-        jobs_at_once=1, workers=2, cpus=1, use_gpu=False
+@pytest.mark.parametrize(
+    ("nodes", "num_gpus", "at_once", "cpus", "on_one_node"),
+    [
+        (DOCUMENTED, 8, 4, 8, True),
+        (DOCUMENTED, 16, 2, 8, False),
+        (DOCUMENTED, 24, 1, 8, False),
+        (DOCUMENTED, 32, 1, 8, False),
+        (DOCUMENTED, 3, 8, 8, True),  # Not ten, two of which would lie on two nodes each.
+        (DOCUMENTED, 0.25, 100, 2, True),
+        (UNEQUAL, 8, 1, 4, True),
+        (UNEQUAL, 12, 1, 4, False),
+        (UNEQUAL, 4, 3, 4, True),
+        (FEW_CPUS, 8, 1, 1, True),
+        (FEW_CPUS, 12, 1, 1, False),
+        (FEW_CPUS, 0.5, 20, 1, True),
+        ((Node(16, 4),), 2, 2, 4, True),
+    ],
+)
+def test_workers_with_gpus_get_the_fewest_cpus_per_gpu_of_any_node(
+    nodes: tuple[Node, ...], num_gpus: float, at_once: int, cpus: int, on_one_node: bool
+) -> None:
+    found = job_placement(100, 1, num_gpus, Resources(nodes))
+    assert (found.jobs_at_once, found.cpus, found.on_one_node) == (at_once, cpus, on_one_node)
+
+
+def test_trials_share_a_gpu() -> None:
+    assert placement(16, 2, gpus_per_trial=0.25) == Placement(
+        jobs_at_once=8, workers=1, cpus=2, gpus=0.25, on_one_node=True
     )
-    assert placement(8, workers_per_trial=2, trials_at_once=2).cpus == 2
-    assert placement(16, 4, gpus_per_trial=2) == Placement(
-        jobs_at_once=2, workers=2, cpus=4, use_gpu=True
-    )
+    assert placement(16, 2, gpus_per_trial=0.25, trials_at_once=3).jobs_at_once == 3
     assert placement(8, trials_at_once=50).jobs_at_once == 8, "more than fit are cut down"
 
 
@@ -46,9 +134,29 @@ def test_examples() -> None:
             {"gpus_per_trial": 1},
             ["--gpus-per-trial 1", "leave out --gpus-per-trial and set cluster.num_gpus=0"],
         ),
+        ({"gpus_per_trial": 0.5}, ["--gpus-per-trial 0.5", "no GPU"]),
     ],
 )
-def test_what_never_fits_says_what_would(sweep: dict[str, int], words: list[str]) -> None:
+def test_what_never_fits_says_what_would(sweep: dict[str, float], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         placement(2, **sweep)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_gpus", "words"),
+    [
+        (DOCUMENTED, 33, ["has 32 (4 nodes with 64 CPUs and 8 GPUs each, 1 node with 8 CPUs)",
+                          "type --gpus 32", "cluster.wait_for_gpus=true"]),
+        (FEW_CPUS, 13, ["has 16", "a CPU beside its GPU", "type --gpus 12"]),
+        ((Node(0, 4), HEAD), 1, ["has 4", "a CPU beside its GPU; set cluster.wait"]),
+        ((HEAD,), 1, ["the cluster at x has no GPU; leave out --gpus", "its 8 CPUs"]),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_lacks_gpus_says_what_its_nodes_have(
+    nodes: tuple[Node, ...], num_gpus: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "x")
+    with pytest.raises(UserError) as error:
+        job_placement(1, 1, num_gpus, Resources(nodes, "the cluster at x"))
     assert all(word in str(error.value) for word in words), error.value

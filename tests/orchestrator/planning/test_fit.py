@@ -154,6 +154,25 @@ def test_trials_that_do_not_fit_in_memory_together_are_refused(tiny_plan: SweepP
         check(0.1, 1)
 
 
+def test_trials_share_the_memory_of_their_gpu(tiny_plan: SweepPlan) -> None:
+    own = [planned_training(trial.job) for trial in tiny_plan.trials if trial.job]
+    trainings = tuple(replace(training, on_gpus=True) for training in own)
+    needed = max(training.worker_bytes for training in trainings)
+
+    def check(at_once: int, sharing: int) -> None:
+        group = TrainingGroup(
+            trainings=trainings, at_once=at_once, sharing_a_gpu=sharing, is_trials=True
+        )
+        free = FreeBytes(memory=3 * needed, disk=None)
+        check_fit(PlannedWork(groups=[group], folder=Path()), measure_free=always(free))
+
+    check(3, 3)
+    check(3, 4)
+    check(16, 1)
+    with pytest.raises(UserError, match="shared by 4 trials, has"):
+        check(4, 4)
+
+
 def test_trainings_that_fit_on_the_disk_only_one_by_one_are_refused(tiny_plan: SweepPlan) -> None:
     trainings = [planned_training(trial.job) for trial in tiny_plan.trials if trial.job]
     assert len(trainings) == 4

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.planning.nodes import Node
 from orchestrator.planning.resources import (
     Resources,
     check_available,
@@ -18,8 +19,8 @@ from orchestrator.planning.resources import (
 )
 from orchestrator.workspace.errors import UserError
 
-TWO_CPUS = Resources(cpus=2, gpus=0)
-TWO_GPUS = Resources(cpus=16, gpus=2)
+TWO_CPUS = Resources((Node(2),))
+TWO_GPUS = Resources((Node(16, 2),))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_job_that_fits_passes(num_workers: int, num_gpus: int, resources: Reso
         (1, 8, TWO_CPUS, ["--gpus 8", "no GPU", "leave out --gpus", "2 CPUs", "RAY_ADDRESS"]),
         (1, 8, TWO_GPUS, ["--gpus 8", "has 2", "type --gpus 2", "RAY_ADDRESS"]),
         (3, 0, TWO_CPUS, ["3 workers", "2 CPUs", "type --workers 2"]),
-        (2, 0, Resources(cpus=1, gpus=0, place="the cluster at x"), ["the cluster at x", "1 CPU,"]),
+        (2, 0, Resources((Node(1),), "the cluster at x"), ["the cluster at x", "1 CPU,"]),
     ],
 )
 def test_a_job_that_does_not_fit_is_refused_with_what_would(

@@ -24,7 +24,7 @@ from orchestrator.workspace.errors import UserError
 
 def assigned(
     *assignments: str, trainings: tuple[PlannedTraining, ...] = ()
-) -> tuple[int, int | None]:
+) -> tuple[float, int | None]:
     """Return the GPUs of a trial, and how many trials run at once."""
     settings = resolve_settings({}, assignments)
     sweep = assign_trial_gpus(settings, trainings, gpu_bytes=ASSUMED_GPU_BYTES).sweep
@@ -38,7 +38,15 @@ def test_trials_share_the_gpus_of_the_run() -> None:
     assert assigned("cluster.num_gpus=8", "sweep.trials_at_once=3") == (1, 3)
     assert assigned("cluster.num_gpus=8", "sweep.gpus_per_trial=3") == (3, 2)
     assert assigned("cluster.num_gpus=8", "sweep.workers_per_trial=4") == (4, 2)
+    assert assigned("cluster.num_gpus=2", "sweep.gpus_per_trial=0.25") == (0.25, 8)
+    assert assigned("cluster.num_gpus=1", "sweep.gpus_per_trial=0.3") == (0.3, 3)
     assert assigned("sweep.gpus_per_trial=2") == (2, None), "of a run on CPUs, as many as there are"
+
+
+@pytest.mark.parametrize("gpus", [1.5, 0.001])
+def test_a_part_of_several_gpus_is_refused(gpus: float) -> None:
+    with pytest.raises(UserError, match=f"{gpus} GPUs are neither whole GPUs nor a share of one"):
+        assigned(f"sweep.gpus_per_trial={gpus}")
 
 
 def test_a_trial_gets_the_smallest_number_of_gpus_on_which_it_fits() -> None:
