@@ -36,6 +36,11 @@ class Placement:
         return self.gpus > 0
 
     @property
+    def strategy(self) -> str:
+        """How Ray packs a job's workers: on one node, or on as few as there is room on."""
+        return "STRICT_PACK" if self.on_one_node else "PACK"
+
+    @property
     def worker_resources(self) -> dict[str, float]:
         """What Ray reserves for each worker."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}

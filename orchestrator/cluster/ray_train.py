@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from orchestrator.cluster.devices import collective_backend, worker_device
+from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
 from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
@@ -64,7 +66,7 @@ def run_train_jobs(
     Args:
         jobs: What to train, each in a folder of its own; checked by `check_trainings`.
         watch: Called a few times a second, to show progress.
-        note: Called with a sentence if another process is waited for.
+        note: Called with a sentence if another process or a node is waited for.
         say: Called with a sentence when Ray starts.
 
     Raises:
@@ -81,6 +83,9 @@ def run_train_jobs(
                 clear_stop_request(job.folder)
             sizes = [_journal_bytes(job) for job in ours]
             with ray_cluster(say=say) as resources, recorded_signals() as signals:
+                if cluster.wait_for_gpus:
+                    wait_for_gpus(cluster.num_gpus, note)
+                    resources = replace(resources, nodes=alive_nodes())
                 placement = job_placement(
                     len(ours), cluster.num_workers, cluster.num_gpus, resources
                 )
@@ -136,7 +141,7 @@ def fit_job(
             num_workers=placement.workers,
             use_gpu=placement.use_gpu,
             resources_per_worker=placement.worker_resources,
-            placement_strategy="STRICT_PACK" if placement.on_one_node else "PACK",
+            placement_strategy=placement.strategy,
         ),
         torch_config=PrivateTorchConfig(backend=collective_backend(use_gpu=placement.use_gpu)),
         run_config=train_api.RunConfig(

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def ray_cluster(
     """
     global _running
     if _running is not None:
-        yield _running
+        yield replace(_running, nodes=alive_nodes())  # Nodes may have joined or left.
         return
     if say:
         say("starting Ray")

@@ -17,6 +17,9 @@ class ClusterSettings(Section):
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: int = Field(default=0, ge=0)
     """GPUs of a training job; 0 trains on CPUs."""
+    wait_for_gpus: bool = False
+    """Wait, before a job starts, until its GPUs are free, also those of nodes that join the cluster
+    later; otherwise a job that the nodes cannot hold is refused."""
     storage: str | None = None
     """URI of a second place for pretraining checkpoints, such as `s3://bucket/runs`. They are
     copied there during training, and fetched from there if the workspace has none."""

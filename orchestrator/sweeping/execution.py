@@ -159,6 +159,7 @@ class _SweepRun:
             asha=asha,
             stopped=stopped,
             on_end=self._record_end,
+            waits_for_gpus=self.settings.cluster.wait_for_gpus,
         )
         queue.run(self._with_shared_teacher(waiting), self.search)
         self._record_end()

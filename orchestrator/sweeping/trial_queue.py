@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.asha_scheduler import AshaByModel
+from orchestrator.cluster.nodes import wait_for_gpus
 from orchestrator.cluster.ray_tune import TrialContext, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
@@ -54,6 +55,8 @@ class TrialQueue:
     """Key of each trial that can be stopped early -> what it is compared with."""
     on_end: Callable[[], None] = lambda: None
     """Called in this thread whenever a trial has ended."""
+    waits_for_gpus: bool = False
+    """Whether to wait for the GPUs of one trial before the first starts."""
     failures: dict[str, str] = field(default_factory=dict)
     """Label -> reason of trials that failed for good."""
     made: set[str] = field(default_factory=set)
@@ -78,6 +81,8 @@ class TrialQueue:
         num_found = self.num_all - len(waiting) - num_new - len(self.stopped)
         if waiting or num_new:
             with ray_cluster(say=partial(self.progress.advance, num_found)):
+                if self.waits_for_gpus:
+                    wait_for_gpus(self.settings.gpus_per_trial or 0, self.progress.note)
                 self._run_or_wait(waiting)
                 if search:
                     self._run_search(search)

@@ -136,7 +136,7 @@ def wait_interruptibly(
     begin: Callable[[], None] | None = None,
     watch: Callable[[], None] | None = None,
 ) -> None:
-    """Wait for another process; Ctrl-C and SIGTERM end the wait, not the other process.
+    """Wait for another process or a node; Ctrl-C and SIGTERM end the wait alone.
 
     Args:
         is_over, watch: Called every `POLL_SECONDS`; `watch` shows progress.
@@ -151,10 +151,7 @@ def wait_interruptibly(
         while True:
             ended = is_over()
             if signals:
-                raise Interrupted(
-                    "interrupted while waiting for another process; run the same command again to "
-                    "resume"
-                )
+                raise Interrupted("interrupted while waiting; run the same command again to resume")
             if ended:
                 return
             time.sleep(POLL_SECONDS)

@@ -233,7 +233,7 @@ def test_only_the_process_with_the_lock_removes_a_stop_file(job: TrainingJob) ->
     with lock_run_folder(job.folder) as is_ours:
         assert is_ours
         request_stop(job.folder)
-        with pytest.raises(Interrupted, match="waiting for another process"):
+        with pytest.raises(Interrupted, match="interrupted while waiting;"):
             run_local_jobs([job], watch=stop_waiting)
     assert set(waits) == {True}
     assert (job.folder / STOP_NAME).exists()

@@ -1,0 +1,137 @@
+"""Jobs are placed on the cluster that docs/scaling.md describes, and on nodes of unequal size.
+
+Its GPUs are pretended, and the cluster has a process of its own. Nothing is trained: the placement
+group of each job that runs at the same time becomes ready, as Ray Train and Ray Tune ask for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+CLUSTER = """
+import json, os, subprocess, sys, threading
+import orchestrator.cluster  # sets what Ray reads when it is imported
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+def add(cpus, gpus):
+    return cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=80 * 2**20)
+
+cluster = Cluster()
+cluster.add_node(
+    num_cpus=8, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False
+)
+os.environ["RAY_ADDRESS"] = cluster.address
+
+from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
+from orchestrator.cluster.placement import job_placement
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.planning.resources import Resources
+
+def place(num_gpus, num_jobs):
+    job = job_placement(num_jobs, 1, num_gpus, Resources(alive_nodes()))
+    groups = [
+        placement_group([job.worker_resources] * job.workers, strategy=job.strategy)
+        for _ in range(job.jobs_at_once)
+    ]
+    ready = [group.wait(30) for group in groups]
+    used = [set(placement_group_table(g)["bundles_to_node_id"].values()) for g in groups]
+    for group in groups:
+        remove_placement_group(group)
+    return {"ready": ready, "nodes": [len(nodes) for nodes in used], "cpus": job.cpus}
+
+"""
+PLACE = f"""{CLUSTER}
+cases = json.loads(sys.argv[1])
+found = {{}}
+with ray_cluster():
+    waiting, notes = threading.Event(), []
+    waiter = threading.Thread(
+        target=wait_for_gpus, args=(8, lambda text: (notes.append(text), waiting.set()))
+    )
+    waiter.start()
+    waiting.wait(60)
+    nodes = [add(64, 8)]
+    waiter.join(60)
+    found["waited"] = [notes, waiter.is_alive()]
+    nodes += [add(64, 8) for _ in range(3)]
+    found["documented"] = [place(*case) for case in cases["documented"]]
+    for node in nodes[1:]:
+        cluster.remove_node(node)
+    add(16, 4)
+    found["unequal"] = [place(*case) for case in cases["unequal"]]
+cluster.shutdown()
+print(json.dumps(found))
+"""
+DOCUMENTED = {int(number) for number in re.findall(r"--gpus (\d+)", TEXT)}
+GPUS = sorted(DOCUMENTED | {16, 24})
+NUM_NODES = {1: 1, 8: 1, 16: 2, 24: 3, 32: 4}
+CASES = {
+    "documented": [*[[gpus, 100] for gpus in GPUS], [0.25, 100], [3, 100]],
+    "unequal": [[8, 100], [12, 100], [4, 100], [0.5, 100]],
+}
+
+pytestmark = pytest.mark.slow
+
+
+def run_with_cluster(code: str, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    # Short: a socket's path has little room.
+    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={**environment, "RAY_TMPDIR": scratch, "IIET_PRETENDED_GPUS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return json.loads(run_with_cluster(PLACE, json.dumps(CASES)).splitlines()[-1])
+
+
+def test_every_documented_number_of_gpus_is_placed_on_the_fewest_nodes(
+    found: dict[str, Any],
+) -> None:
+    assert {1, 8, 32} <= DOCUMENTED
+    for gpus, placed in zip(GPUS, found["documented"], strict=False):
+        assert placed["ready"] == [True] * (32 // gpus)
+        assert placed["nodes"] == [NUM_NODES[gpus]] * (32 // gpus), gpus
+        assert placed["cpus"] == 8
+
+
+def test_trials_that_share_gpus_and_trials_of_three_are_placed(found: dict[str, Any]) -> None:
+    shares, threes = found["documented"][len(GPUS) :]
+    assert (len(shares["ready"]), all(shares["ready"])) == (100, True)
+    assert threes["ready"] == [True] * 8
+    assert threes["nodes"] == [1] * 8
+
+
+def test_jobs_are_placed_on_nodes_of_unequal_size(found: dict[str, Any]) -> None:
+    eight, twelve, four, halves = found["unequal"]
+    assert (eight["ready"], eight["nodes"], eight["cpus"]) == ([True], [1], 4)
+    assert (twelve["ready"], twelve["nodes"]) == ([True], [2])
+    assert (four["ready"], four["nodes"]) == ([True] * 3, [1] * 3)
+    assert halves["ready"] == [True] * 24
+
+
+def test_a_job_waits_for_a_node_that_joins_later(found: dict[str, Any]) -> None:
+    notes, still_waits = found["waited"]
+    assert notes == ["waiting for 8 free GPUs; the cluster has 1 node with 8 CPUs"]
+    assert not still_waits
