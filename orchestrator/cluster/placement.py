@@ -15,6 +15,9 @@ from orchestrator.planning.nodes import cpus_of_cpu_worker, cpus_of_gpu_worker, 
 from orchestrator.planning.resources import Resources, check_available
 from orchestrator.settings import SweepSettings
 
+TRIAL_PROCESS_BYTES = 256 * 2**20
+"""Memory of a process that imports PyTorch and waits for its workers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -44,6 +47,16 @@ class Placement:
     def worker_resources(self) -> dict[str, float]:
         """What Ray reserves for each worker."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+    @property
+    def trial_resources(self) -> dict[str, float]:
+        """What Ray reserves for a trial's own process.
+
+        A single worker is that process. If there are several, they reserve their own CPUs and GPUs,
+        and a trial that took some, too, could keep them from its workers. By its memory, Ray
+        spreads the processes over the nodes.
+        """
+        return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
 
 
 def job_placement(

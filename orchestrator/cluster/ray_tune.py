@@ -49,9 +49,6 @@ tune: Any = ray.tune
 
 T = TypeVar("T")
 
-TRIAL_PROCESS_BYTES = 256 * 2**20
-"""Memory of a trial's own process, which imports PyTorch and waits for its workers."""
-
 
 @dataclass(frozen=True)
 class TrialContext:
@@ -169,18 +166,13 @@ def _tuner(
     trainable = tune.with_parameters(
         _tune_trial, function=function, stop_folder=callback.stop_folder, placement=placement
     )
-    own = placement.worker_resources
-    if placement.workers > 1:
-        # The workers have CPUs and GPUs of their own, and a trial that reserved some, too, could
-        # keep them from its workers. By memory, Ray spreads the trials' processes over the nodes.
-        own = {"memory": TRIAL_PROCESS_BYTES}
     search = trials if isinstance(trials, TrialSearch) else None
     space = {}
     if not isinstance(trials, TrialSearch):
         configs = [{"key": key, "parameters": json.dumps(own)} for key, own in trials.items()]
         space = {"trial": tune.grid_search(configs)}
     return tune.Tuner(
-        tune.with_resources(trainable, own),
+        tune.with_resources(trainable, placement.trial_resources),
         param_space=space,
         # The same processes serve one trial after another: 1 s a trial instead of 2 to 3.
         tune_config=tune.TuneConfig(

@@ -41,15 +41,22 @@ from orchestrator.planning.resources import Resources
 
 def place(num_gpus, num_jobs):
     job = job_placement(num_jobs, 1, num_gpus, Resources(alive_nodes()))
-    groups = [
-        placement_group([job.worker_resources] * job.workers, strategy=job.strategy)
-        for _ in range(job.jobs_at_once)
-    ]
-    ready = [group.wait(30) for group in groups]
-    used = [set(placement_group_table(g)["bundles_to_node_id"].values()) for g in groups]
-    for group in groups:
+    number = range(job.jobs_at_once)
+    trials = [placement_group([job.trial_resources]) for _ in number if job.workers > 1]
+    workers = [placement_group([job.worker_resources] * job.workers, job.strategy) for _ in number]
+    ready = [group.wait(30) for group in trials + workers]
+    nodes_of_trials, nodes = (
+        [set(placement_group_table(g)["bundles_to_node_id"].values()) for g in groups]
+        for groups in (trials, workers)
+    )
+    for group in trials + workers:
         remove_placement_group(group)
-    return {"ready": ready, "nodes": [len(nodes) for nodes in used], "cpus": job.cpus}
+    return {
+        "ready": all(ready),
+        "nodes": [len(of_job) for of_job in nodes],
+        "nodes_of_trials": len(set().union(*nodes_of_trials)),
+        "cpus": job.cpus,
+    }
 
 """
 PLACE = f"""{CLUSTER}
@@ -111,24 +118,25 @@ def test_every_documented_number_of_gpus_is_placed_on_the_fewest_nodes(
 ) -> None:
     assert {1, 8, 32} <= DOCUMENTED
     for gpus, placed in zip(GPUS, found["documented"], strict=False):
-        assert placed["ready"] == [True] * (32 // gpus)
+        assert placed["ready"], gpus
         assert placed["nodes"] == [NUM_NODES[gpus]] * (32 // gpus), gpus
         assert placed["cpus"] == 8
 
 
 def test_trials_that_share_gpus_and_trials_of_three_are_placed(found: dict[str, Any]) -> None:
     shares, threes = found["documented"][len(GPUS) :]
-    assert (len(shares["ready"]), all(shares["ready"])) == (100, True)
-    assert threes["ready"] == [True] * 8
-    assert threes["nodes"] == [1] * 8
+    assert (shares["ready"], shares["nodes"]) == (True, [1] * 100)
+    assert (threes["ready"], threes["nodes"]) == (True, [1] * 8)
+    assert threes["nodes_of_trials"] > 1, "their own processes do not all lie on the same node"
 
 
 def test_jobs_are_placed_on_nodes_of_unequal_size(found: dict[str, Any]) -> None:
     eight, twelve, four, halves = found["unequal"]
-    assert (eight["ready"], eight["nodes"], eight["cpus"]) == ([True], [1], 4)
-    assert (twelve["ready"], twelve["nodes"]) == ([True], [2])
-    assert (four["ready"], four["nodes"]) == ([True] * 3, [1] * 3)
-    assert halves["ready"] == [True] * 24
+    assert all(placed["ready"] for placed in found["unequal"])
+    assert (eight["nodes"], eight["cpus"]) == ([1], 4)
+    assert twelve["nodes"] == [2]
+    assert four["nodes"] == [1] * 3
+    assert halves["nodes"] == [1] * 24
 
 
 def test_a_job_waits_for_a_node_that_joins_later(found: dict[str, Any]) -> None:
