@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import DeviceError
 
 PRETENDED_GPUS = "IIET_PRETENDED_GPUS"
 
@@ -28,12 +28,12 @@ def worker_device(*, use_gpu: bool) -> str:
         use_gpu: Whether it has reserved a GPU.
 
     Raises:
-        UserError: If PyTorch cannot use the GPU that Ray reserved.
+        DeviceError: If PyTorch cannot use the GPU that Ray reserved.
     """
     if not use_gpu or are_gpus_pretended():
         return "cpu"
     if not torch.cuda.is_available():
-        raise UserError(
+        raise DeviceError(
             f"Ray reserved a GPU on {os.uname().nodename}, but PyTorch {torch.__version__} cannot "
             "use it; install a CUDA build of PyTorch and a driver that it supports on each node"
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from orchestrator.evaluation.decode_timing import threads
+from orchestrator.planning.out_of_memory import out_of_memory_explained
 from orchestrator.planning.resources import local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
@@ -39,7 +40,7 @@ def run_local_jobs(
     """Run jobs one after the other in this process, the first GPU or the CPU; as `run_train_jobs`.
 
     Raises:
-        UserError: If a job cannot run as described.
+        UserError: If a job cannot run as described, or a GPU's memory is too small for it.
         Diverged: If a loss is not finite.
         Interrupted: After Ctrl-C or SIGTERM; says at which step the state is saved.
         Exception: What a job raised, also after a signal; then it says what is saved, too.
@@ -52,7 +53,8 @@ def run_local_jobs(
             with _saving_on_signals(ours, watch) as should_stop, threads(cpus):
                 for job in ours:
                     clear_stop_request(job.folder)
-                    outcome = run_job(job, world=world, should_stop=should_stop)
+                    with out_of_memory_explained(job, world):
+                        outcome = run_job(job, world=world, should_stop=should_stop)
                     if watch:
                         watch()
                     if not outcome.finished:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
 from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.planning.out_of_memory import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import recorded_signals, wait_for_work
@@ -31,7 +32,7 @@ from orchestrator.training.loop import Diverged
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
-from orchestrator.workspace.errors import RunFailed, UserError, first_line
+from orchestrator.workspace.errors import DeviceError, RunFailed, UserError, first_line
 from orchestrator.workspace.journal import JOURNAL_NAME
 
 # isort: split
@@ -109,7 +110,11 @@ def run_train_jobs(
 
 
 def fit_job(
-    job: TrainingJob, placement: Placement, *, parallel: str = "ddp", max_failures: int = 0
+    job: TrainingJob,
+    placement: Placement,
+    *,
+    parallel: Literal["ddp", "fsdp"] | None = None,
+    max_failures: int = 0,
 ) -> None:
     """Run one job in the Ray that runs already, from the driver or inside a trial.
 
@@ -117,11 +122,12 @@ def fit_job(
     outcome from the job's folder.
 
     Args:
-        parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it.
+        parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it; None for `ddp`
+            if the settings offer no choice.
         max_failures: How often it is started again after a worker died.
 
     Raises:
-        UserError: If the job cannot run as described.
+        UserError: If the job cannot run as described, or does not fit into its workers' memory.
         Diverged: If a loss is not finite.
         RunFailed: If it failed too often.
     """
@@ -151,11 +157,16 @@ def fit_job(
                 max_failures=max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
             logging_config=train_api.LoggingConfig(log_level="WARNING"),
+            callbacks=[_EndAtDeviceError()],
         ),
     )
     try:
         answer = trainer.fit().return_value
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        if isinstance(error, ray.train.ControllerError) and isinstance(
+            error.controller_failure, DeviceError
+        ):
+            raise error.controller_failure from None
         raise RunFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
@@ -173,13 +184,26 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
             rank=context.get_world_rank(),
             size=num_workers,
             device=_train_device(use_gpu=config["use_gpu"]),
-            parallel=config["parallel"],
+            parallel=config["parallel"] or "ddp",
         )
-        run_job(job, world=world)
+        with out_of_memory_explained(job, world, config["parallel"]):
+            run_job(job, world=world)
         return {}  # The outcome is read from the job's folder.
+    except DeviceError:
+        raise  # `_EndAtDeviceError` ends all workers: the others may wait for this one for ever.
     except Exception as error:
         # One of several workers that fails alone must die: the others wait for it for ever.
         return final_answer(error, is_stopping=num_workers == 1 and is_stop_requested(job.folder))
+
+
+class _EndAtDeviceError(train_api.UserCallback):  # type: ignore[misc]
+    """Ends a job, in Ray's controller, if a worker's device does not allow it."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Raise a worker's `DeviceError`: errors of callbacks are not tried again."""
+        for error in worker_exceptions.values():
+            if isinstance(error, DeviceError):
+                raise error
 
 
 def _train_device(*, use_gpu: bool) -> str:

@@ -25,6 +25,7 @@ from orchestrator.cluster.ray_train import RAY_FOLDER, final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
+from orchestrator.planning.out_of_memory import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.signals import POLL_SECONDS, run_interruptibly
@@ -74,7 +75,8 @@ class TrialContext:
         """Train a job here, or on the trial's workers; as `run_job`."""
         if self.placement.workers == 1:
             world = World(device=self.device)
-            return run_job(job, world=world, should_stop=should_stop, report=report)
+            with out_of_memory_explained(job, world):
+                return run_job(job, world=world, should_stop=should_stop, report=report)
         return train_with_workers(job, self.placement, should_stop=should_stop, report=report)
 
     def on_device(self, work: Callable[[str], T]) -> T:

@@ -132,7 +132,7 @@ def _check_memory(group: TrainingGroup, folder: Path, measure_free: MeasureFree)
 
 def _too_little_memory(training: PlannedTraining, free: int, place: str) -> str:
     each = f" for each of {training.num_workers} workers" if training.num_workers > 1 else ""
-    change = _nearest_fit(training, lambda other: other.worker_bytes <= free)
+    change = nearest_fit(training, lambda other: other.worker_bytes <= free)
     advice = f"the nearest setting that fits: {change}" if change else "no preset fits"
     return (
         f"training would take about {format_bytes(training.worker_bytes)}{each} "
@@ -157,7 +157,7 @@ def _check_disk(work: PlannedWork, disk: int) -> None:
         changes.append("--set distillation.teacher_cache=live")
     if len(trainings) == 1:
         others = total - trainings[0].new_bytes() - trainings[0].bytes_in_writing()
-        change = _nearest_fit(
+        change = nearest_fit(
             trainings[0],
             lambda other: others + other.new_bytes() + other.bytes_in_writing() <= disk,
         )
@@ -171,7 +171,8 @@ def _check_disk(work: PlannedWork, disk: int) -> None:
     )
 
 
-def _nearest_fit(training: PlannedTraining, fits: Callable[[PlannedTraining], bool]) -> str | None:
+def nearest_fit(training: PlannedTraining, fits: Callable[[PlannedTraining], bool]) -> str | None:
+    """Return what to type for the smallest change of a training that fits; None if none does."""
     return next((text for text, other in _alternatives(training) if fits(other)), None)
 
 

@@ -21,6 +21,10 @@ class UserError(_MaskedError, ValueError):
     """A mistake that the user can fix; its text says how. Exit code 2."""
 
 
+class DeviceError(UserError):
+    """A setting that the device of one worker does not allow; its other workers may not notice."""
+
+
 class Interrupted(_MaskedError):
     """A stop by Ctrl-C or SIGTERM; its text says what is saved. Exit code 130."""
 
