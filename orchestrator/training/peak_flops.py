@@ -1,23 +1,45 @@
-"""Peak FLOP/s of GPUs, by their vendors' figures."""
+"""Peak FLOP/s of GPUs, by their vendors' figures.
+
+A GPU is found by its full name: cards of one family differ by a third (H100 as module and as PCIe
+card), and a laptop's or a sliced GPU is another one. Figures are dense, without sparsity: bfloat16
+and TF32 on tensor cores, which compute float32 products as TF32 (`precision.py`).
+"""
 
 from __future__ import annotations
 
+import re
+
 ASSUMED_GPU = "H100"
-"""GPU that estimates assume on a machine without one."""
+"""GPU that estimates assume on a machine without one: the SXM module."""
 ASSUMED_GPU_BYTES = 79 * 2**30
 """Its free memory before anything runs."""
 
 _PEAK_TFLOPS = {
-    # Dense, without sparsity: bfloat16 on tensor cores, float32 on ordinary ones.
-    "B200": {"bf16": 2250.0, "fp32": 75.0},
-    "H200": {"bf16": 989.0, "fp32": 67.0},
-    "H100": {"bf16": 989.0, "fp32": 67.0},
-    "A100": {"bf16": 312.0, "fp32": 19.5},
-    "L40S": {"bf16": 362.0, "fp32": 91.6},
+    # Names without vendor, brand and size of the memory: (bfloat16, TF32).
+    "GB200": (2500.0, 1250.0),
+    "B200": (2250.0, 1100.0),
+    "H200": (989.0, 494.0),
+    "H100": (989.0, 494.0),
+    "H100 HBM3": (989.0, 494.0),
+    "H100 PCIE": (756.0, 378.0),
+    "A100 SXM4": (312.0, 156.0),
+    "A100 PCIE": (312.0, 156.0),
+    "L40S": (362.0, 183.0),
+    "RTX 4090": (165.0, 82.6),
+    "A40": (149.7, 74.8),
+    "A10": (125.0, 62.5),
+    "L4": (121.0, 60.0),
+    # Older ones have neither format; their products stay float32.
+    "V100 SXM2": (None, 15.7),
+    "T4": (None, 8.1),
 }
+_NO_PART_OF_THE_NAME = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB")
 
 
 def gpu_peak_flops(name: str, precision: str) -> float | None:
     """Return the peak FLOP/s of a GPU such as `NVIDIA H100 80GB HBM3`; None if it is unknown."""
-    known = next((peaks for model, peaks in _PEAK_TFLOPS.items() if model in name), None)
-    return known[precision] * 1e12 if known else None
+    words = re.split(r"[\s-]+", name.upper())
+    model = " ".join(word for word in words if not _NO_PART_OF_THE_NAME.fullmatch(word))
+    bf16, fp32 = _PEAK_TFLOPS.get(model, (None, None))
+    peak = bf16 if precision == "bf16" else fp32
+    return peak * 1e12 if peak else None
