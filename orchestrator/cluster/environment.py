@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,8 +26,10 @@ _LOCAL_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial and no job would use
     "RAY_enable_worker_prestart": "0",
 }
-
-
+TOKEN_NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Variables that hold Ray's token, or the path of its file."""
+_set_here: dict[str, str] = {}
+"""What `prepare_environment` set for a cluster that is started here."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Names of the options of PyTorch's allocator; all versions read the first, newer ones both."""
 
@@ -37,9 +40,25 @@ def prepare_environment() -> None:
     # this package before it uses a GPU.
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
-    is_local = not os.environ.get("RAY_ADDRESS")
-    for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if is_local else {})).items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if is_local and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    local = dict(_LOCAL_ENVIRONMENT)
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # One token for this process and its children; Ray would write one into the home folder.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        local["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    _set_here.update({name: value for name, value in local.items() if name not in os.environ})
+    os.environ.update(_set_here)
+
+
+def prepare_for_server() -> None:
+    """Prepare for requests to a cluster elsewhere; before Ray is imported.
+
+    Like `ray start`, use a token if there is one.
+    """
+    for name in _set_here:
+        os.environ.pop(name, None)
+    _set_here.clear()
+    if any(map(os.environ.get, TOKEN_NAMES)) or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

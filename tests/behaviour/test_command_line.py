@@ -111,6 +111,14 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["pick", "--dry-run", "--to", "there"], "--dry-run exports nothing"),
         (["pick", "--keep", "99"], "--keep"),
         (["pick", "--knee", "--confidence", "0.5"], "--confidence can be used with --keep"),
+        (["submit", "ui"], "`iiet-orch ui` does not run on a cluster"),
+        (["submit", "no-such-command"], "no-such-command"),
+        (["submit", "pretrain", "--gpu", "8"], "--gpus"),
+        (["submit", "pretrain", "--workspace", "here"], "by an absolute path (got here)"),
+        (["submit", "--name", "a/b", "pretrain"], "--name 'a/b'"),
+        (["submit", "--server", "ray://a", "pretrain"], "is no address of a job server"),
+        (["submit", "--server", "127.0.0.1:1", "pretrain"], "no job server answers at"),
+        (["jobs", "stop", "a", "--server", "127.0.0.1:1"], "no job server answers at"),
     ],
 )
 def test_a_mistake_prints_one_sentence_and_exits_with_2(
