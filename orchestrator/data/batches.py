@@ -45,21 +45,19 @@ class BatchPlan:
     def starts(
         self, step: int, *, global_batch: int, rank: int = 0, world_size: int = 1
     ) -> np.ndarray:
-        """Return the starts of one worker's sequences, int64, (global_batch / world_size,).
+        """Return the starts of one worker's sequences, int64.
+
+        The shares of the workers differ by at most one sequence.
 
         Args:
             step: Counts from 0.
-            global_batch: Sequences of all workers together.
+            global_batch: Sequences of all workers together, at least one for each.
             rank: Number of this worker, from 0.
             world_size: Number of workers.
-
-        Raises:
-            UserError: If the workers cannot share the batch evenly.
         """
-        check_even_split(global_batch, world_size)
-        num_sequences = global_batch // world_size
-        first = step * global_batch + rank * num_sequences
-        positions = np.arange(first, first + num_sequences, dtype=np.int64)
+        assert global_batch >= world_size
+        first, end = (global_batch * number // world_size for number in (rank, rank + 1))
+        positions = step * global_batch + np.arange(first, end, dtype=np.int64)
         starts = np.empty_like(positions)
         epochs = positions // self.num_windows
         for epoch in np.unique(epochs):
@@ -78,7 +76,7 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
     ) -> Batch:
-        """Return one worker's batch, int64, (global_batch / world_size, context_length)."""
+        """Return one worker's batch, int64, (its sequences, context_length)."""
         assert len(tokens) == self.num_tokens
         starts = self.starts(step, global_batch=global_batch, rank=rank, world_size=world_size)
         return Batch.of_text(_gather(tokens, starts, self.context_length))

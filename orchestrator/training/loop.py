@@ -84,7 +84,7 @@ class Hooks:
     """Functions that the loop calls."""
 
     batch: Callable[[int], Batch]
-    """Step -> this worker's share of the batch, on the CPU; all shares have the same size."""
+    """Step -> this worker's share of the batch, on the CPU; the shares may differ in size."""
     flops_per_token: Callable[[int], float]
     """Step -> training FLOPs per token."""
     validate: Callable[[int], float]
@@ -127,6 +127,7 @@ def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
                 "save": float(hooks.should_save()),
                 "targets": float(batch.num_targets),
                 "positions": float(batch.num_positions),
+                "tokens": float(batch.input_ids.numel()),
             },
             world,
         )
@@ -146,7 +147,7 @@ def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
         if _is_good(numbers, position, recipe):
             setup.optimizer.step()
         setup.optimizer.zero_grad(set_to_none=True)
-        num_tokens = batch.input_ids.numel() * world.size
+        num_tokens = round(agreed["tokens"] * world.size)
         position.num_tokens += num_tokens
         position.flops += num_tokens * hooks.flops_per_token(position.step)
         position.seconds += time.perf_counter() - started

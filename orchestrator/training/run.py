@@ -74,7 +74,8 @@ def run_job(
         Diverged: If the loss is not finite or spikes; names the step and the last good checkpoint.
     """
     world = world or World()
-    num_workers = world.size
+    # Replicas may have unequal shares of a step. Shards make the same number of passes.
+    num_workers = world.size if world.is_sharded else 1
     run_on_first(lambda: check_job(job, num_workers=num_workers), world)
     with _locked(job.folder, world):
         outcome = run_on_first(lambda: _open_folder(job), world)

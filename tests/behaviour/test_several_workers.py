@@ -1,4 +1,5 @@
-"""Two workers, replicated or sharded, have the losses of one, also after a resume as the other."""
+"""Two workers, replicated or sharded, have the losses of one, also after a resume as the other;
+so have three that cannot share a step evenly."""
 
 from __future__ import annotations
 
@@ -70,12 +71,12 @@ def completions_only(batch: Callable[..., Batch]) -> Callable[..., Batch]:
     return masked
 
 
-def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
-    """Run jobs one after the other as one of two workers; started by `mp.spawn`."""
+def run_calls(rank: int, folder: str, calls: list[Call], num_workers: int) -> None:
+    """Run jobs one after the other as one of several workers; started by `mp.spawn`."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/{num_workers}", rank=rank, world_size=num_workers
     )
     objective, batch = run_module.make_objective, run_module.BatchPlan.batch
     for job, parallel, step in calls:
@@ -83,7 +84,7 @@ def run_calls(rank: int, folder: str, calls: list[Call]) -> None:
         run_module.make_objective = spoiled(objective) if is_bad else objective
         is_masked = job["run_folder"].endswith("-masked")
         run_module.BatchPlan.batch = completions_only(batch) if is_masked else batch
-        world = World(rank=rank, size=2, parallel=parallel)
+        world = World(rank=rank, size=num_workers, parallel=parallel)
         run_job(TrainingJob.model_validate(job), world=world, should_stop=stop_after(step))
     torch.distributed.destroy_process_group()
 
@@ -152,7 +153,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
             call(name, first, HALF)
         if second != "alone":
             call(name, second)
-    mp.spawn(run_calls, (str(folder), calls), nprocs=2)
+    mp.spawn(run_calls, (str(folder), calls, 2), nprocs=2)
+    calls.clear()
+    call("uneven", "ddp")
+    call("uneven-passes", "ddp", num_sequences_per_pass=1)
+    call("uneven-masked", "ddp", num_sequences_per_pass=1)
+    mp.spawn(run_calls, (str(folder), calls, 3), nprocs=3)
     for name in MIDDLE:
         if name.endswith("-alone"):
             run_job(runs.job(name))
@@ -160,11 +166,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("kind", ["", "-passes", "-lean"])
-def test_two_workers_have_the_losses_of_one(runs: Runs, parallel: str, kind: str) -> None:
-    name = parallel + kind
-    for metric in ("train/loss", "validation/loss", "train/gradient_norm"):
+@pytest.mark.parametrize(
+    "name",
+    [parallel + kind for parallel in ("ddp", "fsdp") for kind in ("", "-passes", "-lean")]
+    + ["uneven", "uneven-passes"],
+)
+def test_several_workers_have_the_losses_of_one(runs: Runs, name: str) -> None:
+    for metric in ("train/loss", "validation/loss", "train/gradient_norm", "train/tokens"):
         expected = pytest.approx(runs.numbers("alone", metric), rel=1e-4, abs=1e-5)
         assert runs.numbers(name, metric) == expected
     weights, alone = (
@@ -175,7 +183,7 @@ def test_two_workers_have_the_losses_of_one(runs: Runs, parallel: str, kind: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "uneven"])
 def test_every_target_has_the_same_weight_on_any_worker(runs: Runs, parallel: str) -> None:
     for metric in ("train/loss", "train/gradient_norm"):
         expected = runs.numbers("alone-masked", metric)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iiet.batch import Batch
-from orchestrator.data.batches import BatchPlan, permute, validation_batches
+from orchestrator.data.batches import BatchPlan, check_even_split, permute, validation_batches
 from orchestrator.workspace.errors import UserError
 
 
@@ -86,6 +86,17 @@ def test_validation_batches_are_spread_over_the_text() -> None:
     assert torch.equal(torch.cat([b.input_ids for b in every]).flatten(), torch.arange(1000))
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5, 7])
+def test_workers_share_a_step_as_evenly_as_possible(num_workers: int) -> None:
+    plan = BatchPlan(100, 4)
+    shares = [
+        plan.starts(3, global_batch=7, rank=rank, world_size=num_workers)
+        for rank in range(num_workers)
+    ]
+    assert np.concatenate(shares).tolist() == plan.starts(3, global_batch=7).tolist()
+    assert {len(share) for share in shares} <= {7 // num_workers, -(-7 // num_workers)}
+
+
 def test_too_little_text_and_uneven_workers_are_errors() -> None:
     with pytest.raises(
         UserError, match="training text has 15 tokens, fewer than one sequence of 16"
@@ -95,4 +106,4 @@ def test_too_little_text_and_uneven_workers_are_errors() -> None:
     with pytest.raises(UserError, match="validation text has 3 tokens"):
         list(validation_batches(np.zeros(3), context_length=4, num_tokens=8, batch_size=1))
     with pytest.raises(UserError, match="5 sequences, which 2 workers cannot share evenly"):
-        BatchPlan(100, 4).starts(0, global_batch=5, world_size=2)
+        check_even_split(5, 2)
