@@ -44,6 +44,7 @@ def command_log(
     handler = logging.FileHandler(path)
     handler.setFormatter(_MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    logging.getLogger("orchestrator").setLevel(logging.INFO)
     logging.captureWarnings(True)
     terminal = io.TextIOWrapper(os.fdopen(os.dup(saved), "wb"), write_through=True)
     try:

@@ -1,0 +1,53 @@
+"""A Ray cluster of pretended GPUs: a head without GPUs, and a node with two."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NODES = """
+import sys
+import orchestrator.cluster  # sets what Ray reads when it is imported
+from ray.cluster_utils import Cluster
+
+small = {"object_store_memory": 80 * 2**20}
+head = {**small, "num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
+nodes = Cluster(initialize_head=True, head_node_args=head)
+nodes.add_node(num_cpus=4, num_gpus=2, **small)
+print(nodes.address, flush=True)
+sys.stdin.read()
+nodes.shutdown()
+"""
+
+
+@contextmanager
+def pretended_cluster() -> Iterator[dict[str, str]]:
+    """Start the cluster in a process of its own, and yield the environment of its users."""
+    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            "RAY_TMPDIR": scratch,  # Short: a socket's path has little room.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # All sockets are on loopback.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "IIET_PRETENDED_GPUS": "1",
+        }
+        with subprocess.Popen(
+            [sys.executable, "-c", NODES],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as nodes:
+            assert nodes.stdin
+            assert nodes.stdout
+            try:
+                yield {**environment, "RAY_ADDRESS": nodes.stdout.readline().strip()}
+            finally:
+                nodes.stdin.close()
