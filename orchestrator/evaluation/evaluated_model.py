@@ -32,7 +32,6 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.model_loading import (
-    AUTO,
     CHECKPOINT,
     decoder_config,
     folder_kind,
@@ -77,8 +76,8 @@ class EvaluatedModel:
             return FolderTokenizer(self.text_folder, trust_remote_code=trust_remote_code)
         return checkpoint_tokenizer(self.text_folder)
 
-    def decoder(self, dtype: torch.dtype = torch.float32, *, device: str = AUTO) -> Decoder:
-        """Load the model with weights of this dtype, by default on a GPU if there is one.
+    def decoder(self, dtype: torch.dtype = torch.float32, *, device: str = "cpu") -> Decoder:
+        """Load the model with weights of this dtype.
 
         Raises:
             UserError: If only transformers can run it, or its weights are missing or damaged.

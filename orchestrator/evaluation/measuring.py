@@ -18,7 +18,6 @@ from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, Ta
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.distributed import World
-from orchestrator.training.model_loading import AUTO
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.provenance import content_key
 
@@ -35,7 +34,7 @@ class Conditions:
     limit: int | None = None
     """Score only this many items of each task."""
     batch_size: int = 32
-    device: str = AUTO
+    device: str = "cpu"
     trust_remote_code: bool = False
 
 
@@ -60,6 +59,12 @@ class ModelMeasurer:
     ) -> None:
         self._model, self._store, self._conditions = model, store, conditions
         self._progress = progress or Progress()
+
+    def has_stored(self, suite: Suite) -> bool:
+        """Return whether all tasks of a suite have been measured before."""
+        limit = self._conditions.limit
+        keys = (self._key(suite.fingerprint(name), limit) for name in suite.tasks)
+        return all(map(self._store.read, keys))
 
     def tasks(self, suite: Suite) -> Measured:
         """Measure the tasks of a suite.
@@ -132,6 +137,7 @@ class ModelMeasurer:
 
         runner = load_transformers_model(
             model.path,
+            device=conditions.device,
             batch_size=conditions.batch_size,
             trust_remote_code=conditions.trust_remote_code,
             prompts=suite.prompts,

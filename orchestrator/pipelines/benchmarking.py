@@ -7,8 +7,9 @@ and the machine, and tracked in MLflow as one run per model. Every call measures
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -16,6 +17,8 @@ import pandas
 from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
+from orchestrator.cluster.devices import OnDevice, on_cpu
+from orchestrator.cluster.launch import command_device
 from orchestrator.evaluation.cost_measurement import (
     HOW_MEASURED,
     MeasuredCost,
@@ -30,6 +33,7 @@ from orchestrator.evaluation.evaluated_model import (
     short_names,
 )
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.files import write_json
@@ -99,25 +103,30 @@ def benchmark(
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
-    return benchmark_models(opened, conditions, context)
+    device = command_device(ClusterSettings())
+    return benchmark_models(opened, conditions, context, on_device=device)
 
 
 def benchmark_models(
-    models: Sequence[EvaluatedModel], conditions: MeasurementSettings, context: Context
+    models: Sequence[EvaluatedModel],
+    conditions: MeasurementSettings,
+    context: Context,
+    *,
+    on_device: OnDevice = on_cpu,
 ) -> BenchmarkResult:
     """Measure models; those with the same weights share them. Raises as `benchmark`."""
+    context.progress.start("benchmark")  # Models take their time to load.
     names = short_names(models)
-    decoders = dict(zip(names, _decoders(models), strict=True))
-    some = next(iter(decoders.values()))
-    costs = measure_costs(decoders, conditions, context.progress)
-    device = device_name(some.device)
+    costs, device, dtype = on_device(
+        partial(_measure, dict(zip(names, models, strict=True)), conditions), context.progress
+    )
     keys = [list(model.key) for model in models]
     key = content_key("benchmark", keys, asdict(conditions), device, environment())
     result = BenchmarkResult(
         costs=costs,
         conditions=conditions,
         device=device,
-        dtype=str(next(some.parameters()).dtype).removeprefix("torch."),
+        dtype=dtype,
         path=context.workspace.benchmarks / f"{key}.json",
     )
     values = {
@@ -129,7 +138,7 @@ def benchmark_models(
         "costs": [asdict(cost) for cost in costs],
     }
     write_json(result.path, values)
-    context.progress.finish(f"{len(decoders)} models, {len(costs)} measurements")
+    context.progress.finish(f"{len(models)} models, {len(costs)} measurements")
     for name, model in zip(names, models, strict=True):
         _track(context, model, [cost for cost in costs if cost.model == name], result)
     return result
@@ -164,15 +173,23 @@ def usual_contexts(models: Sequence[EvaluatedModel], new_tokens: int) -> tuple[i
     return fitting or (max(1, longest - new_tokens),)
 
 
-def _decoders(models: Sequence[EvaluatedModel]) -> list[Decoder]:
+def _measure(
+    models: Mapping[str, EvaluatedModel],
+    conditions: MeasurementSettings,
+    device: str,
+    progress: Progress,
+) -> tuple[list[MeasuredCost], str, str]:
+    """Return the costs, the name of the device, and the dtype of the weights."""
     loaded: dict[Path, Decoder] = {}
-    decoders: list[Decoder] = []
-    for model in models:
+    decoders: dict[str, Decoder] = {}
+    for name, model in models.items():
         if model.path not in loaded:
-            loaded[model.path] = model.decoder()
+            loaded[model.path] = model.decoder(device=device)
         assert model.config is not None, "EvaluatedModel.decoder refuses what is no decoder"
-        decoders.append(loaded[model.path].with_schedule(model.config.corrections))
-    return decoders
+        decoders[name] = loaded[model.path].with_schedule(model.config.corrections)
+    some = next(iter(decoders.values()))
+    dtype = str(next(some.parameters()).dtype).removeprefix("torch.")
+    return measure_costs(decoders, conditions, progress), device_name(some.device), dtype
 
 
 def _track(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas
 
+from orchestrator.cluster.devices import OnDevice, on_cpu
+from orchestrator.cluster.launch import command_device
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import Suite, load_suite
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
@@ -83,7 +86,13 @@ def evaluate(
         for model in opened:
             check_template(model.tokenizer(trust_remote_code=trust_remote_code), prompts)
     evaluations = [
-        evaluate_model(model, settings.evaluation, context, trust_remote_code=trust_remote_code)
+        evaluate_model(
+            model,
+            settings.evaluation,
+            context,
+            on_device=command_device(settings.cluster),
+            trust_remote_code=trust_remote_code,
+        )
         for model in opened
     ]
     return ModelEvaluations(evaluations=dict(zip(short_names(opened), evaluations, strict=True)))
@@ -94,32 +103,56 @@ def evaluate_model(
     settings: EvaluationSettings,
     context: Context,
     *,
+    on_device: OnDevice = on_cpu,
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
     """Return an evaluation of a model; only tasks without a stored result are run.
+
+    Args:
+        on_device: Runs these tasks.
 
     Raises:
         UserError, RunFailed: As `evaluate`.
     """
     workspace, progress = context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
-    suite = _load(model, settings, workspace, progress)
+    load = _suite_loader(model, settings, workspace, progress)
+    suite = load()
+    for name, reason in suite.skipped.items():
+        progress.note(f"skipped {name}: {reason}")
     conditions = Conditions(
         precision=settings.precision,
         limit=settings.limit,
         batch_size=settings.batch_size,
         trust_remote_code=trust_remote_code,
     )
+    measure = partial(_measure, model, load, conditions, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
-    measured = ModelMeasurer(model, store, conditions, progress).tasks(suite)
+    is_stored = ModelMeasurer(model, store, conditions).has_stored(suite)
+    measured = measure("cpu", progress) if is_stored else on_device(measure, progress)
     progress.finish(_summary(measured.evaluation) + ("" if measured.num_run else ", found again"))
     _track(context, measured, model, settings.precision)
     return measured.evaluation
 
 
-def _load(
+def _measure(
+    model: EvaluatedModel,
+    load: Callable[[], Suite],
+    conditions: Conditions,
+    evaluations: Path,
+    device: str,
+    progress: Progress,
+) -> Measured:
+    store = EvaluationStore(evaluations, progress.note)
+    conditions = replace(conditions, device=device)
+    return ModelMeasurer(model, store, conditions, progress).tasks(load())
+
+
+def _suite_loader(
     model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, progress: Progress
-) -> Suite:
+) -> Callable[[], Suite]:
+    """Return a function that loads the tasks: it can be pickled, and loaded tasks cannot."""
+
     def tokens() -> Path:
         if not model.is_external:
             return tokens_folder_of(model.path, workspace)
@@ -128,16 +161,14 @@ def _load(
         return folder
 
     asked = select_tasks(settings, tokens, context_length=model.context_length, progress=progress)
-    suite = load_suite(
+    return partial(
+        load_suite,
         asked.names,
         folders=asked.folders,
         heldout=asked.heldout,
         num_fewshot=settings.num_fewshot,
         prompts=settings.prompts,
     )
-    for name, reason in suite.skipped.items():
-        progress.note(f"skipped {name}: {reason}")
-    return suite
 
 
 def _track(context: Context, measured: Measured, model: EvaluatedModel, precision: str) -> None:

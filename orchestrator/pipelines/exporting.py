@@ -15,6 +15,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.weights import CONFIG
+from orchestrator.cluster.launch import command_device
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.context import Context, open_context
@@ -87,7 +88,8 @@ def export(
     if measure:
         try:
             subject = open_model(checkpoint, wanted, warn=context.progress.note)
-            evaluation = evaluate_model(subject, settings.evaluation, context)
+            device = command_device(settings.cluster)
+            evaluation = evaluate_model(subject, settings.evaluation, context, on_device=device)
         except (UserError, RunFailed) as error:
             context.progress.note(f"the card is without quality: {error}")
     card = model_card(

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iiet.decoder import Decoder
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
+from orchestrator.cluster.devices import OnDevice, on_cpu
+from orchestrator.cluster.launch import command_device
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, weights_key
-from orchestrator.training.model_loading import AUTO, load_model
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_cached, write_json
@@ -85,7 +87,9 @@ def measure_influence(
     context = open_context(workspace, progress)
     checkpoint = resolve_teacher(context.workspace, Path(model) if model else None)
     tokens = tokens_folder_of(checkpoint, context.workspace)
-    table = read_or_measure_influence(checkpoint, settings.influence, tokens, context)
+    table = read_or_measure_influence(
+        checkpoint, settings.influence, tokens, context, on_device=command_device(settings.cluster)
+    )
     return InfluenceResult(checkpoint=checkpoint, table=table)
 
 
@@ -95,13 +99,13 @@ def read_or_measure_influence(
     tokens_folder: Path,
     context: Context,
     *,
-    device: str | None = None,
+    on_device: OnDevice = on_cpu,
 ) -> InfluenceTable:
     """Return the influence table of a checkpoint, measured if it is not stored.
 
     Args:
         tokens_folder: Prepared tokens that the model was trained on.
-        device: Where it is measured; a GPU if there is one when unset.
+        on_device: Runs the measurement.
 
     Raises:
         UserError: If the checkpoint or the tokens are damaged, do not go together, or the model
@@ -112,8 +116,8 @@ def read_or_measure_influence(
     found = _stored(path, key, progress)
     progress.start(f"influence ({settings.metric})", num_tokens)
     if found is None:
-        decoder = load_model(checkpoint, device=device or AUTO)
-        found = _measured(decoder, store, settings.metric, num_tokens, progress)
+        measure = partial(_measure, checkpoint, tokens_folder, settings.metric, num_tokens)
+        found = on_device(measure, progress)
         _store(path, key, found, progress)
         progress.finish(_summary(found))
     else:
@@ -161,16 +165,18 @@ def _place(
     return checkpoint / f"influence-{settings.metric}.json", key, num_tokens
 
 
-def _measured(
-    decoder: Decoder,
-    store: TokenStore,
+def _measure(
+    checkpoint: Path,
+    tokens_folder: Path,
     metric: InfluenceMetric,
     num_tokens: int,
+    device: str,
     progress: Progress,
 ) -> InfluenceTable:
+    decoder = load_model(checkpoint, device=device)
     context_length = decoder.config.context_length
     batches = validation_batches(
-        store.validation,
+        open_tokens(tokens_folder).validation,
         context_length=context_length,
         num_tokens=num_tokens,
         batch_size=SEQUENCES_PER_BATCH,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pandas
 
 from iiet.influence import InfluenceTable
+from orchestrator.cluster.launch import trial_device
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.pipelines.context import Context, open_context
@@ -134,7 +135,9 @@ def _sweep_students(
     name: str | None,
 ) -> SweepResult:
     tokens = tokens_folder_of(teacher, context.workspace)
-    influence = read_or_measure_influence(teacher, settings.influence, tokens, context)
+    influence = read_or_measure_influence(
+        teacher, settings.influence, tokens, context, on_device=trial_device(settings)
+    )
     plan = plan_students(settings, context, teacher, influence, baselines=baselines, name=name)
     search = None
     if settings.sweep.kind == "search":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
+from orchestrator.cluster.launch import trial_device
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.planning.fit import check_fit
@@ -189,7 +190,7 @@ class _SweepRun:
             unfinished,
             distillation,
             teachers,
-            on_gpu=self.settings.trials_use_gpus,
+            on_device=trial_device(self.settings),
             progress=self.progress,
         )
         if num_tokens := work.num_stored_tokens:

@@ -7,12 +7,11 @@ give the same losses to the last bit (on the same machine, with the same number 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings
@@ -22,6 +21,7 @@ from orchestrator.training.teacher_cache import (
     CachePlan,
     bytes_to_write,
     cache_plan,
+    find_cache_damage,
     teacher_outputs_by_step,
     write_cache,
 )
@@ -34,6 +34,11 @@ MAX_SHARE_OF_DISK = 0.1
 MIN_STUDENTS = 2
 _KEPT_NAME = "kept"  # File in a requested cache: `auto` does not delete it.
 _NEEDS_TEACHER = "distillation.hidden_weight needs its hidden states, which are not stored"
+
+
+DeviceWork = Callable[[str, Progress], Any]
+OnDevice = Callable[[DeviceWork, Progress], Any]
+"""Calls a function with the name of a device; see `orchestrator.cluster.launch.run_on_device`."""
 
 
 class TeacherWork(NamedTuple):
@@ -49,19 +54,21 @@ def store_teacher_outputs(
     settings: DistillationSettings,
     parent: Path,
     *,
-    on_gpu: bool = False,
+    on_device: OnDevice | None = None,
     progress: Progress | None = None,
 ) -> list[TrainingJob]:
     """Store the teacher outputs of jobs if that pays; return the jobs, which then read them.
 
-    `parent` is the folder of all caches. With `on_gpu` the teacher runs on a GPU, if there is one.
+    Args:
+        parent: Folder of all caches.
+        on_device: Runs what runs the teacher; here, on the CPU, when unset.
 
     Raises:
         UserError: If the requested cache is impossible.
         RunFailed: If the disk fills up.
     """
     progress, shared = progress or Progress(), list(jobs)
-    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    on_device = on_device or _on_this_cpu
     if settings.hidden_weight and any(job.objective == "distill" for job in jobs):
         check_teacher_cache(settings)
         if settings.teacher_cache == "auto":
@@ -69,23 +76,33 @@ def store_teacher_outputs(
     plans = [cache_plan(job) for job in jobs]
     for plan, students, _ in _chosen_caches(plans, settings.teacher_cache, parent, progress):
         progress.start("teacher", plan.num_steps)
+        folder = parent / plan.key
         try:
-            outputs = teacher_outputs_by_step(jobs[students[0]], device=device)
-            folder = write_cache(plan, parent, outputs, progress=progress)
+            # A damaged cache is written again; an intact one needs no teacher and no device.
+            if find_cache_damage(folder, plan):
+                on_device(partial(_write_outputs, jobs[students[0]], plan, parent), progress)
         except OSError as error:
             raise RunFailed(
                 f"cannot store the teacher's outputs in {parent} ({error.strerror or error}); "
                 "free disk space, or set distillation.teacher_cache=live"
             ) from None
-        if device != "cpu":
-            del outputs  # Free the teacher's memory: the trials use the same GPU.
-            torch.cuda.empty_cache()
         progress.finish(f"outputs for {plan.num_tokens:,} tokens, {format_bytes(plan.num_bytes)}")
         if settings.teacher_cache != "auto":
             (folder / _KEPT_NAME).touch()
         for student in students:
             shared[student] = jobs[student].model_copy(update={"teacher_cache": str(folder)})
     return shared
+
+
+def _on_this_cpu(work: DeviceWork, progress: Progress) -> Any:
+    return work("cpu", progress)
+
+
+def _write_outputs(
+    job: TrainingJob, plan: CachePlan, parent: Path, device: str, progress: Progress
+) -> None:
+    outputs = teacher_outputs_by_step(job, device=device)
+    write_cache(plan, parent, outputs, progress=progress)
 
 
 def estimate_teacher_work(

@@ -21,7 +21,6 @@ from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.model_tokenizer import FolderTokenizer
 from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.model_loading import best_device
 from orchestrator.workspace.errors import UserError, first_line
 
 SEED = 1234
@@ -85,6 +84,7 @@ class _WatchedModel(ChatModel, HFLM):  # type: ignore[misc]
 def load_transformers_model(
     folder: Path,
     *,
+    device: str,
     batch_size: int,
     trust_remote_code: bool = False,
     prompts: Prompts | None = None,
@@ -104,7 +104,7 @@ def load_transformers_model(
         model = _load(folder, trust_remote_code)
         model.config.use_cache = False  # Scoring would fill a cache and discard it.
         watched = _WatchedModel(
-            pretrained=model.to(best_device()).eval(),
+            pretrained=model.to(device).eval(),
             tokenizer=text.loaded,
             batch_size=batch_size,
             logits_cache=False,

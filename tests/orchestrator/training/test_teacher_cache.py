@@ -326,25 +326,35 @@ def test_auto_stores_for_two_students_and_not_for_one(
     assert store_teacher_outputs([plain], DistillationSettings(), tmp_path / "t") == [plain]
 
 
-@pytest.mark.parametrize(
-    ("on_gpu", "has_gpu", "device"),
-    [(True, True, "cuda"), (True, False, "cpu"), (False, True, "cpu")],
-)
-def test_the_teacher_runs_on_a_gpu_if_its_students_do(
-    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    on_gpu: bool, has_gpu: bool, device: str,
-) -> None:  # fmt: skip
-    calls: list[str] = []
+def test_the_teacher_runs_on_the_device_it_is_given_and_only_if_outputs_are_missing(
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
 
     def outputs(job: TrainingJob, *, device: str) -> Any:
-        calls.append(device)
+        devices.append(device)
         return teacher_outputs_by_step(job)
 
     monkeypatch.setattr(teacher_cache_policy, "teacher_outputs_by_step", outputs)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     jobs = [student("a"), student("b")]
-    store_teacher_outputs(jobs, DistillationSettings(), tmp_path / "t", on_gpu=on_gpu)
-    assert calls == [device]
+
+    def store() -> None:
+        store_teacher_outputs(
+            jobs,
+            DistillationSettings(),
+            tmp_path / "t",
+            on_device=lambda work, progress: work("cuda", progress),
+        )
+
+    store()
+    store()
+    assert devices == ["cuda"]
+    [logits] = (tmp_path / "t").glob("*/logits.bin")
+    content = bytearray(logits.read_bytes())
+    content[-1] ^= 1
+    logits.write_bytes(content)
+    store()
+    assert devices == ["cuda", "cuda"], "a damaged cache is written again"
 
 
 def work_of(
