@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
-from iiet.decoder import Decoder
 from orchestrator.cluster.launch import trial_device
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.planning.fit import check_fit
 from orchestrator.planning.planned_training import planned_training
 from orchestrator.planning.price import PlannedWork, trial_group
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.early_stop import EarlyStop
-from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
@@ -32,10 +29,11 @@ from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
+from orchestrator.sweeping.decode_times import with_costs
 from orchestrator.sweeping.front_history import record_front
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
-from orchestrator.sweeping.trials import exact_cost, full_config
+from orchestrator.sweeping.trials import full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import finished_outcome
@@ -49,13 +47,11 @@ from orchestrator.training.teacher_cache_policy import (
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.provenance import content_key, environment
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
 
 STOPPED_TAG = "iiet.stopped_early"
-TIMES_NAME = "times.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +108,7 @@ def run_sweep(
         sweep.delete_teacher_caches()
         stopped = sweep.track_early_stops()
         found = _finished_trials(sweep.plan, sweep.failures)
-        results = _with_costs(found, sweep.plan, folder, progress)
+        results = with_costs(found, sweep.plan, folder, progress)
     return SweepOutcome(
         plan=sweep.plan,
         folder=folder,
@@ -274,19 +270,6 @@ def _finished_trials(plan: SweepPlan, failures: Mapping[str, str]) -> list[Trial
     return found
 
 
-class _DecodeTime(Record):
-    decode_ms_per_token: float
-    decode_ms_spread: float
-
-
-class _StoredTimes(Record):
-    """Times of the shapes of a sweep's models."""
-
-    state: str
-    """Hash of the shapes, this machine and its libraries."""
-    by_shape: dict[str, _DecodeTime]
-
-
 @contextmanager
 def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
     """Open the sweep's MLflow run; its status says how the block ended. The report nests the
@@ -309,34 +292,3 @@ def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Ite
         run.finish(status_after(error))
         raise
     run.finish()
-
-
-def _with_costs(
-    found: Sequence[Trial], plan: SweepPlan, folder: Path, progress: Progress
-) -> list[Trial]:
-    """Add what each model costs: exact counts, and measured milliseconds."""
-    full = full_config(plan)
-    times = _decode_times(found, folder, progress)
-    costs = [exact_cost(t.model, full).model_copy(update=vars(times[t.key])) for t in found]
-    return [
-        trial.model_copy(update={"cost": cost}) for trial, cost in zip(found, costs, strict=True)
-    ]
-
-
-def _decode_times(
-    trials: Sequence[Trial], folder: Path, progress: Progress
-) -> dict[str, _DecodeTime]:
-    """Measure decoding once per sweep and machine; only shapes count, not the weights' values."""
-    shapes = {trial.key: content_key(trial.model.to_dict()) for trial in trials}
-    state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
-    path = folder / TIMES_NAME
-    times = _StoredTimes.read_measured(path, progress.note)
-    if times is None or times.state != state:
-        decoders = {shapes[trial.key]: Decoder(trial.model) for trial in trials}
-        by_shape = {
-            shape: _DecodeTime(decode_ms_per_token=t.median, decode_ms_spread=t.spread)
-            for shape, t in time_per_token(decoders, progress).items()
-        }
-        times = _StoredTimes(state=state, by_shape=by_shape)
-        times.write(path)
-    return {trial.key: times.by_shape[shapes[trial.key]] for trial in trials}
