@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from orchestrator.terminal.progress import Progress
@@ -96,9 +97,12 @@ def decode_milliseconds(
     }
 
 
-def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[str, Timing]:
-    """Time how the models of a sweep decode one row."""
-    progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
+def time_per_token(
+    models: Mapping[str, ModelConfig], device: str, progress: Progress
+) -> dict[str, Timing]:
+    """Time how the models of a sweep decode one row; their weights are random."""
+    progress.start("time per token", len(models) * SWEEP_REPETITIONS)
+    decoders = random_decoders(models, device)
     context_length = min(decoder.config.context_length for decoder in decoders.values())
     # In a short context, the prompt takes a third, and the new tokens the rest.
     prompt_tokens = min(SWEEP_PROMPT_TOKENS, context_length // 3)
@@ -114,6 +118,19 @@ def time_per_token(decoders: Mapping[str, Decoder], progress: Progress) -> dict[
     slowest = max(timing.median for timing in timings.values())
     progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
     return timings
+
+
+def random_decoders(models: Mapping[str, ModelConfig], device: str) -> dict[str, Decoder]:
+    """Return a decoder of each config; those that differ only in their schedule share weights."""
+    made: dict[str, Decoder] = {}
+    decoders = {}
+    for name, config in models.items():
+        shape = repr({**config.to_dict(), "schedule": None})
+        if shape not in made:
+            with torch.device(device):  # Large weights need no copy in the machine's memory.
+                made[shape] = Decoder(config)
+        decoders[name] = made[shape].with_schedule(config.corrections)
+    return decoders
 
 
 @contextmanager

@@ -1,18 +1,21 @@
 """What the models of a sweep cost: exact counts, and milliseconds per token, measured once.
 
-Only the shapes of the models count, not the values of their weights, so the weights are random.
+They are measured on a device like the trials'. Only the shapes of the models count, not the values
+of their weights, so the weights are random, and all schedules of one shape share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from iiet.decoder import Decoder
+from orchestrator.cluster.launch import trial_device
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
+from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.provenance import content_key, environment
@@ -29,16 +32,16 @@ class _StoredTimes(Record):
     """Times of the shapes of a sweep's models."""
 
     state: str
-    """Hash of the shapes, this machine and its libraries."""
+    """Hash of the shapes, the kind of device, this machine and its libraries."""
     by_shape: dict[str, _DecodeTime]
 
 
 def with_costs(
-    found: Sequence[Trial], plan: SweepPlan, folder: Path, progress: Progress
+    found: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
 ) -> list[Trial]:
     """Add what each model costs: exact counts, and measured milliseconds."""
     full = full_config(plan)
-    times = _decode_times(found, folder, progress)
+    times = _decode_times(found, folder, settings, progress)
     costs = [exact_cost(t.model, full).model_copy(update=vars(times[t.key])) for t in found]
     return [
         trial.model_copy(update={"cost": cost}) for trial, cost in zip(found, costs, strict=True)
@@ -46,18 +49,21 @@ def with_costs(
 
 
 def _decode_times(
-    trials: Sequence[Trial], folder: Path, progress: Progress
+    trials: Sequence[Trial], folder: Path, settings: Settings, progress: Progress
 ) -> dict[str, _DecodeTime]:
     """Measure decoding once per sweep and machine; only shapes count, not the weights' values."""
     shapes = {trial.key: content_key(trial.model.to_dict()) for trial in trials}
-    state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS)
+    on_gpu = ["GPU"] if settings.trials_use_gpus else []
+    state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
     path = folder / TIMES_NAME
     times = _StoredTimes.read_measured(path, progress.note)
     if times is None or times.state != state:
-        decoders = {shapes[trial.key]: Decoder(trial.model) for trial in trials}
+        models = {shapes[trial.key]: trial.model for trial in trials}
+        progress.start("time per token")  # A GPU may have to be waited for.
+        measured = trial_device(settings)(partial(time_per_token, models), progress)
         by_shape = {
             shape: _DecodeTime(decode_ms_per_token=t.median, decode_ms_spread=t.spread)
-            for shape, t in time_per_token(decoders, progress).items()
+            for shape, t in measured.items()
         }
         times = _StoredTimes(state=state, by_shape=by_shape)
         times.write(path)

@@ -2,8 +2,8 @@
 
 The sweep's folder holds its plan and settings. Finished trials are found by their keys and not run
 again, so the same command resumes after any interruption. After each trial the sweep's MLflow run
-gets the front so far. Milliseconds are measured last, in this process, the models taking turns,
-because trials that run at the same time would disturb the clock.
+gets the front so far. Milliseconds are measured last, the models taking turns, because trials
+that run at the same time would disturb the clock.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def run_sweep(
         sweep.delete_teacher_caches()
         stopped = sweep.track_early_stops()
         found = _finished_trials(sweep.plan, sweep.failures)
-        results = with_costs(found, sweep.plan, folder, progress)
+        results = with_costs(found, sweep.plan, folder, settings, progress)
     return SweepOutcome(
         plan=sweep.plan,
         folder=folder,

@@ -10,7 +10,11 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.evaluation import decode_timing
-from orchestrator.evaluation.decode_timing import decode_milliseconds, time_per_token
+from orchestrator.evaluation.decode_timing import (
+    decode_milliseconds,
+    random_decoders,
+    time_per_token,
+)
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
@@ -89,8 +93,26 @@ def test_short_contexts_get_fewer_tokens(
     monkeypatch.setattr(decode_timing, "_time_steps", timed)
     short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
     long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
-    time_per_token({"long": Decoder(long), "short": Decoder(short)}, Progress())
+    time_per_token({"long": long, "short": short}, "cpu", Progress())
     assert set(asked[2:]) == {lengths}, "after the warm-up"
+
+
+def test_models_that_differ_in_their_schedule_share_their_weights(
+    tiny_model: dict[str, Any],
+) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "full": {},
+        "none": {"schedule": [0, 0]},
+        "deeper": {"num_layers": 3, "schedule": [2, 1, 1]},
+        "vanilla": {"method": "vanilla", "schedule": None},
+    }
+    models = {name: ModelConfig.from_dict({**tiny_model, **own}) for name, own in changes.items()}
+    decoders = random_decoders(models, "cpu")
+    weights = {name: decoder.embedding.weight.data_ptr() for name, decoder in decoders.items()}
+    assert weights["full"] == weights["none"]
+    assert len(set(weights.values())) == 3
+    for name, decoder in decoders.items():
+        assert decoder.config.evaluations_per_layer() == models[name].evaluations_per_layer()
 
 
 @pytest.mark.parametrize(
