@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from iiet.decoder import Decoder
 from orchestrator.data.batches import validation_batches
@@ -15,9 +14,11 @@ from orchestrator.evaluation.harness import Suite, run_model, run_suite
 from orchestrator.evaluation.harness.run import OnResult
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
+from orchestrator.settings.precision import Precision
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.distributed import World
+from orchestrator.training.precision import device_precision
 from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.provenance import content_key
 
@@ -30,7 +31,8 @@ NUM_VALIDATION_TOKENS = 65_536
 class Conditions:
     """How a model is measured; only precision and limit determine the numbers."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision | None = None
+    """Weights and arithmetic; by the device when unset: bf16 on GPUs that have it, else fp32."""
     limit: int | None = None
     """Score only this many items of each task."""
     batch_size: int = 32
@@ -40,11 +42,12 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation, the keys of its results in the store, and how many tasks were run for it."""
+    """An evaluation, the keys of its results in the store, and how they came about."""
 
     evaluation: EvaluationResult
     keys: EvaluationKeys
     num_run: int
+    precision: Precision
 
 
 class ModelMeasurer:
@@ -59,6 +62,11 @@ class ModelMeasurer:
     ) -> None:
         self._model, self._store, self._conditions = model, store, conditions
         self._progress = progress or Progress()
+
+    @cached_property
+    def precision(self) -> Precision:
+        """Weights and arithmetic of the model, if a decoder runs it."""
+        return self._conditions.precision or device_precision(self._conditions.device)
 
     def has_stored(self, suite: Suite) -> bool:
         """Return whether all tasks of a suite have been measured before."""
@@ -91,7 +99,7 @@ class ModelMeasurer:
             skipped=suite.skipped,
         )
         stored = EvaluationKeys(tasks=keys, groups=suite.groups, skipped=suite.skipped)
-        return Measured(evaluation, stored, len(missing))
+        return Measured(evaluation, stored, len(missing), self.precision)
 
     def validation_loss(self, tokens_folder: Path) -> float:
         """Measure the mean loss over held-out tokens, in nats.
@@ -110,14 +118,12 @@ class ModelMeasurer:
 
     def _key(self, what: str, limit: int | None = None) -> str:
         # Models that transformers runs keep their own dtype.
-        precision = self._conditions.precision if self._model.config else None
+        precision = self.precision if self._model.config else None
         return content_key("evaluation", [*self._model.key, precision], what, limit)
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return self._model.decoder(
-            DTYPES[self._conditions.precision], device=self._conditions.device
-        )
+        return self._model.decoder(DTYPES[self.precision], device=self._conditions.device)
 
     def _run(self, suite: Suite, on_result: OnResult) -> None:
         model, conditions, progress = self._model, self._conditions, self._progress
@@ -155,4 +161,5 @@ def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
         batch_size=16,
     )
     world = World(device=str(decoder.device))
+    # The arithmetic is that of the weights, as for the tasks.
     return validation_loss(decoder, list(batches), decoder.schedule, precision="fp32", world=world)

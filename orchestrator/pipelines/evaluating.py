@@ -128,10 +128,11 @@ def evaluate_model(
     )
     measure = partial(_measure, model, load, conditions, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
-    is_stored = ModelMeasurer(model, store, conditions).has_stored(suite)
+    # If no precision is set, it follows from the device where the tasks run.
+    is_stored = settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite)
     measured = measure("cpu", progress) if is_stored else on_device(measure, progress)
     progress.finish(_summary(measured.evaluation) + ("" if measured.num_run else ", found again"))
-    _track(context, measured, model, settings.precision)
+    _track(context, measured, model, measured.precision)
     return measured.evaluation
 
 

@@ -30,6 +30,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.settings.precision import default_precision
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models
 from orchestrator.sweeping.distilled_baselines import (
@@ -257,7 +258,7 @@ def plan_suite(
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
         prompts=settings.prompts,
-        precision=settings.precision,
+        precision=settings.precision or default_precision(on_gpus=False),
         # Held-out tasks are named by their content; others may change under their names.
         fingerprints=lm_eval_task_fingerprints(settings, context_length=config.context_length)
         or None

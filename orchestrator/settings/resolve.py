@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.settings.precision import fill_precisions
 from orchestrator.settings.safe_yaml import MAX_CHARACTERS, YamlProblem, parse_yaml
 from orchestrator.settings.schema import Settings
 from orchestrator.settings.section import Section
@@ -55,7 +56,7 @@ def resolve_settings(
         problems += [_describe(problem) for problem in error.errors()]
     if problems:
         raise UserError(_join_problems(origin, problems))
-    return settings
+    return fill_precisions(settings, merged)
 
 
 def read_settings(

@@ -46,9 +46,10 @@ class EvaluationSettings(Section):
     """Text directly before each prompt; with a chat template, the system's message."""
     batch_size: int = Field(default=32, gt=0, le=MAX_COUNT)
     """Sequences in one forward pass of the evaluation."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Weights and arithmetic of the evaluated model. `bf16` is faster on GPUs and changes scores a
-    little, so its results are stored apart. Models that transformers runs keep their own dtype."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Weights and arithmetic of the evaluated model (default: bf16 on GPUs, fp32 on CPUs). Scores
+    differ a little, so results of each are stored apart. Models that transformers runs keep their
+    own dtype."""
     include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
 

@@ -53,7 +53,8 @@ class TrainingSettings(Section):
     """At most this many bad steps in a row (loss or gradient not finite, or a spike) are skipped
     without changing the weights; one more ends the training. At 0, the first bad step ends it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass: fp32, or bf16 autocast with fp32 weights."""
+    """Arithmetic of the forward pass: fp32 (as TF32 on GPUs that have it), or bf16 autocast with
+    fp32 weights (default in a file: bf16 if GPUs are named, else fp32)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, more time."""
     compile: bool = False

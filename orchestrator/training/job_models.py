@@ -11,6 +11,7 @@ from iiet.dropping import drop_layers
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.distributed import World
 from orchestrator.training.model_loading import load_model
+from orchestrator.training.precision import use_tf32
 from orchestrator.training.teacher_cache import CachedTeacher, cache_plan, open_cache
 
 
@@ -20,6 +21,7 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
     Its weights are those of the checkpoint to resume from, else the job's initial ones, or random.
     """
     torch.manual_seed(job.recipe.seed)
+    use_tf32(world.device)
     schedule = job.model.corrections
     folder = checkpoint or job.initial_folder
     if folder is None:

@@ -25,6 +25,7 @@ from iiet.published import config_from_published, decoder_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, non_finite
 from orchestrator.training.checkpoint import PROVENANCE, TRAINING_STATE, check_checkpoint
+from orchestrator.training.precision import use_tf32
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.provenance import content_key, file_key
 
@@ -81,7 +82,9 @@ def load_model(
         raise
     except ValueError as error:
         raise UserError(f"this version of the program cannot use {folder}: {error}") from None
-    decoder = decoder.to(best_device(device), dtype)
+    device = best_device(device)
+    use_tf32(device)
+    decoder = decoder.to(device, dtype)
     if kind == CHECKPOINT and not frozen and decoder.device.type == "cpu":
         decoder = copy.deepcopy(decoder)  # Its weights are mapped from the file.
     return decoder.requires_grad_(not frozen).eval()

@@ -36,6 +36,7 @@ from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import make_optimizer
+from orchestrator.training.precision import check_precision
 from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
 from orchestrator.training.teacher_cache import CachedTeacher
@@ -74,6 +75,7 @@ def run_job(
         Diverged: If the loss is not finite or spikes; names the step and the last good checkpoint.
     """
     world = world or World()
+    check_precision(job.recipe.precision, world.device, section=job.section)
     # Replicas may have unequal shares of a step. Shards make the same number of passes.
     num_workers = world.size if world.is_sharded else 1
     run_on_first(lambda: check_job(job, num_workers=num_workers), world)

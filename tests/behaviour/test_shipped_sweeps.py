@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 
 HERE = [
     *SMALL,
-    "data.source=python", "data.tokenizer=train", "model.preset=tiny", "training.precision=fp32",
+    "data.source=python", "data.tokenizer=train", "model.preset=tiny",
     "training.num_sequences_per_pass=null", "distillation.training.num_sequences_per_pass=null",
-    "distillation.training.precision=fp32", "cluster.num_gpus=0", "cluster.num_workers=1",
+    "cluster.num_gpus=0", "cluster.num_workers=1",
     "evaluation.suite=heldout",
 ]  # fmt: skip
 """The small size, without the hub and GPUs that some files ask for."""

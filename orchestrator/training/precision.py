@@ -1,0 +1,61 @@
+"""What a device can compute: bfloat16 and TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from orchestrator.settings.precision import Precision, default_precision
+from orchestrator.workspace.errors import DeviceError
+
+Capability = Callable[[torch.device], tuple[int, int]]
+"""Returns the compute capability of a GPU."""
+
+FIRST_WITH_BF16 = (8, 0)
+"""Compute capability from which GPUs have bfloat16; PyTorch emulates it slowly on older ones."""
+
+
+def device_precision(
+    device: str | torch.device, capability: Capability = torch.cuda.get_device_capability
+) -> Precision:
+    """Return the precision that a model on this device is evaluated in if none is set."""
+    device = torch.device(device)
+    is_gpu = device.type == "cuda"
+    return default_precision(on_gpus=is_gpu and capability(device) >= FIRST_WITH_BF16)
+
+
+def check_precision(
+    precision: str,
+    device: str | torch.device,
+    *,
+    section: str,
+    capability: Capability = torch.cuda.get_device_capability,
+) -> None:
+    """Check that a training's device has its precision.
+
+    A silent change to float32 would give another model than the plan and its key say.
+
+    Args:
+        section: Section of the settings that holds the recipe, for the message.
+
+    Raises:
+        DeviceError: If bf16 is set and the GPU would emulate it.
+    """
+    device = torch.device(device)
+    if precision != "bf16" or device.type != "cuda":
+        return
+    found = capability(device)
+    if found < FIRST_WITH_BF16:
+        raise DeviceError(
+            f"{section}.precision is bf16, and {device} has compute capability "
+            f"{found[0]}.{found[1]}, which has no bfloat16; type --set {section}.precision=fp32 "
+            "--set evaluation.precision=fp32"
+        )
+
+
+def use_tf32(device: str | torch.device) -> None:
+    """Let float32 matrix products on GPUs run as TF32, in this process; CPUs compute as before."""
+    # On CPUs the same switch allows bfloat16 products.
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
