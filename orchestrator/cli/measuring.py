@@ -11,6 +11,7 @@ import typer
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     MAX_COUNT,
+    AddressOption,
     CheckpointArgument,
     ConfigOption,
     MetricOption,
@@ -33,11 +34,12 @@ def influence(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     metric: MetricOption = None,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure how much each correction of each layer matters."""
-    settings = read_options(config, set_, influence__metric=metric)
+    settings = read_options(config, set_, influence__metric=metric, cluster__address=address)
     with open_session(workspace, "influence", verbose=verbose) as session:
         from orchestrator.pipelines.influence import measure_influence
         from orchestrator.reporting.influence_tables import influence_terminal_table
@@ -86,6 +88,7 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
     ] = False,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -99,6 +102,7 @@ def evaluate(
         evaluation__apply_chat_template=chat_template or apply_chat_template or None,
         evaluation__limit=limit,
         evaluation__batch_size=batch_size,
+        cluster__address=address,
     )
     with open_session(workspace, "evaluate", verbose=verbose) as session:
         from orchestrator.pipelines import evaluating
@@ -161,17 +165,20 @@ def benchmark(
         int, typer.Option(min=1, max=10_000, help="Measurements of each model, in turns.")
     ] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
+    address: AddressOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure latency, throughput and memory, and compare them with the cost model."""
     batches = parse_whole_numbers(batch_sizes, "--batch-sizes")
     prompts = parse_whole_numbers(contexts, "--contexts")
+    settings = read_options(None, [], cluster__address=address)
     with open_session(workspace, "benchmark", verbose=verbose) as session:
         from orchestrator.evaluation.cost_measurement import MeasurementSettings
         from orchestrator.pipelines import benchmarking
         from orchestrator.reporting import benchmark_tables
 
         found = benchmarking.benchmark(
+            cluster=settings.cluster,
             models=checkpoints or [],
             schedules=schedule or [],
             conditions=MeasurementSettings(

@@ -45,6 +45,14 @@ WorkersOption = Annotated[
 GpusOption = Annotated[
     int | None, typer.Option("--gpus", min=0, max=MAX_COUNT, help="GPUs, one worker each.")
 ]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Ray cluster to join, auto or local (default: RAY_ADDRESS, else local).",
+    ),
+]
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(

@@ -11,6 +11,7 @@ from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
+    AddressOption,
     CheckpointArgument,
     ConfigOption,
     ControlOption,
@@ -66,6 +67,7 @@ def sweep_threshold(
     gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
     dry_run: DryRunOption = False,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -86,6 +88,7 @@ def sweep_threshold(
         sweep__trials_at_once=trials_at_once,
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
+        cluster__address=address,
     )
     _sweep(
         settings,
@@ -126,6 +129,7 @@ def sweep_iterations(
     gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
     dry_run: DryRunOption = False,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -143,6 +147,7 @@ def sweep_iterations(
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
         training__num_steps=steps,
+        cluster__address=address,
     )
     _sweep(settings, "sweep-iterations", workspace, name=name, dry_run=dry_run, verbose=verbose)
 
@@ -152,11 +157,12 @@ def sweep_file(
     file: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped sweep.")],
     workspace: WorkspaceOption = None,
     dry_run: DryRunOption = False,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Run a whole sweep from its file, pretraining included."""
-    settings = read_options(file, set_)
+    settings = read_options(file, set_, cluster__address=address)
     _sweep(settings, "sweep", workspace, dry_run=dry_run, verbose=verbose)
 
 
@@ -192,6 +198,7 @@ def search_schedules(
     gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
     dry_run: DryRunOption = False,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -208,6 +215,7 @@ def search_schedules(
         sweep__trials_at_once=trials_at_once,
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
+        cluster__address=address,
     )
     _sweep(
         settings,

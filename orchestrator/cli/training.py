@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     MAX_COUNT,
+    AddressOption,
     CheckpointArgument,
     ConfigOption,
     ControlOption,
@@ -49,6 +50,7 @@ def quickstart(
     workspace: WorkspaceOption = None,
     config: ConfigOption = "toy",
     dry_run: DryRunOption = False,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -56,7 +58,7 @@ def quickstart(
 
     With --config, run the sweep of that file.
     """
-    settings = read_options(config, set_)
+    settings = read_options(config, set_, cluster__address=address)
     with open_session(workspace, "quickstart", verbose=verbose, dry_run=dry_run) as session:
         if dry_run:
             from orchestrator.pipelines.sweep_dry_runs import plan_sweep
@@ -139,6 +141,7 @@ def pretrain(
         float | None,
         typer.Option(min=0.01, max=1.0, help="Share of the peak FLOP/s that --dry-run assumes."),
     ] = None,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -156,6 +159,7 @@ def pretrain(
         # A continued run is not profiled because the finished one was.
         training__profile_steps=0 if continue_ and profile is None else profile,
         cluster__storage=storage,
+        cluster__address=address,
     )
     if dry_run:
         with open_session(workspace, "pretrain", verbose=verbose, dry_run=True) as session:
@@ -194,6 +198,7 @@ def distill(
     local: LocalOption = False,
     profile: ProfileOption = None,
     dry_run: DryRunOption = False,
+    address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -203,6 +208,7 @@ def distill(
         set_,
         distillation__control=control,
         distillation__training__profile_steps=profile,
+        cluster__address=address,
     )
     if dry_run:
         with open_session(workspace, "distill", verbose=verbose, dry_run=True) as session:
@@ -242,6 +248,6 @@ def _settings_to_continue(workspace: Path | None, run: Path, config: str | None)
 
 def _check_resources(settings: Any, *, local: bool) -> None:
     """Refuse too few CPUs or GPUs before heavy imports and before the workspace is made."""
-    from orchestrator.planning.resources import check_resources
+    from orchestrator.planning.resources import check_run_resources
 
-    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
+    check_run_resources(settings.cluster, local=local)

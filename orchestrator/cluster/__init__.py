@@ -1,4 +1,4 @@
-"""The only imports of Ray: start it, place workers, run Ray Train and Ray Tune.
+"""The only imports of Ray: start or join it, place workers, run Ray Train and Ray Tune.
 
 `launch.py` chooses between Ray and this process (`local.py`).
 """

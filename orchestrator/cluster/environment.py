@@ -1,10 +1,19 @@
-"""Environment variables that Ray and PyTorch read; the package's `__init__` sets them."""
+"""Environment variables that Ray and PyTorch read.
+
+The package's `__init__` sets those that they read when they are imported. Those that depend on the
+address of the cluster hold while Ray runs.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from orchestrator.workspace.ray_address import ADDRESS_VARIABLE, AUTO, LOCAL
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -19,46 +28,76 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files that nobody reads, left open after a stop
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-# Of a cluster that is started here; one elsewhere says itself whether it asks for a token.
+LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# Of a Ray that is started here; a cluster says itself whether it asks for a token.
 _LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too, this keeps every socket on loopback
+    # One token for this process and its children; Ray would write one into the home folder.
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    LOOPBACK_SWITCH: "0",  # on Linux too, this keeps every socket on loopback
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial and no job would use
     "RAY_enable_worker_prestart": "0",
 }
+_JOINING_ENVIRONMENT = {
+    "RAY_gcs_server_port_wait_time_s": "8",  # tries to reach the head node, about one a second
+}
 TOKEN_NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables that hold Ray's token, or the path of its file."""
-_set_here: dict[str, str] = {}
-"""What `prepare_environment` set for a cluster that is started here."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Names of the options of PyTorch's allocator; all versions read the first, newer ones both."""
 
 
 def prepare_environment() -> None:
-    """Set what the user has not set."""
+    """Set what the user has not set, before Ray is imported."""
     # On GPUs, the allocator then loses less memory to gaps between its blocks. Each worker imports
     # this package before it uses a GPU.
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    local = dict(_LOCAL_ENVIRONMENT)
-    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        # One token for this process and its children; Ray would write one into the home folder.
-        local["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    _set_here.update({name: value for name, value in local.items() if name not in os.environ})
-    os.environ.update(_set_here)
 
 
 def prepare_for_server() -> None:
-    """Prepare for requests to a cluster elsewhere; before Ray is imported.
-
-    Like `ray start`, use a token if there is one.
-    """
-    for name in _set_here:
-        os.environ.pop(name, None)
-    _set_here.clear()
+    """Use a token for requests to a cluster elsewhere if there is one, like `ray start`."""
     if any(map(os.environ.get, TOKEN_NAMES)) or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+@contextmanager
+def ray_environment(address: str) -> Iterator[None]:
+    """Set what the user has not set for a Ray that is started here or joined, in the block.
+
+    `RAY_ADDRESS` follows the address, because parts of Ray read it themselves.
+    """
+    names = {*_LOCAL_ENVIRONMENT, *_JOINING_ENVIRONMENT, ADDRESS_VARIABLE}
+    before = {name: os.environ.get(name) for name in names}
+    defaults = _LOCAL_ENVIRONMENT if address == LOCAL else _JOINING_ENVIRONMENT
+    if os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        defaults = {name: defaults[name] for name in defaults if name != "RAY_AUTH_TOKEN"}
+    wanted = {**before, **{name: before[name] or value for name, value in defaults.items()}}
+    _set(wanted | {ADDRESS_VARIABLE: None if address in (LOCAL, AUTO) else address})
+    _refresh_ray(is_local=address == LOCAL)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _refresh_ray(*, is_local: bool) -> None:
+    """Let Ray read again what it read when it was imported; it has no public call for this."""
+    import ray
+    from ray._private import ray_constants
+
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    constants: Any = ray_constants
+    constants.ENABLE_RAY_CLUSTER = not is_local or os.environ.get(LOOPBACK_SWITCH) == "1"

@@ -6,7 +6,6 @@ its processes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
@@ -15,6 +14,7 @@ from orchestrator.cluster.devices import DeviceWork, OnDevice, on_cpu
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.ray_address import LOCAL
 
 T = TypeVar("T")
 
@@ -46,32 +46,30 @@ def job_runner(*, local: bool) -> RunJobs:
 
 def trial_device(settings: Settings) -> OnDevice:
     """Return a function that runs work as the trials of a sweep: on a GPU if they have some."""
-    waits = settings.cluster.wait_for_gpus
-    return partial(_run_on_device, on_gpu=settings.trials_use_gpus, waits_for_gpus=waits)
+    return partial(_run_on_device, cluster=settings.cluster, on_gpu=settings.trials_use_gpus)
 
 
 def command_device(cluster: ClusterSettings) -> OnDevice:
     """Return a function that runs the work of a command that starts no jobs.
 
-    The settings may name GPUs, or `RAY_ADDRESS` a cluster that has some: then the work is a Ray
+    The settings may name GPUs, or a cluster that has some: then the work is a Ray
     task with a GPU. Otherwise it runs in this process, on a GPU if this machine has one.
     """
-    on_gpu = cluster.num_gpus > 0 or None
-    return partial(_run_on_device, on_gpu=on_gpu, waits_for_gpus=cluster.wait_for_gpus)
+    return partial(_run_on_device, cluster=cluster, on_gpu=cluster.num_gpus > 0 or None)
 
 
 def _run_on_device(
-    work: DeviceWork[T], progress: Progress, *, on_gpu: bool | None, waits_for_gpus: bool
+    work: DeviceWork[T], progress: Progress, *, cluster: ClusterSettings, on_gpu: bool | None
 ) -> T:
     if on_gpu is False:
         return on_cpu(work, progress)
-    if on_gpu or os.environ.get("RAY_ADDRESS"):
+    if on_gpu or cluster.ray_address != LOCAL:
         from orchestrator.cluster.gpu_task import run_gpu_task
         from orchestrator.cluster.start import ray_cluster
 
-        with ray_cluster(say=partial(progress.advance, 0)) as resources:
+        with ray_cluster(cluster, say=partial(progress.advance, 0)) as resources:
             if on_gpu or resources.gpus:
-                return run_gpu_task(work, progress, waits_for_gpus=waits_for_gpus)
+                return run_gpu_task(work, progress, waits_for_gpus=cluster.wait_for_gpus)
     from orchestrator.training.model_loading import best_device
 
     return work(str(best_device()), progress)

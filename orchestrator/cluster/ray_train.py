@@ -83,7 +83,7 @@ def run_train_jobs(
             for job in ours:
                 clear_stop_request(job.folder)
             sizes = [_journal_bytes(job) for job in ours]
-            with ray_cluster(say=say) as resources, recorded_signals() as signals:
+            with ray_cluster(cluster, say=say) as resources, recorded_signals() as signals:
                 if cluster.wait_for_gpus:
                     wait_for_gpus(cluster.num_gpus, note)
                     resources = replace(resources, nodes=alive_nodes())

@@ -1,4 +1,4 @@
-"""Start Ray on this machine for a block of code, or join the cluster that `RAY_ADDRESS` names.
+"""Start Ray on this machine for a block of code, or join the cluster that the settings name.
 
 A local Ray listens on loopback only, with a token of its own, in a short temporary folder (a
 socket's path is limited to 107 characters). At the end, all of its processes are gone.
@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,8 +24,11 @@ from typing import Any
 import psutil
 import ray
 
+from orchestrator.cluster.environment import ray_environment
+from orchestrator.cluster.joining import check_joinable, joining_problem
 from orchestrator.cluster.nodes import alive_nodes
-from orchestrator.planning.resources import Resources, local_resources
+from orchestrator.planning.resources import THIS_MACHINE, Resources, local_resources
+from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
     SIGNALS,
@@ -34,6 +36,7 @@ from orchestrator.terminal.signals import (
     signal_handlers,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.ray_address import LOCAL
 from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
 
 OBJECT_STORE_BYTES = 128 * 2**20  # data does not travel through Ray; its own minimum is 75 MB
@@ -41,7 +44,6 @@ LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 1
 # After Ctrl-C everything together must take less than ten seconds.
 INTERRUPTED_START_SECONDS = 2.0
 INTERRUPTED_SHUTDOWN_SECONDS = 3.0
-CONNECT_SECONDS = 5.0
 SHUTDOWN_SECONDS = 60.0  # after a normal end
 EXIT_CODE_INTERRUPTED = 130
 
@@ -52,29 +54,41 @@ _running: Resources | None = None
 
 @contextmanager
 def ray_cluster(
-    *, num_cpus: int | None = None, say: Callable[[str], None] | None = None
+    cluster: ClusterSettings | None = None,
+    *,
+    num_cpus: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[Resources]:
-    """Start Ray until the block ends, or use the one that runs; yield what its jobs may use.
+    """Start or join Ray until the block ends, or use the one that runs; yield what jobs may use.
 
     Args:
+        cluster: Says which cluster is joined; the default settings when unset.
         num_cpus: CPUs of a local cluster; all that this process may use when unset.
         say: Called with a sentence before Ray starts, which takes seconds.
 
     Raises:
-        UserError: If nothing answers at `RAY_ADDRESS`.
+        UserError: If the cluster cannot be joined.
         RunFailed: If Ray does not start.
     """
-    global _running
     if _running is not None:
         yield replace(_running, nodes=alive_nodes())  # Nodes may have joined or left.
         return
+    address = (cluster or ClusterSettings()).ray_address
     if say:
-        say("starting Ray")
-    cluster = _RayThread(make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER), num_cpus)
+        say("starting Ray" if address == LOCAL else f"joining the Ray cluster at {address}")
+    check_joinable(address)
+    with ray_environment(address):
+        yield from _run_ray(address, num_cpus)
+
+
+def _run_ray(address: str, num_cpus: int | None) -> Iterator[Resources]:
+    global _running
+    scratch = make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER)
+    thread = _RayThread(address, scratch, num_cpus)
     seconds = SHUTDOWN_SECONDS
     try:
         with signal_handlers((signal.SIGTERM,), signal.default_int_handler):
-            _running = cluster.started()
+            _running = thread.started()
             yield _running
     except (KeyboardInterrupt, Interrupted):
         seconds = INTERRUPTED_SHUTDOWN_SECONDS
@@ -82,7 +96,7 @@ def ray_cluster(
     finally:
         _running = None
         with signal_handlers(SIGNALS, signal.SIG_IGN):
-            cluster.end(seconds)
+            thread.end(seconds)
 
 
 class _RayThread:
@@ -92,8 +106,8 @@ class _RayThread:
     thread handles signals: one that interrupted `ray.init` would later crash the interpreter.
     """
 
-    def __init__(self, scratch: ScratchFolder, num_cpus: int | None) -> None:
-        self.scratch, self.num_cpus = scratch, num_cpus
+    def __init__(self, address: str, scratch: ScratchFolder, num_cpus: int | None) -> None:
+        self.address, self.scratch, self.num_cpus = address, scratch, num_cpus
         self._earlier = {process.pid for process in psutil.Process().children()}
         self._resources: Future[Resources] = Future()
         self._should_end = threading.Event()
@@ -132,7 +146,7 @@ class _RayThread:
 
     def _run(self) -> None:
         try:
-            self._resources.set_result(_start(self.scratch.folder, self.num_cpus))
+            self._resources.set_result(_start(self.address, self.scratch.folder, self.num_cpus))
         except BaseException as error:
             self._resources.set_exception(error)
         self._should_end.wait()
@@ -148,10 +162,9 @@ class _RayThread:
         return [process for root in roots for process in (root, *_children(root))]
 
 
-def _start(scratch: Path, num_cpus: int | None) -> Resources:
-    address = os.environ.get("RAY_ADDRESS") or "local"
+def _start(address: str, scratch: Path, num_cpus: int | None) -> Resources:
     options: dict[str, Any] = {}
-    if address == "local":
+    if address == LOCAL:
         resources = local_resources()
         options = {
             "num_cpus": num_cpus or resources.cpus,
@@ -160,32 +173,17 @@ def _start(scratch: Path, num_cpus: int | None) -> Resources:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(scratch),
         }
-    else:
-        _check_reachable(address)
     _log_daemon_messages()
     # It would say that SIGTERM has no handler of Ray's in this thread; there is one of ours.
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except Exception as error:
-        raise RunFailed(f"Ray did not start ({address}): {error}") from error
-    place = "this machine" if address == "local" else f"the cluster at {address}"
+        if address != LOCAL:
+            raise UserError(joining_problem(error, address)) from error
+        raise RunFailed(f"Ray did not start: {error}") from error
+    place = THIS_MACHINE if address == LOCAL else f"the cluster at {address}"
     return Resources(alive_nodes(), place)
-
-
-def _check_reachable(address: str) -> None:
-    """Refuse an address where nothing listens; Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (port.isascii() and port.isdigit()):
-        return  # `auto`: Ray looks for a cluster on this machine.
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:  # OverflowError: no valid port
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); "
-            "start it, correct the address, or unset RAY_ADDRESS to use this machine"
-        ) from None
 
 
 def _log_daemon_messages() -> None:

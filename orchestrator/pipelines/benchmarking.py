@@ -78,6 +78,7 @@ def benchmark(
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
     conditions: MeasurementSettings | None = None,
+    cluster: ClusterSettings | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkResult:
     """Measure latency, throughput and memory of models side by side.
@@ -89,6 +90,7 @@ def benchmark(
             from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
             prompt and half the models' context.
+        cluster: Where they are measured; see `command_device`.
 
     Raises:
         UserError: If a model is missing, damaged or no decoder, or a condition does not fit it.
@@ -103,7 +105,7 @@ def benchmark(
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
-    device = command_device(ClusterSettings())
+    device = command_device(cluster or ClusterSettings())
     return benchmark_models(opened, conditions, context, on_device=device)
 
 

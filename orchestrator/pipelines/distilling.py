@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iiet.schedule import IterationSchedule
+from orchestrator.cluster.joining import check_joinable
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
 from orchestrator.planning.fit import check_trainings
-from orchestrator.planning.resources import check_resources
+from orchestrator.planning.resources import check_run_resources
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.student_plans import distillation_job
 from orchestrator.terminal.progress import Progress
@@ -52,7 +53,7 @@ def distill(
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
-    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
+    check_run_resources(settings.cluster, local=local)
     context = open_context(workspace, progress)
     return distill_in_context(settings, context, schedule=schedule, teacher=teacher, local=local)
 
@@ -65,7 +66,9 @@ def distill_in_context(
     teacher: Path | str | None = None,
     local: bool = False,
 ) -> DistillResult:
-    """Distill a teacher in an open workspace; as `distill`, after `check_resources`."""
+    """Distill a teacher in an open workspace; as `distill`, after `check_run_resources`."""
+    if not local:
+        check_joinable(settings.cluster.ray_address)
     checkpoint = resolve_teacher(context.workspace, Path(teacher) if teacher else None)
     tokens = tokens_folder_of(checkpoint, context.workspace)
     return distill_teacher(settings, context, checkpoint, str(schedule), tokens, local=local)

@@ -16,12 +16,13 @@ from typing import Any
 
 import pandas
 
+from orchestrator.cluster.joining import check_joinable
 from orchestrator.cluster.launch import job_runner
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.training_dry_runs import check_pretraining
 from orchestrator.planning.fit import check_trainings
-from orchestrator.planning.resources import check_resources
+from orchestrator.planning.resources import check_run_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
@@ -77,7 +78,7 @@ def pretrain(
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
-    check_resources(settings.cluster.num_workers, settings.cluster.num_gpus, local=local)
+    check_run_resources(settings.cluster, local=local)
     context = open_context(workspace, progress)
     return pretrain_in_context(settings, context, continued=continued, name=name, local=local)
 
@@ -90,7 +91,9 @@ def pretrain_in_context(
     name: str | None = None,
     local: bool = False,
 ) -> PretrainResult:
-    """Pretrain one model in an open workspace; as `pretrain`, after `check_resources`."""
+    """Pretrain one model in an open workspace; as `pretrain`, after `check_run_resources`."""
+    if not local:
+        check_joinable(settings.cluster.ray_address)
     method = settings.model.method
     earlier = None
     if continued is None:

@@ -134,6 +134,7 @@ class _Draft:
             folder=workspace.root,
             new_token_bytes=self.new_token_bytes,
             is_upper_bound=bool(self.unknown),
+            address=settings.cluster.ray_address,
         )
 
 

@@ -13,7 +13,7 @@ from orchestrator.pipelines.context import open_context
 from orchestrator.planning.fit import check_fit, find_problems
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
 from orchestrator.planning.price import PlannedWork, Price, pretraining_group
-from orchestrator.planning.resources import check_resources
+from orchestrator.planning.resources import check_run_resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.price_table import price_rows, training_rows
 from orchestrator.settings import Settings
@@ -128,6 +128,7 @@ def _work(
         groups=[pretraining_group([training], settings.cluster)],
         folder=workspace.root,
         new_token_bytes=tokens.new_bytes if tokens else 0,
+        address=settings.cluster.ray_address,
     )
 
 
@@ -139,7 +140,7 @@ def _dry_run(
     tokens: ExpectedTokens | None = None,
     mfu: float | None = None,
 ) -> TrainingDryRun:
-    work, cluster = _work(job, settings, workspace, tokens), settings.cluster
+    work = _work(job, settings, workspace, tokens)
     (training,) = work.trainings
     if not job.tokens_folder:
         state = UNPREPARED
@@ -152,7 +153,5 @@ def _dry_run(
         tokens=tokens,
         state=state,
         price=work.price(mfu),
-        problems=find_problems(
-            work, partial(check_resources, cluster.num_workers, cluster.num_gpus)
-        ),
+        problems=find_problems(work, partial(check_run_resources, settings.cluster)),
     )

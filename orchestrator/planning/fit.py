@@ -2,12 +2,11 @@
 
 The nearest setting is the first of these that fits: fewer sequences per pass (same gradients),
 layers recomputed in the backward pass (slower), a model shared by its workers, a smaller model.
-If `RAY_ADDRESS` names a cluster, only the disk is checked.
+On a cluster that is joined, only the disk is checked.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +25,7 @@ from orchestrator.training.job_checks import check_job
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.ray_address import LOCAL
 
 MeasureFree = Callable[..., FreeBytes]
 """Returns free memory and disk, like `local_free_bytes`."""
@@ -57,7 +57,8 @@ def check_trainings(
         for n in waiting
     ]
     groups = [pretraining_group(trainings, cluster)]
-    check_fit(PlannedWork(groups=groups, folder=jobs[0].folder), measure_free=measure_free)
+    work = PlannedWork(groups=groups, folder=jobs[0].folder, address=cluster.ray_address)
+    check_fit(work, measure_free=measure_free)
 
 
 def check_fit(work: PlannedWork, *, measure_free: MeasureFree = local_free_bytes) -> None:
@@ -67,7 +68,7 @@ def check_fit(work: PlannedWork, *, measure_free: MeasureFree = local_free_bytes
         UserError: If they do not fit; says what would.
     """
     for group in work.groups:
-        if group.trainings:
+        if group.trainings and work.address == LOCAL:
             _check_memory(group, work.folder, measure_free)
     if work.trainings and (disk := measure_free(work.folder).disk) is not None:
         _check_disk(work, disk)
@@ -91,12 +92,13 @@ def find_problems(work: PlannedWork, check_devices: Callable[[], None]) -> dict[
                 found.append(str(error))
         return ". Also: ".join(found) or None
 
-    is_far = bool(os.environ.get("RAY_ADDRESS"))
+    is_far = work.address != LOCAL
     place = "this machine" + " (the cluster's memory is unknown)" * is_far
     problems = {place: problem_of(check_devices, partial(check_fit, work))}
     if not installed_gpus() and any(training.on_gpus for training in work.trainings):
         gpu = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=f"an {ASSUMED_GPU}")
-        fits_there = partial(check_fit, work, measure_free=lambda *_, **__: gpu)
+        there = replace(work, address=LOCAL)
+        fits_there = partial(check_fit, there, measure_free=lambda *_, **__: gpu)
         problems[gpu.place] = problem_of(fits_there)
     return problems
 

@@ -22,6 +22,7 @@ from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.records.record import Record
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
+from orchestrator.workspace.ray_address import LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,8 @@ class PlannedWork:
     """Bytes of the tokens that are prepared first."""
     is_upper_bound: bool = False
     """Whether not all trainings are known, and the others are the costliest that are possible."""
+    address: str = LOCAL
+    """Address of the Ray cluster that trains them."""
 
     @property
     def trainings(self) -> list[PlannedTraining]:

@@ -13,14 +13,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.planning.nodes import Node, describe_nodes, num_workers_on
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.ray_address import LOCAL
+
+if TYPE_CHECKING:
+    from orchestrator.settings import ClusterSettings
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
+THIS_MACHINE = "this machine"
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Resources:
 
     nodes: tuple[Node, ...]
     """A machine without a cluster is one; its GPUs are 0 if they were not counted."""
-    place: str = "this machine"
+    place: str = THIS_MACHINE
     """Where they are, for messages."""
 
     @property
@@ -66,13 +72,19 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
 
 
 def check_resources(
-    num_workers: int, num_gpus: float, *, local: bool = False, per_trial: bool = False
+    num_workers: int,
+    num_gpus: float,
+    *,
+    address: str = LOCAL,
+    local: bool = False,
+    per_trial: bool = False,
 ) -> None:
     """Check, before anything starts, that one training's workers get enough CPUs and GPUs.
 
     Args:
         num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of the training, one per worker, or a share of one; 0 trains on CPUs.
+        address: Address of the Ray cluster; only this machine (`local`) is compared.
         local: Whether the training runs in this process, without Ray.
         per_trial: Whether a trial of a sweep is meant, which has options of its own.
 
@@ -93,9 +105,15 @@ def check_resources(
             f"leave out {option}, or type {option} {math.ceil(num_gpus)}"
         )
     # A cluster elsewhere says itself what it has, once Ray runs: see `cluster.placement`.
-    if not os.environ.get("RAY_ADDRESS"):
+    if address == LOCAL:
         resources = local_resources(count_gpus=num_gpus > 0)
         check_available(num_workers, num_gpus, resources, per_trial=per_trial)
+
+
+def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> None:
+    """Check that a run gets the workers and GPUs of its settings; see `check_resources`."""
+    address = cluster.ray_address
+    check_resources(cluster.num_workers, cluster.num_gpus, address=address, local=local)
 
 
 def check_available(
@@ -123,8 +141,8 @@ def check_available(
 def _too_few_gpus(
     num_gpus: float, places: int, resources: Resources, option: str, option_for_cpus: str
 ) -> str:
-    is_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    other = f"set RAY_ADDRESS to a Ray cluster that has {num_gpus:g} GPU{'s' * (num_gpus > 1)}"
+    is_cluster = resources.place != THIS_MACHINE
+    other = f"type --address with a Ray cluster that has {num_gpus:g} GPU{'s' * (num_gpus > 1)}"
     if is_cluster:
         other = "set cluster.wait_for_gpus=true to wait for nodes that join later"
     if resources.gpus:
@@ -173,8 +191,6 @@ def local_free_bytes(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -
     """
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     disk = shutil.disk_usage(parent).free
-    if address := os.environ.get("RAY_ADDRESS"):
-        return FreeBytes(memory=None, disk=disk, place=f"the cluster at {address}")
     if num_gpus:
         # The free bytes of each, not its size: other processes may use it too.
         free = min((gpu.free_bytes for gpu in installed_gpus()[:num_gpus]), default=None)

@@ -13,6 +13,7 @@ from orchestrator.planning.resources import local_free_bytes
 from orchestrator.settings import Settings
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.ray_address import LOCAL
 
 
 def assign_trial_gpus(
@@ -47,7 +48,9 @@ def assign_trial_gpus(
     if per_trial is None and sweep.workers_per_trial > 1:
         per_trial = sweep.workers_per_trial
     if per_trial is None:
-        free = gpu_bytes or local_free_bytes(Path.cwd(), num_gpus=1).memory or ASSUMED_GPU_BYTES
+        if gpu_bytes is None and settings.cluster.ray_address == LOCAL:
+            gpu_bytes = local_free_bytes(Path.cwd(), num_gpus=1).memory
+        free = gpu_bytes or ASSUMED_GPU_BYTES
         fitting = (n for n in range(1, num_gpus) if all(_fits(each, n, free) for each in trainings))
         per_trial = next(fitting, num_gpus)
     if per_trial > num_gpus:

@@ -1,4 +1,4 @@
-"""Settings of workers, GPUs and storage."""
+"""Settings of the Ray cluster, workers, GPUs and storage."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pydantic import Field, field_validator
 
 from orchestrator.settings.section import Section
 from orchestrator.workspace.credentials import has_secret
+from orchestrator.workspace.ray_address import address_problem, chosen_address
 
 
 class ClusterSettings(Section):
-    """Workers, GPUs and storage."""
+    """The Ray cluster, workers, GPUs and storage."""
 
+    address: str | None = None
+    """Ray cluster to join: `HOST:PORT` of its head node, `auto` for one that this machine is part
+    of, or `local` to start a Ray for this command only (default: `RAY_ADDRESS`, else `local`)."""
     num_workers: int = Field(default=1, gt=0)
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: int = Field(default=0, ge=0)
@@ -28,6 +32,22 @@ class ClusterSettings(Section):
     its weights, gradients and moments, which needs less memory and more traffic."""
     max_failures: int = Field(default=2, ge=0)
     """Restarts of a training job from its newest checkpoint after a worker died."""
+
+    @property
+    def ray_address(self) -> str:
+        """The address in force: the setting, else `RAY_ADDRESS`, else `local`.
+
+        Raises:
+            UserError: If `RAY_ADDRESS` is no address of a cluster.
+        """
+        return chosen_address(self.address)
+
+    @field_validator("address")
+    @classmethod
+    def _refuse_other_addresses(cls, address: str | None) -> str | None:
+        if address is not None and (problem := address_problem(address)):
+            raise ValueError(problem)
+        return address
 
     @field_validator("storage")
     @classmethod

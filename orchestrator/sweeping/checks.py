@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from iiet.methods import METHODS
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
-from orchestrator.planning.resources import check_resources
+from orchestrator.planning.resources import check_resources, check_run_resources
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings
 from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
@@ -69,9 +69,14 @@ def check_devices(settings: Settings, *, pretrains: bool) -> None:
         UserError: If it has not.
     """
     sweep, cluster = assign_trial_gpus(settings).sweep, settings.cluster
-    check_resources(sweep.workers_per_trial, sweep.gpus_per_trial or 0, per_trial=True)
+    check_resources(
+        sweep.workers_per_trial,
+        sweep.gpus_per_trial or 0,
+        address=cluster.ray_address,
+        per_trial=True,
+    )
     if pretrains:
-        check_resources(cluster.num_workers, cluster.num_gpus)
+        check_run_resources(cluster)
 
 
 def check_models(settings: Settings) -> None:

@@ -152,6 +152,7 @@ class _SweepRun:
             self.folder,
             self.settings.sweep,
             self.progress,
+            cluster=self.settings.cluster,
             num_all=len(trials) + (self.search.num_left if self.search else 0),
             asha=asha,
             stopped=stopped,
@@ -244,7 +245,8 @@ def _check_trials(
     for job in [*waiting, *to_come[:1]]:
         check_job(job, num_workers=settings.sweep.num_workers_per_trial)
     group = trial_group(trainings, settings, workspace.teachers)
-    check_fit(PlannedWork(groups=[group], folder=workspace.root))
+    address = settings.cluster.ray_address
+    check_fit(PlannedWork(groups=[group], folder=workspace.root, address=address))
     return settings
 
 

@@ -27,7 +27,7 @@ from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
 from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.trial import Trial
-from orchestrator.settings import SweepSettings
+from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.sweeping.asha import stop_early, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
@@ -51,6 +51,8 @@ class TrialQueue:
     progress: Progress
     num_all: int
     """Trials of the sweep, the finished ones included."""
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    """Where the trials run."""
     asha: Mapping[str, AshaTrial] = field(default_factory=dict)
     """Key of each trial that can be stopped early -> what it is compared with."""
     on_end: Callable[[], None] = lambda: None
@@ -80,7 +82,7 @@ class TrialQueue:
         num_new = search.num_left if search else 0
         num_found = self.num_all - len(waiting) - num_new - len(self.stopped)
         if waiting or num_new:
-            with ray_cluster(say=partial(self.progress.advance, num_found)):
+            with ray_cluster(self.cluster, say=partial(self.progress.advance, num_found)):
                 if self.waits_for_gpus:
                     wait_for_gpus(self.settings.gpus_per_trial or 0, self.progress.note)
                 self._run_or_wait(waiting)

@@ -154,9 +154,8 @@ def test_what_never_fits_says_what_would(sweep: dict[str, float], words: list[st
     ],
 )  # fmt: skip
 def test_a_cluster_that_lacks_gpus_says_what_its_nodes_have(
-    nodes: tuple[Node, ...], num_gpus: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+    nodes: tuple[Node, ...], num_gpus: int, words: list[str]
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "x")
     with pytest.raises(UserError) as error:
         job_placement(1, 1, num_gpus, Resources(nodes, "the cluster at x"))
     assert all(word in str(error.value) for word in words), error.value

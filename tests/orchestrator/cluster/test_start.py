@@ -1,18 +1,15 @@
-"""A started cluster listens on loopback only, is shared, and refuses addresses without a Ray."""
+"""A started cluster listens on loopback only and is shared; its environment."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
-from orchestrator.cluster.environment import prepare_environment
-from orchestrator.workspace.errors import UserError
+from orchestrator.cluster.environment import ray_environment
 
 
 @pytest.mark.slow
@@ -39,33 +36,30 @@ def test_a_second_cluster_is_the_first(ray_session: None) -> None:
         assert still is outer
 
 
-def test_an_address_where_nobody_answers_is_refused_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("address", "variable", "own_token"),
+    [("local", None, True), ("auto", None, False), ("head:6379", "head:6379", False)],
+)
+def test_the_environment_follows_the_address(
+    address: str, variable: str | None, own_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.cluster import start as cluster
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "of.the.shell:6379")
+    before = dict(os.environ)
+    with ray_environment(address):
+        assert os.environ.get("RAY_ADDRESS") == variable
+        # A cluster asks for a token only if it was told to.
+        assert (os.environ.get("RAY_AUTH_MODE") == "token") is own_token
+        assert (len(os.environ.get("RAY_AUTH_TOKEN", "")) == 64) is own_token
+    assert dict(os.environ) == before
 
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"RAY_ADDRESS={address}"):
-            cluster._check_reachable(address)
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(UserError, match="unset RAY_ADDRESS"):
-            cluster._start(Path("unused"), None)
 
-
-def test_a_token_is_asked_of_a_cluster_that_is_started_here_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    here: dict[str, str] = {}
-    elsewhere = {"RAY_ADDRESS": "ray.example:6379"}
-    for environment in (here, elsewhere):
-        monkeypatch.setattr(os, "environ", environment)
-        prepare_environment()
-    assert here["RAY_AUTH_MODE"] == "token"
-    assert len(here["RAY_AUTH_TOKEN"]) == 64
-    # `ray start` asks for none unless it was told to, and then says so itself.
-    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & set(elsewhere)
+@pytest.mark.parametrize("address", ["local", "head:6379"])
+def test_what_the_user_has_set_stays(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with ray_environment(address):
+        assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
 def test_the_package_sets_the_environment_before_any_of_its_modules_imports_ray() -> None:
@@ -76,4 +70,4 @@ def test_the_package_sets_the_environment_before_any_of_its_modules_imports_ray(
     )
     ray_is_imported, *names = done.stdout.split()
     assert ray_is_imported == "False"
-    assert {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_CHDIR_TO_TRIAL_DIR"} <= set(names)
+    assert {"RAY_USAGE_STATS_ENABLED", "RAY_CHDIR_TO_TRIAL_DIR"} <= set(names)

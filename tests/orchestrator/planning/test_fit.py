@@ -62,6 +62,14 @@ def follow(message: str) -> tuple[list[str], str]:
     )[0]
 
 
+def test_a_cluster_elsewhere_is_not_compared_with_this_machines_memory() -> None:
+    work = PlannedWork(groups=[TrainingGroup(trainings=(request(),))], folder=Path())
+    full = always(FreeBytes(memory=0, disk=None))
+    with pytest.raises(UserError):
+        check_fit(work, measure_free=full)
+    check_fit(replace(work, address="ray.example:6379"), measure_free=full)
+
+
 @pytest.mark.parametrize("gigabytes", [160, 80, 40, 24, 12, 8, 4, 2])
 def test_the_proposed_change_fits(gigabytes: int) -> None:
     free = FreeBytes(memory=gigabytes * GIB, disk=None)

@@ -13,10 +13,12 @@ from orchestrator.planning.resources import (
     Resources,
     check_available,
     check_resources,
+    check_run_resources,
     free_memory,
     local_free_bytes,
     local_resources,
 )
+from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import UserError
 
 TWO_CPUS = Resources((Node(2),))
@@ -40,8 +42,8 @@ def test_a_job_that_fits_passes(num_workers: int, num_gpus: int, resources: Reso
 @pytest.mark.parametrize(
     ("num_workers", "num_gpus", "resources", "words"),
     [
-        (1, 8, TWO_CPUS, ["--gpus 8", "no GPU", "leave out --gpus", "2 CPUs", "RAY_ADDRESS"]),
-        (1, 8, TWO_GPUS, ["--gpus 8", "has 2", "type --gpus 2", "RAY_ADDRESS"]),
+        (1, 8, TWO_CPUS, ["--gpus 8", "no GPU", "leave out --gpus", "2 CPUs", "--address"]),
+        (1, 8, TWO_GPUS, ["--gpus 8", "has 2", "type --gpus 2", "--address"]),
         (3, 0, TWO_CPUS, ["3 workers", "2 CPUs", "type --workers 2"]),
         (2, 0, Resources((Node(1),), "the cluster at x"), ["the cluster at x", "1 CPU,"]),
     ],
@@ -85,17 +87,14 @@ def test_gpus_have_one_worker_each(per_trial: bool, words: str) -> None:
         check_resources(3, 2, per_trial=per_trial)
 
 
-def test_resources_default_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_resources_default_to_this_machine() -> None:
     with pytest.raises(UserError, match="this machine"):
         check_resources(100_000, 0)
 
 
-def test_a_remote_cluster_is_not_compared_with_this_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
-    check_resources(1, 800)
+def test_a_remote_cluster_is_not_compared_with_this_machine() -> None:
+    check_resources(1, 800, address="ray.example:6379")
+    check_run_resources(ClusterSettings(num_gpus=800, address="ray.example:6379"))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
@@ -154,14 +153,9 @@ def test_without_a_limit_the_machines_free_memory_counts(tmp_path: Path) -> None
         assert free_memory(groups) > 100 * MIB
 
 
-def test_free_bytes_are_those_of_the_machine_and_of_the_folders_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_free_bytes_are_those_of_the_machine_and_of_the_folders_disk(tmp_path: Path) -> None:
     one, two = (local_free_bytes(tmp_path / "not" / "there", num_workers=n) for n in (1, 2))
     assert one.memory is not None
     assert two.memory is not None
     assert two.memory == pytest.approx(one.memory / 2, rel=0.2)
     assert one.disk
-    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
-    assert local_free_bytes(tmp_path).memory is None

@@ -1,0 +1,56 @@
+"""The address of the Ray cluster: which source counts, and what is no address."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.settings import ClusterSettings, resolve_settings
+from orchestrator.workspace.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "expected"),
+    [
+        (None, None, "local"),
+        (None, "", "local"),
+        (None, "head:6379", "head:6379"),
+        ("other:6379", "head:6379", "other:6379"),
+        ("local", "head:6379", "local"),
+        ("auto", "head:6379", "auto"),
+    ],
+)
+def test_the_setting_counts_before_the_variable(
+    setting: str | None, variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert ClusterSettings(address=setting).ray_address == expected
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7:6379", "[fe80::1]:6379", "a-b.example:1", "auto"])
+def test_addresses_of_clusters_are_accepted(address: str) -> None:
+    assert ClusterSettings(address=address).ray_address == address
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("ray://head:10001", "Ray Client"),
+        ("http://head:8265", "HOST:PORT"),
+        ("head", "HOST:PORT"),
+        ("head:0", "HOST:PORT"),
+        ("head:65536", "HOST:PORT"),
+        ("head:6379 x", "HOST:PORT"),
+        ("", "HOST:PORT"),
+    ],
+)
+def test_other_texts_are_refused_in_settings_and_in_the_environment(
+    address: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=f"cluster.address: .*{words}"):
+        resolve_settings({"cluster": {"address": address}})
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=f"RAY_ADDRESS: .*{words}"):
+            ClusterSettings().ray_address  # noqa: B018
