@@ -22,7 +22,6 @@ from orchestrator.terminal.signals import (
     recorded_signals,
 )
 from orchestrator.training.distributed import World
-from orchestrator.training.job import clear_stop_request
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
@@ -52,7 +51,6 @@ def run_local_jobs(
             cpus = local_resources(count_gpus=False).cpus
             with _saving_on_signals(ours, watch) as should_stop, threads(cpus):
                 for job in ours:
-                    clear_stop_request(job.folder)
                     with out_of_memory_explained(job, world):
                         outcome = run_job(job, world=world, should_stop=should_stop)
                     if watch:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from orchestrator.cluster.devices import collective_backend, worker_device
+from orchestrator.cluster.messages import Message, watch_messages
 from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
 from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.cluster.process_group import PrivateTorchConfig
@@ -27,7 +28,6 @@ from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import recorded_signals, wait_for_work
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.distributed import World
-from orchestrator.training.job import clear_stop_request, is_stop_requested, request_stop
 from orchestrator.training.loop import Diverged
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
@@ -80,8 +80,7 @@ def run_train_jobs(
     outcomes: dict[str, TrainingOutcome] = {}
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
         for ours in parts:
-            for job in ours:
-                clear_stop_request(job.folder)
+            stop = Message()
             sizes = [_journal_bytes(job) for job in ours]
             with ray_cluster(cluster, say=say) as resources, recorded_signals() as signals:
                 if cluster.wait_for_gpus:
@@ -94,6 +93,7 @@ def run_train_jobs(
                 fit = partial(
                     fit_job,
                     placement=placement,
+                    stop=stop,
                     parallel=cluster.parallel,
                     max_failures=cluster.max_failures,
                 )
@@ -102,7 +102,7 @@ def run_train_jobs(
                 wait_for_work(
                     trainings,
                     signals,
-                    ask_to_stop=partial(_ask_all_to_stop, ours, sizes),
+                    ask_to_stop=partial(_ask_all_to_stop, stop, ours, sizes),
                     saved=partial(describe_saved_state, {job.folder.name: job for job in ours}),
                     watch=watch,
                 )
@@ -113,6 +113,7 @@ def fit_job(
     job: TrainingJob,
     placement: Placement,
     *,
+    stop: Message,
     parallel: Literal["ddp", "fsdp"] | None = None,
     max_failures: int = 0,
 ) -> None:
@@ -122,6 +123,7 @@ def fit_job(
     outcome from the job's folder.
 
     Args:
+        stop: Asks the workers to save and return.
         parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it; None for `ddp`
             if the settings offer no choice.
         max_failures: How often it is started again after a worker died.
@@ -131,7 +133,7 @@ def fit_job(
         Diverged: If a loss is not finite.
         RunFailed: If it failed too often.
     """
-    if is_stop_requested(job.folder):
+    if stop.is_posted():
         return
     storage = job.folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
@@ -139,6 +141,7 @@ def fit_job(
         _train_worker,
         train_loop_config={
             "job": job.model_dump(mode="json"),
+            "stop": stop,
             "num_threads": placement.cpus,
             "parallel": parallel,
             "use_gpu": placement.use_gpu,
@@ -179,21 +182,23 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     job = TrainingJob.model_validate(config["job"])
     num_workers = context.get_world_size()
-    try:
-        world = World(
-            rank=context.get_world_rank(),
-            size=num_workers,
-            device=_train_device(use_gpu=config["use_gpu"]),
-            parallel=config["parallel"] or "ddp",
-        )
-        with out_of_memory_explained(job, world, config["parallel"]):
-            run_job(job, world=world)
-        return {}  # The outcome is read from the job's folder.
-    except DeviceError:
-        raise  # `_EndAtDeviceError` ends all workers: the others may wait for this one for ever.
-    except Exception as error:
-        # One of several workers that fails alone must die: the others wait for it for ever.
-        return final_answer(error, is_stopping=num_workers == 1 and is_stop_requested(job.folder))
+    stop: Message = config["stop"]
+    with watch_messages(stop) as inbox:
+        try:
+            world = World(
+                rank=context.get_world_rank(),
+                size=num_workers,
+                device=_train_device(use_gpu=config["use_gpu"]),
+                parallel=config["parallel"] or "ddp",
+            )
+            with out_of_memory_explained(job, world, config["parallel"]):
+                run_job(job, world=world, should_stop=lambda: inbox.has(stop))
+            return {}  # The outcome is read from the job's folder.
+        except DeviceError:
+            raise  # `_EndAtDeviceError` ends all workers: the others may wait for this one for ever.
+        except Exception as error:
+            # One of several workers that fails alone must die: the others wait for it for ever.
+            return final_answer(error, is_stopping=num_workers == 1 and inbox.has(stop))
 
 
 class _EndAtDeviceError(train_api.UserCallback):  # type: ignore[misc]
@@ -230,9 +235,8 @@ def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:
     return {"error": "RunFailed", "text": text}
 
 
-def _ask_all_to_stop(jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:
-    for job in jobs:
-        request_stop(job.folder)
+def _ask_all_to_stop(stop: Message, jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:
+    stop.post()
     # A job that has written nothing since it was started has nothing to save.
     return any(_journal_bytes(job) > size for job, size in zip(jobs, before, strict=True))
 

@@ -20,8 +20,9 @@ import torch
 
 from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
 from orchestrator.cluster.devices import worker_device
+from orchestrator.cluster.messages import Inbox, Message, watch_messages
 from orchestrator.cluster.placement import Placement, trial_placement
-from orchestrator.cluster.ray_train import RAY_FOLDER, final_answer, fit_job
+from orchestrator.cluster.ray_train import final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
@@ -30,12 +31,7 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.signals import POLL_SECONDS, run_interruptibly
 from orchestrator.training.distributed import World
-from orchestrator.training.job import (
-    clear_stop_request,
-    finished_outcome,
-    is_stop_requested,
-    request_stop,
-)
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import JournalReader
 from orchestrator.training.run import Report, run_job
 from orchestrator.workspace.errors import Interrupted
@@ -56,8 +52,15 @@ class TrialContext:
     """Where a trial runs, and whether it is asked to stop."""
 
     placement: Placement
-    should_stop: Callable[[], bool]
-    """Whether to save and return soon."""
+    inbox: Inbox
+    stop: Message
+    """Asks all trials to save and return."""
+    early_stop: Message
+    """Asks this trial's training to save and return."""
+
+    def should_stop(self) -> bool:
+        """Return whether to save and return soon."""
+        return self.inbox.has(self.stop)
 
     @property
     def device(self) -> str:
@@ -68,16 +71,21 @@ class TrialContext:
         """Report a validation loss to Tune; returns when its scheduler has decided."""
         if VALIDATION_METRIC in numbers:
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
+            self.inbox.look()  # No step more after an early stop.
 
     def train(
         self, job: TrainingJob, should_stop: Callable[[], bool], report: Report | None = None
     ) -> TrainingOutcome:
         """Train a job here, or on the trial's workers; as `run_job`."""
+
+        def should_end() -> bool:
+            return should_stop() or self.inbox.has(self.early_stop)
+
         if self.placement.workers == 1:
             world = World(device=self.device)
             with out_of_memory_explained(job, world):
-                return run_job(job, world=world, should_stop=should_stop, report=report)
-        return train_with_workers(job, self.placement, should_stop=should_stop, report=report)
+                return run_job(job, world=world, should_stop=should_end, report=report)
+        return train_with_workers(job, self.placement, should_stop=should_end, report=report)
 
     def on_device(self, work: Callable[[str], T]) -> T:
         """Call a function with the name of one of the trial's devices, where that device is."""
@@ -90,19 +98,30 @@ class TrialContext:
         return answer
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrialHooks:
+    """Functions that `run_trials` calls in its own thread."""
+
+    on_result: Callable[[TrialReport], None] = lambda _: None
+    """Called for each trial, soon after it ended."""
+    watch: Callable[[], None] = lambda: None
+    """Called a few times a second, to show progress."""
+    saved: Callable[[], str] = lambda: "finished trials are saved"
+    """Says what unfinished trials have saved; called after a signal."""
+
+
 TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
 
 
 def run_trials(
     function: TrialFunction,
     trials: Mapping[str, dict[str, Any]] | TrialSearch,
-    stop_folder: Path,
+    storage: Path,
     sweep: SweepSettings | None = None,
     *,
     scheduler: AshaByModel | None = None,
-    on_result: Callable[[TrialReport], None] | None = None,
-    watch: Callable[[], None] | None = None,
-    saved: Callable[[], str] = lambda: "finished trials are saved",
+    early_stops: Message | None = None,
+    hooks: TrialHooks | None = None,
 ) -> dict[str, TrialReport]:
     """Run trials under Ray Tune, as many at the same time as fit; return their reports by key.
 
@@ -112,62 +131,68 @@ def run_trials(
         function: Importable function from parameters and context to a JSON-able result. It may be
             called again for the same trial after a crash; it resumes from what is on disk.
         trials: Key -> parameters of each trial, which JSON can hold; or what suggests them.
-        stop_folder: Shared folder for the file that asks running trials to stop.
+        storage: Folder for Tune's own files, which all nodes see; it is deleted at the end.
         scheduler: Gets the validation losses.
-        on_result: Called in this thread for each trial, soon after it ended.
-        watch: Called a few times a second, to show progress.
-        saved: Says what unfinished trials have saved; called after a signal.
+        early_stops: The part that is named as a trial asks its training to save and return.
+        hooks: Show progress and collect results.
 
     Raises:
         UserError: If there are too few CPUs or GPUs for one trial.
         Interrupted: After Ctrl-C or SIGTERM.
     """
-    sweep = sweep or SweepSettings()
+    sweep, hooks = sweep or SweepSettings(), hooks or TrialHooks()
     num_trials = trials.source.num_left if isinstance(trials, TrialSearch) else len(trials)
     if not num_trials:
         return {}
-    clear_stop_request(stop_folder)
     reports: dict[str, TrialReport] = {}
     with ray_cluster() as resources:
         placement = trial_placement(sweep, num_trials, resources)
-        callback = TuneCallback(stop_folder)
+        callback = TuneCallback()
 
         def deliver() -> None:
             for report in callback.new_reports():
                 reports[report.key] = report
-                if on_result:
-                    on_result(report)
-            if watch:
-                watch()
+                hooks.on_result(report)
+            hooks.watch()
 
         def run() -> None:
-            most = sweep.max_failures_per_trial
-            _tuner(function, trials, placement, callback, scheduler, max_failures=most).fit()
-            shutil.rmtree(stop_folder / RAY_FOLDER, ignore_errors=True)
+            trainable = tune.with_parameters(
+                _tune_trial,
+                function=function,
+                stop=callback.stop,
+                early_stops=early_stops or Message(),
+                placement=placement,
+            )
+            run_config = tune.RunConfig(
+                name="tune",
+                storage_path=str(storage),
+                failure_config=tune.FailureConfig(max_failures=sweep.max_failures_per_trial),
+                callbacks=[callback],
+                stop=callback,
+                verbose=0,
+            )
+            _tuner(trainable, trials, placement, run_config, scheduler).fit()
 
         try:
-            run_interruptibly(run, ask_to_stop=callback.request_stop, saved=saved, watch=deliver)
+            run_interruptibly(
+                run, ask_to_stop=callback.request_stop, saved=hooks.saved, watch=deliver
+            )
         except Interrupted:
             deliver()  # Trials may have failed in the last moment.
             raise
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
         deliver()
     return reports
 
 
 def _tuner(
-    function: TrialFunction,
+    trainable: Any,
     trials: Mapping[str, dict[str, Any]] | TrialSearch,
     placement: Placement,
-    callback: TuneCallback,
+    run_config: Any,
     scheduler: AshaByModel | None,
-    *,
-    max_failures: int,
 ) -> Any:
-    storage = callback.stop_folder / RAY_FOLDER
-    shutil.rmtree(storage, ignore_errors=True)
-    trainable = tune.with_parameters(
-        _tune_trial, function=function, stop_folder=callback.stop_folder, placement=placement
-    )
     search = trials if isinstance(trials, TrialSearch) else None
     space = {}
     if not isinstance(trials, TrialSearch):
@@ -185,28 +210,28 @@ def _tuner(
             scheduler=scheduler,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(storage),
-            failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[callback],
-            stop=callback,
-            verbose=0,
-        ),
+        run_config=run_config,
     )
 
 
 def _tune_trial(
-    config: dict[str, Any], *, function: TrialFunction, stop_folder: Path, placement: Placement
+    config: dict[str, Any],
+    *,
+    function: TrialFunction,
+    stop: Message,
+    early_stops: Message,
+    placement: Placement,
 ) -> None:
     torch.set_num_threads(placement.cpus * placement.workers)
-    context = TrialContext(placement, lambda: is_stop_requested(stop_folder))
+    early_stop = early_stops.part(config["trial"]["key"])
     answer = {}
-    if not context.should_stop():
-        try:
-            answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}
-        except Exception as error:
-            answer = final_answer(error, is_stopping=context.should_stop())
+    with watch_messages(stop, early_stop) as inbox:
+        context = TrialContext(placement, inbox, stop, early_stop)
+        if not context.should_stop():
+            try:
+                answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}
+            except Exception as error:
+                answer = final_answer(error, is_stopping=context.should_stop())
     # Also when nothing was begun: Tune prints a warning about a trial that ends without a report.
     tune.report({ANSWER: json.dumps(answer)})
 
@@ -220,9 +245,8 @@ def train_with_workers(
 ) -> TrainingOutcome:
     """Train a job on a trial's workers, until its end or a stop; a finished one takes no time.
 
-    The trial's own process reads losses from the journal that the first worker writes; a request to
-    stop reaches the workers as a file in the job's folder. If a worker dies, the trial fails and is
-    tried again, which resumes from the newest checkpoint.
+    The trial's own process reads losses from the journal that the first worker writes. If a worker
+    dies, the trial fails and is tried again, which resumes from the newest checkpoint.
 
     Args:
         should_stop: Asked a few times a second.
@@ -237,16 +261,15 @@ def train_with_workers(
         return outcome
     tail = JournalReader(job.folder)
     tail.read()  # Whoever resumes the trial has read what is there already.
-    clear_stop_request(job.folder)
+    stop = Message()
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(fit_job, job, placement)
+        training = pool.submit(fit_job, job, placement, stop=stop)
         while not training.done():
             wait((training,), timeout=POLL_SECONDS)
             for record in tail.read():
                 if report and record["kind"] == "metrics":
                     report(record["step"], record["values"])
             if should_stop():
-                request_stop(job.folder)
-    clear_stop_request(job.folder)
+                stop.post()
     training.result()
     return finished_outcome(job) or TrainingOutcome(checkpoint=None, step=tail.step, finished=False)

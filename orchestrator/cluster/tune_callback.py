@@ -14,9 +14,9 @@ from typing import Any
 
 import ray.tune
 
+from orchestrator.cluster.messages import Message
 from orchestrator.cluster.ray_train import failure_reason
 from orchestrator.terminal.signals import GRACE_SECONDS
-from orchestrator.training.job import is_stop_requested, request_stop
 
 tune: Any = ray.tune  # it calls callbacks with keyword arguments; ours take what they need
 
@@ -44,8 +44,10 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
     object lets Tune end once those have returned. Tune pickles it; it pickles as an empty callback.
     """
 
-    def __init__(self, stop_folder: Path) -> None:
-        self.stop_folder = stop_folder
+    def __init__(self) -> None:
+        self.stop = Message()
+        """Asks all trials to save and return."""
+        self._is_stopping = False
         self._reports: queue.SimpleQueue[TrialReport] = queue.SimpleQueue()
         self._running: set[str] = set()
         self._to_wait_for: set[str] | None = None
@@ -56,7 +58,8 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
     def request_stop(self) -> bool:
         """Ask running trials to save and return; True if there are any."""
-        request_stop(self.stop_folder)
+        self._is_stopping = True
+        self.stop.post()
         return bool(self._running)
 
     def new_reports(self) -> Iterator[TrialReport]:
@@ -71,7 +74,7 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         """Tell Tune to end once the trials that ran at the stop have returned, or took too long."""
         if self._to_wait_for is None:
-            if not is_stop_requested(self.stop_folder):
+            if not self._is_stopping:
                 return False
             self._to_wait_for = set(self._running)
             self._give_up_at = time.monotonic() + GRACE_SECONDS
@@ -93,7 +96,7 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
         One that dies before a stop is tried again, and reported when it ends.
         """
-        if is_stop_requested(self.stop_folder):
+        if self._is_stopping:
             self.on_trial_error(trial=trial)
 
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
@@ -104,7 +107,7 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def _report(
         self, key: str, result: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
-        self._reports.put(TrialReport(key, result, error, is_stop_requested(self.stop_folder)))
+        self._reports.put(TrialReport(key, result, error, self._is_stopping))
 
     def _ended(self, trial: Any) -> str:
         key: str = trial.config["trial"]["key"]

@@ -16,7 +16,6 @@ from orchestrator.records.early_stop import AshaRule, AshaTrial, EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.training.job import clear_stop_request, request_stop
 from orchestrator.workspace.journal import read_journal, validation_losses
 
 STOPPED_NAME = "stopped-early.json"
@@ -51,26 +50,19 @@ def _without_learning_rate(trial: Trial) -> str:
     return trial.job.model_copy(update=changes).model_dump_json(warnings=False)
 
 
-def stop_early(asha: Mapping[str, AshaTrial], key: str, step: int, loss: float) -> None:
-    """Store why a trial is stopped, and ask its training to save and return.
-
-    A reason that is there already stays.
-    """
+def record_early_stop(asha: Mapping[str, AshaTrial], key: str, step: int, loss: float) -> None:
+    """Store why a trial is stopped. A reason that is there already stays."""
     trial = asha[key]
     path = Path(trial.folder) / STOPPED_NAME
-    if not path.exists():
-        losses = {label: _loss_near(step, other) for label, other in trial.competitors.items()}
-        better = min(losses, key=lambda label: losses[label])
-        reason = f"its validation loss is {loss:.3f}, {better} had {losses[better]:.3f}"
-        stop = EarlyStop(
-            rule=trial.rule,
-            step=step,
-            num_steps=trial.num_steps,
-            competitor=better,
-            reason=reason,
-        )
-        stop.write(path)
-    request_stop(Path(trial.folder))
+    if path.exists():
+        return
+    losses = {label: _loss_near(step, other) for label, other in trial.competitors.items()}
+    better = min(losses, key=lambda label: losses[label])
+    reason = f"its validation loss is {loss:.3f}, {better} had {losses[better]:.3f}"
+    stop = EarlyStop(
+        rule=trial.rule, step=step, num_steps=trial.num_steps, competitor=better, reason=reason
+    )
+    stop.write(path)
 
 
 def _loss_near(step: int, folder: str) -> float:
@@ -89,6 +81,5 @@ def stored_early_stop(trial: Trial, asha: AshaTrial | None) -> EarlyStop | None:
 
 
 def discard_early_stop(trial: Trial) -> None:
-    """Delete the message that stopped a trial, so that it can train to its end."""
-    clear_stop_request(Path(trial.folder))
+    """Delete the reason why a trial was stopped, so that it can train to its end."""
     (Path(trial.folder) / STOPPED_NAME).unlink(missing_ok=True)

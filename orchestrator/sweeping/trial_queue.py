@@ -9,10 +9,8 @@ that others wait for, so two processes cannot wait for each other.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.asha_scheduler import AshaByModel
+from orchestrator.cluster.messages import Message
 from orchestrator.cluster.nodes import wait_for_gpus
-from orchestrator.cluster.ray_tune import TrialContext, run_trials
+from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
 from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
-from orchestrator.sweeping.asha import stop_early, stored_early_stop
+from orchestrator.sweeping.asha import record_early_stop, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
@@ -161,17 +160,22 @@ class TrialQueue:
             self._record_end(report, next(t for t in trials if t.key == report.key))
 
         # One folder for each process: the same sweep may run twice at the same time.
-        own_folder = self.folder / "processes" / f"{socket.gethostname()}-{os.getpid()}"
+        early_stops = Message()
+
+        def stop_early(key: str, step: int, loss: float) -> None:
+            record_early_stop(self.asha, key, step, loss)
+            early_stops.part(key).post()
+
+        storage = self.folder / f"ray-{socket.gethostname()}-{os.getpid()}"
         try:
             run_trials(
                 run_tune_trial,
                 search or {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
-                own_folder,
+                storage,
                 self.settings,
-                scheduler=AshaByModel(self.asha, partial(stop_early, dict(self.asha))),
-                on_result=record_end,
-                watch=watch,
-                saved=saved,
+                scheduler=AshaByModel(self.asha, stop_early),
+                early_stops=early_stops,
+                hooks=TrialHooks(on_result=record_end, watch=watch, saved=saved),
             )
         except Interrupted:
             if not self._failed_while_stopping:
@@ -180,10 +184,6 @@ class TrialQueue:
             error = RunFailed("; ".join(f"trial {label} failed: {why}" for label, why in failed))
             note_saved_state(error, saved())
             raise error from None
-        # It stays after an interruption: trials that are still ending read the stop request in it.
-        shutil.rmtree(own_folder, ignore_errors=True)
-        with suppress(OSError):  # Another process has a folder there.
-            own_folder.parent.rmdir()
 
     def _parameters(self, trial: Trial) -> dict[str, Any]:
         asha = self.asha.get(trial.key)

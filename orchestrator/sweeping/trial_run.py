@@ -24,7 +24,7 @@ from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop
 from orchestrator.training.checkpoint import load_provenance
-from orchestrator.training.job import DONE_NAME, clear_stop_request
+from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.workspace.errors import UserError
@@ -84,7 +84,7 @@ def run_trial(
             return TrialRun("found", finished)
         if stored_early_stop(trial, asha):
             return TrialRun("stopped early")
-        discard_early_stop(trial)  # Left by another rule, or by a driver that was killed.
+        discard_early_stop(trial)  # Left by another rule.
         outcome = None
         if trial.job:
             outcome = (train or run_job)(trial.job, should_stop=should_stop, report=report)
@@ -103,7 +103,6 @@ def run_trial(
             journal = Journal(Path(trial.folder))
             journal.event("stopped early", text=stop.text)
             journal.close()
-            clear_stop_request(Path(trial.folder))
         return TrialRun("stopped early" if stop else "stopped")
 
 

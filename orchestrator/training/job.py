@@ -1,4 +1,4 @@
-"""Key of a training, its outcome when it has finished, and requests to stop it.
+"""Key of a training, and its outcome when it has finished.
 
 The key is the hash of everything that determines the result.
 """
@@ -19,7 +19,6 @@ from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, 
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
-STOP_NAME = "stop"
 DONE_NAME = "done.json"
 PROFILE_NAME = "profile"
 """Folder of the profiler's files in a run's folder."""
@@ -112,19 +111,3 @@ def finished_outcome(
             warn(f"{error}; the end of this training is lost and is trained again")
         return None
     return outcome.model_copy(update={"checkpoint": str(folder)})
-
-
-def request_stop(run_folder: Path) -> None:
-    """Ask a job in any process to save its state and return after the current step."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    (run_folder / STOP_NAME).touch()
-
-
-def clear_stop_request(run_folder: Path) -> None:
-    """Delete the stop request. Do this before a job is started or resumed."""
-    (run_folder / STOP_NAME).unlink(missing_ok=True)
-
-
-def is_stop_requested(run_folder: Path) -> bool:
-    """Return whether a stop was requested."""
-    return (run_folder / STOP_NAME).exists()

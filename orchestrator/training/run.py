@@ -25,12 +25,7 @@ from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random
 from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World, replicate, run_on_first
 from orchestrator.training.first_stage import metrics_until
-from orchestrator.training.job import (
-    DONE_NAME,
-    finished_outcome,
-    is_stop_requested,
-    sequences_per_step,
-)
+from orchestrator.training.job import DONE_NAME, finished_outcome, sequences_per_step
 from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
@@ -66,7 +61,7 @@ def run_job(
     Args:
         job: What to train.
         world: This worker's place; a single worker on the CPU when unset.
-        should_stop: Called before each step, in addition to the job's stop file.
+        should_stop: Called before each step on the first worker.
         report: Called with (steps done, metrics) on the first worker, in addition to the journal.
 
     Raises:
@@ -86,11 +81,15 @@ def run_job(
         with closing(_Run(job, world, report)) as run:
             run.prepare(run_on_first(run.newest_checkpoint, world))
             try:
-                finished = train(run.setup(), run.position, run.hooks(should_stop))
+                finished = train(run.setup(), run.position, run.hooks(should_stop or _never))
                 run_on_first(run.writer.finish, world)
             except Diverged as error:
                 raise run.with_last_checkpoint(error) from None
             return run.end(finished)
+
+
+def _never() -> bool:
+    return False
 
 
 def _open_folder(job: TrainingJob) -> TrainingOutcome | None:
@@ -137,9 +136,8 @@ class _Run:
             world=self.world,
         )
 
-    def hooks(self, should_stop: Callable[[], bool] | None) -> Hooks:
-        folder, is_first = self.job.folder, self.world.is_first
-        stop_here = should_stop or (lambda: False)
+    def hooks(self, should_stop: Callable[[], bool]) -> Hooks:
+        is_first = self.world.is_first
         return Hooks(
             batch=self.batch,
             flops_per_token=flops_per_token_by_step(self.job, self.teacher),
@@ -150,7 +148,7 @@ class _Run:
                 self.position, self.world, self.job.recipe.precision
             ).measure,
             save=lambda position: self.writer.save(position, self.decoder, self.optimizer),
-            should_stop=lambda: is_first and (is_stop_requested(folder) or stop_here()),
+            should_stop=lambda: is_first and should_stop(),
             should_save=lambda: is_first and self.writer.is_due(self.position.step),
             end_step=self.profiler.end_step if self.profiler else lambda: None,
         )

@@ -18,7 +18,7 @@ import torch
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import DONE_NAME, STOP_NAME
+from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
@@ -102,7 +102,6 @@ def test_an_interrupted_driver_leaves_a_run_that_resumes(
 
     whole = job.model_copy(update={"run_folder": str(job.folder.parent / "whole")})
     run_here(whole, as_in=job)
-    (job.folder / STOP_NAME).unlink(missing_ok=True)  # The driver's request to its workers.
     run_here(job, as_in=job)  # One worker, and no Ray.
     if num_workers == 1:
         assert losses(job) == losses(whole)

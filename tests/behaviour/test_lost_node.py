@@ -37,7 +37,7 @@ doomed = nodes.add_node(num_cpus=1, **small)
 os.environ["RAY_ADDRESS"] = nodes.address
 
 from orchestrator.cluster.ray_train import run_train_jobs
-from orchestrator.cluster.ray_tune import run_trials
+from orchestrator.cluster.ray_tune import TrialHooks, run_trials
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.records.training import TrainingJob
 
@@ -60,7 +60,7 @@ try:
     else:
         folder = job.folder.with_name("sweep")
         trials = {"a trial": job.model_dump(mode="json")}
-        report = run_trials(train, trials, folder, watch=watch)["a trial"]
+        report = run_trials(train, trials, folder, hooks=TrialHooks(watch=watch))["a trial"]
         assert report.result == {"finished": True}, report
 finally:
     nodes.shutdown()

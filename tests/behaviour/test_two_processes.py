@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,10 +25,9 @@ from orchestrator.records.trial import Trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import STOP_NAME, finished_outcome, request_stop
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import is_run_locked, jobs_to_train, lock_run_folder
-from orchestrator.workspace.errors import Interrupted
+from orchestrator.training.run_lock import jobs_to_train
 from orchestrator.workspace.journal import read_journal
 
 # With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
@@ -186,9 +184,8 @@ def test_an_interrupted_wait_does_not_disturb_the_other_process(
     number: int, job: TrainingJob, first: Process, second: Process
 ) -> None:
     second.send_signal(number)
-    assert "waiting for another process" in line(second)
+    assert "interrupted while waiting;" in line(second)
     assert second.wait(timeout=30) == 130
-    assert not (job.folder / STOP_NAME).exists()
     close_input(first)
     assert result(first)
     assert len(events(job, "started", "resumed")) == 1
@@ -220,25 +217,6 @@ def test_jobs_in_opposite_orders_are_each_trained_once(job: TrainingJob, start: 
     assert result(second)[::-1][:2] == result(first)
     for each in jobs:
         assert len(events(each, "started", "resumed")) == 1
-
-
-def test_only_the_process_with_the_lock_removes_a_stop_file(job: TrainingJob) -> None:
-    """The process that holds the lock removes a stop request; one that waits does not."""
-    waits: list[bool] = []
-
-    def stop_waiting() -> None:
-        waits.append((job.folder / STOP_NAME).exists())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with lock_run_folder(job.folder) as is_ours:
-        assert is_ours
-        request_stop(job.folder)
-        with pytest.raises(Interrupted, match="interrupted while waiting;"):
-            run_local_jobs([job], watch=stop_waiting)
-    assert set(waits) == {True}
-    assert (job.folder / STOP_NAME).exists()
-    assert not is_run_locked(job.folder)
-    assert run_local_jobs([job])[0].finished
 
 
 def test_a_job_named_twice_is_trained_once(job: TrainingJob) -> None:

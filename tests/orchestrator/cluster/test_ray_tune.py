@@ -21,7 +21,7 @@ def attempts(folder: str, name: str) -> int:
 
 
 def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> None:
-    from orchestrator.cluster.ray_tune import TrialContext, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
     from orchestrator.cluster.tune_callback import TrialReport
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def test_more_trials_than_cpus_all_end(ray_session: None, tmp_path: Path) -> Non
         threads.add(threading.get_ident())
 
     trials = {str(x): {"x": x} for x in range(5)}
-    reports = run_trials(trial, trials, tmp_path, on_result=on_result)
+    reports = run_trials(trial, trials, tmp_path / "ray", hooks=TrialHooks(on_result=on_result))
     results = [reports[key].result or {} for key in trials]
     assert [result["square"] for result in results] == [0, 1, 4, 9, 16]
     assert {result["threads"] for result in results} == {1}, "two CPUs, two trials, a thread each"
@@ -78,7 +78,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
     reports = run_trials(
         trial,
         {name: {"name": name} for name in names},
-        tmp_path,
+        tmp_path / "ray",
         SweepSettings(max_failures_per_trial=2),
     )
     for name in ("once", "killed", "fine", "also fine"):
@@ -95,7 +95,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_goes_on(
 def test_a_stop_waits_for_running_trials_and_starts_no_other(
     ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestrator.cluster.ray_tune import TrialContext, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
     from orchestrator.cluster.tune_callback import TrialReport
     from orchestrator.workspace.errors import Interrupted
 
@@ -127,10 +127,8 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
         run_trials(
             trial,
             {f"{x:02d}": {"x": x} for x in range(20)},
-            tmp_path,
-            on_result=heard.append,
-            watch=watch,
-            saved=lambda: "18 are left",
+            tmp_path / "ray",
+            hooks=TrialHooks(on_result=heard.append, watch=watch, saved=lambda: "18 are left"),
         )
     assert attempts(folder, "trial") == 2
     raised, died = sorted(heard, key=lambda report: report.key)
@@ -153,5 +151,5 @@ def test_more_at_once_than_cpus_is_cut_down(ray_session: None, tmp_path: Path) -
         return {"done": True}
 
     trials: dict[str, dict[str, Any]] = {key: {} for key in "abc"}
-    reports = run_trials(trial, trials, tmp_path, SweepSettings(trials_at_once=50))
+    reports = run_trials(trial, trials, tmp_path / "ray", SweepSettings(trials_at_once=50))
     assert [report.result for report in reports.values()] == [{"done": True}] * 3

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch
 from changed_trials import in_folder, with_job
 
 from orchestrator.cluster.asha_scheduler import AshaByModel
+from orchestrator.cluster.messages import Message
 from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings, resolve_settings
-from orchestrator.sweeping.asha import asha_trials, stop_early, stored_early_stop
-from orchestrator.training.job import STOP_NAME, job_key
+from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
+from orchestrator.training.job import job_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
@@ -49,7 +49,7 @@ def run_with_two(
     watch: Callable[[], None] | None = None,
     asha: Mapping[str, AshaTrial] | None = None,
 ) -> list[Any]:
-    from orchestrator.cluster.ray_tune import TrialContext, run_trials
+    from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         from orchestrator.sweeping import trial_run
@@ -63,8 +63,21 @@ def run_with_two(
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
     asha = asha or {}
     given = {trial.key: parameters(trial, asha.get(trial.key)) for trial in trials}
-    scheduler = AshaByModel(asha, partial(stop_early, asha))
-    reports = run_trials(trial, given, folder, sweep, scheduler=scheduler, watch=watch)
+    early_stops = Message()
+
+    def stop_early(key: str, step: int, loss: float) -> None:
+        record_early_stop(asha, key, step, loss)
+        early_stops.part(key).post()
+
+    reports = run_trials(
+        trial,
+        given,
+        folder,
+        sweep,
+        scheduler=AshaByModel(asha, stop_early),
+        early_stops=early_stops,
+        hooks=TrialHooks(watch=watch or (lambda: None)),
+    )
     return [reports[key] for key in given]
 
 
@@ -91,7 +104,6 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
         assert time.monotonic() < give_up, "the workers did not save their state"
     step = int(saved[0].name.removeprefix("step_"))
     assert 0 < step < 300
-    (folder / STOP_NAME).touch()  # As a driver leaves it that is killed while it waits.
 
     [report] = run_with_two([trial], tmp_path / "second")
     assert report.result == {"state": "made"}, report.error

@@ -1,4 +1,4 @@
-"""Which trials compete, and how a trial learns that it is stopped."""
+"""Which trials compete, and why one was stopped."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from orchestrator.sweeping.asha import (
     STOPPED_NAME,
     asha_trials,
     discard_early_stop,
-    stop_early,
+    record_early_stop,
     stored_early_stop,
 )
-from orchestrator.training.job import is_stop_requested
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
 
 
@@ -52,19 +51,17 @@ def test_a_verdict_is_written_once_and_is_of_one_rule(tiny_plan: SweepPlan, tmp_
     journal = Journal(Path(high.folder))
     journal.metrics(10, {VALIDATION_METRIC: 1.0})
     journal.close()
-    stop_early(asha, low.key, 10, 5.0)
-    assert is_stop_requested(Path(low.folder)), "its training obeys at the next step"
+    record_early_stop(asha, low.key, 10, 5.0)
     stop = stored_early_stop(low, asha[low.key])
     assert stop is not None
     assert stop.text == (
         "stopped early at step 10 of 40: its validation loss is 5.000, high had 1.000"
     )
-    stop_early(asha, low.key, 20, 9.0)
+    record_early_stop(asha, low.key, 20, 9.0)
     assert stored_early_stop(low, asha[low.key]) == stop
     other = asha_of(tiny_plan, low, high, first_rung=0.5)[low.key]
     assert stored_early_stop(low, other) is None, "another rule did not stop it"
     alone = asha[low.key].model_copy(update={"competitors": {}})
     assert stored_early_stop(low, alone) is None, "a sweep without the competitor did not"
     discard_early_stop(low)
-    assert not is_stop_requested(Path(low.folder))
     assert not (Path(low.folder) / STOPPED_NAME).exists()

@@ -14,7 +14,7 @@ from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.asha import asha_trials, stop_early, stored_early_stop
+from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.tracking import Tracking
@@ -65,7 +65,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         if trial is not stopped:
             finish(trial)
     asha = asha_trials(plan, resolve_settings({}, ["sweep.asha=true"]).sweep)
-    stop_early(asha, stopped.key, 30, 5.0)
+    record_early_stop(asha, stopped.key, 30, 5.0)
     stop = stored_early_stop(stopped, asha[stopped.key])
     assert stop is not None
     asked: list[str] = []

@@ -28,7 +28,7 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.asha import asha_trials, stop_early, stored_early_stop
+from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
@@ -202,16 +202,14 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     finished, begun, waits = trials[:3]
     run_trial(finished)
 
-    def run_trials(
-        _: Any, given: dict[str, Any], *__: Any, on_result: Any, watch: Any, **more: Any
-    ) -> None:
+    def run_trials(_: Any, given: dict[str, Any], *__: Any, hooks: Any, **_more: Any) -> None:
         asked = iter([False] * 5 + [True] * 2)
         run_trial(begun, should_stop=lambda: next(asked))
-        watch()
+        hooks.watch()
         if error:
             assert begun.key in given
-            on_result(TrialReport(begun.key, error=error, after_stop=True))
-        raise Interrupted(interruption_text(more["saved"]()))
+            hooks.on_result(TrialReport(begun.key, error=error, after_stop=True))
+        raise Interrupted(interruption_text(hooks.saved()))
 
     monkeypatch.setattr(trial_rounds, "ray_cluster", lambda **_: nullcontext())
     monkeypatch.setattr(trial_rounds, "run_trials", run_trials)
@@ -306,7 +304,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
 
     def state(trial: Trial) -> str:
         """Run a trial as under Tune, with a scheduler that has just been started."""
-        scheduler = AshaByModel(asha, partial(stop_early, asha))
+        scheduler = AshaByModel(asha, partial(record_early_stop, asha))
         tune_trial = SimpleNamespace(config={"trial": {"key": trial.key}}, status="RUNNING")
         scheduler.on_trial_add(None, tune_trial)
 

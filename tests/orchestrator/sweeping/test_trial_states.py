@@ -21,7 +21,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.price_table import price_rows
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.sweeping.asha import asha_trials, stop_early
+from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
 from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.selection import choose_members
@@ -182,7 +182,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
         update={"kind": "iterations", "trials": (*tiny_plan.trials[:3], better, worse)}
     )
     chosen = settings("sweep.asha=true")
-    stop_early(asha_trials(tiny_plan, chosen.sweep), worse.key, 20, 5.0)
+    record_early_stop(asha_trials(tiny_plan, chosen.sweep), worse.key, 20, 5.0)
     price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 40 * STEP
     assert told(tiny_plan, chosen)[1] == (

@@ -20,7 +20,7 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import load_training_state, weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import clear_stop_request, finished_outcome, job_key, request_stop
+from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.loop import Diverged
 from orchestrator.training.model_loading import load_model
@@ -223,14 +223,6 @@ def test_a_damaged_last_checkpoint_is_trained_again(make_job: MakeJob) -> None:
     weights.write_bytes(b"")
     assert run_job(make_job()).finished
     assert weights.read_bytes() == before
-
-
-def test_a_stop_request_stops_the_run_until_it_is_cleared(make_job: MakeJob) -> None:
-    job = make_job()
-    request_stop(job.folder)
-    assert run_job(job).step == 0
-    clear_stop_request(job.folder)
-    assert run_job(job).finished
 
 
 def test_a_run_keeps_only_the_newest_checkpoints(make_job: MakeJob) -> None:
