@@ -23,6 +23,7 @@ from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.planning.out_of_memory import out_of_memory_explained
+from orchestrator.planning.save_time import seconds_to_save
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import recorded_signals, wait_for_work
@@ -67,7 +68,7 @@ def run_train_jobs(
     Args:
         jobs: What to train, each in a folder of its own; checked by `check_trainings`.
         watch: Called a few times a second, to show progress.
-        note: Called with a sentence if another process or a node is waited for.
+        note: Called with a sentence if another process or a node is waited for, or while saving.
         say: Called with a sentence when Ray starts.
 
     Raises:
@@ -102,7 +103,7 @@ def run_train_jobs(
                 wait_for_work(
                     trainings,
                     signals,
-                    ask_to_stop=partial(_ask_all_to_stop, stop, ours, sizes),
+                    ask_to_stop=partial(_ask_all_to_stop, stop, ours, sizes, note),
                     saved=partial(describe_saved_state, {job.folder.name: job for job in ours}),
                     watch=watch,
                 )
@@ -195,7 +196,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 run_job(job, world=world, should_stop=lambda: inbox.has(stop))
             return {}  # The outcome is read from the job's folder.
         except DeviceError:
-            raise  # `_EndAtDeviceError` ends all workers: the others may wait for this one for ever.
+            raise  # `_EndAtDeviceError` ends all workers: others may wait for this one for ever.
         except Exception as error:
             # One of several workers that fails alone must die: the others wait for it for ever.
             return final_answer(error, is_stopping=num_workers == 1 and inbox.has(stop))
@@ -235,10 +236,17 @@ def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:
     return {"error": "RunFailed", "text": text}
 
 
-def _ask_all_to_stop(stop: Message, jobs: Sequence[TrainingJob], before: Sequence[int]) -> bool:
+def _ask_all_to_stop(
+    stop: Message,
+    jobs: Sequence[TrainingJob],
+    before: Sequence[int],
+    note: Callable[[str], None] | None,
+) -> float:
     stop.post()
     # A job that has written nothing since it was started has nothing to save.
-    return any(_journal_bytes(job) > size for job, size in zip(jobs, before, strict=True))
+    sizes = zip(jobs, before, strict=True)
+    begun = [job for job, size in sizes if _journal_bytes(job) > size]
+    return seconds_to_save(begun, note) if begun else 0.0
 
 
 def _journal_bytes(job: TrainingJob) -> int:

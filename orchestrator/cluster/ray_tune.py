@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
 from orchestrator.planning.out_of_memory import out_of_memory_explained
+from orchestrator.planning.save_time import LEAST_SECONDS
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.signals import POLL_SECONDS, run_interruptibly
@@ -108,6 +109,8 @@ class TrialHooks:
     """Called a few times a second, to show progress."""
     saved: Callable[[], str] = lambda: "finished trials are saved"
     """Says what unfinished trials have saved; called after a signal."""
+    seconds_to_save: Callable[[Collection[str]], float] = lambda _: LEAST_SECONDS
+    """Keys of the trials that run -> longest time until all are saved; called after a signal."""
 
 
 TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
@@ -147,7 +150,7 @@ def run_trials(
     reports: dict[str, TrialReport] = {}
     with ray_cluster() as resources:
         placement = trial_placement(sweep, num_trials, resources)
-        callback = TuneCallback()
+        callback = TuneCallback(hooks.seconds_to_save)
 
         def deliver() -> None:
             for report in callback.new_reports():

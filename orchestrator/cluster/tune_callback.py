@@ -7,7 +7,7 @@ import math
 import pickle
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import ray.tune
 
 from orchestrator.cluster.messages import Message
 from orchestrator.cluster.ray_train import failure_reason
-from orchestrator.terminal.signals import GRACE_SECONDS
 
 tune: Any = ray.tune  # it calls callbacks with keyword arguments; ours take what they need
 
@@ -44,7 +43,9 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
     object lets Tune end once those have returned. Tune pickles it; it pickles as an empty callback.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_to_save: Callable[[Collection[str]], float]) -> None:
+        """Prepare an experiment; `seconds_to_save` gets the keys of the trials that run."""
+        self._seconds_to_save = seconds_to_save
         self.stop = Message()
         """Asks all trials to save and return."""
         self._is_stopping = False
@@ -56,11 +57,17 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()
 
-    def request_stop(self) -> bool:
-        """Ask running trials to save and return; True if there are any."""
+    def request_stop(self) -> float:
+        """Ask running trials to save and return; return the longest time that it takes them.
+
+        It is in seconds, and 0 if none runs.
+        """
+        running = frozenset(self._running)
+        seconds = self._seconds_to_save(running) if running else 0.0
+        self._give_up_at = time.monotonic() + seconds
         self._is_stopping = True
         self.stop.post()
-        return bool(self._running)
+        return seconds
 
     def new_reports(self) -> Iterator[TrialReport]:
         """Yield the reports of trials that ended since the last call."""
@@ -77,7 +84,6 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
             if not self._is_stopping:
                 return False
             self._to_wait_for = set(self._running)
-            self._give_up_at = time.monotonic() + GRACE_SECONDS
         return not self._to_wait_for or time.monotonic() > self._give_up_at
 
     def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
+from orchestrator.planning.save_time import seconds_to_save
 from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
@@ -156,6 +157,10 @@ class TrialQueue:
             text = f"{num_finished} of {self.num_all} trials are finished"
             return f"{text}; {describe_saved_state(jobs, named=True)}" if jobs else text
 
+        def seconds(keys: Collection[str]) -> float:
+            jobs = [trial.job for trial in trials if trial.key in keys and trial.job]
+            return seconds_to_save(jobs, self.progress.note)
+
         def record_end(report: TrialReport) -> None:
             self._record_end(report, next(t for t in trials if t.key == report.key))
 
@@ -175,7 +180,12 @@ class TrialQueue:
                 self.settings,
                 scheduler=AshaByModel(self.asha, stop_early),
                 early_stops=early_stops,
-                hooks=TrialHooks(on_result=record_end, watch=watch, saved=saved),
+                hooks=TrialHooks(
+                    on_result=record_end,
+                    watch=watch,
+                    saved=saved,
+                    seconds_to_save=seconds,
+                ),
             )
         except Interrupted:
             if not self._failed_while_stopping:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: save the state within a few seconds, then stop.
+"""Ctrl-C and SIGTERM as a request: save the state, then stop.
 
 Ray does not let a training loop save its state when the process that started it gets a signal. So
 a job runs in a thread, the main thread receives the signals, and the job sees a stop flag. A job
@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE_SECONDS = 4.0
-"""Longest wait for a job to save its state."""
 POLL_SECONDS = 0.2
 
 T = TypeVar("T")
@@ -46,7 +44,7 @@ def recorded_signals(*, second_ends: bool = False) -> Iterator[list[int]]:
 def run_interruptibly(
     work: Callable[[], T],
     *,
-    ask_to_stop: Callable[[], bool],
+    ask_to_stop: Callable[[], float],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
 ) -> T:
@@ -71,7 +69,7 @@ def wait_for_work(
     futures: Sequence[Future[T]],
     signals: Sequence[int],
     *,
-    ask_to_stop: Callable[[], bool],
+    ask_to_stop: Callable[[], float],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
 ) -> list[T]:
@@ -80,24 +78,25 @@ def wait_for_work(
     Args:
         futures: The jobs; they end soon after `ask_to_stop`.
         signals: The list of `recorded_signals`, entered before the jobs were started.
-        ask_to_stop: Called once, at the first signal; returns whether there is a state to save.
+        ask_to_stop: Called once, at the first signal; returns the longest time that saving takes,
+            in seconds, or 0 if there is no state to save.
         saved: Returns what is saved, such as "saved at step 40"; called at the end, after a signal.
         watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
 
     Raises:
-        Interrupted: After a signal, at the latest after `GRACE_SECONDS` or a second signal. Work
-            that is still running ends with the cluster.
+        Interrupted: After a signal, at the latest when the state should be saved, or after a second
+            signal. Work that is still running ends with the cluster.
         Exception: The first failed job's own; after a signal, its text also says what is saved.
     """
-    has_state = is_over = False
+    seconds, is_over = 0.0, False
     deadline = math.inf
     try:
         while not (is_over := all(future.done() for future in futures)):
             if len(signals) > 1 or time.monotonic() > deadline:
                 break
             if signals and deadline == math.inf:
-                has_state = ask_to_stop()
-                deadline = time.monotonic() + (GRACE_SECONDS if has_state else 0.0)
+                seconds = ask_to_stop()
+                deadline = time.monotonic() + seconds
             wait(futures, timeout=POLL_SECONDS)
             if watch:
                 watch()
@@ -108,7 +107,7 @@ def wait_for_work(
         raise
     if not signals:
         return results
-    raise Interrupted(interruption_text(saved(), in_time=is_over or not has_state))
+    raise Interrupted(interruption_text(saved(), in_time=is_over or not seconds))
 
 
 def interruption_text(saved: str, *, in_time: bool = True) -> str:

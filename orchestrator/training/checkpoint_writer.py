@@ -164,7 +164,9 @@ class CheckpointWriter:
         best = best_checkpoint(folder) if recipe.keep_best else None
         stable = folder / checkpoint_name(stable_steps(recipe))
         prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=(best, stable))
-        self._event("checkpoint", step=position.step, path=str(self.checkpoint))
+        seconds = time.monotonic() - self._saved_at
+        path = str(self.checkpoint)
+        self._event("checkpoint", step=position.step, path=path, seconds=round(seconds, 3))
         if self.first_stage and self._ends_first_stage(position.step):
             try:
                 self.first_stage.store(self.checkpoint)

@@ -99,16 +99,21 @@ def read_journal(folder: Path, offset: int = 0, end: int | None = None) -> tuple
     return records, offset + len(whole)
 
 
+def read_tail(folder: Path) -> list[Record]:
+    """Return the last records of a journal; none if it is missing or unreadable."""
+    with suppress(OSError):
+        size = (folder / JOURNAL_NAME).stat().st_size
+        return read_journal(folder, max(0, size - TAIL_BYTES))[0]
+    return []
+
+
 def last_recorded(folder: Path) -> float:
     """Return the time of a folder's last record, or of the folder without one, in seconds.
 
     The times of files would not do: a copied workspace has new ones.
     """
-    with suppress(OSError):  # No journal, or an unreadable one.
-        size = (folder / JOURNAL_NAME).stat().st_size
-        if records := read_journal(folder, max(0, size - TAIL_BYTES))[0]:
-            return float(records[-1]["time"] / 1000)
-    return folder.stat().st_mtime
+    records = read_tail(folder)
+    return float(records[-1]["time"] / 1000) if records else folder.stat().st_mtime
 
 
 def validation_losses(records: Iterable[Record]) -> list[tuple[int, float]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_size import SMALL
 
-from orchestrator.terminal.signals import GRACE_SECONDS
+from orchestrator.planning.save_time import LEAST_SECONDS
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
 from orchestrator.tracking.outbox import OUTBOX_NAME
 from orchestrator.training.checkpoint_lookup import find_checkpoints
@@ -59,7 +59,7 @@ def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     printed, _ = process.communicate(timeout=120)
     seconds = time.monotonic() - asked_at
     assert process.returncode == 130, printed
-    assert seconds < GRACE_SECONDS + SHORT_WAIT_SECONDS + SECONDS_TO_CLOSE, printed
+    assert seconds < LEAST_SECONDS + SHORT_WAIT_SECONDS + SECONDS_TO_CLOSE, printed
     assert "saved at step" in printed
     lines = (tmp_path / OUTBOX_NAME).read_text().splitlines()
     statuses = [json.loads(line)["arguments"].get("status") for line in lines]

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from orchestrator.terminal import signals
 from orchestrator.terminal.signals import recorded_signals, run_interruptibly, wait_for_work
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
@@ -24,7 +23,7 @@ def press(number: int = signal.SIGINT) -> None:
 
 def test_the_result_is_returned_and_the_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert run_interruptibly(lambda: 42, ask_to_stop=lambda: True, saved=saved) == 42
+    assert run_interruptibly(lambda: 42, ask_to_stop=lambda: 3600.0, saved=saved) == 42
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -39,7 +38,7 @@ def test_the_results_of_several_jobs_are_in_their_order() -> None:
 
     with ThreadPoolExecutor(2) as pool, recorded_signals() as received:
         futures = [pool.submit(work, number) for number in range(6)]
-        results = wait_for_work(futures, received, ask_to_stop=bool, saved=saved)
+        results = wait_for_work(futures, received, ask_to_stop=float, saved=saved)
     assert results == [*range(6)]
     assert sorted(calls) == [*range(6)]
 
@@ -49,7 +48,7 @@ def test_an_error_of_the_job_is_raised() -> None:
         raise ValueError("the job's own")
 
     with pytest.raises(ValueError, match="the job's own"):
-        run_interruptibly(fail, ask_to_stop=lambda: True, saved=saved)
+        run_interruptibly(fail, ask_to_stop=lambda: 3600.0, saved=saved)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -58,10 +57,10 @@ def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> N
     requests: list[bool] = []
     pressed: list[int] = []
 
-    def ask() -> bool:
+    def ask() -> float:
         requests.append(True)
         asked.set()
-        return True
+        return 3600.0
 
     def watch() -> None:
         if not pressed:
@@ -73,16 +72,14 @@ def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> N
     assert len(requests) == 1
 
 
-def test_a_second_signal_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "GRACE_SECONDS", 3600.0)
+def test_a_second_signal_ends_the_wait() -> None:
     never = threading.Event()
     with pytest.raises(Interrupted, match="not saved in time; saved at step 40"):
-        run_interruptibly(never.wait, ask_to_stop=lambda: True, watch=press, saved=saved)
+        run_interruptibly(never.wait, ask_to_stop=lambda: 3600.0, watch=press, saved=saved)
     never.set()
 
 
-def test_there_is_no_wait_if_there_is_nothing_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "GRACE_SECONDS", 3600.0)
+def test_there_is_no_wait_if_there_is_nothing_to_save() -> None:
     never = threading.Event()
     pressed = iter([press])
 
@@ -92,7 +89,7 @@ def test_there_is_no_wait_if_there_is_nothing_to_save(monkeypatch: pytest.Monkey
     with pytest.raises(Interrupted, match=r"^interrupted; nothing was saved; "):
         run_interruptibly(
             never.wait,
-            ask_to_stop=lambda: False,
+            ask_to_stop=lambda: 0.0,
             watch=press_once,
             saved=lambda: "nothing was saved",
         )
@@ -107,11 +104,11 @@ def test_an_error_after_a_signal_also_says_what_is_saved(
     asked = threading.Event()
     pressed = iter([press])
 
-    def ask() -> bool:
+    def ask() -> float:
         if what_fails == "the request":
             raise error("the disk is full")
         asked.set()
-        return True
+        return 3600.0
 
     def fail() -> None:
         asked.wait()
