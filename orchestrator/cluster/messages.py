@@ -58,16 +58,20 @@ class Inbox:
     def __init__(self, messages: Sequence[Message]) -> None:
         """Look for messages once; `watch_messages` continues in a thread."""
         self._messages = messages
-        self._arrived: frozenset[Message] = frozenset()
+        self._texts: dict[Message, str | None] = {}
         self.look()
 
     def has(self, message: Message) -> bool:
         """Return whether a message had arrived at the latest look."""
-        return message in self._arrived
+        return self.text(message) is not None
+
+    def text(self, message: Message) -> str | None:
+        """Return a message's text at the latest look; None if it had not arrived."""
+        return self._texts.get(message)
 
     def look(self) -> None:
         """Look for messages that were posted since the last call."""
-        self._arrived = frozenset(message for message in self._messages if message.is_posted())
+        self._texts = {message: message.read() for message in self._messages}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 
 from orchestrator.cluster.devices import collective_backend, worker_device
 from orchestrator.cluster.messages import Message, watch_messages
+from orchestrator.cluster.node_wait import NodeWait, NodeWatch
 from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
 from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.cluster.process_group import PrivateTorchConfig
@@ -44,7 +45,6 @@ import ray.train.torch
 train_api: Any = ray.train  # type checkers see the API before version 2 there
 
 RAY_FOLDER = "ray"
-CONTROLLER_FAILURES = 3  # unlimited by default: a job without a place would wait for ever
 FINAL_ERRORS: dict[str, type[Exception]] = {
     "UserError": UserError,
     "Diverged": Diverged,
@@ -82,7 +82,6 @@ def run_train_jobs(
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
         for ours in parts:
             stop = Message()
-            sizes = [_journal_bytes(job) for job in ours]
             with ray_cluster(cluster, say=say) as resources, recorded_signals() as signals:
                 if cluster.wait_for_gpus:
                     wait_for_gpus(cluster.num_gpus, note)
@@ -97,16 +96,12 @@ def run_train_jobs(
                     stop=stop,
                     parallel=cluster.parallel,
                     max_failures=cluster.max_failures,
+                    node_wait_minutes=cluster.node_wait_minutes,
                 )
+                running = _RunningJobs(ours, stop, note)
                 trainings = [*map(partial(pool.submit, fit), ours)]
                 pool.shutdown(wait=False)  # It runs what was submitted, and ends.
-                wait_for_work(
-                    trainings,
-                    signals,
-                    ask_to_stop=partial(_ask_all_to_stop, stop, ours, sizes, note),
-                    saved=partial(describe_saved_state, {job.folder.name: job for job in ours}),
-                    watch=watch,
-                )
+                running.wait_for(trainings, signals, watch)
     return [outcomes[job.run_folder] for job in jobs]
 
 
@@ -117,6 +112,7 @@ def fit_job(
     stop: Message,
     parallel: Literal["ddp", "fsdp"] | None = None,
     max_failures: int = 0,
+    node_wait_minutes: float | None = None,
 ) -> None:
     """Run one job in the Ray that runs already, from the driver or inside a trial.
 
@@ -128,6 +124,7 @@ def fit_job(
         parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it; None for `ddp`
             if the settings offer no choice.
         max_failures: How often it is started again after a worker died.
+        node_wait_minutes: Longest wait for a node that replaces a lost one; None waits for ever.
 
     Raises:
         UserError: If the job cannot run as described, or does not fit into its workers' memory.
@@ -136,6 +133,7 @@ def fit_job(
     """
     if stop.is_posted():
         return
+    has_started = _journal_bytes(job) > 0
     storage = job.folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
     trainer = train_api.torch.TorchTrainer(
@@ -158,10 +156,19 @@ def fit_job(
             name="train",
             storage_path=str(storage),
             failure_config=train_api.FailureConfig(
-                max_failures=max_failures, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=max_failures,
+                controller_failure_limit=-1,  # `NodeWatch` has limits of its own.
             ),
             logging_config=train_api.LoggingConfig(log_level="WARNING"),
-            callbacks=[_EndAtDeviceError()],
+            callbacks=[
+                _EndAtDeviceError(),
+                NodeWatch(
+                    NodeWait(has_started=has_started, minutes=node_wait_minutes),
+                    placement,
+                    announce=_wait_message(stop, job),
+                    name=job.folder.name,
+                ),
+            ],
         ),
     )
     try:
@@ -236,17 +243,59 @@ def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:
     return {"error": "RunFailed", "text": text}
 
 
-def _ask_all_to_stop(
-    stop: Message,
-    jobs: Sequence[TrainingJob],
-    before: Sequence[int],
-    note: Callable[[str], None] | None,
-) -> float:
-    stop.post()
-    # A job that has written nothing since it was started has nothing to save.
-    sizes = zip(jobs, before, strict=True)
-    begun = [job for job, size in sizes if _journal_bytes(job) > size]
-    return seconds_to_save(begun, note) if begun else 0.0
+class _RunningJobs:
+    """Jobs of this driver while they run: waits for them, says what they wait for, stops them."""
+
+    def __init__(
+        self, jobs: Sequence[TrainingJob], stop: Message, note: Callable[[str], None] | None
+    ) -> None:
+        self._stop, self._note = stop, note
+        self._jobs = {_wait_message(stop, job): job for job in jobs}
+        self._sizes = {job.run_folder: _journal_bytes(job) for job in jobs}
+        self._said: dict[Message, str | None] = {}
+
+    def wait_for(
+        self,
+        trainings: Sequence[Future[None]],
+        signals: Sequence[int],
+        watch: Callable[[], None] | None,
+    ) -> None:
+        with watch_messages(*self._jobs) as self._inbox:
+
+            def show() -> None:
+                self._say_what_they_wait_for()
+                if watch:
+                    watch()
+
+            named = {job.folder.name: job for job in self._jobs.values()}
+            wait_for_work(
+                trainings,
+                signals,
+                ask_to_stop=self._ask_to_stop,
+                saved=partial(describe_saved_state, named),
+                watch=show,
+            )
+
+    def _say_what_they_wait_for(self) -> None:
+        for message in self._jobs:
+            text = self._inbox.text(message)
+            if self._note and text and text != self._said.get(message):
+                self._note(text)
+            self._said[message] = text
+
+    def _ask_to_stop(self) -> float:
+        self._stop.post()
+        # A job that waits for a node has nothing to save, nor one that has written nothing yet.
+        begun = [
+            job
+            for message, job in self._jobs.items()
+            if not self._inbox.text(message) and _journal_bytes(job) > self._sizes[job.run_folder]
+        ]
+        return seconds_to_save(begun, self._note) if begun else 0.0
+
+
+def _wait_message(stop: Message, job: TrainingJob) -> Message:
+    return stop.part(job.run_folder)
 
 
 def _journal_bytes(job: TrainingJob) -> int:
@@ -260,4 +309,5 @@ def failure_reason(error: BaseException) -> str:
         error = next(iter(error.worker_failures.values()))
     if isinstance(error, ray.train.ControllerError):
         error = error.controller_failure
-    return first_line(getattr(error, "cause", None) or error, with_type=True)
+    error = getattr(error, "cause", None) or error
+    return first_line(error, with_type=not isinstance(error, RunFailed))

@@ -32,6 +32,9 @@ class ClusterSettings(Section):
     its weights, gradients and moments, which needs less memory and more traffic."""
     max_failures: int = Field(default=2, ge=0)
     """Restarts of a training job from its newest checkpoint after a worker died."""
+    node_wait_minutes: float | None = Field(default=None, ge=0)
+    """Longest wait of a job that has once started for nodes that replace lost ones; unset, it waits
+    for ever."""
 
     @property
     def ray_address(self) -> str:

@@ -1,5 +1,5 @@
-"""A job or trial whose Ray node is lost resumes on another node: two nodes in one machine, one
-of them removed."""
+"""A job that has no place waits for one, and a job or trial whose Ray node is lost resumes on
+another node that joins later: two nodes in one machine, one of them removed."""
 
 from __future__ import annotations
 
@@ -38,16 +38,33 @@ os.environ["RAY_ADDRESS"] = nodes.address
 
 from orchestrator.cluster.ray_train import run_train_jobs
 from orchestrator.cluster.ray_tune import TrialHooks, run_trials
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.cluster.start import ray_cluster
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings import ClusterSettings
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+
+import ray
 
 job = TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text()))
-lost = []
+is_trial = sys.argv[2] == "trial"
+notes, events = [], []
+
+class Guest:
+    def has_come(self):
+        return True
+
+def once(event):
+    if event not in events:
+        events.append(event)
+        return True
 
 def watch():
-    if not lost and find_checkpoints(job.folder):
-        lost.append(True)
+    # The driver says that it waits before the guest leaves, and again before a new node joins.
+    if len(notes) == 1 and once("guest leaves"):
+        ray.kill(guest)
+    if find_checkpoints(job.folder) and once("node is lost"):
         nodes.remove_node(doomed, allow_graceful=False)
+    if "node is lost" in events and (len(notes) == 2 or is_trial) and once("node joins"):
         nodes.add_node(num_cpus=1, **small)
 
 def train(parameters, context):
@@ -55,16 +72,21 @@ def train(parameters, context):
     return {"finished": context.train(job, lambda: False).finished}
 
 try:
-    if sys.argv[2] == "job":
-        run_train_jobs([job], watch=watch)
-    else:
-        folder = job.folder.with_name("sweep")
-        trials = {"a trial": job.model_dump(mode="json")}
-        report = run_trials(train, trials, folder, hooks=TrialHooks(watch=watch))["a trial"]
-        assert report.result == {"finished": True}, report
+    with ray_cluster():
+        if is_trial:
+            trials = {"a trial": job.model_dump(mode="json")}
+            folder = job.folder.with_name("sweep")
+            report = run_trials(train, trials, folder, hooks=TrialHooks(watch=watch))["a trial"]
+            assert report.result == {"finished": True}, report
+        else:
+            guest = ray.remote(num_cpus=1)(Guest).remote()
+            ray.get(guest.has_come.remote())
+            run_train_jobs([job], ClusterSettings(max_failures=1), watch=watch, note=notes.append)
+            assert notes == ["lost waits for a place: 0 of 1 CPUs are free"] * 2, notes
+            assert "guest leaves" in events
 finally:
     nodes.shutdown()
-assert lost
+assert "node joins" in events
 """
 
 
@@ -83,7 +105,11 @@ def test_a_lost_node_changes_no_loss(
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
         done = subprocess.run(
             [sys.executable, "-c", DRIVER, str(path), kind],
-            env={**environment, "RAY_TMPDIR": scratch},
+            env={
+                **environment,
+                "RAY_TMPDIR": scratch,
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2",  # The driver says sooner that it waits.
+            },
             capture_output=True,
             text=True,
             check=False,
