@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -76,21 +76,28 @@ class Inbox:
 
 @contextmanager
 def watch_messages(*messages: Message) -> Iterator[Inbox]:
-    """Look for messages every `SECONDS_BETWEEN_LOOKS`, in a thread, until the block ends."""
+    """Look for messages regularly until the block ends."""
     inbox = Inbox(messages)
+    with look_regularly(inbox.look):
+        yield inbox
+
+
+@contextmanager
+def look_regularly(look: Callable[[], None]) -> Iterator[None]:
+    """Ask Ray's head process every `SECONDS_BETWEEN_LOOKS`, in a thread, until the block ends."""
     is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(SECONDS_BETWEEN_LOOKS):
             try:
-                inbox.look()
+                look()
             except ray.exceptions.RayError:
-                continue  # Ray's head process is busy, or gone; then Ray ends this process.
+                continue  # The head process is busy, or gone; then Ray ends this process.
 
     thread = threading.Thread(target=watch, name="messages", daemon=True)
     thread.start()
     try:
-        yield inbox
+        yield
     finally:
         is_over.set()
         thread.join()

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-import orchestrator.cluster  # noqa: F401 - it sets the environment that Ray reads when imported
+from orchestrator.cluster.preemption import own_node
 from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
 
 # isort: split
@@ -50,7 +50,7 @@ class _PrivateBackend(_RayBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) == 1:
             return
-        if len(set(worker_group.execute(_node))) > 1:
+        if len(set(worker_group.execute(own_node))) > 1:
             super().on_start(worker_group, backend_config)
             return
         self._has_store = True
@@ -73,10 +73,6 @@ class _PrivateBackend(_RayBackend):  # type: ignore[misc]
         super().on_shutdown(worker_group, backend_config)
         if self._has_store:
             worker_group.execute_single(0, _delete_store)
-
-
-def _node() -> str:
-    return ray.get_runtime_context().get_node_id()
 
 
 def _make_store() -> str:

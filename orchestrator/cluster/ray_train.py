@@ -21,6 +21,7 @@ from orchestrator.cluster.messages import Message, watch_messages
 from orchestrator.cluster.node_wait import NodeWait, NodeWatch
 from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
 from orchestrator.cluster.placement import Placement, job_placement
+from orchestrator.cluster.preemption import own_node, watch_nodes
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.planning.out_of_memory import out_of_memory_explained
@@ -29,7 +30,7 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import recorded_signals, wait_for_work
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
-from orchestrator.training.distributed import World
+from orchestrator.training.distributed import World, gathered
 from orchestrator.training.loop import Diverged
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
@@ -199,8 +200,16 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 device=_train_device(use_gpu=config["use_gpu"]),
                 parallel=config["parallel"] or "ddp",
             )
-            with out_of_memory_explained(job, world, config["parallel"]):
-                run_job(job, world=world, should_stop=lambda: inbox.has(stop))
+            with (
+                out_of_memory_explained(job, world, config["parallel"]),
+                watch_nodes(gathered(own_node(), world)) as notices,
+            ):
+                run_job(
+                    job,
+                    world=world,
+                    should_stop=lambda: inbox.has(stop),
+                    should_save=notices.take,
+                )
             return {}  # The outcome is read from the job's folder.
         except DeviceError:
             raise  # `_EndAtDeviceError` ends all workers: others may wait for this one for ever.

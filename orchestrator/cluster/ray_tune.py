@@ -22,6 +22,7 @@ from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
 from orchestrator.cluster.devices import worker_device
 from orchestrator.cluster.messages import Inbox, Message, watch_messages
 from orchestrator.cluster.placement import Placement, trial_placement
+from orchestrator.cluster.preemption import NodeNotices, own_node, watch_nodes
 from orchestrator.cluster.ray_train import final_answer, fit_job
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
@@ -58,6 +59,8 @@ class TrialContext:
     """Asks all trials to save and return."""
     early_stop: Message
     """Asks this trial's training to save and return."""
+    notices: NodeNotices
+    """Whether the node of the trial's own process will be taken away."""
 
     def should_stop(self) -> bool:
         """Return whether to save and return soon."""
@@ -85,7 +88,13 @@ class TrialContext:
         if self.placement.workers == 1:
             world = World(device=self.device)
             with out_of_memory_explained(job, world):
-                return run_job(job, world=world, should_stop=should_end, report=report)
+                return run_job(
+                    job,
+                    world=world,
+                    should_stop=should_end,
+                    should_save=self.notices.take,
+                    report=report,
+                )
         return train_with_workers(job, self.placement, should_stop=should_end, report=report)
 
     def on_device(self, work: Callable[[str], T]) -> T:
@@ -228,8 +237,8 @@ def _tune_trial(
     torch.set_num_threads(placement.cpus * placement.workers)
     early_stop = early_stops.part(config["trial"]["key"])
     answer = {}
-    with watch_messages(stop, early_stop) as inbox:
-        context = TrialContext(placement, inbox, stop, early_stop)
+    with watch_messages(stop, early_stop) as inbox, watch_nodes([own_node()]) as notices:
+        context = TrialContext(placement, inbox, stop, early_stop, notices)
         if not context.should_stop():
             try:
                 answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}

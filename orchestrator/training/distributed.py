@@ -106,6 +106,14 @@ def mean_over_workers(values: Mapping[str, float], world: World) -> dict[str, fl
     return dict(zip(names, (numbers / world.size).tolist(), strict=True))
 
 
+def gathered(value: T, world: World) -> list[T]:
+    """Return the values of all workers, by rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def run_on_first(function: Callable[[], T], world: World) -> T:
     """Call a function on the first worker; return its result, or raise its error, on all."""
     if world.size == 1:

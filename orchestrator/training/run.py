@@ -54,6 +54,7 @@ def run_job(
     *,
     world: World | None = None,
     should_stop: Callable[[], bool] | None = None,
+    should_save: Callable[[], bool] | None = None,
     report: Report | None = None,
 ) -> TrainingOutcome:
     """Train a job to its end, or until a stop is requested. Call it on every worker.
@@ -62,6 +63,8 @@ def run_job(
         job: What to train.
         world: This worker's place; a single worker on the CPU when unset.
         should_stop: Called before each step on the first worker.
+        should_save: Called before each step on the first worker, in addition to the recipe; True
+            if the workers may soon be lost.
         report: Called with (steps done, metrics) on the first worker, in addition to the journal.
 
     Raises:
@@ -81,7 +84,8 @@ def run_job(
         with closing(_Run(job, world, report)) as run:
             run.prepare(run_on_first(run.newest_checkpoint, world))
             try:
-                finished = train(run.setup(), run.position, run.hooks(should_stop or _never))
+                hooks = run.hooks(should_stop or _never, should_save or _never)
+                finished = train(run.setup(), run.position, hooks)
                 run_on_first(run.writer.finish, world)
             except Diverged as error:
                 raise run.with_last_checkpoint(error) from None
@@ -136,7 +140,7 @@ class _Run:
             world=self.world,
         )
 
-    def hooks(self, should_stop: Callable[[], bool]) -> Hooks:
+    def hooks(self, should_stop: Callable[[], bool], should_save: Callable[[], bool]) -> Hooks:
         is_first = self.world.is_first
         return Hooks(
             batch=self.batch,
@@ -149,7 +153,9 @@ class _Run:
             ).measure,
             save=lambda position: self.writer.save(position, self.decoder, self.optimizer),
             should_stop=lambda: is_first and should_stop(),
-            should_save=lambda: is_first and self.writer.is_due(self.position.step),
+            should_save=lambda: (
+                is_first and (should_save() or self.writer.is_due(self.position.step))
+            ),
             end_step=self.profiler.end_step if self.profiler else lambda: None,
         )
 

@@ -19,7 +19,7 @@ from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
 DRIVER = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 import orchestrator.cluster  # sets what Ray reads when it is imported
 from ray.cluster_utils import Cluster
 
@@ -42,11 +42,14 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.journal import read_journal
 
 import ray
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 job = TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text()))
-is_trial = sys.argv[2] == "trial"
+kind = sys.argv[2]
 notes, events = [], []
 
 class Guest:
@@ -62,9 +65,14 @@ def watch():
     # The driver says that it waits before the guest leaves, and again before a new node joins.
     if len(notes) == 1 and once("guest leaves"):
         ray.kill(guest)
+    trains = any(r["kind"] == "metrics" for r in read_journal(job.folder)[0])
+    if kind == "job after a notice" and trains and once("notice"):
+        in_a_minute = int(1000 * (time.time() + 60))
+        client = GcsClient(address=nodes.address)
+        client.drain_node(doomed.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", in_a_minute)
     if find_checkpoints(job.folder) and once("node is lost"):
         nodes.remove_node(doomed, allow_graceful=False)
-    if "node is lost" in events and (len(notes) == 2 or is_trial) and once("node joins"):
+    if "node is lost" in events and (len(notes) == 2 or kind == "trial") and once("node joins"):
         nodes.add_node(num_cpus=1, **small)
 
 def train(parameters, context):
@@ -73,7 +81,7 @@ def train(parameters, context):
 
 try:
     with ray_cluster():
-        if is_trial:
+        if kind == "trial":
             trials = {"a trial": job.model_dump(mode="json")}
             folder = job.folder.with_name("sweep")
             report = run_trials(train, trials, folder, hooks=TrialHooks(watch=watch))["a trial"]
@@ -91,12 +99,21 @@ assert "node joins" in events
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["job", pytest.param("trial", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "job after a notice",
+        pytest.param("job", marks=pytest.mark.long),
+        pytest.param("trial", marks=pytest.mark.long),
+    ],
+)
 def test_a_lost_node_changes_no_loss(
     kind: str, tmp_path: Path, tiny_job: Callable[..., TrainingJob]
 ) -> None:
     def job(name: str) -> TrainingJob:
-        return tiny_job(name, num_steps=300, validate_every_steps=300, checkpoint_every_steps=20)
+        # After a notice, a checkpoint is written although none is due.
+        every = 800 if kind == "job after a notice" else 20
+        return tiny_job(name, num_steps=800, validate_every_steps=800, checkpoint_every_steps=every)
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("lost").model_dump(mode="json")))
@@ -108,7 +125,7 @@ def test_a_lost_node_changes_no_loss(
             env={
                 **environment,
                 "RAY_TMPDIR": scratch,
-                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2",  # The driver says sooner that it waits.
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2",  # A wait is announced sooner.
             },
             capture_output=True,
             text=True,
@@ -120,7 +137,7 @@ def test_a_lost_node_changes_no_loss(
     started, resumed = (r for r in records if r.get("name") in ("started", "resumed"))
     assert (started["name"], resumed["name"]) == ("started", "resumed")
     assert started["pid"] != resumed["pid"]
-    assert resumed["step"] >= 20
+    assert resumed["step"] >= (1 if kind == "job after a notice" else 20)
 
     before = torch.get_num_threads()
     torch.set_num_threads(started["num_threads"])
