@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -16,6 +17,7 @@ from iiet.cache import KvStrategy
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
+from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer
 
 _TAIL_MARGIN = 8
@@ -59,6 +61,7 @@ def generate_answers(
     *,
     batch_size: int = 32,
     on_answered: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Return the answer to each question, without the text that ended it.
 
@@ -69,23 +72,28 @@ def generate_answers(
         batch_size: Largest number of contexts that are decoded together; fewer if their keys and
             values need more than half of the free memory.
         on_answered: Called after each batch with the number of answers so far.
+        note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
 
     Raises:
+        DeviceError: If the memory is too small for one question.
         ValueError: If an answer may fill the model's context, or a setting is out of range.
     """
     answers: dict[int, str] = {}
     by_settings: dict[AnswerSettings, list[int]] = {}
     for number, question in enumerate(questions):
         by_settings.setdefault(question.settings, []).append(number)
+    limit = BatchLimit(batch_size, "questions", note)
     for settings, numbers in by_settings.items():
         numbers.sort(key=lambda number: -len(questions[number].context))
         while numbers:  # The first of a batch is its longest.
             length = len(questions[numbers[0]].context) + settings.max_new_tokens
-            num_rows = min(batch_size, _rows_that_fit(decoder, length))
-            batch, numbers = numbers[:num_rows], numbers[num_rows:]
-            rows = _Rows(tokenizer, settings.stop, len(batch))
-            _answer(decoder, [questions[number] for number in batch], rows)
-            answers |= dict(zip(batch, rows.texts(), strict=True))
+            batch = numbers[: min(limit.size, _rows_that_fit(decoder, length))]
+            answer = partial(_answer, decoder, tokenizer, [questions[number] for number in batch])
+            texts = limit.run(answer, size=len(batch), can_split=len(batch) > 1)
+            if texts is None:
+                continue
+            numbers = numbers[len(batch) :]
+            answers |= dict(zip(batch, texts, strict=True))
             if on_answered:
                 on_answered(len(answers))
     return [answers[number] for number in range(len(questions))]
@@ -105,9 +113,12 @@ def _rows_that_fit(decoder: Decoder, length: int) -> int:
     return max(1, free // 2 // (bytes_per_token * length))
 
 
-def _answer(decoder: Decoder, questions: Sequence[Question], rows: _Rows) -> None:
+def _answer(
+    decoder: Decoder, tokenizer: ModelTokenizer, questions: Sequence[Question]
+) -> list[str]:
     """Decode contexts of the same settings together, until all rows have ended."""
     settings, device = questions[0].settings, decoder.device
+    rows = _Rows(tokenizer, settings.stop, len(questions))
     room = decoder.config.context_length - settings.max_new_tokens
     if room < 1:
         raise ValueError(
@@ -133,7 +144,8 @@ def _answer(decoder: Decoder, questions: Sequence[Question], rows: _Rows) -> Non
     )
     for tokens in steps:
         if rows.add(tokens.tolist()):
-            return
+            break
+    return rows.texts()
 
 
 class _Rows:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from iiet.decoder import Decoder
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.evaluated_model import EvaluatedModel
 from orchestrator.evaluation.harness import Suite, run_model, run_suite
 from orchestrator.evaluation.harness.run import OnResult
@@ -25,6 +27,8 @@ from orchestrator.workspace.provenance import content_key
 VALIDATION_LOSS = "validation_loss"
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss in the tables."""
+LARGEST_VALIDATION_BATCH = 16
+"""Sequences in one forward pass of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,7 @@ class ModelMeasurer:
         key = self._key(content_key(VALIDATION_LOSS, fingerprint, NUM_VALIDATION_TOKENS))
         found = self._store.read(key)
         if found is None:
-            loss = heldout_loss(self._decoder, tokens_folder)
+            loss = heldout_loss(self._decoder, tokens_folder, note=self._progress.note)
             found = TaskResult(name=VALIDATION_LOSS, version="1", metrics={VALIDATION_LOSS: loss})
             self._store.write(key, found)
         return found.metrics[VALIDATION_LOSS]
@@ -152,14 +156,34 @@ class ModelMeasurer:
         run_model(suite, runner, limit=conditions.limit, progress=progress, on_result=on_result)
 
 
-def heldout_loss(decoder: Decoder, tokens_folder: Path) -> float:
-    """Return the mean next-token loss over held-out tokens, in nats, under the model's schedule."""
-    batches = validation_batches(
-        open_tokens(tokens_folder).validation,
-        context_length=decoder.config.context_length,
-        num_tokens=NUM_VALIDATION_TOKENS,
-        batch_size=16,
-    )
-    world = World(device=str(decoder.device))
-    # The arithmetic is that of the weights, as for the tasks.
-    return validation_loss(decoder, list(batches), decoder.schedule, precision="fp32", world=world)
+def heldout_loss(
+    decoder: Decoder, tokens_folder: Path, *, note: Callable[[str], None] | None = None
+) -> float:
+    """Return the mean next-token loss over held-out tokens, in nats, under the model's schedule.
+
+    Args:
+        note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
+
+    Raises:
+        DeviceError: If the memory is too small for one sequence.
+    """
+    limit = BatchLimit(LARGEST_VALIDATION_BATCH, "sequences", note)
+    while True:
+        batches = validation_batches(
+            open_tokens(tokens_folder).validation,
+            context_length=decoder.config.context_length,
+            num_tokens=NUM_VALIDATION_TOKENS,
+            batch_size=limit.size,
+        )
+        # The arithmetic is that of the weights, as for the tasks.
+        measure = partial(
+            validation_loss,
+            decoder,
+            list(batches),
+            decoder.schedule,
+            precision="fp32",
+            world=World(device=str(decoder.device)),
+        )
+        loss = limit.run(measure, size=limit.size, can_split=limit.size > 1)
+        if loss is not None:
+            return loss

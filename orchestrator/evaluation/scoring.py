@@ -8,8 +8,9 @@ scored. None of this changes a number beyond rounding: the cache has a slot for 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iiet.decoder import Decoder
+from orchestrator.evaluation.batch_limit import BatchLimit
 
 Tokens = tuple[int, ...]
 
@@ -53,6 +55,7 @@ def score_continuations(
     *,
     batch_size: int = 32,
     on_scored: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Score]:
     """Score each continuation given its context, in the order of `pairs`.
 
@@ -65,8 +68,10 @@ def score_continuations(
         batch_size: Sequences of full length in one forward pass; of shorter sequences, as many as
             have the same number of tokens. On a CPU at most `MAX_TOKENS_ON_CPU` tokens.
         on_scored: Called after each pass with the number of segments done and their total.
+        note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
 
     Raises:
+        DeviceError: If the memory is too small for one sequence.
         ValueError: If a context is empty.
     """
     was_training = decoder.training
@@ -75,7 +80,8 @@ def score_continuations(
         split = [_segments(tuple(a), tuple(b), decoder.config.context_length) for a, b in pairs]
         scores: dict[Segment, Score] = {}
         distinct = list(dict.fromkeys(segment for segments in split for segment in segments))
-        for scored in _score_segments(decoder, distinct, _max_tokens(decoder, batch_size)):
+        limit = BatchLimit(_max_tokens(decoder, batch_size), "tokens", note)
+        for scored in _score_segments(decoder, distinct, limit):
             scores.update(scored)
             if on_scored:
                 on_scored(len(scores), len(distinct))
@@ -109,7 +115,7 @@ def _max_tokens(decoder: Decoder, batch_size: int) -> int:
 
 
 def _score_segments(
-    decoder: Decoder, segments: list[Segment], max_tokens: int
+    decoder: Decoder, segments: list[Segment], limit: BatchLimit
 ) -> Iterator[dict[Segment, Score]]:
     by_context: defaultdict[Tokens, list[Segment]] = defaultdict(list)
     for segment in segments:
@@ -122,36 +128,43 @@ def _score_segments(
         else:
             single += group
     single.sort(key=lambda segment: -_length(segment))
-    start = 0
-    while start < len(single):  # the first of a batch is its longest
-        count = max(1, max_tokens // _length(single[start]))
-        yield _score_whole(decoder, single[start : start + count])
-        start += count
-    for batch in _group_batches(groups, decoder.config.context_length, max_tokens):
-        yield _score_groups(decoder, batch)
+    # Sort by continuation first: a context has several, so their padding costs most.
+    groups.sort(key=lambda group: (-_longest(group), -len(group[0].context)))
+    while single:  # The first of a batch is its longest.
+        batch = single[: max(1, limit.size // _length(single[0]))]
+        size = len(batch) * _length(single[0])
+        score = partial(_score_whole, decoder, batch)
+        if scores := limit.run(score, size=size, can_split=len(batch) > 1):
+            single = single[len(batch) :]
+            yield scores
+    while groups:
+        first = groups[: _num_groups_at_once(groups, decoder.config.context_length, limit.size)]
+        num_segments = sum(map(len, first))
+        size = num_segments * (max(len(g[0].context) for g in first) + _longest(first[0]) - 1)
+        if limit.was_halved and size > limit.size and num_segments > 1:
+            middle = len(first[0]) // 2  # One group, or it would have been a smaller batch.
+            groups = [first[0][:middle], first[0][middle:], *groups[1:]]
+            continue
+        score = partial(_score_groups, decoder, first)
+        if scores := limit.run(score, size=size, can_split=num_segments > 1):
+            groups = groups[len(first) :]
+            yield scores
 
 
 def _length(segment: Segment) -> int:
     return len(segment.context) + len(segment.continuation) - 1
 
 
-def _group_batches(
-    groups: list[list[Segment]], context_length: int, max_tokens: int
-) -> Iterator[list[list[Segment]]]:
-    """Batch groups of similar lengths, so that padded contexts and continuations fit together."""
-    # Sort by continuation first: a context has several, so their padding costs most.
-    groups = sorted(groups, key=lambda f: (-_longest(f), -len(f[0].context)))
-    batch: list[list[Segment]] = []
-    for group in groups:
-        together = [*batch, group]
-        length = max(len(f[0].context) for f in together) + _longest(together[0]) - 1
-        too_many = sum(map(len, together)) * length > max_tokens
-        if batch and (too_many or length > context_length):
-            yield batch
-            together = [group]
-        batch = together
-    if batch:
-        yield batch
+def _num_groups_at_once(groups: list[list[Segment]], context_length: int, max_tokens: int) -> int:
+    """Count the first groups whose padded contexts and continuations fit together; at least 1."""
+    longest, context, num_segments = _longest(groups[0]), 0, 0
+    for count, group in enumerate(groups):
+        context = max(context, len(group[0].context))
+        num_segments += len(group)
+        length = context + longest - 1
+        if count and (num_segments * length > max_tokens or length > context_length):
+            return count
+    return len(groups)
 
 
 def _longest(group: list[Segment]) -> int:
@@ -205,11 +218,12 @@ def _last_hidden(
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Return `h_L`, (batch, time, dim), without applying the head at each position."""
-    output = decoder(
-        input_ids, cache=cache, attention_mask=attention_mask, last_only=True, return_hidden=True
+    states = decoder.hidden_states(
+        decoder.embedding(input_ids), cache=cache, attention_mask=attention_mask
     )
-    hidden: Tensor = output[1][-1]
-    return hidden
+    # One after the other, so that those of earlier layers are freed.
+    (last,) = deque(states, maxlen=1)
+    return last
 
 
 def _scores(

@@ -105,6 +105,7 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
             questions,
             batch_size=self._batch_size,
             on_answered=lambda done: advance(done, len(questions)),
+            note=self.progress.note,
         )
 
     def _loglikelihood_tokens(
@@ -117,7 +118,11 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
         return score_continuations(
-            self._decoder, pairs, batch_size=self._batch_size, on_scored=self._advance()
+            self._decoder,
+            pairs,
+            batch_size=self._batch_size,
+            on_scored=self._advance(),
+            note=self.progress.note,
         )
 
     def _advance(self) -> Callable[[int, int], None]:

@@ -277,7 +277,7 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
 ) -> None:
     dtypes = []
 
-    def loss(decoder: Decoder, _: Path) -> float:
+    def loss(decoder: Decoder, _: Path, **__: Any) -> float:
         dtypes.append(decoder.embedding.weight.dtype)
         return 1.0
 
