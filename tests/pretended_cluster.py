@@ -32,7 +32,6 @@ def pretended_cluster() -> Iterator[dict[str, str]]:
         environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             "RAY_TMPDIR": scratch,  # Short: a socket's path has little room.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # All sockets are on loopback.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "IIET_PRETENDED_GPUS": "1",
