@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from orchestrator.planning.nodes import cpus_of_cpu_worker, cpus_of_gpu_worker, num_places
 from orchestrator.planning.resources import Resources, check_available
-from orchestrator.settings import SweepSettings
+from orchestrator.settings import ClusterSettings, SweepSettings
 
 TRIAL_PROCESS_BYTES = 256 * 2**20
 """Memory of a process that imports PyTorch and waits for its workers."""
@@ -97,6 +97,20 @@ def job_placement(
         cpus=cpus if gpus else cpus_of_cpu_worker(nodes, workers, at_once),
         gpus=gpus,
         on_one_node=on_one_node,
+    )
+
+
+def pretraining_placement(
+    cluster: ClusterSettings, num_jobs: int, resources: Resources
+) -> Placement:
+    """Share CPUs and GPUs among jobs; on GPUs, one job at a time has all that the settings name.
+
+    Raises:
+        UserError: If there is too little for one job.
+    """
+    most = 1 if cluster.num_gpus else None
+    return job_placement(
+        num_jobs, cluster.num_workers, cluster.num_gpus, resources, most_at_once=most
     )
 
 

@@ -20,7 +20,7 @@ from orchestrator.cluster.devices import collective_backend, worker_device
 from orchestrator.cluster.messages import Message, watch_messages
 from orchestrator.cluster.node_wait import NodeWait, NodeWatch
 from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
-from orchestrator.cluster.placement import Placement, job_placement
+from orchestrator.cluster.placement import Placement, pretraining_placement
 from orchestrator.cluster.preemption import own_node, watch_nodes
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.start import ray_cluster
@@ -87,9 +87,7 @@ def run_train_jobs(
                 if cluster.wait_for_gpus:
                     wait_for_gpus(cluster.num_gpus, note)
                     resources = replace(resources, nodes=alive_nodes())
-                placement = job_placement(
-                    len(ours), cluster.num_workers, cluster.num_gpus, resources
-                )
+                placement = pretraining_placement(cluster, len(ours), resources)
                 pool = ThreadPoolExecutor(placement.jobs_at_once)
                 fit = partial(
                     fit_job,

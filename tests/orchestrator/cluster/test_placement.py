@@ -9,10 +9,16 @@ from dataclasses import dataclass
 
 import pytest
 
-from orchestrator.cluster.placement import Placement, job_placement, trial_placement
+from orchestrator.cluster.placement import (
+    Placement,
+    job_placement,
+    pretraining_placement,
+    trial_placement,
+)
 from orchestrator.planning.nodes import Node
 from orchestrator.planning.resources import Resources
-from orchestrator.settings import SweepSettings
+from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
 
 HEAD = Node(8)
@@ -116,6 +122,19 @@ def test_workers_with_gpus_get_the_fewest_cpus_per_gpu_of_any_node(
 ) -> None:
     found = job_placement(100, 1, num_gpus, Resources(nodes))
     assert (found.jobs_at_once, found.cpus, found.on_one_node) == (at_once, cpus, on_one_node)
+
+
+@pytest.mark.parametrize("gpus_per_trial", [None, 0.5, 2])
+def test_a_run_uses_its_own_gpus_only_of_a_larger_cluster(gpus_per_trial: float | None) -> None:
+    assignments = ["cluster.num_gpus=4"]
+    if gpus_per_trial:
+        assignments.append(f"sweep.gpus_per_trial={gpus_per_trial}")
+    settings = resolve_settings({}, assignments)
+    resources = Resources(DOCUMENTED)
+    trials = trial_placement(assign_trial_gpus(settings).sweep, 100, resources)
+    models = pretraining_placement(settings.cluster, 3, resources)
+    for found in (trials, models):
+        assert found.jobs_at_once * found.workers * found.gpus == 4
 
 
 def test_trials_share_a_gpu() -> None:
