@@ -102,7 +102,8 @@ def _run_once(work: DeviceWork[T], progress: Progress) -> T:
                     logging.getLogger(arguments[0]).log(*arguments[1:])
                 elif name == RUNS:
                     progress.advance(0)
-                    logger.info("%s %s", getattr(work, "func", work).__name__, *arguments)
+                    function: Any = getattr(work, "func", work)
+                    logger.info("%s.%s %s", function.__module__, function.__name__, *arguments)
                 else:
                     getattr(progress, name)(*arguments, **options)
 

@@ -9,6 +9,7 @@ their validation losses to Tune, for its schedulers.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -47,6 +48,8 @@ import ray.tune
 tune: Any = ray.tune
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def run_trials(
     reports: dict[str, TrialReport] = {}
     with ray_cluster() as resources:
         placement = trial_placement(sweep, num_trials, resources)
+        logger.info("trials: %s", placement)
         callback = TuneCallback(hooks.seconds_to_save)
 
         def deliver() -> None:

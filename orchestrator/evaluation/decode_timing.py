@@ -20,6 +20,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.precision import use_tf32
 from orchestrator.workspace.errors import UserError
 
 WARM_UP_TOKENS = 4
@@ -122,6 +123,7 @@ def time_per_token(
 
 def random_decoders(models: Mapping[str, ModelConfig], device: str) -> dict[str, Decoder]:
     """Return a decoder of each config; those that differ only in their schedule share weights."""
+    use_tf32(device)  # As for a model that is loaded.
     made: dict[str, Decoder] = {}
     decoders = {}
     for name, config in models.items():

@@ -245,6 +245,7 @@ class _Run:
             "num_workers": self.world.size,
             "parallel": self.world.parallel,
             "device": self.world.device,
+            "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "num_threads": torch.get_num_threads(),
             "reads_teacher": isinstance(self.teacher, CachedTeacher),
             "pid": os.getpid(),

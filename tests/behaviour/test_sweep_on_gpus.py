@@ -1,0 +1,102 @@
+"""Whole sweeps on a cluster of pretended GPUs, whose head has none.
+
+The commands run where initializing CUDA is an error: trials, and all that needs a device, reserve a
+GPU by Ray. One trial fits on one GPU, so two run side by side.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pretended_cluster import pretended_cluster
+from small_size import SMALL
+
+from orchestrator.workspace.journal import read_journal
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+COMMAND = """
+import sys
+import torch
+
+def refuse():
+    raise AssertionError("this process initializes CUDA")
+
+torch.cuda.is_available = lambda: True
+torch.cuda._lazy_init = refuse
+from orchestrator.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+ASSIGNMENTS = [
+    *SMALL, "data.source=python", "data.tokenizer=train", "model.preset=tiny",
+    "cluster.num_gpus=2", "sweep.iterations=[2]", "evaluation.limit=5",
+]  # fmt: skip
+OPTIONS = [part for assignment in ASSIGNMENTS for part in ("--set", assignment)]
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    with pretended_cluster() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpus")
+
+
+def run(command: str, workspace: Path, environment: dict[str, str], *more: str) -> str:
+    """Run a command with CUDA forbidden, and return its log."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, command, "--workspace", str(workspace), *more, *OPTIONS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    [log] = (workspace / "logs").glob(f"*-{command}-*.log")
+    return log.read_text()
+
+
+def tasks(log: str) -> list[str]:
+    """Return the modules of the functions that were tasks on one GPU each."""
+    found = re.findall(r"orchestrator\.(\S+)\.\w+ runs on GPU [01] of \S+, process \d+", log)
+    assert len(found) == log.count(" runs on ")
+    return list(found)
+
+
+def gpus_of_trials(folder: Path) -> list[str]:
+    events = [r for path in folder.glob("*/") for r in read_journal(path)[0] if "device" in r]
+    assert events
+    return [event["visible_gpus"] for event in events]
+
+
+def test_models_are_trained_and_measured_on_reserved_gpus(
+    workspace: Path, environment: dict[str, str]
+) -> None:
+    log = run("sweep-iterations", workspace, environment)
+    assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
+    assert tasks(log) == ["evaluation.decode_timing"]
+    assert set(gpus_of_trials(workspace / "runs")) <= {"0", "1"}
+
+    log = run("sweep-threshold", workspace, environment)
+    assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
+    assert tasks(log) == [
+        "pipelines.influence", "training.teacher_cache_policy", "evaluation.decode_timing",
+    ]  # fmt: skip
+    assert set(gpus_of_trials(workspace / "trials")) <= {"0", "1"}
+
+
+def test_models_are_measured_on_a_reserved_gpu(
+    workspace: Path, environment: dict[str, str]
+) -> None:
+    measured = run("evaluate", workspace, environment, "--set", "evaluation.num_items=30")
+    assert tasks(measured) == ["pipelines.evaluating"]
