@@ -88,7 +88,6 @@ def test_a_pretraining_checks_the_resources_of_this_machine_once(
         check_resources(*given, **named)
 
     monkeypatch.setattr(resources, "check_resources", counted)
-    monkeypatch.setattr(pretraining, "check_resources", counted)
     command = arguments(tmp_path / "workspace", "--local")
     assert cli.main(command) == 0
     assert calls == [False], "once, before the workspace is made"
