@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from iiet.config import PRESETS
 from orchestrator.planning.installed_gpus import installed_gpus
@@ -19,7 +20,7 @@ from orchestrator.planning.price import PlannedWork, TrainingGroup, pretraining_
 from orchestrator.planning.resources import FreeBytes, local_free_bytes
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings
-from orchestrator.terminal.formatting import format_byte_parts, format_bytes
+from orchestrator.terminal.formatting import format_byte_parts, format_bytes, format_count
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.model_config import build_model_config
@@ -98,9 +99,14 @@ def find_problems(work: PlannedWork, check_devices: Callable[[], None]) -> dict[
     if not installed_gpus() and any(training.on_gpus for training in work.trainings):
         gpu = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=f"an {ASSUMED_GPU}")
         there = replace(work, address=LOCAL)
-        fits_there = partial(check_fit, there, measure_free=lambda *_, **__: gpu)
+        fits_there = partial(check_fit, there, measure_free=partial(_free_on, gpu))
         problems[gpu.place] = problem_of(fits_there)
     return problems
+
+
+def _free_on(gpu: FreeBytes, *_: Any, num_gpus: int = 0, **__: Any) -> FreeBytes:
+    # The memory of the machine that has this GPU is not known.
+    return gpu if num_gpus else replace(gpu, memory=None)
 
 
 def _check_memory(group: TrainingGroup, folder: Path, measure_free: MeasureFree) -> None:
@@ -121,6 +127,8 @@ def _check_memory(group: TrainingGroup, folder: Path, measure_free: MeasureFree)
     for training in group.trainings:
         if training.worker_bytes > memory:
             raise UserError(_too_little_memory(training, memory, place))
+    if first.on_gpus:
+        _check_host_memory(group, measure_free(folder).memory)
     needed = max(training.worker_bytes for training in group.trainings)
     most = memory // needed
     if group.is_trials and not first.on_gpus and most < group.at_once:
@@ -130,6 +138,31 @@ def _check_memory(group: TrainingGroup, folder: Path, measure_free: MeasureFree)
             f"machine has {format_bytes(first.num_workers * memory)} free; the nearest "
             f"setting that fits: --set sweep.trials_at_once={most}"
         )
+
+
+def _check_host_memory(group: TrainingGroup, free: int | None) -> None:
+    largest = max(group.trainings, key=lambda training: training.host_bytes)
+    if free is None or group.at_once * largest.host_bytes <= free:
+        return
+    at_once = min(free // largest.host_bytes, group.at_once - 1)
+    num_gpus = (n for n in range(largest.num_workers - 1, 0, -1) if not group.is_trials)
+    fewer = (n for n in num_gpus if replace(largest, num_workers=n).host_bytes <= free)
+    if at_once:
+        change = f"--set sweep.trials_at_once={at_once}"
+    elif gpus := next(fewer, 0):
+        change = f"--gpus {gpus}"
+    else:
+        change = nearest_fit(largest, lambda other: other.host_bytes <= free) or ""
+    advice = f"the nearest setting that fits: {change}" if change else "no setting needs less"
+    many, each = "training", ""
+    if group.at_once > 1:
+        many, each = f"{group.at_once} trainings at once", " for each"
+    raise UserError(
+        f"{many} on {format_count(group.num_devices, 'GPU')} would take about "
+        f"{format_bytes(group.at_once * largest.host_bytes)} of the machine's own memory "
+        f"({format_byte_parts(largest.host_memory)}{each}), and it has {format_bytes(free)} free; "
+        f"{advice}"
+    )
 
 
 def _too_little_memory(training: PlannedTraining, free: int, place: str) -> str:

@@ -30,8 +30,11 @@ from orchestrator.workspace.errors import UserError
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """A float32 weight and AdamW's two moments."""
+FLOAT32_BYTES = 4
 PROCESS_BYTES = 512 * 2**20
 """Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
+HOST_PROCESS_BYTES = 2 * 2**30
+"""Roughly what PyTorch with CUDA and NCCL takes of the machine's memory in each worker on a GPU."""
 ALLOCATOR_FACTOR = 1.1
 """The allocator holds more than the activations that exist at one time."""
 
@@ -164,6 +167,27 @@ class PlannedTraining:
     def worker_bytes(self) -> int:
         """Memory that one worker needs."""
         return sum(self.worker_memory.values())
+
+    @cached_property
+    def host_memory(self) -> dict[str, int]:
+        """What takes the machine's memory beside the GPUs' -> bytes of all workers together.
+
+        Tokens, checkpoints that are read, and a teacher's stored outputs are mapped from files, and
+        the system drops them if it needs memory.
+        """
+        weights = self.num_workers * FLOAT32_BYTES * self.num_parameters
+        # Each worker draws the weights in the machine's memory, long before a checkpoint is copied.
+        at_start = weights > self.checkpoint_bytes
+        name = "the first weights of each worker" if at_start else "a copy for the checkpoint"
+        return {
+            "PyTorch": self.num_workers * HOST_PROCESS_BYTES,
+            name: max(weights, self.checkpoint_bytes),
+        }
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the machine that all workers on GPUs need together."""
+        return sum(self.host_memory.values())
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -114,8 +114,12 @@ def load_config(folder: Path) -> ModelConfig:
         ) from None
 
 
-def load_training_state(folder: Path) -> dict[str, Any]:
+def load_training_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Load the state of the optimizer and the loop from a verified checkpoint.
+
+    Args:
+        mapped: Leave the tensors in the file until they are read. If they are copied to a GPU, its
+            workers then need no memory of the machine for them.
 
     Raises:
         UserError: If a version wrote it whose optimizer state has another order of parameters.
@@ -129,7 +133,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
             f"under another name, and import its model with `iiet-orch import {folder}`"
         )
     state: dict[str, Any] = torch.load(
-        folder / TRAINING_STATE, weights_only=True, map_location="cpu"
+        folder / TRAINING_STATE, weights_only=True, map_location="cpu", mmap=mapped
     )
     return state
 

@@ -226,7 +226,7 @@ class _Run:
         if checkpoint is None:
             self.event("started", **self._hardware())
             return
-        state = load_training_state(checkpoint)
+        state = load_training_state(checkpoint, mapped=world.device != "cpu")
         moments = state["optimizer"]
         if world.is_sharded:
             from orchestrator.training.sharding import sharded_state

@@ -171,14 +171,60 @@ def test_trials_share_the_memory_of_their_gpu(tiny_plan: SweepPlan) -> None:
         group = TrainingGroup(
             trainings=trainings, at_once=at_once, sharing_a_gpu=sharing, is_trials=True
         )
-        free = FreeBytes(memory=3 * needed, disk=None)
-        check_fit(PlannedWork(groups=[group], folder=Path()), measure_free=always(free))
+        check_fit(
+            PlannedWork(groups=[group], folder=Path()),
+            measure_free=lambda *_, num_gpus=0, **__: FreeBytes(
+                memory=3 * needed if num_gpus else None, disk=None
+            ),
+        )
 
     check(3, 3)
     check(3, 4)
     check(16, 1)
     with pytest.raises(UserError, match="shared by 4 trials, has"):
         check(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "at_once", "words"),
+    [
+        # 2 GiB for each of 8 processes, and their first weights: 8 x 1.3 GiB.
+        (8, 1, r"training on 8 GPUs would take about 26\.\d GiB .* --gpus 6"),
+        (1, 8, r"8 trainings at once on 8 GPUs .* --set sweep\.trials_at_once=3"),
+        (32, 1, r"on 32 GPUs .* --gpus 6"),
+    ],
+)
+def test_workers_on_gpus_need_memory_of_the_machine(
+    num_gpus: int, at_once: int, words: str
+) -> None:
+    def check(host_gigabytes: float) -> None:
+        asked = request("training.num_sequences_per_pass=1", num_workers=num_gpus)
+        asked = replace(asked, on_gpus=True)
+        group = TrainingGroup(trainings=(asked,), at_once=at_once, is_trials=at_once > 1)
+        gpu, host = FreeBytes(memory=79 * GIB, disk=None), int(host_gigabytes * GIB)
+        check_fit(
+            PlannedWork(groups=[group], folder=Path()),
+            measure_free=lambda *_, num_gpus=0, **__: (
+                gpu if num_gpus else FreeBytes(memory=host, disk=None)
+            ),
+        )
+
+    check(160)
+    with pytest.raises(UserError, match=words):
+        check(20)
+
+
+def test_a_machine_too_small_for_one_worker_is_offered_a_smaller_model() -> None:
+    asked = replace(request("training.num_sequences_per_pass=1"), on_gpus=True)
+    group = TrainingGroup(trainings=(asked,))
+    free = FreeBytes(memory=4 * GIB, disk=None)
+    with pytest.raises(UserError, match=r"it has 4 GiB free; .* --preset 55m"):
+        check_fit(
+            PlannedWork(groups=[group], folder=Path()),
+            measure_free=lambda *_, num_gpus=0, **__: (
+                FreeBytes(memory=79 * GIB, disk=None) if num_gpus else free
+            ),
+        )
 
 
 def test_trainings_that_fit_on_the_disk_only_one_by_one_are_refused(tiny_plan: SweepPlan) -> None:

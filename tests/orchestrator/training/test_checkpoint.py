@@ -63,6 +63,8 @@ def test_a_saved_checkpoint_loads_unchanged(run: Path, decoder: Decoder) -> None
         assert torch.equal(loaded.state_dict()[name], tensor)
         assert torch.equal(Decoder.load(folder).state_dict()[name], tensor)
     assert load_training_state(folder)["step"] == 100
+    mapped = load_training_state(folder, mapped=True)["moments"]
+    assert torch.equal(mapped, torch.ones(2))
     assert load_provenance(folder)["tokens"] == "abc"
 
 
