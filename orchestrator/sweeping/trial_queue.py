@@ -165,10 +165,10 @@ class TrialQueue:
             self._record_end(report, next(t for t in trials if t.key == report.key))
 
         # One folder for each process: the same sweep may run twice at the same time.
-        early_stops = Message()
+        early_stops, asha = Message(), dict(self.asha)
 
         def stop_early(key: str, step: int, loss: float) -> None:
-            record_early_stop(self.asha, key, step, loss)
+            record_early_stop(asha, key, step, loss)  # Tune pickles this function, so no `self`.
             early_stops.part(key).post()
 
         storage = self.folder / f"ray-{socket.gethostname()}-{os.getpid()}"
@@ -178,7 +178,7 @@ class TrialQueue:
                 search or {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
                 storage,
                 self.settings,
-                scheduler=AshaByModel(self.asha, stop_early),
+                scheduler=AshaByModel(asha, stop_early),
                 early_stops=early_stops,
                 hooks=TrialHooks(
                     on_result=record_end,
