@@ -8,15 +8,7 @@ import pytest
 
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.trial_gpus import assign_trial_gpus
-from orchestrator.settings import (
-    Settings,
-    TrainingSettings,
-    read_settings,
-    resolve_settings,
-)
-from orchestrator.settings.shipped import shipped_sweeps
-from orchestrator.sweeping.model_plans import settings_of, swept_models, teacher_and_baselines
-from orchestrator.sweeping.student_plans import costliest_students
+from orchestrator.settings import TrainingSettings, resolve_settings
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
@@ -75,30 +67,3 @@ def test_trials_never_use_cpus_if_the_settings_name_gpus(
 ) -> None:
     with pytest.raises(UserError, match=words):
         assigned("cluster.num_gpus=8", *assignments)
-
-
-def trainings_of(settings: Settings) -> dict[str, list[PlannedTraining]]:
-    """Return what a sweep file trains: by the run itself, and in trials."""
-
-    def planned(own: Settings) -> PlannedTraining:
-        config = build_model_config(own.model, vocab_size=32_000)
-        return PlannedTraining(config=config, recipe=own.training)
-
-    if settings.sweep.kind == "iterations":
-        models = [settings_of(settings, model) for model in swept_models(settings)]
-        return {"run": [], "trials": list(map(planned, models))}
-    run = list(map(planned, teacher_and_baselines(settings).values()))
-    return {"run": run, "trials": costliest_students(settings, run[0].config, 2)}
-
-
-@pytest.mark.parametrize("name", shipped_sweeps())
-def test_a_shipped_sweep_fits_on_the_devices_it_names(name: str) -> None:
-    settings = read_settings(shipped_sweeps()[name], [])
-    on_gpus = settings.cluster.num_gpus > 0
-    assert on_gpus == name.startswith("paper-")
-    trainings = trainings_of(settings)
-    sweep = assign_trial_gpus(settings, trainings["trials"]).sweep
-    assert sweep.gpus_per_trial == int(on_gpus), "each trial fits on one GPU"
-    assert sweep.trials_at_once == (settings.cluster.num_gpus if on_gpus else None)
-    for training in (*trainings["run"], *trainings["trials"]) if on_gpus else ():
-        assert replace(training, on_gpus=True).worker_bytes <= ASSUMED_GPU_BYTES

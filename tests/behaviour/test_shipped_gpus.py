@@ -1,0 +1,71 @@
+"""Every shipped sweep fits the devices that it names, by its own plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator import SweepDryRun, plan_sweep
+from orchestrator.planning import fit, rate, resources
+from orchestrator.settings import read_settings
+from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.workspace.errors import UserError
+
+NUM_STUDENTS = 10
+ON_GPUS = {"paper-340m": 8, "paper-55m": 8}
+"""Shipped sweeps whose settings name GPUs -> how many."""
+PER_PASS = "num_sequences_per_pass"
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Machines with a GPU of their own would plan for that one.
+    for module in (fit, rate, resources):
+        monkeypatch.setattr(module, "installed_gpus", list)
+
+
+def planned(name: str, workspace: Path, *assignments: str) -> SweepDryRun:
+    """Plan a shipped sweep whose students run their teacher."""
+    live = "distillation.teacher_cache=live"
+    settings = read_settings(shipped_sweeps()[name], [live, *assignments])
+    return plan_sweep(settings, workspace=workspace)
+
+
+def test_the_sweeps_for_gpus_are_these() -> None:
+    named = {name: read_settings(path).cluster.num_gpus for name, path in shipped_sweeps().items()}
+    assert {name: number for name, number in named.items() if number} == ON_GPUS
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_all_trainings_of_a_sweep_for_gpus_fit_the_assumed_one(name: str, tmp_path: Path) -> None:
+    found = planned(name, tmp_path)
+    assert found.price.num_trainings == 3 + NUM_STUDENTS, "teacher, vanilla, r = 0, students"
+    assert found.problems["an H100"] is None
+    assert f"each trial runs on 1 GPU, at most {ON_GPUS[name]} at once" in found.notes
+    assert found.price.num_devices == ON_GPUS[name]
+    assert found.price.rate is not None
+    assert found.price.rate.source == "H100, bf16, dense"
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_pass_of_twice_the_sequences_does_not_fit(name: str, tmp_path: Path) -> None:
+    # So none of the passes is smaller than it has to be, and the plan of each part is looked at.
+    per_pass = 2 * int(read_settings(shipped_sweeps()[name]).training.num_sequences_per_pass or 0)
+    own = planned(name, tmp_path, f"training.{PER_PASS}={per_pass}").problems["an H100"]
+    assert f"--set training.{PER_PASS}={per_pass // 2}" in str(own)
+    students = f"distillation.training.{PER_PASS}={per_pass}"
+    found = planned(name, tmp_path, students, "sweep.gpus_per_trial=1").problems["an H100"]
+    assert f"--set distillation.training.{PER_PASS}={per_pass // 2}" in str(found)
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_trials_on_cpus_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sweep\.gpus_per_trial=0 .* names GPUs"):
+        planned(name, tmp_path, "sweep.gpus_per_trial=0")
+
+
+def test_other_sweeps_run_on_cpus(tmp_path: Path) -> None:
+    found = planned("methods", tmp_path)
+    assert not found.price.uses_gpus
+    assert set(found.problems) == {"this machine"}
