@@ -119,6 +119,20 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["submit", "--server", "ray://a", "pretrain"], "is no address of a job server"),
         (["submit", "--server", "127.0.0.1:1", "pretrain"], "no job server answers at"),
         (["jobs", "stop", "a", "--server", "127.0.0.1:1"], "no job server answers at"),
+        (["manifest", "slurm", "ui"], "`iiet-orch ui` does not run on a cluster"),
+        (["manifest", "slurm", "pretrain", "-w", "here"], "by an absolute path (got here)"),
+        (
+            ["manifest", "slurm", "pretrain", "--gpus", "12"],
+            "type --gpus-per-node N with a divisor",
+        ),
+        (["manifest", "slurm", "pretrain", "--continue", "a"], "a job file cannot read"),
+        (["manifest", "slurm", "--time", "a day", "pretrain"], "--time takes a time such as"),
+        (["manifest", "slurm", "--env", "A=1", "pretrain"], "--env takes the name of a variable"),
+        (
+            ["manifest", "kuberay", "--image", "a", "--claim", "b", "--env", "A", "pretrain"],
+            "name it by --secret",
+        ),
+        (["manifest", "slurm", "pretrain", "--set", "training.num_step=3"], "training.num_steps?"),
     ],
 )
 def test_a_mistake_prints_one_sentence_and_exits_with_2(

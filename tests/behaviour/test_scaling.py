@@ -1,4 +1,4 @@
-"""docs/scaling.md is correct: its commands exist and print its table, and its YAML is valid."""
+"""docs/scaling.md is correct: its commands exist, print its table and write its job files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_row_of_the_table_fits_on_an_h100(
 
 
 def test_the_commands_and_their_options_exist() -> None:
-    text = "\n".join([*blocks("bash"), *(command for command, _ in ROWS), *blocks("yaml")])
+    text = "\n".join([*blocks("bash"), *(command for command, _ in ROWS)])
     found = re.findall(r"iiet-orch ([a-z-]+(?: [^\n#]*)?)", text)
     assert len(found) >= 18
     for line in found:
@@ -84,16 +84,20 @@ def test_an_unknown_option_is_found() -> None:
     assert unknown_options(["jobs", "list", "--gpus", "8"]) == {"--gpus"}
 
 
-def test_the_job_for_kuberay_is_yaml_with_the_fields_of_a_ray_job() -> None:
-    (text,) = blocks("yaml")
-    job = yaml.safe_load(text)
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    cluster = job["spec"]["rayClusterSpec"]
-    (workers,) = cluster["workerGroupSpecs"]
-    (container,) = workers["template"]["spec"]["containers"]
-    gpus = workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert f"--gpus {gpus}" in job["spec"]["entrypoint"]
-    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
+@pytest.mark.parametrize("kind", ["slurm", "kuberay"])
+def test_the_job_files_ask_for_the_nodes_that_the_text_says(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = re.findall(rf"^iiet-orch (manifest {kind} .*)$", TEXT, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(line)) == 0
+    (file,) = tmp_path.iterdir()
+    if kind == "slurm":
+        assert file.name == "job.sh"
+        assert "#SBATCH --nodes=4\n" in file.read_text()
+        return
+    cluster = yaml.safe_load(file.read_text())["spec"]["rayClusterSpec"]
+    assert [group["replicas"] for group in cluster["workerGroupSpecs"]] == [4]
 
 
 def test_named_test_files_exist() -> None:
