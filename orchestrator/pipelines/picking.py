@@ -20,7 +20,6 @@ from orchestrator.reporting.seed_averages import average_seeds, lowest_seed
 from orchestrator.reporting.sweep_report import sweep_front
 from orchestrator.reporting.sweep_results import (
     StoredSweep,
-    item_notes,
     load_item_values,
     load_sweep_results,
     newest_sweep,
@@ -81,10 +80,9 @@ def pick(
     axes = parse_axes(cost, quality)
     context = open_context(workspace, progress)
     found = load_sweep_results(context.workspace, sweep or newest_sweep(context.workspace))
-    items = load_item_values(context.workspace, found.results)
-    for line in item_notes(found.results, items):
+    front, notes = sweep_front(context.workspace, found, axes, kept_share=rule.share)
+    for line in notes:
         context.progress.note(line)
-    front = sweep_front(found, items, axes, kept_share=rule.share)
     point = pick_from_front(front, rule)
     sentence = describe_point(front, point, kept_share=rule.share)
     keys = average_seeds(found.results).keys_of_seeds[point.result.key]
@@ -94,6 +92,7 @@ def pick(
         sentence += f"; its numbers are means over {number}"
     if dry_run:
         return PickResult(point=point, sentence=sentence, folder=None, version=None)
+    items = load_item_values(context.workspace, [result])
     folder = resolve_path(to) if to else context.workspace.exports / found.name / rule.alias
     chosen = f"`{rule.alias}` of the sweep `{found.name}`: {sentence}."
     _export(found, result, items.get(result.key), folder, chosen, context)

@@ -33,6 +33,8 @@ from orchestrator.workspace.provenance import content_key
 
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
+NUMBER_GROUPS = ("cost", "quality", "train")
+"""First parts of the tracked names."""
 MAX_EXPONENT = 700.0
 """Above it, `exp` overflows a float."""
 
@@ -219,7 +221,7 @@ class Trial(Record):
     def value(self, name: str) -> float | None:
         """Return a number by its tracked name (`cost/evaluations`); None if it was not measured."""
         group, _, key = name.partition("/")
-        number = self._groups().get(group, {}).get(key)
+        number = self._numbers(group).get(key) if group in NUMBER_GROUPS else None
         return None if number is None or number != number else float(number)
 
     @property
@@ -241,8 +243,8 @@ class Trial(Record):
         """Return every number by its tracked name: `cost/*`, `quality/*`, `train/*`."""
         return {
             f"{group}/{name}": float(number)
-            for group, values in self._groups().items()
-            for name, number in values.items()
+            for group in NUMBER_GROUPS
+            for name, number in self._numbers(group).items()
             if number is not None
         }
 
@@ -265,11 +267,15 @@ class Trial(Record):
         recipe = _recipe(self.job) if self.job else {}
         return params | {f"recipe/{name}": text for name, text in recipe.items()}
 
-    def _groups(self) -> dict[str, Mapping[str, float]]:
-        quality, loss = self.quality, finite_or_none(self.quality.get("validation_loss"))
+    def _numbers(self, group: str) -> Mapping[str, float | None]:
+        if group == "cost":
+            return self.cost.numbers()
+        if group == "train":
+            return self.train.numbers()
+        loss = finite_or_none(self.quality.get("validation_loss"))
         if loss is not None and loss < MAX_EXPONENT:
-            quality = {"perplexity": math.exp(loss), **quality}
-        return {"cost": self.cost.numbers(), "quality": quality, "train": self.train.numbers()}
+            return {"perplexity": math.exp(loss), **self.quality}
+        return self.quality
 
 
 def _recipe(job: TrainingJob) -> dict[str, str]:

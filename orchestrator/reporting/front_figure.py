@@ -26,6 +26,7 @@ from orchestrator.reporting.front_axes import (
 from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.label_placement import LabelPlacer
 from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.shown_points import shown_points
 from orchestrator.terminal.formatting import format_count
 
 MAX_LABELED_LAYERS = 12
@@ -118,8 +119,14 @@ def _draw_trials(
     on_front = {**style, "markersize": 6.5, "mfc": color, "zorder": 4}
     dominated = {**style, "markersize": 5.5, "mfc": "white", "alpha": 0.4, "zorder": 3}
     trials = [point for point in points if _is_trial(point)]
+    shown = {point.result.key for point in shown_points(front)}
+    near = [p for p in trials if not p.on_front and p.result.key in shown]
     _draw_points(panel, front, [p for p in trials if p.on_front], names[0], on_front)
-    _draw_points(panel, front, [p for p in trials if not p.on_front], names[1], dominated)
+    _draw_points(panel, front, near, names[1], dominated)
+    if far := [p for p in trials if p.result.key not in shown]:
+        # An image, because an SVG of thousands of points takes megabytes.
+        xs, ys = zip(*((p.cost, _scale(front) * p.quality) for p in far), strict=True)
+        panel.plot(xs, ys, ".", color=color, alpha=0.15, ms=2, zorder=1, rasterized=True)
 
 
 def _draw_teachers_and_baselines(panel: Panel, front: Front) -> None:
@@ -200,13 +207,15 @@ def _percent_of(whole: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any
 
 def _add_labels(labels: LabelPlacer, front: Front) -> None:
     # The most important first; the legend names baselines.
-    scale, knee = _scale(front), front.knee
-    for point in front.points:
+    scale, knee, shown = _scale(front), front.knee, shown_points(front)
+    for point in shown:
         labels.avoid_point(point.cost, scale * point.quality, scale * (point.error or 0.0))
     for point in sorted(front.members, key=lambda member: member is not knee):
         if _is_trial(point):
             text = f"{_label(point)} (knee)" if point is knee else _label(point)
             labels.add(point.cost, scale * point.quality, text, important=point is knee)
+    if len(shown) < len(front.points):
+        return
     for point in front.points:
         if _is_trial(point) and not point.on_front:
             labels.add(point.cost, scale * point.quality, _label(point), color=GRAY)

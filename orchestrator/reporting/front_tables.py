@@ -6,7 +6,7 @@ The terminal table drops the least important columns until it fits. The unrounde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +27,7 @@ from orchestrator.reporting.front_text import (
 )
 from orchestrator.reporting.markdown import markdown_table
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint, PairedComparison
+from orchestrator.reporting.shown_points import shown_points
 from orchestrator.terminal.formatting import format_bytes, format_parameters, format_with_error
 
 TASK_TABLES_NOTE = (
@@ -73,7 +74,7 @@ def front_columns(front: Front) -> list[FrontColumn]:
         FrontColumn("schedule", model_name, justify="left"),
         FrontColumn("threshold", _threshold, 6),
         *_cost_columns(front.axes.cost),
-        FrontColumn("parameters", lambda p: _parameters(front, p), 4),
+        *_parameter_columns(front),
         FrontColumn(_short_title(quality), lambda p: quality_text(front, p)),
         FrontColumn("bits/byte", lambda p: _number(p, "quality/bits_per_byte", ".3f"), 5),
         FrontColumn("of full", lambda p: _percent(front.share(p), 1), 2),
@@ -87,14 +88,15 @@ def front_columns(front: Front) -> list[FrontColumn]:
         columns.insert(1, sweep)
     if quality == "quality/bits_per_byte":
         columns = [column for column in columns if column.priority != 5]
-    return [c for c in columns if not c.priority or any(c.cell(p) for p in front.points)]
+    points = shown_points(front)
+    return [c for c in columns if not c.priority or any(c.cell(p) for p in points)]
 
 
 def terminal_table(front: Front, *, width: int, title: str = "") -> Table:
     """Return the table of a front for a terminal of `width` columns; dominated rows are dim."""
-    columns = front_columns(front)
+    columns, points = front_columns(front), shown_points(front)
     # Two spaces after each column, one before all.
-    while sum(_width(front, column) + 2 for column in columns) + 1 > width:
+    while sum(_width(points, column) + 2 for column in columns) + 1 > width:
         dropped = max(columns, key=lambda column: column.priority)
         if not dropped.priority:
             break
@@ -103,9 +105,9 @@ def terminal_table(front: Front, *, width: int, title: str = "") -> Table:
     table.title_justify = "left"
     for number, column in enumerate(columns):
         # If even that is too wide, only the names are cut.
-        min_width = _width(front, column) if number else None
+        min_width = _width(points, column) if number else None
         table.add_column(column.title, justify=column.justify, no_wrap=True, min_width=min_width)
-    for point in front.points:
+    for point in points:
         table.add_row(*(column.cell(point) for column in columns), style=ROW_STYLES[point.kind])
     return table
 
@@ -113,8 +115,9 @@ def terminal_table(front: Front, *, width: int, title: str = "") -> Table:
 def front_markdown(front: Front) -> str:
     """Return the table of a front in Markdown; members of the front are bold."""
     columns = front_columns(front)
-    rows = [[column.cell(point) for column in columns] for point in front.points]
-    for point, cells in zip(front.points, rows, strict=True):
+    points = shown_points(front)
+    rows = [[column.cell(point) for column in columns] for point in points]
+    for point, cells in zip(points, rows, strict=True):
         if point.on_front:
             cells[0] = f"**{cells[0]}**"
     left = [number for number, column in enumerate(columns) if column.justify == "left"]
@@ -158,13 +161,13 @@ def _threshold(point: FrontPoint) -> str:
     return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
 
 
-def _parameters(front: Front, point: FrontPoint) -> str:
-    """Return a model's parameters; empty if all models are of about one size."""
+def _parameter_columns(front: Front) -> list[FrontColumn]:
+    """Return the column of parameters; none if all models are of about one size."""
     name = "cost/num_parameters"
     counts = [count for p in front.points if (count := p.result.value(name))]
     if not counts or max(counts) < NOTABLE_SIZE_RATIO * min(counts):
-        return ""
-    return format_parameters(point.result.value(name) or 0.0)
+        return []
+    return [FrontColumn("parameters", lambda p: format_parameters(p.result.value(name) or 0.0), 4)]
 
 
 def _percent(share: float | None, digits: int) -> str:
@@ -175,8 +178,8 @@ def _bytes(count: float | None) -> str:
     return "" if count is None else format_bytes(count)
 
 
-def _width(front: Front, column: FrontColumn) -> int:
-    return max(map(cell_len, [column.title, *(column.cell(point) for point in front.points)]))
+def _width(points: Sequence[FrontPoint], column: FrontColumn) -> int:
+    return max(map(cell_len, [column.title, *(column.cell(p) for p in points)]))
 
 
 @dataclass(frozen=True)

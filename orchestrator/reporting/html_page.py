@@ -7,6 +7,7 @@ data are JSON inside the page. All text from outside is escaped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from orchestrator.reporting.front_text import hypervolume_text
 from orchestrator.reporting.html_tables import influence_section, models_table, tasks_section
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.shown_points import shown_points
 
 SCRIPTS = ("plot.js", "front.js", "report.js")
 SHARES = ("cost/relative_flops", "cost/relative_evaluations", "share_of_full")
@@ -96,6 +98,13 @@ def _script_data(report: SweepReport) -> dict[str, Any]:
     metrics = [name for name in dict.fromkeys(names) if "/" in name]
     costs = [n for n in metrics if n.startswith("cost/") and not n.endswith(("_spread", "_stderr"))]
     qualities = [n for n in metrics if n.startswith("quality/") and not n.endswith("_stderr")]
+    fronts = {
+        (cost, quality): find_front(
+            front.results, FrontAxes(cost, quality), sweep_of=front.sweep_of
+        )
+        for cost, quality in itertools.product(costs, qualities)
+    }
+    rows = _shown_rows(front, rows, fronts.values())
     differences = [difference_metric(front.basis.full)] if front.basis else []
     paper = {"cost": PAPER_COST_SHARE, "quality": PAPER_QUALITY_SHARE, "name": PAPER_MARK}
     return {
@@ -104,10 +113,7 @@ def _script_data(report: SweepReport) -> dict[str, Any]:
         "costs": costs,
         "qualities": qualities,
         "fronts": {
-            cost: {
-                quality: _front_by_row(front, rows, FrontAxes(cost, quality))
-                for quality in qualities
-            }
+            cost: {quality: _front_by_row(rows, fronts[cost, quality]) for quality in qualities}
             for cost in costs
         },
         "higher": [name for name in qualities if FrontAxes(quality=name).higher_is_better],
@@ -130,17 +136,30 @@ def _script_data(report: SweepReport) -> dict[str, Any]:
     }
 
 
-def _front_by_row(
-    front: Front, rows: Sequence[Mapping[str, Any]], axes: FrontAxes
-) -> dict[str, Any]:
-    """Return the full model and the members of the fronts on two axes, as row numbers."""
+def _shown_rows(
+    front: Front, rows: Sequence[dict[str, Any]], fronts: Iterable[Front]
+) -> list[dict[str, Any]]:
+    """Return the rows that the page draws: `shown_points`, and the members of all other fronts."""
+    shown = shown_points(front)
+    if len(shown) == len(front.points):
+        return list(rows)
+    needed = [
+        *shown,
+        *(p for f in fronts for own in (f, *f.by_sweep.values()) for p in own.members),
+    ]
+    keys = {point.result.key for point in needed}
+    return [row for row in rows if row["key"] in keys]
+
+
+def _front_by_row(rows: Sequence[Mapping[str, Any]], placed: Front) -> dict[str, Any]:
+    """Return the full model and the members of a front, as row numbers."""
+    axes = placed.axes
     # Rows have no infinite numbers, so a model with one cannot be drawn.
     number_of = {
         row["key"]: number
         for number, row in enumerate(rows)
         if row[axes.cost] is not None and row[axes.quality] is not None
     }
-    placed = find_front(front.results, axes, sweep_of=front.sweep_of)
 
     def numbers(points: Iterable[FrontPoint]) -> list[int]:
         keys = (point.result.key for point in points)

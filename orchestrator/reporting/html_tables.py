@@ -14,6 +14,7 @@ from orchestrator.reporting.front_tables import (
     task_tables,
 )
 from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.shown_points import shown_points
 from orchestrator.terminal.formatting import BYTE_UNITS
 
 # Light to dark, one for each number of corrections; higher numbers share the last.
@@ -30,7 +31,7 @@ def models_table(front: Front) -> str:
     heads = [_head(column.title, _classes(column)) for column in columns]
     heads.insert(1, _head("corrections", "text"))
     rows = []
-    for point in front.points:
+    for point in shown_points(front):
         cells = [_cell(column.cell(point), _classes(column)) for column in columns]
         cells.insert(1, f'<td class="text">{schedule_strip(point.result.schedule)}</td>')
         rows.append(_row(point, cells))

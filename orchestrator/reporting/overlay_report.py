@@ -17,6 +17,7 @@ from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.shown_points import left_out_notes, shown_points
 from orchestrator.reporting.sweep_results import (
     StoredSweep,
     item_notes,
@@ -43,17 +44,19 @@ def write_overlay_report(
     results: dict[str, Trial] = {}
     sweep_of: dict[str, str] = {}
     evaluations: dict[str, Sequence[EvaluationResult]] = {}
-    items: dict[str, EvaluationResult] = {}
-    for sweep in sweeps:
-        averages = average_seeds(sweep.results)
-        for result in averages.results:
+    averages = [average_seeds(sweep.results) for sweep in sweeps]
+    for sweep, averaged in zip(sweeps, averages, strict=True):
+        for result in averaged.results:
             results.setdefault(result.key, result)
             sweep_of.setdefault(result.key, sweep.name)
-        items |= load_item_values(workspace, sweep.results)
-        evaluations |= averages.evaluations(items)
     front = find_front(list(results.values()), axes, sweep_of=sweep_of)
+    shown: dict[str, Trial] = {}
+    for sweep, averaged in zip(sweeps, averages, strict=True):
+        shown |= {r.key: r for r in averaged.seeds_of(shown_points(front), sweep.results)}
+    items = load_item_values(workspace, shown.values())
+    for averaged in averages:
+        evaluations |= averaged.evaluations(items)
     front = with_confidence(front, evaluations)
-    all_results = {result.key: result for sweep in sweeps for result in sweep.results}.values()
     report = SweepReport(
         name=" + ".join(sweep.name for sweep in sweeps),
         front=front,
@@ -63,7 +66,7 @@ def write_overlay_report(
             for title, curves in read_training_curves(sweep, front).items()
         },
         facts=_facts(sweeps),
-        notes=[*_notes(sweeps, axes), *item_notes(all_results, items)],
+        notes=[*_notes(sweeps, axes), *left_out_notes(front), *item_notes(shown.values(), items)],
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     return WrittenReport(report, folder, tuple(write_report_files(report, folder)))

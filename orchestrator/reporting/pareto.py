@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import moocore
 import numpy as np
@@ -117,34 +118,34 @@ class Front:
     basis: ConfidenceBasis | None = None
     """What the confidences are computed from; None if there are none."""
 
-    @property
+    @cached_property
     def results(self) -> tuple[Trial, ...]:
         """All results: the placed ones, cheapest first, then the unmeasured ones."""
         return (*(point.result for point in self.points), *self.unmeasured)
 
-    @property
+    @cached_property
     def members(self) -> tuple[FrontPoint, ...]:
         """The points on the front, cheapest first; equal ones are all members."""
         return tuple(point for point in self.points if point.on_front)
 
-    @property
+    @cached_property
     def full(self) -> FrontPoint | None:
         """The model to compare with: the teacher, else the costliest but for baselines."""
         return teacher_or_costliest(
             self.points, role=lambda p: p.result.role, cost=lambda p: p.cost
         )
 
-    @property
+    @cached_property
     def best(self) -> FrontPoint | None:
         """The member of highest quality; of equal ones the cheapest."""
         return max(self.members, key=lambda p: (self.goodness(p), -p.cost), default=None)
 
-    @property
+    @cached_property
     def cheapest(self) -> FrontPoint | None:
         """The member of lowest cost; of equal ones the best."""
         return min(self.members, key=lambda p: (p.cost, -self.goodness(p)), default=None)
 
-    @property
+    @cached_property
     def knee(self) -> FrontPoint | None:
         """The member farthest above the chord from cheapest to best; None if none lies above it.
 
@@ -165,13 +166,13 @@ class Front:
         knee = max(self.members, key=above_chord)
         return knee if above_chord(knee) > 1e-12 else None
 
-    @property
+    @cached_property
     def picks(self) -> dict[str, FrontPoint]:
         """Knee, best and cheapest by name; without those that do not exist."""
         found = {"knee": self.knee, "best": self.best, "cheapest": self.cheapest}
         return {name: point for name, point in found.items() if point is not None}
 
-    @property
+    @cached_property
     def by_sweep(self) -> dict[str, Front]:
         """The front of each sweep alone, by its name; empty if there is only one sweep."""
         return {
@@ -179,7 +180,7 @@ class Front:
             for name in dict.fromkeys(self.sweep_of.values())
         }
 
-    @property
+    @cached_property
     def hypervolume_box(self) -> HypervolumeBox | None:
         """The box that the hypervolume is a share of; None without a full model."""
         full = self.full
@@ -188,7 +189,7 @@ class Front:
         worst = 0.0 if self.axes.higher_is_better else max(p.quality for p in self.points)
         return HypervolumeBox(full.cost, worst, full.quality)
 
-    @property
+    @cached_property
     def hypervolume(self) -> float | None:
         """Share of the box that the front dominates; over 1 if it beats the full model.
 

@@ -7,11 +7,12 @@ and the mean of the seeds' own errors over items, because all seeds answered the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.trial import Trial, TrialCost, TrialTraining
+from orchestrator.reporting.pareto import FrontPoint
 from orchestrator.workspace.provenance import content_key
 
 
@@ -33,6 +34,11 @@ class SeedAverages:
             for key, seeds in self.keys_of_seeds.items()
             if all(seed in items for seed in seeds)
         }
+
+    def seeds_of(self, points: Iterable[FrontPoint], results: Iterable[Trial]) -> list[Trial]:
+        """Return the results that the points of a front stand for."""
+        keys = {key for p in points for key in self.keys_of_seeds.get(p.result.key, ())}
+        return [result for result in results if result.key in keys]
 
 
 def average_seeds(results: Sequence[Trial]) -> SeedAverages:

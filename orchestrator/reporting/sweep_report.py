@@ -6,9 +6,6 @@ gets its own folder, in the workspace and in MLflow, and changes nothing else of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, track_front, track_results
@@ -16,6 +13,7 @@ from orchestrator.reporting.pareto import KEPT_SHARE, Front, find_front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.shown_points import left_out_notes, shown_points
 from orchestrator.reporting.sweep_results import (
     StoredSweep,
     item_notes,
@@ -53,8 +51,7 @@ def write_sweep_report(
     if isinstance(sweep, str):
         sweep = load_sweep_results(workspace, sweep)
     sweep.store(workspace)
-    items = load_item_values(workspace, sweep.results)
-    front = sweep_front(sweep, items, axes)
+    front, notes = sweep_front(workspace, sweep, axes)
     run = None
     if tracking is not None:
         run = tracking.handle(sweep.key, name=sweep.name, kind="sweep")
@@ -70,7 +67,7 @@ def write_sweep_report(
         influence=sweep.influence,
         curves=curves,
         facts=sweep.facts,
-        notes=[*sweep.notes, *item_notes(sweep.results, items)],
+        notes=[*sweep.notes, *notes],
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_report_files(report, folder)
@@ -87,16 +84,16 @@ def write_sweep_report(
 
 
 def sweep_front(
-    sweep: StoredSweep,
-    items: Mapping[str, EvaluationResult],
-    axes: FrontAxes,
-    *,
-    kept_share: float = KEPT_SHARE,
-) -> Front:
-    """Return the front of a sweep's results, with the confidence of each place.
+    workspace: Workspace, sweep: StoredSweep, axes: FrontAxes, *, kept_share: float = KEPT_SHARE
+) -> tuple[Front, list[str]]:
+    """Return the front of a sweep's results with the confidence of each place, and its notes.
 
-    `items` is from `load_item_values`; `kept_share` is that of `with_confidence`.
+    The notes are sentences on models that are not shown or have no confidence. `kept_share` is that
+    of `with_confidence`.
     """
     averages = average_seeds(sweep.results)
     front = find_front(averages.results, axes)
-    return with_confidence(front, averages.evaluations(items), kept_share=kept_share)
+    shown = averages.seeds_of(shown_points(front), sweep.results)
+    items = load_item_values(workspace, shown)
+    notes = [*left_out_notes(front), *item_notes(shown, items)]
+    return with_confidence(front, averages.evaluations(items), kept_share=kept_share), notes

@@ -7,6 +7,7 @@ store of evaluations; a report without them lacks only the paired errors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,15 @@ class StoredSweep(Record):
         A model that was measured without training, such as a pruned teacher, shares its checkpoint
         with the result that was trained.
         """
-        if result.checkpoint is None:
+        if result.checkpoint is None or self._owners[result.checkpoint] != result.key:
             return None
-        same = [other for other in self.results if other.checkpoint == result.checkpoint]
-        owner = next((other for other in same if other.role != "trial"), same[0])
-        return Path(result.checkpoint).parent if owner.key == result.key else None
+        return Path(result.checkpoint).parent
+
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        # Checkpoint -> key of the result that was trained: no trial if there is another.
+        trials_last = sorted(self.results, key=lambda result: result.role == "trial")
+        return {r.checkpoint: r.key for r in reversed(trials_last) if r.checkpoint}
 
 
 def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:

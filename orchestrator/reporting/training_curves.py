@@ -13,6 +13,7 @@ from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import Curve
 from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.shown_points import shown_points
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 
@@ -43,7 +44,10 @@ def read_training_curves(sweep: StoredSweep, front: Front) -> Mapping[str, Seque
     others: list[tuple[str, Path]] = []
     keys_of_seeds = average_seeds(sweep.results).keys_of_seeds
     results = {result.key: result for result in sweep.results}
-    for point in front.points:
+    points = shown_points(front)
+    if len(points) < len(front.points):  # Of so many, a chart shows those that matter.
+        points = tuple(p for p in points if p.on_front or p.result.role != "trial")
+    for point in points:
         keys = keys_of_seeds.get(point.result.key, ())
         for result in (results[key] for key in keys):
             name = full_name(front, point)
