@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from orchestrator.pipelines.context import Context
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.tracking import FinishedRun, Tracking
 from orchestrator.workspace.folders import Workspace
 
 
@@ -48,10 +48,16 @@ class FakeTracking:
     def __init__(self) -> None:
         self.statuses: list[tuple[str, str]] = []
         self.runs: list[FakeRun] = []
+        self.finished: list[str] = []
+        """Keys of runs that were logged as a whole."""
 
     def run(self, key: str, *, kind: str, **_: Any) -> FakeRun:
         self.runs.append(FakeRun(kind, self.statuses))
         return self.runs[-1]
+
+    def log_finished(self, runs: Sequence[FinishedRun], *, parent: FakeRun) -> None:
+        assert parent in self.runs
+        self.finished += [run.key for run in runs]
 
 
 def untracked(workspace: Workspace, progress: Progress | None = None) -> Context:

@@ -117,8 +117,8 @@ class TrialHooks:
 
     on_result: Callable[[TrialReport], None] = lambda _: None
     """Called for each trial, soon after it ended."""
-    watch: Callable[[], None] = lambda: None
-    """Called a few times a second, to show progress."""
+    watch: Callable[[Collection[str]], None] = lambda _: None
+    """Called a few times a second with the keys of the running trials, to show progress."""
     saved: Callable[[], str] = lambda: "finished trials are saved"
     """Says what unfinished trials have saved; called after a signal."""
     seconds_to_save: Callable[[Collection[str]], float] = lambda _: LEAST_SECONDS
@@ -169,7 +169,7 @@ def run_trials(
             for report in callback.new_reports():
                 reports[report.key] = report
                 hooks.on_result(report)
-            hooks.watch()
+            hooks.watch(callback.running)
 
         def run() -> None:
             trainable = tune.with_parameters(

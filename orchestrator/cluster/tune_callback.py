@@ -69,6 +69,11 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
         self.stop.post()
         return seconds
 
+    @property
+    def running(self) -> frozenset[str]:
+        """Keys of the running trials."""
+        return frozenset(self._running)
+
     def new_reports(self) -> Iterator[TrialReport]:
         """Yield the reports of trials that ended since the last call."""
         while not self._reports.empty():

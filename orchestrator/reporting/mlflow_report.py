@@ -7,9 +7,10 @@ its paired errors. A saved chart view shows cost against quality.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import confidence_metrics
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_tables import front_markdown
@@ -74,15 +75,7 @@ def track_results(
         for key in keys_of_seeds[point.result.key]
     }
     runs = [
-        FinishedRun(
-            key=result.key,
-            kind=result.role,
-            name=result.name,
-            params=result.params(),
-            tags={SWEEP_TAG: sweep.name, "iiet.method": result.method},
-            metrics={**result.metrics(), **paired.get(result.key, {})},
-            journal_folder=sweep.journal_of(result),
-        )
+        finished_run(sweep.name, result, sweep.journal_of(result), paired.get(result.key, {}))
         for result in sweep.results
     ]
     nested = tracking.log_finished(runs, parent=run)
@@ -92,6 +85,28 @@ def track_results(
     ]
     sweep = sweep.model_copy(update={"results": tuple(tracked)})
     return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
+
+
+def finished_run(
+    sweep: str, result: Trial, journal: Path | None, more: Mapping[str, float] | None = None
+) -> FinishedRun:
+    """Return the run of a trial.
+
+    Args:
+        sweep: Name of the sweep.
+        result: The measured trial.
+        journal: Folder with the journal of its own training; None if it has none.
+        more: Further metrics.
+    """
+    return FinishedRun(
+        key=result.key,
+        kind=result.role,
+        name=result.name,
+        params=result.params(),
+        tags={SWEEP_TAG: sweep, "iiet.method": result.method},
+        metrics={**result.metrics(), **(more or {})},
+        journal_folder=journal,
+    )
 
 
 def track_front(

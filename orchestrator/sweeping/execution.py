@@ -8,7 +8,7 @@ that run at the same time would disturb the clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +25,13 @@ from orchestrator.records.early_stop import EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.mlflow_report import finished_run
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.decode_times import with_costs
-from orchestrator.sweeping.front_history import record_front
+from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.sweeping.trials import full_config
@@ -103,7 +104,7 @@ def run_sweep(
     _note_other_plan(plan, folder, progress)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     with _tracked_run(plan, settings, tracking) as run:
-        sweep = _SweepRun(plan, settings_on_gpus, workspace, run, progress, search)
+        sweep = _SweepRun(plan, settings_on_gpus, workspace, run, tracking, progress, search)
         sweep.run_trials()
         sweep.delete_teacher_caches()
         stopped = sweep.track_early_stops()
@@ -127,12 +128,12 @@ class _SweepRun:
     settings: Settings
     workspace: Workspace
     run: TrackedRun
+    tracking: Tracking
     progress: Progress
     search: ScheduleSearch | None = None
     failures: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     _jobs: list[TrainingJob] = field(default_factory=list)
-    _stored: StoredPlan | None = None
 
     @property
     def folder(self) -> Path:
@@ -143,8 +144,9 @@ class _SweepRun:
         # The remaining cost is estimated once: that reads checkpoints and measures this machine.
         stored = stored_plan(self.plan, self.settings, self.workspace.teachers)
         stored.write(self.folder / PLAN_FILE)
-        self._stored = stored
-        self._track_front()
+        num_all = len(self.plan.trials) + (self.search.num_left if self.search else 0)
+        self._history = FrontHistory(self.plan, self._history_folder, num_trials=num_all)
+        self._take_in(self.plan.trials)
         asha, trials = asha_trials(self.plan, self.settings.sweep), self.plan.trials
         stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
         waiting = [t for t in trials if t.result() is None and t.key not in stopped]
@@ -153,26 +155,34 @@ class _SweepRun:
             self.settings.sweep,
             self.progress,
             cluster=self.settings.cluster,
-            num_all=len(trials) + (self.search.num_left if self.search else 0),
+            num_all=num_all,
             asha=asha,
             stopped=stopped,
-            on_end=self._record_end,
+            on_end=lambda trial: self._take_in([trial]),
             waits_for_gpus=self.settings.cluster.wait_for_gpus,
         )
-        queue.run(self._with_shared_teacher(waiting), self.search)
-        self._record_end()
+        try:
+            queue.run(self._with_shared_teacher(waiting), self.search)
+        finally:
+            if self.search:
+                self._add_suggested(self.search, stored)
+        self._take_in(self.plan.trials, at_end=True)
         self.failures, self.made = queue.failures, queue.made
 
-    def _record_end(self) -> None:
-        """Add what the search has suggested to the plan, and record the front."""
+    def _take_in(self, trials: Iterable[Trial], *, at_end: bool = False) -> None:
+        """Log the trials that are finished now, and the front."""
+        new = [result for trial in trials if (result := self._history.add(trial))]
+        runs = [finished_run(self.plan.name, t, Path(t.folder) if t.job else None) for t in new]
+        self.tracking.log_finished(runs, parent=self.run)
+        if self._history.record(at_end=at_end):
+            self.run.log_journal(self._history_folder)
+
+    def _add_suggested(self, search: ScheduleSearch, stored: StoredPlan) -> None:
+        """Add what the search has suggested to the plan."""
         known = {trial.key for trial in self.plan.trials}
-        new = self.search.known_trials() if self.search else []
-        if new := [trial for trial in new if trial.key not in known]:
-            self.plan = self.plan.model_copy(update={"trials": (*self.plan.trials, *new)})
-            if self._stored:
-                stored = self._stored.model_copy(update={"trials": self.plan.trials})
-                stored.write(self.folder / PLAN_FILE)
-        self._track_front()
+        new = [trial for trial in search.known_trials() if trial.key not in known]
+        self.plan = self.plan.model_copy(update={"trials": (*self.plan.trials, *new)})
+        stored.model_copy(update={"trials": self.plan.trials}).write(self.folder / PLAN_FILE)
 
     def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:
         """Store the teacher's outputs once for all students if that is cheaper, and return the
@@ -222,10 +232,9 @@ class _SweepRun:
             self.run.set_tags({STOPPED_TAG: text})
         return stops
 
-    def _track_front(self) -> None:
-        history = history_folder(self.folder, self.plan.key)
-        if record_front(self.plan, history):
-            self.run.log_journal(history)
+    @property
+    def _history_folder(self) -> Path:
+        return history_folder(self.folder, self.plan.key)
 
 
 def _check_trials(

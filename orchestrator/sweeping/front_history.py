@@ -3,7 +3,8 @@
 The journal in the sweep's folder gives MLflow and the report two curves: against the number of
 finished models (trials, teacher and baselines), and against the FLOPs of the sweep's own training.
 The axes are NFE and accuracy, because milliseconds are measured at the end. The hypervolume is a
-share of a box that the full model spans; so the curves start once that model is measured.
+share of a box that the full model spans; so the curves start once that model is measured. A sweep
+of many trials records only as many points as the curves show.
 """
 
 from __future__ import annotations
@@ -14,45 +15,73 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.reporting.training_curves import HYPERVOLUME_BY_GFLOPS, HYPERVOLUME_BY_TRIALS
-from orchestrator.sweeping.trials import (
-    exact_cost,
-    full_trial,
+from orchestrator.reporting.training_curves import (
+    HYPERVOLUME_BY_GFLOPS,
+    HYPERVOLUME_BY_TRIALS,
+    MAX_CURVE_POINTS,
 )
+from orchestrator.sweeping.trials import exact_cost, full_trial
 from orchestrator.workspace.journal import Journal, read_journal
 
 FLOPS_PER_STEP = 1e9
 
 
-def record_front(plan: SweepPlan, folder: Path) -> bool:
-    """Record the hypervolume of the trials that are finished now in a folder's journal.
+class FrontHistory:
+    """The finished trials of a sweep while it runs, and the journal of their front.
 
-    Returns:
-        Whether anything was recorded: False while the full model is not measured, if it has no
-        accuracy, or if no trial was finished since the last time.
+    A trial's result is read once; the journal is only read at the start.
     """
-    full = full_trial(plan)
-    config = full.model
-    found = [result for trial in plan.trials if (result := trial.result())]
-    joined = average_seeds(
-        [trial.model_copy(update={"cost": exact_cost(trial.model, config)}) for trial in found]
-    )
-    front = find_front(joined.results)
-    volume = front.hypervolume
-    spans_box = front.full is not None and full.key in joined.keys_of_seeds[front.full.result.key]
-    if volume is None or not spans_box or len(found) <= _last_step(folder):
-        return False
-    flops = sum(_flops_spent(trial) for trial in found if trial.job)
-    numbers = {
-        HYPERVOLUME_BY_TRIALS: volume,
-        "sweep/front_size": len(front.members),
-        "sweep/training_flops": flops,
-    }
-    journal = Journal(folder)
-    journal.metrics(len(found), numbers)
-    journal.metrics(round(flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
-    journal.close()
-    return True
+
+    def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
+        """Read the journal in `folder`; `num_trials` will be finished at the end."""
+        self._full, self._folder = full_trial(plan), folder
+        self._found: dict[str, Trial] = {}
+        self._last = _last_step(folder)
+        self._interval = max(1, num_trials // MAX_CURVE_POINTS)
+
+    def add(self, trial: Trial) -> Trial | None:
+        """Take in the result of a trial; return it with its exact cost if it is new."""
+        if trial.key in self._found:
+            return None
+        result = trial.result()
+        if result is None:
+            return None
+        cost = exact_cost(trial.model, self._full.model)
+        self._found[trial.key] = result.model_copy(update={"cost": cost})
+        return self._found[trial.key]
+
+    def record(self, *, at_end: bool = False) -> bool:
+        """Record the hypervolume of the trials that are finished now.
+
+        Args:
+            at_end: Whether no trial follows; the last point is always recorded.
+
+        Returns:
+            Whether anything was recorded: False while the full model is not measured, if it has no
+            accuracy, or if too few trials were finished since the last time.
+        """
+        num_found = len(self._found)
+        if num_found < self._last + (1 if at_end else self._interval):
+            return False
+        joined = average_seeds([*self._found.values()])
+        front = find_front(joined.results)
+        volume, full = front.hypervolume, front.full
+        if volume is None or full is None:
+            return False
+        if self._full.key not in joined.keys_of_seeds[full.result.key]:
+            return False
+        flops = sum(_flops_spent(trial) for trial in self._found.values() if trial.job)
+        numbers = {
+            HYPERVOLUME_BY_TRIALS: volume,
+            "sweep/front_size": len(front.members),
+            "sweep/training_flops": flops,
+        }
+        journal = Journal(self._folder)
+        journal.metrics(num_found, numbers)
+        journal.metrics(round(flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
+        journal.close()
+        self._last = num_found
+        return True
 
 
 def _flops_spent(result: Trial) -> float:

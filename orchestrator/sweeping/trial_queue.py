@@ -29,11 +29,10 @@ from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.sweeping.asha import record_early_stop, stored_early_stop
+from orchestrator.sweeping.round_progress import RoundProgress
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
-from orchestrator.training.monitor import JournalReader
-from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run_lock import waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
 
@@ -55,8 +54,8 @@ class TrialQueue:
     """Where the trials run."""
     asha: Mapping[str, AshaTrial] = field(default_factory=dict)
     """Key of each trial that can be stopped early -> what it is compared with."""
-    on_end: Callable[[], None] = lambda: None
-    """Called in this thread whenever a trial has ended."""
+    on_end: Callable[[Trial], None] = lambda _: None
+    """Called in this thread with each trial that has ended."""
     waits_for_gpus: bool = False
     """Whether to wait for the GPUs of one trial before the first starts."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -93,15 +92,8 @@ class TrialQueue:
         self.progress.finish(self._summary(num_found))
 
     def _run_search(self, search: ScheduleSearch) -> None:
-        trials: list[Trial] = []
-
-        def parameters(trial: Trial) -> dict[str, Any]:
-            trials.append(trial)
-            return self._parameters(trial)
-
         search.update_study()
-        num_done = self.num_all - search.num_left
-        self._run_round(trials, num_done, TrialSearch(search, parameters))
+        self._run_round([], self.num_all - search.num_left, search)
         # Another process may have suggested and may run the others.
         more = [t for t in search.known_trials() if t.label not in self.failures]
         self._run_or_wait([t for t in more if not t.result()])
@@ -140,50 +132,46 @@ class TrialQueue:
         return f"{self.num_all} trials{''.join(parts)}"
 
     def _run_round(
-        self, trials: Sequence[Trial], num_done: int, search: TrialSearch | None = None
+        self, trials: Sequence[Trial], num_done: int, search: ScheduleSearch | None = None
     ) -> None:
-        """Run trials, or those that a search suggests, which it appends to `trials`."""
-        journals: dict[str, JournalReader] = {}
+        """Run trials, or those that a search suggests."""
+        trials_now = RoundProgress(self.progress, trials, num_done=num_done, num_all=self.num_all)
 
-        def watch() -> None:
-            shares = {trial.label: _share_done(trial, journals) for trial in list(trials)}
-            running = [label for label, share in shares.items() if 0 < share < 1]
-            self.progress.advance(num_done + sum(shares.values()), "; ".join(running[:3]))
-
-        def saved() -> str:
-            begun = [t for t in trials if not t.result() and _journal(t, journals).step]
-            jobs = {f"trial {t.label}": t.job for t in begun if t.job}
-            num_finished = num_done + sum(trial.result() is not None for trial in trials)
-            text = f"{num_finished} of {self.num_all} trials are finished"
-            return f"{text}; {describe_saved_state(jobs, named=True)}" if jobs else text
+        def parameters(trial: Trial) -> dict[str, Any]:
+            trials_now.add(trial)
+            return self._parameters(trial)
 
         def seconds(keys: Collection[str]) -> float:
-            jobs = [trial.job for trial in trials if trial.key in keys and trial.job]
+            jobs = [job for key in keys if (job := trials_now.trials[key].job)]
             return seconds_to_save(jobs, self.progress.note)
 
         def record_end(report: TrialReport) -> None:
-            self._record_end(report, next(t for t in trials if t.key == report.key))
+            is_finished = (report.result or {}).get("state") in ("made", "found")
+            trials_now.end(report.key, finished=is_finished)
+            self._record_end(report, trials_now.trials[report.key])
 
-        # One folder for each process: the same sweep may run twice at the same time.
         early_stops, asha = Message(), dict(self.asha)
 
         def stop_early(key: str, step: int, loss: float) -> None:
             record_early_stop(asha, key, step, loss)  # Tune pickles this function, so no `self`.
             early_stops.part(key).post()
 
+        # One folder for each process: the same sweep may run twice at the same time.
         storage = self.folder / f"ray-{socket.gethostname()}-{os.getpid()}"
         try:
             run_trials(
                 run_tune_trial,
-                search or {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
+                TrialSearch(search, parameters)
+                if search
+                else {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
                 storage,
                 self.settings,
                 scheduler=AshaByModel(asha, stop_early),
                 early_stops=early_stops,
                 hooks=TrialHooks(
                     on_result=record_end,
-                    watch=watch,
-                    saved=saved,
+                    watch=trials_now.show,
+                    saved=trials_now.saved,
                     seconds_to_save=seconds,
                 ),
             )
@@ -192,7 +180,7 @@ class TrialQueue:
                 raise
             failed = self._failed_while_stopping.items()
             error = RunFailed("; ".join(f"trial {label} failed: {why}" for label, why in failed))
-            note_saved_state(error, saved())
+            note_saved_state(error, trials_now.saved())
             raise error from None
 
     def _parameters(self, trial: Trial) -> dict[str, Any]:
@@ -212,7 +200,7 @@ class TrialQueue:
             self.progress.note(f"trial {trial.label}" + (f" {stop.text}" if stop else ""))
         elif state in (sets := {"made": self.made, "busy": self._busy, "found": self._found}):
             sets[state].add(trial.key)
-        self.on_end()
+        self.on_end(trial)
 
 
 def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
@@ -239,18 +227,3 @@ def _run_order(trial: Trial) -> tuple[bool, bool, float]:
     evaluations = inference_cost(trial.model).evaluations_per_token
     expected_work = evaluations * (3.0 if trial.job else 1.0)
     return is_trial_locked(trial), trial.role != "teacher", -expected_work
-
-
-def _share_done(trial: Trial, journals: dict[str, JournalReader]) -> float:
-    """Return how far a trial is, from its files: nine tenths for training, the rest to measure."""
-    if trial.result_path.exists():
-        return 1.0
-    if not trial.job:
-        return 0.0
-    journal = _journal(trial, journals)
-    journal.read()
-    return 0.9 * journal.step / trial.job.recipe.num_steps
-
-
-def _journal(trial: Trial, journals: dict[str, JournalReader]) -> JournalReader:
-    return journals.setdefault(trial.key, JournalReader(Path(trial.folder)))

@@ -45,6 +45,7 @@ class Delivery:
         self._warn = warn or logging.getLogger(__name__).warning
         self._sender = Sender(self._send)
         self._pause_seconds = self._paused_until = 0.0
+        self._num_performed = 0
         self._has_lost = False
 
     def sync(self) -> int:
@@ -58,11 +59,20 @@ class Delivery:
         if records:
             self._sender.put(records)
 
-    def wait(self, seconds: float = MAX_WAIT_SECONDS) -> None:
-        """Wait until the store has everything; the outbox gets what it does not have in time."""
-        is_over = False
+    def wait(self, seconds: float = MAX_WAIT_SECONDS, *, in_all: bool = False) -> None:
+        """Wait until the store has everything; the outbox gets what it does not have in time.
+
+        Args:
+            seconds: Longest wait for a single operation.
+            in_all: Whether this is the longest wait for all of them.
+        """
+        is_over, num_before = False, -1
         try:
-            is_over = self._sender.wait(seconds)
+            while not is_over and num_before < self._num_performed:
+                num_before = self._num_performed
+                is_over = self._sender.wait(seconds)
+                if in_all:
+                    break
         finally:
             if not is_over:  # Also after Ctrl-C.
                 self.pause(TimeoutError("no answer yet"))
@@ -118,6 +128,7 @@ class Delivery:
             self.pause(error)
             return False
         self._pause_seconds = 0.0
+        self._num_performed += 1
         return True
 
     def _attempt(self, record: Record) -> None:

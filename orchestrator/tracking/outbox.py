@@ -16,6 +16,8 @@ from orchestrator.workspace.paths import absolute_path, portable_path, workspace
 
 OUTBOX_NAME = "tracking-outbox.jsonl"
 PATH_NAME = "path in workspace"
+RECORDS_PER_WRITE = 100
+"""The file is written once for so many delivered operations; a crash delivers them again."""
 
 Record = dict[str, Any]
 
@@ -40,13 +42,19 @@ class Outbox:
 
     def deliver(self, attempt: Callable[[Record], bool]) -> int:
         """Attempt the pending operations in order, until one fails; return how many succeeded."""
-        delivered = 0
-        for record in self.records():
-            if not attempt(record):
-                break
-            delivered += 1
-            self._replace([record], keep=False)
-        return delivered
+        num_delivered, done = 0, []
+        try:
+            for record in self.records():
+                if not attempt(record):
+                    break
+                done.append(record)
+                num_delivered += 1
+                if len(done) == RECORDS_PER_WRITE:
+                    self._replace(done, keep=False)
+                    done = []
+        finally:
+            self._replace(done, keep=False)
+        return num_delivered
 
     def _replace(self, records: Sequence[Record], *, keep: bool) -> None:
         # Compared as text: a metric may be NaN, which does not equal itself.

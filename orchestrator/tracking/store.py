@@ -11,7 +11,7 @@ import errno
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,7 @@ class Store:
         self._client: MlflowClient | None = None
         # By kind, key and id of the parent.
         self._runs: dict[tuple[str, str, str | None], StoredRun] = {}
+        self._searched: set[str] = set()  # root keys
 
     @property
     def public_uri(self) -> str:
@@ -138,7 +139,7 @@ class Store:
         client = self.connect()
         with lock_file(self._lock):  # Two processes must not create the same run.
             for root in dict.fromkeys(identity.root_key for identity in unknown):
-                self._search(client, root)
+                self._search(client, root, [i.key for i in unknown if i.root_key == root])
             for identity in unknown:
                 self._find_or_create(client, identity)
 
@@ -160,6 +161,7 @@ class Store:
         """Search for a run again, because the store may have changed."""
         forgotten = self.known(identity)
         self._runs = {place: run for place, run in self._runs.items() if run is not forgotten}
+        self._searched.clear()
 
     def newest(self, kind: str, limit: int) -> list[Run]:
         """Return the newest runs of a kind, newest first."""
@@ -171,10 +173,14 @@ class Store:
         )
         return list(runs)
 
-    def _search(self, client: MlflowClient, root_key: str) -> None:
-        wanted = tag_filter({ROOT_TAG: root_key})
+    def _search(self, client: MlflowClient, root_key: str, keys: Sequence[str]) -> None:
+        """Search for a run with those nested in it; later on, for the runs with these keys."""
+        wanted = {ROOT_TAG: root_key}
+        if root_key in self._searched and len(keys) == 1:
+            wanted[KEY_TAG] = keys[0]
+        self._searched.add(root_key)
         for run in client.search_runs(
-            [str(self.experiment_id)], wanted, max_results=MAX_RUNS_FOUND
+            [str(self.experiment_id)], tag_filter(wanted), max_results=MAX_RUNS_FOUND
         ):
             found = StoredRun.of(run)
             tags = found.tags

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking.delivery import MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS, Delivery
+from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS, Delivery
 from orchestrator.tracking.outbox import Record
 from orchestrator.tracking.store import RunIdentity
 from orchestrator.workspace.errors import Interrupted
@@ -86,7 +86,10 @@ class TrackedRun:
         """
         self.write("update", status=status, time_ms=now_ms())
         if wait:
-            self._delivery.wait(MAX_WAIT_SECONDS if status == "FINISHED" else SHORT_WAIT_SECONDS)
+            if status == "FINISHED":
+                self._delivery.wait()
+            else:
+                self._delivery.wait(SHORT_WAIT_SECONDS, in_all=True)
 
     def write(self, operation: str, **arguments: Any) -> None:
         """Perform one of `OPERATIONS` on this run, now or later."""

@@ -117,7 +117,7 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
 
     pressed: list[bool] = []
 
-    def watch() -> None:
+    def watch(_: Any) -> None:
         if attempts(folder, "trial") == 2 and not pressed:
             pressed.append(True)
             os.kill(os.getpid(), signal.SIGINT)

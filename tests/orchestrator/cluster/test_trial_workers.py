@@ -46,7 +46,7 @@ def weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
 def run_with_two(
     trials: list[Trial],
     folder: Path,
-    watch: Callable[[], None] | None = None,
+    watch: Callable[[Any], None] | None = None,
     asha: Mapping[str, AshaTrial] | None = None,
 ) -> list[Any]:
     from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials

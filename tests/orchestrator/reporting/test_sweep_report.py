@@ -169,8 +169,8 @@ def test_seeds_have_paired_errors_and_runs(
     found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in seeded.results}
     results = with_items(workspace, seeded.results, found)
     seeded = seeded.model_copy(update={"results": results})
-    items = load_item_values(workspace, seeded.results)
-    front = sweep_front(seeded, items, FrontAxes())
+    front, notes = sweep_front(workspace, seeded, FrontAxes())
+    assert not notes
     tracking: Any = Runs()
     tracked, front = track_results(tracking, tracking, seeded, front)
     assert [r.run_id for r in tracked.results] == [f"run of {r.key}" for r in tracked.results]
@@ -182,7 +182,7 @@ def test_seeds_have_paired_errors_and_runs(
         assert row["paired/confidence_keeps_99"] is not None
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
     assert "It covers the seeds of models that have several" in findings(front)[-1]
-    stored = sweep_front(tracked, items, FrontAxes())
+    stored, _ = sweep_front(workspace, tracked, FrontAxes())
     assert {p.result.run_id for p in stored.points} == {row["run_id"] for row in rows}
 
 

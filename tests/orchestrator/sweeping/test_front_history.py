@@ -18,7 +18,7 @@ from orchestrator.reporting.training_curves import (
     read_history_curves,
 )
 from orchestrator.settings import TrainingSettings
-from orchestrator.sweeping.front_history import record_front
+from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.workspace.journal import read_journal
 
 
@@ -51,6 +51,13 @@ def finish(plan: SweepPlan, result: Trial) -> None:
 def series(folder: Path, metric: str) -> list[tuple[int, float]]:
     records = [r for r in read_journal(folder)[0] if metric in r["values"]]
     return [(record["step"], record["values"][metric]) for record in records]
+
+
+def record_front(plan: SweepPlan, folder: Path) -> bool:
+    history = FrontHistory(plan, folder, num_trials=len(plan.trials))
+    for trial in plan.trials:
+        history.add(trial)
+    return history.record()
 
 
 @pytest.mark.parametrize("seed", range(4))

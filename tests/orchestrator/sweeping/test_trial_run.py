@@ -205,7 +205,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     def run_trials(_: Any, given: dict[str, Any], *__: Any, hooks: Any, **_more: Any) -> None:
         asked = iter([False] * 5 + [True] * 2)
         run_trial(begun, should_stop=lambda: next(asked))
-        hooks.watch()
+        hooks.watch({begun.key})
         if error:
             assert begun.key in given
             hooks.on_result(TrialReport(begun.key, error=error, after_stop=True))
