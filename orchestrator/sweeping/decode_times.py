@@ -15,6 +15,9 @@ from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_tok
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.pareto import find_front
+from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.shown_points import MAX_SHOWN, shown_points
 from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
@@ -39,12 +42,22 @@ class _StoredTimes(Record):
 def with_costs(
     found: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
 ) -> list[Trial]:
-    """Add what each model costs: exact counts, and measured milliseconds."""
+    """Add what each model costs: exact counts, and measured milliseconds.
+
+    Of many models, those are measured that tables show; see `shown_points`.
+    """
     full = full_config(plan)
-    times = _decode_times(found, folder, settings, progress)
-    costs = [exact_cost(t.model, full).model_copy(update=vars(times[t.key])) for t in found]
+    counted = [t.model_copy(update={"cost": exact_cost(t.model, full)}) for t in found]
+    timed = counted
+    if len(counted) > MAX_SHOWN:
+        averages = average_seeds(counted)
+        timed = averages.seeds_of(shown_points(find_front(averages.results)), counted)
+    times = _decode_times(timed, folder, settings, progress)
     return [
-        trial.model_copy(update={"cost": cost}) for trial, cost in zip(found, costs, strict=True)
+        t.model_copy(update={"cost": t.cost.model_copy(update=vars(times[t.key]))})
+        if t.key in times
+        else t
+        for t in counted
     ]
 
 

@@ -76,7 +76,7 @@ def run_with_two(
         sweep,
         scheduler=AshaByModel(asha, stop_early),
         early_stops=early_stops,
-        hooks=TrialHooks(watch=watch or (lambda: None)),
+        hooks=TrialHooks(watch=watch or (lambda _: None)),
     )
     return [reports[key] for key in given]
 

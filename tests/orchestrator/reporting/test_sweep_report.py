@@ -29,7 +29,6 @@ from orchestrator.reporting.sweep_results import (
     LEFT_OUT_TITLE,
     RESULTS_FILE,
     StoredSweep,
-    load_item_values,
     load_sweep_results,
 )
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder

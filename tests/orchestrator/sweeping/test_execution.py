@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.tracking import Tracking
+from orchestrator.tracking import FinishedRun, Tracking
 from orchestrator.workspace.folders import open_workspace
 
 
@@ -28,9 +28,14 @@ class FakeTracking:
         self.tags: dict[str, str] = {}
         self.metrics: dict[str, float] = {}
         self.mirrored: list[Path] = []
+        self.finished: list[str] = []
 
     def run(self, key: str, **_: Any) -> FakeTracking:
         return self
+
+    def log_finished(self, runs: Sequence[FinishedRun], *, parent: FakeTracking) -> None:
+        assert parent is self
+        self.finished += [run.key for run in runs]
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.tags |= tags
@@ -90,6 +95,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     assert better.label in tracking.tags[STOPPED_TAG]
     assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
     assert len(tracking.mirrored) == 1, "the front over time, from what was found finished"
+    assert tracking.finished == [trial.key for trial in tiny_plan.trials if trial.result()]
 
     assert outcome_of().stopped == {}
     assert asked == [stopped.key]

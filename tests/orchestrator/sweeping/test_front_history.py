@@ -15,6 +15,7 @@ from orchestrator.reporting.training_curves import (
     HISTORY_CHARTS,
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
+    MAX_CURVE_POINTS,
     read_history_curves,
 )
 from orchestrator.settings import TrainingSettings
@@ -144,3 +145,18 @@ def test_what_is_known_is_not_written_again(
     assert set(curves) == set(HISTORY_CHARTS)
     [[(name, points)]] = [curves["Hypervolume against trials finished"]]
     assert (name, [step for step, _ in points]) == ("front", [2, 3])
+
+
+def test_many_trials_are_recorded_as_often_as_curves_show(
+    plan: SweepPlan, sample_results: list[Trial], tmp_path: Path
+) -> None:
+    history = FrontHistory(plan, tmp_path / "history", num_trials=4 * MAX_CURVE_POINTS)
+    for trial, result in zip(plan.trials, sample_results, strict=True):
+        finish(plan, result)
+        assert history.add(trial)
+        assert not history.add(trial), "each result is read once"
+        history.record()
+    steps = [step for step, _ in series(tmp_path / "history", HYPERVOLUME_BY_TRIALS)]
+    assert steps == list(range(4, len(sample_results) + 1, 4))
+    assert history.record(at_end=True) == (len(sample_results) % 4 > 0)
+    assert not history.record(at_end=True)

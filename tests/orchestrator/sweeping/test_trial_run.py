@@ -211,7 +211,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
             hooks.on_result(TrialReport(begun.key, error=error, after_stop=True))
         raise Interrupted(interruption_text(hooks.saved()))
 
-    monkeypatch.setattr(trial_rounds, "ray_cluster", lambda **_: nullcontext())
+    monkeypatch.setattr(trial_rounds, "ray_cluster", lambda *_, **__: nullcontext())
     monkeypatch.setattr(trial_rounds, "run_trials", run_trials)
     sweep = resolve_settings({}).sweep
     rounds = trial_rounds.TrialQueue(tmp_path / "sweep", sweep, Progress(), num_all=3)

@@ -1,0 +1,82 @@
+"""Of many models, tables, pages and bootstraps hold those on the front and nearest to it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from sample_trials import sample_trial
+
+from orchestrator.records.trial import TrialCost
+from orchestrator.reporting.front_tables import front_markdown
+from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.report_files import write_report_files
+from orchestrator.reporting.shown_points import MAX_SHOWN, left_out_notes, shown_points
+
+NUM_TRIALS = 600
+
+
+@pytest.fixture
+def front() -> Front:
+    draw = random.Random(0)
+    trials = [
+        sample_trial(
+            key=f"k{n}",
+            role="teacher" if n == 0 else "baseline" if n == 1 else "trial",
+            label=f"model {n}",
+            cost=TrialCost(evaluations=24 if n == 0 else draw.randint(6, 23)),
+            quality={"accuracy": 0.9 if n == 0 else 0.5 * draw.random(), "other": draw.random()},
+        )
+        for n in range(NUM_TRIALS)
+    ]
+    return find_front(trials)
+
+
+def test_those_of_a_small_front_are_all_shown(front: Front) -> None:
+    assert shown_points(front, NUM_TRIALS) == front.points
+    small = find_front(front.results[:MAX_SHOWN])
+    assert shown_points(small) == small.points
+    assert not left_out_notes(small)
+
+
+def test_members_teacher_and_baselines_are_shown_and_the_nearest_others(front: Front) -> None:
+    shown = shown_points(front)
+    assert len(shown) == MAX_SHOWN
+    assert [p for p in front.points if p in shown] == list(shown), "the order stays"
+    needed = [p for p in front.points if p.on_front or p.result.role != "trial"]
+    assert set(map(id, needed)) <= set(map(id, shown))
+
+    def shortfall(point: object) -> float:
+        cheaper = [m.quality for m in front.members if m.cost <= point.cost]  # type: ignore[attr-defined]
+        return max(cheaper) - point.quality  # type: ignore[attr-defined]
+
+    near = [shortfall(p) for p in shown if p.is_candidate]
+    far = [shortfall(p) for p in front.points if p not in shown]
+    assert max(near) <= min(far)
+    [note] = left_out_notes(front)
+    assert f"Of {NUM_TRIALS} models" in note
+
+
+def test_a_page_holds_the_members_of_every_front_and_data_files_hold_all(
+    front: Front, tmp_path: Path
+) -> None:
+    files = {
+        path.name: path
+        for path in write_report_files(SweepReport(name="many", front=front), tmp_path)
+    }
+    assert len(list(csv.DictReader(files["front.csv"].read_text().splitlines()))) == NUM_TRIALS
+    assert front_markdown(front).count("model ") <= MAX_SHOWN
+    page = files["front.html"].read_text()
+    found = re.search(r'type="application/json">(.*?)</script>', page)
+    assert found
+    data = json.loads(found[1])
+    assert len(data["rows"]) < NUM_TRIALS
+    members = data["fronts"]["cost/evaluations"]["quality/other"]["members"]
+    best = max(front.results, key=lambda result: result.quality["other"])
+    assert best.key in [data["rows"][number]["key"] for number in members]
+    assert files["front.svg"].stat().st_size < 1_000_000
