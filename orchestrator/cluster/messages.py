@@ -2,7 +2,7 @@
 
 They travel through Ray's key-value store (in its head process): a file on NFS would appear on other
 nodes up to a minute later, and an actor would be one more process. A message belongs to one driver,
-so that what a killed one left behind reaches nobody.
+so that what a killed one left behind reaches nobody; its hundred bytes stay until the cluster ends.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from orchestrator.evaluation import measuring
 from orchestrator.evaluation.harness import Suite
 from orchestrator.evaluation.harness import suite as harness_suite
 from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
@@ -33,6 +33,7 @@ from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
 from orchestrator.training.job import DONE_NAME
+from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import RUN_LOCK_NAME
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
@@ -304,7 +305,16 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
 
     def state(trial: Trial) -> str:
         """Run a trial as under Tune, with a scheduler that has just been started."""
-        scheduler = AshaByModel(asha, partial(record_early_stop, asha))
+        stopped: list[str] = []
+
+        def stop(key: str, step: int, loss: float) -> None:
+            record_early_stop(asha, key, step, loss)
+            stopped.append(key)
+
+        def train(job: TrainingJob, *, should_stop: Any, report: Any) -> TrainingOutcome:
+            return run_job(job, should_stop=lambda: should_stop() or bool(stopped), report=report)
+
+        scheduler = AshaByModel(asha, stop)
         tune_trial = SimpleNamespace(config={"trial": {"key": trial.key}}, status="RUNNING")
         scheduler.on_trial_add(None, tune_trial)
 
@@ -313,7 +323,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
                 result = {"step": step, "validation_loss": numbers[VALIDATION_METRIC]}
                 scheduler.on_trial_result(None, tune_trial, result)
 
-        return run_trial(trial, asha=asha[trial.key], report=report).state
+        return run_trial(trial, asha=asha[trial.key], report=report, train=train).state
 
     assert state(high) == "made", "the first continues"
     assert state(low) == "stopped early"
