@@ -28,6 +28,8 @@ FIRST_START_SECONDS = 300.0
 """Longest wait for the first start; a cluster that can never hold the job was refused before."""
 MAX_FAILED_STARTS = 3
 """Starts in a row that fail although there is a place, such as on a node that has just died."""
+SECONDS_BETWEEN_LOOKS = 10.0
+"""How often a job that asks for no place, because too few nodes are left, is said to wait."""
 
 
 @dataclass
@@ -96,6 +98,7 @@ class NodeWatch(ControllerCallback):
             name: Its name in the sentence.
         """
         self._wait, self._placement, self._announce, self._name = wait, placement, announce, name
+        self._looked_at = time.monotonic()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Note the progress of a start."""
@@ -107,17 +110,28 @@ class NodeWatch(ControllerCallback):
             error = current_state.training_failed_error
             failure = getattr(error, "controller_failure", error)
             if isinstance(failure, WorkerGroupStartupTimeoutError):
-                found = _found(self._placement)
-                self._announce.post(f"{self._name} waits for a place: {found}")
-                self._wait.no_place(found)
+                self._no_place()
             else:
                 self._wait.failed(failure)
         elif not isinstance(current_state, controller.ShuttingDownState):
             self._wait.begin()
+            if type(previous_state) is type(current_state):
+                self._wait_for_fewest()
+
+    def _wait_for_fewest(self) -> None:
+        # A job whose number of workers varies asks Ray for no place while there are too few nodes.
+        if time.monotonic() - self._looked_at > SECONDS_BETWEEN_LOOKS:
+            self._looked_at = time.monotonic()
+            self._no_place()
+
+    def _no_place(self) -> None:
+        found = _found(self._placement)
+        self._announce.post(f"{self._name} waits for a place: {found}")
+        self._wait.no_place(found)
 
 
 def _found(placement: Placement) -> str:
     kind, each = ("GPU", placement.gpus) if placement.use_gpu else ("CPU", placement.cpus)
-    needed = placement.workers * each
+    needed = (placement.min_workers or placement.workers) * each
     free = ray.available_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
     return f"{min(free, needed):g} of {needed:g} {kind}s are free"

@@ -32,6 +32,8 @@ class Placement:
     """GPUs of each worker: 1, a share of one, or 0."""
     on_one_node: bool = False
     """Whether all workers of a job must lie on the same node."""
+    min_workers: int | None = None
+    """Fewest workers of a job whose number varies with the nodes; None: always `workers`."""
 
     @property
     def use_gpu(self) -> bool:
@@ -65,6 +67,7 @@ def job_placement(
     num_gpus: float,
     resources: Resources,
     *,
+    min_gpus: int | None = None,
     most_at_once: int | None = None,
     per_trial: bool = False,
 ) -> Placement:
@@ -75,6 +78,7 @@ def job_placement(
         num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
         resources: What the Ray that runs has.
+        min_gpus: Fewest GPUs of a job, if their number may vary.
         most_at_once: Limit of jobs at the same time.
         per_trial: Whether the jobs are trials of a sweep, for the error.
 
@@ -82,13 +86,15 @@ def job_placement(
         UserError: If there is too little for one job.
     """
     # A cluster elsewhere may have less than is asked for; nothing else could know before.
-    check_available(num_workers, num_gpus, resources, per_trial=per_trial)
+    check_available(num_workers, num_gpus, resources, min_gpus=min_gpus, per_trial=per_trial)
     nodes = resources.nodes
     workers = math.ceil(num_gpus) or num_workers
     gpus = num_gpus / workers
     cpus = cpus_of_gpu_worker(nodes, gpus) if gpus else 1
     # GPUs of one node are connected best, so a job waits for a node rather than lie on two.
-    on_one_node = gpus > 0 and num_places(nodes, workers, cpus, gpus, on_one_node=True) > 0
+    # One whose number of workers varies takes what there is.
+    can_wait = gpus > 0 and min_gpus is None
+    on_one_node = can_wait and num_places(nodes, workers, cpus, gpus, on_one_node=True) > 0
     places = num_places(nodes, workers, cpus, gpus, on_one_node=on_one_node)
     at_once = max(1, min(most_at_once or places, places, num_jobs))
     return Placement(
@@ -97,6 +103,7 @@ def job_placement(
         cpus=cpus if gpus else cpus_of_cpu_worker(nodes, workers, at_once),
         gpus=gpus,
         on_one_node=on_one_node,
+        min_workers=min_gpus,
     )
 
 
@@ -110,7 +117,12 @@ def pretraining_placement(
     """
     most = 1 if cluster.num_gpus else None
     return job_placement(
-        num_jobs, cluster.num_workers, cluster.num_gpus, resources, most_at_once=most
+        num_jobs,
+        cluster.num_workers,
+        cluster.num_gpus,
+        resources,
+        min_gpus=cluster.min_gpus,
+        most_at_once=most,
     )
 
 

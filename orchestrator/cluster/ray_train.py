@@ -23,6 +23,7 @@ from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
 from orchestrator.cluster.placement import Placement, pretraining_placement
 from orchestrator.cluster.preemption import own_node, watch_nodes
 from orchestrator.cluster.process_group import PrivateTorchConfig
+from orchestrator.cluster.resizing import SaveBeforeResize, SaveRequests
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.planning.out_of_memory import out_of_memory_explained
 from orchestrator.planning.save_time import seconds_to_save
@@ -46,6 +47,7 @@ import ray.train.torch
 train_api: Any = ray.train  # type checkers see the API before version 2 there
 
 RAY_FOLDER = "ray"
+GROW_SECONDS = 300.0  # how often a job of variable size looks for nodes that have joined
 FINAL_ERRORS: dict[str, type[Exception]] = {
     "UserError": UserError,
     "Diverged": Diverged,
@@ -85,7 +87,7 @@ def run_train_jobs(
             stop = Message()
             with ray_cluster(cluster, say=say) as resources, recorded_signals() as signals:
                 if cluster.wait_for_gpus:
-                    wait_for_gpus(cluster.num_gpus, note)
+                    wait_for_gpus(cluster.fewest_gpus, note)
                     resources = replace(resources, nodes=alive_nodes())
                 placement = pretraining_placement(cluster, len(ours), resources)
                 pool = ThreadPoolExecutor(placement.jobs_at_once)
@@ -135,6 +137,7 @@ def fit_job(
     has_started = _journal_bytes(job) > 0
     storage = job.folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
+    fewest = placement.min_workers
     trainer = train_api.torch.TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -145,10 +148,11 @@ def fit_job(
             "use_gpu": placement.use_gpu,
         },
         scaling_config=train_api.ScalingConfig(
-            num_workers=placement.workers,
+            num_workers=(fewest, placement.workers) if fewest else placement.workers,
             use_gpu=placement.use_gpu,
             resources_per_worker=placement.worker_resources,
             placement_strategy=placement.strategy,
+            elastic_resize_monitor_interval_s=GROW_SECONDS,
         ),
         torch_config=PrivateTorchConfig(backend=collective_backend(use_gpu=placement.use_gpu)),
         run_config=train_api.RunConfig(
@@ -166,6 +170,9 @@ def fit_job(
                     placement,
                     announce=_wait_message(stop, job),
                     name=job.folder.name,
+                ),
+                SaveBeforeResize(
+                    job.folder, _save_request(stop, job), seconds=seconds_to_save([job])
                 ),
             ],
         ),
@@ -190,7 +197,9 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job = TrainingJob.model_validate(config["job"])
     num_workers = context.get_world_size()
     stop: Message = config["stop"]
-    with watch_messages(stop) as inbox:
+    save = _save_request(stop, job)
+    with watch_messages(stop, save) as inbox:
+        requests = SaveRequests(inbox, save)
         try:
             world = World(
                 rank=context.get_world_rank(),
@@ -206,7 +215,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
                     job,
                     world=world,
                     should_stop=lambda: inbox.has(stop),
-                    should_save=notices.take,
+                    should_save=lambda: notices.take() or requests.take(),
                 )
             return {}  # The outcome is read from the job's folder.
         except DeviceError:
@@ -303,6 +312,10 @@ class _RunningJobs:
 
 def _wait_message(stop: Message, job: TrainingJob) -> Message:
     return stop.part(job.run_folder)
+
+
+def _save_request(stop: Message, job: TrainingJob) -> Message:
+    return stop.part(job.run_folder).part("save")
 
 
 def _journal_bytes(job: TrainingJob) -> int:

@@ -51,13 +51,16 @@ def check_trainings(
         UserError: If one cannot run; says what could.
     """
     for job in jobs:
-        check_job(job, num_workers=cluster.num_gpus or cluster.num_workers)
+        for num_gpus in {cluster.num_gpus, cluster.fewest_gpus}:
+            check_job(job, num_workers=num_gpus or cluster.num_workers)
     waiting = [n for n, job in enumerate(jobs) if finished_outcome(job) is None]
     trainings = [
         replace(planned_training(jobs[n]), model=settings[n].model if settings else None)
         for n in waiting
     ]
-    groups = [pretraining_group(trainings, cluster)]
+    # The fewest GPUs of a job have the largest shares of a step.
+    fewest = cluster.model_copy(update={"num_gpus": cluster.fewest_gpus})
+    groups = [pretraining_group(trainings, fewest)]
     work = PlannedWork(groups=groups, folder=jobs[0].folder, address=cluster.ray_address)
     check_fit(work, measure_free=measure_free)
 

@@ -117,9 +117,19 @@ def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> Non
 
 
 def check_available(
-    num_workers: int, num_gpus: float, resources: Resources, *, per_trial: bool = False
+    num_workers: int,
+    num_gpus: float,
+    resources: Resources,
+    *,
+    min_gpus: int | None = None,
+    per_trial: bool = False,
 ) -> None:
-    """Check that one training's workers find places on these nodes; see `check_resources`."""
+    """Check that one training's workers find places on these nodes; see `check_resources`.
+
+    Args:
+        min_gpus: Fewest GPUs with which it starts, if their number may vary.
+    """
+    num_gpus = min_gpus or num_gpus
     num_workers = math.ceil(num_gpus) or num_workers
     gpus_per_worker = num_gpus / num_workers
     places = sum(num_workers_on(node, 1, gpus_per_worker) for node in resources.nodes)
@@ -131,7 +141,8 @@ def check_available(
     if num_gpus:
         # A trial uses GPUs also because the run does.
         on_cpus = f"{gpus_option} and set cluster.num_gpus=0" if per_trial else gpus_option
-        raise UserError(_too_few_gpus(num_gpus, places, resources, gpus_option, on_cpus))
+        assignment = "cluster.min_gpus={:g}" if min_gpus else f"{gpus_option} {{:g}}"
+        raise UserError(_too_few_gpus(num_gpus, places, resources, assignment, on_cpus))
     raise UserError(
         f"{num_workers} workers were asked for, but {resources.place} has {_cpus(resources)}, "
         f"and each worker needs one; type {workers_option} {resources.cpus}"
@@ -139,8 +150,9 @@ def check_available(
 
 
 def _too_few_gpus(
-    num_gpus: float, places: int, resources: Resources, option: str, option_for_cpus: str
+    num_gpus: float, places: int, resources: Resources, assignment: str, option_for_cpus: str
 ) -> str:
+    """`assignment` is what the user typed, with a place for the number."""
     is_cluster = resources.place != THIS_MACHINE
     other = f"type --address with a Ray cluster that has {num_gpus:g} GPU{'s' * (num_gpus > 1)}"
     if is_cluster:
@@ -148,12 +160,12 @@ def _too_few_gpus(
     if resources.gpus:
         needs = "" if resources.gpus < num_gpus else ", and each worker needs a CPU beside its GPU"
         return (
-            f"{option} {num_gpus:g}: {resources.place} has {resources.gpus} "
+            f"{assignment.format(num_gpus)}: {resources.place} has {resources.gpus} "
             f"({describe_nodes(resources.nodes)}){needs}; "
-            + (f"type {option} {places}, or {other}" if places else other)
+            + (f"type {assignment.format(places)}, or {other}" if places else other)
         )
     return (
-        f"{option} {num_gpus:g}: {resources.place} has no GPU"
+        f"{assignment.format(num_gpus)}: {resources.place} has no GPU"
         f"{'' if is_cluster else f' that PyTorch{_torch_build()} can use'}; "
         f"leave out {option_for_cpus} to train on its {_cpus(resources)}, or {other}"
     )

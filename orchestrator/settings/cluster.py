@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from orchestrator.settings.section import Section
 from orchestrator.workspace.credentials import has_secret
@@ -21,6 +21,9 @@ class ClusterSettings(Section):
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: int = Field(default=0, ge=0)
     """GPUs of a training job; 0 trains on CPUs."""
+    min_gpus: int | None = Field(default=None, gt=0)
+    """Fewest GPUs of a training job that may lose nodes: it goes on with those that are left, and
+    takes others, up to `num_gpus`, when they join (default: always `num_gpus`)."""
     wait_for_gpus: bool = False
     """Wait, before a job starts, until its GPUs are free, also those of nodes that join the cluster
     later; otherwise a job that the nodes cannot hold is refused."""
@@ -51,6 +54,28 @@ class ClusterSettings(Section):
         if address is not None and (problem := address_problem(address)):
             raise ValueError(problem)
         return address
+
+    @property
+    def fewest_gpus(self) -> int:
+        """GPUs with which a training job can start."""
+        return self.min_gpus or self.num_gpus
+
+    @field_validator("min_gpus")
+    @classmethod
+    def _refuse_more_than_all(cls, fewest: int | None, info: ValidationInfo) -> int | None:
+        if fewest and fewest > info.data.get("num_gpus", fewest):
+            raise ValueError(f"{fewest} is more than cluster.num_gpus={info.data['num_gpus']}")
+        return fewest
+
+    @field_validator("parallel")
+    @classmethod
+    def _refuse_shards_of_variable_number(cls, parallel: str, info: ValidationInfo) -> str:
+        if parallel == "fsdp" and info.data.get("min_gpus"):
+            raise ValueError(
+                "fsdp needs equal shares of a step, and cluster.min_gpus lets the number of "
+                "workers vary; take ddp, or leave cluster.min_gpus out"
+            )
+        return parallel
 
     @field_validator("storage")
     @classmethod

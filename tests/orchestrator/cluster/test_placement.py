@@ -137,6 +137,14 @@ def test_a_run_uses_its_own_gpus_only_of_a_larger_cluster(gpus_per_trial: float 
         assert found.jobs_at_once * found.workers * found.gpus == 4
 
 
+def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes() -> None:
+    for num_gpus, nodes in ((8, UNEQUAL), (64, DOCUMENTED)):
+        found = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
+        assert (found.workers, found.min_workers, found.strategy) == (num_gpus, 4, "PACK")
+    with pytest.raises(UserError, match=r"cluster\.min_gpus=16: .* has 12 .*cluster\.min_gpus=12"):
+        job_placement(1, 1, 64, Resources(UNEQUAL), min_gpus=16)
+
+
 def test_trials_share_a_gpu() -> None:
     assert placement(16, 2, gpus_per_trial=0.25) == Placement(
         jobs_at_once=8, workers=1, cpus=2, gpus=0.25, on_one_node=True

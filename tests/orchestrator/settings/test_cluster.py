@@ -1,4 +1,4 @@
-"""The address of the Ray cluster: which source counts, and what is no address."""
+"""Settings of the cluster: its address, what is no address, and a varying number of GPUs."""
 
 from __future__ import annotations
 
@@ -54,3 +54,21 @@ def test_other_texts_are_refused_in_settings_and_in_the_environment(
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(UserError, match=f"RAY_ADDRESS: .*{words}"):
             ClusterSettings().ray_address  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["cluster.min_gpus=16", "cluster.num_gpus=8"], r"16 is more than cluster\.num_gpus=8"),
+        (["cluster.min_gpus=0", "cluster.num_gpus=8"], "min_gpus"),
+        (["cluster.min_gpus=4", "cluster.num_gpus=8", "cluster.parallel=fsdp"], "take ddp"),
+    ],
+)
+def test_a_varying_number_of_gpus_is_checked(assignments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_settings({}, assignments)
+
+
+def test_a_job_starts_with_the_fewest_gpus() -> None:
+    assert ClusterSettings(num_gpus=8).fewest_gpus == 8
+    assert ClusterSettings(num_gpus=8, min_gpus=2).fewest_gpus == 2
