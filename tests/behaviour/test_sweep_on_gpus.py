@@ -54,7 +54,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(command: str, workspace: Path, environment: dict[str, str], *more: str) -> str:
     """Run a command with CUDA forbidden, and return its log."""
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, command, "--workspace", str(workspace), *more, *OPTIONS],
+        [sys.executable, "-c", COMMAND, command, "--workspace", str(workspace), *OPTIONS, *more],
         env=environment,
         capture_output=True,
         text=True,
@@ -95,8 +95,18 @@ def test_models_are_trained_and_measured_on_reserved_gpus(
     assert set(gpus_of_trials(workspace / "trials")) <= {"0", "1"}
 
 
-def test_models_are_measured_on_a_reserved_gpu(
-    workspace: Path, environment: dict[str, str]
+@pytest.mark.parametrize(
+    ("command", "options", "module"),
+    [
+        ("evaluate", ("--set", "evaluation.limit=4"), "pipelines.evaluating"),
+        ("influence", ("--metric", "relative"), "pipelines.influence"),
+    ],
+)
+def test_a_model_is_measured_on_a_reserved_gpu(
+    workspace: Path,
+    environment: dict[str, str],
+    command: str,
+    options: tuple[str, ...],
+    module: str,
 ) -> None:
-    measured = run("evaluate", workspace, environment, "--set", "evaluation.num_items=30")
-    assert tasks(measured) == ["pipelines.evaluating"]
+    assert tasks(run(command, workspace, environment, *options)) == [module]
