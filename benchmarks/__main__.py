@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import decoding, mix, schedules, sweep, teacher_cache, training
+from benchmarks import decoding, many_trials, mix, schedules, sweep, teacher_cache, training
 from benchmarks.machine import describe, machine_facts
 from benchmarks.report import Report
 
@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "teacher_cache": teacher_cache.measure,
     "training": training.measure,
     "sweep": sweep.measure,
+    "many_trials": many_trials.measure,
 }
 """The benchmarks by name, in the order in which they run."""
 

@@ -17,9 +17,17 @@ from benchmarks.report import Goal, Quantity, Row, checked
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
 from iiet.methods.implicit_euler import ImplicitEuler
 
-NUM_ROWS = {"mix": 5, "decoding": 6, "schedules": 8, "teacher_cache": 4, "training": 4, "sweep": 5}
+NUM_ROWS = {
+    "mix": 5,
+    "decoding": 6,
+    "schedules": 8,
+    "teacher_cache": 4,
+    "training": 4,
+    "sweep": 5,
+    "many_trials": 14,
+}
 """Rows of a quick run."""
-SLOW = ("mix", "training", "sweep")
+SLOW = ("mix", "training", "sweep", "many_trials")
 """They start processes."""
 
 
