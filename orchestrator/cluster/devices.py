@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from orchestrator.cluster.environment import PRETENDED_GPUS
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import DeviceError
 
@@ -32,9 +33,6 @@ class OnDevice(Protocol):
             RunFailed: If the work's process died too often.
             Interrupted: After Ctrl-C or SIGTERM.
         """
-
-
-PRETENDED_GPUS = "IIET_PRETENDED_GPUS"
 
 
 def on_cpu(work: DeviceWork[T], progress: Progress) -> T:

@@ -6,9 +6,10 @@ address of the cluster hold while Ray runs.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ _ENVIRONMENT = {
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Variables of a Ray job and those of `cluster.env` may be the same; they have the same values.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is noticed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # how soon a wait for places is announced
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `preemption.py` serves trials, too
@@ -29,6 +32,8 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files that nobody reads, left open after a stop
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+PRETENDED_GPUS = "IIET_PRETENDED_GPUS"
+"""Variable that lets work on GPUs run on CPUs; see `devices`."""
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Of a Ray that is started here; a cluster says itself whether it asks for a token.
 _LOCAL_ENVIRONMENT = {
@@ -62,6 +67,24 @@ def prepare_for_server() -> None:
     """Use a token for requests to a cluster elsewhere if there is one, like `ray start`."""
     if any(map(os.environ.get, TOKEN_NAMES)) or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
+    """Return the environment variables that Ray sets for its workers.
+
+    Those of a local Ray inherit what is set here.
+
+    Args:
+        entries: As in the setting `cluster.env`.
+    """
+    found = {}
+    for entry in (PRETENDED_GPUS, *entries):
+        name, is_set, value = entry.partition("=")
+        if is_set:
+            found[name] = value
+        elif address != LOCAL:
+            found |= {known: os.environ[known] for known in fnmatch.filter(os.environ, name)}
+    return found
 
 
 @contextmanager

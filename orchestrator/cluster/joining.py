@@ -11,6 +11,11 @@ import socket
 
 import psutil
 
+from orchestrator.cluster.shared_memory import (
+    OBJECT_STORE_BYTES,
+    check_shared_memory,
+    free_shared_memory,
+)
 from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.ray_address import ADDRESS_VARIABLE, AUTO, LOCAL
 
@@ -22,13 +27,17 @@ _FRAME_TYPE_AT, _SETTINGS_FRAME = 3, 4
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
-def check_joinable(address: str) -> None:
-    """Check that the head node of a cluster answers, and that one of its nodes is this machine.
+def check_ray_can_run(address: str) -> None:
+    """Check what can be known in seconds, before anything is prepared for Ray.
+
+    Here it needs shared memory. A cluster's head node must answer, and one of its nodes must be
+    this machine.
 
     Raises:
         UserError: Says what is wrong.
     """
     if address == LOCAL:
+        check_shared_memory(OBJECT_STORE_BYTES, free_shared_memory())
         return
     check_reachable(address)
     # A command talks to the cluster through the node of its own machine. Ray looks for it for a

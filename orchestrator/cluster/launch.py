@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from orchestrator.cluster.devices import DeviceWork, OnDevice, on_cpu
@@ -44,22 +45,33 @@ def job_runner(*, local: bool) -> RunJobs:
     return run_train_jobs
 
 
-def trial_device(settings: Settings) -> OnDevice:
-    """Return a function that runs work as the trials of a sweep: on a GPU if they have some."""
-    return partial(_run_on_device, cluster=settings.cluster, on_gpu=settings.trials_use_gpus)
+def trial_device(settings: Settings, folder: Path) -> OnDevice:
+    """Return a function that runs work as the trials of a sweep: on a GPU if they have some.
+
+    Args:
+        folder: The workspace, or a folder in it; the GPU may be on another node.
+    """
+    on_gpu = settings.trials_use_gpus
+    return partial(_run_on_device, cluster=settings.cluster, folder=folder, on_gpu=on_gpu)
 
 
-def command_device(cluster: ClusterSettings) -> OnDevice:
+def command_device(cluster: ClusterSettings, folder: Path) -> OnDevice:
     """Return a function that runs the work of a command that starts no jobs.
 
     The settings may name GPUs, or a cluster that has some: then the work is a Ray
     task with a GPU. Otherwise it runs in this process, on a GPU if this machine has one.
     """
-    return partial(_run_on_device, cluster=cluster, on_gpu=cluster.num_gpus > 0 or None)
+    on_gpu = cluster.num_gpus > 0 or None
+    return partial(_run_on_device, cluster=cluster, folder=folder, on_gpu=on_gpu)
 
 
 def _run_on_device(
-    work: DeviceWork[T], progress: Progress, *, cluster: ClusterSettings, on_gpu: bool | None
+    work: DeviceWork[T],
+    progress: Progress,
+    *,
+    cluster: ClusterSettings,
+    folder: Path,
+    on_gpu: bool | None,
 ) -> T:
     if on_gpu is False:
         return on_cpu(work, progress)
@@ -67,7 +79,7 @@ def _run_on_device(
         from orchestrator.cluster.gpu_task import run_gpu_task
         from orchestrator.cluster.start import ray_cluster
 
-        with ray_cluster(cluster, say=partial(progress.advance, 0)) as resources:
+        with ray_cluster(cluster, folder=folder, say=partial(progress.advance, 0)) as resources:
             if on_gpu or resources.gpus:
                 return run_gpu_task(work, progress, waits_for_gpus=cluster.wait_for_gpus)
     from orchestrator.training.model_loading import best_device

@@ -85,7 +85,8 @@ def run_train_jobs(
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
         for ours in parts:
             stop = Message()
-            with ray_cluster(cluster, say=say) as resources, recorded_signals() as signals:
+            ray_runs = ray_cluster(cluster, folder=ours[0].folder.parent, say=say)
+            with ray_runs as resources, recorded_signals() as signals:
                 if cluster.wait_for_gpus:
                     wait_for_gpus(cluster.fewest_gpus, note)
                     resources = replace(resources, nodes=alive_nodes())

@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 
-from orchestrator.cluster.environment import ray_environment
-from orchestrator.cluster.joining import check_joinable, joining_problem
+from orchestrator.cluster.environment import ray_environment, worker_variables
+from orchestrator.cluster.joining import check_ray_can_run, joining_problem
+from orchestrator.cluster.node_checks import check_nodes
 from orchestrator.cluster.nodes import alive_nodes
-from orchestrator.planning.resources import THIS_MACHINE, Resources, local_resources
+from orchestrator.cluster.shared_memory import OBJECT_STORE_BYTES
+from orchestrator.planning.resources import Resources, local_resources
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.signals import (
     POLL_SECONDS,
@@ -39,7 +42,6 @@ from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.ray_address import LOCAL
 from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
 
-OBJECT_STORE_BYTES = 128 * 2**20  # data does not travel through Ray; its own minimum is 75 MB
 LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 107 at most
 # After Ctrl-C everything together must take less than ten seconds.
 INTERRUPTED_START_SECONDS = 2.0
@@ -56,6 +58,7 @@ _running: Resources | None = None
 def ray_cluster(
     cluster: ClusterSettings | None = None,
     *,
+    folder: Path | None = None,
     num_cpus: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Resources]:
@@ -63,28 +66,36 @@ def ray_cluster(
 
     Args:
         cluster: Says which cluster is joined; the default settings when unset.
+        folder: A folder that all nodes of that cluster must see, such as the workspace.
         num_cpus: CPUs of a local cluster; all that this process may use when unset.
         say: Called with a sentence before Ray starts, which takes seconds.
 
     Raises:
-        UserError: If the cluster cannot be joined.
+        UserError: If Ray cannot start here, the cluster cannot be joined, or one of its nodes
+            cannot be used.
         RunFailed: If Ray does not start.
     """
     if _running is not None:
         yield replace(_running, nodes=alive_nodes())  # Nodes may have joined or left.
         return
-    address = (cluster or ClusterSettings()).ray_address
+    cluster = cluster or ClusterSettings()
+    address = cluster.ray_address
     if say:
         say("starting Ray" if address == LOCAL else f"joining the Ray cluster at {address}")
-    check_joinable(address)
-    with ray_environment(address):
-        yield from _run_ray(address, num_cpus)
-
-
-def _run_ray(address: str, num_cpus: int | None) -> Iterator[Resources]:
-    global _running
+    check_ray_can_run(address)
     scratch = make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER)
-    thread = _RayThread(address, scratch, num_cpus)
+    if address == LOCAL:
+        start = partial(_start_here, scratch.folder, num_cpus)
+    else:
+        start = partial(_join, address, folder)
+    with ray_environment(address):
+        variables = worker_variables(cluster.env, address)
+        yield from _run_ray(partial(start, {"env_vars": variables} if variables else None), scratch)
+
+
+def _run_ray(start: Callable[[], Resources], scratch: ScratchFolder) -> Iterator[Resources]:
+    global _running
+    thread = _RayThread(start, scratch)
     seconds = SHUTDOWN_SECONDS
     try:
         with signal_handlers((signal.SIGTERM,), signal.default_int_handler):
@@ -106,8 +117,8 @@ class _RayThread:
     thread handles signals: one that interrupted `ray.init` would later crash the interpreter.
     """
 
-    def __init__(self, address: str, scratch: ScratchFolder, num_cpus: int | None) -> None:
-        self.address, self.scratch, self.num_cpus = address, scratch, num_cpus
+    def __init__(self, start: Callable[[], Resources], scratch: ScratchFolder) -> None:
+        self.start, self.scratch = start, scratch
         self._earlier = {process.pid for process in psutil.Process().children()}
         self._resources: Future[Resources] = Future()
         self._should_end = threading.Event()
@@ -146,7 +157,7 @@ class _RayThread:
 
     def _run(self) -> None:
         try:
-            self._resources.set_result(_start(self.address, self.scratch.folder, self.num_cpus))
+            self._resources.set_result(self.start())
         except BaseException as error:
             self._resources.set_exception(error)
         self._should_end.wait()
@@ -162,28 +173,44 @@ class _RayThread:
         return [process for root in roots for process in (root, *_children(root))]
 
 
-def _start(address: str, scratch: Path, num_cpus: int | None) -> Resources:
-    options: dict[str, Any] = {}
-    if address == LOCAL:
-        resources = local_resources()
-        options = {
-            "num_cpus": num_cpus or resources.cpus,
-            "num_gpus": resources.gpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(scratch),
-        }
+def _start_here(
+    scratch: Path, num_cpus: int | None, runtime_env: dict[str, Any] | None
+) -> Resources:
+    resources = local_resources()
+    _prepare_logging()
+    try:
+        ray.init(
+            LOCAL,
+            num_cpus=num_cpus or resources.cpus,
+            num_gpus=resources.gpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env=runtime_env,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(scratch),
+        )
+    except Exception as error:
+        raise RunFailed(f"Ray did not start: {error}") from error
+    return Resources(alive_nodes())
+
+
+def _join(address: str, folder: Path | None, runtime_env: dict[str, Any] | None) -> Resources:
+    _prepare_logging()
+    try:
+        ray.init(
+            address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING
+        )
+    except Exception as error:
+        raise UserError(joining_problem(error, address)) from error
+    check_nodes(folder)
+    return Resources(alive_nodes(), f"the cluster at {address}")
+
+
+def _prepare_logging() -> None:
     _log_daemon_messages()
     # It would say that SIGTERM has no handler of Ray's in this thread; there is one of ours.
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
-    except Exception as error:
-        if address != LOCAL:
-            raise UserError(joining_problem(error, address)) from error
-        raise RunFailed(f"Ray did not start: {error}") from error
-    place = THIS_MACHINE if address == LOCAL else f"the cluster at {address}"
-    return Resources(alive_nodes(), place)
 
 
 def _log_daemon_messages() -> None:

@@ -105,7 +105,7 @@ def benchmark(
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
-    device = command_device(cluster or ClusterSettings())
+    device = command_device(cluster or ClusterSettings(), context.workspace.root)
     return benchmark_models(opened, conditions, context, on_device=device)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.joining import check_joinable
+from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
 from orchestrator.planning.fit import check_trainings
@@ -68,7 +68,7 @@ def distill_in_context(
 ) -> DistillResult:
     """Distill a teacher in an open workspace; as `distill`, after `check_run_resources`."""
     if not local:
-        check_joinable(settings.cluster.ray_address)
+        check_ray_can_run(settings.cluster.ray_address)
     checkpoint = resolve_teacher(context.workspace, Path(teacher) if teacher else None)
     tokens = tokens_folder_of(checkpoint, context.workspace)
     return distill_teacher(settings, context, checkpoint, str(schedule), tokens, local=local)

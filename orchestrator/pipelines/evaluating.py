@@ -90,7 +90,7 @@ def evaluate(
             model,
             settings.evaluation,
             context,
-            on_device=command_device(settings.cluster),
+            on_device=command_device(settings.cluster, context.workspace.root),
             trust_remote_code=trust_remote_code,
         )
         for model in opened

@@ -88,7 +88,7 @@ def export(
     if measure:
         try:
             subject = open_model(checkpoint, wanted, warn=context.progress.note)
-            device = command_device(settings.cluster)
+            device = command_device(settings.cluster, context.workspace.root)
             evaluation = evaluate_model(subject, settings.evaluation, context, on_device=device)
         except (UserError, RunFailed) as error:
             context.progress.note(f"the card is without quality: {error}")

@@ -87,8 +87,9 @@ def measure_influence(
     context = open_context(workspace, progress)
     checkpoint = resolve_teacher(context.workspace, Path(model) if model else None)
     tokens = tokens_folder_of(checkpoint, context.workspace)
+    device = command_device(settings.cluster, context.workspace.root)
     table = read_or_measure_influence(
-        checkpoint, settings.influence, tokens, context, on_device=command_device(settings.cluster)
+        checkpoint, settings.influence, tokens, context, on_device=device
     )
     return InfluenceResult(checkpoint=checkpoint, table=table)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas
 
-from orchestrator.cluster.joining import check_joinable
+from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.cluster.launch import job_runner
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.pipelines.context import Context, open_context
@@ -93,7 +93,7 @@ def pretrain_in_context(
 ) -> PretrainResult:
     """Pretrain one model in an open workspace; as `pretrain`, after `check_run_resources`."""
     if not local:
-        check_joinable(settings.cluster.ray_address)
+        check_ray_can_run(settings.cluster.ray_address)
     method = settings.model.method
     earlier = None
     if continued is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pandas
 
 from iiet.influence import InfluenceTable
-from orchestrator.cluster.joining import check_joinable
+from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.cluster.launch import trial_device
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare as prepare_tokens
@@ -104,7 +104,7 @@ def sweep(
     check_arguments(settings, teacher, models)
     pretrains = teacher is None and settings.sweep.kind != "iterations"
     check_devices(settings, pretrains=pretrains)
-    check_joinable(settings.cluster.ray_address)
+    check_ray_can_run(settings.cluster.ray_address)
     check_sweep(settings, context.progress)
     if teacher is not None:
         checkpoint = teacher_checkpoint(context, teacher)
@@ -114,7 +114,7 @@ def sweep(
     if settings.sweep.kind == "iterations":
         plan = plan_iterations(settings, context, tokens, models, name=name)
         return _run(plan, settings, context)
-    with ray_cluster(settings.cluster, say=context.progress.start):
+    with ray_cluster(settings.cluster, folder=context.workspace.root, say=context.progress.start):
         trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
         checkpoints = {label: result.checkpoint for label, result in trained.items()}
         return _sweep_students(settings, context, checkpoints.pop(TEACHER), checkpoints, name)
@@ -137,8 +137,9 @@ def _sweep_students(
     name: str | None,
 ) -> SweepResult:
     tokens = tokens_folder_of(teacher, context.workspace)
+    device = trial_device(settings, context.workspace.root)
     influence = read_or_measure_influence(
-        teacher, settings.influence, tokens, context, on_device=trial_device(settings)
+        teacher, settings.influence, tokens, context, on_device=device
     )
     plan = plan_students(settings, context, teacher, influence, baselines=baselines, name=name)
     search = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from orchestrator.settings.section import Section
-from orchestrator.workspace.credentials import has_secret
+from orchestrator.workspace.credentials import has_secret, is_secret_name
 from orchestrator.workspace.ray_address import address_problem, chosen_address
+
+_VARIABLE = re.compile(r"[A-Za-z_]\w*(\*|=.*)?", flags=re.ASCII | re.DOTALL)
 
 
 class ClusterSettings(Section):
@@ -17,6 +20,10 @@ class ClusterSettings(Section):
     address: str | None = None
     """Ray cluster to join: `HOST:PORT` of its head node, `auto` for one that this machine is part
     of, or `local` to start a Ray for this command only (default: `RAY_ADDRESS`, else `local`)."""
+    env: tuple[str, ...] = ("NCCL_*", "HF_TOKEN", "AWS_*")
+    """Environment variables that all processes of a joined cluster get from the command's own:
+    names, or patterns such as `AWS_*`. `NAME=value` sets a value, and on this machine, too. Keys
+    and tokens are given by name only: settings are stored with every run, their values are not."""
     num_workers: int = Field(default=1, gt=0)
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: int = Field(default=0, ge=0)
@@ -77,12 +84,33 @@ class ClusterSettings(Section):
             )
         return parallel
 
+    @field_validator("env")
+    @classmethod
+    def _refuse_other_variables(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            if problem := variable_problem(entry):
+                raise ValueError(problem)
+        return entries
+
     @field_validator("storage")
     @classmethod
     def _refuse_secrets(cls, storage: str | None) -> str | None:
         if problem := storage_problem(storage or ""):
             raise ValueError(problem)
         return storage
+
+
+def variable_problem(entry: str) -> str | None:
+    """Return why an entry of `cluster.env` is refused, or None."""
+    name, _, value = entry.partition("=")
+    if not _VARIABLE.fullmatch(entry):
+        return "an entry is the name of a variable, a pattern such as AWS_*, or NAME=value"
+    if value and (is_secret_name(name) or has_secret(value)):
+        return (
+            f"the value of {name} is a secret, and settings are stored with every run; give only "
+            "its name, and set it in the environment of the command"
+        )
+    return None
 
 
 def storage_problem(uri: str) -> str | None:

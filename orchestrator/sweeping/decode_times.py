@@ -73,7 +73,7 @@ def _decode_times(
     if times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in trials}
         progress.start("time per token")  # A GPU may have to be waited for.
-        measured = trial_device(settings)(partial(time_per_token, models), progress)
+        measured = trial_device(settings, folder)(partial(time_per_token, models), progress)
         by_shape = {
             shape: _DecodeTime(decode_ms_per_token=t.median, decode_ms_spread=t.spread)
             for shape, t in measured.items()

@@ -197,7 +197,7 @@ class _SweepRun:
             unfinished,
             distillation,
             teachers,
-            on_device=trial_device(self.settings),
+            on_device=trial_device(self.settings, self.folder),
             progress=self.progress,
         )
         if num_tokens := work.num_stored_tokens:

@@ -81,7 +81,8 @@ class TrialQueue:
         num_new = search.num_left if search else 0
         num_found = self.num_all - len(waiting) - num_new - len(self.stopped)
         if waiting or num_new:
-            with ray_cluster(self.cluster, say=partial(self.progress.advance, num_found)):
+            say = partial(self.progress.advance, num_found)
+            with ray_cluster(self.cluster, folder=self.folder, say=say):
                 if self.waits_for_gpus:
                     wait_for_gpus(self.settings.gpus_per_trial or 0, self.progress.note)
                 self._run_or_wait(waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ class Lines(logging.Handler):
         lines.append(f"{record.name} {record.levelname} {self.format(record)}")
 logging.getLogger().addHandler(Lines())
 
-on_gpu = trial_device(resolve_settings({}, ["cluster.num_gpus=2"]))
+on_gpu = trial_device(resolve_settings({}, ["cluster.num_gpus=2"]), Path())
 with ray_cluster():
     progress = Recorded()
     device, num_gpus, where, number = on_gpu(partial(measure, 7), progress)
@@ -75,7 +76,7 @@ with ray_cluster():
     found["calls"] = progress.calls
     found["lines"] = lines
     try:
-        command_device(ClusterSettings())(mistake, Progress())
+        command_device(ClusterSettings(), Path())(mistake, Progress())
     except UserError as error:
         found["error"] = [str(error), "in mistake" in str(error.__cause__)]
     found["after a death"] = on_gpu(partial(die_once, Path(sys.argv[1])), Progress())
@@ -154,4 +155,4 @@ def test_a_sweep_on_cpus_measures_in_this_process() -> None:
         return name
 
     assert on_cpu(device, Progress()) == "cpu"
-    assert trial_device(resolve_settings({}, []))(device, Progress()) == "cpu"
+    assert trial_device(resolve_settings({}, []), Path())(device, Progress()) == "cpu"

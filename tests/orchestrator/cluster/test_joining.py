@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from orchestrator.cluster import joining
-from orchestrator.cluster.joining import check_joinable, check_reachable
+from orchestrator.cluster.joining import check_ray_can_run, check_reachable
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import UserError
@@ -86,7 +86,7 @@ def test_a_command_must_run_on_a_node_of_the_cluster(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(joining, "check_reachable", lambda _: None)
     monkeypatch.setattr(joining.psutil, "process_iter", lambda _: [])  # As on another machine.
     with pytest.raises(UserError, match="this machine is no node of the cluster at head:6379"):
-        check_joinable("head:6379")
+        check_ray_can_run("head:6379")
     with pytest.raises(UserError, match="no Ray cluster runs on this machine"):
-        check_joinable("auto")
-    check_joinable("local")
+        check_ray_can_run("auto")
+    check_ray_can_run("local")

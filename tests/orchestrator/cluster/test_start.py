@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from orchestrator.cluster.environment import ray_environment
+from orchestrator.cluster.environment import ray_environment, worker_variables
 
 
 @pytest.mark.slow
@@ -31,9 +31,9 @@ def test_a_second_cluster_is_the_first(ray_session: None) -> None:
     from orchestrator.cluster.start import ray_cluster
 
     with ray_cluster() as outer, ray_cluster() as inner:
-        assert inner is outer
+        assert inner == outer
     with ray_cluster() as still:
-        assert still is outer
+        assert still == outer
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,23 @@ def test_what_the_user_has_set_stays(address: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with ray_environment(address):
         assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {
+        "HF_TOKEN": "secret",
+        "AWS_A": "1",
+        "AWS_B": "2",
+        "PATH": "/",
+        "IIET_PRETENDED_GPUS": "1",
+    }
+    monkeypatch.setattr(os, "environ", here)
+    entries = ("HF_TOKEN", "AWS_*", "NCCL_*", "AWS_B=3", "EMPTY=")
+    given = {"AWS_B": "3", "EMPTY": ""}
+    named = {"HF_TOKEN": "secret", "AWS_A": "1", "IIET_PRETENDED_GPUS": "1"}
+    assert worker_variables(entries, "head:6379") == {**named, **given}
+    # Those of a local Ray inherit the others.
+    assert worker_variables(entries, "local") == given
 
 
 def test_the_package_sets_the_environment_before_any_of_its_modules_imports_ray() -> None:

@@ -1,4 +1,4 @@
-"""Settings of the cluster: its address, what is no address, and a varying number of GPUs."""
+"""Settings of the cluster: its address, its variables, and a varying number of GPUs."""
 
 from __future__ import annotations
 
@@ -72,3 +72,25 @@ def test_a_varying_number_of_gpus_is_checked(assignments: list[str], words: str)
 def test_a_job_starts_with_the_fewest_gpus() -> None:
     assert ClusterSettings(num_gpus=8).fewest_gpus == 8
     assert ClusterSettings(num_gpus=8, min_gpus=2).fewest_gpus == 2
+
+
+@pytest.mark.parametrize("entry", ["HF_TOKEN", "AWS_*", "NCCL_DEBUG=INFO", "KEY_FILE=/a b", "A="])
+def test_variables_are_names_patterns_and_harmless_values(entry: str) -> None:
+    assert resolve_settings({"cluster": {"env": [entry]}}).cluster.env == (entry,)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("*", "the name of a variable"),
+        ("1A", "the name of a variable"),
+        ("A B=c", "the name of a variable"),
+        ("HF_TOKEN=hf_abc", "give only its name"),
+        ("MY_SECRET_KEY=abc", "give only its name"),
+        ("PROXY=http://me:hf_abc@host", "give only its name"),
+    ],
+)
+def test_secrets_are_not_given_by_value_and_are_not_repeated(entry: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"cluster.env: .*{words}") as caught:
+        resolve_settings({}, [f"cluster.env=['{entry}']"])
+    assert "abc" not in str(caught.value)

@@ -15,7 +15,12 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.logs import command_log
 from orchestrator.training.job_checks import check_job
-from orchestrator.workspace.credentials import has_secret, mask_secrets, strip_credentials
+from orchestrator.workspace.credentials import (
+    has_secret,
+    is_secret_name,
+    mask_secrets,
+    strip_credentials,
+)
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, quoted
 
 SECRET = "geh3im"
@@ -48,6 +53,37 @@ def test_a_secret_is_masked_anywhere_in_an_address(address: str) -> None:
     assert SECRET not in quoted(address + 500 * "x")
     assert SECRET not in strip_credentials(address)
     assert "***@" not in strip_credentials(address)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [
+        ("HF_TOKEN", True),
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("AWS_ACCESS_KEY_ID", True),
+        ("MLFLOW_TRACKING_PASSWORD", True),
+        ("RAY_AUTH_TOKEN_PATH", False),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("KEYBOARD", False),
+        ("NCCL_DEBUG", False),
+    ],
+)
+def test_the_names_of_variables_tell_which_hold_secrets(name: str, is_secret: bool) -> None:
+    assert is_secret_name(name) is is_secret
+
+
+def test_secrets_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"hf_{SECRET}")
+    monkeypatch.setenv("MY_API_KEY", f"hf_{SECRET}/longer")
+    monkeypatch.setenv("SHORT_KEY", "true")
+    text = f"401 for Bearer hf_{SECRET}/longer, then hf_{SECRET}; true"
+    assert mask_secrets(text) == "401 for Bearer ***, then ***; true"
+
+
+def test_values_of_secret_names_are_masked_wherever_they_come_from() -> None:
+    text = f"env: ['OTHER_TOKEN={SECRET}', AWS_SECRET_ACCESS_KEY={SECRET}, A_TOKENS=3] b.key=x"
+    shown = "env: ['OTHER_TOKEN=***', AWS_SECRET_ACCESS_KEY=***, A_TOKENS=3] b.key=x"
+    assert mask_secrets(text) == shown
 
 
 @pytest.mark.parametrize("text", HARMLESS)

@@ -1,0 +1,152 @@
+"""What a command finds on the nodes of a cluster that it joins: nodes of one machine.
+
+Nodes that cannot be used are real ones: one has other code, one lives in a mount namespace in which
+the workspace is an empty file system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "abcdefgh-not-a-real-token"
+
+DRIVER = """
+import json, os, pathlib, subprocess, sys, time
+import orchestrator.cluster  # sets what Ray reads when it is imported
+import ray
+from ray.cluster_utils import Cluster
+
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.settings import ClusterSettings
+from orchestrator.workspace.errors import RunFailed, UserError
+
+folder, other_code, secret, cases = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+small = {"object_store_memory": 80 * 2**20, "num_cpus": 1}
+head = {**small, "num_cpus": 0, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+# Of the command; the nodes are started without them.
+new = {"HF_TOKEN": secret, "NCCL_A": "1", "NOT_NAMED": "1", "IIET_PRETENDED_GPUS": "1"}
+
+
+def look():
+    error = str(RunFailed("the hub refused " + os.environ["HF_TOKEN"]))
+    return [os.environ.get(name) for name in (*new, "NCCL_B")], error
+
+
+def join():
+    settings = ClusterSettings(address=cluster.address, env=("NCCL_*", "HF_TOKEN", "NCCL_B=2"))
+    os.environ.update(new)
+    try:
+        with ray_cluster(settings, folder=folder):
+            ids = [n["NodeID"] for n in ray.nodes() if n["Alive"] and "CPU" in n["Resources"]]
+            pinned = [ray.remote(label_selector={"ray.io/node-id": id})(look) for id in ids]
+            return ray.get([task.remote() for task in pinned])
+    except UserError as error:
+        return str(error)
+    finally:
+        for name in new:
+            os.environ.pop(name)
+
+
+def wait_for(num_nodes):
+    while len(cluster.global_state._live_node_ids()) != num_nodes:
+        time.sleep(0.2)
+
+
+report = {}
+try:
+    cluster.add_node(**small)
+    if "good" in cases:
+        node = cluster.add_node(**small)
+        report["good"] = join()
+        report["left over"] = [path.name for path in folder.iterdir()]
+        cluster.remove_node(node)
+        wait_for(2)
+    if "code" in cases:
+        node = cluster.add_node(**small, env_vars={"PYTHONPATH": other_code})
+        report["code"] = join()
+        cluster.remove_node(node)
+        wait_for(2)
+    if "workspace" in cases:
+        start = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--address", cluster.address,
+            "--num-cpus=1", "--object-store-memory=83886080", "--block",
+        ]
+        script = 'mount -t tmpfs none "$0" && exec "$@"'
+        elsewhere = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script, str(folder), *start],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(3)
+        report["workspace"] = join()
+        elsewhere.terminate()
+        elsewhere.wait()
+finally:
+    cluster.shutdown()
+print(json.dumps(report))
+"""
+
+
+def joined(folder: Path, cases: str, other_code: Path = ROOT) -> dict[str, Any]:
+    """Join a cluster with the nodes of these cases in a process of its own; return its report."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    # Short: a socket's path has little room.
+    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, str(folder), str(other_code), SECRET, cases],
+            env={**environment, "RAY_TMPDIR": scratch},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a command finds on a good node, and on one with another workspace if there can be."""
+    may_mount = subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
+    cases = "good workspace" if may_mount else "good"
+    return joined(tmp_path_factory.mktemp("workspace"), cases)
+
+
+@pytest.mark.slow
+def test_named_variables_reach_each_node_and_are_masked_there(report: dict[str, Any]) -> None:
+    assert report["good"] == [[[SECRET, "1", None, "1", "2"], "the hub refused ***"]] * 2
+    assert report["left over"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_node_with_other_code_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "code"
+    for package in ("iiet", "orchestrator"):
+        shutil.copytree(ROOT / package, other / package)
+    with (other / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    error = joined(tmp_path, "code", other)["code"]
+    assert "has the code of iiet-orch" in error
+    assert "install the same on all nodes" in error
+
+
+@pytest.mark.slow
+def test_a_node_that_sees_another_workspace_is_refused(report: dict[str, Any]) -> None:
+    if "workspace" not in report:
+        pytest.skip("mount namespaces need permissions that this process lacks")
+    error = report["workspace"]
+    assert "does not see what this machine writes in" in error
+    assert "--workspace" in error
