@@ -45,6 +45,10 @@ WorkersOption = Annotated[
 GpusOption = Annotated[
     int | None, typer.Option("--gpus", min=0, max=MAX_COUNT, help="GPUs, one worker each.")
 ]
+WaitForGpusOption = Annotated[
+    bool | None,
+    typer.Option("--wait-for-gpus", help="Wait for GPUs of nodes that join the cluster later."),
+]
 AddressOption = Annotated[
     str | None,
     typer.Option(

@@ -23,6 +23,7 @@ from orchestrator.cli.options import (
     SetOption,
     TrialsAtOnceOption,
     VerboseOption,
+    WaitForGpusOption,
     WorkersPerTrialOption,
     WorkspaceOption,
     parse_numbers,
@@ -68,6 +69,7 @@ def sweep_threshold(
     name: NameOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -89,6 +91,7 @@ def sweep_threshold(
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
         cluster__address=address,
+        cluster__wait_for_gpus=wait_for_gpus,
     )
     _sweep(
         settings,
@@ -130,6 +133,7 @@ def sweep_iterations(
     name: NameOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -148,6 +152,7 @@ def sweep_iterations(
         sweep__gpus_per_trial=gpus_per_trial,
         training__num_steps=steps,
         cluster__address=address,
+        cluster__wait_for_gpus=wait_for_gpus,
     )
     _sweep(settings, "sweep-iterations", workspace, name=name, dry_run=dry_run, verbose=verbose)
 
@@ -158,11 +163,14 @@ def sweep_file(
     workspace: WorkspaceOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Run a whole sweep from its file, pretraining included."""
-    settings = read_options(file, set_, cluster__address=address)
+    settings = read_options(
+        file, set_, cluster__address=address, cluster__wait_for_gpus=wait_for_gpus
+    )
     _sweep(settings, "sweep", workspace, dry_run=dry_run, verbose=verbose)
 
 
@@ -199,6 +207,7 @@ def search_schedules(
     name: NameOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -216,6 +225,7 @@ def search_schedules(
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
         cluster__address=address,
+        cluster__wait_for_gpus=wait_for_gpus,
     )
     _sweep(
         settings,

@@ -18,6 +18,7 @@ from orchestrator.cli.options import (
     GpusOption,
     SetOption,
     VerboseOption,
+    WaitForGpusOption,
     WorkersOption,
     WorkspaceOption,
     read_options,
@@ -142,6 +143,7 @@ def pretrain(
         typer.Option(min=0.01, max=1.0, help="Share of the peak FLOP/s that --dry-run assumes."),
     ] = None,
     address: AddressOption = None,
+    wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -160,6 +162,7 @@ def pretrain(
         training__profile_steps=0 if continue_ and profile is None else profile,
         cluster__storage=storage,
         cluster__address=address,
+        cluster__wait_for_gpus=wait_for_gpus,
     )
     if dry_run:
         with open_session(workspace, "pretrain", verbose=verbose, dry_run=True) as session:

@@ -82,10 +82,14 @@ cluster.shutdown()
 print(json.dumps(found))
 """
 DOCUMENTED = {int(number) for number in re.findall(r"--gpus (\d+)", TEXT)}
-GPUS = sorted(DOCUMENTED | {16, 24})
-NUM_NODES = {1: 1, 8: 1, 16: 2, 24: 3, 32: 4}
+TABLE = {
+    float(gpus): (int(num_nodes), int(at_once))
+    for gpus, num_nodes, at_once in re.findall(
+        r"^\| `--gpus(?:-per-trial)? ([\d.]+)` \| (\d+) \| (\d+) \|$", TEXT, flags=re.MULTILINE
+    )
+}
 CASES = {
-    "documented": [*[[gpus, 100] for gpus in GPUS], [0.25, 100], [3, 100]],
+    "documented": [*[[gpus, 200] for gpus in TABLE], [3, 200]],
     "unequal": [[8, 100], [12, 100], [4, 100], [0.5, 100]],
 }
 
@@ -113,21 +117,22 @@ def found() -> Any:
     return json.loads(run_with_cluster(PLACE, json.dumps(CASES)).splitlines()[-1])
 
 
-def test_every_documented_number_of_gpus_is_placed_on_the_fewest_nodes(
+def test_every_documented_number_of_gpus_is_placed_as_the_table_says(
     found: dict[str, Any],
 ) -> None:
-    assert {1, 8, 32} <= DOCUMENTED
-    for gpus, placed in zip(GPUS, found["documented"], strict=False):
+    assert set(TABLE) >= DOCUMENTED | {0.25, 16, 24}
+    for (gpus, (num_nodes, at_once)), placed in zip(
+        TABLE.items(), found["documented"], strict=False
+    ):
         assert placed["ready"], gpus
-        assert placed["nodes"] == [NUM_NODES[gpus]] * (32 // gpus), gpus
-        assert placed["cpus"] == 8
+        assert placed["nodes"] == [num_nodes] * at_once, gpus
+        assert placed["cpus"] == (2 if gpus < 1 else 8)
 
 
-def test_trials_that_share_gpus_and_trials_of_three_are_placed(found: dict[str, Any]) -> None:
-    shares, threes = found["documented"][len(GPUS) :]
-    assert (shares["ready"], shares["nodes"]) == (True, [1] * 100)
+def test_processes_of_trials_are_spread_over_the_nodes(found: dict[str, Any]) -> None:
+    threes = found["documented"][-1]
     assert (threes["ready"], threes["nodes"]) == (True, [1] * 8)
-    assert threes["nodes_of_trials"] > 1, "their own processes do not all lie on the same node"
+    assert threes["nodes_of_trials"] > 1
 
 
 def test_jobs_are_placed_on_nodes_of_unequal_size(found: dict[str, Any]) -> None:
