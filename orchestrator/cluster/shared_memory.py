@@ -7,8 +7,9 @@ disk and says so in a log only, and NCCL, which needs shared memory too, fails l
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
+
+import psutil
 
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.workspace.errors import UserError
@@ -42,9 +43,9 @@ def check_shared_memory(needed: int, available: int | None, place: str = "this m
 
 def total_shared_memory() -> int | None:
     """Return the size of this machine's shared memory in bytes; None on systems without it."""
-    return shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None
+    return psutil.disk_usage(str(SHARED_MEMORY)).total if SHARED_MEMORY.is_dir() else None
 
 
 def free_shared_memory() -> int | None:
     """Return its free bytes; None on systems without it."""
-    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+    return psutil.disk_usage(str(SHARED_MEMORY)).free if SHARED_MEMORY.is_dir() else None
