@@ -76,6 +76,7 @@ class ScheduleSearch:
         self._given: dict[IterationSchedule, Trial] = {}
         self._suggested: dict[IterationSchedule, Trial] = {}
         self._study: optuna.Study | None = None
+        self._num_read = 0
         self.teacher_cache: str | None = None
         """Folder of the teacher's stored outputs, for the trials that are suggested."""
         if self._path.exists():
@@ -215,12 +216,15 @@ class ScheduleSearch:
     def _read(self, study: optuna.Study) -> None:
         """Take over the schedules in the study that are not known yet."""
         known = self._known()
-        for stored in study.get_trials(deepcopy=False):
+        for stored in study.get_trials(deepcopy=False)[self._num_read :]:
             schedule = self._schedule(stored.params)
             if self._is_whole(stored) and schedule not in known:
                 known[schedule] = self._make_trial(schedule)
                 kind = self._given if stored.user_attrs.get(GIVEN) else self._suggested
                 kind[schedule] = known[schedule]
+            # One that runs may still get the rest of its schedule.
+            if stored.number == self._num_read and stored.state.is_finished():
+                self._num_read += 1
 
     def _is_whole(self, stored: optuna.trial.FrozenTrial) -> bool:
         # A process that is killed while it asks leaves a part of a schedule.
