@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -24,20 +24,24 @@ from orchestrator.cluster.placement import Placement, pretraining_placement
 from orchestrator.cluster.preemption import own_node, watch_nodes
 from orchestrator.cluster.process_group import PrivateTorchConfig
 from orchestrator.cluster.resizing import SaveBeforeResize, SaveRequests
+from orchestrator.cluster.running_jobs import (
+    RunningJobs,
+    journal_bytes,
+    save_request,
+    wait_message,
+)
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.planning.out_of_memory import out_of_memory_explained
 from orchestrator.planning.save_time import seconds_to_save
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.signals import recorded_signals, wait_for_work
+from orchestrator.terminal.signals import recorded_signals
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.distributed import World, gathered
 from orchestrator.training.loop import Diverged
-from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
 from orchestrator.workspace.errors import DeviceError, RunFailed, UserError, first_line
-from orchestrator.workspace.journal import JOURNAL_NAME
 
 # isort: split
 # After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
@@ -100,7 +104,7 @@ def run_train_jobs(
                     max_failures=cluster.max_failures,
                     node_wait_minutes=cluster.node_wait_minutes,
                 )
-                running = _RunningJobs(ours, stop, note)
+                running = RunningJobs(ours, stop, note)
                 trainings = [*map(partial(pool.submit, fit), ours)]
                 pool.shutdown(wait=False)  # It runs what was submitted, and ends.
                 running.wait_for(trainings, signals, watch)
@@ -135,7 +139,7 @@ def fit_job(
     """
     if stop.is_posted():
         return
-    has_started = _journal_bytes(job) > 0
+    has_started = journal_bytes(job) > 0
     storage = job.folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
     fewest = placement.min_workers
@@ -169,11 +173,11 @@ def fit_job(
                 NodeWatch(
                     NodeWait(has_started=has_started, minutes=node_wait_minutes),
                     placement,
-                    announce=_wait_message(stop, job),
+                    announce=wait_message(stop, job),
                     name=job.folder.name,
                 ),
                 SaveBeforeResize(
-                    job.folder, _save_request(stop, job), seconds=seconds_to_save([job])
+                    job.folder, save_request(stop, job), seconds=seconds_to_save([job])
                 ),
             ],
         ),
@@ -198,7 +202,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job = TrainingJob.model_validate(config["job"])
     num_workers = context.get_world_size()
     stop: Message = config["stop"]
-    save = _save_request(stop, job)
+    save = save_request(stop, job)
     with watch_messages(stop, save) as inbox:
         requests = SaveRequests(inbox, save)
         try:
@@ -258,70 +262,6 @@ def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:
         raise error
     text = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
     return {"error": "RunFailed", "text": text}
-
-
-class _RunningJobs:
-    """Jobs of this driver while they run: waits for them, says what they wait for, stops them."""
-
-    def __init__(
-        self, jobs: Sequence[TrainingJob], stop: Message, note: Callable[[str], None] | None
-    ) -> None:
-        self._stop, self._note = stop, note
-        self._jobs = {_wait_message(stop, job): job for job in jobs}
-        self._sizes = {job.run_folder: _journal_bytes(job) for job in jobs}
-        self._said: dict[Message, str | None] = {}
-
-    def wait_for(
-        self,
-        trainings: Sequence[Future[None]],
-        signals: Sequence[int],
-        watch: Callable[[], None] | None,
-    ) -> None:
-        with watch_messages(*self._jobs) as self._inbox:
-
-            def show() -> None:
-                self._say_what_they_wait_for()
-                if watch:
-                    watch()
-
-            named = {job.folder.name: job for job in self._jobs.values()}
-            wait_for_work(
-                trainings,
-                signals,
-                ask_to_stop=self._ask_to_stop,
-                saved=partial(describe_saved_state, named),
-                watch=show,
-            )
-
-    def _say_what_they_wait_for(self) -> None:
-        for message in self._jobs:
-            text = self._inbox.text(message)
-            if self._note and text and text != self._said.get(message):
-                self._note(text)
-            self._said[message] = text
-
-    def _ask_to_stop(self) -> float:
-        self._stop.post()
-        # A job that waits for a node has nothing to save, nor one that has written nothing yet.
-        begun = [
-            job
-            for message, job in self._jobs.items()
-            if not self._inbox.text(message) and _journal_bytes(job) > self._sizes[job.run_folder]
-        ]
-        return seconds_to_save(begun, self._note) if begun else 0.0
-
-
-def _wait_message(stop: Message, job: TrainingJob) -> Message:
-    return stop.part(job.run_folder)
-
-
-def _save_request(stop: Message, job: TrainingJob) -> Message:
-    return stop.part(job.run_folder).part("save")
-
-
-def _journal_bytes(job: TrainingJob) -> int:
-    path = job.folder / JOURNAL_NAME
-    return path.stat().st_size if path.exists() else 0
 
 
 def failure_reason(error: BaseException) -> str:
