@@ -139,10 +139,8 @@ def fit_job(
     """
     if stop.is_posted():
         return
-    has_started = journal_bytes(job) > 0
     storage = job.folder / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
-    fewest = placement.min_workers
     trainer = train_api.torch.TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -152,48 +150,54 @@ def fit_job(
             "parallel": parallel,
             "use_gpu": placement.use_gpu,
         },
-        scaling_config=train_api.ScalingConfig(
-            num_workers=(fewest, placement.workers) if fewest else placement.workers,
-            use_gpu=placement.use_gpu,
-            resources_per_worker=placement.worker_resources,
-            placement_strategy=placement.strategy,
-            elastic_resize_monitor_interval_s=GROW_SECONDS,
-        ),
+        scaling_config=_scaling_config(placement),
         torch_config=PrivateTorchConfig(backend=collective_backend(use_gpu=placement.use_gpu)),
         run_config=train_api.RunConfig(
             name="train",
             storage_path=str(storage),
-            failure_config=train_api.FailureConfig(
-                max_failures=max_failures,
-                controller_failure_limit=-1,  # `NodeWatch` has limits of its own.
-            ),
+            # `NodeWatch` limits what is no failure of a worker.
+            failure_config=train_api.FailureConfig(max_failures, controller_failure_limit=-1),
             logging_config=train_api.LoggingConfig(log_level="WARNING"),
-            callbacks=[
-                _EndAtDeviceError(),
-                NodeWatch(
-                    NodeWait(has_started=has_started, minutes=node_wait_minutes),
-                    placement,
-                    announce=wait_message(stop, job),
-                    name=job.folder.name,
-                ),
-                SaveBeforeResize(
-                    job.folder, save_request(stop, job), seconds=seconds_to_save([job])
-                ),
-            ],
+            callbacks=_callbacks(job, placement, stop, node_wait_minutes),
         ),
     )
     try:
         answer = trainer.fit().return_value
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        if isinstance(error, ray.train.ControllerError) and isinstance(
-            error.controller_failure, DeviceError
-        ):
-            raise error.controller_failure from None
+        cause = getattr(error, "controller_failure", None)
+        if isinstance(cause, DeviceError):
+            raise cause from None
         raise RunFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     if "error" in answer:
         raise ANSWERED_ERRORS[answer["error"]](answer["text"])
+
+
+def _scaling_config(placement: Placement) -> Any:
+    fewest, most = placement.min_workers, placement.workers
+    return train_api.ScalingConfig(
+        num_workers=(fewest, most) if fewest else most,
+        use_gpu=placement.use_gpu,
+        resources_per_worker=placement.worker_resources,
+        placement_strategy=placement.strategy,
+        elastic_resize_monitor_interval_s=GROW_SECONDS,
+    )
+
+
+def _callbacks(
+    job: TrainingJob, placement: Placement, stop: Message, node_wait_minutes: float | None
+) -> list[Any]:
+    return [
+        _EndAtDeviceError(),
+        NodeWatch(
+            NodeWait(has_started=journal_bytes(job) > 0, minutes=node_wait_minutes),
+            placement,
+            announce=wait_message(stop, job),
+            name=job.folder.name,
+        ),
+        SaveBeforeResize(job.folder, save_request(stop, job), seconds=seconds_to_save([job])),
+    ]
 
 
 def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
