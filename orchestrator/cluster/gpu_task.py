@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from orchestrator.cluster.devices import DeviceWork, worker_device
+from orchestrator.cluster.devices import worker_device
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.planning.resources import check_available
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import POLL_SECONDS, interruption_text, recorded_signals
+from orchestrator.training.device_work import DeviceWork
 from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
 
 # isort: split

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from orchestrator.cluster.devices import DeviceWork, OnDevice, on_cpu
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.device_work import DeviceWork, OnDevice, on_cpu
 from orchestrator.workspace.ray_address import LOCAL
 
 T = TypeVar("T")

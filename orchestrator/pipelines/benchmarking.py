@@ -17,7 +17,6 @@ import pandas
 from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.devices import OnDevice, on_cpu
 from orchestrator.cluster.launch import command_device
 from orchestrator.evaluation.cost_measurement import (
     HOW_MEASURED,
@@ -35,6 +34,7 @@ from orchestrator.evaluation.evaluated_model import (
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas
 
-from orchestrator.cluster.devices import OnDevice, on_cpu
 from orchestrator.cluster.launch import command_device
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import Suite, load_suite
@@ -24,6 +23,7 @@ from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.formatting import format_with_error
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key

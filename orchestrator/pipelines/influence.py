@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
-from orchestrator.cluster.devices import OnDevice, on_cpu
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import TokenStore, open_tokens
@@ -23,6 +22,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, weights_key
+from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError

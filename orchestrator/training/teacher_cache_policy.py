@@ -7,16 +7,17 @@ give the same losses to the last bit (on the same machine, with the same number 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.teacher_cache import (
     CachePlan,
     bytes_to_write,
@@ -36,11 +37,6 @@ _KEPT_NAME = "kept"  # File in a requested cache: `auto` does not delete it.
 _NEEDS_TEACHER = "distillation.hidden_weight needs its hidden states, which are not stored"
 
 
-DeviceWork = Callable[[str, Progress], Any]
-OnDevice = Callable[[DeviceWork, Progress], Any]
-"""Calls a function with the name of a device; see `orchestrator.cluster.launch.run_on_device`."""
-
-
 class TeacherWork(NamedTuple):
     """Tokens that teachers have yet to compute, those of them to store, and the bytes to store."""
 
@@ -54,21 +50,20 @@ def store_teacher_outputs(
     settings: DistillationSettings,
     parent: Path,
     *,
-    on_device: OnDevice | None = None,
+    on_device: OnDevice = on_cpu,
     progress: Progress | None = None,
 ) -> list[TrainingJob]:
     """Store the teacher outputs of jobs if that pays; return the jobs, which then read them.
 
     Args:
         parent: Folder of all caches.
-        on_device: Runs what runs the teacher; here, on the CPU, when unset.
+        on_device: Runs the teacher.
 
     Raises:
         UserError: If the requested cache is impossible.
         RunFailed: If the disk fills up.
     """
     progress, shared = progress or Progress(), list(jobs)
-    on_device = on_device or _on_this_cpu
     if settings.hidden_weight and any(job.objective == "distill" for job in jobs):
         check_teacher_cache(settings)
         if settings.teacher_cache == "auto":
@@ -92,10 +87,6 @@ def store_teacher_outputs(
         for student in students:
             shared[student] = jobs[student].model_copy(update={"teacher_cache": str(folder)})
     return shared
-
-
-def _on_this_cpu(work: DeviceWork, progress: Progress) -> Any:
-    return work("cpu", progress)
 
 
 def _write_outputs(
