@@ -43,6 +43,7 @@ from orchestrator.workspace.journal import VALIDATION_METRIC
 # isort: split
 # After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
 import ray
+import ray.exceptions
 import ray.tune
 
 tune: Any = ray.tune
@@ -107,7 +108,10 @@ class TrialContext:
         # The trial's own process has no GPU: its workers had them, and have ended.
         cpus = self.placement.cpus
         remote = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy="DEFAULT")
-        answer: T = ray.get(remote(lambda: work(worker_device(use_gpu=True))).remote())
+        try:
+            answer: T = ray.get(remote(lambda: work(worker_device(use_gpu=True))).remote())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # Ray's own error has the traceback as its text.
         return answer
 
 

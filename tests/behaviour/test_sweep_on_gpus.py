@@ -59,7 +59,7 @@ def run(command: str, workspace: Path, environment: dict[str, str], *more: str) 
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     [log] = (workspace / "logs").glob(f"*-{command}-*.log")

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from orchestrator.cluster.gpu_task import WAITING
 from orchestrator.cluster.launch import command_device, trial_device
+from orchestrator.cluster.placement import Placement
+from orchestrator.cluster.ray_tune import TrialContext
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
@@ -79,6 +81,11 @@ with ray_cluster():
         command_device(ClusterSettings(), Path())(mistake, Progress())
     except UserError as error:
         found["error"] = [str(error), "in mistake" in str(error.__cause__)]
+    workers = Placement(jobs_at_once=1, workers=2, cpus=1, gpus=1)
+    try:
+        TrialContext(workers, *[None] * 4).on_device(lambda device: mistake(device, None))
+    except UserError as error:
+        found["error of a trial"] = str(error)
     found["after a death"] = on_gpu(partial(die_once, Path(sys.argv[1])), Progress())
 
     others = placement_group([{"GPU": 1}] * 2)
@@ -115,7 +122,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=180,
+            timeout=400,
         )
     assert done.returncode == 0, done.stderr[-4000:]
     answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -137,6 +144,7 @@ def test_progress_and_log_lines_come_back(found: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_a_mistake_keeps_its_type_and_its_traceback(found: dict[str, Any]) -> None:
     assert found["error"] == ["type something else", True]
+    assert found["error of a trial"] == "type something else", "whose workers had the GPUs"
 
 
 @pytest.mark.slow
