@@ -52,6 +52,7 @@ def training_memory(
     precision: Literal["fp32", "bf16"] = "fp32",
     activation_checkpointing: bool = False,
     num_shards: int = 1,
+    num_passes: int = 1,
     has_teacher: bool = False,
 ) -> TrainingMemory:
     """Estimate the memory of a training step.
@@ -63,6 +64,7 @@ def training_memory(
         precision: of the arithmetic; weights, gradients and moments are float32.
         activation_checkpointing: whether each layer is recomputed in the backward pass.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
+        num_passes: passes of a step; workers share their gradients only in the last one.
         has_teacher: whether a frozen model of the same size runs beside it.
     """
     config = config if schedule is None else replace(config, schedule=schedule)
@@ -79,7 +81,7 @@ def training_memory(
     of_teacher = tokens * 2 * config.vocab_size * _FULL if has_teacher else 0
     return TrainingMemory(
         weights=(held + (parameters if has_teacher else 0)) * _FULL + copies * _HALF,
-        gradients=held * _FULL,
+        gradients=(held if num_passes == 1 else parameters) * _FULL,
         optimizer=2 * (-(-parameters // num_shards)) * _FULL,
         activations=of_teacher
         + _peak_bytes(config, tokens, width, activation_checkpointing, num_shards),

@@ -143,6 +143,7 @@ class PlannedTraining:
             precision=self.recipe.precision,
             activation_checkpointing=self.recipe.activation_checkpointing,
             num_shards=self.num_workers if self.parallel == "fsdp" else 1,
+            num_passes=self.num_passes,
             has_teacher=self.teacher is not None,
         )
 

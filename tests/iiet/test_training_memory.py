@@ -149,3 +149,7 @@ def test_memory_saving_settings_save_memory() -> None:
     shared = training_memory(config, num_sequences=1, num_shards=8)
     assert shared.optimizer == pytest.approx(alone.optimizer / 8, rel=1e-6)
     assert shared.weights < alone.weights / 4
+    # Between the passes of a step, each shard's worker holds all gradients.
+    in_passes = training_memory(config, num_sequences=1, num_shards=8, num_passes=2)
+    assert shared.gradients < alone.gradients / 4
+    assert in_passes.gradients == alone.gradients
