@@ -16,6 +16,7 @@ import pytest
 from pretended_cluster import pretended_cluster
 from small_size import SMALL
 
+from orchestrator.sweeping.trial_states import StoredPlan
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -73,6 +74,14 @@ def tasks(log: str) -> list[str]:
     return list(found)
 
 
+def precisions(workspace: Path) -> set[str]:
+    """Return the precisions of all trials: of training, and of measuring."""
+    plans = [StoredPlan.read(path) for path in workspace.glob("sweeps/*/plan.json")]
+    trials = [trial for plan in plans if plan for trial in plan.trials]
+    trained = {trial.job.recipe.precision for trial in trials if trial.job}
+    return trained | {trial.suite.precision for trial in trials}
+
+
 def gpus_of_trials(folder: Path) -> list[str]:
     events = [r for path in folder.glob("*/") for r in read_journal(path)[0] if "device" in r]
     assert events
@@ -93,6 +102,7 @@ def test_models_are_trained_and_measured_on_reserved_gpus(
         "pipelines.influence", "training.teacher_cache_policy", "evaluation.decode_timing",
     ]  # fmt: skip
     assert set(gpus_of_trials(workspace / "trials")) <= {"0", "1"}
+    assert precisions(workspace) == {"bf16"}
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,9 @@ def test_each_task_is_run_once(
     assert len(list(workspace.evaluations.glob("*.json"))) == 2
 
 
+@pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
+    precision: str | None,
     checkpoint: Path,
     settings: EvaluationSettings,
     workspace: Workspace,
@@ -152,6 +154,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    settings = settings.model_copy(update={"precision": precision})
     config = load_config(checkpoint)
     suite = plan_suite(settings, tiny_tokens, config, Progress())
     cheaper = replace(config, schedule=IterationSchedule((1, 0)))
