@@ -73,7 +73,6 @@ def run_job(
         Diverged: If the loss is not finite or spikes; names the step and the last good checkpoint.
     """
     world = world or World()
-    check_precision(job.recipe.precision, world.device, section=job.section)
     # Replicas may have unequal shares of a step. Shards make the same number of passes.
     num_workers = world.size if world.is_sharded else 1
     run_on_first(lambda: check_job(job, num_workers=num_workers), world)
@@ -81,6 +80,7 @@ def run_job(
         outcome = run_on_first(lambda: _open_folder(job), world)
         if outcome:
             return outcome
+        check_precision(job.recipe.precision, world.device, section=job.section)
         with closing(_Run(job, world, report)) as run:
             run.prepare(run_on_first(run.newest_checkpoint, world))
             try:
