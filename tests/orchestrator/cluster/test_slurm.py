@@ -23,7 +23,8 @@ from orchestrator.cluster.deployment import Deployment
 from orchestrator.cluster.slurm import batch_script
 from orchestrator.workspace.journal import read_journal
 
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 30
+LONG_PATIENCE_SECONDS = 300
 # What SLURM and Ray install, as programs that write what they are told into a file.
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$RECORD"
@@ -52,24 +53,32 @@ while True:
     signal.pause()
 """
 COMMAND = f"""#!{sys.executable}
-import os, signal, sys, time
+import os, signal, socket, sys
 
 def say(text):
     with open(os.environ["RECORD"], "a") as file:
         print(text, file=file)
 
 def save(*_):
-    say("saved")
-    sys.exit(130)
+    host, port = os.environ["RAY_ADDRESS"].split(":")
+    socket.create_connection((host, int(port))).close()
+    say("saved while Ray runs")
+    sys.exit(0 if "report" in sys.argv else 130)
 
 signal.signal(signal.SIGTERM, save)
 say(f"{{sys.argv[1:]}} {{os.environ['IIET_WORKSPACE']}} {{os.environ['RAY_AUTH_MODE']}}")
-if "report" in sys.argv:
+if "ui" in sys.argv:
     sys.exit(2)
 while True:
     signal.pause()
 """
-PROGRAMS = {"scontrol": SCONTROL, "srun": SRUN, "ray": RAY, "iiet-orch": COMMAND}
+PROGRAMS = {
+    "scontrol": SCONTROL,
+    "srun": SRUN,
+    "ray": RAY,
+    "iiet-orch": COMMAND,
+    "python": "#!/bin/bash\necho 127.0.0.1\n",  # The head's address, from Ray.
+}
 
 
 def free_job_id() -> int:
@@ -80,8 +89,8 @@ def free_job_id() -> int:
             return number
 
 
-def wait_until(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_until(happened: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -124,9 +133,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield run
     for process in started:
-        process.communicate(timeout=PATIENCE_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def make_script(*words: str, **changes: Any) -> str:
@@ -155,32 +164,38 @@ def test_the_options_of_sbatch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "requeued"), [(signal.SIGTERM, ["scontrol requeue {}"]), (signal.SIGUSR1, [])]
+    ("number", "words", "exit_code", "requeued"),
+    [
+        (signal.SIGTERM, ["pretrain", "--set", "a=[b c]"], 130, ["scontrol requeue {}"]),
+        (signal.SIGUSR1, ["pretrain"], 130, []),
+        (signal.SIGTERM, ["report"], 0, []),  # It has just finished.
+    ],
 )
 def test_a_signal_reaches_the_command_alone_which_saves_its_state(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: int, requeued: list[str]
-) -> None:
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: int, words: list[str],
+    exit_code: int, requeued: list[str],
+) -> None:  # fmt: skip
     job_id = str(free_job_id())
-    script = start("pretrain", "--set", "a=[b c]", SLURM_JOB_ID=job_id)
+    script = start(*words, SLURM_JOB_ID=job_id)
     wait_until(lambda: len(record(tmp_path)) == 2)
     os.kill(script.pid, number)
     printed, _ = script.communicate(timeout=PATIENCE_SECONDS)
-    assert script.returncode == 130, printed
+    assert script.returncode == exit_code, printed
     wait_until(lambda: "ray ends" in record(tmp_path))
     started, told, saved, *rest = record(tmp_path)
     assert started == (
         "ray start --block --head --node-ip-address=HOST --port=PORT --num-cpus=64 --num-gpus=8 "
         "--object-store-memory=2147483648"
     )
-    assert told == "['pretrain', '--set', 'a=[b c]'] /shared/my space token"
-    assert saved == "saved"
+    assert told == f"{words} /shared/my space token"
+    assert saved == "saved while Ray runs"
     assert sorted(rest) == ["ray ends", *(line.format(job_id) for line in requeued)]
 
 
 def test_a_command_that_fails_ends_the_job_with_its_exit_code(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    assert start("report").wait(PATIENCE_SECONDS) == 2
+    assert start("ui").wait(PATIENCE_SECONDS) == 2
     wait_until(lambda: "ray ends" in record(tmp_path))
     assert not any(line.startswith("scontrol") for line in record(tmp_path))
 
@@ -214,12 +229,12 @@ def test_a_real_run_on_a_real_ray_saves_its_state_and_resumes(
         # Short: a socket's path has little room.
         with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
             script = start(*words, programs=fakes, plan=one_node, RAY_TMPDIR=scratch)
-            wait_until(lambda event=event: event in names())  # type: ignore[misc]
+            wait_until(lambda event=event: event in names(), LONG_PATIENCE_SECONDS)  # type: ignore[misc]
             processes = psutil.Process(script.pid).children(recursive=True)
             os.kill(script.pid, signal.SIGTERM)
-            printed, _ = script.communicate(timeout=PATIENCE_SECONDS)
+            printed, _ = script.communicate(timeout=LONG_PATIENCE_SECONDS)
             assert script.returncode == 130, printed
             assert "saved at step" in printed
-            _, alive = psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
+            _, alive = psutil.wait_procs(processes, timeout=LONG_PATIENCE_SECONDS)
             assert not alive
     assert [line.split()[:2] for line in record(tmp_path)] == [["scontrol", "requeue"]] * 2
