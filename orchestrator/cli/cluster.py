@@ -62,20 +62,16 @@ def submit(
         raise UserError(f"--name {quoted(name)}: a job's name has letters, digits and . - _")
     from orchestrator.pipelines import submitting
 
-    options = parse_command(command)
-    workspace = options["workspace"]
-    submitting.shared_workspace(workspace)
-    connection = _connect(server)
     job_id = submitting.submit(
         command,
-        server=connection,
-        workspace=workspace,
+        server=server,
+        workspace=parse_command(command)["workspace"],
         name=name,
         variables=env or [],
         say=lambda text: print_line(Console(), text),
     )
     if follow:
-        _follow(connection, job_id)
+        _follow(_connect(server), job_id)
 
 
 @jobs.command("list")

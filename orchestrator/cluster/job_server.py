@@ -26,10 +26,11 @@ from orchestrator.cluster.environment import prepare_for_server
 from orchestrator.cluster.working_directory import WorkingDirectory, write_archive
 from orchestrator.workspace.errors import RunFailed, UserError, first_line, quoted
 
-DEFAULT_SERVER = "http://127.0.0.1:8265"
 STOP_SECONDS = 180
 """How long a stopped job may take to write its checkpoint before it is killed."""
 CONNECT_SECONDS = 10.0
+READY_SECONDS = 60.0
+"""How long a head that has just started may take until it runs jobs."""
 POLL_SECONDS = 0.5
 KILL_SECONDS = 30.0
 """How long a killed job takes to be recorded as stopped, at most."""
@@ -96,13 +97,22 @@ class JobServer:
         with tempfile.TemporaryDirectory() as folder, self._errors_explained():
             archive = Path(folder) / "working-directory.zip"
             write_archive(directory, archive)
-            return str(
-                self._client.submit_job(
-                    entrypoint=shlex.join(command),
-                    submission_id=f"{name}-{secrets.token_hex(3)}",
-                    runtime_env={"working_dir": str(archive), "env_vars": variables},
-                )
+            return self._submit_when_ready(
+                entrypoint=shlex.join(command),
+                submission_id=f"{name}-{secrets.token_hex(3)}",
+                runtime_env={"working_dir": str(archive), "env_vars": variables},
             )
+
+    def _submit_when_ready(self, **request: Any) -> str:
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                return str(self._client.submit_job(**request))
+            except RuntimeError as error:
+                # The agent that starts jobs comes up after the server.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_SECONDS)
 
     def find(self, job_id: str) -> Job:
         """Return a job.
@@ -202,7 +212,7 @@ def _checked_address(address: str) -> str:
         address = f"http://{address}"
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
         raise UserError(
-            f"--server {quoted(address)} is no address of a job server, such as {DEFAULT_SERVER}"
+            f"--server {quoted(address)} is no address of a job server, such as http://HOST:8265"
         )
     return address.rstrip("/")
 

@@ -22,7 +22,7 @@ EXIT_CODE_NOT_FOUND = 127
 def submit(
     words: Sequence[str],
     *,
-    server: JobServer,
+    server: str,
     workspace: Path | None,
     name: str | None = None,
     variables: Sequence[str] = (),
@@ -32,14 +32,15 @@ def submit(
 
     Args:
         words: The command and its options.
+        server: Address of the job server.
         workspace: What the command's own option says.
         name: What the id begins with (default: the command).
         variables: Names of environment variables of this process that the job gets.
         say: Called with a sentence about what was sent.
 
     Raises:
-        UserError: If the workspace is not shared, a variable is not set, or the working directory
-            is too large.
+        UserError: If the workspace is not shared, a variable is not set, the working directory is
+            too large, or no job server answers.
     """
     environment = {ENVIRONMENT_NAME: str(shared_workspace(workspace))}
     for variable in variables:
@@ -47,7 +48,7 @@ def submit(
             raise UserError(f"--env {variable}: this variable is not set here")
         environment[variable] = os.environ[variable]
     directory = find_files(Path.cwd())
-    job_id = server.submit(
+    job_id = JobServer(server).submit(
         ["iiet-orch", *words],
         directory=directory,
         environment=environment,
