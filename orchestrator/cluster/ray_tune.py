@@ -183,14 +183,7 @@ def run_trials(
                 early_stops=early_stops or Message(),
                 placement=placement,
             )
-            run_config = tune.RunConfig(
-                name="tune",
-                storage_path=str(storage),
-                failure_config=tune.FailureConfig(max_failures=sweep.max_failures_per_trial),
-                callbacks=[callback],
-                stop=callback,
-                verbose=0,
-            )
+            run_config = _run_config(storage, callback, sweep.max_failures_per_trial)
             _tuner(trainable, trials, placement, run_config, scheduler).fit()
 
         try:
@@ -204,6 +197,17 @@ def run_trials(
             shutil.rmtree(storage, ignore_errors=True)
         deliver()
     return reports
+
+
+def _run_config(storage: Path, callback: TuneCallback, max_failures: int) -> Any:
+    return tune.RunConfig(
+        name="tune",
+        storage_path=str(storage),
+        failure_config=tune.FailureConfig(max_failures=max_failures),
+        callbacks=[callback],
+        stop=callback,
+        verbose=0,
+    )
 
 
 def _tuner(
