@@ -128,7 +128,12 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
             trial,
             {f"{x:02d}": {"x": x} for x in range(20)},
             tmp_path / "ray",
-            hooks=TrialHooks(on_result=heard.append, watch=watch, saved=lambda: "18 are left"),
+            hooks=TrialHooks(
+                on_result=heard.append,
+                watch=watch,
+                saved=lambda: "18 are left",
+                seconds_to_save=lambda _: 60.0,  # Any busy machine is fast enough.
+            ),
         )
     assert attempts(folder, "trial") == 2
     raised, died = sorted(heard, key=lambda report: report.key)
