@@ -152,7 +152,8 @@ def run_study(
         print_plan(session.console, plan)
         print_line(session.console, _later_phases(settings, choices, len(study.contenders)))
         return
-    with ray_cluster(say=session.progress.start):
+    root = session.workspace.root
+    with ray_cluster(settings.cluster, folder=root, say=session.progress.start):
         phases = study.compare()
         ways = study.distill(phases)
     folder = session.workspace.overlays / name

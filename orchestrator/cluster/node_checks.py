@@ -31,7 +31,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 25.0
 """Longest wait for the nodes, each of which starts a process."""
 SEEN_SECONDS = 5.0
 """How long a file of another node is looked for; network file systems show it late."""

@@ -22,6 +22,7 @@ SECRET = "abcdefgh-not-a-real-token"
 
 DRIVER = """
 import json, os, pathlib, subprocess, sys, time
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
 import orchestrator.cluster  # sets what Ray reads when it is imported
 import ray
 from ray.cluster_utils import Cluster
@@ -66,6 +67,23 @@ def wait_for(num_nodes):
 report = {}
 try:
     cluster.add_node(**small)
+    if "token" in cases:
+        program = "import sys; from orchestrator.cluster.start import ray_cluster; " + (
+            "from orchestrator.settings import ClusterSettings; "
+            "ray_cluster(ClusterSettings(address=sys.argv[1])).__enter__()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, cluster.address],
+            env={**os.environ, "RAY_AUTH_TOKEN": "b" * 32}, capture_output=True, text=True,
+        )
+        report["token"] = done.stderr
+    if "command" in cases:
+        options = ["--address", cluster.address, "--steps", "2", "--verbose"]
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator.cli", "pretrain", "-w", str(folder), *options],
+            env={**os.environ, **new}, capture_output=True, text=True,
+        )
+        report["command"] = [done.returncode, done.stdout + done.stderr]
     if "good" in cases:
         node = cluster.add_node(**small)
         report["good"] = join()
@@ -104,8 +122,8 @@ def joined(folder: Path, cases: str, other_code: Path = ROOT) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
         done = subprocess.run(
             [sys.executable, "-c", DRIVER, str(folder), str(other_code), SECRET, cases],
-            env={**environment, "RAY_TMPDIR": scratch},
-            cwd=ROOT,
+            env={**environment, "RAY_TMPDIR": scratch, "PYTHONPATH": str(ROOT)},
+            cwd=scratch,  # Ray's workers import from the command's folder first.
             capture_output=True,
             text=True,
             check=False,
@@ -120,7 +138,7 @@ def joined(folder: Path, cases: str, other_code: Path = ROOT) -> dict[str, Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a command finds on a good node, and on one with another workspace if there can be."""
     may_mount = subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
-    cases = "good workspace" if may_mount else "good"
+    cases = "token good workspace" if may_mount else "token good"
     return joined(tmp_path_factory.mktemp("workspace"), cases)
 
 
@@ -128,6 +146,22 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_named_variables_reach_each_node_and_are_masked_there(report: dict[str, Any]) -> None:
     assert report["good"] == [[[SECRET, "1", None, "1", "2"], "the hub refused ***"]] * 2
     assert report["left over"] == []
+
+
+@pytest.mark.slow
+def test_another_token_is_refused(report: dict[str, Any]) -> None:
+    assert "asks for another token; set RAY_AUTH_MODE=token" in report["token"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_no_secret_is_written_by_a_command_whose_workers_have_it(tmp_path: Path) -> None:
+    code, output = joined(tmp_path, "command")["command"]
+    assert code == 0, output
+    assert SECRET not in output
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 @pytest.mark.slow

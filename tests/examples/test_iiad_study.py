@@ -80,7 +80,7 @@ def session(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) 
         return SimpleNamespace(trials=trials, failures=failures, report=None)
 
     monkeypatch.setattr(study, "prepare", lambda *_, **__: tiny_tokens)
-    monkeypatch.setattr(study, "ray_cluster", lambda **_: nullcontext())
+    monkeypatch.setattr(study, "ray_cluster", lambda *_, **__: nullcontext())
     monkeypatch.setattr(study, "sweep", sweep)
     monkeypatch.setattr(study, "print_report", lambda *_: None)
     monkeypatch.setattr(study, "report", lambda **_: SimpleNamespace(folder=tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import platform
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from orchestrator.cluster import joining
-from orchestrator.cluster.joining import check_ray_can_run, check_reachable
+from orchestrator.cluster.joining import check_ray_can_run, check_reachable, joining_problem
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import UserError
@@ -80,6 +81,21 @@ def test_a_server_that_greets_as_grpc_does_is_left_to_ray(server: socket.socket)
     greeting.start()
     check_reachable(address_of(server))
     greeting.join()
+
+
+def test_other_versions_are_named() -> None:
+    from ray._private.utils import check_version_info
+
+    with pytest.raises(RuntimeError) as caught:
+        check_version_info({"ray_version": "2.1.0", "python_version": "3.7.4"}, "node x")
+    problem = joining_problem(caught.value, "head:6379")
+    assert "the cluster at head:6379 runs Ray 2.1.0 and Python 3.7.4, and this command" in problem
+    assert f"Python {platform.python_version()}; install the same" in problem
+
+
+def test_what_ray_says_is_part_of_the_sentence_otherwise() -> None:
+    problem = joining_problem(ConnectionError("first\nsecond"), "head:6379")
+    assert "head:6379 cannot be joined (first);" in problem
 
 
 def test_a_command_must_run_on_a_node_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
