@@ -9,7 +9,11 @@ import sys
 import psutil
 import pytest
 
-from orchestrator.cluster.environment import ray_environment, worker_variables
+from orchestrator.cluster.environment import (
+    prepare_environment,
+    ray_environment,
+    worker_variables,
+)
 
 
 @pytest.mark.slow
@@ -77,6 +81,16 @@ def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatc
     assert worker_variables(entries, "head:6379") == {**named, **given}
     # Those of a local Ray inherit the others.
     assert worker_variables(entries, "local") == given
+
+
+def test_options_of_the_gpu_allocator_stay_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual: dict[str, str] = {}
+    chosen = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}
+    for environment in (usual, chosen):
+        monkeypatch.setattr(os, "environ", environment)
+        prepare_environment()
+    assert usual["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in chosen
 
 
 def test_the_package_sets_the_environment_before_any_of_its_modules_imports_ray() -> None:
