@@ -6,11 +6,14 @@ its processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from orchestrator.cluster.joining import check_ray_can_run
+from orchestrator.planning.resources import Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -32,6 +35,36 @@ class RunJobs(Protocol):
         note: Callable[[str], None] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> list[TrainingOutcome]: ...
+
+
+@contextmanager
+def joined_cluster(
+    cluster: ClusterSettings,
+    folder: Path,
+    check: Callable[[Resources], None],
+    progress: Progress,
+) -> Iterator[None]:
+    """Join the cluster that the settings name for a block of code, and check it first.
+
+    What the block prepares may take hours. A Ray of this machine starts later, with the first jobs.
+
+    Args:
+        folder: The workspace.
+        check: Raises `UserError` if the nodes have too few CPUs or GPUs.
+
+    Raises:
+        UserError: If the cluster cannot be joined, or its nodes cannot be used.
+    """
+    if cluster.ray_address == LOCAL:
+        check_ray_can_run(LOCAL)
+        yield
+        return
+    from orchestrator.cluster.start import ray_cluster
+
+    with ray_cluster(cluster, folder=folder, say=progress.start) as resources:
+        if not cluster.wait_for_gpus:
+            check(resources)
+        yield
 
 
 def job_runner(*, local: bool) -> RunJobs:

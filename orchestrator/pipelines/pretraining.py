@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,12 @@ from typing import Any
 
 import pandas
 
-from orchestrator.cluster.joining import check_ray_can_run
-from orchestrator.cluster.launch import job_runner
+from orchestrator.cluster.launch import job_runner, joined_cluster
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.training_dry_runs import check_pretraining
 from orchestrator.planning.fit import check_trainings
-from orchestrator.planning.resources import check_run_resources
+from orchestrator.planning.resources import check_on_cluster, check_run_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, flatten, to_yaml
 from orchestrator.terminal.progress import Progress
@@ -92,18 +91,19 @@ def pretrain_in_context(
     local: bool = False,
 ) -> PretrainResult:
     """Pretrain one model in an open workspace; as `pretrain`, after `check_run_resources`."""
-    if not local:
-        check_ray_can_run(settings.cluster.ray_address)
-    method = settings.model.method
+    method, cluster = settings.model.method, settings.cluster
+    check = partial(check_on_cluster, cluster)
+    joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     earlier = None
-    if continued is None:
-        check_pretraining(settings, context.workspace)
-        tokens = prepare_tokens(settings.data, context.workspace, context.progress)
-    else:
-        settings, earlier = continued_settings(settings, context.workspace, Path(continued))
-        tokens = Path(earlier.tokens_folder)
-    models = {method: settings}
-    trained = pretrain_models(models, context, tokens, earlier=earlier, name=name, local=local)
+    with nullcontext() if local else joined:
+        if continued is None:
+            check_pretraining(settings, context.workspace)
+            tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+        else:
+            settings, earlier = continued_settings(settings, context.workspace, Path(continued))
+            tokens = Path(earlier.tokens_folder)
+        models = {method: settings}
+        trained = pretrain_models(models, context, tokens, earlier=earlier, name=name, local=local)
     return trained[method]
 
 

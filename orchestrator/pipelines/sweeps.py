@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas
 
 from iiet.influence import InfluenceTable
-from orchestrator.cluster.joining import check_ray_can_run
-from orchestrator.cluster.launch import trial_device
+from orchestrator.cluster.launch import joined_cluster, trial_device
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.pipelines.context import Context, open_context
@@ -35,7 +35,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.checks import check_devices, check_sweep
+from orchestrator.sweeping.checks import check_devices, check_on_nodes, check_sweep
 from orchestrator.sweeping.execution import SweepOutcome, run_sweep
 from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
 from orchestrator.terminal.progress import Progress
@@ -104,20 +104,18 @@ def sweep(
     check_arguments(settings, teacher, models)
     pretrains = teacher is None and settings.sweep.kind != "iterations"
     check_devices(settings, pretrains=pretrains)
-    check_ray_can_run(settings.cluster.ray_address)
-    check_sweep(settings, context.progress)
-    if teacher is not None:
-        checkpoint = teacher_checkpoint(context, teacher)
-        return _sweep_students(settings, context, checkpoint, baselines, name)
-    check_sweep_fits(settings, context.workspace, models)
-    tokens = prepare_tokens(settings.data, context.workspace, context.progress)
-    if settings.sweep.kind == "iterations":
-        plan = plan_iterations(settings, context, tokens, models, name=name)
-        return _run(plan, settings, context)
-    with ray_cluster(settings.cluster, folder=context.workspace.root, say=context.progress.start):
-        trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
-        checkpoints = {label: result.checkpoint for label, result in trained.items()}
-        return _sweep_students(settings, context, checkpoints.pop(TEACHER), checkpoints, name)
+    check = partial(check_on_nodes, settings, pretrains=pretrains)
+    with joined_cluster(settings.cluster, context.workspace.root, check, context.progress):
+        check_sweep(settings, context.progress)
+        if teacher is not None:
+            checkpoint = teacher_checkpoint(context, teacher)
+            return _sweep_students(settings, context, checkpoint, baselines, name)
+        check_sweep_fits(settings, context.workspace, models)
+        tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+        if settings.sweep.kind == "iterations":
+            plan = plan_iterations(settings, context, tokens, models, name=name)
+            return _run(plan, settings, context)
+        return _sweep_with_teacher(settings, context, tokens, name)
 
 
 def raise_failures(failures: Mapping[str, str]) -> None:
@@ -127,6 +125,15 @@ def raise_failures(failures: Mapping[str, str]) -> None:
             f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
             "again"
         )
+
+
+def _sweep_with_teacher(
+    settings: Settings, context: Context, tokens: Path, name: str | None
+) -> SweepResult:
+    with ray_cluster(settings.cluster, folder=context.workspace.root, say=context.progress.start):
+        trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
+        checkpoints = {label: result.checkpoint for label, result in trained.items()}
+        return _sweep_students(settings, context, checkpoints.pop(TEACHER), checkpoints, name)
 
 
 def _sweep_students(

@@ -116,6 +116,11 @@ def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> Non
     check_resources(cluster.num_workers, cluster.num_gpus, address=address, local=local)
 
 
+def check_on_cluster(cluster: ClusterSettings, resources: Resources) -> None:
+    """Check that a run gets the workers and GPUs of its settings on the nodes of a cluster."""
+    check_available(cluster.num_workers, cluster.num_gpus, resources, min_gpus=cluster.min_gpus)
+
+
 def check_available(
     num_workers: int,
     num_gpus: float,

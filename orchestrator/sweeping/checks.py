@@ -10,7 +10,13 @@ from importlib.util import find_spec
 
 from iiet.methods import METHODS
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
-from orchestrator.planning.resources import check_resources, check_run_resources
+from orchestrator.planning.resources import (
+    Resources,
+    check_available,
+    check_on_cluster,
+    check_resources,
+    check_run_resources,
+)
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings
 from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
@@ -77,6 +83,15 @@ def check_devices(settings: Settings, *, pretrains: bool) -> None:
     )
     if pretrains:
         check_run_resources(cluster)
+
+
+def check_on_nodes(settings: Settings, resources: Resources, *, pretrains: bool) -> None:
+    """Check that a cluster has the CPUs and GPUs of one trial; see `check_devices`."""
+    sweep = assign_trial_gpus(settings).sweep
+    gpus = sweep.gpus_per_trial or 0
+    check_available(sweep.workers_per_trial, gpus, resources, per_trial=True)
+    if pretrains:
+        check_on_cluster(settings.cluster, resources)
 
 
 def check_models(settings: Settings) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.workspace.journal import read_journal
+
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
 CLUSTER = """
 import json, os, subprocess, sys, threading
@@ -88,6 +90,17 @@ TABLE = {
         r"^\| `--gpus(?:-per-trial)? ([\d.]+)` \| (\d+) \| (\d+) \|$", TEXT, flags=re.MULTILINE
     )
 }
+COMMANDS = f"""{CLUSTER}
+add(64, 8)
+for gpus in (9, 8):
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "pretrain", "--gpus", str(gpus), *sys.argv[1:]],
+        capture_output=True, text=True,
+    )
+    tokens = os.path.exists(sys.argv[1].partition("=")[2] + "/tokens")
+    print(json.dumps([done.returncode, tokens, done.stdout, done.stderr]))
+cluster.shutdown()
+"""
 CASES = {
     "documented": [*[[gpus, 200] for gpus in TABLE], [3, 200]],
     "unequal": [[8, 100], [12, 100], [4, 100], [0.5, 100]],
@@ -148,3 +161,25 @@ def test_a_job_waits_for_a_node_that_joins_later(found: dict[str, Any]) -> None:
     notes, still_waits = found["waited"]
     assert notes == ["waiting for 8 free GPUs; the cluster has 1 node with 8 CPUs"]
     assert not still_waits
+
+
+@pytest.mark.long
+def test_pretrain_runs_on_eight_gpus_and_is_refused_on_nine_before_tokens_are_prepared(
+    tmp_path: Path,
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"document {n}: " + "some words " * 40 for n in range(100)))
+    settings = [
+        "training.num_steps=2", "training.num_tokens_per_step=1024",
+        "training.num_validation_tokens=64", "model.preset=tiny", "model.context_length=16",
+        "data.source=files", f"data.files=[{text}]", "data.vocab_size=300",
+    ]  # fmt: skip
+    options = [word for assignment in settings for word in ("--set", assignment)]
+    printed = run_with_cluster(COMMANDS, f"--workspace={tmp_path / 'space'}", *options)
+    refused, done = (json.loads(line) for line in printed.splitlines())
+    assert refused[:2] == [2, False]
+    assert "--gpus 9: the cluster at" in refused[3]
+    assert done[:2] == [0, True], done[3]
+    (job,) = (tmp_path / "space" / "runs").iterdir()
+    started = next(r for r in read_journal(job)[0] if r.get("name") == "started")
+    assert started["num_workers"] == 8

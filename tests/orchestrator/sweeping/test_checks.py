@@ -17,8 +17,10 @@ from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweep_dry_runs import plan_sweep
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.pipelines.sweeps import sweep
+from orchestrator.planning.nodes import Node
+from orchestrator.planning.resources import Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
-from orchestrator.sweeping.checks import check_models, check_sweep
+from orchestrator.sweeping.checks import check_models, check_on_nodes, check_sweep
 from orchestrator.sweeping.selection import schedule_cost
 from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
@@ -228,3 +230,14 @@ def test_models_from_scratch_have_no_chat_template(check: Callable[[Settings], N
         check(
             resolve_settings({}, ["evaluation.apply_chat_template=true", "sweep.kind=iterations"])
         )
+
+
+def test_a_cluster_has_the_gpus_of_a_trial_and_of_the_teacher() -> None:
+    settings = resolve_settings({}, ["cluster.num_gpus=8"])
+    one = Resources((Node(16, 1),), "the cluster at x")
+    check_on_nodes(settings, Resources((Node(16, 8),)), pretrains=True)
+    check_on_nodes(settings, one, pretrains=False)
+    with pytest.raises(UserError, match="--gpus 8: the cluster at x has 1"):
+        check_on_nodes(settings, one, pretrains=True)
+    with pytest.raises(UserError, match="--gpus-per-trial 1: the cluster at x has no GPU"):
+        check_on_nodes(settings, Resources((Node(16),), "the cluster at x"), pretrains=False)
