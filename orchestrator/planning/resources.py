@@ -112,7 +112,7 @@ def check_resources(
 
 def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> None:
     """Check that a run gets the workers and GPUs of its settings; see `check_resources`."""
-    address = cluster.ray_address
+    address = LOCAL if local else cluster.ray_address
     check_resources(cluster.num_workers, cluster.num_gpus, address=address, local=local)
 
 

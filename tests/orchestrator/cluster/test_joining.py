@@ -8,9 +8,11 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from orchestrator import cli
 from orchestrator.cluster import joining
 from orchestrator.cluster.joining import check_ray_can_run, check_reachable, joining_problem
 from orchestrator.cluster.start import ray_cluster
@@ -47,6 +49,18 @@ def test_a_port_where_nothing_listens_is_refused_with_what_to_type() -> None:
             check_reachable(address)
         with pytest.raises(UserError, match=address), ray_cluster(ClusterSettings(address=address)):
             pass
+
+
+@pytest.mark.parametrize("command", ["pretrain", "quickstart"])
+def test_a_command_ends_before_it_prepares_anything(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = address_of(unused)
+        assert cli.main([command, "-w", str(tmp_path), "--address", address]) == 2
+    assert f"iiet-orch: no Ray cluster answers at {address}" in capsys.readouterr().err
+    assert not (tmp_path / "tokens").exists()
 
 
 def test_a_host_without_an_address_is_refused() -> None:
