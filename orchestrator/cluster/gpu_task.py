@@ -92,21 +92,26 @@ def _run_once(work: DeviceWork[T], progress: Progress) -> T:
                 ray.cancel(events, force=True)
                 raise Interrupted(interruption_text("what was stored is kept"))
             if ready:
-                name, arguments, options = ray.get(next(events))
-                if name == RESULT:
-                    result: T = arguments[0]
+                event: _Event = ray.get(next(events))
+                if event.name == RESULT:
+                    result: T = event.arguments[0]
                     return result
-                if name == ERROR:
-                    error, text = arguments
-                    raise error from _RemoteTraceback(text)
-                if name == LOG:
-                    logging.getLogger(arguments[0]).log(*arguments[1:])
-                elif name == RUNS:
-                    progress.advance(0)
-                    function: Any = getattr(work, "func", work)
-                    logger.info("%s.%s %s", function.__module__, function.__name__, *arguments)
-                else:
-                    getattr(progress, name)(*arguments, **options)
+                _repeat(event, getattr(work, "func", work), progress)
+
+
+def _repeat(event: _Event, function: Any, progress: Progress) -> None:
+    """Do here what the task did there: show progress, log a line, raise an error."""
+    name, arguments, options = event
+    if name == ERROR:
+        error, text = arguments
+        raise error from _RemoteTraceback(text)
+    if name == LOG:
+        logging.getLogger(arguments[0]).log(*arguments[1:])
+    elif name == RUNS:
+        progress.advance(0)  # It waits no longer.
+        logger.info("%s.%s %s", function.__module__, function.__name__, *arguments)
+    else:
+        getattr(progress, name)(*arguments, **options)
 
 
 class _RemoteTraceback(Exception):
