@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -167,10 +168,18 @@ def test_a_job_runs_in_a_copy_of_the_working_directory_and_can_be_stopped(
     jobs = {line.split()[0]: line for line in listed.splitlines()[1:] if " pretrain" in line}
     (name,) = (job for job in jobs if job.startswith("long-"))
     assert " running " in jobs[name]
+    assert long.stdout
+    assert any(line.startswith("own code: pretrain") for line in long.stdout)
+    long.send_signal(signal.SIGINT)
+    interrupted, said = end(long)
+    assert interrupted == 130
+    assert f"the job {name} goes on" in said
+
+    follower = start(server, code, "jobs", "logs", name)
     stopped, said = end(start(server, code, "jobs", "stop", name))
     assert (stopped, said.splitlines()[-1]) == (0, f"{name}: STOPPED")
     assert (space / "saved").exists()
-    assert end(long)[0] == 130
+    assert end(follower)[0] == 130
 
 
 def test_a_mistake_is_one_sentence(server: str, folders: tuple[Path, Path]) -> None:
