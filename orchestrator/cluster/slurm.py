@@ -26,12 +26,13 @@ srun --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     else where="--address=$head:$port"; fi
     exec ray start --block $where RAY_OPTIONS' &
 ray=$!
-until (: < "/dev/tcp/$head/$port") 2> /dev/null; do
+export RAY_ADDRESS=$head:$port
+until python -c 'import ray; ray.init()' > /dev/null 2>&1; do
     kill -0 "$ray" || exit 1
     sleep 1
 done
 
-RAY_ADDRESS=$head:$port COMMAND &
+COMMAND &
 run=$!
 requeue=
 trap 'requeue=yes; kill -TERM "$run"' TERM

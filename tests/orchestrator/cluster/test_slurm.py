@@ -72,12 +72,19 @@ if "ui" in sys.argv:
 while True:
     signal.pause()
 """
+# Prints the head's address as Ray would, and waits until the head can be joined.
+PYTHON = """#!/bin/bash
+case "$2" in
+    *ray.init*) until (: < "/dev/tcp/$head/$port") 2> /dev/null; do :; done ;;
+    *) echo 127.0.0.1 ;;
+esac
+"""
 PROGRAMS = {
     "scontrol": SCONTROL,
     "srun": SRUN,
     "ray": RAY,
     "iiet-orch": COMMAND,
-    "python": "#!/bin/bash\necho 127.0.0.1\n",  # The head's address, from Ray.
+    "python": PYTHON,
 }
 
 
@@ -229,7 +236,12 @@ def test_a_real_run_on_a_real_ray_saves_its_state_and_resumes(
         # Short: a socket's path has little room.
         with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
             script = start(*words, programs=fakes, plan=one_node, RAY_TMPDIR=scratch)
-            wait_until(lambda event=event: event in names(), LONG_PATIENCE_SECONDS)  # type: ignore[misc]
+
+            def has_begun(event: str = event, script: subprocess.Popen[str] = script) -> bool:
+                assert script.poll() is None, script.communicate()
+                return event in names()
+
+            wait_until(has_begun, LONG_PATIENCE_SECONDS)
             processes = psutil.Process(script.pid).children(recursive=True)
             os.kill(script.pid, signal.SIGTERM)
             printed, _ = script.communicate(timeout=LONG_PATIENCE_SECONDS)
