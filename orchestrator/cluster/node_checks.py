@@ -67,7 +67,9 @@ def check_nodes(folder: Path | None = None) -> None:
         for node in found
         if node["Alive"] and {"CPU", "GPU"} & set(node["Resources"])
     }
-    ours = versions()
+    if not nodes:
+        return  # They may join later.
+    folder, ours = folder and folder.absolute(), versions()
     with _shared_text(folder) as text:
         reports = _ask_nodes(list(nodes), folder, text)
         for node_id, report in reports.items():

@@ -66,6 +66,8 @@ def wait_for(num_nodes):
 
 report = {}
 try:
+    if "good" in cases:
+        report["no nodes yet"] = join()
     cluster.add_node(**small)
     if "token" in cases:
         program = "import sys; from orchestrator.cluster.start import ray_cluster; " + (
@@ -146,6 +148,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_named_variables_reach_each_node_and_are_masked_there(report: dict[str, Any]) -> None:
     assert report["good"] == [[[SECRET, "1", None, "1", "2"], "the hub refused ***"]] * 2
     assert report["left over"] == []
+
+
+@pytest.mark.slow
+def test_a_cluster_whose_nodes_come_later_is_joined(report: dict[str, Any]) -> None:
+    assert report["no nodes yet"] == []
 
 
 @pytest.mark.slow
