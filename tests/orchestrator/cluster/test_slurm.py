@@ -130,6 +130,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process = subprocess.Popen(
             ["bash", str(script)],
             env=variables | changes,
+            cwd=tmp_path,  # Not a folder with other code of this package.
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -238,7 +239,7 @@ def test_a_real_run_on_a_real_ray_saves_its_state_and_resumes(
             script = start(*words, programs=fakes, plan=one_node, RAY_TMPDIR=scratch)
 
             def has_begun(event: str = event, script: subprocess.Popen[str] = script) -> bool:
-                assert script.poll() is None, script.communicate()
+                assert script.poll() is None, script.communicate()[0]
                 return event in names()
 
             wait_until(has_begun, LONG_PATIENCE_SECONDS)
