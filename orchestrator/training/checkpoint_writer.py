@@ -148,6 +148,7 @@ class CheckpointWriter:
     def _write(
         self, position: Position, weights: dict[str, Tensor], training_state: dict[str, Any]
     ) -> None:
+        started = time.perf_counter()
         folder, recipe = self._job.folder, self._job.recipe
         self.checkpoint = save_checkpoint(
             folder,
@@ -164,7 +165,7 @@ class CheckpointWriter:
         best = best_checkpoint(folder) if recipe.keep_best else None
         stable = folder / checkpoint_name(stable_steps(recipe))
         prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=(best, stable))
-        seconds = time.monotonic() - self._saved_at
+        seconds = time.perf_counter() - started
         path = str(self.checkpoint)
         self._event("checkpoint", step=position.step, path=path, seconds=round(seconds, 3))
         if self.first_stage and self._ends_first_stage(position.step):
