@@ -24,10 +24,14 @@ def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
     """
     if (usual / JOB_NAME).exists():
         return usual
-    for folder in (workspace.runs, workspace.trials):
-        for done in sorted(folder.glob(f"*/{DONE_NAME}")):
-            record = done.with_name(JOB_NAME)
-            if record.is_file() and _key_in(record, record.stat().st_mtime_ns) == key:
+    # Folders of trials are named by their keys, so only the names of runs tell nothing.
+    for done in (
+        *sorted(workspace.runs.glob(f"*/{DONE_NAME}")),
+        workspace.trials / key / DONE_NAME,
+    ):
+        record = done.with_name(JOB_NAME)
+        if done.is_file() and record.is_file():
+            if _key_in(record, record.stat().st_mtime_ns) == key:
                 return done.parent
     return usual
 
