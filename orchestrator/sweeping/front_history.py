@@ -27,28 +27,34 @@ FLOPS_PER_STEP = 1e9
 
 
 class FrontHistory:
-    """The finished trials of a sweep while it runs, and the journal of their front.
+    """The front of a sweep while it runs, and its journal.
 
-    A trial's result is read once; the journal is only read at the start.
+    A trial's result is read once, and forgotten once another beats it. Seeds of a model are kept,
+    because their mean still changes.
     """
 
     def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
         """Read the journal in `folder`; `num_trials` will be finished at the end."""
         self._full, self._folder = full_trial(plan), folder
-        self._found: dict[str, Trial] = {}
+        self._seen: set[str] = set()
+        self._candidates: list[Trial] = []
+        self._flops = 0.0
         self._last = _last_step(folder)
         self._interval = max(1, num_trials // MAX_CURVE_POINTS)
 
     def add(self, trial: Trial) -> Trial | None:
         """Take in the result of a trial; return it with its exact cost if it is new."""
-        if trial.key in self._found:
+        if trial.key in self._seen:
             return None
         result = trial.result()
         if result is None:
             return None
         cost = exact_cost(trial.model, self._full.model)
-        self._found[trial.key] = result.model_copy(update={"cost": cost})
-        return self._found[trial.key]
+        result = result.model_copy(update={"cost": cost})
+        self._seen.add(trial.key)
+        self._candidates.append(result)
+        self._flops += _flops_spent(result) if trial.job else 0.0
+        return result
 
     def record(self, *, at_end: bool = False) -> bool:
         """Record the hypervolume of the trials that are finished now.
@@ -60,25 +66,26 @@ class FrontHistory:
             Whether anything was recorded: False while the full model is not measured, if it has no
             accuracy, or if too few trials were finished since the last time.
         """
-        num_found = len(self._found)
+        num_found = len(self._seen)
         if num_found < self._last + (1 if at_end else self._interval):
             return False
-        joined = average_seeds([*self._found.values()])
+        joined = average_seeds(self._candidates)
         front = find_front(joined.results)
         volume, full = front.hypervolume, front.full
         if volume is None or full is None:
             return False
         if self._full.key not in joined.keys_of_seeds[full.result.key]:
             return False
-        flops = sum(_flops_spent(trial) for trial in self._found.values() if trial.job)
+        needed = {point.result.key for point in (*front.members, full)}
+        self._candidates = [t for t in self._candidates if t.group or t.key in needed]
         numbers = {
             HYPERVOLUME_BY_TRIALS: volume,
             "sweep/front_size": len(front.members),
-            "sweep/training_flops": flops,
+            "sweep/training_flops": self._flops,
         }
         journal = Journal(self._folder)
         journal.metrics(num_found, numbers)
-        journal.metrics(round(flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
+        journal.metrics(round(self._flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
         journal.close()
         self._last = num_found
         return True

@@ -30,9 +30,9 @@ def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
         workspace.trials / key / DONE_NAME,
     ):
         record = done.with_name(JOB_NAME)
-        if done.is_file() and record.is_file():
-            if _key_in(record, record.stat().st_mtime_ns) == key:
-                return done.parent
+        are_files = done.is_file() and record.is_file()
+        if are_files and _key_in(record, record.stat().st_mtime_ns) == key:
+            return done.parent
     return usual
 
 
