@@ -7,9 +7,9 @@ error that trying again cannot help comes back as an answer instead of an except
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -162,16 +162,23 @@ def fit_job(
         ),
     )
     try:
-        answer = trainer.fit().return_value
+        with _failures_of(job):
+            answer = trainer.fit().return_value
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if "error" in answer:
+        raise ANSWERED_ERRORS[answer["error"]](answer["text"])
+
+
+@contextmanager
+def _failures_of(job: TrainingJob) -> Iterator[None]:
+    try:
+        yield
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         cause = getattr(error, "controller_failure", None)
         if isinstance(cause, DeviceError):
             raise cause from None
         raise RunFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
-    if "error" in answer:
-        raise ANSWERED_ERRORS[answer["error"]](answer["text"])
 
 
 def _scaling_config(placement: Placement) -> Any:

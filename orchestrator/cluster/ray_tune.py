@@ -176,20 +176,16 @@ def run_trials(
             hooks.watch(callback.running)
 
         def run() -> None:
+            stops = {"stop": callback.stop, "early_stops": early_stops or Message()}
             trainable = tune.with_parameters(
-                _tune_trial,
-                function=function,
-                stop=callback.stop,
-                early_stops=early_stops or Message(),
-                placement=placement,
+                _tune_trial, function=function, placement=placement, **stops
             )
             run_config = _run_config(storage, callback, sweep.max_failures_per_trial)
             _tuner(trainable, trials, placement, run_config, scheduler).fit()
 
         try:
-            run_interruptibly(
-                run, ask_to_stop=callback.request_stop, saved=hooks.saved, watch=deliver
-            )
+            stop = callback.request_stop
+            run_interruptibly(run, ask_to_stop=stop, saved=hooks.saved, watch=deliver)
         except Interrupted:
             deliver()  # Trials may have failed in the last moment.
             raise
