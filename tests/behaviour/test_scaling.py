@@ -1,4 +1,4 @@
-"""docs/scaling.md is correct: its commands exist, print its table and write its job files."""
+"""The commands in docs/scaling.md and docs/training.md exist, and print what the text says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import yaml
 
 from orchestrator import cli
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "scaling.md").read_text(encoding="utf-8")
+LONG_RUNS = (DOCS / "training.md").read_text(encoding="utf-8")
 COMMANDS = typer.main.get_command(cli.app.app).commands  # type: ignore[attr-defined]
 ROWS = re.findall(
     r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$", TEXT, flags=re.MULTILINE
@@ -20,8 +22,8 @@ ROWS = re.findall(
 FIRST = re.compile(r"([\d.,]+( \w+)? to )?[\d.,]+ ?\w*")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def printed_cells(command: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -57,7 +59,8 @@ def test_every_row_of_the_table_fits_on_an_h100(
 
 
 def test_the_commands_and_their_options_exist() -> None:
-    text = "\n".join([*blocks("bash"), *(command for command, _ in ROWS)])
+    in_blocks = [*blocks("bash", TEXT), *blocks("bash", LONG_RUNS)]
+    text = "\n".join([*in_blocks, *(command for command, _ in ROWS)])
     found = re.findall(r"iiet-orch ([a-z-]+(?: [^\n#]*)?)", text)
     assert len(found) >= 18
     for line in found:
