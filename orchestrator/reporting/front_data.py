@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from orchestrator.reporting.confidence import confidence_metrics
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
+from orchestrator.workspace.files import json_text
 
 
 def front_rows(front: Front) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def front_json(front: Front) -> str:
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
     box = front.hypervolume_box
     box_json = box and {"cost": box.cost, "quality": [box.quality, box.full_quality]}
-    return json.dumps(
+    return json_text(
         {
             "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
             "hypervolume": front.hypervolume,
@@ -72,7 +72,6 @@ def front_json(front: Front) -> str:
                 for row, result in zip(front_rows(front), front.results, strict=True)
             ],
         },
-        indent=2,
         allow_nan=False,
     )
 
