@@ -25,12 +25,17 @@ nodes.shutdown()
 """
 
 
+def environment_without_ray() -> dict[str, str]:
+    """Return this process's environment without what a Ray that it has started sets in it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
 @contextmanager
 def pretended_cluster() -> Iterator[dict[str, str]]:
     """Start the cluster in a process of its own, and yield the environment of its users."""
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
         environment = {
-            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            **environment_without_ray(),
             "RAY_TMPDIR": scratch,  # Short: a socket's path has little room.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

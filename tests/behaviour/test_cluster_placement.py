@@ -7,7 +7,6 @@ group of each job that runs at the same time becomes ready, as Ray Train and Ray
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretended_cluster import environment_without_ray
 
 from orchestrator.workspace.journal import read_journal
 
@@ -110,7 +110,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_with_cluster(code: str, *arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = environment_without_ray()
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
         done = subprocess.run(

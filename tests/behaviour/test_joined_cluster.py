@@ -7,7 +7,6 @@ the workspace is an empty file system.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretended_cluster import environment_without_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "abcdefgh-not-a-real-token"
@@ -119,7 +119,7 @@ print(json.dumps(report))
 
 def joined(folder: Path, cases: str, other_code: Path = ROOT) -> dict[str, Any]:
     """Join a cluster with the nodes of these cases in a process of its own; return its report."""
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = environment_without_ray()
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
         done = subprocess.run(

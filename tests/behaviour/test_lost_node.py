@@ -4,7 +4,6 @@ another node that joins later: two nodes in one machine, one of them removed."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretended_cluster import environment_without_ray
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
@@ -119,7 +119,7 @@ def test_a_lost_node_changes_no_loss(
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("lost").model_dump(mode="json")))
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = environment_without_ray()
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
         done = subprocess.run(

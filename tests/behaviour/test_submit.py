@@ -17,6 +17,7 @@ from urllib.error import HTTPError
 
 import psutil
 import pytest
+from pretended_cluster import environment_without_ray
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def server() -> Iterator[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = environment_without_ray()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
     return {**kept, "PATH": path, **token, **changes}

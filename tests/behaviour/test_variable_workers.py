@@ -6,7 +6,6 @@ Two nodes in one machine, with one pretended GPU each.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pretended_cluster import environment_without_ray
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
@@ -82,7 +82,7 @@ def test_a_job_goes_on_with_fewer_workers_and_grows_back(
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("varied").model_dump(mode="json")))
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = environment_without_ray()
     environment["IIET_PRETENDED_GPUS"] = "1"
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
