@@ -91,7 +91,7 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
     folder = Path(trial.folder)
     pressed: list[int] = []
 
-    def press() -> None:
+    def press(_: Any) -> None:
         steps = [r["step"] for r in read_journal(folder)[0] if r["kind"] == "metrics"]
         if steps and not pressed:
             pressed.append(steps[-1])
