@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.cluster.job_server import Job, JobServer
 from orchestrator.cluster.working_directory import find_files
 from orchestrator.terminal.formatting import format_bytes, format_count, join_names
-from orchestrator.terminal.signals import signal_handlers
+from orchestrator.terminal.signals import SIGNALS, signal_handlers
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.folders import ENVIRONMENT_NAME
 
@@ -90,7 +90,7 @@ def follow(server: JobServer, job_id: str, write: Callable[[str], None]) -> int:
         RunFailed: If the job could not start, or the connection is lost.
     """
     try:
-        with signal_handlers((signal.SIGTERM,), signal.default_int_handler):
+        with signal_handlers(SIGNALS, signal.default_int_handler):
             return _exit_code(server.follow(job_id, write))
     except KeyboardInterrupt:
         raise Interrupted(

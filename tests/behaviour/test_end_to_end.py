@@ -320,6 +320,7 @@ def _ends_from_where_it_was(workspace: Path) -> None:
         assert resumed == ([] if folder in finished else [place])
 
 
+@pytest.mark.long
 def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path: Path) -> None:
     process = _sweep_in_its_second_trial(tmp_path)
     trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if _trains(p)]

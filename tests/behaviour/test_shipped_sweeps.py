@@ -68,10 +68,7 @@ def test_every_shipped_sweep_is_run_here() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("methods", "toy") else pytest.mark.long)
-        for name in FRONTS
-    ],
+    [pytest.param(name, marks=[] if name == "toy" else pytest.mark.long) for name in FRONTS],
 )
 def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) -> None:
     result = run(workspace, name)

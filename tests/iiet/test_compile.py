@@ -145,7 +145,7 @@ assert not torch._dynamo.utils.counters["graph_break"]
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
 @pytest.mark.parametrize(
     "masked",
-    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=LONG)],
+    [pytest.param(False, marks=LONG), pytest.param(True, marks=LONG)],
 )
 def test_the_default_compiler_gives_the_same(masked):
     decoder = decoder_of("iiet")

@@ -141,6 +141,7 @@ def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
     assert "resumed" in names, "it went on from its checkpoint"
 
 
+@pytest.mark.long
 def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:
