@@ -143,10 +143,7 @@ assert not torch._dynamo.utils.counters["graph_break"]
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
-@pytest.mark.parametrize(
-    "masked",
-    [pytest.param(False, marks=LONG), pytest.param(True, marks=LONG)],
-)
+@pytest.mark.parametrize("masked", [pytest.param(masked, marks=LONG) for masked in (False, True)])
 def test_the_default_compiler_gives_the_same(masked):
     decoder = decoder_of("iiet")
     compiled = torch.compile(decoder)
