@@ -1,4 +1,4 @@
-"""A Ray cluster of pretended GPUs: a head without GPUs, and a node with two."""
+"""Ray clusters of their own for tests: of a program, or of pretended GPUs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
+
+Variables = Mapping[str, str]
+NONE: Variables = MappingProxyType({})
 
 NODES = """
 import sys
@@ -28,6 +32,37 @@ nodes.shutdown()
 def environment_without_ray() -> dict[str, str]:
     """Return this process's environment without what a Ray that it has started sets in it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def run_driver(
+    code: str,
+    *arguments: str,
+    timeout: float,
+    in_scratch: bool = False,
+    variables: Variables = NONE,
+) -> str:
+    """Run a program that starts a cluster of its own; return what it prints.
+
+    Args:
+        code: The program, which must end without an error.
+        arguments: Its `sys.argv` from 1 on.
+        timeout: Longest time in seconds.
+        in_scratch: Run it in an empty folder: Ray's workers import from a program's folder first.
+        variables: Environment variables for it.
+    """
+    # Short: a socket's path has little room.
+    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={**environment_without_ray(), "RAY_TMPDIR": scratch, **variables},
+            cwd=scratch if in_scratch else None,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @contextmanager

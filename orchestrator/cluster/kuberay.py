@@ -1,4 +1,4 @@
-"""A RayJob for KubeRay: a head without GPUs for the command, and worker pods for the trainings.
+"""Write a RayJob for KubeRay. The command runs on a head without GPUs, trainings in worker pods.
 
 A pod that is told to end drains: Ray tells the training, which saves a checkpoint, and the pod
 waits for it. A job that failed starts again on a new cluster and resumes.

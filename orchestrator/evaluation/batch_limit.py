@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from orchestrator.workspace.errors import DeviceError, first_line
+from orchestrator.workspace.errors import DeviceError, out_of_memory_text
 
 T = TypeVar("T")
 
@@ -40,10 +40,10 @@ class BatchLimit:
             return work()
         except torch.OutOfMemoryError as error:
             if not can_split:
-                seen, is_free, _ = first_line(error).partition(" is free")
                 raise DeviceError(
-                    f"the evaluation of one sequence ran out of memory ({seen + is_free}); use a "
-                    "GPU with more memory, or --set evaluation.precision=bf16"
+                    f"the evaluation of one sequence ran out of memory "
+                    f"({out_of_memory_text(error)}); use a GPU with more memory, or --set "
+                    "evaluation.precision=bf16"
                 ) from None
         # Not in the handler: there, the error still holds the tensors of the batch.
         self.size, self.was_halved = max(1, size // 2), True

@@ -19,7 +19,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.terminal.formatting import format_byte_parts, format_bytes
 from orchestrator.training.distributed import World
-from orchestrator.workspace.errors import DeviceError, first_line
+from orchestrator.workspace.errors import DeviceError, out_of_memory_text
 
 LARGEST_SHARE = 0.8
 """Share of the failed plan's bytes that a proposal may take."""
@@ -49,10 +49,8 @@ def out_of_memory_explained(
             parallel=parallel,
             model=model,
         )
-        # The message goes on with the allocator's statistics and options.
-        seen, is_free, _ = first_line(error).partition(" is free")
         raise DeviceError(
-            f"training ran out of memory on {world.device} ({seen + is_free}); "
+            f"training ran out of memory on {world.device} ({out_of_memory_text(error)}); "
             f"{describe_smaller(training)}"
         ) from None
 

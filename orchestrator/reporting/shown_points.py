@@ -1,4 +1,4 @@
-"""Which models of a large sweep tables, pages and bootstraps contain.
+"""Choose the models of a large sweep that tables, pages and bootstraps contain.
 
 A page of ten thousand rows helps nobody, and a bootstrap of all of them needs gigabytes. Of so many
 models, those on the front, the full model and the baselines are shown, and the nearest ones below

@@ -159,7 +159,6 @@ class _SweepRun:
             asha=asha,
             stopped=stopped,
             on_end=lambda trial: self._take_in([trial]),
-            waits_for_gpus=self.settings.cluster.wait_for_gpus,
         )
         try:
             queue.run(self._with_shared_teacher(waiting), self.search)

@@ -56,8 +56,6 @@ class TrialQueue:
     """Key of each trial that can be stopped early -> what it is compared with."""
     on_end: Callable[[Trial], None] = lambda _: None
     """Called in this thread with each trial that has ended."""
-    waits_for_gpus: bool = False
-    """Whether to wait for the GPUs of one trial before the first starts."""
     failures: dict[str, str] = field(default_factory=dict)
     """Label -> reason of trials that failed for good."""
     made: set[str] = field(default_factory=set)
@@ -83,7 +81,7 @@ class TrialQueue:
         if waiting or num_new:
             say = partial(self.progress.advance, num_found)
             with ray_cluster(self.cluster, folder=self.folder, say=say):
-                if self.waits_for_gpus:
+                if self.cluster.wait_for_gpus:
                     wait_for_gpus(self.settings.gpus_per_trial or 0, self.progress.note)
                 self._run_or_wait(waiting)
                 if search:

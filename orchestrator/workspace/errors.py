@@ -56,6 +56,12 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
     return f"{name}: {lines[0]}" if with_type else lines[0]
 
 
+def out_of_memory_text(error: BaseException) -> str:
+    """Return the facts of PyTorch's out-of-memory error, without the allocator's statistics."""
+    seen, is_free, _ = first_line(error).partition(" is free")
+    return seen + is_free
+
+
 def shortened(text: str) -> str:
     """Return a text without secrets, cut in the middle to fit a message."""
     text = mask_secrets(text)  # Before the cut: half an address is not recognized.

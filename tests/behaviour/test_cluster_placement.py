@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pretended_cluster import environment_without_ray
+from pretended_cluster import run_driver
 
 from orchestrator.workspace.journal import read_journal
 
@@ -110,19 +107,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_with_cluster(code: str, *arguments: str) -> str:
-    environment = environment_without_ray()
-    # Short: a socket's path has little room.
-    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            env={**environment, "RAY_TMPDIR": scratch, "IIET_PRETENDED_GPUS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return run_driver(code, *arguments, timeout=300, variables={"IIET_PRETENDED_GPUS": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pretended_cluster import environment_without_ray
+from pretended_cluster import run_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "abcdefgh-not-a-real-token"
@@ -119,20 +117,10 @@ print(json.dumps(report))
 
 def joined(folder: Path, cases: str, other_code: Path = ROOT) -> dict[str, Any]:
     """Join a cluster with the nodes of these cases in a process of its own; return its report."""
-    environment = environment_without_ray()
-    # Short: a socket's path has little room.
-    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(folder), str(other_code), SECRET, cases],
-            env={**environment, "RAY_TMPDIR": scratch, "PYTHONPATH": str(ROOT)},
-            cwd=scratch,  # Ray's workers import from the command's folder first.
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    words = str(folder), str(other_code), SECRET, cases
+    variables = {"PYTHONPATH": str(ROOT)}
+    printed = run_driver(DRIVER, *words, timeout=240, in_scratch=True, variables=variables)
+    report: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return report
 
 

@@ -4,15 +4,12 @@ another node that joins later: two nodes in one machine, one of them removed."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from pretended_cluster import environment_without_ray
+from pretended_cluster import run_driver
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
@@ -119,22 +116,8 @@ def test_a_lost_node_changes_no_loss(
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("lost").model_dump(mode="json")))
-    environment = environment_without_ray()
-    # Short: a socket's path has little room.
-    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(path), kind],
-            env={
-                **environment,
-                "RAY_TMPDIR": scratch,
-                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2",  # A wait is announced sooner.
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
+    soon = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}  # A wait is announced sooner.
+    run_driver(DRIVER, str(path), kind, timeout=240, variables=soon)
     records = read_journal(tmp_path / "lost")[0]
     started, resumed = (r for r in records if r.get("name") in ("started", "resumed"))
     assert (started["name"], resumed["name"]) == ("started", "resumed")

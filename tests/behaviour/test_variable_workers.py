@@ -6,14 +6,11 @@ Two nodes in one machine, with one pretended GPU each.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pretended_cluster import environment_without_ray
+from pretended_cluster import run_driver
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
@@ -82,19 +79,7 @@ def test_a_job_goes_on_with_fewer_workers_and_grows_back(
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("varied").model_dump(mode="json")))
-    environment = environment_without_ray()
-    environment["IIET_PRETENDED_GPUS"] = "1"
-    # Short: a socket's path has little room.
-    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(path)],
-            env={**environment, "RAY_TMPDIR": scratch},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=500,
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_driver(DRIVER, str(path), timeout=500, variables={"IIET_PRETENDED_GPUS": "1"})
     records = read_journal(tmp_path / "varied")[0]
     starts = [r for r in records if r.get("name") in ("started", "resumed")]
     assert [start["num_workers"] for start in starts] == [2, 1, 2]
