@@ -87,9 +87,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device."""
-        return self._map(lambda values: values.to(device))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the batch on a device; `non_blocking` copies pinned memory without waiting."""
+        return self._map(lambda values: values.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> Batch:
+        """Return the batch in pinned memory of the CPU."""
+        return self._map(Tensor.pin_memory)
 
     def counted_as(self, target_count: float, position_count: float) -> Batch:
         """Return the batch with these divisors for its means."""

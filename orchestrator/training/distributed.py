@@ -77,9 +77,9 @@ def _without_sharded_sync(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients to a norm of at most `max_norm`; return the norm before."""
-    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to a norm of at most `max_norm`; return the norm before, on the device."""
+    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -95,15 +95,17 @@ def autocast(precision: str, world: World) -> AbstractContextManager[None]:
     return torch.autocast(torch.device(world.device).type, dtype=torch.bfloat16)
 
 
-def mean_over_workers(values: Mapping[str, float], world: World) -> dict[str, float]:
-    """Return the mean of each number over all workers; all workers pass the same names."""
-    if world.size == 1:
-        return dict(values)
-    names = sorted(values)
-    numbers = torch.tensor([values[name] for name in names], dtype=torch.float64)
-    numbers = numbers.to(world.device)
-    dist.all_reduce(numbers)
-    return dict(zip(names, (numbers / world.size).tolist(), strict=True))
+def mean_over_workers(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
+    """Return the mean of each number over all workers, which pass the same names in one order.
+
+    Scalar tensors of one device are read together, so that a GPU is waited for once.
+    """
+    numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values.values()])
+    if world.size > 1:
+        numbers = numbers.to(world.device)
+        dist.all_reduce(numbers)
+        numbers = numbers / world.size
+    return dict(zip(values, numbers.tolist(), strict=True))
 
 
 def gathered(value: T, world: World) -> list[T]:

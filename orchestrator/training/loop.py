@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iiet.batch import Batch
 from orchestrator.settings import TrainingSettings
@@ -137,7 +137,8 @@ def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
             return False
 
         started += time.perf_counter() - loaded
-        batch = batch.counted_as(agreed["targets"], agreed["positions"]).to(world.device)
+        batch = batch.counted_as(agreed["targets"], agreed["positions"])
+        batch = batch.to(world.device, non_blocking=True)
         learning_rate = learning_rate_at(position.step, recipe)
         set_learning_rate(setup.optimizer, learning_rate)
         numbers = {
@@ -215,7 +216,8 @@ def _compute_gradients(setup: TrainingSetup, batch: Batch, step: int) -> dict[st
     # Several passes save memory. Each pass divides by its share of the targets of all workers, so
     # the gradients are those of a single pass up to rounding.
     passes = batch.split(setup.recipe.num_sequences_per_pass or len(batch))
-    totals: dict[str, float] = {}
+    # They are added up on the device and read once: a step waits for a GPU only at its end.
+    totals: dict[str, Tensor] = {}
     for number, part in enumerate(passes, start=1):
         share = len(part) / len(batch)
         is_last = number == len(passes)
@@ -224,7 +226,7 @@ def _compute_gradients(setup: TrainingSetup, batch: Batch, step: int) -> dict[st
                 loss, parts = setup.objective(setup.model, part, step)
             torch.autograd.backward(loss * share)
         for name, value in {"loss": loss, **parts}.items():
-            totals[name] = totals.get(name, 0.0) + share * value.item()
+            totals[name] = totals.get(name, 0.0) + share * value.detach().double()
     norm = clip_gradients(setup.model, setup.recipe.clip_norm)
     return mean_over_workers({**totals, "gradient_norm": norm}, setup.world)
 

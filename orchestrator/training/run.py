@@ -32,6 +32,7 @@ from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup,
 from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import make_optimizer
 from orchestrator.training.precision import check_precision
+from orchestrator.training.prefetching import BatchPrefetcher
 from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
 from orchestrator.training.teacher_cache import CachedTeacher
@@ -117,6 +118,9 @@ class _Run:
         self.teacher = load_teacher(job, world)
         self.writer = CheckpointWriter(job, world, self.store, self.event)
         self.position = Position()
+        self.batches = BatchPrefetcher(
+            self.batch, num_steps=job.recipe.num_steps, pin=world.device.startswith("cuda")
+        )
         self.profiler: StepProfiler | None = None
         if job.recipe.profile_steps and world.is_first:
             self.profiler = StepProfiler(
@@ -126,6 +130,7 @@ class _Run:
     def close(self) -> None:
         if self.profiler:
             self.profiler.close()
+        self.batches.close()
         self.writer.close()
         if self.journal:
             self.journal.close()
@@ -143,7 +148,7 @@ class _Run:
     def hooks(self, should_stop: Callable[[], bool], should_save: Callable[[], bool]) -> Hooks:
         is_first = self.world.is_first
         return Hooks(
-            batch=self.batch,
+            batch=self.batches.batch,
             flops_per_token=flops_per_token_by_step(self.job, self.teacher),
             validate=self.validate,
             report=self.report,
