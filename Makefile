@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Two test files at a time, each with its own Ray; more would only wait for each other's processes.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-long lint format bench ui clean

@@ -43,6 +43,8 @@ _LOCAL_ENVIRONMENT = {
     LOOPBACK_SWITCH: "0",  # on Linux too, this keeps every socket on loopback
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial and no job would use
     "RAY_enable_worker_prestart": "0",
+    # Its only node cannot be lost alone: a busy or sleeping machine must not end a run.
+    "RAY_health_check_failure_threshold": "60",
 }
 _JOINING_ENVIRONMENT = {
     "RAY_gcs_server_port_wait_time_s": "8",  # tries to reach the head node, about one a second
