@@ -6,17 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
+from live_tensors import LiveStorages
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.distributed import World, autocast, pass_of_several
@@ -56,7 +58,7 @@ def make_decoder(method: str = "iiet", **sizes: Any) -> Decoder:
 
 
 def step(decoder: Decoder, world: World, precision: str, num_passes: int = 1) -> Counter[str]:
-    tokens = torch.zeros(1, 8, dtype=torch.long)
+    tokens = torch.zeros(1, decoder.config.context_length, dtype=torch.long)
     with Collectives() as seen:
         for number in range(num_passes):
             several = pass_of_several(decoder, world, is_last=number == num_passes - 1)
@@ -132,6 +134,35 @@ def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world: World, method
     for name, dtype in seen.items():
         is_matrix = ".field." in name and "norm" not in name
         assert dtype == (torch.bfloat16 if is_matrix else torch.float32), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("num_passes", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_planned_memory_is_that_of_a_step(
+    precision: Literal["fp32", "bf16"], num_passes: int, checkpointing: bool
+) -> None:
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        world = World(rank=0, size=8, parallel="fsdp")
+        decoder = make_decoder(num_layers=6, dim=256, ffn_dim=700, vocab_size=2048,
+                               context_length=64, schedule=1)  # fmt: skip
+        decoder.activation_checkpointing = checkpointing
+        shard(decoder, world, precision=precision)
+        with LiveStorages() as live:
+            step(decoder, world, precision, num_passes)
+    finally:
+        dist.destroy_process_group()
+    plan = training_memory(
+        decoder.config,
+        num_sequences=1,
+        precision=precision,
+        activation_checkpointing=checkpointing,
+        num_shards=8,
+        num_passes=num_passes,
+    )
+    # The plan counts gradients from the first pass on, and here they grow while activations go.
+    assert live.peak < plan.total - plan.optimizer < 1.5 * live.peak
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])
