@@ -27,6 +27,7 @@ from iiet.pruning import (
 )
 from iiet.published import decoder_from_published, published_from_decoder
 from iiet.schedule import IterationSchedule
+from iiet.static_steps import StaticSteps
 
 __all__ = [
     "METHODS",
@@ -40,6 +41,7 @@ __all__ = [
     "IterationSchedule",
     "KeyValueCache",
     "ModelConfig",
+    "StaticSteps",
     "cross_entropy",
     "decoder_from_published",
     "distillation_loss",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.context import CacheRecord, set_record
+from iiet.window import Window
 
 __all__ = ["KeyValueCache", "KvStrategy", "check_kv_strategy", "evaluation_slots"]
 
@@ -53,7 +54,7 @@ class KeyValueCache:
         strategy: KvStrategy = "exact",
     ) -> None:
         check_kv_strategy(strategy)
-        evaluations_per_layer = config.evaluations_per_layer()
+        self._evaluations_per_layer = evaluations_per_layer = config.evaluations_per_layer()
         set_record(self, CacheRecord(evaluations_per_layer))
         self.max_tokens = max_tokens
         self.strategy = strategy
@@ -63,12 +64,18 @@ class KeyValueCache:
             for layer, slots in enumerate(evaluation_slots(evaluations_per_layer)):
                 for slot in slots:
                     rows[slot] = layer
-        shape = (max(rows) + 1, 2, batch_size, config.num_kv_heads, max_tokens, config.head_dim)
-        storage = torch.empty(shape, device=device, dtype=dtype)
-        self._keys = [storage[row, 0] for row in rows]
-        self._values = [storage[row, 1] for row in rows]
+        shape = (batch_size, 2 * config.num_kv_heads, max_tokens, config.head_dim)
+        # Keys, then values, in one tensor: a step appends both at once.
+        storage = [torch.empty(shape, device=device, dtype=dtype) for _ in range(max(rows) + 1)]
+        self._slots = [storage[row] for row in rows]
+        self._keys = [held.narrow(1, 0, config.num_kv_heads) for held in self._slots]
+        self._values = [
+            held.narrow(1, config.num_kv_heads, config.num_kv_heads) for held in self._slots
+        ]
         self._lengths = [0] * len(rows)
-        self.num_bytes = storage.nbytes
+        self.num_bytes = sum(held.nbytes for held in storage)
+        self.window: Window | None = None
+        """Where steps of fixed shapes write and look; None: passes follow the tokens held."""
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held; a ValueError after an interrupted pass."""
@@ -79,21 +86,49 @@ class KeyValueCache:
             )
         return self._lengths[0]
 
+    def set_length(self, length: int) -> None:
+        """Count the first `length` tokens as held: later ones are forgotten, written ones kept."""
+        self._lengths = [length] * len(self._lengths)
+
+    def clear(self) -> None:
+        """Forget all tokens, which of them were padding, and the window."""
+        self.set_length(0)
+        self.window = None
+        set_record(self, CacheRecord(self._evaluations_per_layer))
+
+    def zero_unused(self) -> None:
+        """Overwrite what is not held with zeros, for passes that read all of the cache."""
+        length = self.get_seq_length()
+        for held in dict.fromkeys(self._slots):
+            held.narrow(2, length, self.max_tokens - length).zero_()
+
     def update(self, keys: Tensor, values: Tensor, slot: int, /) -> tuple[Tensor, Tensor]:
         """Append keys and values, (batch, kv_heads, new, head_dim), to those of a slot.
 
         Returns views of all of the slot's, (batch, kv_heads, held, head_dim). More than
         `max_tokens` tokens are a ValueError.
         """
-        start = self._lengths[slot]
-        end = start + keys.size(2)
-        if end > self.max_tokens:
-            raise ValueError(
-                f"the cache has room for max_tokens={self.max_tokens}, got {end} tokens"
-            )
-        all_keys, all_values = self._keys[slot], self._values[slot]
-        # `narrow` is faster than indexing, which counts in a decoding step.
-        all_keys.narrow(2, start, end - start).copy_(keys)
-        all_values.narrow(2, start, end - start).copy_(values)
-        self._lengths[slot] = end
-        return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
+        return self._write(slot, (self._keys[slot], keys), (self._values[slot], values))
+
+    def append(self, heads: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """Do `update` with keys and values as one tensor, (batch, 2 kv_heads, new, head_dim)."""
+        return self._write(slot, (self._slots[slot], heads))
+
+    def _write(self, slot: int, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.window is not None:
+            for held, new in pairs:
+                held.index_copy_(2, self.window.columns, new)
+            end = self.window.size
+        else:
+            start = self._lengths[slot]
+            num_new = pairs[0][1].size(2)
+            end = start + num_new
+            if end > self.max_tokens:
+                raise ValueError(
+                    f"the cache has room for max_tokens={self.max_tokens}, got {end} tokens"
+                )
+            for held, new in pairs:
+                # `narrow` is faster than indexing, which counts in a decoding step.
+                held.narrow(2, start, num_new).copy_(new)
+            self._lengths[slot] = end
+        return self._keys[slot].narrow(2, 0, end), self._values[slot].narrow(2, 0, end)

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iiet.cpu_kernels import serves_fields, serves_token_step
 from iiet.plain import needs_all_derivatives
 from iiet.precision import HALF
 from iiet.rope import Rope, RopeTables
+from iiet.token_step import serves_fields, serves_token_step
+from iiet.window import Window
 
 __all__ = [
     "CacheRecord",
@@ -94,8 +95,9 @@ class PassContext:
 
     rope: RopeTables
     mask: Tensor | None
-    """(batch or 1, 1, time, total) bool, true where a query may look; or PyTorch's object for the
-    causal mask of a pass that continues a cache; or None."""
+    """(batch or 1, 1, time, total): bool, true where a query may look, or a number that is added to
+    the scores; or PyTorch's object for the causal mask of a pass that continues a cache; or
+    None."""
     is_causal: bool
     """Whether the kernel's own causal mask applies; false with a mask."""
     total: int
@@ -103,7 +105,7 @@ class PassContext:
     cache: DecodingCache | None
     """Keys and values of earlier tokens; None when all tokens are in this pass."""
     is_token_step: bool = False
-    """Whether `cpu_kernels.evaluate_token` serves this pass."""
+    """Whether `token_step.evaluate_token` serves this pass."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, slot: int | None) -> Tensor:
         """Append keys and values to the cache's `slot`, if there is a cache, and attend to all.
@@ -116,10 +118,21 @@ class PassContext:
             if keys.size(2) != self.total:  # A cache of fixed size returns its empty end too.
                 keys, values = keys[:, :, : self.total], values[:, :, : self.total]
         # PyTorch's fused kernels support a first backward pass and no other derivative.
-        if not self.is_token_step and needs_all_derivatives():
+        if needs_all_derivatives():
             with sdpa_kernel(SDPBackend.MATH):
                 return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
         return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
+
+    def attend_heads(self, heads: Tensor, num_heads: int, slot: int | None) -> Tensor:
+        """Do `attend` for one token, whose heads of queries, keys and values are one tensor."""
+        num_others = heads.size(1) - num_heads
+        queries = heads.narrow(1, 0, num_heads)
+        append = getattr(self.cache, "append", None)
+        if append is None:  # A cache of transformers.
+            keys, values = heads.narrow(1, num_heads, num_others).chunk(2, 1)
+            return self.attend(queries, keys, values, slot)
+        keys, values = append(heads.narrow(1, num_heads, num_others), slot)
+        return attend(queries, keys, values, mask=self.mask, is_causal=False)
 
 
 def attend(
@@ -136,6 +149,10 @@ def attend(
     num_sharing = queries.size(1) // keys.size(1)
     shares = num_sharing > 1 and _fused_kernel_shares_heads(queries, mask)
     if num_sharing > 1 and not shares:
+        if queries.size(2) == 1:  # As many tokens of one head as query heads that share it.
+            together = queries.reshape(len(queries), keys.size(1), num_sharing, -1)
+            mixed = F.scaled_dot_product_attention(together, keys, values, mask)
+            return mixed.reshape(queries.shape)
         keys = keys.repeat_interleave(num_sharing, dim=1)
         values = values.repeat_interleave(num_sharing, dim=1)
     return F.scaled_dot_product_attention(
@@ -177,6 +194,9 @@ def make_context(
         attention_mask: None: only the padding that the cache remembers counts.
         position_ids: None: positions count all tokens but padding.
     """
+    window: Window | None = getattr(cache, "window", None)
+    if window is not None:
+        return _step_context(hidden, rope, cache, window, fields)
     batch, time = hidden.shape[:2]
     device = hidden.device
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -202,15 +222,38 @@ def make_context(
         mask = _continuing(past, total, device)
     elif position_ids is not None and cache is None:
         mask = _packed(position_ids)
-    is_token_step = serves_token_step(hidden, cached=cache is not None)
     return PassContext(
         rope=rope.at(positions, device, hidden.dtype),
         mask=mask,
         is_causal=mask is None and time > 1,
         total=total,
         cache=cache,
-        is_token_step=is_token_step and serves_fields(fields),
+        is_token_step=_is_token_step(hidden, cache, fields),
     )
+
+
+def _step_context(
+    hidden: Tensor,
+    rope: Rope,
+    cache: DecodingCache | None,
+    window: Window,
+    fields: Iterable[nn.Module],
+) -> PassContext:
+    assert hidden.size(1) == 1, "a window decodes one token per row"
+    return PassContext(
+        rope=rope.at(window.positions(), hidden.device, hidden.dtype),
+        mask=window.mask(),
+        is_causal=False,
+        total=window.size,
+        cache=cache,
+        is_token_step=_is_token_step(hidden, cache, fields),
+    )
+
+
+def _is_token_step(
+    hidden: Tensor, cache: DecodingCache | None, fields: Iterable[nn.Module]
+) -> bool:
+    return serves_token_step(hidden, cached=cache is not None) and serves_fields(fields)
 
 
 def _real_tokens(
@@ -220,6 +263,8 @@ def _real_tokens(
     held = None
     if past and record is not None and record.attention_mask is not None:
         held = record.attention_mask[:, :past]
+        # Steps of fixed shapes do not extend the record; their tokens are no padding.
+        held = F.pad(held, (0, past - held.size(1)), value=True)
     if attention_mask is None:
         if held is None:
             return None

@@ -3,18 +3,17 @@
     rms_norm         PyTorch has no fused kernel for it on a CPU
     project_heads    queries, keys and values stay in the buffer that their product wrote
     gated_product    SwiGLU keeps gate and up only; the backward pass recomputes the rest
-    evaluate_token   a whole field for one token per row, in a decoding step on a CPU
 
-The two in the middle also halve an evaluation's memory on a GPU in eager mode. Tests hold all equal
-to the plain formulas in `iiet.layers`. They read weights instead of calling modules, so they
-replace bare modules only (`is_bare`). `IIET_CPU_KERNELS=0` turns them off.
+The last two also halve an evaluation's memory on a GPU in eager mode. A field for one token is in
+`iiet.token_step`. Tests hold all equal to the plain formulas in `iiet.layers`. They read weights
+instead of calling modules, so they replace bare modules only (`is_bare`). `IIET_CPU_KERNELS=0`
+turns them off.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +24,18 @@ from torch.nn.modules.module import _has_any_global_hook
 from iiet.plain import fast_forms_allowed
 
 __all__ = [
-    "evaluate_token",
+    "cached_scalar",
     "gated_product",
     "is_bare",
+    "may_read_weights",
     "project_heads",
     "rms_norm",
-    "serves_fields",
+    "rotate_",
     "serves_linear",
     "serves_norm",
-    "serves_token_step",
 ]
 
 ENABLED = os.environ.get("IIET_CPU_KERNELS", "1") != "0"
-MAX_ROWS: Final = 8  # of `evaluate_token`; for more tokens `F.linear` is as fast
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -59,14 +57,16 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def may_read_weights() -> bool:
+    """Tell whether forms that read weights instead of calling modules are allowed now."""
+    return (
+        ENABLED and fast_forms_allowed() and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
 def serves_linear(linear: nn.Module) -> bool:
     """Tell whether `project_heads` or `gated_product` may replace the formula of this layer."""
-    return (
-        ENABLED
-        and fast_forms_allowed()
-        and is_bare(linear, nn.Linear)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    return may_read_weights() and is_bare(linear, nn.Linear)
 
 
 def serves_norm(x: Tensor, weight: Tensor) -> bool:
@@ -92,13 +92,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """Compute `1 / sqrt(mean(x^2) + eps)`, (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(_constant(eps, x), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
+    return torch.addcmul(cached_scalar(eps, x), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
 
 
 _constants: dict[tuple[float, torch.dtype], Tensor] = {}
 
 
-def _constant(value: float, x: Tensor) -> Tensor:
+def cached_scalar(value: float, x: Tensor) -> Tensor:
     """Return a number as a tensor, cached: making one costs as much as a kernel."""
     key = (value, x.dtype)
     constant = _constants.get(key) if type(x) is Tensor else None
@@ -153,7 +153,7 @@ def _project(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     qkv = F.linear(x, weight).view(x.size(0), x.size(1), -1, cos.size(-1))
-    _rotate_(qkv.narrow(2, 0, num_heads + num_kv_heads), cos, sin)
+    rotate_(qkv.narrow(2, 0, num_heads + num_kv_heads), cos, sin)
     return _split(qkv, num_heads, num_kv_heads)
 
 
@@ -163,7 +163,7 @@ def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
     return queries, keys, values
 
 
-def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Do `iiet.rope.rotate` in place."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     if heads.dtype == cos.dtype:
@@ -200,7 +200,7 @@ class _ProjectHeads(torch.autograd.Function):
         given = (query_grad, key_grad, value_grad)
         for target, part in zip(_split(grad, ctx.num_heads, ctx.num_kv_heads), given, strict=True):
             target.copy_(part)
-        _rotate_(grad[:, :, :num_turned], cos, -sin)
+        rotate_(grad[:, :, :num_turned], cos, -sin)
         return *_linear_gradients(ctx, x, weight, grad.flatten(2)), None, None, None, None
 
 
@@ -250,108 +250,3 @@ class _GatedProduct(torch.autograd.Function):
             return gate_up_grad, None
         down_grad = grad.flatten(0, -2).t() @ silu.mul_(up).flatten(0, -2)
         return gate_up_grad, down_grad.to(down.dtype)
-
-
-def serves_token_step(hidden: Tensor, *, cached: bool) -> bool:
-    """Tell whether `evaluate_token` may compute a pass over (batch, time, dim)."""
-    return (
-        ENABLED
-        and cached
-        and hidden.size(1) == 1
-        and hidden.size(0) <= MAX_ROWS
-        and hidden.is_cpu
-        and hidden.dtype in (torch.float32, torch.float64)
-        and not torch.is_grad_enabled()
-        and fast_forms_allowed()
-        and not torch.is_autocast_enabled("cpu")
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
-
-
-def serves_fields(fields: Iterable[nn.Module]) -> bool:
-    """Tell whether `evaluate_token` may read the weights of all these fields."""
-    return all(map(_is_bare_field, fields))
-
-
-def _is_bare_field(field: nn.Module) -> bool:
-    kinds = getattr(type(field), "bare_parts", None)
-    if kinds is None or not is_bare(field, type(field)):
-        return False
-    for name, module in field._modules.items():  # Attribute access would take three times as long.
-        if module is None or not is_bare(module, kinds[name]):
-            return False
-        for linear in module._modules.values():
-            if linear is None or not is_bare(linear, nn.Linear):
-                return False
-    return True
-
-
-def evaluate_token(
-    field: Any,
-    x: Tensor,
-    rope: tuple[Tensor, Tensor],
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Compute `Field.forward` for one token per row, (batch, 1, dim), in few operations.
-
-    A decoding step on a CPU reads every weight once, which evicts the interpreter from the
-    processor's cache, so each operation, view and module call then costs several times as much.
-    This repeats the formulas without modules and transposes.
-
-    Args:
-        field: an `iiet.layers.Field` that `serves_fields` allows.
-        x: at most `MAX_ROWS` rows.
-        rope: cosines and sines, as in `iiet.rope`.
-        attend: attends with queries, keys and values, each (batch, its heads, 1, head_dim).
-    """
-    attention, network = field.attention, field.feed_forward
-    batch, num_heads, num_kv_heads = x.size(0), attention.num_heads, attention.num_kv_heads
-    normed = _normalized(x, field.attention_norm)
-    qkv = few_rows_product(normed, attention.qkv.weight, batch)
-    # With one token, heads before time is the same memory as time before heads.
-    heads = qkv.view(batch, -1, 1, attention.head_dim)
-    _rotate_(heads.narrow(1, 0, num_heads + num_kv_heads), *rope)
-    queries, keys, values = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
-    mixed = attend(queries, keys, values)
-    u = _add_few_rows_product(x, mixed, attention.out.weight, batch)
-    normed = _normalized(u, field.feed_forward_norm)
-    gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
-    return _add_few_rows_product(u, F.silu(gate).mul_(up), network.down.weight, batch)
-
-
-def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    assert norm.eps is not None
-    if len(x) > 1:
-        return rms_norm(x, norm.weight, norm.eps)
-    x = x.view(-1)
-    rstd = (torch.dot(x, x).item() / len(x) + norm.eps) ** -0.5
-    return torch.addcmul(_constant(0.0, x), x, norm.weight, value=rstd)
-
-
-def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Compute `x @ weight.T` near the speed at which memory delivers the weight.
-
-    The CPU's matrix library is slower for two to eight rows unless the weight stands on the left:
-    `W @ x.T` takes half the time of `x @ W.T` at four rows.
-
-    Args:
-        x: `rows` contiguous vectors, in any shape.
-        weight: (out, in).
-        rows: at most `MAX_ROWS`.
-
-    Returns:
-        (out,) for one row, else (rows, out); contiguous.
-    """
-    if rows == 1:
-        return torch.mv(weight, x.view(-1))
-    x = x.view(rows, -1)
-    if rows > MAX_ROWS // 2 and weight.size(0) < weight.size(1):
-        return F.linear(x, weight)
-    return torch.mm(weight, x.t()).t().contiguous()
-
-
-def _add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row."""
-    if rows == 1:
-        return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
-    return base + few_rows_product(x, weight, rows).view_as(base)

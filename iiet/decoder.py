@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from iiet.cache import evaluation_slots
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
-from iiet.cpu_kernels import few_rows_product, is_bare, serves_token_step
-from iiet.initialization import draw_weights
+from iiet.cpu_kernels import is_bare
 from iiet.layers import Field, RMSNorm
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
+from iiet.token_step import few_rows_product, serves_token_step
 from iiet.weights import CONFIG, WEIGHTS, read_folder, rename_older_weights, write_folder
 
 __all__ = ["Decoder"]
@@ -67,7 +67,10 @@ class Decoder(nn.Module):
         )
         self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
         for module in self.modules():
-            draw_weights(module, config.initializer_std)
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @classmethod
     def load(cls, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> Decoder:

@@ -3,20 +3,30 @@
 Prompts of different lengths are padded on the left. A row that has ended repeats its stop token;
 generation ends when all rows have ended. The seed alone determines what is sampled; with a seed for
 each row, a row's tokens do not depend on the other rows.
+
+On a GPU, steps have fixed shapes (`iiet.static_steps`), and no step waits for the device. Whether
+all rows have ended is read every `STOP_INTERVAL` steps, and what was computed after the end is
+dropped, so the results are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy
 from iiet.decoder import Decoder
+from iiet.static_steps import StaticSteps
 
-__all__ = ["generate", "stream"]
+__all__ = ["STOP_INTERVAL", "generate", "stream"]
+
+STOP_INTERVAL: Final = 8
+"""Steps of a GPU between two looks at whether all rows have ended; a CPU looks at each."""
 
 
 def generate(decoder: Decoder, input_ids: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
@@ -44,6 +54,7 @@ def stream(
     stop_tokens: Collection[int] = (),
     attention_mask: Tensor | None = None,
     kv_strategy: KvStrategy = "exact",
+    steps: StaticSteps | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts, one step at a time: yield the next tokens, (batch,).
 
@@ -58,6 +69,9 @@ def stream(
         stop_tokens: tokens that end a row; they are part of the result.
         attention_mask: (batch, time), false for padding.
         kv_strategy: `exact`, or `last` for one cache slot per layer.
+        steps: decodes in steps of fixed shapes, and lets several generations, one after the other,
+            share a cache and graphs. None: new ones on a GPU, and steps that follow the number of
+            tokens elsewhere.
 
     Raises:
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not
@@ -67,41 +81,84 @@ def stream(
     seeds = [seed] if seed is None or isinstance(seed, int) else seed
     if len(seeds) not in (1, len(input_ids)):
         raise ValueError(f"seed must be one, or one for each of {len(input_ids)} rows")
-    generators = [torch.Generator(device=input_ids.device) for _ in seeds]
-    for generator, number in zip(generators, seeds, strict=True):
-        generator.seed() if number is None else generator.manual_seed(number)
-    cache = KeyValueCache(
-        decoder.config,
+    if steps is not None and steps.decoder is not decoder:
+        raise ValueError("steps decode with another decoder")
+    if steps is None and decoder.device.type == "cuda":
+        steps = StaticSteps(decoder)
+    choose = partial(
+        sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generators=_generators(seeds, input_ids.device) if temperature else (None,),
+    )
+    new_cache = partial(KeyValueCache, decoder.config, device=decoder.device)
+    cache = (new_cache if steps is None else steps.empty_cache)(
         batch_size=input_ids.size(0),
         max_tokens=input_ids.size(1) + max_new_tokens,
-        device=decoder.device,
         dtype=_cache_dtype(decoder),
         strategy=kv_strategy,
     )
+
+    def next_logits(tokens: Tensor | None) -> Tensor:
+        if tokens is not None and steps is not None:
+            return steps(tokens)
+        # The cache remembers the padding of the prompts, so later passes need no mask.
+        given, mask = (input_ids, attention_mask) if tokens is None else (tokens.unsqueeze(1), None)
+        logits: Tensor = decoder(given, cache=cache, attention_mask=mask, last_only=True)
+        if steps is not None:
+            steps.begin(max_new_tokens - 1)
+        return logits[:, -1]
+
     stops = torch.tensor(sorted(stop_tokens), dtype=input_ids.dtype, device=input_ids.device)
+    chosen = _chosen(next_logits, choose, stops, max_new_tokens)
+    if not len(stops):
+        return (tokens for tokens, _ in chosen)
+    return _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
 
-    def steps() -> Iterator[Tensor]:
-        mask, current = attention_mask, input_ids
-        ended: Tensor | None = None
-        for _ in range(max_new_tokens):
-            with torch.inference_mode():
-                logits = decoder(current, cache=cache, attention_mask=mask, last_only=True)[:, -1]
-                following = sample(
-                    logits, temperature, top_k=top_k, top_p=top_p, generators=generators
-                )
-                if len(stops):
-                    if ended is not None:
-                        following = torch.where(ended, current[:, -1], following)
-                    ended = torch.isin(following, stops)
-                if mask is not None:
-                    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            # A clone made outside of inference mode is an ordinary tensor.
-            yield following.clone()
-            if ended is not None and bool(ended.all()):
+
+def _generators(seeds: Sequence[int | None], device: torch.device) -> list[torch.Generator]:
+    generators = [torch.Generator(device=device) for _ in seeds]
+    for generator, number in zip(generators, seeds, strict=True):
+        generator.seed() if number is None else generator.manual_seed(number)
+    return generators
+
+
+def _chosen(
+    next_logits: Callable[[Tensor | None], Tensor],
+    choose: Callable[[Tensor], Tensor],
+    stops: Tensor,
+    max_new_tokens: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the next tokens, (batch,), and whether all rows have ended, (); wait for nothing."""
+    following = ended = None
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            latest = choose(next_logits(following))
+            if following is not None and ended is not None:
+                latest = torch.where(ended, following, latest)
+            following = latest
+            # `isin` would wait for a GPU.
+            ended = (following.unsqueeze(1) == stops).any(1)
+            all_ended = ended.all()
+        # A clone made outside of inference mode is an ordinary tensor.
+        yield following.clone(), all_ended
+
+
+def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Iterator[Tensor]:
+    """Yield tokens until all rows have ended.
+
+    The first step is looked at alone, so that it is yielded at once, then `interval` steps
+    together; of these, those after the end are dropped.
+    """
+    num_steps = 1
+    while waiting := list(islice(steps, num_steps)):
+        is_end = torch.stack([all_ended for _, all_ended in waiting]).tolist()  # Waits for a GPU.
+        for (tokens, _), ends in zip(waiting, is_end, strict=True):
+            yield tokens
+            if ends:
                 return
-            current = following.unsqueeze(1)
-
-    return steps()
+        num_steps = interval
 
 
 def sample(
@@ -128,8 +185,11 @@ def sample(
         # A token stays if those before it do not reach p yet; the first always stays.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    chunks = zip(probabilities.chunk(len(generators)), generators, strict=True)
-    choice = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in chunks])
+    # What `multinomial` does for one sample, but that would wait for a GPU to check its input.
+    noise = torch.empty_like(probabilities)
+    for part, generator in zip(noise.chunk(len(generators)), generators, strict=True):
+        part.exponential_(generator=generator)
+    choice = (probabilities / noise).argmax(-1, keepdim=True)
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from iiet.config import ModelConfig
 from iiet.context import PassContext
 from iiet.cpu_kernels import (
-    evaluate_token,
     gated_product,
     project_heads,
     rms_norm,
@@ -32,6 +31,7 @@ from iiet.cpu_kernels import (
     serves_norm,
 )
 from iiet.rope import rotate
+from iiet.token_step import evaluate_token
 
 __all__ = ["Attention", "FeedForward", "Field", "RMSNorm"]
 
@@ -96,7 +96,8 @@ class RMSNorm(nn.RMSNorm):
         assert self.eps is not None
         if serves_norm(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        # Where sharding casts the weight to bfloat16, the fused kernel still needs one dtype.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Field(nn.Module):
@@ -108,7 +109,7 @@ class Field(nn.Module):
         "feed_forward_norm": RMSNorm,
         "feed_forward": FeedForward,
     }
-    """The modules that `cpu_kernels.evaluate_token` reads; replaced ones are called instead."""
+    """The modules that `token_step.evaluate_token` reads; replaced ones are called instead."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class Field(nn.Module):
             slot: the cache slot of this evaluation; None without a cache.
         """
         if context.is_token_step:
-            return evaluate_token(self, x, context.rope, partial(context.attend, slot=slot))
+            return evaluate_token(self, x, context.rope, partial(context.attend_heads, slot=slot))
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
         y: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
         return y

@@ -25,15 +25,10 @@ def estimate(options: Namespace) -> list[dict[str, Any]]:
             trace = decoding(config, num_tokens=options.decode)
             numbers = _numbers(trace, trace.kernels)
             return [{"what": f"{name}, {options.decode} tokens decoded", **numbers}]
-        return [
-            _training(f"{name}, {way}", config, options, is_compiled=way == "compiled")
-            for way in ("eager", "compiled")
-        ]
+        return [_training(name, config, options)]
 
 
-def _training(
-    name: str, config: ModelConfig, options: Namespace, *, is_compiled: bool
-) -> dict[str, Any]:
+def _training(name: str, config: ModelConfig, options: Namespace) -> dict[str, Any]:
     teacher = None
     if options.distill is not None:
         teacher = config
@@ -52,7 +47,6 @@ def _training(
         teacher=teacher,
         precision=precision,
         activation_checkpointing=options.checkpointing,
-        compile=is_compiled,
     )
     plan = training_memory(
         config,

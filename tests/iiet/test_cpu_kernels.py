@@ -12,9 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, KeyValueCache, cpu_kernels, next_token_loss, plain_formulas, preset
-from iiet.cpu_kernels import few_rows_product, gated_product, project_heads, rms_norm
+from iiet.cpu_kernels import gated_product, project_heads, rms_norm
 from iiet.layers import Attention, FeedForward, RMSNorm
 from iiet.rope import Rope, rotate
+from iiet.token_step import few_rows_product
 
 
 def tensor(*shape):

@@ -1,0 +1,183 @@
+"""Decoding steps of fixed shapes, which a GPU replays as CUDA graphs.
+
+A step of one row launches over a thousand kernels, each shorter than its launch. A CUDA graph
+launches all of them at once, but only with the same arguments: so what changes from token to token
+is held on the device (`iiet.window`). Attention reads the cache up to a multiple of `WINDOW`
+tokens, and each multiple has a graph: one per decoder (its iteration schedule), batch size and
+multiple.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from iiet.cache import KeyValueCache, KvStrategy
+from iiet.context import get_record
+from iiet.cpu_kernels import may_read_weights
+from iiet.decoder import Decoder
+from iiet.window import Window
+
+__all__ = ["Capture", "StaticSteps", "capture_graph"]
+
+WINDOW: Final = 256
+"""Steps in tokens by which attention reads more of the cache."""
+MIN_TOKENS: Final = 16
+"""Steps that repay the capture of a graph, which takes as long as a few steps without it."""
+_ALIGNMENT: Final = 16  # A mask of another length would be copied by each call of attention.
+
+Step = Callable[[], Tensor]
+Capture = Callable[[Step, torch.device], Step]
+_Shape = tuple[int, torch.dtype, KvStrategy, torch.device]
+
+
+class StaticSteps:
+    """Decodes with one decoder; later generations reuse the cache and the graphs.
+
+    Args:
+        decoder: under its own schedule.
+        capture: makes a function that repeats a step's kernels; by default `capture_graph` on a
+            GPU. Elsewhere, under autocast, and where a module has a hook, each step runs.
+    """
+
+    def __init__(self, decoder: Decoder, *, capture: Capture | None = None) -> None:
+        self.decoder = decoder
+        if capture is None and decoder.device.type == "cuda":
+            capture = capture_graph
+        self._capture = capture
+        self._buffers: _Buffers | None = None
+        self._weights: list[int] = []  # Where they were when a graph was captured: it reads them.
+        self._length = self._end = 0
+        self._may_capture = False
+
+    def empty_cache(
+        self, *, batch_size: int, max_tokens: int, dtype: torch.dtype, strategy: KvStrategy
+    ) -> KeyValueCache:
+        """Return a cache to fill with the prompt; then `begin` follows."""
+        shape = (batch_size, dtype, strategy, self.decoder.device)
+        buffers = self._buffers
+        if buffers is None or buffers.shape != shape or buffers.cache.max_tokens < max_tokens:
+            self._buffers = buffers = None  # Freed before new ones are made.
+            max_tokens = math.ceil(max_tokens / _ALIGNMENT) * _ALIGNMENT
+            self._buffers = buffers = _Buffers(self.decoder, shape, max_tokens)
+        buffers.cache.clear()
+        return buffers.cache
+
+    @torch.inference_mode()
+    def begin(self, num_steps: int) -> None:
+        """Prepare to continue the tokens in the cache by at most `num_steps` steps."""
+        assert self._buffers is not None
+        cache, record = self._buffers.cache, get_record(self._buffers.cache)
+        assert record is not None
+        self._length = cache.get_seq_length()
+        self._end = self._length + num_steps
+        # Unused tokens have no weight in attention, but zero times infinity is not zero.
+        cache.zero_unused()
+        cache.window = self._buffers.window
+        cache.window.move(self._length, record.attention_mask)
+        self._may_capture = self._capture is not None and _has_no_hooks(self.decoder)
+        if self._buffers.steps and _addresses(self.decoder) != self._weights:
+            self._buffers.steps.clear()
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row, (batch,); return the logits of the next, (batch, vocab).
+
+        The next call overwrites them. Nothing here waits for the device.
+        """
+        assert self._buffers is not None
+        assert self._length < self._end, "more steps than were announced"
+        buffers, window = self._buffers, self._buffers.window
+        buffers.tokens.copy_(tokens.unsqueeze(1))
+        needed = math.ceil((self._length + 1) / WINDOW) * WINDOW
+        window.size = min(needed, buffers.cache.max_tokens)
+        logits = self._step(window.size)()
+        window.advance()
+        self._length += 1
+        buffers.cache.set_length(self._length)
+        return logits
+
+    def _step(self, size: int) -> Step:
+        assert self._buffers is not None
+        steps, num_left = self._buffers.steps, min(size, self._end) - self._length
+        if size not in steps and num_left >= MIN_TOKENS and self._may_capture:
+            assert self._capture is not None
+            self._weights = _addresses(self.decoder)
+            try:
+                steps[size] = self._capture(self.run, self.decoder.device)
+            except RuntimeError as error:
+                self._capture, self._may_capture = None, False
+                warnings.warn(
+                    "decoding continues without CUDA graphs, and is slower, because capturing one "
+                    f"failed: {error}",
+                    stacklevel=2,
+                )
+        return steps.get(size, self.run)
+
+    def run(self) -> Tensor:
+        """Compute the step in the window, without graphs; doing it twice changes nothing."""
+        assert self._buffers is not None
+        logits = self.decoder(self._buffers.tokens, cache=self._buffers.cache, last_only=True)
+        assert isinstance(logits, Tensor)
+        return logits[:, -1]
+
+
+class _Buffers:
+    """What the graphs of one batch size read and write, and these graphs."""
+
+    def __init__(self, decoder: Decoder, shape: _Shape, max_tokens: int) -> None:
+        self.shape = shape
+        batch_size, dtype, strategy, device = shape
+        self.cache = KeyValueCache(
+            decoder.config,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            device=device,
+            dtype=dtype,
+            strategy=strategy,
+        )
+        self.window = Window(batch_size, max_tokens, dtype=dtype, device=device)
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.steps: dict[int, Step] = {}
+        """By the size of the window."""
+
+
+def _addresses(decoder: Decoder) -> list[int]:
+    return [parameter.data_ptr() for parameter in decoder.parameters()]
+
+
+def _has_no_hooks(decoder: Decoder) -> bool:
+    """Tell whether a step is kernels only, and reads weights that stay where they are."""
+    return (
+        may_read_weights()
+        and not torch.is_autocast_enabled(decoder.device.type)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in decoder.modules())
+    )
+
+
+def capture_graph(step: Step, device: torch.device) -> Step:
+    """Record the kernels of a step in a CUDA graph; return a function that launches them all.
+
+    Raises:
+        RuntimeError: a kernel cannot be captured, or memory is short.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()  # First calls allocate workspaces and choose kernels, which no graph may do.
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            logits = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay

@@ -1,0 +1,136 @@
+"""A field for one token per row, in few operations: what a decoding step computes.
+
+On a CPU, a step reads every weight once, which evicts the interpreter from the processor's cache,
+so each operation, view and module call then costs several times as much. On a GPU, a step of one
+row is bound by the launches of its kernels. So `evaluate_token` repeats `Field.forward` without
+modules and transposes: on a GPU it launches 14 kernels, where the modules launch 17.
+
+    both    keys and values are appended as one tensor
+    CPU     products near the speed at which memory delivers the weights
+    GPU     PyTorch's fused norm; the last product adds to the residual in place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iiet.cpu_kernels import cached_scalar, is_bare, may_read_weights, rms_norm, rotate_
+
+__all__ = ["evaluate_token", "few_rows_product", "serves_fields", "serves_token_step"]
+
+MAX_ROWS: Final = 8  # On a CPU; for more tokens `F.linear` is as fast.
+
+
+def serves_token_step(hidden: Tensor, *, cached: bool) -> bool:
+    """Tell whether `evaluate_token` may compute a pass over (batch, time, dim)."""
+    return (
+        cached
+        and hidden.size(1) == 1
+        and (not _on_cpu(hidden) or _serves_cpu(hidden))
+        and not torch.is_grad_enabled()
+        and may_read_weights()
+        and not torch.is_autocast_enabled(hidden.device.type)
+    )
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.is_cpu
+
+
+def _serves_cpu(hidden: Tensor) -> bool:
+    return hidden.size(0) <= MAX_ROWS and hidden.dtype in (torch.float32, torch.float64)
+
+
+def serves_fields(fields: Iterable[nn.Module]) -> bool:
+    """Tell whether `evaluate_token` may read the weights of all these fields."""
+    return all(map(_is_bare_field, fields))
+
+
+def _is_bare_field(field: nn.Module) -> bool:
+    kinds = getattr(type(field), "bare_parts", None)
+    if kinds is None or not is_bare(field, type(field)):
+        return False
+    for name, module in field._modules.items():  # Attribute access would take three times as long.
+        if module is None or not is_bare(module, kinds[name]):
+            return False
+        for linear in module._modules.values():
+            if linear is None or not is_bare(linear, nn.Linear):
+                return False
+    return True
+
+
+def evaluate_token(
+    field: Any, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Compute `Field.forward` for one token per row, (batch, 1, dim).
+
+    Args:
+        field: an `iiet.layers.Field` that `serves_fields` allows.
+        x: on a CPU at most `MAX_ROWS` rows.
+        rope: cosines and sines, as in `iiet.rope`.
+        attend: attends with the heads of queries, keys and values as one tensor, (batch, all heads,
+            1, head_dim), and the number of query heads.
+    """
+    attention, network = field.attention, field.feed_forward
+    batch, num_turned = x.size(0), attention.num_heads + attention.num_kv_heads
+    normed = _normalized(x, field.attention_norm)
+    qkv = few_rows_product(normed, attention.qkv.weight, batch)
+    # With one token, heads before time is the same memory as time before heads.
+    heads = qkv.view(batch, -1, 1, attention.head_dim)
+    rotate_(heads.narrow(1, 0, num_turned), *rope)
+    mixed = attend(heads, attention.num_heads)
+    u = _add_few_rows_product(x, mixed, attention.out.weight, batch)
+    normed = _normalized(u, field.feed_forward_norm)
+    gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
+    inner = F.silu(gate).mul_(up)
+    if not _on_cpu(x):  # Out of place, the product would begin with a copy of u.
+        u.view(batch, -1).addmm_(inner.view(batch, -1), network.down.weight.t())
+        return u
+    return _add_few_rows_product(u, inner, network.down.weight, batch)
+
+
+def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    assert norm.eps is not None
+    if not _on_cpu(x):
+        return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+    if len(x) > 1:
+        return rms_norm(x, norm.weight, norm.eps)
+    x = x.view(-1)
+    rstd = (torch.dot(x, x).item() / len(x) + norm.eps) ** -0.5
+    return torch.addcmul(cached_scalar(0.0, x), x, norm.weight, value=rstd)
+
+
+def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Compute `x @ weight.T` near the speed at which memory delivers the weight.
+
+    The CPU's matrix library is slower for two to eight rows unless the weight stands on the left:
+    `W @ x.T` takes half the time of `x @ W.T` at four rows.
+
+    Args:
+        x: `rows` contiguous vectors, in any shape.
+        weight: (out, in).
+        rows: on a CPU at most `MAX_ROWS`.
+
+    Returns:
+        (rows, out), or for one row on a CPU (out,); contiguous.
+    """
+    if not _on_cpu(x):
+        return F.linear(x.reshape(rows, -1), weight)
+    if rows == 1:
+        return torch.mv(weight, x.view(-1))
+    x = x.view(rows, -1)
+    if rows > MAX_ROWS // 2 and weight.size(0) < weight.size(1):
+        return F.linear(x, weight)
+    return torch.mm(weight, x.t()).t().contiguous()
+
+
+def _add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row on a CPU."""
+    if rows == 1 and _on_cpu(x):
+        return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
+    return base + few_rows_product(x, weight, rows).view_as(base)

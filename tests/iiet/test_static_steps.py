@@ -1,0 +1,246 @@
+"""Steps of fixed shapes decode what the ordinary steps decode, from values on the device alone."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from iiet import Decoder, context, generate, generation, preset, static_steps, token_step
+from iiet.context import attend
+from iiet.static_steps import StaticSteps
+
+VOCAB = 41
+SIZES = {"dim": 32, "num_layers": 3, "num_heads": 4, "ffn_dim": 24, "vocab_size": VOCAB}
+
+
+def decoder_of(method="iiet", schedule="2,0,1", dtype=torch.float64, **overrides):
+    torch.manual_seed(0)
+    config = preset(
+        "tiny",
+        method=method,
+        initializer_std=0.3,
+        **({"schedule": schedule} if method == "iiet" else {}),
+        **{**SIZES, **overrides},
+    )
+    return Decoder(config).to(dtype)
+
+
+def prompts(batch=2, time=6):
+    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(1))
+
+
+def padding(batch=2, time=6):
+    mask = torch.ones(batch, time, dtype=torch.bool)
+    mask[1:, :2] = False
+    return mask
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Several windows in a short generation."""
+    monkeypatch.setattr(static_steps, "WINDOW", 16)
+
+
+@pytest.fixture
+def gpu_forms(monkeypatch):
+    """Tokens are computed by the formulas of a GPU."""
+    monkeypatch.setattr(token_step, "_on_cpu", lambda _: False)
+
+
+def both(decoder, *, steps=None, max_new_tokens=24, batch=2, **options):
+    """Return what ordinary steps and steps of fixed shapes generate."""
+    options = {"max_new_tokens": max_new_tokens, **options}
+    steps = steps or StaticSteps(decoder)
+    return (
+        generate(decoder, prompts(batch), **options),
+        generate(decoder, prompts(batch), steps=steps, **options),
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("method", "schedule", "strategy"),
+    [
+        ("vanilla", None, "exact"),
+        ("iiet", "0", "exact"),
+        ("iiet", "2,0,1", "exact"),
+        ("iiet", "3", "last"),
+        ("pcformer", None, "exact"),
+    ],
+)
+def test_the_tokens_are_the_same(method, schedule, strategy, padded, small_windows, gpu_forms):
+    decoder = decoder_of(method, schedule, num_kv_heads=2)
+    masks = {"attention_mask": padding()} if padded else {}
+    expected, found = both(decoder, kv_strategy=strategy, **masks)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("forms", ["cpu", "modules"])
+def test_so_they_are_by_other_forms_of_the_field(forms, small_windows):
+    decoder = decoder_of(num_kv_heads=1)
+    if forms == "modules":
+        decoder.layers[1].field.register_forward_hook(lambda *_: None)
+    expected, found = both(decoder, attention_mask=padding())
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_in_bfloat16_each_token_is_the_likeliest_but_for_rounding(batch, small_windows, gpu_forms):
+    decoder = decoder_of(dtype=torch.bfloat16)
+    _, found = both(decoder, batch=batch)
+    logits = decoder.float()(found)[:, 5:-1]
+    chosen = logits.gather(-1, found[:, 6:, None])
+    assert (logits.amax(-1, keepdim=True) - chosen).max() < 0.05 * logits.std()
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": [4, 5], "top_k": 9}, {"top_p": 0.8}])
+def test_sampling_and_stop_tokens_are_the_same(options, monkeypatch, small_windows):
+    """Also where the end is looked for every few steps, as on a GPU."""
+    decoder, looks = decoder_of(), []
+    options = {"temperature": 1.0, "seed": 7, **options}
+    free = generate(decoder, prompts(), max_new_tokens=24, **options)
+    until_all_end = generation._until_all_end
+
+    def rarely(steps, _):
+        return until_all_end((looks.append(1) or step for step in steps), 5)
+
+    for stops in ([int(free[0, 6])], [int(free[0, 6]), int(free[1, 9])], range(8), range(VOCAB)):
+        expected, found = both(decoder, stop_tokens=stops, **options)
+        assert torch.equal(expected, found)
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "_until_all_end", rarely)
+            looks.clear()
+            found = generate(
+                decoder,
+                prompts(),
+                max_new_tokens=24,
+                stop_tokens=stops,
+                steps=StaticSteps(decoder),
+                **options,
+            )
+        assert torch.equal(expected, found)
+        assert len(looks) <= expected.size(1) - 6 + 5
+
+
+class Recorder:
+    """A capture that runs each step anew, and first twice, as a CUDA graph's capture does."""
+
+    def __init__(self, error=None):
+        self.num_captured = self.num_replayed = 0
+        self.error = error
+
+    def __call__(self, step, device):
+        self.num_captured += 1
+        first = step().clone()
+        if self.error:
+            raise self.error
+        assert torch.equal(step(), first)
+
+        def replay():
+            self.num_replayed += 1
+            return step()
+
+        return replay
+
+
+def test_each_window_has_one_graph_which_later_generations_reuse(monkeypatch, small_windows):
+    monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
+    decoder, capture = decoder_of(), Recorder()
+    steps = StaticSteps(decoder, capture=capture)
+    for masks in ({}, {"attention_mask": padding()}, {}):
+        expected, found = both(decoder, steps=steps, **masks)
+        assert torch.equal(expected, found)
+    # Up to 16 and 32 tokens are read; the prompt's pass chooses the first new token.
+    assert (capture.num_captured, capture.num_replayed) == (2, 3 * 23)
+    both(decoder, steps=steps, max_new_tokens=12)
+    assert capture.num_captured == 2
+    expected, found = both(decoder, steps=steps, batch=3)
+    assert torch.equal(expected, found)
+    assert capture.num_captured == 4
+    with torch.no_grad():
+        decoder.embedding.weight.mul_(2.0)  # In place: a graph reads the new values.
+        expected, found = both(decoder, steps=steps, batch=3)
+        decoder.embedding.weight = torch.nn.Parameter(decoder.embedding.weight.flip(0))
+    assert torch.equal(expected, found)
+    assert capture.num_captured == 4
+    expected, found = both(decoder, steps=steps, batch=3)
+    assert torch.equal(expected, found)
+    assert capture.num_captured == 6
+
+
+def test_no_graph_where_it_would_not_pay_or_not_be_right():
+    decoder, capture = decoder_of(), Recorder()
+    steps = StaticSteps(decoder, capture=capture)
+    both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS)
+    with decoder.norm.register_forward_hook(lambda *_: None):
+        both(decoder, steps=steps)
+    assert not capture.num_captured
+    both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS + 1)
+    assert capture.num_captured == 1
+
+
+def test_a_capture_that_fails_is_told_once_and_decoding_continues(monkeypatch, small_windows):
+    monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
+    decoder, capture = decoder_of(), Recorder(RuntimeError("operation not permitted"))
+    steps = StaticSteps(decoder, capture=capture)
+    with pytest.warns(UserWarning, match="without CUDA graphs.*operation not permitted") as told:
+        expected, found = both(decoder, steps=steps)
+    assert torch.equal(expected, found)
+    assert len(told) == 1
+    both(decoder, steps=steps)
+    assert capture.num_captured == 1
+
+
+def test_steps_belong_to_one_decoder():
+    with pytest.raises(ValueError, match="decode with another decoder"):
+        both(decoder_of(), steps=StaticSteps(decoder_of()))
+
+
+@torch.no_grad()
+def test_an_ordinary_pass_may_follow():
+    """It sees the tokens of the steps, and the padding of the prompts."""
+    decoder = decoder_of()
+    steps = StaticSteps(decoder)
+    cache = steps.empty_cache(batch_size=2, max_tokens=16, dtype=torch.float64, strategy="exact")
+    tokens = prompts(2, 12)
+    mask = padding(2, 12)
+    expected = decoder(tokens, attention_mask=mask)
+    decoder(tokens[:, :6], cache=cache, attention_mask=mask[:, :6])
+    steps.begin(2)
+    for time in (6, 7):
+        torch.testing.assert_close(steps(tokens[:, time]), expected[:, time])
+    cache.window = None
+    torch.testing.assert_close(decoder(tokens[:, 8:], cache=cache), expected[:, 8:])
+    cache.set_length(7)
+    torch.testing.assert_close(decoder(tokens[:, 7:9], cache=cache), expected[:, 7:9])
+
+
+@pytest.mark.slow
+def test_all_steps_are_one_compiled_graph(gpu_forms):
+    decoder, graphs = (
+        decoder_of(schedule="1,0", num_layers=2),
+        CompileCounterWithBackend("aot_eager"),
+    )
+    steps = StaticSteps(decoder)
+    steps.run = torch.compile(steps.run, backend=graphs, fullgraph=True)
+    expected, found = both(decoder, steps=steps, max_new_tokens=9, attention_mask=padding())
+    assert torch.equal(expected, found)
+    assert graphs.frame_count == 1
+
+
+def test_query_heads_of_one_token_share_key_heads_without_copies(monkeypatch):
+    """Kernels of a GPU that take a mask, or float32, do not know shared heads."""
+    monkeypatch.setattr(context, "_fused_kernel_shares_heads", lambda *_: False)
+    queries, keys, values = torch.randn(2, 6, 1, 8), *torch.randn(2, 2, 2, 9, 8)
+    mask = torch.zeros(2, 1, 1, 9).index_fill(3, torch.tensor([7, 8]), -torch.inf)
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)
+    found = attend(queries, keys, values, mask=mask, is_causal=False)
+    for head in range(6):
+        expected = attend(
+            queries[:, head : head + 1],
+            keys[:, head // 3 : head // 3 + 1],
+            values[:, head // 3 : head // 3 + 1],
+            mask=mask,
+            is_causal=False,
+        )
+        torch.testing.assert_close(found[:, head : head + 1], expected)
